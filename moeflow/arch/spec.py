@@ -1,0 +1,102 @@
+"""Where a family of checkpoints keeps its experts on disk, and how its router chooses. Data only, without torch."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Config = dict[str, Any]  # a config.json
+
+EXPERT_COUNT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts")
+"""What config.json may call the number of routed experts. transformers 5 writes other names than the hub had."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arch:
+    """Names are templates over {layer} and {expert}.
+
+    The tensors on disk are the contract. Module attributes are needed only to run a decoder layer of transformers, whose
+    experts are fused in memory: `memory` says what a name begins with there.
+    """
+
+    model_type: str
+    router: str  # [E, D]: one row per expert
+    router_bias: str | None = None  # [E]: added for the choice only
+    gate: str  # [F, D]
+    up: str  # [F, D]
+    down: str  # [D, F]
+    shared: tuple[str, str, str] | None = None  # gate, up and down of the expert that sees every token
+    shared_gate: str | None = None  # [1, D]: its output times the sigmoid of this
+    score: Literal["softmax", "sigmoid", "sparsemixer"] = "softmax"
+    normalize: Literal["always", "never", "norm_topk_prob"] = "norm_topk_prob"
+    groups: bool = False  # n_group and topk_group limit the choice
+    group_score: Literal["max", "top2"] = "max"
+    router_fp32: bool = False  # router logits are computed in fp32, whatever the model's precision
+    memory: tuple[tuple[str, str], ...] = ()  # (on disk, in memory) beginnings of names inside a decoder layer
+    block: str = "mlp"  # the MoE block inside a decoder layer in memory
+    block_router: str = "gate"  # the router inside that block in memory
+
+    def num_layers(self, config: Config) -> int:
+        return int(config["num_hidden_layers"])
+
+    def moe_layers(self, config: Config) -> list[int]:
+        """The decoder layers that have routed experts, ascending."""
+        dense = set(config.get("mlp_only_layers") or ()) | set(range(config.get("first_k_dense_replace") or 0))
+        every = config.get("decoder_sparse_step") or 1
+        return [i for i in range(self.num_layers(config)) if i not in dense and (i + 1) % every == 0]
+
+    def num_experts(self, config: Config) -> int:
+        return int(config[self.experts_key(config)])
+
+    def experts_key(self, config: Config) -> str:
+        """The name that this config.json gives to the number of routed experts."""
+        found = [k for k in EXPERT_COUNT_KEYS if config.get(k) is not None]
+        if not found:
+            raise ValueError(f"config.json of a {self.model_type} names no number of experts; it needs one of {EXPERT_COUNT_KEYS}")
+        return found[0]
+
+    def with_experts(self, config: Config, experts: int) -> Config:
+        """The configuration of the same model with `experts` routed experts in every MoE layer."""
+        return config | {k: experts for k in EXPERT_COUNT_KEYS if config.get(k) is not None}
+
+    def top_k(self, config: Config) -> int:
+        return int(config["num_experts_per_tok"])
+
+    def group_limit(self, config: Config) -> tuple[int, int]:
+        """(number of groups, groups a token may choose from): (1, 1) where the router knows no groups."""
+        if not self.groups or config.get("topk_method") == "greedy":
+            return 1, 1
+        return int(config.get("n_group") or 1), int(config.get("topk_group") or 1)
+
+    def normalizes(self, config: Config) -> bool:
+        if self.normalize == "norm_topk_prob":
+            return bool(config.get("norm_topk_prob", False))
+        return self.normalize == "always"
+
+    def prefix(self, layer: int) -> str:
+        return f"model.layers.{layer}."
+
+    def expert(self, layer: int, expert: int) -> tuple[str, str, str]:
+        """The names of one expert's gate, up and down matrices."""
+        return tuple(t.format(layer=layer, expert=expert) for t in (self.gate, self.up, self.down))  # type: ignore[return-value]
+
+    def router_tensors(self, layer: int) -> list[str]:
+        """The names of the tensors that hold one row per expert."""
+        return [t.format(layer=layer) for t in (self.router, self.router_bias) if t is not None]
+
+    def check_keep(self, config: Config, keep: int) -> None:
+        """Raise ValueError where `keep` experts a layer cannot serve this router."""
+        experts, top_k = self.num_experts(config), self.top_k(config)
+        n_group, topk_group = self.group_limit(config)
+        if not top_k <= keep <= experts:
+            raise ValueError(f"keep={keep} must lie between top_k={top_k} and the layer's {experts} experts")
+        if keep % n_group:
+            raise ValueError(
+                f"keep={keep} must be a multiple of the router's {n_group} groups, or no whole number is left in each; "
+                f"nearest: {keep - keep % n_group} or {keep - keep % n_group + n_group}"
+            )
+        least = 2 if self.groups and self.group_score == "top2" else 1
+        if (each := keep // n_group) * topk_group < top_k or each < least:
+            need = max(least, -(-top_k // topk_group)) * n_group
+            raise ValueError(
+                f"keep={keep} leaves {each} experts in each of {n_group} groups, and a token that may choose from {topk_group} "
+                f"of them cannot reach its top_k={top_k}; keep at least {need}"
+            )

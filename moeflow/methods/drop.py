@@ -1,0 +1,102 @@
+"""Apply choices: rewrite a layer with the experts that stay, and assemble a checkpoint from layer files.
+
+One `drop` serves every search. Assembling lists blobs and moves none.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from moeflow import __version__
+from moeflow.arch import Config, arch_of
+from moeflow.methods.choose import read_choice
+from moeflow.methods.fetch import INDEX, Model
+from moeflow.model import checkpoint
+from moeflow.model.checkpoint import Tensors
+from moeflow.model.spec import CheckpointSpec, LayerSpec, RestSpec, file_bytes
+from moeflow.step import Artifact, Context, Spec, Step, step
+
+
+def _drop_spec(rest: RestSpec, given: LayerSpec, chosen: Any, *, layer: int, keep: int) -> Spec:
+    arch = arch_of(rest.config)
+    arch.check_keep(rest.config, keep)
+    if chosen["layer"] != layer or chosen["keep"] != keep:
+        raise ValueError(f"the choice is for layer {chosen['layer']} and keeps {chosen['keep']}, not for layer {layer} and {keep}")
+    names = checkpoint.kept(given.tensors, rest.config, layer, list(range(keep)))
+    table = {}
+    for old, (new, sliced) in names.items():
+        dtype, shape = given.tensors[old]
+        table[new] = (dtype, (keep, *shape[1:]) if sliced else shape)
+    out = LayerSpec(arch.with_experts(rest.config, keep), layer, keep, table)
+    return Spec(out, reads=file_bytes(table), writes=out.nbytes, memory=2 * out.nbytes)
+
+
+@step("drop.experts", version=1, spec=_drop_spec)
+def experts(context: Context, config: Artifact, given: Artifact, chosen: Artifact, *, layer: int, keep: int) -> None:
+    """One layer's file with its chosen experts, renumbered from zero, and the router's rows for them; all else bit for bit.
+
+    Reads only what stays.
+    """
+    tensors, choice = Tensors(given), read_choice(chosen)["keep"]
+    if len(choice) != keep:
+        raise ValueError(f"the choice keeps {len(choice)} experts of layer {layer}, not {keep}")
+    names = checkpoint.kept(tensors.info, Tensors.config(config), layer, choice)
+    found = {}
+    for done, (old, (new, sliced)) in enumerate(names.items()):
+        found[new] = tensors[old][choice] if sliced else tensors[old]
+        context.progress(done + 1, len(names), "tensors")
+    checkpoint.save(found, context.out / "layer.safetensors")
+
+
+def _assemble_spec(rest: RestSpec, *parts: Any, config: Config, extra: int) -> Spec:
+    layers = [p for p in parts if isinstance(p, LayerSpec)]
+    counts = {layer.experts for layer in layers[: len(layers) - extra] if layer.experts}
+    if counts - {arch_of(config).num_experts(config)}:
+        raise ValueError(
+            f"layers with {sorted(counts)} experts do not make one checkpoint of {arch_of(config).num_experts(config)}"
+        )
+    tables = [layer.tensors for layer in layers] + [rest.tensors]
+    headers = sum(file_bytes({n: (d, (0,)) for n, (d, _) in table.items()}) for table in tables)
+    names = sum(len(n) + 48 for table in tables for n in table)
+    weights = sum(layer.nbytes for layer in layers) + file_bytes(rest.tensors)
+    parameters = sum(layer.numel for layer in layers) + LayerSpec(config, -1, 0, rest.tensors).numel
+    out = CheckpointSpec(config, weights, parameters)
+    return Spec(out, reads=headers + names, writes=names + 3000, memory=1 << 24)
+
+
+@step("checkpoint.assemble", version=1, spec=_assemble_spec)
+def assemble(context: Context, rest: Artifact, *parts: Artifact, config: Config, extra: int) -> None:
+    """A checkpoint folder as the family's own standard has it: layer files, index, config.json and what travels with it.
+
+    `parts`: the layers in order, the last `extra` of them beyond the decoder, and then the choices that led here, which are told in
+    `moeflow.json`. No weight is read or written: the folder lists the blobs that the layers already are.
+    """
+    layers = [p for p in parts if "layer.safetensors" in p.names()]
+    choices = [read_choice(p) for p in parts if "choice.json" in p.names()]
+    files = [(layer, "layer.safetensors") for layer in layers] + [(rest, "rest.safetensors")]
+    weight_map, total = {}, 0
+    for i, (artifact, name) in enumerate(files):
+        target = f"model-{i + 1:05d}-of-{len(files):05d}.safetensors"
+        context.link(artifact, name, target)
+        for tensor, info in Tensors(artifact).info.items():
+            weight_map[tensor] = target
+            total += info.nbytes
+    _write(context.out / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+    _write(context.out / "config.json", config)
+    for name in rest.names():
+        if name not in ("rest.safetensors", "config.json"):
+            context.link(rest, name)
+    _write(
+        context.out / "moeflow.json",
+        {"moeflow": __version__, "choices": [{k: v for k, v in c.items() if k != "losses"} for c in choices]},
+    )
+
+
+def checkpoint_of(model: Model) -> Step:
+    """The whole checkpoint as one artifact."""
+    parts = (*model.layers, *model.extra, *model.choices)
+    return assemble(model.rest, *parts, config=model.config, extra=len(model.extra))
+
+
+def _write(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")

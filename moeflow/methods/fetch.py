@@ -1,0 +1,200 @@
+"""Bring a checkpoint into the store: file by file as it lies at its source, then one file per decoder layer and one for the rest.
+
+Hub shards straddle layers, so a fine-tune that touched one layer would look like a new model; layer files do not.
+"""
+
+import fnmatch
+import json
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol
+
+import torch
+
+from moeflow.arch import Config, arch_of
+from moeflow.model import checkpoint
+from moeflow.model.checkpoint import DTYPES, TensorInfo, read_header
+from moeflow.model.spec import LayerSpec, RestSpec, TensorTable, check_layer, file_bytes, tensor_bytes
+from moeflow.step import Artifact, Context, Spec, Step, step
+
+TRAVELLING = (
+    "tokenizer*", "vocab*", "merges*", "special_tokens*", "added_tokens*", "*.model", "*.tiktoken", "*.jinja",
+    "chat_template*", "generation_config.json", "LICEN[CS]E*", "NOTICE*", "USE_POLICY*",
+)  # fmt: skip
+"""The files that travel with every checkpoint beside its weights and config.json."""
+
+INDEX = "model.safetensors.index.json"
+
+Table = dict[str, list[Any]]
+"""Tensor name to [which input, dtype, shape, first byte, last byte + 1]."""
+
+
+class Source(Protocol):
+    """A pinned source of files, as `moeflow.store` makes it."""
+
+    @property
+    def uri(self) -> str: ...
+    @property
+    def files(self) -> Any: ...
+    def read(self, name: str, start: int, stop: int) -> bytes: ...
+    def text(self, name: str) -> str: ...
+    def file(self, name: str) -> Step: ...
+    def group(self, names: Any) -> Step: ...
+
+
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint as a graph: one step per decoder layer, one for the rest, and their configuration, known already."""
+
+    config: Config
+    rest: Step
+    layers: tuple[Step, ...]
+    extra: tuple[Step, ...] = ()  # multi-token-prediction layers that are kept as they are
+    choices: tuple[Step, ...] = ()  # what was decided on the way here
+
+    @property
+    def has_tokenizer(self) -> bool:
+        return any(fnmatch.fnmatch(n, p) for n in self.rest.spec.output.files for p in ("tokenizer*", "*.model", "*.tiktoken"))
+
+    @property
+    def moe_layers(self) -> list[int]:
+        return arch_of(self.config).moe_layers(self.config)
+
+    def with_layers(self, config: Config, layers: dict[int, Step], choices: tuple[Step, ...]) -> "Model":
+        changed = tuple(layers.get(i, layer) for i, layer in enumerate(self.layers))
+        return replace(self, config=config, layers=changed, choices=self.choices + choices)
+
+
+def pinned(source: Source, *, mtp: Literal["drop", "keep"] = "drop") -> Model:
+    """The checkpoint at a pinned source (a folder, a hub repository at a commit, an `s3://` prefix).
+
+    Reads config.json, the index and the safetensors headers, nothing else. `mtp` says what becomes of the
+    multi-token-prediction layers of DeepSeek-V3, which stand behind the decoder layers: "drop", or "keep" them untouched.
+
+    Raises ValueError for an unknown family, a packed checkpoint, an index that names a missing tensor, a truncated file, and
+    a config.json that contradicts the tensors.
+    """
+    if mtp not in ("drop", "keep"):
+        raise ValueError(f"mtp={mtp!r}; choose 'drop' or 'keep'")
+    config: Config = json.loads(source.text("config.json"))
+    arch = arch_of(config)
+    if "quantization_config" in config:
+        method = config["quantization_config"].get("quant_method", "unknown")
+        raise ValueError(f"{source.uri} is packed (quantization_config: {method}); dequantize it to bf16 first")
+    tensors = _tensors(source)
+    steps = {name: source.file(name) for name in sorted({t.file for t in tensors.values()})}
+    count = arch.num_layers(config)
+    by_layer: dict[int | None, dict[str, TensorInfo]] = {}
+    for name, info in tensors.items():
+        by_layer.setdefault(_layer_of(name), {})[name] = info
+    if missing := sorted(set(range(count)) - set(by_layer)):
+        raise ValueError(f"config.json says {count} layers, but the checkpoint has no tensor of layer {missing[0]}")
+
+    def layer_step(i: int) -> Step:
+        shards, table = _inputs(by_layer[i], steps)
+        return layer(*shards, config=config, layer=i, tensors=table)
+
+    behind = sorted(i for i in by_layer if i is not None and i >= count)
+    known_mtp = int(config.get("num_nextn_predict_layers") or 0)
+    if behind[known_mtp:]:
+        raise ValueError(f"the checkpoint has tensors of layer {behind[-1]}, but config.json says {count} layers")
+    shards, table = _inputs(by_layer.get(None, {}), steps)
+    small = sorted(f.name for f in source.files if any(fnmatch.fnmatch(f.name, p) for p in TRAVELLING))
+    note = (
+        f"multi-token-prediction layers {behind} are dropped (mtp='keep' keeps them as they are)"
+        if behind and mtp == "drop"
+        else ""
+    )
+    if mtp == "drop" and "num_nextn_predict_layers" in config:
+        config = config | {"num_nextn_predict_layers": 0}
+    return Model(
+        config=config,
+        rest=rest(source.group(["config.json", *small]), *shards, config=config, files=small, tensors=table, note=note),
+        layers=tuple(layer_step(i) for i in range(count)),
+        extra=tuple(layer_step(i) for i in behind) if mtp == "keep" else (),
+    )
+
+
+def _layer_spec(*shards: Any, config: Config, layer: int, tensors: Table) -> Spec:
+    table: TensorTable = {n: (dtype, tuple(shape)) for n, (_, dtype, shape, _, _) in tensors.items()}
+    behind = layer >= int(config["num_hidden_layers"])  # a prediction layer is kept as it is, whatever it holds
+    out = LayerSpec(config, layer, 0 if behind else check_layer(config, layer, table), table)
+    moved = sum(tensor_bytes(*t) for t in table.values())
+    return Spec(out, reads=moved, writes=out.nbytes, memory=2 * moved)
+
+
+@step("fetch.layer", version=1, spec=_layer_spec)
+def layer(context: Context, *shards: Artifact, config: Config, layer: int, tensors: Table) -> None:
+    """One decoder layer as `layer.safetensors`, under the hub's names. Raises ValueError where a weight is NaN or infinite."""
+    checkpoint.save(_gather(context, shards, tensors), context.out / "layer.safetensors")
+
+
+def _rest_spec(texts: Any, *shards: Any, config: Config, files: list[str], tensors: Table, note: str) -> Spec:
+    table: TensorTable = {n: (dtype, tuple(shape)) for n, (_, dtype, shape, _, _) in tensors.items()}
+    width, vocabulary = int(config["hidden_size"]), int(config["vocab_size"])
+    name = "model.embed_tokens.weight"
+    if name not in table:
+        raise ValueError(f"the checkpoint has no tensor {name}; it is incomplete, or of another family")
+    if table[name][1] != (vocabulary, width):
+        raise ValueError(f"{name} has shape {table[name][1]} where config.json asks for {(vocabulary, width)}; correct one of them")
+    out = RestSpec(config, table, {n: texts["files"][n] for n in files})
+    moved = sum(tensor_bytes(*t) for t in table.values())
+    size = len(json.dumps(config, indent=2)) + 1
+    return Spec(out, reads=moved, writes=file_bytes(table) + size, memory=2 * moved, notes=(note,) if note else ())
+
+
+@step("fetch.rest", version=1, spec=_rest_spec)
+def rest(context: Context, texts: Artifact, *shards: Artifact, config: Config, files: list[str], tensors: Table, note: str) -> None:
+    """What is no decoder layer: `rest.safetensors`, config.json, and the small files that travel with the checkpoint."""
+    checkpoint.save(_gather(context, shards, tensors), context.out / "rest.safetensors")
+    (context.out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    for name in files:
+        context.link(texts, name)
+
+
+def _gather(context: Context, shards: tuple[Artifact, ...], tensors: Table) -> dict[str, torch.Tensor]:
+    found, done = {}, 0
+    total = sum(stop - start for _, _, _, start, stop in tensors.values())
+    for name, (at, dtype, shape, start, stop) in tensors.items():
+        data = shards[at].read(shards[at].names()[0], start, stop)
+        tensor = torch.frombuffer(bytearray(data), dtype=DTYPES[dtype]).reshape(shape)
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(f"{name} holds NaN or infinite weights; the checkpoint is damaged, fetch or train it again")
+        found[name] = tensor
+        done += stop - start
+        context.progress(done, total, "bytes")
+    return found
+
+
+def _tensors(source: Source) -> dict[str, TensorInfo]:
+    """Every tensor of the checkpoint, from the index and the headers of its shards."""
+    sizes = {f.name: f.size for f in source.files}
+    index: dict[str, str] | None = None
+    if INDEX in sizes:
+        index = json.loads(source.text(INDEX))["weight_map"]
+        shards = sorted(set(index.values()))
+    else:
+        shards = sorted(n for n in sizes if n.endswith(".safetensors") and "/" not in n)
+    if not shards:
+        raise ValueError(f"{source.uri} holds no safetensors file")
+    found: dict[str, TensorInfo] = {}
+    for shard in shards:
+        if shard not in sizes:
+            raise ValueError(f"{INDEX} names {shard}, which {source.uri} does not hold; fetch the checkpoint again")
+        header = read_header(shard, sizes[shard], lambda a, b, shard=shard: source.read(shard, a, b))  # type: ignore[misc]
+        found |= {n: t for n, t in header.items() if index is None or index.get(n) == shard}
+    if index is not None and (missing := sorted(set(index) - set(found))):
+        raise ValueError(f"{INDEX} names {missing[0]} in {index[missing[0]]}, which does not hold it; fetch the checkpoint again")
+    return found
+
+
+def _inputs(tensors: dict[str, TensorInfo], steps: dict[str, Step]) -> tuple[list[Step], Table]:
+    """The shards that hold these tensors, and where in them."""
+    shards = sorted({t.file for t in tensors.values()})
+    table = {n: [shards.index(t.file), t.dtype, list(t.shape), t.start, t.stop] for n, t in sorted(tensors.items())}
+    return [steps[s] for s in shards], table
+
+
+def _layer_of(name: str) -> int | None:
+    if not name.startswith("model.layers."):
+        return None
+    return int(name.split(".")[2])

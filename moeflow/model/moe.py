@@ -1,0 +1,113 @@
+"""One MoE layer as plain tensors, whatever the family, and the arithmetic that every method shares.
+
+Shapes are suffixes: T tokens, D model width, F expert width, E experts, k experts a token. Knows neither files nor transformers.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import gelu, linear, silu
+
+from moeflow.model.router import Router, dense
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": silu, "swish": silu, "gelu": gelu}
+
+
+@dataclass(frozen=True)
+class MLP:
+    """A gated feed-forward block: one expert, or what an expert is shared as."""
+
+    gate_FD: Tensor
+    up_FD: Tensor
+    down_DF: Tensor
+    act: str = "silu"
+
+    def __call__(self, x_TD: Tensor) -> Tensor:
+        return linear(ACTIVATIONS[self.act](linear(x_TD, self.gate_FD)) * linear(x_TD, self.up_FD), self.down_DF)
+
+    def to(self, **where: object) -> "MLP":
+        gate_FD, up_FD, down_DF = (t.to(**where) for t in (self.gate_FD, self.up_FD, self.down_DF))  # type: ignore[call-overload]
+        return MLP(gate_FD, up_FD, down_DF, self.act)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in (self.gate_FD, self.up_FD, self.down_DF))
+
+
+@dataclass(frozen=True)
+class MoELayer:
+    router: Router
+    router_ED: Tensor
+    experts: tuple[MLP, ...]
+    shared: MLP | None = None
+    shared_gate_1D: Tensor | None = None
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.experts)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(e.nbytes for e in self.experts)
+
+    def to(self, **where: object) -> "MoELayer":
+        """The same layer elsewhere (`device=`) or in another precision (`dtype=`); the bias of the choice stays fp32."""
+
+        def move(t: Tensor | None) -> Tensor | None:
+            return None if t is None else t.to(**where)  # type: ignore[call-overload]
+
+        bias_E = self.router.bias_E
+        return MoELayer(
+            router=replace(self.router, bias_E=None if bias_E is None else bias_E.to(device=where.get("device"))),  # type: ignore[call-overload]
+            router_ED=self.router_ED.to(**where),  # type: ignore[call-overload]
+            experts=tuple(e.to(**where) for e in self.experts),
+            shared=None if self.shared is None else self.shared.to(**where),
+            shared_gate_1D=move(self.shared_gate_1D),
+        )
+
+    def keep(self, experts: list[int]) -> "MoELayer":
+        """The layer that has only these experts, renumbered in this order."""
+        return replace(
+            self,
+            router=self.router.keep(experts),
+            router_ED=self.router_ED[experts],
+            experts=tuple(self.experts[e] for e in experts),
+        )
+
+    def logits(self, x_TD: Tensor) -> Tensor:
+        """Router logits [T, E] in the precision in which the family computes them."""
+        if self.router.arch.router_fp32:
+            return linear(x_TD.float(), self.router_ED.float())
+        return linear(x_TD, self.router_ED)
+
+    def expert_outputs(self, x_TD: Tensor) -> Tensor:
+        """What every expert would say to every token, routed there or not: [T, E, D]."""
+        return torch.stack([expert(x_TD) for expert in self.experts], dim=1)
+
+    def shared_output(self, x_TD: Tensor) -> Tensor | None:
+        """What the shared expert adds to every token, [T, D], or None where the family has none."""
+        if self.shared is None:
+            return None
+        y_TD = self.shared(x_TD)
+        return y_TD if self.shared_gate_1D is None else linear(x_TD, self.shared_gate_1D).sigmoid() * y_TD
+
+    def routed_output(self, x_TD: Tensor, allowed_E: Tensor | None = None) -> Tensor:
+        """The weighted sum of the chosen experts, [T, D], each run on its own tokens only."""
+        weights_Tk, index_Tk = self.router.choose(self.logits(x_TD), allowed_E)
+        out_TD = torch.zeros_like(x_TD, dtype=torch.promote_types(x_TD.dtype, torch.float32))
+        for e, expert in enumerate(self.experts):
+            token, slot = torch.where(index_Tk == e)
+            if len(token):
+                out_TD.index_add_(0, token, expert(x_TD[token]) * weights_Tk[token, slot, None])
+        return out_TD.to(x_TD.dtype)
+
+    def __call__(self, x_TD: Tensor, allowed_E: Tensor | None = None) -> Tensor:
+        """The block's output [T, D], before the residual is added."""
+        out_TD, shared_TD = self.routed_output(x_TD, allowed_E), self.shared_output(x_TD)
+        return out_TD if shared_TD is None else out_TD + shared_TD
+
+    def weights(self, x_TD: Tensor, allowed_E: Tensor | None = None) -> Tensor:
+        """Routing weights over all experts [T, E], fp32: zero off the top k."""
+        return dense(*self.router.choose(self.logits(x_TD), allowed_E), self.num_experts)

@@ -1,0 +1,140 @@
+"""What is recorded while a MoE layer runs: router logits, sums per expert, and the inputs of some tokens.
+
+Shapes are suffixes: N sequences, L positions, T tokens, D model width, E experts, k experts a token, R recorded tokens. All sums
+are fp64 and additive over shards of tokens.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from moeflow.arch import Arch
+from moeflow.model.router import Router
+from moeflow.model.stream import EXPERTS
+
+OBSERVED = "moeflow_observed"
+"""The implementation of fused experts under which a `Recorder` sees every routed expert's output."""
+
+
+def _observed_experts(module: nn.Module, x_TD: Tensor, index_Tk: Tensor, weights_Tk: Tensor) -> Tensor:
+    """Each (token, expert) pair alone, then the weighted sum: bit for bit what the standard implementation computes."""
+    tokens, k = index_Tk.shape
+    pairs_x = x_TD.repeat_interleave(k, dim=0)
+    y = ALL_EXPERTS_FUNCTIONS[EXPERTS](module, pairs_x, index_Tk.reshape(-1, 1), x_TD.new_ones(tokens * k, 1))
+    y_TkD = y.view(tokens, k, -1)
+    module.recorder.pairs(y_TkD, index_Tk, weights_Tk)  # type: ignore[operator, union-attr]
+    return (y_TkD * weights_Tk.unsqueeze(-1)).sum(dim=1).to(x_TD.dtype)
+
+
+ALL_EXPERTS_FUNCTIONS.register(OBSERVED, _observed_experts)
+
+
+class Recorder:
+    """The statistics of one MoE layer over the tokens of one shard, batch after batch in order.
+
+    `budget`: the inputs of this many tokens are kept, the first ones; behind it, those of the tokens that reach an expert that
+    was seen fewer than `per_expert` times by then, so that rare experts are seen.
+    """
+
+    def __init__(
+        self, arch: Arch, router: Router, experts: int, *, budget: int, per_expert: int = 0, residual: bool = False
+    ) -> None:
+        self.arch, self.router, self.experts = arch, router, experts
+        self.budget, self.per_expert, self.keep_residual = budget, per_expert, residual
+        self.seen = 0
+        self.sums = {n: torch.zeros(experts, dtype=torch.float64) for n in ("count", "weight", "score", "norm", "reap", "reap_sq")}
+        self.sums["max"] = torch.zeros(experts, dtype=torch.float64)
+        self.totals = {n: torch.zeros((), dtype=torch.float64) for n in ("output_sq", "cos_block", "cos_layer")}
+        self.rows: dict[str, list[Tensor]] = {n: [] for n in ("logits", "x", "position") + (("residual",) if residual else ())}
+        self._now: dict[str, Tensor] = {}
+
+    @contextmanager
+    def on(self, layer: nn.Module) -> Iterator[None]:
+        """Record whatever runs through this decoder layer meanwhile."""
+        block = layer.get_submodule(self.arch.block)
+        router = block.get_submodule(self.arch.block_router)
+        block.get_submodule("experts").recorder = self  # type: ignore[assignment]
+        hooks = [
+            layer.post_attention_layernorm.register_forward_pre_hook(lambda _, args: self._hold("residual", args[0])),  # type: ignore[union-attr]
+            router.register_forward_hook(lambda _, args, out: self._hold("logits", out[0])),
+            block.register_forward_hook(lambda _, args, out: self._block(args[0], out)),
+            layer.register_forward_hook(lambda _, args, out: self._layer(args[0], out)),
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def pairs(self, y_TkD: Tensor, index_Tk: Tensor, weights_Tk: Tensor) -> None:
+        """Take in the output of every routed (token, expert) pair."""
+        norm_Tk = torch.linalg.vector_norm(y_TkD, dim=-1, dtype=torch.float32).double()
+        weights_Tk = weights_Tk.double()
+        flat = index_Tk.reshape(-1)
+
+        def add(name: str, value_Tk: Tensor) -> None:
+            self.sums[name] += (
+                torch.zeros(self.experts, dtype=torch.float64, device=flat.device).index_add_(0, flat, value_Tk.reshape(-1)).cpu()
+            )
+
+        reap_Tk = weights_Tk * norm_Tk
+        add("count", torch.ones_like(norm_Tk))
+        add("weight", weights_Tk)
+        add("norm", norm_Tk)
+        add("reap", reap_Tk)
+        add("reap_sq", reap_Tk.square())
+        largest = torch.zeros(self.experts, dtype=torch.float64, device=flat.device)
+        largest.scatter_reduce_(0, flat, reap_Tk.reshape(-1), "amax")
+        self.sums["max"] = torch.maximum(self.sums["max"], largest.cpu())
+        self._now["index"] = index_Tk
+
+    def result(self) -> dict[str, Tensor]:
+        """Everything recorded: `logits_TE`, `x_RD` (and `residual_RD`), `position_R` in the shard, `<sum>_E`, and totals.
+
+        `sample` rows of the recorded ones are the first tokens in order; the rest are there for their rare experts.
+        """
+        suffix = {"logits": "logits_TE", "x": "x_RD", "position": "position_R", "residual": "residual_RD"}
+        out = {suffix[n]: torch.cat(rows) for n, rows in self.rows.items()}
+        out |= {f"{n}_E": t for n, t in self.sums.items()} | dict(self.totals)
+        out["tokens"] = torch.tensor(self.seen)
+        out["sample"] = torch.tensor(min(self.seen, self.budget))
+        return out
+
+    def _hold(self, name: str, value: Tensor) -> None:
+        self._now[name] = value.flatten(0, -2)
+
+    def _block(self, x_NLD: Tensor, out_NLD: Tensor) -> None:
+        x_TD, out_TD, residual_TD = x_NLD.flatten(0, -2), out_NLD.flatten(0, -2), self._now["residual"]
+        logits_TE = self._now["logits"]
+        self.sums["score"] += self.router.scores(logits_TE).sum(0, dtype=torch.float64).cpu()
+        self.totals["output_sq"] += out_TD.float().square().sum(dtype=torch.float64).cpu()
+        self.totals["cos_block"] += _cosines(residual_TD, residual_TD + out_TD)
+        self.rows["logits"].append(logits_TE.float().cpu())
+        keep = self._kept(len(x_TD))
+        self.rows["position"].append(keep.cpu() + self.seen)
+        self.rows["x"].append(x_TD[keep].cpu())
+        if self.keep_residual:
+            self.rows["residual"].append(residual_TD[keep].cpu())
+        self.seen += len(x_TD)
+
+    def _layer(self, before: Tensor, after: Tensor) -> None:
+        self.totals["cos_layer"] += _cosines(before.flatten(0, -2), after.flatten(0, -2))
+
+    def _kept(self, tokens: int) -> Tensor:
+        """Which of the batch's tokens are recorded, ascending."""
+        index_Tk = self._now["index"]
+        first = torch.arange(tokens, device=index_Tk.device) < self.budget - self.seen
+        if self.per_expert:
+            chosen_TE = torch.zeros(tokens, self.experts, dtype=torch.int64, device=index_Tk.device).scatter_(1, index_Tk, 1)
+            before_E = (self.sums["count"].to(chosen_TE.device) - chosen_TE.sum(0)).long()
+            nth_TE = before_E + chosen_TE.cumsum(0)  # how often each expert was chosen, this token counted
+            first |= ((nth_TE <= self.per_expert) & (chosen_TE == 1)).any(1)
+        return first.nonzero().squeeze(1)
+
+
+def _cosines(a_TD: Tensor, b_TD: Tensor) -> Tensor:
+    return cosine_similarity(a_TD.float(), b_TD.float(), dim=-1).sum(dtype=torch.float64).cpu()

@@ -1,0 +1,101 @@
+"""How a router turns logits into expert indices and weights, for every family, and for any allowed subset of the experts.
+
+Shapes are suffixes: T tokens, E experts, k experts a token; leading dimensions broadcast ("..."): many subsets route at once.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from moeflow.arch import Arch, Config
+
+
+@dataclass(frozen=True)
+class Router:
+    """A family's rule of choice with its numbers filled in; `bias_E` is added to the score by which experts are chosen."""
+
+    arch: Arch
+    top_k: int
+    groups: int = 1
+    topk_groups: int = 1
+    normalize: bool = True
+    scale: float = 1.0
+    jitter: float = 0.0
+    bias_E: Tensor | None = None
+
+    @staticmethod
+    def of(arch: Arch, config: Config, bias_E: Tensor | None = None) -> "Router":
+        groups, topk_groups = arch.group_limit(config)
+        return Router(
+            arch=arch,
+            top_k=arch.top_k(config),
+            groups=groups,
+            topk_groups=topk_groups,
+            normalize=arch.normalizes(config),
+            scale=float(config.get("routed_scaling_factor") or 1.0) if arch.groups else 1.0,
+            jitter=float(config.get("router_jitter_noise") or 0.0),
+            bias_E=bias_E,
+        )
+
+    def keep(self, experts: list[int]) -> "Router":
+        """The router of the layer that has only these experts."""
+        return replace(self, bias_E=None if self.bias_E is None else self.bias_E[experts])
+
+    def choose(self, logits: Tensor, allowed: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Weights and indices of the chosen experts, both [..., k], fp32 and int64, in no particular order.
+
+        `logits` [..., E]; `allowed` [..., E] (bool, broadcast against the logits) forbids the others exactly as if their
+        rows were sliced out of the router. Callers see to it that enough are allowed (`Arch.check_keep`).
+        """
+        logits = logits.float()
+        if allowed is not None and self.arch.score != "sigmoid":
+            logits = logits.masked_fill(~allowed, -torch.inf)
+        if self.arch.score == "sparsemixer":
+            return self._sparsemixer(logits)
+        if self.arch.score == "sigmoid":
+            value = logits.sigmoid()
+            choice = value if self.bias_E is None else value + self.bias_E
+            # a forbidden expert is masked where the router chooses: its bias would survive a mask before the sigmoid
+            choice = choice if allowed is None else choice.masked_fill(~allowed, -torch.inf)
+            outside = -torch.inf
+        else:
+            choice = value = logits.softmax(-1)
+            outside = 0.0
+        if self.groups > 1:
+            choice = self._limit_groups(choice, outside)
+            value = choice if self.arch.score == "softmax" else value
+        index = choice.topk(self.top_k, dim=-1).indices
+        weights = value.gather(-1, index)
+        if self.normalize:
+            weights = weights / (weights.sum(-1, keepdim=True) + (1e-20 if self.arch.score == "sigmoid" else 0.0))
+        return weights * self.scale, index
+
+    def scores(self, logits: Tensor) -> Tensor:
+        """What the router thinks of every expert, chosen or not, [..., E] fp32: softmax, or sigmoid where the family has that."""
+        return logits.float().sigmoid() if self.arch.score == "sigmoid" else logits.float().softmax(-1)
+
+    def _limit_groups(self, choice: Tensor, outside: float) -> Tensor:
+        """Groups rank by their best expert (DeepSeek-V2, arXiv 2405.04434, 2.1.2) or their two best (V3, 2412.19437, 2.1.2)."""
+        by_group = choice.unflatten(-1, (self.groups, -1))
+        score = by_group.amax(-1) if self.arch.group_score == "max" else by_group.topk(2, dim=-1).values.sum(-1)
+        best = score.topk(self.topk_groups, dim=-1).indices
+        inside = torch.zeros_like(score, dtype=torch.bool).scatter_(-1, best, True)
+        return by_group.masked_fill(~inside.unsqueeze(-1), outside).flatten(-2)
+
+    def _sparsemixer(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Two experts, each weighted by a softmax over those within the jitter of it (SparseMixer-v2, arXiv 2409.12136)."""
+        weights, indices = [], []
+        scores = logits
+        for _ in range(2):
+            best, index = scores.max(-1, keepdim=True)
+            far = (best - logits) / logits.abs().clamp(min=best) > 2 * self.jitter
+            weights.append(scores.masked_fill(far, -torch.inf).softmax(-1).gather(-1, index))
+            indices.append(index)
+            scores = scores.scatter(-1, index, -torch.inf)
+        return torch.cat(weights, -1), torch.cat(indices, -1)
+
+
+def dense(weights: Tensor, index: Tensor, experts: int) -> Tensor:
+    """Routing weights over all experts, [..., E]: zero where an expert was not chosen."""
+    return weights.new_zeros(*weights.shape[:-1], experts).scatter_(-1, index, weights)

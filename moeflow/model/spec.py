@@ -1,0 +1,141 @@
+"""What is known of checkpoints, layers and tokens before they exist: the values that steps' specs pass on. No torch."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+
+from moeflow.arch import Config, arch_of
+
+BYTES = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
+}  # fmt: skip
+NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+TensorTable = Mapping[str, tuple[str, tuple[int, ...]]]
+"""Name to (safetensors dtype, shape)."""
+
+
+def tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int:
+    return BYTES[dtype] * prod(shape)
+
+
+def file_bytes(table: TensorTable) -> int:
+    """The size of a safetensors file with these tensors: length, header padded to eight bytes, data."""
+    at, header = 0, {"__metadata__": {"format": "pt"}}
+    for name, (dtype, shape) in table.items():
+        end = at + tensor_bytes(dtype, shape)
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, end]}  # type: ignore[dict-item]
+        at = end
+    length = len(json.dumps(header, separators=(",", ":")))
+    return 8 + -(-length // 8) * 8 + at
+
+
+def precision(config: Config, dtype: str) -> str:
+    """The precision of a run as torch names it: `dtype`, or with "auto" that of the checkpoint."""
+    if dtype != "auto":
+        return dtype
+    return str(config.get("dtype") or config.get("torch_dtype") or "float32")
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One decoder layer's file."""
+
+    config: Config
+    layer: int
+    experts: int  # 0: a dense layer
+    tensors: TensorTable
+
+    @property
+    def nbytes(self) -> int:
+        return file_bytes(self.tensors)
+
+    @property
+    def numel(self) -> int:
+        return sum(prod(shape) for _, shape in self.tensors.values())
+
+
+@dataclass(frozen=True)
+class RestSpec:
+    """What a checkpoint holds beside its decoder layers: embedding, final norm, head, and its small files."""
+
+    config: Config
+    tensors: TensorTable
+    files: Mapping[str, int]
+
+    @property
+    def nbytes(self) -> int:
+        return file_bytes(self.tensors) + sum(self.files.values())
+
+
+@dataclass(frozen=True)
+class CheckpointSpec:
+    """A whole checkpoint, as assembled."""
+
+    config: Config
+    nbytes: int
+    parameters: int
+
+
+@dataclass(frozen=True)
+class TokensSpec:
+    sequences: int
+    length: int
+
+    @property
+    def tokens(self) -> int:
+        return self.sequences * self.length
+
+
+@dataclass(frozen=True)
+class HiddenSpec:
+    """Hidden states of some sequences before one layer."""
+
+    config: Config
+    sequences: int
+    length: int
+    dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        size = 8 if self.dtype == "float64" else 4 if self.dtype == "float32" else 2
+        return self.sequences * self.length * int(self.config["hidden_size"]) * size + 104
+
+
+@dataclass(frozen=True)
+class ObservedSpec:
+    """What one pass over some sequences left: the hidden states behind its last layer, and what it recorded in each layer."""
+
+    hidden: HiddenSpec
+    recorded: int  # tokens whose MoE inputs are kept, in order from the first
+    layers: tuple[int, ...]
+
+
+def check_layer(config: Config, layer: int, table: TensorTable) -> int:
+    """The routed experts of a layer, 0 for a dense one. Raises ValueError where config.json contradicts the tensors."""
+    arch = arch_of(config)
+    first = arch.gate.format(layer=layer, expert="\0").split("\0")
+    found = len({n for n in table if n.startswith(first[0]) and n.endswith(first[1])})
+    wanted = arch.num_experts(config) if layer in arch.moe_layers(config) else 0
+    if found != wanted:
+        raise ValueError(f"config.json says that layer {layer} has {wanted} experts, its tensors say {found}; correct one of them")
+    if found:
+        width = int(config["hidden_size"])
+        for name in arch.router_tensors(layer):
+            if name not in table:
+                raise ValueError(f"layer {layer} has no tensor {name}; the checkpoint is incomplete, or of another family")
+        rows = table[arch.router.format(layer=layer)][1]
+        if rows != (found, width):
+            raise ValueError(
+                f"layer {layer}'s router has shape {rows} where config.json asks for {(found, width)}; correct one of them"
+            )
+        for expert in range(found):
+            for name in arch.expert(layer, expert):
+                if name not in table:
+                    raise ValueError(f"layer {layer} has no tensor {name}; the checkpoint is incomplete, or of another family")
+                if width not in table[name][1]:
+                    raise ValueError(
+                        f"{name} has shape {table[name][1]}, and config.json says hidden_size={width}; correct one of them"
+                    )
+    return found

@@ -1,0 +1,142 @@
+"""Run a model of transformers one decoder layer at a time: a layer's weights are resident only while it runs.
+
+The layers are transformers' own modules, filled from the hub's files; what they compute equals the whole model bit for bit.
+Shapes are suffixes: N sequences, L positions, D model width, V vocabulary.
+"""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+from moeflow.arch import Config, arch_of
+from moeflow.model.checkpoint import experts_in
+
+EXPERTS = "grouped_mm"
+"""The implementation of fused experts in transformers that is used throughout: they differ in the last bits."""
+
+
+class Stream:
+    """A model that is never whole: its skeleton without weights, and the arguments that its layers are called with."""
+
+    def __init__(self, config: Config, *, device: str = "cpu", dtype: torch.dtype | None = None, experts: str = EXPERTS) -> None:
+        self.config, self.device, self.experts = config, torch.device(device), experts
+        self.arch = arch_of(config)
+        self.dtype = dtype or torch_dtype(config)
+        hf = self._hf_config(config)
+        with torch.device("meta"):
+            self.skeleton = AutoModelForCausalLM.from_config(hf, attn_implementation="sdpa").eval()
+        self._layer_class = type(self.skeleton.model.layers[0])
+        self._norm, self.skeleton.model.norm = self.skeleton.model.norm, nn.Identity()
+        self.skeleton.model.layers = nn.ModuleList(_Stub(layer) for layer in self.skeleton.model.layers)
+        # its frequencies are computed, not stored
+        self.skeleton.model.rotary_emb = type(self.skeleton.model.rotary_emb)(config=hf).to(self.device)
+        self._arguments: dict[tuple[int, int], list[dict[str, Any]]] = {}
+
+    def embed(self, rest: Mapping[str, Tensor], ids_NL: Tensor) -> Tensor:
+        """Hidden states before the first layer, [N, L, D]."""
+        table_VD = rest["model.embed_tokens.weight"].to(self.device, self.dtype)
+        module = _filled(self.skeleton.model.embed_tokens, {"weight": table_VD}, "model.embed_tokens")
+        return module(ids_NL.to(self.device))
+
+    def layer(self, tensors: Mapping[str, Tensor], layer: int) -> nn.Module:
+        """One decoder layer with its weights. Raises ValueError where a tensor is missing, left over or of the wrong shape."""
+        count = experts_in(tensors, self.config, layer)
+        config = self.config if count == 0 else self.arch.with_experts(self.config, count)
+        with torch.device("meta"):
+            module = self._layer_class(self._hf_config(config), layer).eval()
+        return _filled(module, self._in_memory(tensors, layer, count), f"layer {layer}")
+
+    def arguments(self, layer: int, hidden_NLD: Tensor) -> dict[str, Any]:
+        """What the model passes to this layer beside the hidden states: mask, positions, rotary embedding."""
+        n, length = hidden_NLD.shape[:2]
+        if (n, length) not in self._arguments:
+            with torch.no_grad():
+                self.skeleton.model(inputs_embeds=hidden_NLD, use_cache=False)
+            self._arguments = {(n, length): [stub.seen for stub in self.skeleton.model.layers]}
+        return self._arguments[n, length][layer]
+
+    def final_norm(self, rest: Mapping[str, Tensor]) -> nn.Module:
+        values = {n.removeprefix("model.norm."): rest[n].to(self.device, self.dtype) for n in rest if n.startswith("model.norm.")}
+        return _filled(self._norm, values, "model.norm")
+
+    def head(self, rest: Mapping[str, Tensor]) -> nn.Module:
+        """From normed hidden states to logits; the embedding serves where the checkpoint ties it to the head."""
+        values = {n.removeprefix("lm_head."): rest[n].to(self.device, self.dtype) for n in rest if n.startswith("lm_head.")}
+        if "weight" not in values:
+            values["weight"] = rest["model.embed_tokens.weight"].to(self.device, self.dtype)
+        return _filled(self.skeleton.lm_head, values, "lm_head")
+
+    def _hf_config(self, config: Config) -> PretrainedConfig:
+        hf = AutoConfig.for_model(**config)
+        hf._attn_implementation = "sdpa"
+        hf._experts_implementation = self.experts
+        return hf
+
+    def _in_memory(self, tensors: Mapping[str, Tensor], layer: int, count: int) -> dict[str, Tensor]:
+        """The hub's tensors under the names they have inside the decoder layer, experts fused: gate first, then up."""
+        prefix = self.arch.prefix(layer)
+        experts = [self.arch.expert(layer, e) for e in range(count)]
+        fused = {name for names in experts for name in names}
+
+        def move(t: Tensor) -> Tensor:
+            return t.to(self.device, self.dtype if t.is_floating_point() else t.dtype)
+
+        values = {self._renamed(n.removeprefix(prefix)): tensors[n] for n in tensors if n not in fused}
+        values = {n: t.to(self.device) if "e_score_correction_bias" in n else move(t) for n, t in values.items()}
+        if count:
+            gate, up, down = experts[0]
+            f, d = tensors[gate].shape
+            gate_up_EFD = torch.empty(count, 2 * f, d, device=self.device, dtype=self.dtype)
+            down_EDF = torch.empty(count, d, f, device=self.device, dtype=self.dtype)
+            for e, (gate, up, down) in enumerate(experts):
+                gate_up_EFD[e, :f], gate_up_EFD[e, f:], down_EDF[e] = tensors[gate], tensors[up], tensors[down]
+            values[f"{self.arch.block}.experts.gate_up_proj"] = gate_up_EFD
+            values[f"{self.arch.block}.experts.down_proj"] = down_EDF
+        return values
+
+    def _renamed(self, name: str) -> str:
+        for disk, memory in self.arch.memory:
+            if name.startswith(disk):
+                return memory + name.removeprefix(disk)
+        return name
+
+
+class _Stub(nn.Module):
+    """Stands where a decoder layer would, and remembers what it was called with."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.attention_type = getattr(layer, "attention_type", None)
+        self.seen: dict[str, Any] = {}
+
+    def forward(self, hidden_states: Tensor, **arguments: Any) -> Tensor:
+        self.seen = arguments
+        return hidden_states
+
+
+def _filled(module: nn.Module, values: Mapping[str, Tensor], what: str) -> nn.Module:
+    """A copy of a module on meta that holds these tensors: every one it has, and no other."""
+    module = copy.deepcopy(module)
+    wanted = module.state_dict()
+    if missing := sorted(set(wanted) - set(values)):
+        raise ValueError(
+            f"{what}: the checkpoint has no tensor for {', '.join(missing[:4])}; it is incomplete, or of another family"
+        )
+    if extra := sorted(set(values) - set(wanted)):
+        raise ValueError(f"{what}: the checkpoint has {', '.join(extra[:4])}, which the configuration leaves no place for")
+    for name, tensor in values.items():
+        if tensor.shape != wanted[name].shape:
+            raise ValueError(
+                f"{what}: {name} has shape {tuple(tensor.shape)} where config.json asks for {tuple(wanted[name].shape)}"
+            )
+    module.load_state_dict(dict(values), assign=True)
+    return module.requires_grad_(False)
+
+
+def torch_dtype(config: Config) -> torch.dtype:
+    """The precision that config.json names, fp32 where it names none."""
+    return getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float32")

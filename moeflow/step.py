@@ -1,0 +1,219 @@
+"""A step is one function, its parameters, and the steps whose output it reads.
+
+Calling a function marked with `@step` computes nothing. It returns a `Step`: a frozen value whose `key` names the output
+before the output exists. What is computed goes into the key; where it runs (GPUs, bucket, cluster) never does. This module
+does no I/O and knows neither Ray, S3 nor torch.
+"""
+
+import hashlib
+import inspect
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, wraps
+from pathlib import Path
+from typing import Any, Protocol
+
+
+class Artifact(Protocol):
+    """One input of a running step: a read-only folder whose files arrive on first use."""
+
+    @property
+    def key(self) -> str:
+        """The key of the step that made it."""
+
+    def names(self) -> list[str]:
+        """The files it holds, sorted, as paths relative to the folder; reads no file."""
+
+    def size(self, name: str) -> int:
+        """The bytes of one file; reads no file."""
+
+    def file(self, name: str) -> Path:
+        """One file, whole, on this machine. Raises FileNotFoundError, naming the files there are."""
+
+    def read(self, name: str, start: int, stop: int) -> bytes:
+        """The bytes [start, stop) of one file, without moving the rest."""
+
+    def folder(self) -> Path:
+        """All files, in one folder on this machine."""
+
+
+class Context(Protocol):
+    """What a running step is given besides its inputs."""
+
+    out: Path  # its folder to fill, empty at the start
+    scratch: Path  # a folder that goes when the step ends
+
+    def progress(self, done: int, total: int, unit: str) -> None:
+        """Say how far the step is, in `unit` ("tokens", "layers", "bytes")."""
+
+    def note(self, text: str) -> None:
+        """A remark for whoever reads the run's output and the artifact's record."""
+
+    def link(self, artifact: Artifact, name: str, to: str | None = None) -> None:
+        """Put one file of an input into the output, as `to` or under its own name, without moving a byte."""
+
+    def save(self, folder: Path) -> None:
+        """Keep the files of `folder` as this step's partial state, in place of what was kept before."""
+
+    def resume(self) -> Path | None:
+        """The partial state that an interrupted run of this very step left, or None."""
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one run of a step may hold. Never part of a key."""
+
+    cpus: float = 1
+    gpus: float = 0
+    memory: int = 0  # bytes; 0 asks for what the step's spec says
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What is known of a step's output before it exists: `output` is for the specs of the steps that read it."""
+
+    output: Any = None
+    reads: int = 0  # bytes read from the inputs
+    writes: int = 0  # bytes of the files it leaves
+    memory: int = 0  # peak bytes resident
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Those files of a step's output whose names begin with `prefix`, as an input of their own.
+
+    A step that reads only a part is not run again when another part of the same output changes.
+    """
+
+    step: "Step"
+    prefix: str
+
+    @property
+    def key(self) -> str:
+        return f"{self.step.key}/{self.prefix}"
+
+    @property
+    def spec(self) -> Spec:
+        return self.step.spec
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    name: str
+    version: int
+    fn: Callable[..., None]
+    inputs: tuple["Step | Part", ...] = ()
+    params: dict[str, Any] = field(default_factory=dict)
+    resources: Resources = Resources()
+    describe: Callable[..., Spec] | None = None
+    reports: tuple["Step", ...] = ()
+
+    @cached_property
+    def key(self) -> str:
+        return f"{self.name}-{self._digest([i.key for i in self.inputs])}"
+
+    @cached_property
+    def spec(self) -> Spec:
+        """What the step's `spec` function says; raises what it raises where the combination cannot work."""
+        if self.describe is None:
+            return Spec()
+        return self.describe(*(i.spec.output for i in self.inputs), **self.params)
+
+    @cached_property
+    def source(self) -> str:
+        """A digest of the function's source: recorded, compared and warned about, never part of the key."""
+        return hashlib.sha256(inspect.getsource(self.fn).encode()).hexdigest()
+
+    def content(self, digests: Sequence[str]) -> str:
+        """The key that this recipe has on inputs with these contents, whatever recipes made them (early cutoff)."""
+        return f"{self.name}-{self._digest(list(digests))}"
+
+    def on(self, **resources: Any) -> "Step":
+        """The same step, placed elsewhere: the key stays."""
+        return replace(self, resources=Resources(**resources))
+
+    def part(self, prefix: str) -> Part:
+        return Part(self, prefix)
+
+    def reporting(self, *steps: "Step") -> "Step":
+        """The same step, with steps that describe its output and run beside it: the key stays."""
+        return replace(self, reports=self.reports + steps)
+
+    def _digest(self, inputs: list[str]) -> str:
+        recipe = {"step": self.name, "version": self.version, "params": self.params, "inputs": inputs}
+        return hashlib.sha256(b"moeflow.step/1\n" + canonical(recipe)).hexdigest()[:32]
+
+
+def step(
+    name: str, *, version: int, spec: Callable[..., Spec] | None = None, **resources: Any
+) -> Callable[[Callable[..., None]], Callable[..., Step]]:
+    """Mark `fn(context, *artifacts, **params)` as a step.
+
+    Positional arguments are artifacts, keyword-only arguments are parameters. Raise `version` whenever the same arguments
+    must give another output. `spec(*outputs, **params)` receives the `output` of each input's spec and the parameters, and
+    says what the result will be; it raises ValueError where the combination cannot work, and it is asked at once.
+    """
+
+    def mark(fn: Callable[..., None]) -> Callable[..., Step]:
+        signature = inspect.signature(fn)
+
+        @wraps(fn)
+        def build(*inputs: Step | Part, **params: Any) -> Step:
+            for i in inputs:
+                if not isinstance(i, Step | Part):
+                    raise TypeError(f"{name}: positional arguments are steps, parameters go by keyword; got {i!r}")
+            try:
+                bound = signature.bind(None, *inputs, **params)
+            except TypeError as error:
+                raise TypeError(f"{name}: {error}") from None
+            bound.apply_defaults()
+            made = Step(name, version, fn, inputs, _plain(name, bound.kwargs), Resources(**resources), spec)
+            _ = made.key, made.spec  # refuse here what cannot work, with the caller's line in the traceback
+            return made
+
+        return build
+
+    return mark
+
+
+def upstream(targets: Iterable[Step]) -> list[Step]:
+    """The targets and every step they need, each once (by key), inputs before what reads them."""
+    order: dict[str, Step] = {}
+    stack = [(t, False) for t in reversed(list(targets))]
+    while stack:
+        current, expanded = stack.pop()
+        if current.key in order:
+            continue
+        if expanded:
+            order[current.key] = current
+            continue
+        stack.append((current, True))
+        stack.extend((step_of(i), False) for i in reversed(current.inputs))
+    return list(order.values())
+
+
+def step_of(given: Step | Part) -> Step:
+    return given.step if isinstance(given, Part) else given
+
+
+def canonical(value: Any) -> bytes:
+    """`value` as JSON with one spelling."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def _plain(name: str, params: dict[str, Any]) -> dict[str, Any]:
+    """`params` as JSON would return them, so that a function receives exactly what was hashed."""
+    for key, value in params.items():
+        try:
+            plain = json.loads(canonical(value))
+        except (TypeError, ValueError) as error:
+            raise TypeError(
+                f"{name}: parameter {key}={value!r} has no stable form ({error}); pass plain JSON values: "
+                "numbers, strings, lists, and dictionaries with string keys"
+            ) from None
+        if isinstance(value, dict) and any(not isinstance(k, str) for k in value):
+            raise TypeError(f"{name}: parameter {key}={value!r} has keys that are no strings; pass a list of pairs instead")
+        params = {**params, key: plain}
+    return params

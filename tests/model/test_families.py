@@ -1,0 +1,83 @@
+"""Our reading of a checkpoint against transformers' own: a swapped name, a wrong axis or a wrong router cannot pass."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from moeflow.arch import arch_of
+from moeflow.model.checkpoint import Tensors, read_config, read_moe
+from moeflow.model.router import dense
+from moeflow.model.stream import Stream
+
+
+def block_of(model: torch.nn.Module, folder: Path, layer: int) -> torch.nn.Module:
+    return model.model.layers[layer].get_submodule(arch_of(read_config(folder)).block)
+
+
+@torch.inference_mode()
+def test_our_layer_computes_what_transformers_computes(family: Path) -> None:
+    config = read_config(family)
+    x_TD = torch.randn(200, config["hidden_size"])
+    model = AutoModelForCausalLM.from_pretrained(family).eval()
+    for layer in arch_of(config).moe_layers(config):
+        theirs = block_of(model, family, layer)(x_TD[None])[0]
+        ours = read_moe(Tensors(family), config, layer)
+        torch.testing.assert_close(ours(x_TD), theirs, rtol=1e-5, atol=1e-5)
+        by_all = torch.einsum("te,ted->td", ours.weights(x_TD), ours.expert_outputs(x_TD))
+        torch.testing.assert_close(ours.routed_output(x_TD), by_all, rtol=1e-5, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_forbidding_experts_is_slicing_them_out_of_the_router(family: Path) -> None:
+    """The mask must reach the score by which the router chooses: for DeepSeek-V3 after the bias is added."""
+    config = read_config(family)
+    arch = arch_of(config)
+    layer = arch.moe_layers(config)[-1]
+    moe, kept = read_moe(Tensors(family), config, layer), [0, 2, 3, 4, 6, 7]
+    allowed_E = torch.zeros(moe.num_experts, dtype=torch.bool)
+    allowed_E[kept] = True
+    x_TD = torch.randn(200, config["hidden_size"])
+    masked = moe.weights(x_TD, allowed_E)
+    sliced = moe.keep(kept).weights(x_TD)
+    assert (masked[:, ~allowed_E] == 0).all()
+    torch.testing.assert_close(masked[:, kept], sliced)
+
+
+@torch.inference_mode()
+def test_our_router_chooses_as_transformers_does(family: Path) -> None:
+    config = read_config(family)
+    arch = arch_of(config)
+    layer = arch.moe_layers(config)[-1]
+    x_TD = torch.randn(300, config["hidden_size"])
+    model = AutoModelForCausalLM.from_pretrained(family).eval()
+    logits, weights, index = block_of(model, family, layer).get_submodule(arch.block_router)(x_TD)
+    moe = read_moe(Tensors(family), config, layer)
+    torch.testing.assert_close(moe.logits(x_TD), logits)
+    torch.testing.assert_close(moe.weights(x_TD), dense(weights.float(), index, moe.num_experts))
+
+
+def streamed(folder: Path, ids_NL: Tensor) -> list[Tensor]:
+    """Every hidden state of a model run layer by layer, and its logits."""
+    stream, tensors = Stream(read_config(folder)), Tensors(folder)
+    layers = [{n: tensors[n] for n in tensors if n.startswith(f"model.layers.{i}.")} for i in range(3)]
+    rest = {n: tensors[n] for n in tensors if ".layers." not in n}
+    hidden = [stream.embed(rest, ids_NL)]
+    for i, layer in enumerate(layers):
+        hidden.append(stream.layer(layer, i)(hidden[-1], **stream.arguments(i, hidden[-1])))
+    normed = stream.final_norm(rest)(hidden[-1])
+    return [*hidden[:-1], normed, stream.head(rest)(normed)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.inference_mode()
+def test_streaming_layer_by_layer_is_the_whole_model_bit_for_bit(family: Path, dtype: torch.dtype, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(family, dtype=dtype).eval()
+    model.save_pretrained(tmp_path)
+    ids_NL = torch.randint(3, 96, (2, 20), generator=torch.Generator().manual_seed(1))
+    whole = model(ids_NL, output_hidden_states=True, use_cache=False)
+    parts = streamed(tmp_path, ids_NL)
+    for mine, theirs in zip(parts, [*whole.hidden_states, whole.logits], strict=True):
+        assert torch.equal(mine, theirs)
