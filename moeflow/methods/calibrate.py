@@ -8,17 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
 
-from moeflow.arch import Config, arch_of
 from moeflow.methods.fetch import Model
-from moeflow.model.checkpoint import Tensors
-from moeflow.model.observe import OBSERVED, Recorder
-from moeflow.model.router import Router
+from moeflow.model.layout import read_config
 from moeflow.model.spec import HiddenSpec, LayerSpec, ObservedSpec, RestSpec, TokensSpec, file_bytes, precision
-from moeflow.model.stream import EXPERTS, Stream
 from moeflow.step import Artifact, Context, Part, Spec, Step, step
 
 HIDDEN = "hidden.safetensors"
@@ -120,15 +113,14 @@ def _embed_spec(rest: RestSpec, tokens: TokensSpec, *, first: int, count: int, d
 
 
 @step("calibrate.embed", version=1, spec=_embed_spec)
-@torch.inference_mode()
 def embed(context: Context, rest: Artifact, tokens: Artifact, *, first: int, count: int, dtype: str) -> None:
     """The hidden states [N, L, D] of `count` sequences from the `first` on, before the first layer."""
-    stream = _stream(Tensors.config(rest), dtype)
+    import torch
+
+    from moeflow.model import passes
+
     ids_NL = torch.from_numpy(np.load(tokens.file("tokens.npy"))[first : first + count].astype(np.int64))
-    vocabulary = int(stream.config["vocab_size"])
-    if len(ids_NL) and not 0 <= int(ids_NL.min()) <= int(ids_NL.max()) < vocabulary:
-        raise ValueError(f"token ids reach from {ids_NL.min()} to {ids_NL.max()}, but the model's vocabulary has {vocabulary}")
-    save_file({"hidden_NLD": stream.embed(Tensors(rest), ids_NL).cpu().contiguous()}, context.out / HIDDEN)
+    passes.embed(read_config(rest), rest, ids_NL, context.out / HIDDEN, dtype=dtype)
 
 
 def _pass_spec(hidden: HiddenSpec | ObservedSpec, layers: tuple[LayerSpec, ...]) -> tuple[HiddenSpec, int, int]:
@@ -145,19 +137,16 @@ def _advance_spec(config: RestSpec, hidden: Any, *layer_specs: LayerSpec, layers
 
 
 @step("calibrate.advance", version=1, spec=_advance_spec)
-@torch.inference_mode()
 def advance(
     context: Context, config: Artifact, hidden: Artifact, *files: Artifact, layers: list[int], batch: int, dtype: str
 ) -> None:
     """The hidden states behind consecutive `layers`, whose files follow each other in the inputs."""
-    stream = _stream(Tensors.config(config), dtype)
-    states_NLD = load_file(hidden.file(HIDDEN))["hidden_NLD"]
-    for at, (layer, file) in enumerate(zip(layers, files, strict=True)):
-        module = stream.layer(Tensors(file.file("layer.safetensors")), layer)
-        for done, part_nLD in _batches(states_NLD, batch):
-            part_nLD.copy_(_forward(stream, module, layer, part_nLD))
-            _progress(context, at, len(layers), done, states_NLD)
-    save_file({"hidden_NLD": states_NLD}, context.out / HIDDEN)
+    from moeflow.model import passes
+
+    given = [(i, f.file("layer.safetensors")) for i, f in zip(layers, files, strict=True)]
+    passes.through(
+        read_config(config), hidden.file(HIDDEN), given, context.out / HIDDEN, batch=batch, dtype=dtype, progress=context.progress
+    )
 
 
 def _observe_spec(
@@ -185,55 +174,15 @@ def _observe_spec(
 
 
 @step("calibrate.observe", version=1, spec=_observe_spec)
-@torch.inference_mode()
 def observe(
     context: Context, config: Artifact, hidden: Artifact, *files: Artifact,
     layers: list[int], batch: int, record: int, per_expert: int, residual: bool, dtype: str,
 ) -> None:  # fmt: skip
     """`advance`, and beside the hidden states one file per MoE layer with what a `Recorder` saw in it."""
-    stream = _stream(Tensors.config(config), dtype, OBSERVED)
-    states_NLD = load_file(hidden.file(HIDDEN))["hidden_NLD"]
-    moe_layers = set(arch_of(stream.config).moe_layers(stream.config))
-    for at, (layer, file) in enumerate(zip(layers, files, strict=True)):
-        tensors = Tensors(file.file("layer.safetensors"))
-        module = stream.layer(tensors, layer)
-        recorder = None
-        if layer in moe_layers:
-            bias = stream.arch.router_bias
-            bias_E = None if bias is None else tensors[bias.format(layer=layer)].float()
-            router = Router.of(stream.arch, stream.config, bias_E)
-            experts = tensors.info[stream.arch.router.format(layer=layer)].shape[0]
-            recorder = Recorder(stream.arch, router, experts, budget=record, per_expert=per_expert, residual=residual)
-        for done, part_nLD in _batches(states_NLD, batch):
-            part_nLD.copy_(_forward(stream, module, layer, part_nLD, recorder))
-            _progress(context, at, len(layers), done, states_NLD)
-        if recorder is not None:
-            save_file(recorder.result(), context.out / file_of(layer))
-        del module
-    save_file({"hidden_NLD": states_NLD}, context.out / HIDDEN)
+    from moeflow.model import passes
 
-
-def _stream(config: Config, dtype: str, experts: str = EXPERTS) -> Stream:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Stream(config, device=device, dtype=getattr(torch, precision(config, dtype)), experts=experts)
-
-
-def _batches(states_NLD: Tensor, batch: int):  # type: ignore[no-untyped-def]
-    done = 0
-    for part_nLD in states_NLD.split(batch):
-        done += len(part_nLD)
-        yield done, part_nLD
-
-
-def _forward(stream: Stream, module: nn.Module, layer: int, part_nLD: Tensor, recorder: Recorder | None = None) -> Tensor:
-    h_nLD = part_nLD.to(stream.device)
-    arguments = stream.arguments(layer, h_nLD)
-    if recorder is None:
-        return module(h_nLD, **arguments)
-    with recorder.on(module):
-        return module(h_nLD, **arguments)
-
-
-def _progress(context: Context, at: int, layers: int, sequences: int, states_NLD: Tensor) -> None:
-    n, length = states_NLD.shape[:2]
-    context.progress((at * n + sequences) * length, layers * n * length, "token layers")
+    given = [(i, f.file("layer.safetensors")) for i, f in zip(layers, files, strict=True)]
+    passes.through(
+        read_config(config), hidden.file(HIDDEN), given, context.out / HIDDEN, batch=batch, dtype=dtype, progress=context.progress,
+        recorded=lambda i: context.out / file_of(i), budget=record, per_expert=per_expert, residual=residual,
+    )  # fmt: skip

@@ -43,7 +43,7 @@ def aimer(moe: MoELayer, stats: Stats, seed: int) -> Tensor:
     return torch.stack(scores)
 
 
-CRITERIA: dict[str, Callable[[MoELayer, Stats, int], Tensor]] = {
+SCORES: dict[str, Callable[[MoELayer, Stats, int], Tensor]] = {
     "random": random_order,
     "frequency": frequency,
     "router_score": router_score,

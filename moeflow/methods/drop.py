@@ -11,8 +11,7 @@ from moeflow import __version__
 from moeflow.arch import Config, arch_of
 from moeflow.methods.choose import read_choice
 from moeflow.methods.fetch import INDEX, Model
-from moeflow.model import checkpoint
-from moeflow.model.checkpoint import Tensors
+from moeflow.model.layout import headers, kept, read_config
 from moeflow.model.spec import CheckpointSpec, LayerSpec, RestSpec, file_bytes
 from moeflow.step import Artifact, Context, Spec, Step, step
 
@@ -22,7 +21,7 @@ def _drop_spec(rest: RestSpec, given: LayerSpec, chosen: Any, *, layer: int, kee
     arch.check_keep(rest.config, keep)
     if chosen["layer"] != layer or chosen["keep"] != keep:
         raise ValueError(f"the choice is for layer {chosen['layer']} and keeps {chosen['keep']}, not for layer {layer} and {keep}")
-    names = checkpoint.kept(given.tensors, rest.config, layer, list(range(keep)))
+    names = kept(given.tensors, rest.config, layer, list(range(keep)))
     table = {}
     for old, (new, sliced) in names.items():
         dtype, shape = given.tensors[old]
@@ -37,14 +36,18 @@ def experts(context: Context, config: Artifact, given: Artifact, chosen: Artifac
 
     Reads only what stays.
     """
-    tensors, choice = Tensors(given), read_choice(chosen)["keep"]
+    from moeflow.model import checkpoint
+
+    choice = read_choice(chosen)["keep"]
     if len(choice) != keep:
         raise ValueError(f"the choice keeps {len(choice)} experts of layer {layer}, not {keep}")
-    names = checkpoint.kept(tensors.info, Tensors.config(config), layer, choice)
-    found = {}
-    for done, (old, (new, sliced)) in enumerate(names.items()):
-        found[new] = tensors[old][choice] if sliced else tensors[old]
-        context.progress(done + 1, len(names), "tensors")
+    tensors = headers(given)
+    names = kept(tensors, read_config(config), layer, choice)
+    found: dict[str, Any] = {}
+    for old, tensor in checkpoint.read_many(given, {old: tensors[old] for old in names}):
+        new, sliced = names[old]
+        found[new] = tensor[choice] if sliced else tensor
+        context.progress(len(found), len(names), "tensors")
     checkpoint.save(found, context.out / "layer.safetensors")
 
 
@@ -78,7 +81,7 @@ def assemble(context: Context, rest: Artifact, *parts: Artifact, config: Config,
     for i, (artifact, name) in enumerate(files):
         target = f"model-{i + 1:05d}-of-{len(files):05d}.safetensors"
         context.link(artifact, name, target)
-        for tensor, info in Tensors(artifact).info.items():
+        for tensor, info in headers(artifact).items():
             weight_map[tensor] = target
             total += info.nbytes
     _write(context.out / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})

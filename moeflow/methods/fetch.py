@@ -6,13 +6,11 @@ Hub shards straddle layers, so a fine-tune that touched one layer would look lik
 import fnmatch
 import json
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
-import torch
-
 from moeflow.arch import Config, arch_of
-from moeflow.model import checkpoint
-from moeflow.model.checkpoint import DTYPES, TensorInfo, read_header
+from moeflow.model.layout import TensorInfo, read_header
 from moeflow.model.spec import LayerSpec, RestSpec, TensorTable, check_layer, file_bytes, tensor_bytes
 from moeflow.step import Artifact, Context, Spec, Step, step
 
@@ -125,7 +123,7 @@ def _layer_spec(*shards: Any, config: Config, layer: int, tensors: Table) -> Spe
 @step("fetch.layer", version=1, spec=_layer_spec)
 def layer(context: Context, *shards: Artifact, config: Config, layer: int, tensors: Table) -> None:
     """One decoder layer as `layer.safetensors`, under the hub's names. Raises ValueError where a weight is NaN or infinite."""
-    checkpoint.save(_gather(context, shards, tensors), context.out / "layer.safetensors")
+    _gather(context, shards, tensors, context.out / "layer.safetensors")
 
 
 def _rest_spec(texts: Any, *shards: Any, config: Config, files: list[str], tensors: Table, note: str) -> Spec:
@@ -145,24 +143,27 @@ def _rest_spec(texts: Any, *shards: Any, config: Config, files: list[str], tenso
 @step("fetch.rest", version=1, spec=_rest_spec)
 def rest(context: Context, texts: Artifact, *shards: Artifact, config: Config, files: list[str], tensors: Table, note: str) -> None:
     """What is no decoder layer: `rest.safetensors`, config.json, and the small files that travel with the checkpoint."""
-    checkpoint.save(_gather(context, shards, tensors), context.out / "rest.safetensors")
+    _gather(context, shards, tensors, context.out / "rest.safetensors")
     (context.out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     for name in files:
         context.link(texts, name)
 
 
-def _gather(context: Context, shards: tuple[Artifact, ...], tensors: Table) -> dict[str, torch.Tensor]:
+def _gather(context: Context, shards: tuple[Artifact, ...], tensors: Table, path: Path) -> None:
+    from moeflow.model import checkpoint
+
     found, done = {}, 0
     total = sum(stop - start for _, _, _, start, stop in tensors.values())
-    for name, (at, dtype, shape, start, stop) in tensors.items():
-        data = shards[at].read(shards[at].names()[0], start, stop)
-        tensor = torch.frombuffer(bytearray(data), dtype=DTYPES[dtype]).reshape(shape)
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise ValueError(f"{name} holds NaN or infinite weights; the checkpoint is damaged, fetch or train it again")
-        found[name] = tensor
-        done += stop - start
-        context.progress(done, total, "bytes")
-    return found
+    for at, shard in enumerate(shards):
+        (file,) = (n for n in shard.names() if n.endswith(".safetensors"))
+        here = {n: TensorInfo(file, t[1], tuple(t[2]), t[3], t[4]) for n, t in tensors.items() if t[0] == at}
+        for name, tensor in checkpoint.read_many(shard, here):
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                raise ValueError(f"{name} holds NaN or infinite weights; the checkpoint is damaged, fetch or train it again")
+            found[name] = tensor
+            done += tensor.nbytes
+            context.progress(done, total, "bytes")
+    checkpoint.save(found, path)
 
 
 def _tensors(source: Source) -> dict[str, TensorInfo]:

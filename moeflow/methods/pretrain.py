@@ -1,17 +1,6 @@
-"""Train a small Mixtral from nothing on some text, for demonstrations and tests: a model that has learned something.
+"""Train a small Mixtral from nothing on some text, for demonstrations and tests: a model that has learned something."""
 
-Shapes are suffixes: N sequences, L positions.
-"""
-
-import json
-import math
-from pathlib import Path
 from typing import Any
-
-import torch
-from tokenizers import ByteLevelBPETokenizer
-from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from moeflow.arch import MIXTRAL, Config
 from moeflow.methods.fetch import Model, layer, rest
@@ -19,8 +8,6 @@ from moeflow.model.spec import TensorTable, file_bytes, tensor_bytes
 from moeflow.step import Artifact, Context, Spec, step
 
 WEIGHTS = "model.safetensors"
-SAVED_EVERY = 50
-"""Optimizer steps between two partial states, from which an interrupted training goes on."""
 
 
 def mixtral(
@@ -42,7 +29,8 @@ def mixtral(
     config: Config = {
         "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "dtype": "float32", "vocab_size": vocabulary,
         "hidden_size": width, "intermediate_size": ffn, "num_hidden_layers": layers, "num_attention_heads": heads,
-        "num_key_value_heads": max(1, heads // 2), "head_dim": width // heads, "num_local_experts": experts, "num_experts_per_tok": 2,
+        "num_key_value_heads": max(1, heads // 2), "head_dim": width // heads, "num_local_experts": experts,
+        "num_experts_per_tok": 2,
         "max_position_embeddings": 4 * length, "sliding_window": None, "rms_norm_eps": 1e-5, "hidden_act": "silu",
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, "tie_word_embeddings": True,
         "router_aux_loss_coef": 0.01, "bos_token_id": 0, "eos_token_id": 1,
@@ -97,81 +85,9 @@ def _train_spec(*texts: Any, config: Config, length: int, batch: int, steps: int
 
 @step("pretrain.mixtral", version=1, spec=_train_spec, cpus=2)
 def train(context: Context, *texts: Artifact, config: Config, length: int, batch: int, steps: int, rate: float, seed: int) -> None:
-    """A byte-level BPE and a Mixtral trained on the texts, with AdamW and a cosine schedule; goes on from its last partial state."""
+    """A byte-level BPE and a Mixtral trained on the texts with AdamW; goes on from the last partial state."""
+    from moeflow.methods.training import train_mixtral
+
     files = [text.file(name) for text in texts for name in text.names()]
-    tokenizer = _tokenizer(files, config)
-    tokenizer.save_pretrained(context.out)
-    ids_T = torch.cat([_encoded(tokenizer, f) for f in files])
-    if len(ids_T) <= length:
-        raise ValueError(f"the texts give {len(ids_T):,} tokens; a sequence needs {length + 1:,}")
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)).train()
-    model.config._experts_implementation = "grouped_mm"
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.1)
-    warm = max(1, steps // 20)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda s: min((s + 1) / warm, 0.1 + 0.9 * (1 + math.cos(math.pi * s / steps)) / 2)
-    )
-    first, losses = _resumed(context, model, optimizer, schedule)
-    for at in range(first, steps):
-        ids_NL = _batch(ids_T, length, batch, torch.Generator().manual_seed(seed * 1_000_003 + at))
-        out = model(ids_NL, labels=ids_NL, output_router_logits=True, use_cache=False)
-        out.loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad(set_to_none=True)
-        losses.append(round(float(out.loss), 4))
-        context.progress((at + 1) * batch * length, steps * batch * length, "tokens")
-        if (at + 1) % SAVED_EVERY == 0:
-            _save(context, model, optimizer, schedule, at + 1, losses)
-    model.config.use_cache = True
-    model.eval().save_pretrained(context.out)
+    train_mixtral(context, files, config, length=length, batch=batch, steps=steps, rate=rate, seed=seed)
     (context.out / "config.json").unlink()  # the configuration is a parameter, and the steps behind this one write it
-    (context.out / "training.json").write_text(json.dumps({"tokens": len(ids_T), "loss": losses}) + "\n")
-    context.note(f"trained on {steps * batch * length:,} of {len(ids_T):,} tokens: loss {losses[0]:.2f} to {losses[-1]:.2f}")
-
-
-def _tokenizer(files: list[Path], config: Config) -> PreTrainedTokenizerFast:
-    bpe = ByteLevelBPETokenizer()
-    texts = (f.read_text(encoding="utf-8", errors="replace") for f in files)
-    bpe.train_from_iterator(
-        texts, vocab_size=int(config["vocab_size"]), special_tokens=["<s>", "</s>"], show_progress=False, min_frequency=2
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, bos_token="<s>", eos_token="</s>")
-
-
-def _encoded(tokenizer: PreTrainedTokenizerFast, file: Path) -> Tensor:
-    text = file.read_text(encoding="utf-8", errors="replace")
-    return torch.tensor([tokenizer.bos_token_id, *tokenizer(text, verbose=False)["input_ids"]])
-
-
-def _batch(ids_T: Tensor, length: int, batch: int, draw: torch.Generator) -> Tensor:
-    starts = torch.randint(0, len(ids_T) - length, (batch,), generator=draw)
-    return torch.stack([ids_T[s : s + length] for s in starts])
-
-
-def _save(context: Context, model: Any, optimizer: Any, schedule: Any, at: int, losses: list[float]) -> None:
-    folder = context.scratch / "state"
-    folder.mkdir(exist_ok=True)
-    state = {
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "schedule": schedule.state_dict(),
-        "at": at,
-        "losses": losses,
-    }
-    torch.save(state, folder / "state.pt")
-    context.save(folder)
-
-
-def _resumed(context: Context, model: Any, optimizer: Any, schedule: Any) -> tuple[int, list[float]]:
-    folder = context.resume()
-    if folder is None:
-        return 0, []
-    state = torch.load(folder / "state.pt", weights_only=True)
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    schedule.load_state_dict(state["schedule"])
-    context.note(f"goes on behind step {state['at']}")
-    return int(state["at"]), list(state["losses"])

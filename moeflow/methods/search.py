@@ -9,9 +9,9 @@ from functools import partial
 from moeflow.arch import arch_of
 from moeflow.methods import calibrate, drop
 from moeflow.methods.calibrate import Calibration
-from moeflow.methods.choose import choose
-from moeflow.methods.criteria import CRITERIA
+from moeflow.methods.choose import CRITERIA, choose
 from moeflow.methods.fetch import Model
+from moeflow.methods.subsets import ENUMERATE
 from moeflow.step import Part, Step
 
 
@@ -21,7 +21,7 @@ def layerwise(calibration: Calibration, *, keep: int, loss: str = "frobenius", s
     `loss`: "frobenius", the norm of the change over all tokens (the paper), or "batch-sum", the sum over batches of their norms
     (the authors' code). Gives the pruned model.
     """
-    return by_criterion(calibration, criterion="enumerate", keep=keep, loss=loss, seed=seed)
+    return by_criterion(calibration, criterion=ENUMERATE, keep=keep, loss=loss, seed=seed)
 
 
 def by_criterion(calibration: Calibration, *, criterion: str, keep: int, loss: str = "frobenius", seed: int = 0) -> Model:
@@ -50,7 +50,7 @@ def progressive(calibration: Calibration, *, keep: int, loss: str = "frobenius",
                 ).part(calibrate.file_of(i))
                 for h in hidden
             )  # fmt: skip
-            choice = _chosen(calibration, i, seen, calibration.observed[i], criterion="enumerate", keep=keep, loss=loss, seed=seed)
+            choice = _chosen(calibration, i, seen, calibration.observed[i], criterion=ENUMERATE, keep=keep, loss=loss, seed=seed)
             choices.append(choice)
             layer = dropped[i] = drop.experts(config, layer, choice, layer=i, keep=keep)
         hidden = tuple(calibrate.advance(config, h, layer, layers=[i], batch=batch, dtype=dtype) for h in hidden)

@@ -66,7 +66,7 @@ class Router:
             choice = self._limit_groups(choice, outside)
             value = choice if self.arch.score == "softmax" else value
         index = choice.topk(self.top_k, dim=-1).indices
-        weights = value.gather(-1, index)
+        weights = value.expand_as(choice).gather(-1, index)
         if self.normalize:
             weights = weights / (weights.sum(-1, keepdim=True) + (1e-20 if self.arch.score == "sigmoid" else 0.0))
         return weights * self.scale, index

@@ -8,18 +8,19 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from moeflow.arch import arch_of
-from moeflow.model.checkpoint import Tensors, read_config, read_moe
+from moeflow.model.checkpoint import Tensors, read_moe
+from moeflow.model.layout import Folder, read_config
 from moeflow.model.router import dense
 from moeflow.model.stream import Stream
 
 
 def block_of(model: torch.nn.Module, folder: Path, layer: int) -> torch.nn.Module:
-    return model.model.layers[layer].get_submodule(arch_of(read_config(folder)).block)
+    return model.model.layers[layer].get_submodule(arch_of(read_config(Folder(folder))).block)
 
 
 @torch.inference_mode()
 def test_our_layer_computes_what_transformers_computes(family: Path) -> None:
-    config = read_config(family)
+    config = read_config(Folder(family))
     x_TD = torch.randn(200, config["hidden_size"])
     model = AutoModelForCausalLM.from_pretrained(family).eval()
     for layer in arch_of(config).moe_layers(config):
@@ -33,7 +34,7 @@ def test_our_layer_computes_what_transformers_computes(family: Path) -> None:
 @torch.inference_mode()
 def test_forbidding_experts_is_slicing_them_out_of_the_router(family: Path) -> None:
     """The mask must reach the score by which the router chooses: for DeepSeek-V3 after the bias is added."""
-    config = read_config(family)
+    config = read_config(Folder(family))
     arch = arch_of(config)
     layer = arch.moe_layers(config)[-1]
     moe, kept = read_moe(Tensors(family), config, layer), [0, 2, 3, 4, 6, 7]
@@ -48,7 +49,7 @@ def test_forbidding_experts_is_slicing_them_out_of_the_router(family: Path) -> N
 
 @torch.inference_mode()
 def test_our_router_chooses_as_transformers_does(family: Path) -> None:
-    config = read_config(family)
+    config = read_config(Folder(family))
     arch = arch_of(config)
     layer = arch.moe_layers(config)[-1]
     x_TD = torch.randn(300, config["hidden_size"])
@@ -61,7 +62,7 @@ def test_our_router_chooses_as_transformers_does(family: Path) -> None:
 
 def streamed(folder: Path, ids_NL: Tensor) -> list[Tensor]:
     """Every hidden state of a model run layer by layer, and its logits."""
-    stream, tensors = Stream(read_config(folder)), Tensors(folder)
+    stream, tensors = Stream(read_config(Folder(folder))), Tensors(folder)
     layers = [{n: tensors[n] for n in tensors if n.startswith(f"model.layers.{i}.")} for i in range(3)]
     rest = {n: tensors[n] for n in tensors if ".layers." not in n}
     hidden = [stream.embed(rest, ids_NL)]

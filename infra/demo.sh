@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# Start a local Ray head, submit pipelines/tiny.py to it as a job, and stop the head again, also on Ctrl-C.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export PATH="$PWD/.venv/bin:$PATH"
+
+read -r gcs dashboard client <<<"$(python -c '
+import socket
+held = [socket.socket() for _ in range(3)]
+[s.bind(("127.0.0.1", 0)) for s in held]
+print(*(s.getsockname()[1] for s in held))')"
+session=$(mktemp -d "${TMPDIR:-/tmp}/moeflow-XXXXXX")
+RAY_AUTH_TOKEN=$(python -c 'import secrets; print(secrets.token_hex(32))')
+export RAY_AUTH_TOKEN RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0
+
+ray start --head --block --node-ip-address 127.0.0.1 --port "$gcs" --dashboard-host 127.0.0.1 --dashboard-port "$dashboard" \
+    --ray-client-server-port "$client" --temp-dir "$session" --disable-usage-stats >"$session/head.log" 2>&1 &
+head=$!
+stop() {
+    kill -TERM "$head" 2>/dev/null || true
+    wait "$head" 2>/dev/null || true
+    rm -rf "$session"
+}
+trap stop EXIT
+trap 'exit 130' INT TERM
+
+echo "demo: starting a Ray head"
+for _ in $(seq 120); do
+    kill -0 "$head" 2>/dev/null || { cat "$session/head.log" >&2; echo "demo: the Ray head did not start" >&2; exit 1; }
+    python -c "import urllib.request as u; u.urlopen('http://127.0.0.1:$dashboard/api/version', timeout=2)" 2>/dev/null && break
+    sleep 0.5
+done
+RAY_API_SERVER_ADDRESS="http://127.0.0.1:$dashboard" ray job submit --log-style record --working-dir . -- \
+    python pipelines/tiny.py --store "'$PWD/.moeflow/store'"

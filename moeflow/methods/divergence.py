@@ -1,0 +1,63 @@
+"""How far one model's predictions are from another's, from the hidden states that both leave behind their last layers.
+
+Shapes are suffixes: N sequences, L positions, T tokens, D model width, V vocabulary.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn.functional import cross_entropy, kl_div
+
+from moeflow.model.checkpoint import Tensors
+from moeflow.model.layout import Files, read_config
+from moeflow.model.passes import stream_of
+
+TOKENS_AT_ONCE = 1024
+
+
+@torch.inference_mode()
+def compared(
+    first: Files, second: Files, ids: np.ndarray, pairs: Sequence[tuple[Path, Path]],
+    *, dtype: str, progress: Callable[[int, int, str], None],
+) -> tuple[int, float, float, float, float]:  # fmt: skip
+    """Tokens predicted, the mean loss of both models, the KL divergence of the second from the first in nats, top-1 agreement.
+
+    `first` and `second` hold config.json, final norm and head; `ids` [N, L]; `pairs`: per shard of sequences the files with the
+    hidden states of both. A position counts where a token follows it.
+    """
+    heads = []
+    for rest in (first, second):
+        stream, tensors = stream_of(read_config(rest), dtype), Tensors(rest)
+        heads.append((stream.final_norm(tensors), stream.head(tensors)))
+    device = stream.device
+    ids_NL = torch.from_numpy(ids.astype(np.int64))
+    sums = torch.zeros(4, dtype=torch.float64)
+    seen, total = 0, ids_NL[:, 1:].numel()
+    sequences = iter(ids_NL)
+    for files in pairs:
+        both = [load_file(f)["hidden_NLD"] for f in files]
+        for n in range(len(both[0])):
+            target_T = next(sequences)[1:].to(device)
+            for at in range(0, len(target_T), TOKENS_AT_ONCE):
+                rows = slice(at, min(at + TOKENS_AT_ONCE, len(target_T)))
+                logits = [head(norm(h[n : n + 1, rows].to(device)))[0].float() for h, (norm, head) in zip(both, heads, strict=True)]
+                sums += _sums(logits[0], logits[1], target_T[rows])
+                seen += rows.stop - rows.start
+            progress(seen, total, "tokens")
+    nll_first, nll_second, divergence, agreement = (sums / seen).tolist()
+    return seen, nll_first, nll_second, divergence, agreement
+
+
+def _sums(first_TV: Tensor, second_TV: Tensor, target_T: Tensor) -> Tensor:
+    log_p, log_q = first_TV.log_softmax(-1), second_TV.log_softmax(-1)
+    parts = (
+        cross_entropy(first_TV, target_T, reduction="none"),
+        cross_entropy(second_TV, target_T, reduction="none"),
+        kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1),
+        first_TV.argmax(-1) == second_TV.argmax(-1),
+    )
+    return torch.stack([p.double().sum() for p in parts]).cpu()

@@ -1,0 +1,65 @@
+"""Load whole models as transformers does, and time them in turns."""
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging
+
+ROUNDS = 5
+DECODED = 32
+
+Pair = tuple[float, float]
+
+
+def device_and_memory() -> tuple[str, int]:
+    """Where models run here, and the bytes that are free there."""
+    if torch.cuda.is_available():
+        return "cuda", torch.cuda.mem_get_info()[0]
+    return "cpu", os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+@torch.inference_mode()
+def measure(
+    folders: Sequence[Path], device: str, length: int, progress: Callable[[int, int, str], None]
+) -> tuple[Pair, Pair, Pair]:
+    """Of two models: prefill and decode in tokens per second (medians of alternating rounds behind a warm-up), resident bytes.
+
+    Prefill is one sequence of `length` tokens, or as many as the models have positions for; decode goes on token by token.
+    """
+    logging.disable_progress_bar()
+    models: list[Any] = [AutoModelForCausalLM.from_pretrained(f, dtype="auto") for f in folders]
+    models = [m.to(device).eval() for m in models]
+    length = min(length, models[0].config.max_position_embeddings - DECODED - 1)
+    ids = torch.randint(0, models[0].config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0)).to(device)
+    times: list[list[Pair]] = [[] for _ in models]
+    for turn in range(ROUNDS + 1):
+        for model, taken in zip(models, times, strict=True):
+            once = _once(model, ids, device)
+            if turn:  # the first round warms up
+                taken.append(once)
+        progress(turn + 1, ROUNDS + 1, "rounds")
+    prefill = tuple(length / statistics.median(t[0] for t in taken) for taken in times)
+    decode = tuple(DECODED / statistics.median(t[1] for t in taken) for taken in times)
+    resident = tuple(sum(t.nbytes for t in {p.data_ptr(): p for p in [*m.parameters(), *m.buffers()]}.values()) for m in models)
+    return prefill, decode, resident  # type: ignore[return-value]
+
+
+def _once(model: Any, ids: torch.Tensor, device: str) -> Pair:
+    start = _now(device)
+    out = model(ids, use_cache=True)
+    middle = _now(device)
+    for _ in range(DECODED):
+        out = model(out.logits[:, -1:].argmax(-1), past_key_values=out.past_key_values, use_cache=True)
+    return middle - start, _now(device) - middle
+
+
+def _now(device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()

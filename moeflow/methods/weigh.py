@@ -1,0 +1,91 @@
+"""Weigh subsets of one layer's experts against each other on calibration tokens: the tensor side of `choose`.
+
+Shapes are suffixes: T tokens, D model width, E experts, S subsets, B batches.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moeflow.arch import Config
+from moeflow.methods.criteria import SCORES, best_by_score
+from moeflow.methods.errors import mask_of, squared_errors, squared_errors_direct
+from moeflow.methods.subsets import ENUMERATE, Subset, all_subsets
+from moeflow.model.checkpoint import Tensors, read_moe
+from moeflow.model.layout import Files
+from moeflow.model.spec import precision
+from moeflow.step import Context
+
+STATS = ("count_E", "weight_E", "score_E", "norm_E", "reap_E", "reap_sq_E", "tokens")
+
+
+@torch.inference_mode()
+def weigh(
+    context: Context, config: Config, layer_file: Files, shards: Sequence[Files], originals: Sequence[Files],
+    *, layer: int, keep: int, criterion: str, loss: str, batch_tokens: int, seed: int, dtype: str,
+) -> dict[str, Any]:  # fmt: skip
+    """The choice for one layer, with the loss of what was chosen, of the runner-up and of the baselines, as it is stored.
+
+    `shards`: what each shard of tokens showed in this layer; `originals`: what the same tokens show in it without a pruned prefix,
+    where the target is the original's output.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    precise = getattr(torch, precision(config, dtype))
+    moe = read_moe(Tensors(layer_file), config, layer).to(device=device, dtype=precise)
+    groups, experts = moe.router.groups, moe.num_experts
+    seen = [Tensors(s) for s in shards]
+    stats = add_stats(seen)
+    baselines = {n: tuple(best_by_score(score(moe, stats, seed + layer), keep, groups)) for n, score in SCORES.items()}
+    subsets = list(all_subsets(experts, keep, groups)) if criterion == ENUMERATE else list(dict.fromkeys(baselines.values()))
+    mask_SE = mask_of(subsets, experts, device)
+    evaluate = squared_errors if len(subsets) * moe.router.top_k > experts else squared_errors_direct
+    errors_B, square, tokens = [], 0.0, 0
+    for at, shard in enumerate(seen):
+        x_TD = _sample(shard)
+        goal_TD = _sample(Tensors(originals[at])) if originals else None
+        for rows in _batches(len(x_TD), batch_tokens):
+            target_tD = None if goal_TD is None else moe(goal_TD[rows].to(device, precise))
+            error_S, norm = evaluate(moe, x_TD[rows].to(device, precise), mask_SE, target_tD)
+            errors_B.append(error_S.cpu())
+            square += float(norm)
+        tokens += len(x_TD)
+        context.progress(at + 1, len(seen), "shards")
+    errors_BS = torch.stack(errors_B)
+    loss_S = errors_BS.sqrt().sum(0) if loss == "batch-sum" else errors_BS.sum(0).sqrt()
+    losses = dict(zip(subsets, loss_S.tolist(), strict=True))
+    picked = min(losses, key=lambda s: losses[s]) if criterion == ENUMERATE else baselines[criterion]
+    others = sorted((s for s in losses if s != picked), key=lambda s: losses[s])
+    of_output = losses[picked] / square**0.5 if square else 0.0
+    return {
+        "layer": layer,
+        "experts": experts,
+        "keep": list(picked),
+        "criterion": criterion,
+        "loss": {"kind": loss, "value": losses[picked], "of_output": of_output, "tokens": tokens},
+        "runner_up": _entry(others[0], losses) if others and criterion == ENUMERATE else None,
+        "baselines": {name: _entry(subset, losses) for name, subset in baselines.items()},
+        "losses": {",".join(map(str, s)): v for s, v in losses.items()},
+    }
+
+
+def add_stats(shards: Sequence[Tensors]) -> dict[str, Tensor]:
+    """The sums of all shards of one layer, added; the largest values, compared."""
+    total = {name: torch.stack([s[name] for s in shards]).sum(0) for name in STATS}
+    total["max_E"] = torch.stack([s["max_E"] for s in shards]).amax(0)
+    return total
+
+
+def _sample(shard: Tensors) -> Tensor:
+    """The MoE inputs [T, D] of the shard's first tokens, in order, without those that are there for a rare expert."""
+    return shard["x_RD"][: int(shard["sample"])]
+
+
+def _batches(rows: int, size: int) -> Iterator[slice]:
+    for at in range(0, rows, size or rows):
+        yield slice(at, at + (size or rows))
+
+
+def _entry(subset: Subset, losses: dict[Subset, float]) -> dict[str, Any]:
+    return {"keep": list(subset), "loss": losses[subset]}

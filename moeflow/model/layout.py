@@ -1,0 +1,137 @@
+"""Where tensors lie in safetensors files, and which of them are a layer's experts: headers and names, no torch."""
+
+import json
+import struct
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Protocol
+
+from moeflow.arch import Config, arch_of
+
+
+class Files(Protocol):
+    """What a reader needs of a folder: `moeflow.step.Artifact` has it, and so has `Folder`."""
+
+    def names(self) -> list[str]: ...
+    def size(self, name: str) -> int: ...
+    def read(self, name: str, start: int, stop: int) -> bytes: ...
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder on this machine, read like an artifact."""
+
+    path: Path
+
+    def names(self) -> list[str]:
+        return sorted(str(p.relative_to(self.path)) for p in self.path.rglob("*") if p.is_file())
+
+    def size(self, name: str) -> int:
+        return (self.path / name).stat().st_size
+
+    def read(self, name: str, start: int, stop: int) -> bytes:
+        with (self.path / name).open("rb") as file:
+            file.seek(start)
+            return file.read(stop - start)
+
+
+@dataclass(frozen=True)
+class SingleFile:
+    """One file on this machine, whatever it is called, read as the one safetensors file of a folder."""
+
+    path: Path
+
+    def names(self) -> list[str]:
+        return ["layer.safetensors"]
+
+    def size(self, name: str) -> int:
+        return self.path.stat().st_size
+
+    def read(self, name: str, start: int, stop: int) -> bytes:
+        return Folder(self.path.parent).read(self.path.name, start, stop)
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor lies: bytes [start, stop) of `file`."""
+
+    file: str
+    dtype: str  # as safetensors writes it: "BF16"
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+
+def read_header(file: str, size: int, read: Callable[[int, int], bytes]) -> dict[str, TensorInfo]:
+    """The tensors of one safetensors file of `size` bytes, of which `read(start, stop)` gives a range.
+
+    Raises ValueError where the file is cut short or no safetensors file at all.
+    """
+    try:
+        (length,) = struct.unpack("<Q", read(0, 8))
+        if length + 8 > size:
+            raise ValueError
+        header = json.loads(read(8, 8 + length))
+    except (ValueError, struct.error):
+        raise ValueError(f"{file} ({size:,} bytes) is truncated or no safetensors file; fetch it again") from None
+    tensors = {}
+    for name, entry in header.items():
+        if name != "__metadata__":
+            start, stop = (8 + length + at for at in entry["data_offsets"])
+            tensors[name] = TensorInfo(file, entry["dtype"], tuple(entry["shape"]), start, stop)
+    end = max((t.stop for t in tensors.values()), default=8 + length)
+    if end > size:
+        raise ValueError(f"{file} is truncated: it holds {size:,} of {end:,} bytes; fetch it again")
+    return tensors
+
+
+def headers(files: Files) -> dict[str, TensorInfo]:
+    """The tensors of all safetensors files of a folder or artifact."""
+    found: dict[str, TensorInfo] = {}
+    for name in (n for n in files.names() if n.endswith(".safetensors")):
+        found |= read_header(name, files.size(name), lambda a, b, name=name: files.read(name, a, b))  # type: ignore[misc]
+    return found
+
+
+def read_config(files: Files) -> Config:
+    """The config.json of a folder or artifact."""
+    return json.loads(files.read("config.json", 0, files.size("config.json")))
+
+
+def experts_in(names: Iterable[str], config: Config, layer: int) -> int:
+    """The number of routed experts that a layer's tensor names speak of: 0 for a dense layer."""
+    first = arch_of(config).gate.format(layer=layer, expert="\0").split("\0")
+    return len({n for n in names if n.startswith(first[0]) and n.endswith(first[1])})
+
+
+def kept(names: Iterable[str], config: Config, layer: int, experts: list[int]) -> dict[str, tuple[str, bool]]:
+    """How a layer's file is rewritten when only `experts` stay: old name to (new name, whether its rows are sliced).
+
+    A name that is not in the answer is dropped. Experts are renumbered from zero in the given order.
+    """
+    arch = arch_of(config)
+    renamed: dict[str, str] = {}
+    for new, old in enumerate(experts):
+        renamed |= dict(zip(arch.expert(layer, old), arch.expert(layer, new), strict=True))
+    first = arch.gate.format(layer=layer, expert="\0").split("\0")[0]
+    sliced = set(arch.router_tensors(layer))
+    answer = {}
+    for name in names:
+        if name.startswith(first):
+            # quantization scales and the like follow the matrix whose name they extend
+            stem = next((old for old in renamed if name == old or name.startswith(old + "_")), None)
+            if stem is not None:
+                answer[name] = (renamed[stem] + name[len(stem) :], False)
+        else:
+            answer[name] = (name, name in sliced)
+    return answer

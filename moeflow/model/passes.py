@@ -1,0 +1,87 @@
+"""Take hidden states through decoder layers, one layer's weights at a time, and record what is seen on the way.
+
+Shapes are suffixes: N sequences, L positions, D model width. Reads inputs and writes files, and knows of no step.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from moeflow.arch import Config, arch_of
+from moeflow.model.checkpoint import Tensors
+from moeflow.model.layout import Files
+from moeflow.model.observe import OBSERVED, Recorder
+from moeflow.model.router import Router
+from moeflow.model.spec import precision
+from moeflow.model.stream import EXPERTS, Stream
+
+Progress = Callable[[int, int, str], None]
+
+
+@torch.inference_mode()
+def embed(config: Config, rest: Files, ids_NL: Tensor, out: Path, *, dtype: str) -> None:
+    """Write the hidden states of these token ids before the first layer. Raises ValueError for an id beyond the vocabulary."""
+    vocabulary = int(config["vocab_size"])
+    if len(ids_NL) and not 0 <= int(ids_NL.min()) <= int(ids_NL.max()) < vocabulary:
+        raise ValueError(f"token ids reach from {ids_NL.min()} to {ids_NL.max()}, but the model's vocabulary has {vocabulary}")
+    save_file({"hidden_NLD": stream_of(config, dtype).embed(Tensors(rest), ids_NL).cpu().contiguous()}, out)
+
+
+@torch.inference_mode()
+def through(
+    config: Config, hidden: Path, layers: Sequence[tuple[int, Path]], out: Path, *, batch: int, dtype: str, progress: Progress,
+    recorded: Callable[[int], Path] | None = None, **recording: Any,
+) -> None:  # fmt: skip
+    """Write the hidden states behind consecutive layers, given as (number, file), running `batch` sequences together.
+
+    With `recorded`, what a `Recorder` (made with `recording`) saw in each MoE layer is written to the file it names.
+    """
+    stream = stream_of(config, dtype, OBSERVED if recorded else EXPERTS)
+    states_NLD = load_file(hidden)["hidden_NLD"]
+    n, length = states_NLD.shape[:2]
+    for at, (layer, file) in enumerate(layers):
+        tensors = Tensors(file)
+        module = stream.layer(tensors, layer)
+        recorder = _recorder(stream, tensors, layer, **recording) if recorded else None
+        for done, part_nLD in _batches(states_NLD, batch):
+            part_nLD.copy_(_forward(stream, module, layer, part_nLD, recorder))
+            progress((at * n + done) * length, len(layers) * n * length, "token layers")
+        if recorded and recorder is not None:
+            save_file(recorder.result(), recorded(layer))
+        del module
+    save_file({"hidden_NLD": states_NLD}, out)
+
+
+def stream_of(config: Config, dtype: str, experts: str = EXPERTS) -> Stream:
+    """A model to be run layer by layer, on a GPU where there is one. `dtype` "auto": the checkpoint's own precision."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Stream(config, device=device, dtype=getattr(torch, precision(config, dtype)), experts=experts)
+
+
+def _recorder(stream: Stream, tensors: Tensors, layer: int, **recording: Any) -> Recorder | None:
+    arch = arch_of(stream.config)
+    if layer not in arch.moe_layers(stream.config):
+        return None
+    bias_E = None if arch.router_bias is None else tensors[arch.router_bias.format(layer=layer)].to(stream.device).float()
+    experts = tensors.info[arch.router.format(layer=layer)].shape[0]
+    return Recorder(arch, Router.of(arch, stream.config, bias_E), experts, **recording)
+
+
+def _batches(states_NLD: Tensor, batch: int) -> Iterator[tuple[int, Tensor]]:
+    done = 0
+    for part_nLD in states_NLD.split(batch):
+        done += len(part_nLD)
+        yield done, part_nLD
+
+
+def _forward(stream: Stream, module: nn.Module, layer: int, part_nLD: Tensor, recorder: Recorder | None) -> Tensor:
+    h_nLD = part_nLD.to(stream.device)
+    arguments = stream.arguments(layer, h_nLD)
+    if recorder is None:
+        return module(h_nLD, **arguments)
+    with recorder.on(module):
+        return module(h_nLD, **arguments)

@@ -1,0 +1,45 @@
+"""Mixtral 8x7B, the experts that matter least taken out of every layer (Lu et al., "Not All Experts are Equal", ACL 2024).
+
+    ray job submit --working-dir . -- python pipelines/mixtral.py --store s3://bucket/prefix -p keep=6
+
+The constants are the paper's: 128 sequences of 2,048 tokens of C4 in batches of 8, documents packed in groups of 1,000 with a
+beginning-of-sequence token each, bf16, every layer searched on its own.
+"""
+
+from moeflow.cli import main
+from moeflow.methods import calibrate, drop, evaluate, fetch
+from moeflow.methods import search as searches
+from moeflow.methods import tokens as text
+from moeflow.step import Step
+from moeflow.store.sources import Source
+from moeflow.store.texts import Texts
+
+MODEL = "mistralai/Mixtral-8x7B-v0.1"
+C4 = "hf://datasets/allenai/c4@main/en/c4-train.00000-of-01024.json.gz#text"
+WIKITEXT2 = "hf://datasets/Salesforce/wikitext@main/wikitext-2-raw-v1/test-00000-of-00001.parquet#text"
+
+
+def build(
+    model: Source = MODEL,
+    *,
+    tokens: Texts = Texts(C4),
+    heldout: Texts = Texts(WIKITEXT2),
+    keep: int = 6,
+    search: str = "layerwise",
+    loss: str = "frobenius",
+    batch: int = 8,
+    sequences: int = 128,
+    length: int = 2048,
+    heldout_sequences: int = 64,
+    seed: int = 42,
+) -> Step:
+    original = fetch.pinned(model)
+    matrix = text.of(tokens, original, sequences=sequences, length=length, seed=seed, bos=True, group=1000)
+    seen = calibrate.run(original, matrix, batch=batch, shard=4 * batch, stage=8)
+    pruned = searches.named(search)(seen, keep=keep, loss=loss, seed=seed)
+    reports = evaluate.compare(seen, pruned, heldout=heldout, sequences=heldout_sequences, length=length)
+    return drop.checkpoint_of(pruned).reporting(*reports)
+
+
+if __name__ == "__main__":
+    main(build)

@@ -1,0 +1,49 @@
+"""Run steps for a test: in this process, in a store of the test's own."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moeflow.methods import fetch
+from moeflow.methods.fetch import Model
+from moeflow.run import in_process
+from moeflow.run.outcome import Outcome
+from moeflow.step import Step, upstream
+from moeflow.store import Store
+from moeflow.store.sources import pin
+from moeflow.store.texts import Texts
+
+SHARED = Path(__file__).parents[2] / "shared"
+
+
+def store_in(folder: Path) -> Store:
+    return Store.open(str(folder / "store"))
+
+
+def run(store: Store, *targets: Step) -> Outcome:
+    return in_process.run([*targets, *(r for t in targets for r in t.reports)], store)
+
+
+def model_in(folder: Path, **options: Any) -> Model:
+    return fetch.pinned(pin(str(folder), kind="model"), **options)
+
+
+def matrix_of(folder: Path, *, sequences: int = 8, length: int = 16, vocabulary: int = 96, seed: int = 0) -> Texts:
+    """A file of random tokens."""
+    path = folder / f"tokens-{sequences}-{length}-{seed}.npy"
+    np.save(path, np.random.default_rng(seed).integers(3, vocabulary, (sequences, length)))
+    return Texts(str(path))
+
+
+def choices(store: Store, target: Step) -> dict[int, dict[str, Any]]:
+    """What was chosen for each layer on the way to a checkpoint."""
+    made = [s for s in upstream([target]) if s.name == "search.choose"]
+    return {s.params["layer"]: json.loads(store.artifact(s.key).file("choice.json").read_text()) for s in made}
+
+
+def reports(store: Store, target: Step) -> dict[str, dict[str, Any]]:
+    """The rows of all reports of a target, by name."""
+    rows = [json.loads(store.artifact(r.key).file("report.json").read_text())["rows"] for r in target.reports]
+    return {row["name"]: row for part in rows for row in part}

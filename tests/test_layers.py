@@ -1,0 +1,96 @@
+"""Who may import whom: the picture of the architecture. The order of `LAYERS` is it."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+LAYERS = [
+    "moeflow.step",
+    "moeflow.store",
+    "moeflow.arch",
+    "moeflow.model",
+    "moeflow.methods",
+    "moeflow.run",
+    "moeflow.report",
+    "moeflow.cli",
+    "pipelines",
+]
+ONLY_IN = {
+    "ray": {"moeflow.run"},
+    "boto3": {"moeflow.store"},
+    "botocore": {"moeflow.store"},
+    "huggingface_hub": {"moeflow.store"},
+    "torch": {"moeflow.model", "moeflow.methods"},
+    "transformers": {"moeflow.model", "moeflow.methods"},
+    "datasets": {"moeflow.methods"},
+}
+NEVER = {
+    ("moeflow.arch", "moeflow.step"),
+    ("moeflow.arch", "moeflow.store"),
+    ("moeflow.model", "moeflow.store"),
+    ("moeflow.methods", "moeflow.store"),
+    ("moeflow.run", "moeflow.arch"),
+    ("moeflow.run", "moeflow.model"),
+    ("moeflow.run", "moeflow.methods"),
+    ("moeflow.report", "moeflow.arch"),
+    ("moeflow.report", "moeflow.model"),
+    ("moeflow.report", "moeflow.methods"),
+    ("moeflow.cli", "moeflow.arch"),
+    ("moeflow.cli", "moeflow.model"),
+    ("moeflow.cli", "moeflow.methods"),
+}
+SOURCES = sorted([*ROOT.glob("moeflow/**/*.py"), *ROOT.glob("pipelines/*.py")])
+
+
+def layer_of(module: str) -> str | None:
+    return next((layer for layer in LAYERS if module == layer or module.startswith(layer + ".")), None)
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_down(path: Path) -> None:
+    here = layer_of(".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"))
+    for module in imports(path):
+        owners = ONLY_IN.get(module.split(".")[0])
+        assert owners is None or here in owners, f"{path.name} imports {module}, which belongs to {owners}"
+        there = layer_of(module)
+        if here and there:
+            assert LAYERS.index(there) <= LAYERS.index(here), f"{path.name} imports {module}, which stands above it"
+            assert (here, there) not in NEVER, f"{path.name} imports {module}: these two never meet"
+
+
+def python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("pipeline", sorted(p.stem for p in ROOT.glob("pipelines/*.py")))
+def test_a_pipeline_is_planned_without_torch(pipeline: str) -> None:
+    """Building a graph and finding it stored takes no second that importing torch would."""
+    loaded = python(f"import sys; sys.path.insert(0, 'pipelines'); import {pipeline}; print(*sys.modules)").split()
+    assert not {"torch", "transformers", "ray", "datasets"} & set(loaded)
+
+
+def test_the_tensor_code_runs_where_ray_and_boto3_are_not_installed() -> None:
+    python(
+        "import sys\n"
+        "sys.modules |= dict.fromkeys(('ray', 'boto3', 'botocore', 'deepspeed'))\n"
+        "import moeflow.arch, moeflow.model.passes, moeflow.model.observe\n"
+        "from moeflow.methods import calibrate, choose, criteria, divergence, drop, errors, evaluate, fetch, search, speed, timing\n"
+        "from moeflow.methods import pretrain, tokens, training, weigh\n"
+    )
