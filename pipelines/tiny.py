@@ -11,15 +11,24 @@ from moeflow.methods import tokens as text
 from moeflow.step import Step
 from moeflow.store.texts import Texts
 
-STDLIB = "python:stdlib"
+TRAINED_ON = "python:stdlib/[!s-z]*.py"
+HELD_OUT = "python:stdlib/[s-z]*.py"
 
 
-def build(texts: Texts = Texts(STDLIB), *, keep: int = 6, steps: int = 300, loss: str = "frobenius", seed: int = 0) -> Step:
+def build(
+    texts: Texts = Texts(TRAINED_ON),
+    *,
+    heldout: Texts = Texts(HELD_OUT),
+    keep: int = 6,
+    steps: int = 300,
+    loss: str = "frobenius",
+    seed: int = 0,
+) -> Step:
     original = pretrain.mixtral(texts, steps=steps, seed=seed)
     matrix = text.of(texts, original, sequences=64, length=128, seed=seed)
     seen = calibrate.run(original, matrix, batch=8, shard=32, stage=2)
     pruned = search.layerwise(seen, keep=keep, loss=loss, seed=seed)
-    reports = evaluate.compare(seen, pruned, heldout=texts, sequences=64, length=128, seed=seed + 1)
+    reports = evaluate.compare(seen, pruned, heldout=heldout, sequences=64, length=128)
     return drop.checkpoint_of(pruned).reporting(*reports)
 
 

@@ -91,6 +91,6 @@ def test_the_tensor_code_runs_where_ray_and_boto3_are_not_installed() -> None:
         "import sys\n"
         "sys.modules |= dict.fromkeys(('ray', 'boto3', 'botocore', 'deepspeed'))\n"
         "import moeflow.arch, moeflow.model.passes, moeflow.model.observe\n"
-        "from moeflow.methods import calibrate, choose, criteria, divergence, drop, errors, evaluate, fetch, search, speed, timing\n"
-        "from moeflow.methods import pretrain, tokens, training, weigh\n"
+        "from moeflow.methods import calibrate, choose, criteria, divergence, drop, errors, evaluate, fetch\n"
+        "from moeflow.methods import pretrain, search, speed, timing, tokens, training, weigh\n"
     )

@@ -31,7 +31,7 @@ def compare(
     if original.has_tokenizer:
         for entry in heldout.entries():
             matrix = tokens.of(_One(entry), original, sequences=sequences, length=length, seed=seed, bos=False)
-            plan.append((_name(entry.source.uri), matrix, _hidden(original, matrix, calibration), ""))
+            plan.append((_name(entry.source), matrix, _hidden(original, matrix, calibration), ""))
     else:
         note = "the model has no tokenizer: held-out text is left out, the loss on the token matrix stands for it"
         plan.append(("token matrix", calibration.tokens, calibration.ends, note))
@@ -62,8 +62,9 @@ class _One:
         return (self.entry,)
 
 
-def _name(uri: str) -> str:
-    return uri.rstrip("/").rsplit("/", 1)[-1].split("?")[0].split(".")[0]
+def _name(source: Any) -> str:
+    uri = source.uri if len(source.files) > 1 else source.files[0].name
+    return uri.rstrip("/").rsplit("/", 1)[-1].split("?")[0].split(".")[0].removeprefix("python:")
 
 
 def _size_spec(original: CheckpointSpec, compressed: CheckpointSpec) -> Spec:

@@ -34,7 +34,9 @@ def pruned(family: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     return family, folder / "out", {i: c["keep"] for i, c in running.choices(store, target).items()}
 
 
-def test_every_tensor_is_accounted_for_and_untouched_ones_are_bit_identical(pruned: tuple[Path, Path, dict[int, list[int]]]) -> None:
+def test_every_tensor_is_accounted_for_and_untouched_ones_are_bit_identical(
+    pruned: tuple[Path, Path, dict[int, list[int]]],
+) -> None:
     folder, out, kept = pruned
     before, after = Tensors(folder), Tensors(out)
     arch = arch_of(read_config(Folder(folder)))

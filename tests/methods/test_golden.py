@@ -42,7 +42,8 @@ def pruned(
     """The folder that `pull` leaves, what `show` says of it, and what the authors' code made."""
     folder = tmp_path_factory.getbasetemp() / "golden"
     store, keep = str(folder / "store"), request.param
-    given = {"model": GOLDEN / "model", "tokens": GOLDEN / "tokens.npy", "keep": keep, "search": search, "loss": "batch-sum", "batch": 2}
+    given = {"model": GOLDEN / "model", "tokens": GOLDEN / "tokens.npy", "keep": keep, "search": search}
+    given |= {"loss": "batch-sum", "batch": 2}
     words = [w for name, value in given.items() for w in ("-p", f"{name}={value}")]
     told = json.loads(moeflow("run", str(PIPELINE), *words, "--store", store, "--json").splitlines()[-1])
     out = folder / f"{search}-{keep}"

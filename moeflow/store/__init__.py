@@ -1,0 +1,31 @@
+"""Immutable folders by key, on a disk or in S3, and the names people give them."""
+
+from moeflow.store.artifact import StoredArtifact
+from moeflow.store.blobs import Blobs, Entry, LocalBlobs, S3Blobs, open_blobs
+from moeflow.store.errors import CorruptBlob, MissingSource, NotStored, StoreError
+from moeflow.store.index import Found, Index
+from moeflow.store.manifest import File, Input, Manifest, Record, input_digest, part_digest
+from moeflow.store.store import Committed, Store
+
+__all__ = [
+    "Blobs",
+    "Committed",
+    "CorruptBlob",
+    "Entry",
+    "File",
+    "Found",
+    "Index",
+    "Input",
+    "LocalBlobs",
+    "Manifest",
+    "MissingSource",
+    "NotStored",
+    "Record",
+    "S3Blobs",
+    "Store",
+    "StoreError",
+    "StoredArtifact",
+    "input_digest",
+    "open_blobs",
+    "part_digest",
+]

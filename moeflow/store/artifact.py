@@ -1,0 +1,102 @@
+"""One stored folder as a step reads it: files arrive on first use, ranges without the rest. Knows no recipes."""
+
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+from threading import Lock
+
+from moeflow.store import names
+from moeflow.store.blobs import Blobs
+from moeflow.store.cache import NodeCache, lost, verify
+from moeflow.store.manifest import File, Manifest, part_digest
+
+
+class StoredArtifact:
+    """Implements `moeflow.step.Artifact`. `reads` is how many bytes were asked of it, each file and range once.
+
+    Whole files are verified against their digests, and stay while the artifact is held; ranges are not verified.
+    """
+
+    def __init__(self, blobs: Blobs, cache: NodeCache, manifest: Manifest, prefix: str = "", scratch: Path | None = None) -> None:
+        self.manifest, self.prefix, self.reads = manifest, prefix, 0
+        self._blobs, self._cache, self._scratch = blobs, cache, scratch
+        self.files: Mapping[str, File] = {n: f for n, f in sorted(manifest.files.items()) if n.startswith(prefix)}
+        self._asked: set[tuple[str, int, int]] = set()
+        self._lock = Lock()
+
+    @property
+    def key(self) -> str:
+        return f"{self.manifest.key}/{self.prefix}" if self.prefix else self.manifest.key
+
+    @cached_property
+    def digest(self) -> str:
+        return part_digest(self.manifest, self.prefix)
+
+    def names(self) -> list[str]:
+        return [*self.files]
+
+    def size(self, name: str) -> int:
+        return self._file(name).size
+
+    def file(self, name: str) -> Path:
+        file = self._file(name)
+        self._count(name, 0, file.size)
+        if (lies := self._blobs.local(names.blob(file.sha256))) is not None:
+            verify(lies, file, self._blobs, self.manifest.key)
+            return lies
+        return self._cache.hold(self._blobs, file, self._opened / file.sha256, self.manifest.key)
+
+    def read(self, name: str, start: int, stop: int) -> bytes:
+        file = self._file(name)
+        stop = min(stop, file.size)
+        self._count(name, start, stop)
+        blob = names.blob(file.sha256)
+        if (lies := self._blobs.local(blob) or self._cache.has(file)) is not None:
+            try:
+                with lies.open("rb") as opened:
+                    opened.seek(start)
+                    return opened.read(max(0, stop - start))
+            except FileNotFoundError:  # given up by the cache between two lines
+                pass
+        try:
+            return self._blobs.read(blob, start, stop)
+        except FileNotFoundError:
+            raise lost(self._blobs, file, self.manifest.key) from None
+
+    def folder(self) -> Path:
+        missing = [(n, f) for n, f in self.files.items() if not (self._folder / n).exists()]
+        for name, file in self.files.items():
+            self._count(name, 0, file.size)
+
+        def bring(item: tuple[str, File]) -> None:
+            self._cache.link(self._blobs, item[1], self._folder / item[0], self.manifest.key)
+
+        with ThreadPoolExecutor(8) as pool:
+            [*pool.map(bring, missing)]
+        self._folder.mkdir(parents=True, exist_ok=True)  # where there are no files
+        return self._folder
+
+    @cached_property
+    def _folder(self) -> Path:
+        if self._scratch is not None:
+            return self._scratch
+        return self._opened / "folder"
+
+    @cached_property
+    def _opened(self) -> Path:
+        self._temporary = self._cache.open()  # goes when the artifact does
+        return Path(self._temporary.name)
+
+    def _file(self, name: str) -> File:
+        if name not in self.files:
+            known = ", ".join([*self.files][:20]) + (", ..." if len(self.files) > 20 else "")
+            raise FileNotFoundError(f"{self.key} has no file {name!r}; it has: {known or 'none'}")
+        return self.files[name]
+
+    def _count(self, name: str, start: int, stop: int) -> None:
+        with self._lock:
+            whole = (name, 0, self.files[name].size)
+            if (name, start, stop) not in self._asked and whole not in self._asked:
+                self._asked.add((name, start, stop))
+                self.reads += max(0, stop - start)

@@ -1,0 +1,51 @@
+"""What can go wrong with stored bytes, each in one line that ends with the way out. Knows no step and no runner."""
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+class StoreError(Exception):
+    """The store cannot do what was asked: no bucket, no permission, no space, no conditional writes."""
+
+
+class CorruptBlob(StoreError):
+    """The bytes under a digest do not have that digest, or are gone."""
+
+
+class NotStored(KeyError):
+    """Nothing is stored under that key or name."""
+
+    def __str__(self) -> str:  # KeyError would print its message in quotation marks
+        return str(self.args[0])
+
+
+class MissingSource(ValueError):
+    """A source that is not there, or that is not what it was when it was pinned."""
+
+
+def bytes_text(n: float) -> str:
+    """`n` bytes for people: 1536 is "1.5 KiB"."""
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if n < 1024:
+            return f"{n:.0f} {unit}" if unit == "bytes" else f"{n:.1f} {unit}"
+        n /= 1024
+    return f"{n:.1f} TiB"
+
+
+@contextmanager
+def disk(where: Path, need: int = 0, instead: str = "pass another --store") -> Iterator[None]:
+    """Turn a full, read-only or forbidden disk under `where` into one line; `need` bytes were to be written."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            free = f"free {bytes_text(need)}" if need else "free some"
+            raise StoreError(f"no space left on {where}; {free} or {instead}") from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            at = error.filename or where
+            raise StoreError(f"no permission for {at}; make {where} readable and writable or {instead}") from error
+        if error.errno == errno.ENAMETOOLONG:
+            raise StoreError(f"a name is too long for the disk under {where}: {error.filename!r}; {instead}") from error
+        raise

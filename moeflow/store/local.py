@@ -1,0 +1,154 @@
+"""Named bytes in a folder: whole files only, taken over by hard link where that is possible. Knows no manifests."""
+
+import errno
+import os
+import shutil
+import stat
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from moeflow.store.errors import StoreError, disk
+from moeflow.store.names import Entry
+
+NO_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+
+
+@dataclass(frozen=True)
+class LocalBlobs:
+    root: Path
+
+    @property
+    def url(self) -> str:
+        return str(self.root)
+
+    def exists(self, name: str) -> bool:
+        return self.stat(name) is not None
+
+    def stat(self, name: str) -> Entry | None:
+        try:
+            with disk(self.root):
+                found = (self.root / name).stat()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        if not stat.S_ISREG(found.st_mode):
+            return None
+        return Entry(name, found.st_size, found.st_mtime)
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
+        with disk(self.root), (self.root / name).open("rb") as file:
+            file.seek(start)
+            return file.read(-1 if stop is None else max(0, stop - start))
+
+    def download(self, name: str, path: Path) -> None:
+        shutil.copyfile(self.root / name, path)
+
+    def upload(self, path: Path, name: str, *, take: bool = False) -> None:
+        with disk(self.root, path.stat().st_size):
+            half = self._half()
+            try:
+                # A file with other names, or behind a symbolic link, belongs to somebody else as well: copy it.
+                if not (take and not path.is_symlink() and path.stat().st_nlink == 1 and _linked(path, half)):
+                    shutil.copyfile(path, half)
+                half.chmod(0o444)
+                os.utime(half)  # its age as a blob begins now
+                target = self.root / name
+                _beneath(target, lambda: half.replace(target))
+            finally:
+                half.unlink(missing_ok=True)
+
+    def create(self, name: str, data: bytes) -> bool:
+        with disk(self.root, len(data)):
+            half = self._half()
+            target = self.root / name
+            try:
+                half.write_bytes(data)
+                _beneath(target, lambda: os.link(half, target))  # unlike replace, link refuses a name that is taken
+            except FileExistsError:
+                return False
+            finally:
+                half.unlink(missing_ok=True)
+            return True
+
+    def list(self, prefix: str) -> Iterator[Entry]:
+        above, _, stem = prefix.rpartition("/")
+        with disk(self.root):
+            yield from self._walk(above, stem)
+
+    def delete(self, names: Iterable[str]) -> None:
+        with disk(self.root):
+            for name in names:
+                path = self.root / name
+                path.unlink(missing_ok=True)
+                if path.parent != self.root:
+                    with suppress(OSError):  # not empty, or filled by somebody else meanwhile
+                        path.parent.rmdir()
+
+    def touch(self, name: str) -> None:
+        with disk(self.root):
+            os.utime(self.root / name)
+
+    def local(self, name: str) -> Path | None:
+        path = self.root / name
+        return path if path.is_file() else None
+
+    def sweep(self, before: float) -> None:
+        self.delete([e.name for e in self.list("halves/") if e.modified < before])
+
+    def check(self) -> None:
+        with disk(self.root):
+            if self.root.exists() and not self.root.is_dir():
+                raise StoreError(f"store {self.root} is a file; give a folder or s3://bucket/prefix")
+        try:
+            if self.create("probe", b"") and self.create("probe", b""):
+                raise StoreError(f"the disk under {self.root} lets two writers have one name; use another folder or S3")
+        except NotADirectoryError as error:
+            raise StoreError(f"store {self.root} lies under a file; give a folder or s3://bucket/prefix") from error
+        except OSError as error:
+            if error.errno in NO_LINK:
+                raise StoreError(f"the disk under {self.root} knows no hard links; use another folder or S3") from error
+            raise
+
+    def _half(self) -> Path:
+        """A free name, on the same disk, for what is not whole yet."""
+        folder = self.root / "halves"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / uuid.uuid4().hex
+
+    def _walk(self, folder: str, stem: str) -> Iterator[Entry]:
+        try:
+            found = sorted(os.scandir(self.root / folder), key=lambda e: e.name)
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        for entry in found:
+            if not entry.name.startswith(stem):
+                continue
+            name = f"{folder}/{entry.name}" if folder else entry.name
+            if entry.is_dir(follow_symlinks=False):
+                yield from self._walk(name, "")
+                continue
+            with suppress(FileNotFoundError):  # deleted since the folder was read
+                about = entry.stat()
+                yield Entry(name, about.st_size, about.st_mtime)
+
+
+def _beneath(target: Path, put: Callable[[], object]) -> None:
+    """Put something at `target`, whose folder another process may be removing because it has just become empty."""
+    for _ in range(8):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):
+            put()
+            return
+    put()
+
+
+def _linked(path: Path, at: Path) -> bool:
+    try:
+        os.link(path, at)
+    except OSError as error:
+        if error.errno in NO_LINK:
+            return False
+        raise
+    return True

@@ -1,0 +1,46 @@
+"""The names under which a store keeps things, and the digests they are made of. Makes no requests."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from moeflow.step import canonical
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of a listing."""
+
+    name: str
+    size: int  # bytes
+    modified: float  # seconds since the epoch
+
+
+def blob(sha256: str) -> str:
+    return f"blobs/{sha256[:2]}/{sha256}"
+
+
+def manifest(key: str) -> str:
+    return f"manifests/{key}.json"
+
+
+def marker(key: str, content: str, digest: str, source: str, size: int) -> str:
+    """An empty object that tells a bulk listing what it would else have to read manifests for."""
+    return f"found/{key}/{content.rpartition('-')[2] or '0'}-{digest}-{source[:8] or '0'}-{size}"
+
+
+def digest_of(files: Mapping[str, str]) -> str:
+    """The digest of a folder, from the SHA-256 of each file by name: 32 hex digits, like keys."""
+    return hashlib.sha256(b"moeflow.files/1\n" + canonical(dict(files))).hexdigest()[:32]
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def split_part(key: str) -> tuple[str, str]:
+    """The step's key and the prefix of `key` or `key/prefix`."""
+    step, _, prefix = key.partition("/")
+    return step, prefix

@@ -1,0 +1,78 @@
+"""What a source is made of, wherever it lies, and which of its files a model or a text is. Makes no requests."""
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Literal, Protocol
+
+from moeflow.store.errors import MissingSource
+
+Kind = Literal["model", "data"]
+Grow = Callable[[int], None]  # told how many more bytes have arrived
+
+MODEL_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".tiktoken", ".txt", ".md")
+MODEL_NAMES = re.compile(r"(LICEN[CS]E|NOTICE|USE_POLICY|COPYING).*", re.IGNORECASE)
+MODEL_FOLDERS = ("additional_chat_templates",)
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".txt", ".npy", ".csv", ".arrow", ".gz", ".zst", ".md", ".py")
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    name: str  # relative to the source
+    size: int  # bytes
+    pin: str  # "sha256:..." on a disk, "etag:...[/version]" in S3, the commit on the hub
+
+
+@dataclass(frozen=True)
+class Pinned:
+    uri: str  # one spelling per place, and the commit where there is one
+    revision: str  # the commit on the hub, else ""
+    files: tuple[SourceFile, ...]
+
+
+class Place(Protocol):
+    """One kind of place that sources come from; `folder.py`, `s3.py` and `hub.py` are these modules."""
+
+    BY_PARTS: bool  # whether `bring` can be asked for a part of a file
+
+    def pin(self, uri: str, kind: Kind) -> Pinned:
+        """Name what is there now. Raises MissingSource."""
+
+    def read(self, uri: str, file: SourceFile, start: int, stop: int) -> bytes:
+        """The bytes [start, stop) of what was pinned. Raises MissingSource where it has changed."""
+
+    def bring(self, uri: str, file: SourceFile, to: Path, grow: Grow, start: int, stop: int) -> None:
+        """Copy the bytes [start, stop) of what was pinned to `to`. Raises MissingSource where it has changed."""
+
+
+def chosen(names: Iterable[str], kind: Kind, where: str) -> list[str]:
+    """The files of a model (safetensors, configuration, tokenizer, licence; never code), or of a text; sorted.
+
+    Raises MissingSource where there are none, with the way to convert where a model is only there as a pickle.
+    """
+    names = sorted(n for n in names if not any(part.startswith(".") for part in n.split("/")))
+    if kind == "data":
+        if not (found := [n for n in names if n.endswith(DATA_SUFFIXES)]):
+            raise MissingSource(f"{where} holds no text; know {', '.join(DATA_SUFFIXES)}")
+        return found
+    found = [n for n in names if _of_model(PurePosixPath(n))]
+    if any(n.endswith(".safetensors") for n in found):
+        return found
+    if pickles := [n for n in names if n.endswith(PICKLES) and "/" not in n]:
+        raise MissingSource(
+            f"{where} holds its weights only as a pickle ({pickles[0]}), which can run code when read; convert it once "
+            "where that is safe: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW), and give NEW"
+        )
+    raise MissingSource(f"{where} holds no *.safetensors; give the folder of a checkpoint")
+
+
+def changed(what: str, pin: str, found: str) -> MissingSource:
+    return MissingSource(f"{what} has changed since it was pinned (was {pin}, is {found}); run again to pin it anew")
+
+
+def _of_model(name: PurePosixPath) -> bool:
+    if name.parent.as_posix() not in (".", *MODEL_FOLDERS):
+        return False
+    return name.suffix in MODEL_SUFFIXES or MODEL_NAMES.fullmatch(name.name) is not None

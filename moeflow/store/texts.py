@@ -1,0 +1,63 @@
+"""Texts by name: one string that says which sources are read, which columns of them, and in what proportion.
+
+    URI[#column[+column...]][*weight][, URI...]      for example  code.jsonl#text*2,s3://bucket/wiki/*.parquet#body
+
+It is taken apart when it is made, and its sources are pinned when they are first asked for. Reads no text.
+"""
+
+import math
+import re
+from dataclasses import dataclass
+from functools import cached_property
+
+from moeflow.store.sources import Source, pin
+
+WEIGHT = re.compile(r"\*(\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)$")
+
+
+@dataclass(frozen=True)
+class TextEntry:
+    source: Source
+    columns: tuple[str, ...]  # none: the text itself, or the column that its reader takes by itself
+    weight: float
+
+
+@dataclass(frozen=True)
+class Texts:
+    spec: str
+
+    def __post_init__(self) -> None:
+        _ = self._parsed
+
+    def entries(self) -> tuple[TextEntry, ...]:
+        """Each source, pinned. Raises MissingSource."""
+        return self._pinned
+
+    @property
+    def is_tokens(self) -> bool:
+        """Whether these are token numbers already: one local `.npy` matrix."""
+        uris = [uri for uri, _, _ in self._parsed]
+        return len(uris) == 1 and "://" not in uris[0] and uris[0].endswith(".npy")
+
+    @cached_property
+    def _pinned(self) -> tuple[TextEntry, ...]:
+        return tuple(TextEntry(pin(uri, kind="data"), columns, weight) for uri, columns, weight in self._parsed)
+
+    @cached_property
+    def _parsed(self) -> tuple[tuple[str, tuple[str, ...], float], ...]:
+        return tuple(_parse(part.strip(), self.spec) for part in self.spec.split(","))
+
+
+def _parse(part: str, spec: str) -> tuple[str, tuple[str, ...], float]:
+    weight = 1.0
+    if found := WEIGHT.search(part):
+        weight, part = float(found[1]), part[: found.start()]
+    uri, _, columns = part.partition("#")
+    if not uri:
+        raise ValueError(f"texts {spec!r}: an entry names no source; write URI[#column[+column]][*weight], ...")
+    if not (weight > 0 and math.isfinite(weight)):
+        raise ValueError(f"texts {spec!r}: the weight of {uri} is {weight:g}; weights are numbers above 0")
+    names = tuple(c for c in columns.split("+") if c)
+    if "#" in part and not names:
+        raise ValueError(f"texts {spec!r}: {uri}# names no column; write {uri}#text or leave the # away")
+    return uri, names, weight

@@ -1,0 +1,186 @@
+"""Names that people use: `name@1`, `name@2`, ... and labels that point at them: small records, never changed.
+
+Knows artifacts by key; what a name means for a pipeline is its caller's business.
+"""
+
+import json
+import re
+from builtins import list as list_
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from itertools import islice
+from typing import Any
+
+from moeflow.store import names
+from moeflow.store.errors import NotStored
+from moeflow.store.manifest import Manifest
+from moeflow.store.names import split_part
+from moeflow.store.store import THREADS, Store
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+KEY = re.compile(r".+-[0-9a-f]{32}")
+
+
+@dataclass(frozen=True)
+class Version:
+    name: str
+    n: int
+    key: str
+    created: str  # UTC, ISO 8601
+    reports: tuple[str, ...] = ()  # keys of the steps that describe it
+    record: Mapping[str, Any] = field(default_factory=dict)
+    labels: tuple[str, ...] = ()
+
+    @property
+    def ref(self) -> str:
+        return f"{self.name}@{self.n}"
+
+
+def publish(store: Store, name: str, key: str, *, record: Mapping[str, Any] | None = None, reports: Sequence[str] = ()) -> int:
+    """Make `key` the newest version of `name`; the number of it. Publishing what is newest already changes nothing.
+
+    `record` is kept as it is; a list of keys under "reports" in it joins `reports`. Raises ValueError, NotStored.
+    """
+    _named(name)
+    record = dict(record or {})
+    reports = [*dict.fromkeys([*reports, *record.get("reports", ())])]
+    if not store.has(key):
+        raise NotStored(f"{key} is not stored in {store.url}, so it cannot be published as {name}")
+    while True:
+        n = max(_numbers(store, f"versions/{name}/"), default=0)
+        if n and (newest := _read(store, name, n)).key == key and {*newest.reports} == {*reports}:
+            return n
+        about = {"name": name, "n": n + 1, "key": key, "created": _now(), "reports": reports, "record": record}
+        if store.blobs.create(_version(name, n + 1), json.dumps(about, indent=1).encode()):
+            return n + 1
+
+
+def resolve(store: Store, ref: str) -> Version | str:
+    """The version or key that `ref` means: "name@3", "name" (its newest), a label, a key, or how one key alone begins.
+
+    Raises NotStored, and ValueError where several keys begin so.
+    """
+    name, at, number = ref.partition("@")
+    if at:
+        if not number.isdigit():
+            raise ValueError(f"{ref!r}: a version is a number, as in {name}@1; see `moeflow ls`")
+        _named(name)
+        return _read(store, name, int(number))
+    if NAME.fullmatch(ref):
+        if numbers := _numbers(store, f"versions/{ref}/"):
+            return _read(store, ref, max(numbers))
+        if numbers := _numbers(store, f"labels/{ref}/"):
+            labelled = json.loads(store.blobs.read(_label(ref, max(numbers))))
+            return _read(store, labelled["name"], labelled["n"])
+    found = [e.name.removeprefix("manifests/").removesuffix(".json") for e in _few(store, f"manifests/{ref}")]
+    if len(found) == 1 or ref in found:
+        return ref if ref in found else found[0]
+    if found:
+        raise ValueError(f"{ref!r} is how several keys begin: {', '.join(found[:4])}...; write more of the key")
+    raise NotStored(f"{ref!r} is no version, label or key in {store.url}; see `moeflow ls`")
+
+
+def key_of(store: Store, ref: str) -> str:
+    """The key that `ref` means, as in `resolve`."""
+    found = resolve(store, ref)
+    return found if isinstance(found, str) else found.key
+
+
+def list(store: Store, name: str = "") -> tuple[Version, ...]:
+    """All versions, or those of one name, with the labels that point at them; by name, oldest first."""
+    entries = [e.name for e in store.blobs.list(f"versions/{name}/" if name else "versions/")]
+    labels = labelled(store)
+    with ThreadPoolExecutor(THREADS) as pool:
+        found = [*pool.map(lambda e: _parse(store.blobs.read(e)), entries)]
+    found.sort(key=lambda v: (v.name, v.n))
+    return tuple(replace(v, labels=tuple(k for k, at in labels.items() if at == v.ref)) for v in found)
+
+
+def labelled(store: Store) -> dict[str, str]:
+    """The labels, and the `name@n` that each points at now."""
+    newest: dict[str, str] = {}
+    for entry in sorted(e.name for e in store.blobs.list("labels/")):
+        newest[entry.split("/")[1]] = entry
+    read = {k: json.loads(store.blobs.read(at)) for k, at in newest.items()}
+    return {k: f"{r['name']}@{r['n']}" for k, r in read.items()}
+
+
+def promote(store: Store, ref: str, label: str) -> Version:
+    """Point `label` at a version; where it pointed before stays in its records. Raises ValueError, NotStored."""
+    _named(label)
+    version = resolve(store, ref)
+    if isinstance(version, str):
+        raise ValueError(f"{ref!r} is a key; only versions are promoted: publish it by running with --name")
+    if _numbers(store, f"versions/{label}/"):
+        raise ValueError(f"{label!r} is the name of versions; choose another label")
+    while True:
+        n = max(_numbers(store, f"labels/{label}/"), default=0)
+        if n:
+            now = json.loads(store.blobs.read(_label(label, n)))
+            if (now["name"], now["n"]) == (version.name, version.n):
+                return version
+        about = {"name": version.name, "n": version.n, "created": _now()}
+        if store.blobs.create(_label(label, n + 1), json.dumps(about).encode()):
+            return version
+
+
+def lineage(store: Store, key: str) -> dict[str, Manifest]:
+    """The manifest of `key` and of everything upstream of it, nearest first. Raises NotStored for `key` itself."""
+    store.manifest(key)
+    return reach(store, [key])
+
+
+def reach(store: Store, keys: Iterable[str]) -> dict[str, Manifest]:
+    """The manifests of `keys` and of all their inputs, level by level; those that are gone are left out."""
+    found: dict[str, Manifest] = {}
+    level = [split_part(k)[0] for k in keys]
+    while level:
+        found |= store.manifests(level)
+        tried = {*found, *level}
+        level = [*dict.fromkeys(u for k in level if k in found for u in _above(found[k]) if u not in tried)]
+    return found
+
+
+def _above(manifest: Manifest) -> list_[str]:
+    return [split_part(i.key)[0] for i in manifest.inputs]
+
+
+def _few(store: Store, prefix: str) -> list_[names.Entry]:
+    return [*islice(store.blobs.list(prefix), 5)]
+
+
+def _numbers(store: Store, prefix: str) -> list_[int]:
+    return [int(e.name.removeprefix(prefix).removesuffix(".json")) for e in store.blobs.list(prefix)]
+
+
+def _read(store: Store, name: str, n: int) -> Version:
+    try:
+        return _parse(store.blobs.read(_version(name, n)))
+    except FileNotFoundError:
+        there = sorted(_numbers(store, f"versions/{name}/"))
+        known = f"the newest is {name}@{there[-1]}" if there else f"there is no version of {name}; see `moeflow ls`"
+        raise NotStored(f"{name}@{n} is not in {store.url}; {known}") from None
+
+
+def _parse(data: bytes) -> Version:
+    raw = json.loads(data)
+    return Version(raw["name"], raw["n"], raw["key"], raw["created"], tuple(raw["reports"]), raw["record"])
+
+
+def _version(name: str, n: int) -> str:
+    return f"versions/{name}/{n:06d}.json"
+
+
+def _label(label: str, n: int) -> str:
+    return f"labels/{label}/{n:06d}.json"
+
+
+def _named(name: str) -> None:
+    if not NAME.fullmatch(name):
+        raise ValueError(f"name {name!r}: use at most 128 letters, digits, '.', '_', '-', not beginning with a sign")
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
