@@ -47,3 +47,8 @@ def reports(store: Store, target: Step) -> dict[str, dict[str, Any]]:
     """The rows of all reports of a target, by name."""
     rows = [json.loads(store.artifact(r.key).file("report.json").read_text())["rows"] for r in target.reports]
     return {row["name"]: row for part in rows for row in part}
+
+
+def array_of(matrix: Texts) -> np.ndarray:
+    """The array in a token file."""
+    return np.load(matrix.spec)

@@ -3,7 +3,7 @@
 Shapes are suffixes: N sequences, L positions, T tokens, D model width, V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,13 +21,13 @@ TOKENS_AT_ONCE = 1024
 
 @torch.inference_mode()
 def compared(
-    first: Files, second: Files, ids: np.ndarray, pairs: Sequence[tuple[Path, Path]],
+    first: Files, second: Files, ids: np.ndarray, first_states: Sequence[Path], second_states: Sequence[Path],
     *, dtype: str, progress: Callable[[int, int, str], None],
 ) -> tuple[int, float, float, float, float]:  # fmt: skip
     """Tokens predicted, the mean loss of both models, the KL divergence of the second from the first in nats, top-1 agreement.
 
-    `first` and `second` hold config.json, final norm and head; `ids` [N, L]; `pairs`: per shard of sequences the files with the
-    hidden states of both. A position counts where a token follows it.
+    `first` and `second` hold config.json, final norm and head; `ids` [N, L]; the states of each lie in files of as many sequences
+    as it likes. A position counts where a token follows it. Raises ValueError where a side has too few or too many sequences.
     """
     heads = []
     for rest in (first, second):
@@ -37,19 +37,22 @@ def compared(
     ids_NL = torch.from_numpy(ids.astype(np.int64))
     sums = torch.zeros(4, dtype=torch.float64)
     seen, total = 0, ids_NL[:, 1:].numel()
-    sequences = iter(ids_NL)
-    for files in pairs:
-        both = [load_file(f)["hidden_NLD"] for f in files]
-        for n in range(len(both[0])):
-            target_T = next(sequences)[1:].to(device)
-            for at in range(0, len(target_T), TOKENS_AT_ONCE):
-                rows = slice(at, min(at + TOKENS_AT_ONCE, len(target_T)))
-                logits = [head(norm(h[n : n + 1, rows].to(device)))[0].float() for h, (norm, head) in zip(both, heads, strict=True)]
-                sums += _sums(logits[0], logits[1], target_T[rows])
-                seen += rows.stop - rows.start
-            progress(seen, total, "tokens")
+    for ids_L, *both in zip(ids_NL, _sequences(first_states), _sequences(second_states), strict=True):
+        target_T = ids_L[1:].to(device)
+        for at in range(0, len(target_T), TOKENS_AT_ONCE):
+            rows = slice(at, min(at + TOKENS_AT_ONCE, len(target_T)))
+            logits = [head(norm(h_LD[None, rows].to(device)))[0].float() for h_LD, (norm, head) in zip(both, heads, strict=True)]
+            sums += _sums(logits[0], logits[1], target_T[rows])
+            seen += rows.stop - rows.start
+        progress(seen, total, "tokens")
     nll_first, nll_second, divergence, agreement = (sums / seen).tolist()
     return seen, nll_first, nll_second, divergence, agreement
+
+
+def _sequences(files: Sequence[Path]) -> Iterator[Tensor]:
+    """The hidden states [L, D] of one sequence after the other."""
+    for file in files:
+        yield from load_file(file)["hidden_NLD"]
 
 
 def _sums(first_TV: Tensor, second_TV: Tensor, target_T: Tensor) -> Tensor:

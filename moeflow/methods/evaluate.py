@@ -39,7 +39,17 @@ def compare(
     for name, matrix, ends, note in plan:
         theirs = _hidden(compressed, matrix, calibration)
         reports.append(
-            quality(original.rest, compressed.rest, matrix, *ends, *theirs, name=name, note=note, dtype=calibration.dtype)
+            quality(
+                original.rest,
+                compressed.rest,
+                matrix,
+                *ends,
+                *theirs,
+                firsts=len(ends),
+                name=name,
+                note=note,
+                dtype=calibration.dtype,
+            )
         )
     return (*reports, speed(*both, machine=machine(), length=length))
 
@@ -88,7 +98,9 @@ def size(context: Context, original: Artifact, compressed: Artifact) -> None:
     write_report(context, "size", [row(n, counts[0][n], counts[1][n], u) for n, u in units.items()])
 
 
-def _quality_spec(rest: RestSpec, other: RestSpec, matrix: TokensSpec, *ends: Any, name: str, note: str, dtype: str) -> Spec:
+def _quality_spec(
+    rest: RestSpec, other: RestSpec, matrix: TokensSpec, *ends: Any, firsts: int, name: str, note: str, dtype: str
+) -> Spec:
     states: list[HiddenSpec] = [e.hidden if isinstance(e, ObservedSpec) else e for e in ends]
     head = file_bytes(rest.tensors)
     reads = 2 * head + sum(s.nbytes for s in states) + matrix.tokens * 4
@@ -98,18 +110,32 @@ def _quality_spec(rest: RestSpec, other: RestSpec, matrix: TokensSpec, *ends: An
 
 @step("evaluate.quality", version=1, spec=_quality_spec)
 def quality(
-    context: Context, original: Artifact, compressed: Artifact, matrix: Artifact, *ends: Artifact, name: str, note: str, dtype: str
+    context: Context,
+    original: Artifact,
+    compressed: Artifact,
+    matrix: Artifact,
+    *ends: Artifact,
+    firsts: int,
+    name: str,
+    note: str,
+    dtype: str,
 ) -> None:
     """Perplexity of both models on a token matrix, and the KL divergence and top-1 agreement of the second with the first.
 
-    `ends`: the hidden states behind the last layer, shard by shard, of the first model and then of the second. The KL divergence is
-    that of the compressed model from the original, in nats per token, over the positions that predict a token.
+    `ends`: the hidden states behind the last layer, shard by shard, `firsts` of the first model and then those of the second. The
+    KL divergence is that of the compressed model from the original, in nats per token, over the positions that predict a token.
     """
     from moeflow.methods.divergence import compared
 
-    pairs = [(a.file(HIDDEN), b.file(HIDDEN)) for a, b in zip(ends[: len(ends) // 2], ends[len(ends) // 2 :], strict=True)]
+    files = [e.file(HIDDEN) for e in ends]
     seen, nll_first, nll_second, divergence, agreement = compared(
-        original, compressed, np.load(matrix.file("tokens.npy")), pairs, dtype=dtype, progress=context.progress
+        original,
+        compressed,
+        np.load(matrix.file("tokens.npy")),
+        files[:firsts],
+        files[firsts:],
+        dtype=dtype,
+        progress=context.progress,
     )
     rows = [
         row(f"perplexity ({name})", float(np.exp(nll_first)), float(np.exp(nll_second)), ""),

@@ -1,0 +1,126 @@
+"""What a report says of two models is what comes out when both are loaded whole."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import kl_div
+from transformers import AutoModelForCausalLM
+
+from moeflow.methods import calibrate, drop, evaluate, search, tokens
+from moeflow.methods.fetch import Model
+from moeflow.step import Step
+from moeflow.store import Store
+from moeflow.store.texts import Texts
+from tests import running, tiny
+
+
+def graph(model: Model, matrix: Texts, *, keep: int = 5, how: str = "layerwise") -> Step:
+    seen = calibrate.run(model, tokens.of(matrix, model, sequences=8, length=16), batch=4, shard=4, stage=2)
+    pruned = search.named(how)(seen, keep=keep)
+    reports = evaluate.compare(seen, pruned, heldout=Texts("nowhere.txt"), sequences=4, length=16)
+    return drop.checkpoint_of(pruned).reporting(*reports)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, Step, Path]:
+    folder = tmp_path_factory.mktemp("evaluate")
+    model = running.model_in(tiny.write("qwen2_moe", folder / "model"))
+    target = graph(model, running.matrix_of(folder))
+    store = running.store_in(folder)
+    running.run(store, target)
+    store.fetch(target.key, folder / "out")
+    return store, target, folder
+
+
+@torch.inference_mode()
+def test_loss_divergence_and_agreement_are_those_of_the_whole_models(done: tuple[Store, Step, Path]) -> None:
+    store, target, folder = done
+    rows = running.reports(store, target)
+    ids = torch.from_numpy(running.array_of(running.matrix_of(folder)))
+    first, second = (AutoModelForCausalLM.from_pretrained(folder / n).eval() for n in ("model", "out"))
+    one, two = first(ids, labels=ids), second(ids, labels=ids)
+    log_p, log_q = (m.logits[:, :-1].log_softmax(-1) for m in (one, two))
+    divergence = kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1).mean()
+    agreement = (log_p.argmax(-1) == log_q.argmax(-1)).float().mean()
+    assert rows["loss (token matrix)"]["original"] == pytest.approx(float(one.loss), abs=1e-5)
+    assert rows["loss (token matrix)"]["compressed"] == pytest.approx(float(two.loss), abs=1e-5)
+    assert rows["perplexity (token matrix)"]["compressed"] == pytest.approx(float(two.loss.exp()), rel=1e-5)
+    assert rows["KL to the original (token matrix)"]["compressed"] == pytest.approx(float(divergence), abs=1e-5) != 0
+    assert rows["top-1 agreement (token matrix)"]["compressed"] == pytest.approx(float(agreement), abs=1e-6)
+
+
+def test_sizes_are_counted_and_speed_is_measured(done: tuple[Store, Step, Path]) -> None:
+    store, target, folder = done
+    rows = running.reports(store, target)
+    for side, name in (("original", "model"), ("compressed", "out")):
+        model = AutoModelForCausalLM.from_pretrained(folder / name)
+        assert rows["parameters"][side] == sum(p.numel() for p in model.parameters())
+        assert rows["resident bytes"][side] == sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
+        assert rows["prefill"][side] > 0 and rows["decode"][side] > 0
+    assert rows["bytes"]["compressed"] == sum(f.stat().st_size for f in (folder / "out").glob("*.safetensors"))
+    assert rows["experts per layer"] == {"name": "experts per layer", "original": 8, "compressed": 5, "unit": ""}
+
+
+def test_every_choice_tells_its_loss_beside_the_baselines(done: tuple[Store, Step, Path]) -> None:
+    store, target, _ = done
+    for choice in running.choices(store, target).values():
+        assert set(choice["baselines"]) == {"random", "frequency", "router_score", "reap", "aimer"}
+        best = choice["loss"]["value"]
+        assert best == min(choice["losses"].values()) <= choice["runner_up"]["loss"]
+        assert all(best <= b["loss"] and len(b["keep"]) == 5 for b in choice["baselines"].values())
+        assert 0 < choice["loss"]["of_output"] < 1.5 and choice["loss"]["tokens"] == 128
+
+
+def test_another_ratio_or_criterion_never_calibrates_again(done: tuple[Store, Step, Path]) -> None:
+    store, _, folder = done
+    model, matrix = running.model_in(folder / "model"), running.matrix_of(folder)
+    for target in (graph(model, matrix, keep=4), graph(model, matrix, how="reap")):
+        ran = {s.name for s in running.run(store, target).steps if s.state == "run"}
+        assert ran == {
+            "search.choose", "drop.experts", "checkpoint.assemble", "evaluate.size", "calibrate.advance", "evaluate.quality",
+            "evaluate.speed",
+        }  # fmt: skip
+
+
+@pytest.mark.parametrize("how", ["random", "frequency", "router_score", "reap", "aimer"])
+def test_a_search_by_score_keeps_what_the_exact_search_calls_its_baseline(how: str, done: tuple[Store, Step, Path]) -> None:
+    store, target, folder = done
+    scored = graph(running.model_in(folder / "model"), running.matrix_of(folder), how=how)
+    running.run(store, scored)
+    exact, found = running.choices(store, target), running.choices(store, scored)
+    for layer, choice in found.items():
+        assert choice["keep"] == exact[layer]["baselines"][how]["keep"]
+        assert choice["loss"]["value"] == pytest.approx(exact[layer]["baselines"][how]["loss"], rel=1e-3)
+
+
+def test_a_model_without_a_tokenizer_is_evaluated_on_the_token_matrix_and_the_report_says_so(
+    done: tuple[Store, Step, Path],
+) -> None:
+    import json
+
+    store, target, _ = done
+    notes = [n for r in target.reports for n in json.loads(store.artifact(r.key).file("report.json").read_text())["notes"]]
+    assert notes == ["the model has no tokenizer: held-out text is left out, the loss on the token matrix stands for it"]
+
+
+def test_an_unknown_search_or_loss_is_refused_with_the_known_ones(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="search='best' is not known; choose one of layerwise, progressive, random"):
+        search.named("best")
+    model = running.model_in(tiny.write("mixtral", tmp_path / "model"))
+    seen = calibrate.run(model, tokens.of(running.matrix_of(tmp_path), model, sequences=8, length=16), batch=4, shard=4)
+    with pytest.raises(ValueError, match="loss='l1' is not known; choose one of frobenius, batch-sum"):
+        search.layerwise(seen, keep=4, loss="l1")
+
+
+def test_too_many_subsets_and_a_partial_record_are_refused_before_any_work(tmp_path: Path) -> None:
+    wide = running.model_in(tiny.write("olmoe", tmp_path / "wide", num_experts=64))
+    matrix = tokens.of(running.matrix_of(tmp_path), wide, sequences=8, length=16)
+    with pytest.raises(ValueError, match=r"keeping 48 of 64 experts means .* subsets, over 20,000: .*search=reap"):
+        search.layerwise(calibrate.run(wide, matrix, batch=4, shard=4), keep=48)
+    model = running.model_in(tiny.write("mixtral", tmp_path / "model"))
+    part = calibrate.run(model, matrix, batch=4, shard=4, record=32)
+    with pytest.raises(ValueError, match="loss='batch-sum' .* needs the inputs of all tokens"):
+        search.layerwise(part, keep=6, loss="batch-sum")
+    with pytest.raises(ValueError, match="shard=6 sequences must be a multiple of batch=4"):
+        calibrate.run(model, matrix, batch=4, shard=6)

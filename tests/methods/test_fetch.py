@@ -1,0 +1,162 @@
+"""From what lies at a source to layer files, and what is refused before any work is done."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from moeflow.methods import drop, fetch
+from moeflow.model.checkpoint import Tensors
+from moeflow.run import StepFailed
+from tests import running, tiny
+
+
+def sharded(folder: Path, per_shard: int = 20) -> Path:
+    """The checkpoint cut into shards that straddle layers, as the hub's are."""
+    tensors = load_file(folder / "model.safetensors")
+    names = sorted(tensors)
+    parts = [names[i : i + per_shard] for i in range(0, len(names), per_shard)]
+    weight_map = {}
+    for i, part in enumerate(parts):
+        file = f"model-{i + 1:05d}-of-{len(parts):05d}.safetensors"
+        save_file({n: tensors[n] for n in part}, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return folder
+
+
+def test_shards_that_straddle_layers_become_one_file_per_layer(tmp_path: Path) -> None:
+    folder = tiny.write("deepseek_v2", tmp_path / "model")
+    whole = load_file(folder / "model.safetensors")
+    model = running.model_in(sharded(folder))
+    store = running.store_in(tmp_path)
+    running.run(store, *model.layers, model.rest)
+    found: dict[str, torch.Tensor] = {}
+    for i, layer in enumerate(model.layers):
+        names = load_file(store.artifact(layer.key).file("layer.safetensors"))
+        assert all(n.startswith(f"model.layers.{i}.") for n in names)
+        found |= names
+    found |= load_file(store.artifact(model.rest.key).file("rest.safetensors"))
+    assert set(found) == set(whole) and all(torch.equal(found[n], whole[n]) for n in whole)
+
+
+def test_a_fine_tune_that_left_a_layer_alone_leaves_its_file_s_contents(tmp_path: Path) -> None:
+    """Early cutoff: what depends on an untouched layer only is not computed again, although the shard it lies in changed."""
+    folder = sharded(tiny.write("mixtral", tmp_path / "model"))
+    store = running.store_in(tmp_path)
+    before = running.model_in(folder)
+    running.run(store, *before.layers)
+    changed = next(f for f in sorted(folder.glob("*.safetensors")) if any("layers.1." in n for n in load_file(f)))
+    tensors = load_file(changed)
+    tensors["model.layers.1.input_layernorm.weight"] = tensors.get("model.layers.1.input_layernorm.weight", torch.ones(32)) + 1
+    name = next(n for n in tensors if "layers.1." in n)
+    tensors[name] = tensors[name] + 1
+    save_file({n: t for n, t in tensors.items() if n in load_file(changed)}, changed, metadata={"format": "pt"})
+    after = running.model_in(folder)
+    running.run(store, *after.layers)
+    digests = [[store.manifest(m.layers[i].key).digest for i in range(3)] for m in (before, after)]
+    assert digests[0][2] == digests[1][2] and digests[0][1] != digests[1][1]
+
+
+def edit(folder: Path, **changes: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+def cut(folder: Path) -> None:
+    file = sorted(folder.glob("*.safetensors"))[0]
+    file.write_bytes(file.read_bytes()[:-64])
+
+
+def misname(folder: Path) -> None:
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    first = next(iter(index["weight_map"]))
+    index["weight_map"]["model.layers.0.ghost"] = index["weight_map"][first]
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def lose(folder: Path) -> None:
+    sorted(folder.glob("*.safetensors"))[0].unlink()
+
+
+@pytest.mark.parametrize(
+    "spoil, says",
+    [
+        (cut, "is truncated: it holds .* of .* bytes; fetch it again"),
+        (misname, "index.json names model.layers.0.ghost in .*, which does not hold it"),
+        (lose, "index.json names model-00001-of-.*, which .* does not hold"),
+        (lambda f: edit(f, num_local_experts=6), "layer 0 has 6 experts, its tensors say 8"),
+        (lambda f: edit(f, num_hidden_layers=4), "config.json says 4 layers, but the checkpoint has no tensor of layer 3"),
+        (lambda f: edit(f, num_hidden_layers=2), "tensors of layer 2, but config.json says 2 layers"),
+        (
+            lambda f: edit(f, hidden_size=64),
+            r"where config.json asks for \(8, 64\)|config.json says hidden_size=64|asks for \(96, 64\)",
+        ),
+        (lambda f: edit(f, vocab_size=97), r"where config.json asks for \(97, 32\)"),
+        (lambda f: edit(f, model_type="gpt2"), "no family for model_type 'gpt2'; known: mixtral, qwen2_moe, qwen3_moe, olmoe"),
+        (lambda f: edit(f, quantization_config={"quant_method": "fp8"}), "is packed .*fp8.*; dequantize it to bf16 first"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused_when_the_graph_is_built(spoil: Callable[[Path], None], says: str, tmp_path: Path) -> None:
+    folder = sharded(tiny.write("mixtral", tmp_path / "model"))
+    spoil(folder)
+    with pytest.raises(ValueError, match=says):
+        running.model_in(folder)
+
+
+def test_nan_weights_stop_the_step_that_reads_them_and_are_named(tmp_path: Path) -> None:
+    folder = tiny.write("mixtral", tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.self_attn.q_proj.weight"][3, 4] = float("nan")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    store, model = running.store_in(tmp_path), running.model_in(folder)
+    with pytest.raises(StepFailed, match=r"model.layers.1.self_attn.q_proj.weight holds NaN or infinite weights"):
+        running.run(store, *model.layers)
+    assert store.has(model.layers[0].key) and not store.has(model.layers[1].key)
+
+
+def with_prediction_layer(folder: Path) -> Path:
+    """A DeepSeek-V3 as published: behind its decoder layers one that predicts the token after the next."""
+    tensors = load_file(folder / "model.safetensors")
+    extra = {n.replace("layers.2.", "layers.3."): t.clone() for n, t in tensors.items() if "layers.2." in n}
+    extra |= {f"model.layers.3.{n}.weight": torch.ones(32) for n in ("enorm", "hnorm", "shared_head.norm")}
+    extra |= {"model.layers.3.eh_proj.weight": torch.randn(32, 64), "model.layers.3.embed_tokens.weight": torch.randn(96, 32)}
+    save_file(tensors | extra, folder / "model.safetensors", metadata={"format": "pt"})
+    edit(folder, num_nextn_predict_layers=1)
+    return folder
+
+
+@pytest.mark.parametrize("mtp", ["drop", "keep"])
+def test_the_prediction_layer_of_deepseek_v3_is_kept_or_dropped_as_told(mtp: str, tmp_path: Path) -> None:
+    folder = with_prediction_layer(tiny.write("deepseek_v3", tmp_path / "model"))
+    before = Tensors(folder)
+    model = running.model_in(folder, mtp=mtp)
+    store, target = running.store_in(tmp_path), drop.checkpoint_of(model)
+    outcome = running.run(store, target)
+    store.fetch(target.key, tmp_path / "out")
+    after = Tensors(tmp_path / "out")
+    kept = {n for n in before if mtp == "keep" or "layers.3." not in n}
+    assert set(after) == kept and all(torch.equal(before[n], after[n]) for n in kept)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["num_nextn_predict_layers"] == (1 if mtp == "keep" else 0)
+    assert (model.rest.spec.notes != ()) == (mtp == "drop")
+    assert outcome.steps
+
+
+def test_dropping_the_prediction_layer_is_the_default_and_says_so(tmp_path: Path) -> None:
+    folder = with_prediction_layer(tiny.write("deepseek_v3", tmp_path / "model"))
+    assert running.model_in(folder).rest.spec.notes == (
+        "multi-token-prediction layers [3] are dropped (mtp='keep' keeps them as they are)",
+    )
+    with pytest.raises(ValueError, match="mtp='slice'; choose 'drop' or 'keep'"):
+        running.model_in(folder, mtp="slice")
+
+
+def test_a_model_given_by_its_files_alone_is_found_without_an_index(tmp_path: Path) -> None:
+    folder = tiny.write("olmoe", tmp_path / "model")
+    assert len(running.model_in(folder).layers) == 3
+    assert isinstance(running.model_in(folder), fetch.Model)

@@ -1,0 +1,137 @@
+"""Text becomes the token matrix that was asked for, and is refused in words that help."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from moeflow.methods import tokens
+from moeflow.methods.fetch import Model
+from moeflow.run import StepFailed
+from moeflow.store.texts import Texts
+from tests import running, tiny
+
+WORDS = [f"w{i}" for i in range(80)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """A model whose tokenizer gives one token per word: w0 is 2, w1 is 3; <s> is 0, </s> is 1."""
+    folder = tiny.write("mixtral", tmp_path_factory.mktemp("model"))
+    vocabulary = {"<s>": 0, "</s>": 1} | {w: i + 2 for i, w in enumerate(WORDS)}
+    plain = Tokenizer(models.WordLevel(vocabulary, unk_token="</s>"))
+    plain.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
+    PreTrainedTokenizerFast(tokenizer_object=plain, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    return running.model_in(folder)
+
+
+def jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return path
+
+
+def sampled(model: Model, folder: Path, spec: str, **options: Any) -> np.ndarray:
+    store = running.store_in(folder)
+    step = tokens.of(Texts(spec), model, **({"sequences": 4, "length": 5} | options))
+    running.run(store, step)
+    return np.load(store.artifact(step.key).file("tokens.npy"))
+
+
+def documents(folder: Path, first: int = 0, count: int = 20, name: str = "a.jsonl") -> Path:
+    """Documents of three words; the first word names the document."""
+    return jsonl(folder / name, [{"text": f"w{first + i} w70 w71"} for i in range(count)])
+
+
+def test_documents_are_joined_and_cut_each_with_its_beginning(model: Model, tmp_path: Path) -> None:
+    ids = sampled(model, tmp_path, f"{documents(tmp_path)}#text", sequences=8, length=4)
+    assert ids.dtype == np.int32 and ids.shape == (8, 4)
+    assert (ids[:, 0] == 0).all() and (ids[:, 2:] == [72, 73]).all()
+
+
+def test_without_beginnings_and_with_ends(model: Model, tmp_path: Path) -> None:
+    ids = sampled(model, tmp_path, f"{documents(tmp_path)}#text", sequences=8, length=4, bos=False, eos=True)
+    assert (ids[:, 1:] == [72, 73, 1]).all()
+
+
+def test_a_group_s_remainder_is_dropped_as_the_authors_do(model: Model, tmp_path: Path) -> None:
+    """Ten documents of four tokens in groups of three: each group gives two sequences of five and loses two tokens."""
+    ids = sampled(model, tmp_path, f"{documents(tmp_path, count=10)}#text", sequences=6, length=5, group=3)
+    assert (ids[::2, 0] == 0).all() and ids.shape == (6, 5)
+    with pytest.raises(StepFailed, match="gives 6 of 8 sequences of 5 tokens: 10 tokens are missing; give more text"):
+        sampled(model, tmp_path, f"{documents(tmp_path, count=10)}#text", sequences=8, length=5, group=3)
+
+
+def test_the_seed_alone_decides_the_order(model: Model, tmp_path: Path) -> None:
+    spec = f"{documents(tmp_path)}#text"
+    one, same, other = (sampled(model, tmp_path, spec, seed=s) for s in (1, 1, 2))
+    assert (one == same).all() and (one != other).any()
+
+
+def test_several_texts_are_mixed_by_weight_and_spread_evenly(model: Model, tmp_path: Path) -> None:
+    a, b = documents(tmp_path, 0, 30), documents(tmp_path, 40, 30, "b.jsonl")
+    ids = sampled(model, tmp_path, f"{a}#text*3,{b}#text*1", sequences=8, length=4)
+    from_b = ids[:, 1] >= 42
+    assert from_b.sum() == 2 and from_b[:4].sum() == from_b[4:].sum() == 1
+
+
+def test_columns_are_joined_by_a_space(model: Model, tmp_path: Path) -> None:
+    file = jsonl(tmp_path / "qa.jsonl", [{"question": "w1", "answer": "w2"}] * 9)
+    ids = sampled(model, tmp_path, f"{file}#question+answer", sequences=3, length=3)
+    assert (ids == [0, 3, 4]).all()
+
+
+def test_text_and_parquet_and_packed_json_are_read(model: Model, tmp_path: Path) -> None:
+    import gzip
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    (tmp_path / "t.txt").write_text("w1 w2 w3 w4 w5 w6 w7 w8 w9 w10")
+    pq.write_table(pa.table({"body": ["w20 w21 w22"] * 9}), tmp_path / "p.parquet")
+    with gzip.open(tmp_path / "g.jsonl.gz", "wt") as file:
+        file.write("".join(json.dumps({"text": "w30 w31 w32"}) + "\n" for _ in range(9)))
+    assert sampled(model, tmp_path, str(tmp_path / "t.txt"), sequences=2).tolist() == [[0, 3, 4, 5, 6], [7, 8, 9, 10, 11]]
+    assert (sampled(model, tmp_path, f"{tmp_path}/p.parquet#body", length=4) == [0, 22, 23, 24]).all()
+    assert (sampled(model, tmp_path, f"{tmp_path}/g.jsonl.gz", length=4) == [0, 32, 33, 34]).all()
+
+
+def test_a_ready_made_matrix_is_taken_whole(model: Model, tmp_path: Path) -> None:
+    np.save(tmp_path / "m.npy", np.arange(12).reshape(3, 4))
+    ids = sampled(model, tmp_path, str(tmp_path / "m.npy"), sequences=99)
+    assert ids.tolist() == np.arange(12).reshape(3, 4).tolist()
+
+
+@pytest.mark.parametrize(
+    "array, says",
+    [
+        (np.zeros((2, 3, 4), dtype=int), r"has shape \(2, 3, 4\) .*; a token matrix is \[sequences, length\] of integers"),
+        (np.zeros((2, 3)), "type float64; a token matrix is"),
+    ],
+)
+def test_a_matrix_that_is_none_is_refused_when_the_graph_is_built(
+    model: Model, array: np.ndarray, says: str, tmp_path: Path
+) -> None:
+    np.save(tmp_path / "m.npy", array)
+    with pytest.raises(ValueError, match=says):
+        tokens.of(Texts(str(tmp_path / "m.npy")), model, sequences=1, length=2)
+
+
+def test_a_missing_column_is_named_with_the_ones_there_are(model: Model, tmp_path: Path) -> None:
+    file = jsonl(tmp_path / "qa.jsonl", [{"question": "w1", "answer": "w2"}] * 9)
+    with pytest.raises(StepFailed, match="has no column 'text'; it has: question, answer"):
+        sampled(model, tmp_path, str(file))
+
+
+def test_too_long_sequences_are_refused_when_the_graph_is_built(model: Model, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="length=65 is more than the model's 64 positions"):
+        tokens.of(Texts(f"{documents(tmp_path)}#text"), model, sequences=1, length=65)
+
+
+def test_text_for_a_model_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    model = running.model_in(tiny.write("mixtral", tmp_path / "model"))
+    with pytest.raises(ValueError, match="the model has no tokenizer, .* pass a ready-made matrix"):
+        tokens.of(Texts(f"{documents(tmp_path)}#text"), model, sequences=1, length=4)

@@ -1,0 +1,100 @@
+"""What a key is made of, and what is refused while a graph is built."""
+
+from collections.abc import Callable
+
+import pytest
+
+from moeflow.step import Artifact, Context, Spec, Step, step, upstream
+
+
+@step("test.source", version=1)
+def source(context: Context, *, seed: int = 0) -> None: ...
+
+
+@step("test.join", version=1)
+def join(context: Context, a: Artifact, b: Artifact, *, rate: float) -> None: ...
+
+
+def at_most_ten(*sizes: int, size: int) -> Spec:
+    if size > 10:
+        raise ValueError(f"size={size} is over 10; make it smaller")
+    return Spec(size, reads=sum(sizes), writes=size, notes=("small",) if size < 3 else ())
+
+
+@step("test.sized", version=1, spec=at_most_ten)
+def sized(context: Context, *inputs: Artifact, size: int) -> None: ...
+
+
+def test_keys_are_pinned() -> None:
+    """A change here re-addresses every artifact ever stored. Mean it, or undo it."""
+    assert source().key == "test.source-d0c461d1e8d5d12fa29902b76526a45b"
+    assert join(source(), source(seed=1), rate=0.5).key == "test.join-80bb2699f8dc13625fd43be72d7eadf8"
+
+
+def test_where_a_step_runs_is_not_what_it_is() -> None:
+    assert source().on(gpus=8, cpus=4, memory=1 << 30).key == source().key
+
+
+def test_reports_are_not_part_of_what_they_describe() -> None:
+    assert source().reporting(sized(size=1)).key == source().key
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        join(source(seed=2), source(seed=1), rate=0.5),
+        join(source(seed=1), source(), rate=0.5),
+        join(source(), source(seed=1), rate=0.25),
+        join(source().part("a"), source(seed=1), rate=0.5),
+    ],
+)
+def test_what_a_step_reads_and_is_told_makes_its_key(other: Step) -> None:
+    assert other.key != join(source(), source(seed=1), rate=0.5).key
+
+
+def test_a_spelled_out_default_is_the_default() -> None:
+    assert source(seed=0).key == source().key
+
+
+def test_equal_contents_under_other_recipes_give_one_content_key() -> None:
+    one, two = join(source(), source(seed=1), rate=0.5), join(source(seed=3), source(seed=4), rate=0.5)
+    assert one.content(["x", "y"]) == two.content(["x", "y"]) != one.content(["y", "x"])
+    assert join(source(), source(), rate=0.1).content(["x", "y"]) != one.content(["x", "y"])
+
+
+@pytest.mark.parametrize(
+    "wrong, says",
+    [
+        (lambda: join(source(), rate=0.5), "missing a required argument"),
+        (lambda: join(source(), "s3://bucket/model", rate=0.5), "positional arguments are steps"),
+        (lambda: join(source(), source(), rate=float("nan")), "rate=nan has no stable form"),
+        (lambda: source(seed=object()), "has no stable form .* pass plain JSON values"),
+        (lambda: source(seed={1: 2}), "keys that are no strings"),
+        (lambda: source(sed=1), "unexpected keyword argument 'sed'"),
+    ],
+)
+def test_a_wrong_call_fails_when_the_graph_is_built(wrong: Callable[[], Step], says: str) -> None:
+    with pytest.raises(TypeError, match=says):
+        wrong()
+
+
+def test_a_spec_sees_its_inputs_and_refuses_while_the_graph_is_built() -> None:
+    made = sized(sized(size=4), sized(size=2).part("x"), size=9)
+    assert (made.spec.output, made.spec.reads, made.spec.writes) == (9, 6, 9)
+    with pytest.raises(ValueError, match="size=11 is over 10"):
+        sized(made, size=11)
+
+
+def test_everything_upstream_comes_once_and_before_what_reads_it() -> None:
+    a, b = source(), source(seed=1)
+    both = join(a, b.part("x"), rate=1.0)
+    order = upstream([join(both, source(), rate=2.0), both])
+    assert [s.key for s in order].index(both.key) > max([s.key for s in order].index(k.key) for k in (a, b))
+    assert len(order) == len({s.key for s in order}) == 4
+
+
+def test_a_chain_of_thousands_of_steps_is_no_recursion() -> None:
+    made = sized(size=1)
+    for _ in range(3000):
+        made = sized(made, size=1)
+    assert len(upstream([made])) == 3001
