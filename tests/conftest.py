@@ -1,13 +1,53 @@
-"""Models and stores that many tests share."""
+"""Models and servers that many tests share. Nothing outside the tests' own folders is read or written."""
 
+import os
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests import tiny
+from moeflow.store import s3
+from tests import servers, tiny
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def credentials(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            patch.setenv(name, "testing")
+        for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL"):
+            patch.delenv(name, raising=False)
+        for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+            patch.setenv(name, os.devnull)
+        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        patch.setenv("MOEFLOW_CACHE", str(tmp_path_factory.mktemp("moeflow-cache")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def server(credentials: None) -> Iterator[servers.Proxy]:
+    with servers.s3_server() as url, servers.proxy(url) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def bucket(server: servers.Proxy) -> Iterator[str]:
+    """The name of a bucket of this test's own."""
+    name = f"bucket-{uuid.uuid4().hex}"
+    server.reset()
+    s3.client(server.url).create_bucket(Bucket=name)
+    server.reset()
+    yield name
+    server.reset()
+
+
+@pytest.fixture
+def s3_url(server: servers.Proxy, bucket: str) -> str:
+    return f"s3://{bucket}/pre/fix?endpoint={server.url}"
 
 
 @pytest.fixture(scope="session", params=list(tiny.FAMILIES))
