@@ -1,0 +1,354 @@
+"""The command line: it takes words apart, calls what does the work, and prints. Knows no models and decides nothing.
+
+A pipeline file ends with `main(build)`, so `python PIPELINE.py ...` is `moeflow run PIPELINE.py ...`.
+"""
+
+import inspect
+import json as json_
+import re
+import shlex
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from moeflow import report
+from moeflow.report import lineage as lineages
+from moeflow.run import CannotRun, Options, StepFailed, pipeline
+from moeflow.run import plan as plans
+from moeflow.run.go import Runner, fleeting, go, prepare
+from moeflow.run.outcome import describe
+from moeflow.run.plan_table import plan_lines, plan_table
+from moeflow.run.progress import show as show_progress
+from moeflow.run.words import count, size
+from moeflow.store import LocalBlobs, NotStored, Store, StoreError, versions
+from moeflow.store import gc as garbage_
+
+STORE = ".moeflow/store"
+UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+REQUEST = (ValueError, TypeError, LookupError, OSError, ImportError, StoreError)  # what a wrong request raises
+WORK = (CannotRun, StepFailed, StoreError, NotStored, OSError)
+
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    help="Compress mixture-of-experts models. Exit codes: 0, 1 (the work failed), 2 (the request was wrong).",
+)
+
+File = Annotated[Path, typer.Argument(metavar="PIPELINE.py", help="a file that defines build()")]
+Params = Annotated[list[str], typer.Option("-p", "--param", metavar="NAME=VALUE", help="a parameter of build()")]
+Url = Annotated[str, typer.Option("--store", metavar="URL", help="a folder, or s3://bucket/prefix")]
+Name = Annotated[str, typer.Option("--name", help="publish under this name (the pipeline's file name)")]
+RunnerName = Annotated[Runner, typer.Option("--runner", help="auto is ray where RAY_ADDRESS is set, else process")]
+InFlight = Annotated[int, typer.Option("--in-flight", min=0, help="most steps at once on Ray; 0: what its CPUs allow")]
+Retries = Annotated[int, typer.Option("--retries", min=0, help="how often a step is retried when its worker is lost")]
+Json = Annotated[bool, typer.Option("--json", help="machine-readable output")]
+Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
+All = Annotated[bool, typer.Option("--all", help="a line for every step")]
+Ref = Annotated[str, typer.Argument(metavar="REF", help="name@3, name, a label, a key, or how one key begins")]
+
+
+@app.command()
+def plan(
+    file: File,
+    param: Params = [],  # noqa: B006
+    store: Url = "",
+    runner: RunnerName = Runner.auto,
+    all: All = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Say what is stored, what would run, what it would read and write, and what cannot work."""
+    with asking(debug):
+        opened = _open(store)
+        target = pipeline.call(pipeline.load(file), param)
+        capacity = plans.Capacity.here() if runner.chosen() is Runner.process else None
+        planned = plans.plan([target, *target.reports], opened, capacity=capacity)
+    if json:
+        _json({"key": target.key, **planned.json()})
+    else:
+        out = report.console()
+        out.print(plan_table(planned, every=all, plain=not out.is_terminal))
+        for line in plan_lines(planned):
+            print(line)
+    if planned.problems:
+        raise typer.Exit(2)
+
+
+@app.command()
+def run(
+    file: File,
+    param: Params = [],  # noqa: B006
+    store: Url = "",
+    name: Name = "",
+    runner: RunnerName = Runner.auto,
+    in_flight: InFlight = 0,
+    retries: Retries = 3,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Run what is not stored yet, publish the result as NAME@N, and show what its reports say."""
+    options = Options(retries=retries, in_flight=in_flight)
+    _run(lambda: pipeline.load(file), param, store, name or file.stem, runner, options, json=json, debug=debug)
+
+
+@app.command()
+def ls(
+    name: Annotated[str, typer.Argument(help="only versions of this name")] = "",
+    store: Url = "",
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """List the versions, newest last, with their labels."""
+    with asking(debug):
+        found = sorted(versions.list(_reading(store), name), key=lambda v: v.created)
+    if json:
+        _json([_version(v) for v in found])
+        return
+    for v in found:
+        print(f"{v.ref:<24} {v.created}  {v.key}  {' '.join(v.labels)}".rstrip())
+    if not found:
+        print(f"no versions{f' of {name}' if name else ''} in {store or STORE}", file=sys.stderr)
+
+
+@app.command()
+def show(ref: Ref, store: Url = "", all: All = False, json: Json = False, debug: Debug = False) -> None:
+    """Show a version: parameters, everything upstream, library versions, source digests and reports."""
+    with asking(debug):
+        opened = _reading(store)
+        version, key = _resolve(opened, ref)
+        upstream = versions.lineage(opened, key)
+        reports = report.read(opened, version.reports if version else [])
+    if json:
+        about = {"version": _version(version) if version else None, "key": key}
+        libraries = lineages.libraries(upstream)
+        found = {"libraries": libraries, "lineage": lineages.as_json(upstream), "reports": [r.json() for r in reports]}
+        _json(about | found)
+        return
+    out = report.console()
+    plain = not out.is_terminal
+    for line in lineages.facts(upstream[key], version):
+        print(line)
+    print(f"\n{len(upstream):,} keys, with everything upstream:")
+    out.print(lineages.steps(upstream, every=all, plain=plain))
+    print("\nlibraries  " + ", ".join(f"{k} {' and '.join(v)}" for k, v in lineages.libraries(upstream).items()))
+    _reports(reports)
+
+
+@app.command()
+def pull(
+    ref: Ref,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="a new or empty folder")],
+    store: Url = "",
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Copy a version's files into a folder that transformers loads; the copies are yours to change."""
+    with asking(debug):
+        opened = _reading(store)
+        _, key = _resolve(opened, ref)
+        if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+            raise FileExistsError(f"{folder} is not empty; name a folder that does not exist yet")
+        manifest = opened.manifest(key)
+    with working(debug):
+        opened.fetch(key, folder)
+    if json:
+        _json({"key": key, "folder": str(folder.absolute()), "files": len(manifest.files), "bytes": manifest.bytes})
+    else:
+        print(f"{folder}: {count(len(manifest.files), 'file')}, {size(manifest.bytes)}, from {key}")
+
+
+@app.command()
+def promote(
+    ref: Ref,
+    label: Annotated[str, typer.Argument(help="a word like production")],
+    store: Url = "",
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Point a label at a version; REF may be the label from then on."""
+    with asking(debug):
+        version = versions.promote(_open(store), ref, label)
+    if json:
+        _json({"label": label, "ref": version.ref, "key": version.key})
+    else:
+        print(f"{label} is {version.ref}, {version.key}")
+
+
+@app.command()
+def gc(
+    delete: Annotated[bool, typer.Option("--delete", help="delete what is listed")] = False,
+    grace: Annotated[str, typer.Option("--grace", help="spare what is younger: 7d, 12h, 30m, 0s")] = "7d",
+    store: Url = "",
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """List what no version reaches and is older than the grace period; delete it when told to."""
+    with asking(debug):
+        opened = _reading(store)
+        garbage = garbage_.gc(opened, _seconds(grace))
+    with working(debug):
+        gone = garbage_.delete(opened, garbage) if delete else garbage
+    if json:
+        about = {"deleted": delete, "manifests": list(gone.manifests), "partials": list(gone.partials)}
+        _json(about | {"blobs": len(gone.blobs), "bytes": gone.bytes, "broken": list(gone.broken)})
+        return
+    for key in gone.manifests:
+        print(key)
+    for key in gone.partials:
+        print(f"{key} (interrupted)")
+    what = f"{count(len(gone.manifests), 'artifact')} and {count(len(gone.blobs), 'blob')}, {size(gone.bytes)}"
+    empty = not (gone.manifests or gone.blobs or gone.partials or gone.leftovers)
+    print("nothing to delete" if empty else f"deleted {what}" if delete else f"{what}; delete with --delete")
+    for key in gone.broken:
+        print(f"warning: {key} cannot be read: a blob is gone or cut short; run its pipeline again", file=sys.stderr)
+
+
+def main(build: Callable[..., Any] | None = None) -> None:
+    """The `moeflow` command; given a pipeline's `build`, what the pipeline's file does when it is run by itself."""
+    if build is None:
+        app()
+        return
+    path = Path(inspect.getsourcefile(build) or sys.argv[0])
+
+    def itself(
+        param: Params = [],  # noqa: B006
+        store: Url = "",
+        name: Name = "",
+        runner: RunnerName = Runner.auto,
+        in_flight: InFlight = 0,
+        retries: Retries = 3,
+        json: Json = False,
+        debug: Debug = False,
+    ) -> None:
+        options = Options(retries=retries, in_flight=in_flight)
+        _run(lambda: build, param, store, name or path.stem, runner, options, json=json, debug=debug)
+
+    alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    known = f"-p takes: {', '.join(inspect.signature(build).parameters)}"
+    alone.command(help=inspect.getdoc(sys.modules[build.__module__]), epilog=known)(itself)
+    alone()
+
+
+def _run(
+    loaded: Callable[[], pipeline.Build],
+    given: list[str],
+    url: str,
+    name: str,
+    runner: Runner,
+    options: Options,
+    *,
+    json: bool,
+    debug: bool,
+) -> None:
+    with asking(debug):
+        store = _open(url)
+        prepared = prepare(pipeline.call(loaded(), given), store, name=name, runner=runner)
+    shown = show_progress(json=json)
+    lost = not url and fleeting(Path.cwd())
+    if lost:
+        shown.say(f"warning: the store {store.url} goes with the Ray cluster; pass --store to keep what this run makes")
+    with working(debug):
+        outcome, n = go(prepared, progress=shown, options=options, record={"pipeline": name, "given": given})
+        reports = report.read(store, [s.key for s in prepared.target.reports])
+    key = prepared.target.key
+    if json:
+        steps = {"run": len(outcome.ran), "stored": outcome.found}
+        seconds = round(outcome.seconds, 3)
+        _json({"key": key, "name": name, "version": n, "steps": steps, "seconds": seconds})
+        return
+    _reports(reports)
+    where = f" --store {shlex.quote(store.url)}" if url or lost else ""
+    print(f"{name}@{n}  {key}\nin {store.url}; to use it: moeflow pull {name}@{n} DIR{where}")
+
+
+def _reports(reports: Sequence[report.Report]) -> None:
+    out = report.console()
+    if any(r.rows for r in reports):
+        print()
+        out.print(report.table(reports, plain=not out.is_terminal))
+    for note in dict.fromkeys(note for r in reports for note in r.notes):
+        print(f"- {note}")
+    print()
+
+
+def _open(url: str) -> Store:
+    """A store that will be written to, checked."""
+    store = Store.open(url or STORE)
+    store.check()
+    return store
+
+
+def _reading(url: str) -> Store:
+    """A store that must be there already."""
+    store = Store.open(url or STORE)
+    if isinstance(store.blobs, LocalBlobs) and not store.blobs.root.is_dir():
+        raise FileNotFoundError(f"there is no store {store.url}; pass --store, or run a pipeline")
+    return store
+
+
+def _resolve(store: Store, ref: str) -> tuple[versions.Version | None, str]:
+    """What `ref` means; for a key also a version that published it, the newest, where there is one."""
+    found = versions.resolve(store, ref)
+    if isinstance(found, str):
+        published = [v for v in versions.list(store) if v.key == found]
+        return max(published, key=lambda v: v.created, default=None), found
+    return found, found.key
+
+
+def _version(v: versions.Version) -> dict[str, Any]:
+    about = {"ref": v.ref, "name": v.name, "version": v.n, "key": v.key, "created": v.created}
+    return about | {"labels": list(v.labels), "reports": list(v.reports), "record": dict(v.record)}
+
+
+def _seconds(text: str) -> float:
+    if not (found := re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text)):
+        raise ValueError(f"--grace {text}: write a number and s, m, h or d, as in 7d")
+    return float(found[1]) * UNITS[found[2]]
+
+
+def _json(value: Any) -> None:
+    print(json_.dumps(value), flush=True)
+
+
+@contextmanager
+def asking(debug: bool) -> Iterator[None]:
+    """What goes wrong inside is the request's fault: exit code 2."""
+    with _one_line(REQUEST, 2, debug):
+        yield
+
+
+@contextmanager
+def working(debug: bool) -> Iterator[None]:
+    """What goes wrong inside is the work's fault: exit code 1."""
+    with _one_line(WORK, 1, debug):
+        yield
+
+
+@contextmanager
+def _one_line(expected: tuple[type[Exception], ...], code: int, debug: bool) -> Iterator[None]:
+    """Turn expected errors, Ctrl-C and `ray job stop` into one line; anything else is a fault of ours."""
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    except KeyboardInterrupt:
+        _complain("interrupted; what had finished is stored, and the next run continues there", debug)
+        raise typer.Exit(1) from None
+    except expected as error:
+        plainly = isinstance(error, (*WORK, ValueError)) and str(error)
+        _complain(" ".join(str(error).split()) if plainly else describe(error), debug)
+        raise typer.Exit(2 if isinstance(error, CannotRun) else code) from None
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _complain(line: str, debug: bool) -> None:
+    if debug:
+        traceback.print_exc()
+    print(f"error: {line}", file=sys.stderr, flush=True)

@@ -1,0 +1,92 @@
+"""What a stored artifact is and where it came from, as text: parameters, everything upstream, libraries and sources."""
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+from rich.box import SIMPLE
+from rich.table import Table
+from rich.text import Text
+
+from moeflow.store import Manifest
+from moeflow.store.errors import bytes_text
+from moeflow.store.versions import Version
+
+
+def facts(manifest: Manifest, version: Version | None) -> list[str]:
+    """The artifact itself, a fact a line."""
+    lines = [f"{version.ref}  {' '.join(version.labels)}".rstrip()] if version else []
+    lines.append(f"key        {manifest.key}")
+    lines.append(f"step       {manifest.step}, version {manifest.version}")
+    params = [f"{name} = {_short(value)}" for name, value in manifest.params.items()]
+    lines += [f"{'parameters' if n == 0 else '':<11}{param}" for n, param in enumerate(params)]
+    lines.append(f"contents   {manifest.digest}, {_files(manifest)}, {bytes_text(manifest.bytes)}")
+    lines.append(f"made       {manifest.created} in {manifest.seconds:.1f} s")
+    if manifest.same_as:
+        lines.append(f"same as    {manifest.same_as}")
+    lines += [f"{'notes' if n == 0 else '':<11}{note}" for n, note in enumerate(manifest.notes)]
+    return lines
+
+
+def steps(lineage: Mapping[str, Manifest], *, every: bool = False, plain: bool = False) -> Table:
+    """Everything upstream: a line for each name of a step, or with `every` for each key."""
+    made = Table(box=None if plain else SIMPLE, pad_edge=False)
+    for title in ("step", "version", "keys" if not every else "key"):
+        made.add_column(title, overflow="fold")
+    for title in ("bytes", "seconds"):
+        made.add_column(title, justify="right")
+    made.add_column("source")
+    made.add_column("parameters", overflow="ellipsis", no_wrap=True)
+    groups: dict[tuple[str, int, str], list[Manifest]] = defaultdict(list)
+    for manifest in lineage.values():
+        apart = manifest.key if every else ""
+        groups[(manifest.step, manifest.version, apart)].append(manifest)
+    for (name, version, key), group in groups.items():
+        made.add_row(
+            name,
+            str(version),
+            key or (group[0].key if len(group) == 1 else f"{len(group):,}"),
+            bytes_text(sum(m.bytes for m in group)),
+            f"{sum(m.seconds for m in group):.1f}",
+            " ".join(sorted({m.source[:8] for m in group})),
+            Text(_params(group)),
+        )
+    return made
+
+
+def libraries(lineage: Mapping[str, Manifest]) -> dict[str, list[str]]:
+    """The versions of each library that took part; more than one where steps were made at different times."""
+    found: dict[str, set[str]] = defaultdict(set)
+    for manifest in lineage.values():
+        for name, version in manifest.libraries.items():
+            found[name].add(version)
+    return {name: sorted(versions) for name, versions in sorted(found.items())}
+
+
+def as_json(lineage: Mapping[str, Manifest]) -> list[dict[str, Any]]:
+    """Every key upstream with all that is recorded of it."""
+    return [json.loads(m.dump()) for m in lineage.values()]
+
+
+def _params(group: list[Manifest]) -> str:
+    """The parameters that all of a group share, and the names of those that differ."""
+    same: list[tuple[str, str]] = []
+    differ: list[tuple[str, str]] = []
+    for name in dict.fromkeys(n for m in group for n in m.params):
+        values = {json.dumps(m.params.get(name), sort_keys=True) for m in group}
+        (same if len(values) == 1 else differ).append((name, next(iter(values))))
+    words = [f"{name}={_short_text(text)}" for name, text in same] + [f"{name}=..." for name, _ in differ]
+    return " ".join(words)
+
+
+def _short(value: Any) -> str:
+    return _short_text(json.dumps(value, sort_keys=True))
+
+
+def _short_text(text: str) -> str:
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+def _files(manifest: Manifest) -> str:
+    return f"{len(manifest.files):,} file{'s' * (len(manifest.files) != 1)}"

@@ -1,0 +1,9 @@
+"""Runners: they take a graph of steps and a store, and leave what is missing in the store.
+
+They know neither torch nor models; `ray` is imported only in `on_ray.py`, `board.py` and `nodes.py`.
+"""
+
+from moeflow.run.options import Options
+from moeflow.run.outcome import CannotRun, Outcome, StepFailed, StepOutcome
+
+__all__ = ["CannotRun", "Options", "Outcome", "StepFailed", "StepOutcome"]

@@ -1,0 +1,63 @@
+"""The actor that all tasks of a run on Ray talk to: it lets steps start until one fails, and collects words."""
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import ray
+
+Answer = Literal["yes", "closed", "worn out"]
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something a step told: `start`, `progress` (done, total, and the unit as text), `note` (text) or `done`."""
+
+    kind: Literal["start", "progress", "note", "done"]
+    key: str
+    done: int = 0
+    total: int = 0
+    text: str = ""
+
+
+class Board:
+    """Holds no CPU. Of progress only the newest is kept for each step."""
+
+    def __init__(self, retries: int) -> None:
+        self._open = True
+        self._retries = retries
+        self._starts: Counter[str] = Counter()
+        self._events: list[Event] = []
+        self._progress: dict[str, Event] = {}
+
+    def may_start(self, key: str) -> Answer:
+        """Whether the step may start: not after `close`, and not more often than the retries allow.
+
+        Ray counts retries, too, but not those after it killed a worker because memory ran out: it makes those for ever.
+        """
+        if not self._open:
+            return "closed"
+        self._starts[key] += 1
+        if self._starts[key] > self._retries + 1:
+            return "worn out"
+        self._events.append(Event("start", key))
+        return "yes"
+
+    def close(self) -> None:
+        """From now on nothing starts."""
+        self._open = False
+
+    def tell(self, event: Event) -> None:
+        if event.kind == "progress":
+            self._progress[event.key] = event
+        else:
+            self._events.append(event)
+
+    def news(self) -> list[Event]:
+        """What was told since the last call."""
+        news = [*self._events, *self._progress.values()]
+        self._events, self._progress = [], {}
+        return news
+
+
+RemoteBoard: Any = ray.remote(Board)

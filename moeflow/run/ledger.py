@@ -1,0 +1,67 @@
+"""What both runners share: the schedule, what came of each step so far, and the words said about it."""
+
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+
+from moeflow.run.materialize import Done, alias
+from moeflow.run.outcome import Outcome, State, StepOutcome
+from moeflow.run.progress import Show
+from moeflow.run.schedule import Schedule
+from moeflow.step import Step
+from moeflow.store import Index, Store
+
+THREADS = 16
+
+
+class Ledger:
+    """Keeps a run's accounts; reads and writes no artifact but those that need no work."""
+
+    def __init__(self, targets: Iterable[Step], store: Store, show: Show, index: Index | None) -> None:
+        self._began = time.monotonic()
+        self._store, self._show = store, show
+        self.schedule = Schedule(targets, store, index)
+        self.schedule.settle()
+        states = self.schedule.states
+        self.left = sum(s in ("run", "same content") for s in states.values())
+        self._done: dict[str, Done] = {}
+        self._warnings: list[str] = []
+        stored = [key for key, state in states.items() if state == "stored"]
+        show.begin(self.schedule.steps.values(), self.left, len(stored))
+        store.renew(stored, self.schedule.index)
+        for warning in self.schedule.warnings():
+            self.warn(warning)
+
+    def settle(self) -> None:
+        """Decide what can be decided, and store what needs no work."""
+        self.schedule.settle()
+        while aliases := self.schedule.aliases():
+            with ThreadPoolExecutor(THREADS) as pool:
+                list(pool.map(lambda a: alias(a.call, a.of, self._store), aliases))
+            self.left -= len(aliases)
+            self._show.taken([a.call.key for a in aliases])
+            for a in aliases:
+                self.schedule.present(a.call.key)
+            self.schedule.settle()
+
+    def done(self, done: Done) -> None:
+        """A step is stored, by this run or meanwhile by another."""
+        self.left -= 1
+        self._done[done.key] = done
+        self._show.finish(done.key)
+        self.schedule.made(done.key, done.digest, done.parts)
+
+    def warn(self, text: str) -> None:
+        self._warnings.append(text)
+        self._show.say(f"warning: {text}")
+
+    def outcome(self) -> Outcome:
+        steps = [self._of(key, state) for key, state in self.schedule.states.items()]
+        return Outcome(tuple(steps), time.monotonic() - self._began, tuple(self._warnings))
+
+    def _of(self, key: str, state: State) -> StepOutcome:
+        name = self.schedule.steps[key].name
+        if (done := self._done.get(key)) is None:
+            return StepOutcome(key, name, state)
+        state = "run" if done.ran else "stored"
+        return StepOutcome(key, name, state, done.reads, done.writes, done.seconds, done.notes)

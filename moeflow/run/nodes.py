@@ -1,0 +1,72 @@
+"""What a Ray cluster's nodes offer and hold: where a step would find its inputs, and whether any could take it."""
+
+from collections import Counter
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from moeflow.run.call import Call
+from moeflow.run.words import size
+from moeflow.step import Step
+from moeflow.store import LocalBlobs, Store
+
+
+class Nodes:
+    """Remembers which node made or read what, so that a stage's layers are brought to few nodes."""
+
+    def __init__(self, store: Store, sizes: dict[str, int]) -> None:
+        """`sizes`: bytes of stored artifacts, by key."""
+        # A store that lies on a shared disk has no node that is nearer to it.
+        self._matters = not isinstance(store.blobs, LocalBlobs)
+        self._sizes = dict(sizes)
+        self._holders: dict[str, str] = {}  # input name -> node that has it in its cache
+
+    def holds(self, call: Call, node: str, made: int) -> None:
+        """`node` ran `call`, which left `made` bytes."""
+        self._sizes[call.key] = made
+        for i in call.inputs:
+            self._holders[i.name] = node
+
+    def near(self, call: Call) -> NodeAffinitySchedulingStrategy | str:
+        """Where to run `call`: on the node that holds most bytes of what it reads, elsewhere when that is busy."""
+        votes: Counter[str] = Counter()
+        for i in call.inputs if self._matters else ():
+            if node := self._holders.get(i.name):
+                votes[node] += self._sizes.get(i.key, 0) + 1
+        if not votes:
+            return "DEFAULT"
+        return NodeAffinitySchedulingStrategy(votes.most_common(1)[0][0], soft=True, _spill_on_unavailable=True)
+
+
+def demand(step: Step) -> dict[str, float]:
+    """What one run of the step asks of a node, in Ray's words."""
+    asked = {
+        "CPU": step.resources.cpus,
+        "GPU": step.resources.gpus,
+        "memory": step.resources.memory or step.spec.memory,
+    }
+    return {name: value for name, value in asked.items() if value}
+
+
+def offers() -> list[dict[str, float]]:
+    """The resources of each node that is up, in Ray's words."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def too_large(step: Step, offers: list[dict[str, float]]) -> str:
+    """Why none of these nodes could run the step; empty when one could."""
+    asked = demand(step)
+    if any(all(offer.get(name, 0) >= value for name, value in asked.items()) for offer in offers):
+        return ""
+    best = {name: max((offer.get(name, 0) for offer in offers), default=0) for name in asked}
+    return f"{step.name} asks for {_said(asked)}, and no node has it (at most {_said(best)})"
+
+
+def machines() -> int:
+    """How many machines the cluster has."""
+    return len({node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]})
+
+
+def _said(amounts: dict[str, float]) -> str:
+    words = {"CPU": "{:g} CPUs", "GPU": "{:g} GPUs"}
+    return ", ".join(f"{size(v)} of memory" if k == "memory" else words[k].format(v) for k, v in amounts.items())

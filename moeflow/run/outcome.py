@@ -1,0 +1,85 @@
+"""What a run did, and how it says that a step failed. Plain values; this module does no I/O."""
+
+import json
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from moeflow.step import Step
+
+State = Literal["stored", "same content", "run", "not needed"]
+
+SHOWN = 400  # characters of a step's parameters in a one-line message
+
+
+class CannotRun(ValueError):
+    """A run was refused before a step started, for a reason that the message names with the way out."""
+
+
+class StepFailed(Exception):
+    """A step raised, or its worker was lost too often: `step` and `cause`. Nothing was stored for it."""
+
+    def __init__(self, step: Step, cause: BaseException) -> None:
+        self.step = step
+        self.cause = cause
+        super().__init__(
+            f"{step.name} failed: {describe(cause)} (key {step.key}, parameters {shown(step.params)}); "
+            "what had finished is stored, and the next run continues there"
+        )
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """One step of the graph after the run; bytes and seconds are zero unless it ran here."""
+
+    key: str
+    name: str
+    state: State
+    reads: int = 0  # bytes that it read from its inputs
+    writes: int = 0  # bytes of the files it left, linked ones excluded
+    seconds: float = 0.0
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """All steps of the graph, inputs before what reads them, and what was remarked on the way."""
+
+    steps: tuple[StepOutcome, ...]
+    seconds: float
+    warnings: tuple[str, ...] = field(default=())
+
+    def keys(self, state: State) -> list[str]:
+        return [s.key for s in self.steps if s.state == state]
+
+    @property
+    def ran(self) -> list[str]:
+        """The keys of the steps that were computed, in the order of the graph."""
+        return self.keys("run")
+
+    @property
+    def aliased(self) -> int:
+        """How many steps took over what another recipe had made from inputs with the same contents."""
+        return len(self.keys("same content"))
+
+    @property
+    def stored(self) -> int:
+        """How many steps were stored before the run."""
+        return len(self.keys("stored"))
+
+    @property
+    def found(self) -> int:
+        """How many steps were not computed because their result was in the store."""
+        return self.stored + self.aliased
+
+
+def describe(error: BaseException) -> str:
+    """An exception as part of one line."""
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    text = " ".join(text.split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def shown(params: dict[str, Any]) -> str:
+    """Parameters on one line, shortened to what fits there."""
+    text = json.dumps(params, sort_keys=True)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}... ({len(text)} characters)"

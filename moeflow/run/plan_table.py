@@ -1,0 +1,45 @@
+"""A plan as people read it: a line for each name of a step, or for each step."""
+
+from collections import defaultdict
+
+from rich.box import SIMPLE
+from rich.table import Table
+from rich.text import Text
+
+from moeflow.run.plan import Plan, Row
+from moeflow.run.words import count, size
+
+
+def plan_table(plan: Plan, *, every: bool = False, plain: bool = False) -> Table:
+    """With `every` a line for each step, else one for each name. Bytes are those of the steps that would run."""
+    made = Table(box=None if plain else SIMPLE, pad_edge=False)
+    made.add_column("step")
+    for title in ("run", "stored", "same content", "reads", "writes", "memory"):
+        made.add_column(title, justify="right")
+    groups: dict[str, list[Row]] = defaultdict(list)
+    for row in plan.rows:
+        groups[row.key if every else row.name].append(row)
+    for name, rows in groups.items():
+        states = [r.state for r in rows]
+        numbers = [states.count("run"), states.count("stored"), states.count("same content")]
+        made.add_row(
+            Text(rows[0].label if every else name),
+            *(f"{n:,}" if n else "" for n in numbers),
+            *(size(n) if n else "" for n in (sum(r.reads for r in rows), sum(r.writes for r in rows))),
+            size(m) if (m := max((r.memory for r in rows if r.state == "run"), default=0)) else "",
+        )
+    return made
+
+
+def plan_lines(plan: Plan) -> list[str]:
+    """The totals, what the steps remark, and what is in the way; a line each."""
+    found = len(plan.keys("stored")) + len(plan.keys("same content"))
+    lines = [
+        f"{count(len(plan.rows), 'step')}: {len(plan.keys('run')):,} to run, {found:,} stored; reads {size(plan.reads)}"
+        f", writes {size(plan.writes)}, at most {size(plan.memory)} of memory in one step"
+    ]
+    notes = dict.fromkeys(f"{r.name}: {note}" for r in plan.rows if r.state == "run" for note in r.notes)
+    lines += notes
+    lines += [f"warning: {warning}" for warning in plan.warnings]
+    lines += [f"cannot work: {problem}" for problem in plan.problems]
+    return lines

@@ -1,0 +1,226 @@
+"""How a run shows itself: live bars on a terminal, throttled plain lines elsewhere, nothing where JSON is wanted.
+
+It is told what happens and decides nothing; both runners tell it the same things.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Protocol, TextIO
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+from moeflow.run.outcome import Outcome
+from moeflow.run.words import amount, clock, count, labels, summary
+from moeflow.step import Step
+
+QUIET = 5.0  # seconds between two plain lines of one step
+
+
+class Show(Protocol):
+    """What a runner tells of. Steps go by key."""
+
+    def begin(self, steps: Iterable[Step], todo: int, found: int) -> None:
+        """`todo` steps are not stored; `found` are."""
+
+    def start(self, key: str) -> None: ...
+
+    def progress(self, key: str, done: int, total: int, unit: str) -> None: ...
+
+    def finish(self, key: str) -> None:
+        """The step is stored."""
+
+    def taken(self, keys: list[str]) -> None:
+        """These steps took over what other recipes had made from the same contents."""
+
+    def note(self, key: str, text: str) -> None:
+        """What a step remarks."""
+
+    def say(self, text: str) -> None:
+        """A warning or another word about the run, one line."""
+
+    def end(self, outcome: Outcome | None) -> None:
+        """Leave the terminal as it was; an outcome, where there is one, is summed up in a line."""
+
+
+def show(*, json: bool = False, stream: TextIO | None = None) -> Show:
+    """What suits the stream (stderr): bars on a terminal, plain lines otherwise, silence for JSON."""
+    stream = stream or sys.stderr
+    if json:
+        return Silent(stream)
+    return Bars(stream) if stream.isatty() else Lines(stream)
+
+
+class Silent:
+    """Says only what must not be missed: remarks and warnings."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def begin(self, steps: Iterable[Step], todo: int, found: int) -> None: ...
+
+    def start(self, key: str) -> None: ...
+
+    def progress(self, key: str, done: int, total: int, unit: str) -> None: ...
+
+    def finish(self, key: str) -> None: ...
+
+    def taken(self, keys: list[str]) -> None: ...
+
+    def note(self, key: str, text: str) -> None:
+        self.say(f"{key.rpartition('-')[0]}: {text}")
+
+    def say(self, text: str) -> None:
+        print(text, file=self._stream, flush=True)
+
+    def end(self, outcome: Outcome | None) -> None: ...
+
+
+@dataclass
+class _Running:
+    number: int
+    began: float
+    said: float
+    done: int = 0
+    total: int = 0
+    unit: str = ""
+
+
+@dataclass
+class Lines:
+    """Plain lines, as in `[ 3/12] calibrate.stage layers 0-7  4,096/8,192 tokens  00:12`."""
+
+    stream: TextIO
+    clock: Callable[[], float] = time.monotonic
+    quiet: float = QUIET
+    _labels: dict[str, str] = field(default_factory=dict)
+    _running: dict[str, _Running] = field(default_factory=dict)
+    _todo: int = 0
+    _begun: int = 0
+
+    def begin(self, steps: Iterable[Step], todo: int, found: int) -> None:
+        steps = list(steps)
+        self._labels, self._todo = labels(steps), todo
+        if todo:
+            self._line(f"{count(len(steps), 'step')}: {todo:,} to do, {found:,} stored")
+
+    def start(self, key: str) -> None:
+        now = self.clock()
+        if key not in self._running:  # a step whose worker was lost starts again under its number
+            self._begun += 1
+            self._running[key] = _Running(self._begun, now, now)
+
+    def progress(self, key: str, done: int, total: int, unit: str) -> None:
+        step, now = self._running.get(key), self.clock()
+        if step is None or now - step.said < self.quiet:
+            return
+        step.said = now
+        so_far = f"{amount(done, total, unit)}  {clock(now - step.began)}"
+        self._line(f"{self._head(step.number)} {self._label(key)}  {so_far}")
+
+    def finish(self, key: str) -> None:
+        if (step := self._running.pop(key, None)) is not None:
+            self._line(f"{self._head(step.number)} {self._label(key)}  done  {clock(self.clock() - step.began)}")
+
+    def taken(self, keys: list[str]) -> None:
+        self._begun += len(keys)
+        who = self._label(keys[0]) if len(keys) == 1 else f"{count(len(keys), 'step')}, {self._label(keys[0])} first"
+        self._line(f"{self._head(self._begun)} {who}  same content as stored")
+
+    def note(self, key: str, text: str) -> None:
+        self._line(f"{self._label(key)}: {text}")
+
+    def say(self, text: str) -> None:
+        self._line(text)
+
+    def end(self, outcome: Outcome | None) -> None:
+        if outcome is not None:
+            self._line(summary(outcome))
+
+    def _head(self, number: int) -> str:
+        return f"[{number:>{len(str(self._todo))}}/{self._todo}]"
+
+    def _label(self, key: str) -> str:
+        return self._labels.get(key, key)
+
+    def _line(self, text: str) -> None:
+        print(text, file=self.stream, flush=True)
+
+
+class Bars:
+    """One bar for the steps, and one for each running step in its own unit, with the time left."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._console = Console(file=stream)
+        self._bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            _Amount(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(compact=True),
+            console=self._console,
+            transient=True,
+        )
+        self._labels: dict[str, str] = {}
+        self._running: dict[str, TaskID] = {}
+        self._whole: TaskID | None = None
+
+    def begin(self, steps: Iterable[Step], todo: int, found: int) -> None:
+        self._labels = labels(list(steps))
+        self._whole = self._bars.add_task("steps", total=todo, unit=f"steps, {found:,} stored")
+        self._bars.start()
+
+    def start(self, key: str) -> None:
+        if key in self._running:
+            self._bars.reset(self._running[key])
+        else:
+            self._running[key] = self._bars.add_task(self._labels.get(key, key), total=None, unit="")
+
+    def progress(self, key: str, done: int, total: int, unit: str) -> None:
+        if key in self._running:
+            self._bars.update(self._running[key], completed=done, total=total or None, unit=unit)
+
+    def finish(self, key: str) -> None:
+        if (task := self._running.pop(key, None)) is not None:
+            self._bars.remove_task(task)
+        self._advance(1)
+
+    def taken(self, keys: list[str]) -> None:
+        self._advance(len(keys))
+
+    def refresh(self) -> None:
+        """Draw now, not a tenth of a second later."""
+        self._bars.refresh()
+
+    def _advance(self, steps: int) -> None:
+        if self._whole is not None:
+            self._bars.advance(self._whole, steps)
+
+    def note(self, key: str, text: str) -> None:
+        self.say(f"{self._labels.get(key, key)}: {text}")
+
+    def say(self, text: str) -> None:
+        self._console.print(Text(text))
+
+    def end(self, outcome: Outcome | None) -> None:
+        self._bars.stop()
+        if outcome is not None:
+            self._console.print(Text(summary(outcome)))
+
+
+class _Amount(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        unit = str(task.fields.get("unit", ""))
+        return Text(amount(int(task.completed), int(task.total), unit) if task.total else "")

@@ -1,0 +1,193 @@
+"""What has to be done for a graph, decided from listings.
+
+Which steps are stored, which take over what another recipe made from the same contents, and which must run, in an order
+that respects their inputs. It is the one place that decides, for `plan` as for both runners; it starts nothing itself.
+"""
+
+import heapq
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from moeflow.run.call import Call
+from moeflow.run.outcome import State
+from moeflow.run.words import count
+from moeflow.step import Part, Step, step_of, upstream
+from moeflow.store import Index, Store, part_digest
+
+
+@dataclass(frozen=True)
+class Alias:
+    """`call` need not run: `of` is the artifact that the same step made from the same contents."""
+
+    call: Call
+    of: str
+
+
+class Schedule:
+    """A graph's states: `settle`, write the `aliases`, run the `ready`, and report each with `present` or `made`."""
+
+    def __init__(self, targets: Iterable[Step], store: Store, index: Index | None = None) -> None:
+        targets = list(targets)
+        self.steps = {s.key: s for s in upstream(targets)}
+        self.index = index or store.index(sorted({s.name for s in self.steps.values()}))
+        self._store = store
+        self._sources: dict[Callable[..., None], str] = {}
+        self._states: dict[str, State] = {}
+        self._needed(targets)
+        self._position = {key: n for n, key in enumerate(self.steps)}
+        self._readers: dict[str, list[str]] = defaultdict(list)
+        self._prefixes: dict[str, set[str]] = defaultdict(set)  # by step: the parts of its output that are read
+        self._unknown: dict[str, int] = {}  # by step: how many inputs have contents not yet known
+        self._absent: dict[str, int] = {}  # by step: how many inputs are not yet stored under their own key
+        self._contents = dict(self.index.contents)  # content key -> the stored step that has it
+        self._claimed: dict[str, str] = {}  # content key -> the step of this run that will make it
+        self._followers: dict[str, list[Call]] = defaultdict(list)  # that step -> others with the same content key
+        self._homes: dict[str, str] = {}  # by step: the key under which a manifest with its files can be read
+        self._digests: dict[str, str] = {}  # by input name: the digest of its contents
+        self._fresh: list[str] = []  # steps whose inputs' contents have all become known
+        self._decided: dict[str, Call] = {}  # steps to run, while one of their inputs is still absent
+        self._ready: list[tuple[int, str]] = []
+        self._calls: dict[str, Call] = {}
+        self._aliases: list[Alias] = []
+        self._connect()
+
+    @property
+    def states(self) -> dict[str, State]:
+        """Every step's state, in the graph's order; one whose inputs are yet to be made counts as one that runs."""
+        return {key: self._states.get(key, "run") for key in self.steps}
+
+    def settle(self) -> None:
+        """Decide all that can be decided now. Requests: the manifests of those inputs of which only a part is read."""
+        while self._fresh:
+            wave = [self.steps[key] for key in sorted(self._fresh, key=self._position.__getitem__)]
+            self._fresh = []
+            self._look_up(wave)
+            for step in wave:
+                self._decide(step)
+
+    def aliases(self) -> list[Alias]:
+        """The aliases to be written now, each given once; independent of each other."""
+        taken, self._aliases = self._aliases, []
+        return taken
+
+    def ready(self, most: int) -> list[Call]:
+        """At most `most` steps whose inputs are all stored, first in the order of the graph, each given once."""
+        return [self._calls[heapq.heappop(self._ready)[1]] for _ in range(min(most, len(self._ready)))]
+
+    def present(self, key: str) -> None:
+        """`key` is stored under its own name: steps that read it may start."""
+        for reader in self._readers[key]:
+            self._absent[reader] -= 1
+            if self._absent[reader] == 0 and reader in self._decided:
+                self._push(self._decided.pop(reader))
+
+    def made(self, key: str, digest: str, parts: dict[str, str]) -> None:
+        """A step that `ready` gave is stored with these contents (of parts: by prefix)."""
+        self._digests.update({f"{key}/{prefix}": part for prefix, part in parts.items()})
+        self._contents[self._calls[key].content] = key
+        self._known(key, digest, home=key)
+        self.present(key)
+        for follower in self._followers.pop(key, []):
+            self._take_over(follower, key, digest)
+
+    def warnings(self) -> list[str]:
+        """What is used although another source of its step made it; one line for each name of a step."""
+        others: Counter[str] = Counter()
+        for key, state in self._states.items():
+            owner = self._homes.get(key, key)
+            found = self.index.keys.get(owner)
+            source = self.source(self.steps[key])
+            if state in ("stored", "same content") and found and source and not source.startswith(found.source):
+                others[self.steps[key].name] += 1
+        versions = {s.name: s.version for s in self.steps.values()}
+        return [
+            f"{name}: {count(n, 'stored result')} of version {versions[name]} came from another source of this step, "
+            "and are used as they are; raise its version if the same arguments must now give another output"
+            for name, n in sorted(others.items())
+        ]
+
+    def source(self, step: Step) -> str:
+        """The digest of the step's source, read once per function; empty where there is no source file to read."""
+        if step.fn not in self._sources:
+            try:
+                self._sources[step.fn] = step.source
+            except OSError:
+                self._sources[step.fn] = ""
+        return self._sources[step.fn]
+
+    def _needed(self, targets: list[Step]) -> None:
+        """What is stored hides its inputs: only steps that something not yet stored asks for are considered."""
+        needed: set[str] = set()
+        stack = [t for t in targets if t.key not in self.index.keys]
+        while stack:
+            step = stack.pop()
+            if step.key not in needed:
+                needed.add(step.key)
+                stack.extend(s for i in step.inputs if (s := step_of(i)).key not in self.index.keys)
+        for key in self.steps:
+            if key not in needed:
+                self._states[key] = "stored" if key in self.index.keys else "not needed"
+
+    def _connect(self) -> None:
+        for key, step in self.steps.items():
+            if key in self._states:
+                continue
+            inputs = dict.fromkeys(step_of(i).key for i in step.inputs)
+            self._unknown[key] = self._absent[key] = len(inputs)
+            for given in inputs:
+                self._readers[given].append(key)
+            for i in step.inputs:
+                if isinstance(i, Part):
+                    self._prefixes[i.step.key].add(i.prefix)
+            if not inputs:
+                self._fresh.append(key)
+        for key in list(self._readers):
+            if self._states.get(key) == "stored":
+                self._known(key, self.index.keys[key].digest, home=key)
+                self.present(key)
+
+    def _known(self, key: str, digest: str, *, home: str) -> None:
+        self._homes[key] = home
+        self._digests[key] = digest
+        for reader in self._readers[key]:
+            self._unknown[reader] -= 1
+            if self._unknown[reader] == 0:
+                self._fresh.append(reader)
+
+    def _look_up(self, wave: list[Step]) -> None:
+        """The digests of parts, which listings do not tell, from manifests read side by side."""
+        lacking = {i.key: step_of(i).key for step in wave for i in step.inputs if i.key not in self._digests}
+        if lacking:
+            manifests = self._store.manifests({self._homes[key] for key in lacking.values()})
+            for name, key in lacking.items():
+                self._digests[name] = part_digest(manifests[self._homes[key]], name.partition("/")[2])
+
+    def _decide(self, step: Step) -> None:
+        digests = [self._digests[i.key] for i in step.inputs]
+        call = Call.of(step, digests, source=self.source(step), parts=sorted(self._prefixes[step.key]))
+        self._calls[step.key] = call
+        owner = self._contents.get(call.content)
+        if owner is not None and owner != step.key:
+            self._take_over(call, owner, self._digest_of(owner))
+        elif call.content in self._claimed:
+            self._states[step.key] = "same content"
+            self._followers[self._claimed[call.content]].append(call)
+        else:
+            self._claimed[call.content] = step.key
+            self._states[step.key] = "run"
+            if self._absent[step.key] == 0:
+                self._push(call)
+            else:
+                self._decided[step.key] = call
+
+    def _take_over(self, call: Call, owner: str, digest: str) -> None:
+        self._states[call.key] = "same content"
+        self._aliases.append(Alias(call, owner))
+        self._known(call.key, digest, home=owner)
+
+    def _digest_of(self, owner: str) -> str:
+        return self._digests[owner] if owner in self._digests else self.index.keys[owner].digest
+
+    def _push(self, call: Call) -> None:
+        heapq.heappush(self._ready, (self._position[call.key], call.key))

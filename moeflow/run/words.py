@@ -1,0 +1,63 @@
+"""Numbers, sizes and steps in words that people read. No I/O."""
+
+import json
+from collections import defaultdict
+from typing import Any
+
+from moeflow.run.outcome import Outcome
+from moeflow.step import Step
+from moeflow.store.errors import bytes_text as size
+
+
+def summary(outcome: Outcome) -> str:
+    parts = [f"{len(outcome.ran):,} run", f"{outcome.stored:,} stored"]
+    if outcome.aliased:
+        parts.append(f"{outcome.aliased:,} with the same content as stored ones")
+    if spared := len(outcome.keys("not needed")):
+        parts.append(f"{spared:,} not needed")
+    return f"{count(len(outcome.steps), 'step')}: {', '.join(parts)}, {outcome.seconds:.1f} s"
+
+
+def labels(steps: list[Step]) -> dict[str, str]:
+    """By key, a short name: the step's, and those parameters in which it differs from others of the same name."""
+    groups: dict[str, list[Step]] = defaultdict(list)
+    for step in steps:
+        groups[step.name].append(step)
+    found = {}
+    for name, group in groups.items():
+        values: dict[str, set[str]] = defaultdict(set)
+        for step in group:
+            for key, value in step.params.items():
+                values[key].add(json.dumps(value))
+        telling = [key for key, seen in values.items() if len(seen) > 1]
+        for step in group:
+            words = [word for key in telling if (word := _word(key, step.params.get(key)))]
+            found[step.key] = " ".join([name, *words[:3]])
+    return found
+
+
+def _word(key: str, value: Any) -> str:
+    """A parameter in a label; empty where it is too long to help."""
+    numbers = isinstance(value, list) and bool(value) and all(type(v) is int for v in value)
+    if numbers and value == list(range(value[0], value[-1] + 1)):
+        return f"{key} {value[0]}-{value[-1]}" if len(value) > 1 else f"{key} {value[0]}"
+    text = value if isinstance(value, str) else json.dumps(value)
+    return f"{key} {text}" if len(text) <= 32 else ""
+
+
+def amount(done: int, total: int, unit: str) -> str:
+    """`4,096/8,192 tokens`, and bytes in units that people read."""
+    if unit == "bytes":
+        return f"{size(done)}/{size(total)}" if total else size(done)
+    return f"{done:,}/{total:,} {unit}" if total else f"{done:,} {unit}"
+
+
+def clock(seconds: float) -> str:
+    """`00:12`, or `1:02:03`."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes:02}:{rest:02}"
+
+
+def count(n: int, word: str) -> str:
+    return f"{n:,} {word}{'s' * (n != 1)}"

@@ -1,0 +1,70 @@
+"""Where a running step writes, and with how many threads it computes. Knows no step and no store."""
+
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from threadpoolctl import threadpool_limits
+
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
+@contextmanager
+def work_folder(root: Path) -> Iterator[Path]:
+    """An empty folder below `root` that goes at the end; folders of processes that were killed are swept away."""
+    root.mkdir(parents=True, exist_ok=True)
+    with (root / ".lock").open("w") as door:
+        fcntl.flock(door, fcntl.LOCK_EX)  # so that nobody sweeps a folder that is not yet locked
+        _sweep(root)
+        folder = Path(tempfile.mkdtemp(prefix="step-", dir=root))
+        lock = (folder / ".lock").open("w")
+        fcntl.flock(lock, fcntl.LOCK_SH)
+    with lock:
+        try:
+            yield folder
+        finally:
+            _remove(folder)
+
+
+@contextmanager
+def threads(n: int) -> Iterator[None]:
+    """Numerical libraries use `n` threads here: those loaded by now by a call, others by the environment."""
+    before = {name: os.environ.get(name) for name in THREADS}
+    os.environ.update(dict.fromkeys(THREADS, str(n)))
+    try:
+        with threadpool_limits(limits=n):
+            yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _sweep(root: Path) -> None:
+    for folder in root.glob("step-*"):
+        try:
+            lock = (folder / ".lock").open("rb+")
+        except FileNotFoundError:  # its owner is removing it
+            continue
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue
+            _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    # The lock file goes last, so that a folder of which only a part was removed is swept by the next who comes.
+    for entry in folder.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        elif entry.name != ".lock":
+            entry.unlink()
+    shutil.rmtree(folder)

@@ -1,0 +1,114 @@
+"""A Ray of two nodes on this machine, and ways to hurt it: for tests of what a run survives.
+
+    with two_nodes() as nodes:
+        pid = nodes.kill_worker("calibrate.stage")      # SIGKILL to a worker while it runs such a step
+        nodes.lose()                                    # the second node goes
+        nodes.replace()                                 # and another one comes
+        driver = nodes.drive([sys.executable, "pipelines/mixtral.py", ...])   # a process of its own, joined to the cluster
+
+`two_nodes` joins this process to the cluster, so that `on_ray.run` uses it.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import ray
+from ray.cluster_utils import Cluster
+
+ROOT = Path(__file__).parents[2]
+PATIENCE = 90.0  # seconds until something that must happen is given up
+
+
+class Nodes:
+    """The cluster of `two_nodes`; each node has `cpus`."""
+
+    def __init__(self, cluster: Cluster, cpus: int) -> None:
+        self._cluster, self._cpus = cluster, cpus
+        self._second: Any = cluster.add_node(num_cpus=cpus)
+        self._drivers: list[subprocess.Popen[str]] = []
+
+    @property
+    def address(self) -> str:
+        return str(self._cluster.address)
+
+    def workers(self, step: str) -> list[int]:
+        """The processes that run a step of this name now."""
+        return [p.pid for p in descendants() if title(p).startswith(f"ray::{step}")]
+
+    def kill_worker(self, step: str) -> int:
+        """SIGKILL a worker as soon as one runs a step of this name; its process id."""
+        pids = until(lambda: self.workers(step), f"no worker ran {step}")
+        os.kill(pids[0], signal.SIGKILL)
+        return int(pids[0])
+
+    def lose(self) -> None:
+        """The second node goes at once, with all that runs there."""
+        self._cluster.remove_node(self._second, allow_graceful=False)
+
+    def replace(self) -> None:
+        """A new second node."""
+        self._second = self._cluster.add_node(num_cpus=self._cpus)
+
+    def drive(self, command: Sequence[str], **env: str) -> subprocess.Popen[str]:
+        """Start `command` in the repository as a driver of this cluster; output is piped."""
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_ADDRESS": self.address, **env}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        driver = subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)  # type: ignore[call-overload]
+        self._drivers.append(driver)
+        return driver
+
+    def close(self) -> None:
+        for driver in self._drivers:
+            if driver.poll() is None:
+                driver.kill()
+                driver.wait()
+
+
+@contextmanager
+def two_nodes(cpus: int = 1) -> Iterator[Nodes]:
+    """Two nodes of `cpus` each; the first is the head, and this process is a driver there."""
+    folder = tempfile.mkdtemp(prefix="mf")  # short, because sockets lie in it
+    head = {"num_cpus": cpus, "include_dashboard": False, "temp_dir": folder}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    try:
+        nodes = Nodes(cluster, cpus)
+        cluster.wait_for_nodes()
+        ray.init(address=cluster.address, log_to_driver=False)
+        try:
+            yield nodes
+        finally:
+            nodes.close()
+            ray.shutdown()
+    finally:
+        cluster.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def descendants() -> list[psutil.Process]:
+    """The living processes that this one started, and those that they started."""
+    return psutil.Process().children(recursive=True)
+
+
+def title(process: psutil.Process) -> str:
+    """A process' title, which Ray sets to the name of the task it runs; empty when it is gone."""
+    with suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+        return " ".join(process.cmdline())
+    return ""
+
+
+def until(happens: Callable[[], Any], otherwise: str, patience: float = PATIENCE) -> Any:
+    """What `happens` returns as soon as that is true. Fails with `otherwise` when it does not come true."""
+    end = time.monotonic() + patience
+    while not (found := happens()):
+        assert time.monotonic() < end, f"{otherwise} in {patience} s"
+        time.sleep(0.05)
+    return found

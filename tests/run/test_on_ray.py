@@ -1,0 +1,107 @@
+"""What only a cluster can do: run steps beside each other, bound them, and lose their workers."""
+
+from pathlib import Path
+
+import pytest
+
+from moeflow.run import Options, StepFailed, on_ray
+from moeflow.run.board import Board, Event
+from moeflow.run.call import Call
+from moeflow.run.nodes import Nodes, demand
+from moeflow.step import Step
+from moeflow.store import LocalBlobs, S3Blobs, Store
+from tests.run import toy
+
+
+def content(store: Store, step: Step) -> str:
+    return store.artifact(step.key).file("n").read_text().strip()
+
+
+def most_at_once(trace: Path) -> int:
+    now = most = 0
+    for line in trace.read_text().splitlines():
+        now += int(line)
+        most = max(most, now)
+    return most
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_independent_steps_run_beside_each_other(store: Store, tmp_path: Path) -> None:
+    pair = [toy.meet(me=a, other=b, folder=str(tmp_path)) for a, b in (("a", "b"), ("b", "a"))]
+    assert len(on_ray.run(pair, store).ran) == 2
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_no_more_steps_are_in_flight_than_stated(store: Store, trace: Path) -> None:
+    steps = [toy.span(n=n, trace=str(trace), seconds=0.1).on(cpus=0.25) for n in range(12)]
+    on_ray.run(steps, store, options=Options(in_flight=2))
+    assert most_at_once(trace) <= 2
+    trace.write_text("")
+    more = [toy.span(n=n, trace=str(trace), seconds=0.5).on(cpus=0.25) for n in range(100, 108)]
+    on_ray.run(more, store, options=Options(in_flight=8))
+    assert 2 < most_at_once(trace) <= 8, "the bound, and not something else, held the others back"
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_steps_demand_their_cpus(store: Store, trace: Path) -> None:
+    steps = [toy.span(n=n, trace=str(trace), seconds=0.1).on(cpus=2) for n in range(4)]
+    on_ray.run(steps, store)
+    assert most_at_once(trace) == 1
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_worker_killed_in_the_middle_of_a_step_is_replaced_and_continues(store: Store, trace: Path, tmp_path: Path) -> None:
+    graph = toy.count(to=8, die_at=5, marker=str(tmp_path / "died"), trace=str(trace))
+    outcome = on_ray.run([graph], store)
+    assert (tmp_path / "died").exists()
+    assert trace.read_text().splitlines() == ["from 0", "from 5"]
+    assert (content(store, graph), len(outcome.ran)) == ("8", 1)
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_worker_lost_more_often_than_retries_allow_fails_the_step(store: Store, tmp_path: Path) -> None:
+    graph = toy.count(to=8, die_at=5, marker=str(tmp_path / "died"))
+    with pytest.raises(StepFailed, match=r"lost too often .*\.on\(memory=") as failure:
+        on_ray.run([graph], store, options=Options(retries=0))
+    assert graph.key in str(failure.value) and "\n" not in str(failure.value)
+    on_ray.run([graph], store)
+    assert content(store, graph) == "8"
+
+
+def test_a_step_prefers_the_node_that_holds_most_of_what_it_reads(tmp_path: Path) -> None:
+    large, small = toy.number(n=1), toy.number(n=2)
+    readers = [toy.total(large, small), toy.half(small), toy.half(large)]
+    both, one, other = (Call.of(s, ["0"] * len(s.inputs), source="") for s in readers)
+    bucket = Store(S3Blobs("bucket", "prefix"), tmp_path)
+    nodes = Nodes(bucket, {large.key: 1000, small.key: 10})
+    assert nodes.near(both) == "DEFAULT"
+    nodes.holds(one, "a" * 56, 5)
+    nodes.holds(other, "b" * 56, 5)
+    near = nodes.near(both)
+    assert not isinstance(near, str) and near.node_id == "b" * 56 and near.soft
+    shared = Nodes(Store(LocalBlobs(tmp_path), tmp_path), {large.key: 1000})
+    shared.holds(one, "a" * 56, 5)
+    assert shared.near(both) == "DEFAULT", "a folder is as near to one node as to another"
+
+
+def test_the_board_lets_a_step_start_as_often_as_its_retries_allow() -> None:
+    board = Board(retries=1)
+    assert [board.may_start("one") for _ in range(3)] == ["yes", "yes", "worn out"]
+    assert board.may_start("two") == "yes"
+    board.close()
+    assert board.may_start("three") == "closed"
+    assert [e.key for e in board.news()] == ["one", "one", "two"] and board.news() == []
+
+
+def test_the_board_keeps_the_newest_progress_of_each_step() -> None:
+    board = Board(retries=0)
+    for n in range(5):
+        board.tell(Event("progress", "one", n, 5, "tokens"))
+    board.tell(Event("note", "one", text="a remark"))
+    assert [(e.kind, e.done) for e in board.news()] == [("note", 0), ("progress", 4)]
+
+
+def test_a_step_demands_the_memory_that_its_spec_says_unless_told_otherwise() -> None:
+    step = toy.number(n=1)
+    assert demand(step) == {"CPU": 1, "memory": 1000}
+    assert demand(step.on(cpus=2, gpus=1, memory=5000)) == {"CPU": 2, "GPU": 1, "memory": 5000}

@@ -1,0 +1,101 @@
+"""Both runners on a bucket: only what is used is moved, counted at the server."""
+
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import boto3
+import pytest
+import ray
+
+from moeflow.run.plan import plan
+from moeflow.step import Step
+from moeflow.store import Store
+from tests import servers
+from tests.run import toy
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[servers.Proxy]:
+    """S3 behind a proxy that counts, and credentials that the workers of this module's Ray inherit."""
+    with pytest.MonkeyPatch.context() as patch, servers.s3_server() as url, servers.proxy(url) as proxy:
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            patch.setenv(name, "testing")
+        for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+            patch.setenv(name, os.devnull)
+        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        yield proxy
+
+
+@pytest.fixture(scope="module")
+def local_ray(server: servers.Proxy) -> Iterator[None]:
+    """As everywhere, but begun when the credentials are there."""
+    folder = tempfile.mkdtemp(prefix="mf")
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, _temp_dir=folder)
+    yield
+    ray.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def store(server: servers.Proxy, tmp_path: Path) -> Store:
+    bucket = f"bucket-{uuid.uuid4().hex}"
+    boto3.client("s3", endpoint_url=server.url, region_name="us-east-1").create_bucket(Bucket=bucket)
+    server.reset()
+    return Store.open(f"s3://{bucket}/pre/fix?endpoint={server.url}", tmp_path / "cache")
+
+
+def moved(server: servers.Proxy) -> int:
+    """Bytes of blobs that crossed the wire."""
+    return sum(r.sent + r.received for r in server.requests if "/blobs/" in r.path)
+
+
+def graph(n: int) -> Step:
+    return toy.total(*(toy.half(toy.number(n=n + i)) for i in range(3)))
+
+
+def test_a_run_on_a_bucket_is_whole_and_a_second_does_nothing(run: Callable, store: Store) -> None:
+    assert len(run([graph(0)], store).ran) == 7
+    assert store.artifact(graph(0).key).file("n").read_text().strip() == "1"
+    assert run([graph(0)], store).stored == 7
+
+
+def test_a_finished_graph_is_found_by_listings_alone(run: Callable, store: Store, server: servers.Proxy) -> None:
+    run([graph(0)], store)
+    server.reset()
+    run([graph(0)], store)
+    assert {r.method for r in server.requests} == {"GET"}
+    assert server.count() == server.count(path="list-type=2") == 6, "two listings for each of three names"
+
+
+def test_same_contents_move_no_bytes(run: Callable, store: Store, server: servers.Proxy) -> None:
+    old, new = toy.half(toy.number(n=6, size=5000)), toy.half(toy.number(n=7, size=5000))
+    run([toy.total(old, size=3000), new], store)
+    server.reset()
+    assert run([toy.total(new, size=3000)], store).aliased == 1
+    assert moved(server) == 0
+
+
+def test_linking_moves_no_bytes(run: Callable, store: Store, server: servers.Proxy) -> None:
+    parts = [toy.number(n=n, size=5000 + n) for n in (1, 2)]
+    run(parts, store)
+    server.reset()
+    run([toy.assemble(*parts)], store)
+    assert moved(server) < 100, "the one byte of its own, and answers without a body"
+
+
+def test_a_range_is_read_without_the_rest(run: Callable, store: Store, server: servers.Proxy) -> None:
+    base = toy.number(n=7, size=1_000_000)
+    run([base], store)
+    server.reset()
+    run([toy.slice_(base, start=999_000, stop=1_000_000)], store)
+    assert 2000 <= moved(server) < 5000, "a thousand bytes read, and as many written"
+
+
+def test_a_plan_of_two_thousand_steps_is_a_few_listings(store: Store, server: servers.Proxy) -> None:
+    target = toy.total(*(toy.half(toy.number(n=n)) for n in range(1000)))
+    assert len(plan([target], store).keys("run")) == 2001
+    assert server.count() == server.count(path="list-type=2") == 6

@@ -1,0 +1,157 @@
+"""How words become the parameters of a pipeline's build()."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+from moeflow.run.pipeline import call, load
+from moeflow.step import Step
+from moeflow.store import Store
+from moeflow.store.sources import Source
+from moeflow.store.texts import Texts
+from tests.run import toy
+
+
+def seen(build: Callable[..., Step], *words: str) -> dict[str, Any]:
+    """What build() received, by way of the step it made."""
+    return call(build, words).params
+
+
+def build(
+    first: str = "a",
+    *,
+    keep: int = 6,
+    rate: float = 0.5,
+    on: bool = False,
+    maybe: int | None = None,
+    search: Literal["layerwise", "progressive"] = "layerwise",
+    layers: list[int] | None = None,
+    untyped=3,
+) -> Step:
+    return toy.shards(values=[first, keep, rate, on, maybe, search, layers, untyped])
+
+
+def test_defaults_stand() -> None:
+    assert seen(build)["values"] == ["a", 6, 0.5, False, None, "layerwise", None, 3]
+
+
+def test_words_are_read_as_annotations_and_defaults_say() -> None:
+    words = ["keep=4", "rate=1e-3", "on=true", "maybe=7", "search=progressive", "layers=[1, 2]", "untyped=9", "first=b=c"]
+    assert seen(build, *words)["values"] == ["b=c", 4, 0.001, True, 7, "progressive", [1, 2], 9]
+    assert seen(build, "maybe=none")["values"][4] is None
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("keeep=4", "no parameter 'keeep'; it has first, keep, rate"),
+        ("keep", "write -p name=value"),
+        ("keep=four", "must be a whole number"),
+        ("rate=fast", "must be a number"),
+        ("on=perhaps", "true or false"),
+        ("search=random", "choose one of layerwise, progressive"),
+        ("layers=1,2", "JSON"),
+    ],
+)
+def test_words_that_do_not_fit_are_refused_with_the_way_out(word: str, said: str) -> None:
+    with pytest.raises(ValueError, match=said.replace("[", r"\[")):
+        call(build, [word])
+
+
+def test_a_parameter_given_twice_is_refused() -> None:
+    with pytest.raises(ValueError, match="given twice"):
+        call(build, ["keep=4", "keep=5"])
+
+
+def test_what_has_no_default_is_asked_for() -> None:
+    def needs(*, model: str, tokens: str, keep: int = 6) -> Step:
+        raise AssertionError("never built")
+
+    with pytest.raises(ValueError, match=r"needs -p model=\.\.\. -p tokens=\.\.\."):
+        call(needs, ["keep=4"])
+
+
+def test_a_source_is_pinned_and_texts_are_kept_for_later(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"")
+    got: dict[str, Any] = {}
+
+    def takes(model: Source, *, tokens: Texts, heldout: Texts | None = None, tuned: Source | None = None) -> Step:
+        got.update(model=model, tokens=tokens, heldout=heldout, tuned=tuned)
+        return toy.number(n=1)
+
+    call(takes, [f"model={tmp_path / 'model'}", "tokens=not-there.jsonl#text"])
+    assert isinstance(got["model"], Source) and "config.json" in [f.name for f in got["model"].files]
+    assert got["tokens"] == Texts("not-there.jsonl#text"), "nothing was read of it"
+    assert (got["heldout"], got["tuned"]) == (None, None)
+
+
+def test_a_default_that_names_a_source_is_pinned_too(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    got: list[object] = []
+
+    def takes(model: Source | str = str(tmp_path)) -> Step:
+        got.append(model)
+        return toy.number(n=1)
+
+    call(takes, [])
+    assert isinstance(got[0], Source)
+
+
+def test_annotations_may_be_strings(tmp_path: Path) -> None:
+    path = tmp_path / "postponed.py"
+    path.write_text(
+        "from __future__ import annotations\n"
+        "from moeflow.step import Step\n"
+        "from tests.run import toy\n"
+        "def build(*, keep: int = 6) -> Step:\n"
+        "    return toy.number(n=keep)\n"
+    )
+    assert call(load(path), ["keep=4"]).params["n"] == 4
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("def bild(): ...", "defines no function `build`"),
+        ("import no_such_module", "ModuleNotFoundError"),
+        ("def build(:", "SyntaxError"),
+    ],
+)
+def test_a_file_that_is_no_pipeline_is_refused(tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / "broken.py"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=said):
+        load(path)
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"missing\.py"):
+        load(tmp_path / "missing.py")
+
+
+def test_a_pipeline_returns_a_step() -> None:
+    def returns() -> Step:
+        return json  # type: ignore[return-value]
+
+    with pytest.raises(ValueError, match="returned module"):
+        call(returns, [])
+
+
+def test_steps_defined_in_the_pipeline_run_on_both_runners(run: Callable, store: Store, tmp_path: Path) -> None:
+    path = tmp_path / "own_steps.py"
+    path.write_text(
+        "from moeflow.step import step\n"
+        "def helper(): return 'made by a helper'\n"
+        "@step('own.make', version=1)\n"
+        "def make(context): (context.out / 'n').write_text(helper())\n"
+        "def build(): return make()\n"
+    )
+    target = call(load(path), [])
+    run([target], store)
+    assert store.artifact(target.key).file("n").read_text() == "made by a helper"

@@ -1,0 +1,236 @@
+"""The command line: what it prints, what it leaves and how it exits."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from moeflow.cli import app
+from moeflow.store import Store, versions
+
+PIPELINE = Path(__file__).with_name("toy_pipeline.py")
+ROOT = Path(__file__).parents[1]
+
+Cli = Callable[..., Result]
+
+
+@pytest.fixture
+def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cli:
+    """`moeflow WORDS` in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+    def call(*words: str) -> Result:
+        return CliRunner().invoke(app, [str(w) for w in words], catch_exceptions=False)
+
+    return call
+
+
+def last_json(result: Result) -> Any:
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def error(result: Result) -> str:
+    """The one line that an error is."""
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert line == result.stderr.splitlines()[-1] and "Traceback" not in result.output
+    return line
+
+
+def test_run_publishes_shows_the_reports_and_says_where_it_lies(cli: Cli, tmp_path: Path) -> None:
+    result = cli("run", PIPELINE)
+    assert result.exit_code == 0
+    lines = result.stdout.splitlines()
+    assert any("original" in line and "compressed" in line for line in lines)
+    assert any(line.split() == ["perplexity", "12.5", "13.25"] for line in lines)
+    assert "- without a tokenizer" in lines
+    assert any(line.startswith("toy_pipeline@1  toy.total-") for line in lines)
+    assert str(tmp_path / ".moeflow" / "store") in result.stdout
+    assert "8 steps: 8 run, 0 stored" in result.stderr
+
+
+def test_run_as_json_ends_with_one_line(cli: Cli) -> None:
+    found = last_json(cli("run", PIPELINE, "--json"))
+    assert found.pop("seconds") >= 0
+    assert found.pop("key").startswith("toy.total-")
+    assert found == {"name": "toy_pipeline", "version": 1, "steps": {"run": 8, "stored": 0}}
+    again = last_json(cli("run", PIPELINE, "--json"))
+    assert (again["version"], again["steps"]) == (1, {"run": 0, "stored": 8})
+
+
+def test_another_parameter_makes_another_version(cli: Cli) -> None:
+    cli("run", PIPELINE, "--name", "small")
+    found = last_json(cli("run", PIPELINE, "--name", "small", "-p", "numbers=4", "--json"))
+    assert (found["name"], found["version"], found["steps"]) == ("small", 2, {"run": 3, "stored": 7})
+
+
+def test_a_pipeline_file_run_by_itself_is_the_same_thing(cli: Cli, tmp_path: Path) -> None:
+    env = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, PIPELINE, "-p", "numbers=2", "--store", "store", "--json"]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    alone = json.loads(done.stdout.splitlines()[-1])
+    through = last_json(cli("run", PIPELINE, "-p", "numbers=2", "--store", "store", "--json"))
+    assert through["key"] == alone["key"] and through["name"] == alone["name"] == "toy_pipeline"
+    assert through["steps"] == {"run": 0, "stored": alone["steps"]["run"]}
+
+
+def test_a_finished_pipeline_never_looks_for_ray(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    cli("run", PIPELINE)
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # where nothing listens
+    assert last_json(cli("run", PIPELINE, "--json"))["steps"]["run"] == 0
+
+
+def test_plan_says_what_run_then_does(cli: Cli) -> None:
+    cli("run", PIPELINE)
+    planned = last_json(cli("plan", PIPELINE, "-p", "numbers=5", "--json"))
+    assert planned["steps"] == {"run": 5, "stored": 7, "same content": 0, "not needed": 0}
+    shown = cli("plan", PIPELINE, "-p", "numbers=5")
+    assert "12 steps: 5 to run, 7 stored; reads 56 bytes, writes 40 bytes" in shown.stdout
+    assert "number n 50" in cli("plan", PIPELINE, "-p", "numbers=5", "--all").stdout
+    assert last_json(cli("run", PIPELINE, "-p", "numbers=5", "--json"))["steps"] == {"run": 5, "stored": 7}
+
+
+def test_what_cannot_work_is_refused_by_plan_and_by_run(cli: Cli) -> None:
+    planned = cli("plan", PIPELINE, "-p", "huge=true")
+    assert planned.exit_code == 2 and "cannot work: " in planned.stdout
+    result = cli("run", PIPELINE, "-p", "huge=true")
+    assert result.exit_code == 2 and "free" in error(result)
+    assert not list(Store.open(".moeflow/store").blobs.list("manifests/")), "nothing was started"
+
+
+def test_failed_work_is_one_line_and_exit_code_one(cli: Cli) -> None:
+    result = cli("run", PIPELINE, "-p", "fail=true")
+    assert result.exit_code == 1
+    assert "toy.fail failed: ArithmeticError: no such expert (key toy.fail-" in error(result)
+    assert cli("run", PIPELINE, "-p", "fail=true", "--json").stdout == ""
+
+
+def test_debug_shows_the_traceback(cli: Cli) -> None:
+    result = cli("run", PIPELINE, "-p", "fail=true", "--debug")
+    assert result.exit_code == 1
+    assert "Traceback" in result.stderr and "raise ArithmeticError(message)" in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["run", PIPELINE, "-p", "keep=4"], "no parameter 'keep'; it has numbers, size, fail, huge"),
+        (["run", PIPELINE, "-p", "numbers=many"], "whole number"),
+        (["run", "missing.py"], "no pipeline missing.py"),
+        (["run", PIPELINE, "--name", "a/b"], "name 'a/b'"),
+        (["run", PIPELINE, "--store", "s3://"], "s3://"),
+        (["plan", PIPELINE, "-p", "fail=perhaps"], "true or false"),
+        (["show", "toy_pipeline"], "no store"),
+        (["ls", "--store", "elsewhere"], "no store"),
+        (["pull", "nothing@1", "folder", "--store", "."], "nothing@1"),
+        (["promote", "nothing@1", "label"], "nothing@1"),
+        (["gc", "--grace", "soon", "--store", "."], "as in 7d"),
+    ],
+)
+def test_a_wrong_request_is_one_line_and_exit_code_two(cli: Cli, words: list[str], said: str) -> None:
+    result = cli(*words)
+    assert result.exit_code == 2
+    assert said in error(result)
+
+
+def test_an_unknown_option_exits_with_two(cli: Cli) -> None:
+    assert cli("run", PIPELINE, "--nonsense").exit_code == 2
+
+
+def test_ls_lists_versions_newest_last_with_labels(cli: Cli) -> None:
+    cli("run", PIPELINE)
+    cli("run", PIPELINE, "-p", "size=9")
+    assert cli("promote", "toy_pipeline@1", "production").exit_code == 0
+    lines = cli("ls").stdout.splitlines()
+    assert [line.split()[0] for line in lines] == ["toy_pipeline@1", "toy_pipeline@2"]
+    assert lines[0].endswith("production") and not lines[1].endswith("production")
+    found = last_json(cli("ls", "--json"))
+    assert [(v["ref"], v["labels"]) for v in found] == [("toy_pipeline@1", ["production"]), ("toy_pipeline@2", [])]
+    assert last_json(cli("ls", "other", "--json")) == []
+
+
+def test_show_tells_lineage_parameters_libraries_sources_and_reports(cli: Cli) -> None:
+    key = last_json(cli("run", PIPELINE, "--json"))["key"]
+    shown = cli("show", "toy_pipeline").stdout
+    assert "toy_pipeline@1" in shown and key in shown and "size = 8" in shown
+    assert "toy.number" in shown and "toy.half" in shown and "numpy" in shown and "12.5" in shown
+    source = Store.open(".moeflow/store").manifest(key).source
+    assert source[:8] in shown
+    found = last_json(cli("show", key, "--json"))
+    assert found["key"] == key and found["version"]["ref"] == "toy_pipeline@1"
+    assert len(found["lineage"]) == 7 and found["reports"][0]["rows"][0]["name"] == "perplexity"
+    assert all(m["key"] in cli("show", "toy_pipeline", "--all").stdout for m in found["lineage"])
+
+
+def test_show_takes_labels_and_beginnings_of_keys(cli: Cli) -> None:
+    key = last_json(cli("run", PIPELINE, "--json"))["key"]
+    cli("promote", "toy_pipeline", "production", "--json")
+    for ref in ("production", key, key[:-8]):
+        assert last_json(cli("show", ref, "--json"))["key"] == key
+
+
+def test_pull_copies_and_refuses_a_folder_that_holds_something(cli: Cli, tmp_path: Path) -> None:
+    key = last_json(cli("run", PIPELINE, "--json"))["key"]
+    found = last_json(cli("pull", key, "out", "--json"))
+    assert (found["key"], found["files"], found["bytes"]) == (key, 1, 8)
+    mine = tmp_path / "out" / "n"
+    assert mine.read_text().strip() == "30"
+    mine.write_text("spoilt")
+    assert Store.open(".moeflow/store").artifact(key).file("n").read_text().strip() == "30"
+    result = cli("pull", key, "out")
+    assert result.exit_code == 2 and "not empty" in error(result)
+    assert mine.read_text() == "spoilt"
+
+
+def test_gc_lists_before_it_deletes_and_spares_what_a_version_reaches(cli: Cli) -> None:
+    kept = last_json(cli("run", PIPELINE, "--json"))["key"]
+    cli("run", PIPELINE, "-p", "fail=true", "-p", "size=16")  # leaves a total that nothing reaches
+    store = Store.open(".moeflow/store")
+    assert last_json(cli("gc", "--json"))["manifests"] == [], "everything is younger than a week"
+    listed = last_json(cli("gc", "--grace", "0s", "--json"))
+    (dead,) = listed["manifests"]
+    assert not listed["deleted"] and store.has(dead)
+    assert "delete with --delete" in cli("gc", "--grace", "0s").stdout
+    gone = last_json(cli("gc", "--grace", "0s", "--delete", "--json"))
+    assert gone["manifests"] == [dead] and gone["deleted"]
+    assert not store.has(dead) and store.has(kept)
+    assert last_json(cli("run", PIPELINE, "--json"))["steps"]["run"] == 0
+    assert "nothing to delete" in cli("gc", "--grace", "0s").stdout
+
+
+def test_promote_moves_a_label(cli: Cli) -> None:
+    cli("run", PIPELINE)
+    cli("run", PIPELINE, "-p", "size=9")
+    cli("promote", "toy_pipeline@1", "production")
+    found = last_json(cli("promote", "toy_pipeline@2", "production", "--json"))
+    assert (found["label"], found["ref"]) == ("production", "toy_pipeline@2")
+    assert versions.labelled(Store.open(".moeflow/store")) == {"production": "toy_pipeline@2"}
+
+
+def test_a_store_that_goes_with_the_ray_cluster_is_warned_about(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "working_dir_files" / "_ray_pkg_0"
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(folder)
+    assert "pass --store" in cli("run", PIPELINE).stderr
+    assert "pass --store" not in cli("run", PIPELINE, "--store", "here").stderr
+
+
+def test_the_command_line_needs_no_torch_and_no_ray_to_say_what_is_stored(cli: Cli, tmp_path: Path) -> None:
+    cli("run", PIPELINE)
+    script = (
+        "import sys; from moeflow.cli import app\n"
+        "app(['ls'], standalone_mode=False)\n"
+        "print(sorted({'torch', 'ray', 'transformers', 'datasets'} & set(sys.modules)))"
+    )
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr
