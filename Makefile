@@ -8,10 +8,10 @@ demo: setup
 	@infra/demo.sh
 
 check: setup
-	@.venv/bin/ruff check . && .venv/bin/ruff format --check -q . && .venv/bin/mypy
+	@infra/python.sh -m ruff check -q . && infra/python.sh -m ruff format --check -q . && infra/python.sh -m mypy
 
 test: check
-	@.venv/bin/python -m pytest
+	@infra/python.sh -m pytest
 
 bench: setup
-	@.venv/bin/python -m benchmarks
+	@infra/python.sh -m benchmarks
