@@ -48,6 +48,10 @@ Name = Annotated[str, typer.Option("--name", help="publish under this name (the 
 RunnerName = Annotated[Runner, typer.Option("--runner", help="auto is ray where RAY_ADDRESS is set, else process")]
 InFlight = Annotated[int, typer.Option("--in-flight", min=0, help="most steps at once on Ray; 0: what its CPUs allow")]
 Retries = Annotated[int, typer.Option("--retries", min=0, help="how often a step is retried when its worker is lost")]
+Gpus = Annotated[
+    float | None, typer.Option("--gpus", min=0, help="GPUs of each step that computes with a model (1 if there are any)")
+]
+Cpus = Annotated[float | None, typer.Option("--cpus", min=1, help="CPUs, and threads, of each such step (1)")]
 Json = Annotated[bool, typer.Option("--json", help="machine-readable output")]
 Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
 All = Annotated[bool, typer.Option("--all", help="a line for every step")]
@@ -90,11 +94,13 @@ def run(
     runner: RunnerName = Runner.auto,
     in_flight: InFlight = 0,
     retries: Retries = 3,
+    gpus: Gpus = None,
+    cpus: Cpus = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Run what is not stored yet, publish the result as NAME@N, and show what its reports say."""
-    options = Options(retries=retries, in_flight=in_flight)
+    options = Options(retries, in_flight, gpus, cpus)
     _run(lambda: pipeline.load(file), param, store, name or file.stem, runner, options, json=json, debug=debug)
 
 
@@ -224,10 +230,12 @@ def main(build: Callable[..., Any] | None = None) -> None:
         runner: RunnerName = Runner.auto,
         in_flight: InFlight = 0,
         retries: Retries = 3,
+        gpus: Gpus = None,
+        cpus: Cpus = None,
         json: Json = False,
         debug: Debug = False,
     ) -> None:
-        options = Options(retries=retries, in_flight=in_flight)
+        options = Options(retries, in_flight, gpus, cpus)
         _run(lambda: build, param, store, name or path.stem, runner, options, json=json, debug=debug)
 
     alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -249,7 +257,7 @@ def _run(
 ) -> None:
     with asking(debug):
         store = _open(url)
-        prepared = prepare(pipeline.call(loaded(), given), store, name=name, runner=runner)
+        prepared = prepare(options.place(pipeline.call(loaded(), given)), store, name=name, runner=runner)
     shown = show_progress(json=json)
     lost = not url and fleeting(Path.cwd())
     if lost:

@@ -5,12 +5,16 @@ before the output exists. What is computed goes into the key; where it runs (GPU
 does no I/O and knows neither Ray, S3 nor torch.
 """
 
+import ast
 import hashlib
+import importlib.util
 import inspect
 import json
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import cached_property, wraps
+from functools import cache, cached_property, wraps
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -65,7 +69,7 @@ class Resources:
     """What one run of a step may hold. Never part of a key."""
 
     cpus: float = 1
-    gpus: float = 0
+    gpus: float = 0  # for a step that computes on a GPU where there is one
     memory: int = 0  # bytes; 0 asks for what the step's spec says
 
 
@@ -124,7 +128,7 @@ class Step:
     @cached_property
     def source(self) -> str:
         """A digest of the function's source: recorded, compared and warned about, never part of the key."""
-        return hashlib.sha256(inspect.getsource(self.fn).encode()).hexdigest()
+        return _source(self.fn)
 
     def content(self, digests: Sequence[str]) -> str:
         """The key that this recipe has on inputs with these contents, whatever recipes made them (early cutoff)."""
@@ -194,6 +198,18 @@ def upstream(targets: Iterable[Step]) -> list[Step]:
     return list(order.values())
 
 
+def placed(target: Step, place: Callable[[Resources], Resources]) -> Step:
+    """The same graph with other resources: every key stays."""
+    made: dict[str, Step] = {}
+
+    def again(given: Step | Part) -> Step | Part:
+        return Part(made[given.step.key], given.prefix) if isinstance(given, Part) else made[given.key]
+
+    for s in upstream([target, *target.reports]):
+        made[s.key] = replace(s, inputs=tuple(map(again, s.inputs)), resources=place(s.resources), reports=())
+    return replace(made[target.key], reports=tuple(made[r.key] for r in target.reports))
+
+
 def step_of(given: Step | Part) -> Step:
     return given.step if isinstance(given, Part) else given
 
@@ -201,6 +217,21 @@ def step_of(given: Step | Part) -> Step:
 def canonical(value: Any) -> bytes:
     """`value` as JSON with one spelling."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+@cache
+def _source(fn: Callable[..., None]) -> str:
+    """A digest of a function's source and that of its package's modules which it imports when it runs."""
+    text = inspect.getsource(fn)
+    package = fn.__module__.partition(".")[0]
+    for node in ast.walk(ast.parse(textwrap.dedent(text))):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.partition(".")[0] == package:
+            for name in (node.module, *(f"{node.module}.{alias.name}" for alias in node.names)):
+                with suppress(ModuleNotFoundError):  # a name in a module is no module
+                    found = importlib.util.find_spec(name)
+                    if found and found.origin and not found.submodule_search_locations:
+                        text += Path(found.origin).read_text()
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _plain(name: str, params: dict[str, Any]) -> dict[str, Any]:

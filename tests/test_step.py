@@ -98,3 +98,30 @@ def test_a_chain_of_thousands_of_steps_is_no_recursion() -> None:
     for _ in range(3000):
         made = sized(made, size=1)
     assert len(upstream([made])) == 3001
+
+
+def test_the_recorded_source_covers_the_modules_that_a_step_imports_when_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pathlib import Path
+
+    from moeflow import step as steps
+    from moeflow.methods import choose
+
+    fn = choose.choose.__wrapped__
+    read = Path.read_text
+    before = steps._source.__wrapped__(fn)
+    assert before == steps._source.__wrapped__(fn)
+    monkeypatch.setattr(Path, "read_text", lambda self: read(self) + ("# changed" if self.name == "weigh.py" else ""))
+    assert steps._source.__wrapped__(fn) != before
+
+
+def test_a_graph_placed_elsewhere_keeps_every_key() -> None:
+    from dataclasses import replace
+
+    from moeflow.step import placed
+
+    report = sized(sized(size=2), size=3)
+    target = join(sized(size=2), sized(size=1).part("x"), rate=1.0).reporting(report)
+    there = placed(target, lambda asked: replace(asked, cpus=7, gpus=2))
+    assert [s.key for s in upstream([there, *there.reports])] == [s.key for s in upstream([target, *target.reports])]
+    assert {s.resources.cpus for s in upstream([there, *there.reports])} == {7}
+    assert there.reports[0].spec.output == 3

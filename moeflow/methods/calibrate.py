@@ -112,7 +112,7 @@ def _embed_spec(rest: RestSpec, tokens: TokensSpec, *, first: int, count: int, d
     return Spec(out, reads=table + tokens.sequences * tokens.length * 4, writes=out.nbytes, memory=3 * table + 2 * out.nbytes)
 
 
-@step("calibrate.embed", version=1, spec=_embed_spec)
+@step("calibrate.embed", version=1, spec=_embed_spec, gpus=1)
 def embed(context: Context, rest: Artifact, tokens: Artifact, *, first: int, count: int, dtype: str) -> None:
     """The hidden states [N, L, D] of `count` sequences from the `first` on, before the first layer."""
     import torch
@@ -136,7 +136,7 @@ def _advance_spec(config: RestSpec, hidden: Any, *layer_specs: LayerSpec, layers
     return Spec(states, reads=reads, writes=states.nbytes, memory=memory)
 
 
-@step("calibrate.advance", version=1, spec=_advance_spec)
+@step("calibrate.advance", version=1, spec=_advance_spec, gpus=1)
 def advance(
     context: Context, config: Artifact, hidden: Artifact, *files: Artifact, layers: list[int], batch: int, dtype: str
 ) -> None:
@@ -173,7 +173,7 @@ def _observe_spec(
     return Spec(ObservedSpec(states, kept, moe), reads=reads, writes=writes, memory=memory + writes)
 
 
-@step("calibrate.observe", version=1, spec=_observe_spec)
+@step("calibrate.observe", version=1, spec=_observe_spec, gpus=1)
 def observe(
     context: Context, config: Artifact, hidden: Artifact, *files: Artifact,
     layers: list[int], batch: int, record: int, per_expert: int, residual: bool, dtype: str,

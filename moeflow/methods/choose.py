@@ -6,7 +6,7 @@ from typing import Any
 from moeflow.arch import arch_of
 from moeflow.methods.subsets import ENUMERATE, MAX_SUBSETS, count_subsets
 from moeflow.model.layout import read_config
-from moeflow.model.spec import LayerSpec, ObservedSpec, RestSpec, precision
+from moeflow.model.spec import LayerSpec, ObservedSpec, RestSpec, header_bytes, precision
 from moeflow.step import Artifact, Context, Spec, step
 
 CHOICE = "choice.json"
@@ -38,12 +38,13 @@ def _choose_spec(
         raise ValueError("loss='batch-sum' sums over whole batches and needs the inputs of all tokens: calibrate with record=None")
     width, size = int(config["hidden_size"]), 4 if precision(config, dtype) == "float32" else 2
     rows = sum(s.recorded for s in seen)
-    reads = layer_spec.nbytes + rows * width * size + len(seen) * (1400 + 7 * 8 * layer_spec.experts)
-    writes = 1500 + (count if criterion == ENUMERATE else 0) * (26 + 3 * keep)
+    reads = header_bytes(layer_spec.tensors) + layer_spec.block_bytes
+    reads += rows * width * size + len(seen) * (1400 + 7 * 8 * layer_spec.experts)
+    writes = 1000 + (count if criterion == ENUMERATE else 0) * (26 + 3 * keep)
     return Spec({"layer": layer, "keep": keep}, reads=reads, writes=writes, memory=2 * layer_spec.nbytes + (1 << 28))
 
 
-@step("search.choose", version=1, spec=_choose_spec)
+@step("search.choose", version=1, spec=_choose_spec, gpus=1)
 def choose(
     context: Context, config_from: Artifact, layer_file: Artifact, *seen: Artifact,
     layer: int, keep: int, criterion: str, loss: str, batch_tokens: int, seed: int, dtype: str, targets: int,

@@ -12,7 +12,7 @@ from moeflow.arch import Config, arch_of
 from moeflow.methods.choose import read_choice
 from moeflow.methods.fetch import INDEX, Model
 from moeflow.model.layout import headers, kept, read_config
-from moeflow.model.spec import CheckpointSpec, LayerSpec, RestSpec, file_bytes
+from moeflow.model.spec import CheckpointSpec, LayerSpec, RestSpec, file_bytes, header_bytes
 from moeflow.step import Artifact, Context, Spec, Step, step
 
 
@@ -59,12 +59,12 @@ def _assemble_spec(rest: RestSpec, *parts: Any, config: Config, extra: int) -> S
             f"layers with {sorted(counts)} experts do not make one checkpoint of {arch_of(config).num_experts(config)}"
         )
     tables = [layer.tensors for layer in layers] + [rest.tensors]
-    headers = sum(file_bytes({n: (d, (0,)) for n, (d, _) in table.items()}) for table in tables)
-    names = sum(len(n) + 48 for table in tables for n in table)
+    headers = sum(header_bytes(table) for table in tables)
+    names = sum(len(n) + 44 for table in tables for n in table)
     weights = sum(layer.nbytes for layer in layers) + file_bytes(rest.tensors)
     parameters = sum(layer.numel for layer in layers) + LayerSpec(config, -1, 0, rest.tensors).numel
-    out = CheckpointSpec(config, weights, parameters)
-    return Spec(out, reads=headers + names, writes=names + 3000, memory=1 << 24)
+    out = CheckpointSpec(config, weights, parameters, headers, sum(rest.files.values()) + names + 3000)
+    return Spec(out, reads=headers, writes=names + 3000, memory=1 << 24)
 
 
 @step("checkpoint.assemble", version=1, spec=_assemble_spec)

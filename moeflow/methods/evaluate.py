@@ -14,7 +14,7 @@ from moeflow.methods.fetch import Model
 from moeflow.methods.reports import row, write_report
 from moeflow.methods.speed import machine, speed
 from moeflow.model.layout import headers, read_config
-from moeflow.model.spec import CheckpointSpec, HiddenSpec, ObservedSpec, RestSpec, TokensSpec, file_bytes
+from moeflow.model.spec import CheckpointSpec, HiddenSpec, ObservedSpec, RestSpec, TokensSpec, header_bytes
 from moeflow.step import Artifact, Context, Spec, Step, step
 
 
@@ -78,7 +78,7 @@ def _name(source: Any) -> str:
 
 
 def _size_spec(original: CheckpointSpec, compressed: CheckpointSpec) -> Spec:
-    return Spec(reads=4096, writes=600, memory=1 << 24)
+    return Spec(reads=original.headers + compressed.headers, writes=400, memory=1 << 24)
 
 
 @step("evaluate.size", version=1, spec=_size_spec)
@@ -102,13 +102,13 @@ def _quality_spec(
     rest: RestSpec, other: RestSpec, matrix: TokensSpec, *ends: Any, firsts: int, name: str, note: str, dtype: str
 ) -> Spec:
     states: list[HiddenSpec] = [e.hidden if isinstance(e, ObservedSpec) else e for e in ends]
-    head = file_bytes(rest.tensors)
-    reads = 2 * head + sum(s.nbytes for s in states) + matrix.tokens * 4
+    head = rest.head_bytes
+    reads = 2 * (head + header_bytes(rest.tensors)) + sum(s.nbytes for s in states) + matrix.tokens * 4
     width = int(rest.config["vocab_size"]) * 1024 * 4 * 6
-    return Spec(reads=reads, writes=1200, memory=4 * head + 2 * max(s.nbytes for s in states) + width)
+    return Spec(reads=reads, writes=800, memory=4 * head + 2 * max(s.nbytes for s in states) + width)
 
 
-@step("evaluate.quality", version=1, spec=_quality_spec)
+@step("evaluate.quality", version=1, spec=_quality_spec, gpus=1)
 def quality(
     context: Context,
     original: Artifact,

@@ -16,6 +16,11 @@ TensorTable = Mapping[str, tuple[str, tuple[int, ...]]]
 """Name to (safetensors dtype, shape)."""
 
 
+def header_bytes(table: TensorTable) -> int:
+    """The part of a safetensors file that comes before the data."""
+    return file_bytes(table) - sum(tensor_bytes(*t) for t in table.values())
+
+
 def tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int:
     return BYTES[dtype] * prod(shape)
 
@@ -52,6 +57,12 @@ class LayerSpec:
         return file_bytes(self.tensors)
 
     @property
+    def block_bytes(self) -> int:
+        """The bytes of the MoE block's tensors."""
+        block = arch_of(self.config).router.format(layer=self.layer).rsplit(".", 2)[0] + "."
+        return sum(tensor_bytes(*t) for n, t in self.tensors.items() if n.startswith(block))
+
+    @property
     def numel(self) -> int:
         return sum(prod(shape) for _, shape in self.tensors.values())
 
@@ -68,6 +79,12 @@ class RestSpec:
     def nbytes(self) -> int:
         return file_bytes(self.tensors) + sum(self.files.values())
 
+    @property
+    def head_bytes(self) -> int:
+        """The bytes of the final norm and the head, which the embedding may be."""
+        tied = "lm_head.weight" not in self.tensors
+        return sum(tensor_bytes(*t) for n, t in self.tensors.items() if tied or "embed_tokens" not in n)
+
 
 @dataclass(frozen=True)
 class CheckpointSpec:
@@ -76,6 +93,8 @@ class CheckpointSpec:
     config: Config
     nbytes: int
     parameters: int
+    headers: int  # bytes of its safetensors headers
+    others: int  # bytes of its other files
 
 
 @dataclass(frozen=True)

@@ -31,27 +31,23 @@ def facts(manifest: Manifest, version: Version | None) -> list[str]:
 
 def steps(lineage: Mapping[str, Manifest], *, every: bool = False, plain: bool = False) -> Table:
     """Everything upstream: a line for each name of a step, or with `every` for each key."""
-    made = Table(box=None if plain else SIMPLE, pad_edge=False)
-    for title in ("step", "version", "keys" if not every else "key"):
-        made.add_column(title, overflow="fold")
-    for title in ("bytes", "seconds"):
-        made.add_column(title, justify="right")
-    made.add_column("source")
-    made.add_column("parameters", overflow="ellipsis", no_wrap=True)
     groups: dict[tuple[str, int, str], list[Manifest]] = defaultdict(list)
     for manifest in lineage.values():
-        apart = manifest.key if every else ""
-        groups[(manifest.step, manifest.version, apart)].append(manifest)
+        groups[(manifest.step, manifest.version, manifest.key if every else "")].append(manifest)
+    rows = []
     for (name, version, key), group in groups.items():
-        made.add_row(
-            name,
-            str(version),
-            key or (group[0].key if len(group) == 1 else f"{len(group):,}"),
-            bytes_text(sum(m.bytes for m in group)),
-            f"{sum(m.seconds for m in group):.1f}",
-            " ".join(sorted({m.source[:8] for m in group})),
-            Text(_params(group)),
+        keys = key or (group[0].key if len(group) == 1 else f"{len(group):,}")
+        size, seconds = bytes_text(sum(m.bytes for m in group)), f"{sum(m.seconds for m in group):.1f}"
+        rows.append(
+            (name, str(version), keys, size, seconds, " ".join(sorted({m.source[:8] for m in group})), _cut(_params(group), 64))
         )
+    made = Table(box=None if plain else SIMPLE, pad_edge=False)
+    for at, title in enumerate(("step", "version", "key" if every else "keys", "bytes", "seconds", "source")):
+        widest = max(len(title), *(len(row[at]) for row in rows))
+        made.add_column(title, min_width=widest, no_wrap=True, justify="right" if title in ("bytes", "seconds") else "left")
+    made.add_column("parameters", overflow="ellipsis", no_wrap=True)
+    for row in rows:
+        made.add_row(*row[:-1], Text(row[-1]))
     return made
 
 
@@ -85,7 +81,11 @@ def _short(value: Any) -> str:
 
 
 def _short_text(text: str) -> str:
-    return text if len(text) <= 100 else f"{text[:97]}..."
+    return _cut(text, 100)
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
 def _files(manifest: Manifest) -> str:

@@ -38,11 +38,11 @@ class Nodes:
         return NodeAffinitySchedulingStrategy(votes.most_common(1)[0][0], soft=True, _spill_on_unavailable=True)
 
 
-def demand(step: Step) -> dict[str, float]:
-    """What one run of the step asks of a node, in Ray's words."""
+def demand(step: Step, *, gpus: bool = True) -> dict[str, float]:
+    """What one run of the step asks of a node, in Ray's words; without `gpus` it makes do with CPUs."""
     asked = {
         "CPU": step.resources.cpus,
-        "GPU": step.resources.gpus,
+        "GPU": step.resources.gpus if gpus else 0,
         "memory": step.resources.memory or step.spec.memory,
     }
     return {name: value for name, value in asked.items() if value}
@@ -53,9 +53,9 @@ def offers() -> list[dict[str, float]]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
-def too_large(step: Step, offers: list[dict[str, float]]) -> str:
+def too_large(step: Step, offers: list[dict[str, float]], *, gpus: bool = True) -> str:
     """Why none of these nodes could run the step; empty when one could."""
-    asked = demand(step)
+    asked = demand(step, gpus=gpus)
     if any(all(offer.get(name, 0) >= value for name, value in asked.items()) for offer in offers):
         return ""
     best = {name: max((offer.get(name, 0) for offer in offers), default=0) for name in asked}

@@ -118,6 +118,8 @@ class _Drive:
         self._failure: StepFailed | None = None
         self._cpus, self._looked = 0, -LOOK  # the cluster's CPUs, and when they were counted
         self._nodes = Nodes(store, {key: found.bytes for key, found in ledger.schedule.index.keys.items()})
+        # A cluster that has no GPU computes on CPUs, unless GPUs were asked for: an autoscaler may bring them.
+        self._gpus = options.gpus is not None or any(offer.get("GPU") for offer in offers())
         self._check(own)
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         # Without task events: the dashboard is for steps, and the board is asked several times a second.
@@ -163,7 +165,9 @@ class _Drive:
             )
         states = self._ledger.schedule.states
         nodes = offers()
-        problems = {too_large(s, nodes): None for s in self._ledger.schedule.steps.values() if states[s.key] == "run"}
+        problems = {
+            too_large(s, nodes, gpus=self._gpus): None for s in self._ledger.schedule.steps.values() if states[s.key] == "run"
+        }
         for problem in filter(None, problems):
             if own:
                 raise CannotRun(f"{problem}; place it with .on(cpus=..., memory=...), or run on a larger cluster")
@@ -184,7 +188,7 @@ class _Drive:
             ref = _materialize.options(
                 name=call.name,
                 num_cpus=call.resources.cpus,
-                num_gpus=call.resources.gpus,
+                num_gpus=call.resources.gpus if self._gpus else 0,
                 memory=call.resources.memory or step.spec.memory or None,
                 max_retries=self._options.retries,
                 scheduling_strategy=self._nodes.near(call),

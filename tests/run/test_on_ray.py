@@ -105,3 +105,19 @@ def test_a_step_demands_the_memory_that_its_spec_says_unless_told_otherwise() ->
     step = toy.number(n=1)
     assert demand(step) == {"CPU": 1, "memory": 1000}
     assert demand(step.on(cpus=2, gpus=1, memory=5000)) == {"CPU": 2, "GPU": 1, "memory": 5000}
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_step_that_can_use_a_gpu_runs_on_cpus_where_the_cluster_has_none(store: Store) -> None:
+    step = toy.number(n=5).on(gpus=1)
+    assert on_ray.run([step], store).ran == [step.key]
+    assert demand(step) == {"CPU": 1, "GPU": 1, "memory": 1000} != demand(step, gpus=False)
+
+
+def test_gpus_and_cpus_are_given_to_the_steps_that_compute_with_a_model_alone() -> None:
+    modelled, plain = toy.number(n=5).on(gpus=1), toy.number(n=6)
+    target = Options(gpus=0.5, cpus=8).place(toy.total(modelled, plain))
+    assert [(s.resources.gpus, s.resources.cpus) for s in target.inputs] == [(0.5, 8), (0, 1)]  # type: ignore[union-attr]
+    assert target.resources == plain.resources
+    with pytest.raises(ValueError, match=r"cpus=0.5 must be at least 1"):
+        Options(cpus=0.5)
