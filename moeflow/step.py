@@ -7,12 +7,10 @@ does no I/O and knows neither Ray, S3 nor torch.
 
 import ast
 import hashlib
-import importlib.util
 import inspect
 import json
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, wraps
 from pathlib import Path
@@ -136,14 +134,20 @@ class Step:
 
     def on(self, **resources: Any) -> "Step":
         """The same step, placed elsewhere: the key stays."""
-        return replace(self, resources=Resources(**resources))
+        return self._with(resources=Resources(**resources))
 
     def part(self, prefix: str) -> Part:
         return Part(self, prefix)
 
     def reporting(self, *steps: "Step") -> "Step":
         """The same step, with steps that describe its output and run beside it: the key stays."""
-        return replace(self, reports=self.reports + steps)
+        return self._with(reports=self.reports + steps)
+
+    def _with(self, **changes: Any) -> "Step":
+        """A copy with changes that touch neither key nor spec, which are kept: they took time to find."""
+        made = replace(self, **changes)
+        vars(made).update({name: vars(self)[name] for name in ("key", "spec") if name in vars(self)})
+        return made
 
     def _digest(self, inputs: list[str]) -> str:
         recipe = {"step": self.name, "version": self.version, "params": self.params, "inputs": inputs}
@@ -206,8 +210,8 @@ def placed(target: Step, place: Callable[[Resources], Resources]) -> Step:
         return Part(made[given.step.key], given.prefix) if isinstance(given, Part) else made[given.key]
 
     for s in upstream([target, *target.reports]):
-        made[s.key] = replace(s, inputs=tuple(map(again, s.inputs)), resources=place(s.resources), reports=())
-    return replace(made[target.key], reports=tuple(made[r.key] for r in target.reports))
+        made[s.key] = s._with(inputs=tuple(map(again, s.inputs)), resources=place(s.resources), reports=())
+    return made[target.key]._with(reports=tuple(made[r.key] for r in target.reports))
 
 
 def step_of(given: Step | Part) -> Step:
@@ -223,14 +227,13 @@ def canonical(value: Any) -> bytes:
 def _source(fn: Callable[..., None]) -> str:
     """A digest of a function's source and that of its package's modules which it imports when it runs."""
     text = inspect.getsource(fn)
-    package = fn.__module__.partition(".")[0]
+    package, *inside = fn.__module__.split(".")
+    root = Path(inspect.getfile(fn)).parents[len(inside) - 1] if inside else None
     for node in ast.walk(ast.parse(textwrap.dedent(text))):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.partition(".")[0] == package:
-            for name in (node.module, *(f"{node.module}.{alias.name}" for alias in node.names)):
-                with suppress(ModuleNotFoundError):  # a name in a module is no module
-                    found = importlib.util.find_spec(name)
-                    if found and found.origin and not found.submodule_search_locations:
-                        text += Path(found.origin).read_text()
+        if root and isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == package:
+            module = root.joinpath(*node.module.split(".")[1:])
+            files = [module.with_suffix(".py"), *(module / f"{alias.name}.py" for alias in node.names)]
+            text += "".join(f.read_text() for f in files if f.is_file())
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -94,3 +94,13 @@ def test_the_tensor_code_runs_where_ray_and_boto3_are_not_installed() -> None:
         "from moeflow.methods import calibrate, choose, criteria, divergence, drop, errors, evaluate, fetch\n"
         "from moeflow.methods import pretrain, search, speed, timing, tokens, training, weigh\n"
     )
+
+
+def test_a_finished_pipeline_is_found_finished_without_torch(tmp_path: Path) -> None:
+    """Also the digests of the steps' sources are had without importing what the steps import."""
+    told = python(
+        "import sys; sys.path.insert(0, 'pipelines'); import tiny; from moeflow.step import upstream\n"
+        "target = tiny.build()\n"
+        "print(len({s.source for s in upstream([target, *target.reports])}), 'torch' in sys.modules)"
+    )
+    assert told.split() == ["14", "False"]

@@ -6,7 +6,7 @@ from typing import Any
 from moeflow.arch import arch_of
 from moeflow.methods.subsets import ENUMERATE, MAX_SUBSETS, count_subsets
 from moeflow.model.layout import read_config
-from moeflow.model.spec import LayerSpec, ObservedSpec, RestSpec, header_bytes, precision
+from moeflow.model.spec import LayerSpec, ObservedSpec, RestSpec, precision
 from moeflow.step import Artifact, Context, Spec, step
 
 CHOICE = "choice.json"
@@ -38,7 +38,7 @@ def _choose_spec(
         raise ValueError("loss='batch-sum' sums over whole batches and needs the inputs of all tokens: calibrate with record=None")
     width, size = int(config["hidden_size"]), 4 if precision(config, dtype) == "float32" else 2
     rows = sum(s.recorded for s in seen)
-    reads = header_bytes(layer_spec.tensors) + layer_spec.block_bytes
+    reads = layer_spec.headers + layer_spec.block_bytes
     reads += rows * width * size + len(seen) * (1400 + 7 * 8 * layer_spec.experts)
     writes = 1000 + (count if criterion == ENUMERATE else 0) * (26 + 3 * keep)
     return Spec({"layer": layer, "keep": keep}, reads=reads, writes=writes, memory=2 * layer_spec.nbytes + (1 << 28))

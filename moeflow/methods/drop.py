@@ -27,7 +27,7 @@ def _drop_spec(rest: RestSpec, given: LayerSpec, chosen: Any, *, layer: int, kee
         dtype, shape = given.tensors[old]
         table[new] = (dtype, (keep, *shape[1:]) if sliced else shape)
     out = LayerSpec(arch.with_experts(rest.config, keep), layer, keep, table)
-    return Spec(out, reads=file_bytes(table), writes=out.nbytes, memory=2 * out.nbytes)
+    return Spec(out, reads=out.nbytes, writes=out.nbytes, memory=2 * out.nbytes)
 
 
 @step("drop.experts", version=1, spec=_drop_spec)
@@ -59,7 +59,7 @@ def _assemble_spec(rest: RestSpec, *parts: Any, config: Config, extra: int) -> S
             f"layers with {sorted(counts)} experts do not make one checkpoint of {arch_of(config).num_experts(config)}"
         )
     tables = [layer.tensors for layer in layers] + [rest.tensors]
-    headers = sum(header_bytes(table) for table in tables)
+    headers = sum(layer.headers for layer in layers) + header_bytes(rest.tensors)
     names = sum(len(n) + 44 for table in tables for n in table)
     weights = sum(layer.nbytes for layer in layers) + file_bytes(rest.tensors)
     parameters = sum(layer.numel for layer in layers) + LayerSpec(config, -1, 0, rest.tensors).numel

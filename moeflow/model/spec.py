@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 
 from moeflow.arch import Config, arch_of
@@ -52,17 +53,22 @@ class LayerSpec:
     experts: int  # 0: a dense layer
     tensors: TensorTable
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         return file_bytes(self.tensors)
 
-    @property
+    @cached_property
+    def headers(self) -> int:
+        """The bytes of the file's header."""
+        return self.nbytes - sum(tensor_bytes(*t) for t in self.tensors.values())
+
+    @cached_property
     def block_bytes(self) -> int:
         """The bytes of the MoE block's tensors."""
         block = arch_of(self.config).router.format(layer=self.layer).rsplit(".", 2)[0] + "."
         return sum(tensor_bytes(*t) for n, t in self.tensors.items() if n.startswith(block))
 
-    @property
+    @cached_property
     def numel(self) -> int:
         return sum(prod(shape) for _, shape in self.tensors.values())
 
@@ -75,11 +81,11 @@ class RestSpec:
     tensors: TensorTable
     files: Mapping[str, int]
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         return file_bytes(self.tensors) + sum(self.files.values())
 
-    @property
+    @cached_property
     def head_bytes(self) -> int:
         """The bytes of the final norm and the head, which the embedding may be."""
         tied = "lm_head.weight" not in self.tensors
@@ -116,7 +122,7 @@ class HiddenSpec:
     length: int
     dtype: str
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         size = 8 if self.dtype == "float64" else 4 if self.dtype == "float32" else 2
         return self.sequences * self.length * int(self.config["hidden_size"]) * size + 104

@@ -1,0 +1,63 @@
+"""What the driver costs when there is nothing to compute: a second run, and a plan of 2,000 steps over S3 with latency.
+
+Both are whole commands, from the start of Python to its end. The planned model is a random Mixtral of 400 tiny layers, progressive:
+five steps a layer. S3 is a server on this machine with 30 ms added to every request.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.rows import Row
+
+ROOT = Path(__file__).parents[1]
+LAYERS, LATENCY = 400, 0.03
+
+
+def command(*words: str) -> tuple[float, str]:
+    """Seconds that a command line of moeflow takes, and what it prints."""
+    start = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-c", "from moeflow.cli import main; main()", *words], capture_output=True, text=True, cwd=ROOT
+    )
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    return time.perf_counter() - start, done.stdout
+
+
+def main() -> list[Row]:
+    from moeflow.store import s3
+    from tests import servers, tiny
+
+    os.environ |= {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing"}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        small, deep = tiny.write("mixtral", folder / "small"), tiny.write("mixtral", folder / "deep", num_hidden_layers=LAYERS)
+        np.save(folder / "tokens.npy", np.random.default_rng(0).integers(3, 96, (4, 16)))
+        given = ["-p", f"tokens={folder / 'tokens.npy'}", "-p", "batch=2"]
+        run = ["run", "pipelines/mixtral.py", "-p", f"model={small}", *given, "--store", str(folder / "store"), "--json"]
+        command(*run)
+        again, told = command(*run)
+        if json.loads(told)["steps"]["run"]:
+            raise AssertionError(f"a second run computed something: {told}")
+        with servers.s3_server() as url, servers.proxy(url) as proxy:
+            s3.client(url).create_bucket(Bucket="bench")
+            proxy.latency = LATENCY
+            plan = ["plan", "pipelines/mixtral.py", "-p", f"model={deep}", "-p", "search=progressive", *given, "--json"]
+            took, told = command(*plan, "--store", f"s3://bench/x?endpoint={proxy.url}")
+        steps = len(json.loads(told)["rows"])
+    return [
+        Row("a second run of a finished pipeline, from start to end", again, "at most", 3.0, "s"),
+        Row(f"a plan of {steps:,} steps on S3 with 30 ms added to every request, from start to end", took, "at most", 5.0, "s"),
+    ]
+
+
+if __name__ == "__main__":
+    for row in main():
+        print(row.line())
