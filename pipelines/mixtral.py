@@ -3,7 +3,7 @@
     ray job submit --working-dir . -- python pipelines/mixtral.py --store s3://bucket/prefix -p keep=6
 
 The constants are the paper's: 128 sequences of 2,048 tokens of C4 in batches of 8, documents packed in groups of 1,000 with a
-beginning-of-sequence token each, bf16, every layer searched on its own.
+beginning-of-sequence token each, the checkpoint's own precision (bf16), every layer searched on its own.
 """
 
 from moeflow.cli import main
@@ -31,11 +31,12 @@ def build(
     sequences: int = 128,
     length: int = 2048,
     heldout_sequences: int = 64,
+    dtype: str = "auto",
     seed: int = 42,
 ) -> Step:
     original = fetch.pinned(model)
     matrix = text.of(tokens, original, sequences=sequences, length=length, seed=seed, bos=True, group=1000)
-    seen = calibrate.run(original, matrix, batch=batch, shard=4 * batch, stage=8)
+    seen = calibrate.run(original, matrix, batch=batch, shard=4 * batch, stage=8, dtype=dtype)
     pruned = searches.named(search)(seen, keep=keep, loss=loss, seed=seed)
     reports = evaluate.compare(seen, pruned, heldout=heldout, sequences=heldout_sequences, length=length)
     return drop.checkpoint_of(pruned).reporting(*reports)

@@ -3,7 +3,10 @@
 import io
 import json
 import os
+import tempfile
 from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,6 +16,7 @@ from moeflow.model.spec import RestSpec, TokensSpec
 from moeflow.step import Artifact, Context, Spec, Step, step
 
 TOKENS = "tokens.npy"
+LARGE = 64 << 20  # bytes from which a file is fetched by a step of its own
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text", ".py": "text", ".md": "text", ".csv": "csv"}
 """Which reader of `datasets` a file needs, by its ending (before .gz, .zst and the like)."""
 
@@ -44,9 +48,29 @@ def of(
     total = sum(e.weight for e in entries)
     if total <= 0:
         raise ValueError("the weights of the texts must sum to more than 0")
-    mix = [{"columns": list(e.columns), "weight": e.weight / total, "name": e.source.uri} for e in entries]
-    steps = [e.source.group([f.name for f in e.source.files]) for e in entries]
-    return sample(model.rest, *steps, mix=mix, sequences=sequences, length=length, seed=seed, bos=bos, eos=eos, group=group)
+    parts = [_fetched(e.source) for e in entries]
+    mix = [
+        {"columns": list(e.columns), "weight": e.weight / total, "name": e.source.uri, "inputs": len(steps)}
+        for e, steps in zip(entries, parts, strict=True)
+    ]
+    return sample(
+        model.rest,
+        *(s for steps in parts for s in steps),
+        mix=mix,
+        sequences=sequences,
+        length=length,
+        seed=seed,
+        bos=bos,
+        eos=eos,
+        group=group,
+    )
+
+
+def _fetched(source: Any) -> list[Step]:
+    """The steps that bring a text: one per large file, so that its download resumes, and one for all small ones."""
+    large = [f.name for f in source.files if f.size > LARGE]
+    small = [f.name for f in source.files if f.size <= LARGE]
+    return [source.file(name) for name in large] + ([source.group(small)] if small else [])
 
 
 def _npy_shape(source: Any) -> list[int]:
@@ -102,11 +126,12 @@ def sample(
     """
     tokenizer = _tokenizer(context, rest)
     shares = _shares([m["weight"] for m in mix], sequences)
-    parts, about, done = [], [], 0
-    for text, part, share in zip(texts, mix, shares, strict=True):
+    parts, about, done, inputs = [], [], 0, iter(texts)
+    for part, share in zip(mix, shares, strict=True):
+        files = [(name, text.file(name)) for text in islice(inputs, part["inputs"]) for name in text.names()]
         rows: list[list[int]] = []
         documents = 0
-        for block, used in _packed(_documents(context, text, part, seed), tokenizer, length, bos=bos, eos=eos, group=group):
+        for block, used in _packed(_documents(context, files, part, seed), tokenizer, length, bos=bos, eos=eos, group=group):
             if len(rows) == share:
                 break
             rows.append(block)
@@ -136,7 +161,7 @@ def _tokenizer(context: Context, rest: Artifact) -> Any:
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
-def _documents(context: Context, text: Artifact, part: dict[str, Any], seed: int) -> Iterator[str]:
+def _documents(context: Context, files: list[tuple[str, Path]], part: dict[str, Any], seed: int) -> Iterator[str]:
     """The documents of one text, in an order that depends on the seed alone."""
     os.environ.setdefault("HF_DATASETS_OFFLINE", "1")  # the files are here already
     from datasets import concatenate_datasets, load_dataset
@@ -144,19 +169,19 @@ def _documents(context: Context, text: Artifact, part: dict[str, Any], seed: int
 
     disable_progress_bar()
     by_reader: dict[str, list[str]] = {}
-    for name in text.names():
-        by_reader.setdefault(_reader(name), []).append(str(text.file(name)))
+    folder = Path(tempfile.mkdtemp(dir=context.scratch))
+    for i, (name, path) in enumerate(files):  # readers go by a file's ending, and blobs have none
+        link = folder / f"{i:05d}-{os.path.basename(name)}"
+        link.symlink_to(path)
+        by_reader.setdefault(_reader(name), []).append(str(link))
     sets = []
-    for reader, files in by_reader.items():
+    for reader, named in by_reader.items():
         options: dict[str, Any] = {"sample_by": "document"} if reader == "text" else {}
-        found = load_dataset(
-            reader, data_files=_named(context, files, text), split="train", cache_dir=str(context.scratch), **options
-        )
+        found = load_dataset(reader, data_files=named, split="train", cache_dir=str(context.scratch), **options)
         columns = part["columns"] or ["text"]
         if missing := [c for c in columns if c not in found.column_names]:
-            raise ValueError(
-                f"{part['name']} has no column {missing[0]!r}; it has: {', '.join(found.column_names)} (write URI#column)"
-            )
+            has = ", ".join(found.column_names)
+            raise ValueError(f"{part['name']} has no column {missing[0]!r}; it has: {has} (write URI#column)")
         sets.append(found.select_columns(columns))
     for row in concatenate_datasets(sets).shuffle(seed=seed):
         yield " ".join(str(v) for v in row.values() if v is not None)
@@ -170,20 +195,6 @@ def _reader(name: str) -> str:
     if ending not in READERS:
         raise ValueError(f"{name} is no text that can be read; known endings: {', '.join(READERS)}")
     return READERS[ending]
-
-
-def _named(context: Context, paths: list[str], text: Artifact) -> list[str]:
-    """The files under names that end as they did: readers go by the ending, and blobs have none."""
-    folder = context.scratch / "texts"
-    folder.mkdir(exist_ok=True)
-    named = []
-    for name in text.names():
-        path = str(text.file(name))
-        if path in paths:
-            link = folder / f"{len(list(folder.iterdir())):05d}-{os.path.basename(name)}"
-            link.symlink_to(path)
-            named.append(str(link))
-    return named
 
 
 def _packed(

@@ -135,3 +135,20 @@ def test_text_for_a_model_without_a_tokenizer_is_refused(tmp_path: Path) -> None
     model = running.model_in(tiny.write("mixtral", tmp_path / "model"))
     with pytest.raises(ValueError, match="the model has no tokenizer, .* pass a ready-made matrix"):
         tokens.of(Texts(f"{documents(tmp_path)}#text"), model, sequences=1, length=4)
+
+
+def test_a_large_text_file_is_fetched_by_a_step_of_its_own(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from moeflow.step import upstream
+
+    (tmp_path / "texts").mkdir()
+    documents(tmp_path / "texts", 0, 90, "large.jsonl")
+    documents(tmp_path / "texts", 10, 2, "a.jsonl"), documents(tmp_path / "texts", 20, 2, "b.jsonl")
+    monkeypatch.setattr(tokens, "LARGE", 1000)
+    other = documents(tmp_path, 50, 20, "other.jsonl")
+    step = tokens.of(Texts(f"{tmp_path}/texts#text*1,{other}#text*1"), model, sequences=4, length=4)
+    fetched = [s for s in upstream([step]) if s.name.startswith("fetch.file") and "large.jsonl" in str(s.params)]
+    assert [s.name for s in fetched] == ["fetch.file"]
+    store = running.store_in(tmp_path)
+    running.run(store, step)
+    about = json.loads(store.artifact(step.key).file("tokens.json").read_text())
+    assert [a["sequences"] for a in about] == [2, 2]
