@@ -3,7 +3,7 @@
 from moeflow.arch.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from moeflow.arch.mixtral import MIXTRAL, PHIMOE
 from moeflow.arch.qwen_moe import OLMOE, QWEN2_MOE, QWEN3_MOE
-from moeflow.arch.spec import Arch, Config
+from moeflow.arch.spec import Arch, Config, essential
 
 FAMILIES = (MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE, PHIMOE, DEEPSEEK_V2, DEEPSEEK_V3)
 
@@ -17,4 +17,4 @@ def arch_of(config: Config) -> Arch:
     raise ValueError(f"no family for model_type {config.get('model_type')!r}; known: {known}")
 
 
-__all__ = ["FAMILIES", "Arch", "Config", "arch_of"]
+__all__ = ["FAMILIES", "Arch", "Config", "arch_of", "essential"]

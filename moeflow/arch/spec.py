@@ -9,6 +9,15 @@ EXPERT_COUNT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts")
 """What config.json may call the number of routed experts. transformers 5 writes other names than the hub had."""
 
 
+WITHOUT_EFFECT = ("transformers_version", "_name_or_path", "architectures", "use_cache", "auto_map", "torchscript")
+"""What config.json says without changing what a layer computes: another of these must not make anything run again."""
+
+
+def essential(config: Config) -> Config:
+    """The configuration as far as it changes what the model computes."""
+    return {k: v for k, v in config.items() if k not in WITHOUT_EFFECT}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Arch:
     """Names are templates over {layer} and {expert}.

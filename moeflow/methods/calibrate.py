@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from moeflow.methods.fetch import Model
+from moeflow.methods.fetch import REST, Model
 from moeflow.model.layout import read_config
 from moeflow.model.spec import HiddenSpec, LayerSpec, ObservedSpec, RestSpec, TokensSpec, file_bytes, precision
 from moeflow.step import Artifact, Context, Part, Spec, Step, step
@@ -58,7 +58,7 @@ def run(
         for first in range(0, len(model.layers), stage):
             indices = list(range(first, min(first + stage, len(model.layers))))
             hidden = observe(
-                model.rest.part("config.json"), hidden, *(model.layers[i] for i in indices),
+                model.essential, hidden, *(model.layers[i] for i in indices),
                 layers=indices, batch=batch, record=each, per_expert=per_expert, residual=residual, dtype=dtype,
             )  # fmt: skip
             for i in set(indices) & set(observed):
@@ -76,7 +76,7 @@ def hidden_states(
         for first in range(0, len(model.layers), stage):
             indices = list(range(first, min(first + stage, len(model.layers))))
             hidden = advance(
-                model.rest.part("config.json"),
+                model.essential,
                 hidden,
                 *(model.layers[i] for i in indices),
                 layers=indices,
@@ -96,11 +96,12 @@ def _embed_shards(model: Model, tokens: Step, *, batch: int, shard: int, dtype: 
     if batch < 1 or shard % batch:
         raise ValueError(f"shard={shard} sequences must be a multiple of batch={batch}, so that a shard holds whole batches")
     return [
-        embed(model.rest, tokens, first=first, count=min(shard, count - first), dtype=dtype) for first in range(0, count, shard)
+        embed(model.essential, model.rest.part(REST), tokens, first=first, count=min(shard, count - first), dtype=dtype)
+        for first in range(0, count, shard)
     ]
 
 
-def _embed_spec(rest: RestSpec, tokens: TokensSpec, *, first: int, count: int, dtype: str) -> Spec:
+def _embed_spec(essential: RestSpec, rest: RestSpec, tokens: TokensSpec, *, first: int, count: int, dtype: str) -> Spec:
     config = rest.config
     positions = config.get("max_position_embeddings")
     if positions and tokens.length > positions:
@@ -113,14 +114,14 @@ def _embed_spec(rest: RestSpec, tokens: TokensSpec, *, first: int, count: int, d
 
 
 @step("calibrate.embed", version=1, spec=_embed_spec, gpus=1)
-def embed(context: Context, rest: Artifact, tokens: Artifact, *, first: int, count: int, dtype: str) -> None:
+def embed(context: Context, config: Artifact, rest: Artifact, tokens: Artifact, *, first: int, count: int, dtype: str) -> None:
     """The hidden states [N, L, D] of `count` sequences from the `first` on, before the first layer."""
     import torch
 
     from moeflow.model import passes
 
     ids_NL = torch.from_numpy(np.load(tokens.file("tokens.npy"))[first : first + count].astype(np.int64))
-    passes.embed(read_config(rest), rest, ids_NL, context.out / HIDDEN, dtype=dtype)
+    passes.embed(read_config(config), rest, ids_NL, context.out / HIDDEN, dtype=dtype)
 
 
 def _pass_spec(hidden: HiddenSpec | ObservedSpec, layers: tuple[LayerSpec, ...]) -> tuple[HiddenSpec, int, int]:

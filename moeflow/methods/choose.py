@@ -40,8 +40,10 @@ def _choose_spec(
     rows = sum(s.recorded for s in seen)
     reads = layer_spec.headers + layer_spec.block_bytes
     reads += rows * width * size + len(seen) * (1400 + 7 * 8 * layer_spec.experts)
-    writes = 1000 + (count if criterion == ENUMERATE else 0) * (26 + 3 * keep)
-    return Spec({"layer": layer, "keep": keep}, reads=reads, writes=writes, memory=2 * layer_spec.nbytes + (1 << 28))
+    # the layer twice, the largest shard's inputs and targets twice, and the intermediate tensors of a chunk of tokens in fp64
+    memory = 2 * layer_spec.nbytes + 4 * max(s.recorded for s in seen) * width * size + (1 << 30)
+    writes = 1500 + (count if criterion == ENUMERATE else 0) * (26 + 3 * keep)
+    return Spec({"layer": layer, "keep": keep, "bytes": writes}, reads=reads, writes=writes, memory=memory)
 
 
 @step("search.choose", version=1, spec=_choose_spec, gpus=1)

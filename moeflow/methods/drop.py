@@ -10,8 +10,8 @@ from typing import Any
 from moeflow import __version__
 from moeflow.arch import Config, arch_of
 from moeflow.methods.choose import read_choice
-from moeflow.methods.fetch import INDEX, Model
-from moeflow.model.layout import headers, kept, read_config
+from moeflow.methods.fetch import INDEX, REST, Model
+from moeflow.model.layout import ESSENTIAL, headers, kept, read_config
 from moeflow.model.spec import CheckpointSpec, LayerSpec, RestSpec, file_bytes, header_bytes
 from moeflow.step import Artifact, Context, Spec, Step, step
 
@@ -76,7 +76,7 @@ def assemble(context: Context, rest: Artifact, *parts: Artifact, config: Config,
     """
     layers = [p for p in parts if "layer.safetensors" in p.names()]
     choices = [read_choice(p) for p in parts if "choice.json" in p.names()]
-    files = [(layer, "layer.safetensors") for layer in layers] + [(rest, "rest.safetensors")]
+    files = [(layer, "layer.safetensors") for layer in layers] + [(rest, REST)]
     weight_map, total = {}, 0
     for i, (artifact, name) in enumerate(files):
         target = f"model-{i + 1:05d}-of-{len(files):05d}.safetensors"
@@ -87,7 +87,7 @@ def assemble(context: Context, rest: Artifact, *parts: Artifact, config: Config,
     _write(context.out / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
     _write(context.out / "config.json", config)
     for name in rest.names():
-        if name not in ("rest.safetensors", "config.json"):
+        if name not in (REST, ESSENTIAL, "config.json"):
             context.link(rest, name)
     _write(
         context.out / "moeflow.json",

@@ -61,6 +61,12 @@ def squared_errors(moe: MoELayer, x_TD: Tensor, mask_SE: Tensor, target_TD: Tens
 @torch.inference_mode()
 def squared_errors_direct(moe: MoELayer, x_TD: Tensor, mask_SE: Tensor, target_TD: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The same by running the layer once per subset, routed experts only: cheaper for a few subsets of many experts."""
-    goal_TD = (moe(x_TD) if target_TD is None else target_TD).double()
-    errors = [(moe(x_TD, allowed_E).double() - goal_TD).square().sum() for allowed_E in mask_SE]
-    return torch.stack(errors), goal_TD.square().sum()
+    error_S = torch.zeros(len(mask_SE), dtype=torch.float64, device=x_TD.device)
+    norm = torch.zeros((), dtype=torch.float64, device=x_TD.device)
+    step = max(1, ELEMENTS_AT_ONCE // x_TD.shape[1])
+    for at in range(0, len(x_TD), step):
+        x_tD = x_TD[at : at + step]
+        goal_tD = (moe(x_tD) if target_TD is None else target_TD[at : at + step]).double()
+        error_S += torch.stack([(moe(x_tD, allowed_E).double() - goal_tD).square().sum() for allowed_E in mask_SE])
+        norm += goal_tD.square().sum()
+    return error_S, norm

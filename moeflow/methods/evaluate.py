@@ -3,6 +3,7 @@
 Both models are streamed layer by layer; only the speed is measured on whole models, and left out where they do not fit.
 """
 
+import re
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,10 @@ import numpy as np
 from moeflow.arch import arch_of
 from moeflow.methods import drop, tokens
 from moeflow.methods.calibrate import HIDDEN, Calibration, hidden_states
+from moeflow.methods.choose import CRITERIA, read_choice
 from moeflow.methods.fetch import Model
 from moeflow.methods.reports import row, write_report
-from moeflow.methods.speed import machine, speed
+from moeflow.methods.speed import here, speed
 from moeflow.model.layout import headers, read_config
 from moeflow.model.spec import CheckpointSpec, HiddenSpec, ObservedSpec, RestSpec, TokensSpec, header_bytes
 from moeflow.step import Artifact, Context, Spec, Step, step
@@ -35,7 +37,7 @@ def compare(
     else:
         note = "the model has no tokenizer: held-out text is left out, the loss on the token matrix stands for it"
         plan.append(("token matrix", calibration.tokens, calibration.ends, note))
-    reports = [size(*both)]
+    reports = [size(*both), layers(*compressed.choices)]
     for name, matrix, ends, note in plan:
         theirs = _hidden(compressed, matrix, calibration)
         reports.append(
@@ -51,13 +53,11 @@ def compare(
                 dtype=calibration.dtype,
             )
         )
-    return (*reports, speed(*both, machine=machine(), length=length))
+    return (*reports, speed(*both, machine=here(), length=length))
 
 
 def _hidden(model: Model, matrix: Step, calibration: Calibration) -> tuple[Step, ...]:
-    return hidden_states(
-        model, matrix, batch=calibration.batch, shard=8 * calibration.batch, stage=len(model.layers), dtype=calibration.dtype
-    )
+    return hidden_states(model, matrix, batch=calibration.batch, shard=8 * calibration.batch, stage=8, dtype=calibration.dtype)
 
 
 class _One:
@@ -73,8 +73,27 @@ class _One:
 
 
 def _name(source: Any) -> str:
-    uri = source.uri if len(source.files) > 1 else source.files[0].name
-    return uri.rstrip("/").rsplit("/", 1)[-1].split("?")[0].split(".")[0].removeprefix("python:")
+    """What a text is called in a report: its file, with the folder where that says more ("wikitext-2-raw-v1/test")."""
+    path = (source.files[0].name if len(source.files) == 1 else source.uri).rstrip("/").removeprefix("python:")
+    stem = re.sub(r"-\d+-of-\d+$", "", path.rsplit("/", 1)[-1].split("?")[0].split(".")[0])
+    return f"{path.split('/')[-2]}/{stem}" if stem in ("train", "test", "validation") and "/" in path else stem
+
+
+def _layers_spec(*chosen: Any) -> Spec:
+    return Spec(reads=sum(c["bytes"] for c in chosen), writes=1100)
+
+
+@step("evaluate.layers", version=1, spec=_layers_spec)
+def layers(context: Context, *chosen: Artifact) -> None:
+    """The error of the layers' outputs, as a part of those outputs, averaged over layers: as chosen, and by each baseline.
+
+    Where the choices weighed nothing but baselines, the first row is one of them.
+    """
+    found = [read_choice(c) for c in chosen]
+    parts = {"as chosen": [c["loss"]["of_output"] for c in found]}
+    parts |= {f"by {name}": [c["baselines"][name]["of_output"] for c in found] for name in CRITERIA}
+    rows = [row(f"layer error, {name}", 0.0, float(np.mean(values)), "of output") for name, values in parts.items()]
+    write_report(context, "layers", rows)
 
 
 def _size_spec(original: CheckpointSpec, compressed: CheckpointSpec) -> Spec:

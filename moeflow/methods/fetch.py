@@ -5,22 +5,32 @@ Hub shards straddle layers, so a fine-tune that touched one layer would look lik
 
 import fnmatch
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from moeflow.arch import Config, arch_of
-from moeflow.model.layout import TensorInfo, read_header
+from moeflow.arch import Config, arch_of, essential
+from moeflow.model.layout import ESSENTIAL, TensorInfo, read_header
 from moeflow.model.spec import LayerSpec, RestSpec, TensorTable, check_layer, file_bytes, tensor_bytes
-from moeflow.step import Artifact, Context, Spec, Step, step
+from moeflow.step import Artifact, Context, Part, Spec, Step, step
 
+TOKENIZER = ("tokenizer*", "vocab*", "merges*", "special_tokens*", "added_tokens*", "*.model", "*.tiktoken")
 TRAVELLING = (
-    "tokenizer*", "vocab*", "merges*", "special_tokens*", "added_tokens*", "*.model", "*.tiktoken", "*.jinja",
-    "chat_template*", "generation_config.json", "LICEN[CS]E*", "NOTICE*", "USE_POLICY*",
-)  # fmt: skip
-"""The files that travel with every checkpoint beside its weights and config.json."""
+    *TOKENIZER,
+    "*.jinja",
+    "chat_template*",
+    "generation_config.json",
+    "licen[cs]e*",
+    "copying*",
+    "notice*",
+    "use_policy*",
+)
+"""The files that travel with every checkpoint beside its weights and config.json, whatever the case of their letters."""
 
+REST = "rest.safetensors"
 INDEX = "model.safetensors.index.json"
+THREADS = 16  # headers that are read at once
 
 Table = dict[str, list[Any]]
 """Tensor name to [which input, dtype, shape, first byte, last byte + 1]."""
@@ -45,13 +55,19 @@ class Model:
 
     config: Config
     rest: Step
+    texts: Step | Part  # where the tokenizer's files are
     layers: tuple[Step, ...]
     extra: tuple[Step, ...] = ()  # multi-token-prediction layers that are kept as they are
     choices: tuple[Step, ...] = ()  # what was decided on the way here
 
     @property
     def has_tokenizer(self) -> bool:
-        return any(fnmatch.fnmatch(n, p) for n in self.rest.spec.output.files for p in ("tokenizer*", "*.model", "*.tiktoken"))
+        return any(_is(n, ("tokenizer*", "*.model", "*.tiktoken")) for n in self.rest.spec.output.files)
+
+    @property
+    def essential(self) -> Part:
+        """The configuration as an input: only what changes what the model computes."""
+        return self.rest.part(ESSENTIAL)
 
     @property
     def moe_layers(self) -> list[int]:
@@ -73,8 +89,10 @@ def pinned(source: Source, *, mtp: Literal["drop", "keep"] = "drop") -> Model:
     """
     if mtp not in ("drop", "keep"):
         raise ValueError(f"mtp={mtp!r}; choose 'drop' or 'keep'")
-    config: Config = json.loads(source.text("config.json"))
+    config: Config = _json(source, "config.json")
     arch = arch_of(config)
+    if lacking := [k for k in ("num_hidden_layers", "num_experts_per_tok", "hidden_size", "vocab_size") if k not in config]:
+        raise ValueError(f"config.json at {source.uri} lacks {', '.join(lacking)}; fetch the checkpoint again")
     if "quantization_config" in config:
         method = config["quantization_config"].get("quant_method", "unknown")
         raise ValueError(f"{source.uri} is packed (quantization_config: {method}); dequantize it to bf16 first")
@@ -89,14 +107,15 @@ def pinned(source: Source, *, mtp: Literal["drop", "keep"] = "drop") -> Model:
 
     def layer_step(i: int) -> Step:
         shards, table = _inputs(by_layer[i], steps)
-        return layer(*shards, config=config, layer=i, tensors=table)
+        return layer(*shards, config=essential(config), layer=i, tensors=table)
 
     behind = sorted(i for i in by_layer if i is not None and i >= count)
     known_mtp = int(config.get("num_nextn_predict_layers") or 0)
     if behind[known_mtp:]:
         raise ValueError(f"the checkpoint has tensors of layer {behind[-1]}, but config.json says {count} layers")
     shards, table = _inputs(by_layer.get(None, {}), steps)
-    small = sorted(f.name for f in source.files if any(fnmatch.fnmatch(f.name, p) for p in TRAVELLING))
+    small = sorted(f.name for f in source.files if _is(f.name, TRAVELLING))
+    texts = source.group(small or ["config.json"])
     note = (
         f"multi-token-prediction layers {behind} are dropped (mtp='keep' keeps them as they are)"
         if behind and mtp == "drop"
@@ -106,7 +125,8 @@ def pinned(source: Source, *, mtp: Literal["drop", "keep"] = "drop") -> Model:
         config = config | {"num_nextn_predict_layers": 0}
     return Model(
         config=config,
-        rest=rest(source.group(["config.json", *small]), *shards, config=config, files=small, tensors=table, note=note),
+        rest=rest(texts, *shards, config=config, files=small, tensors=table, note=note),
+        texts=texts,
         layers=tuple(layer_step(i) for i in range(count)),
         extra=tuple(layer_step(i) for i in behind) if mtp == "keep" else (),
     )
@@ -132,19 +152,25 @@ def _rest_spec(texts: Any, *shards: Any, config: Config, files: list[str], tenso
     name = "model.embed_tokens.weight"
     if name not in table:
         raise ValueError(f"the checkpoint has no tensor {name}; it is incomplete, or of another family")
+    heads = ["model.norm.weight"] + ([] if config.get("tie_word_embeddings") else ["lm_head.weight"])
+    if missing := [n for n in heads if n not in table]:
+        raise ValueError(f"the checkpoint has no tensor {missing[0]}; it is incomplete, or tie_word_embeddings is wrong")
     if table[name][1] != (vocabulary, width):
         raise ValueError(f"{name} has shape {table[name][1]} where config.json asks for {(vocabulary, width)}; correct one of them")
     out = RestSpec(config, table, {n: texts["files"][n] for n in files})
     moved = sum(tensor_bytes(*t) for t in table.values())
-    size = len(json.dumps(config, indent=2)) + 1
+    size = len(_text(config)) + len(_text(essential(config)))
     return Spec(out, reads=moved, writes=file_bytes(table) + size, memory=2 * moved, notes=(note,) if note else ())
 
 
 @step("fetch.rest", version=1, spec=_rest_spec)
 def rest(context: Context, texts: Artifact, *shards: Artifact, config: Config, files: list[str], tensors: Table, note: str) -> None:
     """What is no decoder layer: `rest.safetensors`, config.json, and the small files that travel with the checkpoint."""
-    _gather(context, shards, tensors, context.out / "rest.safetensors")
-    (context.out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    _gather(context, shards, tensors, context.out / REST)
+    (context.out / "config.json").write_text(_text(config))
+    (context.out / ESSENTIAL).write_text(_text(essential(config)))
+    if note:
+        context.note(note)
     for name in files:
         context.link(texts, name)
 
@@ -171,21 +197,41 @@ def _tensors(source: Source) -> dict[str, TensorInfo]:
     sizes = {f.name: f.size for f in source.files}
     index: dict[str, str] | None = None
     if INDEX in sizes:
-        index = json.loads(source.text(INDEX))["weight_map"]
+        index = _json(source, INDEX).get("weight_map")
+        if not isinstance(index, dict):
+            raise ValueError(f"{INDEX} at {source.uri} has no weight_map; fetch the checkpoint again")
         shards = sorted(set(index.values()))
     else:
         shards = sorted(n for n in sizes if n.endswith(".safetensors") and "/" not in n)
     if not shards:
         raise ValueError(f"{source.uri} holds no safetensors file")
+    if absent := [s for s in shards if s not in sizes]:
+        raise ValueError(f"{INDEX} names {absent[0]}, which {source.uri} does not hold; fetch the checkpoint again")
+    with ThreadPoolExecutor(THREADS) as pool:
+        headers = list(pool.map(lambda s: read_header(s, sizes[s], lambda a, b: source.read(s, a, b)), shards))
     found: dict[str, TensorInfo] = {}
-    for shard in shards:
-        if shard not in sizes:
-            raise ValueError(f"{INDEX} names {shard}, which {source.uri} does not hold; fetch the checkpoint again")
-        header = read_header(shard, sizes[shard], lambda a, b, shard=shard: source.read(shard, a, b))  # type: ignore[misc]
+    for shard, header in zip(shards, headers, strict=True):
         found |= {n: t for n, t in header.items() if index is None or index.get(n) == shard}
     if index is not None and (missing := sorted(set(index) - set(found))):
         raise ValueError(f"{INDEX} names {missing[0]} in {index[missing[0]]}, which does not hold it; fetch the checkpoint again")
     return found
+
+
+def _json(source: Source, name: str) -> dict[str, Any]:
+    try:
+        return json.loads(source.text(name))
+    except ValueError as error:  # a source that lacks it says so itself, as a ValueError, too
+        if isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
+            raise ValueError(f"{name} at {source.uri} is cut short or no JSON ({error}); fetch it again") from None
+        raise
+
+
+def _text(config: Config) -> str:
+    return json.dumps(config, indent=2) + "\n"
+
+
+def _is(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatch(name.lower(), p) for p in patterns)
 
 
 def _inputs(tensors: dict[str, TensorInfo], steps: dict[str, Step]) -> tuple[list[Step], Table]:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from moeflow.arch import MIXTRAL, Config
+from moeflow.arch import MIXTRAL, Config, essential
 from moeflow.methods.fetch import Model, layer, rest
 from moeflow.model.spec import TensorTable, file_bytes, tensor_bytes
 from moeflow.step import Artifact, Context, Spec, step
@@ -49,7 +49,8 @@ def mixtral(
     return Model(
         config=config,
         rest=rest(trained, weights, config=config, files=list(TOKENIZER_FILES), tensors=tables[None], note=""),
-        layers=tuple(layer(weights, config=config, layer=i, tensors=tables[i]) for i in range(layers)),
+        texts=trained.part("tokenizer"),
+        layers=tuple(layer(weights, config=essential(config), layer=i, tensors=tables[i]) for i in range(layers)),
     )
 
 

@@ -26,7 +26,7 @@ def layerwise(calibration: Calibration, *, keep: int, loss: str = "frobenius", s
 
 def by_criterion(calibration: Calibration, *, criterion: str, keep: int, loss: str = "frobenius", seed: int = 0) -> Model:
     """Every layer alone, by one criterion of `moeflow.methods.criteria`: the experts with the highest score stay."""
-    model, config = calibration.model, calibration.model.rest.part("config.json")
+    model, config = calibration.model, calibration.model.essential
     choices, dropped = {}, {}
     for i, parts in calibration.observed.items():
         choices[i] = _chosen(calibration, i, parts, (), criterion=criterion, keep=keep, loss=loss, seed=seed)
@@ -36,7 +36,7 @@ def by_criterion(calibration: Calibration, *, criterion: str, keep: int, loss: s
 
 def progressive(calibration: Calibration, *, keep: int, loss: str = "frobenius", seed: int = 0) -> Model:
     """Layer after layer, each seeing what the already pruned ones below give it, against the original's output (NAEE, Table 6)."""
-    model, config = calibration.model, calibration.model.rest.part("config.json")
+    model, config = calibration.model, calibration.model.essential
     batch, dtype = calibration.batch, calibration.dtype
     dropped: dict[int, Step] = {}
     choices: list[Step] = []
@@ -79,7 +79,7 @@ def _chosen(
     model = calibration.model
     batch_tokens = calibration.batch * calibration.tokens.spec.output.length if loss == "batch-sum" else 0
     return choose(
-        model.rest.part("config.json"), model.layers[layer], *seen, *originals,
+        model.essential, model.layers[layer], *seen, *originals,
         layer=layer, keep=keep, criterion=criterion, loss=loss, batch_tokens=batch_tokens, seed=seed, dtype=calibration.dtype,
         targets=len(seen) if originals else 0,
     )  # fmt: skip

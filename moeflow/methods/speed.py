@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from moeflow.methods.reports import row, write_report
+from moeflow.model.layout import read_config
 from moeflow.model.spec import CheckpointSpec
 from moeflow.step import Artifact, Context, Spec, step
 
 
-def machine() -> dict[str, Any]:
+def here() -> dict[str, Any]:
     """What the speed of a model depends on beside the model: processor, cores, GPUs, torch."""
     gpus = sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
     return {
@@ -42,15 +43,21 @@ def speed(context: Context, original: Artifact, compressed: Artifact, *, machine
     Medians of alternating rounds after a warm-up; the machine is a parameter, since the numbers are facts about it. Where both
     models do not fit into memory at once the report says so and leaves them out.
     """
-    from moeflow.methods.timing import ROUNDS, device_and_memory, measure
+    from moeflow.methods.timing import DECODED, ROUNDS, device_and_memory, measure
 
     names, units = ("prefill", "decode", "resident bytes"), ("tokens/s", "tokens/s", "B")
     need = sum(a.size(n) for a in (original, compressed) for n in a.names() if n.endswith(".safetensors"))
     device, free = device_and_memory()
+    positions = int(read_config(original).get("max_position_embeddings") or length + DECODED)
+    length = min(length, positions - DECODED)
+    note = ""
     if need * 1.2 > free:
         note = f"speed is left out: both models need {need:,} bytes at once, and {free:,} are free on {device}"
+    elif length < 1:
+        note = f"speed is left out: the model's {positions} positions leave none before the {DECODED} that are decoded"
+    if note:
         write_report(context, "speed", [row(n, None, None, u) for n, u in zip(names, units, strict=True)], notes=[note])
         return
     figures = measure([original.folder(), compressed.folder()], device, length, context.progress)
     rows = [row(n, *figure, u) for n, figure, u in zip(names, figures, units, strict=True)]
-    write_report(context, "speed", rows, machine=machine, rounds=ROUNDS)
+    write_report(context, "speed", rows, machine=here(), asked_on=machine, sequence=length, rounds=ROUNDS)

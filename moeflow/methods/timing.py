@@ -1,12 +1,12 @@
 """Load whole models as transformers does, and time them in turns."""
 
-import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
@@ -21,7 +21,7 @@ def device_and_memory() -> tuple[str, int]:
     """Where models run here, and the bytes that are free there."""
     if torch.cuda.is_available():
         return "cuda", torch.cuda.mem_get_info()[0]
-    return "cpu", os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return "cpu", psutil.virtual_memory().available
 
 
 @torch.inference_mode()
@@ -30,12 +30,10 @@ def measure(
 ) -> tuple[Pair, Pair, Pair]:
     """Of two models: prefill and decode in tokens per second (medians of alternating rounds behind a warm-up), resident bytes.
 
-    Prefill is one sequence of `length` tokens, or as many as the models have positions for; decode goes on token by token.
+    Prefill is one sequence of `length` tokens; decode goes on behind it, `DECODED` tokens one by one.
     """
     logging.disable_progress_bar()
-    models: list[Any] = [AutoModelForCausalLM.from_pretrained(f, dtype="auto") for f in folders]
-    models = [m.to(device).eval() for m in models]
-    length = min(length, models[0].config.max_position_embeddings - DECODED - 1)
+    models: list[Any] = [AutoModelForCausalLM.from_pretrained(f, dtype="auto", device_map=device).eval() for f in folders]
     ids = torch.randint(0, models[0].config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0)).to(device)
     times: list[list[Pair]] = [[] for _ in models]
     for turn in range(ROUNDS + 1):

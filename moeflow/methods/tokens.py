@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from moeflow.methods.fetch import Model
+from moeflow.model.layout import read_config
 from moeflow.model.spec import RestSpec, TokensSpec
 from moeflow.step import Artifact, Context, Spec, Step, step
 
@@ -48,13 +49,16 @@ def of(
     total = sum(e.weight for e in entries)
     if total <= 0:
         raise ValueError("the weights of the texts must sum to more than 0")
+    for name in (f.name for e in entries for f in e.source.files):
+        _reader(name)  # refuse here what no reader knows
     parts = [_fetched(e.source) for e in entries]
     mix = [
-        {"columns": list(e.columns), "weight": e.weight / total, "name": e.source.uri, "inputs": len(steps)}
+        {"columns": list(e.columns), "weight": e.weight / total, "inputs": len(steps)}  # not where it lies: that is no recipe
         for e, steps in zip(entries, parts, strict=True)
     ]
     return sample(
-        model.rest,
+        model.essential,
+        model.texts,
         *(s for steps in parts for s in steps),
         mix=mix,
         sequences=sequences,
@@ -82,7 +86,7 @@ def _npy_shape(source: Any) -> list[int]:
         shape, _, dtype = read(head)
     except ValueError as error:
         raise ValueError(f"{name} is no .npy matrix: {error}") from None
-    if len(shape) != 2 or 0 in shape or dtype.kind not in "iu":
+    if len(shape) != 2 or 0 in shape or shape[1] < 2 or dtype.kind not in "iu":
         raise ValueError(f"{name} has shape {shape} and type {dtype}; a token matrix is [sequences, length] of integers")
     return list(shape)
 
@@ -104,27 +108,27 @@ def matrix(context: Context, given: Artifact, *, shape: list[int]) -> None:
 
 
 def _sample_spec(
-    rest: RestSpec, *files: Any, mix: Any, sequences: int, length: int, seed: int, bos: bool, eos: bool, group: int
+    rest: RestSpec, tokenizer: Any, *files: Any, mix: Any, sequences: int, length: int, seed: int, bos: bool, eos: bool, group: int
 ) -> Spec:
     if sequences < 1 or length < 2:
         raise ValueError(f"sequences={sequences} of length={length}: there must be at least one, of at least two tokens")
     positions = rest.config.get("max_position_embeddings")
     if positions and length > positions:
         raise ValueError(f"length={length} is more than the model's {positions} positions; make sequences shorter")
-    reads = sum(sum(f["files"].values()) for f in files) + sum(rest.files.values())
+    reads = sum(sum(f["files"].values()) for f in (tokenizer, *files))
     return Spec(TokensSpec(sequences, length), reads=reads, writes=sequences * length * 4 + 128 + 300 * len(mix), memory=4 * reads)
 
 
 @step("tokens.sample", version=1, spec=_sample_spec)
 def sample(
-    context: Context, rest: Artifact, *texts: Artifact,
+    context: Context, config: Artifact, tokenizer_from: Artifact, *texts: Artifact,
     mix: list[dict[str, Any]], sequences: int, length: int, seed: int, bos: bool, eos: bool, group: int,
 ) -> None:  # fmt: skip
     """`tokens.npy`, and `tokens.json`, which says how many sequences and documents each text gave.
 
     Raises ValueError where a column is missing or there is too little text, saying how much is missing.
     """
-    tokenizer = _tokenizer(context, rest)
+    tokenizer = _tokenizer(context, config, tokenizer_from)
     shares = _shares([m["weight"] for m in mix], sequences)
     parts, about, done, inputs = [], [], 0, iter(texts)
     for part, share in zip(mix, shares, strict=True):
@@ -139,25 +143,31 @@ def sample(
             context.progress(done + len(rows), sequences, "sequences")
         if len(rows) < share:
             raise ValueError(
-                f"{part['name']} gives {len(rows)} of {share} sequences of {length} tokens: "
+                f"{_named(files)} gives {len(rows)} of {share} sequences of {length} tokens: "
                 f"{(share - len(rows)) * length:,} tokens are missing; give more text, fewer sequences or another weight"
             )
         done += len(rows)
         parts.append(rows)
-        about.append({"text": part["name"], "columns": part["columns"], "sequences": share, "documents": documents})
+        names = [os.path.basename(n) for n, _ in files]
+        about.append({"files": names, "columns": part["columns"], "sequences": share, "documents": documents})
     np.save(context.out / TOKENS, np.array(_interleaved(parts), dtype=np.int32).reshape(sequences, length))
     (context.out / "tokens.json").write_text(json.dumps(about, indent=1) + "\n")
 
 
-def _tokenizer(context: Context, rest: Artifact) -> Any:
+def _named(files: list[tuple[str, Path]]) -> str:
+    """A text in a message: its files, or the first of them."""
+    return files[0][0] + (f" and {len(files) - 1} more files" if files[1:] else "")
+
+
+def _tokenizer(context: Context, config: Artifact, files: Artifact) -> Any:
     from transformers import AutoTokenizer
 
     folder = context.scratch / "tokenizer"
     folder.mkdir()
-    for name in rest.names():
-        if not name.endswith(".safetensors"):
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_bytes(rest.read(name, 0, rest.size(name)))
+    (folder / "config.json").write_text(json.dumps(read_config(config)))
+    for name in files.names():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(files.read(name, 0, files.size(name)))
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
@@ -181,7 +191,7 @@ def _documents(context: Context, files: list[tuple[str, Path]], part: dict[str, 
         columns = part["columns"] or ["text"]
         if missing := [c for c in columns if c not in found.column_names]:
             has = ", ".join(found.column_names)
-            raise ValueError(f"{part['name']} has no column {missing[0]!r}; it has: {has} (write URI#column)")
+            raise ValueError(f"{_named(files)} has no column {missing[0]!r}; it has: {has} (write URI#column)")
         sets.append(found.select_columns(columns))
     for row in concatenate_datasets(sets).shuffle(seed=seed):
         yield " ".join(str(v) for v in row.values() if v is not None)

@@ -41,31 +41,38 @@ def weigh(
     subsets = list(all_subsets(experts, keep, groups)) if criterion == ENUMERATE else list(dict.fromkeys(baselines.values()))
     mask_SE = mask_of(subsets, experts, device)
     evaluate = squared_errors if len(subsets) * moe.router.top_k > experts else squared_errors_direct
-    errors_B, square, tokens = [], 0.0, 0
+    errors_B, square, norms, tokens = [], 0.0, 0.0, 0
     for at, shard in enumerate(seen):
         x_TD = _sample(shard)
         goal_TD = _sample(Tensors(originals[at])) if originals else None
         for rows in _batches(len(x_TD), batch_tokens):
             target_tD = None if goal_TD is None else moe(goal_TD[rows].to(device, precise))
-            error_S, norm = evaluate(moe, x_TD[rows].to(device, precise), mask_SE, target_tD)
+            error_S, out_sq = evaluate(moe, x_TD[rows].to(device, precise), mask_SE, target_tD)
             errors_B.append(error_S.cpu())
-            square += float(norm)
+            square += float(out_sq)
+            norms += float(out_sq) ** 0.5
         tokens += len(x_TD)
         context.progress(at + 1, len(seen), "shards")
     errors_BS = torch.stack(errors_B)
     loss_S = errors_BS.sqrt().sum(0) if loss == "batch-sum" else errors_BS.sum(0).sqrt()
+    if not loss_S.isfinite().all():
+        raise ValueError(f"layer {layer} gives outputs that are NaN or infinite; compute in another precision (dtype=float32)")
     losses = dict(zip(subsets, loss_S.tolist(), strict=True))
     picked = min(losses, key=lambda s: losses[s]) if criterion == ENUMERATE else baselines[criterion]
     others = sorted((s for s in losses if s != picked), key=lambda s: losses[s])
-    of_output = losses[picked] / square**0.5 if square else 0.0
+    norm = norms if loss == "batch-sum" else square**0.5
+
+    def entry(subset: Subset) -> dict[str, Any]:
+        return {"keep": list(subset), "loss": losses[subset], "of_output": losses[subset] / norm if norm else 0.0}
+
     return {
         "layer": layer,
         "experts": experts,
         "keep": list(picked),
         "criterion": criterion,
-        "loss": {"kind": loss, "value": losses[picked], "of_output": of_output, "tokens": tokens},
-        "runner_up": _entry(others[0], losses) if others and criterion == ENUMERATE else None,
-        "baselines": {name: _entry(subset, losses) for name, subset in baselines.items()},
+        "loss": {"kind": loss, "value": losses[picked], "of_output": entry(picked)["of_output"], "tokens": tokens},
+        "runner_up": entry(others[0]) if others and criterion == ENUMERATE else None,
+        "baselines": {name: entry(subset) for name, subset in baselines.items()},
         "losses": {",".join(map(str, s)): v for s, v in losses.items()},
     }
 
@@ -85,7 +92,3 @@ def _sample(shard: Tensors) -> Tensor:
 def _batches(rows: int, size: int) -> Iterator[slice]:
     for at in range(0, rows, size or rows):
         yield slice(at, at + (size or rows))
-
-
-def _entry(subset: Subset, losses: dict[Subset, float]) -> dict[str, Any]:
-    return {"keep": list(subset), "loss": losses[subset]}

@@ -10,6 +10,9 @@ from typing import Protocol
 
 from moeflow.arch import Config, arch_of
 
+ESSENTIAL = "essential.json"
+"""config.json without what has no effect on what the model computes."""
+
 
 class Files(Protocol):
     """What a reader needs of a folder: `moeflow.step.Artifact` has it, and so has `Folder`."""
@@ -104,8 +107,9 @@ def headers(files: Files) -> dict[str, TensorInfo]:
 
 
 def read_config(files: Files) -> Config:
-    """The config.json of a folder or artifact."""
-    return json.loads(files.read("config.json", 0, files.size("config.json")))
+    """The configuration in a folder or artifact: of a checkpoint, or as far as it changes what the model computes."""
+    name = ESSENTIAL if ESSENTIAL in files.names() else "config.json"
+    return json.loads(files.read(name, 0, files.size(name)))
 
 
 def experts_in(names: Iterable[str], config: Config, layer: int) -> int:

@@ -39,9 +39,10 @@ def file_bytes(table: TensorTable) -> int:
 
 def precision(config: Config, dtype: str) -> str:
     """The precision of a run as torch names it: `dtype`, or with "auto" that of the checkpoint."""
-    if dtype != "auto":
-        return dtype
-    return str(config.get("dtype") or config.get("torch_dtype") or "float32")
+    name = str(config.get("dtype") or config.get("torch_dtype") or "float32") if dtype == "auto" else dtype
+    if name not in NAMES.values():
+        raise ValueError(f"dtype={name!r} is not known; choose one of auto, {', '.join(NAMES.values())}")
+    return name
 
 
 @dataclass(frozen=True)

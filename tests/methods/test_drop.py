@@ -129,7 +129,14 @@ def test_the_small_files_travel_with_the_checkpoint(tmp_path: Path) -> None:
     from tests import tiny
 
     folder = tiny.write("mixtral", tmp_path / "model")
-    travelling = {"tokenizer.json": "{}", "chat_template.jinja": "x", "LICENSE": "free", "tokenizer_config.json": "{}"}
+    travelling = {
+        "tokenizer.json": "{}",
+        "chat_template.jinja": "x",
+        "LICENSE": "free",
+        "license.txt": "free",
+        "COPYING": "free",
+        "tokenizer_config.json": "{}",
+    }
     for name, text in (travelling | {"modeling_evil.py": "boom", "README.md": "about the original"}).items():
         (folder / name).write_text(text)
     store: Store = running.store_in(tmp_path)

@@ -79,7 +79,7 @@ def test_another_ratio_or_criterion_never_calibrates_again(done: tuple[Store, St
         ran = {s.name for s in running.run(store, target).steps if s.state == "run"}
         assert ran == {
             "search.choose", "drop.experts", "checkpoint.assemble", "evaluate.size", "calibrate.advance", "evaluate.quality",
-            "evaluate.speed",
+            "evaluate.speed", "evaluate.layers",
         }  # fmt: skip
 
 
@@ -124,3 +124,31 @@ def test_too_many_subsets_and_a_partial_record_are_refused_before_any_work(tmp_p
         search.layerwise(part, keep=6, loss="batch-sum")
     with pytest.raises(ValueError, match="shard=6 sequences must be a multiple of batch=4"):
         calibrate.run(model, matrix, batch=4, shard=6)
+
+
+def test_every_report_has_the_baselines_beside_the_choice(done: tuple[Store, Step, Path]) -> None:
+    store, target, _ = done
+    rows, chosen = running.reports(store, target), running.choices(store, target)
+    for name in ("random", "frequency", "router_score", "reap", "aimer"):
+        of_output = [c["baselines"][name]["of_output"] for c in chosen.values()]
+        assert rows[f"layer error, by {name}"]["compressed"] == pytest.approx(sum(of_output) / len(of_output))
+        assert rows["layer error, as chosen"]["compressed"] <= rows[f"layer error, by {name}"]["compressed"]
+
+
+def test_a_model_with_too_few_positions_is_reported_without_its_speed(tmp_path: Path) -> None:
+    import json
+
+    model = running.model_in(tiny.write("mixtral", tmp_path / "model", max_position_embeddings=16))
+    target = graph(model, running.matrix_of(tmp_path))
+    store = running.store_in(tmp_path)
+    running.run(store, target)
+    notes = [n for r in target.reports for n in json.loads(store.artifact(r.key).file("report.json").read_text())["notes"]]
+    assert "speed is left out: the model's 16 positions leave none before the 32 that are decoded" in notes
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "int8"])
+def test_an_unknown_precision_is_refused_when_the_graph_is_built(dtype: str, tmp_path: Path) -> None:
+    model = running.model_in(tiny.write("mixtral", tmp_path / "model"))
+    matrix = tokens.of(running.matrix_of(tmp_path), model, sequences=8, length=16)
+    with pytest.raises(ValueError, match=f"dtype='{dtype}' is not known; choose one of auto, float64, float32"):
+        calibrate.run(model, matrix, batch=4, shard=4, dtype=dtype)

@@ -79,6 +79,13 @@ def misname(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def drop_tensor(folder: Path, name: str) -> None:
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    file = folder / index["weight_map"].pop(name)
+    save_file({n: t for n, t in load_file(file).items() if n != name}, file, metadata={"format": "pt"})
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
 def lose(folder: Path) -> None:
     sorted(folder.glob("*.safetensors"))[0].unlink()
 
@@ -98,6 +105,16 @@ def lose(folder: Path) -> None:
         ),
         (lambda f: edit(f, vocab_size=97), r"where config.json asks for \(97, 32\)"),
         (lambda f: edit(f, model_type="gpt2"), "no family for model_type 'gpt2'; known: mixtral, qwen2_moe, qwen3_moe, olmoe"),
+        (
+            lambda f: edit(f, tie_word_embeddings=False) or drop_tensor(f, "lm_head.weight"),
+            "no tensor lm_head.weight; it is incomplete",
+        ),
+        (lambda f: drop_tensor(f, "model.norm.weight"), "no tensor model.norm.weight"),
+        (
+            lambda f: (f / "config.json").write_text('{"model_type": "mix'),
+            "config.json at .* is cut short or no JSON .*; fetch it again",
+        ),
+        (lambda f: (f / "config.json").write_text('{"model_type": "mixtral"}'), "config.json at .* lacks num_hidden_layers"),
         (lambda f: edit(f, quantization_config={"quant_method": "fp8"}), "is packed .*fp8.*; dequantize it to bf16 first"),
     ],
 )
@@ -143,8 +160,8 @@ def test_the_prediction_layer_of_deepseek_v3_is_kept_or_dropped_as_told(mtp: str
     assert set(after) == kept and all(torch.equal(before[n], after[n]) for n in kept)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["num_nextn_predict_layers"] == (1 if mtp == "keep" else 0)
-    assert (model.rest.spec.notes != ()) == (mtp == "drop")
-    assert outcome.steps
+    said = [n for s in outcome.steps for n in s.notes]
+    assert any("prediction layers [3] are dropped" in n for n in said) == (mtp == "drop") == (model.rest.spec.notes != ())
 
 
 def test_dropping_the_prediction_layer_is_the_default_and_says_so(tmp_path: Path) -> None:
@@ -160,3 +177,16 @@ def test_a_model_given_by_its_files_alone_is_found_without_an_index(tmp_path: Pa
     folder = tiny.write("olmoe", tmp_path / "model")
     assert len(running.model_in(folder).layers) == 3
     assert isinstance(running.model_in(folder), fetch.Model)
+
+
+def test_a_configuration_that_changed_without_effect_runs_nothing_of_the_calibration_again(tmp_path: Path) -> None:
+    from tests.methods.test_evaluate import graph
+
+    folder = tiny.write("mixtral", tmp_path / "model")
+    store, matrix = running.store_in(tmp_path), running.matrix_of(tmp_path)
+    running.run(store, graph(running.model_in(folder), matrix))
+    edit(folder, transformers_version="5.99", use_cache=False, _name_or_path="elsewhere")
+    again = running.run(store, graph(running.model_in(folder), matrix))
+    ran = {s.name for s in again.steps if s.state == "run"}
+    assert not any(n.startswith(("calibrate", "search", "drop", "tokens", "fetch.layer")) for n in ran)
+    assert "checkpoint.assemble" in ran

@@ -152,3 +152,22 @@ def test_a_large_text_file_is_fetched_by_a_step_of_its_own(model: Model, tmp_pat
     running.run(store, step)
     about = json.loads(store.artifact(step.key).file("tokens.json").read_text())
     assert [a["sequences"] for a in about] == [2, 2]
+
+
+def test_where_a_text_lies_is_no_part_of_what_is_sampled(model: Model, tmp_path: Path) -> None:
+    """Early cutoff: the same file elsewhere gives the same tokens without sampling again, and all behind them stays stored."""
+    store = running.store_in(tmp_path)
+    steps = []
+    for place in ("here", "there"):
+        (tmp_path / place).mkdir()
+        steps.append(tokens.of(Texts(f"{documents(tmp_path / place)}#text"), model, sequences=4, length=5))
+    running.run(store, steps[0])
+    outcome = running.run(store, steps[1])
+    assert steps[0].key != steps[1].key
+    assert {s.name for s in outcome.steps if s.state == "run"} == {"fetch.files"}
+
+
+def test_a_file_that_no_reader_knows_is_refused_when_the_graph_is_built(model: Model, tmp_path: Path) -> None:
+    np.save(tmp_path / "m.npy", np.zeros((2, 2), dtype=int))
+    with pytest.raises(ValueError, match="m.npy is no text that can be read; known endings: .jsonl"):
+        tokens.of(Texts(f"{tmp_path / 'm.npy'},{documents(tmp_path)}"), model, sequences=2, length=4)

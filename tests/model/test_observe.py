@@ -141,3 +141,24 @@ def test_a_layer_that_does_not_fit_its_configuration_is_refused(change: Any, say
     save_file(change(load_file(file)), file)
     with pytest.raises(ValueError, match=says):
         passes.stream_of(read_config(Folder(folder)), "float32").layer(Tensors(file), 0)
+
+
+def test_never_more_than_one_decoder_layer_is_resident(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import gc
+    import weakref
+
+    from moeflow.model.stream import Stream
+
+    folder = tiny.write("olmoe", tmp_path / "model")
+    build, made, alive = Stream.layer, [], []
+
+    def counted(self: Stream, *args: Any) -> Any:
+        gc.collect()
+        alive.append(sum(ref() is not None for ref in made))
+        module = build(self, *args)
+        made.append(weakref.ref(module))
+        return module
+
+    monkeypatch.setattr(Stream, "layer", counted)
+    calibrated(folder, tmp_path, ids())
+    assert alive == [0, 0, 0]
