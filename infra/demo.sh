@@ -17,6 +17,7 @@ infra/python.sh -m ray.scripts.scripts start --head --block --node-ip-address 12
     --temp-dir "$session" --disable-usage-stats >"$session/head.log" 2>&1 &
 head=$!
 stop() {
+    echo "demo: stopping the Ray head"
     kill -TERM "$head" 2>/dev/null || true
     wait "$head" 2>/dev/null || true
     rm -rf "$session"
