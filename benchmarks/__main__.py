@@ -6,7 +6,7 @@ import platform
 import sys
 from pathlib import Path
 
-from moeflow.methods.speed import machine
+from moeflow.methods.speed import here
 
 ALL = ("search", "calibrate", "driver", "store")
 
@@ -18,12 +18,12 @@ def main(names: list[str]) -> int:
         for row in importlib.import_module(f"benchmarks.{name}").main():
             print(row.line(), flush=True)
             rows.append(row)
-    here = machine()
-    told = f"{here['processor']}, {here['cores']} cores, GPUs: {', '.join(here['gpus']) or 'none'}"
+    machine = here()
+    told = f"{machine['processor']}, {machine['cores']} cores, GPUs: {', '.join(machine['gpus']) or 'none'}"
     lines = [
         "# Results",
         "",
-        f"{datetime.date.today()}, {told}; Python {platform.python_version()}, torch {here['torch']}. One run of `make bench`;",
+        f"{datetime.date.today()}, {told}; Python {platform.python_version()}, torch {machine['torch']}. One run of `make bench`;",
         "each claim is a ratio beside what it beats, measured in the same run, or the time of a whole command.",
         "",
         "| claim | measured | target | held |",

@@ -19,7 +19,7 @@ import typer
 
 from moeflow import report
 from moeflow.report import lineage as lineages
-from moeflow.run import CannotRun, Options, StepFailed, pipeline
+from moeflow.run import CannotRun, ClusterLost, Options, StepFailed, pipeline
 from moeflow.run import plan as plans
 from moeflow.run.go import Runner, fleeting, go, prepare
 from moeflow.run.outcome import describe
@@ -32,7 +32,7 @@ from moeflow.store import gc as garbage_
 STORE = ".moeflow/store"
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 REQUEST = (ValueError, TypeError, LookupError, OSError, ImportError, StoreError)  # what a wrong request raises
-WORK = (CannotRun, StepFailed, StoreError, NotStored, OSError)
+WORK = (CannotRun, ClusterLost, StepFailed, StoreError, NotStored, OSError)
 
 app = typer.Typer(
     add_completion=False,

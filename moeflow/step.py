@@ -225,16 +225,39 @@ def canonical(value: Any) -> bytes:
 
 @cache
 def _source(fn: Callable[..., None]) -> str:
-    """A digest of a function's source and that of its package's modules which it imports when it runs."""
+    """A digest of a function's source and of its package's modules which it imports when it runs, and which those import.
+
+    This module is left out. Nothing is imported.
+    """
     text = inspect.getsource(fn)
     package, *inside = fn.__module__.split(".")
     root = Path(inspect.getfile(fn)).parents[len(inside) - 1] if inside else None
-    for node in ast.walk(ast.parse(textwrap.dedent(text))):
-        if root and isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == package:
-            module = root.joinpath(*node.module.split(".")[1:])
-            files = [module.with_suffix(".py"), *(module / f"{alias.name}.py" for alias in node.names)]
-            text += "".join(f.read_text() for f in files if f.is_file())
-    return hashlib.sha256(text.encode()).hexdigest()
+    found: dict[Path, str] = {}
+    stack = [*_imports(textwrap.dedent(text), package, root)] if root else []
+    while stack:
+        file = stack.pop()
+        if root and file not in found and file != Path(__file__):
+            found[file], imported = _module(file, package, root)
+            stack.extend(imported)
+    return hashlib.sha256("".join([text, *(found[file] for file in sorted(found))]).encode()).hexdigest()
+
+
+@cache
+def _module(file: Path, package: str, root: Path) -> tuple[str, frozenset[Path]]:
+    """A module's text, and the files of its package that it imports."""
+    text = file.read_text()
+    return text, _imports(text, package, root)
+
+
+def _imports(text: str, package: str, root: Path) -> frozenset[Path]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    modules = [root.joinpath(*name.split(".")[1:]) for name in names if name.startswith(f"{package}.")]
+    return frozenset(f for m in modules for f in (m.with_suffix(".py"), m / "__init__.py") if f.is_file())
 
 
 def _plain(name: str, params: dict[str, Any]) -> dict[str, Any]:

@@ -110,8 +110,14 @@ def test_the_recorded_source_covers_the_modules_that_a_step_imports_when_it_runs
     read = Path.read_text
     before = steps._source.__wrapped__(fn)
     assert before == steps._source.__wrapped__(fn)
-    monkeypatch.setattr(Path, "read_text", lambda self: read(self) + ("# changed" if self.name == "weigh.py" else ""))
-    assert steps._source.__wrapped__(fn) != before
+    for changed in ("weigh.py", "moe.py"):  # what the function imports, and what that imports
+        steps._module.cache_clear()
+        monkeypatch.setattr(Path, "read_text", lambda self: read(self) + ("# changed" if self.name == changed else ""))  # noqa: B023
+        assert steps._source.__wrapped__(fn) != before
+    steps._module.cache_clear()
+    monkeypatch.setattr(Path, "read_text", lambda self: read(self) + ("# changed" if self.name == "step.py" else ""))
+    assert steps._source.__wrapped__(fn) == before
+    steps._module.cache_clear()
 
 
 def test_a_graph_placed_elsewhere_keeps_every_key() -> None:

@@ -26,9 +26,9 @@ class Ledger:
         self.left = sum(s in ("run", "same content") for s in states.values())
         self._done: dict[str, Done] = {}
         self._warnings: list[str] = []
-        stored = [key for key, state in states.items() if state == "stored"]
-        show.begin(self.schedule.steps.values(), self.left, len(stored))
-        store.renew(stored, self.schedule.index)
+        stored = sum(state == "stored" for state in states.values())
+        show.begin(self.schedule.steps.values(), self.left, stored)
+        store.renew(self.schedule.relied(), self.schedule.index)
         for warning in self.schedule.warnings():
             self.warn(warning)
 

@@ -1,11 +1,13 @@
 """Run one step whose inputs are stored, here and now, and store what it leaves. Knows no graph and no cluster."""
 
 import copy
+import errno
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -16,10 +18,11 @@ import moeflow
 from moeflow.run.call import Call
 from moeflow.run.work import threads, work_folder
 from moeflow.step import Artifact
-from moeflow.store import File, Input, Manifest, Record, Store, part_digest
+from moeflow.store import File, Input, Manifest, Record, Store, StoreError, part_digest
 
 LIBRARIES = ("torch", "transformers", "safetensors", "datasets", "numpy", "ray")
 THREADS = 8
+FULL = ("No space left on device", "os error 28")  # how libraries that raise errors of their own say it
 OFTEN = 0.2  # seconds between two words about one step's progress
 
 
@@ -110,7 +113,7 @@ def materialize(call: Call, store: Store, report: Reporter) -> Done:
     with work_folder(store.cache / "work") as work:
         context = Running(call, store, report, work)
         began = time.monotonic()
-        with threads(call.threads):
+        with threads(call.threads), _room(store.cache):
             function(context, *context.inputs, **copy.deepcopy(call.params))
         seconds = time.monotonic() - began
         reads = sum(i.reads for i in context.inputs)
@@ -128,6 +131,20 @@ def alias(call: Call, of: str, store: Store) -> None:
     made = store.manifest(of)
     record = replace(record_of(call, notes=made.notes), source=made.source, libraries=made.libraries)
     store.alias(call.key, of, record)
+
+
+@contextmanager
+def _room(where: Path) -> Iterator[None]:
+    """Turn a disk under `where` that a step fills into one line, whichever library met it."""
+    try:
+        yield
+    except StoreError:
+        raise
+    except Exception as error:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full or any(words in str(error) for words in FULL):
+            raise StoreError(f"no space left on {where}; free some, or point MOEFLOW_CACHE / --store to another disk") from error
+        raise
 
 
 def _parts(call: Call, manifest: Manifest) -> dict[str, str]:

@@ -26,7 +26,7 @@ from moeflow.run.ledger import Ledger
 from moeflow.run.materialize import Done, materialize
 from moeflow.run.nodes import Nodes, machines, offers, too_large
 from moeflow.run.options import Options
-from moeflow.run.outcome import CannotRun, Outcome, StepFailed, describe
+from moeflow.run.outcome import CannotRun, ClusterLost, Outcome, StepFailed, describe
 from moeflow.run.progress import Show, show
 from moeflow.step import Step
 from moeflow.store import Index, LocalBlobs, Store
@@ -66,7 +66,8 @@ def run(
     """Store the targets and what they need. Raises StepFailed; what had finished or was running then is stored.
 
     Uses the Ray that is up in this process, else joins RAY_ADDRESS, else starts one on this machine for as long as it
-    takes. Raises CannotRun where that one could never run a step, and where RAY_ADDRESS leads nowhere.
+    takes. Raises CannotRun where that one could never run a step or does not start, and where RAY_ADDRESS leads nowhere;
+    ClusterLost where the cluster goes away in the middle.
     """
     shown, options = progress or show(), options or Options()
     outcome = None
@@ -77,6 +78,11 @@ def run(
             with connected() as own, _Drive(ledger, store, shown, options, own=own) as drive:
                 drive.loop()
         outcome = ledger.outcome()
+    except RayError as error:
+        told = f"{type(error).__name__}: {_first_line(error)}"
+        raise ClusterLost(
+            f"the Ray cluster was lost ({told}); what had finished is stored: see that the cluster is up, then run again"
+        ) from error
     finally:
         shown.end(outcome)
     return outcome
@@ -99,8 +105,8 @@ def connected() -> Iterator[bool]:
     stop = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address=address or "local", include_dashboard=None if address else False, **quietly)
-    except ConnectionError as error:
-        raise CannotRun(f"no Ray answers at {address}: {describe(error)}; start it, or unset RAY_ADDRESS") from error
+    except Exception as error:  # Ray raises anything here, plain Exception included
+        raise CannotRun(_unstarted(address, error)) from error
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, stop)  # Ray takes it, and ends the process without a word of ours
     try:
@@ -165,9 +171,12 @@ class _Drive:
             )
         states = self._ledger.schedule.states
         nodes = offers()
-        problems = {
-            too_large(s, nodes, gpus=self._gpus): None for s in self._ledger.schedule.steps.values() if states[s.key] == "run"
-        }
+        steps = [s for s in self._ledger.schedule.steps.values() if states[s.key] == "run"]
+        if not own and not self._gpus and any(s.resources.gpus for s in steps):
+            self._ledger.warn(
+                "the cluster has no GPU now: steps that compute with a model run on CPUs; say --gpus 1 to wait for GPU nodes"
+            )
+        problems = {too_large(s, nodes, gpus=self._gpus): None for s in steps}
         for problem in filter(None, problems):
             if own:
                 raise CannotRun(f"{problem}; place it with .on(cpus=..., memory=...), or run on a larger cluster")
@@ -278,6 +287,17 @@ def _portable(error: Exception) -> Exception:
 
 def _lost(why: str) -> str:
     return f"its worker was lost too often ({why}); if memory ran out, say what the step needs with .on(memory=...)"
+
+
+def _unstarted(address: str, error: Exception) -> str:
+    if not address:
+        return f"no Ray could be started here: {describe(error)}; free memory and disk for it, or pass --runner process"
+    if isinstance(error, ConnectionError):
+        return f"no Ray answers at {address}: {describe(error)}; start it, or unset RAY_ADDRESS"
+    return (
+        f"the Ray at {address} cannot be joined: {describe(error)}; see that the address is right and that it has the "
+        "Ray and Python of this machine, or unset RAY_ADDRESS"
+    )
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,4 +1,8 @@
-"""How a run may use the machines it is given. None of it is part of a key, so none of it changes a byte."""
+"""How a run may use the machines it is given. None of it is part of a key.
+
+Retries and how much is in flight change no byte. Other `gpus` or `cpus` may change the last bits of what is computed, because
+sums are rounded in another order there; the keys stay, and what is stored first is what is used.
+"""
 
 from dataclasses import dataclass, replace
 

@@ -15,6 +15,10 @@ class CannotRun(ValueError):
     """A run was refused before a step started, for a reason that the message names with the way out."""
 
 
+class ClusterLost(Exception):
+    """The Ray cluster, or the part of it that this run talks to, went away in the middle of the run."""
+
+
 class StepFailed(Exception):
     """A step raised, or its worker was lost too often: `step` and `cause`. Nothing was stored for it."""
 

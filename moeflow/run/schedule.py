@@ -34,6 +34,7 @@ class Schedule:
         self._store = store
         self._sources: dict[Callable[..., None], str] = {}
         self._states: dict[str, State] = {}
+        self._targets = [t.key for t in targets]
         self._needed(targets)
         self._position = {key: n for n, key in enumerate(self.steps)}
         self._readers: dict[str, list[str]] = defaultdict(list)
@@ -56,6 +57,13 @@ class Schedule:
     def states(self) -> dict[str, State]:
         """Every step's state, in the graph's order; one whose inputs are yet to be made counts as one that runs."""
         return {key: self._states.get(key, "run") for key in self.steps}
+
+    def relied(self) -> list[str]:
+        """The stored steps that the run itself relies on: targets, and inputs of what is not stored yet.
+
+        Their manifests reach all that is upstream, so that garbage collection keeps it while they are young.
+        """
+        return [key for key in dict.fromkeys([*self._targets, *self._readers]) if self._states.get(key) == "stored"]
 
     def settle(self) -> None:
         """Decide all that can be decided now. Requests: the manifests of those inputs of which only a part is read."""

@@ -32,6 +32,9 @@ def labels(steps: list[Step]) -> dict[str, str]:
         telling = [key for key, seen in values.items() if len(seen) > 1]
         for step in group:
             words = [word for key in telling if (word := _word(key, step.params.get(key)))]
+            while len(words) > 1 and len(" ".join(words[:3])) > 32:  # what comes last tells least
+                words.sort(key=len)
+                words.pop()
             found[step.key] = " ".join([name, *words[:3]])
     return found
 

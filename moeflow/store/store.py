@@ -41,15 +41,21 @@ class Committed:
 @dataclass(frozen=True)
 class Store:
     blobs: Blobs
-    cache: Path  # on this node; safe to delete whenever nothing runs
+    given_cache: Path | None = None  # None is the usual place, found on the node that asks: this value travels to workers
     cache_limit: int = 0  # bytes; 0 is four fifths of what the disk could give
 
     @staticmethod
     def open(url: str, cache: str | Path | None = None) -> "Store":
         """The store at a folder or an `s3://` address. Makes no request. Raises ValueError."""
         blobs = open_blobs(str(url))
-        usual = blobs.root / "cache" if isinstance(blobs, LocalBlobs) else home()
-        return Store(blobs, usual if cache is None else Path(cache).expanduser().absolute())
+        return Store(blobs, None if cache is None else Path(cache).expanduser().absolute())
+
+    @property
+    def cache(self) -> Path:
+        """A folder on this node; safe to delete whenever nothing runs."""
+        if self.given_cache is not None:
+            return self.given_cache
+        return self.blobs.root / "cache" if isinstance(self.blobs, LocalBlobs) else home()
 
     @property
     def url(self) -> str:

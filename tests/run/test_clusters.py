@@ -28,6 +28,23 @@ def test_an_address_of_a_job_server_is_refused_with_the_way_out(store: Store, mo
         on_ray.run([toy.number(n=1)], store)
 
 
+@pytest.mark.parametrize("address", ["", "10.0.0.1:6379"])
+@pytest.mark.parametrize(
+    "error", [RuntimeError("versions\ndiffer"), ValueError("no port"), OSError("no /dev/shm"), Exception("slow")]
+)
+def test_a_ray_that_does_not_come_up_is_one_line_with_the_way_out(
+    store: Store, monkeypatch: pytest.MonkeyPatch, address: str, error: Exception
+) -> None:
+    def init(**_: object) -> None:
+        raise error
+
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(CannotRun, match="or unset RAY_ADDRESS" if address else "or pass --runner process") as refused:
+        on_ray.run([toy.number(n=1)], store)
+    assert "\n" not in str(refused.value) and str(error).split()[-1] in str(refused.value)
+
+
 def test_a_step_too_large_for_a_ray_of_ones_own_is_refused_before_anything_starts(
     store: Store, trace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

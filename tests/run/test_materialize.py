@@ -14,7 +14,7 @@ from moeflow.run import StepFailed, in_process
 from moeflow.run.call import Call
 from moeflow.run.work import work_folder
 from moeflow.step import Context, Step, step
-from moeflow.store import Store
+from moeflow.store import Store, StoreError
 from tests.run import toy
 
 
@@ -62,6 +62,11 @@ def elsewhere(context: Context, part: Any, *, url: str, key: str) -> None:
     context.link(Store.open(url).artifact(key), "n")
 
 
+@step("toy.full_in_other_words", version=1)
+def full_in_other_words(context: Context) -> None:
+    raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
 def test_linking_what_is_no_input_is_refused(store: Store) -> None:
     other = toy.number(n=2)
     in_process.run([other], store)
@@ -92,8 +97,13 @@ def test_a_step_cannot_spoil_its_parameters(store: Store) -> None:
 
 
 def test_a_full_disk_is_named(store: Store) -> None:
-    with pytest.raises(StepFailed, match="No space left on device"):
+    with pytest.raises(
+        StepFailed, match="no space left on .*; free some, or point MOEFLOW_CACHE / --store to another disk"
+    ) as failed:
         in_process.run([full()], store)
+    assert isinstance(failed.value.cause, StoreError)
+    with pytest.raises(StepFailed, match="no space left on .*; free some"):
+        in_process.run([full_in_other_words()], store)
 
 
 def test_resuming_twice_gives_the_same_state(store: Store, tmp_path: Path) -> None:

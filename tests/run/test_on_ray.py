@@ -3,8 +3,10 @@
 from pathlib import Path
 
 import pytest
+import ray
+from ray.exceptions import ActorDiedError
 
-from moeflow.run import Options, StepFailed, on_ray
+from moeflow.run import ClusterLost, Options, StepFailed, on_ray
 from moeflow.run.board import Board, Event
 from moeflow.run.call import Call
 from moeflow.run.nodes import Nodes, demand
@@ -68,6 +70,18 @@ def test_a_worker_lost_more_often_than_retries_allow_fails_the_step(store: Store
     assert content(store, graph) == "8"
 
 
+@pytest.mark.usefixtures("local_ray")
+def test_a_run_whose_board_is_lost_says_so_in_one_line(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def news(self: on_ray._Drive) -> None:
+        ray.kill(self._board)
+        ray.get(self._board.news.remote())
+
+    monkeypatch.setattr(on_ray._Drive, "loop", news)
+    with pytest.raises(ClusterLost, match=r"cluster was lost .*what had finished is stored.*run again") as lost:
+        on_ray.run([toy.number(n=77)], store)
+    assert isinstance(lost.value.__cause__, ActorDiedError) and "\n" not in str(lost.value)
+
+
 def test_a_step_prefers_the_node_that_holds_most_of_what_it_reads(tmp_path: Path) -> None:
     large, small = toy.number(n=1), toy.number(n=2)
     readers = [toy.total(large, small), toy.half(small), toy.half(large)]
@@ -110,7 +124,10 @@ def test_a_step_demands_the_memory_that_its_spec_says_unless_told_otherwise() ->
 @pytest.mark.usefixtures("local_ray")
 def test_a_step_that_can_use_a_gpu_runs_on_cpus_where_the_cluster_has_none(store: Store) -> None:
     step = toy.number(n=5).on(gpus=1)
-    assert on_ray.run([step], store).ran == [step.key]
+    outcome = on_ray.run([step], store)
+    assert outcome.ran == [step.key]
+    assert [w for w in outcome.warnings if "no GPU now" in w and "--gpus 1" in w] == [*outcome.warnings] != []
+    assert on_ray.run([toy.number(n=6)], store).warnings == ()
     assert demand(step) == {"CPU": 1, "GPU": 1, "memory": 1000} != demand(step, gpus=False)
 
 

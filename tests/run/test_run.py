@@ -1,6 +1,8 @@
 """What both runners promise of any graph."""
 
 import io
+import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,8 +11,9 @@ import pytest
 from moeflow.run import Options, StepFailed, in_process
 from moeflow.run.plan import plan
 from moeflow.run.progress import Lines
-from moeflow.step import Step
+from moeflow.step import Step, upstream
 from moeflow.store import Store
+from moeflow.store.gc import gc
 from tests.run import toy
 
 
@@ -229,6 +232,17 @@ def test_a_hit_from_another_source_warns_and_is_not_computed_again(run: Callable
     assert len(outcome.warnings) == 1 and "toy.number" in outcome.warnings[0] and "version" in outcome.warnings[0]
     assert outcome.warnings[0] in stream.getvalue()
     assert run([graph], store).warnings == ()
+
+
+def test_a_run_renews_what_it_relies_on_and_so_keeps_all_that_is_upstream(store: Store) -> None:
+    first, second = toy.half(toy.more(toy.number(n=1))), toy.half(toy.more(toy.number(n=20)))
+    in_process.run([first, second], store)
+    for path in Path(store.url).rglob("*"):
+        os.utime(path, (time.time() - 30 * 86400,) * 2)
+    in_process.run([first, toy.total(second)], store)
+    modified = store.index({s.name for s in upstream([toy.total(first)])}).modified
+    assert {k for k, at in modified.items() if at > time.time() - 60} == {first.key, second.key, toy.total(second).key}
+    assert gc(store).manifests == ()
 
 
 def test_two_thousand_chained_steps_do_not_recurse(run: Callable, store: Store) -> None:

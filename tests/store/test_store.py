@@ -151,6 +151,12 @@ def test_a_store_pickles_and_opens_from_its_address(store: Store, tmp_path: Path
         assert other.artifact(key("k")).file("x").read_text() == "1"
 
 
+def test_the_default_cache_is_that_of_the_node_where_it_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent = [pickle.dumps(Store.open("s3://bucket/x", cache)) for cache in (None, tmp_path / "given")]
+    monkeypatch.setenv("MOEFLOW_CACHE", str(tmp_path / "there"))
+    assert [pickle.loads(s).cache for s in sent] == [tmp_path / "there", tmp_path / "given"]
+
+
 def test_the_default_cache_lies_in_a_folder_store_and_in_the_home_of_others(tmp_path: Path) -> None:
     assert Store.open(str(tmp_path)).cache == tmp_path / "cache"
     assert Store.open("s3://bucket/x").cache == Path(os.environ["MOEFLOW_CACHE"])

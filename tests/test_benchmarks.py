@@ -1,0 +1,19 @@
+"""The benchmarks can be run, and say whether a claim held. They assert no time, and neither do these."""
+
+import importlib
+
+import pytest
+
+from benchmarks.__main__ import ALL
+from benchmarks.rows import Row
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_benchmark_is_there(name: str) -> None:
+    assert callable(importlib.import_module(f"benchmarks.{name}").main)
+
+
+def test_a_claim_holds_on_the_right_side_of_its_bound() -> None:
+    assert Row("faster", 13.1, "at least", 13, "times").held and not Row("faster", 12.9, "at least", 13, "times").held
+    assert Row("slower", 1.2, "at most", 1.3, "times").held and not Row("slower", 1.4, "at most", 1.3, "times").held
+    assert Row("slower", 1.4, "at most", 1.3, "times").line() == "| slower | 1.4 times | at most 1.3 | NO |"
