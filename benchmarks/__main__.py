@@ -1,4 +1,7 @@
-"""Run every benchmark and write RESULTS.md: `make bench`. Nothing else should run on the machine meanwhile."""
+"""Run the benchmarks, all or those named, and write their sections of RESULTS.md: `make bench`.
+
+Nothing else should run on the machine meanwhile.
+"""
 
 import datetime
 import importlib
@@ -6,33 +9,41 @@ import platform
 import sys
 from pathlib import Path
 
+from benchmarks.rows import Row
 from moeflow.methods.speed import here
 
 ALL = ("search", "calibrate", "driver", "store")
+RESULTS = Path(__file__).parent / "RESULTS.md"
+HEAD = "# Results\n\nEach section is one run of one script: ratios beside what is beaten, or times of whole commands.\n"
 
 
-def main(names: list[str]) -> int:
-    rows = []
-    for name in names or ALL:
-        print(f"{name} ...", file=sys.stderr, flush=True)
-        for row in importlib.import_module(f"benchmarks.{name}").main():
-            print(row.line(), flush=True)
-            rows.append(row)
+def section(name: str, rows: list[Row]) -> str:
     machine = here()
-    told = f"{machine['processor']}, {machine['cores']} cores, GPUs: {', '.join(machine['gpus']) or 'none'}"
+    where = f"{machine['processor']}, {machine['cores']} cores, GPUs: {', '.join(machine['gpus']) or 'none'}"
+    versions = f"Python {platform.python_version()}, torch {machine['torch']}"
     lines = [
-        "# Results",
+        f"## {name}",
         "",
-        f"{datetime.date.today()}, {told}; Python {platform.python_version()}, torch {machine['torch']}. One run of `make bench`;",
-        "each claim is a ratio beside what it beats, measured in the same run, or the time of a whole command.",
+        f"{datetime.date.today()}, {where}; {versions}",
         "",
         "| claim | measured | target | held |",
         "|---|---|---|---|",
-        *(row.line() for row in rows),
     ]
-    if not names:
-        (Path(__file__).parent / "RESULTS.md").write_text("\n".join(lines) + "\n")
-    return 0 if all(row.held for row in rows) else 1
+    return "\n".join([*lines, *(row.line() for row in rows)]) + "\n"
+
+
+def main(names: list[str]) -> int:
+    old = RESULTS.read_text().split("\n## ")[1:] if RESULTS.exists() else []
+    sections = {text.split("\n", 1)[0]: f"## {text.rstrip()}\n" for text in old}
+    held = True
+    for name in names or ALL:
+        print(f"{name} ...", file=sys.stderr, flush=True)
+        rows = importlib.import_module(f"benchmarks.{name}").main()
+        sections[name] = section(name, rows)
+        print(sections[name], flush=True)
+        held &= all(row.held for row in rows)
+        RESULTS.write_text("\n".join([HEAD, *(sections[n] for n in ALL if n in sections)]))
+    return 0 if held else 1
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from moeflow.model.layout import Folder, read_config
 
 LAYERS, SEQUENCES, LENGTH, BATCH = 16, 16, 512, 4
 TOKENS = SEQUENCES * LENGTH
-ROUNDS = 3
+ROUNDS = 2
 
 
 def prepare(folder: Path) -> None:
