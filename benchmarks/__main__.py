@@ -12,12 +12,12 @@ from pathlib import Path
 from benchmarks.rows import Row
 from moeflow.methods.speed import here
 
-ALL = ("search", "calibrate", "driver", "store")
+ALL = ("search", "calibrate", "driver", "store", "genetic", "decompose", "lowrank", "quality")
 RESULTS = Path(__file__).parent / "RESULTS.md"
 HEAD = "# Results\n\nEach section is one run of one script: ratios beside what is beaten, or times of whole commands.\n"
 
 
-def section(name: str, rows: list[Row]) -> str:
+def section(name: str, rows: list[Row], table: str = "") -> str:
     machine = here()
     where = f"{machine['processor']}, {machine['cores']} cores, GPUs: {', '.join(machine['gpus']) or 'none'}"
     versions = f"Python {platform.python_version()}, torch {machine['torch']}"
@@ -29,7 +29,7 @@ def section(name: str, rows: list[Row]) -> str:
         "| claim | measured | target | held |",
         "|---|---|---|---|",
     ]
-    return "\n".join([*lines, *(row.line() for row in rows)]) + "\n"
+    return "\n".join([*lines, *(row.line() for row in rows), *(["", table] if table else [])]) + "\n"
 
 
 def main(names: list[str]) -> int:
@@ -38,8 +38,9 @@ def main(names: list[str]) -> int:
     held = True
     for name in names or ALL:
         print(f"{name} ...", file=sys.stderr, flush=True)
-        rows = importlib.import_module(f"benchmarks.{name}").main()
-        sections[name] = section(name, rows)
+        found = importlib.import_module(f"benchmarks.{name}").main()
+        rows, table = found if isinstance(found, tuple) else (found, "")
+        sections[name] = section(name, rows, table)
         print(sections[name], flush=True)
         held &= all(row.held for row in rows)
         RESULTS.write_text("\n".join([HEAD, *(sections[n] for n in ALL if n in sections)]))

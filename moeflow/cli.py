@@ -8,6 +8,7 @@ import json as json_
 import re
 import shlex
 import signal
+import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -151,6 +152,7 @@ def show(ref: Ref, store: Url = "", all: All = False, json: Json = False, debug:
 def pull(
     ref: Ref,
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="a new or empty folder")],
+    dense: Annotated[bool, typer.Option("--dense", help="multiply low-rank matrices out, for engines without a kernel")] = False,
     store: Url = "",
     json: Json = False,
     debug: Debug = False,
@@ -164,10 +166,19 @@ def pull(
         manifest = opened.manifest(key)
     with working(debug):
         opened.fetch(key, folder)
+        made = _multiplied_out(folder) if dense else {}
     if json:
-        _json({"key": key, "folder": str(folder.absolute()), "files": len(manifest.files), "bytes": manifest.bytes})
-    else:
-        print(f"{folder}: {count(len(manifest.files), 'file')}, {size(manifest.bytes)}, from {key}")
+        about = {"key": key, "folder": str(folder.absolute()), "files": len(manifest.files), "bytes": manifest.bytes}
+        _json(about | ({"dense": made} if dense else {}))
+        return
+    print(f"{folder}: {count(len(manifest.files), 'file')}, {size(manifest.bytes)}, from {key}")
+    if dense and made["matrices"]:
+        print(
+            f"{made['matrices']:,} low-rank matrices multiplied out: {size(made['before'])} of weights have become "
+            f"{size(made['after'])}, and run no faster than what was never cut"
+        )
+    elif dense:
+        print("no matrix is low-rank: there was nothing to multiply out")
 
 
 @app.command()
@@ -313,6 +324,14 @@ def _resolve(store: Store, ref: str) -> tuple[versions.Version | None, str]:
 def _version(v: versions.Version) -> dict[str, Any]:
     about = {"ref": v.ref, "name": v.name, "version": v.n, "key": v.key, "created": v.created}
     return about | {"labels": list(v.labels), "reports": list(v.reports), "record": dict(v.record)}
+
+
+def _multiplied_out(folder: Path) -> dict[str, Any]:
+    """Multiply the factors in a pulled folder, in a process of its own: this one has not loaded torch."""
+    done = subprocess.run([sys.executable, "-m", "moeflow.model.dense", str(folder)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise OSError(f"{done.stderr.strip().splitlines()[-1]}; {folder} holds the checkpoint half done, pull it again")
+    return json_.loads(done.stdout)
 
 
 def _seconds(text: str) -> float:

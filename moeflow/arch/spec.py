@@ -9,13 +9,24 @@ EXPERT_COUNT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts")
 """What config.json may call the number of routed experts. transformers 5 writes other names than the hub had."""
 
 
+COMPRESSED = "moeflow_"
+"""Begins the model_type of a checkpoint whose layers differ or have low-rank experts; the family's own follows."""
+
+LAYERS = "moeflow_layers"
+"""The key of such a checkpoint's config.json under which each decoder layer's format stands."""
+
+MATRICES = ("gate", "up", "down")
+"""The matrices of an expert, in the order in which `Arch.expert` names them."""
+
+
 WITHOUT_EFFECT = ("transformers_version", "_name_or_path", "architectures", "use_cache", "auto_map", "torchscript")
 """What config.json says without changing what a layer computes: another of these must not make anything run again."""
 
 
 def essential(config: Config) -> Config:
-    """The configuration as far as it changes what the model computes."""
-    return {k: v for k, v in config.items() if k not in WITHOUT_EFFECT}
+    """The configuration as far as it changes what the model computes; what a layer's own tensors tell is left to them."""
+    plain = {k: v for k, v in config.items() if k not in (*WITHOUT_EFFECT, LAYERS)}
+    return plain | ({"model_type": str(config["model_type"]).removeprefix(COMPRESSED)} if "model_type" in config else {})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,13 +98,29 @@ class Arch:
         """The names of one expert's gate, up and down matrices."""
         return tuple(t.format(layer=layer, expert=expert) for t in (self.gate, self.up, self.down))  # type: ignore[return-value]
 
+    def factors(self, name: str) -> tuple[str, str]:
+        """What stands in place of the matrix `name` [M, N] where it has rank R: [M, R] and [R, N], to be multiplied."""
+        stem = name.removesuffix(".weight")
+        return f"{stem}.factor_out", f"{stem}.factor_in"
+
     def router_tensors(self, layer: int) -> list[str]:
         """The names of the tensors that hold one row per expert."""
         return [t.format(layer=layer) for t in (self.router, self.router_bias) if t is not None]
 
-    def check_keep(self, config: Config, keep: int) -> None:
-        """Raise ValueError where `keep` experts a layer cannot serve this router."""
-        experts, top_k = self.num_experts(config), self.top_k(config)
+    def legal_counts(self, config: Config, experts: int) -> list[int]:
+        """How many of a layer's `experts` may stay so that the router still works, ascending."""
+        found = []
+        for keep in range(1, experts + 1):
+            try:
+                self.check_keep(config, keep, experts)
+            except ValueError:
+                continue
+            found.append(keep)
+        return found
+
+    def check_keep(self, config: Config, keep: int, experts: int | None = None) -> None:
+        """Raise ValueError where keeping `keep` of a layer's `experts` (all that the family has) cannot serve this router."""
+        experts, top_k = experts or self.num_experts(config), self.top_k(config)
         n_group, topk_group = self.group_limit(config)
         if not top_k <= keep <= experts:
             raise ValueError(f"keep={keep} must lie between top_k={top_k} and the layer's {experts} experts")

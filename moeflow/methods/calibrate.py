@@ -4,6 +4,7 @@ The unit of work is (token shard x stage of consecutive layers): `advance` bring
 and records on the way. One decoder layer's weights are resident at a time.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,7 @@ class Calibration:
     dtype: str
     starts: tuple[Step, ...]  # per shard: hidden states before the first layer
     ends: tuple[Step, ...]  # per shard: hidden states behind the last layer
+    states: dict[int, tuple[Step, ...]]  # per layer that begins a stage: hidden states before it
     observed: dict[int, tuple[Part, ...]]  # per MoE layer: one part for each shard
     recorded: int  # tokens of each shard whose MoE inputs are kept, at most
 
@@ -54,9 +56,11 @@ def run(
     each = shard * spec.length if record is None else -(-record // len(starts))
     observed: dict[int, tuple[Part, ...]] = {i: () for i in model.moe_layers}
     ends = []
+    states: dict[int, tuple[Step, ...]] = {}
     for hidden in starts:
         for first in range(0, len(model.layers), stage):
             indices = list(range(first, min(first + stage, len(model.layers))))
+            states[first] = (*states.get(first, ()), hidden)
             hidden = observe(
                 model.essential, hidden, *(model.layers[i] for i in indices),
                 layers=indices, batch=batch, record=each, per_expert=per_expert, residual=residual, dtype=dtype,
@@ -64,7 +68,27 @@ def run(
             for i in set(indices) & set(observed):
                 observed[i] += (hidden.part(file_of(i)),)
         ends.append(hidden)
-    return Calibration(model, tokens, batch, dtype, tuple(starts), tuple(ends), observed, each)
+    return Calibration(model, tokens, batch, dtype, tuple(starts), tuple(ends), states, observed, each)
+
+
+def states_before(calibration: Calibration, layer: int, layers: Sequence[Step]) -> tuple[Step, ...]:
+    """The hidden states of every shard before `layer`, of the model that has these `layers` up to there.
+
+    From the calibration's own where its model is that one and a stage ends near; otherwise run from there on.
+    """
+    model = calibration.model
+    own = next((i for i, (a, b) in enumerate(zip(layers, model.layers, strict=False)) if a.key != b.key), layer)
+    first = max(i for i in calibration.states if i <= min(own, layer))
+    indices = list(range(first, layer))
+    if not indices:
+        return calibration.states[first]
+    return tuple(
+        advance(
+            model.essential, h, *(layers[i] for i in indices),
+            layers=indices, batch=calibration.batch, dtype=calibration.dtype,
+        )
+        for h in calibration.states[first]
+    )  # fmt: skip
 
 
 def hidden_states(

@@ -46,7 +46,7 @@ def _choose_spec(
     return Spec({"layer": layer, "keep": keep, "bytes": writes}, reads=reads, writes=writes, memory=memory)
 
 
-@step("search.choose", version=1, spec=_choose_spec, gpus=1)
+@step("search.choose", version=2, spec=_choose_spec, gpus=1)
 def choose(
     context: Context, config_from: Artifact, layer_file: Artifact, *seen: Artifact,
     layer: int, keep: int, criterion: str, loss: str, batch_tokens: int, seed: int, dtype: str, targets: int,
@@ -63,7 +63,7 @@ def choose(
         context, read_config(config_from), layer_file, shards, originals,
         layer=layer, keep=keep, criterion=criterion, loss=loss, batch_tokens=batch_tokens, seed=seed, dtype=dtype,
     )  # fmt: skip
-    (context.out / CHOICE).write_text(_readable(choice))
+    (context.out / CHOICE).write_text(readable(choice))
 
 
 def read_choice(artifact: Artifact) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def read_choice(artifact: Artifact) -> dict[str, Any]:
     return json.loads(artifact.read(CHOICE, 0, artifact.size(CHOICE)))
 
 
-def _readable(choice: dict[str, Any]) -> str:
+def readable(choice: dict[str, Any]) -> str:
     """Indented JSON with each list of experts in one line."""
     lines = []
     for name, value in choice.items():

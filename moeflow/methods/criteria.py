@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from moeflow.model.moe import MoELayer
+from moeflow.model.moe import MoELayer, whole
 
 Stats = Mapping[str, Tensor]
 """Sums over calibration tokens, as `moeflow.model.observe.Recorder` leaves them, added over shards."""
@@ -38,7 +38,7 @@ def aimer(moe: MoELayer, stats: Stats, seed: int) -> Tensor:
     """Minus mean |w| over root mean square of w, from the weights alone (AIMER, arXiv 2603.18492: the highest ratio goes)."""
     scores = []
     for expert in moe.experts:
-        w = torch.cat([m.reshape(-1).double() for m in (expert.gate_FD, expert.up_FD, expert.down_DF)])
+        w = torch.cat([whole(m).reshape(-1).double() for m in (expert.gate_FD, expert.up_FD, expert.down_DF)])
         scores.append(-w.abs().mean() / w.square().mean().sqrt())
     return torch.stack(scores)
 

@@ -23,8 +23,10 @@ TOKENS_AT_ONCE = 1024
 def compared(
     first: Files, second: Files, ids: np.ndarray, first_states: Sequence[Path], second_states: Sequence[Path],
     *, dtype: str, progress: Callable[[int, int, str], None],
-) -> tuple[int, float, float, float, float]:  # fmt: skip
+) -> tuple[int, float, float, float, float, list[float]]:  # fmt: skip
     """Tokens predicted, the mean loss of both models, the KL divergence of the second from the first in nats, top-1 agreement.
+
+    At last that divergence for each sequence.
 
     `first` and `second` hold config.json, final norm and head; `ids` [N, L]; the states of each lie in files of as many sequences
     as it likes. A position counts where a token follows it. Raises ValueError where a side has too few or too many sequences.
@@ -37,16 +39,19 @@ def compared(
     ids_NL = torch.from_numpy(ids.astype(np.int64))
     sums = torch.zeros(4, dtype=torch.float64)
     seen, total = 0, ids_NL[:, 1:].numel()
+    by_sequence: list[float] = []
     for ids_L, *both in zip(ids_NL, _sequences(first_states), _sequences(second_states), strict=True):
         target_T = ids_L[1:].to(device)
+        before = float(sums[2])
         for at in range(0, len(target_T), TOKENS_AT_ONCE):
             rows = slice(at, min(at + TOKENS_AT_ONCE, len(target_T)))
             logits = [head(norm(h_LD[None, rows].to(device)))[0].float() for h_LD, (norm, head) in zip(both, heads, strict=True)]
             sums += _sums(logits[0], logits[1], target_T[rows])
             seen += rows.stop - rows.start
+        by_sequence.append((float(sums[2]) - before) / max(1, len(target_T)))
         progress(seen, total, "tokens")
     nll_first, nll_second, divergence, agreement = (sums / seen).tolist()
-    return seen, nll_first, nll_second, divergence, agreement
+    return seen, nll_first, nll_second, divergence, agreement, by_sequence
 
 
 def _sequences(files: Sequence[Path]) -> Iterator[Tensor]:

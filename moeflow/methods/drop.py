@@ -10,23 +10,27 @@ from typing import Any
 from moeflow import __version__
 from moeflow.arch import Config, arch_of
 from moeflow.methods.choose import read_choice
+from moeflow.methods.decompose import DECOMPOSITION
 from moeflow.methods.fetch import INDEX, REST, Model
-from moeflow.model.layout import ESSENTIAL, headers, kept, read_config
+from moeflow.model.formats import config_of, family_config, format_of
+from moeflow.model.layout import ESSENTIAL, experts_in, headers, kept, read_config
 from moeflow.model.spec import CheckpointSpec, LayerSpec, RestSpec, file_bytes, header_bytes
 from moeflow.step import Artifact, Context, Spec, Step, step
 
 
 def _drop_spec(rest: RestSpec, given: LayerSpec, chosen: Any, *, layer: int, keep: int) -> Spec:
     arch = arch_of(rest.config)
-    arch.check_keep(rest.config, keep)
+    if keep:
+        arch.check_keep(rest.config, keep, given.experts)
     if chosen["layer"] != layer or chosen["keep"] != keep:
         raise ValueError(f"the choice is for layer {chosen['layer']} and keeps {chosen['keep']}, not for layer {layer} and {keep}")
-    names = kept(given.tensors, rest.config, layer, list(range(keep)))
+    most = keep or given.experts
+    names = kept(given.tensors, rest.config, layer, list(range(most)))
     table = {}
     for old, (new, sliced) in names.items():
         dtype, shape = given.tensors[old]
-        table[new] = (dtype, (keep, *shape[1:]) if sliced else shape)
-    out = LayerSpec(arch.with_experts(rest.config, keep), layer, keep, table)
+        table[new] = (dtype, (most, *shape[1:]) if sliced else shape)
+    out = LayerSpec(rest.config, layer, most, table, given.share * (1.0 if keep else chosen["share"]))
     return Spec(out, reads=out.nbytes, writes=out.nbytes, memory=2 * out.nbytes)
 
 
@@ -34,15 +38,18 @@ def _drop_spec(rest: RestSpec, given: LayerSpec, chosen: Any, *, layer: int, kee
 def experts(context: Context, config: Artifact, given: Artifact, chosen: Artifact, *, layer: int, keep: int) -> None:
     """One layer's file with its chosen experts, renumbered from zero, and the router's rows for them; all else bit for bit.
 
-    Reads only what stays.
+    `keep`: how many stay, where that is known when the graph is built; 0: as many as the choice says. Reads only what stays.
     """
     from moeflow.model import checkpoint
 
     choice = read_choice(chosen)["keep"]
-    if len(choice) != keep:
+    if keep and len(choice) != keep:
         raise ValueError(f"the choice keeps {len(choice)} experts of layer {layer}, not {keep}")
     tensors = headers(given)
     names = kept(tensors, read_config(config), layer, choice)
+    if len(choice) == experts_in(tensors, read_config(config), layer):
+        context.link(given, "layer.safetensors")
+        return
     found: dict[str, Any] = {}
     for old, tensor in checkpoint.read_many(given, {old: tensors[old] for old in names}):
         new, sliced = names[old]
@@ -53,11 +60,6 @@ def experts(context: Context, config: Artifact, given: Artifact, chosen: Artifac
 
 def _assemble_spec(rest: RestSpec, *parts: Any, config: Config, extra: int) -> Spec:
     layers = [p for p in parts if isinstance(p, LayerSpec)]
-    counts = {layer.experts for layer in layers[: len(layers) - extra] if layer.experts}
-    if counts - {arch_of(config).num_experts(config)}:
-        raise ValueError(
-            f"layers with {sorted(counts)} experts do not make one checkpoint of {arch_of(config).num_experts(config)}"
-        )
     tables = [layer.tensors for layer in layers] + [rest.tensors]
     headers = sum(layer.headers for layer in layers) + header_bytes(rest.tensors)
     names = sum(len(n) + 44 for table in tables for n in table)
@@ -69,30 +71,37 @@ def _assemble_spec(rest: RestSpec, *parts: Any, config: Config, extra: int) -> S
 
 @step("checkpoint.assemble", version=1, spec=_assemble_spec)
 def assemble(context: Context, rest: Artifact, *parts: Artifact, config: Config, extra: int) -> None:
-    """A checkpoint folder as the family's own standard has it: layer files, index, config.json and what travels with it.
+    """A checkpoint folder: layer files, index, config.json and what travels with it.
 
-    `parts`: the layers in order, the last `extra` of them beyond the decoder, and then the choices that led here, which are told in
-    `moeflow.json`. No weight is read or written: the folder lists the blobs that the layers already are.
+    In the family's own standard where all layers keep the same number of experts, every matrix whole; otherwise in moeflow's,
+    which `moeflow.model.compressed` loads. `parts`: the layers in order, the last `extra` of them beyond the decoder, and then the
+    choices that led here, which are told in `moeflow.json`, as is what became of each expert in a decomposed layer. No weight is
+    read or written: the folder lists the blobs that the layers already are.
     """
     layers = [p for p in parts if "layer.safetensors" in p.names()]
     choices = [read_choice(p) for p in parts if "choice.json" in p.names()]
     files = [(layer, "layer.safetensors") for layer in layers] + [(rest, REST)]
-    weight_map, total = {}, 0
+    weight_map, total, formats = {}, 0, []
     for i, (artifact, name) in enumerate(files):
         target = f"model-{i + 1:05d}-of-{len(files):05d}.safetensors"
         context.link(artifact, name, target)
-        for tensor, info in headers(artifact).items():
+        tensors = headers(artifact)
+        formats.append(format_of({n: t.shape for n, t in tensors.items()}, config, i))
+        for tensor, info in tensors.items():
             weight_map[tensor] = target
             total += info.nbytes
     _write(context.out / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
-    _write(context.out / "config.json", config)
+    _write(
+        context.out / "config.json",
+        config_of(family_config(config), [f if f.experts else None for f in formats[: len(layers) - extra]]),
+    )
     for name in rest.names():
         if name not in (REST, ESSENTIAL, "config.json"):
             context.link(rest, name)
-    _write(
-        context.out / "moeflow.json",
-        {"moeflow": __version__, "choices": [{k: v for k, v in c.items() if k != "losses"} for c in choices]},
-    )
+    told: dict[str, Any] = {"moeflow": __version__, "choices": [{k: v for k, v in c.items() if k != "losses"} for c in choices]}
+    if cut := [json.loads(p.read(DECOMPOSITION, 0, p.size(DECOMPOSITION))) for p in layers if DECOMPOSITION in p.names()]:
+        told["decomposition"] = cut
+    _write(context.out / "moeflow.json", told)
 
 
 def checkpoint_of(model: Model) -> Step:

@@ -42,11 +42,12 @@ def squared_errors(moe: MoELayer, x_TD: Tensor, mask_SE: Tensor, target_TD: Tens
         y_tED = moe.expert_outputs(x_tD).double()
         c_StE = dense(*moe.router.choose(logits_tE, mask_SE[:, None, :]), experts).double()
         full_tE = dense(*moe.router.choose(logits_tE), experts).double()
+        shared_tD = moe.shared_output(x_tD)
         if target_TD is None:
             vectors_tVD, c_StV = y_tED, c_StE - full_tE
             out_tD = torch.einsum("te,ted->td", full_tE, y_tED)
+            out_tD = out_tD if shared_tD is None else out_tD + shared_tD.double()
         else:
-            shared_tD = moe.shared_output(x_tD)
             out_tD = target_TD[at : at + step].double()
             rest_tD = out_tD if shared_tD is None else out_tD - shared_tD.double()
             vectors_tVD = torch.cat([y_tED, rest_tD[:, None]], dim=1)

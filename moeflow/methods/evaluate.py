@@ -15,7 +15,7 @@ from moeflow.methods.choose import CRITERIA, read_choice
 from moeflow.methods.fetch import Model
 from moeflow.methods.reports import row, write_report
 from moeflow.methods.speed import here, speed
-from moeflow.model.layout import headers, read_config
+from moeflow.model.layout import experts_in, headers, read_config
 from moeflow.model.spec import CheckpointSpec, HiddenSpec, ObservedSpec, RestSpec, TokensSpec, header_bytes
 from moeflow.step import Artifact, Context, Spec, Step, step
 
@@ -97,23 +97,27 @@ def layers(context: Context, *chosen: Artifact) -> None:
 
 
 def _size_spec(original: CheckpointSpec, compressed: CheckpointSpec) -> Spec:
-    return Spec(reads=original.headers + compressed.headers, writes=400, memory=1 << 24)
+    return Spec(reads=original.headers + compressed.headers, writes=500, memory=1 << 24)
 
 
-@step("evaluate.size", version=1, spec=_size_spec)
+@step("evaluate.size", version=2, spec=_size_spec)
 def size(context: Context, original: Artifact, compressed: Artifact) -> None:
-    """Parameters and bytes at rest, counted from the files' headers, and the experts of each MoE layer."""
+    """Parameters and bytes at rest, of all and of the routed experts, counted from the files' headers; experts per MoE layer."""
     counts = []
     for artifact in (original, compressed):
         tensors, config = headers(artifact), read_config(artifact)
+        arch = arch_of(config)
+        layers = arch.moe_layers(config)
+        stems = tuple(arch.gate.format(layer=i, expert="\0").split("\0")[0] for i in layers)
         counts.append(
             {
                 "parameters": sum(t.numel for t in tensors.values()),
                 "bytes": sum(artifact.size(n) for n in artifact.names() if n.endswith(".safetensors")),
-                "experts per layer": arch_of(config).num_experts(config),
+                "expert bytes": sum(t.nbytes for n, t in tensors.items() if n.startswith(stems)),
+                "experts per layer": sum(experts_in(tensors, config, i) for i in layers) / len(layers),
             }
         )
-    units = {"parameters": "", "bytes": "B", "experts per layer": ""}
+    units = {"parameters": "", "bytes": "B", "expert bytes": "B", "experts per layer": ""}
     write_report(context, "size", [row(n, counts[0][n], counts[1][n], u) for n, u in units.items()])
 
 
@@ -124,10 +128,10 @@ def _quality_spec(
     head = rest.head_bytes
     reads = 2 * (head + header_bytes(rest.tensors)) + sum(s.nbytes for s in states) + matrix.tokens * 4
     width = int(rest.config["vocab_size"]) * 1024 * 4 * 6
-    return Spec(reads=reads, writes=800, memory=4 * head + 2 * max(s.nbytes for s in states) + width)
+    return Spec(reads=reads, writes=800 + 24 * matrix.sequences, memory=4 * head + 2 * max(s.nbytes for s in states) + width)
 
 
-@step("evaluate.quality", version=1, spec=_quality_spec, gpus=1)
+@step("evaluate.quality", version=2, spec=_quality_spec, gpus=1)
 def quality(
     context: Context,
     original: Artifact,
@@ -142,12 +146,13 @@ def quality(
     """Perplexity of both models on a token matrix, and the KL divergence and top-1 agreement of the second with the first.
 
     `ends`: the hidden states behind the last layer, shard by shard, `firsts` of the first model and then those of the second. The
-    KL divergence is that of the compressed model from the original, in nats per token, over the positions that predict a token.
+    KL divergence is that of the compressed model from the original, in nats per token, over the positions that predict a token; the
+    report holds it for every sequence too, so that two reports on one text can be compared pair by pair.
     """
     from moeflow.methods.divergence import compared
 
     files = [e.file(HIDDEN) for e in ends]
-    seen, nll_first, nll_second, divergence, agreement = compared(
+    seen, nll_first, nll_second, divergence, agreement, by_sequence = compared(
         original,
         compressed,
         np.load(matrix.file("tokens.npy")),
@@ -162,4 +167,5 @@ def quality(
         row(f"KL to the original ({name})", 0.0, divergence, "nats/token"),
         row(f"top-1 agreement ({name})", 1.0, agreement, ""),
     ]
-    write_report(context, "quality", rows, notes=[n for n in (note,) if n], tokens=seen, text=name)
+    notes = [n for n in (note,) if n]
+    write_report(context, "quality", rows, notes=notes, tokens=seen, text=name, divergence_of_sequences=by_sequence)

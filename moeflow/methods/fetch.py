@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from moeflow.arch import Config, arch_of, essential
+from moeflow.model.formats import format_of
 from moeflow.model.layout import ESSENTIAL, TensorInfo, read_header
 from moeflow.model.spec import LayerSpec, RestSpec, TensorTable, check_layer, file_bytes, tensor_bytes
 from moeflow.step import Artifact, Context, Part, Spec, Step, step
@@ -73,9 +74,10 @@ class Model:
     def moe_layers(self) -> list[int]:
         return arch_of(self.config).moe_layers(self.config)
 
-    def with_layers(self, config: Config, layers: dict[int, Step], choices: tuple[Step, ...]) -> "Model":
+    def with_layers(self, layers: dict[int, Step], choices: tuple[Step, ...] = ()) -> "Model":
+        """The same model with other files for some layers; how many experts these have is theirs to say."""
         changed = tuple(layers.get(i, layer) for i, layer in enumerate(self.layers))
-        return replace(self, config=config, layers=changed, choices=self.choices + choices)
+        return replace(self, layers=changed, choices=self.choices + choices)
 
 
 def pinned(source: Source, *, mtp: Literal["drop", "keep"] = "drop") -> Model:
@@ -107,6 +109,8 @@ def pinned(source: Source, *, mtp: Literal["drop", "keep"] = "drop") -> Model:
 
     def layer_step(i: int) -> Step:
         shards, table = _inputs(by_layer[i], steps)
+        if i < count:
+            check_layer(config, i, {n: (t.dtype, t.shape) for n, t in by_layer[i].items()})
         return layer(*shards, config=essential(config), layer=i, tensors=table)
 
     behind = sorted(i for i in by_layer if i is not None and i >= count)
@@ -135,7 +139,8 @@ def pinned(source: Source, *, mtp: Literal["drop", "keep"] = "drop") -> Model:
 def _layer_spec(*shards: Any, config: Config, layer: int, tensors: Table) -> Spec:
     table: TensorTable = {n: (dtype, tuple(shape)) for n, (_, dtype, shape, _, _) in tensors.items()}
     behind = layer >= int(config["num_hidden_layers"])  # a prediction layer is kept as it is, whatever it holds
-    out = LayerSpec(config, layer, 0 if behind else check_layer(config, layer, table), table)
+    experts = format_of({n: shape for n, (_, shape) in table.items()}, config, layer).experts
+    out = LayerSpec(config, layer, 0 if behind else experts, table)
     moved = sum(tensor_bytes(*t) for t in table.values())
     return Spec(out, reads=moved, writes=out.nbytes, memory=2 * moved)
 

@@ -6,7 +6,6 @@ Each is a graph of `choose` and `drop` steps; nothing is computed here.
 from collections.abc import Callable
 from functools import partial
 
-from moeflow.arch import arch_of
 from moeflow.methods import calibrate, drop
 from moeflow.methods.calibrate import Calibration
 from moeflow.methods.choose import CRITERIA, choose
@@ -31,7 +30,7 @@ def by_criterion(calibration: Calibration, *, criterion: str, keep: int, loss: s
     for i, parts in calibration.observed.items():
         choices[i] = _chosen(calibration, i, parts, (), criterion=criterion, keep=keep, loss=loss, seed=seed)
         dropped[i] = drop.experts(config, model.layers[i], choices[i], layer=i, keep=keep)
-    return _with(model, keep, dropped, list(choices.values()))
+    return model.with_layers(dropped, tuple(choices.values()))
 
 
 def progressive(calibration: Calibration, *, keep: int, loss: str = "frobenius", seed: int = 0) -> Model:
@@ -54,7 +53,7 @@ def progressive(calibration: Calibration, *, keep: int, loss: str = "frobenius",
             choices.append(choice)
             layer = dropped[i] = drop.experts(config, layer, choice, layer=i, keep=keep)
         hidden = tuple(calibrate.advance(config, h, layer, layers=[i], batch=batch, dtype=dtype) for h in hidden)
-    return _with(model, keep, dropped, choices)
+    return model.with_layers(dropped, tuple(choices))
 
 
 SEARCHES: dict[str, Callable[..., Model]] = {
@@ -83,7 +82,3 @@ def _chosen(
         layer=layer, keep=keep, criterion=criterion, loss=loss, batch_tokens=batch_tokens, seed=seed, dtype=calibration.dtype,
         targets=len(seen) if originals else 0,
     )  # fmt: skip
-
-
-def _with(model: Model, keep: int, dropped: dict[int, Step], choices: list[Step]) -> Model:
-    return model.with_layers(arch_of(model.config).with_experts(model.config, keep), dropped, tuple(choices))

@@ -15,6 +15,7 @@ from moeflow.methods.errors import mask_of, squared_errors, squared_errors_direc
 from moeflow.methods.subsets import ENUMERATE, Subset, all_subsets
 from moeflow.model.checkpoint import Tensors, read_moe
 from moeflow.model.layout import Files
+from moeflow.model.moe import MoELayer
 from moeflow.model.spec import precision
 from moeflow.step import Context
 
@@ -43,8 +44,8 @@ def weigh(
     evaluate = squared_errors if len(subsets) * moe.router.top_k > experts else squared_errors_direct
     errors_B, square, norms, tokens = [], 0.0, 0.0, 0
     for at, shard in enumerate(seen):
-        x_TD = _sample(shard)
-        goal_TD = _sample(Tensors(originals[at])) if originals else None
+        x_TD = sample_of(shard)
+        goal_TD = sample_of(Tensors(originals[at])) if originals else None
         for rows in _batches(len(x_TD), batch_tokens):
             target_tD = None if goal_TD is None else moe(goal_TD[rows].to(device, precise))
             error_S, out_sq = evaluate(moe, x_TD[rows].to(device, precise), mask_SE, target_tD)
@@ -84,7 +85,17 @@ def add_stats(shards: Sequence[Tensors]) -> dict[str, Tensor]:
     return total
 
 
-def _sample(shard: Tensors) -> Tensor:
+def routed_tokens(moe: MoELayer, shards: Sequence[Files]) -> list[int]:
+    """How many of the recorded tokens the layer's router sends to each expert."""
+    count_E = torch.zeros(moe.num_experts, dtype=torch.int64)
+    for shard in shards:
+        x_RD = Tensors(shard)["x_RD"].to(moe.router_ED.device, moe.router_ED.dtype)
+        _, index_Rk = moe.router.choose(moe.logits(x_RD))
+        count_E += index_Rk.flatten().cpu().bincount(minlength=moe.num_experts)
+    return count_E.tolist()
+
+
+def sample_of(shard: Tensors) -> Tensor:
     """The MoE inputs [T, D] of the shard's first tokens, in order, without those that are there for a rare expert."""
     return shard["x_RD"][: int(shard["sample"])]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moeflow.arch import Config, arch_of
 from moeflow.model.layout import Files, Folder, SingleFile, TensorInfo, experts_in, headers
-from moeflow.model.moe import MLP, MoELayer
+from moeflow.model.moe import MLP, LowRank, Matrix, MoELayer
 from moeflow.model.router import Router
 
 DTYPES = {
@@ -52,8 +52,12 @@ def read_moe(tensors: Mapping[str, Tensor], config: Config, layer: int) -> MoELa
     def named(template: str) -> Tensor:
         return tensors[template.format(layer=layer)]
 
+    def matrix(name: str) -> Matrix:
+        out, inner = arch.factors(name)
+        return tensors[name] if out not in tensors else LowRank(tensors[out], tensors[inner])
+
     def mlp(gate: str, up: str, down: str) -> MLP:
-        return MLP(tensors[gate], tensors[up], tensors[down], act)
+        return MLP(matrix(gate), matrix(up), matrix(down), act)
 
     router_ED = named(arch.router)
     if router_ED.shape[0] != count:

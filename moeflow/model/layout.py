@@ -114,8 +114,8 @@ def read_config(files: Files) -> Config:
 
 def experts_in(names: Iterable[str], config: Config, layer: int) -> int:
     """The number of routed experts that a layer's tensor names speak of: 0 for a dense layer."""
-    first = arch_of(config).gate.format(layer=layer, expert="\0").split("\0")
-    return len({n for n in names if n.startswith(first[0]) and n.endswith(first[1])})
+    first = arch_of(config).gate.format(layer=layer, expert="\0").split("\0")[0]
+    return len({n.removeprefix(first).split(".")[0] for n in names if n.startswith(first)})
 
 
 def kept(names: Iterable[str], config: Config, layer: int, experts: list[int]) -> dict[str, tuple[str, bool]]:
@@ -124,18 +124,14 @@ def kept(names: Iterable[str], config: Config, layer: int, experts: list[int]) -
     A name that is not in the answer is dropped. Experts are renumbered from zero in the given order.
     """
     arch = arch_of(config)
-    renamed: dict[str, str] = {}
-    for new, old in enumerate(experts):
-        renamed |= dict(zip(arch.expert(layer, old), arch.expert(layer, new), strict=True))
     first = arch.gate.format(layer=layer, expert="\0").split("\0")[0]
     sliced = set(arch.router_tensors(layer))
     answer = {}
     for name in names:
         if name.startswith(first):
-            # quantization scales and the like follow the matrix whose name they extend
-            stem = next((old for old in renamed if name == old or name.startswith(old + "_")), None)
-            if stem is not None:
-                answer[name] = (renamed[stem] + name[len(stem) :], False)
+            old, _, tail = name.removeprefix(first).partition(".")
+            if int(old) in experts:
+                answer[name] = (f"{first}{experts.index(int(old))}.{tail}", False)
         else:
             answer[name] = (name, name in sliced)
     return answer

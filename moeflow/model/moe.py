@@ -16,24 +16,60 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": silu, "swish": sil
 
 
 @dataclass(frozen=True)
+class LowRank:
+    """A matrix [M, N] as the product of a tall and a wide one."""
+
+    out_MR: Tensor
+    in_RN: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        return self.out_MR.nbytes + self.in_RN.nbytes
+
+    def to(self, **where: object) -> "LowRank":
+        return LowRank(self.out_MR.to(**where), self.in_RN.to(**where))  # type: ignore[call-overload]
+
+    def whole(self) -> Tensor:
+        """The product [M, N], multiplied in fp32."""
+        return (self.out_MR.float() @ self.in_RN.float()).to(self.in_RN.dtype)
+
+
+Matrix = Tensor | LowRank
+
+
+def apply(matrix: Matrix, x_TN: Tensor) -> Tensor:
+    """What a matrix [M, N] makes of rows [T, N]: [T, M]."""
+    return linear(linear(x_TN, matrix.in_RN), matrix.out_MR) if isinstance(matrix, LowRank) else linear(x_TN, matrix)
+
+
+def whole(matrix: Matrix) -> Tensor:
+    """The matrix itself, multiplied out where it is a product."""
+    return matrix.whole() if isinstance(matrix, LowRank) else matrix
+
+
+@dataclass(frozen=True)
 class MLP:
     """A gated feed-forward block: one expert, or what an expert is shared as."""
 
-    gate_FD: Tensor
-    up_FD: Tensor
-    down_DF: Tensor
+    gate_FD: Matrix
+    up_FD: Matrix
+    down_DF: Matrix
     act: str = "silu"
 
     def __call__(self, x_TD: Tensor) -> Tensor:
-        return linear(ACTIVATIONS[self.act](linear(x_TD, self.gate_FD)) * linear(x_TD, self.up_FD), self.down_DF)
+        return apply(self.down_DF, self.inner(x_TD))
+
+    def inner(self, x_TD: Tensor) -> Tensor:
+        """What the last matrix is applied to, [T, F]."""
+        return ACTIVATIONS[self.act](apply(self.gate_FD, x_TD)) * apply(self.up_FD, x_TD)
 
     def to(self, **where: object) -> "MLP":
-        gate_FD, up_FD, down_DF = (t.to(**where) for t in (self.gate_FD, self.up_FD, self.down_DF))  # type: ignore[call-overload]
+        gate_FD, up_FD, down_DF = (m.to(**where) for m in (self.gate_FD, self.up_FD, self.down_DF))  # type: ignore[call-overload]
         return MLP(gate_FD, up_FD, down_DF, self.act)
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for t in (self.gate_FD, self.up_FD, self.down_DF))
+        return sum(m.nbytes for m in (self.gate_FD, self.up_FD, self.down_DF))
 
 
 @dataclass(frozen=True)

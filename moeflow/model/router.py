@@ -42,6 +42,12 @@ class Router:
         """The router of the layer that has only these experts."""
         return replace(self, bias_E=None if self.bias_E is None else self.bias_E[experts])
 
+    def can_spare(self, experts: int) -> bool:
+        """Whether any one of a layer's `experts` may be forbidden alone and every token still finds its top k."""
+        least = 2 if self.groups > 1 and self.arch.group_score == "top2" else 1
+        left = experts // self.groups - 1
+        return left >= least and (self.top_k < experts if self.groups == 1 else left * self.topk_groups >= self.top_k)
+
     def choose(self, logits: Tensor, allowed: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Weights and indices of the chosen experts, both [..., k], fp32 and int64, in no particular order.
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 
-from moeflow.arch import Config, arch_of
+from moeflow.arch import LAYERS, Config, arch_of
+from moeflow.model.formats import Format, format_of
 
 BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
@@ -47,31 +48,51 @@ def precision(config: Config, dtype: str) -> str:
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """One decoder layer's file."""
+    """One decoder layer's file.
+
+    Where the run decides how many experts stay or which ranks they get, `share` is the part of the experts' bytes that is expected
+    to be there, and `experts` and `tensors` are what there is at most.
+    """
 
     config: Config
     layer: int
     experts: int  # 0: a dense layer
     tensors: TensorTable
+    share: float = 1.0
 
     @cached_property
     def nbytes(self) -> int:
-        return file_bytes(self.tensors)
+        return file_bytes(self.tensors) - round((1 - self.share) * self.expert_bytes)
 
     @cached_property
     def headers(self) -> int:
         """The bytes of the file's header."""
-        return self.nbytes - sum(tensor_bytes(*t) for t in self.tensors.values())
+        return header_bytes(self.tensors)
+
+    @cached_property
+    def expert_bytes(self) -> int:
+        """The bytes of the routed experts, all of them."""
+        stem = arch_of(self.config).gate.format(layer=self.layer, expert="\0").split("\0")[0]
+        return sum(tensor_bytes(*t) for n, t in self.tensors.items() if n.startswith(stem))
+
+    @cached_property
+    def expert_numel(self) -> int:
+        """The parameters of the routed experts, all of them."""
+        stem = arch_of(self.config).gate.format(layer=self.layer, expert="\0").split("\0")[0]
+        return sum(prod(shape) for n, (_, shape) in self.tensors.items() if n.startswith(stem))
 
     @cached_property
     def block_bytes(self) -> int:
         """The bytes of the MoE block's tensors."""
         block = arch_of(self.config).router.format(layer=self.layer).rsplit(".", 2)[0] + "."
-        return sum(tensor_bytes(*t) for n, t in self.tensors.items() if n.startswith(block))
+        return sum(tensor_bytes(*t) for n, t in self.tensors.items() if n.startswith(block)) - round(
+            (1 - self.share) * self.expert_bytes
+        )
 
     @cached_property
     def numel(self) -> int:
-        return sum(prod(shape) for _, shape in self.tensors.values())
+        whole = sum(prod(shape) for _, shape in self.tensors.values())
+        return round(whole * self.nbytes / file_bytes(self.tensors))
 
 
 @dataclass(frozen=True)
@@ -130,6 +151,18 @@ class HiddenSpec:
 
 
 @dataclass(frozen=True)
+class ForkSpec:
+    """Hidden states of the model as it is, and of as many changed ones beside it."""
+
+    hidden: HiddenSpec
+    forks: tuple[str, ...]
+
+    @cached_property
+    def nbytes(self) -> int:
+        return self.hidden.nbytes + sum(self.hidden.nbytes - 104 + len(f) + 77 for f in self.forks)
+
+
+@dataclass(frozen=True)
 class ObservedSpec:
     """What one pass over some sequences left: the hidden states behind its last layer, and what it recorded in each layer."""
 
@@ -141,27 +174,30 @@ class ObservedSpec:
 def check_layer(config: Config, layer: int, table: TensorTable) -> int:
     """The routed experts of a layer, 0 for a dense one. Raises ValueError where config.json contradicts the tensors."""
     arch = arch_of(config)
-    first = arch.gate.format(layer=layer, expert="\0").split("\0")
-    found = len({n for n in table if n.startswith(first[0]) and n.endswith(first[1])})
-    wanted = arch.num_experts(config) if layer in arch.moe_layers(config) else 0
+    found = format_of({n: shape for n, (_, shape) in table.items()}, config, layer)
+    if LAYERS in config:
+        wanted = Format.from_json({"experts": 0} | config[LAYERS][layer])
+    else:
+        wanted = Format(arch.num_experts(config) if layer in arch.moe_layers(config) else 0)
     if found != wanted:
-        raise ValueError(f"config.json says that layer {layer} has {wanted} experts, its tensors say {found}; correct one of them")
-    if found:
+        what = "other ranks for its experts" if found.experts == wanted.experts else f"{wanted.experts} experts"
+        raise ValueError(
+            f"config.json says that layer {layer} has {what}, its tensors say {found.experts}"
+            f"{' with low rank' if found.low_rank else ''}; correct one of them"
+        )
+    if found.experts:
         width = int(config["hidden_size"])
         for name in arch.router_tensors(layer):
             if name not in table:
                 raise ValueError(f"layer {layer} has no tensor {name}; the checkpoint is incomplete, or of another family")
         rows = table[arch.router.format(layer=layer)][1]
-        if rows != (found, width):
+        if rows != (found.experts, width):
             raise ValueError(
-                f"layer {layer}'s router has shape {rows} where config.json asks for {(found, width)}; correct one of them"
+                f"layer {layer}'s router has shape {rows} where config.json asks for {(found.experts, width)}; correct one of them"
             )
-        for expert in range(found):
-            for name in arch.expert(layer, expert):
-                if name not in table:
-                    raise ValueError(f"layer {layer} has no tensor {name}; the checkpoint is incomplete, or of another family")
-                if width not in table[name][1]:
-                    raise ValueError(
-                        f"{name} has shape {table[name][1]}, and config.json says hidden_size={width}; correct one of them"
-                    )
-    return found
+        for name in (n for e in range(found.experts) for n in arch.expert(layer, e)):
+            out, inner = arch.factors(name)
+            sides = table[name][1] if name in table else (table[out][1][0], table[inner][1][1])
+            if width not in sides:
+                raise ValueError(f"{name} has shape {sides}, and config.json says hidden_size={width}; correct one of them")
+    return found.experts

@@ -1,6 +1,7 @@
 """Run a model of transformers one decoder layer at a time: a layer's weights are resident only while it runs.
 
-The layers are transformers' own modules, filled from the hub's files; what they compute equals the whole model bit for bit.
+The layers are transformers' own modules, filled from the hub's files; what they compute equals the whole model bit for bit. Of a
+layer that is no longer its family's standard, the fused experts are `LowRankExperts`.
 Shapes are suffixes: N sequences, L positions, D model width, V vocabulary.
 """
 
@@ -13,7 +14,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from moeflow.arch import Config, arch_of
-from moeflow.model.checkpoint import experts_in
+from moeflow.model.checkpoint import Tensors
+from moeflow.model.factors import fused
+from moeflow.model.formats import Format, family_config, format_of
+from moeflow.model.lowrank_experts import low_rank
 
 EXPERTS = "grouped_mm"
 """The implementation of fused experts in transformers that is used throughout: they differ in the last bits."""
@@ -26,7 +30,8 @@ class Stream:
         self.config, self.device, self.experts = config, torch.device(device), experts
         self.arch = arch_of(config)
         self.dtype = dtype or torch_dtype(config)
-        hf = self._hf_config(config)
+        self._family = family_config(config)
+        hf = self._hf_config(self._family)
         with torch.device("meta"):
             self.skeleton = AutoModelForCausalLM.from_config(hf, attn_implementation="sdpa").eval()
         self._layer_class = type(self.skeleton.model.layers[0])
@@ -44,11 +49,20 @@ class Stream:
 
     def layer(self, tensors: Mapping[str, Tensor], layer: int) -> nn.Module:
         """One decoder layer with its weights. Raises ValueError where a tensor is missing, left over or of the wrong shape."""
-        count = experts_in(tensors, self.config, layer)
-        config = self.config if count == 0 else self.arch.with_experts(self.config, count)
+        info = tensors.info if isinstance(tensors, Tensors) else tensors
+        format = format_of({n: tuple(info[n].shape) for n in info}, self.config, layer)
+        config = self.arch.with_experts(self._family, format.experts) if format.experts else self._family
+        values = self._in_memory(tensors, layer, format)
         with torch.device("meta"):
             module = self._layer_class(self._hf_config(config), layer).eval()
-        return _filled(module, self._in_memory(tensors, layer, count), f"layer {layer}")
+            if format.experts:
+                block: Any = module.get_submodule(self.arch.block)
+                block.experts = low_rank(block.experts, format)
+        if format.experts:
+            d, f = block.experts.hidden_dim, block.experts.intermediate_dim
+            experts = fused(tensors, self.arch, format, layer, d, f, device=self.device, dtype=self.dtype)
+            values |= {f"{self.arch.block}.experts.{n}": t for n, t in experts.items()}
+        return _filled(module, values, f"layer {layer}")
 
     def arguments(self, layer: int, hidden_NLD: Tensor) -> dict[str, Any]:
         """What the model passes to this layer beside the hidden states: mask, positions, rotary embedding."""
@@ -76,27 +90,17 @@ class Stream:
         hf._experts_implementation = self.experts
         return hf
 
-    def _in_memory(self, tensors: Mapping[str, Tensor], layer: int, count: int) -> dict[str, Tensor]:
-        """The hub's tensors under the names they have inside the decoder layer, experts fused: gate first, then up."""
+    def _in_memory(self, tensors: Mapping[str, Tensor], layer: int, format: Format) -> dict[str, Tensor]:
+        """The hub's tensors but for the experts, under the names they have inside the decoder layer."""
         prefix = self.arch.prefix(layer)
-        experts = [self.arch.expert(layer, e) for e in range(count)]
-        fused = {name for names in experts for name in names}
+        whole = {name for e in range(format.experts) for name in self.arch.expert(layer, e)}
+        experts = whole | {name for w in whole for name in self.arch.factors(w)}
 
         def move(t: Tensor) -> Tensor:
             return t.to(self.device, self.dtype if t.is_floating_point() else t.dtype)
 
-        values = {self._renamed(n.removeprefix(prefix)): tensors[n] for n in tensors if n not in fused}
-        values = {n: t.to(self.device) if "e_score_correction_bias" in n else move(t) for n, t in values.items()}
-        if count:
-            gate, up, down = experts[0]
-            f, d = tensors[gate].shape
-            gate_up_EFD = torch.empty(count, 2 * f, d, device=self.device, dtype=self.dtype)
-            down_EDF = torch.empty(count, d, f, device=self.device, dtype=self.dtype)
-            for e, (gate, up, down) in enumerate(experts):
-                gate_up_EFD[e, :f], gate_up_EFD[e, f:], down_EDF[e] = tensors[gate], tensors[up], tensors[down]
-            values[f"{self.arch.block}.experts.gate_up_proj"] = gate_up_EFD
-            values[f"{self.arch.block}.experts.down_proj"] = down_EDF
-        return values
+        values = {self._renamed(n.removeprefix(prefix)): tensors[n] for n in tensors if n not in experts}
+        return {n: t.to(self.device) if "e_score_correction_bias" in n else move(t) for n, t in values.items()}
 
     def _renamed(self, name: str) -> str:
         for disk, memory in self.arch.memory:

@@ -1,0 +1,147 @@
+"""What is left of a trained model when a quarter or half of its experts' bytes is gone, by method, on text that no method has seen.
+
+The Mixtral of 21 M parameters in ../shared/models (trained on prose, mathematics and code) and the texts in ../shared/data;
+calibrated on 24,576 tokens, a third of each kind, and judged on 16,384 held-out tokens of each. Everything runs through the steps
+that pipelines are made of, in a store that is thrown away.
+"""
+
+import json
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.rows import Row
+from moeflow.methods import calibrate, compress, drop, evaluate, fetch, search
+from moeflow.methods import tokens as text
+from moeflow.methods.calibrate import Calibration
+from moeflow.methods.fetch import Model
+from moeflow.run import in_process
+from moeflow.step import Step
+from moeflow.store import Store
+from moeflow.store.sources import pin
+from moeflow.store.texts import Texts
+
+SHARED = Path(__file__).parents[2] / "shared"
+CALIBRATION = ",".join(
+    [
+        *(f"{SHARED}/data/{name}" for name in ("wikitext2_validation.jsonl#text", "lima.jsonl#instruction+response")),
+        *(f"{SHARED}/data/{name}" for name in ("gsm8k_train.jsonl#question+answer", "metamathqa_part.jsonl#query+response")),
+        "python:stdlib*2",
+    ]
+)
+HELDOUT = ",".join(
+    f"{SHARED}/data/{name}"
+    for name in ("wikitext2_test.jsonl#text", "gsm8k_test.jsonl#question+answer", "humaneval.jsonl#prompt+canonical_solution")
+)
+KINDS = ("prose", "mathematics", "code")
+SEQUENCES, HELDOUT_SEQUENCES, LENGTH, SEEDS, RESAMPLED = 96, 64, 256, 3, 5_000
+UNIFORM, OURS, RANKS_ALONE = "NAEE, uniform", "ours", "ours, ranks alone"
+TARGETS = {0.25: 0.75, 0.5: 0.85}
+
+Method = Callable[[Calibration, Step, float, int], Model]
+
+
+def _by_score(name: str, seen: Calibration, matrix: Step, removed: float, seed: int) -> Model:
+    return search.by_criterion(seen, criterion=name, keep=round(8 * (1 - removed)), seed=seed)
+
+
+def _naee(seen: Calibration, matrix: Step, removed: float, seed: int) -> Model:
+    return search.layerwise(seen, keep=round(8 * (1 - removed)))
+
+
+def _moei2(seen: Calibration, matrix: Step, removed: float, seed: int, *, share: float) -> Model:
+    """The paper: counts by importance, genetic search, blocks of three layers among three sets; then vanilla, by importance."""
+    dropped = share * removed
+    pruned = compress.prune(seen, keep=1 - dropped, counts="paper", search="genetic", best=3, block=3, seed=seed)
+    ratio = compress.ratio_left(removed, dropped)
+    return compress.decompose(_run(pruned, matrix), ratio=ratio, ranks="paper", svd="vanilla") if ratio else pruned
+
+
+def _ours(seen: Calibration, matrix: Step, removed: float, seed: int, *, share: float) -> Model:
+    """Exact allocation by measured divergence, swap search; then whitened, at ranks that one budget gives all matrices."""
+    dropped = share * removed
+    pruned = compress.prune(seen, keep=1 - dropped, counts="exact", search="swap", seed=seed) if dropped else seen.model
+    ratio = compress.ratio_left(removed, dropped)
+    again = _run(pruned, matrix) if dropped else seen
+    return compress.decompose(again, ratio=ratio) if ratio else pruned
+
+
+METHODS: dict[str, Method] = {
+    "random": partial(_by_score, "random"),
+    "frequency": partial(_by_score, "frequency"),
+    "REAP": partial(_by_score, "reap"),
+    "AIMER": partial(_by_score, "aimer"),
+    UNIFORM: _naee,
+    "MoE-I², pruning only": partial(_moei2, share=1.0),
+    "MoE-I², pruning and vanilla SVD": partial(_moei2, share=0.5),
+    "ours, pruning only": partial(_ours, share=1.0),
+    OURS: partial(_ours, share=0.5),
+    RANKS_ALONE: partial(_ours, share=0.0),
+}
+"""What `share` of the bytes goes as whole experts; the rest goes as ranks."""
+
+
+def main() -> tuple[list[Row], str]:
+    """Rows for the targets, and the table of all methods. Raises FileNotFoundError where the model or the texts are absent."""
+    source = pin(str(SHARED / "models" / "mixtral-21m"), kind="model")
+    lines = [
+        "| bytes removed | method | removed | perplexity | | | KL to the original | | | mean |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    lines.append(f"| | | | {' | '.join(KINDS)} | {' | '.join(KINDS)} | |")
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        store, original = Store.open(folder), fetch.pinned(source)
+        for removed, target in TARGETS.items():
+            apart: dict[str, list[list[np.ndarray]]] = {}
+            for seed in range(SEEDS):
+                for name, method in METHODS.items():
+                    found = _measured(store, original, method, removed, seed)
+                    apart.setdefault(name, []).append(found["apart"])
+                    if seed == 0:
+                        lines.append(_line(removed, name, found))
+            for name in (OURS, RANKS_ALONE, "ours, pruning only"):
+                for seed in range(SEEDS):
+                    ratio, low, high = _interval(apart[name][seed], apart[UNIFORM][seed])
+                    what = f"{name}, {removed:.0%} removed, seed {seed}: KL against NAEE's (95 %: {low:.3f} to {high:.3f})"
+                    rows.append(Row(what, ratio, "at most", target, "times"))
+    return rows, "\n".join(lines)
+
+
+def _run(model: Model, matrix: Step) -> Calibration:
+    return calibrate.run(model, matrix, batch=16, shard=32, stage=3, dtype="float32")
+
+
+def _measured(store: Store, original: Model, method: Method, removed: float, seed: int) -> dict[str, Any]:
+    matrix = text.of(Texts(CALIBRATION), original, sequences=SEQUENCES, length=LENGTH, seed=seed)
+    seen = _run(original, matrix)
+    small = method(seen, matrix, removed, seed)
+    compared = evaluate.compare(seen, small, heldout=Texts(HELDOUT), sequences=HELDOUT_SEQUENCES, length=LENGTH)
+    reports = [r for r in compared if r.name in ("evaluate.size", "evaluate.quality")]
+    in_process.run([drop.checkpoint_of(small), *reports], store)
+    read = [json.loads(store.artifact(r.key).file("report.json").read_text()) for r in reports]
+    size = next(row for row in read[0]["rows"] if row["name"] == "expert bytes")
+    return {
+        "removed": 1 - size["compressed"] / size["original"],
+        "perplexity": [next(row["compressed"] for row in r["rows"] if row["name"].startswith("perplexity")) for r in read[1:]],
+        "apart": [np.array(r["divergence_of_sequences"]) for r in read[1:]],
+    }
+
+
+def _line(removed: float, name: str, found: dict[str, Any]) -> str:
+    means = [float(a.mean()) for a in found["apart"]]
+    words = [f"{p:.1f}" for p in found["perplexity"]] + [f"{m:.4f}" for m in [*means, sum(means) / len(means)]]
+    return f"| {removed:.0%} | {name} | {found['removed']:.1%} | {' | '.join(words)} |"
+
+
+def _interval(ours: list[np.ndarray], theirs: list[np.ndarray]) -> tuple[float, float, float]:
+    """The ratio of mean divergences over the texts, and its 95 % interval by resampling sequences, the same for both."""
+    rng = np.random.default_rng(0)
+    picked = [rng.integers(0, len(a), (RESAMPLED, len(a))) for a in ours]
+    means = [sum(a[p].mean(1) for a, p in zip(side, picked, strict=True)) for side in (ours, theirs)]
+    low, high = np.quantile(means[0] / means[1], [0.025, 0.975])
+    return float(sum(a.mean() for a in ours) / sum(a.mean() for a in theirs)), float(low), float(high)

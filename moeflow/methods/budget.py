@@ -1,0 +1,163 @@
+"""How many experts each layer keeps, out of one budget for the whole model: the paper's rule, or exactly, from measured curves.
+
+Counts obey the router (top-k, the same number in every group), an optional list of counts that serving kernels accept, and
+divisibility by a planned expert-parallel size. No torch.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any, Literal
+
+from moeflow.arch import arch_of
+from moeflow.methods.candidates import COUNTS
+from moeflow.methods.fetch import Model
+from moeflow.methods.importance import read_importance
+from moeflow.methods.ranks import allocate_curves
+from moeflow.methods.sweep import read_curves
+from moeflow.model.spec import LayerSpec
+from moeflow.step import Artifact, Context, Spec, step
+
+Unit = Literal["experts", "parameters", "bytes"]
+
+
+def total_experts(model: Model, amount: float, unit: Unit = "experts") -> int:
+    """How many experts the whole model may keep when `amount` of `unit` may stay in them; up to 1 it is a part of all there is.
+
+    Raises ValueError for an unknown unit, and where nothing or more than there is would stay.
+    """
+    if unit not in ("experts", "parameters", "bytes"):
+        raise ValueError(f"unit={unit!r} is not known; choose one of experts, parameters, bytes")
+    layers = [spec_of(model, i) for i in model.moe_layers]
+    everything = sum(layer.experts for layer in layers)
+    whole = {
+        "experts": everything,
+        "bytes": sum(layer.expert_bytes for layer in layers),
+        "parameters": sum(layer.expert_numel for layer in layers),
+    }[unit]
+    part = amount if amount <= 1 else amount / whole
+    if not 0 < part <= 1:
+        raise ValueError(f"a budget of {amount:,} {unit} must lie between 0 and the {whole:,} that the model has")
+    kept = part * everything
+    return round(kept) if unit == "experts" or amount <= 1 else int(kept + 1e-9)
+
+
+def legal_counts(
+    model: Model, *, counts: Sequence[int] = (), divisor: int = 1, protected: Mapping[int, Sequence[int]] | None = None
+) -> dict[int, list[int]]:
+    """For every MoE layer the numbers of experts that it may keep, ascending.
+
+    `counts`: those that serving kernels accept (any, where it is empty); `divisor`: the planned expert-parallel size;
+    `protected`: per layer the experts that have to stay. Raises ValueError where a layer has none.
+    """
+    arch, found = arch_of(model.config), {}
+    for i in model.moe_layers:
+        experts, least = spec_of(model, i).experts, len((protected or {}).get(i, ()))
+        legal = arch.legal_counts(model.config, experts)
+        found[i] = [n for n in legal if n >= least and n % divisor == 0 and (not counts or n in counts)]
+        if not found[i]:
+            raise ValueError(
+                f"layer {i} can keep {legal[0]} to {legal[-1]} of its {experts} experts, but no such count is among "
+                f"{list(counts) or 'all'}, divides by {divisor} and covers {least} protected experts; loosen one of them"
+            )
+    return found
+
+
+def check_total(total: int, legal: Mapping[int, Sequence[int]]) -> None:
+    """Raise ValueError, with the nearest totals that can be met, where no legal counts add up to `total`."""
+    reachable = 1  # bit n: n experts in all
+    for counts in legal.values():
+        reachable = sum_of_shifts(reachable, counts)
+    if reachable >> total & 1:
+        return
+    sums = [n for n in range(reachable.bit_length()) if reachable >> n & 1]
+    below, above = [n for n in sums if n < total][-1:], [n for n in sums if n > total][:1]
+    raise ValueError(f"no legal counts add up to {total} experts; nearest: {' or '.join(map(str, below + above))}")
+
+
+def sum_of_shifts(bits: int, shifts: Sequence[int]) -> int:
+    """The union of `bits` moved up by each of `shifts`."""
+    union = 0
+    for by in shifts:
+        union |= bits << by
+    return union
+
+
+def spec_of(model: Model, layer: int) -> LayerSpec:
+    return model.layers[layer].spec.output
+
+
+def _paper_spec(*importances: Any, legal: dict[str, list[int]], total: int) -> Spec:
+    check_total(total, {int(i): counts for i, counts in legal.items()})
+    return Spec({"total": total}, reads=sum(i["bytes"] for i in importances), writes=200 + 60 * len(legal))
+
+
+@step("counts.paper", version=1, spec=_paper_spec)
+def paper(context: Context, *importances: Artifact, legal: dict[str, list[int]], total: int) -> None:
+    """Counts by the paper's rule: the more important a layer, the fewer experts it loses (MoE-I², section 3.1), as `counts.json`.
+
+    A layer's importance is the sum of its experts'. The paper leaves open how importance becomes a count: here a layer's share of
+    the experts that go is proportional to one over its importance, as far as it has experts to give, rounded to the legal counts
+    that add up to `total` with the least squared deviation.
+    """
+    layers = {i["layer"]: sum(i["importance"]) for i in map(read_importance, importances)}
+    most = {i: max(legal[str(i)]) for i in layers}
+    least = {i: min(legal[str(i)]) for i in layers}
+    inverse = {i: 1 / (v + 1e-12) for i, v in layers.items()}
+    gone = _shares(inverse, {i: most[i] - least[i] for i in layers}, sum(most.values()) - total)
+    curves = {i: {n: (most[i] - gone[i] - n) ** 2 for n in legal[str(i)]} for i in layers}
+    _write(context, "paper", _fit(curves, total), importance={str(i): v for i, v in layers.items()})
+
+
+def _shares(weights: Mapping[int, float], caps: Mapping[int, int], amount: float) -> dict[int, float]:
+    """`amount` in proportion to `weights`, none above its cap: what a cap cuts off goes to the others."""
+    given = {i: 0.0 for i in weights}
+    while amount > 1e-9 and (open_ := [i for i in weights if given[i] < caps[i] - 1e-9]):
+        whole, rest = sum(weights[i] for i in open_), amount
+        for i in open_:
+            more = min(caps[i] - given[i], rest * weights[i] / whole)
+            given[i] += more
+            amount -= more
+    return given
+
+
+def _exact_spec(curves: Any, *, legal: dict[str, list[int]], experts: dict[str, int], total: int) -> Spec:
+    check_total(total, {int(i): counts for i, counts in legal.items()})
+    return Spec({"total": total}, reads=curves["bytes"], writes=200 + 60 * len(legal))
+
+
+@step("counts.exact", version=1, spec=_exact_spec)
+def exact(context: Context, curves: Artifact, *, legal: dict[str, list[int]], experts: dict[str, int], total: int) -> None:
+    """The counts that add up to `total` with the least summed cost, by dynamic programming over each layer's measured curve.
+
+    Between measured counts a curve is a straight line; with all of a layer's `experts` it is zero.
+    """
+    found = {}
+    for i, points in read_curves(curves)["curves"].items():
+        xs = sorted(({int(n): v for n, v in points.items()} | {experts[i]: 0.0}).items())
+        found[int(i)] = {n: _between(xs, n) for n in legal[i]}
+    counts = _fit(found, total)
+    _write(context, "exact", counts, cost=sum(found[i][n] for i, n in counts.items()))
+
+
+def _between(points: Sequence[tuple[int, float]], at: int) -> float:
+    """The piecewise linear curve through `points`, flat beyond its ends."""
+    if at <= points[0][0]:
+        return points[0][1]
+    for (x0, y0), (x1, y1) in pairwise(points):
+        if x0 <= at <= x1:
+            return y0 + (y1 - y0) * (at - x0) / (x1 - x0)
+    return points[-1][1]
+
+
+def _fit(curves: Mapping[int, Mapping[int, float]], total: int) -> dict[int, int]:
+    """Of each curve {count: cost} one count, so that they add up to `total` exactly and cost least together."""
+    layers = list(curves)
+    options = [sorted(curves[i].items()) for i in layers]
+    picked = allocate_curves(options, total, fill=True)
+    return {i: options[at][index][0] for at, (i, index) in enumerate(zip(layers, picked, strict=True))}
+
+
+def _write(context: Context, rule: str, counts: Mapping[int, int], **facts: Any) -> None:
+    value = {"rule": rule, "total": sum(counts.values()), "counts": {str(i): n for i, n in counts.items()}, **facts}
+    (context.out / COUNTS).write_text(json.dumps(value, indent=1) + "\n")

@@ -1,0 +1,296 @@
+"""Whole-model compressions: how many experts each layer keeps and which, and then at which ranks their matrices are kept.
+
+MoE-I² (Yang et al., EMNLP Findings 2024, arXiv 2411.01016) with its settings, and what moeflow puts beside each of its decisions.
+These functions only build graphs; nothing is computed here.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from math import ceil
+from typing import Any
+
+from moeflow.methods import block as blocks
+from moeflow.methods import budget, calibrate, drop, sweep
+from moeflow.methods import decompose as cuts
+from moeflow.methods.calibrate import Calibration
+from moeflow.methods.candidates import candidates
+from moeflow.methods.fetch import Model
+from moeflow.methods.importance import recon
+from moeflow.methods.ranks import average_rank
+from moeflow.methods.subsets import GENERATIONS, POPULATION, STARTS
+from moeflow.step import Step
+
+
+def prune(
+    calibration: Calibration, *, keep: float, unit: budget.Unit = "experts",
+    counts: str = "exact", search: str = "swap", importance: str = "recon",
+    best: int = 3, block: int = 1, inputs: str = "original",
+    legal: Sequence[int] = (), divisor: int = 1, protected: Mapping[int, Sequence[int]] | None = None,
+    grid: int = 8, shards: int = 4,
+    population: int = POPULATION, generations: int = GENERATIONS, starts: int = STARTS, seed: int = 0,
+) -> Model:  # fmt: skip
+    """The model with fewer experts in its layers, as a graph.
+
+    `keep` of `unit` stays: a part of all up to 1, an amount above it. `counts`: how the budget is spread over layers, a name of
+    `COUNTS`; `search`: how a layer's set is found ("genetic" with its `population` and `generations`, "swap" with its `starts`,
+    "enumerate"); `importance`: "recon" or "lm_loss", what the paper's counts go by; `best`: the sets kept of each layer, of which
+    blocks of `block` layers choose together (MoE-I²'s K and T; T=1: the layer's best), on `inputs` "original" or "progressive".
+    `legal`, `divisor` and `protected` are as in `budget.legal_counts`; the exact rule measures at most `grid` counts a layer on
+    `shards` shards of the calibration tokens, or as many as there are. Raises ValueError for what cannot work, with the nearest
+    that can.
+    """
+    _check(counts=(counts, COUNTS), importance=(importance, IMPORTANCES), inputs=(inputs, blocks.INPUTS))
+    if min(best, block) < 1:
+        raise ValueError(f"best={best} sets (K) and block={block} layers (T) must be at least 1")
+    model = calibration.model
+    allowed = budget.legal_counts(model, counts=legal, divisor=divisor, protected=protected)
+    total = budget.total_experts(model, keep, unit)
+    budget.check_total(total, allowed)
+    everything = sum(budget.spec_of(model, i).experts for i in allowed)
+    options = {"genetic": {"population": population, "generations": generations}, "swap": {"starts": starts}}.get(search, {})
+    common = {"method": search, "options": options, "seed": seed, "dtype": calibration.dtype, "targets": 0}
+    spare = {i: list((protected or {}).get(i, ())) for i in allowed}
+
+    def sets(layer: int, wanted: list[int], decider: tuple[Step, ...] = (), most: int = best) -> Step:
+        return candidates(
+            model.essential, model.layers[layer], *decider, *calibration.observed[layer],
+            layer=layer, counts=wanted, decided=bool(decider), best=most, protected=spare[layer], **common,
+        )  # fmt: skip
+
+    decider, found = COUNTS[counts](calibration, allowed, total, sets, importance=importance, grid=grid, shards=shards)
+    share = total / everything
+    if block == 1:
+        choices = {i: blocks.pick(found[i], *decider, layer=i, keep=_fixed(found[i], decider), share=share) for i in allowed}
+        return model.with_layers(_dropped(calibration, choices), tuple(choices.values()))
+    exact = {i: sets(i, [], decider) if decider else found[i] for i in allowed}
+    return _by_blocks(calibration, exact, decider, best=best, block=block, inputs=inputs, share=share)
+
+
+Found = tuple[tuple[Step, ...], dict[int, Step]]
+"""The step that decides the counts, if one does, and every layer's candidates."""
+
+
+def _uniform(calibration: Calibration, legal: Mapping[int, list[int]], total: int, sets: Callable[..., Step], **_: Any) -> Found:
+    each, left = divmod(total, len(legal))
+    if left or any(each not in counts for counts in legal.values()):
+        shared = sorted(set.intersection(*map(set, legal.values())))
+        nearest = sorted(shared, key=lambda n: (abs(n * len(legal) - total), n))[:2]
+        raise ValueError(
+            f"{total} experts are not the same legal number in each of {len(legal)} layers; nearest: "
+            f"{' or '.join(str(n * len(legal)) for n in sorted(nearest))}"
+        )
+    return (), {i: sets(i, [each]) for i in legal}
+
+
+def _paper(
+    calibration: Calibration, legal: Mapping[int, list[int]], total: int, sets: Callable[..., Step], *, importance: str, **_: Any
+) -> Found:
+    seen = IMPORTANCES[importance](calibration, list(legal))
+    decider = budget.paper(*seen.values(), legal={str(i): c for i, c in legal.items()}, total=total)
+    return (decider,), {i: sets(i, [], (decider,)) for i in legal}
+
+
+def _exact(
+    calibration: Calibration, legal: Mapping[int, list[int]], total: int, sets: Callable[..., Step],
+    *, grid: int, shards: int, **_: Any,
+) -> Found:  # fmt: skip
+    if min(grid, shards) < 1:
+        raise ValueError(f"grid={grid} counts and shards={shards} must be at least 1")
+    whole = {i: budget.spec_of(calibration.model, i).experts for i in legal}
+    measured = {i: _thinned([n for n in counts if n < whole[i]], grid) for i, counts in legal.items()}
+    tried = {i: sets(i, counts, (), 1) for i, counts in measured.items() if counts}
+    alternatives = {i: (sweep.SETS, [str(n) for n in measured[i]], (tried[i],)) for i in tried}
+    curves = sweep.curves(calibration, alternatives, shards=shards)
+    decider = budget.exact(
+        curves, legal={str(i): c for i, c in legal.items()}, experts={str(i): n for i, n in whole.items()}, total=total
+    )
+    return (decider,), {i: sets(i, [], (decider,)) for i in legal}
+
+
+COUNTS: dict[str, Callable[..., Found]] = {"uniform": _uniform, "paper": _paper, "exact": _exact}
+"""Every way to spread a budget of experts over layers, by name."""
+
+
+def _recon(calibration: Calibration, layers: Sequence[int]) -> dict[int, Step]:
+    model = calibration.model
+    return {i: recon(model.essential, model.layers[i], *calibration.observed[i], layer=i, dtype=calibration.dtype) for i in layers}
+
+
+def _lm_loss(calibration: Calibration, layers: Sequence[int]) -> dict[int, Step]:
+    model, recon = calibration.model, _recon(calibration, layers)
+    top_k = {i: budget.legal_counts(model)[i][0] for i in layers}
+    specs = {i: budget.spec_of(model, i) for i in layers}
+    each = {i: (sweep.EACH, [str(e) for e in range(specs[i].experts)], ()) for i in layers if specs[i].experts > top_k[i]}
+    curves = sweep.curves(calibration, each, shards=len(calibration.starts))
+    return {i: sweep.lm_loss(curves, recon[i], layer=i) for i in layers}
+
+
+IMPORTANCES: dict[str, Callable[[Calibration, Sequence[int]], dict[int, Step]]] = {"recon": _recon, "lm_loss": _lm_loss}
+"""Every reading of an expert's importance, by name: one step per layer."""
+
+
+def ratio_left(remove: float, drop: float) -> float:
+    """The part of the remaining experts' parameters that has to go where `drop` of the experts went and `remove` of all shall.
+
+    Raises ValueError where dropping alone removes more.
+    """
+    if not 0 <= drop < 1 or not drop <= remove + 1e-12 or remove >= 1:
+        raise ValueError(f"remove={remove} of the experts' parameters must lie between drop={drop}, of the experts, and 1")
+    return max(0.0, 1 - (1 - remove) / (1 - drop))
+
+
+def decompose(
+    calibration: Calibration, *, ratio: float, ranks: str = "global", svd: str = "whitened", importance: str = "recon",
+    alpha: float = 0.15, r_min: int = 1, multiple: int = 1, least: int = 1, policy: str = "vanilla", weighted: bool = True,
+    shrink: float = 0.03, shards: int = 4,
+) -> Model:  # fmt: skip
+    """The calibrated model with its experts' matrices as products of two, as a graph; the model itself where `ratio` is 0.
+
+    `ratio`: the part of the experts' parameters that goes; `ranks`: how what stays is spread, a name of `RANKS`; `svd`: "vanilla"
+    (the paper) or "whitened"; `alpha` and `importance`: the paper's formula; `r_min` and `multiple`: the least rank, and what ranks
+    are multiples of; an expert that `least` recorded tokens did not reach is cut by its weights ("vanilla") or stays whole
+    ("keep"), as `policy` says; `weighted`: a token counts as much as the router gives the expert in it; `shrink`: how much of white
+    inputs is mixed into what the tokens say; `shards`: those on which the global rule measures. Raises ValueError for what cannot
+    work.
+    """
+    _check(ranks=(ranks, RANKS), importance=(importance, IMPORTANCES))
+    cuts.check(svd, policy, least, multiple, shrink)
+    model = calibration.model
+    if not ratio:
+        return model
+    layers = model.moe_layers
+    for i in layers:
+        average_rank(ratio, *cuts.sides(budget.spec_of(model, i)))
+    common = {
+        "svd": svd,
+        "least": least,
+        "policy": policy,
+        "weighted": weighted,
+        "shrink": shrink,
+        "force": False,
+        "dtype": calibration.dtype,
+    }
+
+    def rewritten(layer: int, decider: tuple[Step, ...], uniform: dict[str, int]) -> Step:
+        seen = calibration.observed[layer]
+        return cuts.layer(
+            model.essential, model.layers[layer], *decider, *seen, layer=layer, decided=bool(decider), uniform=uniform, **common
+        )
+
+    decider, uniform = RANKS[ranks](
+        calibration, rewritten, ratio=ratio, alpha=alpha, r_min=r_min, multiple=multiple, least=least, policy=policy,
+        weighted=weighted, shrink=shrink, shards=shards, importance=importance,
+    )  # fmt: skip
+    return model.with_layers({i: rewritten(i, decider, uniform.get(i, {})) for i in layers})
+
+
+Ranked = tuple[tuple[Step, ...], dict[int, dict[str, int]]]
+"""The step that decides the ranks, or the ranks of each layer where they are known when the graph is built."""
+
+
+def _same_ranks(calibration: Calibration, rewritten: Any, *, ratio: float, multiple: int, r_min: int, **_: Any) -> Ranked:
+    found = {}
+    for i in calibration.model.moe_layers:
+        average = average_rank(ratio, *cuts.sides(budget.spec_of(calibration.model, i)))
+        rank = max(int(average) // multiple * multiple, 0)
+        if rank < max(r_min, 1):
+            raise ValueError(
+                f"ratio={ratio} leaves rank {average:.4g} in layer {i}, below r_min={r_min} in multiples of {multiple}"
+            )
+        found[i] = {"gate": rank, "up": rank, "down": rank}
+    return (), found
+
+
+def _ranks_by_importance(
+    calibration: Calibration, rewritten: Any,
+    *, ratio: float, alpha: float, r_min: int, multiple: int, least: int, policy: str, importance: str, **_: Any,
+) -> Ranked:  # fmt: skip
+    model = calibration.model
+    seen = IMPORTANCES[importance](calibration, model.moe_layers)
+    layers = [{"layer": i, "sides": list(cuts.sides(budget.spec_of(model, i)))} for i in seen]
+    rule = {"ratio": ratio, "alpha": alpha, "r_min": r_min, "multiple": multiple, "least": least, "policy": policy}
+    return (cuts.by_importance(*seen.values(), layers=layers, **rule),), {}
+
+
+def _ranks_by_spectra(
+    calibration: Calibration, rewritten: Callable[..., Step],
+    *, ratio: float, r_min: int, multiple: int, least: int, policy: str, weighted: bool, shrink: float, shards: int, **_: Any,
+) -> Ranked:  # fmt: skip
+    model, layers = calibration.model, calibration.model.moe_layers
+    if shards < 1:
+        raise ValueError(f"shards={shards} must be at least 1")
+    spectra = [
+        cuts.spectra(
+            model.essential, model.layers[i], *calibration.observed[i],
+            layer=i, least=least, policy=policy, weighted=weighted, shrink=shrink, dtype=calibration.dtype,
+        )
+        for i in layers
+    ]  # fmt: skip
+    alternatives = {}
+    for i in layers:
+        rank = cuts.moved_rank(*cuts.sides(budget.spec_of(model, i)))
+        files = [rewritten(i, (), dict.fromkeys(matrices, rank)) for matrices in cuts.PARTS.values()]
+        alternatives[i] = (sweep.FILES, list(cuts.PARTS), files)
+    curves = sweep.curves(calibration, alternatives, shards=shards)
+    rule = {"budget": 1 - ratio, "multiple": multiple, "r_min": r_min}
+    return (cuts.by_spectra(*spectra, curves, layers=layers, sweep=True, **rule),), {}
+
+
+RANKS: dict[str, Callable[..., Ranked]] = {
+    "uniform": _same_ranks,
+    "paper": _ranks_by_importance,
+    "global": _ranks_by_spectra,
+}
+"""Every way to spread a budget of parameters over matrices, by name."""
+
+
+def _by_blocks(
+    calibration: Calibration, found: Mapping[int, Step], decider: tuple[Step, ...],
+    *, best: int, block: int, inputs: str, share: float,
+) -> Model:  # fmt: skip
+    """Choose among every layer's sets block by block: the KT-Reception Field."""
+    model, order = calibration.model, list(found)
+    choices: dict[int, Step] = {}
+    changed = model
+    for at in range(0, len(order), block):
+        searched = order[at : at + block]
+        layers = list(range(searched[0], searched[-1] + 1))
+        prefix = changed if inputs == "progressive" else model
+        before = calibrate.states_before(calibration, layers[0], prefix.layers)
+        goals = () if inputs == "original" else calibrate.states_before(calibration, layers[-1] + 1, model.layers)
+        chosen = blocks.block(
+            model.essential, *(model.layers[i] for i in layers), *(found[i] for i in searched), *before, *goals,
+            layers=layers, searched=searched, best=best, shards=len(before), goals=len(goals),
+            batch=calibration.batch, dtype=calibration.dtype,
+        )  # fmt: skip
+        made = {i: blocks.pick(found[i], *decider, chosen, layer=i, keep=_fixed(found[i], decider), share=share) for i in searched}
+        choices |= made
+        changed = changed.with_layers(_dropped(calibration, made))
+    return changed.with_layers({}, tuple(choices.values()))
+
+
+def _dropped(calibration: Calibration, choices: Mapping[int, Step]) -> dict[int, Step]:
+    model = calibration.model
+    return {
+        i: drop.experts(model.essential, model.layers[i], choice, layer=i, keep=choice.spec.output["keep"])
+        for i, choice in choices.items()
+    }
+
+
+def _fixed(found: Step, decider: tuple[Step, ...]) -> int:
+    """How many experts the layer keeps, where the graph knows it; 0 where a step decides."""
+    return 0 if decider else int(found.spec.output["counts"][0])
+
+
+def _thinned(counts: list[int], most: int) -> list[int]:
+    """At most `most` of these counts, evenly, with the first and the last."""
+    if len(counts) <= most:
+        return counts
+    if most == 1:
+        return [counts[len(counts) // 2]]
+    return sorted({counts[ceil(i * (len(counts) - 1) / (most - 1) - 1e-9)] for i in range(most)})
+
+
+def _check(**given: tuple[str, Any]) -> None:
+    for name, (value, known) in given.items():
+        if value not in known:
+            raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(known)}")

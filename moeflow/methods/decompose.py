@@ -1,0 +1,251 @@
+"""Experts as products of two smaller matrices: their spectra, the ranks that a budget allows, and the rewritten layers.
+
+MoE-I² (Yang et al., EMNLP Findings 2024, arXiv 2411.01016), section 3.3, and beyond it: `svd="whitened"` keeps an expert's outputs
+on its routed tokens, where the paper's `svd="vanilla"` keeps its weights.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from moeflow.arch import MATRICES, arch_of
+from moeflow.methods.importance import read_importance
+from moeflow.methods.ranks import Spectrum, allocate, average_rank, break_even, check_rank, paper_ranks, treatment
+from moeflow.methods.sweep import read_curves
+from moeflow.model.layout import read_config
+from moeflow.model.spec import LayerSpec, ObservedSpec, RestSpec, TensorTable, precision
+from moeflow.step import Artifact, Context, Spec, step
+
+SPECTRA, RANKS, DECOMPOSITION = "spectra.safetensors", "ranks.json", "decomposition.json"
+KINDS = ("vanilla", "whitened")
+PARTS = {"gate_up": ("gate", "up"), "down": ("down",)}
+"""What of an expert is whole or factored together, and measured together."""
+
+
+def sides(layer_spec: LayerSpec) -> tuple[int, int]:
+    """(expert width F, model width D) of a layer's experts, none of which is factored yet. Raises ValueError where one is."""
+    name = arch_of(layer_spec.config).gate.format(layer=layer_spec.layer, expert=0)
+    if name not in layer_spec.tensors:
+        raise ValueError(f"{name} is not there: layer {layer_spec.layer} has no experts, or they are factored already")
+    rows, columns = layer_spec.tensors[name][1]
+    return int(rows), int(columns)
+
+
+def check(svd: str, policy: str, least: int, multiple: int, shrink: float = 0.0) -> None:
+    """Raise ValueError where a parameter of a decomposition is out of its range."""
+    if svd not in KINDS:
+        raise ValueError(f"svd={svd!r} is not known; choose one of {', '.join(KINDS)}")
+    if least < 0 or multiple < 1:
+        raise ValueError(f"least={least} tokens must be at least 0, and multiple={multiple} at least 1")
+    if not 0 <= shrink <= 1:
+        raise ValueError(f"shrink={shrink} must lie between 0, trusting the tokens alone, and 1")
+    treatment([], least, policy)
+
+
+def _seen_bytes(config: Any, seen: Sequence[Any], dtype: str) -> int:
+    width, size = int(config["hidden_size"]), 4 if precision(config, dtype) == "float32" else 2
+    return sum(s.recorded for s in seen if isinstance(s, ObservedSpec)) * width * size
+
+
+def _spectra_spec(
+    rest: RestSpec,
+    layer_spec: LayerSpec,
+    *seen: ObservedSpec,
+    layer: int,
+    least: int,
+    policy: str,
+    weighted: bool,
+    shrink: float,
+    dtype: str,
+) -> Spec:
+    check("whitened", policy, least, 1, shrink)
+    rows, columns = sides(layer_spec)
+    writes = 500 + layer_spec.experts * (3 * 8 * min(rows, columns) + 8)
+    reads = layer_spec.headers + layer_spec.block_bytes + _seen_bytes(rest.config, seen, dtype)
+    out = {"layer": layer, "bytes": writes, "experts": layer_spec.experts}
+    return Spec(out, reads=reads, writes=writes, memory=4 * layer_spec.nbytes + (2 << 30))
+
+
+@step("decompose.spectra", version=1, spec=_spectra_spec, gpus=1)
+def spectra(
+    context: Context, config: Artifact, layer_file: Artifact, *seen: Artifact,
+    layer: int, least: int, policy: str, weighted: bool, shrink: float, dtype: str,
+) -> None:  # fmt: skip
+    """What each component of each matrix adds to its expert's outputs on the routed tokens, squared, as `spectra.safetensors`.
+
+    `gate_EK`, `up_EK`, `down_EK` (fp64), `tokens_E`, `whole_E` (1: `policy` keeps an expert whole), `sides` (F, D), `itemsize`.
+    """
+    from moeflow.methods import factoring
+
+    factoring.spectra(
+        context, read_config(config), layer_file, seen, context.out / SPECTRA,
+        layer=layer, least=least, policy=policy, weighted=weighted, shrink=shrink, dtype=dtype,
+    )  # fmt: skip
+
+
+def _paper_spec(
+    *inputs: Any, layers: list[dict[str, Any]], ratio: float, alpha: float, r_min: int, multiple: int, least: int, policy: str
+) -> Spec:
+    check("vanilla", policy, least, multiple)
+    for layer in layers:
+        average = average_rank(ratio, *layer["sides"])
+        paper_ranks([1.0], average, alpha=alpha, r_min=r_min, r_max=int(break_even(*layer["sides"])), multiple=multiple)
+    experts = sum(i["experts"] for i in inputs)
+    writes = 300 + 30 * experts
+    return Spec({"share": 1 - ratio, "bytes": writes}, reads=sum(i["bytes"] for i in inputs), writes=writes)
+
+
+@step("ranks.paper", version=1, spec=_paper_spec)
+def by_importance(
+    context: Context, *importances: Artifact,
+    layers: list[dict[str, Any]], ratio: float, alpha: float, r_min: int, multiple: int, least: int, policy: str,
+) -> None:  # fmt: skip
+    """Ranks by the paper's formula, the same for an expert's three matrices, as `ranks.json`.
+
+    `layers`: number and sides (F, D) of each; `ratio`: the part of the parameters that goes in every layer. An expert that stays
+    whole (`policy="keep"`, fewer than `least` tokens) is paid for by the others of its layer.
+    """
+    found: dict[str, Any] = {}
+    for layer, artifact in zip(layers, importances, strict=True):
+        seen = read_importance(artifact)
+        rows, columns = layer["sides"]
+        whole = [t == "keep" for t in treatment(seen["tokens"], least, policy)]
+        cut = [v for v, w in zip(seen["importance"], whole, strict=True) if not w]
+        even = break_even(rows, columns)
+        average = average_rank(ratio, rows, columns) * len(whole) - even * sum(whole)
+        ranks = iter(
+            paper_ranks(cut, average / len(cut), alpha=alpha, r_min=r_min, r_max=int(even), multiple=multiple) if cut else []
+        )
+        line = [0 if w else next(ranks) for w in whole]
+        found[str(layer["layer"])] = dict.fromkeys(MATRICES, line)
+    _write(context, "paper", found)
+
+
+def _global_spec(*inputs: Any, layers: list[int], sweep: bool, budget: float, multiple: int, r_min: int) -> Spec:
+    if not 0 < budget < 1:
+        raise ValueError(f"budget={budget} is the part of the experts' bytes that stays and must lie between 0 and 1")
+    experts = sum(i.get("experts", 0) for i in inputs)
+    writes = 300 + 30 * experts
+    return Spec({"share": budget, "bytes": writes}, reads=sum(i["bytes"] for i in inputs), writes=writes)
+
+
+@step("ranks.global", version=1, spec=_global_spec)
+def by_spectra(
+    context: Context, *inputs: Artifact, layers: list[int], sweep: bool, budget: float, multiple: int, r_min: int
+) -> None:
+    """The ranks of all matrices together that cost least within `budget` (a part of the experts' bytes), as `ranks.json`.
+
+    `inputs`: the spectra of each of `layers`, and with `sweep` the curves that say how much the model's predictions move when a
+    layer's gate and up, or its down matrices, are cut: each squared error is weighted by how much of that movement it stands for.
+    """
+    from moeflow.methods import factoring
+
+    given = {layer: factoring.read_spectra(a) for layer, a in zip(layers, inputs, strict=False)}
+    moved = read_curves(inputs[-1])["curves"] if sweep else {}
+    items: list[list[Spectrum]] = []
+    owners: list[tuple[int, int, tuple[str, ...]]] = []
+    total, fixed, itemsize = 0, 0, 0
+    found: dict[str, Any] = {}
+    for layer, seen in given.items():
+        rows, columns = (int(n) for n in seen["sides"])
+        itemsize = int(seen["itemsize"])
+        found[str(layer)] = {m: [0] * len(seen["tokens_E"]) for m in MATRICES}
+        for part, matrices in PARTS.items():
+            weight = 1.0
+            if sweep:
+                movement, cut = moved[str(layer)][part], moved_rank(rows, columns)
+                weight = movement / max(sum(float(seen[f"{m}_EK"][:, cut:].sum()) for m in matrices), 1e-30)
+            for expert, whole in enumerate(seen["whole_E"]):
+                size = rows * columns * itemsize * len(matrices)
+                total += size
+                if whole:
+                    fixed += size
+                    continue
+                shape = (rows, columns) if part == "gate_up" else (columns, rows)
+                items.append([Spectrum(*shape, seen[f"{m}_EK"][expert], max(weight, 0.0)) for m in matrices])
+                owners.append((layer, expert, matrices))
+    ranks = allocate(items, int(total * budget) - fixed, itemsize=itemsize, multiple=multiple, r_min=r_min)
+    for (layer, expert, matrices), chosen in zip(owners, ranks, strict=True):
+        for matrix, rank in zip(matrices, chosen, strict=True):
+            found[str(layer)][matrix][expert] = rank
+    _write(context, "global", found, budget=int(total * budget))
+
+
+def moved_rank(rows: int, columns: int) -> int:
+    """The rank at which the sweep cuts a layer to see how much that moves the model: two thirds of break-even."""
+    return max(1, int(break_even(rows, columns) * 2 / 3))
+
+
+def _write(context: Context, rule: str, ranks: Mapping[str, Any], **facts: Any) -> None:
+    layers = ",\n".join(
+        f"  {json.dumps(layer)}: {{\n" + ",\n".join(f"   {json.dumps(m)}: {json.dumps(r)}" for m, r in by.items()) + "\n  }"
+        for layer, by in ranks.items()
+    )
+    head = "".join(f" {json.dumps(k)}: {json.dumps(v)},\n" for k, v in ({"rule": rule} | facts).items())
+    (context.out / RANKS).write_text("{\n" + head + ' "ranks": {\n' + layers + "\n }\n}\n")
+
+
+def read_ranks(artifact: Artifact) -> dict[str, Any]:
+    """What a step that decides ranks wrote: per layer and matrix, the rank of each expert, 0 where it stays whole."""
+    return json.loads(artifact.read(RANKS, 0, artifact.size(RANKS)))["ranks"]
+
+
+def _layer_spec(
+    rest: RestSpec, given: LayerSpec, *inputs: Any,
+    layer: int, decided: bool, uniform: dict[str, int], svd: str, least: int, policy: str, weighted: bool, shrink: float,
+    force: bool, dtype: str,
+) -> Spec:  # fmt: skip
+    check(svd, policy, least, 1, shrink)
+    rows, columns = sides(given)
+    for matrix, rank in uniform.items():
+        if matrix not in MATRICES:
+            raise ValueError(f"uniform={uniform} names {matrix!r}; the matrices are {', '.join(MATRICES)}")
+        if rank:
+            check_rank(rank, *((rows, columns) if matrix != "down" else (columns, rows)), force=force)
+    if bool(uniform.get("gate")) != bool(uniform.get("up")):
+        raise ValueError(f"uniform={uniform}: gate and up of an expert are both whole or both factored")
+    seen = [s for s in inputs if isinstance(s, ObservedSpec)]
+    if decided:
+        out = LayerSpec(given.config, layer, given.experts, given.tensors, given.share * inputs[0]["share"])
+    else:
+        out = LayerSpec(given.config, layer, given.experts, _cut(given, uniform), given.share)
+    reads = given.nbytes + (_seen_bytes(rest.config, seen, dtype) if svd == "whitened" else 0)
+    writes = out.nbytes + 200 + 90 * given.experts
+    return Spec(out, reads=reads, writes=writes, memory=4 * given.nbytes + (2 << 30))
+
+
+def _cut(given: LayerSpec, uniform: Mapping[str, int]) -> TensorTable:
+    """A layer's tensors where each matrix of every expert has its uniform rank."""
+    arch, table = arch_of(given.config), dict(given.tensors)
+    for expert in range(given.experts):
+        for matrix, name in zip(MATRICES, arch.expert(given.layer, expert), strict=True):
+            if rank := uniform.get(matrix, 0):
+                dtype, (rows, columns) = table.pop(name)
+                out, inner = arch.factors(name)
+                table |= {out: (dtype, (rows, rank)), inner: (dtype, (rank, columns))}
+    return table
+
+
+@step("decompose.layer", version=1, spec=_layer_spec, gpus=1)
+def layer(
+    context: Context, config: Artifact, given: Artifact, *inputs: Artifact,
+    layer: int, decided: bool, uniform: dict[str, int], svd: str, least: int, policy: str, weighted: bool, shrink: float,
+    force: bool, dtype: str,
+) -> None:  # fmt: skip
+    """One layer's file with its experts' matrices as products of two, everything else bit for bit, and `decomposition.json`.
+
+    `inputs`: where `decided`, first the ranks of all layers, which stand in place of `uniform` (a rank for every expert, per
+    matrix); then what each shard of tokens showed in this layer. An expert that saw fewer than `least` tokens is cut by its weights
+    alone or stays whole, as `policy` says; `decomposition.json` tells it for each.
+    """
+    from moeflow.methods import factoring
+
+    seen = inputs[1:] if decided else inputs
+    ranks: dict[str, Any] = read_ranks(inputs[0])[str(layer)] if decided else uniform
+    report = factoring.rewrite(
+        context, read_config(config), given, seen, context.out / "layer.safetensors",
+        layer=layer, ranks=ranks, svd=svd, least=least, policy=policy, weighted=weighted, shrink=shrink, force=force, dtype=dtype,
+    )  # fmt: skip
+    lines = ",\n".join(f"  {json.dumps(e)}" for e in report)
+    text = f'{{\n "layer": {layer},\n "svd": {json.dumps(svd)},\n "experts": [\n{lines}\n ]\n}}\n'
+    (context.out / DECOMPOSITION).write_text(text)

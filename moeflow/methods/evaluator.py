@@ -1,0 +1,141 @@
+"""One layer's subsets weighed on what calibration saw in it, by whichever search: the tensor side of `candidates` and `importance`.
+
+Shapes are suffixes: T tokens, D model width, E experts, S subsets.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moeflow.arch import Config
+from moeflow.methods import genetic, swap
+from moeflow.methods.criteria import SCORES, best_by_score
+from moeflow.methods.errors import mask_of
+from moeflow.methods.found import enumerate_all
+from moeflow.methods.gram import Weighed, room
+from moeflow.methods.subsets import ENUMERATE, Subset, without
+from moeflow.methods.weigh import add_stats, routed_tokens, sample_of
+from moeflow.model.checkpoint import Tensors, read_moe
+from moeflow.model.layout import Files
+from moeflow.model.moe import MoELayer
+from moeflow.model.spec import precision
+from moeflow.step import Context
+
+STATE = "state.json"
+
+METHODS: dict[str, Callable[..., list[tuple[Subset, float]]]] = {
+    ENUMERATE: enumerate_all,
+    "genetic": genetic.search,
+    "swap": swap.search,
+}
+"""Every search over the subsets of one layer, by name."""
+
+
+@torch.inference_mode()
+def search_counts(
+    context: Context, config: Config, layer_file: Files, shards: Sequence[Files], originals: Sequence[Files],
+    *, layer: int, counts: Sequence[int], method: str, best: int, options: dict[str, Any], protected: Sequence[int],
+    seed: int, dtype: str,
+) -> dict[str, Any]:  # fmt: skip
+    """The best sets for every count with their losses, absolute and as a part of the output, and those of the baselines."""
+    moe = _layer(config, layer_file, layer, dtype)
+    weighed, stats = _weighed(context, moe, shards, originals, dtype=moe.router_ED.dtype)
+    groups, experts = moe.router.groups, moe.num_experts
+    norm = float(weighed.norm) ** 0.5
+    done = _Progress(context, list(counts))
+    found: dict[str, Any] = {}
+    for keep in counts:
+        if str(keep) in done.found:
+            found[str(keep)] = done.found[str(keep)]
+            continue
+        baselines = {n: tuple(best_by_score(score(moe, stats, seed + layer), keep, groups)) for n, score in SCORES.items()}
+        more: dict[str, Any] = dict(options)
+        if method != ENUMERATE:
+            more |= {"seed": seed, "layer": layer}
+        if method == "genetic":
+            more |= {"save": done.between, "resume": done.state}
+        if method == "swap" and not protected:
+            more |= {"given": [s for n, s in baselines.items() if n != "random"]}
+        sets = METHODS[method](weighed, experts, keep, groups=groups, protected=protected, best=best, **more)
+        losses = weighed(mask_of(list(baselines.values()), experts, weighed.norm.device)).tolist()
+        found[str(keep)] = {
+            "best": [_entry(s, loss, norm) for s, loss in sets],
+            "baselines": {n: _entry(s, loss, norm) for (n, s), loss in zip(baselines.items(), losses, strict=True)},
+        }
+        done.finished(found)
+    return {"layer": layer, "experts": experts, "method": method, "tokens": weighed.tokens, "norm": norm, "counts": found}
+
+
+@torch.inference_mode()
+def without_each(
+    context: Context, config: Config, layer_file: Files, shards: Sequence[Files], *, layer: int, dtype: str
+) -> tuple[list[float], list[int]]:
+    """For each expert, the change of the layer's output without it, as a part of that output, and the recorded tokens it got."""
+    moe = _layer(config, layer_file, layer, dtype)
+    tokens = routed_tokens(moe, shards)
+    if not moe.router.can_spare(moe.num_experts):
+        return [0.0] * moe.num_experts, tokens
+    weighed, _ = _weighed(context, moe, shards, (), dtype=moe.router_ED.dtype, drop_at_most=1)
+    mask_EE = mask_of([without(moe.num_experts, [e]) for e in range(moe.num_experts)], moe.num_experts, weighed.norm.device)
+    norm = float(weighed.norm) ** 0.5
+    return [float(loss) / norm if norm else 0.0 for loss in weighed(mask_EE)], tokens
+
+
+class _Progress:
+    """What a search has found so far, kept so that an interrupted one goes on from there."""
+
+    def __init__(self, context: Context, counts: list[int]) -> None:
+        self.context, self.counts = context, counts
+        folder = context.resume()
+        kept = json.loads((folder / STATE).read_text()) if folder else {"found": {}, "state": None}
+        self.found, self.state = kept["found"], kept["state"]
+
+    def between(self, state: dict[str, Any]) -> None:
+        """Keep the state of the count that is being searched, now and then: a generation is cheap."""
+        self.context.progress(state["generation"] + 1, 0, "generations")
+        if state["generation"] % 10 == 9:
+            self._save(state)
+
+    def finished(self, found: dict[str, Any]) -> None:
+        self.found, self.state = found, None
+        self.context.progress(len(found), len(self.counts), "counts")
+        self._save(None)
+
+    def _save(self, state: dict[str, Any] | None) -> None:
+        folder = self.context.scratch / "state"
+        folder.mkdir(exist_ok=True)
+        (folder / STATE).write_text(json.dumps({"found": self.found, "state": state}))
+        self.context.save(folder)
+
+
+def _layer(config: Config, layer_file: Files, layer: int, dtype: str) -> MoELayer:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return read_moe(Tensors(layer_file), config, layer).to(device=device, dtype=getattr(torch, precision(config, dtype)))
+
+
+def _weighed(
+    context: Context, moe: MoELayer, shards: Sequence[Files], originals: Sequence[Files],
+    *, dtype: torch.dtype, drop_at_most: int | None = None,
+) -> tuple[Weighed, dict[str, Tensor]]:  # fmt: skip
+    """The layer prepared on an equal part of each shard's tokens, as far as there is room, and the shards' summed statistics."""
+    seen, device = [Tensors(s) for s in shards], moe.router_ED.device
+    most = moe.num_experts - moe.router.top_k if drop_at_most is None else drop_at_most
+    each = room(moe, most, targeted=bool(originals)) // len(seen)
+
+    def inputs(files: Sequence[Tensors]) -> Any:
+        for tensors in files:
+            yield sample_of(tensors)[:each].to(device=device, dtype=dtype)
+
+    goals = None if not originals else (moe(x_TD) for x_TD in inputs([Tensors(o) for o in originals]))
+    weighed = Weighed.of(moe, inputs(seen), goals, drop_at_most=most)
+    left = sum(max(0, int(s["sample"]) - each) for s in seen)
+    if left:
+        context.note(f"weighed on {weighed.tokens:,} tokens: there was no room for {left:,} more")
+    return weighed, add_stats(seen)
+
+
+def _entry(subset: Subset, loss: float, norm: float) -> dict[str, Any]:
+    return {"keep": list(subset), "loss": loss, "of_output": loss / norm if norm else 0.0}

@@ -1,0 +1,201 @@
+"""Tokens whose router takes the first k allowed experts in an order that no subset changes: any subset of experts at once.
+
+Softmax and sigmoid routers without groups. Shapes are suffixes: T tokens (t of them at once), D model width, E experts, S subsets,
+k experts a token, V the vectors of a token: the outputs of the first experts in its order, and the target where there is one;
+C kept and P dropped experts, and one more for "none" (N); M pairs of a token and an expert that may enter, q = k + 1.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from moeflow.model.moe import MoELayer
+
+ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 25}
+"""How large an intermediate tensor may grow: what a core's cache holds, or what keeps a GPU busy."""
+
+STEEPEST = 80.0
+"""Between a token's first and last vector the logits may differ by this: the exponential in fp32 is still a normal number."""
+
+SMALLEST = 1e-37
+"""Below this a sum of weights counts as this: sigmoids that are all zero in fp32 make no weights that are no numbers."""
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """The Gram matrix of each token's first experts, in the order in which its router prefers them.
+
+    With `value` v of the chosen experts, an expert's weight is `scale` * v / (sum of v over `over`), and the layer's error is the
+    combination of the vectors by these weights less `base`.
+    """
+
+    top_k: int
+    scale: float
+    over: str  # "chosen", "allowed" or "nothing"
+    depth: int  # how many of the V are experts
+    order_TV: Tensor  # the expert's number; E for the target
+    value_TV: Tensor
+    base_TV: Tensor
+    gram_TVV: Tensor
+    value_TE: Tensor  # of all experts, by number; without columns unless `over` is "allowed"
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in (self.order_TV, self.value_TV, self.base_TV, self.gram_TVV, self.value_TE))
+
+    def squared_errors(self, mask_SE: Tensor) -> Tensor:
+        """The summed squared error of every subset, fp64 [S]."""
+        subsets, vectors = len(mask_SE), self.order_TV.shape[1]
+        # one row more, never allowed: the target's
+        mask_ES = torch.cat([mask_SE.mT, mask_SE.new_zeros(1, subsets)]).float()
+        before_VV = mask_ES.new_ones(vectors, vectors).tril()
+        error_S = torch.zeros(subsets, dtype=torch.float64, device=mask_SE.device)
+        step = self._step(vectors * subsets)
+        for at in range(0, len(self.order_TV), step):
+            rows = slice(at, at + step)
+            order_tV = self.order_TV[rows]
+            c_tVS = mask_ES.index_select(0, order_tV.flatten()).view(*order_tV.shape, subsets)
+            rank_tVS = torch.bmm(before_VV.expand(len(order_tV), -1, -1), c_tVS)
+            c_tVS.masked_fill_(rank_tVS > self.top_k, 0.0).mul_(self.value_TV[rows, :, None])
+            if self.over == "chosen":
+                c_tVS.mul_(self.scale / c_tVS.sum(1, keepdim=True).clamp(min=SMALLEST))
+            elif self.over == "allowed":
+                c_tVS.mul_(self.scale / (self.value_TE[rows] @ mask_ES[:-1])[:, None])
+            else:
+                c_tVS.mul_(self.scale)
+            c_tVS.sub_(self.base_TV[rows, :, None])
+            error_S += torch.bmm(self.gram_TVV[rows], c_tVS).mul_(c_tVS).sum(1).double().sum(0)
+        return error_S
+
+    def neighbours(self, mask_E: Tensor, *, exchanges: bool = True) -> Tensor:
+        """The summed squared errors of all subsets one exchange (where asked for) or one removal away, fp64 [E, E + 1].
+
+        Row a, column b: kept a is dropped, dropped b comes back; last column: a is dropped, none comes back. Other entries are 0.
+
+        A token's choice q_1..q_k changes in few ways: q_i leaves, and what enters is the first allowed expert behind q_k, or a
+        dropped one that the router prefers to that. Few tokens have more than a few such, so that all exchanges together cost about
+        as much as evaluating a few subsets.
+        """
+        experts = len(mask_E)
+        kept_C, dropped_P = mask_E.nonzero()[:, 0], (~mask_E & exchanges).nonzero()[:, 0]
+        place_E = torch.empty_like(mask_E, dtype=torch.int64)
+        place_E[kept_C] = torch.arange(len(kept_C), device=mask_E.device)
+        place_E[dropped_P] = torch.arange(len(dropped_P), device=mask_E.device)
+        error_CN = torch.zeros(len(kept_C), len(dropped_P) + 1, dtype=torch.float64, device=mask_E.device)
+        step = self._step(error_CN.numel())
+        for at in range(0, len(self.order_TV), step):
+            error_CN += self._neighbours(slice(at, at + step), mask_E, kept_C, dropped_P, place_E)
+        error_EN = torch.zeros(experts, experts + 1, dtype=torch.float64, device=mask_E.device)
+        columns_N = torch.cat([dropped_P, dropped_P.new_tensor([experts])])
+        error_EN[kept_C[:, None], columns_N] = error_CN
+        return error_EN
+
+    def _neighbours(self, rows: slice, mask_E: Tensor, kept_C: Tensor, dropped_P: Tensor, place_E: Tensor) -> Tensor:
+        k, order_tV = self.top_k, self.order_TV[rows, : self.depth]
+        base_tV = torch.bmm(self.gram_TVV[rows], self.base_TV[rows, :, None])[..., 0].double()
+        rest = (self.base_TV[rows] * base_tV).sum()
+        allowed_tV = mask_E[order_tV]
+        rank_tV = allowed_tV.cumsum(1)
+        slot_tk = (allowed_tV & (rank_tV <= k)).nonzero()[:, 1].view(-1, k)
+        next_tV = allowed_tV & (rank_tV == k + 1)
+        may_tV = next_tV | (~allowed_tV & (rank_tV <= k)) if len(dropped_P) else next_tV
+        token_M, enter_M = may_tV.nonzero().unbind(1)
+
+        # as it is, and for each that may enter with each of the chosen leaving in turn
+        token_t = torch.arange(len(slot_tk), device=mask_E.device)
+        square_t1, cross_t1 = self._forms(rows, token_t, slot_tk, base_tV, torch.ones(1, k, device=mask_E.device))
+        seat_Mq = torch.cat([slot_tk[token_M], enter_M[:, None]], 1)
+        square_Mk, cross_Mk = self._forms(rows, token_M, seat_Mq, base_tV, 1 - torch.eye(k, k + 1, device=mask_E.device))
+
+        row_Mk, column_M1 = place_E[order_tV.gather(1, slot_tk)][token_M], place_E[order_tV[token_M, enter_M]][:, None]
+        next_M, ahead_M = next_tV[token_M, enter_M], rank_tV[token_M, enter_M] < k
+
+        def table(old_t1: Tensor, new_Mk: Tensor) -> Tensor:
+            """What the choice becomes with every exchange, [t, C, N]."""
+            table_tCN = old_t1[..., None].expand(-1, len(kept_C), len(dropped_P) + 1).clone()
+            # a chosen one leaves: the next enters, whatever comes back
+            table_tCN[token_M[next_M, None], row_Mk[next_M]] = new_Mk[next_M][..., None]
+            # one that was not chosen leaves: what comes back pushes out the last
+            table_tCN[token_M[ahead_M], :, column_M1[ahead_M, 0]] = new_Mk[ahead_M, -1, None]
+            table_tCN[token_M[~next_M, None], row_Mk[~next_M], column_M1[~next_M]] = new_Mk[~next_M]
+            return table_tCN
+
+        if self.over != "allowed":
+            old_t1, new_Mk = square_t1 - 2 * cross_t1, square_Mk - 2 * cross_Mk
+            # as a change, so that fp32 is enough and what is unchanged is exactly so
+            change_tCN = table(torch.zeros_like(old_t1, dtype=torch.float32), (new_Mk - old_t1[token_M]).float())
+            return change_tCN.sum(0).double() + old_t1.sum() + rest
+        value_tC = self.value_TE[rows][:, kept_C].double()
+        come_tN = pad(self.value_TE[rows][:, dropped_P].double(), (0, 1))
+        # summed without the one that leaves, not subtracted: it may be nearly all
+        before_tC, behind_tC = (pad(t.cumsum(1)[:, :-1], (1, 0)) for t in (value_tC, value_tC.flip(1)))
+        over_tCN = (before_tC + behind_tC.flip(1))[..., None] + come_tN[:, None]
+        return ((table(square_t1, square_Mk) / over_tCN - 2 * table(cross_t1, cross_Mk)) / over_tCN).sum(0) + rest
+
+    def _forms(self, rows: slice, token_M: Tensor, seat_Mq: Tensor, base_tV: Tensor, stay_kq: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the experts in these seats the square of their weighted sum, and its product with the base, both fp64 [M, k].
+
+        Each of the k times those that `stay` share the weight. Weights over all allowed experts are left undivided.
+        """
+        gram_Mqq = self.gram_TVV[rows][token_M[:, None, None], seat_Mq[:, :, None], seat_Mq[:, None]].double()
+        weight_Mkq = self.value_TV[rows][token_M[:, None], seat_Mq].double()[:, None] * stay_kq
+        if self.over == "chosen":
+            weight_Mkq = weight_Mkq / weight_Mkq.sum(2, keepdim=True).clamp(min=SMALLEST)
+        weight_Mkq = weight_Mkq * self.scale
+        cross_Mk = (weight_Mkq * base_tV[token_M[:, None], seat_Mq][:, None]).sum(2)
+        return (torch.bmm(weight_Mkq, gram_Mqq) * weight_Mkq).sum(2), cross_Mk
+
+    def _step(self, each: int) -> int:
+        return max(1, ELEMENTS[self.order_TV.device.type] // each)
+
+
+def ranked(
+    moe: MoELayer, x_TD: Tensor, logits_TE: Tensor, goal_TD: Tensor | None, drop_at_most: int
+) -> tuple[Ranked, Tensor] | None:
+    """These tokens as `Ranked`, and the square of the layer's own output (fp64), or None where exponentials would not be numbers.
+
+    `goal_TD`: what the routed experts should give; the full layer's own routed output where it is None. Each expert runs on the
+    tokens only that may come to it when `drop_at_most` experts are missing.
+    """
+    router, experts = moe.router, moe.num_experts
+    k, depth = router.top_k, min(experts, router.top_k + drop_at_most)
+    if router.arch.score == "sigmoid":
+        value_TE = logits_TE.float().sigmoid()
+        choice_TE = value_TE if router.bias_E is None else value_TE + router.bias_E
+        over = "chosen" if router.normalize else "nothing"
+    else:
+        value_TE, choice_TE = (logits_TE.float() - logits_TE.float().amax(1, keepdim=True)).exp(), logits_TE.float()
+        over = "chosen" if router.normalize else "allowed"
+    # an order that ties do not leave to chance
+    sorted_TV, order_TV = (t[:, :depth] for t in choice_TE.sort(dim=1, descending=True, stable=True))
+    if router.arch.score != "sigmoid" and len(sorted_TV) and float((sorted_TV[:, 0] - sorted_TV[:, -1]).max()) > STEEPEST:
+        return None
+    value_TV = value_TE.gather(1, order_TV)
+    out_TVD = x_TD.new_empty(len(x_TD), depth, x_TD.shape[1])
+    for e, expert in enumerate(moe.experts):
+        token, slot = torch.where(order_TV == e)
+        if len(token):
+            out_TVD[token, slot] = expert(x_TD[token])
+    vectors_TVD = out_TVD.double()
+    weight_Tk = value_TV[:, :k].double() * router.scale
+    if over == "chosen":
+        weight_Tk /= value_TV[:, :k].double().sum(1, keepdim=True).clamp(min=SMALLEST)
+    elif over == "allowed":
+        weight_Tk /= value_TE.double().sum(1, keepdim=True)
+    if goal_TD is None:
+        base_TV = torch.zeros_like(value_TV)
+        base_TV[:, :k] = weight_Tk.float()
+        norm = torch.bmm(weight_Tk[:, None], vectors_TVD[:, :k]).square().sum()
+    else:
+        vectors_TVD = torch.cat([vectors_TVD, goal_TD.double()[:, None]], 1)
+        order_TV = torch.cat([order_TV, torch.full_like(order_TV[:, :1], experts)], 1)
+        value_TV = torch.cat([value_TV, torch.zeros_like(value_TV[:, :1])], 1)
+        base_TV = torch.zeros_like(value_TV)
+        base_TV[:, -1] = 1
+        norm = goal_TD.double().square().sum()
+    gram_TVV = torch.bmm(vectors_TVD, vectors_TVD.mT).float()
+    value_TE = value_TE if over == "allowed" else value_TE[:, :0].clone()
+    piece = Ranked(k, router.scale, over, depth, order_TV, value_TV.contiguous(), base_TV, gram_TVV, value_TE)
+    return piece, norm

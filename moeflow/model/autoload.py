@@ -1,0 +1,70 @@
+"""Makes transformers know compressed checkpoints after `import moeflow`, which itself must import neither torch nor transformers.
+
+Two delays. A finder waits for the module with transformers' `AutoConfig`, and takes itself away when that is imported. What is
+registered then is a stand-in for each family's configuration, because that module may well be imported in the middle of
+transformers' own modules; the first one that is asked for a configuration imports `moeflow.model.compressed`, which registers the
+real classes.
+"""
+
+import importlib.util
+import sys
+from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+from moeflow.arch import COMPRESSED, FAMILIES
+
+AUTO = "transformers.models.auto.configuration_auto"
+
+
+def register() -> None:
+    """Register now where transformers is imported already, otherwise as soon as it is."""
+    if AUTO in sys.modules:
+        _register(sys.modules[AUTO])
+    elif not any(isinstance(finder, _Waiting) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Waiting())
+
+
+class _Waiting(MetaPathFinder):
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name != AUTO:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            run = spec.loader.exec_module
+
+            def run_and_register(module: ModuleType) -> None:
+                run(module)
+                _register(module)
+
+            spec.loader.exec_module = run_and_register  # type: ignore[method-assign]
+        return spec
+
+
+def _register(auto: ModuleType) -> None:
+    for arch in FAMILIES:
+        name = COMPRESSED + arch.model_type
+        if name not in auto.CONFIG_MAPPING:
+            auto.AutoConfig.register(name, type("StandIn", (_StandIn, auto.PreTrainedConfig), {"model_type": name}))
+
+
+class _StandIn:
+    """Instead of its own instances, makes those of the real class."""
+
+    model_type: str
+
+    def __new__(cls, *args: Any, **fields: Any) -> Any:
+        return cls._real()(*args, **fields)
+
+    @classmethod
+    def from_dict(cls, *args: Any, **fields: Any) -> Any:
+        return cls._real().from_dict(*args, **fields)
+
+    @classmethod
+    def _real(cls) -> Any:
+        from moeflow.model.compressed import CONFIGS
+
+        return CONFIGS[cls.model_type]

@@ -1,0 +1,267 @@
+"""What transformers loads when a checkpoint is no longer its family's standard: layers that differ, low-rank experts, or both.
+
+For every family a configuration class (`moeflow_layers` says each layer's format) and a causal language model, whose MoE blocks are
+the family's own for as many experts as each layer has, and whose fused experts are `LowRankExperts` where a layer has low-rank
+ones. They are registered with transformers by importing this module, which `import moeflow` sees to (`autoload`). Names on disk
+are the family's, with two factors in the place of a low-rank matrix. Nothing is left at random: what is on disk is compared with
+what the configuration asks for before anything is loaded.
+"""
+
+import copy
+import functools
+import importlib
+import inspect
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.utils import cached_file
+
+from moeflow.arch import COMPRESSED, FAMILIES, LAYERS, Arch, arch_of
+from moeflow.arch.spec import EXPERT_COUNT_KEYS
+from moeflow.model.factors import STACKS, Stack, expert_shapes
+from moeflow.model.formats import CLASSES, Format, layer_formats
+from moeflow.model.layout import Folder, read_header
+from moeflow.model.lowrank_experts import low_rank
+
+HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+"""What `from_pretrained` may be told of where a checkpoint is to be had."""
+
+SPLIT = ("tp_plan", "tp_size", "distributed_config", "device_mesh")
+"""What makes `from_pretrained` split experts between devices by plans that are written for the families' own modules."""
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+class Compressed:
+    """What a family's causal language model is mixed with: blocks of different sizes, and loading that leaves nothing open."""
+
+    _can_compile_fullgraph = False  # rows are counted per expert
+
+    def __init__(self, config: Any, *args: Any, **fields: Any) -> None:
+        super().__init__(config, *args, **fields)  # type: ignore[call-arg]
+        arch = arch_of(config.to_dict())
+        for layer, format in zip(self.model.layers, layer_formats(config.to_dict()), strict=True):  # type: ignore[attr-defined]
+            if format is not None:
+                layer.set_submodule(arch.block, _block(layer.get_submodule(arch.block), config, format))
+        self.post_init()  # type: ignore[attr-defined]
+
+    @classmethod
+    def from_pretrained(cls, name: Any, *args: Any, config: Any = None, **options: Any) -> Any:
+        """As in transformers; raises ValueError for any tensor that is missing, left over or of another shape than asked for."""
+        if split := [k for k in SPLIT if options.get(k) is not None]:
+            raise ValueError(f"{split[0]}= splits a family's own experts, and knows none of another form; load without it")
+        hub = {k: v for k, v in options.items() if k in HUB}
+        asked = config
+        if not isinstance(config, PreTrainedConfig):
+            asked = cls.config_class.from_pretrained(config or name, **hub)  # type: ignore[attr-defined]
+        given = options.get("state_dict")
+        held = _shapes_of(_files(name, options.get("variant"), hub)) if given is None else {n: t.shape for n, t in given.items()}
+        _compare(cls, asked, held, str(name))
+        wanted = options.pop("output_loading_info", False)
+        model, info = super().from_pretrained(name, *args, config=config, output_loading_info=True, **options)  # type: ignore[misc]
+        if left := sorted(str(k) for what in ("missing_keys", "unexpected_keys", "mismatched_keys") for k in info[what]):
+            raise ValueError(f"{name} was not loaded whole: {_some(left)}; its tensors and its config.json do not fit each other")
+        return (model, info) if wanted else model
+
+
+def _block(standard: Any, config: Any, format: Format) -> nn.Module:
+    own = copy.copy(config)
+    for key in EXPERT_COUNT_KEYS:
+        if getattr(config, key, None) is not None:
+            setattr(own, key, format.experts)
+    block = type(standard)(own)
+    block.experts = low_rank(block.experts, format)
+    if not format.low_rank:
+        block.experts.config = config  # where it looks up the implementation, which may be set for the whole model later
+    return block
+
+
+class _Load(ConversionOps):
+    """One stack of fused experts, from its pieces on disk."""
+
+    def __init__(self, arch: Arch, stack: Stack) -> None:
+        self.arch, self.stack = arch, stack
+
+    @torch.no_grad()
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **_: Any
+    ) -> dict[str, Any]:
+        return {target_patterns[0]: self.stack.stacked([input_dict.pop(p) for p in source_patterns])}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return _Save(self.arch, self.stack)
+
+
+class _Save(_Load):
+    """The pieces on disk of one stack of fused experts, without the padding."""
+
+    @torch.no_grad()
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], full_layer_name: str = "",
+        config: Any = None, **_: Any,
+    ) -> dict[str, Any]:  # fmt: skip
+        (stack_EMN,) = next(iter(input_dict.values()))
+        layer = int(re.search(r"layers\.(\d+)\.", full_layer_name)[1])  # type: ignore[index]
+        format = layer_formats(config.to_dict())[layer]
+        return {
+            self.stack.on_disk(self.arch, layer, matrix, expert): piece_MN.contiguous()
+            for matrix, expert, piece_MN in self.stack.pieces(stack_EMN, format)  # type: ignore[arg-type]
+        }
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return _Load(self.arch, self.stack)
+
+
+def _conversions(arch: Arch) -> list[Any]:
+    """How a compressed checkpoint's names become those in memory: the family's renamings, and one converter for every stack."""
+    renamings = [t for t in get_checkpoint_conversion_mapping(arch.model_type) or [] if isinstance(t, WeightRenaming)]
+    converters = []
+    here = f"{arch.block}.experts"  # spelled out, or shared experts would match
+    for stack in STACKS:
+        names = [stack.on_disk(arch, 0, matrix, "*").partition(".experts.")[2] for matrix in stack.matrices]
+        converters.append(WeightConverter([f"{here}.{n}" for n in names], f"{here}.{stack.name}", [_Load(arch, stack)]))
+    return [*renamings, *converters]
+
+
+def _compare(model_class: Any, config: Any, held: Mapping[str, Sequence[int]], where: str) -> None:
+    """Raise ValueError where the tensors that a checkpoint holds are not those that its configuration asks for."""
+    asked, optional, ignored = _asked(model_class, config)
+    if missing := sorted(set(asked) - set(held) - optional):
+        raise ValueError(f"{where} has no tensor {_some(missing)}, which its config.json asks for; the checkpoint is incomplete")
+    if extra := sorted(n for n in set(held) - set(asked) if not any(re.search(p, n) for p in ignored)):
+        raise ValueError(f"{where} has {_some(extra)}, which its config.json leaves no place for; correct one of them")
+    for name, shape in asked.items():
+        if name in held and tuple(held[name]) != tuple(shape):
+            raise ValueError(f"{name} has shape {tuple(held[name])} where config.json asks for {tuple(shape)}; correct one of them")
+
+
+def _asked(model_class: Any, config: Any) -> tuple[Shapes, set[str], Iterable[str]]:
+    """The tensors on disk of a model of this configuration, those of them that may be absent, and patterns that are ignored."""
+    plain = config.to_dict()
+    arch = arch_of(plain)
+    with torch.device("meta"):
+        model = model_class(copy.deepcopy(config))
+    asked: Shapes = {}
+    for name, tensor in model.state_dict().items():
+        if f".{arch.block}.experts." not in name:
+            asked[_on_disk(arch, name)] = tuple(tensor.shape)
+    for layer, format in enumerate(layer_formats(plain)):
+        if format is not None:
+            experts = model.model.layers[layer].get_submodule(arch.block).experts
+            asked |= expert_shapes(arch, format, layer, experts.hidden_dim, experts.intermediate_dim)
+    return asked, set(model.all_tied_weights_keys), model._keys_to_ignore_on_load_unexpected
+
+
+def _on_disk(arch: Arch, name: str) -> str:
+    """The name on disk of what is no fused expert."""
+    if found := re.match(r"(model\.layers\.\d+\.)(.*)", name):
+        for disk, memory in arch.memory:
+            if found[2].startswith(memory):
+                return found[1] + disk + found[2].removeprefix(memory)
+    return name
+
+
+def _files(name: Any, variant: str | None, hub: Mapping[str, Any]) -> list[Path]:
+    """A checkpoint's safetensors files, in a folder or from the hub."""
+
+    def find(file: str) -> Path | None:
+        found = cached_file(name, file, _raise_exceptions_for_missing_entries=False, **hub)
+        return None if found is None else Path(found)
+
+    dotted = f".{variant}" if variant else ""
+    if single := find(f"model{dotted}.safetensors"):
+        return [single]
+    index = find(f"model.safetensors.index{dotted}.json")
+    if index is None:
+        raise ValueError(f"{name} has no model{dotted}.safetensors; a compressed checkpoint is kept in that format only")
+    parts = {n: find(n) for n in sorted(set(json.loads(index.read_text())["weight_map"].values()))}
+    if absent := [n for n, path in parts.items() if path is None]:
+        raise ValueError(f"{name} has no {_some(absent)}, which its index names; the checkpoint is incomplete")
+    return [path for path in parts.values() if path is not None]
+
+
+def _shapes_of(files: Iterable[Path]) -> Shapes:
+    found: Shapes = {}
+    for path in files:
+        read = functools.partial(Folder(path.parent).read, path.name)
+        found |= {n: t.shape for n, t in read_header(path.name, path.stat().st_size, read).items()}
+    return found
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def _balancing(family: Any) -> Callable[..., Any]:
+    """The family's forward, with its load-balancing loss taken of every layer by itself where layers differ in their number
+    of experts (its own adds up counts over layers, expert by expert), and averaged (Switch Transformer, arXiv 2101.03961, 2.2).
+    """
+    loss_of: Any = getattr(importlib.import_module(family.__module__), "load_balancing_loss_func", None)
+    signature = inspect.signature(family.forward)
+
+    @functools.wraps(family.forward)
+    def forward(self: Any, *args: Any, **fields: Any) -> Any:
+        given = signature.bind(self, *args, **fields).arguments
+        asked = given.get("output_router_logits")
+        asked = self.config.output_router_logits if asked is None else asked
+        if not asked:
+            return family.forward(self, *args, **fields)
+        config = self.config.to_dict()
+        arch, counts = arch_of(config), [f.experts for f in layer_formats(config) if f is not None]
+        if len(set(counts)) == 1:
+            return family.forward(self, *args, **fields)
+        routers = [m for n, m in self.named_modules() if n.endswith(f".{arch.block}.{arch.block_router}")]
+        logits: list[Tensor] = []
+        hooks = [r.register_forward_hook(lambda _, __, out: logits.append(out[0])) for r in routers]
+        try:
+            rest = {k: v for k, v in given.items() if k not in ("self", "kwargs")} | given.get("kwargs", {})
+            out = family.forward(self, **(rest | {"output_router_logits": False, "return_dict": True}))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        mask, top_k = given.get("attention_mask"), self.num_experts_per_tok
+        each = [loss_of((layer,), n, top_k, mask).to(out.logits.device) for layer, n in zip(logits, counts, strict=True)]
+        out.aux_loss, out.router_logits = torch.stack(each).mean(), tuple(logits)
+        if out.loss is not None:
+            out.loss = out.loss + self.router_aux_loss_coef * out.aux_loss.to(out.loss.device)
+        return out if fields.get("return_dict", self.config.return_dict) else out.to_tuple()
+
+    return forward if loss_of is not None else family.forward
+
+
+def _register(arch: Arch) -> tuple[Any, Any]:
+    family_config: Any = CONFIG_MAPPING[arch.model_type]
+    family: Any = MODEL_FOR_CAUSAL_LM_MAPPING[family_config]
+    here = {"__module__": __name__}
+    config = type(
+        CLASSES + family_config.__name__,
+        (family_config,),
+        here | {"model_type": COMPRESSED + arch.model_type, LAYERS: None, "__annotations__": {LAYERS: list[dict[str, Any]] | None}},
+    )
+    model = type(CLASSES + family.__name__, (Compressed, family), here | {"config_class": config, "forward": _balancing(family)})
+    AutoConfig.register(COMPRESSED + arch.model_type, config, exist_ok=True)
+    AutoModelForCausalLM.register(config, model)
+    register_checkpoint_conversion_mapping(COMPRESSED + arch.model_type, _conversions(arch))
+    return config, model
+
+
+CONFIGS: dict[str, Any] = {}
+"""By `model_type`: MoeflowMixtralConfig and its kin."""
+MODELS: dict[str, Any] = {}
+"""By `model_type`: MoeflowMixtralForCausalLM and its kin."""
+for _arch in FAMILIES:
+    _config, _model = _register(_arch)
+    CONFIGS[_config.model_type], MODELS[_config.model_type] = _config, _model
+    globals().update({_config.__name__: _config, _model.__name__: _model})  # where pickle looks for them

@@ -1,0 +1,80 @@
+"""A pulled checkpoint with its low-rank matrices multiplied out, for engines that have no kernel for them.
+
+    python -m moeflow.model.dense FOLDER
+
+`moeflow pull --dense` runs it in a process of its own, since the command line does not load torch. It prints one line of JSON.
+"""
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from moeflow.arch import MATRICES, arch_of
+from moeflow.model.checkpoint import Tensors, save
+from moeflow.model.factors import dense_layer
+from moeflow.model.formats import Format, config_of, family_config, format_of
+from moeflow.model.layout import Folder, TensorInfo, headers, read_config
+
+INDEX = "model.safetensors.index.json"
+OUT, IN = ".factor_out", ".factor_in"
+
+
+def multiply_out(folder: Path) -> dict[str, Any]:
+    """Rewrite the checkpoint in `folder`, file by file; say how many matrices were multiplied and the bytes before and after.
+
+    Where all layers have the same number of experts the result is the family's own standard format. One file's tensors are in
+    memory at a time. Raises ValueError where two factors of a matrix lie in different files, OSError where the disk has no room.
+    """
+    config = read_config(Folder(folder))
+    arch, tensors = arch_of(config), headers(Folder(folder))
+    shapes = {n: t.shape for n, t in tensors.items()}
+    formats = {i: format_of(shapes, config, i) for i in arch.moe_layers(config)}
+    before = sum(t.nbytes for t in tensors.values())
+    cut = {i: sum(r > 0 for m in MATRICES for r in f.ranks(m)) for i, f in formats.items() if f.low_rank}
+    files = sorted({t.file for n, t in tensors.items() if any(n.startswith(arch.prefix(i)) for i in cut)})
+    check_room(folder, files, tensors)
+    weight_map = {n: t.file for n, t in tensors.items()}
+    for file in files:
+        held: Mapping[str, Tensor] = dict(Tensors(folder / file))
+        for layer in (i for i in cut if any(n.startswith(arch.prefix(i)) for n in held)):
+            held = dense_layer(held, config, layer)
+        weight_map = {n: f for n, f in weight_map.items() if f != file} | dict.fromkeys(held, file)
+        save(held, folder / f"{file}.new")
+        os.replace(folder / f"{file}.new", folder / file)
+    after = sum(t.nbytes for t in headers(Folder(folder)).values())
+    plain = [Format(formats[i].experts) if i in formats else None for i in range(arch.num_layers(config))]
+    write(folder / "config.json", config_of(family_config(config), plain))
+    if (folder / INDEX).exists():
+        write(folder / INDEX, {"metadata": {"total_size": after}, "weight_map": dict(sorted(weight_map.items()))})
+    return {"matrices": sum(cut.values()), "before": before, "after": after}
+
+
+def check_room(folder: Path, files: list[str], tensors: Mapping[str, TensorInfo]) -> None:
+    """Raise OSError where the disk has no room for one more of these files, at the size that it will have."""
+    size = dict.fromkeys(files, 0)
+    for name, info in tensors.items():
+        if info.file in size:
+            size[info.file] += info.nbytes
+            if name.endswith(OUT):
+                columns = tensors[name.removesuffix(OUT) + IN].shape[1]
+                size[info.file] += info.nbytes // info.shape[1] * columns
+    free = shutil.disk_usage(folder).free
+    if (need := max(size.values(), default=0)) > free:
+        raise OSError(f"multiplying out needs {need:,} bytes of disk in {folder}, and {free:,} are free")
+
+
+def write(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    try:
+        print(json.dumps(multiply_out(Path(sys.argv[1]))))
+    except (ValueError, OSError) as error:
+        sys.exit(str(error))

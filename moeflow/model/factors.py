@@ -1,0 +1,144 @@
+"""The matrices of a layer's experts between disk and memory: two factors each on disk, padded stacks in memory, or multiplied out.
+
+Shapes are suffixes: E experts, M rows, N columns, R rank, D model width, F expert width. Knows neither files nor transformers.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from moeflow.arch import MATRICES, Arch, Config, arch_of
+from moeflow.model.formats import Format, format_of
+from moeflow.model.moe import LowRank
+
+RANK_MULTIPLE = 16
+"""Ranks are padded in memory to a multiple of this: what tensor cores and vector units like, and at least what they demand."""
+
+
+@dataclass(frozen=True)
+class Stack:
+    """One parameter of the fused experts, [E, M, N]: of those experts whose matrices are whole, or of the others one factor.
+
+    The pieces of one expert stand below each other, each padded with zeros to as many rows and columns as the largest.
+    """
+
+    name: str
+    matrices: tuple[str, ...]
+    kind: Literal["whole", "in", "out"]
+
+    def experts(self, format: Format) -> list[int]:
+        """The experts that stand in it, ascending."""
+        return [e for e, rank in enumerate(format.ranks(self.matrices[0])) if (rank == 0) == (self.kind == "whole")]
+
+    def on_disk(self, arch: Arch, layer: int, matrix: str, expert: int | str) -> str:
+        """The name of one piece."""
+        name = arch.expert(layer, expert)[MATRICES.index(matrix)]  # type: ignore[arg-type]
+        return name if self.kind == "whole" else arch.factors(name)[self.kind == "in"]
+
+    def piece_shape(self, format: Format, matrix: str, expert: int, width: int, inner: int) -> tuple[int, int]:
+        """The shape of one piece on disk, in a model of this width whose experts have this width inside."""
+        m, n = (width, inner) if matrix == "down" else (inner, width)
+        rank = format.ranks(matrix)[expert]
+        return {"whole": (m, n), "in": (rank, n), "out": (m, rank)}[self.kind]
+
+    def shape(self, format: Format, width: int, inner: int) -> tuple[int, int, int]:
+        m, n = (width, inner) if self.matrices[0] == "down" else (inner, width)
+        rank = padded(max((r for x in self.matrices for r in format.ranks(x)), default=0))
+        m, n = {"whole": (m, n), "in": (rank, n), "out": (m, rank)}[self.kind]
+        return len(self.experts(format)), len(self.matrices) * m, n
+
+    def stacked(self, pieces: Sequence[Sequence[Tensor]]) -> Tensor:
+        """The parameter, from the pieces of each of its matrices in the order of its experts."""
+        rows, columns = (max(t.shape[d] for part in pieces for t in part) for d in (0, 1))
+        rows, columns = {"whole": (rows, columns), "in": (padded(rows), columns), "out": (rows, padded(columns))}[self.kind]
+        out_EMN = pieces[0][0].new_zeros(len(pieces[0]), len(pieces) * rows, columns)
+        for at, part in enumerate(pieces):
+            for e, piece_MN in enumerate(part):
+                self.place(out_EMN, at, e, piece_MN)
+        return out_EMN
+
+    def place(self, out_EMN: Tensor, at: int, expert: int, piece_MN: Tensor) -> None:
+        """Write a piece of the matrix number `at` to where it stands for the stack's expert number `expert`."""
+        self._slot(out_EMN[expert], at, piece_MN.shape).copy_(piece_MN)
+
+    def pieces(self, stack_EMN: Tensor, format: Format) -> Iterator[tuple[str, int, Tensor]]:
+        """The pieces without their padding, as (matrix, expert, [M, N])."""
+        _, m, n = stack_EMN.shape
+        for e, expert in enumerate(self.experts(format)):
+            for at, matrix in enumerate(self.matrices):
+                rank, rows = format.ranks(matrix)[expert], m // len(self.matrices)
+                shape = {"whole": (rows, n), "in": (rank, n), "out": (rows, rank)}[self.kind]
+                yield matrix, expert, self._slot(stack_EMN[e], at, shape)
+
+    def _slot(self, expert_MN: Tensor, at: int, shape: Sequence[int]) -> Tensor:
+        start = at * (expert_MN.shape[0] // len(self.matrices))
+        return expert_MN[start : start + shape[0], : shape[1]]
+
+
+STACKS = (
+    Stack("gate_up_proj", ("gate", "up"), "whole"),
+    Stack("gate_up_in", ("gate", "up"), "in"),
+    Stack("gate_up_out", ("gate", "up"), "out"),
+    Stack("down_proj", ("down",), "whole"),
+    Stack("down_in", ("down",), "in"),
+    Stack("down_out", ("down",), "out"),
+)
+
+
+def stacks(format: Format) -> list[Stack]:
+    """The parameters that the fused experts of such a layer have."""
+    return [s for s in STACKS if s.experts(format)]
+
+
+def padded(rank: int) -> int:
+    return -(-rank // RANK_MULTIPLE) * RANK_MULTIPLE
+
+
+def expert_shapes(arch: Arch, format: Format, layer: int, width: int, inner: int) -> dict[str, tuple[int, int]]:
+    """The names and shapes that the experts of such a layer have on disk."""
+    return {
+        stack.on_disk(arch, layer, matrix, e): stack.piece_shape(format, matrix, e, width, inner)
+        for stack in stacks(format)
+        for matrix in stack.matrices
+        for e in stack.experts(format)
+    }
+
+
+def fused(
+    tensors: Mapping[str, Tensor], arch: Arch, format: Format, layer: int, width: int, inner: int, **where: object
+) -> dict[str, Tensor]:
+    """The parameters of a layer's fused experts from its tensors on disk, read one at a time, in a place and a precision (`where`).
+
+    Raises ValueError where a tensor has another shape than this format asks for at these widths of the model and its experts.
+    """
+    found = {}
+    for stack in stacks(format):
+        out_EMN = torch.zeros(stack.shape(format, width, inner), **where)  # type: ignore[call-overload]
+        for at, matrix in enumerate(stack.matrices):
+            for e, expert in enumerate(stack.experts(format)):
+                name = stack.on_disk(arch, layer, matrix, expert)
+                piece_MN, shape = tensors[name], stack.piece_shape(format, matrix, expert, width, inner)
+                if tuple(piece_MN.shape) != shape:
+                    raise ValueError(f"{name} has shape {tuple(piece_MN.shape)} where config.json asks for {shape}")
+                stack.place(out_EMN, at, e, piece_MN)
+        found[stack.name] = out_EMN
+    return found
+
+
+def dense_layer(tensors: Mapping[str, Tensor], config: Config, layer: int) -> dict[str, Tensor]:
+    """A decoder layer's tensors with low-rank matrices multiplied out (in fp32), under the names of the family's own format.
+
+    Raises ValueError where a factor is missing or two do not fit each other.
+    """
+    arch = arch_of(config)
+    format = format_of({n: tensors[n].shape for n in tensors}, config, layer)
+    held = dict(tensors)
+    for expert in range(format.experts):
+        for name in arch.expert(layer, expert):
+            out, inner = arch.factors(name)
+            if out in held:
+                held[name] = LowRank(held.pop(out), held.pop(inner)).whole()
+    return held

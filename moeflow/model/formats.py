@@ -1,0 +1,140 @@
+"""How the experts of one decoder layer are kept: how many there are, and which of their matrices are products of two. No torch."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from moeflow.arch import COMPRESSED, LAYERS, MATRICES, Config, arch_of
+
+Ranks = tuple[int, ...]
+"""Per expert, the rank of one of its matrices; 0 where the matrix is whole."""
+
+CLASSES = "Moeflow"
+"""Begins the names of the classes that transformers loads a compressed checkpoint with; the family's own follows."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """The experts of one layer (0: a dense layer), and per matrix the ranks; no ranks where every matrix is whole."""
+
+    experts: int
+    gate: Ranks = ()
+    up: Ranks = ()
+    down: Ranks = ()
+
+    @property
+    def low_rank(self) -> bool:
+        return bool(self.gate)
+
+    def ranks(self, matrix: str) -> Ranks:
+        """The rank of `matrix` ("gate", "up" or "down") in each expert, 0 where it is whole."""
+        return getattr(self, matrix) or (0,) * self.experts
+
+    def to_json(self) -> dict[str, Any]:
+        ranks = {m: list(self.ranks(m)) for m in MATRICES}
+        return {"experts": self.experts} | ({"ranks": ranks} if self.low_rank else {})
+
+    @staticmethod
+    def from_json(value: Mapping[str, Any]) -> "Format":
+        return Format(int(value["experts"]), **{m: tuple(r) for m, r in value.get("ranks", {}).items()})
+
+
+def format_of(shapes: Mapping[str, Sequence[int]], config: Config, layer: int) -> Format:
+    """The format that a layer's tensors have, from their names and shapes.
+
+    Raises ValueError where an expert lacks a matrix or one of its factors, or where two factors do not fit each other.
+    """
+    arch = arch_of(config)
+    stem = arch.gate.format(layer=layer, expert="\0").split("\0")[0]
+    found = {n.removeprefix(stem).split(".")[0] for n in shapes if n.startswith(stem)}
+    numbers = sorted(int(n) for n in found if n.isdigit())
+    if numbers != list(range(len(numbers))):
+        lacking = next(i for i, n in enumerate([*numbers, -1]) if i != n)
+        raise ValueError(f"layer {layer} has no expert {lacking} but {len(numbers)} others; the checkpoint is incomplete")
+    ranks: dict[str, list[int]] = {m: [] for m in MATRICES}
+    for expert in numbers:
+        for matrix, name in zip(MATRICES, arch.expert(layer, expert), strict=True):
+            ranks[matrix].append(_rank(shapes, name, arch.factors(name)))
+    if not any(any(r) for r in ranks.values()):
+        return Format(len(numbers))
+    return Format(len(numbers), **{m: tuple(r) for m, r in ranks.items()})
+
+
+def family_config(config: Config) -> Config:
+    """The configuration of the family's own kind behind that of a compressed checkpoint; any other as it is."""
+    plain = {k: v for k, v in config.items() if k != LAYERS}
+    return plain | {"model_type": str(config["model_type"]).removeprefix(COMPRESSED)}
+
+
+def _rank(shapes: Mapping[str, Sequence[int]], name: str, factors: tuple[str, str]) -> int:
+    out, inner = factors
+    if name in shapes:
+        return 0
+    if missing := [n for n in factors if n not in shapes]:
+        absent = name if len(missing) == 2 else missing[0]
+        raise ValueError(f"the checkpoint has no tensor {absent}; it is incomplete, or of another family")
+    if len(shapes[out]) != 2 or len(shapes[inner]) != 2 or shapes[out][1] != shapes[inner][0]:
+        raise ValueError(
+            f"{out} {tuple(shapes[out])} and {inner} {tuple(shapes[inner])} do not multiply; the checkpoint is damaged"
+        )
+    return int(shapes[inner][0])
+
+
+def layer_formats(config: Config) -> list[Format | None]:
+    """Of each decoder layer, the format that config.json says: of a compressed checkpoint or of the family's own; None: dense.
+
+    Raises ValueError where what a compressed one says cannot be: too few layers, ranks for another number of experts.
+    """
+    arch = arch_of(config)
+    moe = arch.moe_layers(config)
+    if not str(config["model_type"]).startswith(COMPRESSED):
+        return [Format(arch.num_experts(config)) if i in moe else None for i in range(arch.num_layers(config))]
+    said = config.get(LAYERS) or []
+    if len(said) != arch.num_layers(config):
+        raise ValueError(
+            f"config.json has {len(said)} entries in {LAYERS!r} for {arch.num_layers(config)} layers; write one for each"
+        )
+    found: list[Format | None] = []
+    for layer, value in enumerate(said):
+        if bool(value) != (layer in moe):
+            kind = "experts" if layer in moe else "none"
+            raise ValueError(f"config.json says {value} of layer {layer} in {LAYERS!r}, where the family has {kind}; correct it")
+        found.append(_checked(Format.from_json(value), layer) if value else None)
+        if format := found[-1]:
+            try:
+                arch.check_keep(family_config(config), format.experts, format.experts)
+            except ValueError as error:
+                raise ValueError(f"layer {layer} of config.json cannot have {format.experts} experts: {error}") from None
+    return found
+
+
+def config_of(config: Config, formats: Sequence[Format | None]) -> Config:
+    """The config.json of the checkpoint whose decoder layers have these formats, made of the one that `config` describes.
+
+    The family's own, readable without moeflow, where all layers have the same number of whole experts; otherwise the compressed
+    one, whose own number of experts is the largest. Raises ValueError where `formats` does not fit the family's layers.
+    """
+    arch, plain = arch_of(config), family_config(config)
+    names = [str(a).removeprefix(CLASSES) for a in config.get("architectures") or ()]
+    counts = {f.experts for f in formats if f is not None}
+    if not counts:
+        raise ValueError("no layer has experts; a checkpoint of a family of experts needs one that has")
+    new = arch.with_experts(plain, max(counts)) | {"architectures": names}
+    if len(counts) > 1 or any(f is not None and f.low_rank for f in formats):
+        new |= {
+            "model_type": COMPRESSED + arch.model_type,
+            "architectures": [CLASSES + a for a in names],
+            LAYERS: [{} if f is None else f.to_json() for f in formats],
+        }
+    if [f is not None for f in formats] != [f is not None for f in layer_formats(new)]:
+        raise ValueError(f"the formats of {len(formats)} layers do not fit those of the family's {arch.num_layers(plain)}")
+    return new
+
+
+def _checked(format: Format, layer: int) -> Format:
+    gate, up, down = (format.ranks(m) for m in MATRICES)
+    if any(len(r) != format.experts or min(r, default=0) < 0 for r in (gate, up, down)):
+        raise ValueError(f"config.json needs {format.experts} ranks (0: whole) of each matrix in layer {layer}; correct {LAYERS!r}")
+    if odd := [e for e in range(format.experts) if (gate[e] == 0) != (up[e] == 0)]:
+        raise ValueError(f"config.json factors only one of gate and up in expert {odd[0]} of layer {layer}; factor both or neither")
+    return format

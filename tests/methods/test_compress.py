@@ -1,0 +1,264 @@
+"""MoE-I² and what moeflow puts beside it, whole: from a checkpoint to one that loads, for every family."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+from torch.nn.functional import kl_div
+from transformers import AutoModelForCausalLM
+
+import moeflow  # noqa: F401
+from moeflow.arch import arch_of
+from moeflow.methods import calibrate, compress, drop, evaluate, tokens
+from moeflow.methods.calibrate import Calibration
+from moeflow.methods.fetch import Model
+from moeflow.model.formats import Format, format_of
+from moeflow.model.layout import Folder, headers, read_config
+from moeflow.run.outcome import StepFailed
+from moeflow.run.plan import plan
+from moeflow.step import Step, upstream
+from moeflow.store import Store
+from moeflow.store.texts import Texts
+from tests import running, tiny
+
+OURS: dict[str, Any] = {"counts": "exact", "search": "swap"}
+PAPER: dict[str, Any] = {"counts": "paper", "search": "genetic", "block": 2, "best": 2}
+
+
+def calibrated(model: Model, folder: Path) -> Calibration:
+    matrix = tokens.of(running.matrix_of(folder), model, sequences=8, length=16)
+    return calibrate.run(model, matrix, batch=2, shard=4, stage=2)
+
+
+def whole(model: Model, folder: Path, *, ratio: float, how: dict[str, Any], cut: dict[str, Any]) -> Step:
+    seen = calibrated(model, folder)
+    pruned = compress.prune(seen, keep=0.75, **how)
+    small = compress.decompose(calibrated(pruned, folder), ratio=ratio, **cut)
+    reports = evaluate.compare(seen, small, heldout=Texts("nowhere.txt"), sequences=4, length=16)
+    return drop.checkpoint_of(small).reporting(*reports)
+
+
+def fetched(store: Store, target: Step, folder: Path) -> Path:
+    store.fetch(target.key, folder)
+    return folder
+
+
+def formats(folder: Path) -> dict[int, Format]:
+    config, tensors = read_config(Folder(folder)), headers(Folder(folder))
+    shapes = {n: t.shape for n, t in tensors.items()}
+    return {i: format_of(shapes, config, i) for i in arch_of(config).moe_layers(config)}
+
+
+@pytest.mark.parametrize(
+    ("how", "cut"),
+    [
+        (OURS, {"svd": "whitened", "ranks": "global"}),
+        (PAPER | {"inputs": "progressive", "importance": "lm_loss"}, {"svd": "vanilla", "ranks": "paper", "importance": "lm_loss"}),
+    ],
+    ids=["ours", "paper"],
+)
+@torch.inference_mode()
+def test_what_comes_out_loads_and_is_as_far_from_the_original_as_reported(
+    how: dict[str, Any], cut: dict[str, Any], family: Path, tmp_path: Path
+) -> None:
+    model, store = running.model_in(family), running.store_in(tmp_path)
+    target = whole(model, tmp_path, ratio=0.3, how=how, cut=cut)
+    planned = plan([target, *target.reports], store)
+    outcome = running.run(store, target)
+    assert set(planned.keys("run")) == set(outcome.ran) and not planned.problems
+    out = fetched(store, target, tmp_path / "out")
+    experts, found = 8 * len(model.moe_layers), formats(out)
+    assert sum(f.experts for f in found.values()) == round(0.75 * experts)
+    assert all(f.low_rank for f in found.values())
+    first, second = (AutoModelForCausalLM.from_pretrained(f).eval() for f in (family, out))
+    ids = torch.from_numpy(running.array_of(running.matrix_of(tmp_path)))
+    log_p, log_q = (m(ids).logits[:, :-1].log_softmax(-1) for m in (first, second))
+    divergence = kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1).mean()
+    row = running.reports(store, target)["KL to the original (token matrix)"]
+    assert row["compressed"] == pytest.approx(float(divergence), rel=1e-3) != 0
+    assert running.run(store, whole(model, tmp_path, ratio=0.3, how=how, cut=cut)).ran == []
+
+
+def expert_bytes(folder: Path) -> int:
+    return sum(t.nbytes for n, t in headers(Folder(folder)).items() if ".experts." in n)
+
+
+def test_bytes_are_within_the_budget_to_one_component(tmp_path: Path) -> None:
+    source = tiny.write("mixtral", tmp_path / "model")
+    store, model = running.store_in(tmp_path), running.model_in(source)
+    seen = calibrated(model, tmp_path)
+    before = expert_bytes(source)
+    for ratio in (0.3, 0.55):
+        target = drop.checkpoint_of(compress.decompose(seen, ratio=ratio))
+        running.run(store, target)
+        out = fetched(store, target, tmp_path / f"out-{ratio}")
+        component = (48 + 32) * 4
+        # gate and up go together, so that what is left over is less than one component of each
+        assert 0 <= (1 - ratio) * before - expert_bytes(out) < 2 * component
+        assert not any("gate" in n and t.shape[0] == 0 for n, t in headers(Folder(out)).items())
+
+
+def test_the_same_count_everywhere_and_whole_matrices_make_the_familys_own_checkpoint(tmp_path: Path) -> None:
+    source = tiny.write("olmoe", tmp_path / "model")
+    store = running.store_in(tmp_path)
+    target = drop.checkpoint_of(compress.prune(calibrated(running.model_in(source), tmp_path), keep=0.75, counts="uniform"))
+    running.run(store, target)
+    config = read_config(Folder(fetched(store, target, tmp_path / "out")))
+    assert config["model_type"] == "olmoe" and config["num_experts"] == 6 and "moeflow_layers" not in config
+
+
+def test_a_compressed_checkpoint_is_a_source_like_any_other(tmp_path: Path) -> None:
+    """Non-uniform, low-rank layers are fetched, calibrated, dropped from again, and told apart from a damaged checkpoint."""
+    source, store = tiny.write("qwen3_moe", tmp_path / "model"), running.store_in(tmp_path)
+    first = whole(running.model_in(source), tmp_path, ratio=0.3, how=OURS, cut={})
+    running.run(store, first)
+    out = fetched(store, first, tmp_path / "out")
+    again = running.model_in(out)
+    target = drop.checkpoint_of(compress.prune(calibrated(again, tmp_path), keep=12, counts="exact", search="enumerate"))
+    running.run(store, target)
+    found = formats(fetched(store, target, tmp_path / "again"))
+    assert sum(f.experts for f in found.values()) == 12 and all(f.low_rank for f in found.values())
+    config = json.loads((out / "config.json").read_text())
+    config["moeflow_layers"][0]["experts"] += 1
+    (out / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="config.json says that layer 0 has"):
+        running.model_in(out)
+
+
+def test_a_layers_own_best_is_what_blocks_of_one_layer_and_of_one_set_choose(tmp_path: Path) -> None:
+    source, store = tiny.write("mixtral", tmp_path / "model"), running.store_in(tmp_path)
+    seen = calibrated(running.model_in(source), tmp_path)
+
+    def chosen(**how: Any) -> dict[int, list[int]]:
+        pruned = compress.prune(seen, keep=0.5, counts="uniform", search="enumerate", **how)
+        running.run(store, *pruned.choices)
+        made = [json.loads(store.artifact(c.key).file("choice.json").read_text()) for c in pruned.choices]
+        return {c["layer"]: c["keep"] for c in made}
+
+    best = chosen(best=1, block=1)
+    assert chosen(best=3, block=1) == best  # T=1
+    assert chosen(best=1, block=2) == best  # K=1
+    assert chosen(best=3, block=3) != best  # and the block does choose otherwise
+
+
+def test_an_expert_with_too_few_tokens_is_cut_by_its_weights_or_stays_whole_and_it_is_said(tmp_path: Path) -> None:
+    source, store = tiny.write("mixtral", tmp_path / "model"), running.store_in(tmp_path)
+    seen = calibrated(running.model_in(source), tmp_path)
+    for policy in ("vanilla", "keep"):
+        small = compress.decompose(seen, ratio=0.3, least=30, policy=policy)
+        target = drop.checkpoint_of(small)
+        outcome = running.run(store, target)
+        told = json.loads(store.artifact(target.key).file("moeflow.json").read_text())["decomposition"]
+        experts = [e for layer in told for e in layer["experts"]]
+        few = [e for e in experts if e["tokens"] < 30]
+        assert few and len(few) < len(experts)
+        # a budget may leave a matrix whole by itself, but never whiten it with too few tokens
+        assert {e["by"] for e in few} == ({"vanilla", "whole"} if policy == "vanilla" else {"whole"})
+        assert all(e["by"] in ("whitened", "whole") for e in experts if e not in few)
+        notes = [n for step in outcome.steps for n in step.notes]
+        assert any("saw fewer than 30 tokens" in n for n in notes)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"keep": 0.6, "counts": "uniform"}, "14 experts are not the same legal number in each of 3 layers; nearest: 12 or 15"),
+        ({"keep": 0.1}, "no legal counts add up to 2 experts; nearest: 6"),
+        ({"keep": 0.75, "counts": "best"}, "counts='best' is not known; choose one of uniform, paper, exact"),
+        ({"keep": 0.75, "search": "annealing"}, "method='annealing' is not known; choose one of enumerate, genetic, swap"),
+        ({"keep": 0.75, "search": "genetic", "population": 1}, "population=1 must be at least 2"),
+        ({"keep": 0.75, "block": 0}, r"best=3 sets \(K\) and block=0 layers \(T\) must be at least 1"),
+        ({"keep": 0.75, "inputs": "mixed"}, "inputs='mixed' is not known"),
+        ({"keep": 0.75, "best": 200, "block": 3}, "are 8,000,000 combinations, over 10,000; lower K or T"),
+        ({"keep": 0.75, "protected": {0: [9]}}, "must be different experts between 0 and 7"),
+    ],
+)
+def test_what_cannot_work_is_refused_when_the_graph_is_built(given: dict[str, Any], said: str, tmp_path: Path) -> None:
+    seen = calibrated(running.model_in(tiny.write("mixtral", tmp_path / "model")), tmp_path)
+    with pytest.raises(ValueError, match=said):
+        compress.prune(seen, **given)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"ratio": 1.0}, "ratio=1.0 of the parameters cannot be removed"),
+        ({"ratio": 0.3, "svd": "randomised"}, "svd='randomised' is not known"),
+        ({"ratio": 0.3, "ranks": "best"}, "ranks='best' is not known; choose one of uniform, paper, global"),
+        ({"ratio": 0.3, "policy": "drop"}, "policy='drop'"),
+        ({"ratio": 0.97, "ranks": "uniform"}, "leaves rank 0.576 in layer 0, below r_min=1"),
+        ({"ratio": 0.3, "ranks": "paper", "r_min": 30}, "average rank 13.44 cannot be had"),
+    ],
+)
+def test_a_decomposition_that_cannot_work_is_refused_when_the_graph_is_built(
+    given: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    seen = calibrated(running.model_in(tiny.write("mixtral", tmp_path / "model")), tmp_path)
+    with pytest.raises(ValueError, match=said):
+        compress.decompose(seen, **given)
+
+
+def test_a_compressed_checkpoint_with_a_damaged_factor_is_refused_before_any_work(tmp_path: Path) -> None:
+    source, store = tiny.write("mixtral", tmp_path / "model"), running.store_in(tmp_path)
+    target = drop.checkpoint_of(compress.decompose(calibrated(running.model_in(source), tmp_path), ratio=0.3, ranks="uniform"))
+    running.run(store, target)
+    out = fetched(store, target, tmp_path / "out")
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    gone = next(n for n in index["weight_map"] if n.endswith("factor_in"))
+    del index["weight_map"][gone]
+    (out / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=f"the checkpoint has no tensor {gone}"):
+        running.model_in(out)
+
+
+def test_a_search_that_was_killed_goes_on_to_the_same_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from moeflow.methods import genetic
+
+    source = tiny.write("qwen3_moe", tmp_path / "model", num_experts=16)
+    seen = calibrated(running.model_in(source), tmp_path)
+    pruned = compress.prune(seen, keep=0.5, counts="uniform", search="genetic", population=20, generations=40, best=2)
+    undisturbed = running.store_in(tmp_path / "undisturbed")
+    running.run(undisturbed, *pruned.choices)
+    store, search, generations = running.store_in(tmp_path / "killed"), genetic.search, []
+
+    def dying(*args: Any, save: Any, resume: Any, **more: Any) -> Any:
+        def saved(state: dict[str, Any]) -> None:
+            save(state)
+            generations.append(state["generation"])
+            if len(generations) == 25:
+                raise KeyboardInterrupt
+
+        return search(*args, save=saved, resume=resume, **more)
+
+    monkeypatch.setattr("moeflow.methods.evaluator.METHODS", {"genetic": dying})
+    with pytest.raises((KeyboardInterrupt, StepFailed)):
+        running.run(store, *pruned.choices)
+    running.run(store, *pruned.choices)
+    assert generations[25] == 20  # it went on behind the last state that was kept, not from the start
+    for choice in pruned.choices:
+        one, other = (s.artifact(choice.key).file("choice.json").read_bytes() for s in (undisturbed, store))
+        assert one == other
+
+
+def test_a_second_shard_of_text_adds_up(tmp_path: Path) -> None:
+    """Candidates and spectra from two shards are those of one shard with the same tokens."""
+    source, store = tiny.write("mixtral", tmp_path / "model"), running.store_in(tmp_path)
+    model = running.model_in(source)
+    matrix = tokens.of(running.matrix_of(tmp_path), model, sequences=8, length=16)
+    found = []
+    for shard in (4, 8):
+        seen = calibrate.run(model, matrix, batch=2, shard=shard, stage=2)
+        pruned = compress.prune(seen, keep=0.75, counts="uniform", search="enumerate")
+        small = compress.decompose(seen, ratio=0.3)
+        spectra = next(s for s in upstream([small.layers[0]]) if s.name == "decompose.spectra")
+        running.run(store, pruned.choices[0], spectra)
+        choice = json.loads(store.artifact(pruned.choices[0].key).file("choice.json").read_text())
+        found.append((choice, load_file(store.artifact(spectra.key).file("spectra.safetensors"))))
+    assert found[0][0]["keep"] == found[1][0]["keep"]
+    assert found[0][0]["loss"]["value"] == pytest.approx(found[1][0]["loss"]["value"], rel=1e-5)
+    one, two = (spectra for _, spectra in found)
+    np.testing.assert_allclose(one["gate_EK"], two["gate_EK"], rtol=1e-4, atol=1e-6 * one["gate_EK"].max())

@@ -1,0 +1,177 @@
+"""Ranks and counts out of a common budget: by the paper's formula, by singular values, and exactly for any curves."""
+
+from itertools import product
+
+import numpy as np
+import pytest
+
+from moeflow.methods import ranks
+from moeflow.methods.ranks import (
+    Spectrum,
+    allocate,
+    allocate_curves,
+    average_rank,
+    break_even,
+    check_rank,
+    exactly,
+    paper_ranks,
+    treatment,
+)
+
+
+def curves(draw: np.random.Generator, count: int, options: int, unit: int = 1) -> list[list[tuple[int, float]]]:
+    """Neither convex nor monotone, some sizes twice."""
+    return [[(int(draw.integers(0, 9)) * unit, float(draw.normal())) for _ in range(options)] for _ in range(count)]
+
+
+def brute(given: list[list[tuple[int, float]]], budget: int, fill: bool = False) -> float | None:
+    sums = [(sum(o[0] for o in pick), sum(o[1] for o in pick)) for pick in product(*given)]
+    return min((cost for size, cost in sums if (size == budget if fill else size <= budget)), default=None)
+
+
+def spent(given: list[list[tuple[int, float]]], chosen: list[int]) -> tuple[int, float]:
+    picked = [curve[i] for curve, i in zip(given, chosen, strict=True)]
+    return sum(size for size, _ in picked), sum(cost for _, cost in picked)
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("fill", [False, True])
+def test_the_exact_allocation_is_the_best_of_all(seed: int, fill: bool) -> None:
+    draw = np.random.default_rng(seed)
+    given = curves(draw, count=5, options=4, unit=1 if seed % 2 else 3072)
+    for budget in sorted({sum(o[0] for o in pick) for pick in product(*given)}):
+        expected = brute(given, budget, fill)
+        size, cost = spent(given, allocate_curves(given, budget, fill=fill))
+        assert (size == budget if fill else size <= budget) and cost == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_budget_that_cannot_be_met_names_the_nearest_that_can() -> None:
+    given = [[(4, 1.0), (8, 0.0)], [(2, 1.0), (10, 0.0)]]
+    with pytest.raises(ValueError, match="a budget of 5 cannot be met; the nearest that can is 6"):
+        allocate_curves(given, 5)
+    for budget, below in ((13, 10), (99, 18)):
+        with pytest.raises(ValueError, match=f"budget of {budget} cannot be met exactly; the nearest below that can is {below}"):
+            allocate_curves(given, budget, fill=True)
+    assert allocate_curves(given, 99) == [1, 1]
+    for broken in ([[(1, float("nan"))]], [[(1.5, 0.0)]], [[(-1, 0.0)]], [[]]):
+        with pytest.raises(ValueError, match="curve 0"):
+            allocate_curves(broken, 5)
+
+
+def test_where_the_table_would_be_too_large_the_envelope_comes_close_and_leaves_nothing_that_helps(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    draw = np.random.default_rng(0)
+    given = [sorted(c) for c in curves(draw, count=60, options=8)]
+    budget = 200
+    best = spent(given, allocate_curves(given, budget))[1]
+    assert exactly(given, budget)
+    monkeypatch.setattr(ranks, "MAX_CELLS", 10)
+    assert not exactly(given, budget)
+    chosen = allocate_curves(given, budget)
+    size, cost = spent(given, chosen)
+    assert size <= budget and best <= cost <= best + 0.01 * abs(best)
+    for curve, i in zip(given, chosen, strict=True):
+        assert all(o[1] >= curve[i][1] for o in curve if size + o[0] - curve[i][0] <= budget)
+    with pytest.raises(ValueError, match="larger unit"):
+        allocate_curves(given, budget, fill=True)
+
+
+def spectra(draw: np.random.Generator, rows: int, columns: int) -> list[tuple[Spectrum, ...]]:
+    def one() -> Spectrum:
+        return Spectrum(rows, columns, np.sort(draw.exponential(size=min(rows, columns)) ** 3)[::-1], float(draw.uniform(0.1, 2)))
+
+    return [(one(), one()), (one(),)]
+
+
+def cost_of(item: tuple[Spectrum, ...], chosen: tuple[int, ...]) -> float:
+    return sum(s.weight * float(np.sum(s.energies[r:])) for s, r in zip(item, chosen, strict=True) if r)
+
+
+def bytes_of(item: tuple[Spectrum, ...], chosen: tuple[int, ...]) -> int:
+    return sum(2 * (r * (s.rows + s.columns) if r else s.rows * s.columns) for s, r in zip(item, chosen, strict=True))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_ranks_are_the_best_of_all_within_the_budget(seed: int) -> None:
+    """A pair that is whole or factored together, a single one, ranks in multiples, and the jump to a whole matrix."""
+    draw = np.random.default_rng(seed)
+    items, multiple = spectra(draw, 12, 8), 1 + seed % 2
+    legal = [r for r in range(multiple, 5, multiple) if r <= break_even(12, 8)]
+    options = [[(0, 0), *product(legal, legal)], [(0,), *((r,) for r in legal)]]
+    sums = [(sum(map(bytes_of, items, pick)), sum(map(cost_of, items, pick)), pick) for pick in product(*options)]
+    for budget in range(min(s[0] for s in sums), max(s[0] for s in sums) + 40, 16):
+        chosen = allocate(items, budget, multiple=multiple)
+        assert sum(map(bytes_of, items, chosen)) <= budget
+        assert sum(map(cost_of, items, chosen)) == pytest.approx(min(c for b, c, _ in sums if b <= budget), abs=1e-12)
+
+
+def test_a_rank_budget_is_met_to_the_byte_where_components_divide_it() -> None:
+    """Within it, no component that was left out gains more than one that was taken."""
+    draw = np.random.default_rng(3)
+    items = [item for _ in range(20) for item in spectra(draw, 24, 40)]
+    component = 2 * 64
+    chosen = allocate(items, 300 * component, whole=False)
+    assert sum(map(bytes_of, items, chosen)) == 300 * component
+    flat = [(s, r) for item, pick in zip(items, chosen, strict=True) for s, r in zip(item, pick, strict=True)]
+    assert all(1 <= r <= break_even(24, 40) for _, r in flat)
+    taken = min(s.weight * s.energies[r - 1] for s, r in flat if r > 1)
+    assert taken >= max(s.weight * s.energies[r] for s, r in flat if r < 15)
+    assert sum(map(bytes_of, items, allocate(items, 300 * component + component - 1, whole=False))) == 300 * component
+
+
+def test_a_matrix_near_break_even_is_rather_kept_whole() -> None:
+    flat, steep = np.ones(16), np.geomspace(1, 1e-9, 16)
+    items = [(Spectrum(16, 16, flat),), (Spectrum(16, 16, steep),)]
+    assert allocate(items, 2 * (256 + 4 * 32)) == [(0,), (4,)]
+    assert allocate(items, 10**6) == [(0,), (0,)]
+    with pytest.raises(ValueError, match="a budget of 3 cannot be met; the nearest that can is 128"):
+        allocate(items, 3)
+    with pytest.raises(ValueError, match="no rank from 1 to 8 is a multiple of 16"):
+        allocate(items, 10**6, multiple=16, whole=False)
+    with pytest.raises(ValueError, match="one shape"):
+        allocate([(Spectrum(16, 16, flat), Spectrum(16, 32, flat))], 10**6)
+
+
+def test_the_papers_ranks_follow_its_formula_and_sum_to_the_budget() -> None:
+    importance = [0.1, 3.0, 100.0, 0.0, 7.5]
+    plain = paper_ranks(importance, 512.2, epsilon=1e-6, r_max=2048)
+    share = (np.array(importance) + 1e-6) ** 0.15
+    formula = np.floor(share / share.sum() * 2561).astype(int)
+    assert sum(plain) == 2561 and all(0 <= a - b <= 1 for a, b in zip(plain, formula, strict=True))
+    clipped = paper_ranks(importance, 512.2, r_min=100, r_max=600, multiple=8)
+    assert sum(clipped) == 2560 and all(104 <= r <= 600 and r % 8 == 0 for r in clipped)
+    assert sorted(range(5), key=lambda e: (plain[e], importance[e])) == [3, 0, 1, 4, 2]
+    assert paper_ranks([2.0] * 3, 16.0, r_max=16) == [16] * 3
+    assert sum(paper_ranks([1.0] * 3, 7 / 3, r_max=16)) == 7
+
+
+def test_ranks_that_cannot_be_had_are_refused_with_the_nearest() -> None:
+    with pytest.raises(ValueError, match="average rank 20 cannot be had with ranks from 1 to 16 .*; the nearest is 16"):
+        paper_ranks([1.0] * 3, 20, r_max=16)
+    with pytest.raises(ValueError, match="the nearest is 8"):
+        paper_ranks([1.0] * 3, 2, r_min=5, r_max=16, multiple=8)
+    with pytest.raises(ValueError, match="there is none"):
+        paper_ranks([1.0] * 3, 2, r_min=5, r_max=7, multiple=8)
+    with pytest.raises(ValueError, match="must be finite"):
+        paper_ranks([1.0, float("inf")], 2, r_max=7)
+
+
+def test_a_rank_above_break_even_is_refused_unless_forced() -> None:
+    assert round(break_even(14336, 4096)) == 3186 and average_rank(0.5, 1408, 2048) == pytest.approx(417.18, abs=0.01)
+    check_rank(8, 16, 16)
+    with pytest.raises(ValueError, match="rank=9 is above 8"):
+        check_rank(9, 16, 16)
+    check_rank(9, 16, 16, force=True)
+    for rank in (0, 17):
+        with pytest.raises(ValueError, match="between 1 and 16"):
+            check_rank(rank, 16, 16, force=True)
+    with pytest.raises(ValueError, match=r"ratio=1.0 of the parameters"):
+        average_rank(1.0, 16, 16)
+
+
+def test_experts_with_few_tokens_are_treated_as_stated() -> None:
+    assert treatment([0, 5, 9], 6) == ["vanilla", "vanilla", "whitened"]
+    assert treatment([0, 5, 9], 0, "keep") == ["keep", "whitened", "whitened"]
+    with pytest.raises(ValueError, match="policy='drop' .* must be one of vanilla, keep"):
+        treatment([1], 1, "drop")

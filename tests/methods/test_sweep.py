@@ -1,0 +1,92 @@
+"""What one layer's change costs the whole model, measured in one pass, is what the whole changed model says."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy, kl_div
+from transformers import AutoModelForCausalLM
+
+from moeflow.arch import arch_of
+from moeflow.methods import calibrate, compress, drop, sweep, tokens
+from moeflow.methods.budget import legal_counts
+from moeflow.model.layout import Folder, read_config
+from moeflow.step import upstream
+from tests import running, tiny
+
+
+@torch.inference_mode()
+def test_a_forks_divergence_and_loss_are_those_of_the_model_with_that_layer_changed(family: Path, tmp_path: Path) -> None:
+    model, store = running.model_in(family), running.store_in(tmp_path)
+    matrix = running.matrix_of(tmp_path)
+    seen = calibrate.run(model, tokens.of(matrix, model, sequences=8, length=16), batch=2, shard=4, stage=2)
+    last, keep = model.moe_layers[-1], 6
+    pruned = compress.prune(seen, keep=keep / 8, counts="uniform", search="enumerate")
+    found = {
+        i: next(s for s in upstream([c]) if s.name == "search.candidates")
+        for i, c in zip(model.moe_layers, pruned.choices, strict=True)
+    }
+    alternatives = {i: (sweep.SETS, [str(keep)], [found[i]]) for i in found}
+    each = {last: (sweep.EACH, [str(e) for e in range(8)], [])}
+    sets, single = (sweep.curves(seen, a, shards=2, stage=2) for a in (alternatives, each))
+    running.run(store, sets, single, pruned.layers[last])
+    measured = json.loads(store.artifact(sets.key).file("curves.json").read_text())
+    one_gone = json.loads(store.artifact(single.key).file("curves.json").read_text())
+
+    ids = torch.from_numpy(running.array_of(matrix))
+    config = read_config(Folder(family))
+    original = AutoModelForCausalLM.from_pretrained(family).eval()
+    theirs = original(ids).logits[:, :-1]
+    choice = json.loads(store.artifact(pruned.choices[-1].key).file("choice.json").read_text())["keep"]
+
+    def without(gone: list[int]) -> torch.Tensor:
+        """The logits where these experts of the last layer are forbidden, by transformers' own router."""
+        from moeflow.model.checkpoint import Tensors, read_moe
+
+        moe, block = read_moe(Tensors(family), config, last), original.model.layers[last].get_submodule(arch_of(config).block)
+        allowed = torch.ones(8, dtype=torch.bool)
+        allowed[gone] = False
+        hook = block.register_forward_hook(lambda _, args, __: moe(args[0].flatten(0, -2), allowed).view(args[0].shape))
+        try:
+            return original(ids).logits[:, :-1]
+        finally:
+            hook.remove()
+
+    def apart(logits: torch.Tensor) -> float:
+        return float(kl_div(logits.log_softmax(-1), theirs.log_softmax(-1), log_target=True, reduction="none").sum(-1).mean())
+
+    changed = without([e for e in range(8) if e not in choice])
+    assert measured["curves"][str(last)][str(keep)] == pytest.approx(apart(changed), rel=1e-3, abs=1e-7)
+    loss = float(cross_entropy(changed.flatten(0, 1), ids[:, 1:].flatten()))
+    assert measured["losses"][str(last)][str(keep)] == pytest.approx(loss, rel=1e-5)
+    assert measured["loss"] == pytest.approx(float(cross_entropy(theirs.flatten(0, 1), ids[:, 1:].flatten())), rel=1e-5)
+    if "deepseek" not in family.name:  # there, a group without one of its experts cannot serve its tokens
+        for expert in (0, 5):
+            assert one_gone["curves"][str(last)][str(expert)] == pytest.approx(apart(without([expert])), rel=1e-3, abs=1e-7)
+
+
+def test_a_sweep_reads_each_layer_once_for_each_shard(tmp_path: Path) -> None:
+    source, store = tiny.write("mixtral", tmp_path / "model"), running.store_in(tmp_path)
+    model = running.model_in(source)
+    seen = calibrate.run(model, tokens.of(running.matrix_of(tmp_path), model, sequences=8, length=16), batch=2, shard=8, stage=1)
+    pruned = compress.prune(seen, keep=0.5, grid=3, shards=1)
+    forks = [s for s in upstream([pruned.choices[0]]) if s.name == "sweep.forks"]
+    read = [i.step.key if hasattr(i, "step") else i.key for s in forks for i in s.inputs]
+    assert all(read.count(layer.key) == 1 for layer in model.layers)
+    running.run(store, *pruned.choices)
+    curves = next(s for s in upstream([pruned.choices[0]]) if s.name == "sweep.measure")
+    found = json.loads(store.artifact(curves.key).file("curves.json").read_text())["curves"]
+    assert {i: sorted(c) for i, c in found.items()} == {str(i): ["2", "5", "7"] for i in range(3)}  # three of 2 to 7, evenly
+    assert legal_counts(model)[0] == [2, 3, 4, 5, 6, 7, 8]
+    for curve in found.values():
+        assert curve["2"] > curve["7"] > 0
+
+
+def test_sets_that_are_judged_on_do_not_enter_the_counts(tmp_path: Path) -> None:
+    """The held-out text is nowhere upstream of what is decided."""
+    model = running.model_in(tiny.write("mixtral", tmp_path / "model"))
+    seen = calibrate.run(model, tokens.of(running.matrix_of(tmp_path), model, sequences=8, length=16), batch=2, shard=4, stage=2)
+    small = compress.decompose(seen, ratio=0.3)
+    matrices = {s.key for s in upstream([drop.checkpoint_of(small)]) if s.name == "tokens.matrix"}
+    assert matrices == {seen.tokens.key}
