@@ -232,7 +232,7 @@ def main(build: Callable[..., Any] | None = None) -> None:
     if build is None:
         app()
         return
-    path = Path(inspect.getsourcefile(build) or sys.argv[0])
+    stem = Path(sys.argv[0]).stem
 
     def itself(
         param: Params = [],  # noqa: B006
@@ -247,11 +247,11 @@ def main(build: Callable[..., Any] | None = None) -> None:
         debug: Debug = False,
     ) -> None:
         options = Options(retries, in_flight, gpus, cpus)
-        _run(lambda: build, param, store, name or path.stem, runner, options, json=json, debug=debug)
+        _run(lambda: build, param, store, name or stem, runner, options, json=json, debug=debug)
 
     alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     known = f"-p takes: {', '.join(inspect.signature(build).parameters)}"
-    alone.command(help=inspect.getdoc(sys.modules[build.__module__]), epilog=known)(itself)
+    alone.command(help=inspect.getdoc(sys.modules["__main__"]), epilog=known)(itself)
     alone()
 
 

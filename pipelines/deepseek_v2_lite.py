@@ -6,66 +6,13 @@ The constants are the paper's, as in `mixtral_moei2.py`: a quarter of the 64 exp
 and the dense first layer never; 53.98 % of the routed experts' parameters are gone in the end.
 """
 
+from functools import partial
+
+from mixtral_moei2 import build as moei2
+
 from moeflow.cli import main
-from moeflow.methods import calibrate, compress, drop, evaluate, fetch
-from moeflow.methods import tokens as text
-from moeflow.step import Step
-from moeflow.store.sources import Source
-from moeflow.store.texts import Texts
 
-MODEL = "deepseek-ai/DeepSeek-V2-Lite"
-C4 = "hf://datasets/allenai/c4@main/en/c4-train.00000-of-01024.json.gz#text"
-WIKITEXT2 = "hf://datasets/Salesforce/wikitext@main/wikitext-2-raw-v1/test-00000-of-00001.parquet#text"
-
-
-def build(
-    model: Source = MODEL,
-    *,
-    tokens: Texts = Texts(C4),
-    heldout: Texts = Texts(WIKITEXT2),
-    dropped: float = 0.25,
-    removed: float = 0.5398,
-    counts: str = "paper",
-    search: str = "genetic",
-    importance: str = "recon",
-    best: int = 3,
-    block: int = 3,
-    inputs: str = "original",
-    population: int = 100,
-    generations: int = 50,
-    legal: list[int] = [],  # noqa: B006
-    divisor: int = 1,
-    svd: str = "vanilla",
-    ranks: str = "paper",
-    alpha: float = 0.15,
-    multiple: int = 1,
-    least: int = 1,
-    policy: str = "vanilla",
-    sequences: int = 2048,
-    length: int = 2048,
-    batch: int = 8,
-    record: int = 65_536,
-    per_expert: int = 64,
-    heldout_sequences: int = 64,
-    dtype: str = "auto",
-    seed: int = 42,
-) -> Step:
-    original = fetch.pinned(model)
-    matrix = text.of(tokens, original, sequences=sequences, length=length, seed=seed, bos=True, group=1000)
-    recorded = {"batch": batch, "shard": 4 * batch, "stage": 3, "record": record, "per_expert": per_expert, "dtype": dtype}
-    seen = calibrate.run(original, matrix, **recorded)
-    pruned = compress.prune(
-        seen, keep=1 - dropped, counts=counts, search=search, importance=importance, best=best, block=block, inputs=inputs,
-        population=population, generations=generations, legal=legal, divisor=divisor, seed=seed,
-    )  # fmt: skip
-    again = calibrate.run(pruned, matrix, **recorded)
-    small = compress.decompose(
-        again, ratio=compress.ratio_left(removed, dropped), ranks=ranks, svd=svd, importance=importance, alpha=alpha,
-        multiple=multiple, least=least, policy=policy,
-    )  # fmt: skip
-    reports = evaluate.compare(seen, small, heldout=heldout, sequences=heldout_sequences, length=length)
-    return drop.checkpoint_of(small).reporting(*reports)
-
+build = partial(moei2, model="deepseek-ai/DeepSeek-V2-Lite", removed=0.5398)
 
 if __name__ == "__main__":
     main(build)

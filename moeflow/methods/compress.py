@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from math import ceil
 from typing import Any
 
+from moeflow.arch import MATRICES
 from moeflow.methods import block as blocks
 from moeflow.methods import budget, calibrate, drop, sweep
 from moeflow.methods import decompose as cuts
@@ -139,23 +140,25 @@ def ratio_left(remove: float, drop: float) -> float:
 
 
 def decompose(
-    calibration: Calibration, *, ratio: float, ranks: str = "global", svd: str = "whitened", importance: str = "recon",
-    alpha: float = 0.15, r_min: int = 1, multiple: int = 1, least: int = 1, policy: str = "vanilla", weighted: bool = True,
-    shrink: float = 0.03, shards: int = 4,
+    calibration: Calibration, *, ratio: float = 0.0, ranks: str = "global", rank: int = 0, force: bool = False,
+    svd: str = "whitened", importance: str = "recon", alpha: float = 0.15, r_min: int = 1, multiple: int = 1,
+    least: int = 1, policy: str = "vanilla", weighted: bool = True, shrink: float = 0.03, shards: int = 4,
 ) -> Model:  # fmt: skip
     """The calibrated model with its experts' matrices as products of two, as a graph; the model itself where `ratio` is 0.
 
-    `ratio`: the part of the experts' parameters that goes; `ranks`: how what stays is spread, a name of `RANKS`; `svd`: "vanilla"
-    (the paper) or "whitened"; `alpha` and `importance`: the paper's formula; `r_min` and `multiple`: the least rank, and what ranks
-    are multiples of; an expert that `least` recorded tokens did not reach is cut by its weights ("vanilla") or stays whole
-    ("keep"), as `policy` says; `weighted`: a token counts as much as the router gives the expert in it; `shrink`: how much of white
-    inputs is mixed into what the tokens say; `shards`: those on which the global rule measures. Raises ValueError for what cannot
-    work.
+    `ratio`: the part of the experts' parameters that goes; `ranks`: how what stays is spread, a name of `RANKS`; in the place of
+    both, `rank` for every matrix, where one above break-even has to be forced; `svd`: "vanilla" (the paper) or "whitened";
+    `alpha` and `importance`: the paper's formula; `r_min` and `multiple`: the least rank, and what ranks are multiples of; an
+    expert that `least` recorded tokens did not reach is cut by its weights ("vanilla") or stays whole ("keep"), as `policy` says;
+    `weighted`: a token counts as much as the router gives the expert in it; `shrink`: how much of white inputs is mixed into what
+    the tokens say; `shards`: those on which the global rule measures. Raises ValueError for what cannot work.
     """
     _check(ranks=(ranks, RANKS), importance=(importance, IMPORTANCES))
     cuts.check(svd, policy, least, multiple, shrink)
     model = calibration.model
-    if not ratio:
+    if rank < 0 or (rank and ratio):
+        raise ValueError(f"rank={rank} must be at least 0, and stands in the place of ratio={ratio}; give one of them")
+    if not ratio and not rank:
         return model
     layers = model.moe_layers
     for i in layers:
@@ -166,7 +169,7 @@ def decompose(
         "policy": policy,
         "weighted": weighted,
         "shrink": shrink,
-        "force": False,
+        "force": force,
         "dtype": calibration.dtype,
     }
 
@@ -176,6 +179,8 @@ def decompose(
             model.essential, model.layers[layer], *decider, *seen, layer=layer, decided=bool(decider), uniform=uniform, **common
         )
 
+    if rank:
+        return model.with_layers({i: rewritten(i, (), dict.fromkeys(MATRICES, rank)) for i in layers})
     decider, uniform = RANKS[ranks](
         calibration, rewritten, ratio=ratio, alpha=alpha, r_min=r_min, multiple=multiple, least=least, policy=policy,
         weighted=weighted, shrink=shrink, shards=shards, importance=importance,

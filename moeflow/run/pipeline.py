@@ -10,6 +10,7 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def load(path: Path) -> Build:
 def call(build: Build, given: Iterable[str]) -> Step:
     """`build` with the parameters that `name=value` words give. Raises ValueError where they do not fit."""
     parameters = inspect.signature(build).parameters
-    kinds = typing.get_type_hints(build)
+    kinds = typing.get_type_hints(build.func if isinstance(build, partial) else build)
     words = _words(given, list(parameters))
     if missing := [p.name for p in parameters.values() if p.default is p.empty and p.name not in words]:
         raise ValueError(f"the pipeline needs {' '.join(f'-p {name}=...' for name in missing)}")

@@ -1,0 +1,90 @@
+"""The published compressions as they stand, each on a small model of its family."""
+
+import inspect
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from moeflow.arch import arch_of
+from moeflow.model.formats import format_of
+from moeflow.model.layout import Folder, headers, read_config
+from moeflow.run import pipeline
+from moeflow.step import upstream
+from tests import running, tiny
+
+PIPELINES = Path(__file__).parents[2] / "pipelines"
+SMALL = [
+    "sequences=8",
+    "length=16",
+    "batch=2",
+    "record=128",
+    "per_expert=4",
+    "heldout_sequences=2",
+    "population=10",
+    "generations=3",
+]
+OURS = ["counts=exact", "search=swap", "block=1", "svd=whitened", "ranks=global", "multiple=2"]
+
+
+@pytest.mark.parametrize("more", [[], OURS], ids=["paper", "ours"])
+@pytest.mark.parametrize(
+    ("name", "family", "removed"),
+    [("mixtral_moei2", "mixtral", 0.5), ("qwen15_moe", "qwen2_moe", 0.5), ("deepseek_v2_lite", "deepseek_v2", 0.5398)],
+)
+@torch.inference_mode()
+def test_a_pipeline_runs_on_a_small_model_of_its_family(
+    name: str, family: str, removed: float, more: list[str], tmp_path: Path
+) -> None:
+    source = tiny.write(family, tmp_path / "model")
+    matrix = running.matrix_of(tmp_path)
+    build = pipeline.load(PIPELINES / f"{name}.py")
+    target = pipeline.call(build, [f"model={source}", f"tokens={matrix.spec}", *SMALL, *more])
+    store = running.store_in(tmp_path)
+    running.run(store, target)
+    out = tmp_path / "out"
+    store.fetch(target.key, out)
+    config, tensors = read_config(Folder(out)), headers(Folder(out))
+    shapes = {n: t.shape for n, t in tensors.items()}
+    formats = [format_of(shapes, config, i) for i in arch_of(config).moe_layers(config)]
+    assert sum(f.experts for f in formats) == round(0.75 * 8 * len(formats))
+    before, after = (sum(t.numel for n, t in headers(Folder(f)).items() if ".experts." in n) for f in (source, out))
+    # ranks are whole numbers, and these matrices are small: a rank is several percent of one
+    assert removed - 0.01 <= 1 - after / before <= removed + 0.06
+    assert torch.isfinite(AutoModelForCausalLM.from_pretrained(out)(torch.arange(3, 12)[None]).logits).all()
+    report = running.reports(store, target)
+    assert report["expert bytes"]["compressed"] / report["expert bytes"]["original"] == pytest.approx(after / before)
+
+
+def test_the_constants_are_the_papers() -> None:
+    """25 % of the experts, population 100, 50 generations, K=3, T=3, alpha 0.15."""
+    for name in ("mixtral_moei2", "qwen15_moe", "deepseek_v2_lite"):
+        build = pipeline.load(PIPELINES / f"{name}.py")
+        given = {n: p.default for n, p in inspect.signature(build).parameters.items()}
+        assert given["dropped"] == 0.25 and given["alpha"] == 0.15
+        assert (given["population"], given["generations"]) == (100, 50)
+        assert (given["best"], given["block"]) == (3, 3)
+        assert (given["counts"], given["search"], given["svd"], given["ranks"]) == ("paper", "genetic", "vanilla", "paper")
+
+
+def test_choices_of_a_pipeline_can_be_read_and_diffed(tmp_path: Path) -> None:
+    source, matrix = tiny.write("mixtral", tmp_path / "model"), running.matrix_of(tmp_path)
+    build = pipeline.load(PIPELINES / "mixtral_moei2.py")
+    target = pipeline.call(build, [f"model={source}", f"tokens={matrix.spec}", *SMALL])
+    store = running.store_in(tmp_path)
+    made = {s.name: s for s in upstream([target])}
+    running.run(store, target)
+    choice = json.loads(store.artifact(made["search.pick"].key).file("choice.json").read_text())
+    assert {"keep", "loss", "runner_up", "baselines"} <= set(choice)
+    assert set(choice["baselines"]) == {"random", "frequency", "router_score", "reap", "aimer"}
+    for name, file in {
+        "search.candidates": "candidates.json",
+        "counts.paper": "counts.json",
+        "search.block": "block.json",
+        "ranks.paper": "ranks.json",
+        "search.importance": "importance.json",
+    }.items():
+        text = store.artifact(made[name].key).file(file).read_text()
+        assert json.loads(text) and max(map(len, text.splitlines())) < 200, name
