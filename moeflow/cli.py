@@ -328,9 +328,11 @@ def _version(v: versions.Version) -> dict[str, Any]:
 
 def _multiplied_out(folder: Path) -> dict[str, Any]:
     """Multiply the factors in a pulled folder, in a process of its own: this one has not loaded torch."""
-    done = subprocess.run([sys.executable, "-m", "moeflow.model.dense", str(folder)], capture_output=True, text=True, check=False)
+    words = [sys.executable, "-P", "-m", "moeflow.model.dense", str(folder)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise OSError(f"{done.stderr.strip().splitlines()[-1]}; {folder} holds the checkpoint half done, pull it again")
+        said = done.stderr.strip().splitlines() or [f"the process that multiplies ended with {done.returncode}"]
+        raise OSError(f"{said[-1]}; {folder} may be half done, remove it and pull again")
     return json_.loads(done.stdout)
 
 

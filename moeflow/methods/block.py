@@ -67,19 +67,20 @@ def block(
     (context.out / BLOCK).write_text('{"layers": ' + json.dumps(searched) + ', "combinations": [\n' + ",\n".join(lines) + "\n]}\n")
 
 
-def _pick_spec(found: Any, *deciders: Any, layer: int, keep: int, share: float) -> Spec:
+def _pick_spec(found: Any, *deciders: Any, layer: int, keep: int) -> Spec:
     if keep and keep not in found["counts"]:
         raise ValueError(f"the candidates of layer {layer} are for {found['counts']} experts, not for {keep}")
     reads = found["bytes"] + sum(d.get("bytes", 200) for d in deciders)
+    share = min((d["share"] for d in deciders if "share" in d), default=1.0)
     return Spec({"layer": layer, "keep": keep, "share": share, "bytes": 1500}, reads=reads, writes=1500)
 
 
 @step("search.pick", version=1, spec=_pick_spec)
-def pick(context: Context, found: Artifact, *deciders: Artifact, layer: int, keep: int, share: float) -> None:
+def pick(context: Context, found: Artifact, *deciders: Artifact, layer: int, keep: int) -> None:
     """One of a layer's candidates, as the `choice.json` that `drop.experts` reads.
 
     `deciders`: the counts of all layers (where `keep` is 0) and the block that the layer belongs to (where blocks are chosen
-    together); `share`: the part of the experts that is expected to stay, for the plan.
+    together).
     """
     from moeflow.methods.candidates import COUNTS, read_counts
 

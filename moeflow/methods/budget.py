@@ -5,7 +5,7 @@ divisibility by a planned expert-parallel size. No torch.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -30,6 +30,9 @@ def total_experts(model: Model, amount: float, unit: Unit = "experts") -> int:
         raise ValueError(f"unit={unit!r} is not known; choose one of experts, parameters, bytes")
     layers = [spec_of(model, i) for i in model.moe_layers]
     everything = sum(layer.experts for layer in layers)
+    sizes = {layer.expert_numel / layer.experts for layer in layers}
+    if unit != "experts" and (len(sizes) > 1 or any(layer.low_rank for layer in layers)):
+        raise ValueError(f"the experts differ in size already, so that {unit} do not say how many stay; give the budget in experts")
     whole = {
         "experts": everything,
         "bytes": sum(layer.expert_bytes for layer in layers),
@@ -48,17 +51,31 @@ def legal_counts(
     """For every MoE layer the numbers of experts that it may keep, ascending.
 
     `counts`: those that serving kernels accept (any, where it is empty); `divisor`: the planned expert-parallel size;
-    `protected`: per layer the experts that have to stay. Raises ValueError where a layer has none.
+    `protected`: per layer the experts that have to stay. Raises ValueError where a layer has none, where `protected` names no
+    expert of a layer with experts, and where a step has yet to decide how many experts a layer has.
     """
     arch, found = arch_of(model.config), {}
+    if divisor < 1:
+        raise ValueError(f"divisor={divisor} must be at least 1")
+    if strange := sorted(set(protected or {}) - set(model.moe_layers), key=str):
+        raise ValueError(f"protected names {strange[0]!r}, which is no layer with experts; those are {model.moe_layers}")
+    groups = arch.group_limit(model.config)[0]
     for i in model.moe_layers:
-        experts, least = spec_of(model, i).experts, len((protected or {}).get(i, ()))
+        if spec_of(model, i).share < 1:
+            raise ValueError(
+                f"how many experts layer {i} has is decided by a step of this graph; run it, pull the result and prune that"
+            )
+        experts, spared = spec_of(model, i).experts, list((protected or {}).get(i, ()))
+        if not all(0 <= e < experts for e in spared):
+            raise ValueError(f"protected={spared} of layer {i} must be different experts between 0 and {experts - 1}")
+        size = experts // groups
+        least = max(sum(g * size <= e < (g + 1) * size for e in spared) for g in range(groups)) * groups
         legal = arch.legal_counts(model.config, experts)
         found[i] = [n for n in legal if n >= least and n % divisor == 0 and (not counts or n in counts)]
         if not found[i]:
             raise ValueError(
                 f"layer {i} can keep {legal[0]} to {legal[-1]} of its {experts} experts, but no such count is among "
-                f"{list(counts) or 'all'}, divides by {divisor} and covers {least} protected experts; loosen one of them"
+                f"{list(counts) or 'all'}, divides by {divisor} and covers {len(spared)} protected experts; loosen one of them"
             )
     return found
 
@@ -87,13 +104,14 @@ def spec_of(model: Model, layer: int) -> LayerSpec:
     return model.layers[layer].spec.output
 
 
-def _paper_spec(*importances: Any, legal: dict[str, list[int]], total: int) -> Spec:
+def _counts_spec(*inputs: Any, legal: dict[str, list[int]], experts: dict[str, int], total: int) -> Spec:
     check_total(total, {int(i): counts for i, counts in legal.items()})
-    return Spec({"total": total}, reads=sum(i["bytes"] for i in importances), writes=200 + 60 * len(legal))
+    out = {"total": total, "share": total / sum(experts.values())}
+    return Spec(out, reads=sum(i["bytes"] for i in inputs), writes=500 + 60 * len(legal))
 
 
-@step("counts.paper", version=1, spec=_paper_spec)
-def paper(context: Context, *importances: Artifact, legal: dict[str, list[int]], total: int) -> None:
+@step("counts.paper", version=1, spec=_counts_spec)
+def paper(context: Context, *importances: Artifact, legal: dict[str, list[int]], experts: dict[str, int], total: int) -> None:
     """Counts by the paper's rule: the more important a layer, the fewer experts it loses (MoE-I², section 3.1), as `counts.json`.
 
     A layer's importance is the sum of its experts'. The paper leaves open how importance becomes a count: here a layer's share of
@@ -101,11 +119,10 @@ def paper(context: Context, *importances: Artifact, legal: dict[str, list[int]],
     that add up to `total` with the least squared deviation.
     """
     layers = {i["layer"]: sum(i["importance"]) for i in map(read_importance, importances)}
-    most = {i: max(legal[str(i)]) for i in layers}
     least = {i: min(legal[str(i)]) for i in layers}
     inverse = {i: 1 / (v + 1e-12) for i, v in layers.items()}
-    gone = _shares(inverse, {i: most[i] - least[i] for i in layers}, sum(most.values()) - total)
-    curves = {i: {n: (most[i] - gone[i] - n) ** 2 for n in legal[str(i)]} for i in layers}
+    gone = _shares(inverse, {i: experts[str(i)] - least[i] for i in layers}, sum(experts.values()) - total)
+    curves = {i: {n: (experts[str(i)] - gone[i] - n) ** 2 for n in legal[str(i)]} for i in layers}
     _write(context, "paper", _fit(curves, total), importance={str(i): v for i, v in layers.items()})
 
 
@@ -121,23 +138,43 @@ def _shares(weights: Mapping[int, float], caps: Mapping[int, int], amount: float
     return given
 
 
-def _exact_spec(curves: Any, *, legal: dict[str, list[int]], experts: dict[str, int], total: int) -> Spec:
-    check_total(total, {int(i): counts for i, counts in legal.items()})
-    return Spec({"total": total}, reads=curves["bytes"], writes=200 + 60 * len(legal))
-
-
-@step("counts.exact", version=1, spec=_exact_spec)
+@step("counts.exact", version=1, spec=_counts_spec)
 def exact(context: Context, curves: Artifact, *, legal: dict[str, list[int]], experts: dict[str, int], total: int) -> None:
     """The counts that add up to `total` with the least summed cost, by dynamic programming over each layer's measured curve.
 
-    Between measured counts a curve is a straight line; with all of a layer's `experts` it is zero.
+    Between measured counts a curve is a straight line; with all of a layer's `experts` it is zero. Beside the choice stand the
+    cost of the best other one that moves one step from one layer to another, and of the same count everywhere where that is legal.
     """
+    measured = read_curves(curves)["curves"]
     found = {}
-    for i, points in read_curves(curves)["curves"].items():
-        xs = sorted(({int(n): v for n, v in points.items()} | {experts[i]: 0.0}).items())
-        found[int(i)] = {n: _between(xs, n) for n in legal[i]}
-    counts = _fit(found, total)
-    _write(context, "exact", counts, cost=sum(found[i][n] for i, n in counts.items()))
+    for i, counts in legal.items():
+        points = sorted(({int(n): v for n, v in measured.get(i, {}).items()} | {experts[i]: 0.0}).items())
+        found[int(i)] = {n: _between(points, n) for n in counts}
+    chosen = _fit(found, total)
+
+    def cost(given: Mapping[int, int]) -> float:
+        return sum(found[i][n] for i, n in given.items())
+
+    def entry(given: Mapping[int, int]) -> dict[str, Any]:
+        return {"counts": list(given.values()), "cost": cost(given)}
+
+    others = sorted(_neighbours(chosen, found), key=cost)
+    same = dict.fromkeys(chosen, total // len(chosen))
+    everywhere = total == sum(same.values()) and all(n in found[i] for i, n in same.items())
+    _write(
+        context, "exact", chosen, cost=cost(chosen),
+        runner_up=entry(others[0]) if others else None, uniform=entry(same) if everywhere else None,
+    )  # fmt: skip
+
+
+def _neighbours(counts: Mapping[int, int], found: Mapping[int, Mapping[int, float]]) -> Iterator[dict[int, int]]:
+    """The same total with one layer a legal step lower and another as much higher."""
+    for i, n in counts.items():
+        lower = [m for m in found[i] if m < n]
+        for j in counts:
+            up = counts[j] + n - max(lower, default=n)
+            if lower and j != i and up in found[j]:
+                yield dict(counts) | {i: max(lower), j: up}
 
 
 def _between(points: Sequence[tuple[int, float]], at: int) -> float:

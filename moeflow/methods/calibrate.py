@@ -71,23 +71,28 @@ def run(
     return Calibration(model, tokens, batch, dtype, tuple(starts), tuple(ends), states, observed, each)
 
 
-def states_before(calibration: Calibration, layer: int, layers: Sequence[Step]) -> tuple[Step, ...]:
-    """The hidden states of every shard before `layer`, of the model that has these `layers` up to there.
+def states_before(calibration: Calibration, layer: int) -> tuple[Step, ...]:
+    """The hidden states of every shard before `layer` (or behind the last), as the calibrated model has them.
 
-    From the calibration's own where its model is that one and a stage ends near; otherwise run from there on.
+    The calibration's own where a stage begins there; otherwise run from the stage's beginning.
     """
-    model = calibration.model
-    own = next((i for i, (a, b) in enumerate(zip(layers, model.layers, strict=False)) if a.key != b.key), layer)
-    first = max(i for i in calibration.states if i <= min(own, layer))
-    indices = list(range(first, layer))
-    if not indices:
-        return calibration.states[first]
+    if layer == len(calibration.model.layers):
+        return calibration.ends
+    first = max(i for i in calibration.states if i <= layer)
+    return advanced(calibration, calibration.states[first], calibration.model.layers, first, layer)
+
+
+def advanced(calibration: Calibration, states: tuple[Step, ...], layers: Sequence[Step], first: int, stop: int) -> tuple[Step, ...]:
+    """The states of every shard before layer `first` taken through these layers up to `stop`."""
+    if first == stop:
+        return states
+    indices = list(range(first, stop))
     return tuple(
         advance(
-            model.essential, h, *(layers[i] for i in indices),
+            calibration.model.essential, h, *(layers[i] for i in indices),
             layers=indices, batch=calibration.batch, dtype=calibration.dtype,
         )
-        for h in calibration.states[first]
+        for h in states
     )  # fmt: skip
 
 
@@ -189,13 +194,14 @@ def _observe_spec(
     tokens = states.sequences * states.length
     kept = min(tokens, record)
     width, size = int(states.config["hidden_size"]), 4 if states.dtype == "float32" else 2
-    writes = states.nbytes
+    writes, most = states.nbytes, kept
     for layer in layer_specs:
         if layer.experts:
             rows = min(tokens, kept + per_expert * layer.experts)
+            most = max(most, rows)
             writes += rows * (width * size * (2 if residual else 1) + 8) + tokens * layer.experts * 4 + 8 * 7 * layer.experts + 1400
     moe = tuple(spec.layer for spec in layer_specs if spec.experts)
-    return Spec(ObservedSpec(states, kept, moe), reads=reads, writes=writes, memory=memory + writes)
+    return Spec(ObservedSpec(states, kept, most, moe), reads=reads, writes=writes, memory=memory + writes)
 
 
 @step("calibrate.observe", version=1, spec=_observe_spec, gpus=1)

@@ -28,7 +28,7 @@ def _candidates_spec(
     if strange := sorted(set(options) - set(METHODS[method])):
         raise ValueError(f"{method} has no option {strange[0]}; it takes {', '.join(METHODS[method]) or 'none'}")
     groups = arch.group_limit(rest.config)[0]
-    for keep in counts or [max(1, layer_spec.experts * 3 // 4)]:
+    for keep in counts:
         check(layer_spec.experts, keep, groups=groups, protected=protected, best=best, **options)
         count = count_subsets(layer_spec.experts, keep, groups, protected)
         if method == ENUMERATE and count > MAX_SUBSETS:
@@ -38,9 +38,9 @@ def _candidates_spec(
             )
     seen: list[ObservedSpec] = [s for s in inputs if isinstance(s, ObservedSpec)]
     width, size = int(rest.config["hidden_size"]), 4 if precision(rest.config, dtype) == "float32" else 2
-    rows = sum(s.recorded for s in seen)
+    rows = sum(s.rows for s in seen)
     reads = layer_spec.headers + layer_spec.block_bytes + rows * width * size + len(seen) * (1400 + 7 * 8 * layer_spec.experts)
-    sets = (len(counts) or 1) * (best + 6)
+    sets = (1 if decided else len(counts)) * (best + 6)
     writes = 300 + sets * (70 + 4 * layer_spec.experts)
     out = {"layer": layer, "counts": counts, "experts": layer_spec.experts, "bytes": writes}
     return Spec(out, reads=reads, writes=writes, memory=2 * layer_spec.nbytes + (3 << 30))
@@ -54,8 +54,8 @@ def candidates(
 ) -> None:  # fmt: skip
     """The `best` sets of one layer's experts for each count, by `method`, with the losses of these and of the baselines.
 
-    `inputs`: where `decided`, first the counts of all layers, which stand in place of `counts`; then what each shard of tokens
-    showed in this layer, and where `targets` is not 0 the first so many of them behind an already compressed prefix, the others
+    `inputs`: where `decided`, first the counts of all layers, one of `counts` for this one; then what each shard of tokens showed
+    in this layer, and where `targets` is not 0 the first so many of them behind an already compressed prefix, the others
     in the original. `options` are the method's own; `protected` experts stay. Long searches save their state and go on from it.
     """
     from moeflow.methods.evaluator import search_counts

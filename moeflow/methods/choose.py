@@ -37,11 +37,11 @@ def _choose_spec(
     if loss == "batch-sum" and partial:
         raise ValueError("loss='batch-sum' sums over whole batches and needs the inputs of all tokens: calibrate with record=None")
     width, size = int(config["hidden_size"]), 4 if precision(config, dtype) == "float32" else 2
-    rows = sum(s.recorded for s in seen)
+    rows = sum(s.rows for s in seen)
     reads = layer_spec.headers + layer_spec.block_bytes
     reads += rows * width * size + len(seen) * (1400 + 7 * 8 * layer_spec.experts)
     # the layer twice, the largest shard's inputs and targets twice, and the intermediate tensors of a chunk of tokens in fp64
-    memory = 2 * layer_spec.nbytes + 4 * max(s.recorded for s in seen) * width * size + (1 << 30)
+    memory = 2 * layer_spec.nbytes + 4 * max(s.rows for s in seen) * width * size + (1 << 30)
     writes = 1500 + (count if criterion == ENUMERATE else 0) * (26 + 3 * keep)
     return Spec({"layer": layer, "keep": keep, "bytes": writes}, reads=reads, writes=writes, memory=memory)
 

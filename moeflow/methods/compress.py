@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from math import ceil
 from typing import Any
 
-from moeflow.arch import MATRICES
+from moeflow.arch import MATRICES, arch_of
 from moeflow.methods import block as blocks
 from moeflow.methods import budget, calibrate, drop, sweep
 from moeflow.methods import decompose as cuts
@@ -20,13 +20,16 @@ from moeflow.methods.ranks import average_rank
 from moeflow.methods.subsets import GENERATIONS, POPULATION, STARTS
 from moeflow.step import Step
 
+MEASURED = 16_384
+"""Tokens on which alternatives are measured through the whole model: each alternative of each layer keeps their hidden states."""
+
 
 def prune(
     calibration: Calibration, *, keep: float, unit: budget.Unit = "experts",
     counts: str = "exact", search: str = "swap", importance: str = "recon",
     best: int = 3, block: int = 1, inputs: str = "original",
     legal: Sequence[int] = (), divisor: int = 1, protected: Mapping[int, Sequence[int]] | None = None,
-    grid: int = 8, shards: int = 4,
+    grid: int = 8, measured: int = MEASURED,
     population: int = POPULATION, generations: int = GENERATIONS, starts: int = STARTS, seed: int = 0,
 ) -> Model:  # fmt: skip
     """The model with fewer experts in its layers, as a graph.
@@ -35,35 +38,34 @@ def prune(
     `COUNTS`; `search`: how a layer's set is found ("genetic" with its `population` and `generations`, "swap" with its `starts`,
     "enumerate"); `importance`: "recon" or "lm_loss", what the paper's counts go by; `best`: the sets kept of each layer, of which
     blocks of `block` layers choose together (MoE-I²'s K and T; T=1: the layer's best), on `inputs` "original" or "progressive".
-    `legal`, `divisor` and `protected` are as in `budget.legal_counts`; the exact rule measures at most `grid` counts a layer on
-    `shards` shards of the calibration tokens, or as many as there are. Raises ValueError for what cannot work, with the nearest
-    that can.
+    `legal`, `divisor` and `protected` are as in `budget.legal_counts`; the exact rule measures at most `grid` counts a layer;
+    what is measured through the whole model is measured on about `measured` of the calibration tokens. Raises ValueError for what
+    cannot work, with the nearest that can.
     """
     _check(counts=(counts, COUNTS), importance=(importance, IMPORTANCES), inputs=(inputs, blocks.INPUTS))
     if min(best, block) < 1:
         raise ValueError(f"best={best} sets (K) and block={block} layers (T) must be at least 1")
+    if inputs == "progressive" and block == 1:
+        raise ValueError("inputs='progressive' is for blocks that choose together; give block=2 or more")
     model = calibration.model
     allowed = budget.legal_counts(model, counts=legal, divisor=divisor, protected=protected)
     total = budget.total_experts(model, keep, unit)
     budget.check_total(total, allowed)
-    everything = sum(budget.spec_of(model, i).experts for i in allowed)
     options = {"genetic": {"population": population, "generations": generations}, "swap": {"starts": starts}}.get(search, {})
     common = {"method": search, "options": options, "seed": seed, "dtype": calibration.dtype, "targets": 0}
     spare = {i: list((protected or {}).get(i, ())) for i in allowed}
 
-    def sets(layer: int, wanted: list[int], decider: tuple[Step, ...] = (), most: int = best) -> Step:
+    def sets(layer: int, wanted: Sequence[int], decider: tuple[Step, ...] = (), most: int = best) -> Step:
         return candidates(
             model.essential, model.layers[layer], *decider, *calibration.observed[layer],
-            layer=layer, counts=wanted, decided=bool(decider), best=most, protected=spare[layer], **common,
+            layer=layer, counts=list(wanted), decided=bool(decider), best=most, protected=spare[layer], **common,
         )  # fmt: skip
 
-    decider, found = COUNTS[counts](calibration, allowed, total, sets, importance=importance, grid=grid, shards=shards)
-    share = total / everything
+    decider, found = COUNTS[counts](calibration, allowed, total, sets, importance=importance, grid=grid, measured=measured)
     if block == 1:
-        choices = {i: blocks.pick(found[i], *decider, layer=i, keep=_fixed(found[i], decider), share=share) for i in allowed}
+        choices = {i: blocks.pick(found[i], *decider, layer=i, keep=_fixed(found[i], decider)) for i in allowed}
         return model.with_layers(_dropped(calibration, choices), tuple(choices.values()))
-    exact = {i: sets(i, [], decider) if decider else found[i] for i in allowed}
-    return _by_blocks(calibration, exact, decider, best=best, block=block, inputs=inputs, share=share)
+    return _by_blocks(calibration, found, decider, best=best, block=block, inputs=inputs)
 
 
 Found = tuple[tuple[Step, ...], dict[int, Step]]
@@ -83,49 +85,51 @@ def _uniform(calibration: Calibration, legal: Mapping[int, list[int]], total: in
 
 
 def _paper(
-    calibration: Calibration, legal: Mapping[int, list[int]], total: int, sets: Callable[..., Step], *, importance: str, **_: Any
-) -> Found:
-    seen = IMPORTANCES[importance](calibration, list(legal))
-    decider = budget.paper(*seen.values(), legal={str(i): c for i, c in legal.items()}, total=total)
-    return (decider,), {i: sets(i, [], (decider,)) for i in legal}
+    calibration: Calibration, legal: Mapping[int, list[int]], total: int, sets: Callable[..., Step],
+    *, importance: str, measured: int, **_: Any,
+) -> Found:  # fmt: skip
+    seen = IMPORTANCES[importance](calibration, list(legal), measured)
+    decider = budget.paper(*seen.values(), **_rule(calibration, legal), total=total)
+    return (decider,), {i: sets(i, legal[i], (decider,)) for i in legal}
 
 
 def _exact(
     calibration: Calibration, legal: Mapping[int, list[int]], total: int, sets: Callable[..., Step],
-    *, grid: int, shards: int, **_: Any,
+    *, grid: int, measured: int, **_: Any,
 ) -> Found:  # fmt: skip
-    if min(grid, shards) < 1:
-        raise ValueError(f"grid={grid} counts and shards={shards} must be at least 1")
-    whole = {i: budget.spec_of(calibration.model, i).experts for i in legal}
-    measured = {i: _thinned([n for n in counts if n < whole[i]], grid) for i, counts in legal.items()}
-    tried = {i: sets(i, counts, (), 1) for i, counts in measured.items() if counts}
-    alternatives = {i: (sweep.SETS, [str(n) for n in measured[i]], (tried[i],)) for i in tried}
-    curves = sweep.curves(calibration, alternatives, shards=shards)
-    decider = budget.exact(
-        curves, legal={str(i): c for i, c in legal.items()}, experts={str(i): n for i, n in whole.items()}, total=total
-    )
-    return (decider,), {i: sets(i, [], (decider,)) for i in legal}
+    if grid < 2 or measured < 1:
+        raise ValueError(f"grid={grid} counts must be at least 2, a curve's two ends, and measured={measured} tokens at least 1")
+    rule = _rule(calibration, legal)
+    grids = {i: _thinned([n for n in counts if n < rule["experts"][str(i)]], grid) for i, counts in legal.items()}
+    alternatives = {i: (sweep.SETS, [str(n) for n in counts], (sets(i, counts, (), 1),)) for i, counts in grids.items() if counts}
+    decider = budget.exact(sweep.curves(calibration, alternatives, tokens=measured), **rule, total=total)
+    return (decider,), {i: sets(i, legal[i], (decider,)) for i in legal}
+
+
+def _rule(calibration: Calibration, legal: Mapping[int, list[int]]) -> dict[str, Any]:
+    experts = {str(i): budget.spec_of(calibration.model, i).experts for i in legal}
+    return {"legal": {str(i): counts for i, counts in legal.items()}, "experts": experts}
 
 
 COUNTS: dict[str, Callable[..., Found]] = {"uniform": _uniform, "paper": _paper, "exact": _exact}
 """Every way to spread a budget of experts over layers, by name."""
 
 
-def _recon(calibration: Calibration, layers: Sequence[int]) -> dict[int, Step]:
+def _recon(calibration: Calibration, layers: Sequence[int], measured: int) -> dict[int, Step]:
     model = calibration.model
     return {i: recon(model.essential, model.layers[i], *calibration.observed[i], layer=i, dtype=calibration.dtype) for i in layers}
 
 
-def _lm_loss(calibration: Calibration, layers: Sequence[int]) -> dict[int, Step]:
-    model, recon = calibration.model, _recon(calibration, layers)
-    top_k = {i: budget.legal_counts(model)[i][0] for i in layers}
-    specs = {i: budget.spec_of(model, i) for i in layers}
-    each = {i: (sweep.EACH, [str(e) for e in range(specs[i].experts)], ()) for i in layers if specs[i].experts > top_k[i]}
-    curves = sweep.curves(calibration, each, shards=len(calibration.starts))
-    return {i: sweep.lm_loss(curves, recon[i], layer=i) for i in layers}
+def _lm_loss(calibration: Calibration, layers: Sequence[int], measured: int) -> dict[int, Step]:
+    model, own = calibration.model, _recon(calibration, layers, measured)
+    experts = {i: budget.spec_of(model, i).experts for i in layers}
+    top_k = arch_of(model.config).top_k(model.config)
+    each = {i: (sweep.EACH, [str(e) for e in range(experts[i])], ()) for i in layers if experts[i] > top_k}
+    curves = sweep.curves(calibration, each, tokens=measured)
+    return {i: sweep.lm_loss(curves, own[i], layer=i) for i in layers}
 
 
-IMPORTANCES: dict[str, Callable[[Calibration, Sequence[int]], dict[int, Step]]] = {"recon": _recon, "lm_loss": _lm_loss}
+IMPORTANCES: dict[str, Callable[[Calibration, Sequence[int], int], dict[int, Step]]] = {"recon": _recon, "lm_loss": _lm_loss}
 """Every reading of an expert's importance, by name: one step per layer."""
 
 
@@ -142,20 +146,30 @@ def ratio_left(remove: float, drop: float) -> float:
 def decompose(
     calibration: Calibration, *, ratio: float = 0.0, ranks: str = "global", rank: int = 0, force: bool = False,
     svd: str = "whitened", importance: str = "recon", alpha: float = 0.15, r_min: int = 1, multiple: int = 1,
-    least: int = 1, policy: str = "vanilla", weighted: bool = True, shrink: float = 0.03, shards: int = 4,
+    r_max: int = 0, least: int = 1, policy: str = "vanilla", weighted: bool = True, shrink: float = 0.03,
+    measured: int = MEASURED,
 ) -> Model:  # fmt: skip
     """The calibrated model with its experts' matrices as products of two, as a graph; the model itself where `ratio` is 0.
 
     `ratio`: the part of the experts' parameters that goes; `ranks`: how what stays is spread, a name of `RANKS`; in the place of
     both, `rank` for every matrix, where one above break-even has to be forced; `svd`: "vanilla" (the paper) or "whitened";
-    `alpha` and `importance`: the paper's formula; `r_min` and `multiple`: the least rank, and what ranks are multiples of; an
-    expert that `least` recorded tokens did not reach is cut by its weights ("vanilla") or stays whole ("keep"), as `policy` says;
-    `weighted`: a token counts as much as the router gives the expert in it; `shrink`: how much of white inputs is mixed into what
-    the tokens say; `shards`: those on which the global rule measures. Raises ValueError for what cannot work.
+    `alpha` and `importance`: the paper's formula; `r_min`, `r_max` (0: break-even) and `multiple`: the least and the largest rank,
+    and what ranks are multiples of; an expert that `least` recorded tokens did not reach is cut by its weights ("vanilla") or stays
+    whole ("keep"), as `policy` says; `weighted`: a token counts as much as the router gives the expert in it; `shrink`: how much of
+    white inputs is mixed into what the tokens say; `measured`: about how many tokens are measured through the whole model. Raises
+    ValueError for what cannot work.
     """
     _check(ranks=(ranks, RANKS), importance=(importance, IMPORTANCES))
     cuts.check(svd, policy, least, multiple, shrink)
     model = calibration.model
+    if min(r_min, measured) < 1:
+        raise ValueError(f"r_min={r_min} and measured={measured} tokens must be at least 1")
+    if ranks == "global" and svd == "vanilla" and ratio:
+        raise ValueError("ranks='global' goes by what whitening loses; with svd='vanilla' take ranks='paper' or 'uniform'")
+    if ranks == "uniform" and policy == "keep" and ratio:
+        raise ValueError(
+            "policy='keep' lets the others pay, by ranks that a run decides; take ranks='global', or 'paper' with alpha=0"
+        )
     if rank < 0 or (rank and ratio):
         raise ValueError(f"rank={rank} must be at least 0, and stands in the place of ratio={ratio}; give one of them")
     if not ratio and not rank:
@@ -182,8 +196,8 @@ def decompose(
     if rank:
         return model.with_layers({i: rewritten(i, (), dict.fromkeys(MATRICES, rank)) for i in layers})
     decider, uniform = RANKS[ranks](
-        calibration, rewritten, ratio=ratio, alpha=alpha, r_min=r_min, multiple=multiple, least=least, policy=policy,
-        weighted=weighted, shrink=shrink, shards=shards, importance=importance,
+        calibration, rewritten, ratio=ratio, alpha=alpha, r_min=r_min, r_max=r_max, multiple=multiple, least=least, policy=policy,
+        weighted=weighted, shrink=shrink, measured=measured, importance=importance,
     )  # fmt: skip
     return model.with_layers({i: rewritten(i, decider, uniform.get(i, {})) for i in layers})
 
@@ -207,22 +221,23 @@ def _same_ranks(calibration: Calibration, rewritten: Any, *, ratio: float, multi
 
 def _ranks_by_importance(
     calibration: Calibration, rewritten: Any,
-    *, ratio: float, alpha: float, r_min: int, multiple: int, least: int, policy: str, importance: str, **_: Any,
+    *, ratio: float, alpha: float, r_min: int, r_max: int, multiple: int, least: int, policy: str, importance: str, measured: int,
+    **_: Any,
 ) -> Ranked:  # fmt: skip
     model = calibration.model
-    seen = IMPORTANCES[importance](calibration, model.moe_layers)
+    seen = IMPORTANCES[importance](calibration, model.moe_layers, measured)
     layers = [{"layer": i, "sides": list(cuts.sides(budget.spec_of(model, i)))} for i in seen]
-    rule = {"ratio": ratio, "alpha": alpha, "r_min": r_min, "multiple": multiple, "least": least, "policy": policy}
+    limits = {"r_min": r_min, "r_max": r_max, "multiple": multiple}
+    rule = {"ratio": ratio, "alpha": alpha, "least": least, "policy": policy, **limits}
     return (cuts.by_importance(*seen.values(), layers=layers, **rule),), {}
 
 
 def _ranks_by_spectra(
     calibration: Calibration, rewritten: Callable[..., Step],
-    *, ratio: float, r_min: int, multiple: int, least: int, policy: str, weighted: bool, shrink: float, shards: int, **_: Any,
+    *, ratio: float, r_min: int, r_max: int, multiple: int, least: int, policy: str, weighted: bool, shrink: float, measured: int,
+    **_: Any,
 ) -> Ranked:  # fmt: skip
     model, layers = calibration.model, calibration.model.moe_layers
-    if shards < 1:
-        raise ValueError(f"shards={shards} must be at least 1")
     spectra = [
         cuts.spectra(
             model.essential, model.layers[i], *calibration.observed[i],
@@ -235,9 +250,9 @@ def _ranks_by_spectra(
         rank = cuts.moved_rank(*cuts.sides(budget.spec_of(model, i)))
         files = [rewritten(i, (), dict.fromkeys(matrices, rank)) for matrices in cuts.PARTS.values()]
         alternatives[i] = (sweep.FILES, list(cuts.PARTS), files)
-    curves = sweep.curves(calibration, alternatives, shards=shards)
-    rule = {"budget": 1 - ratio, "multiple": multiple, "r_min": r_min}
-    return (cuts.by_spectra(*spectra, curves, layers=layers, sweep=True, **rule),), {}
+    curves = sweep.curves(calibration, alternatives, tokens=measured)
+    rule = {"budget": 1 - ratio, "multiple": multiple, "r_min": r_min, "r_max": r_max}
+    return (cuts.by_spectra(*spectra, curves, layers=layers, **rule),), {}
 
 
 RANKS: dict[str, Callable[..., Ranked]] = {
@@ -250,24 +265,28 @@ RANKS: dict[str, Callable[..., Ranked]] = {
 
 def _by_blocks(
     calibration: Calibration, found: Mapping[int, Step], decider: tuple[Step, ...],
-    *, best: int, block: int, inputs: str, share: float,
+    *, best: int, block: int, inputs: str,
 ) -> Model:  # fmt: skip
     """Choose among every layer's sets block by block: the KT-Reception Field."""
     model, order = calibration.model, list(found)
     choices: dict[int, Step] = {}
     changed = model
+    states, at_layer = calibrate.states_before(calibration, order[0]), order[0]
+    goals: tuple[Step, ...] = ()
     for at in range(0, len(order), block):
         searched = order[at : at + block]
         layers = list(range(searched[0], searched[-1] + 1))
-        prefix = changed if inputs == "progressive" else model
-        before = calibrate.states_before(calibration, layers[0], prefix.layers)
-        goals = () if inputs == "original" else calibrate.states_before(calibration, layers[-1] + 1, model.layers)
+        if inputs == "original":
+            before = calibrate.states_before(calibration, layers[0])
+        else:
+            before = states = calibrate.advanced(calibration, states, changed.layers, at_layer, layers[0])
+            goals, at_layer = calibrate.states_before(calibration, layers[-1] + 1), layers[0]
         chosen = blocks.block(
             model.essential, *(model.layers[i] for i in layers), *(found[i] for i in searched), *before, *goals,
             layers=layers, searched=searched, best=best, shards=len(before), goals=len(goals),
             batch=calibration.batch, dtype=calibration.dtype,
         )  # fmt: skip
-        made = {i: blocks.pick(found[i], *decider, chosen, layer=i, keep=_fixed(found[i], decider), share=share) for i in searched}
+        made = {i: blocks.pick(found[i], *decider, chosen, layer=i, keep=_fixed(found[i], decider)) for i in searched}
         choices |= made
         changed = changed.with_layers(_dropped(calibration, made))
     return changed.with_layers({}, tuple(choices.values()))

@@ -8,6 +8,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from moeflow.arch import MATRICES, arch_of
 from moeflow.methods.importance import read_importance
 from moeflow.methods.ranks import Spectrum, allocate, average_rank, break_even, check_rank, paper_ranks, treatment
@@ -44,7 +46,7 @@ def check(svd: str, policy: str, least: int, multiple: int, shrink: float = 0.0)
 
 def _seen_bytes(config: Any, seen: Sequence[Any], dtype: str) -> int:
     width, size = int(config["hidden_size"]), 4 if precision(config, dtype) == "float32" else 2
-    return sum(s.recorded for s in seen if isinstance(s, ObservedSpec)) * width * size
+    return sum(s.rows for s in seen if isinstance(s, ObservedSpec)) * width * size
 
 
 def _spectra_spec(
@@ -62,8 +64,9 @@ def _spectra_spec(
     rows, columns = sides(layer_spec)
     writes = 500 + layer_spec.experts * (3 * 8 * min(rows, columns) + 8)
     reads = layer_spec.headers + layer_spec.block_bytes + _seen_bytes(rest.config, seen, dtype)
-    out = {"layer": layer, "bytes": writes, "experts": layer_spec.experts}
-    return Spec(out, reads=reads, writes=writes, memory=4 * layer_spec.nbytes + (2 << 30))
+    out = {"layer": layer, "bytes": writes, "experts": layer_spec.experts, "sides": [rows, columns]}
+    memory = 4 * layer_spec.nbytes + 2 * _seen_bytes(rest.config, seen, dtype) + (2 << 30)
+    return Spec(out, reads=reads, writes=writes, memory=memory)
 
 
 @step("decompose.spectra", version=1, spec=_spectra_spec, gpus=1)
@@ -84,12 +87,15 @@ def spectra(
 
 
 def _paper_spec(
-    *inputs: Any, layers: list[dict[str, Any]], ratio: float, alpha: float, r_min: int, multiple: int, least: int, policy: str
-) -> Spec:
+    *inputs: Any, layers: list[dict[str, Any]],
+    ratio: float, alpha: float, r_min: int, r_max: int, multiple: int, least: int, policy: str,
+) -> Spec:  # fmt: skip
     check("vanilla", policy, least, multiple)
+    if alpha < 0:
+        raise ValueError(f"alpha={alpha} must be at least 0, where all ranks are the same")
     for layer in layers:
         average = average_rank(ratio, *layer["sides"])
-        paper_ranks([1.0], average, alpha=alpha, r_min=r_min, r_max=int(break_even(*layer["sides"])), multiple=multiple)
+        paper_ranks([1.0], average, alpha=alpha, r_min=r_min, r_max=_most(r_max, *layer["sides"]), multiple=multiple)
     experts = sum(i["experts"] for i in inputs)
     writes = 300 + 30 * experts
     return Spec({"share": 1 - ratio, "bytes": writes}, reads=sum(i["bytes"] for i in inputs), writes=writes)
@@ -97,78 +103,118 @@ def _paper_spec(
 
 @step("ranks.paper", version=1, spec=_paper_spec)
 def by_importance(
-    context: Context, *importances: Artifact,
-    layers: list[dict[str, Any]], ratio: float, alpha: float, r_min: int, multiple: int, least: int, policy: str,
+    context: Context, *importances: Artifact, layers: list[dict[str, Any]],
+    ratio: float, alpha: float, r_min: int, r_max: int, multiple: int, least: int, policy: str,
 ) -> None:  # fmt: skip
     """Ranks by the paper's formula, the same for an expert's three matrices, as `ranks.json`.
 
     `layers`: number and sides (F, D) of each; `ratio`: the part of the parameters that goes in every layer. An expert that stays
-    whole (`policy="keep"`, fewer than `least` tokens) is paid for by the others of its layer.
+    whole (`policy="keep"`, fewer than `least` tokens) is paid for by the others of its layer. Raises ValueError where they cannot.
     """
     found: dict[str, Any] = {}
     for layer, artifact in zip(layers, importances, strict=True):
         seen = read_importance(artifact)
         rows, columns = layer["sides"]
+        even = break_even(rows, columns)
         whole = [t == "keep" for t in treatment(seen["tokens"], least, policy)]
         cut = [v for v, w in zip(seen["importance"], whole, strict=True) if not w]
-        even = break_even(rows, columns)
-        average = average_rank(ratio, rows, columns) * len(whole) - even * sum(whole)
-        ranks = iter(
-            paper_ranks(cut, average / len(cut), alpha=alpha, r_min=r_min, r_max=int(even), multiple=multiple) if cut else []
-        )
+        left = average_rank(ratio, rows, columns) * len(whole) - even * sum(whole)
+        if left < r_min * len(cut):
+            nearest = 1 - (even * sum(whole) + r_min * len(cut)) / (even * len(whole))
+            raise ValueError(
+                f"{sum(whole)} of the {len(whole)} experts of layer {layer['layer']} saw fewer than {least} tokens and stay whole: "
+                f"the others cannot make up for ratio={ratio}; the nearest is {nearest:.4f}, or calibrate on more tokens"
+            )
+        each = left / max(1, len(cut))
+        limits = {"r_min": r_min, "r_max": _most(r_max, rows, columns), "multiple": multiple}
+        ranks = iter(paper_ranks(cut, each, alpha=alpha, **limits) if cut else ())
         line = [0 if w else next(ranks) for w in whole]
-        found[str(layer["layer"])] = dict.fromkeys(MATRICES, line)
+        found[str(layer["layer"])] = {m: line for m in MATRICES}
     _write(context, "paper", found)
 
 
-def _global_spec(*inputs: Any, layers: list[int], sweep: bool, budget: float, multiple: int, r_min: int) -> Spec:
+def _most(r_max: int, rows: int, columns: int) -> int:
+    """The largest rank that saves anything, or the stated one where that is less."""
+    even = int(break_even(rows, columns))
+    return min(r_max, even) if r_max else even
+
+
+def _smallest(rows: int, columns: int, r_min: int, multiple: int) -> int:
+    """The parameters of a matrix at the smallest rank that it may have."""
+    return min(-(-r_min // multiple) * multiple * (rows + columns), rows * columns)
+
+
+def _global_spec(*inputs: Any, layers: list[int], budget: float, multiple: int, r_min: int, r_max: int) -> Spec:
     if not 0 < budget < 1:
         raise ValueError(f"budget={budget} is the part of the experts' bytes that stays and must lie between 0 and 1")
-    experts = sum(i.get("experts", 0) for i in inputs)
-    writes = 300 + 30 * experts
-    return Spec({"share": budget, "bytes": writes}, reads=sum(i["bytes"] for i in inputs), writes=writes)
+    if min(multiple, r_min) < 1 or r_max < 0:
+        raise ValueError(f"r_min={r_min} and multiple={multiple} must be at least 1, and r_max={r_max} at least 0")
+    spectra = inputs[:-1]
+    total = sum(i["experts"] * i["sides"][0] * i["sides"][1] for i in spectra)
+    least = sum(i["experts"] * _smallest(i["sides"][0], i["sides"][1], r_min, multiple) for i in spectra)
+    if least > budget * total:
+        raise ValueError(
+            f"ratio={1 - budget:.4g} cannot be had with ranks from {r_min} in multiples of {multiple}; the nearest is "
+            f"{1 - least / total:.4g}"
+        )
+    writes = 500 + 30 * sum(i["experts"] for i in spectra)
+    options = sum(i["experts"] * 3 * min(i["sides"]) for i in spectra)
+    return Spec(
+        {"share": budget, "bytes": writes}, reads=sum(i["bytes"] for i in inputs), writes=writes, memory=(1 << 28) + 512 * options
+    )
 
 
 @step("ranks.global", version=1, spec=_global_spec)
 def by_spectra(
-    context: Context, *inputs: Artifact, layers: list[int], sweep: bool, budget: float, multiple: int, r_min: int
+    context: Context, *inputs: Artifact, layers: list[int], budget: float, multiple: int, r_min: int, r_max: int
 ) -> None:
     """The ranks of all matrices together that cost least within `budget` (a part of the experts' bytes), as `ranks.json`.
 
-    `inputs`: the spectra of each of `layers`, and with `sweep` the curves that say how much the model's predictions move when a
-    layer's gate and up, or its down matrices, are cut: each squared error is weighted by how much of that movement it stands for.
+    `inputs`: the spectra of each of `layers`, and the curves that say how much the model's predictions move when a layer's gate and
+    up, or its down matrices, are cut: each squared error is weighted by how much of that movement it stands for. Beside the ranks
+    stand what they cost by this measure and what the same rank everywhere would. Raises ValueError where experts that stay whole
+    leave too little for the others.
     """
     from moeflow.methods import factoring
 
-    given = {layer: factoring.read_spectra(a) for layer, a in zip(layers, inputs, strict=False)}
-    moved = read_curves(inputs[-1])["curves"] if sweep else {}
+    given = {layer: factoring.read_spectra(a) for layer, a in zip(layers, inputs[:-1], strict=True)}
+    moved = read_curves(inputs[-1])["curves"]
     items: list[list[Spectrum]] = []
     owners: list[tuple[int, int, tuple[str, ...]]] = []
-    total, fixed, itemsize = 0, 0, 0
+    total, fixed, least, itemsize, same = 0, 0, 0, 0, 0.0
     found: dict[str, Any] = {}
     for layer, seen in given.items():
         rows, columns = (int(n) for n in seen["sides"])
-        itemsize = int(seen["itemsize"])
+        itemsize, cut = int(seen["itemsize"]), moved_rank(rows, columns)
         found[str(layer)] = {m: [0] * len(seen["tokens_E"]) for m in MATRICES}
         for part, matrices in PARTS.items():
-            weight = 1.0
-            if sweep:
-                movement, cut = moved[str(layer)][part], moved_rank(rows, columns)
-                weight = movement / max(sum(float(seen[f"{m}_EK"][:, cut:].sum()) for m in matrices), 1e-30)
+            # those that stay whole were not cut when the movement was measured
+            lost = sum(float(seen[f"{m}_EK"][seen["whole_E"] == 0, cut:].sum()) for m in matrices)
+            weight = max(moved[str(layer)][part], 0.0) / max(lost, 1e-30)
             for expert, whole in enumerate(seen["whole_E"]):
                 size = rows * columns * itemsize * len(matrices)
                 total += size
                 if whole:
                     fixed += size
                     continue
+                least += _smallest(rows, columns, r_min, multiple) * itemsize * len(matrices)
                 shape = (rows, columns) if part == "gate_up" else (columns, rows)
-                items.append([Spectrum(*shape, seen[f"{m}_EK"][expert], max(weight, 0.0)) for m in matrices])
+                items.append([Spectrum(*shape, seen[f"{m}_EK"][expert], weight) for m in matrices])
                 owners.append((layer, expert, matrices))
-    ranks = allocate(items, int(total * budget) - fixed, itemsize=itemsize, multiple=multiple, r_min=r_min)
-    for (layer, expert, matrices), chosen in zip(owners, ranks, strict=True):
-        for matrix, rank in zip(matrices, chosen, strict=True):
+                average = int(average_rank(1 - budget, rows, columns)) // multiple * multiple
+                same += weight * sum(float(seen[f"{m}_EK"][expert, average:].sum()) for m in matrices)
+    if int(total * budget) - fixed < least:
+        raise ValueError(
+            f"experts that saw too few tokens stay whole and take {fixed:,} of {int(total * budget):,} bytes, too many for the others "
+            f"to fit; the nearest ratio is {1 - (fixed + least) / total:.4f}, or calibrate on more tokens"
+        )
+    ranks = allocate(items, int(total * budget) - fixed, itemsize=itemsize, multiple=multiple, r_min=r_min, r_max=r_max or None)
+    cost = 0.0
+    for (layer, expert, matrices), chosen, item in zip(owners, ranks, items, strict=True):
+        for matrix, rank, spectrum in zip(matrices, chosen, item, strict=True):
             found[str(layer)][matrix][expert] = rank
-    _write(context, "global", found, budget=int(total * budget))
+            cost += spectrum.weight * float(np.asarray(spectrum.energies)[rank:].sum()) if rank else 0.0
+    _write(context, "global", found, budget=int(total * budget), cost=cost, cost_of_the_same_rank_everywhere=same)
 
 
 def moved_rank(rows: int, columns: int) -> int:
@@ -211,7 +257,8 @@ def _layer_spec(
         out = LayerSpec(given.config, layer, given.experts, _cut(given, uniform), given.share)
     reads = given.nbytes + (_seen_bytes(rest.config, seen, dtype) if svd == "whitened" else 0)
     writes = out.nbytes + 200 + 90 * given.experts
-    return Spec(out, reads=reads, writes=writes, memory=4 * given.nbytes + (2 << 30))
+    memory = 4 * given.nbytes + 2 * _seen_bytes(rest.config, seen, dtype) + (2 << 30)
+    return Spec(out, reads=reads, writes=writes, memory=memory)
 
 
 def _cut(given: LayerSpec, uniform: Mapping[str, int]) -> TensorTable:

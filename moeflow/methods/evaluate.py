@@ -37,7 +37,7 @@ def compare(
     else:
         note = "the model has no tokenizer: held-out text is left out, the loss on the token matrix stands for it"
         plan.append(("token matrix", calibration.tokens, calibration.ends, note))
-    reports = [size(*both), layers(*compressed.choices)]
+    reports = [size(*both), *([layers(*compressed.choices)] if compressed.choices else [])]
     for name, matrix, ends, note in plan:
         theirs = _hidden(compressed, matrix, calibration)
         reports.append(

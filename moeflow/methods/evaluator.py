@@ -42,7 +42,8 @@ def search_counts(
 ) -> dict[str, Any]:  # fmt: skip
     """The best sets for every count with their losses, absolute and as a part of the output, and those of the baselines."""
     moe = _layer(config, layer_file, layer, dtype)
-    weighed, stats = _weighed(context, moe, shards, originals, dtype=moe.router_ED.dtype)
+    most = moe.num_experts - min(counts)
+    weighed, stats = _weighed(context, moe, shards, originals, dtype=moe.router_ED.dtype, drop_at_most=most)
     groups, experts = moe.router.groups, moe.num_experts
     norm = float(weighed.norm) ** 0.5
     done = _Progress(context, list(counts))
@@ -118,19 +119,18 @@ def _layer(config: Config, layer_file: Files, layer: int, dtype: str) -> MoELaye
 
 def _weighed(
     context: Context, moe: MoELayer, shards: Sequence[Files], originals: Sequence[Files],
-    *, dtype: torch.dtype, drop_at_most: int | None = None,
+    *, dtype: torch.dtype, drop_at_most: int,
 ) -> tuple[Weighed, dict[str, Tensor]]:  # fmt: skip
     """The layer prepared on an equal part of each shard's tokens, as far as there is room, and the shards' summed statistics."""
     seen, device = [Tensors(s) for s in shards], moe.router_ED.device
-    most = moe.num_experts - moe.router.top_k if drop_at_most is None else drop_at_most
-    each = room(moe, most, targeted=bool(originals)) // len(seen)
+    each = room(moe, drop_at_most, targeted=bool(originals)) // len(seen)
 
     def inputs(files: Sequence[Tensors]) -> Any:
         for tensors in files:
             yield sample_of(tensors)[:each].to(device=device, dtype=dtype)
 
     goals = None if not originals else (moe(x_TD) for x_TD in inputs([Tensors(o) for o in originals]))
-    weighed = Weighed.of(moe, inputs(seen), goals, drop_at_most=most)
+    weighed = Weighed.of(moe, inputs(seen), goals, drop_at_most=drop_at_most)
     left = sum(max(0, int(s["sample"]) - each) for s in seen)
     if left:
         context.note(f"weighed on {weighed.tokens:,} tokens: there was no room for {left:,} more")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from moeflow.arch import Config, arch_of, essential
-from moeflow.model.formats import format_of
+from moeflow.model.formats import format_of, layer_formats
 from moeflow.model.layout import ESSENTIAL, TensorInfo, read_header
 from moeflow.model.spec import LayerSpec, RestSpec, TensorTable, check_layer, file_bytes, tensor_bytes
 from moeflow.step import Artifact, Context, Part, Spec, Step, step
@@ -98,6 +98,7 @@ def pinned(source: Source, *, mtp: Literal["drop", "keep"] = "drop") -> Model:
     if "quantization_config" in config:
         method = config["quantization_config"].get("quant_method", "unknown")
         raise ValueError(f"{source.uri} is packed (quantization_config: {method}); dequantize it to bf16 first")
+    layer_formats(config)  # whatever it says of its layers has to be readable
     tensors = _tensors(source)
     steps = {name: source.file(name) for name in sorted({t.file for t in tensors.values()})}
     count = arch.num_layers(config)

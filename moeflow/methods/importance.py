@@ -17,7 +17,7 @@ IMPORTANCES = ("recon", "lm_loss")
 
 def _recon_spec(rest: RestSpec, layer_spec: LayerSpec, *seen: ObservedSpec, layer: int, dtype: str) -> Spec:
     width, size = int(rest.config["hidden_size"]), 4 if precision(rest.config, dtype) == "float32" else 2
-    rows = sum(s.recorded for s in seen)
+    rows = sum(s.rows for s in seen)
     reads = layer_spec.headers + layer_spec.block_bytes + rows * width * size
     writes = 80 + 32 * layer_spec.experts
     out = {"layer": layer, "experts": layer_spec.experts, "bytes": writes}

@@ -23,40 +23,58 @@ SETS, EACH, FILES = "sets", "each", "files"
 
 
 def curves(
-    calibration: Calibration, alternatives: Mapping[int, tuple[str, Sequence[str], Sequence[Step]]], *, shards: int, stage: int = 4
+    calibration: Calibration, alternatives: Mapping[int, tuple[str, Sequence[str], Sequence[Step]]], *, tokens: int, stage: int = 4
 ) -> Step:
-    """Measure every alternative of every layer alone on the first `shards` shards of the calibration tokens.
+    """Measure every alternative of every layer alone on about `tokens` of the calibration tokens, the same from every shard.
 
-    `alternatives`: per layer where they come from, their names, and the steps that hold them.
+    `alternatives`: per layer where they come from, their names, and the steps that hold them. The checkpoint is read once.
     """
-    model = calibration.model
-    ends = []
-    for start in calibration.starts[:shards]:
-        state: Step = start
-        for first in range(0, len(model.layers), stage):
-            layers = list(range(first, min(first + stage, len(model.layers))))
-            given = [alternatives.get(i, ("", (), ())) for i in layers]
-            state = forks(
-                model.essential, state, *(model.layers[i] for i in layers), *(s for g in given for s in g[2]),
-                layers=layers, kinds=[g[0] for g in given], names=[list(g[1]) for g in given],
-                batch=calibration.batch, dtype=calibration.dtype,
-            )  # fmt: skip
-        ends.append(state)
-    return measure(model.rest, calibration.tokens, *ends, dtype=calibration.dtype)
+    model, length = calibration.model, calibration.tokens.spec.output.length
+    sizes = [_states(s.spec.output).sequences for s in calibration.starts]
+    each = max(1, round(tokens / length / len(sizes)))
+    taken = [min(each, size) for size in sizes]
+    rows = [[sum(sizes[:i]), n] for i, n in enumerate(taken)]
+    state: Step = start(*calibration.starts, taken=taken)
+    for first in range(0, len(model.layers), stage):
+        layers = list(range(first, min(first + stage, len(model.layers))))
+        given = [alternatives.get(i, ("", (), ())) for i in layers]
+        state = forks(
+            model.essential, state, *(model.layers[i] for i in layers), *(s for g in given for s in g[2]),
+            layers=layers, kinds=[g[0] for g in given], names=[list(g[1]) for g in given],
+            batch=calibration.batch, dtype=calibration.dtype,
+        )  # fmt: skip
+    return measure(model.rest, calibration.tokens, state, rows=rows, dtype=calibration.dtype)
+
+
+def _states(spec: Any) -> HiddenSpec:
+    return spec.hidden if isinstance(spec, ForkSpec | ObservedSpec) else spec
+
+
+def _start_spec(*starts: Any, taken: list[int]) -> Spec:
+    first = _states(starts[0])
+    out = HiddenSpec(first.config, sum(taken), first.length, first.dtype)
+    size = out.nbytes // out.sequences
+    return Spec(ForkSpec(out, ()), reads=sum(n * size for n in taken), writes=out.nbytes, memory=3 * out.nbytes)
+
+
+@step("sweep.start", version=1, spec=_start_spec)
+def start(context: Context, *starts: Artifact, taken: list[int]) -> None:
+    """The hidden states of the first sequences of every shard, `taken` of each, before the first layer, as one file."""
+    from moeflow.methods import forking
+
+    forking.first_rows(starts, taken, context.out / HIDDEN)
 
 
 def _forks_spec(
-    rest: RestSpec, given: Any, *inputs: Any,
+    rest: RestSpec, before: ForkSpec, *inputs: Any,
     layers: list[int], kinds: list[str], names: list[list[str]], batch: int, dtype: str,
 ) -> Spec:  # fmt: skip
-    plain = given.hidden if isinstance(given, ObservedSpec) else given
-    before: ForkSpec = given if isinstance(given, ForkSpec) else ForkSpec(plain, ())
     layer_specs: Sequence[LayerSpec] = inputs[: len(layers)]
     more = tuple(fork(i, name) for i, found in zip(layers, names, strict=True) for name in found)
     out = ForkSpec(before.hidden, before.forks + more)
     files = sum(i.nbytes if isinstance(i, LayerSpec) else i["bytes"] for i in inputs)
     largest = max(layer.nbytes for layer in layer_specs)
-    return Spec(out, reads=before.nbytes + files, writes=out.nbytes, memory=4 * largest + 2 * out.nbytes)
+    return Spec(out, reads=before.nbytes + files, writes=out.nbytes, memory=4 * largest + 6 * out.hidden.nbytes)
 
 
 @step("sweep.forks", version=1, spec=_forks_spec, gpus=1)
@@ -66,7 +84,7 @@ def forks(
 ) -> None:  # fmt: skip
     """The hidden states behind consecutive `layers`, of the model as it is and of every fork that began before or begins here.
 
-    `inputs`: the layers' files, and then what holds the alternatives of each, in order.
+    One file each. `inputs`: the layers' files, and then what holds the alternatives of each, in order.
     """
     from moeflow.methods import forking
     from moeflow.methods.candidates import read_candidates
@@ -86,33 +104,36 @@ def forks(
         for i, file, which in zip(layers, files, alternatives, strict=True)
     ]
     forking.through(
-        read_config(config), given.file(HIDDEN), stages, context.out / HIDDEN, batch=batch, dtype=dtype, progress=context.progress
-    )
+        read_config(config), {n: given.file(n) for n in given.names()}, stages, context.out,
+        batch=batch, dtype=dtype, progress=context.progress,
+    )  # fmt: skip
 
 
 def fork(layer: int, name: str) -> str:
-    """What a fork's hidden states are called."""
-    return f"fork.{layer}.{name}"
+    """The file with a fork's hidden states."""
+    return f"fork.{layer}.{name}.safetensors"
 
 
-def _measure_spec(rest: RestSpec, matrix: TokensSpec, *ends: ForkSpec, dtype: str) -> Spec:
-    count = len(ends[0].forks)
-    reads = rest.head_bytes + header_bytes(rest.tensors) + sum(e.nbytes for e in ends) + matrix.tokens * 4
+def _measure_spec(rest: RestSpec, matrix: TokensSpec, end: ForkSpec, *, rows: list[list[int]], dtype: str) -> Spec:
+    count = len(end.forks)
+    reads = rest.head_bytes + header_bytes(rest.tensors) + end.nbytes + matrix.tokens * 4
     width = int(rest.config["vocab_size"]) * 1024 * 4 * 6
-    states: HiddenSpec = max((e.hidden for e in ends), key=lambda h: h.nbytes)
-    writes = 200 + 60 * count
-    out = {"forks": ends[0].forks, "bytes": writes}
-    return Spec(out, reads=reads, writes=writes, memory=4 * rest.head_bytes + (count + 2) * states.nbytes + width)
+    writes = 200 + 90 * count
+    memory = 4 * rest.head_bytes + 4 * end.hidden.nbytes + width
+    return Spec({"bytes": writes}, reads=reads, writes=writes, memory=memory)
 
 
 @step("sweep.measure", version=1, spec=_measure_spec, gpus=1)
-def measure(context: Context, rest: Artifact, matrix: Artifact, *ends: Artifact, dtype: str) -> None:
-    """How far the predictions of every fork are from the unchanged model's, and its loss, in nats per token, as `curves.json`."""
+def measure(context: Context, rest: Artifact, matrix: Artifact, end: Artifact, *, rows: list[list[int]], dtype: str) -> None:
+    """How far the predictions of every fork are from the unchanged model's, and its loss, in nats per token, as `curves.json`.
+
+    `rows`: which sequences of the token matrix the states are of, as runs of (first, count).
+    """
     from moeflow.methods import forking
 
-    found = forking.measured(
-        rest, np.load(matrix.file("tokens.npy")), [e.file(HIDDEN) for e in ends], dtype=dtype, progress=context.progress
-    )
+    ids = np.load(matrix.file("tokens.npy"), mmap_mode="r")
+    taken = np.concatenate([ids[first : first + count] for first, count in rows])
+    found = forking.measured(rest, taken, end, dtype=dtype, progress=context.progress)
     (context.out / CURVES).write_text(json.dumps(found, indent=1) + "\n")
 
 

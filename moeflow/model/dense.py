@@ -13,16 +13,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from moeflow.arch import MATRICES, arch_of
 from moeflow.model.checkpoint import Tensors, save
-from moeflow.model.factors import dense_layer
+from moeflow.model.factors import IN, OUT, multiplied_out
 from moeflow.model.formats import Format, config_of, family_config, format_of
 from moeflow.model.layout import Folder, TensorInfo, headers, read_config
 
 INDEX = "model.safetensors.index.json"
-OUT, IN = ".factor_out", ".factor_in"
 
 
 def multiply_out(folder: Path) -> dict[str, Any]:
@@ -37,13 +34,16 @@ def multiply_out(folder: Path) -> dict[str, Any]:
     formats = {i: format_of(shapes, config, i) for i in arch.moe_layers(config)}
     before = sum(t.nbytes for t in tensors.values())
     cut = {i: sum(r > 0 for m in MATRICES for r in f.ranks(m)) for i, f in formats.items() if f.low_rank}
-    files = sorted({t.file for n, t in tensors.items() if any(n.startswith(arch.prefix(i)) for i in cut)})
+    files = sorted({t.file for n, t in tensors.items() if n.endswith(OUT)})
+    for name, info in tensors.items():
+        if name.endswith(OUT) and tensors[name.removesuffix(OUT) + IN].file != info.file:
+            raise ValueError(
+                f"{name} lies in {info.file} and its other factor elsewhere; pull the checkpoint from a store, layer by layer"
+            )
     check_room(folder, files, tensors)
     weight_map = {n: t.file for n, t in tensors.items()}
     for file in files:
-        held: Mapping[str, Tensor] = dict(Tensors(folder / file))
-        for layer in (i for i in cut if any(n.startswith(arch.prefix(i)) for n in held)):
-            held = dense_layer(held, config, layer)
+        held = multiplied_out(Tensors(folder / file))
         weight_map = {n: f for n, f in weight_map.items() if f != file} | dict.fromkeys(held, file)
         save(held, folder / f"{file}.new")
         os.replace(folder / f"{file}.new", folder / file)

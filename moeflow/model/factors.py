@@ -10,9 +10,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from moeflow.arch import MATRICES, Arch, Config, arch_of
-from moeflow.model.formats import Format, format_of
+from moeflow.arch import MATRICES, Arch
+from moeflow.model.formats import Format
 from moeflow.model.moe import LowRank
+
+OUT, IN = ".factor_out", ".factor_in"
+"""What `Arch.factors` puts in the place of `.weight`."""
 
 RANK_MULTIPLE = 16
 """Ranks are padded in memory to a multiple of this: what tensor cores and vector units like, and at least what they demand."""
@@ -128,17 +131,10 @@ def fused(
     return found
 
 
-def dense_layer(tensors: Mapping[str, Tensor], config: Config, layer: int) -> dict[str, Tensor]:
-    """A decoder layer's tensors with low-rank matrices multiplied out (in fp32), under the names of the family's own format.
-
-    Raises ValueError where a factor is missing or two do not fit each other.
-    """
-    arch = arch_of(config)
-    format = format_of({n: tensors[n].shape for n in tensors}, config, layer)
+def multiplied_out(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors with every pair of factors multiplied (in fp32), under the name of the matrix that it stands for."""
     held = dict(tensors)
-    for expert in range(format.experts):
-        for name in arch.expert(layer, expert):
-            out, inner = arch.factors(name)
-            if out in held:
-                held[name] = LowRank(held.pop(out), held.pop(inner)).whole()
+    for name in [n for n in tensors if n.endswith(OUT)]:
+        stem = name.removesuffix(OUT)
+        held[stem + ".weight"] = LowRank(held.pop(name), held.pop(stem + IN)).whole()
     return held

@@ -96,7 +96,7 @@ def layer_formats(config: Config) -> list[Format | None]:
         )
     found: list[Format | None] = []
     for layer, value in enumerate(said):
-        if bool(value) != (layer in moe):
+        if bool(value) != (layer in moe) or not isinstance(value or {}, Mapping):
             kind = "experts" if layer in moe else "none"
             raise ValueError(f"config.json says {value} of layer {layer} in {LAYERS!r}, where the family has {kind}; correct it")
         found.append(_checked(Format.from_json(value), layer) if value else None)
@@ -119,13 +119,10 @@ def config_of(config: Config, formats: Sequence[Format | None]) -> Config:
     counts = {f.experts for f in formats if f is not None}
     if not counts:
         raise ValueError("no layer has experts; a checkpoint of a family of experts needs one that has")
-    new = arch.with_experts(plain, max(counts)) | {"architectures": names}
+    new = arch.with_experts(plain, max(counts)) | ({"architectures": names} if names else {})
     if len(counts) > 1 or any(f is not None and f.low_rank for f in formats):
-        new |= {
-            "model_type": COMPRESSED + arch.model_type,
-            "architectures": [CLASSES + a for a in names],
-            LAYERS: [{} if f is None else f.to_json() for f in formats],
-        }
+        new |= {"model_type": COMPRESSED + arch.model_type, LAYERS: [{} if f is None else f.to_json() for f in formats]}
+        new |= {"architectures": [CLASSES + a for a in names]} if names else {}
     if [f is not None for f in formats] != [f is not None for f in layer_formats(new)]:
         raise ValueError(f"the formats of {len(formats)} layers do not fit those of the family's {arch.num_layers(plain)}")
     return new

@@ -70,6 +70,12 @@ class LayerSpec:
         return header_bytes(self.tensors)
 
     @cached_property
+    def low_rank(self) -> bool:
+        """Whether any expert is a product already, or a step of the graph may make it one."""
+        shapes = {n: shape for n, (_, shape) in self.tensors.items()}
+        return self.share < 1 or format_of(shapes, self.config, self.layer).low_rank
+
+    @cached_property
     def expert_bytes(self) -> int:
         """The bytes of the routed experts, all of them."""
         stem = arch_of(self.config).gate.format(layer=self.layer, expert="\0").split("\0")[0]
@@ -159,7 +165,7 @@ class ForkSpec:
 
     @cached_property
     def nbytes(self) -> int:
-        return self.hidden.nbytes + sum(self.hidden.nbytes - 104 + len(f) + 77 for f in self.forks)
+        return self.hidden.nbytes * (1 + len(self.forks))  # one file each
 
 
 @dataclass(frozen=True)
@@ -168,6 +174,7 @@ class ObservedSpec:
 
     hidden: HiddenSpec
     recorded: int  # tokens whose MoE inputs are kept, in order from the first
+    rows: int  # with those that are kept for a rare expert, at most
     layers: tuple[int, ...]
 
 
@@ -176,7 +183,7 @@ def check_layer(config: Config, layer: int, table: TensorTable) -> int:
     arch = arch_of(config)
     found = format_of({n: shape for n, (_, shape) in table.items()}, config, layer)
     if LAYERS in config:
-        wanted = Format.from_json({"experts": 0} | config[LAYERS][layer])
+        wanted = Format.from_json({"experts": 0} | (config[LAYERS][layer] or {}))
     else:
         wanted = Format(arch.num_experts(config) if layer in arch.moe_layers(config) else 0)
     if found != wanted:

@@ -24,6 +24,9 @@ def importance_of(context, *, layer: int, importance: list[float]) -> None:  # t
     (context.out / "importance.json").write_text(json.dumps(value))
 
 
+EIGHT = {str(i): 8 for i in range(3)}
+
+
 def counts(store: Store, target: Step) -> dict[int, int]:
     running.run(store, target)
     found = json.loads(store.artifact(target.key).file("counts.json").read_text())
@@ -59,11 +62,21 @@ def test_between_measured_counts_the_curve_is_a_straight_line_that_ends_at_zero(
 def test_by_the_papers_rule_the_less_important_layer_loses_more_and_none_more_than_it_can(tmp_path: Path) -> None:
     store, legal = running.store_in(tmp_path), {str(i): [2, 3, 4, 5, 6, 7, 8] for i in range(3)}
     layers = [importance_of(layer=i, importance=[v] * 8) for i, v in enumerate((0.1, 0.2, 0.4))]
-    found = counts(store, budget.paper(*layers, legal=legal, total=17))
+    found = counts(store, budget.paper(*layers, legal=legal, experts=EIGHT, total=17))
     # 7 go: in proportion to 1/0.1, 1/0.2, 1/0.4 that is 4, 2 and 1
     assert found == {0: 4, 1: 6, 2: 7}
     extreme = [importance_of(layer=i, importance=[v] * 8) for i, v in enumerate((1e-6, 1.0, 1.0))]
-    assert counts(store, budget.paper(*extreme, legal=legal, total=14)) == {0: 2, 1: 6, 2: 6}
+    assert counts(store, budget.paper(*extreme, legal=legal, experts=EIGHT, total=14)) == {0: 2, 1: 6, 2: 6}
+
+
+def test_a_layer_that_has_one_legal_count_takes_part(tmp_path: Path) -> None:
+    target = budget.exact(
+        curves_of(value={"0": {"2": 3.0, "6": 1.0}}), legal={"0": [2, 6, 8], "1": [8]}, experts={"0": 8, "1": 8}, total=14
+    )
+    store = running.store_in(tmp_path)
+    assert counts(store, target) == {0: 6, 1: 8}
+    told = json.loads(store.artifact(target.key).file("counts.json").read_text())
+    assert told["cost"] == 1.0 and told["uniform"] is None
 
 
 def test_a_total_that_no_counts_add_up_to_names_the_nearest() -> None:
@@ -80,6 +93,7 @@ def test_a_total_that_no_counts_add_up_to_names_the_nearest() -> None:
         ("mixtral", {"counts": (4, 6, 16)}, [4, 6]),
         ("mixtral", {"divisor": 4}, [4, 8]),
         ("mixtral", {"protected": {0: [1, 2, 3]}}, [3, 4, 5, 6, 7, 8]),
+        ("deepseek_v3", {"protected": {1: [0, 1, 2, 3]}}, [8]),  # a whole group
         ("deepseek_v3", {}, [6, 8]),  # two groups of which a token uses one, and three experts a token
     ],
 )

@@ -29,7 +29,7 @@ def test_a_forks_divergence_and_loss_are_those_of_the_model_with_that_layer_chan
     }
     alternatives = {i: (sweep.SETS, [str(keep)], [found[i]]) for i in found}
     each = {last: (sweep.EACH, [str(e) for e in range(8)], [])}
-    sets, single = (sweep.curves(seen, a, shards=2, stage=2) for a in (alternatives, each))
+    sets, single = (sweep.curves(seen, a, tokens=128, stage=2) for a in (alternatives, each))
     running.run(store, sets, single, pruned.layers[last])
     measured = json.loads(store.artifact(sets.key).file("curves.json").read_text())
     one_gone = json.loads(store.artifact(single.key).file("curves.json").read_text())
@@ -66,17 +66,19 @@ def test_a_forks_divergence_and_loss_are_those_of_the_model_with_that_layer_chan
             assert one_gone["curves"][str(last)][str(expert)] == pytest.approx(apart(without([expert])), rel=1e-3, abs=1e-7)
 
 
-def test_a_sweep_reads_each_layer_once_for_each_shard(tmp_path: Path) -> None:
+def test_a_sweep_reads_the_checkpoint_once_whatever_the_shards_and_takes_as_many_tokens_as_told(tmp_path: Path) -> None:
     source, store = tiny.write("mixtral", tmp_path / "model"), running.store_in(tmp_path)
     model = running.model_in(source)
-    seen = calibrate.run(model, tokens.of(running.matrix_of(tmp_path), model, sequences=8, length=16), batch=2, shard=8, stage=1)
-    pruned = compress.prune(seen, keep=0.5, grid=3, shards=1)
+    seen = calibrate.run(model, tokens.of(running.matrix_of(tmp_path), model, sequences=8, length=16), batch=2, shard=4, stage=1)
+    pruned = compress.prune(seen, keep=0.5, grid=3, measured=64)
     forks = [s for s in upstream([pruned.choices[0]]) if s.name == "sweep.forks"]
     read = [i.step.key if hasattr(i, "step") else i.key for s in forks for i in s.inputs]
     assert all(read.count(layer.key) == 1 for layer in model.layers)
     running.run(store, *pruned.choices)
     curves = next(s for s in upstream([pruned.choices[0]]) if s.name == "sweep.measure")
-    found = json.loads(store.artifact(curves.key).file("curves.json").read_text())["curves"]
+    told = json.loads(store.artifact(curves.key).file("curves.json").read_text())
+    assert told["tokens"] == 4 * 15  # two sequences of 16 from each of two shards, and the last token predicts nothing
+    found = told["curves"]
     assert {i: sorted(c) for i, c in found.items()} == {str(i): ["2", "5", "7"] for i in range(3)}  # three of 2 to 7, evenly
     assert legal_counts(model)[0] == [2, 3, 4, 5, 6, 7, 8]
     for curve in found.values():
@@ -87,6 +89,9 @@ def test_sets_that_are_judged_on_do_not_enter_the_counts(tmp_path: Path) -> None
     """The held-out text is nowhere upstream of what is decided."""
     model = running.model_in(tiny.write("mixtral", tmp_path / "model"))
     seen = calibrate.run(model, tokens.of(running.matrix_of(tmp_path), model, sequences=8, length=16), batch=2, shard=4, stage=2)
-    small = compress.decompose(seen, ratio=0.3)
-    matrices = {s.key for s in upstream([drop.checkpoint_of(small)]) if s.name == "tokens.matrix"}
-    assert matrices == {seen.tokens.key}
+    pruned = compress.prune(seen, keep=0.75)
+    heldout = tokens.of(running.matrix_of(tmp_path, seed=1), model, sequences=8, length=16)
+    ends = calibrate.hidden_states(pruned, heldout, batch=2, shard=4)
+    judged = {s.key for s in upstream(ends) if s.name == "tokens.matrix"}
+    decided = {s.key for s in upstream([drop.checkpoint_of(pruned)]) if s.name == "tokens.matrix"}
+    assert judged >= {heldout.key} and decided == {seen.tokens.key}

@@ -19,7 +19,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTr
 from moeflow.arch import LAYERS, arch_of
 from moeflow.model import autoload, compressed, lowrank_experts, passes
 from moeflow.model.checkpoint import Tensors, read_moe, save
-from moeflow.model.factors import dense_layer
+from moeflow.model.factors import multiplied_out
 from moeflow.model.formats import Format, config_of, format_of, layer_formats
 from moeflow.model.layout import Folder, kept, read_config
 from moeflow.model.lowrank_experts import LowRankExperts
@@ -240,9 +240,7 @@ def test_streaming_is_the_whole_model_bit_for_bit_and_recording_changes_nothing(
 @torch.inference_mode()
 def test_multiplied_out_it_needs_no_low_rank_experts(smaller: Path, tmp_path: Path) -> None:
     config, tensors = read_config(Folder(smaller)), Tensors(smaller)
-    found = {n: t for n, t in tensors.items() if ".layers." not in n}
-    for i in range(3):
-        found |= dense_layer({n: tensors[n] for n in tensors if n.startswith(f"model.layers.{i}.")}, config, i)
+    found = multiplied_out(tensors)
     formats = [None if f is None else Format(f.experts) for f in layer_formats(config)]
     write(found, config_of(config, formats), tmp_path)
     model = load(tmp_path)
