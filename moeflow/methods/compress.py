@@ -76,6 +76,8 @@ def _uniform(calibration: Calibration, legal: Mapping[int, list[int]], total: in
     each, left = divmod(total, len(legal))
     if left or any(each not in counts for counts in legal.values()):
         shared = sorted(set.intersection(*map(set, legal.values())))
+        if not shared:
+            raise ValueError(f"no number of experts is legal in each of {len(legal)} layers; take counts='exact' or 'paper'")
         nearest = sorted(shared, key=lambda n: (abs(n * len(legal) - total), n))[:2]
         raise ValueError(
             f"{total} experts are not the same legal number in each of {len(legal)} layers; nearest: "

@@ -205,8 +205,8 @@ def by_spectra(
                 same += weight * sum(float(seen[f"{m}_EK"][expert, average:].sum()) for m in matrices)
     if int(total * budget) - fixed < least:
         raise ValueError(
-            f"experts that saw too few tokens stay whole and take {fixed:,} of {int(total * budget):,} bytes, too many for the others "
-            f"to fit; the nearest ratio is {1 - (fixed + least) / total:.4f}, or calibrate on more tokens"
+            f"experts that saw too few tokens stay whole and take {fixed:,} of {int(total * budget):,} bytes: too many for the "
+            f"others; the nearest ratio is {1 - (fixed + least) / total:.4f}, or calibrate on more tokens"
         )
     ranks = allocate(items, int(total * budget) - fixed, itemsize=itemsize, multiple=multiple, r_min=r_min, r_max=r_max or None)
     cost = 0.0

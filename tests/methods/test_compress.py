@@ -73,6 +73,11 @@ def test_what_comes_out_loads_and_is_as_far_from_the_original_as_reported(
     outcome = running.run(store, target)
     # a layer that keeps all its experts is the layer it was, and what depends on it only is found by its content
     assert set(planned.keys("run")) >= set(outcome.ran) and not planned.problems
+    made = {s.key: s for s in outcome.steps if s.key in outcome.ran}
+    rows = [r for r in planned.rows if r.key in made and not r.name.startswith("fetch.file")]
+    # counts and ranks are decided on the way: what a plan says of them is what their budget allows
+    assert sum(r.reads for r in rows) == pytest.approx(sum(made[r.key].reads for r in rows), rel=0.15)
+    assert sum(r.writes for r in rows) == pytest.approx(sum(made[r.key].writes for r in rows), rel=0.15)
     out = fetched(store, target, tmp_path / "out")
     experts, found = 8 * len(model.moe_layers), formats(out)
     assert sum(f.experts for f in found.values()) == round(0.75 * experts)

@@ -39,7 +39,8 @@ def test_no_more_steps_are_in_flight_than_stated(store: Store, trace: Path) -> N
     on_ray.run(steps, store, options=Options(in_flight=2))
     assert most_at_once(trace) <= 2
     trace.write_text("")
-    more = [toy.span(n=n, trace=str(trace), seconds=0.5).on(cpus=0.25) for n in range(100, 108)]
+    # each longer than a worker takes to start
+    more = [toy.span(n=n, trace=str(trace), seconds=3).on(cpus=0.25) for n in range(100, 106)]
     on_ray.run(more, store, options=Options(in_flight=8))
     assert 2 < most_at_once(trace) <= 8, "the bound, and not something else, held the others back"
 
