@@ -30,7 +30,7 @@ def build(
     removed: float = 0.5,
     counts: str = "paper",
     search: str = "genetic",
-    importance: str = "recon",
+    importance: str = "lm_loss",
     best: int = 3,
     block: int = 3,
     inputs: str = "original",

@@ -26,7 +26,7 @@ MEASURED = 16_384
 
 def prune(
     calibration: Calibration, *, keep: float, unit: budget.Unit = "experts",
-    counts: str = "exact", search: str = "swap", importance: str = "recon",
+    counts: str = "exact", search: str = "swap", importance: str = "lm_loss",
     best: int = 3, block: int = 1, inputs: str = "original",
     legal: Sequence[int] = (), divisor: int = 1, protected: Mapping[int, Sequence[int]] | None = None,
     grid: int = 8, measured: int = MEASURED,
@@ -147,7 +147,7 @@ def ratio_left(remove: float, drop: float) -> float:
 
 def decompose(
     calibration: Calibration, *, ratio: float = 0.0, ranks: str = "global", rank: int = 0, force: bool = False,
-    svd: str = "whitened", importance: str = "recon", alpha: float = 0.15, r_min: int = 1, multiple: int = 1,
+    svd: str = "whitened", importance: str = "lm_loss", alpha: float = 0.15, r_min: int = 1, multiple: int = 1,
     r_max: int = 0, least: int = 1, policy: str = "vanilla", weighted: bool = True, shrink: float = 0.03,
     measured: int = MEASURED,
 ) -> Model:  # fmt: skip

@@ -77,7 +77,8 @@ def test_what_comes_out_loads_and_is_as_far_from_the_original_as_reported(
     rows = [r for r in planned.rows if r.key in made and not r.name.startswith("fetch.file")]
     # counts and ranks are decided on the way: what a plan says of them is what their budget allows
     assert sum(r.reads for r in rows) == pytest.approx(sum(made[r.key].reads for r in rows), rel=0.15)
-    assert sum(r.writes for r in rows) == pytest.approx(sum(made[r.key].writes for r in rows), rel=0.15)
+    # and of forks what there can be: whether a group of a limited router can spare an expert depends on the counts
+    assert 0.9 < sum(r.writes for r in rows) / sum(made[r.key].writes for r in rows) < 1.3
     out = fetched(store, target, tmp_path / "out")
     experts, found = 8 * len(model.moe_layers), formats(out)
     assert sum(f.experts for f in found.values()) == round(0.75 * experts)
