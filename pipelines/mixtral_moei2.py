@@ -48,6 +48,7 @@ def build(
     length: int = 2048,
     batch: int = 8,
     record: int = 65_536,
+    measured: int = 16_384,
     per_expert: int = 64,
     heldout_sequences: int = 64,
     dtype: str = "auto",
@@ -59,12 +60,12 @@ def build(
     seen = calibrate.run(original, matrix, **recorded)
     pruned = compress.prune(
         seen, keep=1 - dropped, counts=counts, search=search, importance=importance, best=best, block=block, inputs=inputs,
-        population=population, generations=generations, legal=legal, divisor=divisor, seed=seed,
+        population=population, generations=generations, legal=legal, divisor=divisor, measured=measured, seed=seed,
     )  # fmt: skip
     again = calibrate.run(pruned, matrix, **recorded)
     small = compress.decompose(
         again, ratio=compress.ratio_left(removed, dropped), ranks=ranks, svd=svd, importance=importance, alpha=alpha,
-        multiple=multiple, least=least, policy=policy,
+        multiple=multiple, least=least, policy=policy, measured=measured,
     )  # fmt: skip
     reports = evaluate.compare(seen, small, heldout=heldout, sequences=heldout_sequences, length=length)
     return drop.checkpoint_of(small).reporting(*reports)
