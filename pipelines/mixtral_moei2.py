@@ -9,16 +9,14 @@ experts' parameters by singular values, at ranks by importance with alpha 0.15. 
 What moeflow puts beside it: `-p counts=exact -p search=swap -p block=1 -p svd=whitened -p ranks=global`.
 """
 
+from mixtral import C4, MODEL, WIKITEXT2
+
 from moeflow.cli import main
 from moeflow.methods import calibrate, compress, drop, evaluate, fetch
 from moeflow.methods import tokens as text
 from moeflow.step import Step
 from moeflow.store.sources import Source
 from moeflow.store.texts import Texts
-
-MODEL = "mistralai/Mixtral-8x7B-v0.1"
-C4 = "hf://datasets/allenai/c4@main/en/c4-train.00000-of-01024.json.gz#text"
-WIKITEXT2 = "hf://datasets/Salesforce/wikitext@main/wikitext-2-raw-v1/test-00000-of-00001.parquet#text"
 
 
 def build(
@@ -36,7 +34,7 @@ def build(
     inputs: str = "original",
     population: int = 100,
     generations: int = 50,
-    legal: list[int] = [],  # noqa: B006
+    legal: tuple[int, ...] = (),
     divisor: int = 1,
     svd: str = "vanilla",
     ranks: str = "paper",

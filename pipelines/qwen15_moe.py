@@ -4,6 +4,9 @@
 
 The constants are the paper's, as in `mixtral_moei2.py`: a quarter of the 60 experts of a layer goes on average, the shared one
 never; what remains is cut to about half of the routed experts' parameters.
+
+Every expert of every layer is left out once to see what the model loses (`importance`): on 4,096 tokens, since the hidden states of
+all of these models are stored. `-p importance=recon` looks at the layers' own outputs and stores none.
 """
 
 from functools import partial
@@ -12,7 +15,7 @@ from mixtral_moei2 import build as moei2
 
 from moeflow.cli import main
 
-build = partial(moei2, model="Qwen/Qwen1.5-MoE-A2.7B")
+build = partial(moei2, model="Qwen/Qwen1.5-MoE-A2.7B", measured=4096)
 
 if __name__ == "__main__":
     main(build)

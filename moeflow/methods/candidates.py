@@ -9,7 +9,7 @@ from moeflow.model.layout import read_config
 from moeflow.model.spec import LayerSpec, ObservedSpec, RestSpec, precision
 from moeflow.step import Artifact, Context, Spec, step
 
-CANDIDATES = "candidates.json"
+CANDIDATES, COUNTS = "candidates.json", "counts.json"
 
 METHODS = {ENUMERATE: (), "genetic": ("population", "generations", "parents", "mutation"), "swap": ("starts",)}
 """Every search over the subsets of one layer, and the options that it takes."""
@@ -18,7 +18,7 @@ METHODS = {ENUMERATE: (), "genetic": ("population", "generations", "parents", "m
 def _candidates_spec(
     rest: RestSpec, layer_spec: LayerSpec, *inputs: Any,
     layer: int, counts: list[int], decided: bool, method: str, best: int, options: dict[str, Any], protected: list[int],
-    seed: int, dtype: str, targets: int,
+    seed: int, dtype: str,
 ) -> Spec:  # fmt: skip
     arch = arch_of(rest.config)
     for keep in counts:
@@ -50,22 +50,20 @@ def _candidates_spec(
 def candidates(
     context: Context, config: Artifact, layer_file: Artifact, *inputs: Artifact,
     layer: int, counts: list[int], decided: bool, method: str, best: int, options: dict[str, Any], protected: list[int],
-    seed: int, dtype: str, targets: int,
+    seed: int, dtype: str,
 ) -> None:  # fmt: skip
     """The `best` sets of one layer's experts for each count, by `method`, with the losses of these and of the baselines.
 
     `inputs`: where `decided`, first the counts of all layers, one of `counts` for this one; then what each shard of tokens showed
-    in this layer, and where `targets` is not 0 the first so many of them behind an already compressed prefix, the others
-    in the original. `options` are the method's own; `protected` experts stay. Long searches save their state and go on from it.
+    in this layer. `options` are the method's own; `protected` experts stay. Long searches save their state and go on from it.
     """
     from moeflow.methods.evaluator import search_counts
 
     first = inputs[0] if decided else None
     shards = inputs[1:] if decided else inputs
     wanted = [read_counts(first)["counts"][str(layer)]] if first else counts
-    shards, originals = (shards[:targets], shards[targets:]) if targets else (shards, ())
     found = search_counts(
-        context, read_config(config), layer_file, shards, originals,
+        context, read_config(config), layer_file, shards,
         layer=layer, counts=wanted, method=method, best=best, options=options, protected=protected, seed=seed, dtype=dtype,
     )  # fmt: skip
     (context.out / CANDIDATES).write_text(_readable(found))
@@ -76,11 +74,8 @@ def read_candidates(artifact: Artifact) -> dict[str, Any]:
     return json.loads(artifact.read(CANDIDATES, 0, artifact.size(CANDIDATES)))
 
 
-COUNTS = "counts.json"
-
-
 def read_counts(artifact: Artifact) -> dict[str, Any]:
-    """How many experts each layer keeps, as one of the steps below or `moeflow.methods.budget` wrote it."""
+    """How many experts each layer keeps, as a step of `moeflow.methods.budget` wrote it."""
     return json.loads(artifact.read(COUNTS, 0, artifact.size(COUNTS)))
 
 

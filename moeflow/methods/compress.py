@@ -52,7 +52,7 @@ def prune(
     total = budget.total_experts(model, keep, unit)
     budget.check_total(total, allowed)
     options = {"genetic": {"population": population, "generations": generations}, "swap": {"starts": starts}}.get(search, {})
-    common = {"method": search, "options": options, "seed": seed, "dtype": calibration.dtype, "targets": 0}
+    common = {"method": search, "options": options, "seed": seed, "dtype": calibration.dtype}
     spare = {i: list((protected or {}).get(i, ())) for i in allowed}
 
     def sets(layer: int, wanted: Sequence[int], decider: tuple[Step, ...] = (), most: int = best) -> Step:

@@ -8,11 +8,19 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from moeflow.arch import MATRICES, arch_of
 from moeflow.methods.importance import read_importance
-from moeflow.methods.ranks import Spectrum, allocate, average_rank, break_even, check_rank, paper_ranks, treatment
+from moeflow.methods.ranks import (
+    Spectrum,
+    allocate_curves,
+    average_rank,
+    break_even,
+    check_rank,
+    choices,
+    exactly,
+    paper_ranks,
+    treatment,
+)
 from moeflow.methods.sweep import read_curves
 from moeflow.model.layout import read_config
 from moeflow.model.spec import LayerSpec, ObservedSpec, RestSpec, TensorTable, precision
@@ -172,8 +180,8 @@ def by_spectra(
 
     `inputs`: the spectra of each of `layers`, and the curves that say how much the model's predictions move when a layer's gate and
     up, or its down matrices, are cut: each squared error is weighted by how much of that movement it stands for. Beside the ranks
-    stand what they cost by this measure and what the same rank everywhere would. Raises ValueError where experts that stay whole
-    leave too little for the others.
+    stand what they cost by this measure, whether that is the least there is, and the cost of the same rank everywhere. Raises
+    ValueError where experts that stay whole leave too little for the others.
     """
     from moeflow.methods import factoring
 
@@ -208,13 +216,17 @@ def by_spectra(
             f"experts that saw too few tokens stay whole and take {fixed:,} of {int(total * budget):,} bytes: too many for the "
             f"others; the nearest ratio is {1 - (fixed + least) / total:.4f}, or calibrate on more tokens"
         )
-    ranks = allocate(items, int(total * budget) - fixed, itemsize=itemsize, multiple=multiple, r_min=r_min, r_max=r_max or None)
-    cost = 0.0
-    for (layer, expert, matrices), chosen, item in zip(owners, ranks, items, strict=True):
-        for matrix, rank, spectrum in zip(matrices, chosen, item, strict=True):
+    curves, options = choices(items, itemsize=itemsize, multiple=multiple, r_min=r_min, r_max=r_max or None)
+    left = int(total * budget) - fixed
+    chosen, cost = allocate_curves(curves, left), 0.0
+    for (layer, expert, matrices), curve, ranks, option in zip(owners, curves, options, chosen, strict=True):
+        for matrix, rank in zip(matrices, ranks[option], strict=True):
             found[str(layer)][matrix][expert] = rank
-            cost += spectrum.weight * float(np.asarray(spectrum.energies)[rank:].sum()) if rank else 0.0
-    _write(context, "global", found, budget=int(total * budget), cost=cost, cost_of_the_same_rank_everywhere=same)
+        cost += float(curve[option][1])
+    _write(
+        context, "global", found, budget=int(total * budget), optimal=exactly(curves, left), cost=cost,
+        cost_of_the_same_rank_everywhere=same,
+    )  # fmt: skip
 
 
 def moved_rank(rows: int, columns: int) -> int:
@@ -255,7 +267,7 @@ def _layer_spec(
         out = LayerSpec(given.config, layer, given.experts, given.tensors, given.share * inputs[0]["share"])
     else:
         out = LayerSpec(given.config, layer, given.experts, _cut(given, uniform), given.share)
-    reads = given.nbytes + (_seen_bytes(rest.config, seen, dtype) if svd == "whitened" else 0)
+    reads = given.nbytes + _seen_bytes(rest.config, seen, dtype)
     writes = out.nbytes + 200 + 90 * given.experts
     memory = 4 * given.nbytes + 2 * _seen_bytes(rest.config, seen, dtype) + (2 << 30)
     return Spec(out, reads=reads, writes=writes, memory=memory)

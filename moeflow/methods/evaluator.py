@@ -17,11 +17,10 @@ from moeflow.methods.errors import mask_of
 from moeflow.methods.found import enumerate_all
 from moeflow.methods.gram import Weighed, room
 from moeflow.methods.subsets import ENUMERATE, Subset, without
-from moeflow.methods.weigh import add_stats, routed_tokens, sample_of
-from moeflow.model.checkpoint import Tensors, read_moe
+from moeflow.methods.weigh import add_stats, layer_of, routed_tokens, sample_of
+from moeflow.model.checkpoint import Tensors
 from moeflow.model.layout import Files
 from moeflow.model.moe import MoELayer
-from moeflow.model.spec import precision
 from moeflow.step import Context
 
 STATE = "state.json"
@@ -36,14 +35,14 @@ METHODS: dict[str, Callable[..., list[tuple[Subset, float]]]] = {
 
 @torch.inference_mode()
 def search_counts(
-    context: Context, config: Config, layer_file: Files, shards: Sequence[Files], originals: Sequence[Files],
+    context: Context, config: Config, layer_file: Files, shards: Sequence[Files],
     *, layer: int, counts: Sequence[int], method: str, best: int, options: dict[str, Any], protected: Sequence[int],
     seed: int, dtype: str,
 ) -> dict[str, Any]:  # fmt: skip
     """The best sets for every count with their losses, absolute and as a part of the output, and those of the baselines."""
-    moe = _layer(config, layer_file, layer, dtype)
+    moe = layer_of(Tensors(layer_file), config, layer, dtype)
     most = moe.num_experts - min(counts)
-    weighed, stats = _weighed(context, moe, shards, originals, dtype=moe.router_ED.dtype, drop_at_most=most)
+    weighed, stats = _weighed(context, moe, shards, drop_at_most=most)
     groups, experts = moe.router.groups, moe.num_experts
     norm = float(weighed.norm) ** 0.5
     done = _Progress(context, list(counts))
@@ -75,11 +74,11 @@ def without_each(
     context: Context, config: Config, layer_file: Files, shards: Sequence[Files], *, layer: int, dtype: str
 ) -> tuple[list[float], list[int]]:
     """For each expert, the change of the layer's output without it, as a part of that output, and the recorded tokens it got."""
-    moe = _layer(config, layer_file, layer, dtype)
+    moe = layer_of(Tensors(layer_file), config, layer, dtype)
     tokens = routed_tokens(moe, shards)
     if not moe.router.can_spare(moe.num_experts):
         return [0.0] * moe.num_experts, tokens
-    weighed, _ = _weighed(context, moe, shards, (), dtype=moe.router_ED.dtype, drop_at_most=1)
+    weighed, _ = _weighed(context, moe, shards, drop_at_most=1)
     mask_EE = mask_of([without(moe.num_experts, [e]) for e in range(moe.num_experts)], moe.num_experts, weighed.norm.device)
     norm = float(weighed.norm) ** 0.5
     return [float(loss) / norm if norm else 0.0 for loss in weighed(mask_EE)], tokens
@@ -112,25 +111,12 @@ class _Progress:
         self.context.save(folder)
 
 
-def _layer(config: Config, layer_file: Files, layer: int, dtype: str) -> MoELayer:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return read_moe(Tensors(layer_file), config, layer).to(device=device, dtype=getattr(torch, precision(config, dtype)))
-
-
-def _weighed(
-    context: Context, moe: MoELayer, shards: Sequence[Files], originals: Sequence[Files],
-    *, dtype: torch.dtype, drop_at_most: int,
-) -> tuple[Weighed, dict[str, Tensor]]:  # fmt: skip
+def _weighed(context: Context, moe: MoELayer, shards: Sequence[Files], *, drop_at_most: int) -> tuple[Weighed, dict[str, Tensor]]:
     """The layer prepared on an equal part of each shard's tokens, as far as there is room, and the shards' summed statistics."""
-    seen, device = [Tensors(s) for s in shards], moe.router_ED.device
-    each = room(moe, drop_at_most, targeted=bool(originals)) // len(seen)
-
-    def inputs(files: Sequence[Tensors]) -> Any:
-        for tensors in files:
-            yield sample_of(tensors)[:each].to(device=device, dtype=dtype)
-
-    goals = None if not originals else (moe(x_TD) for x_TD in inputs([Tensors(o) for o in originals]))
-    weighed = Weighed.of(moe, inputs(seen), goals, drop_at_most=drop_at_most)
+    seen = [Tensors(s) for s in shards]
+    each = room(moe, drop_at_most) // len(seen)
+    inputs = (sample_of(s)[:each].to(moe.router_ED.device, moe.router_ED.dtype) for s in seen)
+    weighed = Weighed.of(moe, inputs, drop_at_most=drop_at_most)
     left = sum(max(0, int(s["sample"]) - each) for s in seen)
     if left:
         context.note(f"weighed on {weighed.tokens:,} tokens: there was no room for {left:,} more")

@@ -13,11 +13,10 @@ from torch import Tensor
 from moeflow.arch import MATRICES, Config, arch_of
 from moeflow.methods.lowrank import Moments, components, energies, layer_moments, vanilla
 from moeflow.methods.ranks import check_rank, treatment
-from moeflow.methods.weigh import routed_tokens
-from moeflow.model.checkpoint import Tensors, read_moe, save
+from moeflow.methods.weigh import layer_of, routed_tokens
+from moeflow.model.checkpoint import Tensors, save
 from moeflow.model.layout import Files
 from moeflow.model.moe import MLP, LowRank, MoELayer
-from moeflow.model.spec import precision
 from moeflow.step import Context
 
 
@@ -32,7 +31,7 @@ def spectra(
     tokens: one that nobody reaches costs nothing.
     """
     tensors = Tensors(layer_file)
-    moe = _layer(tensors, config, layer, dtype)
+    moe = layer_of(tensors, config, layer, dtype)
     tokens = routed_tokens(moe, seen)
     fates = treatment(tokens, least, policy)
     found: dict[str, list[Tensor | None]] = {m: [None] * moe.num_experts for m in MATRICES}
@@ -78,7 +77,7 @@ def rewrite(
     `ranks`: per matrix one rank, or one for each expert; 0 leaves it whole. Raises ValueError for a rank above break-even.
     """
     arch, tensors = arch_of(config), Tensors(given)
-    moe = _layer(tensors, config, layer, dtype)
+    moe = layer_of(tensors, config, layer, dtype)
     tokens = routed_tokens(moe, seen)
     fates = treatment(tokens, least, policy)
     by_expert = [{m: int(r[e] if isinstance(r := ranks.get(m, 0), list) else r) for m in MATRICES} for e in range(moe.num_experts)]
@@ -131,8 +130,3 @@ def _matrices(expert: MLP) -> tuple[Tensor, Tensor, Tensor]:
     gate, up, down = expert.gate_FD, expert.up_FD, expert.down_DF
     assert isinstance(gate, Tensor) and isinstance(up, Tensor) and isinstance(down, Tensor)
     return gate, up, down
-
-
-def _layer(tensors: Tensors, config: Config, layer: int, dtype: str) -> MoELayer:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return read_moe(tensors, config, layer).to(device=device, dtype=getattr(torch, precision(config, dtype)))

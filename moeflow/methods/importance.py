@@ -12,7 +12,6 @@ from moeflow.model.spec import LayerSpec, ObservedSpec, RestSpec, precision
 from moeflow.step import Artifact, Context, Spec, step
 
 IMPORTANCE = "importance.json"
-IMPORTANCES = ("recon", "lm_loss")
 
 
 def _recon_spec(rest: RestSpec, layer_spec: LayerSpec, *seen: ObservedSpec, layer: int, dtype: str) -> Spec:

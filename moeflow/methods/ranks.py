@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
 from math import floor, gcd, isfinite
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -103,9 +104,20 @@ class Spectrum:
     weight: float = 1.0
 
 
-def allocate(
+def allocate(items: Sequence[Sequence[Spectrum]], budget: int, **limits: Any) -> list[tuple[int, ...]]:
+    """The ranks under which the weighted sum of squared errors is least and all matrices together take at most `budget` bytes.
+
+    An item is one matrix, or several of one shape that are all whole or all factored, as gate and up of an expert are. Within
+    an item components go by their gain; among items, and between an item's best rank and keeping it whole (which costs no error
+    and jumps in bytes), the choice is that of `allocate_curves`. `limits` are those of `choices`. Raises ValueError where the
+    budget is too small, with the smallest that can be met.
+    """
+    curves, ranks = choices(items, **limits)
+    return [ranks[at][option] for at, option in enumerate(allocate_curves(curves, budget))]
+
+
+def choices(
     items: Sequence[Sequence[Spectrum]],
-    budget: int,
     *,
     itemsize: int = 2,
     multiple: int = 1,
@@ -113,19 +125,16 @@ def allocate(
     r_max: int | None = None,
     whole: bool = True,
     force: bool = False,
-) -> list[tuple[int, ...]]:
-    """The ranks under which the weighted sum of squared errors is least and all matrices together take at most `budget` bytes.
+) -> tuple[list[NDArray[np.float64]], list[list[tuple[int, ...]]]]:
+    """What `allocate` chooses from: of each item the curve of its options (bytes, weighted error), and the ranks behind each.
 
-    An item is one matrix, or several of one shape that are all whole or all factored, as gate and up of an expert are. Within
-    an item components go by their gain; among items, and between an item's best rank and keeping it whole (which costs no error
-    and jumps in bytes), the choice is that of `allocate_curves`. Ranks are multiples of `multiple` from r_min to r_max, and at
-    most break-even unless forced. Raises ValueError where the budget is too small, with the smallest that can be met.
+    Ranks are multiples of `multiple` from r_min to r_max, and at most break-even unless forced; `itemsize` is the bytes of a
+    weight; `whole` lets an item stay as it is. Raises ValueError where nothing is left to choose.
     """
     if multiple < 1 or r_min < 1:
         raise ValueError(f"r_min={r_min} and multiple={multiple} must be at least 1")
     built = [_item(spectra, itemsize, multiple, r_min, r_max, whole, force) for spectra in items]
-    chosen = allocate_curves([curve for curve, _ in built], budget)
-    return [ranks[i] for i, (_, ranks) in zip(chosen, built, strict=True)]
+    return [curve for curve, _ in built], [ranks for _, ranks in built]
 
 
 def allocate_curves(curves: Sequence[ArrayLike], budget: int, *, fill: bool = False) -> list[int]:

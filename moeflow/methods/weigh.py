@@ -32,9 +32,8 @@ def weigh(
     `shards`: what each shard of tokens showed in this layer; `originals`: what the same tokens show in it without a pruned prefix,
     where the target is the original's output.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    precise = getattr(torch, precision(config, dtype))
-    moe = read_moe(Tensors(layer_file), config, layer).to(device=device, dtype=precise)
+    moe = layer_of(Tensors(layer_file), config, layer, dtype)
+    device, precise = moe.router_ED.device, moe.router_ED.dtype
     groups, experts = moe.router.groups, moe.num_experts
     seen = [Tensors(s) for s in shards]
     stats = add_stats(seen)
@@ -83,6 +82,12 @@ def add_stats(shards: Sequence[Tensors]) -> dict[str, Tensor]:
     total = {name: torch.stack([s[name] for s in shards]).sum(0) for name in STATS}
     total["max_E"] = torch.stack([s["max_E"] for s in shards]).amax(0)
     return total
+
+
+def layer_of(tensors: Tensors, config: Config, layer: int, dtype: str) -> MoELayer:
+    """One layer's MoE block in the precision of the run, on a GPU where there is one."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return read_moe(tensors, config, layer).to(device=device, dtype=getattr(torch, precision(config, dtype)))
 
 
 def routed_tokens(moe: MoELayer, shards: Sequence[Files]) -> list[int]:

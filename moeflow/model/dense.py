@@ -38,7 +38,7 @@ def multiply_out(folder: Path) -> dict[str, Any]:
     for name, info in tensors.items():
         if name.endswith(OUT) and tensors[name.removesuffix(OUT) + IN].file != info.file:
             raise ValueError(
-                f"{name} lies in {info.file} and its other factor elsewhere; pull the checkpoint from a store, layer by layer"
+                f"{name} lies in {info.file} and its other factor in another file; pull the checkpoint from its store again"
             )
     check_room(folder, files, tensors)
     weight_map = {n: t.file for n, t in tensors.items()}

@@ -12,7 +12,7 @@ from moeflow.arch import arch_of
 from moeflow.methods import calibrate, compress, drop, sweep, tokens
 from moeflow.methods.budget import legal_counts
 from moeflow.model.layout import Folder, read_config
-from moeflow.step import upstream
+from moeflow.step import step_of, upstream
 from tests import running, tiny
 
 
@@ -72,7 +72,7 @@ def test_a_sweep_reads_the_checkpoint_once_whatever_the_shards_and_takes_as_many
     seen = calibrate.run(model, tokens.of(running.matrix_of(tmp_path), model, sequences=8, length=16), batch=2, shard=4, stage=1)
     pruned = compress.prune(seen, keep=0.5, grid=3, measured=64)
     forks = [s for s in upstream([pruned.choices[0]]) if s.name == "sweep.forks"]
-    read = [i.step.key if hasattr(i, "step") else i.key for s in forks for i in s.inputs]
+    read = [step_of(i).key for s in forks for i in s.inputs]
     assert all(read.count(layer.key) == 1 for layer in model.layers)
     running.run(store, *pruned.choices)
     curves = next(s for s in upstream([pruned.choices[0]]) if s.name == "sweep.measure")
