@@ -19,7 +19,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
 from benchmarks.rows import Row
 from moeflow.model.formats import Format
-from moeflow.model.lowrank_experts import LowRankExperts, low_rank
+from moeflow.model.routed_experts import RoutedExperts
 
 D, F, E, TOP_K = 1024, 2816, 16, 2
 RANK = F * D // (F + D) // 2
@@ -57,8 +57,8 @@ def main(threads: int = 1) -> list[Row]:
     half = Format(E, *((RANK,) * E,) * 3)
     blocks = {
         "dense": block(lambda own: own),
-        "whole": block(lambda own: LowRankExperts(Format(E), own.hidden_dim, own.intermediate_dim, own.act_fn)),
-        "low-rank": block(lambda own: low_rank(own, half)),
+        "whole": block(lambda own: RoutedExperts(Format(E), own.hidden_dim, own.intermediate_dim, own.act_fn)),
+        "low-rank": block(lambda own: RoutedExperts(half, own.hidden_dim, own.intermediate_dim, own.act_fn)),
     }
     rows = []
     for tokens, rounds in ROUNDS.items():

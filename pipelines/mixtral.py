@@ -4,10 +4,13 @@
 
 The constants are the paper's: 128 sequences of 2,048 tokens of C4 in batches of 8, documents packed in groups of 1,000 with a
 beginning-of-sequence token each, the checkpoint's own precision (bf16), every layer searched on its own.
+
+`-p skip=median` adds the paper's dynamic skipping, calibrated on the pruned model: about half of the tokens then go through one
+expert; `-p skip=1.7` sets how many experts a token has on average.
 """
 
 from moeflow.cli import main
-from moeflow.methods import calibrate, drop, evaluate, fetch
+from moeflow.methods import calibrate, drop, evaluate, fetch, skipping
 from moeflow.methods import search as searches
 from moeflow.methods import tokens as text
 from moeflow.step import Step
@@ -31,15 +34,18 @@ def build(
     sequences: int = 128,
     length: int = 2048,
     heldout_sequences: int = 64,
+    skip: str = "none",
     dtype: str = "auto",
     seed: int = 42,
 ) -> Step:
     original = fetch.pinned(model)
     matrix = text.of(tokens, original, sequences=sequences, length=length, seed=seed, bos=True, group=1000)
-    seen = calibrate.run(original, matrix, batch=batch, shard=4 * batch, stage=8, dtype=dtype)
+    passed = {"batch": batch, "shard": 4 * batch, "stage": 8, "dtype": dtype}
+    seen = calibrate.run(original, matrix, **passed)
     pruned = searches.named(search)(seen, keep=keep, loss=loss, seed=seed)
-    reports = evaluate.compare(seen, pruned, heldout=heldout, sequences=heldout_sequences, length=length)
-    return drop.checkpoint_of(pruned).reporting(*reports)
+    served = skipping.stage(skip)(pruned, matrix, **passed)
+    reports = evaluate.compare(seen, served, heldout=heldout, sequences=heldout_sequences, length=length)
+    return drop.checkpoint_of(served).reporting(*reports)
 
 
 if __name__ == "__main__":

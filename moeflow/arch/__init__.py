@@ -3,7 +3,7 @@
 from moeflow.arch.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from moeflow.arch.mixtral import MIXTRAL, PHIMOE
 from moeflow.arch.qwen_moe import OLMOE, QWEN2_MOE, QWEN3_MOE
-from moeflow.arch.spec import COMPRESSED, LAYERS, MATRICES, Arch, Config, essential
+from moeflow.arch.spec import COMPRESSED, LAYERS, MAIN, MATRICES, Arch, Config, essential
 
 FAMILIES = (MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE, PHIMOE, DEEPSEEK_V2, DEEPSEEK_V3)
 
@@ -20,4 +20,4 @@ def arch_of(config: Config) -> Arch:
     raise ValueError(f"no family for model_type {config.get('model_type')!r}; known: {known}")
 
 
-__all__ = ["COMPRESSED", "FAMILIES", "LAYERS", "MATRICES", "Arch", "Config", "arch_of", "essential"]
+__all__ = ["COMPRESSED", "FAMILIES", "LAYERS", "MAIN", "MATRICES", "Arch", "Config", "arch_of", "essential"]

@@ -15,6 +15,9 @@ COMPRESSED = "moeflow_"
 LAYERS = "moeflow_layers"
 """The key of such a checkpoint's config.json under which each decoder layer's format stands."""
 
+MAIN = "moeflow_main_experts"
+"""The key of a config.json under which stands how many of a token's experts are computed; the others only weigh vectors."""
+
 MATRICES = ("gate", "up", "down")
 """The matrices of an expert, in the order in which `Arch.expert` names them."""
 
@@ -80,6 +83,10 @@ class Arch:
     def top_k(self, config: Config) -> int:
         return int(config["num_experts_per_tok"])
 
+    def computed(self, config: Config) -> int:
+        """How many of a token's top-k experts are computed: fewer where Compressed Experts stand for the others."""
+        return int(config.get(MAIN) or self.top_k(config))
+
     def group_limit(self, config: Config) -> tuple[int, int]:
         """(number of groups, groups a token may choose from): (1, 1) where the router knows no groups."""
         if not self.groups or config.get("topk_method") == "greedy":
@@ -97,6 +104,10 @@ class Arch:
     def expert(self, layer: int, expert: int) -> tuple[str, str, str]:
         """The names of one expert's gate, up and down matrices."""
         return tuple(t.format(layer=layer, expert=expert) for t in (self.gate, self.up, self.down))  # type: ignore[return-value]
+
+    def experts(self, layer: int) -> str:
+        """What the names of a layer's routed experts begin with, and of what stands beside them."""
+        return self.gate.format(layer=layer, expert="\0").partition("\0")[0]
 
     def factors(self, name: str) -> tuple[str, str]:
         """What stands in place of the matrix `name` [M, N] where it has rank R: [M, R] and [R, N], to be multiplied."""

@@ -6,12 +6,13 @@ and records on the way. One decoder layer's weights are resident at a time.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from moeflow.methods.fetch import REST, Model
-from moeflow.model.layout import read_config
+from moeflow.model.layout import LAYER, ROUTING, read_config
 from moeflow.model.spec import HiddenSpec, LayerSpec, ObservedSpec, RestSpec, TokensSpec, file_bytes, precision
 from moeflow.step import Artifact, Context, Part, Spec, Step, step
 
@@ -116,6 +117,11 @@ def hidden_states(
     return tuple(ends)
 
 
+def _weights(layer: Artifact) -> Path:
+    """A layer's file, or the folder of its files where there are several."""
+    return layer.folder() if ROUTING in layer.names() else layer.file(LAYER)
+
+
 def file_of(layer: int) -> str:
     return f"layer-{layer:03d}.safetensors"
 
@@ -173,7 +179,7 @@ def advance(
     """The hidden states behind consecutive `layers`, whose files follow each other in the inputs."""
     from moeflow.model import passes
 
-    given = [(i, f.file("layer.safetensors")) for i, f in zip(layers, files, strict=True)]
+    given = [(i, _weights(f)) for i, f in zip(layers, files, strict=True)]
     passes.through(
         read_config(config), hidden.file(HIDDEN), given, context.out / HIDDEN, batch=batch, dtype=dtype, progress=context.progress
     )
@@ -212,7 +218,7 @@ def observe(
     """`advance`, and beside the hidden states one file per MoE layer with what a `Recorder` saw in it."""
     from moeflow.model import passes
 
-    given = [(i, f.file("layer.safetensors")) for i, f in zip(layers, files, strict=True)]
+    given = [(i, _weights(f)) for i, f in zip(layers, files, strict=True)]
     passes.through(
         read_config(config), hidden.file(HIDDEN), given, context.out / HIDDEN, batch=batch, dtype=dtype, progress=context.progress,
         recorded=lambda i: context.out / file_of(i), budget=record, per_expert=per_expert, residual=residual,

@@ -33,7 +33,9 @@ PARTS = {"gate_up": ("gate", "up"), "down": ("down",)}
 
 
 def sides(layer_spec: LayerSpec) -> tuple[int, int]:
-    """(expert width F, model width D) of a layer's experts, none of which is factored yet. Raises ValueError where one is."""
+    """(expert width F, model width D) of a layer's experts, none of which is factored yet. Raises ValueError where one is, and
+    where the layer skips experts or has compressed ones."""
+    layer_spec.check_routing("decompose")
     name = arch_of(layer_spec.config).gate.format(layer=layer_spec.layer, expert=0)
     if name not in layer_spec.tensors:
         raise ValueError(f"{name} is not there: layer {layer_spec.layer} has no experts, or they are factored already")

@@ -12,14 +12,16 @@ from moeflow.arch import Config, arch_of
 from moeflow.methods.choose import read_choice
 from moeflow.methods.decompose import DECOMPOSITION
 from moeflow.methods.fetch import INDEX, REST, Model
+from moeflow.methods.skipping import SKIP
 from moeflow.model.formats import config_of, family_config, format_of
-from moeflow.model.layout import ESSENTIAL, experts_in, headers, kept, read_config
+from moeflow.model.layout import ESSENTIAL, LAYER, experts_in, headers, kept, read_config
 from moeflow.model.spec import CheckpointSpec, LayerSpec, RestSpec, file_bytes, header_bytes
 from moeflow.step import Artifact, Context, Spec, Step, step
 
 
 def _drop_spec(rest: RestSpec, given: LayerSpec, chosen: Any, *, layer: int, keep: int) -> Spec:
     arch = arch_of(rest.config)
+    given.check_routing("prune")
     if keep:
         arch.check_keep(rest.config, keep, given.experts)
     if chosen["layer"] != layer or chosen["keep"] != keep:
@@ -48,14 +50,14 @@ def experts(context: Context, config: Artifact, given: Artifact, chosen: Artifac
     tensors = headers(given)
     names = kept(tensors, read_config(config), layer, choice)
     if len(choice) == experts_in(tensors, read_config(config), layer):
-        context.link(given, "layer.safetensors")
+        context.link(given, LAYER)
         return
     found: dict[str, Any] = {}
     for old, tensor in checkpoint.read_many(given, {old: tensors[old] for old in names}):
         new, sliced = names[old]
         found[new] = tensor[choice] if sliced else tensor
         context.progress(len(found), len(names), "tensors")
-    checkpoint.save(found, context.out / "layer.safetensors")
+    checkpoint.save(found, context.out / LAYER)
 
 
 def _assemble_spec(rest: RestSpec, *parts: Any, config: Config, extra: int) -> Spec:
@@ -75,21 +77,26 @@ def assemble(context: Context, rest: Artifact, *parts: Artifact, config: Config,
 
     In the family's own standard where all layers keep the same number of experts, every matrix whole; otherwise in moeflow's,
     which `moeflow.model.compressed` loads. `parts`: the layers in order, the last `extra` of them beyond the decoder, and then the
-    choices that led here, which are told in `moeflow.json`, as is what became of each expert in a decomposed layer. No weight is
-    read or written: the folder lists the blobs that the layers already are.
+    choices that led here, which are told in `moeflow.json`, as are what became of each expert in a decomposed layer and what the
+    thresholds of skipping rest on. No weight is read or written: the folder lists the blobs that the layers already are.
     """
-    layers = [p for p in parts if "layer.safetensors" in p.names()]
+    layers = [p for p in parts if LAYER in p.names()]
     choices = [read_choice(p) for p in parts if "choice.json" in p.names()]
-    files = [(layer, "layer.safetensors") for layer in layers] + [(rest, REST)]
-    weight_map, total, formats = {}, 0, []
-    for i, (artifact, name) in enumerate(files):
+    tables = [headers(artifact) for artifact in (*layers, rest)]
+    formats = [format_of({n: t.shape for n, t in table.items()}, config, i) for i, table in enumerate(tables[:-1])]
+    files = [
+        (artifact, name, {n: t for n, t in table.items() if t.file == name})
+        for artifact, table in zip((*layers, rest), tables, strict=True)
+        for name in artifact.names()
+        if name.endswith(".safetensors")
+    ]
+    weight_map: dict[str, str] = {}
+    total = 0
+    for i, (artifact, name, tensors) in enumerate(files):
         target = f"model-{i + 1:05d}-of-{len(files):05d}.safetensors"
         context.link(artifact, name, target)
-        tensors = headers(artifact)
-        formats.append(format_of({n: t.shape for n, t in tensors.items()}, config, i))
-        for tensor, info in tensors.items():
-            weight_map[tensor] = target
-            total += info.nbytes
+        weight_map |= dict.fromkeys(tensors, target)
+        total += sum(t.nbytes for t in tensors.values())
     _write(context.out / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
     _write(
         context.out / "config.json",
@@ -99,8 +106,9 @@ def assemble(context: Context, rest: Artifact, *parts: Artifact, config: Config,
         if name not in (REST, ESSENTIAL, "config.json"):
             context.link(rest, name)
     told: dict[str, Any] = {"moeflow": __version__, "choices": [{k: v for k, v in c.items() if k != "losses"} for c in choices]}
-    if cut := [json.loads(p.read(DECOMPOSITION, 0, p.size(DECOMPOSITION))) for p in layers if DECOMPOSITION in p.names()]:
-        told["decomposition"] = cut
+    for what, name in (("decomposition", DECOMPOSITION), ("skipping", SKIP)):
+        if found := [json.loads(p.read(name, 0, p.size(name))) for p in layers if name in p.names()]:
+            told[what] = found
     _write(context.out / "moeflow.json", told)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from moeflow.arch import arch_of
-from moeflow.methods import drop, tokens
+from moeflow.methods import calibrate, drop, tokens
 from moeflow.methods.calibrate import HIDDEN, Calibration, hidden_states
 from moeflow.methods.choose import CRITERIA, read_choice
 from moeflow.methods.fetch import Model
@@ -39,7 +39,10 @@ def compare(
         plan.append(("token matrix", calibration.tokens, calibration.ends, note))
     reports = [size(*both), *([layers(*compressed.choices)] if compressed.choices else [])]
     for name, matrix, ends, note in plan:
-        theirs = _hidden(compressed, matrix, calibration)
+        theirs, seen = _hidden(compressed, matrix, calibration), {}
+        if compressed.does_with_fewer:
+            passed = calibrate.run(compressed, matrix, **_options(calibration), record=0)
+            theirs, seen = passed.ends, passed.observed
         reports.append(
             quality(
                 original.rest,
@@ -53,11 +56,17 @@ def compare(
                 dtype=calibration.dtype,
             )
         )
+        if seen:
+            reports.append(reach(original.essential, *(p for parts in seen.values() for p in parts), layers=list(seen), name=name))
     return (*reports, speed(*both, machine=here(), length=length))
 
 
+def _options(calibration: Calibration) -> dict[str, Any]:
+    return {"batch": calibration.batch, "shard": 8 * calibration.batch, "stage": 8, "dtype": calibration.dtype}
+
+
 def _hidden(model: Model, matrix: Step, calibration: Calibration) -> tuple[Step, ...]:
-    return hidden_states(model, matrix, batch=calibration.batch, shard=8 * calibration.batch, stage=8, dtype=calibration.dtype)
+    return hidden_states(model, matrix, **_options(calibration))
 
 
 class _One:
@@ -100,25 +109,61 @@ def _size_spec(original: CheckpointSpec, compressed: CheckpointSpec) -> Spec:
     return Spec(reads=original.headers + compressed.headers, writes=500, memory=1 << 24)
 
 
-@step("evaluate.size", version=2, spec=_size_spec)
+@step("evaluate.size", version=3, spec=_size_spec)
 def size(context: Context, original: Artifact, compressed: Artifact) -> None:
-    """Parameters and bytes at rest, of all and of the routed experts, counted from the files' headers; experts per MoE layer."""
+    """Parameters and bytes at rest, of all and of the routed experts, counted from the files' headers; experts per MoE layer.
+
+    Active parameters are those that compute one token, embedding and head included: of a layer's experts as many as a token is
+    computed by, at their mean size. What dynamic skipping saves depends on the text and is not in them (`reach`).
+    """
     counts = []
     for artifact in (original, compressed):
         tensors, config = headers(artifact), read_config(artifact)
         arch = arch_of(config)
         layers = arch.moe_layers(config)
-        stems = tuple(arch.gate.format(layer=i, expert="\0").split("\0")[0] for i in layers)
+        stems = tuple(arch.experts(i) for i in layers)
+        parameters = sum(t.numel for t in tensors.values())
+        idle = 0.0
+        for i in layers:
+            experts = experts_in(tensors, config, i)
+            matrices = sum(
+                t.numel for n, t in tensors.items() if n.startswith(arch.experts(i)) and n[len(arch.experts(i))].isdigit()
+            )
+            idle += matrices * (1 - arch.computed(config) / experts)
         counts.append(
             {
-                "parameters": sum(t.numel for t in tensors.values()),
+                "parameters": parameters,
+                "active parameters": round(parameters - idle),
                 "bytes": sum(artifact.size(n) for n in artifact.names() if n.endswith(".safetensors")),
                 "expert bytes": sum(t.nbytes for n, t in tensors.items() if n.startswith(stems)),
                 "experts per layer": sum(experts_in(tensors, config, i) for i in layers) / len(layers),
             }
         )
-    units = {"parameters": "", "bytes": "B", "expert bytes": "B", "experts per layer": ""}
+    units = {"parameters": "", "active parameters": "", "bytes": "B", "expert bytes": "B", "experts per layer": ""}
     write_report(context, "size", [row(n, counts[0][n], counts[1][n], u) for n, u in units.items()])
+
+
+def _reach_spec(rest: RestSpec, *seen: ObservedSpec, layers: list[int], name: str) -> Spec:
+    return Spec(reads=len(seen) * 1400, writes=400 + 20 * len(layers), memory=1 << 24)
+
+
+@step("evaluate.reach", version=1, spec=_reach_spec)
+def reach(context: Context, config: Artifact, *seen: Artifact, layers: list[int], name: str) -> None:
+    """How many experts a token of held-out text is computed by: the mean of all MoE layers, that of each, and the sum.
+
+    `seen`: what one pass of the compressed model left, all shards of one layer after those of another.
+    """
+    from moeflow.methods.weigh import counted
+
+    read = read_config(config)
+    shards = len(seen) // len(layers)
+    found = [counted(seen[at * shards : (at + 1) * shards]) for at in range(len(layers))]
+    top_k = arch_of(read).top_k(read)
+    rows = [
+        row(f"experts a token ({name})", top_k, float(np.mean(found)), ""),
+        row(f"expert products a token ({name})", top_k * len(layers), float(np.sum(found)), ""),
+    ]
+    write_report(context, "reach", rows, text=name, layers=dict(zip(map(str, layers), found, strict=True)))
 
 
 def _quality_spec(

@@ -74,6 +74,12 @@ class Model:
     def moe_layers(self) -> list[int]:
         return arch_of(self.config).moe_layers(self.config)
 
+    @property
+    def does_with_fewer(self) -> bool:
+        """Whether tokens are computed by fewer experts than the router gives them: skipping, or Compressed Experts."""
+        formats = [self.layers[i].spec.output.format for i in self.moe_layers]
+        return any(f.skip or f.compressed for f in formats)
+
     def with_layers(self, layers: dict[int, Step], choices: tuple[Step, ...] = ()) -> "Model":
         """The same model with other files for some layers; how many experts these have is theirs to say."""
         changed = tuple(layers.get(i, layer) for i, layer in enumerate(self.layers))
@@ -165,7 +171,7 @@ def _rest_spec(texts: Any, *shards: Any, config: Config, files: list[str], tenso
         raise ValueError(f"{name} has shape {table[name][1]} where config.json asks for {(vocabulary, width)}; correct one of them")
     out = RestSpec(config, table, {n: texts["files"][n] for n in files})
     moved = sum(tensor_bytes(*t) for t in table.values())
-    size = len(_text(config)) + len(_text(essential(config)))
+    size = len(config_text(config)) + len(config_text(essential(config)))
     return Spec(out, reads=moved, writes=file_bytes(table) + size, memory=2 * moved, notes=(note,) if note else ())
 
 
@@ -173,8 +179,8 @@ def _rest_spec(texts: Any, *shards: Any, config: Config, files: list[str], tenso
 def rest(context: Context, texts: Artifact, *shards: Artifact, config: Config, files: list[str], tensors: Table, note: str) -> None:
     """What is no decoder layer: `rest.safetensors`, config.json, and the small files that travel with the checkpoint."""
     _gather(context, shards, tensors, context.out / REST)
-    (context.out / "config.json").write_text(_text(config))
-    (context.out / ESSENTIAL).write_text(_text(essential(config)))
+    (context.out / "config.json").write_text(config_text(config))
+    (context.out / ESSENTIAL).write_text(config_text(essential(config)))
     if note:
         context.note(note)
     for name in files:
@@ -232,7 +238,8 @@ def _json(source: Source, name: str) -> dict[str, Any]:
         raise
 
 
-def _text(config: Config) -> str:
+def config_text(config: Config) -> str:
+    """A config.json, as every step writes it."""
     return json.dumps(config, indent=2) + "\n"
 
 

@@ -84,6 +84,12 @@ def add_stats(shards: Sequence[Tensors]) -> dict[str, Tensor]:
     return total
 
 
+def counted(shards: Sequence[Files]) -> float:
+    """How many experts a token of these shards was computed by in the layer, on average."""
+    seen = [Tensors(s) for s in shards]
+    return float(sum(s["count_E"].sum() for s in seen) / sum(s["tokens"] for s in seen))
+
+
 def layer_of(tensors: Tensors, config: Config, layer: int, dtype: str) -> MoELayer:
     """One layer's MoE block in the precision of the run, on a GPU where there is one."""
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,10 +1,10 @@
 """What transformers loads when a checkpoint is no longer its family's standard: layers that differ, low-rank experts, or both.
 
 For every family a configuration class (`moeflow_layers` says each layer's format) and a causal language model, whose MoE blocks are
-the family's own for as many experts as each layer has, and whose fused experts are `LowRankExperts` where a layer has low-rank
-ones. They are registered with transformers by importing this module, which `import moeflow` sees to (`autoload`). Names on disk
-are the family's, with two factors in the place of a low-rank matrix. Nothing is left at random: what is on disk is compared with
-what the configuration asks for before anything is loaded.
+the family's own for as many experts as each layer has, and whose fused experts are `RoutedExperts` where a layer has low-rank ones,
+skips experts or has Compressed Experts. They are registered with transformers by importing this module, which `import moeflow` sees
+to (`autoload`). Names on disk are the family's, with two factors in the place of a low-rank matrix. Nothing is left at random: what
+is on disk is compared with what the configuration asks for before anything is loaded.
 """
 
 import copy
@@ -20,24 +20,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import initialization as init
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import cached_file
 
-from moeflow.arch import COMPRESSED, FAMILIES, LAYERS, Arch, arch_of
+from moeflow.arch import COMPRESSED, FAMILIES, LAYERS, MAIN, Arch, arch_of
 from moeflow.arch.spec import EXPERT_COUNT_KEYS
 from moeflow.model.factors import STACKS, Stack, expert_shapes
 from moeflow.model.formats import CLASSES, Format, layer_formats
 from moeflow.model.layout import Folder, read_header
-from moeflow.model.lowrank_experts import low_rank
+from moeflow.model.reach import CompressedExperts
+from moeflow.model.routed_experts import experts_of
 
 HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 """What `from_pretrained` may be told of where a checkpoint is to be had."""
 
 SPLIT = ("tp_plan", "tp_size", "distributed_config", "device_mesh")
 """What makes `from_pretrained` split experts between devices by plans that are written for the families' own modules."""
+
+VECTORS = ".experts.compressed."
+"""Is in the name of every vector of Compressed Experts, on disk and in memory."""
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -46,6 +51,7 @@ class Compressed:
     """What a family's causal language model is mixed with: blocks of different sizes, and loading that leaves nothing open."""
 
     _can_compile_fullgraph = False  # rows are counted per expert
+    _keep_in_fp32_modules_strict = frozenset({"skip"})  # a threshold is compared with weights in fp32
 
     def __init__(self, config: Any, *args: Any, **fields: Any) -> None:
         super().__init__(config, *args, **fields)  # type: ignore[call-arg]
@@ -55,9 +61,21 @@ class Compressed:
                 layer.set_submodule(arch.block, _block(layer.get_submodule(arch.block), config, format))
         self.post_init()  # type: ignore[attr-defined]
 
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        """As in transformers, which knows no Compressed Experts: those that a checkpoint lacks are made to change nothing."""
+        super().initialize_weights()  # type: ignore[misc]
+        for module in self.modules():  # type: ignore[attr-defined]
+            if isinstance(module, CompressedExperts):
+                for vector in module.parameters():
+                    init.zeros_(vector)  # leaves alone what was loaded
+
     @classmethod
     def from_pretrained(cls, name: Any, *args: Any, config: Any = None, **options: Any) -> Any:
-        """As in transformers; raises ValueError for any tensor that is missing, left over or of another shape than asked for."""
+        """As in transformers; raises ValueError for any tensor that is missing, left over or of another shape than asked for.
+
+        Only Compressed Experts may be missing: where config.json asks for them and the checkpoint has none, they change nothing.
+        """
         if split := [k for k in SPLIT if options.get(k) is not None]:
             raise ValueError(f"{split[0]}= splits a family's own experts, and knows none of another form; load without it")
         hub = {k: v for k, v in options.items() if k in HUB}
@@ -69,7 +87,8 @@ class Compressed:
         _compare(cls, asked, held, str(name))
         wanted = options.pop("output_loading_info", False)
         model, info = super().from_pretrained(name, *args, config=config, output_loading_info=True, **options)  # type: ignore[misc]
-        if left := sorted(str(k) for what in ("missing_keys", "unexpected_keys", "mismatched_keys") for k in info[what]):
+        left = sorted(str(k) for what in ("missing_keys", "unexpected_keys", "mismatched_keys") for k in info[what])
+        if left := [k for k in left if VECTORS not in k]:
             raise ValueError(f"{name} was not loaded whole: {_some(left)}; its tensors and its config.json do not fit each other")
         return (model, info) if wanted else model
 
@@ -80,8 +99,8 @@ def _block(standard: Any, config: Any, format: Format) -> nn.Module:
         if getattr(config, key, None) is not None:
             setattr(own, key, format.experts)
     block = type(standard)(own)
-    block.experts = low_rank(block.experts, format)
-    if not format.low_rank:
+    block.experts = experts_of(block.experts, format, config.to_dict())
+    if not format.own:
         block.experts.config = config  # where it looks up the implementation, which may be set for the whole model later
     return block
 
@@ -161,7 +180,8 @@ def _asked(model_class: Any, config: Any) -> tuple[Shapes, set[str], Iterable[st
         if format is not None:
             experts = model.model.layers[layer].get_submodule(arch.block).experts
             asked |= expert_shapes(arch, format, layer, experts.hidden_dim, experts.intermediate_dim)
-    return asked, set(model.all_tied_weights_keys), model._keys_to_ignore_on_load_unexpected
+    optional = set(model.all_tied_weights_keys) | {n for n in asked if VECTORS in n}
+    return asked, optional, model._keys_to_ignore_on_load_unexpected
 
 
 def _on_disk(arch: Arch, name: str) -> str:
@@ -248,7 +268,9 @@ def _register(arch: Arch) -> tuple[Any, Any]:
     config = type(
         CLASSES + family_config.__name__,
         (family_config,),
-        here | {"model_type": COMPRESSED + arch.model_type, LAYERS: None, "__annotations__": {LAYERS: list[dict[str, Any]] | None}},
+        here
+        | {"model_type": COMPRESSED + arch.model_type, LAYERS: None, MAIN: None}
+        | {"__annotations__": {LAYERS: list[dict[str, Any]] | None, MAIN: int | None}},
     )
     model = type(CLASSES + family.__name__, (Compressed, family), here | {"config_class": config, "forward": _balancing(family)})
     AutoConfig.register(COMPRESSED + arch.model_type, config, exist_ok=True)

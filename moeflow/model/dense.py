@@ -16,7 +16,7 @@ from typing import Any
 from moeflow.arch import MATRICES, arch_of
 from moeflow.model.checkpoint import Tensors, save
 from moeflow.model.factors import IN, OUT, multiplied_out
-from moeflow.model.formats import Format, config_of, family_config, format_of
+from moeflow.model.formats import config_of, family_config, format_of
 from moeflow.model.layout import Folder, TensorInfo, headers, read_config
 
 INDEX = "model.safetensors.index.json"
@@ -48,7 +48,7 @@ def multiply_out(folder: Path) -> dict[str, Any]:
         save(held, folder / f"{file}.new")
         os.replace(folder / f"{file}.new", folder / file)
     after = sum(t.nbytes for t in headers(Folder(folder)).values())
-    plain = [Format(formats[i].experts) if i in formats else None for i in range(arch.num_layers(config))]
+    plain = [formats[i].whole if i in formats else None for i in range(arch.num_layers(config))]
     write(folder / "config.json", config_of(family_config(config), plain))
     if (folder / INDEX).exists():
         write(folder / INDEX, {"metadata": {"total_size": after}, "weight_map": dict(sorted(weight_map.items()))})

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moeflow.arch import MATRICES, Arch
-from moeflow.model.formats import Format
+from moeflow.model.formats import Format, routing_shapes
 from moeflow.model.moe import LowRank
 
 OUT, IN = ".factor_out", ".factor_in"
@@ -100,14 +100,14 @@ def padded(rank: int) -> int:
     return -(-rank // RANK_MULTIPLE) * RANK_MULTIPLE
 
 
-def expert_shapes(arch: Arch, format: Format, layer: int, width: int, inner: int) -> dict[str, tuple[int, int]]:
-    """The names and shapes that the experts of such a layer have on disk."""
+def expert_shapes(arch: Arch, format: Format, layer: int, width: int, inner: int) -> dict[str, tuple[int, ...]]:
+    """The names and shapes that the experts of such a layer, and what stands beside them, have on disk."""
     return {
         stack.on_disk(arch, layer, matrix, e): stack.piece_shape(format, matrix, e, width, inner)
         for stack in stacks(format)
         for matrix in stack.matrices
         for e in stack.experts(format)
-    }
+    } | routing_shapes(arch, format, layer, width, inner)
 
 
 def fused(

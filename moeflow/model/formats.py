@@ -1,10 +1,11 @@
-"""How the experts of one decoder layer are kept: how many there are, and which of their matrices are products of two. No torch."""
+"""How the experts of one decoder layer are kept: how many there are, which of their matrices are products of two, and what stands
+beside them that lets a token do with fewer of them. No torch."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from moeflow.arch import COMPRESSED, LAYERS, MATRICES, Config, arch_of
+from moeflow.arch import COMPRESSED, LAYERS, MAIN, MATRICES, Arch, Config, arch_of
 
 Ranks = tuple[int, ...]
 """Per expert, the rank of one of its matrices; 0 where the matrix is whole."""
@@ -13,18 +14,40 @@ CLASSES = "Moeflow"
 """Begins the names of the classes that transformers loads a compressed checkpoint with; the family's own follows."""
 
 
+SKIPS = ("ratio", "tail")
+"""The rules of dynamic skipping, by the name of the threshold that stands beside the experts."""
+
+FORMS = {"one": ("input",), "three": ("gate", "up", "inner")}
+"""The forms of Compressed Experts, and the vectors that each expert then has."""
+
+
 @dataclass(frozen=True)
 class Format:
-    """The experts of one layer (0: a dense layer), and per matrix the ranks; no ranks where every matrix is whole."""
+    """The experts of one layer (0: a dense layer), and per matrix the ranks; no ranks where every matrix is whole.
+
+    `skip`: the rule of `SKIPS` by which a token leaves out experts; `compressed`: the form (`FORMS`) of its Compressed Experts.
+    """
 
     experts: int
     gate: Ranks = ()
     up: Ranks = ()
     down: Ranks = ()
+    skip: str = ""
+    compressed: str = ""
 
     @property
     def low_rank(self) -> bool:
         return bool(self.gate)
+
+    @property
+    def own(self) -> bool:
+        """Whether the family's own fused experts cannot compute it."""
+        return bool(self.low_rank or self.skip or self.compressed)
+
+    @property
+    def whole(self) -> "Format":
+        """The same with its matrices multiplied out."""
+        return replace(self, gate=(), up=(), down=())
 
     def ranks(self, matrix: str) -> Ranks:
         """The rank of `matrix` ("gate", "up" or "down") in each expert, 0 where it is whole."""
@@ -32,11 +55,14 @@ class Format:
 
     def to_json(self) -> dict[str, Any]:
         ranks = {m: list(self.ranks(m)) for m in MATRICES}
-        return {"experts": self.experts} | ({"ranks": ranks} if self.low_rank else {})
+        beside = {name: value for name in ("skip", "compressed") if (value := getattr(self, name))}
+        return {"experts": self.experts} | ({"ranks": ranks} if self.low_rank else {}) | beside
 
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> "Format":
-        return Format(int(value["experts"]), **{m: tuple(r) for m, r in value.get("ranks", {}).items()})
+        beside = {name: str(value[name]) for name in ("skip", "compressed") if name in value}
+        ranks = {m: tuple(r) for m, r in value.get("ranks", {}).items()}
+        return Format(**{"experts": int(value["experts"])} | ranks | beside)  # type: ignore[arg-type]
 
 
 def format_of(shapes: Mapping[str, Sequence[int]], config: Config, layer: int) -> Format:
@@ -45,7 +71,7 @@ def format_of(shapes: Mapping[str, Sequence[int]], config: Config, layer: int) -
     Raises ValueError where an expert lacks a matrix or one of its factors, or where two factors do not fit each other.
     """
     arch = arch_of(config)
-    stem = arch.gate.format(layer=layer, expert="\0").split("\0")[0]
+    stem = arch.experts(layer)
     found = {n.removeprefix(stem).split(".")[0] for n in shapes if n.startswith(stem)}
     numbers = sorted(int(n) for n in found if n.isdigit())
     if numbers != list(range(len(numbers))):
@@ -55,9 +81,21 @@ def format_of(shapes: Mapping[str, Sequence[int]], config: Config, layer: int) -
     for expert in numbers:
         for matrix, name in zip(MATRICES, arch.expert(layer, expert), strict=True):
             ranks[matrix].append(_rank(shapes, name, arch.factors(name)))
-    if not any(any(r) for r in ranks.values()):
-        return Format(len(numbers))
-    return Format(len(numbers), **{m: tuple(r) for m, r in ranks.items()})
+    beside: dict[str, Any] = {
+        "skip": next((s for s in SKIPS if f"{stem}skip.{s}" in shapes), ""),
+        "compressed": next((f for f, vectors in FORMS.items() if f"{stem}compressed.{vectors[0]}" in shapes), ""),
+    }
+    if any(any(r) for r in ranks.values()):
+        beside |= {m: tuple(r) for m, r in ranks.items()}
+    return Format(len(numbers), **beside)
+
+
+def routing_shapes(arch: Arch, format: Format, layer: int, width: int, inner: int) -> dict[str, tuple[int, ...]]:
+    """The names and shapes of what stands beside a layer's experts: a threshold of skipping, the vectors of Compressed Experts."""
+    found: dict[str, tuple[int, ...]] = {f"{arch.experts(layer)}skip.{format.skip}": ()} if format.skip else {}
+    for vector in FORMS.get(format.compressed, ()):
+        found[f"{arch.experts(layer)}compressed.{vector}"] = (format.experts, inner if vector == "inner" else width)
+    return found
 
 
 def family_config(config: Config) -> Config:
@@ -94,6 +132,7 @@ def layer_formats(config: Config) -> list[Format | None]:
         raise ValueError(
             f"config.json has {len(said)} entries in {LAYERS!r} for {arch.num_layers(config)} layers; write one for each"
         )
+    top_k, main = arch.top_k(config), arch.computed(config)
     found: list[Format | None] = []
     for layer, value in enumerate(said):
         if bool(value) != (layer in moe) or not isinstance(value or {}, Mapping):
@@ -105,6 +144,11 @@ def layer_formats(config: Config) -> list[Format | None]:
                 arch.check_keep(family_config(config), format.experts, format.experts)
             except ValueError as error:
                 raise ValueError(f"layer {layer} of config.json cannot have {format.experts} experts: {error}") from None
+            if format.compressed and not 1 <= main < top_k:
+                raise ValueError(
+                    f"layer {layer} of config.json has Compressed Experts, and {MAIN}={main} of a token's {top_k} experts are "
+                    f"computed; it must lie between 1 and {top_k - 1}"
+                )
     return found
 
 
@@ -120,7 +164,7 @@ def config_of(config: Config, formats: Sequence[Format | None]) -> Config:
     if not counts:
         raise ValueError("no layer has experts; a checkpoint of a family of experts needs one that has")
     new = arch.with_experts(plain, max(counts)) | ({"architectures": names} if names else {})
-    if len(counts) > 1 or any(f is not None and f.low_rank for f in formats):
+    if len(counts) > 1 or any(f is not None and f.own for f in formats):
         new |= {"model_type": COMPRESSED + arch.model_type, LAYERS: [{} if f is None else f.to_json() for f in formats]}
         new |= {"architectures": [CLASSES + a for a in names]} if names else {}
     if [f is not None for f in formats] != [f is not None for f in layer_formats(new)]:
@@ -134,4 +178,9 @@ def _checked(format: Format, layer: int) -> Format:
         raise ValueError(f"config.json needs {format.experts} ranks (0: whole) of each matrix in layer {layer}; correct {LAYERS!r}")
     if odd := [e for e in range(format.experts) if (gate[e] == 0) != (up[e] == 0)]:
         raise ValueError(f"config.json factors only one of gate and up in expert {odd[0]} of layer {layer}; factor both or neither")
+    if format.skip not in ("", *SKIPS) or format.compressed not in ("", *FORMS):
+        raise ValueError(
+            f"config.json says skip={format.skip!r} and compressed={format.compressed!r} of layer {layer}; known are "
+            f"{', '.join(SKIPS)}, and {', '.join(FORMS)}"
+        )
     return format

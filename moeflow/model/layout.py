@@ -10,6 +10,12 @@ from typing import Protocol
 
 from moeflow.arch import Config, arch_of
 
+LAYER = "layer.safetensors"
+"""A decoder layer's tensors, in the folder of the step that made it."""
+
+ROUTING = "routing.safetensors"
+"""Beside them, what a later step adds for its experts: a threshold of skipping, or Compressed Experts."""
+
 ESSENTIAL = "essential.json"
 """config.json without what has no effect on what the model computes."""
 
@@ -47,7 +53,7 @@ class SingleFile:
     path: Path
 
     def names(self) -> list[str]:
-        return ["layer.safetensors"]
+        return [LAYER]
 
     def size(self, name: str) -> int:
         return self.path.stat().st_size
@@ -114,8 +120,8 @@ def read_config(files: Files) -> Config:
 
 def experts_in(names: Iterable[str], config: Config, layer: int) -> int:
     """The number of routed experts that a layer's tensor names speak of: 0 for a dense layer."""
-    first = arch_of(config).gate.format(layer=layer, expert="\0").split("\0")[0]
-    return len({n.removeprefix(first).split(".")[0] for n in names if n.startswith(first)})
+    first = arch_of(config).experts(layer)
+    return len({e for n in names if n.startswith(first) and (e := n.removeprefix(first).split(".")[0]).isdigit()})
 
 
 def kept(names: Iterable[str], config: Config, layer: int, experts: list[int]) -> dict[str, tuple[str, bool]]:
@@ -124,7 +130,7 @@ def kept(names: Iterable[str], config: Config, layer: int, experts: list[int]) -
     A name that is not in the answer is dropped. Experts are renumbered from zero in the given order.
     """
     arch = arch_of(config)
-    first = arch.gate.format(layer=layer, expert="\0").split("\0")[0]
+    first = arch.experts(layer)
     sliced = set(arch.router_tensors(layer))
     answer = {}
     for name in names:

@@ -77,9 +77,9 @@ class Recorder:
         flat = index_Tk.reshape(-1)
 
         def add(name: str, value_Tk: Tensor) -> None:
-            self.sums[name] += (
-                torch.zeros(self.experts, dtype=torch.float64, device=flat.device).index_add_(0, flat, value_Tk.reshape(-1)).cpu()
-            )
+            # one place more than there are experts, for pairs that were left out
+            sum_E = torch.zeros(self.experts + 1, dtype=torch.float64, device=flat.device).index_add_(0, flat, value_Tk.reshape(-1))
+            self.sums[name] += sum_E[:-1].cpu()
 
         reap_Tk = weights_Tk * norm_Tk
         add("count", torch.ones_like(norm_Tk))
@@ -87,9 +87,9 @@ class Recorder:
         add("norm", norm_Tk)
         add("reap", reap_Tk)
         add("reap_sq", reap_Tk.square())
-        largest = torch.zeros(self.experts, dtype=torch.float64, device=flat.device)
+        largest = torch.zeros(self.experts + 1, dtype=torch.float64, device=flat.device)
         largest.scatter_reduce_(0, flat, reap_Tk.reshape(-1), "amax")
-        self.sums["max"] = torch.maximum(self.sums["max"], largest.cpu())
+        self.sums["max"] = torch.maximum(self.sums["max"], largest[:-1].cpu())
         self._now["index"] = index_Tk
 
     def result(self) -> dict[str, Tensor]:
@@ -129,7 +129,7 @@ class Recorder:
         index_Tk = self._now["index"]
         first = torch.arange(tokens, device=index_Tk.device) < self.budget - self.seen
         if self.per_expert:
-            chosen_TE = torch.zeros(tokens, self.experts, dtype=torch.int64, device=index_Tk.device).scatter_(1, index_Tk, 1)
+            chosen_TE = index_Tk.new_zeros(tokens, self.experts + 1).scatter_(1, index_Tk, 1)[:, :-1]
             before_E = (self.sums["count"].to(chosen_TE.device) - chosen_TE.sum(0)).long()
             nth_TE = before_E + chosen_TE.cumsum(0)  # how often each expert was chosen, this token counted
             first |= ((nth_TE <= self.per_expert) & (chosen_TE == 1)).any(1)

@@ -72,19 +72,34 @@ class LayerSpec:
     @cached_property
     def low_rank(self) -> bool:
         """Whether any expert is a product already, or a step of the graph may make it one."""
-        shapes = {n: shape for n, (_, shape) in self.tensors.items()}
-        return self.share < 1 or format_of(shapes, self.config, self.layer).low_rank
+        return self.share < 1 or self.format.low_rank
+
+    @cached_property
+    def format(self) -> Format:
+        """The format that its tensors have."""
+        return format_of({n: shape for n, (_, shape) in self.tensors.items()}, self.config, self.layer)
+
+    def check_routing(self, what: str) -> None:
+        """Raise ValueError where `what` (a verb) would change experts by which this layer's tokens have learned to go."""
+        if self.format.skip:
+            raise ValueError(
+                f"layer {self.layer} skips experts by a threshold that was calibrated on it as it is; {what} first, then skip"
+            )
+        if self.format.compressed:
+            raise ValueError(
+                f"layer {self.layer} has Compressed Experts, which stand for its experts as they are; {what} first, then attach"
+            )
 
     @cached_property
     def expert_bytes(self) -> int:
         """The bytes of the routed experts, all of them."""
-        stem = arch_of(self.config).gate.format(layer=self.layer, expert="\0").split("\0")[0]
+        stem = arch_of(self.config).experts(self.layer)
         return sum(tensor_bytes(*t) for n, t in self.tensors.items() if n.startswith(stem))
 
     @cached_property
     def expert_numel(self) -> int:
         """The parameters of the routed experts, all of them."""
-        stem = arch_of(self.config).gate.format(layer=self.layer, expert="\0").split("\0")[0]
+        stem = arch_of(self.config).experts(self.layer)
         return sum(prod(shape) for n, (_, shape) in self.tensors.items() if n.startswith(stem))
 
     @cached_property

@@ -1,11 +1,12 @@
 """Run a model of transformers one decoder layer at a time: a layer's weights are resident only while it runs.
 
 The layers are transformers' own modules, filled from the hub's files; what they compute equals the whole model bit for bit. Of a
-layer that is no longer its family's standard, the fused experts are `LowRankExperts`.
+layer that is no longer its family's standard, the fused experts are `RoutedExperts`.
 Shapes are suffixes: N sequences, L positions, D model width, V vocabulary.
 """
 
 import copy
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +18,10 @@ from moeflow.arch import Config, arch_of
 from moeflow.model.checkpoint import Tensors
 from moeflow.model.factors import fused
 from moeflow.model.formats import Format, family_config, format_of
-from moeflow.model.lowrank_experts import low_rank
+from moeflow.model.routed_experts import experts_of
+
+EXACT = r"e_score_correction_bias|experts\.skip\."
+"""What stays in the precision in which it is stored, whatever that of the run."""
 
 EXPERTS = "grouped_mm"
 """The implementation of fused experts in transformers that is used throughout: they differ in the last bits."""
@@ -57,7 +61,7 @@ class Stream:
             module = self._layer_class(self._hf_config(config), layer).eval()
             if format.experts:
                 block: Any = module.get_submodule(self.arch.block)
-                block.experts = low_rank(block.experts, format)
+                block.experts = experts_of(block.experts, format, config)
         if format.experts:
             d, f = block.experts.hidden_dim, block.experts.intermediate_dim
             experts = fused(tensors, self.arch, format, layer, d, f, device=self.device, dtype=self.dtype)
@@ -100,7 +104,7 @@ class Stream:
             return t.to(self.device, self.dtype if t.is_floating_point() else t.dtype)
 
         values = {self._renamed(n.removeprefix(prefix)): tensors[n] for n in tensors if n not in experts}
-        return {n: t.to(self.device) if "e_score_correction_bias" in n else move(t) for n, t in values.items()}
+        return {n: t.to(self.device) if re.search(EXACT, n) else move(t) for n, t in values.items()}
 
     def _renamed(self, name: str) -> str:
         for disk, memory in self.arch.memory:

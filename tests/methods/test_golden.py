@@ -84,3 +84,25 @@ def test_the_pulled_model_has_the_authors_loss_and_logits(pruned: tuple[Path, di
             torch.allclose(candidate[: len(sample)], torch.tensor(sample), atol=1e-4)
             for candidate in (last, *model(ids[:1]).logits[0])
         )
+
+
+@torch.inference_mode()
+def test_skipping_has_the_authors_thresholds_and_loss(expected: dict[str, Any], tmp_path: Path) -> None:
+    golden = expected["dynamic_skipping"]
+    store, out = str(tmp_path / "store"), tmp_path / "model"
+    given = {"model": GOLDEN / "model", "tokens": GOLDEN / "tokens.npy", "keep": 8, "skip": "median", "batch": 2}
+    words = [w for name, value in given.items() for w in ("-p", f"{name}={value}")]
+    told = json.loads(moeflow("run", str(PIPELINE), *words, "--store", store, "--json").splitlines()[-1])
+    moeflow("pull", told["key"], str(out), "--store", store)
+    found = json.loads((out / "moeflow.json").read_text())["skipping"]
+    for mine in found:
+        assert mine["threshold"] == pytest.approx(golden["beta_median"][str(mine["layer"])], rel=1e-5)
+        assert mine["mean"] == pytest.approx(golden["ratio_mean"][str(mine["layer"])], rel=1e-5)
+    assert len(found) == 4
+    model = AutoModelForCausalLM.from_pretrained(out).eval()
+    ids = torch.from_numpy(np.load(GOLDEN / "tokens.npy"))
+    assert float(model(ids, labels=ids).loss) == pytest.approx(golden["nll_after"], abs=1e-5)
+    shown = json.loads(moeflow("show", f"{told['name']}@{told['version']}", "--store", store, "--json"))
+    rows = {r["name"]: r for report in shown["reports"] for r in report["rows"]}
+    assert rows["loss (token matrix)"]["compressed"] == pytest.approx(golden["nll_after"], abs=1e-5)
+    assert rows["experts a token (token matrix)"]["compressed"] == pytest.approx(1.5, abs=0.01)

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from moeflow.arch import LAYERS, arch_of
-from moeflow.model import autoload, compressed, lowrank_experts, passes
+from moeflow.model import autoload, compressed, passes, routed_experts
 from moeflow.model.checkpoint import Tensors, read_moe, save
 from moeflow.model.factors import multiplied_out
 from moeflow.model.formats import Format, config_of, format_of, layer_formats
 from moeflow.model.layout import Folder, kept, read_config
-from moeflow.model.lowrank_experts import LowRankExperts
 from moeflow.model.moe import MLP, LowRank, MoELayer, whole
+from moeflow.model.routed_experts import RoutedExperts
 from tests import tiny
 
 KEPT = ([0, 2, 3, 4, 6, 7], [1, 2, 3, 5, 6, 7], list(range(8)))
@@ -244,7 +244,7 @@ def test_multiplied_out_it_needs_no_low_rank_experts(smaller: Path, tmp_path: Pa
     formats = [None if f is None else Format(f.experts) for f in layer_formats(config)]
     write(found, config_of(config, formats), tmp_path)
     model = load(tmp_path)
-    assert not any(isinstance(m, LowRankExperts) for m in model.modules())
+    assert not any(isinstance(m, RoutedExperts) for m in model.modules())
     torch.testing.assert_close(model(ids()).logits, load(smaller)(ids()).logits, rtol=2e-4, atol=2e-4)
 
 
@@ -263,7 +263,7 @@ def test_layers_of_one_size_and_whole_matrices_are_the_familys_own_format(family
 def test_all_experts_in_one_kernel_compute_what_each_alone_does(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """The way on a GPU, run here on the processor; also with an expert that no token reaches, and with a single token."""
     ranks = zip(*(ranks_of(2, e) for e in range(8)), strict=True)
-    experts = LowRankExperts(Format(8, *ranks), 32, 48, torch.nn.functional.silu).to(dtype)
+    experts = RoutedExperts(Format(8, *ranks), 32, 48, torch.nn.functional.silu).to(dtype)
     generator = torch.Generator().manual_seed(2)
     for parameter in experts.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator).to(dtype) * 0.3
@@ -272,7 +272,7 @@ def test_all_experts_in_one_kernel_compute_what_each_alone_does(dtype: torch.dty
         index_Tk = torch.rand(tokens, 7, generator=generator).topk(2).indices  # never expert 7
         found = []
         for one in (False, True):
-            monkeypatch.setattr(lowrank_experts, "_in_one_kernel", lambda _, one=one: one)
+            monkeypatch.setattr(routed_experts, "_in_one_kernel", lambda _, one=one: one)
             experts.zero_grad()
             y_TD = experts(x_TD, index_Tk, torch.full((tokens, 2), 0.5))
             y_TD.float().square().sum().backward()
