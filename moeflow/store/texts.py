@@ -2,7 +2,8 @@
 
     URI[#column[+column...]][*weight][, URI...]      for example  code.jsonl#text*2,s3://bucket/wiki/*.parquet#body
 
-It is taken apart when it is made, and its sources are pinned when they are first asked for. Reads no text.
+The name of a known data set (`NAMED`) stands for its URI and columns: `alpaca*2,metamathqa`. The string is taken apart when it is
+made, and its sources are pinned when they are first asked for. Reads no text.
 """
 
 import math
@@ -16,10 +17,34 @@ WEIGHT = re.compile(r"\*(\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)$")
 
 
 @dataclass(frozen=True)
+class Named:
+    """A data set on the hub that people know by name."""
+
+    uri: str
+    columns: tuple[str, ...]
+    format: str  # what the columns are: "instruction" (prompts, and last the response) or "chat" (messages)
+
+
+NAMED = {
+    "alpaca": Named("hf://datasets/tatsu-lab/alpaca@main/data/train-*.parquet", ("instruction", "input", "output"), "instruction"),
+    "metamathqa": Named("hf://datasets/meta-math/MetaMathQA@main/MetaMathQA-395K.json", ("query", "response"), "instruction"),
+    "mathinstruct": Named("hf://datasets/TIGER-Lab/MathInstruct@main/MathInstruct.json", ("instruction", "output"), "instruction"),
+    "magicoder": Named(
+        "hf://datasets/ise-uiuc/Magicoder-Evol-Instruct-110K@main/data-evol_instruct-decontaminated.jsonl",
+        ("instruction", "response"),
+        "instruction",
+    ),
+    "tulu3": Named("hf://datasets/allenai/tulu-3-sft-mixture@main/data/train-*.parquet", ("messages",), "chat"),
+}
+"""What a name stands for; files and columns as others' programs name them, not checked on the hub. ./alpaca is a local file."""
+
+
+@dataclass(frozen=True)
 class TextEntry:
     source: Source
     columns: tuple[str, ...]  # none: the text itself, or the column that its reader takes by itself
     weight: float
+    format: str = ""  # of a known data set with its own columns
 
 
 @dataclass(frozen=True)
@@ -36,19 +61,19 @@ class Texts:
     @property
     def is_tokens(self) -> bool:
         """Whether these are token numbers already: one local `.npy` matrix."""
-        uris = [uri for uri, _, _ in self._parsed]
+        uris = [p[0] for p in self._parsed]
         return len(uris) == 1 and "://" not in uris[0] and uris[0].endswith(".npy")
 
     @cached_property
     def _pinned(self) -> tuple[TextEntry, ...]:
-        return tuple(TextEntry(pin(uri, kind="data"), columns, weight) for uri, columns, weight in self._parsed)
+        return tuple(TextEntry(pin(p[0], kind="data"), *p[1:]) for p in self._parsed)
 
     @cached_property
-    def _parsed(self) -> tuple[tuple[str, tuple[str, ...], float], ...]:
+    def _parsed(self) -> tuple[tuple[str, tuple[str, ...], float, str], ...]:
         return tuple(_parse(part.strip(), self.spec) for part in self.spec.split(","))
 
 
-def _parse(part: str, spec: str) -> tuple[str, tuple[str, ...], float]:
+def _parse(part: str, spec: str) -> tuple[str, tuple[str, ...], float, str]:
     weight = 1.0
     if found := WEIGHT.search(part):
         weight, part = float(found[1]), part[: found.start()]
@@ -60,4 +85,6 @@ def _parse(part: str, spec: str) -> tuple[str, tuple[str, ...], float]:
     names = tuple(c for c in columns.split("+") if c)
     if "#" in part and not names:
         raise ValueError(f"texts {spec!r}: {uri}# names no column; write {uri}#text or leave the # away")
-    return uri, names, weight
+    if (known := NAMED.get(uri)) is None:
+        return uri, names, weight, ""
+    return known.uri, names or known.columns, weight, "" if names else known.format

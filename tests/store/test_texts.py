@@ -1,13 +1,31 @@
 """Texts are named by one string, taken apart at once and pinned when first used."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from moeflow.store import MissingSource
-from moeflow.store.texts import Texts
+from moeflow.store.texts import NAMED, Texts
+from tests import servers
 from tests.store.making import folder
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[servers.Hub]:
+    """A hub that has every data set known by name, each with files that are no text of it."""
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.chdir(tmp_path)
+    with servers.hub_server() as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        for known in NAMED.values():
+            repo, _, file = known.uri.removeprefix("hf://").partition("@main/")
+            hub.put(
+                repo,
+                {file.replace("*", f"0000{i}-of-00002"): b"{}" for i in (0, 1)} | {"README.md": b"x", "data/test.parquet": b"x"},
+            )
+        yield hub
 
 
 def test_each_entry_has_its_source_columns_and_weight(tmp_path: Path) -> None:
@@ -48,3 +66,28 @@ def test_one_local_matrix_of_numbers_is_tokens() -> None:
 def test_a_string_that_names_no_texts_is_refused_at_once(spec: str, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         Texts(spec)
+
+
+def test_a_known_data_set_is_its_files_on_the_hub_with_their_columns_and_format(hub: servers.Hub) -> None:
+    found = {name: Texts(f"{name}*2").entries() for name in NAMED}
+    assert {name: (len(e.source.files), e.columns, e.format, e.weight) for name, (e,) in found.items()} == {
+        "alpaca": (2, ("instruction", "input", "output"), "instruction", 2.0),
+        "metamathqa": (1, ("query", "response"), "instruction", 2.0),
+        "mathinstruct": (1, ("instruction", "output"), "instruction", 2.0),
+        "magicoder": (1, ("instruction", "response"), "instruction", 2.0),
+        "tulu3": (2, ("messages",), "chat", 2.0),
+    }
+    for name, (entry,) in found.items():
+        assert entry.source.uri == f"{NAMED[name].uri.partition('@')[0]}@{entry.source.revision}", "pinned to a commit"
+        assert not {"README.md", "data/test.parquet"} & set(entry.source.names())
+
+
+def test_columns_that_are_named_go_before_those_that_a_name_stands_for(hub: servers.Hub) -> None:
+    own, spelled = Texts("alpaca#output"), Texts(f"{NAMED['alpaca'].uri}#output")
+    assert own.entries() == spelled.entries() and own.entries()[0].format == ""
+
+
+def test_a_local_file_called_like_a_known_data_set_is_had_by_its_path(hub: servers.Hub, tmp_path: Path) -> None:
+    folder(tmp_path, alpaca="text")
+    (entry,) = Texts("./alpaca").entries()
+    assert (entry.source.uri, entry.format) == (tmp_path.as_posix(), "") and hub.asked == []
