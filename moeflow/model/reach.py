@@ -80,8 +80,8 @@ class CompressedExperts(nn.Module):
 
     Of a token's k experts the first `main` are computed, on an input that the vectors of the others scale, each by its part of the
     others' weight; the first by weight, or where the router is `ordered` by its choice. Form "three" has a vector for what gate, up
-    and down are applied to (the authors' code), "one" a single one for what gate and up are applied to (the paper). Vectors are kept
-    as their difference from one: a zero leaves everything as it is.
+    and down are applied to (the authors' code), "one" a single one for what gate and up are applied to (the paper). Vectors are
+    kept as their difference from one: a zero leaves everything as it is.
     """
 
     def __init__(self, form: str, experts: int, width: int, inner: int, *, main: int, ordered: bool) -> None:

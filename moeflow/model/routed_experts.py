@@ -5,7 +5,8 @@ Shapes are suffixes: T tokens, S routed (token, expert) pairs sorted by expert, 
 width, F expert width, k experts a token.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,9 @@ from moeflow.arch import Config, arch_of
 from moeflow.model.factors import stacks
 from moeflow.model.formats import Format
 from moeflow.model.reach import CompressedExperts, Scales, Skip
+
+Product = Callable[[Tensor, Tensor], Tensor]
+"""Rows [S, N] times a matrix [M, N], or each times the matrix of its expert out of a stack [E, M, N]."""
 
 UPCAST_ROWS = 4
 """From this many rows, a product in bf16 runs in fp32 on a processor that has no instructions for bf16: 3 to 6 times faster."""
@@ -65,9 +69,8 @@ class RoutedExperts(nn.Module):
         if self.skip is not None:  # pairs that are left out stand at the end, and go
             computed = int(counts_E.sum())
             expert_S, order_S = expert_S[:computed], order_S[:computed]
-        gate_up, inner = self._inputs(x_TD, order_S // k, scales)
-        inner_SF = self._either(self.gate_up_low, self._gate_up, self._gate_up_low, gate_up, expert_S, counts_E)
-        y_SD = self._either(self.down_low, self._down, self._down_low, (inner(inner_SF),), expert_S, counts_E)
+        work = self._together if _in_one_kernel(x_TD) else self._one_by_one
+        y_SD = work(x_TD.to(self._dtype), order_S // k, scales, expert_S, counts_E)
         if len(order_S) < tokens * k:
             y_TkD = y_SD.new_zeros(tokens * k, y_SD.shape[1]).index_copy(0, order_S, y_SD).view(tokens, k, -1)
         else:
@@ -78,49 +81,55 @@ class RoutedExperts(nn.Module):
             self.recorder.pairs(y_TkD, index_Tk, weights_Tk)
         return (y_TkD * weights_Tk.unsqueeze(-1)).sum(dim=1).to(x_TD.dtype)
 
-    def _inputs(
-        self, x_TD: Tensor, token_S: Tensor, scales: Scales | None
-    ) -> tuple[tuple[Tensor, ...], Callable[[Tensor], Tensor]]:
-        """What gate and up are applied to (one tensor where it is the same), and what becomes of what down is applied to."""
-        if scales is None:
-            return (x_TD[token_S],), lambda inner_SF: inner_SF
-        gate_SD = (x_TD * scales.gate).to(x_TD.dtype)[token_S]
-        if scales.inner is None:
-            return (gate_SD,), lambda inner_SF: inner_SF
-        scale_TF = scales.inner
-        return (gate_SD, (x_TD * scales.up).to(x_TD.dtype)[token_S]), lambda inner_SF: (inner_SF * scale_TF[token_S]).to(
-            inner_SF.dtype
-        )
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next(p.dtype for p in self.parameters(recurse=False))
 
-    def _either(
-        self, low: list[bool], whole_of: Callable[..., Tensor], low_of: Callable[..., Tensor], inputs: tuple[Tensor, ...],
-        expert_S: Tensor, counts_E: Tensor,
-    ) -> Tensor:  # fmt: skip
-        """Rows of experts with low-rank matrices through one function, the others through the other one."""
-        if all(low) or not any(low):
-            return (low_of if low[0] else whole_of)(_offsets(counts_E), *inputs)
-        low_E = torch.tensor(low, device=expert_S.device)
-        rows_S = low_E[expert_S]
-        y_whole = whole_of(_offsets(counts_E[~low_E]), *(x_SN[~rows_S] for x_SN in inputs))
-        y_low = low_of(_offsets(counts_E[low_E]), *(x_SN[rows_S] for x_SN in inputs))
-        y_SM = y_low.new_empty(len(rows_S), y_low.shape[1])
-        y_SM[rows_S], y_SM[~rows_S] = y_low, y_whole
-        return y_SM
+    def _one_by_one(self, x_TD: Tensor, token_S: Tensor, scales: Scales | None, expert_S: Tensor, counts_E: Tensor) -> Tensor:
+        """Every expert's rows [S, D], one expert after the other: what it works on stays in a processor's cache."""
+        y, start = [], 0
+        for matrices, stop in zip(self._matrices(), counts_E.cumsum(0).tolist(), strict=True):
+            # an expert without rows is left out only where no gradient is wanted: with one, its own is zero and not absent
+            if stop > start or torch.is_grad_enabled():
+                token_s = token_S[start:stop]
+                inner_sF = self._inner(_product, *matrices[:2], _inputs(x_TD, token_s, scales))
+                y.append(_outer(_product, *matrices[2:], _scaled(inner_sF, token_s, scales)))
+            start = stop
+        return torch.cat(y) if y else x_TD.new_empty(0, self.hidden_dim)
 
-    def _gate_up(self, offsets_E: Tensor, *inputs: Tensor) -> Tensor:
-        gate_SF, up_SF = _both(inputs, self.gate_up_proj, offsets_E)
-        return self.act_fn(gate_SF) * up_SF
+    def _together(self, x_TD: Tensor, token_S: Tensor, scales: Scales | None, expert_S: Tensor, counts_E: Tensor) -> Tensor:
+        """Every expert's rows [S, D], all experts in one kernel for each product."""
 
-    def _gate_up_low(self, offsets_E: Tensor, *inputs: Tensor) -> Tensor:
-        gate_SR, up_SR = _both(inputs, self.gate_up_in, offsets_E)
-        gate_EFR, up_EFR = self.gate_up_out.chunk(2, dim=1)
-        return self.act_fn(grouped_linear(gate_SR, gate_EFR, offsets_E)) * grouped_linear(up_SR, up_EFR, offsets_E)
+        def gate_up(low: bool, offsets_E: Tensor, *inputs_SD: Tensor) -> Tensor:
+            first, second = (self.gate_up_in, self.gate_up_out) if low else (self.gate_up_proj, None)
+            return self._inner(partial(_grouped, offsets_E), first, second, inputs_SD)
 
-    def _down(self, offsets_E: Tensor, x_SF: Tensor) -> Tensor:
-        return grouped_linear(x_SF, self.down_proj, offsets_E)
+        def down(low: bool, offsets_E: Tensor, x_SF: Tensor) -> Tensor:
+            first, second = (self.down_in, self.down_out) if low else (self.down_proj, None)
+            return _outer(partial(_grouped, offsets_E), first, second, x_SF)
 
-    def _down_low(self, offsets_E: Tensor, x_SF: Tensor) -> Tensor:
-        return grouped_linear(grouped_linear(x_SF, self.down_in, offsets_E), self.down_out, offsets_E)
+        inner_SF = _either(self.gate_up_low, gate_up, _inputs(x_TD, token_S, scales), expert_S, counts_E)
+        return _either(self.down_low, down, (_scaled(inner_SF, token_S, scales),), expert_S, counts_E)
+
+    def _matrices(self) -> Iterator[tuple[Tensor, Tensor | None, Tensor, Tensor | None]]:
+        """Of each expert the matrices that its rows go through: gate and up, their second factor, down, its second factor."""
+        held = {name: iter(p.unbind()) for name, p in self.named_parameters(recurse=False)}
+        for gate_up_low, down_low in zip(self.gate_up_low, self.down_low, strict=True):
+            gate_up = (next(held["gate_up_in"]), next(held["gate_up_out"])) if gate_up_low else (next(held["gate_up_proj"]), None)
+            down = (next(held["down_in"]), next(held["down_out"])) if down_low else (next(held["down_proj"]), None)
+            yield *gate_up, *down
+
+    def _inner(self, product: Product, first: Tensor, second: Tensor | None, inputs: tuple[Tensor, ...]) -> Tensor:
+        """What down is applied to, [S, F]; `inputs`: of gate and of up, one tensor where it is the same."""
+        if len(inputs) == 1:
+            both = product(inputs[0], first)
+        else:
+            # side by side in one tensor, too: how an activation rounds its last bits depends on how its input lies in memory
+            both = torch.cat([product(x, w) for x, w in zip(inputs, first.chunk(2, dim=-2), strict=True)], dim=-1)
+        gate, up = both.chunk(2, dim=-1)
+        if second is not None:
+            gate, up = (product(x, w) for x, w in zip((gate, up), second.chunk(2, dim=-2), strict=True))
+        return self.act_fn(gate) * up
 
 
 def experts_of(standard: Any, format: Format, config: Config) -> Any:
@@ -138,30 +147,43 @@ def experts_of(standard: Any, format: Format, config: Config) -> Any:
     return RoutedExperts(format, width, inner, standard.act_fn, skip=skip, compressed=compressed)
 
 
-def _both(inputs: tuple[Tensor, ...], weight_EMN: Tensor, offsets_E: Tensor) -> tuple[Tensor, Tensor]:
-    """Gate and up: in one product where their input is the same, and otherwise each by itself."""
-    if len(inputs) == 1:
-        both_SM = grouped_linear(inputs[0], weight_EMN, offsets_E)
-    else:
-        # side by side in one tensor, too: how an activation rounds its last bits depends on how its input lies in memory
-        weights = weight_EMN.chunk(2, dim=1)
-        both_SM = torch.cat([grouped_linear(x, w, offsets_E) for x, w in zip(inputs, weights, strict=True)], dim=-1)
-    gate_SM, up_SM = both_SM.chunk(2, dim=-1)
-    return gate_SM, up_SM
+def _inputs(x_TD: Tensor, token_S: Tensor, scales: Scales | None) -> tuple[Tensor, ...]:
+    """What gate and up are applied to; one tensor where it is the same."""
+    x_SD = x_TD[token_S]
+    if scales is None:
+        return (x_SD,)
+    gate_SD = (x_SD * scales.gate[token_S]).to(x_SD.dtype)
+    return (gate_SD,) if scales.up is scales.gate else (gate_SD, (x_SD * scales.up[token_S]).to(x_SD.dtype))
 
 
-def grouped_linear(x_SN: Tensor, weight_EMN: Tensor, offsets_E: Tensor) -> Tensor:
+def _scaled(inner_SF: Tensor, token_S: Tensor, scales: Scales | None) -> Tensor:
+    """What down is applied to, scaled where its input has a vector."""
+    if scales is None or scales.inner is None:
+        return inner_SF
+    return (inner_SF * scales.inner[token_S]).to(inner_SF.dtype)
+
+
+def _outer(product: Product, first: Tensor, second: Tensor | None, x_SF: Tensor) -> Tensor:
+    y = product(x_SF, first)
+    return y if second is None else product(y, second)
+
+
+def _either(low: list[bool], work: Callable[..., Tensor], inputs: tuple[Tensor, ...], expert_S: Tensor, counts_E: Tensor) -> Tensor:
+    """Rows of experts with low-rank matrices by themselves, and so those of the others."""
+    if all(low) or not any(low):
+        return work(low[0], _offsets(counts_E), *inputs)
+    low_E = torch.tensor(low, device=expert_S.device)
+    rows_S = low_E[expert_S]
+    y_whole = work(False, _offsets(counts_E[~low_E]), *(x_SN[~rows_S] for x_SN in inputs))
+    y_low = work(True, _offsets(counts_E[low_E]), *(x_SN[rows_S] for x_SN in inputs))
+    y_SM = y_low.new_empty(len(rows_S), y_low.shape[1])
+    y_SM[rows_S], y_SM[~rows_S] = y_low, y_whole
+    return y_SM
+
+
+def _grouped(offsets_E: Tensor, x_SN: Tensor, weight_EMN: Tensor) -> Tensor:
     """Rows sorted by expert, each times the matrix of its own: [S, M]; expert e's rows end before `offsets_E[e]`."""
-    x_SN = x_SN.to(weight_EMN.dtype)
-    if _in_one_kernel(x_SN):
-        return grouped_mm(x_SN, weight_EMN.transpose(-2, -1), offs=offsets_E)
-    y, start = [], 0
-    for weight_MN, stop in zip(weight_EMN.unbind(), offsets_E.tolist(), strict=True):
-        # an expert without rows is left out only where no gradient is wanted: with one, its own is zero and not absent
-        if stop > start or torch.is_grad_enabled():
-            y.append(_product(x_SN[start:stop], weight_MN))
-        start = stop
-    return torch.cat(y) if y else x_SN.new_empty(0, weight_EMN.shape[1])
+    return grouped_mm(x_SN, weight_EMN.transpose(-2, -1), offs=offsets_E)
 
 
 def _in_one_kernel(x_SN: Tensor) -> bool:
@@ -169,6 +191,7 @@ def _in_one_kernel(x_SN: Tensor) -> bool:
 
 
 def _product(x_SN: Tensor, weight_MN: Tensor) -> Tensor:
+    """Rows times one matrix, [S, M]."""
     if x_SN.dtype is torch.bfloat16 and len(x_SN) >= UPCAST_ROWS and not x_SN.is_cuda and _NO_BF16:
         return linear(x_SN.float(), weight_MN.float()).bfloat16()
     return linear(x_SN, weight_MN)

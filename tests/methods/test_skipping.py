@@ -123,15 +123,13 @@ def test_as_many_experts_stay_as_were_wanted_on_the_calibration_tokens(served: t
 def test_a_pair_that_is_skipped_is_not_computed(served: tuple[Path, dict[str, Any], np.ndarray], monkeypatch: Any) -> None:
     folder, rows, ids = served
     computed: list[int] = []
-    grouped = routed_experts.RoutedExperts._down
-    low = routed_experts.RoutedExperts._down_low
-    for name, function in (("_down", grouped), ("_down_low", low)):
+    outer = routed_experts._outer
 
-        def counting(self: Any, offsets: Tensor, x: Tensor, function: Any = function) -> Tensor:
-            computed.append(len(x))
-            return function(self, offsets, x)
+    def counting(product: Any, first: Tensor, second: Any, x_SF: Tensor) -> Tensor:
+        computed.append(len(x_SF))
+        return outer(product, first, second, x_SF)
 
-        monkeypatch.setattr(routed_experts.RoutedExperts, name, counting)
+    monkeypatch.setattr(routed_experts, "_outer", counting)
     with torch.inference_mode():
         AutoModelForCausalLM.from_pretrained(folder).eval()(torch.from_numpy(ids))
     assert sum(computed) / ids.size == pytest.approx(rows["expert products a token (token matrix)"]["compressed"])
