@@ -10,7 +10,7 @@ import hashlib
 import inspect
 import json
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, wraps
 from pathlib import Path
@@ -43,11 +43,18 @@ class Artifact(Protocol):
 class Context(Protocol):
     """What a running step is given besides its inputs."""
 
-    out: Path  # its folder to fill, empty at the start
+    out: Path  # its folder to fill, empty at the start; of a gang, what rank 0 leaves in its own is the output
     scratch: Path  # a folder that goes when the step ends
+    rank: int  # of this process in its gang; 0 outside one
+    local_rank: int  # among the gang's processes on this machine, as LOCAL_RANK says; 0 outside one
+    processes: int  # of the gang; 1 outside one
+    settings: Mapping[str, Any]  # `Resources.settings`; empty outside a gang
 
-    def progress(self, done: int, total: int, unit: str) -> None:
-        """Say how far the step is, in `unit` ("tokens", "layers", "bytes")."""
+    def progress(self, done: int, total: int, unit: str, detail: str = "") -> None:
+        """Say how far the step is, in `unit` ("tokens", "layers", "bytes"); `detail` is shown behind it ("loss 3.214").
+
+        Of a gang, rank 0 is heard; so it is with remarks and links.
+        """
 
     def note(self, text: str) -> None:
         """A remark for whoever reads the run's output and the artifact's record."""
@@ -55,20 +62,47 @@ class Context(Protocol):
     def link(self, artifact: Artifact, name: str, to: str | None = None) -> None:
         """Put one file of an input into the output, as `to` or under its own name, without moving a byte."""
 
-    def save(self, folder: Path) -> None:
-        """Keep the files of `folder` as this step's partial state, in place of what was kept before."""
+    def save(self, folder: Path, at: int = 0) -> None:
+        """Keep the files of `folder` as this step's partial state, in place of what was kept before.
+
+        In a gang every process calls it, with files whose names no other process uses and with the same `at`, which grows
+        from one call to the next (the optimizer step). It copies the files and returns; they go to the store while the step
+        goes on. Once the files of all processes are there they count, in place of what was kept before. Raises ValueError
+        where `at` does not grow, and StoreError, also for the call before.
+        """
 
     def resume(self) -> Path | None:
-        """The partial state that an interrupted run of this very step left, or None."""
+        """The partial state that an interrupted run of this very step left, or None.
+
+        In a gang, a folder with the files of all processes, one for all processes of a machine: to be read, not written to.
+        What a gang of another number of processes left is not resumed.
+        """
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What one run of a step may hold. Never part of a key."""
+    """What one run of a step may hold, or each process of a gang. Never part of a key. Raises ValueError, TypeError.
+
+    With `processes` a step is a gang: its function runs in so many processes at once, all with the same inputs and
+    parameters. The environment tells each its place, as torch.distributed reads it: RANK, WORLD_SIZE, LOCAL_RANK,
+    LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT. On a cluster torch.distributed is initialised before the function starts.
+    """
 
     cpus: float = 1
     gpus: float = 0  # for a step that computes on a GPU where there is one
     memory: int = 0  # bytes; 0 asks for what the step's spec says
+    processes: int = 0  # of a gang; 0: one call on one worker
+    device: int = 0  # bytes that each process of a gang needs on its device, for plans
+    settings: Mapping[str, Any] = field(default_factory=dict)  # JSON values that say how a gang runs, as its steps see them
+
+    def __post_init__(self) -> None:
+        if self.processes < 0 or self.device < 0:
+            raise ValueError(f"processes={self.processes} and device={self.device} must not be negative")
+        if (self.settings or self.device) and not self.processes:
+            raise ValueError(f"settings={dict(self.settings)} and device={self.device} are for gangs; say processes=1 or more")
+        if self.processes and self.cpus <= 0:
+            raise ValueError(f"cpus={self.cpus}: each process of a gang holds some; say cpus=1")
+        object.__setattr__(self, "settings", _plain("resources", {"settings": dict(self.settings)})["settings"])
 
 
 @dataclass(frozen=True)
@@ -108,7 +142,7 @@ class Step:
     fn: Callable[..., None]
     inputs: tuple["Step | Part", ...] = ()
     params: dict[str, Any] = field(default_factory=dict)
-    resources: Resources = Resources()
+    resources: Resources = field(default_factory=Resources)
     describe: Callable[..., Spec] | None = None
     reports: tuple["Step", ...] = ()
 

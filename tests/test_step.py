@@ -35,6 +35,28 @@ def test_where_a_step_runs_is_not_what_it_is() -> None:
     assert source().on(gpus=8, cpus=4, memory=1 << 30).key == source().key
 
 
+def test_how_many_processes_run_a_step_and_how_is_not_what_it_is() -> None:
+    gang = source().on(processes=8, device=80 << 30, settings={"zero": 3, "micro": 1})
+    assert gang.key == source().key and gang.content([]) == source().content([])
+    assert join(gang, source(seed=1), rate=0.5).key == join(source(), source(seed=1), rate=0.5).key
+
+
+@pytest.mark.parametrize(
+    "wrong, says",
+    [
+        ({"processes": -1}, "processes=-1 .* must not be negative"),
+        ({"processes": 1, "device": -1}, "device=-1 must not be negative"),
+        ({"settings": {"zero": 3}}, "are for gangs; say processes=1 or more"),
+        ({"processes": 2, "cpus": 0}, "cpus=0: each process of a gang holds some"),
+    ],
+)
+def test_resources_that_cannot_be_are_refused(wrong: dict, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        source().on(**wrong)
+    with pytest.raises(TypeError, match="has no stable form"):
+        source().on(processes=1, settings={"x": object()})
+
+
 def test_reports_are_not_part_of_what_they_describe() -> None:
     assert source().reporting(sized(size=1)).key == source().key
 
@@ -127,7 +149,9 @@ def test_a_graph_placed_elsewhere_keeps_every_key() -> None:
 
     report = sized(sized(size=2), size=3)
     target = join(sized(size=2), sized(size=1).part("x"), rate=1.0).reporting(report)
+    target = target.on(processes=3, settings={"zero": 1})
     there = placed(target, lambda asked: replace(asked, cpus=7, gpus=2))
+    assert (there.resources.processes, there.resources.settings) == (3, {"zero": 1})
     assert [s.key for s in upstream([there, *there.reports])] == [s.key for s in upstream([target, *target.reports])]
     assert {s.resources.cpus for s in upstream([there, *there.reports])} == {7}
     assert there.reports[0].spec.output == 3

@@ -11,13 +11,14 @@ Answer = Literal["yes", "closed", "worn out"]
 
 @dataclass(frozen=True)
 class Event:
-    """Something a step told: `start`, `progress` (done, total, and the unit as text), `note` (text) or `done`."""
+    """Something a step told: `start`, `progress` (done, total, the unit as text, and a detail), `note` (text) or `done`."""
 
     kind: Literal["start", "progress", "note", "done"]
     key: str
     done: int = 0
     total: int = 0
     text: str = ""
+    detail: str = ""
 
 
 class Board:
@@ -42,6 +43,10 @@ class Board:
             return "worn out"
         self._events.append(Event("start", key))
         return "yes"
+
+    def is_open(self) -> bool:
+        """Whether a step that has not begun may still do so."""
+        return self._open
 
     def close(self) -> None:
         """From now on nothing starts."""

@@ -2,8 +2,10 @@
 
 from collections.abc import Iterable
 
+from moeflow.run.call import Call
+from moeflow.run.children import run_gang
 from moeflow.run.ledger import Ledger
-from moeflow.run.materialize import materialize
+from moeflow.run.materialize import Done, materialize
 from moeflow.run.options import Options
 from moeflow.run.outcome import Outcome, StepFailed
 from moeflow.run.progress import Show, show
@@ -21,9 +23,10 @@ def run(
 ) -> Outcome:
     """Store the targets and what they need. Raises StepFailed; what had finished stays stored.
 
-    `options` are for runners that can lose a worker; `index` is a listing made before, to spare another.
+    Of `options`, the retries are for gangs, whose processes are children of this one and may be lost. `index` is a listing
+    made before, to spare another.
     """
-    shown = progress or show()
+    shown, retries = progress or show(), (options or Options()).retries
     outcome = None
     try:
         ledger = Ledger(targets, store, shown, index)
@@ -32,7 +35,7 @@ def run(
             (call,) = calls
             shown.start(call.key)
             try:
-                done = materialize(call, store, shown)
+                done = _made(call, store, shown, retries)
             except Exception as error:
                 raise StepFailed(ledger.schedule.steps[call.key], error) from error
             ledger.done(done)
@@ -42,3 +45,7 @@ def run(
     finally:
         shown.end(outcome)
     return outcome
+
+
+def _made(call: Call, store: Store, shown: Show, retries: int) -> Done:
+    return run_gang(call, store, shown, retries) if call.resources.processes else materialize(call, store, shown)

@@ -5,14 +5,14 @@ import errno
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import moeflow
 from moeflow.run.call import Call
@@ -29,7 +29,7 @@ OFTEN = 0.2  # seconds between two words about one step's progress
 class Reporter(Protocol):
     """Where a running step's words go."""
 
-    def progress(self, key: str, done: int, total: int, unit: str) -> None: ...
+    def progress(self, key: str, done: int, total: int, unit: str, detail: str) -> None: ...
 
     def note(self, key: str, text: str) -> None: ...
 
@@ -52,6 +52,9 @@ class Done:
 class Running:
     """The Context of one running step."""
 
+    rank = local_rank = 0
+    processes = 1
+
     def __init__(self, call: Call, store: Store, report: Reporter, work: Path) -> None:
         self.out = work / "out"
         self.scratch = work / "scratch"
@@ -60,6 +63,7 @@ class Running:
         self.scratch.mkdir()
         self.links: dict[str, File] = {}
         self.notes: list[str] = []
+        self.settings: Mapping[str, Any] = {}
         self.kept = False  # whether there may be partial state
         self._call, self._store, self._report = call, store, report
         self._told = 0.0
@@ -68,11 +72,11 @@ class Running:
             held = pool.map(lambda i, to: store.artifact(i.name, scratch=to), call.inputs, scratch)
             self.inputs = [*held]
 
-    def progress(self, done: int, total: int, unit: str) -> None:
+    def progress(self, done: int, total: int, unit: str, detail: str = "") -> None:
         now = time.monotonic()
         if done >= total > 0 or now - self._told >= OFTEN:
             self._told = now
-            self._report.progress(self._call.key, done, total, unit)
+            self._report.progress(self._call.key, done, total, unit, detail)
 
     def note(self, text: str) -> None:
         self.notes.append(text)
@@ -90,7 +94,7 @@ class Running:
             raise FileExistsError(f"the output already links a file as {to!r}; pass another name as `to`")
         self.links[to] = held.files[name]
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, at: int = 0) -> None:
         self.kept = True
         self._store.save_partial(self._call.key, folder)
 
@@ -106,24 +110,41 @@ class Running:
 
 def materialize(call: Call, store: Store, report: Reporter) -> Done:
     """Run `call` unless it is stored by now; say what is stored. Raises what the step raises, and StoreError."""
-    if store.has(call.key):
-        manifest = store.manifest(call.key)
-        return Done(call.key, manifest.digest, _parts(call, manifest), manifest.bytes, ran=False)
+    if (done := stored(call, store)) is not None:
+        return done
     function = call.function  # first, so that the libraries it imports are loaded when their threads are limited
     with work_folder(store.cache / "work") as work:
         context = Running(call, store, report, work)
-        began = time.monotonic()
-        with threads(call.threads), _room(store.cache):
-            function(context, *context.inputs, **copy.deepcopy(call.params))
-        seconds = time.monotonic() - began
-        reads = sum(i.reads for i in context.inputs)
-        writes = sum(p.stat().st_size for p in context.out.rglob("*") if p.is_file())
-        record = record_of(call, notes=tuple(context.notes), seconds=seconds, reads=reads)
-        stored = store.commit(call.key, context.out, record=record, links=context.links)
+        done = commit(call, store, context, carry_out(function, call, store, context))
         if context.kept:
             store.drop_partial(call.key)
+    return done
+
+
+def stored(call: Call, store: Store) -> Done | None:
+    """What is there under the call's key by now."""
+    if not store.has(call.key):
+        return None
+    manifest = store.manifest(call.key)
+    return Done(call.key, manifest.digest, _parts(call, manifest), manifest.bytes, ran=False)
+
+
+def carry_out(function: Callable[..., None], call: Call, store: Store, context: Running) -> float:
+    """Run the step's function here and now; the seconds it took. Raises what it raises, and StoreError."""
+    began = time.monotonic()
+    with threads(call.threads), _room(store.cache):
+        function(context, *context.inputs, **copy.deepcopy(call.params))
+    return time.monotonic() - began
+
+
+def commit(call: Call, store: Store, context: Running, seconds: float) -> Done:
+    """Store what the function left. Raises StoreError."""
+    reads = sum(i.reads for i in context.inputs)
+    writes = sum(p.stat().st_size for p in context.out.rglob("*") if p.is_file())
+    record = record_of(call, notes=tuple(context.notes), seconds=seconds, reads=reads)
+    made = store.commit(call.key, context.out, record=record, links=context.links)
     parts = _parts(call, store.manifest(call.key)) if call.parts else {}
-    return Done(call.key, stored.digest, parts, stored.bytes, True, reads, writes, seconds, record.notes)
+    return Done(call.key, made.digest, parts, made.bytes, True, reads, writes, seconds, record.notes)
 
 
 def alias(call: Call, of: str, store: Store) -> None:

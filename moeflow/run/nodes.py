@@ -1,8 +1,14 @@
 """What a Ray cluster's nodes offer and hold: where a step would find its inputs, and whether any could take it."""
 
+import sys
 from collections import Counter
+from typing import Any
 
 import ray
+from ray import ActorID
+from ray._private.state import state
+from ray.core.generated import gcs_pb2
+from ray.util.placement_group import PlacementGroup, PlacementGroupID, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from moeflow.run.call import Call
@@ -39,7 +45,7 @@ class Nodes:
 
 
 def demand(step: Step, *, gpus: bool = True) -> dict[str, float]:
-    """What one run of the step asks of a node, in Ray's words; without `gpus` it makes do with CPUs."""
+    """What a step, or each process of a gang, asks of a node, in Ray's words; without `gpus` it makes do with CPUs."""
     asked = {
         "CPU": step.resources.cpus,
         "GPU": step.resources.gpus if gpus else 0,
@@ -54,12 +60,32 @@ def offers() -> list[dict[str, float]]:
 
 
 def too_large(step: Step, offers: list[dict[str, float]], *, gpus: bool = True) -> str:
-    """Why none of these nodes could run the step; empty when one could."""
-    asked = demand(step, gpus=gpus)
-    if any(all(offer.get(name, 0) >= value for name, value in asked.items()) for offer in offers):
+    """Why these nodes could not run the step, nor all of a gang's processes at once; empty when they could."""
+    asked, processes = demand(step, gpus=gpus), step.resources.processes
+    room = sum(_fits(asked, offer) for offer in offers)
+    if room >= max(processes, 1):
         return ""
+    if room:
+        return f"{step.name} is a gang of {processes:,} processes of {_said(asked)} each, and the nodes have room for {room:,}"
     best = {name: max((offer.get(name, 0) for offer in offers), default=0) for name in asked}
-    return f"{step.name} asks for {_said(asked)}, and no node has it (at most {_said(best)})"
+    each = " for each process" if processes else ""
+    return f"{step.name} asks for {_said(asked)}{each}, and no node has it (at most {_said(best)})"
+
+
+def _fits(asked: dict[str, float], offer: dict[str, float]) -> int:
+    """How often one node could hold what is asked, if it were empty; a large number where nothing is."""
+    return min((int(offer.get(name, 0) / value + 1e-9) for name, value in asked.items()), default=sys.maxsize)
+
+
+def free_orphans() -> None:
+    """Give back the room of gangs of this driver whose controller has died: Ray would keep it until the driver ends."""
+    job = ray.get_runtime_context().get_job_id()
+    table: Any = gcs_pb2.PlacementGroupTableData  # type: ignore[attr-defined]
+    for data in state._connect_and_get_accessor().get_placement_group_table():  # the public table does not tell the creator
+        group = table.FromString(data)
+        ours = group.creator_job_id.hex() == job and not ActorID(group.creator_actor_id).is_nil()
+        if ours and group.creator_actor_dead and group.state != table.REMOVED:
+            remove_placement_group(PlacementGroup(PlacementGroupID(group.placement_group_id)))
 
 
 def machines() -> int:

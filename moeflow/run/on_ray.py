@@ -1,4 +1,4 @@
-"""Run a graph on a Ray cluster: one step is one task, under the step's name.
+"""Run a graph on a Ray cluster: one step is one task, under the step's name, and a gang's task drives its processes.
 
 Only calls and keys travel through Ray, bytes through the store, so that a lost node costs the steps it was running. The
 cluster is not touched before a step has to run. Knows neither torch nor models.
@@ -7,52 +7,31 @@ cluster is not touched before a step has to run. Knows neither torch nor models.
 import logging
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray import cloudpickle
 from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from moeflow.run.board import Answer, Event, RemoteBoard
+from moeflow.run.board import Event, RemoteBoard
 from moeflow.run.call import Call
+from moeflow.run.gang_on_ray import gang_task
 from moeflow.run.ledger import Ledger
-from moeflow.run.materialize import Done, materialize
-from moeflow.run.nodes import Nodes, machines, offers, too_large
+from moeflow.run.nodes import Nodes, demand, free_orphans, machines, offers, too_large
 from moeflow.run.options import Options
-from moeflow.run.outcome import CannotRun, ClusterLost, Outcome, StepFailed, describe
+from moeflow.run.outcome import CannotRun, ClusterLost, Outcome, StepFailed, WorkerLost, brief, describe
 from moeflow.run.progress import Show, show
+from moeflow.run.tasks import Failed, Made, step_task
+from moeflow.run.travel import take_along
 from moeflow.step import Step
 from moeflow.store import Index, LocalBlobs, Store
 
 HEARTBEAT = 0.2  # seconds between two looks at the board
 LOOK = 5.0  # seconds between two looks at the size of the cluster
-
-
-class WorkerLost(Exception):
-    """The process or node that ran a step went away, more often than the run's retries allow."""
-
-
-@dataclass(frozen=True)
-class _Made:
-    done: Done
-    node: str
-
-
-@dataclass(frozen=True)
-class _Failed:
-    cause: BaseException
-
-
-@dataclass(frozen=True)
-class _Refused:
-    """The step did not start, because another had failed."""
 
 
 def run(
@@ -79,9 +58,8 @@ def run(
                 drive.loop()
         outcome = ledger.outcome()
     except RayError as error:
-        told = f"{type(error).__name__}: {_first_line(error)}"
         raise ClusterLost(
-            f"the Ray cluster was lost ({told}); what had finished is stored: see that the cluster is up, then run again"
+            f"the Ray cluster was lost ({brief(error)}); what had finished is stored: see that the cluster is up, then run again"
         ) from error
     finally:
         shown.end(outcome)
@@ -127,10 +105,12 @@ class _Drive:
         # A cluster that has no GPU computes on CPUs, unless GPUs were asked for: an autoscaler may bring them.
         self._gpus = options.gpus is not None or any(offer.get("GPU") for offer in offers())
         self._check(own)
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        free_orphans()
+        # On the driver's own node, which the run cannot outlive, is what holds no CPU and must not get lost.
+        self._here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         # Without task events: the dashboard is for steps, and the board is asked several times a second.
         self._board = RemoteBoard.options(
-            num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here, enable_task_events=False
+            num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=self._here, enable_task_events=False
         ).remote(options.retries)
 
     def __enter__(self) -> "_Drive":
@@ -139,7 +119,7 @@ class _Drive:
     def __exit__(self, *why: object) -> None:
         """Leave nothing behind: on Ctrl-C too, what runs is cancelled and what waits never starts."""
         if self._running:
-            self._board.close.remote()
+            ray.wait([self._board.close.remote()], timeout=1)  # heard before the board goes
             for ref in self._running:
                 ray.cancel(ref, force=True)
         ray.kill(self._board)
@@ -191,17 +171,22 @@ class _Drive:
         return max(0, most - len(self._running))
 
     def _submit(self, call: Call) -> None:
-        _take_along(call)
-        step = self._ledger.schedule.steps[call.key]
+        take_along(call)
+        asked = demand(self._ledger.schedule.steps[call.key], gpus=self._gpus)
         try:
-            ref = _materialize.options(
-                name=call.name,
-                num_cpus=call.resources.cpus,
-                num_gpus=call.resources.gpus if self._gpus else 0,
-                memory=call.resources.memory or step.spec.memory or None,
-                max_retries=self._options.retries,
-                scheduling_strategy=self._nodes.near(call),
-            ).remote(call, self._store, self._board)
+            if call.resources.processes:
+                ref = gang_task.options(
+                    name=call.name, num_cpus=0, max_retries=self._options.retries, scheduling_strategy=self._here
+                ).remote(call, self._store, self._board, asked)
+            else:
+                ref = step_task.options(
+                    name=call.name,
+                    num_cpus=asked.get("CPU", 0),
+                    num_gpus=asked.get("GPU", 0),
+                    memory=asked.get("memory"),
+                    max_retries=self._options.retries,
+                    scheduling_strategy=self._nodes.near(call),
+                ).remote(call, self._store, self._board)
         except (TypeError, AttributeError) as error:  # what the function refers to cannot be pickled
             self._fail(call, error)
         else:
@@ -213,11 +198,11 @@ class _Drive:
         except RayTaskError as error:
             self._fail(call, error.cause if isinstance(error.cause, Exception) else error)
         except RayError as error:
-            self._fail(call, WorkerLost(_lost(f"{type(error).__name__}: {_first_line(error)}")))
+            self._fail(call, WorkerLost(brief(error)))
         else:
-            if isinstance(result, _Failed):
+            if isinstance(result, Failed):
                 self._fail(call, result.cause)
-            elif isinstance(result, _Made):
+            elif isinstance(result, Made):
                 self._nodes.holds(call, result.node, result.done.bytes)
                 self._ledger.done(result.done)
 
@@ -236,57 +221,9 @@ class _Drive:
             if event.kind == "start":
                 self._shown.start(event.key)
             elif event.kind == "progress":
-                self._shown.progress(event.key, event.done, event.total, event.text)
+                self._shown.progress(event.key, event.done, event.total, event.text, event.detail)
             elif event.kind == "note":
                 self._shown.note(event.key, event.text)
-
-
-class _Told:
-    """A running step's words on their way to the board; nobody waits for them."""
-
-    def __init__(self, board: Any) -> None:
-        self._board = board
-
-    def progress(self, key: str, done: int, total: int, unit: str) -> None:
-        self._board.tell.remote(Event("progress", key, done, total, unit))
-
-    def note(self, key: str, text: str) -> None:
-        self._board.tell.remote(Event("note", key, text=text))
-
-
-@ray.remote
-def _materialize(call: Call, store: Store, board: Any) -> _Made | _Failed | _Refused:
-    """The task. A failure closes the board before anybody else hears of it, so that nothing starts after it."""
-    try:
-        answer: Answer = _answer(board.may_start.remote(call.key))
-        if answer == "closed":
-            return _Refused()
-        if answer == "worn out":
-            raise WorkerLost(_lost("the node ran out of memory"))
-        done = materialize(call, store, _Told(board))
-        _answer(board.tell.remote(Event("done", call.key)))  # after which all that it told before has arrived
-        return _Made(done, ray.get_runtime_context().get_node_id())
-    except Exception as error:
-        _answer(board.close.remote())
-        return _Failed(_portable(error))
-
-
-def _answer(ref: Any) -> Any:
-    """What the board says. `ray.get` in a task would give its CPUs away meanwhile, and not wait to have them back."""
-    return ref.future().result()
-
-
-def _portable(error: Exception) -> Exception:
-    """The error itself if it survives the journey, else its words."""
-    try:
-        cloudpickle.loads(cloudpickle.dumps(error))
-    except Exception as why:  # an exception's own pickling code may raise anything
-        return RuntimeError(f"{type(error).__name__}: {error} (as text, because it cannot be pickled: {why})")
-    return error
-
-
-def _lost(why: str) -> str:
-    return f"its worker was lost too often ({why}); if memory ran out, say what the step needs with .on(memory=...)"
 
 
 def _unstarted(address: str, error: Exception) -> str:
@@ -298,15 +235,3 @@ def _unstarted(address: str, error: Exception) -> str:
         f"the Ray at {address} cannot be joined: {describe(error)}; see that the address is right and that it has the "
         "Ray and Python of this machine, or unset RAY_ADDRESS"
     )
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), "")
-
-
-def _take_along(call: Call) -> None:
-    """A function that is not moeflow's own travels with the module around it: workers may not have that module."""
-    if not isinstance(call.code, str):
-        module = sys.modules.get(call.code.__module__)
-        if module is not None and module.__name__ != "__main__":
-            cloudpickle.register_pickle_by_value(module)

@@ -14,7 +14,8 @@ class Options:
     """`retries`: how often a step is tried again after its worker was lost (a step that raises is not tried again).
 
     `in_flight`: the most steps that may run or queue in the cluster at once; 0 is what the cluster's CPUs allow.
-    `gpus`, `cpus`: what each step that computes with a model may hold; where `gpus` is None it is one if the cluster has any now.
+    `gpus`, `cpus`: what each step that computes with a model may hold, or each process of a gang that does; where `gpus` is
+    None it is one if the cluster has any now.
     """
 
     retries: int = 3

@@ -19,6 +19,13 @@ class ClusterLost(Exception):
     """The Ray cluster, or the part of it that this run talks to, went away in the middle of the run."""
 
 
+class WorkerLost(Exception):
+    """The process or node that ran a step went away, more often than the run's retries allow."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(f"its worker was lost too often ({why}); if memory ran out, say what the step needs with .on(memory=...)")
+
+
 class StepFailed(Exception):
     """A step raised, or its worker was lost too often: `step` and `cause`. Nothing was stored for it."""
 
@@ -81,6 +88,11 @@ def describe(error: BaseException) -> str:
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     text = " ".join(text.split())
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def brief(error: BaseException) -> str:
+    """An exception's first line only, for those that tell a story, as Ray's do."""
+    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
 
 
 def shown(params: dict[str, Any]) -> str:

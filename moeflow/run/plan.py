@@ -21,16 +21,20 @@ class Capacity:
     cpus: float = 0
     gpus: float = 0
     memory: int = 0  # bytes
+    alone: bool = False  # whether all processes of a gang must share that node
 
     @staticmethod
     def here() -> "Capacity":
         """This machine's memory. Its CPUs are no bound: a step in this process takes the threads that it asks for."""
-        return Capacity(memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+        return Capacity(memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), alone=True)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One step. Bytes are those it would read and write in this run, so zero for one that does not run."""
+    """One step. Bytes are those it would read and write in this run, so zero for one that does not run.
+
+    Of a gang, memory, CPUs, GPUs and device are those of each of its processes.
+    """
 
     key: str
     name: str
@@ -41,6 +45,8 @@ class Row:
     memory: int  # peak bytes resident
     cpus: float
     gpus: float
+    processes: int  # of a gang; 0 for a step that is none
+    device: int  # bytes on its device
     notes: tuple[str, ...]
 
 
@@ -68,7 +74,7 @@ class Plan:
 
     @property
     def memory(self) -> int:
-        """Peak bytes of the hungriest step that runs."""
+        """Peak bytes of the hungriest step that runs, or of a process of it."""
         return max((r.memory for r in self.rows if r.state == "run"), default=0)
 
     def json(self) -> dict[str, Any]:
@@ -101,7 +107,8 @@ def _row(step: Step, state: State, label: str) -> Row:
     spec, asked = step.spec, step.resources
     reads, writes = (spec.reads, spec.writes) if state == "run" else (0, 0)
     memory = asked.memory or spec.memory
-    return Row(step.key, step.name, label, state, reads, writes, memory, asked.cpus, asked.gpus, spec.notes)
+    needs = memory, asked.cpus, asked.gpus, asked.processes, asked.device
+    return Row(step.key, step.name, label, state, reads, writes, *needs, spec.notes)
 
 
 def _disk(rows: Iterable[Row], store: Store, capacity: Capacity | None) -> list[str]:
@@ -128,8 +135,10 @@ def _nodes(rows: Iterable[Row], capacity: Capacity | None) -> list[str]:
         return []
     found: dict[str, str] = {}
     for row in (r for r in rows if r.state == "run"):
-        if capacity.memory and row.memory > capacity.memory:
-            need, offer = size(row.memory), size(capacity.memory)
+        together = max(row.processes, 1) if capacity.alone else 1
+        if capacity.memory and row.memory * together > capacity.memory:
+            need, offer = size(row.memory * together), size(capacity.memory)
+            need += f" for its {count(row.processes, 'process', 'es')}" if together > 1 else ""
         elif capacity.cpus and row.cpus > capacity.cpus:
             need, offer = count(int(row.cpus), "CPU"), f"{capacity.cpus:g}"
         elif capacity.gpus and row.gpus > capacity.gpus:

@@ -38,8 +38,15 @@ def plan_lines(plan: Plan) -> list[str]:
         f"{count(len(plan.rows), 'step')}: {len(plan.keys('run')):,} to run, {found:,} stored; reads {size(plan.reads)}"
         f", writes {size(plan.writes)}, at most {size(plan.memory)} of memory in one step"
     ]
-    notes = dict.fromkeys(f"{r.name}: {note}" for r in plan.rows if r.state == "run" for note in r.notes)
-    lines += notes
+    running = [r for r in plan.rows if r.state == "run"]
+    lines += dict.fromkeys(f"{r.name}: {_gang(r)}" for r in running if r.processes)
+    lines += dict.fromkeys(f"{r.name}: {note}" for r in running for note in r.notes)
     lines += [f"warning: {warning}" for warning in plan.warnings]
     lines += [f"cannot work: {problem}" for problem in plan.problems]
     return lines
+
+
+def _gang(row: Row) -> str:
+    """`8 processes, 41.3 GiB on each device`."""
+    device = f", {size(row.device)} on each device" if row.device else ""
+    return count(row.processes, "process", "es") + device

@@ -37,7 +37,7 @@ class Show(Protocol):
 
     def start(self, key: str) -> None: ...
 
-    def progress(self, key: str, done: int, total: int, unit: str) -> None: ...
+    def progress(self, key: str, done: int, total: int, unit: str, detail: str = "") -> None: ...
 
     def finish(self, key: str) -> None:
         """The step is stored."""
@@ -73,7 +73,7 @@ class Silent:
 
     def start(self, key: str) -> None: ...
 
-    def progress(self, key: str, done: int, total: int, unit: str) -> None: ...
+    def progress(self, key: str, done: int, total: int, unit: str, detail: str = "") -> None: ...
 
     def finish(self, key: str) -> None: ...
 
@@ -93,9 +93,7 @@ class _Running:
     number: int
     began: float
     said: float
-    done: int = 0
-    total: int = 0
-    unit: str = ""
+    first: tuple[float, int] | None = None  # when it first told how far it was, and how far
 
 
 @dataclass
@@ -122,13 +120,19 @@ class Lines:
             self._begun += 1
             self._running[key] = _Running(self._begun, now, now)
 
-    def progress(self, key: str, done: int, total: int, unit: str) -> None:
+    def progress(self, key: str, done: int, total: int, unit: str, detail: str = "") -> None:
         step, now = self._running.get(key), self.clock()
-        if step is None or now - step.said < self.quiet:
+        if step is None:
+            return
+        if step.first is None:
+            step.first = now, done  # a step that goes on from what was saved does not begin at nothing
+        if now - step.said < self.quiet:
             return
         step.said = now
-        so_far = f"{amount(done, total, unit)}  {clock(now - step.began)}"
-        self._line(f"{self._head(step.number)} {self._label(key)}  {so_far}")
+        words = [amount(done, total, unit), clock(now - step.began)]
+        if detail:
+            words[1:] = [detail, words[1], *self._left(step.first, now, done, total)]
+        self._line("  ".join([f"{self._head(step.number)} {self._label(key)}", *words]))
 
     def finish(self, key: str) -> None:
         if (step := self._running.pop(key, None)) is not None:
@@ -148,6 +152,11 @@ class Lines:
     def end(self, outcome: Outcome | None) -> None:
         if outcome is not None:
             self._line(summary(outcome))
+
+    def _left(self, first: tuple[float, int], now: float, done: int, total: int) -> list[str]:
+        """The time that is left, once it can be told."""
+        begun, at = first
+        return [f"{clock((total - done) * (now - begun) / (done - at))} left"] if done > at and total else []
 
     def _head(self, number: int) -> str:
         return f"[{number:>{len(str(self._todo))}}/{self._todo}]"
@@ -188,9 +197,9 @@ class Bars:
         else:
             self._running[key] = self._bars.add_task(self._labels.get(key, key), total=None, unit="")
 
-    def progress(self, key: str, done: int, total: int, unit: str) -> None:
+    def progress(self, key: str, done: int, total: int, unit: str, detail: str = "") -> None:
         if key in self._running:
-            self._bars.update(self._running[key], completed=done, total=total or None, unit=unit)
+            self._bars.update(self._running[key], completed=done, total=total or None, unit=unit, detail=detail)
 
     def finish(self, key: str) -> None:
         if (task := self._running.pop(key, None)) is not None:
@@ -221,6 +230,10 @@ class Bars:
 
 
 class _Amount(ProgressColumn):
+    """How far a step is, and in a second line what it tells beside that."""
+
     def render(self, task: Task) -> Text:
-        unit = str(task.fields.get("unit", ""))
-        return Text(amount(int(task.completed), int(task.total), unit) if task.total else "")
+        if not task.total:
+            return Text("")
+        unit, detail = (str(task.fields.get(name, "")) for name in ("unit", "detail"))
+        return Text("\n".join([amount(int(task.completed), int(task.total), unit), *filter(None, [detail])]))

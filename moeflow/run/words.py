@@ -62,5 +62,5 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes:02}:{rest:02}"
 
 
-def count(n: int, word: str) -> str:
-    return f"{n:,} {word}{'s' * (n != 1)}"
+def count(n: int, word: str, ending: str = "s") -> str:
+    return f"{n:,} {word}{ending * (n != 1)}"

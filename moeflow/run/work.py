@@ -5,7 +5,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from threadpoolctl import threadpool_limits
@@ -28,6 +28,26 @@ def work_folder(root: Path) -> Iterator[Path]:
             yield folder
         finally:
             _remove(folder)
+
+
+@contextmanager
+def shared_folder(root: Path, name: str) -> Iterator[Path]:
+    """The folder called `name` below `root`: one for all processes that ask for it now, which goes with the last of them."""
+    root.mkdir(parents=True, exist_ok=True)
+    folder = root / f"step-{name}"
+    with (root / ".lock").open("w") as door:
+        fcntl.flock(door, fcntl.LOCK_EX)
+        folder.mkdir(exist_ok=True)
+        lock = (folder / ".lock").open("w")
+        fcntl.flock(lock, fcntl.LOCK_SH)
+    with lock:
+        try:
+            yield folder
+        finally:
+            with (root / ".lock").open("w") as door, suppress(BlockingIOError):
+                fcntl.flock(door, fcntl.LOCK_EX)
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _remove(folder)
 
 
 @contextmanager

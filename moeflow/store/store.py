@@ -25,6 +25,7 @@ from moeflow.store.index import Index, read_index
 from moeflow.store.local import LocalBlobs
 from moeflow.store.manifest import File, Manifest, Record
 from moeflow.store.names import split_part
+from moeflow.store.partial import Snapshot
 
 THREADS = 32
 RENEW = 86400  # seconds: what is older is touched when it is relied upon, so that garbage collection sees it used
@@ -158,13 +159,28 @@ class Store:
             finally:
                 shutil.rmtree(half, ignore_errors=True)
 
-    def save_partial(self, key: str, folder: Path) -> None:
-        """Keep a copy of `folder` for an interrupted run of `key` to continue from, in place of an earlier one."""
-        partial.save(self.blobs, key, folder)
+    def save_partial(self, key: str, folder: Path, snapshot: Snapshot | None = None, rank: int = 0) -> None:
+        """Keep a copy of `folder` for an interrupted run of `key` to continue from, in place of an earlier one.
 
-    def load_partial(self, key: str, into: Path) -> bool:
-        """Put the newest partial state of `key` into the folder `into`. False when there is none."""
-        return partial.load(self.blobs, key, into)
+        With `snapshot` it is the part that process `rank` of a gang has in it, and `folder` is not to be written to any more.
+        """
+        if snapshot is None:
+            partial.save(self.blobs, key, folder)
+        else:
+            partial.save_part(self.blobs, key, folder, snapshot, rank)
+
+    def snapshots(self, key: str) -> list[Snapshot]:
+        """The partial states of `key` that gangs left whole, newest first."""
+        return partial.snapshots(self.blobs, key)
+
+    def load_partial(self, key: str, into: Path, snapshots: Iterable[Snapshot] | None = None) -> bool:
+        """Put the newest partial state of `key` into the folder `into`. False when there is none.
+
+        With `snapshots`, the first of them that is whole still, with the parts of all processes.
+        """
+        if snapshots is None:
+            return partial.load(self.blobs, key, into)
+        return partial.load_parts(self.blobs, key, snapshots, into)
 
     def drop_partial(self, key: str) -> None:
         partial.drop(self.blobs, key)

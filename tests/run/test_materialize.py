@@ -12,7 +12,7 @@ from ray import cloudpickle
 
 from moeflow.run import StepFailed, in_process
 from moeflow.run.call import Call
-from moeflow.run.work import work_folder
+from moeflow.run.work import shared_folder, work_folder
 from moeflow.step import Context, Step, step
 from moeflow.store import Store, StoreError
 from tests.run import toy
@@ -141,6 +141,15 @@ def test_folders_of_killed_processes_are_swept_and_others_are_not(tmp_path: Path
         with work_folder(tmp_path) as other:
             assert mine.exists() and other.exists() and mine != other
     assert not list(tmp_path.glob("step-*"))
+
+
+def test_a_shared_folder_goes_with_the_last_who_is_in_it(tmp_path: Path) -> None:
+    with shared_folder(tmp_path, "gang") as first:
+        with shared_folder(tmp_path, "gang") as second, work_folder(tmp_path):
+            assert first == second
+            (first / "sub").mkdir()
+        assert (first / "sub").exists(), "somebody is in it still"
+    assert [p.name for p in tmp_path.iterdir()] == [".lock"]
 
 
 def test_a_call_carries_no_graph() -> None:

@@ -1,16 +1,17 @@
 """What only a cluster can do: run steps beside each other, bound them, and lose their workers."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import ray
 from ray.exceptions import ActorDiedError
 
-from moeflow.run import ClusterLost, Options, StepFailed, on_ray
+from moeflow.run import CannotRun, ClusterLost, Options, StepFailed, on_ray
 from moeflow.run.board import Board, Event
 from moeflow.run.call import Call
-from moeflow.run.nodes import Nodes, demand
-from moeflow.step import Step
+from moeflow.run.nodes import Nodes, demand, too_large
+from moeflow.step import Resources, Step
 from moeflow.store import LocalBlobs, S3Blobs, Store
 from tests.run import toy
 
@@ -132,10 +133,31 @@ def test_a_step_that_can_use_a_gpu_runs_on_cpus_where_the_cluster_has_none(store
     assert demand(step) == {"CPU": 1, "GPU": 1, "memory": 1000} != demand(step, gpus=False)
 
 
+def test_a_gang_needs_room_for_all_its_processes_at_once() -> None:
+    nodes = [{"CPU": 3.0, "memory": 2500.0}, {"CPU": 1.0, "memory": 5000.0}]
+    gang = toy.number(n=1)  # 1 CPU and 1,000 bytes each
+    assert too_large(gang.on(processes=3), nodes) == ""
+    assert too_large(gang.on(processes=4), nodes) == (
+        "toy.number is a gang of 4 processes of 1 CPUs, 1000 bytes of memory each, and the nodes have room for 3"
+    )
+    assert "asks for 4 CPUs" in too_large(gang.on(processes=2, cpus=4), nodes)
+    assert demand(gang.on(processes=3)) == demand(gang)
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_gang_larger_than_a_ray_of_ones_own_is_refused(store: Store, trace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(on_ray, "connected", lambda: nullcontext(True))
+    with pytest.raises(CannotRun, match="gang of 3 processes .* room for 2; place it with") as refused:
+        on_ray.run([toy.half(toy.number(n=8, trace=str(trace))).on(processes=3)], store)
+    assert "\n" not in str(refused.value) and trace.read_text() == ""
+
+
 def test_gpus_and_cpus_are_given_to_the_steps_that_compute_with_a_model_alone() -> None:
     modelled, plain = toy.number(n=5).on(gpus=1), toy.number(n=6)
     target = Options(gpus=0.5, cpus=8).place(toy.total(modelled, plain))
     assert [(s.resources.gpus, s.resources.cpus) for s in target.inputs] == [(0.5, 8), (0, 1)]  # type: ignore[union-attr]
     assert target.resources == plain.resources
+    gang = Options(gpus=2, cpus=8).place(modelled.on(gpus=1, processes=4, settings={"zero": 2})).resources
+    assert gang == Resources(cpus=8, gpus=2, processes=4, settings={"zero": 2}), "for each process"
     with pytest.raises(ValueError, match=r"cpus=0.5 must be at least 1"):
         Options(cpus=0.5)

@@ -120,6 +120,23 @@ def test_a_step_larger_than_any_node_is_foreseen(store: Store) -> None:
     assert "5 CPUs" in problems[1][0] and "2 GPUs" in problems[2][0]
 
 
+def test_a_gang_is_planned_with_its_processes_and_what_each_needs(store: Store) -> None:
+    gang = huge(size=1000).on(processes=8, device=41 << 30)
+    planned = plan([gang, toy.number(n=1)], store)
+    assert "toy.huge: 8 processes, 41.0 GiB on each device" in plan_lines(planned)
+    assert plan_lines(plan([huge(size=1000).on(processes=1)], store))[1] == "toy.huge: 1 process"
+    row, other = planned.json()["rows"]
+    assert (row["processes"], row["device"]) == (8, 41 << 30) and (other["processes"], other["device"]) == (0, 0)
+
+
+def test_a_gang_that_no_node_or_this_machine_alone_could_hold_is_foreseen(store: Store) -> None:
+    gang = huge(size=1 << 30).on(processes=4)
+    assert plan([gang], store, capacity=Capacity(memory=1 << 30)).problems == ()
+    (problem,) = plan([gang], store, capacity=Capacity(memory=(4 << 30) - 1, alone=True)).problems
+    assert "4.0 GiB for its 4 processes" in problem
+    assert len(plan([gang], store, capacity=Capacity(memory=1 << 29)).problems) == 1
+
+
 def test_what_is_stored_needs_no_room(store: Store) -> None:
     target = huge(size=1 << 60)
     in_process.run([target], store)

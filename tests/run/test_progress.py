@@ -41,6 +41,18 @@ def test_plain_lines_say_step_amount_and_time() -> None:
     assert told(stream)[-2:] == ["[ 3/12] toy.count to 2  4,096/8,192 tokens  00:12", "[ 3/12] toy.count to 2  done  00:12"]
 
 
+def test_a_step_that_tells_details_is_shown_with_them_and_the_time_left() -> None:
+    stream, time = io.StringIO(), Clock()
+    step = toy.count(to=1)
+    lines = Lines(stream, clock=time)
+    lines.begin([step], 1, 0)
+    lines.start(step.key)
+    for time.now, done in ((10.0, 4000), (70.0, 7000)):  # it goes on from 4,000
+        lines.progress(step.key, done, 10_000, "tokens", "loss 3.214  50 tokens/s")
+    assert told(stream)[-2] == "[1/1] toy.count  4,000/10,000 tokens  loss 3.214  50 tokens/s  00:10"
+    assert told(stream)[-1] == "[1/1] toy.count  7,000/10,000 tokens  loss 3.214  50 tokens/s  01:10  01:00 left"
+
+
 def test_plain_lines_are_few() -> None:
     stream, time = io.StringIO(), Clock()
     step = toy.count(to=1000)
@@ -77,14 +89,14 @@ def test_bars_show_steps_and_the_running_step_in_its_unit() -> None:
     bars = Bars(stream)
     bars.begin(steps, 2, 5)
     bars.start(steps[0].key)
-    bars.progress(steps[0].key, 4096, 8192, "tokens")
+    bars.progress(steps[0].key, 4096, 8192, "tokens", "loss 3.2")
     bars.note(steps[0].key, "one expert was never chosen")
     bars.refresh()
     bars.finish(steps[0].key)
     bars.taken([steps[1].key])
     bars.end(Outcome((), 1.0))
     text = stream.getvalue()
-    assert "toy.count to 1" in text and "4,096/8,192 tokens" in text and "5 stored" in text
+    assert "toy.count to 1" in text and "4,096/8,192 tokens" in text and "5 stored" in text and "loss 3.2" in text
     assert "one expert was never chosen" in text
     assert "0 steps: 0 run, 0 stored, 1.0 s" in text
 
@@ -94,7 +106,7 @@ def test_json_output_is_not_disturbed_but_warnings_are_told() -> None:
     silent = Silent(stream)
     silent.begin([], 0, 0)
     silent.start("toy.count-1")
-    silent.progress("toy.count-1", 1, 2, "tokens")
+    silent.progress("toy.count-1", 1, 2, "tokens", "loss 3.2")
     silent.finish("toy.count-1")
     silent.taken(["toy.count-2"])
     silent.end(None)

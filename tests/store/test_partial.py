@@ -2,7 +2,10 @@
 
 from pathlib import Path
 
+import pytest
+
 from moeflow.store import Store
+from moeflow.store.partial import Snapshot
 from tests import servers
 from tests.store.making import folder, key, read
 
@@ -56,3 +59,95 @@ def test_what_is_dropped_is_gone(store: Store, tmp_path: Path) -> None:
     store.drop_partial(key("k"))
     store.drop_partial(key("k"))
     assert not store.load_partial(key("k"), tmp_path / "back") and [*store.blobs.list("partial/")] == []
+
+
+def part(store: Store, at: Path, snapshot: Snapshot, rank: int, **files: str) -> None:
+    store.save_partial(key("k"), folder(at / f"{snapshot.at}-{snapshot.attempt}-{rank}", **files), snapshot, rank)
+
+
+def gang(store: Store, to: Path) -> dict[str, str] | None:
+    """What a gang would continue from."""
+    return read(to) if store.load_partial(key("k"), to, store.snapshots(key("k"))) else None
+
+
+def test_a_snapshot_of_several_processes_counts_once_all_have_left_their_part(store: Store, tmp_path: Path) -> None:
+    first, second = Snapshot(1, "a", 2), Snapshot(2, "a", 2)
+    part(store, tmp_path, first, 0, x="x1", both="b")
+    assert store.snapshots(key("k")) == [] and gang(store, tmp_path / "none") is None
+    part(store, tmp_path, first, 1, y="y1", both="b")
+    part(store, tmp_path, second, 1, y="y2")
+    assert store.snapshots(key("k")) == [first]
+    assert gang(store, tmp_path / "one") == {"x": "x1", "y": "y1", "both": "b"}
+    part(store, tmp_path, second, 0, x="x2")
+    assert store.snapshots(key("k")) == [second]
+    assert gang(store, tmp_path / "two") == {"x": "x2", "y": "y2"}
+
+
+def test_older_parts_go_when_a_newer_snapshot_is_whole(store: Store, tmp_path: Path) -> None:
+    for at in range(1, 6):
+        for rank in (0, 1):
+            part(store, tmp_path, Snapshot(at, "a", 2), rank, **{f"n{rank}": str(at), f"same{rank}": "same"})
+    found = store.snapshots(key("k"))
+    assert found[0].at == 5 and len(found) <= 2
+    assert gang(store, tmp_path / "back") == {"n0": "5", "n1": "5", "same0": "same", "same1": "same"}
+    left = [e.name for e in store.blobs.list("partial/")]
+    assert len([n for n in left if "/00001/" in n]) == 3, "a part, and its two files"
+
+
+def test_parts_of_two_starts_make_no_snapshot(store: Store, tmp_path: Path) -> None:
+    part(store, tmp_path, Snapshot(7, "a", 2), 0, x="killed before the other saved")
+    part(store, tmp_path, Snapshot(7, "b", 2), 1, y="of another start")
+    assert store.snapshots(key("k")) == []
+    part(store, tmp_path, Snapshot(7, "b", 2), 0, x="x")
+    assert gang(store, tmp_path / "back") == {"x": "x", "y": "of another start"}
+    assert not [e for e in store.blobs.list("partial/") if "/a/" in e.name], "what it replaces went"
+
+
+def test_a_gang_that_came_further_is_not_replaced_by_one_that_did_not(store: Store, tmp_path: Path) -> None:
+    part(store, tmp_path, Snapshot(9, "a", 1), 0, x="nine")
+    part(store, tmp_path, Snapshot(2, "b", 2), 1, y="two")
+    part(store, tmp_path, Snapshot(2, "b", 2), 0, x="two")
+    assert store.snapshots(key("k")) == [Snapshot(9, "a", 1), Snapshot(2, "b", 2)]
+    part(store, tmp_path, Snapshot(10, "b", 2), 1, y="ten")
+    part(store, tmp_path, Snapshot(10, "b", 2), 0, x="ten")
+    assert {s.attempt for s in store.snapshots(key("k"))} == {"b"}
+
+
+def test_a_snapshot_that_lost_a_file_gives_way_to_the_one_before(store: Store, tmp_path: Path) -> None:
+    for at in (1, 2):
+        for rank in (1, 0):  # so that the older is still there
+            part(store, tmp_path, Snapshot(at, "ab"[at - 1], 2), rank, **{f"n{rank}": str(at)})
+        if at == 1:
+            kept = {e.name: store.blobs.read(e.name) for e in store.blobs.list("partial/")}
+    for name, data in kept.items():
+        store.blobs.create(name, data)
+    (gone,) = [e.name for e in store.blobs.list("partial/") if "/b/00001/files/" in e.name]
+    store.blobs.delete([gone])
+    assert len(store.snapshots(key("k"))) == 2
+    assert gang(store, tmp_path / "back") == {"n0": "1", "n1": "1"}
+
+
+def test_two_processes_with_different_files_of_one_name_are_refused(store: Store, tmp_path: Path) -> None:
+    for rank in (0, 1):
+        part(store, tmp_path, Snapshot(1, "a", 2), rank, state=f"of {rank}")
+    with pytest.raises(ValueError, match="different files as 'state'; give each names of its own"):
+        gang(store, tmp_path / "back")
+
+
+def test_what_a_gang_left_and_what_a_step_alone_left_are_not_mixed(store: Store, tmp_path: Path) -> None:
+    part(store, tmp_path, Snapshot(1, "a", 1), 0, x="gang")
+    store.save_partial(key("k"), folder(tmp_path / "1", x="alone"))
+    store.save_partial(key("k"), folder(tmp_path / "2", x="alone again"))
+    part(store, tmp_path, Snapshot(2, "a", 1), 0, x="gang again")
+    assert store.load_partial(key("k"), tmp_path / "alone") and read(tmp_path / "alone") == {"x": "alone again"}
+    assert gang(store, tmp_path / "gang") == {"x": "gang again"}
+    store.drop_partial(key("k"))
+    assert [*store.blobs.list("partial/")] == []
+
+
+def test_a_part_of_which_nothing_changed_is_not_written_again(s3_store: Store, server: servers.Proxy, tmp_path: Path) -> None:
+    part(s3_store, tmp_path, Snapshot(1, "a", 1), 0, large="1" * 50_000)
+    server.requests.clear()
+    part(s3_store, tmp_path, Snapshot(2, "a", 1), 0, large="1" * 50_000)
+    assert sum(r.sent for r in server.requests) < 1000
+    assert gang(s3_store, tmp_path / "back") == {"large": "1" * 50_000}

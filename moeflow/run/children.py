@@ -1,0 +1,175 @@
+"""A gang on this machine: its processes are children of this one and end with it, whatever ends it."""
+
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+from moeflow.run.call import Call
+from moeflow.run.gang import GRACE, Gang, PeerLost
+from moeflow.run.materialize import Done, stored
+from moeflow.run.outcome import WorkerLost, describe
+from moeflow.run.progress import Show
+from moeflow.run.work import THREADS
+from moeflow.store import Store
+
+LOOK = 0.2  # seconds between two looks at whether a child has died
+
+
+@dataclass
+class _Child:
+    rank: int
+    process: "subprocess.Popen[bytes]"
+    connection: Connection
+    log: Path
+    done: bool = False
+
+    @property
+    def died(self) -> str:
+        """How it ended without a word; empty while it lives or has words to be heard, and when it has done its part."""
+        code = self.process.poll()
+        if code is None or self.done or (not self.connection.closed and self.connection.poll()):
+            return ""
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+        last = self.log.read_text(errors="replace").strip().splitlines()[-1:]
+        return f"process {self.rank} {how}" + (f": {last[0]}" if last else "")
+
+    def end(self) -> None:
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)  # with what it may have started
+            self.process.wait()
+        self.connection.close()
+
+
+def run_gang(call: Call, store: Store, shown: Show, retries: int) -> Done:
+    """Run a call of so many processes; say what is stored. Raises what one of them raises, WorkerLost and StoreError.
+
+    Where one is lost all start again, from what they saved, at most `retries` times.
+    """
+    lost: PeerLost | None = None
+    for _ in range(retries + 1):
+        if lost is not None:
+            shown.note(call.key, f"{lost}; it goes on from what was saved")
+            shown.start(call.key)
+        try:
+            done = stored(call, store) or _together(call, store, shown)
+        except PeerLost as error:
+            lost = error
+        else:
+            store.drop_partial(call.key)
+            return done
+    raise WorkerLost(str(lost)) from lost
+
+
+def _together(call: Call, store: Store, shown: Show) -> Done:
+    with _children(call, store, Gang.of(call, store)) as children:
+        return _finished(children, shown)
+
+
+@contextmanager
+def _children(call: Call, store: Store, gang: Gang) -> Iterator[list[_Child]]:
+    """The gang's processes; none is left at the end."""
+    children: list[_Child] = []
+    with tempfile.TemporaryDirectory(prefix="moeflow-") as logs:
+        try:
+            environment = _environment(call, gang)
+            for rank in range(gang.processes):
+                children.append(_start(rank, environment, Path(logs) / f"{rank}.log"))
+            if isinstance(call.code, str):
+                packed = pickle.dumps(call)
+            else:
+                from moeflow.run.travel import packed as pack  # here: it imports ray
+
+                packed = pack(call)
+            for child in children:
+                with suppress(OSError):  # it has died; its end is seen later
+                    child.connection.send_bytes(pickle.dumps((packed, store, gang, child.rank)))
+            yield children
+        finally:
+            for child in children:
+                child.end()
+
+
+def _start(rank: int, environment: dict[str, str], log: Path) -> _Child:
+    mine, its = Pipe()
+    with its, log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "moeflow.run.child", str(its.fileno())],
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            pass_fds=[its.fileno()],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,  # Ctrl-C on a terminal is for this process to hear
+        )
+    return _Child(rank, process, mine, log)
+
+
+def _environment(call: Call, gang: Gang) -> dict[str, str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    size = str(gang.processes)
+    place = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    if "lo" in (name for _, name in socket.if_nameindex()):
+        place["GLOO_SOCKET_IFNAME"] = "lo"  # a laptop's own name may lead to an address that nobody answers
+    path = {"PYTHONPATH": os.pathsep.join(sys.path)}
+    return {**os.environ, **dict.fromkeys(THREADS, str(call.threads)), **place, **path}
+
+
+def _finished(children: list[_Child], shown: Show) -> Done:
+    """Wait until all have done their part; what rank 0 stored. Raises what one raises, and PeerLost.
+
+    An error that a peer's end may have caused is believed only when no peer says or does something worse for a while.
+    """
+    made: Done | None = None
+    torn: BaseException | None = None
+    patience = 0.0
+    while not all(child.done for child in children):
+        for child, (kind, *what) in _heard(children):
+            if kind == "progress":
+                shown.progress(*what)
+            elif kind == "note":
+                shown.note(*what)
+            elif kind == "done":
+                child.done, made = True, what[0] or made
+            elif what[1]:
+                child.done, torn, patience = True, pickle.loads(what[0]), time.monotonic() + GRACE
+            elif not _dead(children):
+                raise pickle.loads(what[0])
+        if died := _dead(children):
+            raise PeerLost(died)
+        if torn is not None and time.monotonic() > patience:
+            break
+    if torn is not None:
+        raise PeerLost(describe(torn)) from torn
+    assert made is not None, "rank 0 stored nothing"
+    return made
+
+
+def _heard(children: list[_Child]) -> Iterator[tuple[_Child, tuple[Any, ...]]]:
+    """What they say now; nothing after a while in which nobody does."""
+    speaking = {child.connection: child for child in children if not child.connection.closed}
+    if not speaking:
+        time.sleep(LOOK)
+    for connection in wait(list(speaking), LOOK):
+        assert isinstance(connection, Connection)
+        try:
+            yield speaking[connection], connection.recv()
+        except (EOFError, OSError):
+            connection.close()
+
+
+def _dead(children: list[_Child]) -> str:
+    return ", ".join(why for child in children if (why := child.died))

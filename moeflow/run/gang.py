@@ -1,0 +1,142 @@
+"""One process of a gang: what it is given, what it keeps, and whether its end is its own fault or a peer's.
+
+Knows neither Ray nor torch, nor who starts the processes: `children.py` does on this machine, `gang_on_ray.py` on a cluster.
+"""
+
+import fcntl
+import shutil
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from moeflow.run.call import Call
+from moeflow.run.materialize import Done, Reporter, Running, carry_out, commit
+from moeflow.run.outcome import describe
+from moeflow.run.words import count
+from moeflow.run.work import shared_folder, work_folder
+from moeflow.store import Store, StoreError
+from moeflow.store.partial import Snapshot
+
+GRACE = 5.0  # seconds in which a peer's own error or death is waited for, after an error that it may have caused
+# How torch's RuntimeErrors from collectives begin to read when a peer has gone; those of NCCL have types of their own.
+TORN = ("gloo/transport", "Connection closed by peer", "Connection reset by peer", "remote process exited")
+
+
+class PeerLost(Exception):
+    """A process of a gang went away, and its step did not raise: the gang may start again from what was saved."""
+
+
+@dataclass(frozen=True)
+class Gang:
+    """One start of a gang: `attempt` is its name among all starts; `snapshots` what it may continue from, newest first.
+
+    They are looked up once, before any process runs, so that all of them continue from the same.
+    """
+
+    attempt: str
+    processes: int
+    snapshots: tuple[Snapshot, ...]
+    other: int = 0  # processes of the gang whose snapshot cannot be resumed by so many; 0 where there is none
+
+    @staticmethod
+    def of(call: Call, store: Store) -> "Gang":
+        processes, found = call.resources.processes, store.snapshots(call.key)
+        mine = tuple(s for s in found if s.processes == processes)
+        return Gang(uuid.uuid4().hex, processes, mine, found[0].processes if found and not mine else 0)
+
+
+class Member(Running):
+    """The Context of one process of a gang. What it saves goes to the store while its step goes on."""
+
+    def __init__(self, call: Call, store: Store, report: Reporter, work: Path, shared: Path, gang: Gang, place: tuple[int, int]):
+        super().__init__(call, store, report, work)
+        self.rank, self.local_rank = place
+        self.processes, self.settings = gang.processes, call.resources.settings
+        self._gang, self._shared = gang, shared
+        self._copy = work / "saving"
+        self._uploads = ThreadPoolExecutor(1)
+        self._upload: Future[None] | None = None
+        self._saved = -1
+
+    def progress(self, done: int, total: int, unit: str, detail: str = "") -> None:
+        if self.rank == 0:
+            super().progress(done, total, unit, detail)
+
+    def note(self, text: str) -> None:
+        if self.rank == 0:
+            super().note(text)
+
+    def save(self, folder: Path, at: int = 0) -> None:
+        if at <= self._saved:
+            raise ValueError(f"save(at={at}) after at={self._saved}; pass a number that grows, such as the optimizer step")
+        self.uploaded()
+        self._saved = at
+        shutil.rmtree(self._copy, ignore_errors=True)  # it is there when the disk was full the last time
+        shutil.copytree(folder, self._copy)  # because the step may change what it saved, even in place
+        self._upload = self._uploads.submit(self._keep, Snapshot(at, self._gang.attempt, self.processes))
+
+    def resume(self) -> Path | None:
+        if self._gang.other:
+            had, has = count(self._gang.other, "process", "es"), count(self.processes, "process", "es")
+            self.note(f"an interrupted run of {had} cannot be continued by {has}: it starts again")
+        if not self._gang.snapshots:
+            return None
+        into = self._shared / "resumed"
+        with (self._shared / "fetching").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # the first of this machine's processes fetches for all
+            if not into.exists():
+                self._store.load_partial(self._call.key, into, self._gang.snapshots)
+        return into if into.exists() else None
+
+    def uploaded(self) -> None:
+        """Wait for what is on its way to the store. Raises what stopped it."""
+        upload, self._upload = self._upload, None
+        if upload is not None:
+            upload.result()
+
+    def _keep(self, snapshot: Snapshot) -> None:
+        self._store.save_partial(self._call.key, self._copy, snapshot, self.rank)
+        shutil.rmtree(self._copy)
+
+
+def take_part(call: Call, store: Store, report: Reporter, gang: Gang, *, rank: int, local_rank: int) -> Done | None:
+    """Run `call` as one process of a gang. Rank 0 stores what it leaves and says so; the others return None.
+
+    Raises what the step raises, and StoreError; what was saved before is in the store then.
+    """
+    function = call.function  # first, so that the libraries it imports are loaded when their threads are limited
+    root = store.cache / "work"
+    with shared_folder(root, gang.attempt) as shared, work_folder(root) as work:
+        context = Member(call, store, report, work, shared, gang, (rank, local_rank))
+        with _uploading(context):
+            seconds = carry_out(function, call, store, context)
+        return commit(call, store, context, seconds) if rank == 0 else None
+
+
+@contextmanager
+def _uploading(context: Member) -> Iterator[None]:
+    """See that the last state has reached the store, also when the step raises; that it has not is then a remark."""
+    try:
+        yield
+    finally:
+        try:
+            context.uploaded()
+        except (StoreError, OSError) as error:
+            context.note(f"its last state was not kept: {describe(error)}")
+
+
+def torn(error: BaseException | None) -> bool:
+    """Whether an error says that a peer could not be reached, so that the fault may be the peer's."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        name = type(error).__name__
+        if name.startswith("Dist") and type(error).__module__.startswith("torch"):  # DistBackendError, DistNetworkError, ...
+            return True
+        if isinstance(error, RuntimeError) and any(words in str(error) for words in TORN):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
