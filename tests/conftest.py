@@ -12,6 +12,8 @@ from moeflow.store import s3
 from tests import servers, tiny
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, where transformers looks for it, warns that it sees no GPU
 
 
 @pytest.fixture(scope="session", autouse=True)

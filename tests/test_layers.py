@@ -28,6 +28,7 @@ ONLY_IN = {
     "torch": {"moeflow.model", "moeflow.methods"},
     "transformers": {"moeflow.model", "moeflow.methods"},
     "datasets": {"moeflow.methods"},
+    "deepspeed": {"moeflow.methods"},
 }
 NEVER = {
     ("moeflow.arch", "moeflow.step"),

@@ -1,5 +1,6 @@
 """Where a family of checkpoints keeps its experts on disk, and how its router chooses. Data only, without torch."""
 
+import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -113,6 +114,14 @@ class Arch:
         """What stands in place of the matrix `name` [M, N] where it has rank R: [M, R] and [R, N], to be multiplied."""
         stem = name.removesuffix(".weight")
         return f"{stem}.factor_out", f"{stem}.factor_in"
+
+    def on_disk(self, name: str) -> str:
+        """The name on disk of what has this name in memory and is no fused expert."""
+        if found := re.match(r"(model\.layers\.\d+\.)(.*)", name):
+            for disk, memory in self.memory:
+                if found[2].startswith(memory):
+                    return found[1] + disk + found[2].removeprefix(memory)
+        return name
 
     def router_tensors(self, layer: int) -> list[str]:
         """The names of the tensors that hold one row per expert."""

@@ -116,24 +116,18 @@ def size(context: Context, original: Artifact, compressed: Artifact) -> None:
     Active parameters are those that compute one token, embedding and head included: of a layer's experts as many as a token is
     computed by, at their mean size. What dynamic skipping saves depends on the text and is not in them (`reach`).
     """
+    from moeflow.model.active import active_parameters
+
     counts = []
     for artifact in (original, compressed):
         tensors, config = headers(artifact), read_config(artifact)
         arch = arch_of(config)
         layers = arch.moe_layers(config)
         stems = tuple(arch.experts(i) for i in layers)
-        parameters = sum(t.numel for t in tensors.values())
-        idle = 0.0
-        for i in layers:
-            experts = experts_in(tensors, config, i)
-            matrices = sum(
-                t.numel for n, t in tensors.items() if n.startswith(arch.experts(i)) and n[len(arch.experts(i))].isdigit()
-            )
-            idle += matrices * (1 - arch.computed(config) / experts)
         counts.append(
             {
-                "parameters": parameters,
-                "active parameters": round(parameters - idle),
+                "parameters": sum(t.numel for t in tensors.values()),
+                "active parameters": active_parameters(config),
                 "bytes": sum(artifact.size(n) for n in artifact.names() if n.endswith(".safetensors")),
                 "expert bytes": sum(t.nbytes for n, t in tensors.items() if n.startswith(stems)),
                 "experts per layer": sum(experts_in(tensors, config, i) for i in layers) / len(layers),

@@ -122,7 +122,7 @@ def sample(
                 try:
                     made = segments_of(tokenizer, row, part["format"], named(files))
                 except LeftOut as why:
-                    left_out[str(why)] += 1
+                    left_out[str(why)] += turn == 0  # each once, however often the text is read
                     continue
                 given += 1
                 yield [framed(*encoded(tokenizer, text), part["format"]) for text in made]

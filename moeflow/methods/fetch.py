@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 
 from moeflow.arch import Config, arch_of, essential
 from moeflow.model.formats import format_of, layer_formats
-from moeflow.model.layout import ESSENTIAL, TensorInfo, read_header
+from moeflow.model.layout import ESSENTIAL, TensorInfo, file_for, read_header
 from moeflow.model.spec import LayerSpec, RestSpec, TensorTable, check_layer, file_bytes, tensor_bytes
 from moeflow.step import Artifact, Context, Part, Spec, Step, step
 
@@ -154,8 +154,12 @@ def _layer_spec(*shards: Any, config: Config, layer: int, tensors: Table) -> Spe
 
 @step("fetch.layer", version=1, spec=_layer_spec)
 def layer(context: Context, *shards: Artifact, config: Config, layer: int, tensors: Table) -> None:
-    """One decoder layer as `layer.safetensors`, under the hub's names. Raises ValueError where a weight is NaN or infinite."""
-    _gather(context, shards, tensors, context.out / "layer.safetensors")
+    """One decoder layer as `layer.safetensors`, under the hub's names; what stands beside its experts in `routing.safetensors`.
+
+    Raises ValueError where a weight is NaN or infinite.
+    """
+    for file in sorted({file_for(n) for n in tensors}):
+        _gather(context, shards, {n: t for n, t in tensors.items() if file_for(n) == file}, context.out / file)
 
 
 def _rest_spec(texts: Any, *shards: Any, config: Config, files: list[str], tensors: Table, note: str) -> Spec:

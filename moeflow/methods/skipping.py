@@ -67,6 +67,8 @@ def stage(name: str) -> Callable[..., Model]:
         active = 0.0 if name == "median" else float(name)
     except ValueError:
         raise ValueError(f"skip={name!r} is not known; say none, median, or how many experts a token has on average") from None
+    if name != "median" and active < 1:
+        raise ValueError(f"skip={name}: a token has at least one expert")
     return partial(_calibrated, active=active)
 
 

@@ -1,9 +1,14 @@
 """How many parameters compute one token, counted from a configuration alone."""
 
+from dataclasses import replace
+from math import prod
+
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import moeflow  # noqa: F401  makes transformers know compressed checkpoints
 from moeflow.arch import Config, arch_of
+from moeflow.model.factors import expert_shapes
 from moeflow.model.formats import layer_formats
 
 
@@ -17,9 +22,11 @@ def active_parameters(config: Config) -> int:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
     active = sum(p.numel() for p in model.parameters())
-    for layer, format in zip(model.model.layers, layer_formats(config), strict=True):
+    for at, format in enumerate(layer_formats(config)):
         if format is not None:
-            experts = layer.get_submodule(arch.block).experts
-            matrices = sum(p.numel() for p in experts.parameters(recurse=False))
-            active -= round(matrices * (1 - arch.computed(config) / format.experts))
+            experts = model.model.layers[at].get_submodule(arch.block).experts
+            shapes = expert_shapes(arch, replace(format, skip="", compressed=""), at, experts.hidden_dim, experts.intermediate_dim)
+            matrices = sum(prod(shape) for shape in shapes.values())
+            active += round(matrices * arch.computed(config) / format.experts)
+            active -= sum(p.numel() for p in experts.parameters(recurse=False))  # as they are in memory, with padding
     return active

@@ -74,7 +74,8 @@ class Compressed:
     def from_pretrained(cls, name: Any, *args: Any, config: Any = None, **options: Any) -> Any:
         """As in transformers; raises ValueError for any tensor that is missing, left over or of another shape than asked for.
 
-        Only Compressed Experts may be missing: where config.json asks for them and the checkpoint has none, they change nothing.
+        Only Compressed Experts may be missing, all of them: where config.json asks for them and the checkpoint has none, they
+        change nothing.
         """
         if split := [k for k in SPLIT if options.get(k) is not None]:
             raise ValueError(f"{split[0]}= splits a family's own experts, and knows none of another form; load without it")
@@ -159,6 +160,9 @@ def _compare(model_class: Any, config: Any, held: Mapping[str, Sequence[int]], w
     asked, optional, ignored = _asked(model_class, config)
     if missing := sorted(set(asked) - set(held) - optional):
         raise ValueError(f"{where} has no tensor {_some(missing)}, which its config.json asks for; the checkpoint is incomplete")
+    vectors = {n for n in asked if VECTORS in n}
+    if vectors & set(held) and (lacking := sorted(vectors - set(held))):
+        raise ValueError(f"{where} has Compressed Experts, but no tensor {_some(lacking)}; the checkpoint is incomplete")
     if extra := sorted(n for n in set(held) - set(asked) if not any(re.search(p, n) for p in ignored)):
         raise ValueError(f"{where} has {_some(extra)}, which its config.json leaves no place for; correct one of them")
     for name, shape in asked.items():
@@ -175,22 +179,13 @@ def _asked(model_class: Any, config: Any) -> tuple[Shapes, set[str], Iterable[st
     asked: Shapes = {}
     for name, tensor in model.state_dict().items():
         if f".{arch.block}.experts." not in name:
-            asked[_on_disk(arch, name)] = tuple(tensor.shape)
+            asked[arch.on_disk(name)] = tuple(tensor.shape)
     for layer, format in enumerate(layer_formats(plain)):
         if format is not None:
             experts = model.model.layers[layer].get_submodule(arch.block).experts
             asked |= expert_shapes(arch, format, layer, experts.hidden_dim, experts.intermediate_dim)
     optional = set(model.all_tied_weights_keys) | {n for n in asked if VECTORS in n}
     return asked, optional, model._keys_to_ignore_on_load_unexpected
-
-
-def _on_disk(arch: Arch, name: str) -> str:
-    """The name on disk of what is no fused expert."""
-    if found := re.match(r"(model\.layers\.\d+\.)(.*)", name):
-        for disk, memory in arch.memory:
-            if found[2].startswith(memory):
-                return found[1] + disk + found[2].removeprefix(memory)
-    return name
 
 
 def _files(name: Any, variant: str | None, hub: Mapping[str, Any]) -> list[Path]:

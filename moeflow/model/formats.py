@@ -53,6 +53,14 @@ class Format:
         """The rank of `matrix` ("gate", "up" or "down") in each expert, 0 where it is whole."""
         return getattr(self, matrix) or (0,) * self.experts
 
+    def words(self) -> str:
+        """The format in a message."""
+        low = [f"{m} of ranks {', '.join(map(str, self.ranks(m)))}" for m in MATRICES if self.low_rank]
+        beside = [f"skipping by {self.skip}"] * bool(self.skip) + [f"Compressed Experts ({self.compressed})"] * bool(
+            self.compressed
+        )
+        return ", ".join([f"{self.experts} experts", *low, *beside])
+
     def to_json(self) -> dict[str, Any]:
         ranks = {m: list(self.ranks(m)) for m in MATRICES}
         beside = {name: value for name in ("skip", "compressed") if (value := getattr(self, name))}

@@ -20,6 +20,11 @@ ESSENTIAL = "essential.json"
 """config.json without what has no effect on what the model computes."""
 
 
+def file_for(name: str) -> str:
+    """In which file of a layer's folder the tensor of this name lies."""
+    return ROUTING if ".experts.skip." in name or ".experts.compressed." in name else LAYER
+
+
 class Files(Protocol):
     """What a reader needs of a folder: `moeflow.step.Artifact` has it, and so has `Folder`."""
 

@@ -99,7 +99,8 @@ class CompressedExperts(nn.Module):
         # in fp32 and with a floor, so that no token's weights round to nothing before they are divided
         weights_Ta = weights_Ta.float()
         parts_Ta = weights_Ta / weights_Ta.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-        vectors = {name: self._scale(parts_Ta, index_Ta, vector_EV) for name, vector_EV in self.named_parameters()}
+        # by attribute, where a sum with trained additions may stand in the parameter's place
+        vectors = {name: self._scale(parts_Ta, index_Ta, getattr(self, name)) for name in FORMS[self.form]}
         if self.form == "one":
             return weights_Tm, index_Tm, Scales(vectors["input"], vectors["input"], None)
         return weights_Tm, index_Tm, Scales(**vectors)

@@ -113,7 +113,8 @@ class RoutedExperts(nn.Module):
 
     def _matrices(self) -> Iterator[tuple[Tensor, Tensor | None, Tensor, Tensor | None]]:
         """Of each expert the matrices that its rows go through: gate and up, their second factor, down, its second factor."""
-        held = {name: iter(p.unbind()) for name, p in self.named_parameters(recurse=False)}
+        # by attribute, where a sum with trained additions may stand in the parameter's place
+        held = {name: iter(getattr(self, name).unbind()) for name, _ in self.named_parameters(recurse=False)}
         for gate_up_low, down_low in zip(self.gate_up_low, self.down_low, strict=True):
             gate_up = (next(held["gate_up_in"]), next(held["gate_up_out"])) if gate_up_low else (next(held["gate_up_proj"]), None)
             down = (next(held["down_in"]), next(held["down_out"])) if down_low else (next(held["down_proj"]), None)

@@ -202,10 +202,8 @@ def check_layer(config: Config, layer: int, table: TensorTable) -> int:
     else:
         wanted = Format(arch.num_experts(config) if layer in arch.moe_layers(config) else 0)
     if found != wanted:
-        what = "other ranks for its experts" if found.experts == wanted.experts else f"{wanted.experts} experts"
         raise ValueError(
-            f"config.json says that layer {layer} has {what}, its tensors say {found.experts}"
-            f"{' with low rank' if found.low_rank else ''}; correct one of them"
+            f"config.json says that layer {layer} has {wanted.words()}, its tensors say {found.words()}; correct one of them"
         )
     if found.experts:
         width = int(config["hidden_size"])

@@ -152,6 +152,16 @@ def test_they_are_neutral_where_the_checkpoint_has_none_and_as_stored_where_it_h
     assert len(found) == 9 and all(torch.equal(v, tensors[n]) for n, v in found.items())
 
 
+def test_a_checkpoint_that_lacks_some_of_its_vectors_is_refused(olmoe: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    broken = Path(shutil.copytree(olmoe[2], tmp_path / "broken"))
+    file = next(
+        f for f in sorted(broken.glob("*.safetensors")) if any("layers.1.mlp.experts.compressed.up" in n for n in Tensors(f))
+    )
+    save({n: t for n, t in Tensors(file).items() if not n.endswith("layers.1.mlp.experts.compressed.up")}, file)
+    with pytest.raises(ValueError, match="no tensor model.layers.1.mlp.experts.compressed.up; the checkpoint is incomplete"):
+        load(broken)
+
+
 def test_a_model_made_on_meta_begins_neutral_and_takes_the_stored_vectors(olmoe: tuple[Path, Path, Path]) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(olmoe[2]))

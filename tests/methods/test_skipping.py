@@ -171,6 +171,8 @@ def test_what_cannot_be_skipped_is_refused_in_one_line(tmp_path: Path) -> None:
         skipping.skip(seen, active=2)
     with pytest.raises(ValueError, match="skip='half' is not known; say none, median, or how many"):
         skipping.stage("half")
+    with pytest.raises(ValueError, match="skip=0: a token has at least one expert"):
+        skipping.stage("0")
     made = skipping.skip(seen)
     again = calibrated(made, tmp_path)
     with pytest.raises(ValueError, match="layer 0 skips experts by a threshold .* prune first, then skip"):

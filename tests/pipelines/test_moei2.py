@@ -25,6 +25,7 @@ SMALL = [
     "heldout_sequences=2",
     "population=10",
     "generations=3",
+    "tune=none",
 ]
 OURS = ["counts=exact", "search=swap", "block=1", "svd=whitened", "ranks=global", "multiple=2"]
 

@@ -1,0 +1,331 @@
+"""Fine-tuning: what is trained is what a plain loop trains, what is stored is what was trained, and all else is untouched."""
+
+import io
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM
+
+from moeflow.arch import arch_of
+from moeflow.methods import compressed_experts, distill, drop, finetune, snapshots, tokens
+from moeflow.methods.batches import batch_of
+from moeflow.methods.fetch import Model
+from moeflow.methods.finetune import Tuned
+from moeflow.methods.recipe import Gang
+from moeflow.model.checkpoint import Tensors
+from moeflow.run import StepFailed, in_process
+from moeflow.run.progress import Lines
+from moeflow.step import Artifact, Context, Resources, Spec, Step, placed, step
+from moeflow.store import Store
+from tests import tiny
+from tests.model.test_compressed import compress
+from tests.running import array_of, matrix_of, model_in, run, store_in
+
+STEPS, BATCH, RATE = 4, 4, 1e-2
+
+
+def alone(step: Step) -> Step:
+    """The same step in this process, outside a gang."""
+    return placed(step, lambda _: Resources())
+
+
+def read(store: Store, tuned: Tuned) -> dict[str, Any]:
+    return json.loads(store.artifact(tuned.trained.key).file("training.json").read_text())
+
+
+def tensors(store: Store, model: Model) -> dict[str, Tensor]:
+    """Every tensor of a model, under the hub's names."""
+    done = drop.checkpoint_of(model)
+    run(store, alone(done))
+    found = Tensors(store.artifact(done.key))
+    return {name: found[name] for name in found}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    return store_in(tmp_path_factory.mktemp("finetune"))
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return matrix_of(tmp_path_factory.mktemp("tokens"), sequences=6, length=12)
+
+
+@pytest.fixture(scope="module")
+def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write("mixtral", tmp_path_factory.mktemp("mixtral"))
+
+
+def plain(folder: Path, ids_NL: np.ndarray) -> tuple[Any, list[float]]:
+    """A model of transformers after the same steps of AdamW in a loop without DeepSpeed, and its losses."""
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()  # so that no router draws
+    model.config._experts_implementation = "eager"
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.999), weight_decay=0.0)
+    losses = []
+    for at in range(STEPS):
+        for group in optimizer.param_groups:
+            group["lr"] = RATE * (1 + np.cos(np.pi * at / STEPS)) / 2
+        ids = torch.from_numpy(ids_NL[batch_of(at, BATCH, len(ids_NL), 0)])
+        loss = cross_entropy(model(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return model, losses
+
+
+def test_a_full_training_is_that_of_a_plain_loop_in_every_family(family: Path, store: Store, rows: Any, tmp_path: Path) -> None:
+    model = model_in(family)
+    data = tokens.of(rows, model, sequences=6, length=12)
+    tuned = finetune.tune(model, data, mode="full", steps=STEPS, batch=BATCH, rate=RATE, warmup=0.0)
+    run(store, alone(tuned.trained))
+    expected, losses = plain(family, array_of(rows))
+    expected.save_pretrained(tmp_path)
+    found = tensors(store, tuned.model)
+    assert read(store, tuned)["losses"] == pytest.approx(losses, rel=1e-5)
+    wanted = Tensors(tmp_path)
+    assert set(found) == set(wanted)
+    before = Tensors(family)
+    moved = [n for n in wanted if not torch.equal(wanted[n], before[n])]
+    assert len(moved) >= len(wanted) - 3
+    for name in wanted:
+        assert torch.allclose(found[name], wanted[name], atol=2e-4), name
+
+
+@pytest.mark.parametrize("kind", ["standard", "compressed"])
+def test_the_merged_model_computes_what_lora_trained(kind: str, family: Path, store: Store, rows: Any, tmp_path: Path) -> None:
+    """Of standard checkpoints, and of those whose layers differ and have low-rank experts in every combination."""
+    model = model_in(family if kind == "standard" else compress(family, tmp_path / family.name))
+    arch = arch_of(model.config)
+    targets = ("attention", "router", "experts") + (("shared",) if arch.shared else ())
+    data = tokens.of(rows, model, sequences=6, length=12)
+    options: dict[str, Any] = dict(steps=STEPS, batch=BATCH, rate=RATE, warmup=0.0, rank=4, targets=targets)
+    tuned = finetune.tune(model, data, validation={"same": data}, keep="last", **options)
+    run(store, alone(tuned.trained))
+    told = read(store, tuned)["validations"]
+    checkpoint = drop.checkpoint_of(tuned.model)
+    run(store, alone(checkpoint))
+    artifact = store.artifact(checkpoint.key)
+    loaded = AutoModelForCausalLM.from_pretrained(artifact.folder()).eval()
+    ids = torch.from_numpy(array_of(rows))
+    with torch.no_grad():
+        loss = cross_entropy(loaded(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    assert told[1]["mean"] < told[0]["mean"] - 0.02
+    assert loss.item() == pytest.approx(told[1]["mean"], abs=2e-5)
+    found, before = tensors(store, tuned.model), tensors(store, model)
+    assert {n: t.shape for n, t in found.items()} == {n: t.shape for n, t in before.items()}
+    changed = {n for n in found if not torch.equal(found[n], before[n])}
+    assert not [n for n in changed if "norm" in n or "embed" in n or "lm_head" in n or "bias" in n]
+    assert [n for n in changed if "experts" in n] and [n for n in changed if "self_attn" in n]
+
+
+@pytest.mark.parametrize("mode", ["experts", "router"])
+def test_a_mode_trains_its_own_tensors_and_leaves_layers_without_any(mode: str, store: Store, rows: Any, tmp_path: Path) -> None:
+    model = model_in(tiny.write("qwen2_moe", tmp_path / "model"))
+    data = tokens.of(rows, model, sequences=6, length=12)
+    tuned = finetune.tune(model, data, mode=mode, steps=2, batch=3, rate=RATE)
+    assert tuned.model.layers[1] is model.layers[1] and tuned.model.rest is model.rest  # layer 1 is dense
+    run(store, alone(tuned.trained))
+    found, before = tensors(store, tuned.model), tensors(store, model)
+    changed = {n for n in found if not torch.equal(found[n], before[n])}
+    stem = ".mlp.experts." if mode == "experts" else ".mlp.gate.weight"
+    assert changed == {n for n in found if stem in n}
+
+
+class Killer(Lines):
+    """Kills one of a gang's processes as soon as something was kept."""
+
+    def __init__(self, store: Store, key: str) -> None:
+        super().__init__(io.StringIO())
+        self.store, self.key, self.killed = store, key, False
+
+    def progress(self, key: str, done: int, total: int, unit: str, detail: str = "") -> None:
+        if not self.killed and self.store.snapshots(self.key):
+            children = [p for p in psutil.Process().children() if "moeflow.run.child" in p.cmdline()]
+            children[-1].kill()
+            self.killed = True
+
+
+def test_processes_divide_the_work_and_one_that_is_killed_changes_nothing(mixtral: Path, rows: Any, tmp_path: Path) -> None:
+    """One key. The curve of two processes is that of one but for rounding, and that of a resumed run its own exactly."""
+    model = model_in(mixtral)
+    data = tokens.of(rows, model, sequences=6, length=12)
+    options: dict[str, Any] = dict(steps=12, batch=4, rate=3e-3, rank=4, validation={"same": data}, every=4)
+    found = {}
+    for name, gang in {
+        "one": Gang(),
+        "two": Gang(processes=2, zero=1, micro=1, save_every=100),
+        "divided": Gang(processes=2, zero=3, checkpointing=True, save_every=2),
+        "killed": Gang(processes=2, zero=3, checkpointing=True, save_every=2),
+    }.items():
+        trained = finetune.tune(model, data, gang=gang, **options).trained
+        store = store_in(tmp_path / name)
+        show = Killer(store, trained.key) if name == "killed" else None
+        outcome = in_process.run([alone(trained) if name == "one" else trained], store, progress=show)
+        told = json.loads(store.artifact(trained.key).file("training.json").read_text())
+        found[name] = trained.key, told, store.artifact(trained.key).file("layer-002/layer.safetensors").read_bytes()
+        notes = [n for s in outcome.steps for n in s.notes]
+        assert any(n.startswith("goes on behind step") for n in notes) == (name == "killed")
+    assert len({key for key, _, _ in found.values()}) == 1
+    one, two, divided, killed = (found[n][1] for n in ("one", "two", "divided", "killed"))
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-3)
+    assert divided["losses"] == pytest.approx(one["losses"], rel=1e-3)
+    assert killed["losses"] == divided["losses"] and killed["validations"] == divided["validations"]
+    assert found["killed"][2] == found["divided"][2]
+    assert one["losses"][-1] < one["losses"][0] - 0.1
+
+
+def test_nothing_is_refused_late_that_could_be_refused_early(mixtral: Path, rows: Any, tmp_path: Path) -> None:
+    model = model_in(mixtral)
+    data = tokens.of(rows, model, sequences=6, length=12)
+    long = tokens.of(matrix_of(tmp_path, sequences=2, length=80), model, sequences=2, length=80)
+    taught = distill.teacher(model, data, top=8)
+    other = distill.teacher(model, tokens.of(matrix_of(tmp_path, sequences=6, length=12, seed=5), model, sequences=6, length=12))
+    for change, message in {
+        "long": ({"data": long}, "the data has sequences of 80 tokens, the model 64 positions"),
+        "validation": ({"validation": {"prose": long}}, "prose has sequences of 80 tokens"),
+        "no matrix": ({"data": model.rest}, "the data is made by fetch.rest, which makes no token matrix"),
+        "mode": ({"mode": "qlora"}, "mode='qlora' is not known; choose one of lora, full"),
+        "loss": ({"loss": "mse"}, "loss='mse' is not known; choose one of lm, kl, both"),
+        "target": ({"targets": ("q_proj",)}, "target 'q_proj' is not known; choose of attention, router"),
+        "absent": ({"targets": ("shared",)}, "'shared' matches no matrix of this mixtral; it has attention, experts, router"),
+        "compressed": ({"mode": "compressed_experts"}, "trains nothing of this mixtral: it has no compressed; attach them first"),
+        "teacher": ({"loss": "kl"}, "loss='kl' and 0 steps of a teacher do not go together; pass teacher=distill.teacher"),
+        "no use": ({"teacher": taught}, "loss='lm' and 1 steps of a teacher .*; a teacher is for loss='kl' or 'both'"),
+        "other": ({"teacher": other, "loss": "kl"}, "the teacher has read other data"),
+        "no teacher": ({"teacher": (data,), "loss": "kl"}, "are not those that distill.teacher.* makes"),
+        "mix": ({"teacher": taught, "loss": "both", "mix": 1.0}, "mix=1.0: of both losses each has a part"),
+        "batch": ({"gang": Gang(processes=3)}, "batch=4 cannot be divided between 3 processes; nearest: 3 or 6"),
+        "micro": ({"gang": Gang(processes=2, micro=3)}, "micro=3 does not divide the 2 sequences of each process.*nearest: 2"),
+        "steps": ({"steps": 0}, "steps=0 of batch=4 sequences: there must be at least one of each"),
+        "warmup": ({"warmup": 1.0}, "warmup=1.0 is a part of the steps, from 0 to below 1"),
+        "every": ({"every": 9}, "every=9 must lie between 1 and the 4 steps"),
+        "rate": ({"rate": 2.0}, "rate=2.0 must lie between 0 and 1"),
+        "dtype": ({"dtype": "float16"}, "dtype='float16': a model is trained in one of float32, bfloat16"),
+    }.values():
+        options = {"data": data, "steps": 4, "batch": 4, "rate": 1e-3, **change}
+        with pytest.raises(ValueError, match=message) as refused:
+            finetune.tune(model, options.pop("data"), **options)
+        assert "\n" not in str(refused.value)
+
+
+def test_data_with_nothing_to_predict_are_refused_with_the_reason(mixtral: Path, store: Store, rows: Any) -> None:
+    model = model_in(mixtral)
+    data = masked(tokens.of(rows, model, sequences=6, length=12), first=0)
+    tuned = finetune.tune(model, data, steps=1, batch=2, rate=1e-3)
+    with pytest.raises(StepFailed, match="nothing is to be predicted in the 6 sequences: learned.npy is zero behind"):
+        run(store, alone(tuned.trained))
+
+
+@step("test.masked", version=1, spec=lambda given, first: Spec(given))
+def masked(context: Context, given: Artifact, *, first: int) -> None:
+    """The same rows, of which all but the first tokens are to be predicted from token `first` on; 0: only the first."""
+    ids_NL = np.load(given.file("tokens.npy"))
+    learned_NL = np.zeros(ids_NL.shape, np.uint8)
+    learned_NL[:, :1] = 1
+    if first:
+        learned_NL[:, first:] = 1
+    context.link(given, "tokens.npy")
+    np.save(context.out / "learned.npy", learned_NL)
+
+
+def test_the_loss_is_the_mean_over_what_is_to_be_predicted(mixtral: Path, store: Store, rows: Any) -> None:
+    model = model_in(mixtral)
+    data = masked(tokens.of(rows, model, sequences=6, length=12), first=7)
+    tuned = finetune.tune(model, data, mode="router", steps=1, batch=6, rate=1e-3, validation={"same": data})
+    run(store, alone(tuned.trained))
+    ids = torch.from_numpy(array_of(rows))
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(mixtral).eval()(ids).logits
+    expected = cross_entropy(logits[:, 6:-1].flatten(0, 1), ids[:, 7:].flatten()).item()
+    told = read(store, tuned)
+    assert told["losses"][0] == pytest.approx(expected, abs=1e-5)
+    assert told["validations"][0]["losses"]["same"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_router_learns_from_the_original_what_pruning_took(mixtral: Path, store: Store, rows: Any, tmp_path: Path) -> None:
+    """Router-KD, from a file with the original's whole distribution: the loss is the divergence, and it falls."""
+    original, pruned = model_in(mixtral), model_in(compress(mixtral, tmp_path / "pruned"))
+    data = tokens.of(rows, original, sequences=6, length=12)
+    taught = distill.teacher(original, data, top=96, batch=2, shard=4)
+    assert len(taught) == 2
+    tuned = finetune.tune(pruned, data, mode="router", loss="kl", teacher=taught, steps=20, batch=6, rate=3e-2, warmup=0.0)
+    run(store, alone(tuned.trained))
+    ids = torch.from_numpy(array_of(rows))
+    with torch.no_grad():
+        log_p, log_q = (
+            AutoModelForCausalLM.from_pretrained(folder).eval()(ids).logits[:, :-1].log_softmax(-1)
+            for folder in (mixtral, tmp_path / "pruned")
+        )
+    losses = read(store, tuned)["losses"]
+    assert losses[0] == pytest.approx((log_p.exp() * (log_p - log_q)).sum(-1).mean().item(), rel=1e-4)
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_a_training_that_overflows_stops_with_the_step_and_keeps_the_state_before(mixtral: Path, rows: Any, tmp_path: Path) -> None:
+    model = model_in(mixtral)
+    data = tokens.of(rows, model, sequences=6, length=12)
+    options: dict[str, Any] = dict(mode="full", steps=9, batch=6, rate=0.5, decay=1e12, gang=Gang(zero=0, save_every=1))
+    tuned = finetune.tune(model, data, **options)
+    store = store_in(tmp_path)
+    said = "a trained parameter is not finite behind step 2; the state of step 1 is kept, and running again .*; lower the rate"
+    with pytest.raises(StepFailed, match=said):
+        run(store, tuned.trained)
+    (newest, *_) = store.snapshots(tuned.trained.key)
+    assert newest.at == 1
+    assert store.load_partial(tuned.trained.key, tmp_path / "kept", (newest,))
+    state = torch.load(tmp_path / "kept/engine/mp_rank_00_model_states.pt", weights_only=False)
+    assert all(t.isfinite().all() for t in state["module"].values())
+
+
+def test_a_disk_without_room_for_a_snapshot_is_told_in_a_line(
+    mixtral: Path, store: Store, rows: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_in(mixtral)
+    data = tokens.of(rows, model, sequences=6, length=12)
+    tuned = finetune.tune(model, data, mode="router", steps=Gang().save_every + 1, batch=1, rate=1e-4)
+    monkeypatch.setattr(snapshots.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6, 1000))
+    with pytest.raises(
+        StepFailed, match="no space left on .*; free some, or point MOEFLOW_CACHE / --store to another disk"
+    ) as failed:
+        run(store, alone(tuned.trained))
+    assert "a snapshot needs" in str(failed.value.cause.__cause__)
+
+
+def test_compressed_experts_learn_alone_and_leave_the_layers_files_untouched(mixtral: Path, store: Store, rows: Any) -> None:
+    model = compressed_experts.attach(model_in(mixtral))
+    data = tokens.of(rows, model, sequences=6, length=12)
+    tuned = finetune.tune(model, data, mode="compressed_experts", steps=4, batch=6, rate=1e-1, validation={"same": data})
+    run(store, alone(tuned.trained))
+    files = store.artifact(tuned.trained.key).names()
+    assert [n for n in files if n.startswith("layer-")] == [f"layer-{i:03d}/routing.safetensors" for i in range(3)]
+    told = read(store, tuned)["validations"]
+    assert told[1]["mean"] < told[0]["mean"]
+    found, before = tensors(store, tuned.model), tensors(store, model)
+    changed = {n for n in found if not torch.equal(found[n], before[n])}
+    assert changed == {n for n in found if ".experts.compressed." in n} and len(changed) == 9
+
+
+def test_the_best_state_is_kept_and_the_report_says_what_it_gained(mixtral: Path, store: Store, rows: Any) -> None:
+    model = model_in(mixtral)
+    data = tokens.of(rows, model, sequences=6, length=12)
+    other = tokens.of(rows, model, sequences=6, length=12)
+    tuned = finetune.tune(model, data, steps=8, batch=3, rate=3e-2, every=2, validation={"a": data, "b": other})
+    run(store, alone(tuned.reports[0]))
+    told = read(store, tuned)
+    means = {v["steps"]: v["mean"] for v in told["validations"]}
+    assert list(means) == [0, 2, 4, 6, 8] and told["best"] == min(means, key=means.__getitem__)
+    shown = json.loads(store.artifact(tuned.reports[0].key).file("report.json").read_text())
+    rows_of = {row["name"]: (row["original"], row["compressed"]) for row in shown["rows"]}
+    assert rows_of["training loss"] == (told["losses"][0], told["losses"][-1])
+    assert rows_of["loss while tuning (a)"] == pytest.approx((means[0], means[told["best"]]))
+    assert shown["trained_parameters"] == told["trained"] and shown["rows"][0]["unit"] == "nats/token"

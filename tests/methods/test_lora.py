@@ -1,0 +1,101 @@
+"""Low-rank additions: they begin at nothing, are the same everywhere, leave padding alone, and cost one sum a forward pass."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from moeflow.arch import arch_of
+from moeflow.methods import lora
+from moeflow.methods.lora import Addition
+from moeflow.methods.trained import by_layer, parameters_of
+from moeflow.model.factors import STACKS
+from moeflow.model.formats import Format
+from tests import tiny
+from tests.methods.test_compressed_experts import attached
+from tests.model.test_compressed import compress
+
+F32 = {"dtype": torch.float32, "device": torch.device("cpu")}
+
+
+def test_an_addition_begins_at_nothing_and_is_drawn_alike_in_every_process() -> None:
+    made = [Addition((3, 8, 6), 2, 4.0, name=name, seed=seed, **F32) for name, seed in (("a", 0), ("a", 0), ("b", 0), ("a", 1))]
+    w = torch.randn(3, 8, 6)
+    assert all(torch.equal(m(w), w) for m in made)
+    assert torch.equal(made[0].a, made[1].a)
+    assert not torch.equal(made[0].a, made[2].a) and not torch.equal(made[0].a, made[3].a)
+    assert made[0].a.shape == (3, 2, 6) and made[0].b.shape == (3, 8, 2) and made[0].a.abs().max() <= 6**-0.5
+    torch.nn.init.ones_(made[0].b)
+    assert torch.allclose(made[0](w), w + 4.0 * made[0].b @ made[0].a)
+    assert torch.allclose(made[0](w) - w, lora.product(made[0].a, made[0].b, rank=2, alpha=8.0), atol=1e-6)
+
+
+@pytest.mark.parametrize("stack", STACKS, ids=lambda s: s.name)
+def test_padding_of_stacked_factors_stays_zero(stack: object) -> None:
+    format = Format(3, gate=(5, 0, 2), up=(3, 0, 7), down=(0, 4, 6))
+    shape = stack.shape(format, 12, 10)
+    opened = lora.opening(stack, format, *shape[-2:])
+    pieces = [torch.ones(stack.piece_shape(format, m, e, 12, 10)) for m in stack.matrices for e in stack.experts(format)]
+    each = len(stack.experts(format))
+    full = stack.stacked([pieces[i : i + each] for i in range(0, len(pieces), each)])
+    addition = Addition(shape, 2, 1.0, name="x", seed=0, open_EBMN=opened, **F32)
+    torch.nn.init.ones_(addition.b)
+    changed = addition(torch.zeros(shape)) != 0
+    assert torch.equal(changed, full != 0) and changed.any()
+    assert (opened is None) == (stack.kind == "whole")
+
+
+def test_a_sum_is_made_once_for_each_forward_pass_and_is_gone_behind_it(tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny.write("mixtral", tmp_path)).eval()
+    model.config._experts_implementation = "eager"  # asks for the stack once for each expert
+    names = [n for n, _ in model.named_parameters() if "experts" in n or "q_proj" in n]
+    ids = torch.randint(3, 96, (1, 8))
+    before = model(ids).logits
+    lora.attach(model, names, rank=4, alpha=8.0, seed=0, openings={})
+    lora.apply(model)
+    made: list[str] = []
+    for name, module in model.named_modules():
+        if isinstance(module, Addition):
+            module.register_forward_hook(lambda *_, name=name: made.append(name))
+    assert torch.equal(model(ids).logits, before), "it begins at nothing"
+    assert len(made) == len(set(made)) == len(names) == 9
+    trained = parameters_of(model)
+    assert set(trained) == {n + end for n in names for end in (lora.A, lora.B)}
+    assert all(p.requires_grad == (n.endswith((".a", ".b"))) for n, p in model.named_parameters())
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.normal_(std=0.1 if name.endswith(lora.B) else 1.0)
+    assert not torch.allclose(model(ids).logits, before, atol=1e-2)
+    with pytest.raises(Exception, match="index out of range"):
+        model(ids + 1000)
+    for layer in model.model.layers:
+        experts = layer.get_submodule(arch_of(model.config.to_dict()).block).experts
+        assert experts.gate_up_proj is experts._parameters["gate_up_proj"], "as it was"
+
+
+def test_trained_parameters_are_sorted_by_layer() -> None:
+    names = {"model.layers.2.a": 0, "model.norm.weight": 0, "model.layers.10.b": 0, "model.layers.2.c": 0}
+    assert by_layer(names) == {
+        "layer-002": ["model.layers.2.a", "model.layers.2.c"],
+        "layer-010": ["model.layers.10.b"],
+        "rest": ["model.norm.weight"],
+    }
+
+
+@pytest.mark.parametrize("kind", ["low rank", "compressed"])
+def test_what_is_added_to_experts_of_our_own_is_computed(kind: str, tmp_path: Path) -> None:
+    plain = tiny.write("mixtral", tmp_path / "plain")
+    made = compress(plain, tmp_path / "made") if kind == "low rank" else attached(plain, tmp_path / "made")
+    model = AutoModelForCausalLM.from_pretrained(made).eval()
+    names = [n for n, _ in model.named_parameters() if ".experts." in n and (kind == "low rank" or ".compressed." in n)]
+    lora.attach(model, names, rank=2, alpha=2.0, seed=0, openings={})
+    lora.apply(model)
+    ids = torch.randint(3, 96, (1, 8))
+    before = model(ids).logits
+    for name, module in model.named_modules():
+        if isinstance(module, Addition):
+            torch.nn.init.ones_(module.b)
+            assert not torch.equal(model(ids).logits, before), name
+            torch.nn.init.zeros_(module.b)
+    assert torch.equal(model(ids).logits, before)
