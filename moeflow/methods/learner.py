@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import moeflow  # noqa: F401  makes transformers know compressed checkpoints
 from moeflow.arch import Arch, Config, arch_of
+from moeflow.methods import extensions
 from moeflow.methods.lora import apply, attach, opening
 from moeflow.methods.recipe import Recipe
 from moeflow.methods.targets import is_trained
@@ -26,7 +27,7 @@ from moeflow.model.formats import layer_formats
 
 
 @contextmanager
-def distributed(local_rank: int, *, gpus: float) -> Iterator[torch.device]:
+def distributed(local_rank: int, *, gpus: float, offload: bool = False) -> Iterator[torch.device]:
     """torch.distributed between the processes of the gang, and this one's device: a CPU where no GPU is there or asked for.
 
     Left as it is where it is initialised already; a step that runs outside a gang is a gang of one.
@@ -45,6 +46,7 @@ def distributed(local_rank: int, *, gpus: float) -> Iterator[torch.device]:
 
     ours = not torch.distributed.is_initialized()
     with quiet():
+        extensions.load(*([] if on_gpu else [extensions.COMMUNICATION]), *([extensions.ADAM] if offload else []))
         deepspeed.init_distributed("nccl" if on_gpu else "gloo")
     try:
         yield device

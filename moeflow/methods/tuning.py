@@ -131,7 +131,7 @@ def tune(
     """Train, and leave the layers that were trained, `training.json` and `deepspeed.json` in the step's folder."""
     folder = checkpoint.folder()
     gang = Gang.of(context.settings, context.processes)
-    with distributed(context.local_rank, gpus=gang.gpus) as device:
+    with distributed(context.local_rank, gpus=gang.gpus, offload=gang.offload) as device:
         if recipe.dtype == "bfloat16" and device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2":
             context.note("this processor has no instructions for bf16: dtype='float32' trains ten times as fast here")
         rows, texts = Rows.of(data), {name: Rows.of(matrix) for name, matrix in heldout.items()}

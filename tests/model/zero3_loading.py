@@ -11,9 +11,11 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations import HfDeepSpeedConfig
 
 import moeflow  # noqa: F401
+from moeflow.methods import extensions
 
 good, surplus = sys.argv[1:]
 torch.set_num_threads(1)
+extensions.load(extensions.COMMUNICATION)
 deepspeed.init_distributed("gloo")
 plain = AutoModelForCausalLM.from_pretrained(good)
 zero3 = {
