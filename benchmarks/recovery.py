@@ -154,8 +154,7 @@ def _recovered(
             f"| {name} | {told['trained']:,} | {minutes:.1f} | {' | '.join(f'{k:.4f}' for k in after.kl)} | {after.mean:.4f} "
             f"| {gone:.1%} | {gone / minutes:.1%} | {1000 * gone / told['trained']:.3%} | {course} |"
         )
-        if options["loss"] != "lm":  # towards the text alone, a model leaves its original
-            rows.append(Row(f"{what}, {name}: KL after against before", after.mean / before.mean, "at most", 1.0, "times"))
+        rows.append(Row(f"{what}, {name}: KL after against before", after.mean / before.mean, "at most", 1.0, "times"))
     if target:
         best = max(gone for gone, minutes in gone_of.values() if minutes <= MINUTES)
         rows.append(Row(f"{what}: part of the added KL that the best removes in {MINUTES} minutes", best, "at least", HALF, ""))

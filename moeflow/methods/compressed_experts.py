@@ -34,7 +34,7 @@ def attach(model: Model, *, main: int = 0, form: str = "three") -> Model:
 
 
 def _layer_spec(rest: RestSpec, given: LayerSpec, *, layer: int, form: str) -> Spec:
-    given.check_routing("build")
+    given.check_routing("take")
     if given.share < 1:
         raise ValueError(f"how many experts layer {layer} keeps is decided by a run; attach Compressed Experts to its result")
     added = _added(rest.config, given.tensors, layer, form)

@@ -78,13 +78,10 @@ def divergence(logits_TV: Tensor, id_TK: Tensor, log_p_TK: Tensor, log_rest_T: T
     return kl_T + log_rest_T.exp() * (log_rest_T - rest_q_T)
 
 
-def loss_sums(
+def loss_sum(
     logits_nLV: Tensor, ids_nL: Tensor, learned_nL: Tensor, taught: tuple[Tensor, Tensor, Tensor] | None, mix: float
-) -> tuple[Tensor, Tensor]:
-    """The loss summed over the tokens that are to be predicted, and of it the language-modelling loss alone, detached."""
+) -> Tensor:
+    """The loss summed over the tokens that are to be predicted: `mix` of it the divergence from what was taught."""
     logits_TV = logits_nLV[:, :-1][learned_nL].float()
     lm = cross_entropy(logits_TV, ids_nL[:, 1:][learned_nL], reduction="sum")
-    if taught is None:
-        return lm, lm.detach()
-    kl = divergence(logits_TV, *taught).sum()
-    return mix * kl + (1 - mix) * lm, lm.detach()
+    return lm if taught is None else mix * divergence(logits_TV, *taught).sum() + (1 - mix) * lm

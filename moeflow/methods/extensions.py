@@ -18,16 +18,18 @@ COMMUNICATION, ADAM = "ShareMemCommBuilder", "CPUAdamBuilder"
 def load(*builders: str) -> None:
     """Load these extensions into this process; to be called before DeepSpeed asks for them, which then finds them loaded.
 
-    They lie in TORCH_EXTENSIONS_DIR, by default below torch's own cache in a folder of this Python environment: the headers of
-    another would have them compiled again.
+    They lie in a folder of this Python environment below TORCH_EXTENSIONS_DIR (by default torch's own cache), which is set to it:
+    the headers of another environment would have them compiled again, and no other program compiles there.
     """
     from deepspeed.accelerator import get_accelerator
     from torch.utils.cpp_extension import get_default_build_root
 
     if shutil.which("ninja") is None:  # which compiles them, and lies beside this Python
         os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    place = hashlib.sha256(f"{sys.prefix} {sys.version}".encode()).hexdigest()[:12]
-    root = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(get_default_build_root()) / f"moeflow-{place}")))
+    place = "moeflow-" + hashlib.sha256(f"{sys.prefix} {sys.version}".encode()).hexdigest()[:12]
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    root = root if root.name == place else root / place
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(root)
     root.mkdir(parents=True, exist_ok=True)
     with (root / ".moeflow-lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

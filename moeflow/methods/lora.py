@@ -63,7 +63,7 @@ def attach(model: nn.Module, names: Iterable[str], *, rank: int, alpha: float, s
         module: Any = model.get_submodule(path)
         weight = getattr(module, last)
         shape = tuple(getattr(weight, "ds_shape", weight.shape))
-        if not hasattr(module, ADDITIONS):
+        if ADDITIONS not in dict(module.named_children()):
             module.add_module(ADDITIONS, nn.ModuleDict())
         module.additions[last] = Addition(
             shape, min(rank, *shape[-2:]), alpha / rank, name=name, seed=seed, dtype=weight.dtype, device=weight.device,
@@ -74,7 +74,7 @@ def attach(model: nn.Module, names: Iterable[str], *, rank: int, alpha: float, s
 def apply(model: nn.Module) -> None:
     """Let every forward pass use the sums from now on. To be called behind DeepSpeed, whose hooks make the parameters whole."""
     for module in model.modules():
-        if hasattr(module, ADDITIONS):
+        if ADDITIONS in dict(module.named_children()):
             module.register_forward_pre_hook(_begin)
             module.register_forward_hook(_end, always_call=True)
 

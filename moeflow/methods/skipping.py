@@ -79,7 +79,7 @@ def _calibrated(model: Model, tokens: Step, *, active: float, **options: Any) ->
 
 
 def _layer_spec(rest: RestSpec, given: LayerSpec, *seen: ObservedSpec, layer: int, rule: str, active: float) -> Spec:
-    given.check_routing("build")
+    given.check_routing("take")
     tokens = sum(s.hidden.sequences * s.hidden.length for s in seen)
     name = f"{arch_of(rest.config).experts(layer)}skip.{rule}"
     out = LayerSpec(rest.config, layer, given.experts, {**given.tensors, name: ("F32", ())}, given.share)

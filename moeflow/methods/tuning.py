@@ -16,7 +16,7 @@ from torch import Tensor
 from moeflow.methods.batches import Rows, batch_of, dealt
 from moeflow.methods.curve import Curve
 from moeflow.methods.deepspeed_config import used
-from moeflow.methods.distilling import Predictions, loss_sums
+from moeflow.methods.distilling import Predictions, loss_sum
 from moeflow.methods.learner import distributed, engine_of, learning, load
 from moeflow.methods.recipe import Gang, Recipe
 from moeflow.methods.snapshots import Snapshots
@@ -80,7 +80,7 @@ class Tuning:
         for at, part in enumerate(batches):
             # for dropout, where a configuration has some: the same at every attempt
             torch.manual_seed(int(np.random.default_rng([self.recipe.seed, step, self.context.rank, at]).integers(2**63)))
-            summed, _ = self._forward(part)
+            summed = self._forward(part)
             self.engine.backward(summed * weight)
             self.engine.step()
             loss += summed.item()
@@ -91,10 +91,10 @@ class Tuning:
         detail = f"loss {loss:.3f}  {speed:,.0f} tokens/s  lr {rate:.1e}"
         self.context.progress((step + 1) * tokens, self.recipe.steps * tokens, "tokens", detail)
 
-    def _forward(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+    def _forward(self, rows: np.ndarray) -> Tensor:
         ids_nL, learned_nL = (torch.from_numpy(part).to(self.device) for part in self.rows.at(rows))
         taught = None if self.taught is None else self.taught.of(rows, learned_nL)
-        return loss_sums(self.engine(input_ids=ids_nL, use_cache=False).logits, ids_nL, learned_nL, taught, self.recipe.mix)
+        return loss_sum(self.engine(input_ids=ids_nL, use_cache=False).logits, ids_nL, learned_nL, taught, self.recipe.mix)
 
     @torch.no_grad()
     def _validate(self, done: int) -> None:
@@ -115,7 +115,7 @@ class Tuning:
         for at in range(0, most * self.micro, self.micro):
             part = mine[at : at + self.micro]
             ids_nL, learned_nL = (torch.from_numpy(p).to(self.device) for p in rows.at(part if len(part) else np.array([0])))
-            summed, _ = loss_sums(self.engine(input_ids=ids_nL, use_cache=False).logits, ids_nL, learned_nL, None, 0.0)
+            summed = loss_sum(self.engine(input_ids=ids_nL, use_cache=False).logits, ids_nL, learned_nL, None, 0.0)
             total += summed.item() if len(part) else 0.0
         return self._sum(total) / int(rows.counts_N.sum())
 

@@ -68,9 +68,9 @@ class Format:
 
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> "Format":
-        beside = {name: str(value[name]) for name in ("skip", "compressed") if name in value}
-        ranks = {m: tuple(r) for m, r in value.get("ranks", {}).items()}
-        return Format(**{"experts": int(value["experts"])} | ranks | beside)  # type: ignore[arg-type]
+        ranks = value.get("ranks", {})
+        gate, up, down = (tuple(ranks.get(m, ())) for m in MATRICES)
+        return Format(int(value["experts"]), gate, up, down, value.get("skip", ""), value.get("compressed", ""))
 
 
 def format_of(shapes: Mapping[str, Sequence[int]], config: Config, layer: int) -> Format:

@@ -80,14 +80,16 @@ class LayerSpec:
         return format_of({n: shape for n, (_, shape) in self.tensors.items()}, self.config, self.layer)
 
     def check_routing(self, what: str) -> None:
-        """Raise ValueError where `what` (a verb) would change experts by which this layer's tokens have learned to go."""
+        """Raise ValueError where this layer's experts, which `what` ("prune") would change, must stay as they are."""
         if self.format.skip:
             raise ValueError(
-                f"layer {self.layer} skips experts by a threshold that was calibrated on it as it is; {what} first, then skip"
+                f"layer {self.layer} skips experts by a threshold that was calibrated on it as it is; {what} the model without it, "
+                "and calibrate skipping on the result"
             )
         if self.format.compressed:
             raise ValueError(
-                f"layer {self.layer} has Compressed Experts, which stand for its experts as they are; {what} first, then attach"
+                f"layer {self.layer} has Compressed Experts, which stand for its experts as they are; {what} the model without "
+                "them, and attach them to the result"
             )
 
     @cached_property

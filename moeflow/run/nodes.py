@@ -5,10 +5,6 @@ from collections import Counter
 from typing import Any
 
 import ray
-from ray import ActorID
-from ray._private.state import state
-from ray.core.generated import gcs_pb2
-from ray.util.placement_group import PlacementGroup, PlacementGroupID, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from moeflow.run.call import Call
@@ -79,6 +75,12 @@ def _fits(asked: dict[str, float], offer: dict[str, float]) -> int:
 
 def free_orphans() -> None:
     """Give back the room of gangs of this driver whose controller has died: Ray would keep it until the driver ends."""
+    # here, because they are Ray's own affairs: where another version has moved them, only gangs are to fail
+    from ray import ActorID
+    from ray._private.state import state
+    from ray.core.generated import gcs_pb2
+    from ray.util.placement_group import PlacementGroup, PlacementGroupID, remove_placement_group
+
     job = ray.get_runtime_context().get_job_id()
     table: Any = gcs_pb2.PlacementGroupTableData  # type: ignore[attr-defined]
     for data in state._connect_and_get_accessor().get_placement_group_table():  # the public table does not tell the creator

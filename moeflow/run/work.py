@@ -16,9 +16,7 @@ THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 @contextmanager
 def work_folder(root: Path) -> Iterator[Path]:
     """An empty folder below `root` that goes at the end; folders of processes that were killed are swept away."""
-    root.mkdir(parents=True, exist_ok=True)
-    with (root / ".lock").open("w") as door:
-        fcntl.flock(door, fcntl.LOCK_EX)  # so that nobody sweeps a folder that is not yet locked
+    with _door(root):
         _sweep(root)
         folder = Path(tempfile.mkdtemp(prefix="step-", dir=root))
         lock = (folder / ".lock").open("w")
@@ -33,10 +31,8 @@ def work_folder(root: Path) -> Iterator[Path]:
 @contextmanager
 def shared_folder(root: Path, name: str) -> Iterator[Path]:
     """The folder called `name` below `root`: one for all processes that ask for it now, which goes with the last of them."""
-    root.mkdir(parents=True, exist_ok=True)
     folder = root / f"step-{name}"
-    with (root / ".lock").open("w") as door:
-        fcntl.flock(door, fcntl.LOCK_EX)
+    with _door(root):
         folder.mkdir(exist_ok=True)
         lock = (folder / ".lock").open("w")
         fcntl.flock(lock, fcntl.LOCK_SH)
@@ -44,8 +40,7 @@ def shared_folder(root: Path, name: str) -> Iterator[Path]:
         try:
             yield folder
         finally:
-            with (root / ".lock").open("w") as door, suppress(BlockingIOError):
-                fcntl.flock(door, fcntl.LOCK_EX)
+            with _door(root), suppress(BlockingIOError):
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 _remove(folder)
 
@@ -64,6 +59,15 @@ def threads(n: int) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+@contextmanager
+def _door(root: Path) -> Iterator[None]:
+    """One process at a time makes, locks and sweeps folders below `root`: nobody sweeps one that is not yet locked."""
+    root.mkdir(parents=True, exist_ok=True)
+    with (root / ".lock").open("w") as door:
+        fcntl.flock(door, fcntl.LOCK_EX)
+        yield
 
 
 def _sweep(root: Path) -> None:

@@ -230,10 +230,10 @@ def test_what_cannot_be_attached_is_refused_in_one_line(olmoe: tuple[Path, Path,
     with pytest.raises(ValueError, match="form='two' is not known; choose one of one, three"):
         compressed_experts.attach(model, form="two")
     again = model_in(neutral)
-    with pytest.raises(ValueError, match="layer 0 has Compressed Experts, .* build first, then attach"):
+    with pytest.raises(ValueError, match="layer 0 has Compressed Experts, .* take the model without them"):
         compressed_experts.attach(again)
     seen = calibrate.run(again, tokens.of(matrix_of(tmp_path), again, sequences=8, length=16), batch=4, shard=4, stage=2)
-    with pytest.raises(ValueError, match="layer 0 has Compressed Experts, .* prune first, then attach"):
+    with pytest.raises(ValueError, match="layer 0 has Compressed Experts, .* prune the model without them"):
         search.layerwise(seen, keep=6)
 
 

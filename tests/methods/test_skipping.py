@@ -175,9 +175,9 @@ def test_what_cannot_be_skipped_is_refused_in_one_line(tmp_path: Path) -> None:
         skipping.stage("0")
     made = skipping.skip(seen)
     again = calibrated(made, tmp_path)
-    with pytest.raises(ValueError, match="layer 0 skips experts by a threshold .* prune first, then skip"):
+    with pytest.raises(ValueError, match="layer 0 skips experts by a threshold .* prune the model without it"):
         search.layerwise(again, keep=6)
-    with pytest.raises(ValueError, match="layer 0 skips experts .* build first, then skip"):
+    with pytest.raises(ValueError, match="layer 0 skips experts .* take the model without it"):
         skipping.skip(again)
     three = model_in(tiny.write("olmoe", tmp_path / "three"))
     with pytest.raises(ValueError, match="3 experts, for which there is no rule of a median"):
