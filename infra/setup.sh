@@ -22,7 +22,7 @@ free=$(df -Pk . | awk 'NR == 2 {print int($4 / 1024)}')
 echo "setup: installing into .venv (about two minutes, once)"
 rm -rf .venv
 "$python" -m venv .venv
-.venv/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]' torch==2.13.0 ||
+.venv/bin/python -m pip install -qq --no-compile --disable-pip-version-check -c constraints.txt -e '.[dev]' torch==2.13.0 ||
     fail "pip could not install the packages; what it said stands above"
 echo "$PWD" >.venv/moeflow-place
 echo "$wanted" >"$stamp"

@@ -387,4 +387,5 @@ def test_partitioned_loading_reads_the_same_refuses_the_same_and_trains(name: st
     write(dict(Tensors(good)) | {"model.surprise": torch.zeros(1)}, read_config(Folder(good)), surplus)
     script = Path(__file__).with_name("zero3_loading.py")
     told = python("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), str(good), str(surplus))
-    assert [told.count(word) for word in ("equal", "refused", "trained")] == [2, 2, 2]
+    said = " ".join(told)  # two processes may write into one line
+    assert [said.count(word) for word in ("equal", "refused", "trained")] == [2, 2, 2]
