@@ -10,7 +10,14 @@ _SHARED = (
 )
 
 DEEPSEEK_V2 = Arch(
-    model_type="deepseek_v2", shared=_SHARED, normalize="never", groups=True, group_score="max", router_fp32=True, **NAMES
+    model_type="deepseek_v2",
+    shared=_SHARED,
+    normalize="never",
+    groups=True,
+    group_score="max",
+    router_fp32=True,
+    drop_score="chosen",
+    **NAMES,
 )
 
 DEEPSEEK_V3 = Arch(
@@ -20,6 +27,7 @@ DEEPSEEK_V3 = Arch(
     groups=True,
     group_score="top2",
     router_fp32=True,
+    drop_score="chosen",
     router_bias=MLP + ".gate.e_score_correction_bias",
     **NAMES,
 )

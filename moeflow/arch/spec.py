@@ -54,6 +54,7 @@ class Arch:
     groups: bool = False  # n_group and topk_group limit the choice
     group_score: Literal["max", "top2"] = "max"
     router_fp32: bool = False  # router logits are computed in fp32, whatever the model's precision
+    drop_score: Literal["all", "chosen"] = "all"  # Expert Drop's mean score: of all tokens, or of those that chose the expert
     memory: tuple[tuple[str, str], ...] = ()  # (on disk, in memory) beginnings of names inside a decoder layer
     block: str = "mlp"  # the MoE block inside a decoder layer in memory
     block_router: str = "gate"  # the router inside that block in memory
@@ -78,11 +79,18 @@ class Arch:
         return found[0]
 
     def with_experts(self, config: Config, experts: int) -> Config:
-        """The configuration of the same model with `experts` routed experts in every MoE layer."""
-        return config | {k: experts for k in EXPERT_COUNT_KEYS if config.get(k) is not None}
+        """The configuration of the same model with `experts` routed experts in every MoE layer, of which a token can reach its
+        top k, or all that it can where they are fewer."""
+        counts = {k: experts for k in EXPERT_COUNT_KEYS if config.get(k) is not None}
+        return config | counts | {"num_experts_per_tok": self.reach(config, experts)}
 
     def top_k(self, config: Config) -> int:
         return int(config["num_experts_per_tok"])
+
+    def reach(self, config: Config, experts: int) -> int:
+        """How many experts a token gets in a layer of `experts`: its top k, or all that it can reach where those are fewer."""
+        n_group, topk_group = self.group_limit(config)
+        return min(self.top_k(config), experts // n_group * topk_group)
 
     def computed(self, config: Config) -> int:
         """How many of a token's top-k experts are computed: fewer where Compressed Experts stand for the others."""
@@ -123,6 +131,14 @@ class Arch:
                     return found[1] + disk + found[2].removeprefix(memory)
         return name
 
+    def norm(self, layer: int) -> str:
+        """What the names of the norm before a layer's MoE block begin with."""
+        return self.prefix(layer) + "post_attention_layernorm."
+
+    def moe(self, layer: int) -> str:
+        """What the names of a layer's MoE block begin with on disk."""
+        return self.router.format(layer=layer).rsplit(".", 2)[0] + "."
+
     def router_tensors(self, layer: int) -> list[str]:
         """The names of the tensors that hold one row per expert."""
         return [t.format(layer=layer) for t in (self.router, self.router_bias) if t is not None]
@@ -141,18 +157,35 @@ class Arch:
     def check_keep(self, config: Config, keep: int, experts: int | None = None) -> None:
         """Raise ValueError where keeping `keep` of a layer's `experts` (all that the family has) cannot serve this router."""
         experts, top_k = experts or self.num_experts(config), self.top_k(config)
-        n_group, topk_group = self.group_limit(config)
         if not top_k <= keep <= experts:
             raise ValueError(f"keep={keep} must lie between top_k={top_k} and the layer's {experts} experts")
+        self.check_left(config, keep, experts)
+        n_group, topk_group = self.group_limit(config)
+        if (each := keep // n_group) * topk_group < top_k:
+            need = max(self._least(), -(-top_k // topk_group)) * n_group
+            raise ValueError(
+                f"keep={keep} leaves {each} experts in each of {n_group} groups, and a token that may choose from {topk_group} "
+                f"of them cannot reach its top_k={top_k}; keep at least {need}"
+            )
+
+    def check_left(self, config: Config, keep: int, experts: int) -> None:
+        """Raise ValueError where no router of this kind can do with `keep` of a layer's `experts`, however few a token gets."""
+        n_group, _ = self.group_limit(config)
+        if not 1 <= keep <= experts:
+            raise ValueError(f"keep={keep} must lie between 1 and the layer's {experts} experts")
+        if self.score == "sparsemixer" and keep < 2:
+            raise ValueError(f"keep={keep}: a {self.model_type} weighs two experts against each other; keep at least 2")
         if keep % n_group:
             raise ValueError(
                 f"keep={keep} must be a multiple of the router's {n_group} groups, or no whole number is left in each; "
                 f"nearest: {keep - keep % n_group} or {keep - keep % n_group + n_group}"
             )
-        least = 2 if self.groups and self.group_score == "top2" else 1
-        if (each := keep // n_group) * topk_group < top_k or each < least:
-            need = max(least, -(-top_k // topk_group)) * n_group
+        if keep // n_group < self._least():
             raise ValueError(
-                f"keep={keep} leaves {each} experts in each of {n_group} groups, and a token that may choose from {topk_group} "
-                f"of them cannot reach its top_k={top_k}; keep at least {need}"
+                f"keep={keep} leaves {keep // n_group} experts in each of {n_group} groups, which are ranked by their best "
+                f"{self._least()}; keep at least {self._least() * n_group}"
             )
+
+    def _least(self) -> int:
+        """How many experts a group needs to be ranked."""
+        return 2 if self.groups and self.group_score == "top2" else 1

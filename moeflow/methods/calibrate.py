@@ -32,6 +32,7 @@ class Calibration:
     states: dict[int, tuple[Step, ...]]  # per layer that begins a stage: hidden states before it
     observed: dict[int, tuple[Part, ...]]  # per MoE layer: one part for each shard
     recorded: int  # tokens of each shard whose MoE inputs are kept, at most
+    between: tuple[tuple[Part, ...], ...] = ()  # per layer, where asked for: the hidden states before it of the recorded tokens
 
 
 def run(
@@ -44,13 +45,14 @@ def run(
     record: int | None = None,
     per_expert: int = 0,
     residual: bool = False,
+    between: bool = False,
     dtype: str = "auto",
 ) -> Calibration:
     """Calibrate `model` on `tokens`, in shards of `shard` sequences and stages of `stage` layers.
 
     `batch` sequences run together; `record`: tokens whose MoE inputs are kept (all, where it is None), and beyond them up to
-    `per_expert` tokens for each expert and shard; `residual` keeps the residual stream of the same tokens too; `dtype`: the
-    precision of the run ("auto": the checkpoint's own).
+    `per_expert` tokens for each expert and shard; `residual` keeps the residual stream of the same tokens too, `between` the
+    hidden states before every layer of the first `record` tokens; `dtype`: the precision of the run ("auto": the checkpoint's own).
     """
     spec: TokensSpec = tokens.spec.output
     starts = _embed_shards(model, tokens, batch=batch, shard=shard, dtype=dtype)
@@ -58,18 +60,22 @@ def run(
     observed: dict[int, tuple[Part, ...]] = {i: () for i in model.moe_layers}
     ends = []
     states: dict[int, tuple[Step, ...]] = {}
+    before: list[list[Part]] = [[] for _ in model.layers]
     for hidden in starts:
         for first in range(0, len(model.layers), stage):
             indices = list(range(first, min(first + stage, len(model.layers))))
             states[first] = (*states.get(first, ()), hidden)
             hidden = observe(
                 model.essential, hidden, *(model.layers[i] for i in indices),
-                layers=indices, batch=batch, record=each, per_expert=per_expert, residual=residual, dtype=dtype,
+                layers=indices, batch=batch, record=each, per_expert=per_expert, residual=residual, between=between, dtype=dtype,
             )  # fmt: skip
-            for i in set(indices) & set(observed):
-                observed[i] += (hidden.part(file_of(i)),)
+            for i in indices:
+                before[i].append(hidden.part(file_before(i)))
+                if i in observed:
+                    observed[i] += (hidden.part(file_of(i)),)
         ends.append(hidden)
-    return Calibration(model, tokens, batch, dtype, tuple(starts), tuple(ends), states, observed, each)
+    kept = tuple(map(tuple, before)) if between else ()
+    return Calibration(model, tokens, batch, dtype, tuple(starts), tuple(ends), states, observed, each, kept)
 
 
 def states_before(calibration: Calibration, layer: int) -> tuple[Step, ...]:
@@ -124,6 +130,10 @@ def _weights(layer: Artifact) -> Path:
 
 def file_of(layer: int) -> str:
     return f"layer-{layer:03d}.safetensors"
+
+
+def file_before(layer: int) -> str:
+    return f"before-{layer:03d}.safetensors"
 
 
 def _embed_shards(model: Model, tokens: Step, *, batch: int, shard: int, dtype: str) -> list[Step]:
@@ -194,6 +204,7 @@ def _observe_spec(
     record: int,
     per_expert: int,
     residual: bool,
+    between: bool,
     dtype: str,
 ) -> Spec:
     states, reads, memory = _pass_spec(hidden, layer_specs)
@@ -201,6 +212,7 @@ def _observe_spec(
     kept = min(tokens, record)
     width, size = int(states.config["hidden_size"]), 4 if states.dtype == "float32" else 2
     writes, most = states.nbytes, kept
+    writes += len(layer_specs) * (kept * width * size + 96) if between else 0
     for layer in layer_specs:
         if layer.experts:
             rows = min(tokens, kept + per_expert * layer.experts)
@@ -213,13 +225,18 @@ def _observe_spec(
 @step("calibrate.observe", version=1, spec=_observe_spec, gpus=1)
 def observe(
     context: Context, config: Artifact, hidden: Artifact, *files: Artifact,
-    layers: list[int], batch: int, record: int, per_expert: int, residual: bool, dtype: str,
+    layers: list[int], batch: int, record: int, per_expert: int, residual: bool, between: bool, dtype: str,
 ) -> None:  # fmt: skip
-    """`advance`, and beside the hidden states one file per MoE layer with what a `Recorder` saw in it."""
+    """`advance`, and beside the hidden states one file per MoE layer with what a `Recorder` saw in it.
+
+    Of a layer that a run has left without experts it holds the number of tokens only. `between`: for each layer also the hidden
+    states before it of the first `record` tokens, as `hidden_RD`.
+    """
     from moeflow.model import passes
 
     given = [(i, _weights(f)) for i, f in zip(layers, files, strict=True)]
     passes.through(
         read_config(config), hidden.file(HIDDEN), given, context.out / HIDDEN, batch=batch, dtype=dtype, progress=context.progress,
-        recorded=lambda i: context.out / file_of(i), budget=record, per_expert=per_expert, residual=residual,
+        recorded=lambda i: context.out / file_of(i), before=(lambda i: context.out / file_before(i)) if between else None,
+        budget=record, per_expert=per_expert, residual=residual,
     )  # fmt: skip

@@ -13,6 +13,7 @@ from moeflow.methods.choose import read_choice
 from moeflow.methods.decompose import DECOMPOSITION
 from moeflow.methods.fetch import INDEX, REST, Model
 from moeflow.methods.skipping import SKIP
+from moeflow.methods.trim_choices import TRIM, read_trim
 from moeflow.model.formats import config_of, family_config, format_of
 from moeflow.model.layout import ESSENTIAL, LAYER, experts_in, headers, kept, read_config
 from moeflow.model.spec import CheckpointSpec, LayerSpec, RestSpec, file_bytes, header_bytes
@@ -77,8 +78,9 @@ def assemble(context: Context, rest: Artifact, *parts: Artifact, config: Config,
 
     In the family's own standard where all layers keep the same number of experts, every matrix whole; otherwise in moeflow's,
     which `moeflow.model.compressed` loads. `parts`: the layers in order, the last `extra` of them beyond the decoder, and then the
-    choices that led here, which are told in `moeflow.json`, as are what became of each expert in a decomposed layer and what the
-    thresholds of skipping rest on. No weight is read or written: the folder lists the blobs that the layers already are.
+    choices that led here, which are told in `moeflow.json`, as are what was trimmed, what became of each expert in a decomposed
+    layer and what the thresholds of skipping rest on. No weight is read or written: the folder lists the blobs that the layers
+    already are.
     """
     layers = [p for p in parts if LAYER in p.names()]
     choices = [read_choice(p) for p in parts if "choice.json" in p.names()]
@@ -100,12 +102,14 @@ def assemble(context: Context, rest: Artifact, *parts: Artifact, config: Config,
     _write(context.out / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
     _write(
         context.out / "config.json",
-        config_of(family_config(config), [f if f.experts else None for f in formats[: len(layers) - extra]]),
+        config_of(family_config(config), [f if f.experts or f.gone else None for f in formats[: len(layers) - extra]]),
     )
     for name in rest.names():
         if name not in (REST, ESSENTIAL, "config.json"):
             context.link(rest, name)
     told: dict[str, Any] = {"moeflow": __version__, "choices": [{k: v for k, v in c.items() if k != "losses"} for c in choices]}
+    if trimmed := [read_trim(p) for p in parts if TRIM in p.names()]:
+        told["trimming"] = trimmed
     for what, name in (("decomposition", DECOMPOSITION), ("skipping", SKIP)):
         if found := [json.loads(p.read(name, 0, p.size(name))) for p in layers if name in p.names()]:
             told[what] = found

@@ -37,7 +37,8 @@ def compare(
     else:
         note = "the model has no tokenizer: held-out text is left out, the loss on the token matrix stands for it"
         plan.append(("token matrix", calibration.tokens, calibration.ends, note))
-    reports = [size(*both), *([layers(*compressed.choices)] if compressed.choices else [])]
+    chosen = [c for c in compressed.choices if "keep" in c.spec.output]
+    reports = [size(*both), *([layers(*chosen)] if chosen else [])]
     for name, matrix, ends, note in plan:
         theirs, seen = _hidden(compressed, matrix, calibration), {}
         if compressed.does_with_fewer:

@@ -72,7 +72,8 @@ class Model:
 
     @property
     def moe_layers(self) -> list[int]:
-        return arch_of(self.config).moe_layers(self.config)
+        """The decoder layers that have routed experts, or may have where a run decides that."""
+        return [i for i in arch_of(self.config).moe_layers(self.config) if self.layers[i].spec.output.experts]
 
     @property
     def does_with_fewer(self) -> bool:

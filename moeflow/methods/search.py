@@ -45,7 +45,7 @@ def progressive(calibration: Calibration, *, keep: int, loss: str = "frobenius",
             seen = tuple(
                 calibrate.observe(
                     config, h, layer,
-                    layers=[i], batch=batch, record=calibration.recorded, per_expert=0, residual=False, dtype=dtype,
+                    layers=[i], batch=batch, record=calibration.recorded, per_expert=0, residual=False, between=False, dtype=dtype,
                 ).part(calibrate.file_of(i))
                 for h in hidden
             )  # fmt: skip

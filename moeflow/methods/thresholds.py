@@ -27,8 +27,9 @@ def threshold(
     arch = arch_of(config)
     tensors = Tensors(layer_file)
     bias_E = None if arch.router_bias is None else tensors[arch.router_bias.format(layer=layer)].float()
-    router = Router.of(arch, config, bias_E)
-    weights_Tk = torch.cat([by_weight(*router.choose(Tensors(s)["logits_TE"]))[0] for s in shards])
+    logits = [Tensors(s)["logits_TE"] for s in shards]
+    router = Router.of(arch, config, logits[0].shape[1], bias_E)
+    weights_Tk = torch.cat([by_weight(*router.choose(logits_TE))[0] for logits_TE in logits])
     of_Tj = statistic(weights_Tk, rule)
     value = reaching(of_Tj, active) if active else median(of_Tj)
     left_Tk = left_out(weights_Tk, rule, value)

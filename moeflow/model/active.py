@@ -23,10 +23,11 @@ def active_parameters(config: Config) -> int:
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
     active = sum(p.numel() for p in model.parameters())
     for at, format in enumerate(layer_formats(config)):
-        if format is not None:
+        if format is not None and format.experts:
             experts = model.model.layers[at].get_submodule(arch.block).experts
             shapes = expert_shapes(arch, replace(format, skip="", compressed=""), at, experts.hidden_dim, experts.intermediate_dim)
             matrices = sum(prod(shape) for shape in shapes.values())
-            active += round(matrices * arch.computed(config) / format.experts)
+            computed = min(arch.computed(config), arch.reach(config, format.experts))
+            active += round(matrices * computed / format.experts)
             active -= sum(p.numel() for p in experts.parameters(recurse=False))  # as they are in memory, with padding
     return active

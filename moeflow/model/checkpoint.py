@@ -64,7 +64,7 @@ def read_moe(tensors: Mapping[str, Tensor], config: Config, layer: int) -> MoELa
         raise ValueError(f"layer {layer} has {count} experts and a router of {router_ED.shape[0]} rows")
     gate, up, down = (t.format(layer=layer) for t in arch.shared or ("", "", ""))
     return MoELayer(
-        router=Router.of(arch, config, None if arch.router_bias is None else named(arch.router_bias).float()),
+        router=Router.of(arch, config, count, None if arch.router_bias is None else named(arch.router_bias).float()),
         router_ED=router_ED,
         experts=tuple(mlp(*arch.expert(layer, e)) for e in range(count)),
         shared=None if arch.shared is None else mlp(gate, up, down),

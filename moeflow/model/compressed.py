@@ -2,9 +2,10 @@
 
 For every family a configuration class (`moeflow_layers` says each layer's format) and a causal language model, whose MoE blocks are
 the family's own for as many experts as each layer has, and whose fused experts are `RoutedExperts` where a layer has low-rank ones,
-skips experts or has Compressed Experts. They are registered with transformers by importing this module, which `import moeflow` sees
-to (`autoload`). Names on disk are the family's, with two factors in the place of a low-rank matrix. Nothing is left at random: what
-is on disk is compared with what the configuration asks for before anything is loaded.
+skips experts or has Compressed Experts; where experts or whole blocks are gone, `trimmed` says what is left. They are registered
+with transformers by importing this module, which `import moeflow` sees to (`autoload`). Names on disk are the family's, with two
+factors in the place of a low-rank matrix. Nothing is left at random: what is on disk is compared with what the configuration asks
+for before anything is loaded.
 """
 
 import copy
@@ -34,6 +35,7 @@ from moeflow.model.formats import CLASSES, Format, layer_formats
 from moeflow.model.layout import Folder, read_header
 from moeflow.model.reach import CompressedExperts
 from moeflow.model.routed_experts import experts_of
+from moeflow.model.trimmed import take_out
 
 HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 """What `from_pretrained` may be told of where a checkpoint is to be had."""
@@ -57,7 +59,9 @@ class Compressed:
         super().__init__(config, *args, **fields)  # type: ignore[call-arg]
         arch = arch_of(config.to_dict())
         for layer, format in zip(self.model.layers, layer_formats(config.to_dict()), strict=True):  # type: ignore[attr-defined]
-            if format is not None:
+            if format is not None and format.gone:
+                take_out(layer, arch, format)
+            elif format is not None:
                 layer.set_submodule(arch.block, _block(layer.get_submodule(arch.block), config, format))
         self.post_init()  # type: ignore[attr-defined]
 
@@ -99,6 +103,7 @@ def _block(standard: Any, config: Any, format: Format) -> nn.Module:
     for key in EXPERT_COUNT_KEYS:
         if getattr(config, key, None) is not None:
             setattr(own, key, format.experts)
+    own.num_experts_per_tok = arch_of(config.to_dict()).reach(config.to_dict(), format.experts)
     block = type(standard)(own)
     block.experts = experts_of(block.experts, format, config.to_dict())
     if not format.own:
@@ -181,7 +186,7 @@ def _asked(model_class: Any, config: Any) -> tuple[Shapes, set[str], Iterable[st
         if f".{arch.block}.experts." not in name:
             asked[arch.on_disk(name)] = tuple(tensor.shape)
     for layer, format in enumerate(layer_formats(plain)):
-        if format is not None:
+        if format is not None and format.experts:
             experts = model.model.layers[layer].get_submodule(arch.block).experts
             asked |= expert_shapes(arch, format, layer, experts.hidden_dim, experts.intermediate_dim)
     optional = set(model.all_tied_weights_keys) | {n for n in asked if VECTORS in n}
@@ -234,7 +239,7 @@ def _balancing(family: Any) -> Callable[..., Any]:
         if not asked:
             return family.forward(self, *args, **fields)
         config = self.config.to_dict()
-        arch, counts = arch_of(config), [f.experts for f in layer_formats(config) if f is not None]
+        arch, counts = arch_of(config), [f.experts for f in layer_formats(config) if f is not None and f.experts]
         if len(set(counts)) == 1:
             return family.forward(self, *args, **fields)
         routers = [m for n, m in self.named_modules() if n.endswith(f".{arch.block}.{arch.block_router}")]

@@ -1,5 +1,5 @@
-"""How the experts of one decoder layer are kept: how many there are, which of their matrices are products of two, and what stands
-beside them that lets a token do with fewer of them. No torch."""
+"""How the experts of one decoder layer are kept: how many there are, which of their matrices are products of two, what stands
+beside them that lets a token do with fewer of them, and what of the MoE block is gone. No torch."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,12 +20,16 @@ SKIPS = ("ratio", "tail")
 FORMS = {"one": ("input",), "three": ("gate", "up", "inner")}
 """The forms of Compressed Experts, and the vectors that each expert then has."""
 
+GONE = {"": "all", "experts": "a shared expert and no routed one", "moe": "neither a MoE block nor its norm"}
+"""What may be missing of a MoE block, and how a message calls what is left: without the block, the residual stream passes."""
+
 
 @dataclass(frozen=True)
 class Format:
     """The experts of one layer (0: a dense layer), and per matrix the ranks; no ranks where every matrix is whole.
 
-    `skip`: the rule of `SKIPS` by which a token leaves out experts; `compressed`: the form (`FORMS`) of its Compressed Experts.
+    `skip`: the rule of `SKIPS` by which a token leaves out experts; `compressed`: the form (`FORMS`) of its Compressed Experts;
+    `gone`: what of the MoE block is not there any more (`GONE`).
     """
 
     experts: int
@@ -34,6 +38,7 @@ class Format:
     down: Ranks = ()
     skip: str = ""
     compressed: str = ""
+    gone: str = ""
 
     @property
     def low_rank(self) -> bool:
@@ -59,18 +64,19 @@ class Format:
         beside = [f"skipping by {self.skip}"] * bool(self.skip) + [f"Compressed Experts ({self.compressed})"] * bool(
             self.compressed
         )
-        return ", ".join([f"{self.experts} experts", *low, *beside])
+        return GONE[self.gone] if self.gone else ", ".join([f"{self.experts} experts", *low, *beside])
 
     def to_json(self) -> dict[str, Any]:
         ranks = {m: list(self.ranks(m)) for m in MATRICES}
-        beside = {name: value for name in ("skip", "compressed") if (value := getattr(self, name))}
+        beside = {name: value for name in ("skip", "compressed", "gone") if (value := getattr(self, name))}
         return {"experts": self.experts} | ({"ranks": ranks} if self.low_rank else {}) | beside
 
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> "Format":
         ranks = value.get("ranks", {})
         gate, up, down = (tuple(ranks.get(m, ())) for m in MATRICES)
-        return Format(int(value["experts"]), gate, up, down, value.get("skip", ""), value.get("compressed", ""))
+        beside = (str(value.get(name, "")) for name in ("skip", "compressed", "gone"))
+        return Format(int(value["experts"]), gate, up, down, *beside)
 
 
 def format_of(shapes: Mapping[str, Sequence[int]], config: Config, layer: int) -> Format:
@@ -95,6 +101,9 @@ def format_of(shapes: Mapping[str, Sequence[int]], config: Config, layer: int) -
     }
     if any(any(r) for r in ranks.values()):
         beside |= {m: tuple(r) for m, r in ranks.items()}
+    if not numbers and layer in arch.moe_layers(config) and arch.router.format(layer=layer) not in shapes:
+        shared = arch.shared and arch.shared[0].format(layer=layer) in shapes
+        beside["gone"] = "experts" if shared else "moe" if not any(n.startswith(arch.norm(layer)) for n in shapes) else ""
     return Format(len(numbers), **beside)
 
 
@@ -140,7 +149,7 @@ def layer_formats(config: Config) -> list[Format | None]:
         raise ValueError(
             f"config.json has {len(said)} entries in {LAYERS!r} for {arch.num_layers(config)} layers; write one for each"
         )
-    top_k, main = arch.top_k(config), arch.computed(config)
+    main = arch.computed(config)
     found: list[Format | None] = []
     for layer, value in enumerate(said):
         if bool(value) != (layer in moe) or not isinstance(value or {}, Mapping):
@@ -149,13 +158,15 @@ def layer_formats(config: Config) -> list[Format | None]:
         found.append(_checked(Format.from_json(value), layer) if value else None)
         if format := found[-1]:
             try:
-                arch.check_keep(family_config(config), format.experts, format.experts)
+                if not format.gone:
+                    arch.check_left(family_config(config), format.experts, format.experts)
             except ValueError as error:
                 raise ValueError(f"layer {layer} of config.json cannot have {format.experts} experts: {error}") from None
-            if format.compressed and not 1 <= main < top_k:
+            reach = arch.reach(config, format.experts)
+            if format.compressed and not 1 <= main < reach:
                 raise ValueError(
-                    f"layer {layer} of config.json has Compressed Experts, and {MAIN}={main} of a token's {top_k} experts are "
-                    f"computed; it must lie between 1 and {top_k - 1}"
+                    f"layer {layer} of config.json has Compressed Experts, and {MAIN}={main} of a token's {reach} experts are "
+                    f"computed; it must lie between 1 and {reach - 1}"
                 )
     return found
 
@@ -168,11 +179,11 @@ def config_of(config: Config, formats: Sequence[Format | None]) -> Config:
     """
     arch, plain = arch_of(config), family_config(config)
     names = [str(a).removeprefix(CLASSES) for a in config.get("architectures") or ()]
-    counts = {f.experts for f in formats if f is not None}
+    counts = {f.experts for f in formats if f is not None and f.experts}
     if not counts:
         raise ValueError("no layer has experts; a checkpoint of a family of experts needs one that has")
     new = arch.with_experts(plain, max(counts)) | ({"architectures": names} if names else {})
-    if len(counts) > 1 or any(f is not None and f.own for f in formats):
+    if len(counts) > 1 or any(f is not None and (f.own or f.gone) for f in formats):
         new |= {"model_type": COMPRESSED + arch.model_type, LAYERS: [{} if f is None else f.to_json() for f in formats]}
         new |= {"architectures": [CLASSES + a for a in names]} if names else {}
     if [f is not None for f in formats] != [f is not None for f in layer_formats(new)]:
@@ -186,6 +197,11 @@ def _checked(format: Format, layer: int) -> Format:
         raise ValueError(f"config.json needs {format.experts} ranks (0: whole) of each matrix in layer {layer}; correct {LAYERS!r}")
     if odd := [e for e in range(format.experts) if (gate[e] == 0) != (up[e] == 0)]:
         raise ValueError(f"config.json factors only one of gate and up in expert {odd[0]} of layer {layer}; factor both or neither")
+    if format.gone not in GONE or bool(format.gone) == bool(format.experts):
+        raise ValueError(
+            f"config.json says gone={format.gone!r} and {format.experts} experts of layer {layer}; a layer has experts, or says "
+            f"what is gone: {', '.join(g for g in GONE if g)}"
+        )
     if format.skip not in ("", *SKIPS) or format.compressed not in ("", *FORMS):
         raise ValueError(
             f"config.json says skip={format.skip!r} and compressed={format.compressed!r} of layer {layer}; known are "

@@ -129,6 +129,15 @@ def experts_in(names: Iterable[str], config: Config, layer: int) -> int:
     return len({e for n in names if n.startswith(first) and (e := n.removeprefix(first).split(".")[0]).isdigit()})
 
 
+def left(names: Iterable[str], config: Config, layer: int, *, whole: bool = False) -> list[str]:
+    """What remains of a layer without its routed experts: the shared expert where there is one, otherwise no MoE block and no norm
+    before it. `whole`: the block goes with the shared expert."""
+    arch = arch_of(config)
+    routed = (arch.experts(layer), *arch.router_tensors(layer))
+    gone = (arch.moe(layer), arch.norm(layer)) if whole or arch.shared is None else routed
+    return [n for n in names if not n.startswith(gone)]
+
+
 def kept(names: Iterable[str], config: Config, layer: int, experts: list[int]) -> dict[str, tuple[str, bool]]:
     """How a layer's file is rewritten when only `experts` stay: old name to (new name, whether its rows are sliced).
 

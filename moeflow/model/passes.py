@@ -34,11 +34,12 @@ def embed(config: Config, rest: Files, ids_NL: Tensor, out: Path, *, dtype: str)
 @torch.inference_mode()
 def through(
     config: Config, hidden: Path, layers: Sequence[tuple[int, Path]], out: Path, *, batch: int, dtype: str, progress: Progress,
-    recorded: Callable[[int], Path] | None = None, **recording: Any,
+    recorded: Callable[[int], Path] | None = None, before: Callable[[int], Path] | None = None, budget: int = 0, **recording: Any,
 ) -> None:  # fmt: skip
     """Write the hidden states behind consecutive layers, given as (number, file), running `batch` sequences together.
 
-    With `recorded`, what a `Recorder` (made with `recording`) saw in each MoE layer is written to the file it names.
+    With `recorded`, what a `Recorder` (made with `budget` and `recording`) saw in each MoE layer is written to the file it names;
+    with `before`, the hidden states of the first `budget` tokens before each layer.
     """
     stream = stream_of(config, dtype, OBSERVED if recorded else EXPERTS)
     states_NLD = load_file(hidden)["hidden_NLD"]
@@ -46,12 +47,16 @@ def through(
     for at, (layer, file) in enumerate(layers):
         tensors = Tensors(file)
         module = stream.layer(tensors, layer)
-        recorder = _recorder(stream, tensors, layer, **recording) if recorded else None
+        recorder = _recorder(stream, tensors, layer, budget=budget, **recording) if recorded else None
+        if before:
+            save_file({"hidden_RD": states_NLD.flatten(0, 1)[:budget].clone()}, before(layer))
         for done, part_nLD in _batches(states_NLD, batch):
             part_nLD.copy_(_forward(stream, module, layer, part_nLD, recorder))
             progress((at * n + done) * length, len(layers) * n * length, "token layers")
         if recorded and recorder is not None:
             save_file(recorder.result(), recorded(layer))
+        elif recorded and layer in stream.arch.moe_layers(stream.config):
+            save_file({"tokens": torch.tensor(n * length)}, recorded(layer))  # its experts are gone
         del module
     save_file({"hidden_NLD": states_NLD}, out)
 
@@ -64,11 +69,12 @@ def stream_of(config: Config, dtype: str, experts: str = EXPERTS) -> Stream:
 
 def _recorder(stream: Stream, tensors: Tensors, layer: int, **recording: Any) -> Recorder | None:
     arch = arch_of(stream.config)
-    if layer not in arch.moe_layers(stream.config):
+    router = tensors.info.get(arch.router.format(layer=layer))
+    if router is None:
         return None
     bias_E = None if arch.router_bias is None else tensors[arch.router_bias.format(layer=layer)].to(stream.device).float()
-    experts = tensors.info[arch.router.format(layer=layer)].shape[0]
-    return Recorder(arch, Router.of(arch, stream.config, bias_E), experts, **recording)
+    experts = router.shape[0]
+    return Recorder(arch, Router.of(arch, stream.config, experts, bias_E), experts, **recording)
 
 
 def _batches(states_NLD: Tensor, batch: int) -> Iterator[tuple[int, Tensor]]:

@@ -25,11 +25,12 @@ class Router:
     bias_E: Tensor | None = None
 
     @staticmethod
-    def of(arch: Arch, config: Config, bias_E: Tensor | None = None) -> "Router":
+    def of(arch: Arch, config: Config, experts: int, bias_E: Tensor | None = None) -> "Router":
+        """The router of a layer of so many experts."""
         groups, topk_groups = arch.group_limit(config)
         return Router(
             arch=arch,
-            top_k=arch.top_k(config),
+            top_k=arch.reach(config, experts),
             groups=groups,
             topk_groups=topk_groups,
             normalize=arch.normalizes(config),

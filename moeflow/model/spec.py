@@ -51,7 +51,7 @@ class LayerSpec:
     """One decoder layer's file.
 
     Where the run decides how many experts stay or which ranks they get, `share` is the part of the experts' bytes that is expected
-    to be there, and `experts` and `tensors` are what there is at most.
+    to be there, and `experts` and `tensors` are what there is at most. `optional`: it may leave none, or no MoE block at all.
     """
 
     config: Config
@@ -59,6 +59,7 @@ class LayerSpec:
     experts: int  # 0: a dense layer
     tensors: TensorTable
     share: float = 1.0
+    optional: bool = False
 
     @cached_property
     def nbytes(self) -> int:
@@ -80,7 +81,12 @@ class LayerSpec:
         return format_of({n: shape for n, (_, shape) in self.tensors.items()}, self.config, self.layer)
 
     def check_routing(self, what: str) -> None:
-        """Raise ValueError where this layer's experts, which `what` ("prune") would change, must stay as they are."""
+        """Raise ValueError where this layer's experts, which `what` ("prune") would change, have to stay or may be gone."""
+        if self.optional:
+            raise ValueError(
+                f"whether layer {self.layer} keeps its experts is decided by a run that trims the model; {what} first and trim "
+                "then, or take the trimmed checkpoint as the model"
+            )
         if self.format.skip:
             raise ValueError(
                 f"layer {self.layer} skips experts by a threshold that was calibrated on it as it is; {what} the model without it, "
@@ -107,7 +113,7 @@ class LayerSpec:
     @cached_property
     def block_bytes(self) -> int:
         """The bytes of the MoE block's tensors."""
-        block = arch_of(self.config).router.format(layer=self.layer).rsplit(".", 2)[0] + "."
+        block = arch_of(self.config).moe(self.layer)
         return sum(tensor_bytes(*t) for n, t in self.tensors.items() if n.startswith(block)) - round(
             (1 - self.share) * self.expert_bytes
         )

@@ -19,6 +19,7 @@ from moeflow.model.checkpoint import Tensors
 from moeflow.model.factors import fused
 from moeflow.model.formats import Format, family_config, format_of
 from moeflow.model.routed_experts import experts_of
+from moeflow.model.trimmed import take_out
 
 EXACT = r"e_score_correction_bias|experts\.skip\."
 """What stays in the precision in which it is stored, whatever that of the run."""
@@ -62,6 +63,8 @@ class Stream:
             if format.experts:
                 block: Any = module.get_submodule(self.arch.block)
                 block.experts = experts_of(block.experts, format, config)
+            if format.gone:
+                take_out(module, self.arch, format)
         if format.experts:
             d, f = block.experts.hidden_dim, block.experts.intermediate_dim
             experts = fused(tensors, self.arch, format, layer, d, f, device=self.device, dtype=self.dtype)
