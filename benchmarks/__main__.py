@@ -12,7 +12,19 @@ from pathlib import Path
 from benchmarks.rows import Row
 from moeflow.methods.speed import here
 
-ALL = ("search", "calibrate", "driver", "store", "genetic", "decompose", "lowrank", "compressed_experts", "quality", "recovery")
+ALL = (
+    "search",
+    "calibrate",
+    "driver",
+    "store",
+    "genetic",
+    "decompose",
+    "lowrank",
+    "compressed_experts",
+    "slimming",
+    "quality",
+    "recovery",
+)
 RESULTS = Path(__file__).parent / "RESULTS.md"
 HEAD = "# Results\n\nEach section is one run of one script: ratios beside what is beaten, or times of whole commands.\n"
 

@@ -10,6 +10,7 @@ from moeflow.arch import MAIN, Config, arch_of, essential
 from moeflow.methods.fetch import Model, config_text
 from moeflow.model.formats import FORMS, Format, format_of, routing_shapes
 from moeflow.model.layout import ESSENTIAL, ROUTING, headers, read_config
+from moeflow.model.packed import PACKED, SCALE, WHOLE
 from moeflow.model.spec import LayerSpec, RestSpec, TensorTable, file_bytes
 from moeflow.step import Artifact, Context, Spec, step
 
@@ -38,7 +39,7 @@ def _layer_spec(rest: RestSpec, given: LayerSpec, *, layer: int, form: str) -> S
     if given.share < 1:
         raise ValueError(f"how many experts layer {layer} keeps is decided by a run; attach Compressed Experts to its result")
     added = _added(rest.config, given.tensors, layer, form)
-    out = LayerSpec(rest.config, layer, given.experts, {**given.tensors, **added})
+    out = LayerSpec(rest.config, layer, given.experts, {**given.tensors, **added}, slimmed=given.slimmed)
     return Spec(out, reads=given.headers, writes=file_bytes(added), memory=1 << 26)
 
 
@@ -75,6 +76,8 @@ def _added(config: Config, tensors: TensorTable, layer: int, form: str) -> Tenso
     arch = arch_of(config)
     found = format_of({n: shape for n, (_, shape) in tensors.items()}, config, layer)
     name = arch.gate.format(layer=layer, expert=0)
-    dtype, shape = tensors[name if name in tensors else arch.factors(name)[0]]
+    packed, scale = (name.removesuffix(WHOLE) + end for end in (PACKED, SCALE))
+    dtype, shape = tensors[next(n for n in (name, packed, arch.factors(name)[0]) if n in tensors)]
+    dtype = tensors[scale][0] if packed in tensors else dtype
     shapes = routing_shapes(arch, Format(found.experts, compressed=form), layer, int(config["hidden_size"]), shape[0])
     return {n: (dtype, s) for n, s in shapes.items()}

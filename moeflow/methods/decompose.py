@@ -36,9 +36,13 @@ def sides(layer_spec: LayerSpec) -> tuple[int, int]:
     """(expert width F, model width D) of a layer's experts, none of which is factored yet. Raises ValueError where one is, and
     where the layer skips experts or has compressed ones."""
     layer_spec.check_routing("decompose")
+    if layer_spec.slimmed:
+        raise ValueError(
+            f"layer {layer_spec.layer} is slimmed or decomposed already ({layer_spec.slimmed}); decompose the model before"
+        )
     name = arch_of(layer_spec.config).gate.format(layer=layer_spec.layer, expert=0)
     if name not in layer_spec.tensors:
-        raise ValueError(f"{name} is not there: layer {layer_spec.layer} has no experts, or they are factored already")
+        raise ValueError(f"{name} is not there: layer {layer_spec.layer} has no experts, or they are factored or packed already")
     rows, columns = layer_spec.tensors[name][1]
     return int(rows), int(columns)
 
@@ -266,7 +270,7 @@ def _layer_spec(
         raise ValueError(f"uniform={uniform}: gate and up of an expert are both whole or both factored")
     seen = [s for s in inputs if isinstance(s, ObservedSpec)]
     if decided:
-        out = LayerSpec(given.config, layer, given.experts, given.tensors, given.share * inputs[0]["share"])
+        out = LayerSpec(given.config, layer, given.experts, given.tensors, given.share * inputs[0]["share"], slimmed="decomposed")
     else:
         out = LayerSpec(given.config, layer, given.experts, _cut(given, uniform), given.share)
     reads = given.nbytes + _seen_bytes(rest.config, seen, dtype)

@@ -4,6 +4,7 @@ One `drop` serves every search. Assembling lists blobs and moves none.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from moeflow.methods.skipping import SKIP
 from moeflow.methods.trim_choices import TRIM, read_trim
 from moeflow.model.formats import config_of, family_config, format_of
 from moeflow.model.layout import ESSENTIAL, LAYER, experts_in, headers, kept, read_config
+from moeflow.model.packed import Shapes, check_whole, quantization_config, scheme_of
 from moeflow.model.spec import CheckpointSpec, LayerSpec, RestSpec, file_bytes, header_bytes
 from moeflow.step import Artifact, Context, Spec, Step, step
 
@@ -33,7 +35,7 @@ def _drop_spec(rest: RestSpec, given: LayerSpec, chosen: Any, *, layer: int, kee
     for old, (new, sliced) in names.items():
         dtype, shape = given.tensors[old]
         table[new] = (dtype, (most, *shape[1:]) if sliced else shape)
-    out = LayerSpec(rest.config, layer, most, table, given.share * (1.0 if keep else chosen["share"]))
+    out = LayerSpec(rest.config, layer, most, table, given.share * (1.0 if keep else chosen["share"]), slimmed=given.slimmed)
     return Spec(out, reads=out.nbytes, writes=out.nbytes, memory=2 * out.nbytes)
 
 
@@ -64,6 +66,7 @@ def experts(context: Context, config: Artifact, given: Artifact, chosen: Artifac
 def _assemble_spec(rest: RestSpec, *parts: Any, config: Config, extra: int) -> Spec:
     layers = [p for p in parts if isinstance(p, LayerSpec)]
     tables = [layer.tensors for layer in layers] + [rest.tensors]
+    _packing([{n: shape for n, (_, shape) in table.items()} for table in tables], [p.experts for p in layers], config)
     headers = sum(layer.headers for layer in layers) + header_bytes(rest.tensors)
     names = sum(len(n) + 44 for table in tables for n in table)
     weights = sum(layer.nbytes for layer in layers) + file_bytes(rest.tensors)
@@ -100,20 +103,28 @@ def assemble(context: Context, rest: Artifact, *parts: Artifact, config: Config,
         weight_map |= dict.fromkeys(tensors, target)
         total += sum(t.nbytes for t in tensors.values())
     _write(context.out / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
-    _write(
-        context.out / "config.json",
-        config_of(family_config(config), [f if f.experts or f.gone else None for f in formats[: len(layers) - extra]]),
-    )
+    decoder = [f if f.experts or f.gone else None for f in formats[: len(layers) - extra]]
+    packing = _packing([{n: t.shape for n, t in table.items()} for table in tables], [f.experts for f in formats], config)
+    _write(context.out / "config.json", config_of(family_config(config), decoder) | packing)
     for name in rest.names():
         if name not in (REST, ESSENTIAL, "config.json"):
             context.link(rest, name)
     told: dict[str, Any] = {"moeflow": __version__, "choices": [{k: v for k, v in c.items() if k != "losses"} for c in choices]}
     if trimmed := [read_trim(p) for p in parts if TRIM in p.names()]:
         told["trimming"] = trimmed
-    for what, name in (("decomposition", DECOMPOSITION), ("skipping", SKIP)):
+    for what, name in (("decomposition", DECOMPOSITION), ("slimming", "slimmed.json"), ("skipping", SKIP)):
         if found := [json.loads(p.read(name, 0, p.size(name))) for p in layers if name in p.names()]:
             told[what] = found
     _write(context.out / "moeflow.json", told)
+
+
+def _packing(tables: Sequence[Shapes], experts: Sequence[int], config: Config) -> dict[str, Any]:
+    """What config.json says of packed matrices; nothing where there are none."""
+    for layer, (table, count) in enumerate(zip(tables, experts, strict=False)):
+        check_whole(table, layer, config, count)
+    shapes = {n: shape for table in tables for n, shape in table.items()}
+    scheme = scheme_of(shapes, config)
+    return {"quantization_config": quantization_config(scheme, shapes, config)} if scheme else {}
 
 
 def checkpoint_of(model: Model) -> Step:

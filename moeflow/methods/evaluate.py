@@ -16,6 +16,7 @@ from moeflow.methods.fetch import Model
 from moeflow.methods.reports import row, write_report
 from moeflow.methods.speed import here, speed
 from moeflow.model.layout import experts_in, headers, read_config
+from moeflow.model.packed import numels
 from moeflow.model.spec import CheckpointSpec, HiddenSpec, ObservedSpec, RestSpec, TokensSpec, header_bytes
 from moeflow.step import Artifact, Context, Spec, Step, step
 
@@ -127,7 +128,7 @@ def size(context: Context, original: Artifact, compressed: Artifact) -> None:
         stems = tuple(arch.experts(i) for i in layers)
         counts.append(
             {
-                "parameters": sum(t.numel for t in tensors.values()),
+                "parameters": sum(numels({n: t.shape for n, t in tensors.items()}, config).values()),
                 "active parameters": active_parameters(config),
                 "bytes": sum(artifact.size(n) for n in artifact.names() if n.endswith(".safetensors")),
                 "expert bytes": sum(t.nbytes for n, t in tensors.items() if n.startswith(stems)),

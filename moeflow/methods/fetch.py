@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol
 from moeflow.arch import Config, arch_of, essential
 from moeflow.model.formats import format_of, layer_formats
 from moeflow.model.layout import ESSENTIAL, TensorInfo, file_for, read_header
+from moeflow.model.packed import FORMAT, METHOD, PACKED, WHOLE, Shapes, scheme_of
 from moeflow.model.spec import LayerSpec, RestSpec, TensorTable, check_layer, file_bytes, tensor_bytes
 from moeflow.step import Artifact, Context, Part, Spec, Step, step
 
@@ -93,8 +94,8 @@ def pinned(source: Source, *, mtp: Literal["drop", "keep"] = "drop") -> Model:
     Reads config.json, the index and the safetensors headers, nothing else. `mtp` says what becomes of the
     multi-token-prediction layers of DeepSeek-V3, which stand behind the decoder layers: "drop", or "keep" them untouched.
 
-    Raises ValueError for an unknown family, a packed checkpoint, an index that names a missing tensor, a truncated file, and
-    a config.json that contradicts the tensors.
+    Raises ValueError for an unknown family, a checkpoint packed in a way that moeflow does not read, an index that names a missing
+    tensor, a truncated file, and a config.json that contradicts the tensors.
     """
     if mtp not in ("drop", "keep"):
         raise ValueError(f"mtp={mtp!r}; choose 'drop' or 'keep'")
@@ -102,11 +103,10 @@ def pinned(source: Source, *, mtp: Literal["drop", "keep"] = "drop") -> Model:
     arch = arch_of(config)
     if lacking := [k for k in ("num_hidden_layers", "num_experts_per_tok", "hidden_size", "vocab_size") if k not in config]:
         raise ValueError(f"config.json at {source.uri} lacks {', '.join(lacking)}; fetch the checkpoint again")
-    if "quantization_config" in config:
-        method = config["quantization_config"].get("quant_method", "unknown")
-        raise ValueError(f"{source.uri} is packed (quantization_config: {method}); dequantize it to bf16 first")
     layer_formats(config)  # whatever it says of its layers has to be readable
     tensors = _tensors(source)
+    if packing := config.pop("quantization_config", None):
+        _check_packing(packing, {n: t.shape for n, t in tensors.items()}, config, source.uri)
     steps = {name: source.file(name) for name in sorted({t.file for t in tensors.values()})}
     count = arch.num_layers(config)
     by_layer: dict[int | None, dict[str, TensorInfo]] = {}
@@ -142,6 +142,19 @@ def pinned(source: Source, *, mtp: Literal["drop", "keep"] = "drop") -> Model:
         layers=tuple(layer_step(i) for i in range(count)),
         extra=tuple(layer_step(i) for i in behind) if mtp == "keep" else (),
     )
+
+
+def _check_packing(packing: dict[str, Any], shapes: Shapes, config: Config, uri: str) -> None:
+    """Raise ValueError where a checkpoint is packed otherwise than its experts by compressed-tensors, as moeflow writes it."""
+    method, form = packing.get("quant_method", "unknown"), packing.get("format")
+    if (method, form) != (METHOD, FORMAT):
+        raise ValueError(f"{uri} is packed (quantization_config: {method} {form or ''}); dequantize it to bf16 first")
+    scheme_of(shapes, config)
+    arch = arch_of(config)
+    shared = [t.format(layer=i).removesuffix(WHOLE) for i in arch.moe_layers(config) for t in arch.shared or ()]
+    stems = (*(arch.experts(i) for i in arch.moe_layers(config)), *shared)
+    if others := sorted(n for n in shapes if n.endswith(PACKED) and not n.startswith(stems)):
+        raise ValueError(f"{uri} has packed {others[0]}; moeflow reads packed experts only: dequantize the rest to bf16 first")
 
 
 def _layer_spec(*shards: Any, config: Config, layer: int, tensors: Table) -> Spec:

@@ -17,6 +17,7 @@ from moeflow.methods.drop import checkpoint_of
 from moeflow.methods.fetch import Model
 from moeflow.methods.recipe import Gang, Recipe, mix_of
 from moeflow.methods.reports import row, write_report
+from moeflow.methods.slim import SPARSE
 from moeflow.methods.targets import MODES, TARGETS, trained_in
 from moeflow.methods.tuning_memory import Work, fitted
 from moeflow.model.spec import CheckpointSpec, LayerSpec, RestSpec, TensorTable, TokensSpec, precision
@@ -92,7 +93,7 @@ def tune(
         rank=rank if lora else 0, alpha=float(alpha) if lora else 0.0, steps=steps, batch=batch, rate=float(rate),
         warmup=round(warmup * steps), floor=0.0, decay=float(decay), clip=float(clip), betas=betas, epsilon=1e-8,
         dtype=precision(model.config, dtype), every=(every if domains else 0) or max(steps, 1), keep=keep if domains else "last",
-        seed=seed,
+        seed=seed, sparse=any(model.layers[i].spec.output.slimmed.startswith(SPARSE) for i in model.moe_layers),
     )  # fmt: skip
     recipe, gang = deepspeed_config.merged(deepspeed_config.read(deepspeed), recipe, gang or Gang())
     for name, matrix in {"the data": data, **domains}.items():
@@ -103,6 +104,12 @@ def tune(
         raise ValueError(f"loss={loss!r} and {len(teacher)} steps of a teacher do not go together; {way}")
     if teacher:
         distill.check(teacher, data, int(model.config["vocab_size"]))
+    for layer_spec in (model.layers[i].spec.output for i in model.moe_layers):
+        if layer_spec.packed:
+            raise ValueError(
+                f"layer {layer_spec.layer} is packed in {layer_spec.packed.words()}, and codes are not trained; fine-tune it "
+                "before it is quantized, or quantize with packed=False"
+            )
     layers = {i: _shapes(layer.spec.output.tensors) for i, layer in enumerate(model.layers)}
     rest = _shapes(model.rest.spec.output.tensors)
     opened = trained_in(model.config, recipe.mode, recipe.targets, layers, rest)
@@ -148,6 +155,7 @@ def train(
     context: Context, checkpoint: Artifact, data: Artifact, *rest: Artifact, teachers: int, validation: list[str],
     mode: str, mix: float, targets: list[str], rank: int, alpha: float, steps: int, batch: int, rate: float, warmup: int,
     floor: float, decay: float, clip: float, betas: list[float], epsilon: float, dtype: str, every: int, keep: str, seed: int,
+    sparse: bool,
 ) -> None:  # fmt: skip
     """What was trained of a checkpoint: `layer-000/layer.safetensors` and so on, whole layers under the hub's names, `rest/`.
 
@@ -160,7 +168,7 @@ def train(
     recipe = Recipe(
         mode=mode, mix=mix, targets=tuple(targets), rank=rank, alpha=alpha, steps=steps, batch=batch, rate=rate, warmup=warmup,
         floor=floor, decay=decay, clip=clip, betas=(betas[0], betas[1]), epsilon=epsilon, dtype=dtype, every=every, keep=keep,
-        seed=seed,
+        seed=seed, sparse=sparse,
     )  # fmt: skip
     taught = [artifact.file(PREDICTIONS) for artifact in rest[:teachers]]
     run(context, checkpoint, data, taught, dict(zip(validation, rest[teachers:], strict=True)), recipe)

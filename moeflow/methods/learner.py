@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import moeflow  # noqa: F401  makes transformers know compressed checkpoints
 from moeflow.arch import Arch, Config, arch_of
 from moeflow.methods import extensions
-from moeflow.methods.lora import apply, attach, opening
+from moeflow.methods.lora import apply, attach, inside_expert, opening
 from moeflow.methods.recipe import Recipe
 from moeflow.methods.targets import is_trained
 from moeflow.model.factors import STACKS
@@ -98,11 +98,15 @@ def open_parameters(model: nn.Module, config: Config, recipe: Recipe) -> None:
     if not names:
         raise ValueError(f"mode={recipe.mode!r} trains nothing of this model; it has nothing of that kind")
     if recipe.mode == "lora":
-        attach(model, names, rank=recipe.rank, alpha=recipe.alpha, seed=recipe.seed, openings=_openings(model, arch, config, names))
+        opened = _openings(model, arch, config, names)
+        attach(model, names, rank=recipe.rank, alpha=recipe.alpha, seed=recipe.seed, openings=opened, sparse=recipe.sparse)
     else:
         wanted = set(names)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in wanted)
+            if recipe.sparse and name in wanted and inside_expert(name):
+                # no gradient, so neither momentum nor decay: what is zero stays zero
+                parameter.register_hook(lambda gradient, w=parameter: gradient * (w != 0))
 
 
 def engine_of(model: Any, config: dict[str, Any], *, decay: float) -> Any:

@@ -27,12 +27,12 @@ class Addition(nn.Module):
 
     `b` begins at zero. `a` is drawn uniformly within 1 / sqrt(N) by a generator that `seed` and `name` start, so that every process
     and every resumed run draws the same. `open_EBMN`: of a stack, 1 where something is and 0 in the padding, in a form that
-    broadcasts over its B blocks of M rows each.
+    broadcasts over its B blocks of M rows each. `sparse`: nothing is added where the matrix is zero.
     """
 
     def __init__(
         self, shape: Iterable[int], rank: int, scale: float, *, name: str, seed: int, dtype: torch.dtype, device: torch.device,
-        open_EBMN: Tensor | None = None,
+        open_EBMN: Tensor | None = None, sparse: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
         self.open: Tensor | None
@@ -41,7 +41,7 @@ class Addition(nn.Module):
         drawn = torch.rand(*experts, rank, n, generator=torch.Generator().manual_seed(start))
         self.a = nn.Parameter(((2 * drawn - 1) * n**-0.5).to(device, dtype))
         self.b = nn.Parameter(torch.zeros(*experts, m, rank, dtype=dtype, device=device))
-        self.scale = scale
+        self.scale, self.sparse = scale, sparse
         self.register_buffer("open", None if open_EBMN is None else open_EBMN.to(device, dtype), persistent=False)
 
     def forward(self, w: Tensor) -> Tensor:
@@ -49,13 +49,25 @@ class Addition(nn.Module):
         if self.open is not None:
             e, m, n = added.shape
             added = (added.view(e, self.open.shape[1], -1, n) * self.open).view(e, m, n)
+        if self.sparse:
+            added = added * (w != 0)
         return torch.add(w, added, alpha=self.scale)
 
 
-def attach(model: nn.Module, names: Iterable[str], *, rank: int, alpha: float, seed: int, openings: Mapping[str, Tensor]) -> None:
+def attach(
+    model: nn.Module,
+    names: Iterable[str],
+    *,
+    rank: int,
+    alpha: float,
+    seed: int,
+    openings: Mapping[str, Tensor],
+    sparse: bool = False,
+) -> None:
     """Freeze the model and give these of its parameters an addition, of the rank asked for or their smaller side.
 
-    `openings`: of the stacks that are padded, what `opening` says. Works on parameters that ZeRO-3 has divided, too.
+    `openings`: of the stacks that are padded, what `opening` says; `sparse`: what is zero in an expert stays zero. Works on
+    parameters that ZeRO-3 has divided, too.
     """
     model.requires_grad_(False)
     for name in names:
@@ -67,8 +79,13 @@ def attach(model: nn.Module, names: Iterable[str], *, rank: int, alpha: float, s
             module.add_module(ADDITIONS, nn.ModuleDict())
         module.additions[last] = Addition(
             shape, min(rank, *shape[-2:]), alpha / rank, name=name, seed=seed, dtype=weight.dtype, device=weight.device,
-            open_EBMN=openings.get(name),
+            open_EBMN=openings.get(name), sparse=sparse and inside_expert(name),
         )  # fmt: skip
+
+
+def inside_expert(name: str) -> bool:
+    """Whether a parameter, or a tensor on disk, of this name is a matrix of experts, routed or shared."""
+    return ".experts." in name or ".shared_expert" in name
 
 
 def apply(model: nn.Module) -> None:

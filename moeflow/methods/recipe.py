@@ -20,7 +20,8 @@ class Recipe:
 
     `mix`: the part of the KL divergence from the teacher in the loss, the language-modelling loss is the rest. `rate` rises over
     `warmup` optimizer steps from zero and then falls along half a cosine to `floor` of itself. `clip`: the most that the norm of
-    the gradient may be, 0: any. `decay` is AdamW's, of matrices only. `every`: optimizer steps between two validations.
+    the gradient may be, 0: any. `decay` is AdamW's, of matrices only. `every`: optimizer steps between two validations. `sparse`:
+    what is zero in an expert stays zero.
     """
 
     mode: str
@@ -41,6 +42,7 @@ class Recipe:
     every: int
     keep: str
     seed: int
+    sparse: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "targets", tuple(self.targets))

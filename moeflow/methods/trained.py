@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from moeflow.arch import Arch, Config, arch_of
-from moeflow.methods.lora import ADDITIONS, A, B, product
+from moeflow.methods.lora import ADDITIONS, A, B, inside_expert, product
 from moeflow.methods.recipe import Recipe
 from moeflow.model.checkpoint import Tensors, save
 from moeflow.model.factors import STACKS
@@ -104,6 +104,8 @@ def tensors_of(
         plain = name.removesuffix(A)
         value = product(parameter, trained[plain + B], rank=recipe.rank, alpha=recipe.alpha) if adds else parameter
         for disk, piece in _pieces(arch, format, layer, plain, value):
+            if adds and recipe.sparse and inside_expert(disk):
+                piece = piece * (held[disk] != 0)
             found[disk] = held[disk].float() + piece if adds else piece
     return found
 

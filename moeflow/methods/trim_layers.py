@@ -26,7 +26,7 @@ def _experts_spec(rest: RestSpec, given: LayerSpec, chosen: Any, *, layer: int, 
         dtype, shape = given.tensors[old]
         table[new] = (dtype, (most, *shape[1:]) if sliced else shape)
     share = given.share * chosen["share"] if keep < 0 else given.share
-    out = LayerSpec(rest.config, layer, most, table, share, optional=keep < 0 and not least)
+    out = LayerSpec(rest.config, layer, most, table, share, keep < 0 and not least, given.slimmed)
     return Spec(out, reads=out.nbytes, writes=out.nbytes, memory=2 * out.nbytes)
 
 
@@ -80,7 +80,7 @@ def _renumbered_spec(chosen: Any, *candidates: LayerSpec, config: Config, first:
         average = sum(c.expert_bytes * c.share for c in candidates) / len(candidates)
         share = min(average / max(1, given.expert_bytes), 0.999)
     optional = any(c.optional or not c.experts for c in candidates)
-    out = LayerSpec(config, to, given.experts, tables[largest], share, optional)
+    out = LayerSpec(config, to, given.experts, tables[largest], share, optional, given.slimmed)
     return Spec(out, reads=given.nbytes, writes=out.nbytes, memory=2 * given.nbytes)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from moeflow.arch import Config, arch_of
 from moeflow.model.layout import Files, Folder, SingleFile, TensorInfo, experts_in, headers
 from moeflow.model.moe import MLP, LowRank, Matrix, MoELayer
+from moeflow.model.packed import PACKED, SCALE, SHAPE, WHOLE, logical, unpack
 from moeflow.model.router import Router
 
 DTYPES = {
@@ -24,23 +25,36 @@ AT_ONCE = 1 << 28
 
 
 class Tensors(Mapping[str, Tensor]):
-    """The tensors of all safetensors files of an artifact or folder, each read by its byte range when it is asked for."""
+    """The tensors of all safetensors files of an artifact or folder, each read by its byte range when it is asked for.
+
+    A packed matrix is there under its own name, unpacked when it is read; `info` says what lies in the files.
+    """
 
     def __init__(self, files: Files | Path) -> None:
         if isinstance(files, Path):
             files = Folder(files) if files.is_dir() else SingleFile(files)
         self.files: Files = files
         self.info = headers(files)
+        self._names = dict.fromkeys(logical(self.info))
 
     def __getitem__(self, name: str) -> Tensor:
-        info = self.info[name]
-        return tensor_of(self.files.read(info.file, info.start, info.stop), info)
+        if name not in self._names or name in self.info:
+            return self._read(name)
+        stem = name.removesuffix(WHOLE)
+        return unpack(*(self._read(stem + end) for end in (PACKED, SCALE, SHAPE)))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.info)
+        return iter(self._names)
 
     def __len__(self) -> int:
-        return len(self.info)
+        return len(self._names)
+
+    def _read(self, name: str) -> Tensor:
+        info = self.info[name]
+        return tensor_of(self.files.read(info.file, info.start, info.stop), info)
 
 
 def read_moe(tensors: Mapping[str, Tensor], config: Config, layer: int) -> MoELayer:

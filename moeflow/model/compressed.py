@@ -33,6 +33,7 @@ from moeflow.arch.spec import EXPERT_COUNT_KEYS
 from moeflow.model.factors import STACKS, Stack, expert_shapes
 from moeflow.model.formats import CLASSES, Format, layer_formats
 from moeflow.model.layout import Folder, read_header
+from moeflow.model.packed import logical, packed_shapes
 from moeflow.model.reach import CompressedExperts
 from moeflow.model.routed_experts import experts_of
 from moeflow.model.trimmed import take_out
@@ -89,7 +90,8 @@ class Compressed:
             asked = cls.config_class.from_pretrained(config or name, **hub)  # type: ignore[attr-defined]
         given = options.get("state_dict")
         held = _shapes_of(_files(name, options.get("variant"), hub)) if given is None else {n: t.shape for n, t in given.items()}
-        _compare(cls, asked, held, str(name))
+        packed = packed_shapes(held, asked.to_dict()) if getattr(asked, "quantization_config", None) else {}
+        _compare(cls, asked, {n: packed.get(n, held.get(n, ())) for n in logical(held)}, str(name))
         wanted = options.pop("output_loading_info", False)
         model, info = super().from_pretrained(name, *args, config=config, output_loading_info=True, **options)  # type: ignore[misc]
         left = sorted(str(k) for what in ("missing_keys", "unexpected_keys", "mismatched_keys") for k in info[what])
@@ -121,7 +123,9 @@ class _Load(ConversionOps):
     def convert(
         self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **_: Any
     ) -> dict[str, Any]:
-        return {target_patterns[0]: self.stack.stacked([input_dict.pop(p) for p in source_patterns])}
+        # of a packed checkpoint, transformers has unpacked what stands under the packed names, and none under the others
+        held = [p for p in source_patterns if p in input_dict]
+        return {target_patterns[0]: self.stack.stacked([input_dict.pop(p) for p in held])}
 
     @property
     def reverse_op(self) -> ConversionOps:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from moeflow.arch import COMPRESSED, LAYERS, MAIN, MATRICES, Arch, Config, arch_of
+from moeflow.model.packed import packed_name
 
 Ranks = tuple[int, ...]
 """Per expert, the rank of one of its matrices; 0 where the matrix is whole."""
@@ -123,7 +124,7 @@ def family_config(config: Config) -> Config:
 
 def _rank(shapes: Mapping[str, Sequence[int]], name: str, factors: tuple[str, str]) -> int:
     out, inner = factors
-    if name in shapes:
+    if name in shapes or packed_name(name) in shapes:
         return 0
     if missing := [n for n in factors if n not in shapes]:
         absent = name if len(missing) == 2 else missing[0]

@@ -8,6 +8,7 @@ from math import prod
 
 from moeflow.arch import LAYERS, Config, arch_of
 from moeflow.model.formats import Format, format_of
+from moeflow.model.packed import Scheme, numels, scheme_of
 
 BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
@@ -52,6 +53,7 @@ class LayerSpec:
 
     Where the run decides how many experts stay or which ranks they get, `share` is the part of the experts' bytes that is expected
     to be there, and `experts` and `tensors` are what there is at most. `optional`: it may leave none, or no MoE block at all.
+    `slimmed`: what was done inside the experts, in words, where their tensors do not tell it.
     """
 
     config: Config
@@ -60,6 +62,7 @@ class LayerSpec:
     tensors: TensorTable
     share: float = 1.0
     optional: bool = False
+    slimmed: str = ""
 
     @cached_property
     def nbytes(self) -> int:
@@ -99,6 +102,11 @@ class LayerSpec:
             )
 
     @cached_property
+    def packed(self) -> Scheme | None:
+        """How its experts are packed, None where they are not."""
+        return scheme_of({n: shape for n, (_, shape) in self.tensors.items()}, self.config)
+
+    @cached_property
     def expert_bytes(self) -> int:
         """The bytes of the routed experts, all of them."""
         stem = arch_of(self.config).experts(self.layer)
@@ -108,7 +116,8 @@ class LayerSpec:
     def expert_numel(self) -> int:
         """The parameters of the routed experts, all of them."""
         stem = arch_of(self.config).experts(self.layer)
-        return sum(prod(shape) for n, (_, shape) in self.tensors.items() if n.startswith(stem))
+        each = numels({n: shape for n, (_, shape) in self.tensors.items()}, self.config)
+        return sum(number for name, number in each.items() if name.startswith(stem))
 
     @cached_property
     def block_bytes(self) -> int:
@@ -120,7 +129,7 @@ class LayerSpec:
 
     @cached_property
     def numel(self) -> int:
-        whole = sum(prod(shape) for _, shape in self.tensors.values())
+        whole = sum(numels({n: t[1] for n, t in self.tensors.items()}, self.config).values())
         return round(whole * self.nbytes / file_bytes(self.tensors))
 
 
@@ -225,6 +234,8 @@ def check_layer(config: Config, layer: int, table: TensorTable) -> int:
             )
         for name in (n for e in range(found.experts) for n in arch.expert(layer, e)):
             out, inner = arch.factors(name)
+            if name not in table and out not in table:
+                continue  # packed: its columns are told by the model's width
             sides = table[name][1] if name in table else (table[out][1][0], table[inner][1][1])
             if width not in sides:
                 raise ValueError(f"{name} has shape {sides}, and config.json says hidden_size={width}; correct one of them")

@@ -1,0 +1,178 @@
+"""Expert Slimming: what is inside the experts becomes sparse or is quantized, as graphs and steps.
+
+He et al., Demystifying the Compression of Mixture-of-Experts Through a Unified Framework (arXiv 2406.02500), section 3; the methods
+themselves are in `masks`, `sparsegpt`, `rounding`, `gptq` and `awq`. Routers, gates of shared experts, norms and everything outside
+the MoE blocks stay what they compute; AWQ moves a scale between a norm and all that it feeds, the router among them.
+"""
+
+import json
+from dataclasses import replace
+from typing import Any
+
+from moeflow.arch import arch_of
+from moeflow.methods import calibrate
+from moeflow.methods.calibrate import Calibration
+from moeflow.methods.fetch import Model
+from moeflow.methods.grid import Grid
+from moeflow.methods.pattern import Pattern
+from moeflow.model.layout import read_config
+from moeflow.model.packed import PACKED, SCALE, SHAPE, WHOLE
+from moeflow.model.spec import LayerSpec, ObservedSpec, RestSpec, precision
+from moeflow.step import Artifact, Context, Spec, Step, step
+
+SPARSE = ("magnitude", "wanda", "sparsegpt")
+QUANTIZING = ("round_to_nearest", "gptq", "awq")
+METHODS = (*SPARSE, *QUANTIZING)
+WITHOUT_TOKENS = {**dict.fromkeys(SPARSE, "magnitude"), **dict.fromkeys(QUANTIZING, "round_to_nearest")}
+"""By what an expert is treated that too few tokens reach, unless it is kept as it is ("keep")."""
+
+INPUTS = ("parallel", "sequential")
+SLIMMED = "slimmed.json"
+
+
+def slim(
+    calibration: Calibration, *, method: str, pattern: str = "2:4", bits: int = 4, group: int = 128, symmetric: bool = True,
+    order: bool = False, damp: float = 0.01, block: int = 128, least: int = 1, policy: str = "",
+    shared: bool = False, inputs: str = "sequential", packed: bool = True,
+) -> Model:  # fmt: skip
+    """The calibrated model with sparse or quantized experts, as a graph.
+
+    `method`: "magnitude", "wanda" and "sparsegpt" leave zeros of a `pattern` ("0.5", "2:4"); "round_to_nearest", "gptq" and "awq"
+    round to `bits`, one scale for `group` inputs (0: a row), with `order` by activation (GPTQ). `damp` and `block` are those of
+    SparseGPT and GPTQ. An expert that fewer than `least` recorded tokens reach is treated by its weights alone (`policy`
+    "magnitude" or "round_to_nearest", as the method is of one kind or the other) or stays whole ("keep"). `shared`: shared experts
+    are treated, too. `inputs`: "parallel", every layer sees what the dense model gives it; "sequential", what the slimmed layers
+    before it do, and down what slimmed gate and up do. `packed`: quantized experts are written packed, as transformers and vLLM
+    read them; otherwise as the weights that the codes stand for. Raises ValueError for what cannot work.
+    """
+    if inputs not in INPUTS:
+        raise ValueError(f"inputs={inputs!r} is not known; choose one of {', '.join(INPUTS)}")
+    how = {
+        "method": method,
+        "pattern": pattern if method in SPARSE else "",
+        "bits": bits if method in QUANTIZING else 0,
+        "group": group if method in QUANTIZING else 0,
+        "symmetric": symmetric,
+        "order": order,
+        "damp": damp,
+        "block": block,
+        "least": least,
+        "policy": policy or WITHOUT_TOKENS.get(method, ""),
+        "shared": shared,
+        "chained": inputs == "sequential",
+        "packed": packed and method in QUANTIZING,
+        "dtype": calibration.dtype,
+    }
+    model = calibration.model
+    if inputs == "parallel":
+        return model.with_layers(
+            {i: layer(model.essential, model.layers[i], *seen, layer=i, **how) for i, seen in calibration.observed.items()}
+        )
+    return _sequential(calibration, how)
+
+
+def _sequential(calibration: Calibration, how: dict[str, Any]) -> Model:
+    model, batch, dtype = calibration.model, calibration.batch, calibration.dtype
+    slimmed: dict[int, Step] = {}
+    hidden: tuple[Step, ...] = calibration.starts
+    last = max(calibration.observed, default=-1)
+    for i, now in enumerate(model.layers[: last + 1]):
+        if i in calibration.observed:
+            seen = tuple(
+                calibrate.observe(
+                    model.essential, h, now,
+                    layers=[i], batch=batch, record=calibration.recorded, per_expert=0, residual=False, between=False, dtype=dtype,
+                ).part(calibrate.file_of(i))
+                for h in hidden
+            ) if slimmed else calibration.observed[i]  # fmt: skip
+            now = slimmed[i] = layer(model.essential, now, *seen, layer=i, **how)
+        if i < last:
+            hidden = tuple(calibrate.advance(model.essential, h, now, layers=[i], batch=batch, dtype=dtype) for h in hidden)
+    return model.with_layers(slimmed)
+
+
+def _layer_spec(
+    rest: RestSpec, given: LayerSpec, *seen: ObservedSpec,
+    layer: int, method: str, pattern: str, bits: int, group: int, symmetric: bool, order: bool, damp: float, block: int,
+    least: int, policy: str, shared: bool, chained: bool, packed: bool, dtype: str,
+) -> Spec:  # fmt: skip
+    if method not in METHODS:
+        raise ValueError(f"method={method!r} is not known; choose one of {', '.join(METHODS)}")
+    if policy not in (WITHOUT_TOKENS[method], "keep") or least < 1:
+        raise ValueError(
+            f"policy={policy!r} for experts with fewer than least={least} tokens: with {method} choose {WITHOUT_TOKENS[method]} or "
+            "keep, and at least 1 token"
+        )
+    if block < 1 or not 0 <= damp < 1:
+        raise ValueError(f"block={block} columns must be at least 1, and damp={damp} a part of the mean diagonal, such as 0.01")
+    if given.packed:
+        raise ValueError(f"layer {layer} is packed already, in {given.packed.words()}; slim the model that it was made of")
+    if given.slimmed:
+        raise ValueError(f"layer {layer} is slimmed already ({given.slimmed}); slim the model that it was made of, by one method")
+    if given.format.low_rank:
+        raise ValueError(f"layer {layer} has low-rank experts, whose factors are not slimmed; slim the model that was decomposed")
+    if given.format.compressed:
+        given.check_routing("slim")
+    arch = arch_of(rest.config)
+    names = _treated(given, shared)
+    for name in names:
+        columns = given.tensors[name][1][1]
+        if method in SPARSE:
+            Pattern.parse(pattern).check(columns)
+        else:
+            Grid(bits, symmetric, group).check(columns)
+            if packed and columns * bits % 32:
+                raise ValueError(f"bits={bits} of {columns} columns of {name} fill no whole words of 32 bits; give packed=False")
+    if packed and not symmetric:
+        raise ValueError(
+            "zero points of packed experts are read by neither transformers nor vLLM; give symmetric=True, or packed=False"
+        )
+    if packed and policy == "keep":
+        raise ValueError(
+            "policy='keep' leaves whole experts beside packed ones, which transformers does not load; give packed=False"
+        )
+    if packed and shared and method == "awq":
+        raise ValueError("AWQ packs routed experts only; give shared=False, or packed=False")
+    table = dict(given.tensors)
+    for name in names if packed else ():
+        dtype_of, (rows, columns) = table.pop(name)
+        stem = name.removesuffix(WHOLE)
+        table[stem + PACKED] = ("I32", (rows, columns * bits // 32))
+        table[stem + SCALE] = (dtype_of, (rows, columns // group if group else 1))
+        table[stem + SHAPE] = ("I64", (2,))
+    what = f"{method} {pattern}" if method in SPARSE else f"{method} {bits} bits"
+    out = replace(given, tensors=table, slimmed=what)
+    size = 4 if precision(rest.config, dtype) == "float32" else 2
+    tokens = sum(s.rows for s in seen if isinstance(s, ObservedSpec)) * int(rest.config["hidden_size"]) * size
+    rows, columns = given.tensors[arch.gate.format(layer=layer, expert=0)][1]
+    # the layer in fp32 beside what is read and written, the tokens, and the moments, factor and working copy of one expert
+    memory = 4 * given.nbytes * 4 // size + 3 * tokens + 60 * max(rows, columns) ** 2 + 24 * rows * columns + (1 << 29)
+    return Spec(out, reads=given.nbytes + tokens, writes=out.nbytes + 300 + 200 * given.experts, memory=memory)
+
+
+def _treated(given: LayerSpec, shared: bool) -> list[str]:
+    arch = arch_of(given.config)
+    names = [n for e in range(given.experts) for n in arch.expert(given.layer, e)]
+    return names + ([t.format(layer=given.layer) for t in arch.shared] if shared and arch.shared else [])
+
+
+@step("slim.layer", version=1, spec=_layer_spec, gpus=1)
+def layer(
+    context: Context, config: Artifact, given: Artifact, *seen: Artifact,
+    layer: int, method: str, pattern: str, bits: int, group: int, symmetric: bool, order: bool, damp: float, block: int,
+    least: int, policy: str, shared: bool, chained: bool, packed: bool, dtype: str,
+) -> None:  # fmt: skip
+    """One layer's file with slimmed experts, and `slimmed.json`, which says for every expert by what and what it lost.
+
+    A layer that a run has left without experts stays what it is.
+    """
+    from moeflow.methods import slimming
+
+    how = slimming.How(
+        method=method, pattern=pattern, grid=Grid(bits, symmetric, group) if bits else None, order=order, damp=damp, block=block,
+        least=least, policy=policy, shared=shared, chained=chained, packed=packed,
+    )  # fmt: skip
+    report = slimming.rewrite(context, read_config(config), given, seen, how, layer=layer, dtype=dtype)
+    lines = ",\n".join(f"  {json.dumps(entry)}" for entry in report)
+    head = json.dumps({"layer": layer, "method": method, "pattern": pattern, "bits": bits, "group": group})[:-1]
+    (context.out / SLIMMED).write_text(head + ', "experts": [\n' + lines + "\n]}\n")

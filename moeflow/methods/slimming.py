@@ -1,0 +1,259 @@
+"""A layer's experts made sparse or quantized, from the tokens that were recorded: the tensor side of `slim`.
+
+Shapes are suffixes: T tokens, D model width, F expert width, E experts, M rows and N columns of a matrix.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moeflow.arch import MATRICES, Arch, Config, arch_of
+from moeflow.methods.awq import awq, fold
+from moeflow.methods.gptq import gptq, gptq_memory
+from moeflow.methods.grid import Grid
+from moeflow.methods.lowrank import second_moment
+from moeflow.methods.masks import magnitude, wanda
+from moeflow.methods.pattern import Pattern
+from moeflow.methods.quantized import Quantized
+from moeflow.methods.rounding import round_to_nearest
+from moeflow.methods.sparsegpt import sparsegpt, sparsegpt_memory
+from moeflow.methods.weigh import layer_of
+from moeflow.model.checkpoint import Tensors, save
+from moeflow.model.layout import LAYER, Files, file_for
+from moeflow.model.moe import MLP, MoELayer
+from moeflow.model.packed import WHOLE, pack
+from moeflow.model.router import dense
+from moeflow.step import Context
+
+WORKING = 8 << 30
+"""Bytes that experts which are treated together on a GPU may take beside their weights."""
+
+
+@dataclass(frozen=True)
+class How:
+    """What `slim.slim` was asked for."""
+
+    method: str
+    pattern: str
+    grid: Grid | None
+    order: bool
+    damp: float
+    block: int
+    least: int
+    policy: str
+    shared: bool
+    chained: bool
+    packed: bool
+
+
+Treated = Tensor | Quantized
+
+
+@torch.inference_mode()
+def rewrite(
+    context: Context, config: Config, given: Any, seen: Sequence[Files], how: How, *, layer: int, dtype: str
+) -> list[dict[str, Any]]:
+    """Write the layer's file with slimmed experts and say for each, and for the shared one, what was done and lost.
+
+    Lost is the squared change of a matrix's outputs on the expert's tokens, as a part of their squared norm.
+    """
+    arch, tensors = arch_of(config), Tensors(given)
+    if arch.router.format(layer=layer) not in tensors:
+        for name in given.names():
+            context.link(given, name)
+        return []
+    moe = layer_of(tensors, config, layer, dtype)
+    x_TD = torch.cat([Tensors(s)["x_RD"] for s in seen]).to(moe.router_ED.device, moe.router_ED.dtype)
+    weights_TE = dense(*moe.router.choose(moe.logits(x_TD)), moe.num_experts)
+    result = {n: tensors[n] for n in tensors if file_for(n) == LAYER}
+    report: list[dict[str, Any]] = []
+    if how.method == "awq":
+        report = _awq(result, arch, moe, x_TD, weights_TE, how, layer)
+    else:
+        for at, entry in enumerate(_experts(result, arch, moe, x_TD, weights_TE, how, layer)):
+            report.append(entry)
+            context.progress(at + 1, moe.num_experts, "experts")
+    if how.shared and arch.shared is not None and moe.shared is not None:
+        gate, up, down = (t.format(layer=layer) for t in arch.shared)
+        shared, x_sD = moe.shared, x_TD if how.method != "awq" else None
+        if how.method == "awq":  # which has scaled its columns
+            matrices = (result[n].to(x_TD.device, x_TD.dtype) for n in (gate, up, down))
+            shared = MLP(*matrices, shared.act)  # type: ignore[call-arg, arg-type]
+        report.append({"expert": "shared"} | _one(result, (gate, up, down), shared, x_sD, how))
+    few = [e["expert"] for e in report if e["by"] != how.method]
+    if few and how.method not in ("magnitude", "round_to_nearest"):
+        context.note(f"layer {layer}: experts {few} saw fewer than {how.least} tokens and were treated by {how.policy}")
+    save(result, context.out / LAYER)
+    for name in given.names():
+        if name != LAYER:
+            context.link(given, name)
+    return report
+
+
+def _experts(
+    result: dict[str, Tensor], arch: Arch, moe: MoELayer, x_TD: Tensor, weights_TE: Tensor, how: How, layer: int
+) -> Iterator[dict[str, Any]]:
+    """Treat the experts one after the other on a CPU, elsewhere as many together as memory allows."""
+    for now in _together(moe, how):
+        tokens = [weights_TE[:, e].nonzero().squeeze(-1) for e in now]
+        enough = [e for e, t in zip(now, tokens, strict=True) if len(t) >= how.least]
+        if len(enough) > 1 and how.method not in ("magnitude", "round_to_nearest"):
+            yield from _batch(result, arch, moe, enough, [x_TD[t] for t in tokens if len(t) >= how.least], how, layer)
+            now, tokens = (
+                [e for e in now if e not in enough],
+                [t for e, t in zip(now, tokens, strict=True) if e not in enough],
+            )
+        for e, t in zip(now, tokens, strict=True):
+            x_tD = x_TD[t] if len(t) >= how.least else None
+            yield {"expert": e, "tokens": len(t)} | _one(result, arch.expert(layer, e), moe.experts[e], x_tD, how)
+
+
+def _together(moe: MoELayer, how: How) -> list[list[int]]:
+    experts, gate = list(range(moe.num_experts)), moe.experts[0].gate_FD
+    assert isinstance(gate, Tensor)
+    if gate.device.type == "cpu" or how.method not in ("sparsegpt", "gptq"):
+        return [[e] for e in experts]
+    rows, columns = gate.shape
+    sides = ((rows, columns), (columns, rows))
+    grid = how.grid
+    of_one = max(
+        (sparsegpt_memory(*s, block=how.block) if grid is None else gptq_memory(*s, grid=grid, order=how.order, block=how.block))
+        for s in sides
+    )
+    size = max(1, WORKING // (of_one + 16 * max(rows, columns) ** 2))
+    return [experts[i : i + size] for i in range(0, len(experts), size)]
+
+
+def _batch(
+    result: dict[str, Tensor], arch: Arch, moe: MoELayer, experts: list[int], x_eTD: list[Tensor], how: How, layer: int
+) -> Iterator[dict[str, Any]]:
+    """Treat experts that have tokens enough together, matrix by matrix."""
+    width = [second_moment(x) for x in x_eTD]
+    moment_EDD = torch.stack(width)
+    made: dict[str, Treated] = {}
+    for m in ("gate", "up"):
+        made[m] = treat(torch.stack([_matrix(moe.experts[e], m) for e in experts]), moment_EDD, how)
+    now = [
+        _with(moe.experts[e], {m: _whole(_at(made[m], i)) for m in ("gate", "up")}) if how.chained else moe.experts[e]
+        for i, e in enumerate(experts)
+    ]
+    moment_EFF = torch.stack([second_moment(e.inner(x)) for e, x in zip(now, x_eTD, strict=True)])
+    made["down"] = treat(torch.stack([_matrix(moe.experts[e], "down") for e in experts]), moment_EFF, how)
+    for i, e in enumerate(experts):
+        lost = {}
+        for m, name in zip(MATRICES, arch.expert(layer, e), strict=True):
+            moment_NN = (moment_EFF if m == "down" else moment_EDD)[i]
+            lost[m] = _put(result, name, _matrix(moe.experts[e], m), _at(made[m], i), moment_NN, how)
+        yield {"expert": e, "tokens": len(x_eTD[i]), "by": how.method, "lost": lost}
+
+
+def _one(result: dict[str, Tensor], names: tuple[str, str, str], expert: MLP, x_TD: Tensor | None, how: How) -> dict[str, Any]:
+    """Treat one expert, by its weights alone where there are no tokens of it to go by."""
+    if x_TD is None and how.policy == "keep":
+        return {"by": "keep", "lost": {}}
+    moment_DD = None if x_TD is None else second_moment(x_TD)
+    lost, by, inner = {}, how.method if x_TD is not None else how.policy, expert
+    for m, name in zip(MATRICES, names, strict=True):
+        moment_NN = moment_DD
+        if m == "down" and x_TD is not None:
+            moment_NN = second_moment(inner.inner(x_TD))
+        w_MN = _matrix(expert, m)
+        made = treat(w_MN, moment_NN, how)
+        lost[m] = _put(result, name, w_MN, made, moment_NN, how)
+        if how.chained:
+            inner = _with(inner, {m: _whole(made)})
+    return {"by": by, "lost": lost}
+
+
+def treat(w_MN: Tensor, moment_NN: Tensor | None, how: How) -> Treated:
+    """A weight [M, N], or a batch of them, slimmed as `how` says; by the weights alone where there is no second moment, or none
+    of the inputs was ever other than zero."""
+    dtype, grid = w_MN.dtype, how.grid
+    if moment_NN is not None and not bool(moment_NN.flatten(-2).any(-1).all()):
+        if w_MN.dim() > 2:
+            raise ValueError("an expert's inputs are all zero on its tokens; treat it alone")
+        moment_NN = None
+    if grid is not None:
+        if moment_NN is None or how.method == "round_to_nearest":
+            return round_to_nearest(w_MN, grid, scale_dtype=dtype)
+        return gptq(w_MN, grid, moment=moment_NN, order=how.order, block=how.block, damp=how.damp, scale_dtype=dtype)
+    pattern = Pattern.parse(how.pattern)
+    if moment_NN is None or how.method == "magnitude":
+        return w_MN * magnitude(w_MN, pattern)
+    if how.method == "wanda":
+        return w_MN * wanda(w_MN, pattern, moment=moment_NN)
+    return sparsegpt(w_MN, pattern, moment=moment_NN, block=how.block, damp=how.damp)
+
+
+def _awq(
+    result: dict[str, Tensor], arch: Arch, moe: MoELayer, x_TD: Tensor, weights_TE: Tensor, how: How, layer: int
+) -> list[dict[str, Any]]:
+    """All experts of a layer, and the scale of its inputs folded into the norm and everything else that the norm feeds."""
+    assert how.grid is not None
+    counts = (weights_TE > 0).sum(0).tolist()
+    seen_TE = weights_TE * torch.tensor([c >= how.least for c in counts], device=weights_TE.device)
+    gate_EFD, up_EFD, down_EDF = (torch.stack([_matrix(e, m) for e in moe.experts]) for m in MATRICES)
+    stored = gate_EFD.dtype
+    made = awq(gate_EFD, up_EFD, down_EDF, how.grid, inputs=x_TD, weights=seen_TE, act=moe.experts[0].act, scale_dtype=stored)
+    norms = [n for n in result if n.startswith(arch.norm(layer))]
+    fed = [arch.router.format(layer=layer)]
+    fed += [t.format(layer=layer) for t in arch.shared[:2]] if arch.shared else []
+    fed += [arch.shared_gate.format(layer=layer)] if arch.shared_gate else []
+    scale_D = made.scale_D.cpu()
+    for norm in norms:
+        result[norm], *folded = fold(result[norm], scale_D, *(result[n] for n in fed))
+    result |= dict(zip(fed, folded, strict=True))
+    report = []
+    for e in range(moe.num_experts):
+        lost = {}
+        token = weights_TE[:, e].nonzero().squeeze(-1)
+        inner_TF = moe.experts[e].inner(x_TD[token])
+        moments = (second_moment(x_TD[token] / made.scale_D), None, second_moment(inner_TF / made.inner_EF[e]))
+        scaled = (gate_EFD[e] * made.scale_D, up_EFD[e] * made.scale_D / made.inner_EF[e, :, None], down_EDF[e] * made.inner_EF[e])
+        parts = (made.gate_EFD[e], made.up_EFD[e], made.down_EDF[e])
+        for at, (m, name) in enumerate(zip(MATRICES, arch.expert(layer, e), strict=True)):
+            moment_NN = moments[at] if moments[at] is not None else moments[0]
+            lost[m] = _put(result, name, scaled[at], parts[at], moment_NN if len(token) else None, how)
+        by = "awq" if counts[e] >= how.least else how.policy
+        report.append({"expert": e, "tokens": counts[e], "by": by, "lost": lost})
+    return report
+
+
+def _put(result: dict[str, Tensor], name: str, w_MN: Tensor, made: Treated, moment_NN: Tensor | None, how: How) -> float:
+    """Write what a matrix has become, and give the part of its outputs, or of itself, that went."""
+    stored = result[name].dtype
+    now_MN = _whole(made, stored)
+    if how.packed and isinstance(made, Quantized):
+        del result[name]
+        stem = name.removesuffix(WHOLE)
+        result |= {
+            stem + end: t.cpu() for end, t in pack(made.codes_MN.cpu(), made.scale_MG.to(stored).cpu(), made.grid.bits).items()
+        }
+    else:
+        result[name] = now_MN.to(stored).cpu()
+    change_MN, w_MN = now_MN.double() - w_MN.double(), w_MN.double()
+    if moment_NN is None:
+        return float(change_MN.square().sum() / w_MN.square().sum().clamp(min=1e-30))
+    return float(((change_MN @ moment_NN) * change_MN).sum() / ((w_MN @ moment_NN) * w_MN).sum().clamp(min=1e-30))
+
+
+def _matrix(expert: MLP, matrix: str) -> Tensor:
+    w_MN = {"gate": expert.gate_FD, "up": expert.up_FD, "down": expert.down_DF}[matrix]
+    assert isinstance(w_MN, Tensor)
+    return w_MN
+
+
+def _with(expert: MLP, matrices: dict[str, Tensor]) -> MLP:
+    found = {m: matrices.get(m, _matrix(expert, m)).to(_matrix(expert, m).dtype) for m in MATRICES}
+    return MLP(found["gate"], found["up"], found["down"], expert.act)
+
+
+def _whole(made: Treated, dtype: torch.dtype = torch.float32) -> Tensor:
+    return made.dequantized(dtype) if isinstance(made, Quantized) else made.to(dtype)
+
+
+def _at(made: Treated, index: int) -> Treated:
+    return made[index]

@@ -1,0 +1,287 @@
+"""Slimming in a whole model: what is stored is what the methods make of the routed tokens, and transformers computes it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from moeflow.arch import arch_of
+from moeflow.methods import compress, finetune, search, skipping, slim, tokens, trim
+from moeflow.methods.fetch import Model
+from moeflow.methods.gptq import gptq
+from moeflow.methods.grid import Grid
+from moeflow.methods.masks import wanda
+from moeflow.methods.rounding import round_to_nearest
+from moeflow.model.checkpoint import Tensors, save
+from moeflow.model.layout import Folder, headers, read_config
+from moeflow.model.packed import PACKED
+from tests import tiny
+from tests.methods.test_trim import calibrated, close, loaded, logits, pulled
+from tests.running import matrix_of, model_in, store_in
+
+FOUR: dict[str, Any] = {"bits": 4, "group": 8}
+
+
+@pytest.fixture(params=list(tiny.FAMILIES))
+def source(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    return tiny.write(request.param, tmp_path / "model")
+
+
+def slimmed(source: Path, folder: Path, **how: Any) -> Path:
+    seen = calibrated(model_in(source), folder, between=False)
+    return pulled(store_in(folder), slim.slim(seen, **how), folder)
+
+
+def reports(folder: Path) -> list[dict[str, Any]]:
+    return json.loads((folder / "moeflow.json").read_text())["slimming"]
+
+
+def plain(folder: Path, out: Path) -> Path:
+    """The checkpoint with every packed matrix multiplied out, by codes and scales as compressed-tensors defines them."""
+    out.mkdir()
+    raw = {n: t for file in sorted(folder.glob("*.safetensors")) for n, t in load_file(file).items()}
+    whole = dict(raw)
+    for name in [n for n in raw if n.endswith(PACKED)]:
+        stem = name.removesuffix(PACKED)
+        shape, scale = whole.pop(stem + ".weight_shape").tolist(), whole.pop(stem + ".weight_scale")
+        bits = whole[name].shape[1] * 32 // shape[1]
+        words = whole.pop(name).numpy().astype("uint32")
+        codes = torch.tensor([[(int(w) >> (bits * k)) % (1 << bits) for w in row for k in range(32 // bits)] for row in words])
+        codes = codes[:, : shape[1]] - (1 << (bits - 1))
+        whole[stem + ".weight"] = (codes.view(*scale.shape, -1) * scale[..., None].double()).flatten(1).float()
+    save(whole, out / "model.safetensors")
+    config = read_config(Folder(folder))
+    config.pop("quantization_config", None)
+    (out / "config.json").write_text(json.dumps(config))
+    return out
+
+
+@pytest.mark.parametrize("how", [{"method": "gptq", **FOUR}, {"method": "awq", "bits": 8, "group": 0}], ids=["gptq", "awq"])
+def test_packed_experts_load_and_compute_what_their_codes_say(source: Path, how: dict[str, Any], tmp_path: Path) -> None:
+    """Through transformers' own integration, and streamed; from a third to a quarter of the experts' bytes."""
+    out = slimmed(source, tmp_path, **how)
+    config = read_config(Folder(out))
+    assert config["model_type"] == read_config(Folder(source))["model_type"]
+    assert config["quantization_config"]["format"] == "pack-quantized"
+    names = headers(Folder(out))
+    packed = sum(n.endswith(PACKED) for n in names)
+    arch = arch_of(config)
+    assert packed == 3 * 8 * len(arch.moe_layers(config))
+    model = loaded(out)
+    close(logits(model, tmp_path), logits(loaded(plain(out, tmp_path / "plain")), tmp_path))
+    stems = tuple(arch.experts(i) for i in arch.moe_layers(config))
+    bytes_of = [sum(t.nbytes for n, t in headers(Folder(f)).items() if n.startswith(stems)) for f in (source, out)]
+    assert 0.25 < bytes_of[1] / bytes_of[0] < 0.45
+    made = model.generate(torch.arange(3, 7)[None], max_new_tokens=2, do_sample=False)
+    assert made.shape == (1, 6)
+    again = model_in(out)
+    assert again.layers[-1].spec.output.packed
+    close(logits(loaded(pulled(store_in(tmp_path), again, tmp_path / "again")), tmp_path), logits(model, tmp_path))
+
+
+@pytest.mark.parametrize("method", slim.METHODS)
+def test_what_is_not_an_expert_stays_bit_for_bit(source: Path, method: str, tmp_path: Path) -> None:
+    """Routers, gates, norms, attention and embeddings. AWQ moves a scale between a norm and all it feeds: routing stays."""
+    how = {"pattern": "0.5"} if method in slim.SPARSE else {**FOUR, "packed": False}
+    out = slimmed(source, tmp_path, method=method, inputs="parallel", **how)
+    before, after = Tensors(source), Tensors(out)
+    arch, config = arch_of(read_config(Folder(source))), read_config(Folder(source))
+    experts = {n for i in arch.moe_layers(config) for e in range(8) for n in arch.expert(i, e)}
+    changed = {n for n in before if not torch.equal(before[n], after[n])}
+    assert set(before) == set(after) and experts <= changed
+    if method != "awq":
+        assert changed == experts
+        return
+    for i in arch.moe_layers(config):
+        norm = arch.norm(i) + "weight"
+        scale = before[norm] / after[norm]
+        fed = [arch.router, *(arch.shared[:2] if arch.shared else ()), *([arch.shared_gate] if arch.shared_gate else ())]
+        for name in (t.format(layer=i) for t in fed):
+            torch.testing.assert_close(after[name], before[name] * scale, rtol=1e-5, atol=1e-6)
+        changed -= {n for n in changed if n.startswith(arch.norm(i))} | {t.format(layer=i) for t in fed}
+    assert changed == experts
+
+
+def routed(source: Path, folder: Path, layer: int) -> tuple[Tensor, Tensor]:
+    """The inputs [T, D] of a layer's MoE block in the whole model, and which experts each token goes to [T, E]."""
+    model, arch = loaded(source), arch_of(read_config(Folder(source)))
+    found: dict[str, Tensor] = {}
+    block = model.model.layers[layer].get_submodule(arch.block)
+    block.register_forward_pre_hook(lambda _, x: found.update(x=x[0].flatten(0, 1)))
+    block.experts.register_forward_pre_hook(lambda _, x: found.update(index=x[1]))
+    logits(model, folder)
+    chosen = torch.zeros(len(found["x"]), 8, dtype=torch.bool).scatter(1, found["index"], True)
+    return found["x"], chosen
+
+
+def test_each_expert_is_treated_by_the_tokens_really_routed_to_it(source: Path, tmp_path: Path) -> None:
+    """Over all shards: in parallel on the dense model, in sequence behind slimmed layers, down behind slimmed gate and up."""
+    config = read_config(Folder(source))
+    arch = arch_of(config)
+    layer, before = arch.moe_layers(config)[-1], Tensors(source)
+    parallel = slimmed(source, tmp_path, method="wanda", pattern="0.5", inputs="parallel")
+    x, chosen = routed(source, tmp_path, layer)
+    for expert in (0, 5):
+        gate = arch.expert(layer, expert)[0]
+        mask = wanda(before[gate], "0.5", inputs=x[chosen[:, expert]])
+        torch.testing.assert_close(Tensors(parallel)[gate], before[gate] * mask, rtol=0, atol=0)
+    (tmp_path / "two").mkdir()
+    out = slimmed(source, tmp_path / "two", method="gptq", packed=False, inputs="sequential", **FOUR)
+    after = Tensors(out)
+    prefix = dict(before) | {n: after[n] for n in after if f"layers.{layer}." not in n}
+    mixed = tmp_path / "mixed"
+    mixed.mkdir()
+    save(prefix, mixed / "model.safetensors")
+    (mixed / "config.json").write_text((source / "config.json").read_text())
+    x, chosen = routed(mixed, tmp_path, layer)
+    gate, up, down = arch.expert(layer, 3)
+    rows = x[chosen[:, 3]]
+    grid = Grid(4, True, 8)
+    close(after[gate], gptq(before[gate], grid, inputs=rows).dequantized())
+    act = loaded(source).model.layers[layer].get_submodule(arch.block).experts.act_fn
+    inner = act(rows @ after[gate].T) * (rows @ after[up].T)
+    same = (after[down] - gptq(before[down], grid, inputs=inner).dequantized()).abs() < 1e-5
+    assert same.float().mean() > 0.98
+    told = next(r for r in reports(out) if r["layer"] == layer)["experts"][3]
+    assert told["tokens"] == int(chosen[:, 3].sum()) and told["by"] == "gptq" and 0 < told["lost"]["down"] < 0.1
+
+
+def test_an_expert_without_tokens_is_treated_as_was_asked_and_never_zeroed(tmp_path: Path) -> None:
+    source = tiny.write("olmoe", tmp_path / "model")
+    before = Tensors(source)
+    arch = arch_of(read_config(Folder(source)))
+    for name, how in {
+        "rounded": {"method": "gptq", "packed": False, "least": 10**6, **FOUR},
+        "kept": {"method": "gptq", "packed": False, "least": 10**6, "policy": "keep", **FOUR},
+        "awq": {"method": "awq", "packed": False, "least": 40, **FOUR},
+        "masked": {"method": "sparsegpt", "pattern": "2:4", "least": 10**6},
+    }.items():
+        (tmp_path / name).mkdir()
+        after = Tensors(slimmed(source, tmp_path / name, **how))
+        for expert in range(8):
+            for matrix in arch.expert(1, expert):
+                assert after[matrix].any()
+                if name == "rounded":
+                    assert torch.equal(after[matrix], round_to_nearest(before[matrix], Grid(4, True, 8)).dequantized())
+                elif name == "kept":
+                    assert torch.equal(after[matrix], before[matrix])
+                elif name == "masked":
+                    kept = after[matrix] != 0
+                    assert torch.equal(after[matrix], before[matrix] * kept)
+                    assert (kept.view(len(kept), -1, 4).sum(-1) == 2).all()
+    by = {e["by"] for r in reports(next((tmp_path / "awq").glob("out-*"))) for e in r["experts"]}
+    assert by == {"awq", "round_to_nearest"}
+
+
+def test_shared_experts_are_treated_where_asked(tmp_path: Path) -> None:
+    source = tiny.write("deepseek_v2", tmp_path / "model")
+    out = slimmed(source, tmp_path, method="gptq", shared=True, **FOUR)
+    names = headers(Folder(out))
+    arch = arch_of(read_config(Folder(source)))
+    assert all(t.format(layer=1).removesuffix(".weight") + PACKED in names for t in arch.shared or ())
+    close(logits(loaded(out), tmp_path), logits(loaded(plain(out, tmp_path / "plain")), tmp_path))
+    again = model_in(out)
+    close(logits(loaded(pulled(store_in(tmp_path), again, tmp_path / "again")), tmp_path), logits(loaded(out), tmp_path))
+
+
+def test_packed_experts_are_pruned_by_slicing_and_trimmed_and_skip(source: Path, tmp_path: Path) -> None:
+    """Bit for bit: another search, Expert Drop or Layer Drop on a packed model moves codes and scales as they are."""
+    store = store_in(tmp_path)
+    seen = calibrated(model_in(source), tmp_path)
+    packed = slim.slim(seen, method="round_to_nearest", inputs="parallel", **FOUR)
+    kept = search.by_criterion(calibrated(packed, tmp_path), criterion="reap", keep=6)
+    out, whole = pulled(store, kept, tmp_path), pulled(store, packed, tmp_path)
+    config = read_config(Folder(out))
+    arch = arch_of(config)
+    choices = {c["layer"]: c["keep"] for c in json.loads((out / "moeflow.json").read_text())["choices"]}
+    files = {f: {n: t for p in f.glob("*.safetensors") for n, t in load_file(p).items()} for f in (out, whole)}
+    for i, keep in choices.items():
+        for new, old in enumerate(keep):
+            for a, b in zip(arch.expert(i, new), arch.expert(i, old), strict=True):
+                for end in (PACKED, ".weight_scale"):
+                    stems = a.removesuffix(".weight") + end, b.removesuffix(".weight") + end
+                    assert torch.equal(files[out][stems[0]], files[whole][stems[1]])
+    assert config["model_type"] == read_config(Folder(source))["model_type"]
+    close(logits(loaded(out), tmp_path), logits(loaded(plain(out, tmp_path / "plain")), tmp_path))
+    uneven = trim.layer_drop(calibrated(trim.expert_drop(calibrated(packed, tmp_path), keep=6, least=4), tmp_path), drop=1)
+    last = pulled(store, uneven, tmp_path)
+    assert read_config(Folder(last))["model_type"].startswith("moeflow_")
+    close(logits(loaded(last), tmp_path), logits(loaded(plain(last, tmp_path / "plain-last")), tmp_path))
+    if read_config(Folder(source))["model_type"] != "phimoe":
+        skips = pulled(store, skipping.skip(calibrated(packed, tmp_path), active=1.5), tmp_path)
+        close(logits(loaded(skips), tmp_path), logits(loaded(plain(skips, tmp_path / "plain-skips")), tmp_path))
+
+
+def test_what_was_trimmed_is_slimmed(source: Path, tmp_path: Path) -> None:
+    """In the other order: layers that a run has left without experts stay as they are."""
+    store = store_in(tmp_path)
+    thin = trim.layer_drop(calibrated(model_in(source), tmp_path), drop=1)
+    out = pulled(store, slim.slim(calibrated(thin, tmp_path), method="gptq", **FOUR), tmp_path)
+    config = read_config(Folder(out))
+    assert {"experts": 0, "gone": "moe"} in config["moeflow_layers"]
+    close(logits(loaded(out), tmp_path), logits(loaded(plain(out, tmp_path / "plain")), tmp_path))
+
+
+def test_what_cannot_be_slimmed_is_refused_in_one_line(tmp_path: Path) -> None:
+    model = model_in(tiny.write("mixtral", tmp_path / "model"))
+    seen = calibrated(model, tmp_path)
+    packed = slim.slim(seen, method="round_to_nearest", inputs="parallel", **FOUR)
+    sparse = slim.slim(seen, method="magnitude", pattern="0.5", inputs="parallel")
+    low = compress.decompose(seen, rank=8, svd="vanilla")
+    for message, given, how in (
+        ("method='prune' is not known; choose one of magnitude, wanda", seen, {"method": "prune"}),
+        ("inputs='both' is not known; choose one of parallel, sequential", seen, {"method": "wanda", "inputs": "both"}),
+        (
+            "policy='zero' for experts with fewer than least=1 tokens: with gptq choose round_to_nearest or",
+            seen,
+            {"policy": "zero"},
+        ),
+        ("bits=5 must be one of 2, 3, 4, 8", seen, {"bits": 5}),
+        ("group=7 does not divide 32 columns", seen, {"group": 7}),
+        ("pattern 2:5 asks for columns in groups of 5, which 32 is no multiple of", seen, {"method": "wanda", "pattern": "2:5"}),
+        ("pattern 'half' must be the part of zeros", seen, {"method": "wanda", "pattern": "half"}),
+        ("damp=1.0 a part of the mean diagonal", seen, {"damp": 1.0}),
+        ("zero points of packed experts are read by neither", seen, {"symmetric": False}),
+        ("policy='keep' leaves whole experts beside packed ones", seen, {"policy": "keep"}),
+        ("bits=2 of 24 columns of .* fill no whole words", None, {"bits": 2}),
+        ("layer 0 is packed already, in 4 bits, groups of 8; slim the model that it was made of", packed, {}),
+        (r"layer 0 is slimmed already \(magnitude 0.5\); slim the model", sparse, {"method": "wanda", "pattern": "2:4"}),
+        ("layer 0 has low-rank experts, whose factors are not slimmed", low, {}),
+    ):
+        if given is None:
+            given = calibrated(model_in(tiny.write("olmoe", tmp_path / "olmoe")), tmp_path)
+        elif isinstance(given, Model):
+            given = calibrated(given, tmp_path)
+        with pytest.raises(ValueError, match=message) as refused:
+            slim.slim(given, **({"method": "gptq", "inputs": "parallel", **FOUR} | how))
+        assert "\n" not in str(refused.value)
+    with pytest.raises(ValueError, match="slimmed or decomposed already .round_to_nearest 4 bits"):
+        compress.decompose(calibrated(packed, tmp_path), ratio=0.2, ranks="uniform")
+    with pytest.raises(ValueError, match="layer 0 is packed in 4 bits, groups of 8, .*fine-tune it before"):
+        finetune.tune(packed, tokens.of(matrix_of(tmp_path), packed, sequences=8, length=16), steps=1, batch=2, rate=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("mode", "zero"), [("lora", 0), ("full", 2), ("experts", 3)], ids=["lora", "full", "experts divided by ZeRO-3"]
+)
+def test_zeros_of_experts_stay_zeros_through_training(mode: str, zero: int, tmp_path: Path) -> None:
+    """And what is not zero is trained."""
+    pytest.importorskip("deepspeed")
+    seen = calibrated(model_in(tiny.write("deepseek_v2", tmp_path / "model")), tmp_path)
+    sparse = slim.slim(seen, method="wanda", pattern="2:4", shared=True, inputs="parallel")
+    data = tokens.of(matrix_of(tmp_path), sparse, sequences=8, length=16)
+    tuned = finetune.tune(
+        sparse, data, mode=mode, targets=("attention", "experts", "shared"), steps=3, batch=2, rate=1e-2, decay=0.1,
+        gang=finetune.Gang(zero=zero),
+    )  # fmt: skip
+    store = store_in(tmp_path)
+    before, after = Tensors(pulled(store, sparse, tmp_path)), Tensors(pulled(store, tuned.model, tmp_path))
+    arch = arch_of(read_config(before.files))  # type: ignore[arg-type]
+    shared = [] if mode == "experts" else [t.format(layer=1) for t in arch.shared or ()]
+    for name in [*arch.expert(1, 0), *arch.expert(2, 7), *shared]:
+        assert torch.equal(after[name] == 0, before[name] == 0) and (before[name] == 0).float().mean() == 0.5
+        assert not torch.equal(after[name], before[name])
