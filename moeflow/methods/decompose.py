@@ -270,9 +270,11 @@ def _layer_spec(
         raise ValueError(f"uniform={uniform}: gate and up of an expert are both whole or both factored")
     seen = [s for s in inputs if isinstance(s, ObservedSpec)]
     if decided:
-        out = LayerSpec(given.config, layer, given.experts, given.tensors, given.share * inputs[0]["share"], slimmed="decomposed")
+        out = LayerSpec(
+            given.config, layer, given.experts, given.tensors, given.share * inputs[0]["share"], given.fewest, "decomposed"
+        )
     else:
-        out = LayerSpec(given.config, layer, given.experts, _cut(given, uniform), given.share)
+        out = LayerSpec(given.config, layer, given.experts, _cut(given, uniform), given.share, given.fewest)
     reads = given.nbytes + _seen_bytes(rest.config, seen, dtype)
     writes = out.nbytes + 200 + 90 * given.experts
     memory = 4 * given.nbytes + 2 * _seen_bytes(rest.config, seen, dtype) + (2 << 30)

@@ -25,6 +25,11 @@ from moeflow.step import Artifact, Context, Spec, Step, step
 def _drop_spec(rest: RestSpec, given: LayerSpec, chosen: Any, *, layer: int, keep: int) -> Spec:
     arch = arch_of(rest.config)
     given.check_routing("prune")
+    if keep > given.least:
+        raise ValueError(
+            f"keep={keep}: layer {layer} has between {given.least} and {given.experts} experts, as a run decides; keep at most "
+            f"{given.least}, or take the result of that run as the model"
+        )
     if keep:
         arch.check_keep(rest.config, keep, given.experts)
     if chosen["layer"] != layer or chosen["keep"] != keep:
@@ -35,7 +40,8 @@ def _drop_spec(rest: RestSpec, given: LayerSpec, chosen: Any, *, layer: int, kee
     for old, (new, sliced) in names.items():
         dtype, shape = given.tensors[old]
         table[new] = (dtype, (most, *shape[1:]) if sliced else shape)
-    out = LayerSpec(rest.config, layer, most, table, given.share * (1.0 if keep else chosen["share"]), slimmed=given.slimmed)
+    share, fewest = (given.share, None) if keep else (given.share * chosen["share"], arch.legal_counts(rest.config, most)[0])
+    out = LayerSpec(rest.config, layer, most, table, share, fewest, given.slimmed)
     return Spec(out, reads=out.nbytes, writes=out.nbytes, memory=2 * out.nbytes)
 
 

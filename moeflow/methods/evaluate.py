@@ -3,6 +3,7 @@
 Both models are streamed layer by layer; only the speed is measured on whole models, and left out where they do not fit.
 """
 
+import json
 import re
 from typing import Any
 
@@ -19,6 +20,9 @@ from moeflow.model.layout import experts_in, headers, read_config
 from moeflow.model.packed import numels
 from moeflow.model.spec import CheckpointSpec, HiddenSpec, ObservedSpec, RestSpec, TokensSpec, header_bytes
 from moeflow.step import Artifact, Context, Spec, Step, step
+
+LENGTH = 2048
+"""Tokens of the sequence whose operations are counted, the paper's."""
 
 
 def compare(
@@ -108,17 +112,19 @@ def layers(context: Context, *chosen: Artifact) -> None:
 
 
 def _size_spec(original: CheckpointSpec, compressed: CheckpointSpec) -> Spec:
-    return Spec(reads=original.headers + compressed.headers, writes=500, memory=1 << 24)
+    return Spec(reads=original.headers + compressed.headers, writes=760, memory=1 << 24)
 
 
-@step("evaluate.size", version=3, spec=_size_spec)
+@step("evaluate.size", version=4, spec=_size_spec)
 def size(context: Context, original: Artifact, compressed: Artifact) -> None:
     """Parameters and bytes at rest, of all and of the routed experts, counted from the files' headers; experts per MoE layer.
 
     Active parameters are those that compute one token, embedding and head included: of a layer's experts as many as a token is
-    computed by, at their mean size. What dynamic skipping saves depends on the text and is not in them (`reach`).
+    computed by, at their mean size. What dynamic skipping saves depends on the text and is not in them (`reach`). Operations are
+    those of a forward pass over `LENGTH` tokens. Zeros that stand between other weights save nothing at rest, which the report
+    says, and no operations.
     """
-    from moeflow.model.active import active_parameters
+    from moeflow.model.cost import active_parameters, cache_bytes, forward_flops
 
     counts = []
     for artifact in (original, compressed):
@@ -133,10 +139,23 @@ def size(context: Context, original: Artifact, compressed: Artifact) -> None:
                 "bytes": sum(artifact.size(n) for n in artifact.names() if n.endswith(".safetensors")),
                 "expert bytes": sum(t.nbytes for n, t in tensors.items() if n.startswith(stems)),
                 "experts per layer": sum(experts_in(tensors, config, i) for i in layers) / len(layers),
+                "decoder layers": arch.num_layers(config),
+                f"operations at {LENGTH:,} tokens": forward_flops(config, LENGTH) / 1e12,
+                "cache bytes a token": cache_bytes(config),
             }
         )
-    units = {"parameters": "", "active parameters": "", "bytes": "B", "expert bytes": "B", "experts per layer": ""}
-    write_report(context, "size", [row(n, counts[0][n], counts[1][n], u) for n, u in units.items()])
+    units = {"bytes": "B", "expert bytes": "B", f"operations at {LENGTH:,} tokens": "TFLOPs", "cache bytes a token": "B"}
+    rows = [row(n, value, counts[1][n], units.get(n, "")) for n, value in counts[0].items()]
+    write_report(context, "size", rows, notes=_sparse(compressed))
+
+
+def _sparse(compressed: Artifact) -> list[str]:
+    """What is to be said of zeros that a checkpoint's experts have."""
+    if "moeflow.json" not in compressed.names():
+        return []
+    told = json.loads(compressed.read("moeflow.json", 0, compressed.size("moeflow.json"))).get("slimming", ())
+    patterns = sorted({layer["pattern"] for layer in told if layer.get("pattern")})
+    return [f"zeros of {', '.join(patterns)} are stored as weights: they save no bytes at rest"] if patterns else []
 
 
 def _reach_spec(rest: RestSpec, *seen: ObservedSpec, layers: list[int], name: str) -> Spec:

@@ -82,7 +82,9 @@ def _layer_spec(rest: RestSpec, given: LayerSpec, *seen: ObservedSpec, layer: in
     given.check_routing("take")
     tokens = sum(s.hidden.sequences * s.hidden.length for s in seen)
     name = f"{arch_of(rest.config).experts(layer)}skip.{rule}"
-    out = LayerSpec(rest.config, layer, given.experts, {**given.tensors, name: ("F32", ())}, given.share, slimmed=given.slimmed)
+    out = LayerSpec(
+        rest.config, layer, given.experts, {**given.tensors, name: ("F32", ())}, given.share, given.fewest, given.slimmed
+    )
     logits = tokens * given.experts * 4
     return Spec(out, reads=logits, writes=file_bytes({name: ("F32", ())}) + 300, memory=6 * logits + (1 << 28))
 

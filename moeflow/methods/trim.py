@@ -52,9 +52,8 @@ def expert_drop(
     groups, _ = arch.group_limit(model.config)
     common: dict[str, Any] = {"layers": layers, "groups": groups}
     if across == "layer":
-        for count in experts.values():
-            if keep:
-                arch.check_left(model.config, int(keep), count)
+        for i in layers if keep else ():
+            arch.check_left(model.config, int(keep), model.layers[i].spec.output.least)
         chosen = trim_choices.in_layers(*scores.values(), keep=int(keep), **common)
         kept = {i: int(keep) for i in layers}
     else:
@@ -62,8 +61,8 @@ def expert_drop(
         legal = next(n for n in range(1, most + 1) if _may_keep(arch, model.config, n, most))
         # what lies between none and the fewest that a router can do with is not to be had step by step
         least = max(least, legal if legal > groups else 0)
-        total = sum(experts.values()) - round(keep * len(layers))
-        chosen = trim_choices.in_model(*scores.values(), drop=total // groups * groups, least=least, **common)
+        total = -(-round(keep * len(layers)) // groups) * groups
+        chosen = trim_choices.in_model(*scores.values(), keep=total, least=least, **common)
         kept = dict.fromkeys(layers, -1)
     dropped = {i: trim_layers.experts(model.essential, model.layers[i], chosen, layer=i, keep=kept[i], least=least) for i in layers}
     return model.with_layers(dropped, (chosen,))

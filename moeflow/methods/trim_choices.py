@@ -70,24 +70,27 @@ def in_layers(context: Context, *given: Artifact, layers: list[int], groups: int
     _write_experts(context, by_layer, kept)
 
 
-def _in_model_spec(*given: Any, layers: list[int], groups: int, drop: int, least: int) -> Spec:
-    most = sum(max(0, g["experts"] - least) for g in given)
-    if not 0 <= drop <= most:
-        raise ValueError(f"{drop} experts are to go, and only {most} may: each of {len(given)} layers keeps least={least}")
-    return _experts_spec(given, drop)
+def _in_model_spec(*given: Any, layers: list[int], groups: int, keep: int, least: int) -> Spec:
+    if keep < least * len(given):
+        raise ValueError(f"{keep} experts are to stay in all, fewer than least={least} in each of {len(given)} layers; keep more")
+    return _experts_spec(given, sum(g["experts"] for g in given) - keep)
 
 
 @step("trim.in_model", version=1, spec=_in_model_spec)
-def in_model(context: Context, *given: Artifact, layers: list[int], groups: int, drop: int, least: int) -> None:
-    """Without the `drop` experts of the lowest score of all layers together, `least` staying in each (section 4.1, global).
+def in_model(context: Context, *given: Artifact, layers: list[int], groups: int, keep: int, least: int) -> None:
+    """The `keep` experts of the highest score of all layers together, `least` of them in each (section 4.1, global).
 
     Where a router ranks its experts in groups, which must stay of one size, the lowest of every group go together, by their mean.
+    Raises ValueError where a run before this one has left fewer than are to stay.
     """
     by_layer = dict(zip(layers, map(_read_scores, given), strict=True))
     units = {layer: _units(values, groups) for layer, values in by_layer.items()}
     order = sorted(
         (score, layer, at) for layer, found in units.items() for at, (score, _) in enumerate(found[: len(found) - least // groups])
     )
+    drop = sum(map(len, by_layer.values())) - keep
+    if not 0 <= drop <= len(order) * groups:
+        raise ValueError(f"{keep} experts are to stay in all, and a run before has left {drop + keep}; keep fewer")
     gone = {layer: 0 for layer in layers}
     for _, layer, _ in order[: drop // groups]:
         gone[layer] += 1  # a layer's units stand in the order of their scores

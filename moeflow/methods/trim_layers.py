@@ -26,7 +26,7 @@ def _experts_spec(rest: RestSpec, given: LayerSpec, chosen: Any, *, layer: int, 
         dtype, shape = given.tensors[old]
         table[new] = (dtype, (most, *shape[1:]) if sliced else shape)
     share = given.share * chosen["share"] if keep < 0 else given.share
-    out = LayerSpec(rest.config, layer, most, table, share, keep < 0 and not least, given.slimmed)
+    out = LayerSpec(rest.config, layer, most, table, share, min(least, given.least) if keep < 0 else None, given.slimmed)
     return Spec(out, reads=out.nbytes, writes=out.nbytes, memory=2 * out.nbytes)
 
 
@@ -54,7 +54,7 @@ def experts(context: Context, config: Artifact, given: Artifact, chosen: Artifac
 
 
 def _moe_spec(rest: RestSpec, given: LayerSpec, chosen: Any, *, layer: int) -> Spec:
-    out = replace(given, share=given.share * chosen["share"], optional=True)
+    out = replace(given, share=given.share * chosen["share"], fewest=0)
     return Spec(out, reads=given.nbytes, writes=given.nbytes, memory=2 * given.nbytes)
 
 
@@ -79,8 +79,7 @@ def _renumbered_spec(chosen: Any, *candidates: LayerSpec, config: Config, first:
     if any(t != tables[0] for t in tables) or any(c.share != share for c in candidates):
         average = sum(c.expert_bytes * c.share for c in candidates) / len(candidates)
         share = min(average / max(1, given.expert_bytes), 0.999)
-    optional = any(c.optional or not c.experts for c in candidates)
-    out = LayerSpec(config, to, given.experts, tables[largest], share, optional, given.slimmed)
+    out = LayerSpec(config, to, given.experts, tables[largest], share, min(c.least for c in candidates), given.slimmed)
     return Spec(out, reads=given.nbytes, writes=out.nbytes, memory=2 * given.nbytes)
 
 

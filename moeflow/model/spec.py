@@ -52,8 +52,8 @@ class LayerSpec:
     """One decoder layer's file.
 
     Where the run decides how many experts stay or which ranks they get, `share` is the part of the experts' bytes that is expected
-    to be there, and `experts` and `tensors` are what there is at most. `optional`: it may leave none, or no MoE block at all.
-    `slimmed`: what was done inside the experts, in words, where their tensors do not tell it.
+    to be there, `experts` and `tensors` are what there is at most, and `fewest` how many experts it leaves at least: with 0 perhaps
+    no MoE block at all. `slimmed`: what was done inside the experts, in words, where their tensors do not tell it.
     """
 
     config: Config
@@ -61,12 +61,22 @@ class LayerSpec:
     experts: int  # 0: a dense layer
     tensors: TensorTable
     share: float = 1.0
-    optional: bool = False
+    fewest: int | None = None  # as many as there are
     slimmed: str = ""
 
     @cached_property
     def nbytes(self) -> int:
         return file_bytes(self.tensors) - round((1 - self.share) * self.expert_bytes)
+
+    @property
+    def least(self) -> int:
+        """How many experts there are at least."""
+        return self.experts if self.fewest is None else min(self.fewest, self.experts)
+
+    @property
+    def optional(self) -> bool:
+        """Whether a run may leave the layer without experts."""
+        return self.experts > 0 and not self.least
 
     @cached_property
     def headers(self) -> int:

@@ -14,8 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from moeflow.arch import COMPRESSED, LAYERS, MAIN, arch_of
 from moeflow.methods import calibrate, compressed_experts, drop, search, tokens
-from moeflow.model.active import active_parameters
 from moeflow.model.checkpoint import Tensors, read_moe, save
+from moeflow.model.cost import active_parameters
 from moeflow.model.layout import Folder, read_config
 from moeflow.model.passes import stream_of
 from moeflow.model.reach import by_weight

@@ -330,7 +330,7 @@ def test_what_cannot_be_trimmed_is_refused_in_one_line(tmp_path: Path) -> None:
         "keep=1: a phimoe weighs two experts against each other; keep at least 2": lambda: trim.expert_drop(
             two, keep=1, across="layer"
         ),
-        "24 experts are to go, and only 21 may: each of 3 layers keeps least=1": lambda: trim.expert_drop(seen, keep=0, least=1),
+        "0 experts are to stay in all, fewer than least=1 in each of 3 layers": lambda: trim.expert_drop(seen, keep=0, least=1),
         "whether layer 0 keeps its experts is decided by a run that trims the model; prune first": lambda: search.layerwise(
             calibrated(trim.layer_drop(seen, drop=1), tmp_path), keep=4
         ),

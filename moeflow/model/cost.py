@@ -1,0 +1,83 @@
+"""What one token costs in the model of a config.json, counted from the configuration alone: parameters, operations, cache."""
+
+from dataclasses import replace
+from math import prod
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import moeflow  # noqa: F401  makes transformers know compressed checkpoints
+from moeflow.arch import Config, arch_of
+from moeflow.model.factors import expert_shapes
+from moeflow.model.formats import layer_formats
+
+
+def active_parameters(config: Config) -> int:
+    """The parameters that one token goes through in the model of this config.json, embedding, head and routers included.
+
+    Of a layer's experts as many count as a token is computed by, at their mean size; the vectors of Compressed Experts count all.
+    The model is built without weights.
+    """
+    model = _without_weights(config)
+    return sum(p.numel() for p in model.parameters()) + _not_computed(model, config)
+
+
+def forward_flops(config: Config, length: int) -> int:
+    """The floating-point operations of a forward pass over one sequence of `length` tokens: two for each weight of each matrix that
+    a token is multiplied with, and those of attention over all pairs of positions, masked or not.
+
+    So counted, Mixtral-8x7B takes 54.4 TFLOPs at 2,048 tokens (He et al., arXiv 2406.02500, Table 3). Norms, activations, the
+    rotary embedding and softmax are left out.
+    """
+    model = _without_weights(config)
+    matrices = sum(p.numel() for n, p in model.named_parameters() if p.dim() > 1 and "embed_tokens" not in n)
+    if config.get("tie_word_embeddings"):
+        matrices += model.get_input_embeddings().weight.numel()
+    heads, keys, values = _heads(model.config)
+    attention = 2 * length * length * heads * (keys + values) * int(config["num_hidden_layers"])
+    return 2 * length * (matrices + _not_computed(model, config)) + attention
+
+
+def cache_bytes(config: Config) -> int:
+    """The bytes that one token takes in the key-value cache of transformers, in the checkpoint's precision."""
+    hf: Any = AutoConfig.for_model(**_plain(config))
+    if hasattr(hf, "kv_lora_rank"):  # what keys and values are computed from (DeepSeek-V2, arXiv 2405.04434, 2.1)
+        width = hf.kv_lora_rank + hf.qk_rope_head_dim
+    else:
+        heads, keys, values = _heads(hf)
+        width = int(getattr(hf, "num_key_value_heads", None) or heads) * (keys + values)
+    size = torch.empty(0, dtype=getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "float32"))).element_size()
+    return int(width) * int(config["num_hidden_layers"]) * size
+
+
+def _heads(hf: Any) -> tuple[int, int, int]:
+    """The attention heads of a layer, and the widths of a key and of a value."""
+    heads = int(hf.num_attention_heads)
+    if hasattr(hf, "kv_lora_rank"):  # multi-head latent attention
+        return heads, int(hf.qk_nope_head_dim) + int(hf.qk_rope_head_dim), int(hf.v_head_dim)
+    width = int(getattr(hf, "head_dim", None) or hf.hidden_size // heads)
+    return heads, width, width
+
+
+def _plain(config: Config) -> Config:
+    return {k: v for k, v in config.items() if k != "quantization_config"}
+
+
+def _without_weights(config: Config) -> Any:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(**_plain(config)))
+
+
+def _not_computed(model: Any, config: Config) -> int:
+    """How many more (mostly fewer) of the experts' weights a token is multiplied with than the model holds in memory."""
+    arch, more = arch_of(config), 0
+    for at, format in enumerate(layer_formats(config)):
+        if format is not None and format.experts:
+            experts = model.model.layers[at].get_submodule(arch.block).experts
+            shapes = expert_shapes(arch, replace(format, skip="", compressed=""), at, experts.hidden_dim, experts.intermediate_dim)
+            matrices = sum(prod(shape) for shape in shapes.values())
+            computed = min(arch.computed(config), arch.reach(config, format.experts))
+            more += round(matrices * computed / format.experts)
+            more -= sum(p.numel() for p in experts.parameters(recurse=False))  # as they are in memory, with padding
+    return more

@@ -1,0 +1,18 @@
+"""DeepSeek-V2-Lite by the unified framework (He et al., arXiv 2406.02500): its structure is trimmed, its experts are quantized.
+
+    ray job submit --working-dir . -- python pipelines/deepseek_v2_lite_unified.py --store s3://bucket/prefix --gpus 1
+
+The constants are those that the paper takes for DeepSeek-MoE-16B, as in `mixtral_unified.py`: four MoE blocks go, 4 bits in groups
+of 64. `-p trim=blocks` drops decoder layers instead, and `-p trim=experts -p dropped=16` a quarter of the experts.
+"""
+
+from functools import partial
+
+from mixtral_unified import build as unified
+
+from moeflow.cli import main
+
+build = partial(unified, model="deepseek-ai/DeepSeek-V2-Lite", dropped=4, group=64)
+
+if __name__ == "__main__":
+    main(build)

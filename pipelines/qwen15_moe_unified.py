@@ -1,0 +1,18 @@
+"""Qwen1.5-MoE-A2.7B by the unified framework (He et al., arXiv 2406.02500): its structure is trimmed, its experts are quantized.
+
+    ray job submit --working-dir . -- python pipelines/qwen15_moe_unified.py --store s3://bucket/prefix --gpus 1
+
+As in `mixtral_unified.py`, with the numbers that the paper takes for a fine-grained model (DeepSeek-MoE-16B): four MoE blocks go, 4
+bits in groups of 64. Its tokenizer has no beginning-of-sequence token.
+"""
+
+from functools import partial
+
+from mixtral_unified import build as unified
+
+from moeflow.cli import main
+
+build = partial(unified, model="Qwen/Qwen1.5-MoE-A2.7B", dropped=4, group=64, bos=False)
+
+if __name__ == "__main__":
+    main(build)

@@ -1,0 +1,108 @@
+"""Every method behind every other: either the graph is refused when it is built, with the reason, or it runs and loads."""
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moeflow.methods import calibrate, compress, compressed_experts, drop, search, skipping, slim, tokens, trim
+from moeflow.methods.calibrate import Calibration
+from moeflow.methods.fetch import Model
+from moeflow.store import Store
+from tests import tiny
+from tests.methods.test_trim import PLAIN, loaded
+from tests.running import matrix_of, model_in, run, store_in
+
+FOUR: dict[str, Any] = {"bits": 4, "group": 8, "inputs": "parallel"}
+
+
+def experts(seen: Calibration) -> int:
+    return sum(seen.model.layers[i].spec.output.experts for i in seen.model.moe_layers)
+
+
+METHODS: dict[str, Callable[[Calibration], Model]] = {
+    "prune": lambda seen: search.by_criterion(seen, criterion="reap", keep=6),
+    "prune unevenly": lambda seen: compress.prune(seen, keep=experts(seen) - 4, search="swap", importance="recon", counts="paper"),
+    "decompose": lambda seen: compress.decompose(seen, ratio=0.3, ranks="uniform"),
+    "decompose unevenly": lambda seen: compress.decompose(seen, ratio=0.3, ranks="paper", importance="recon"),
+    "skip": lambda seen: skipping.skip(seen, active=1.5),
+    "compressed experts": lambda seen: compressed_experts.attach(seen.model),
+    "expert drop": lambda seen: trim.expert_drop(seen, keep=6, least=4),
+    "layer drop": lambda seen: trim.layer_drop(seen, drop=1),
+    "block drop": lambda seen: trim.block_drop(seen, drop=1),
+    "wanda": lambda seen: slim.slim(seen, method="wanda", pattern="0.5", inputs="parallel"),
+    "quantize": lambda seen: slim.slim(seen, method="gptq", **FOUR),
+    "awq": lambda seen: slim.slim(seen, method="awq", **FOUR),
+}
+SLIM = ("wanda", "quantize", "awq")
+CUT = ("decompose", "decompose unevenly")
+REACH = ("skip", "compressed experts")
+REFUSED: dict[tuple[tuple[str, ...], tuple[str, ...]], str] = {
+    (("skip",), ("prune", "prune unevenly", *CUT, "expert drop", *REACH)): "skips experts by a threshold",
+    (("compressed experts",), ("prune", "prune unevenly", *CUT, "expert drop", *REACH, *SLIM)): "has Compressed Experts",
+    (CUT, CUT): "factored or packed already|is slimmed or decomposed already",
+    (CUT, SLIM): "has low-rank experts|is slimmed already",
+    (SLIM, CUT): "is slimmed or decomposed already",
+    (SLIM, SLIM): "is slimmed already|is packed already",
+    (("layer drop",), ("prune", *CUT, *REACH, "expert drop")): "keeps its experts is decided by a run",
+    (("prune unevenly", "decompose unevenly", "expert drop", "layer drop"), ("prune unevenly",)): "has is decided by a step",
+    (("prune unevenly", "expert drop"), ("prune",)): "has between . and 8 experts, as a run decides; keep at most",
+    (("prune unevenly", "decompose unevenly", "expert drop"), ("compressed experts",)): "how many experts layer . keeps is decided",
+}
+"""What cannot follow what, and why."""
+FAMILY_REFUSES = {"phimoe": {"skip": "sparsemixer|Phi|phimoe"}}
+
+
+def reason(first: str, second: str) -> str:
+    found = [why for (firsts, seconds), why in REFUSED.items() if first in firsts and second in seconds]
+    return "|".join(found)
+
+
+@pytest.fixture(scope="module", params=list(tiny.FAMILIES))
+def start(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Model, Store, Path]:
+    folder = tmp_path_factory.mktemp(request.param)
+    fewer = {"num_experts_per_tok": 2} if request.param.startswith("deepseek") else {}  # so that groups may be smaller
+    source = tiny.write(request.param, folder / "model", num_hidden_layers=4, **fewer, **PLAIN.get(request.param, {}))
+    return request.param, model_in(source), store_in(folder), folder
+
+
+def seen(model: Model, folder: Path) -> Calibration:
+    matrix = tokens.of(matrix_of(folder), model, sequences=8, length=16)
+    return calibrate.run(model, matrix, batch=4, shard=8, stage=3, between=True)
+
+
+@pytest.mark.parametrize("first", METHODS)
+def test_any_two_methods_work_or_are_refused_when_the_graph_is_built(first: str, start: tuple[str, Model, Store, Path]) -> None:
+    """Graphs of every pair are built for every family; each pair runs on the family whose turn it is, and on mixtral."""
+    family, model, store, folder = start
+    if first in FAMILY_REFUSES.get(family, {}):
+        with pytest.raises(ValueError, match=FAMILY_REFUSES[family][first]):
+            METHODS[first](seen(model, folder))
+        return
+    given = seen(METHODS[first](seen(model, folder)), folder)
+    for second in METHODS:
+        why = "|".join(w for w in (reason(first, second), FAMILY_REFUSES.get(family, {}).get(second, "")) if w)
+        try:
+            made = METHODS[second](given)
+            target = drop.checkpoint_of(made)
+        except ValueError as error:
+            assert why, f"{second} behind {first} of {family} is refused, and nothing says why: {error}"
+            assert "\n" not in str(error)
+            with pytest.raises(ValueError, match=why):
+                raise
+            continue
+        assert not reason(first, second), f"{second} behind {first} of {family} should be refused"
+        if list(tiny.FAMILIES).index(family) == turn(first, second):
+            run(store, target)
+            out = folder / f"{first}-{second}"
+            store.fetch(target.key, out)
+            with torch.inference_mode():
+                assert torch.isfinite(loaded(out)(torch.arange(3, 12)[None]).logits).all()
+
+
+def turn(first: str, second: str) -> int:
+    pairs = list(itertools.product(METHODS, METHODS))
+    return pairs.index((first, second)) % len(tiny.FAMILIES)

@@ -1,0 +1,51 @@
+"""What a token costs, from configurations alone: the papers' own figures, and what transformers really keeps."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from moeflow.arch import LAYERS
+from moeflow.model.cost import active_parameters, cache_bytes, forward_flops
+from moeflow.model.layout import Folder, read_config
+
+MIXTRAL = {
+    "model_type": "mixtral", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "vocab_size": 32000, "num_local_experts": 8, "num_experts_per_tok": 2, "dtype": "bfloat16",
+}  # fmt: skip
+
+
+def gone(layers: int) -> dict:
+    said = [{"experts": 0, "gone": "moe"}] * layers + [{"experts": 8}] * (32 - layers)
+    return MIXTRAL | {"model_type": "moeflow_mixtral", LAYERS: said}
+
+
+def test_operations_of_mixtral_are_those_of_the_paper() -> None:
+    """He et al., Table 3, at 2,048 tokens: 54.4 T; 42.9 T without 8 MoE blocks, 46.0 T without 5 decoder layers."""
+    whole = forward_flops(MIXTRAL, 2048) / 1e12
+    assert whole == pytest.approx(54.4, abs=0.05)
+    assert forward_flops(gone(8), 2048) / 1e12 == pytest.approx(42.9, abs=0.05)
+    assert forward_flops(MIXTRAL | {"num_hidden_layers": 27}, 2048) / 1e12 == pytest.approx(46.0, abs=0.05)
+    assert whole - forward_flops(gone(8), 2048) / 1e12 == pytest.approx(11.5, abs=0.05)
+    assert forward_flops(MIXTRAL | {"num_local_experts": 6}, 2048) / 1e12 == pytest.approx(54.4, abs=0.05)
+
+
+def test_sixty_four_experts_of_mixtral_are_21_gib() -> None:
+    whole, without = (2 * parameters(config) / 2**30 for config in (MIXTRAL, gone(8)))
+    assert whole - without == pytest.approx(21.0, abs=0.05)
+    assert active_parameters(MIXTRAL) - active_parameters(gone(8)) == 8 * (2 * 3 * 4096 * 14336 + 8 * 4096 + 4096)
+
+
+def parameters(config: dict) -> int:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+    return sum(p.numel() for p in model.parameters())
+
+
+def test_the_cache_is_what_transformers_keeps(family: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(family).eval()
+    with torch.inference_mode():
+        cache = model(torch.arange(3, 13)[None], use_cache=True).past_key_values
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert held == 10 * cache_bytes(read_config(Folder(family)))

@@ -1,0 +1,60 @@
+"""The unified framework's recipes, in both orders, each on a small model of its family."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from moeflow.model.layout import Folder, read_config
+from moeflow.run import pipeline
+from tests import running, tiny
+
+PIPELINES = Path(__file__).parents[2] / "pipelines"
+SMALL = ["sequences=8", "length=16", "batch=2", "record=128", "per_expert=4", "heldout_sequences=2", "group=8"]
+
+
+@pytest.mark.parametrize("order", ["slim,trim", "trim,slim"])
+@pytest.mark.parametrize("recipe", [["trim=layers", "dropped=1"], ["trim=blocks", "dropped=1"], ["trim=experts", "dropped=2"]])
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [("mixtral_unified", "mixtral"), ("deepseek_v2_lite_unified", "deepseek_v2"), ("qwen15_moe_unified", "qwen2_moe")],
+)
+@torch.inference_mode()
+def test_a_recipe_runs_on_a_small_model_of_its_family(
+    name: str, family: str, recipe: list[str], order: str, tmp_path: Path
+) -> None:
+    plain = {"mlp_only_layers": []} if family == "qwen2_moe" else {}
+    source, matrix = tiny.write(family, tmp_path / "model", **plain), running.matrix_of(tmp_path)
+    build = pipeline.load(PIPELINES / f"{name}.py")
+    target = pipeline.call(build, [f"model={source}", f"tokens={matrix.spec}", *SMALL, *recipe, f"order={order}"])
+    store = running.store_in(tmp_path)
+    running.run(store, target)
+    out = tmp_path / "out"
+    store.fetch(target.key, out)
+    config, report = read_config(Folder(out)), running.reports(store, target)
+    assert config["quantization_config"]["quant_method"] == "compressed-tensors"
+    assert config["num_hidden_layers"] == (2 if "trim=blocks" in recipe else 3)
+    if "trim=experts" not in recipe:  # of which as many may have gone from each layer
+        assert config["model_type"] == (family if "trim=blocks" in recipe else f"moeflow_{family}")
+    assert torch.isfinite(AutoModelForCausalLM.from_pretrained(out)(torch.arange(3, 12)[None]).logits).all()
+    assert report["expert bytes"]["compressed"] < 0.4 * report["expert bytes"]["original"]
+    saved = 1 - report["operations at 2,048 tokens"]["compressed"] / report["operations at 2,048 tokens"]["original"]
+    assert 0 < saved < 0.01 if "trim=experts" in recipe else saved > 0.01  # rows of routers only, or whole matrices
+
+
+def test_what_is_no_recipe_is_refused_in_one_line(tmp_path: Path) -> None:
+    source, matrix = tiny.write("mixtral", tmp_path / "model"), running.matrix_of(tmp_path)
+    build = pipeline.load(PIPELINES / "mixtral_unified.py")
+    for word, message in {
+        "order=slim,prune": "'prune' is no stage; write slim,trim or trim,slim",
+        "trim=heads": "trim='heads' is not known; choose one of none, experts, layers, blocks",
+        "dropped=1.5": "dropped=1.5 layers is no whole number",
+        "slim=int4": "method='int4' is not known",
+        "order=slim,slim": "layer 0 is packed already, in 4 bits, groups of 8",
+        "group=5": "group=5 does not divide 32 columns",
+    }.items():
+        with pytest.raises(ValueError, match=message) as refused:
+            words = [w for w in [*SMALL, "dropped=1"] if w.split("=")[0] != word.split("=")[0]]
+            pipeline.call(build, [f"model={source}", f"tokens={matrix.spec}", *words, word])
+        assert "\n" not in str(refused.value)
