@@ -4,7 +4,7 @@ Shapes are suffixes: T tokens, D model width, F expert width, E experts, M rows 
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -47,6 +47,7 @@ class How:
     shared: bool
     chained: bool
     packed: bool
+    stored: torch.dtype = torch.float32  # in which weights and scales are written: scales are such as it holds
 
 
 Treated = Tensor | Quantized
@@ -69,6 +70,7 @@ def rewrite(
     x_TD = torch.cat([Tensors(s)["x_RD"] for s in seen]).to(moe.router_ED.device, moe.router_ED.dtype)
     weights_TE = dense(*moe.router.choose(moe.logits(x_TD)), moe.num_experts)
     result = {n: tensors[n] for n in tensors if file_for(n) == LAYER}
+    how = replace(how, stored=result[arch.expert(layer, 0)[0]].dtype)
     report: list[dict[str, Any]] = []
     if how.method == "awq":
         report = _awq(result, arch, moe, x_TD, weights_TE, how, layer)
@@ -171,15 +173,15 @@ def _one(result: dict[str, Tensor], names: tuple[str, str, str], expert: MLP, x_
 def treat(w_MN: Tensor, moment_NN: Tensor | None, how: How) -> Treated:
     """A weight [M, N], or a batch of them, slimmed as `how` says; by the weights alone where there is no second moment, or none
     of the inputs was ever other than zero."""
-    dtype, grid = w_MN.dtype, how.grid
+    grid = how.grid
     if moment_NN is not None and not bool(moment_NN.flatten(-2).any(-1).all()):
         if w_MN.dim() > 2:
             raise ValueError("an expert's inputs are all zero on its tokens; treat it alone")
         moment_NN = None
     if grid is not None:
         if moment_NN is None or how.method == "round_to_nearest":
-            return round_to_nearest(w_MN, grid, scale_dtype=dtype)
-        return gptq(w_MN, grid, moment=moment_NN, order=how.order, block=how.block, damp=how.damp, scale_dtype=dtype)
+            return round_to_nearest(w_MN, grid, scale_dtype=how.stored)
+        return gptq(w_MN, grid, moment=moment_NN, order=how.order, block=how.block, damp=how.damp, scale_dtype=how.stored)
     pattern = Pattern.parse(how.pattern)
     if moment_NN is None or how.method == "magnitude":
         return w_MN * magnitude(w_MN, pattern)
@@ -196,8 +198,9 @@ def _awq(
     counts = (weights_TE > 0).sum(0).tolist()
     seen_TE = weights_TE * torch.tensor([c >= how.least for c in counts], device=weights_TE.device)
     gate_EFD, up_EFD, down_EDF = (torch.stack([_matrix(e, m) for e in moe.experts]) for m in MATRICES)
-    stored = gate_EFD.dtype
-    made = awq(gate_EFD, up_EFD, down_EDF, how.grid, inputs=x_TD, weights=seen_TE, act=moe.experts[0].act, scale_dtype=stored)
+    made = awq(
+        gate_EFD, up_EFD, down_EDF, how.grid, inputs=x_TD, weights=seen_TE, act=moe.experts[0].act, scale_dtype=how.stored
+    )  # fmt: skip
     norms = [n for n in result if n.startswith(arch.norm(layer))]
     fed = [arch.router.format(layer=layer)]
     fed += [t.format(layer=layer) for t in arch.shared[:2]] if arch.shared else []
@@ -224,16 +227,13 @@ def _awq(
 
 def _put(result: dict[str, Tensor], name: str, w_MN: Tensor, made: Treated, moment_NN: Tensor | None, how: How) -> float:
     """Write what a matrix has become, and give the part of its outputs, or of itself, that went."""
-    stored = result[name].dtype
-    now_MN = _whole(made, stored)
+    now_MN = _whole(made, how.stored)
     if how.packed and isinstance(made, Quantized):
         del result[name]
         stem = name.removesuffix(WHOLE)
-        result |= {
-            stem + end: t.cpu() for end, t in pack(made.codes_MN.cpu(), made.scale_MG.to(stored).cpu(), made.grid.bits).items()
-        }
+        result |= {stem + end: t.cpu() for end, t in pack(made.codes_MN.cpu(), made.scale_MG.cpu(), made.grid.bits).items()}
     else:
-        result[name] = now_MN.to(stored).cpu()
+        result[name] = now_MN.cpu()
     change_MN, w_MN = now_MN.double() - w_MN.double(), w_MN.double()
     if moment_NN is None:
         return float(change_MN.square().sum() / w_MN.square().sum().clamp(min=1e-30))

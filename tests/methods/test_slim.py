@@ -177,6 +177,20 @@ def test_an_expert_without_tokens_is_treated_as_was_asked_and_never_zeroed(tmp_p
     assert by == {"awq", "round_to_nearest"}
 
 
+def test_scales_are_chosen_as_they_are_stored(tmp_path: Path) -> None:
+    """In bf16, also where the calibration ran in fp32: what is loaded is what was weighed."""
+    source = tiny.write("mixtral", tmp_path / "model", dtype=torch.bfloat16)
+    seen = calibrated(model_in(source), tmp_path, dtype="float32")
+    out = pulled(store_in(tmp_path), slim.slim(seen, method="gptq", inputs="parallel", **FOUR), tmp_path)
+    name = arch_of(read_config(Folder(source))).expert(0, 0)[0]
+    x, chosen = routed(source, tmp_path, 0)
+    found = gptq(Tensors(source)[name].float(), Grid(4, True, 8), inputs=x[chosen[:, 0]], scale_dtype=torch.bfloat16)
+    assert Tensors(out)[name].dtype == torch.bfloat16
+    assert torch.equal(Tensors(out)[name], found.dequantized(torch.bfloat16))
+    stored = {n: t for file in out.glob("*.safetensors") for n, t in load_file(file).items()}
+    assert torch.equal(stored[name.removesuffix(".weight") + ".weight_scale"], found.scale_MG)
+
+
 def test_shared_experts_are_treated_where_asked(tmp_path: Path) -> None:
     source = tiny.write("deepseek_v2", tmp_path / "model")
     out = slimmed(source, tmp_path, method="gptq", shared=True, **FOUR)

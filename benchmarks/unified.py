@@ -1,0 +1,172 @@
+"""The unified framework on a trained model: each of its methods and their combinations, and what moeflow puts beside them.
+
+He et al., arXiv 2406.02500, Table 3, at small scale: the Mixtral of 21 M parameters in ../shared/models, 6 layers of 8 experts,
+calibrated on 24,576 tokens and judged on 16,384 held-out tokens of each kind. KL is the divergence from the original; bytes are
+those of the checkpoint's files beside the embedding, which nothing here touches; speeds are medians of alternating rounds against
+the original, 256 tokens of prefill and 32 of decode. Everything runs through the steps that pipelines are made of, in a store that
+is thrown away, or kept where MOEFLOW_BENCH_STORE says.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from benchmarks.quality import CALIBRATION, HELDOUT, HELDOUT_SEQUENCES, KINDS, LENGTH, SEQUENCES, SHARED
+from benchmarks.rows import Row
+from moeflow.methods import calibrate, compress, drop, evaluate, fetch, search, slim, trim
+from moeflow.methods import tokens as text
+from moeflow.methods.calibrate import Calibration
+from moeflow.methods.fetch import Model
+from moeflow.run import in_process
+from moeflow.step import Step
+from moeflow.store import Store
+from moeflow.store.sources import pin
+from moeflow.store.texts import Texts
+
+Stage = Callable[[Calibration], Model]
+GROUP = 64
+
+
+def _slim(method: str, **options: Any) -> Stage:
+    return partial(slim.slim, method=method, **({"group": GROUP, "inputs": "parallel"} | options))
+
+
+def _low_rank(seen: Calibration) -> Model:
+    return compress.decompose(seen, ratio=0.25)
+
+
+AWQ, GPTQ = _slim("awq"), _slim("gptq", inputs="sequential", order=True)
+EXPERTS: Stage = partial(trim.expert_drop, keep=6, least=2)
+LAYERS: Stage = partial(trim.layer_drop, drop=2)
+BLOCKS: Stage = partial(trim.block_drop, drop=1)
+ENUMERATED: Stage = partial(search.layerwise, keep=6)
+
+SINGLE: dict[str, tuple[Stage, ...]] = {
+    "E2/8": (EXPERTS,),
+    "L2/6": (LAYERS,),
+    "B1/6": (BLOCKS,),
+    "AWQ": (AWQ,),
+    "GPTQ, on dense inputs": (_slim("gptq"),),
+    "Wanda 2:4": (_slim("wanda", pattern="2:4"),),
+    "SparseGPT 2:4": (_slim("sparsegpt", pattern="2:4"),),
+    "Wanda 50 %": (_slim("wanda", pattern="0.5"),),
+    "SparseGPT 50 %": (_slim("sparsegpt", pattern="0.5"),),
+}
+"""The paper's methods, each by itself."""
+
+COMBINED: dict[str, tuple[Stage, ...]] = {
+    "AWQ, then E2/8": (AWQ, EXPERTS),
+    "E2/8, then AWQ": (EXPERTS, AWQ),
+    "AWQ, then L2/6": (AWQ, LAYERS),
+    "L2/6, then AWQ": (LAYERS, AWQ),
+    "AWQ, then B1/6": (AWQ, BLOCKS),
+    "B1/6, then AWQ": (BLOCKS, AWQ),
+}
+"""The paper's recipes, in its order and the other."""
+
+OURS: dict[str, tuple[Stage, ...]] = {
+    "rounding to nearest": (_slim("round_to_nearest"),),
+    "GPTQ in sequence, by activation": (GPTQ,),
+    "AWQ in sequence": (_slim("awq", inputs="sequential"),),
+    "Wanda 2:4 in sequence": (_slim("wanda", pattern="2:4", inputs="sequential"),),
+    "SparseGPT 2:4 in sequence": (_slim("sparsegpt", pattern="2:4", inputs="sequential"),),
+    "GPTQ in sequence, 8 bits": (_slim("gptq", inputs="sequential", order=True, bits=8),),
+    "GPTQ in sequence, 3 bits": (_slim("gptq", inputs="sequential", order=True, bits=3),),
+    "GPTQ in sequence, 2 bits": (_slim("gptq", inputs="sequential", order=True, bits=2),),
+    "NAEE, 6 of 8": (ENUMERATED,),
+    "low rank, whitened, a quarter": (_low_rank,),
+    "NAEE, 6 of 8, then GPTQ": (ENUMERATED, GPTQ),
+    "E2/8, then GPTQ": (EXPERTS, GPTQ),
+}
+"""What moeflow has beside them."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint's bytes without the embedding, its speeds as multiples of the original's, and what it does to held-out text."""
+
+    nbytes: float
+    prefill: float
+    decode: float
+    perplexity: list[float]
+    kl: list[float]
+
+    @property
+    def mean(self) -> float:
+        return sum(self.kl) / len(self.kl)
+
+
+def main() -> tuple[list[Row], str]:
+    """Rows for the claims, and the table. Raises FileNotFoundError where the model or the texts are absent."""
+    with tempfile.TemporaryDirectory() as folder:
+        bench = _Bench(Store.open(os.environ.get("MOEFLOW_BENCH_STORE", folder)))
+        found = {name: bench.measured(stages) for name, stages in (SINGLE | COMBINED | OURS).items()}
+        whole = bench.whole
+    rows = []
+    for name in SINGLE:
+        rivals = {n: f for n, f in found.items() if n in OURS and f.nbytes <= found[name].nbytes * 1.001}
+        best = min(rivals, key=lambda n: rivals[n].mean)
+        what = f"KL of ours ({best}) against {name}, at {rivals[best].nbytes / found[name].nbytes:.2f} times its bytes"
+        rows.append(Row(what, rivals[best].mean / found[name].mean, "at most", 1.0, "times"))
+    for method in ("AWQ", "Wanda 2:4", "SparseGPT 2:4"):
+        ratio = found[f"{method} in sequence"].mean / found[method].mean
+        rows.append(Row(f"KL of {method} in sequence against on dense inputs", ratio, "at most", 1.0, "times"))
+    return rows, _table(found, whole)
+
+
+def _table(found: dict[str, Found], whole: float) -> str:
+    lines = [
+        "| method | bytes | prefill | decode | perplexity: "
+        + " | ".join(KINDS)
+        + " | KL: "
+        + " | ".join(KINDS)
+        + " | mean | frontier |",
+        "|" + "---|" * 12,
+    ]
+    for name, f in found.items():
+        ahead = not any(o.nbytes <= f.nbytes and o.mean < f.mean for o in found.values())
+        figures = " | ".join([*(f"{p:.1f}" for p in f.perplexity), *(f"{k:.4f}" for k in (*f.kl, f.mean))])
+        lines.append(
+            f"| {name} | {f.nbytes / whole:.1%} | {f.prefill:.2f} | {f.decode:.2f} | {figures} | {'yes' if ahead else ''} |"
+        )
+    return "\n".join(lines)
+
+
+class _Bench:
+    """The original and its calibration; measures what stages make of it."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.original = fetch.pinned(pin(str(SHARED / "models" / "mixtral-21m"), kind="model"))
+        self.matrix = text.of(Texts(CALIBRATION), self.original, sequences=SEQUENCES, length=LENGTH)
+        self.seen = self._calibrated(self.original)
+        self.whole = 0.0
+
+    def measured(self, stages: tuple[Stage, ...]) -> Found:
+        model = self.original
+        for stage in stages:
+            model = stage(self._calibrated(model))
+        compared = evaluate.compare(self.seen, model, heldout=Texts(HELDOUT), sequences=HELDOUT_SEQUENCES, length=LENGTH)
+        reports = [r for r in compared if r.name in ("evaluate.size", "evaluate.quality", "evaluate.speed")]
+        in_process.run([drop.checkpoint_of(model), *reports], self.store)
+        rows = {row["name"]: row for report in reports for row in self._rows(report)}
+        embedding = self.original.config["vocab_size"] * self.original.config["hidden_size"] * 2
+        self.whole = rows["bytes"]["original"] - embedding
+        kinds = [n.removeprefix("KL to the original ") for n in rows if n.startswith("KL to the original")]
+        return Found(
+            rows["bytes"]["compressed"] - embedding,
+            *(rows[n]["compressed"] / rows[n]["original"] for n in ("prefill", "decode")),
+            [rows[f"perplexity {k}"]["compressed"] for k in kinds],
+            [rows[f"KL to the original {k}"]["compressed"] for k in kinds],
+        )
+
+    def _calibrated(self, model: Model) -> Calibration:
+        return calibrate.run(model, self.matrix, batch=16, shard=32, stage=3, between=True, dtype="float32")
+
+    def _rows(self, report: Step) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = json.loads(self.store.artifact(report.key).file("report.json").read_text())["rows"]
+        return rows
