@@ -23,7 +23,9 @@ MATRICES = ("gate", "up", "down")
 """The matrices of an expert, in the order in which `Arch.expert` names them."""
 
 
-WITHOUT_EFFECT = ("transformers_version", "_name_or_path", "architectures", "use_cache", "auto_map", "torchscript")
+WITHOUT_EFFECT = (
+    "transformers_version", "_name_or_path", "architectures", "use_cache", "auto_map", "torchscript", "quantization_config",
+)  # fmt: skip
 """What config.json says without changing what a layer computes: another of these must not make anything run again."""
 
 

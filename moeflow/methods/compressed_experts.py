@@ -6,10 +6,10 @@ He et al., EMNLP Findings 2025, arXiv 2503.00634. They begin as vectors that cha
 
 from dataclasses import replace
 
-from moeflow.arch import MAIN, Config, arch_of, essential
-from moeflow.methods.fetch import Model, config_text
+from moeflow.arch import MAIN, Config, arch_of
+from moeflow.methods.fetch import Model, configured
 from moeflow.model.formats import FORMS, Format, format_of, routing_shapes
-from moeflow.model.layout import ESSENTIAL, ROUTING, headers, read_config
+from moeflow.model.layout import ROUTING, headers, read_config
 from moeflow.model.packed import PACKED, SCALE, WHOLE
 from moeflow.model.spec import LayerSpec, RestSpec, TensorTable, file_bytes
 from moeflow.step import Artifact, Context, Spec, step
@@ -31,7 +31,7 @@ def attach(model: Model, *, main: int = 0, form: str = "three") -> Model:
         raise ValueError(f"main={main} must be at least 1 and fewer than the {top_k} experts that the router gives a token")
     config = model.config | {MAIN: main}
     layers = {i: layer(model.essential, model.layers[i], layer=i, form=form) for i in model.moe_layers}
-    return replace(model, config=config, rest=rest(model.rest, config=config)).with_layers(layers)
+    return replace(model, config=config, rest=configured(model.rest, config=config)).with_layers(layers)
 
 
 def _layer_spec(rest: RestSpec, given: LayerSpec, *, layer: int, form: str) -> Spec:
@@ -56,21 +56,6 @@ def layer(context: Context, config: Artifact, given: Artifact, *, layer: int, fo
     save({n: torch.zeros(shape, dtype=DTYPES[dtype]) for n, (dtype, shape) in added.items()}, context.out / ROUTING)
 
 
-def _rest_spec(given: RestSpec, *, config: Config) -> Spec:
-    out = RestSpec(config, given.tensors, given.files)
-    return Spec(out, reads=0, writes=len(config_text(config)) + len(config_text(essential(config))), memory=1 << 24)
-
-
-@step("compressed_experts.rest", version=1, spec=_rest_spec)
-def rest(context: Context, given: Artifact, *, config: Config) -> None:
-    """What is no decoder layer, with a configuration that says how many experts of a token are computed."""
-    for name in given.names():
-        if name not in (ESSENTIAL, "config.json"):
-            context.link(given, name)
-    (context.out / "config.json").write_text(config_text(config))
-    (context.out / ESSENTIAL).write_text(config_text(essential(config)))
-
-
 def _added(config: Config, tensors: TensorTable, layer: int, form: str) -> TensorTable:
     """The vectors of a layer: names, in the precision of its experts, and shapes."""
     arch = arch_of(config)
@@ -78,6 +63,6 @@ def _added(config: Config, tensors: TensorTable, layer: int, form: str) -> Tenso
     name = arch.gate.format(layer=layer, expert=0)
     packed, scale = (name.removesuffix(WHOLE) + end for end in (PACKED, SCALE))
     dtype, shape = tensors[next(n for n in (name, packed, arch.factors(name)[0]) if n in tensors)]
-    dtype = tensors[scale][0] if packed in tensors else dtype
+    dtype = tensors[scale][0] if packed in tensors else "BF16" if dtype.startswith("F8") else dtype
     shapes = routing_shapes(arch, Format(found.experts, compressed=form), layer, int(config["hidden_size"]), shape[0])
     return {n: (dtype, s) for n, s in shapes.items()}

@@ -36,13 +36,14 @@ def sides(layer_spec: LayerSpec) -> tuple[int, int]:
     """(expert width F, model width D) of a layer's experts, none of which is factored yet. Raises ValueError where one is, and
     where the layer skips experts or has compressed ones."""
     layer_spec.check_routing("decompose")
+    layer_spec.check_plain("decompose")
     if layer_spec.slimmed:
         raise ValueError(
             f"layer {layer_spec.layer} is slimmed or decomposed already ({layer_spec.slimmed}); decompose the model before"
         )
     name = arch_of(layer_spec.config).gate.format(layer=layer_spec.layer, expert=0)
     if name not in layer_spec.tensors:
-        raise ValueError(f"{name} is not there: layer {layer_spec.layer} has no experts, or they are factored or packed already")
+        raise ValueError(f"{name} is not there: layer {layer_spec.layer} has no experts, or they are factored already")
     rows, columns = layer_spec.tensors[name][1]
     return int(rows), int(columns)
 

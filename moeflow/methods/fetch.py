@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol
 from moeflow.arch import Config, arch_of, essential
 from moeflow.model.formats import format_of, layer_formats
 from moeflow.model.layout import ESSENTIAL, TensorInfo, file_for, read_header
-from moeflow.model.packed import FORMAT, METHOD, PACKED, WHOLE, Shapes, scheme_of
+from moeflow.model.packed import BLOCK_SCALE, FORMAT, METHOD, PACKED, WHOLE, scheme_of
 from moeflow.model.spec import LayerSpec, RestSpec, TensorTable, check_layer, file_bytes, tensor_bytes
 from moeflow.step import Artifact, Context, Part, Spec, Step, step
 
@@ -105,8 +105,10 @@ def pinned(source: Source, *, mtp: Literal["drop", "keep"] = "drop") -> Model:
         raise ValueError(f"config.json at {source.uri} lacks {', '.join(lacking)}; fetch the checkpoint again")
     layer_formats(config)  # whatever it says of its layers has to be readable
     tensors = _tensors(source)
-    if packing := config.pop("quantization_config", None):
-        _check_packing(packing, {n: t.shape for n, t in tensors.items()}, config, source.uri)
+    if packing := config.get("quantization_config"):
+        _check_packing(packing, tensors, config, source.uri)
+        if packing["quant_method"] == METHOD:  # written again from what then is packed
+            config.pop("quantization_config")
     steps = {name: source.file(name) for name in sorted({t.file for t in tensors.values()})}
     count = arch.num_layers(config)
     by_layer: dict[int | None, dict[str, TensorInfo]] = {}
@@ -144,9 +146,18 @@ def pinned(source: Source, *, mtp: Literal["drop", "keep"] = "drop") -> Model:
     )
 
 
-def _check_packing(packing: dict[str, Any], shapes: Shapes, config: Config, uri: str) -> None:
-    """Raise ValueError where a checkpoint is packed otherwise than its experts by compressed-tensors, as moeflow writes it."""
+def _check_packing(packing: dict[str, Any], tensors: dict[str, TensorInfo], config: Config, uri: str) -> None:
+    """Raise ValueError where a checkpoint is packed otherwise than its experts by compressed-tensors, as moeflow writes it, or in
+    FP8 with square blocks, as DeepSeek-V3 is published."""
     method, form = packing.get("quant_method", "unknown"), packing.get("format")
+    shapes = {n: t.shape for n, t in tensors.items()}
+    if method == "fp8":
+        bare = [n for n, t in tensors.items() if t.dtype.startswith("F8") and n.removesuffix(WHOLE) + BLOCK_SCALE not in tensors]
+        if bare or len(set(packing.get("weight_block_size") or [0, 1])) != 1:
+            raise ValueError(
+                f"{uri} is in FP8 without square blocks ({(bare or ['weight_block_size'])[0]}); dequantize it to bf16 first"
+            )
+        return
     if (method, form) != (METHOD, FORMAT):
         raise ValueError(f"{uri} is packed (quantization_config: {method} {form or ''}); dequantize it to bf16 first")
     scheme_of(shapes, config)
@@ -205,6 +216,21 @@ def rest(context: Context, texts: Artifact, *shards: Artifact, config: Config, f
         context.link(texts, name)
 
 
+def _configured_spec(given: RestSpec, *, config: Config) -> Spec:
+    out = RestSpec(config, given.tensors, given.files)
+    return Spec(out, reads=0, writes=len(config_text(config)) + len(config_text(essential(config))), memory=1 << 24)
+
+
+@step("fetch.configured", version=1, spec=_configured_spec)
+def configured(context: Context, given: Artifact, *, config: Config) -> None:
+    """What is no decoder layer, with another configuration."""
+    for name in given.names():
+        if name not in (ESSENTIAL, "config.json"):
+            context.link(given, name)
+    (context.out / "config.json").write_text(config_text(config))
+    (context.out / ESSENTIAL).write_text(config_text(essential(config)))
+
+
 def _gather(context: Context, shards: tuple[Artifact, ...], tensors: Table, path: Path) -> None:
     from moeflow.model import checkpoint
 
@@ -214,7 +240,8 @@ def _gather(context: Context, shards: tuple[Artifact, ...], tensors: Table, path
         (file,) = (n for n in shard.names() if n.endswith(".safetensors"))
         here = {n: TensorInfo(file, t[1], tuple(t[2]), t[3], t[4]) for n, t in tensors.items() if t[0] == at}
         for name, tensor in checkpoint.read_many(shard, here):
-            if tensor.is_floating_point() and not tensor.isfinite().all():
+            # FP8 knows no infinity, and torch does not look for its NaN
+            if tensor.is_floating_point() and not (tensor.float() if tensor.itemsize == 1 else tensor).isfinite().all():
                 raise ValueError(f"{name} holds NaN or infinite weights; the checkpoint is damaged, fetch or train it again")
             found[name] = tensor
             done += tensor.nbytes

@@ -104,12 +104,8 @@ def tune(
         raise ValueError(f"loss={loss!r} and {len(teacher)} steps of a teacher do not go together; {way}")
     if teacher:
         distill.check(teacher, data, int(model.config["vocab_size"]))
-    for layer_spec in (model.layers[i].spec.output for i in model.moe_layers):
-        if layer_spec.packed:
-            raise ValueError(
-                f"layer {layer_spec.layer} is packed in {layer_spec.packed.words()}, and codes are not trained; fine-tune it "
-                "before it is quantized, or quantize with packed=False"
-            )
+    for i in model.moe_layers:
+        model.layers[i].spec.output.check_plain("fine-tune")
     layers = {i: _shapes(layer.spec.output.tensors) for i, layer in enumerate(model.layers)}
     rest = _shapes(model.rest.spec.output.tensors)
     opened = trained_in(model.config, recipe.mode, recipe.targets, layers, rest)

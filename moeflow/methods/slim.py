@@ -105,8 +105,7 @@ def _layer_spec(
         )
     if block < 1 or not 0 <= damp < 1:
         raise ValueError(f"block={block} columns must be at least 1, and damp={damp} a part of the mean diagonal, such as 0.01")
-    if given.packed:
-        raise ValueError(f"layer {layer} is packed already, in {given.packed.words()}; slim the model that it was made of")
+    given.check_plain("slim")
     if given.slimmed:
         raise ValueError(f"layer {layer} is slimmed already ({given.slimmed}); slim the model that it was made of, by one method")
     if given.format.low_rank:

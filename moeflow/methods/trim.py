@@ -11,7 +11,7 @@ from typing import Any
 from moeflow.arch import Config, arch_of
 from moeflow.methods import trim_choices, trim_layers
 from moeflow.methods.calibrate import HIDDEN, Calibration
-from moeflow.methods.fetch import Model
+from moeflow.methods.fetch import Model, configured
 from moeflow.model.formats import family_config
 
 ACROSS = ("model", "layer")
@@ -118,7 +118,7 @@ def block_drop(calibration: Calibration, *, drop: int, rule: str = "consecutive"
         else model.layers[i]
         for i in range(count - drop)
     ]
-    rest = trim_layers.rest(model.rest, config=config)
+    rest = configured(model.rest, config=config)
     return replace(model, config=config, rest=rest, layers=tuple(kept), choices=(*model.choices, chosen))
 
 

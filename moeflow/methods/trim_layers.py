@@ -7,10 +7,9 @@ import json
 from dataclasses import replace
 from typing import Any
 
-from moeflow.arch import Config, arch_of, essential
-from moeflow.methods.fetch import config_text
+from moeflow.arch import Config, arch_of
 from moeflow.methods.trim_choices import read_trim
-from moeflow.model.layout import ESSENTIAL, LAYER, headers, kept, left, read_config
+from moeflow.model.layout import LAYER, headers, kept, left, read_config
 from moeflow.model.spec import LayerSpec, RestSpec
 from moeflow.step import Artifact, Context, Spec, step
 
@@ -105,21 +104,6 @@ def renumbered(context: Context, chosen: Artifact, *candidates: Artifact, config
         else:  # what was told of the layer, under its number
             value = json.loads(given.read(name, 0, given.size(name)))
             (context.out / name).write_text(json.dumps(value | {"layer": to} if "layer" in value else value) + "\n")
-
-
-def _rest_spec(given: RestSpec, *, config: Config) -> Spec:
-    size = len(config_text(config)) + len(config_text(essential(config)))
-    return Spec(RestSpec(config, given.tensors, given.files), reads=0, writes=size)
-
-
-@step("trim.rest", version=1, spec=_rest_spec)
-def rest(context: Context, given: Artifact, *, config: Config) -> None:
-    """What is no decoder layer, with the configuration of the model that has fewer."""
-    for name in given.names():
-        if name not in ("config.json", ESSENTIAL):
-            context.link(given, name)
-    (context.out / "config.json").write_text(config_text(config))
-    (context.out / ESSENTIAL).write_text(config_text(essential(config)))
 
 
 def _link(context: Context, given: Artifact) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from moeflow.arch import Config, arch_of
 from moeflow.model.layout import Files, Folder, SingleFile, TensorInfo, experts_in, headers
 from moeflow.model.moe import MLP, LowRank, Matrix, MoELayer
-from moeflow.model.packed import PACKED, SCALE, SHAPE, WHOLE, logical, unpack
+from moeflow.model.packed import BLOCK_SCALE, PACKED, SCALE, SHAPE, WHOLE, logical, unblocked, unpack
 from moeflow.model.router import Router
 
 DTYPES = {
@@ -27,7 +27,7 @@ AT_ONCE = 1 << 28
 class Tensors(Mapping[str, Tensor]):
     """The tensors of all safetensors files of an artifact or folder, each read by its byte range when it is asked for.
 
-    A packed matrix is there under its own name, unpacked when it is read; `info` says what lies in the files.
+    A packed matrix, or one in FP8, is there under its own name, unpacked when it is read; `info` says what lies in the files.
     """
 
     def __init__(self, files: Files | Path) -> None:
@@ -38,9 +38,10 @@ class Tensors(Mapping[str, Tensor]):
         self._names = dict.fromkeys(logical(self.info))
 
     def __getitem__(self, name: str) -> Tensor:
-        if name not in self._names or name in self.info:
-            return self._read(name)
         stem = name.removesuffix(WHOLE)
+        if name not in self._names or name in self.info:
+            plain = self._read(name)
+            return unblocked(plain, self._read(stem + BLOCK_SCALE)) if stem + BLOCK_SCALE in self.info else plain
         return unpack(*(self._read(stem + end) for end in (PACKED, SCALE, SHAPE)))
 
     def __contains__(self, name: object) -> bool:

@@ -1,4 +1,5 @@
-"""Quantized matrices on disk, as compressed-tensors packs them: codes in words of 32 bits, scales, and the shape of the whole.
+"""Quantized matrices on disk: as compressed-tensors packs them, codes in words of 32 bits, scales, and the shape of the whole; and
+as DeepSeek-V3 is published, in FP8 with a scale for each block.
 
 Names without torch; the tensors themselves are packed and unpacked by the library. Shapes are suffixes: M outputs and N inputs of a
 matrix, G groups of inputs, P words of a row.
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
 
 WHOLE, PACKED, SCALE, SHAPE, ZERO = ".weight", ".weight_packed", ".weight_scale", ".weight_shape", ".weight_zero_point"
 BESIDE = (SCALE, SHAPE, ZERO)
+BLOCK_SCALE = ".weight_scale_inv"
+"""What an FP8 matrix's blocks are multiplied with (DeepSeek-V3, arXiv 2412.19437, 3.3.2), in spite of its name."""
+
 METHOD, FORMAT = "compressed-tensors", "pack-quantized"
 Shapes = Mapping[str, Sequence[int]]
 
@@ -41,6 +45,7 @@ def logical(names: Iterable[str]) -> list[str]:
     held = list(names)
     stems = {n.removesuffix(PACKED) for n in held if n.endswith(PACKED)}
     beside = {stem + end for stem in stems for end in BESIDE}
+    beside |= {n.removesuffix(WHOLE) + BLOCK_SCALE for n in held if n.endswith(WHOLE)}
     return [n.removesuffix(PACKED) + WHOLE if n.endswith(PACKED) else n for n in held if n not in beside]
 
 
@@ -109,8 +114,13 @@ def quantization_config(scheme: Scheme, shapes: Shapes, config: Config) -> dict[
         "global_compression_ratio": None,
         "kv_cache_scheme": None,
         "config_groups": {"group_0": group},
-        "ignore": sorted({_pattern(n.removesuffix(WHOLE), config) for n, s in shapes.items() if n.endswith(WHOLE) and len(s) == 2}),
+        # a head that is tied to the embedding has no tensor, and is a module like any other
+        "ignore": sorted({"lm_head"} | {_pattern(n.removesuffix(WHOLE), config) for n, s in shapes.items() if _is_matrix(n, s)}),
     }
+
+
+def _is_matrix(name: str, shape: Sequence[int]) -> bool:
+    return name.endswith(WHOLE) and len(shape) == 2
 
 
 def _pattern(module: str, config: Config) -> str:
@@ -146,3 +156,18 @@ def unpack(packed_MP: "Tensor", scale_MG: "Tensor", shape: "Tensor") -> "Tensor"
     codes_MN = unpack_from_int32(packed_MP, round(packed_MP.shape[1] * 32 / columns), (rows, columns))
     whole_MGg = codes_MN.float().unflatten(1, (scale_MG.shape[1], -1)) * scale_MG.float()[..., None]
     return whole_MGg.flatten(1).to(scale_MG.dtype)
+
+
+def unblocked(codes_MN: "Tensor", scale_BC: "Tensor") -> "Tensor":
+    """The matrix [M, N], fp32, that FP8 codes stand for, with a scale [B, C] for each square block of them.
+
+    A block's side is the power of two by which the shapes go together, as the last blocks may be cut off; 128 as published.
+    """
+    sides = []
+    for size, blocks in zip(codes_MN.shape, scale_BC.shape, strict=True):
+        side = 1
+        while side * blocks < size:
+            side *= 2
+        sides.append(side)
+    scale_MN = scale_BC.float().repeat_interleave(sides[0], 0).repeat_interleave(sides[1], 1)
+    return codes_MN.float() * scale_MN[: codes_MN.shape[0], : codes_MN.shape[1]]

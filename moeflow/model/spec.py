@@ -117,6 +117,17 @@ class LayerSpec:
         return scheme_of({n: shape for n, (_, shape) in self.tensors.items()}, self.config)
 
     @cached_property
+    def fp8(self) -> bool:
+        """Whether any of its matrices is in FP8."""
+        return any(dtype.startswith("F8") for dtype, _ in self.tensors.values())
+
+    def check_plain(self, what: str) -> None:
+        """Raise ValueError where its experts are packed or in FP8, and `what` ("decompose") needs weights."""
+        form = f"packed in {self.packed.words()}" if self.packed else "in FP8" if self.fp8 else ""
+        if form:
+            raise ValueError(f"layer {self.layer} is {form}; {what} the model that it was made of")
+
+    @cached_property
     def expert_bytes(self) -> int:
         """The bytes of the routed experts, all of them."""
         stem = arch_of(self.config).experts(self.layer)

@@ -43,10 +43,10 @@ REACH = ("skip", "compressed experts")
 REFUSED: dict[tuple[tuple[str, ...], tuple[str, ...]], str] = {
     (("skip",), ("prune", "prune unevenly", *CUT, "expert drop", *REACH)): "skips experts by a threshold",
     (("compressed experts",), ("prune", "prune unevenly", *CUT, "expert drop", *REACH, *SLIM)): "has Compressed Experts",
-    (CUT, CUT): "factored or packed already|is slimmed or decomposed already",
+    (CUT, CUT): "factored already|is slimmed or decomposed already",
     (CUT, SLIM): "has low-rank experts|is slimmed already",
-    (SLIM, CUT): "is slimmed or decomposed already",
-    (SLIM, SLIM): "is slimmed already|is packed already",
+    (SLIM, CUT): "is slimmed or decomposed already|is packed in",
+    (SLIM, SLIM): "is slimmed already|is packed in",
     (("layer drop",), ("prune", *CUT, *REACH, "expert drop")): "keeps its experts is decided by a run",
     (("prune unevenly", "decompose unevenly", "expert drop", "layer drop"), ("prune unevenly",)): "has is decided by a step",
     (("prune unevenly", "expert drop"), ("prune",)): "has between . and 8 experts, as a run decides; keep at most",

@@ -115,7 +115,10 @@ def lose(folder: Path) -> None:
             "config.json at .* is cut short or no JSON .*; fetch it again",
         ),
         (lambda f: (f / "config.json").write_text('{"model_type": "mixtral"}'), "config.json at .* lacks num_hidden_layers"),
-        (lambda f: edit(f, quantization_config={"quant_method": "fp8"}), "is packed .*fp8.*; dequantize it to bf16 first"),
+        (
+            lambda f: edit(f, quantization_config={"quant_method": "fp8"}),
+            "is in FP8 without square blocks .*; dequantize it to bf16 first",
+        ),
     ],
 )
 def test_a_damaged_checkpoint_is_refused_when_the_graph_is_built(spoil: Callable[[Path], None], says: str, tmp_path: Path) -> None:

@@ -177,6 +177,12 @@ def test_an_expert_without_tokens_is_treated_as_was_asked_and_never_zeroed(tmp_p
     assert by == {"awq", "round_to_nearest"}
 
 
+def test_a_head_that_is_tied_to_the_embedding_is_not_packed(tmp_path: Path) -> None:
+    source = tiny.write("mixtral", tmp_path / "model", tie_word_embeddings=True)
+    out = slimmed(source, tmp_path, method="round_to_nearest", **FOUR)
+    close(logits(loaded(out), tmp_path), logits(loaded(plain(out, tmp_path / "plain")), tmp_path))
+
+
 def test_scales_are_chosen_as_they_are_stored(tmp_path: Path) -> None:
     """In bf16, also where the calibration ran in fp32: what is loaded is what was weighed."""
     source = tiny.write("mixtral", tmp_path / "model", dtype=torch.bfloat16)
@@ -262,7 +268,7 @@ def test_what_cannot_be_slimmed_is_refused_in_one_line(tmp_path: Path) -> None:
         ("zero points of packed experts are read by neither", seen, {"symmetric": False}),
         ("policy='keep' leaves whole experts beside packed ones", seen, {"policy": "keep"}),
         ("bits=2 of 24 columns of .* fill no whole words", None, {"bits": 2}),
-        ("layer 0 is packed already, in 4 bits, groups of 8; slim the model that it was made of", packed, {}),
+        ("layer 0 is packed in 4 bits, groups of 8; slim the model that it was made of", packed, {}),
         (r"layer 0 is slimmed already \(magnitude 0.5\); slim the model", sparse, {"method": "wanda", "pattern": "2:4"}),
         ("layer 0 has low-rank experts, whose factors are not slimmed", low, {}),
     ):
@@ -273,9 +279,9 @@ def test_what_cannot_be_slimmed_is_refused_in_one_line(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message) as refused:
             slim.slim(given, **({"method": "gptq", "inputs": "parallel", **FOUR} | how))
         assert "\n" not in str(refused.value)
-    with pytest.raises(ValueError, match="slimmed or decomposed already .round_to_nearest 4 bits"):
+    with pytest.raises(ValueError, match="layer 0 is packed in 4 bits, groups of 8; decompose the model"):
         compress.decompose(calibrated(packed, tmp_path), ratio=0.2, ranks="uniform")
-    with pytest.raises(ValueError, match="layer 0 is packed in 4 bits, groups of 8, .*fine-tune it before"):
+    with pytest.raises(ValueError, match="layer 0 is packed in 4 bits, groups of 8; fine-tune the model"):
         finetune.tune(packed, tokens.of(matrix_of(tmp_path), packed, sequences=8, length=16), steps=1, batch=2, rate=1e-3)
 
 

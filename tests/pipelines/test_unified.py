@@ -51,7 +51,7 @@ def test_what_is_no_recipe_is_refused_in_one_line(tmp_path: Path) -> None:
         "trim=heads": "trim='heads' is not known; choose one of none, experts, layers, blocks",
         "dropped=1.5": "dropped=1.5 layers is no whole number",
         "slim=int4": "method='int4' is not known",
-        "order=slim,slim": "layer 0 is packed already, in 4 bits, groups of 8",
+        "order=slim,slim": "layer 0 is packed in 4 bits, groups of 8; slim the model",
         "group=5": "group=5 does not divide 32 columns",
     }.items():
         with pytest.raises(ValueError, match=message) as refused:

@@ -1,0 +1,126 @@
+"""A checkpoint in FP8 with a scale for each block, as DeepSeek-V3 is published: calibrated by layers, pruned bit for bit."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from moeflow.arch import arch_of
+from moeflow.methods import compress, drop, evaluate, search, slim, trim
+from moeflow.model.checkpoint import Tensors, save
+from moeflow.model.layout import Folder, headers, read_config
+from tests import tiny
+from tests.methods.test_trim import calibrated, ids_of, loaded, logits, pulled
+from tests.running import matrix_of, model_in, reports, run, store_in
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return in_fp8(tmp_path / "model", 8)
+
+
+def in_fp8(folder: Path, block: int) -> Path:
+    """All matrices of the layers but routers in FP8, with a scale for each block; blocks are cut off where they do not fit."""
+    tiny.write("deepseek_v3", folder, dtype=torch.bfloat16)
+    config = read_config(Folder(folder))
+    made: dict[str, Tensor] = {}
+    for name, t in Tensors(folder).items():
+        if ".layers." in name and t.dim() == 2 and ".mlp.gate." not in name and name.endswith(".weight"):
+            rows, columns = (-(-n // block) for n in t.shape)
+            padded = torch.zeros(rows * block, columns * block)
+            padded[: t.shape[0], : t.shape[1]] = t.float()
+            scale = padded.view(rows, block, columns, block).abs().amax((1, 3)) / 448
+            codes = t.float() / spread(scale, block, t.shape)
+            made |= {name: codes.to(torch.float8_e4m3fn), name + "_scale_inv": scale}
+        else:
+            made[name] = t
+    for file in folder.glob("*.safetensors"):
+        file.unlink()
+    save(made, folder / "model.safetensors")
+    said = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [block, block]}
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": said}))
+    return folder
+
+
+def spread(scale: Tensor, block: int, shape: torch.Size) -> Tensor:
+    return scale.repeat_interleave(block, 0).repeat_interleave(block, 1)[: shape[0], : shape[1]]
+
+
+def plain(tensors: dict[str, Tensor], config: dict, folder: Path) -> Any:
+    """The model of these tensors, in fp32 and with nothing packed."""
+    folder.mkdir()
+    save(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "quantization_config"}))
+    return loaded(folder)
+
+
+def raw(folder: Path) -> dict[str, Tensor]:
+    return {n: t for file in folder.glob("*.safetensors") for n, t in load_file(file).items()}
+
+
+@pytest.mark.parametrize("block", [8, 16])
+def test_it_is_read_as_it_is_multiplied_out(block: int, tmp_path: Path) -> None:
+    """Also where the last blocks are cut off, which transformers does not multiply out."""
+    source = in_fp8(tmp_path / "model", block)
+    held, tensors = raw(source), Tensors(source)
+    assert not any("scale_inv" in n for n in tensors)
+    for name in tensors:
+        expected = held[name].float()
+        if name + "_scale_inv" in held:
+            expected = expected * spread(held[name + "_scale_inv"], block, expected.shape)
+        assert torch.equal(tensors[name].float(), expected)
+
+
+@pytest.mark.parametrize("how", ["pruned", "trimmed", "unevenly"])
+def test_it_is_pruned_by_slicing_and_stays_in_fp8(source: Path, how: str, tmp_path: Path) -> None:
+    """What is measured by streaming is what transformers computes of the result."""
+    store, model = store_in(tmp_path), model_in(source)
+    seen = calibrated(model, tmp_path, dtype="float32")
+    made = {
+        "pruned": lambda: search.by_criterion(seen, criterion="reap", keep=6),
+        "trimmed": lambda: trim.layer_drop(seen, drop=1),
+        "unevenly": lambda: compress.prune(seen, keep=14, search="swap", importance="recon", counts="paper"),
+    }[how]()
+    out = pulled(store, made, tmp_path)
+    config, before, after = read_config(Folder(out)), raw(source), raw(out)
+    assert config["quantization_config"]["quant_method"] == "fp8"
+    arch = arch_of(config)
+    told = json.loads((out / "moeflow.json").read_text())
+    for choice in told["choices"]:
+        for new, old in enumerate(choice["keep"]):
+            pairs = zip(arch.expert(choice["layer"], new), arch.expert(choice["layer"], old), strict=True)
+            for a, b in pairs:
+                assert after[a].dtype == torch.float8_e4m3fn and torch.equal(
+                    after[a].view(torch.uint8), before[b].view(torch.uint8)
+                )
+                assert torch.equal(after[a + "_scale_inv"], before[b + "_scale_inv"])
+    assert {n for n, t in headers(Folder(out)).items() if t.dtype == "F8_E4M3"}
+    target = drop.checkpoint_of(made).reporting(*evaluate.compare(seen, made, heldout=matrix_of(tmp_path), sequences=4, length=16))
+    run(store, target)
+    whole = {n: t.float() for n, t in Tensors(out).items()}
+    ids = ids_of(tmp_path)
+    expected = logits(plain(whole, config, tmp_path / "plain"), tmp_path)
+    nll = torch.nn.functional.cross_entropy(expected[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    assert reports(store, target)["loss (token matrix)"]["compressed"] == pytest.approx(float(nll), abs=1e-4)
+    rounded = {n: t.bfloat16().float() for n, t in whole.items()}
+    found = AutoModelForCausalLM.from_pretrained(out, dtype=torch.bfloat16).eval().float()  # without a GPU: multiplied out, to bf16
+    torch.testing.assert_close(logits(found, tmp_path), logits(plain(rounded, config, tmp_path / "rounded"), tmp_path))
+    assert model_in(out).layers[1].spec.output.fp8
+
+
+def test_what_needs_weights_is_refused(source: Path, tmp_path: Path) -> None:
+    seen = calibrated(model_in(source), tmp_path)
+    with pytest.raises(ValueError, match="layer 1 is in FP8; slim the model that it was made of"):
+        slim.slim(seen, method="gptq", group=8, inputs="parallel")
+    with pytest.raises(ValueError, match="layer 1 is in FP8; decompose the model"):
+        compress.decompose(seen, ratio=0.3, ranks="uniform")
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"]["weight_block_size"] = None
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="is in FP8 without square blocks"):
+        model_in(source)
