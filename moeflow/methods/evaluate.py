@@ -3,7 +3,6 @@
 Both models are streamed layer by layer; only the speed is measured on whole models, and left out where they do not fit.
 """
 
-import json
 import re
 from typing import Any
 
@@ -15,6 +14,7 @@ from moeflow.methods.calibrate import HIDDEN, Calibration, hidden_states
 from moeflow.methods.choose import CRITERIA, read_choice
 from moeflow.methods.fetch import Model
 from moeflow.methods.reports import row, write_report
+from moeflow.methods.slim import SPARSE
 from moeflow.methods.speed import here, speed
 from moeflow.model.layout import experts_in, headers, read_config
 from moeflow.model.packed import numels
@@ -43,7 +43,8 @@ def compare(
         note = "the model has no tokenizer: held-out text is left out, the loss on the token matrix stands for it"
         plan.append(("token matrix", calibration.tokens, calibration.ends, note))
     chosen = [c for c in compressed.choices if "keep" in c.spec.output]
-    reports = [size(*both), *([layers(*chosen)] if chosen else [])]
+    zeros = sorted({s for layer in compressed.layers if (s := layer.spec.output.slimmed).startswith(SPARSE)})
+    reports = [size(*both, zeros=zeros), *([layers(*chosen)] if chosen else [])]
     for name, matrix, ends, note in plan:
         theirs, seen = _hidden(compressed, matrix, calibration), {}
         if compressed.does_with_fewer:
@@ -111,18 +112,18 @@ def layers(context: Context, *chosen: Artifact) -> None:
     write_report(context, "layers", rows)
 
 
-def _size_spec(original: CheckpointSpec, compressed: CheckpointSpec) -> Spec:
-    return Spec(reads=original.headers + compressed.headers, writes=760, memory=1 << 24)
+def _size_spec(original: CheckpointSpec, compressed: CheckpointSpec, *, zeros: list[str]) -> Spec:
+    return Spec(reads=original.headers + compressed.headers, writes=860 + 80 * len(zeros), memory=1 << 24)
 
 
 @step("evaluate.size", version=4, spec=_size_spec)
-def size(context: Context, original: Artifact, compressed: Artifact) -> None:
+def size(context: Context, original: Artifact, compressed: Artifact, *, zeros: list[str]) -> None:
     """Parameters and bytes at rest, of all and of the routed experts, counted from the files' headers; experts per MoE layer.
 
     Active parameters are those that compute one token, embedding and head included: of a layer's experts as many as a token is
     computed by, at their mean size. What dynamic skipping saves depends on the text and is not in them (`reach`). Operations are
-    those of a forward pass over `LENGTH` tokens. Zeros that stand between other weights save nothing at rest, which the report
-    says, and no operations.
+    those of a forward pass over `LENGTH` tokens. `zeros`: by what experts were made sparse; zeros between other weights save
+    nothing at rest, which the report says, and no operations.
     """
     from moeflow.model.cost import active_parameters, cache_bytes, forward_flops
 
@@ -146,16 +147,8 @@ def size(context: Context, original: Artifact, compressed: Artifact) -> None:
         )
     units = {"bytes": "B", "expert bytes": "B", f"operations at {LENGTH:,} tokens": "TFLOPs", "cache bytes a token": "B"}
     rows = [row(n, value, counts[1][n], units.get(n, "")) for n, value in counts[0].items()]
-    write_report(context, "size", rows, notes=_sparse(compressed))
-
-
-def _sparse(compressed: Artifact) -> list[str]:
-    """What is to be said of zeros that a checkpoint's experts have."""
-    if "moeflow.json" not in compressed.names():
-        return []
-    told = json.loads(compressed.read("moeflow.json", 0, compressed.size("moeflow.json"))).get("slimming", ())
-    patterns = sorted({layer["pattern"] for layer in told if layer.get("pattern")})
-    return [f"zeros of {', '.join(patterns)} are stored as weights: they save no bytes at rest"] if patterns else []
+    notes = [f"zeros of {', '.join(zeros)} are stored as weights: they save no bytes at rest"] if zeros else []
+    write_report(context, "size", rows, notes=notes)
 
 
 def _reach_spec(rest: RestSpec, *seen: ObservedSpec, layers: list[int], name: str) -> Spec:

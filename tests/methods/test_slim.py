@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from moeflow.arch import arch_of
-from moeflow.methods import compress, finetune, search, skipping, slim, tokens, trim
+from moeflow.methods import compress, evaluate, finetune, search, skipping, slim, tokens, trim
 from moeflow.methods.fetch import Model
 from moeflow.methods.gptq import gptq
 from moeflow.methods.grid import Grid
@@ -21,7 +21,7 @@ from moeflow.model.layout import Folder, headers, read_config
 from moeflow.model.packed import PACKED
 from tests import tiny
 from tests.methods.test_trim import calibrated, close, loaded, logits, pulled
-from tests.running import matrix_of, model_in, store_in
+from tests.running import matrix_of, model_in, run, store_in
 
 FOUR: dict[str, Any] = {"bits": 4, "group": 8}
 
@@ -83,7 +83,11 @@ def test_packed_experts_load_and_compute_what_their_codes_say(source: Path, how:
     close(logits(loaded(pulled(store_in(tmp_path), again, tmp_path / "again")), tmp_path), logits(model, tmp_path))
 
 
-@pytest.mark.parametrize("method", slim.METHODS)
+@pytest.mark.parametrize(
+    ("method", "source"),
+    [*(("awq", family) for family in tiny.FAMILIES), *zip(slim.METHODS, tiny.FAMILIES, strict=False), ("gptq", "deepseek_v3")],
+    indirect=["source"],
+)
 def test_what_is_not_an_expert_stays_bit_for_bit(source: Path, method: str, tmp_path: Path) -> None:
     """Routers, gates, norms, attention and embeddings. AWQ moves a scale between a norm and all it feeds: routing stays."""
     how = {"pattern": "0.5"} if method in slim.SPARSE else {**FOUR, "packed": False}
@@ -305,3 +309,15 @@ def test_zeros_of_experts_stay_zeros_through_training(mode: str, zero: int, tmp_
     for name in [*arch.expert(1, 0), *arch.expert(2, 7), *shared]:
         assert torch.equal(after[name] == 0, before[name] == 0) and (before[name] == 0).float().mean() == 0.5
         assert not torch.equal(after[name], before[name])
+
+
+def test_the_report_says_that_zeros_save_nothing_at_rest(tmp_path: Path) -> None:
+    seen = calibrated(model_in(tiny.write("mixtral", tmp_path / "model")), tmp_path)
+    sparse = slim.slim(seen, method="wanda", pattern="0.5", inputs="parallel")
+    store = store_in(tmp_path)
+    (size,) = (
+        r for r in evaluate.compare(seen, sparse, heldout=matrix_of(tmp_path), sequences=2, length=16) if r.name == "evaluate.size"
+    )
+    run(store, size)
+    report = json.loads(store.artifact(size.key).file("report.json").read_text())
+    assert report["notes"] == ["zeros of wanda 0.5 are stored as weights: they save no bytes at rest"]

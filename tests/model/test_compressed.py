@@ -321,8 +321,8 @@ def test_a_tensor_missing_left_over_or_of_another_shape_is_an_error(
         (lambda said: said.pop(), "has 2 entries in 'moeflow_layers' for 3 layers"),
         (lambda said: said.__setitem__(0, {}), "says {} of layer 0 .* the family has experts"),
         (
-            lambda said: said.__setitem__(0, {"experts": 1}),
-            "layer 0 of config.json cannot have 1 experts: keep=1 must lie between top_k=2",
+            lambda said: said.__setitem__(0, {"experts": 0, "gone": "heads"}),
+            "says gone='heads' and 0 experts of layer 0; a layer has experts, or says what is gone: experts, moe",
         ),
         (lambda said: said[2]["ranks"]["up"].pop(), "needs 8 ranks .* in layer 2"),
         (lambda said: said[2]["ranks"]["up"].__setitem__(1, 0), "factors only one of gate and up in expert 1 of layer 2"),

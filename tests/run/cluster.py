@@ -25,7 +25,7 @@ import ray
 from ray.cluster_utils import Cluster
 
 ROOT = Path(__file__).parents[2]
-PATIENCE = 90.0  # seconds until something that must happen is given up
+PATIENCE = 240.0  # seconds until something that must happen is given up
 
 
 class Nodes:
