@@ -9,7 +9,7 @@ from dataclasses import replace
 from moeflow.arch import MAIN, Config, arch_of
 from moeflow.methods.fetch import Model, configured
 from moeflow.model.formats import FORMS, Format, format_of, routing_shapes
-from moeflow.model.layout import ROUTING, headers, read_config
+from moeflow.model.layout import ESSENTIAL, ROUTING, headers, read_config
 from moeflow.model.packed import PACKED, SCALE, WHOLE
 from moeflow.model.spec import LayerSpec, RestSpec, TensorTable, file_bytes
 from moeflow.step import Artifact, Context, Spec, step
@@ -30,14 +30,20 @@ def attach(model: Model, *, main: int = 0, form: str = "three") -> Model:
     if not 1 <= main < top_k:
         raise ValueError(f"main={main} must be at least 1 and fewer than the {top_k} experts that the router gives a token")
     config = model.config | {MAIN: main}
-    layers = {i: layer(model.essential, model.layers[i], layer=i, form=form) for i in model.moe_layers}
-    return replace(model, config=config, rest=configured(model.rest, config=config)).with_layers(layers)
+    rest = configured(model.rest, config=config)
+    layers = {i: layer(rest.part(ESSENTIAL), model.layers[i], layer=i, form=form) for i in model.moe_layers}
+    return replace(model, config=config, rest=rest).with_layers(layers)
 
 
 def _layer_spec(rest: RestSpec, given: LayerSpec, *, layer: int, form: str) -> Spec:
     given.check_routing("take")
     if given.share < 1:
         raise ValueError(f"how many experts layer {layer} keeps is decided by a run; attach Compressed Experts to its result")
+    arch = arch_of(rest.config)
+    if (reach := arch.reach(rest.config, given.experts)) <= arch.computed(rest.config):
+        raise ValueError(
+            f"a token gets {reach} of the {given.experts} experts of layer {layer}, which leaves none to stand for; drop fewer"
+        )
     added = _added(rest.config, given.tensors, layer, form)
     out = LayerSpec(rest.config, layer, given.experts, {**given.tensors, **added}, slimmed=given.slimmed)
     return Spec(out, reads=given.headers, writes=file_bytes(added), memory=1 << 26)

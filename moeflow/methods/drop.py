@@ -4,7 +4,7 @@ One `drop` serves every search. Assembling lists blobs and moves none.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from moeflow.methods.fetch import INDEX, REST, Model
 from moeflow.methods.skipping import SKIP
 from moeflow.methods.trim_choices import TRIM, read_trim
 from moeflow.model.formats import config_of, family_config, format_of
-from moeflow.model.layout import ESSENTIAL, LAYER, experts_in, headers, kept, read_config
+from moeflow.model.layout import ESSENTIAL, LAYER, TensorInfo, experts_in, headers, kept, read_config
 from moeflow.model.packed import Shapes, check_whole, quantization_config, scheme_of
 from moeflow.model.spec import CheckpointSpec, LayerSpec, RestSpec, file_bytes, header_bytes
 from moeflow.step import Artifact, Context, Spec, Step, step
@@ -51,8 +51,6 @@ def experts(context: Context, config: Artifact, given: Artifact, chosen: Artifac
 
     `keep`: how many stay, where that is known when the graph is built; 0: as many as the choice says. Reads only what stays.
     """
-    from moeflow.model import checkpoint
-
     choice = read_choice(chosen)["keep"]
     if keep and len(choice) != keep:
         raise ValueError(f"the choice keeps {len(choice)} experts of layer {layer}, not {keep}")
@@ -61,12 +59,27 @@ def experts(context: Context, config: Artifact, given: Artifact, chosen: Artifac
     if len(choice) == experts_in(tensors, read_config(config), layer):
         context.link(given, LAYER)
         return
+    rewrite(context, given, tensors, names, choice)
+
+
+def rewrite(
+    context: Context, given: Artifact, tensors: Mapping[str, TensorInfo], names: Mapping[str, tuple[str, bool]], rows: list[int]
+) -> None:
+    """Write a layer's file with the tensors that `names` lists under their new names, of some only these rows (`layout.kept`)."""
+    from moeflow.model import checkpoint
+
     found: dict[str, Any] = {}
     for old, tensor in checkpoint.read_many(given, {old: tensors[old] for old in names}):
         new, sliced = names[old]
-        found[new] = tensor[choice] if sliced else tensor
+        found[new] = tensor[rows] if sliced else tensor
         context.progress(len(found), len(names), "tensors")
     checkpoint.save(found, context.out / LAYER)
+
+
+def link_all(context: Context, given: Artifact) -> None:
+    """Let the output be what an input is."""
+    for name in given.names():
+        context.link(given, name)
 
 
 def _assemble_spec(rest: RestSpec, *parts: Any, config: Config, extra: int) -> Spec:

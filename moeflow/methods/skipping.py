@@ -80,6 +80,8 @@ def _calibrated(model: Model, tokens: Step, *, active: float, **options: Any) ->
 
 def _layer_spec(rest: RestSpec, given: LayerSpec, *seen: ObservedSpec, layer: int, rule: str, active: float) -> Spec:
     given.check_routing("take")
+    if arch_of(rest.config).reach(rest.config, given.least) < 2:
+        raise ValueError(f"a token may get one expert of layer {layer} only, and none to skip; drop fewer experts")
     tokens = sum(s.hidden.sequences * s.hidden.length for s in seen)
     name = f"{arch_of(rest.config).experts(layer)}skip.{rule}"
     out = LayerSpec(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from moeflow.arch import MATRICES, Arch, Config, arch_of
 from moeflow.methods.awq import awq, fold
+from moeflow.methods.drop import link_all
 from moeflow.methods.gptq import gptq, gptq_memory
 from moeflow.methods.grid import Grid
 from moeflow.methods.lowrank import second_moment
@@ -63,8 +64,7 @@ def rewrite(
     """
     arch, tensors = arch_of(config), Tensors(given)
     if arch.router.format(layer=layer) not in tensors:
-        for name in given.names():
-            context.link(given, name)
+        link_all(context, given)
         return []
     moe = layer_of(tensors, config, layer, dtype)
     x_TD = torch.cat([Tensors(s)["x_RD"] for s in seen]).to(moe.router_ED.device, moe.router_ED.dtype)
@@ -82,8 +82,8 @@ def rewrite(
         gate, up, down = (t.format(layer=layer) for t in arch.shared)
         shared, x_sD = moe.shared, x_TD if how.method != "awq" else None
         if how.method == "awq":  # which has scaled its columns
-            matrices = (result[n].to(x_TD.device, x_TD.dtype) for n in (gate, up, down))
-            shared = MLP(*matrices, shared.act)  # type: ignore[call-arg, arg-type]
+            scaled = {m: result[n].to(x_TD.device, x_TD.dtype) for m, n in zip(MATRICES, (gate, up, down), strict=True)}
+            shared = _with(shared, scaled)
         report.append({"expert": "shared"} | _one(result, (gate, up, down), shared, x_sD, how))
     few = [e["expert"] for e in report if e["by"] != how.method]
     if few and how.method not in ("magnitude", "round_to_nearest"):
@@ -139,7 +139,7 @@ def _batch(
     for m in ("gate", "up"):
         made[m] = treat(torch.stack([_matrix(moe.experts[e], m) for e in experts]), moment_EDD, how)
     now = [
-        _with(moe.experts[e], {m: _whole(_at(made[m], i)) for m in ("gate", "up")}) if how.chained else moe.experts[e]
+        _with(moe.experts[e], {m: _whole(made[m][i]) for m in ("gate", "up")}) if how.chained else moe.experts[e]
         for i, e in enumerate(experts)
     ]
     moment_EFF = torch.stack([second_moment(e.inner(x)) for e, x in zip(now, x_eTD, strict=True)])
@@ -148,7 +148,7 @@ def _batch(
         lost = {}
         for m, name in zip(MATRICES, arch.expert(layer, e), strict=True):
             moment_NN = (moment_EFF if m == "down" else moment_EDD)[i]
-            lost[m] = _put(result, name, _matrix(moe.experts[e], m), _at(made[m], i), moment_NN, how)
+            lost[m] = _put(result, name, _matrix(moe.experts[e], m), made[m][i], moment_NN, how)
         yield {"expert": e, "tokens": len(x_eTD[i]), "by": how.method, "lost": lost}
 
 
@@ -171,13 +171,13 @@ def _one(result: dict[str, Tensor], names: tuple[str, str, str], expert: MLP, x_
 
 
 def treat(w_MN: Tensor, moment_NN: Tensor | None, how: How) -> Treated:
-    """A weight [M, N], or a batch of them, slimmed as `how` says; by the weights alone where there is no second moment, or none
-    of the inputs was ever other than zero."""
+    """A weight [M, N], or a batch of them, slimmed as `how` says; by the weights alone where there is no second moment. Inputs that
+    were zero on every token count as white ones."""
     grid = how.grid
-    if moment_NN is not None and not bool(moment_NN.flatten(-2).any(-1).all()):
-        if w_MN.dim() > 2:
-            raise ValueError("an expert's inputs are all zero on its tokens; treat it alone")
-        moment_NN = None
+    if moment_NN is not None:
+        silent = ~moment_NN.flatten(-2).any(-1)
+        white_NN = torch.eye(moment_NN.shape[-1], dtype=moment_NN.dtype, device=moment_NN.device)
+        moment_NN = torch.where(silent[..., None, None], white_NN, moment_NN)
     if grid is not None:
         if moment_NN is None or how.method == "round_to_nearest":
             return round_to_nearest(w_MN, grid, scale_dtype=how.stored)
@@ -253,7 +253,3 @@ def _with(expert: MLP, matrices: dict[str, Tensor]) -> MLP:
 
 def _whole(made: Treated, dtype: torch.dtype = torch.float32) -> Tensor:
     return made.dequantized(dtype) if isinstance(made, Quantized) else made.to(dtype)
-
-
-def _at(made: Treated, index: int) -> Treated:
-    return made[index]

@@ -37,6 +37,10 @@ def expert_drop(
     average = sum(experts.values()) / max(1, len(layers))
     if not 0 <= keep <= average:
         raise ValueError(f"keep={keep} experts a layer must lie between 0 and the {average:g} that there are")
+    if round(keep * len(layers)) < 1:
+        raise ValueError(
+            f"keep={keep} experts of {len(layers)} layers are none; a checkpoint of a family of experts needs one that has"
+        )
     scores = {
         i: trim_choices.scores(
             model.essential,

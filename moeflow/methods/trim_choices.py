@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moeflow.arch import arch_of
-from moeflow.methods.choose import CRITERIA
+from moeflow.methods.choose import CRITERIA, readable
 from moeflow.model.layout import read_config
 from moeflow.model.spec import LayerSpec, ObservedSpec, RestSpec
 from moeflow.step import Artifact, Context, Spec, step
@@ -182,12 +182,5 @@ def _read_scores(artifact: Artifact) -> list[float]:
 
 
 def _write(context: Context, what: str, **facts: Any) -> None:
-    """Indented JSON with one line for each layer."""
-    lines = [f' "trim": {json.dumps(what)}']
-    for name, value in facts.items():
-        if isinstance(value, Mapping):
-            inside = ",\n".join(f"  {json.dumps(str(k))}: {json.dumps(v)}" for k, v in value.items())
-            lines.append(f" {json.dumps(name)}: {{\n{inside}\n }}")
-        else:
-            lines.append(f" {json.dumps(name)}: {json.dumps(value)}")
-    (context.out / TRIM).write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    plain = {n: {str(k): v for k, v in value.items()} if isinstance(value, Mapping) else value for n, value in facts.items()}
+    (context.out / TRIM).write_text(readable({"trim": what} | plain))

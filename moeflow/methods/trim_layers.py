@@ -8,8 +8,9 @@ from dataclasses import replace
 from typing import Any
 
 from moeflow.arch import Config, arch_of
+from moeflow.methods.drop import link_all, rewrite
 from moeflow.methods.trim_choices import read_trim
-from moeflow.model.layout import LAYER, headers, kept, left, read_config
+from moeflow.model.layout import headers, kept, left, read_config
 from moeflow.model.spec import LayerSpec, RestSpec
 from moeflow.step import Artifact, Context, Spec, step
 
@@ -36,20 +37,13 @@ def experts(context: Context, config: Artifact, given: Artifact, chosen: Artifac
     `keep`: how many stay, where that is known when the graph is built; -1: as many as were chosen, `least` of them at least.
     Without any, the shared expert stays with its gate and the norm before it; where the family has none, nothing of the block does.
     """
-    from moeflow.model import checkpoint
-
     decided = read_trim(chosen)
     if not decided["drop"][str(layer)]:
-        _link(context, given)
+        link_all(context, given)
         return
     choice, tensors, read = decided["keep"][str(layer)], headers(given), read_config(config)
     names = kept(tensors, read, layer, choice) if choice else {n: (n, False) for n in left(tensors, read, layer)}
-    found: dict[str, Any] = {}
-    for old, tensor in checkpoint.read_many(given, {old: tensors[old] for old in names}):
-        new, sliced = names[old]
-        found[new] = tensor[choice] if sliced else tensor
-        context.progress(len(found), len(names), "tensors")
-    checkpoint.save(found, context.out / LAYER)
+    rewrite(context, given, tensors, names, choice)
 
 
 def _moe_spec(rest: RestSpec, given: LayerSpec, chosen: Any, *, layer: int) -> Spec:
@@ -60,14 +54,12 @@ def _moe_spec(rest: RestSpec, given: LayerSpec, chosen: Any, *, layer: int) -> S
 @step("trim.moe", version=1, spec=_moe_spec)
 def moe(context: Context, config: Artifact, given: Artifact, chosen: Artifact, *, layer: int) -> None:
     """One layer's file, without its MoE block and the norm before it where that was chosen."""
-    from moeflow.model import checkpoint
-
     if layer not in read_trim(chosen)["drop"]:
-        _link(context, given)
+        link_all(context, given)
         return
     tensors = headers(given)
-    names = left(tensors, read_config(config), layer, whole=True)
-    checkpoint.save(dict(checkpoint.read_many(given, {n: tensors[n] for n in names})), context.out / LAYER)
+    kept_names = left(tensors, read_config(config), layer, whole=True)
+    rewrite(context, given, tensors, {n: (n, False) for n in kept_names}, [])
 
 
 def _renumbered_spec(chosen: Any, *candidates: LayerSpec, config: Config, first: int, to: int) -> Spec:
@@ -93,7 +85,7 @@ def renumbered(context: Context, chosen: Artifact, *candidates: Artifact, config
     old = read_trim(chosen)["keep"][to]
     given = candidates[old - first]
     if old == to:
-        _link(context, given)
+        link_all(context, given)
         return
     prefix = {n: arch_of(config).prefix(n) for n in (old, to)}
     for name in given.names():
@@ -104,8 +96,3 @@ def renumbered(context: Context, chosen: Artifact, *candidates: Artifact, config
         else:  # what was told of the layer, under its number
             value = json.loads(given.read(name, 0, given.size(name)))
             (context.out / name).write_text(json.dumps(value | {"layer": to} if "layer" in value else value) + "\n")
-
-
-def _link(context: Context, given: Artifact) -> None:
-    for name in given.names():
-        context.link(given, name)

@@ -34,7 +34,7 @@ def forward_flops(config: Config, length: int) -> int:
     matrices = sum(p.numel() for n, p in model.named_parameters() if p.dim() > 1 and "embed_tokens" not in n)
     if config.get("tie_word_embeddings"):
         matrices += model.get_input_embeddings().weight.numel()
-    heads, keys, values = _heads(model.config)
+    heads, keys, values = _heads(model.config, config)
     attention = 2 * length * length * heads * (keys + values) * int(config["num_hidden_layers"])
     return 2 * length * (matrices + _not_computed(model, config)) + attention
 
@@ -42,19 +42,19 @@ def forward_flops(config: Config, length: int) -> int:
 def cache_bytes(config: Config) -> int:
     """The bytes that one token takes in the key-value cache of transformers, in the checkpoint's precision."""
     hf: Any = AutoConfig.for_model(**_plain(config))
-    if hasattr(hf, "kv_lora_rank"):  # what keys and values are computed from (DeepSeek-V2, arXiv 2405.04434, 2.1)
+    if config.get("kv_lora_rank"):  # what keys and values are computed from (DeepSeek-V2, arXiv 2405.04434, 2.1)
         width = hf.kv_lora_rank + hf.qk_rope_head_dim
     else:
-        heads, keys, values = _heads(hf)
+        heads, keys, values = _heads(hf, config)
         width = int(getattr(hf, "num_key_value_heads", None) or heads) * (keys + values)
     size = torch.empty(0, dtype=getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "float32"))).element_size()
     return int(width) * int(config["num_hidden_layers"]) * size
 
 
-def _heads(hf: Any) -> tuple[int, int, int]:
+def _heads(hf: Any, config: Config) -> tuple[int, int, int]:
     """The attention heads of a layer, and the widths of a key and of a value."""
     heads = int(hf.num_attention_heads)
-    if hasattr(hf, "kv_lora_rank"):  # multi-head latent attention
+    if config.get("kv_lora_rank"):  # multi-head latent attention
         return heads, int(hf.qk_nope_head_dim) + int(hf.qk_rope_head_dim), int(hf.v_head_dim)
     width = int(getattr(hf, "head_dim", None) or hf.hidden_size // heads)
     return heads, width, width

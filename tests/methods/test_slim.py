@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from moeflow.arch import arch_of
-from moeflow.methods import compress, evaluate, finetune, search, skipping, slim, tokens, trim
+from moeflow.methods import compress, evaluate, finetune, search, skipping, slim, slimming, tokens, trim
 from moeflow.methods.fetch import Model
 from moeflow.methods.gptq import gptq
 from moeflow.methods.grid import Grid
@@ -199,6 +199,22 @@ def test_scales_are_chosen_as_they_are_stored(tmp_path: Path) -> None:
     assert torch.equal(Tensors(out)[name], found.dequantized(torch.bfloat16))
     stored = {n: t for file in out.glob("*.safetensors") for n, t in load_file(file).items()}
     assert torch.equal(stored[name.removesuffix(".weight") + ".weight_scale"], found.scale_MG)
+
+
+@pytest.mark.parametrize("how", [{"method": "gptq", "packed": False, **FOUR}, {"method": "sparsegpt", "pattern": "2:4"}])
+def test_experts_treated_together_become_what_they_do_one_by_one(
+    how: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, an expert whose inner activations are all zero among them."""
+    source = tiny.write("olmoe", tmp_path / "model")
+    name = arch_of(read_config(Folder(source))).expert(0, 2)[1]
+    save({n: t * 0 if n == name else t for n, t in Tensors(source).items()}, next(source.glob("*.safetensors")))
+    alone = Tensors(slimmed(source, tmp_path, **how))
+    monkeypatch.setattr(slimming, "_together", lambda moe, how: [[0, 1, 2], [3, 4, 5, 6, 7]])
+    (tmp_path / "together").mkdir()
+    together = Tensors(slimmed(source, tmp_path / "together", **how))
+    for matrix in together:
+        assert ((together[matrix] - alone[matrix]).abs() < 1e-5).float().mean() > 0.99, matrix
 
 
 def test_shared_experts_are_treated_where_asked(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from torch.nn.functional import cosine_similarity
 from transformers import AutoModelForCausalLM
 
 from moeflow.arch import arch_of
-from moeflow.methods import calibrate, drop, evaluate, finetune, search, skipping, tokens, trim
+from moeflow.methods import calibrate, compressed_experts, drop, evaluate, finetune, search, skipping, tokens, trim
 from moeflow.methods.calibrate import Calibration
 from moeflow.methods.fetch import Model
 from moeflow.model.checkpoint import Tensors, read_moe
@@ -330,7 +330,14 @@ def test_what_cannot_be_trimmed_is_refused_in_one_line(tmp_path: Path) -> None:
         "keep=1: a phimoe weighs two experts against each other; keep at least 2": lambda: trim.expert_drop(
             two, keep=1, across="layer"
         ),
-        "0 experts are to stay in all, fewer than least=1 in each of 3 layers": lambda: trim.expert_drop(seen, keep=0, least=1),
+        "1 experts are to stay in all, fewer than least=1 in each of 3 layers": lambda: trim.expert_drop(seen, keep=0.4, least=1),
+        "keep=0 experts of 3 layers are none; a checkpoint": lambda: trim.expert_drop(seen, keep=0, across="layer"),
+        "a token gets 1 of the 1 experts of layer 0, which leaves none to stand for": lambda: compressed_experts.attach(
+            trim.expert_drop(seen, keep=1, across="layer")
+        ),
+        "a token may get one expert of layer 0 only, and none to skip": lambda: skipping.skip(
+            calibrated(trim.expert_drop(seen, keep=1, across="layer"), tmp_path)
+        ),
         "whether layer 0 keeps its experts is decided by a run that trims the model; prune first": lambda: search.layerwise(
             calibrated(trim.layer_drop(seen, drop=1), tmp_path), keep=4
         ),
