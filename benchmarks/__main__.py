@@ -22,8 +22,10 @@ ALL = (
     "lowrank",
     "compressed_experts",
     "slimming",
+    "slimming_memory",
     "quality",
     "recovery",
+    "unified",
 )
 RESULTS = Path(__file__).parent / "RESULTS.md"
 HEAD = "# Results\n\nEach section is one run of one script: ratios beside what is beaten, or times of whole commands.\n"

@@ -10,7 +10,7 @@ from moeflow.methods import fetch
 from moeflow.methods.fetch import Model
 from moeflow.run import in_process
 from moeflow.run.outcome import Outcome
-from moeflow.step import Step, upstream
+from moeflow.step import Resources, Step, placed, upstream
 from moeflow.store import Store
 from moeflow.store.sources import pin
 from moeflow.store.texts import Texts
@@ -24,6 +24,11 @@ def store_in(folder: Path) -> Store:
 
 def run(store: Store, *targets: Step) -> Outcome:
     return in_process.run([*targets, *(r for t in targets for r in t.reports)], store)
+
+
+def alone(step: Step) -> Step:
+    """The same step, and what it needs, in this process: outside a gang."""
+    return placed(step, lambda _: Resources())
 
 
 def model_in(folder: Path, **options: Any) -> Model:

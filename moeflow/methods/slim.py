@@ -144,8 +144,9 @@ def _layer_spec(
     size = 4 if precision(rest.config, dtype) == "float32" else 2
     tokens = sum(s.rows for s in seen if isinstance(s, ObservedSpec)) * int(rest.config["hidden_size"]) * size
     rows, columns = given.tensors[arch.gate.format(layer=layer, expert=0)][1]
-    # the layer in fp32 beside what is read and written, the tokens, and the moments, factor and working copy of one expert
-    memory = 4 * given.nbytes * 4 // size + 3 * tokens + 60 * max(rows, columns) ** 2 + 24 * rows * columns + (1 << 29)
+    # what is written, the tokens, and the moments, factor and working copy of one expert; AWQ has all experts, and their codes
+    together = 3 * given.experts * rows * columns * (size + 2) if method == "awq" else 0
+    memory = out.nbytes + together + 3 * tokens + 60 * max(rows, columns) ** 2 + 24 * rows * columns + (1 << 29)
     return Spec(out, reads=given.nbytes + tokens, writes=out.nbytes + 300 + 200 * given.experts, memory=memory)
 
 

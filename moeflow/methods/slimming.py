@@ -21,10 +21,10 @@ from moeflow.methods.pattern import Pattern
 from moeflow.methods.quantized import Quantized
 from moeflow.methods.rounding import round_to_nearest
 from moeflow.methods.sparsegpt import sparsegpt, sparsegpt_memory
-from moeflow.methods.weigh import layer_of
-from moeflow.model.checkpoint import Tensors, save
+from moeflow.methods.weigh import placement
+from moeflow.model.checkpoint import DTYPES, Tensors, read_expert, read_moe, save
 from moeflow.model.layout import LAYER, Files, file_for
-from moeflow.model.moe import MLP, MoELayer
+from moeflow.model.moe import MLP
 from moeflow.model.packed import WHOLE, pack
 from moeflow.model.router import dense
 from moeflow.step import Context
@@ -66,24 +66,29 @@ def rewrite(
     if arch.router.format(layer=layer) not in tensors:
         link_all(context, given)
         return []
-    moe = layer_of(tensors, config, layer, dtype)
-    x_TD = torch.cat([Tensors(s)["x_RD"] for s in seen]).to(moe.router_ED.device, moe.router_ED.dtype)
-    weights_TE = dense(*moe.router.choose(moe.logits(x_TD)), moe.num_experts)
-    result = {n: tensors[n] for n in tensors if file_for(n) == LAYER}
-    how = replace(how, stored=result[arch.expert(layer, 0)[0]].dtype)
+    block = _Block(tensors, config, layer, placement(config, dtype))
+    x_TD = torch.cat([Tensors(s)["x_RD"] for s in seen]).to(**block.placed)
+    weights_TE = block.weights(x_TD)
+    treated = {n for e in range(block.count) for n in arch.expert(layer, e)}
+    result = {n: tensors[n] for n in tensors if file_for(n) == LAYER and n not in treated}
+    how = replace(how, stored=DTYPES[tensors.info[arch.expert(layer, 0)[0]].dtype])
     report: list[dict[str, Any]] = []
     if how.method == "awq":
-        report = _awq(result, arch, moe, x_TD, weights_TE, how, layer)
+        report = _awq(result, arch, block, x_TD, weights_TE, how)
     else:
-        for at, entry in enumerate(_experts(result, arch, moe, x_TD, weights_TE, how, layer)):
+        for at, entry in enumerate(_experts(result, arch, block, x_TD, weights_TE, how)):
             report.append(entry)
-            context.progress(at + 1, moe.num_experts, "experts")
-    if how.shared and arch.shared is not None and moe.shared is not None:
+            context.progress(at + 1, block.count, "experts")
+            if at == 0:
+                _reserve(result, arch, block, entry["expert"])
+    if how.shared and arch.shared is not None and block.shared is not None:
         gate, up, down = (t.format(layer=layer) for t in arch.shared)
-        shared, x_sD = moe.shared, x_TD if how.method != "awq" else None
+        shared, x_sD = block.shared, x_TD if how.method != "awq" else None
         if how.method == "awq":  # which has scaled its columns
             scaled = {m: result[n].to(x_TD.device, x_TD.dtype) for m, n in zip(MATRICES, (gate, up, down), strict=True)}
             shared = _with(shared, scaled)
+        for name in (gate, up, down):
+            del result[name]
         report.append({"expert": "shared"} | _one(result, (gate, up, down), shared, x_sD, how))
     few = [e["expert"] for e in report if e["by"] != how.method]
     if few and how.method not in ("magnitude", "round_to_nearest"):
@@ -95,60 +100,98 @@ def rewrite(
     return report
 
 
+def _reserve(result: dict[str, Tensor], arch: Arch, block: "_Block", done: int) -> None:
+    """Make room for what the other experts will become, shaped like what one has: between what is in use only for a while it
+    would leave holes, and a layer would take half as much memory again."""
+    stems = [n.removesuffix(WHOLE) for n in arch.expert(block.layer, done)]
+    made = {(m, n.removeprefix(stem)): t for m, stem in enumerate(stems) for n, t in result.items() if n.startswith(stem + ".")}
+    for e in range(block.count):
+        others = [n.removesuffix(WHOLE) for n in arch.expert(block.layer, e)]
+        result |= {others[m] + end: torch.empty_like(t) for (m, end), t in made.items() if others[m] + end not in result}
+
+
+class _Block:
+    """A layer's router and shared expert, and its routed experts as they are asked for: never all in memory at once."""
+
+    def __init__(self, tensors: Tensors, config: Config, layer: int, placed: dict[str, Any]) -> None:
+        self.tensors, self.layer, self.placed, self._config = tensors, layer, placed, config
+        self._moe = read_moe(tensors, config, layer, experts=False).to(**placed)
+        self.shared, self.count = self._moe.shared, len(self._moe.router_ED)
+
+    def weights(self, x_TD: Tensor) -> Tensor:
+        """The routing weights [T, E] of tokens, zero for experts not chosen."""
+        return dense(*self._moe.router.choose(self._moe.logits(x_TD)), self.count)
+
+    def expert(self, e: int) -> MLP:
+        return read_expert(self.tensors, self._config, self.layer, e).to(**self.placed)
+
+    def all(self) -> dict[str, Tensor]:
+        """Each matrix of all experts, [E, M, N]."""
+        first = self.expert(0)
+        found = {m: _matrix(first, m).new_empty(self.count, *_matrix(first, m).shape) for m in MATRICES}
+        for e in range(self.count):
+            expert = self.expert(e)
+            for m in MATRICES:
+                found[m][e] = _matrix(expert, m)
+        return found
+
+
 def _experts(
-    result: dict[str, Tensor], arch: Arch, moe: MoELayer, x_TD: Tensor, weights_TE: Tensor, how: How, layer: int
+    result: dict[str, Tensor], arch: Arch, block: _Block, x_TD: Tensor, weights_TE: Tensor, how: How
 ) -> Iterator[dict[str, Any]]:
     """Treat the experts one after the other on a CPU, elsewhere as many together as memory allows."""
-    for now in _together(moe, how):
+    for now in _together(block, how):
         tokens = [weights_TE[:, e].nonzero().squeeze(-1) for e in now]
         enough = [e for e, t in zip(now, tokens, strict=True) if len(t) >= how.least]
         if len(enough) > 1 and how.method not in ("magnitude", "round_to_nearest"):
-            yield from _batch(result, arch, moe, enough, [x_TD[t] for t in tokens if len(t) >= how.least], how, layer)
+            yield from _batch(result, arch, block, enough, [x_TD[t] for t in tokens if len(t) >= how.least], how)
             now, tokens = (
                 [e for e in now if e not in enough],
                 [t for e, t in zip(now, tokens, strict=True) if e not in enough],
             )
         for e, t in zip(now, tokens, strict=True):
             x_tD = x_TD[t] if len(t) >= how.least else None
-            yield {"expert": e, "tokens": len(t)} | _one(result, arch.expert(layer, e), moe.experts[e], x_tD, how)
+            if x_tD is None and how.policy == "keep":
+                result |= {n: block.tensors[n] for n in arch.expert(block.layer, e)}
+            yield {"expert": e, "tokens": len(t)} | _one(result, arch.expert(block.layer, e), block.expert(e), x_tD, how)
 
 
-def _together(moe: MoELayer, how: How) -> list[list[int]]:
-    experts, gate = list(range(moe.num_experts)), moe.experts[0].gate_FD
-    assert isinstance(gate, Tensor)
-    if gate.device.type == "cpu" or how.method not in ("sparsegpt", "gptq"):
+def _together(block: _Block, how: How) -> list[list[int]]:
+    experts = list(range(block.count))
+    if block.placed["device"] == "cpu" or how.method not in ("sparsegpt", "gptq"):
         return [[e] for e in experts]
-    rows, columns = gate.shape
+    rows, columns = _matrix(block.expert(0), "gate").shape
     sides = ((rows, columns), (columns, rows))
     grid = how.grid
     of_one = max(
         (sparsegpt_memory(*s, block=how.block) if grid is None else gptq_memory(*s, grid=grid, order=how.order, block=how.block))
         for s in sides
     )
-    size = max(1, WORKING // (of_one + 16 * max(rows, columns) ** 2))
+    size = max(1, WORKING // (of_one + 16 * max(rows, columns) ** 2 + 24 * rows * columns))
     return [experts[i : i + size] for i in range(0, len(experts), size)]
 
 
 def _batch(
-    result: dict[str, Tensor], arch: Arch, moe: MoELayer, experts: list[int], x_eTD: list[Tensor], how: How, layer: int
+    result: dict[str, Tensor], arch: Arch, block: _Block, chosen: list[int], x_eTD: list[Tensor], how: How
 ) -> Iterator[dict[str, Any]]:
     """Treat experts that have tokens enough together, matrix by matrix."""
+    experts = [block.expert(e) for e in chosen]
     width = [second_moment(x) for x in x_eTD]
     moment_EDD = torch.stack(width)
     made: dict[str, Treated] = {}
     for m in ("gate", "up"):
-        made[m] = treat(torch.stack([_matrix(moe.experts[e], m) for e in experts]), moment_EDD, how)
+        made[m] = treat(torch.stack([_matrix(e, m) for e in experts]), moment_EDD, how)
     now = [
-        _with(moe.experts[e], {m: _whole(made[m][i]) for m in ("gate", "up")}) if how.chained else moe.experts[e]
-        for i, e in enumerate(experts)
+        _with(expert, {m: _whole(made[m][i]) for m in ("gate", "up")}) if how.chained else expert
+        for i, expert in enumerate(experts)
     ]
     moment_EFF = torch.stack([second_moment(e.inner(x)) for e, x in zip(now, x_eTD, strict=True)])
-    made["down"] = treat(torch.stack([_matrix(moe.experts[e], "down") for e in experts]), moment_EFF, how)
-    for i, e in enumerate(experts):
+    made["down"] = treat(torch.stack([_matrix(e, "down") for e in experts]), moment_EFF, how)
+    for i, e in enumerate(chosen):
         lost = {}
-        for m, name in zip(MATRICES, arch.expert(layer, e), strict=True):
+        for m, name in zip(MATRICES, arch.expert(block.layer, e), strict=True):
             moment_NN = (moment_EFF if m == "down" else moment_EDD)[i]
-            lost[m] = _put(result, name, _matrix(moe.experts[e], m), made[m][i], moment_NN, how)
+            lost[m] = _put(result, name, _matrix(experts[i], m), made[m][i], moment_NN, how)
         yield {"expert": e, "tokens": len(x_eTD[i]), "by": how.method, "lost": lost}
 
 
@@ -190,34 +233,32 @@ def treat(w_MN: Tensor, moment_NN: Tensor | None, how: How) -> Treated:
     return sparsegpt(w_MN, pattern, moment=moment_NN, block=how.block, damp=how.damp)
 
 
-def _awq(
-    result: dict[str, Tensor], arch: Arch, moe: MoELayer, x_TD: Tensor, weights_TE: Tensor, how: How, layer: int
-) -> list[dict[str, Any]]:
+def _awq(result: dict[str, Tensor], arch: Arch, block: _Block, x_TD: Tensor, weights_TE: Tensor, how: How) -> list[dict[str, Any]]:
     """All experts of a layer, and the scale of its inputs folded into the norm and everything else that the norm feeds."""
     assert how.grid is not None
     counts = (weights_TE > 0).sum(0).tolist()
     seen_TE = weights_TE * torch.tensor([c >= how.least for c in counts], device=weights_TE.device)
-    gate_EFD, up_EFD, down_EDF = (torch.stack([_matrix(e, m) for e in moe.experts]) for m in MATRICES)
-    made = awq(
-        gate_EFD, up_EFD, down_EDF, how.grid, inputs=x_TD, weights=seen_TE, act=moe.experts[0].act, scale_dtype=how.stored
-    )  # fmt: skip
-    norms = [n for n in result if n.startswith(arch.norm(layer))]
-    fed = [arch.router.format(layer=layer)]
-    fed += [t.format(layer=layer) for t in arch.shared[:2]] if arch.shared else []
-    fed += [arch.shared_gate.format(layer=layer)] if arch.shared_gate else []
+    experts = block.all()
+    gate_EFD, up_EFD, down_EDF = (experts[m] for m in MATRICES)
+    act = block.expert(0).act
+    made = awq(gate_EFD, up_EFD, down_EDF, how.grid, inputs=x_TD, weights=seen_TE, act=act, scale_dtype=how.stored)
+    norms = [n for n in result if n.startswith(arch.norm(block.layer))]
+    fed = [arch.router.format(layer=block.layer)]
+    fed += [t.format(layer=block.layer) for t in arch.shared[:2]] if arch.shared else []
+    fed += [arch.shared_gate.format(layer=block.layer)] if arch.shared_gate else []
     scale_D = made.scale_D.cpu()
     for norm in norms:
         result[norm], *folded = fold(result[norm], scale_D, *(result[n] for n in fed))
     result |= dict(zip(fed, folded, strict=True))
     report = []
-    for e in range(moe.num_experts):
+    for e in range(block.count):
         lost = {}
         token = weights_TE[:, e].nonzero().squeeze(-1)
-        inner_TF = moe.experts[e].inner(x_TD[token])
+        inner_TF = MLP(gate_EFD[e], up_EFD[e], down_EDF[e], act).inner(x_TD[token])
         moments = (second_moment(x_TD[token] / made.scale_D), None, second_moment(inner_TF / made.inner_EF[e]))
         scaled = (gate_EFD[e] * made.scale_D, up_EFD[e] * made.scale_D / made.inner_EF[e, :, None], down_EDF[e] * made.inner_EF[e])
         parts = (made.gate_EFD[e], made.up_EFD[e], made.down_EDF[e])
-        for at, (m, name) in enumerate(zip(MATRICES, arch.expert(layer, e), strict=True)):
+        for at, (m, name) in enumerate(zip(MATRICES, arch.expert(block.layer, e), strict=True)):
             moment_NN = moments[at] if moments[at] is not None else moments[0]
             lost[m] = _put(result, name, scaled[at], parts[at], moment_NN if len(token) else None, how)
         by = "awq" if counts[e] >= how.least else how.policy
@@ -229,11 +270,12 @@ def _put(result: dict[str, Tensor], name: str, w_MN: Tensor, made: Treated, mome
     """Write what a matrix has become, and give the part of its outputs, or of itself, that went."""
     now_MN = _whole(made, how.stored)
     if how.packed and isinstance(made, Quantized):
-        del result[name]
         stem = name.removesuffix(WHOLE)
-        result |= {stem + end: t.cpu() for end, t in pack(made.codes_MN.cpu(), made.scale_MG.cpu(), made.grid.bits).items()}
+        found = {stem + end: t for end, t in pack(made.codes_MN.cpu(), made.scale_MG.cpu(), made.grid.bits).items()}
     else:
-        result[name] = now_MN.cpu()
+        found = {name: now_MN.cpu()}
+    for name, t in found.items():
+        result[name] = result[name].copy_(t) if name in result else t
     change_MN, w_MN = now_MN.double() - w_MN.double(), w_MN.double()
     if moment_NN is None:
         return float(change_MN.square().sum() / w_MN.square().sum().clamp(min=1e-30))

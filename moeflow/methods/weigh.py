@@ -92,8 +92,12 @@ def counted(shards: Sequence[Files]) -> float:
 
 def layer_of(tensors: Tensors, config: Config, layer: int, dtype: str) -> MoELayer:
     """One layer's MoE block in the precision of the run, on a GPU where there is one."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return read_moe(tensors, config, layer).to(device=device, dtype=getattr(torch, precision(config, dtype)))
+    return read_moe(tensors, config, layer).to(**placement(config, dtype))
+
+
+def placement(config: Config, dtype: str) -> dict[str, Any]:
+    """`device` and `dtype` of the run's tensors: its precision, on a GPU where there is one."""
+    return {"device": "cuda" if torch.cuda.is_available() else "cpu", "dtype": getattr(torch, precision(config, dtype))}
 
 
 def routed_tokens(moe: MoELayer, shards: Sequence[Files]) -> list[int]:

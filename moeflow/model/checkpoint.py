@@ -3,7 +3,7 @@
 Knows the safetensors format and the families' names; never builds a model and never reads a byte that was not asked for.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -58,33 +58,41 @@ class Tensors(Mapping[str, Tensor]):
         return tensor_of(self.files.read(info.file, info.start, info.stop), info)
 
 
-def read_moe(tensors: Mapping[str, Tensor], config: Config, layer: int) -> MoELayer:
-    """The MoE block of one decoder layer, with as many experts as the file has. Raises KeyError where a tensor is missing."""
+def read_moe(tensors: Mapping[str, Tensor], config: Config, layer: int, *, experts: bool = True) -> MoELayer:
+    """The MoE block of one decoder layer, with as many experts as the file has. Raises KeyError where a tensor is missing.
+
+    Without `experts` it can route, and knows its shared expert; `read_expert` reads the others one by one.
+    """
     arch = arch_of(config)
     count = experts_in(tensors, config, layer)
-    act = str(config.get("hidden_act", "silu"))
 
     def named(template: str) -> Tensor:
         return tensors[template.format(layer=layer)]
 
-    def matrix(name: str) -> Matrix:
-        out, inner = arch.factors(name)
-        return tensors[name] if out not in tensors else LowRank(tensors[out], tensors[inner])
-
-    def mlp(gate: str, up: str, down: str) -> MLP:
-        return MLP(matrix(gate), matrix(up), matrix(down), act)
-
     router_ED = named(arch.router)
     if router_ED.shape[0] != count:
         raise ValueError(f"layer {layer} has {count} experts and a router of {router_ED.shape[0]} rows")
-    gate, up, down = (t.format(layer=layer) for t in arch.shared or ("", "", ""))
     return MoELayer(
         router=Router.of(arch, config, count, None if arch.router_bias is None else named(arch.router_bias).float()),
         router_ED=router_ED,
-        experts=tuple(mlp(*arch.expert(layer, e)) for e in range(count)),
-        shared=None if arch.shared is None else mlp(gate, up, down),
+        experts=tuple(read_expert(tensors, config, layer, e) for e in range(count if experts else 0)),
+        shared=None if arch.shared is None else _mlp(tensors, config, [t.format(layer=layer) for t in arch.shared]),
         shared_gate_1D=None if arch.shared_gate is None else named(arch.shared_gate),
     )
+
+
+def read_expert(tensors: Mapping[str, Tensor], config: Config, layer: int, expert: int) -> MLP:
+    """One routed expert of a layer. Raises KeyError where a tensor is missing."""
+    return _mlp(tensors, config, arch_of(config).expert(layer, expert))
+
+
+def _mlp(tensors: Mapping[str, Tensor], config: Config, names: Sequence[str]) -> MLP:
+    def matrix(name: str) -> Matrix:
+        out, inner = arch_of(config).factors(name)
+        return tensors[name] if out not in tensors else LowRank(tensors[out], tensors[inner])
+
+    gate, up, down = names
+    return MLP(matrix(gate), matrix(up), matrix(down), str(config.get("hidden_act", "silu")))
 
 
 def read_many(files: Files, tensors: Mapping[str, TensorInfo]) -> Iterator[tuple[str, Tensor]]:

@@ -24,18 +24,13 @@ from moeflow.methods.recipe import Gang
 from moeflow.model.checkpoint import Tensors
 from moeflow.run import StepFailed, in_process
 from moeflow.run.progress import Lines
-from moeflow.step import Artifact, Context, Resources, Spec, Step, placed, step
+from moeflow.step import Artifact, Context, Spec, step
 from moeflow.store import Store
 from tests import tiny
 from tests.model.test_compressed import compress
-from tests.running import array_of, matrix_of, model_in, run, store_in
+from tests.running import alone, array_of, matrix_of, model_in, run, store_in
 
 STEPS, BATCH, RATE = 4, 4, 1e-2
-
-
-def alone(step: Step) -> Step:
-    """The same step in this process, outside a gang."""
-    return placed(step, lambda _: Resources())
 
 
 def read(store: Store, tuned: Tuned) -> dict[str, Any]:

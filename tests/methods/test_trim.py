@@ -21,7 +21,7 @@ from moeflow.model.layout import Folder, headers, read_config
 from moeflow.step import Step
 from moeflow.store import Store
 from tests import tiny
-from tests.running import array_of, matrix_of, model_in, reports, run, store_in
+from tests.running import alone, array_of, matrix_of, model_in, reports, run, store_in
 
 PLAIN = {"qwen2_moe": {"mlp_only_layers": []}}
 """What makes every layer of a family's tiny model one with experts."""
@@ -42,7 +42,7 @@ def ids_of(folder: Path) -> Tensor:
 
 
 def pulled(store: Store, model: Model, folder: Path) -> Path:
-    target = drop.checkpoint_of(model)
+    target = alone(drop.checkpoint_of(model))
     run(store, target)
     out = folder / f"out-{target.key[-8:]}"
     store.fetch(target.key, out)

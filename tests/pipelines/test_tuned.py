@@ -1,4 +1,4 @@
-"""The published compressions that end with a fine-tuning, each on a small model of its family, by one process of DeepSpeed."""
+"""The published compressions that end with a fine-tuning, each on a small model of its family, by DeepSpeed in this process."""
 
 import json
 from pathlib import Path
@@ -38,7 +38,7 @@ def test_a_pipeline_trains_what_it_says_and_the_result_loads(
     small = [f"tokens={matrix}"] if name == "mixtral_moei2" else [f"heldout={matrix}"]
     build = pipeline.load(PIPELINES / f"{name}.py")
     small += [f"model={source}", f"text={matrix}", "length=16", "heldout_sequences=2", "zero=0"]
-    target = pipeline.call(build, [*small, *words])
+    target = running.alone(pipeline.call(build, [*small, *words]))
     store = running.store_in(tmp_path)
     running.run(store, target)
     (before,) = {i for s in upstream([target]) if s.name == "finetune.train" for i in s.inputs[:1]}

@@ -76,6 +76,7 @@ class Nodes:
 @contextmanager
 def two_nodes(cpus: int = 1) -> Iterator[Nodes]:
     """Two nodes of `cpus` each; the first is the head, and this process is a driver there."""
+    ray.shutdown()  # what other tests of this process shared
     folder = tempfile.mkdtemp(prefix="mf")  # short, because sockets lie in it
     head = {"num_cpus": cpus, "include_dashboard": False, "temp_dir": folder}
     cluster = Cluster(initialize_head=True, head_node_args=head)

@@ -19,13 +19,25 @@ def store(tmp_path: Path) -> Store:
     return Store.open(str(tmp_path / "store"))
 
 
-@pytest.fixture(scope="module")
-def local_ray() -> Iterator[None]:
-    """A Ray of two CPUs for the tests of one module, in a folder whose name is short enough for sockets."""
+@pytest.fixture
+def local_ray(rays: Path) -> None:
+    """A Ray of two CPUs, which all tests of a process share until one shuts it down to have another."""
+    if not ray.is_initialized():
+        # Never without address="local": a head that died may have left its address behind.
+        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, _temp_dir=str(rays))
+
+
+@pytest.fixture
+def no_ray() -> None:
+    """For tests that start their own."""
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def rays() -> Iterator[Path]:
+    """A folder whose name is short enough for sockets; what runs in it goes with it."""
     folder = tempfile.mkdtemp(prefix="mf")
-    # Never without address="local": a head that died may have left its address behind.
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, _temp_dir=folder)
-    yield
+    yield Path(folder)
     ray.shutdown()
     shutil.rmtree(folder, ignore_errors=True)
 

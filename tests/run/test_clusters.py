@@ -13,6 +13,8 @@ from moeflow.store import Store
 from tests.run import toy
 from tests.run.cluster import two_nodes, until
 
+pytestmark = pytest.mark.usefixtures("no_ray")
+
 
 def test_what_needs_no_work_needs_no_ray(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # where nothing listens

@@ -1,43 +1,17 @@
 """Both runners on a bucket: only what is used is moved, counted at the server."""
 
-import os
-import shutil
-import tempfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import boto3
 import pytest
-import ray
 
 from moeflow.run.plan import plan
 from moeflow.step import Step
 from moeflow.store import Store
 from tests import servers
 from tests.run import toy
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[servers.Proxy]:
-    """S3 behind a proxy that counts, and credentials that the workers of this module's Ray inherit."""
-    with pytest.MonkeyPatch.context() as patch, servers.s3_server() as url, servers.proxy(url) as proxy:
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            patch.setenv(name, "testing")
-        for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
-            patch.setenv(name, os.devnull)
-        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        yield proxy
-
-
-@pytest.fixture(scope="module")
-def local_ray(server: servers.Proxy) -> Iterator[None]:
-    """As everywhere, but begun when the credentials are there."""
-    folder = tempfile.mkdtemp(prefix="mf")
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, _temp_dir=folder)
-    yield
-    ray.shutdown()
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture
