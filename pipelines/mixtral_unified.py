@@ -5,7 +5,8 @@
 The paper's recipes (Table 3): as it stands L8/32 + AWQ, its headline; `-p trim=blocks -p dropped=5` for B5/32 + AWQ, and
 `-p trim=experts -p dropped=2` for E2/8 + AWQ, two experts a layer on average. 128 sequences of 2,048 tokens of C4; 4 bits in
 groups of 128. The paper quantizes first; `-p order=trim,slim` is the other way. `-p slim=gptq`, `sparsegpt`, `wanda` and so on take
-another method, `-p slim=none` or `-p trim=none` none.
+another method, `-p slim=none` or `-p trim=none` none. In sequence one layer waits for the other; `-p slim=gptq -p tasks=8` divides
+the experts of each between eight tasks.
 """
 
 from mixtral import C4, MODEL, WIKITEXT2
@@ -32,6 +33,7 @@ def build(
     group: int = 128,
     inputs: str = "sequential",
     shared: bool = False,
+    tasks: int = 1,
     sequences: int = 128,
     length: int = 2048,
     batch: int = 8,
@@ -47,7 +49,7 @@ def build(
     passed = {"batch": batch, "shard": 4 * batch, "stage": 8, "record": record, "per_expert": per_expert, "dtype": dtype}
     small = unified.compress(
         original, matrix, order=order, trim=trim, dropped=dropped, slim=slim, calibration=passed,
-        pattern=pattern, bits=bits, group=group, inputs=inputs, shared=shared,
+        pattern=pattern, bits=bits, group=group, inputs=inputs, shared=shared, tasks=tasks,
     )  # fmt: skip
     seen = calibrate.run(original, matrix, **passed)
     reports = evaluate.compare(seen, small, heldout=heldout, sequences=heldout_sequences, length=length)

@@ -6,6 +6,7 @@ the MoE blocks stay what they compute; AWQ moves a scale between a norm and all 
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,10 +16,10 @@ from moeflow.methods.calibrate import Calibration
 from moeflow.methods.fetch import Model
 from moeflow.methods.grid import Grid
 from moeflow.methods.pattern import Pattern
-from moeflow.model.layout import read_config
+from moeflow.model.layout import LAYER, read_config
 from moeflow.model.packed import PACKED, SCALE, SHAPE, WHOLE
 from moeflow.model.spec import LayerSpec, ObservedSpec, RestSpec, precision
-from moeflow.step import Artifact, Context, Spec, Step, step
+from moeflow.step import Artifact, Context, Part, Spec, Step, step
 
 SPARSE = ("magnitude", "wanda", "sparsegpt")
 QUANTIZING = ("round_to_nearest", "gptq", "awq")
@@ -33,7 +34,7 @@ SLIMMED = "slimmed.json"
 def slim(
     calibration: Calibration, *, method: str, pattern: str = "2:4", bits: int = 4, group: int = 128, symmetric: bool = True,
     order: bool = False, damp: float = 0.01, block: int = 128, least: int = 1, policy: str = "",
-    shared: bool = False, inputs: str = "sequential", packed: bool = True,
+    shared: bool = False, inputs: str = "sequential", packed: bool = True, tasks: int = 1,
 ) -> Model:  # fmt: skip
     """The calibrated model with sparse or quantized experts, as a graph.
 
@@ -43,7 +44,8 @@ def slim(
     "magnitude" or "round_to_nearest", as the method is of one kind or the other) or stays whole ("keep"). `shared`: shared experts
     are treated, too. `inputs`: "parallel", every layer sees what the dense model gives it; "sequential", what the slimmed layers
     before it do, and down what slimmed gate and up do. `packed`: quantized experts are written packed, as transformers and vLLM
-    read them; otherwise as the weights that the codes stand for. Raises ValueError for what cannot work.
+    read them; otherwise as the weights that the codes stand for. `tasks`: between how many a layer's experts are divided, with
+    the same result; not for AWQ, whose experts share a scale. Raises ValueError for what cannot work.
     """
     if inputs not in INPUTS:
         raise ValueError(f"inputs={inputs!r} is not known; choose one of {', '.join(INPUTS)}")
@@ -66,12 +68,25 @@ def slim(
     model = calibration.model
     if inputs == "parallel":
         return model.with_layers(
-            {i: layer(model.essential, model.layers[i], *seen, layer=i, **how) for i, seen in calibration.observed.items()}
+            {i: _divided(model.essential, model.layers[i], seen, i, how, tasks) for i, seen in calibration.observed.items()}
         )
-    return _sequential(calibration, how)
+    return _sequential(calibration, how, tasks)
 
 
-def _sequential(calibration: Calibration, how: dict[str, Any]) -> Model:
+def _divided(rest: Step | Part, given: Step | Part, seen: Sequence[Step | Part], at: int, how: dict[str, Any], tasks: int) -> Step:
+    """One layer, by one task or several."""
+    if tasks == 1:
+        return layer(rest, given, *seen, layer=at, part=0, parts=1, **how)
+    most = given.spec.output.experts
+    if not 1 <= tasks <= most or how["method"] == "awq":
+        raise ValueError(
+            f"tasks={tasks}: the {most} experts of layer {at} are divided between 1 to {most} tasks, those of AWQ, which share a "
+            "scale, are treated by one"
+        )
+    return joined(*(layer(rest, given, *seen, layer=at, part=part, parts=tasks, **how) for part in range(tasks)))
+
+
+def _sequential(calibration: Calibration, how: dict[str, Any], tasks: int) -> Model:
     model, batch, dtype = calibration.model, calibration.batch, calibration.dtype
     slimmed: dict[int, Step] = {}
     hidden: tuple[Step, ...] = calibration.starts
@@ -85,7 +100,7 @@ def _sequential(calibration: Calibration, how: dict[str, Any]) -> Model:
                 ).part(calibrate.file_of(i))
                 for h in hidden
             ) if slimmed else calibration.observed[i]  # fmt: skip
-            now = slimmed[i] = layer(model.essential, now, *seen, layer=i, **how)
+            now = slimmed[i] = _divided(model.essential, now, seen, i, how, tasks)
         if i < last:
             hidden = tuple(calibrate.advance(model.essential, h, now, layers=[i], batch=batch, dtype=dtype) for h in hidden)
     return model.with_layers(slimmed)
@@ -94,7 +109,7 @@ def _sequential(calibration: Calibration, how: dict[str, Any]) -> Model:
 def _layer_spec(
     rest: RestSpec, given: LayerSpec, *seen: ObservedSpec,
     layer: int, method: str, pattern: str, bits: int, group: int, symmetric: bool, order: bool, damp: float, block: int,
-    least: int, policy: str, shared: bool, chained: bool, packed: bool, dtype: str,
+    least: int, policy: str, shared: bool, chained: bool, packed: bool, part: int, parts: int, dtype: str,
 ) -> Spec:  # fmt: skip
     if method not in METHODS:
         raise ValueError(f"method={method!r} is not known; choose one of {', '.join(METHODS)}")
@@ -147,7 +162,9 @@ def _layer_spec(
     # what is written, the tokens, and the moments, factor and working copy of one expert; AWQ has all experts, and their codes
     together = 3 * given.experts * rows * columns * (size + 2) if method == "awq" else 0
     memory = out.nbytes + together + 3 * tokens + 60 * max(rows, columns) ** 2 + 24 * rows * columns + (1 << 29)
-    return Spec(out, reads=given.nbytes + tokens, writes=out.nbytes + 300 + 200 * given.experts, memory=memory)
+    share = out.nbytes // parts
+    memory -= out.nbytes - share
+    return Spec(out, reads=given.nbytes // parts + tokens, writes=share + 300 + 200 * given.experts // parts, memory=memory)
 
 
 def _treated(given: LayerSpec, shared: bool) -> list[str]:
@@ -160,11 +177,12 @@ def _treated(given: LayerSpec, shared: bool) -> list[str]:
 def layer(
     context: Context, config: Artifact, given: Artifact, *seen: Artifact,
     layer: int, method: str, pattern: str, bits: int, group: int, symmetric: bool, order: bool, damp: float, block: int,
-    least: int, policy: str, shared: bool, chained: bool, packed: bool, dtype: str,
+    least: int, policy: str, shared: bool, chained: bool, packed: bool, part: int, parts: int, dtype: str,
 ) -> None:  # fmt: skip
     """One layer's file with slimmed experts, and `slimmed.json`, which says for every expert by what and what it lost.
 
-    A layer that a run has left without experts stays what it is.
+    Of several `parts` each has its share of the experts, and the first everything else. A layer that a run has left without
+    experts stays what it is.
     """
     from moeflow.methods import slimming
 
@@ -172,7 +190,34 @@ def layer(
         method=method, pattern=pattern, grid=Grid(bits, symmetric, group) if bits else None, order=order, damp=damp, block=block,
         least=least, policy=policy, shared=shared, chained=chained, packed=packed,
     )  # fmt: skip
-    report = slimming.rewrite(context, read_config(config), given, seen, how, layer=layer, dtype=dtype)
+    report = slimming.rewrite(
+        context, read_config(config), given, seen, how, layer=layer, part=part, parts=parts, dtype=dtype
+    )  # fmt: skip
+    head = {"layer": layer, "method": method, "pattern": pattern, "bits": bits, "group": group}
+    _write(context, head, report)
+
+
+def _write(context: Context, head: dict[str, Any], report: Sequence[dict[str, Any]]) -> None:
     lines = ",\n".join(f"  {json.dumps(entry)}" for entry in report)
-    head = json.dumps({"layer": layer, "method": method, "pattern": pattern, "bits": bits, "group": group})[:-1]
-    (context.out / SLIMMED).write_text(head + ', "experts": [\n' + lines + "\n]}\n")
+    (context.out / SLIMMED).write_text(json.dumps(head)[:-1] + ', "experts": [\n' + lines + "\n]}\n")
+
+
+def _joined_spec(*parts: LayerSpec) -> Spec:
+    nbytes = parts[0].nbytes
+    return Spec(parts[0], reads=nbytes, writes=nbytes + 300 + 200 * parts[0].experts, memory=nbytes + (1 << 29))
+
+
+@step("slim.joined", version=1, spec=_joined_spec)
+def joined(context: Context, *parts: Artifact) -> None:
+    """One layer's file and report from those of its parts."""
+    from moeflow.methods import slimming
+
+    first, several = parts[0], all(LAYER in p.names() for p in parts)
+    if several:
+        slimming.join(parts, context.out / LAYER)
+    for name in first.names():
+        if name != SLIMMED and not (several and name == LAYER):
+            context.link(first, name)
+    told = [json.loads(p.file(SLIMMED).read_text()) for p in parts]
+    report = [entry for t in told for entry in t.pop("experts")]
+    _write(context, told[0], sorted(report, key=lambda entry: (entry["expert"] == "shared", entry["expert"])))

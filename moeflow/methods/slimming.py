@@ -5,6 +5,7 @@ Shapes are suffixes: T tokens, D model width, F expert width, E experts, M rows 
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,8 +23,8 @@ from moeflow.methods.quantized import Quantized
 from moeflow.methods.rounding import round_to_nearest
 from moeflow.methods.sparsegpt import sparsegpt, sparsegpt_memory
 from moeflow.methods.weigh import placement
-from moeflow.model.checkpoint import DTYPES, Tensors, read_expert, read_moe, save
-from moeflow.model.layout import LAYER, Files, file_for
+from moeflow.model.checkpoint import DTYPES, Tensors, read_expert, read_many, read_moe, save
+from moeflow.model.layout import LAYER, Files, file_for, headers
 from moeflow.model.moe import MLP
 from moeflow.model.packed import WHOLE, pack
 from moeflow.model.router import dense
@@ -56,21 +57,26 @@ Treated = Tensor | Quantized
 
 @torch.inference_mode()
 def rewrite(
-    context: Context, config: Config, given: Any, seen: Sequence[Files], how: How, *, layer: int, dtype: str
-) -> list[dict[str, Any]]:
+    context: Context, config: Config, given: Any, seen: Sequence[Files], how: How,
+    *, layer: int, part: int, parts: int, dtype: str,
+) -> list[dict[str, Any]]:  # fmt: skip
     """Write the layer's file with slimmed experts and say for each, and for the shared one, what was done and lost.
+
+    One of several parts treats its share of the experts only; the first also writes what is not an expert, and the shared one.
 
     Lost is the squared change of a matrix's outputs on the expert's tokens, as a part of their squared norm.
     """
     arch, tensors = arch_of(config), Tensors(given)
     if arch.router.format(layer=layer) not in tensors:
-        link_all(context, given)
+        if part == 0:
+            link_all(context, given)
         return []
     block = _Block(tensors, config, layer, placement(config, dtype))
+    block.chosen = list(range(block.count))[block.count * part // parts : block.count * (part + 1) // parts]
     x_TD = torch.cat([Tensors(s)["x_RD"] for s in seen]).to(**block.placed)
     weights_TE = block.weights(x_TD)
     treated = {n for e in range(block.count) for n in arch.expert(layer, e)}
-    result = {n: tensors[n] for n in tensors if file_for(n) == LAYER and n not in treated}
+    result = {n: tensors[n] for n in tensors if file_for(n) == LAYER and n not in treated and part == 0}
     how = replace(how, stored=DTYPES[tensors.info[arch.expert(layer, 0)[0]].dtype])
     report: list[dict[str, Any]] = []
     if how.method == "awq":
@@ -78,10 +84,10 @@ def rewrite(
     else:
         for at, entry in enumerate(_experts(result, arch, block, x_TD, weights_TE, how)):
             report.append(entry)
-            context.progress(at + 1, block.count, "experts")
+            context.progress(at + 1, len(block.chosen), "experts")
             if at == 0:
                 _reserve(result, arch, block, entry["expert"])
-    if how.shared and arch.shared is not None and block.shared is not None:
+    if how.shared and arch.shared is not None and block.shared is not None and part == 0:
         gate, up, down = (t.format(layer=layer) for t in arch.shared)
         shared, x_sD = block.shared, x_TD if how.method != "awq" else None
         if how.method == "awq":  # which has scaled its columns
@@ -94,10 +100,16 @@ def rewrite(
     if few and how.method not in ("magnitude", "round_to_nearest"):
         context.note(f"layer {layer}: experts {few} saw fewer than {how.least} tokens and were treated by {how.policy}")
     save(result, context.out / LAYER)
-    for name in given.names():
+    for name in given.names() if part == 0 else ():
         if name != LAYER:
             context.link(given, name)
     return report
+
+
+def join(parts: Sequence[Files], out: Path) -> None:
+    """Write the layer's file that parts of it make."""
+    here = [{n: t for n, t in headers(part).items() if t.file == LAYER} for part in parts]
+    save({n: t for part, info in zip(parts, here, strict=True) for n, t in read_many(part, info)}, out)
 
 
 def _reserve(result: dict[str, Tensor], arch: Arch, block: "_Block", done: int) -> None:
@@ -105,7 +117,7 @@ def _reserve(result: dict[str, Tensor], arch: Arch, block: "_Block", done: int) 
     would leave holes, and a layer would take half as much memory again."""
     stems = [n.removesuffix(WHOLE) for n in arch.expert(block.layer, done)]
     made = {(m, n.removeprefix(stem)): t for m, stem in enumerate(stems) for n, t in result.items() if n.startswith(stem + ".")}
-    for e in range(block.count):
+    for e in block.chosen:
         others = [n.removesuffix(WHOLE) for n in arch.expert(block.layer, e)]
         result |= {others[m] + end: torch.empty_like(t) for (m, end), t in made.items() if others[m] + end not in result}
 
@@ -117,6 +129,7 @@ class _Block:
         self.tensors, self.layer, self.placed, self._config = tensors, layer, placed, config
         self._moe = read_moe(tensors, config, layer, experts=False).to(**placed)
         self.shared, self.count = self._moe.shared, len(self._moe.router_ED)
+        self.chosen = list(range(self.count))
 
     def weights(self, x_TD: Tensor) -> Tensor:
         """The routing weights [T, E] of tokens, zero for experts not chosen."""
@@ -157,7 +170,7 @@ def _experts(
 
 
 def _together(block: _Block, how: How) -> list[list[int]]:
-    experts = list(range(block.count))
+    experts = block.chosen
     if block.placed["device"] == "cpu" or how.method not in ("sparsegpt", "gptq"):
         return [[e] for e in experts]
     rows, columns = _matrix(block.expert(0), "gate").shape

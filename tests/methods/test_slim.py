@@ -217,6 +217,27 @@ def test_experts_treated_together_become_what_they_do_one_by_one(
         assert ((together[matrix] - alone[matrix]).abs() < 1e-5).float().mean() > 0.99, matrix
 
 
+@pytest.mark.parametrize(
+    "how", [{"method": "gptq", "shared": True, **FOUR}, {"method": "wanda", "pattern": "0.5", "inputs": "parallel"}]
+)
+def test_a_layer_divided_between_tasks_has_the_same_bytes(how: dict[str, Any], tmp_path: Path) -> None:
+    source = tiny.write("deepseek_v2", tmp_path / "model")
+    whole, divided = slimmed(source, tmp_path, **how), slimmed(source, tmp_path, tasks=3, **how)
+    assert whole != divided and Folder(whole).names() == Folder(divided).names()
+    for name in Folder(whole).names():
+        assert (whole / name).read_bytes() == (divided / name).read_bytes(), name
+    assert [e["expert"] for e in reports(divided)[0]["experts"]] == [*range(8), *(["shared"] if "shared" in how else [])]
+
+
+def test_a_layer_that_a_run_left_without_experts_is_divided_too(tmp_path: Path) -> None:
+    thin = trim.layer_drop(calibrated(model_in(tiny.write("mixtral", tmp_path / "model")), tmp_path), drop=1)
+    whole, divided = (
+        pulled(store_in(tmp_path), slim.slim(calibrated(thin, tmp_path), method="gptq", tasks=n, **FOUR), tmp_path) for n in (1, 3)
+    )
+    for name in Folder(whole).names():
+        assert (whole / name).read_bytes() == (divided / name).read_bytes(), name
+
+
 def test_shared_experts_are_treated_where_asked(tmp_path: Path) -> None:
     source = tiny.write("deepseek_v2", tmp_path / "model")
     out = slimmed(source, tmp_path, method="gptq", shared=True, **FOUR)
@@ -291,6 +312,9 @@ def test_what_cannot_be_slimmed_is_refused_in_one_line(tmp_path: Path) -> None:
         ("layer 0 is packed in 4 bits, groups of 8; slim the model that it was made of", packed, {}),
         (r"layer 0 is slimmed already \(magnitude 0.5\); slim the model", sparse, {"method": "wanda", "pattern": "2:4"}),
         ("layer 0 has low-rank experts, whose factors are not slimmed", low, {}),
+        ("tasks=9: the 8 experts of layer 0 are divided between 1 to 8 tasks", seen, {"tasks": 9}),
+        ("tasks=0: the 8 experts of layer 0", seen, {"tasks": 0}),
+        ("those of AWQ, which share a scale, are treated by one", seen, {"method": "awq", "tasks": 2}),
     ):
         if given is None:
             given = calibrated(model_in(tiny.write("olmoe", tmp_path / "olmoe")), tmp_path)
