@@ -11,7 +11,7 @@ check: setup
 	@infra/python.sh -m ruff check -q . && infra/python.sh -m ruff format --check -q . && infra/python.sh -m mypy
 
 test: check
-	@OMP_NUM_THREADS=1 infra/python.sh -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	@OMP_NUM_THREADS=1 infra/python.sh -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 bench: setup
 	@infra/python.sh -m benchmarks

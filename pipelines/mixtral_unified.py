@@ -5,8 +5,8 @@
 The paper's recipes (Table 3): as it stands L8/32 + AWQ, its headline; `-p trim=blocks -p dropped=5` for B5/32 + AWQ, and
 `-p trim=experts -p dropped=2` for E2/8 + AWQ, two experts a layer on average. 128 sequences of 2,048 tokens of C4; 4 bits in
 groups of 128. The paper quantizes first; `-p order=trim,slim` is the other way. `-p slim=gptq`, `sparsegpt`, `wanda` and so on take
-another method, `-p slim=none` or `-p trim=none` none. In sequence one layer waits for the other; `-p slim=gptq -p tasks=8` divides
-the experts of each between eight tasks.
+another method, `-p slim=none` or `-p trim=none` none. `-p inputs=sequential` calibrates each layer behind the slimmed ones before
+it, one after the other; `-p slim=gptq -p tasks=8` divides the experts of each between eight tasks.
 """
 
 from mixtral import C4, MODEL, WIKITEXT2
@@ -31,7 +31,7 @@ def build(
     pattern: str = "2:4",
     bits: int = 4,
     group: int = 128,
-    inputs: str = "sequential",
+    inputs: str = "parallel",
     shared: bool = False,
     tasks: int = 1,
     sequences: int = 128,

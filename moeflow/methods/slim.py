@@ -34,18 +34,19 @@ SLIMMED = "slimmed.json"
 def slim(
     calibration: Calibration, *, method: str, pattern: str = "2:4", bits: int = 4, group: int = 128, symmetric: bool = True,
     order: bool = False, damp: float = 0.01, block: int = 128, least: int = 1, policy: str = "",
-    shared: bool = False, inputs: str = "sequential", packed: bool = True, tasks: int = 1,
+    shared: bool = False, inputs: str = "parallel", packed: bool = True, tasks: int = 1,
 ) -> Model:  # fmt: skip
     """The calibrated model with sparse or quantized experts, as a graph.
 
     `method`: "magnitude", "wanda" and "sparsegpt" leave zeros of a `pattern` ("0.5", "2:4"); "round_to_nearest", "gptq" and "awq"
     round to `bits`, one scale for `group` inputs (0: a row), with `order` by activation (GPTQ). `damp` and `block` are those of
     SparseGPT and GPTQ. An expert that fewer than `least` recorded tokens reach is treated by its weights alone (`policy`
-    "magnitude" or "round_to_nearest", as the method is of one kind or the other) or stays whole ("keep"). `shared`: shared experts
-    are treated, too. `inputs`: "parallel", every layer sees what the dense model gives it; "sequential", what the slimmed layers
-    before it do, and down what slimmed gate and up do. `packed`: quantized experts are written packed, as transformers and vLLM
-    read them; otherwise as the weights that the codes stand for. `tasks`: between how many a layer's experts are divided, with
-    the same result; not for AWQ, whose experts share a scale. Raises ValueError for what cannot work.
+    "magnitude" or "round_to_nearest", as the method is of one kind or the other) or stays whole ("keep"). `shared`: shared
+    experts are treated, too. `inputs`: "parallel", every layer sees what the dense model gives it, one calibration serves all and
+    layers are treated beside each other; "sequential", what the slimmed layers before it do, and down what slimmed gate and up
+    do. `packed`: quantized experts are written packed, as transformers and vLLM read them; otherwise as the weights that the
+    codes stand for. `tasks`: between how many a layer's experts are divided, with the same result; not for AWQ, whose experts
+    share a scale. Raises ValueError for what cannot work.
     """
     if inputs not in INPUTS:
         raise ValueError(f"inputs={inputs!r} is not known; choose one of {', '.join(INPUTS)}")
@@ -160,7 +161,7 @@ def _layer_spec(
     tokens = sum(s.rows for s in seen if isinstance(s, ObservedSpec)) * int(rest.config["hidden_size"]) * size
     rows, columns = given.tensors[arch.gate.format(layer=layer, expert=0)][1]
     # what is written, the tokens, and the moments, factor and working copy of one expert; AWQ has all experts, and their codes
-    together = 3 * given.experts * rows * columns * (size + 2) if method == "awq" else 0
+    together = 3 * given.experts * rows * columns * (size + 3) if method == "awq" else 0
     memory = out.nbytes + together + 3 * tokens + 60 * max(rows, columns) ** 2 + 24 * rows * columns + (1 << 29)
     share = out.nbytes // parts
     memory -= out.nbytes - share
