@@ -1,5 +1,5 @@
 # make demo: the whole of moeflow on a small model, from nothing. make test: ruff, the type checker and the tests.
-.PHONY: setup demo test check bench
+.PHONY: setup demo test test-all check bench
 
 setup:
 	@infra/setup.sh
@@ -12,6 +12,10 @@ check: setup
 
 test: check
 	@OMP_NUM_THREADS=1 infra/python.sh -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+
+# Also what takes long: every family everywhere, every pair of methods on every family, clusters that lose nodes.
+test-all: check
+	@OMP_NUM_THREADS=1 infra/python.sh -m pytest --slow -n 3 --dist loadfile --no-loadscope-reorder
 
 bench: setup
 	@infra/python.sh -m benchmarks

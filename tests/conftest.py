@@ -16,11 +16,18 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, where transformers looks for it, warns that it sees no GPU
 
 
-LONGEST = ("test_gang", "test_finetune", "test_survival", "test_clusters", "test_interruptions")
+LONGEST = ("test_finetune", "test_gang", "test_survival", "test_clusters", "test_interruptions")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="also what is left out otherwise, for its time: `make test-all`")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """The files that take longest, most of it waiting, come first, so that no process is left alone with one at the end."""
+    if not config.getoption("slow") and (slow := [i for i in items if i.get_closest_marker("slow")]):
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [i for i in items if i not in slow]
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
@@ -60,7 +67,7 @@ def s3_url(server: servers.Proxy, bucket: str) -> str:
     return f"s3://{bucket}/pre/fix?endpoint={server.url}"
 
 
-@pytest.fixture(scope="session", params=list(tiny.FAMILIES))
+@pytest.fixture(scope="session", params=tiny.families())
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny checkpoint, of one family after the other."""
     return tiny.write(request.param, tmp_path_factory.mktemp(request.param))

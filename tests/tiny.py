@@ -1,7 +1,9 @@
 """Tiny random checkpoints of every family, written by transformers itself, with routers that really choose."""
 
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
@@ -40,6 +42,14 @@ FAMILIES: dict[str, dict] = {
         first_k_dense_replace=1, n_group=2, topk_group=1, routed_scaling_factor=2.5, norm_topk_prob=True, **MLA,
     ),
 }  # fmt: skip
+
+
+OFTEN = ("mixtral", "qwen2_moe", "phimoe", "deepseek_v3")
+
+
+def families() -> list[Any]:
+    """All families, as parameters of a test; `make test` takes those of `OFTEN`, `make test-all` all."""
+    return [pytest.param(name, marks=() if name in OFTEN else pytest.mark.slow) for name in FAMILIES]
 
 
 def write(family: str, folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: object) -> Path:

@@ -3,7 +3,9 @@
 Shapes are suffixes: N sequences, L positions, D model width. Reads inputs and writes files, and knows of no step.
 """
 
+import json
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +65,13 @@ def through(
 
 def stream_of(config: Config, dtype: str, experts: str = EXPERTS) -> Stream:
     """A model to be run layer by layer, on a GPU where there is one. `dtype` "auto": the checkpoint's own precision."""
+    return _stream(json.dumps(config), precision(config, dtype), experts)
+
+
+@lru_cache(2)  # it holds no weights, and every step of a run needs the same
+def _stream(config: str, dtype: str, experts: str) -> Stream:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Stream(config, device=device, dtype=getattr(torch, precision(config, dtype)), experts=experts)
+    return Stream(json.loads(config), device=device, dtype=getattr(torch, dtype), experts=experts)
 
 
 def _recorder(stream: Stream, tensors: Tensors, layer: int, **recording: Any) -> Recorder | None:

@@ -49,7 +49,7 @@ class Stream:
     def embed(self, rest: Mapping[str, Tensor], ids_NL: Tensor) -> Tensor:
         """Hidden states before the first layer, [N, L, D]."""
         table_VD = rest["model.embed_tokens.weight"].to(self.device, self.dtype)
-        module = _filled(self.skeleton.model.embed_tokens, {"weight": table_VD}, "model.embed_tokens")
+        module = _filled(copy.deepcopy(self.skeleton.model.embed_tokens), {"weight": table_VD}, "model.embed_tokens")
         return module(ids_NL.to(self.device))
 
     def layer(self, tensors: Mapping[str, Tensor], layer: int) -> nn.Module:
@@ -82,14 +82,14 @@ class Stream:
 
     def final_norm(self, rest: Mapping[str, Tensor]) -> nn.Module:
         values = {n.removeprefix("model.norm."): rest[n].to(self.device, self.dtype) for n in rest if n.startswith("model.norm.")}
-        return _filled(self._norm, values, "model.norm")
+        return _filled(copy.deepcopy(self._norm), values, "model.norm")
 
     def head(self, rest: Mapping[str, Tensor]) -> nn.Module:
         """From normed hidden states to logits; the embedding serves where the checkpoint ties it to the head."""
         values = {n.removeprefix("lm_head."): rest[n].to(self.device, self.dtype) for n in rest if n.startswith("lm_head.")}
         if "weight" not in values:
             values["weight"] = rest["model.embed_tokens.weight"].to(self.device, self.dtype)
-        return _filled(self.skeleton.lm_head, values, "lm_head")
+        return _filled(copy.deepcopy(self.skeleton.lm_head), values, "lm_head")
 
     def _hf_config(self, config: Config) -> PretrainedConfig:
         hf = AutoConfig.for_model(**config)
@@ -130,8 +130,7 @@ class _Stub(nn.Module):
 
 
 def _filled(module: nn.Module, values: Mapping[str, Tensor], what: str) -> nn.Module:
-    """A copy of a module on meta that holds these tensors: every one it has, and no other."""
-    module = copy.deepcopy(module)
+    """A module on meta, now with these tensors: every one it has, and no other."""
     wanted = module.state_dict()
     if missing := sorted(set(wanted) - set(values)):
         raise ValueError(

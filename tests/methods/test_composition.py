@@ -1,7 +1,6 @@
 """Every method behind every other: either the graph is refused when it is built, with the reason, or it runs and loads."""
 
 import itertools
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,8 +53,6 @@ REFUSED: dict[tuple[tuple[str, ...], tuple[str, ...]], str] = {
     (("prune unevenly", "decompose unevenly", "expert drop"), ("compressed experts",)): "how many experts layer . keeps is decided",
 }
 """What cannot follow what, and why."""
-EVERY = bool(os.environ.get("MOEFLOW_EVERY_PAIR"))
-"""Whether every pair that works is run on every family: a quarter of an hour."""
 FAMILY_REFUSES = {"phimoe": {"skip": "sparsemixer|Phi|phimoe"}}
 
 
@@ -64,7 +61,7 @@ def reason(first: str, second: str) -> str:
     return "|".join(found)
 
 
-@pytest.fixture(scope="module", params=list(tiny.FAMILIES))
+@pytest.fixture(scope="module", params=tiny.families())
 def start(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Model, Store, Path]:
     folder = tmp_path_factory.mktemp(request.param)
     fewer = {"num_experts_per_tok": 2} if request.param.startswith("deepseek") else {}  # so that groups may be smaller
@@ -78,8 +75,10 @@ def seen(model: Model, folder: Path) -> Calibration:
 
 
 @pytest.mark.parametrize("first", METHODS)
-def test_any_two_methods_work_or_are_refused_when_the_graph_is_built(first: str, start: tuple[str, Model, Store, Path]) -> None:
-    """Graphs of every pair are built for every family; each pair runs on the family whose turn it is, or on `EVERY` one."""
+def test_any_two_methods_work_or_are_refused_when_the_graph_is_built(
+    first: str, start: tuple[str, Model, Store, Path], request: pytest.FixtureRequest
+) -> None:
+    """Graphs of every pair are built for every family; each pair runs on the family whose turn it is, with --slow on every one."""
     family, model, store, folder = start
     if first in FAMILY_REFUSES.get(family, {}):
         with pytest.raises(ValueError, match=FAMILY_REFUSES[family][first]):
@@ -98,7 +97,7 @@ def test_any_two_methods_work_or_are_refused_when_the_graph_is_built(first: str,
                 raise
             continue
         assert not reason(first, second), f"{second} behind {first} of {family} should be refused"
-        if EVERY or list(tiny.FAMILIES).index(family) == turn(first, second):
+        if request.config.getoption("slow") or family == turn(first, second):
             run(store, target)
             out = folder / f"{first}-{second}"
             store.fetch(target.key, out)
@@ -106,6 +105,6 @@ def test_any_two_methods_work_or_are_refused_when_the_graph_is_built(first: str,
                 assert torch.isfinite(loaded(out)(torch.arange(3, 12)[None]).logits).all()
 
 
-def turn(first: str, second: str) -> int:
+def turn(first: str, second: str) -> str:
     pairs = list(itertools.product(METHODS, METHODS))
-    return pairs.index((first, second)) % len(tiny.FAMILIES)
+    return tiny.OFTEN[pairs.index((first, second)) % len(tiny.OFTEN)]

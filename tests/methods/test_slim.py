@@ -26,7 +26,7 @@ from tests.running import matrix_of, model_in, run, store_in
 FOUR: dict[str, Any] = {"bits": 4, "group": 8}
 
 
-@pytest.fixture(params=list(tiny.FAMILIES))
+@pytest.fixture(params=tiny.families())
 def source(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return tiny.write(request.param, tmp_path / "model")
 
@@ -85,7 +85,11 @@ def test_packed_experts_load_and_compute_what_their_codes_say(source: Path, how:
 
 @pytest.mark.parametrize(
     ("method", "source"),
-    [*(("awq", family) for family in tiny.FAMILIES), *zip(slim.METHODS, tiny.FAMILIES, strict=False), ("gptq", "deepseek_v3")],
+    [
+        *(pytest.param("awq", *f.values, marks=f.marks) for f in tiny.families()),
+        *zip(slim.METHODS, tiny.FAMILIES, strict=False),
+        ("gptq", "deepseek_v3"),
+    ],
     indirect=["source"],
 )
 def test_what_is_not_an_expert_stays_bit_for_bit(source: Path, method: str, tmp_path: Path) -> None:

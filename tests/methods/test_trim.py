@@ -27,7 +27,7 @@ PLAIN = {"qwen2_moe": {"mlp_only_layers": []}}
 """What makes every layer of a family's tiny model one with experts."""
 
 
-@pytest.fixture(params=list(tiny.FAMILIES))
+@pytest.fixture(params=tiny.families())
 def source(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return tiny.write(request.param, tmp_path / "model", num_hidden_layers=4, **PLAIN.get(request.param, {}))
 

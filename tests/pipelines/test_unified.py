@@ -16,13 +16,18 @@ PIPELINES = Path(__file__).parents[2] / "pipelines"
 SMALL = ["sequences=8", "length=16", "batch=2", "record=128", "per_expert=4", "heldout_sequences=2", "group=8"]
 
 
-@pytest.mark.parametrize("recipe", [["trim=layers", "dropped=1"], ["trim=blocks", "dropped=1"], ["trim=experts", "dropped=2"]])
+LAYERS, BLOCKS, EXPERTS = ["trim=layers", "dropped=1"], ["trim=blocks", "dropped=1"], ["trim=experts", "dropped=2"]
+
+
 @pytest.mark.parametrize(
-    ("name", "family", "orders"),
+    ("name", "family", "orders", "recipe"),
     [
-        ("mixtral_unified", "mixtral", ("slim,trim", "trim,slim")),
-        ("deepseek_v2_lite_unified", "deepseek_v2", ("slim,trim",)),
-        ("qwen15_moe_unified", "qwen2_moe", ("trim,slim",)),
+        ("mixtral_unified", "mixtral", ("slim,trim", "trim,slim"), LAYERS),
+        ("mixtral_unified", "mixtral", ("slim,trim",), BLOCKS),
+        ("mixtral_unified", "mixtral", ("slim,trim",), EXPERTS),
+        ("deepseek_v2_lite_unified", "deepseek_v2", ("slim,trim",), LAYERS),
+        ("deepseek_v2_lite_unified", "deepseek_v2", ("trim,slim",), BLOCKS),
+        ("qwen15_moe_unified", "qwen2_moe", ("trim,slim",), EXPERTS),
     ],
 )
 @torch.inference_mode()

@@ -168,6 +168,7 @@ def trainers() -> list[str]:
     return [title(p) for p in descendants() if title(p).startswith(("ray::RayTrainWorker", "ray::TrainController", "ray::gang"))]
 
 
+@pytest.mark.slow
 def test_on_two_nodes_a_gang_survives_a_lost_driver_and_a_lost_node(store: Store, trace: Path, tmp_path: Path) -> None:
     """One process on each; the bytes are those of one process on this machine."""
     from moeflow.run import on_ray

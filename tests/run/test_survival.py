@@ -6,6 +6,8 @@ import signal
 import sys
 from pathlib import Path
 
+import pytest
+
 from moeflow.run import in_process
 from moeflow.step import upstream
 from moeflow.store import Store
@@ -14,6 +16,7 @@ from tests import prune_pipeline, running, tiny
 from tests.run.cluster import descendants, title, two_nodes, until
 
 
+@pytest.mark.slow
 def test_three_shards_by_three_stages_survive_a_lost_worker_and_a_lost_driver(tmp_path: Path) -> None:
     folder = tiny.write("mixtral", tmp_path / "model", hidden_size=64, intermediate_size=256)
     tokens = running.matrix_of(tmp_path, sequences=12)
