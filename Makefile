@@ -1,5 +1,5 @@
 # make demo: the whole of moeflow on a small model, from nothing. make test: ruff, the type checker and the tests.
-.PHONY: setup demo test test-all check bench
+.PHONY: setup demo test test-all pytest check bench
 
 setup:
 	@infra/setup.sh
@@ -10,7 +10,10 @@ demo: setup
 check: setup
 	@infra/python.sh -m ruff check -q . && infra/python.sh -m ruff format --check -q . && infra/python.sh -m mypy
 
-test: check
+test: setup
+	@$(MAKE) --no-print-directory -j 2 check pytest
+
+pytest: setup
 	@OMP_NUM_THREADS=1 infra/python.sh -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 # Also what takes long: every family everywhere, every pair of methods on every family, clusters that lose nodes.
