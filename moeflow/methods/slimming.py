@@ -93,9 +93,10 @@ def rewrite(
         if how.method == "awq":  # which has scaled its columns
             scaled = {m: result[n].to(x_TD.device, x_TD.dtype) for m, n in zip(MATRICES, (gate, up, down), strict=True)}
             shared = _with(shared, scaled)
-        for name in (gate, up, down):
-            del result[name]
+        whole = {name: result.pop(name) for name in (gate, up, down)}
         report.append({"expert": "shared"} | _one(result, (gate, up, down), shared, x_sD, how))
+        if report[-1]["by"] == "keep":
+            result |= whole
     few = [e["expert"] for e in report if e["by"] != how.method]
     if few and how.method not in ("magnitude", "round_to_nearest"):
         context.note(f"layer {layer}: experts {few} saw fewer than {how.least} tokens and were treated by {how.policy}")

@@ -253,6 +253,14 @@ def test_shared_experts_are_treated_where_asked(tmp_path: Path) -> None:
     close(logits(loaded(pulled(store_in(tmp_path), again, tmp_path / "again")), tmp_path), logits(loaded(out), tmp_path))
 
 
+def test_a_shared_expert_that_awq_keeps_is_scaled_and_stays(tmp_path: Path) -> None:
+    source = tiny.write("deepseek_v2", tmp_path / "model")
+    how = {"method": "awq", "shared": True, "packed": False, **FOUR}
+    out = slimmed(source, tmp_path, policy="keep", **how)
+    assert set(Tensors(out)) == set(Tensors(source))
+    assert [e["by"] for e in reports(out)[0]["experts"]][-1] == "keep"
+
+
 def test_packed_experts_are_pruned_by_slicing_and_trimmed_and_skip(source: Path, tmp_path: Path) -> None:
     """Bit for bit: another search, Expert Drop or Layer Drop on a packed model moves codes and scales as they are."""
     store = store_in(tmp_path)
