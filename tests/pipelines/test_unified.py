@@ -28,6 +28,14 @@ LAYERS, BLOCKS, EXPERTS = ["trim=layers", "dropped=1"], ["trim=blocks", "dropped
         ("deepseek_v2_lite_unified", "deepseek_v2", ("slim,trim",), LAYERS),
         ("deepseek_v2_lite_unified", "deepseek_v2", ("trim,slim",), BLOCKS),
         ("qwen15_moe_unified", "qwen2_moe", ("trim,slim",), EXPERTS),
+        pytest.param("mixtral_unified", "mixtral", ("trim,slim",), BLOCKS, marks=pytest.mark.slow),
+        pytest.param("mixtral_unified", "mixtral", ("trim,slim",), EXPERTS, marks=pytest.mark.slow),
+        pytest.param("deepseek_v2_lite_unified", "deepseek_v2", ("trim,slim",), LAYERS, marks=pytest.mark.slow),
+        pytest.param("deepseek_v2_lite_unified", "deepseek_v2", ("slim,trim",), BLOCKS, marks=pytest.mark.slow),
+        pytest.param("deepseek_v2_lite_unified", "deepseek_v2", ("slim,trim", "trim,slim"), EXPERTS, marks=pytest.mark.slow),
+        pytest.param("qwen15_moe_unified", "qwen2_moe", ("slim,trim", "trim,slim"), LAYERS, marks=pytest.mark.slow),
+        pytest.param("qwen15_moe_unified", "qwen2_moe", ("slim,trim", "trim,slim"), BLOCKS, marks=pytest.mark.slow),
+        pytest.param("qwen15_moe_unified", "qwen2_moe", ("slim,trim",), EXPERTS, marks=pytest.mark.slow),
     ],
 )
 @torch.inference_mode()
