@@ -7,6 +7,9 @@ The paper's recipes (Table 3): as it stands L8/32 + AWQ, its headline; `-p trim=
 groups of 128. The paper quantizes first; `-p order=trim,slim` is the other way. `-p slim=gptq`, `sparsegpt`, `wanda` and so on take
 another method, `-p slim=none` or `-p trim=none` none. `-p inputs=sequential` calibrates each layer behind the slimmed ones before
 it, one after the other; `-p slim=gptq -p tasks=8` divides the experts of each between eight tasks.
+
+What moeflow puts beside it: `-p order=decompose,slim -p ratio=0.25 -p slim=gptq` makes the experts low-rank and packs their
+factors: closer to the original than fewer bits at the same bytes (benchmarks/RESULTS.md).
 """
 
 from mixtral import C4, MODEL, WIKITEXT2
@@ -31,6 +34,7 @@ def build(
     pattern: str = "2:4",
     bits: int = 4,
     group: int = 128,
+    ratio: float = 0.25,
     inputs: str = "parallel",
     shared: bool = False,
     tasks: int = 1,
@@ -49,7 +53,7 @@ def build(
     passed = {"batch": batch, "shard": 4 * batch, "stage": 8, "record": record, "per_expert": per_expert, "dtype": dtype}
     small = unified.compress(
         original, matrix, order=order, trim=trim, dropped=dropped, slim=slim, calibration=passed,
-        pattern=pattern, bits=bits, group=group, inputs=inputs, shared=shared, tasks=tasks,
+        ratio=ratio, pattern=pattern, bits=bits, group=group, inputs=inputs, shared=shared, tasks=tasks,
     )  # fmt: skip
     seen = calibrate.run(original, matrix, **passed)
     reports = evaluate.compare(seen, small, heldout=heldout, sequences=heldout_sequences, length=length)

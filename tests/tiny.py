@@ -44,7 +44,7 @@ FAMILIES: dict[str, dict] = {
 }  # fmt: skip
 
 
-OFTEN = ("mixtral", "qwen2_moe", "phimoe", "deepseek_v3")
+OFTEN = ("mixtral", "qwen2_moe", "deepseek_v3")
 
 
 def families() -> list[Any]:

@@ -10,7 +10,7 @@ from moeflow.arch import MAIN, Config, arch_of
 from moeflow.methods.fetch import Model, configured
 from moeflow.model.formats import FORMS, Format, format_of, routing_shapes
 from moeflow.model.layout import ESSENTIAL, ROUTING, headers, read_config
-from moeflow.model.packed import PACKED, SCALE, WHOLE
+from moeflow.model.packed import PACKED, SCALE
 from moeflow.model.spec import LayerSpec, RestSpec, TensorTable, file_bytes
 from moeflow.step import Artifact, Context, Spec, step
 
@@ -67,8 +67,8 @@ def _added(config: Config, tensors: TensorTable, layer: int, form: str) -> Tenso
     arch = arch_of(config)
     found = format_of({n: shape for n, (_, shape) in tensors.items()}, config, layer)
     name = arch.gate.format(layer=layer, expert=0)
-    packed, scale = (name.removesuffix(WHOLE) + end for end in (PACKED, SCALE))
-    dtype, shape = tensors[next(n for n in (name, packed, arch.factors(name)[0]) if n in tensors)]
-    dtype = tensors[scale][0] if packed in tensors else "BF16" if dtype.startswith("F8") else dtype
+    held = next(n for n in (name, arch.factors(name)[0]) if n in tensors or n + PACKED in tensors)
+    dtype, shape = tensors.get(held) or tensors[held + PACKED]
+    dtype = tensors[held + SCALE][0] if held not in tensors else "BF16" if dtype.startswith("F8") else dtype
     shapes = routing_shapes(arch, Format(found.experts, compressed=form), layer, int(config["hidden_size"]), shape[0])
     return {n: (dtype, s) for n, s in shapes.items()}

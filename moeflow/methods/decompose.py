@@ -28,6 +28,8 @@ from moeflow.step import Artifact, Context, Spec, step
 
 SPECTRA, RANKS, DECOMPOSITION = "spectra.safetensors", "ranks.json", "decomposition.json"
 KINDS = ("vanilla", "whitened")
+DECOMPOSED = "decomposed"
+"""What a layer's spec says of it where a run decides the ranks."""
 PARTS = {"gate_up": ("gate", "up"), "down": ("down",)}
 """What of an expert is whole or factored together, and measured together."""
 
@@ -113,7 +115,8 @@ def _paper_spec(
         paper_ranks([1.0], average, alpha=alpha, r_min=r_min, r_max=_most(r_max, *layer["sides"]), multiple=multiple)
     experts = sum(i["experts"] for i in inputs)
     writes = 300 + 30 * experts
-    return Spec({"share": 1 - ratio, "bytes": writes}, reads=sum(i["bytes"] for i in inputs), writes=writes)
+    told = {"share": 1 - ratio, "multiple": multiple, "bytes": writes}
+    return Spec(told, reads=sum(i["bytes"] for i in inputs), writes=writes)
 
 
 @step("ranks.paper", version=1, spec=_paper_spec)
@@ -174,9 +177,8 @@ def _global_spec(*inputs: Any, layers: list[int], budget: float, multiple: int, 
         )
     writes = 500 + 30 * sum(i["experts"] for i in spectra)
     options = sum(i["experts"] * 3 * min(i["sides"]) for i in spectra)
-    return Spec(
-        {"share": budget, "bytes": writes}, reads=sum(i["bytes"] for i in inputs), writes=writes, memory=(1 << 28) + 512 * options
-    )
+    told = {"share": budget, "multiple": multiple, "bytes": writes}
+    return Spec(told, reads=sum(i["bytes"] for i in inputs), writes=writes, memory=(1 << 28) + 512 * options)
 
 
 @step("ranks.global", version=1, spec=_global_spec)
@@ -271,9 +273,8 @@ def _layer_spec(
         raise ValueError(f"uniform={uniform}: gate and up of an expert are both whole or both factored")
     seen = [s for s in inputs if isinstance(s, ObservedSpec)]
     if decided:
-        out = LayerSpec(
-            given.config, layer, given.experts, given.tensors, given.share * inputs[0]["share"], given.fewest, "decomposed"
-        )
+        share, multiple = given.share * inputs[0]["share"], inputs[0]["multiple"]
+        out = LayerSpec(given.config, layer, given.experts, given.tensors, share, given.fewest, DECOMPOSED, multiple)
     else:
         out = LayerSpec(given.config, layer, given.experts, _cut(given, uniform), given.share, given.fewest)
     reads = given.nbytes + _seen_bytes(rest.config, seen, dtype)

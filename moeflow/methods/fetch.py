@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol
 from moeflow.arch import Config, arch_of, essential
 from moeflow.model.formats import format_of, layer_formats
 from moeflow.model.layout import ESSENTIAL, TensorInfo, file_for, read_header
-from moeflow.model.packed import BLOCK_SCALE, FORMAT, METHOD, PACKED, WHOLE, scheme_of
+from moeflow.model.packed import BLOCK_SCALE, FORMAT, METHOD, PACKED, scheme_of
 from moeflow.model.spec import LayerSpec, RestSpec, TensorTable, check_layer, file_bytes, tensor_bytes
 from moeflow.step import Artifact, Context, Part, Spec, Step, step
 
@@ -152,7 +152,7 @@ def _check_packing(packing: dict[str, Any], tensors: dict[str, TensorInfo], conf
     method, form = packing.get("quant_method", "unknown"), packing.get("format")
     shapes = {n: t.shape for n, t in tensors.items()}
     if method == "fp8":
-        bare = [n for n, t in tensors.items() if t.dtype.startswith("F8") and n.removesuffix(WHOLE) + BLOCK_SCALE not in tensors]
+        bare = [n for n, t in tensors.items() if t.dtype.startswith("F8") and n + BLOCK_SCALE not in tensors]
         if bare or len(set(packing.get("weight_block_size") or [0, 1])) != 1:
             raise ValueError(
                 f"{uri} is in FP8 without square blocks ({(bare or ['weight_block_size'])[0]}); dequantize it to bf16 first"
@@ -162,7 +162,7 @@ def _check_packing(packing: dict[str, Any], tensors: dict[str, TensorInfo], conf
         raise ValueError(f"{uri} is packed (quantization_config: {method} {form or ''}); dequantize it to bf16 first")
     scheme_of(shapes, config)
     arch = arch_of(config)
-    shared = [t.format(layer=i).removesuffix(WHOLE) for i in arch.moe_layers(config) for t in arch.shared or ()]
+    shared = [t.format(layer=i) for i in arch.moe_layers(config) for t in arch.shared or ()]
     stems = (*(arch.experts(i) for i in arch.moe_layers(config)), *shared)
     if others := sorted(n for n in shapes if n.endswith(PACKED) and not n.startswith(stems)):
         raise ValueError(f"{uri} has packed {others[0]}; moeflow reads packed experts only: dequantize the rest to bf16 first")

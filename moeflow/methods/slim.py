@@ -8,22 +8,27 @@ the MoE blocks stay what they compute; AWQ moves a scale between a norm and all 
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from math import gcd, lcm
 from typing import Any
 
 from moeflow.arch import arch_of
 from moeflow.methods import calibrate
 from moeflow.methods.calibrate import Calibration
+from moeflow.methods.decompose import DECOMPOSED
 from moeflow.methods.fetch import Model
 from moeflow.methods.grid import Grid
 from moeflow.methods.pattern import Pattern
 from moeflow.model.layout import LAYER, read_config
-from moeflow.model.packed import PACKED, SCALE, SHAPE, WHOLE
+from moeflow.model.packed import PACKED, SCALE, SHAPE
 from moeflow.model.spec import LayerSpec, ObservedSpec, RestSpec, precision
 from moeflow.step import Artifact, Context, Part, Spec, Step, step
 
 SPARSE = ("magnitude", "wanda", "sparsegpt")
 QUANTIZING = ("round_to_nearest", "gptq", "awq")
 METHODS = (*SPARSE, *QUANTIZING)
+FOR_FACTORS = ("round_to_nearest", "gptq")
+"""What also works on the factors of low-rank experts."""
+
 WITHOUT_TOKENS = {**dict.fromkeys(SPARSE, "magnitude"), **dict.fromkeys(QUANTIZING, "round_to_nearest")}
 """By what an expert is treated that too few tokens reach, unless it is kept as it is ("keep")."""
 
@@ -46,7 +51,8 @@ def slim(
     layers are treated beside each other; "sequential", what the slimmed layers before it do, and down what slimmed gate and up
     do. `packed`: quantized experts are written packed, as transformers and vLLM read them; otherwise as the weights that the
     codes stand for. `tasks`: between how many a layer's experts are divided, with the same result; not for AWQ, whose experts
-    share a scale. Raises ValueError for what cannot work.
+    share a scale. Of experts that are low-rank already, GPTQ and rounding treat each factor, the second by what the first, as it
+    has become, gives it; `group` has to divide the ranks. Raises ValueError for what cannot work.
     """
     if inputs not in INPUTS:
         raise ValueError(f"inputs={inputs!r} is not known; choose one of {', '.join(INPUTS)}")
@@ -122,10 +128,14 @@ def _layer_spec(
     if block < 1 or not 0 <= damp < 1:
         raise ValueError(f"block={block} columns must be at least 1, and damp={damp} a part of the mean diagonal, such as 0.01")
     given.check_plain("slim")
-    if given.slimmed:
+    decided = given.slimmed == DECOMPOSED
+    if given.slimmed and not decided:
         raise ValueError(f"layer {layer} is slimmed already ({given.slimmed}); slim the model that it was made of, by one method")
-    if given.format.low_rank:
-        raise ValueError(f"layer {layer} has low-rank experts, whose factors are not slimmed; slim the model that was decomposed")
+    if (decided or given.format.low_rank) and method not in FOR_FACTORS:
+        raise ValueError(
+            f"layer {layer} has low-rank experts, whose factors {method} does not slim; take {' or '.join(FOR_FACTORS)}, or slim "
+            "the model that was decomposed"
+        )
     if given.format.compressed:
         given.check_routing("slim")
     arch = arch_of(rest.config)
@@ -138,6 +148,12 @@ def _layer_spec(
             Grid(bits, symmetric, group).check(columns)
             if packed and columns * bits % 32:
                 raise ValueError(f"bits={bits} of {columns} columns of {name} fill no whole words of 32 bits; give packed=False")
+    whole = lcm(group or 1, 32 // gcd(32, bits) if packed else 1) if bits else 1
+    if decided and given.multiple % whole:
+        raise ValueError(
+            f"the ranks of layer {layer} are decided by a run, as multiples of {given.multiple}: at {bits} bits in groups of "
+            f"{group} they have to be multiples of {whole}; decompose with multiple={whole}"
+        )
     if packed and not symmetric:
         raise ValueError(
             "zero points of packed experts are read by neither transformers nor vLLM; give symmetric=True, or packed=False"
@@ -151,15 +167,16 @@ def _layer_spec(
     table = dict(given.tensors)
     for name in names if packed else ():
         dtype_of, (rows, columns) = table.pop(name)
-        stem = name.removesuffix(WHOLE)
-        table[stem + PACKED] = ("I32", (rows, columns * bits // 32))
-        table[stem + SCALE] = (dtype_of, (rows, columns // group if group else 1))
-        table[stem + SHAPE] = ("I64", (2,))
+        table[name + PACKED] = ("I32", (rows, columns * bits // 32))
+        table[name + SCALE] = (dtype_of, (rows, columns // group if group else 1))
+        table[name + SHAPE] = ("I64", (2,))
     what = f"{method} {pattern}" if method in SPARSE else f"{method} {bits} bits"
     out = replace(given, tensors=table, slimmed=what)
     size = 4 if precision(rest.config, dtype) == "float32" else 2
-    tokens = sum(s.rows for s in seen if isinstance(s, ObservedSpec)) * int(rest.config["hidden_size"]) * size
-    rows, columns = given.tensors[arch.gate.format(layer=layer, expert=0)][1]
+    columns = int(rest.config["hidden_size"])
+    tokens = sum(s.rows for s in seen if isinstance(s, ObservedSpec)) * columns * size
+    gate = arch.gate.format(layer=layer, expert=0)
+    rows = next(given.tensors[n][1][0] for n in (gate, arch.factors(gate)[0]) if n in given.tensors)
     # what is written, the tokens, and the moments, factor and working copy of one expert; AWQ has all experts, and their codes
     together = 3 * given.experts * rows * columns * (size + 3) if method == "awq" else 0
     memory = out.nbytes + together + 3 * tokens + 60 * max(rows, columns) ** 2 + 24 * rows * columns + (1 << 29)
@@ -170,11 +187,12 @@ def _layer_spec(
 
 def _treated(given: LayerSpec, shared: bool) -> list[str]:
     arch = arch_of(given.config)
-    names = [n for e in range(given.experts) for n in arch.expert(given.layer, e)]
+    wholes = [n for e in range(given.experts) for n in arch.expert(given.layer, e)]
+    names = [n for whole in wholes for n in (whole, *arch.factors(whole)) if n in given.tensors]
     return names + ([t.format(layer=given.layer) for t in arch.shared] if shared and arch.shared else [])
 
 
-@step("slim.layer", version=1, spec=_layer_spec, gpus=1)
+@step("slim.layer", version=2, spec=_layer_spec, gpus=1)
 def layer(
     context: Context, config: Artifact, given: Artifact, *seen: Artifact,
     layer: int, method: str, pattern: str, bits: int, group: int, symmetric: bool, order: bool, damp: float, block: int,

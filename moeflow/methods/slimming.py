@@ -3,7 +3,7 @@
 Shapes are suffixes: T tokens, D model width, F expert width, E experts, M rows and N columns of a matrix.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,10 @@ from moeflow.methods.rounding import round_to_nearest
 from moeflow.methods.sparsegpt import sparsegpt, sparsegpt_memory
 from moeflow.methods.weigh import placement
 from moeflow.model.checkpoint import DTYPES, Tensors, read_expert, read_many, read_moe, save
+from moeflow.model.formats import format_of
 from moeflow.model.layout import LAYER, Files, file_for, headers
-from moeflow.model.moe import MLP
-from moeflow.model.packed import WHOLE, pack
+from moeflow.model.moe import MLP, LowRank, Matrix, whole
+from moeflow.model.packed import pack
 from moeflow.model.router import dense
 from moeflow.step import Context
 
@@ -53,6 +54,7 @@ class How:
 
 
 Treated = Tensor | Quantized
+FIELDS = {"gate": "gate_FD", "up": "up_FD", "down": "down_DF"}
 
 
 @torch.inference_mode()
@@ -75,9 +77,9 @@ def rewrite(
     block.chosen = list(range(block.count))[block.count * part // parts : block.count * (part + 1) // parts]
     x_TD = torch.cat([Tensors(s)["x_RD"] for s in seen]).to(**block.placed)
     weights_TE = block.weights(x_TD)
-    treated = {n for e in range(block.count) for n in arch.expert(layer, e)}
+    treated = {n for e in range(block.count) for n in block.names(e)}
     result = {n: tensors[n] for n in tensors if file_for(n) == LAYER and n not in treated and part == 0}
-    how = replace(how, stored=DTYPES[tensors.info[arch.expert(layer, 0)[0]].dtype])
+    how = replace(how, stored=DTYPES[tensors.info[block.names(0)[0]].dtype])
     report: list[dict[str, Any]] = []
     if how.method == "awq":
         report = _awq(result, arch, block, x_TD, weights_TE, how)
@@ -94,7 +96,7 @@ def rewrite(
             scaled = {m: result[n].to(x_TD.device, x_TD.dtype) for m, n in zip(MATRICES, (gate, up, down), strict=True)}
             shared = _with(shared, scaled)
         whole = {name: result.pop(name) for name in (gate, up, down)}
-        report.append({"expert": "shared"} | _one(result, (gate, up, down), shared, x_sD, how))
+        report.append({"expert": "shared"} | _one(result, arch, (gate, up, down), shared, x_sD, how))
         if report[-1]["by"] == "keep":
             result |= whole
     few = [e["expert"] for e in report if e["by"] != how.method]
@@ -116,11 +118,12 @@ def join(parts: Sequence[Files], out: Path) -> None:
 def _reserve(result: dict[str, Tensor], arch: Arch, block: "_Block", done: int) -> None:
     """Make room for what the other experts will become, shaped like what one has: between what is in use only for a while it
     would leave holes, and a layer would take half as much memory again."""
-    stems = [n.removesuffix(WHOLE) for n in arch.expert(block.layer, done)]
-    made = {(m, n.removeprefix(stem)): t for m, stem in enumerate(stems) for n, t in result.items() if n.startswith(stem + ".")}
+    stem = f"{arch.experts(block.layer)}{done}."
+    made = {n.removeprefix(stem): t for n, t in result.items() if n.startswith(stem)}
     for e in block.chosen:
-        others = [n.removesuffix(WHOLE) for n in arch.expert(block.layer, e)]
-        result |= {others[m] + end: torch.empty_like(t) for (m, end), t in made.items() if others[m] + end not in result}
+        if block.shapes(e) == block.shapes(done):  # ranks may differ
+            other = f"{arch.experts(block.layer)}{e}."
+            result |= {other + n: torch.empty_like(t) for n, t in made.items() if other + n not in result}
 
 
 class _Block:
@@ -131,6 +134,17 @@ class _Block:
         self._moe = read_moe(tensors, config, layer, experts=False).to(**placed)
         self.shared, self.count = self._moe.shared, len(self._moe.router_ED)
         self.chosen = list(range(self.count))
+        shapes = {n: tensors.info[n].shape for n in tensors}
+        self.low_rank = format_of(shapes, config, layer).low_rank
+
+    def names(self, e: int) -> list[str]:
+        """The matrices of an expert that are in the file, or their factors."""
+        arch = arch_of(self._config)
+        names = [n for whole in arch.expert(self.layer, e) for n in (whole, *arch.factors(whole))]
+        return [n for n in names if n in self.tensors]
+
+    def shapes(self, e: int) -> list[Sequence[int]]:
+        return [self.tensors.info[n].shape for n in self.names(e)]
 
     def weights(self, x_TD: Tensor) -> Tensor:
         """The routing weights [T, E] of tokens, zero for experts not chosen."""
@@ -166,13 +180,13 @@ def _experts(
         for e, t in zip(now, tokens, strict=True):
             x_tD = x_TD[t] if len(t) >= how.least else None
             if x_tD is None and how.policy == "keep":
-                result |= {n: block.tensors[n] for n in arch.expert(block.layer, e)}
-            yield {"expert": e, "tokens": len(t)} | _one(result, arch.expert(block.layer, e), block.expert(e), x_tD, how)
+                result |= {n: block.tensors[n] for n in block.names(e)}
+            yield {"expert": e, "tokens": len(t)} | _one(result, arch, arch.expert(block.layer, e), block.expert(e), x_tD, how)
 
 
 def _together(block: _Block, how: How) -> list[list[int]]:
     experts = block.chosen
-    if block.placed["device"] == "cpu" or how.method not in ("sparsegpt", "gptq"):
+    if block.placed["device"] == "cpu" or how.method not in ("sparsegpt", "gptq") or block.low_rank:
         return [[e] for e in experts]
     rows, columns = _matrix(block.expert(0), "gate").shape
     sides = ((rows, columns), (columns, rows))
@@ -196,7 +210,7 @@ def _batch(
     for m in ("gate", "up"):
         made[m] = treat(torch.stack([_matrix(e, m) for e in experts]), moment_EDD, how)
     now = [
-        _with(expert, {m: _whole(made[m][i]) for m in ("gate", "up")}) if how.chained else expert
+        _with(expert, {m: _whole(made[m][i], how.stored) for m in ("gate", "up")}) if how.chained else expert
         for i, expert in enumerate(experts)
     ]
     moment_EFF = torch.stack([second_moment(e.inner(x)) for e, x in zip(now, x_eTD, strict=True)])
@@ -205,11 +219,13 @@ def _batch(
         lost = {}
         for m, name in zip(MATRICES, arch.expert(block.layer, e), strict=True):
             moment_NN = (moment_EFF if m == "down" else moment_EDD)[i]
-            lost[m] = _put(result, name, _matrix(experts[i], m), made[m][i], moment_NN, how)
+            lost[m] = _lost(_matrix(experts[i], m), _put(result, name, made[m][i], how), moment_NN)
         yield {"expert": e, "tokens": len(x_eTD[i]), "by": how.method, "lost": lost}
 
 
-def _one(result: dict[str, Tensor], names: tuple[str, str, str], expert: MLP, x_TD: Tensor | None, how: How) -> dict[str, Any]:
+def _one(
+    result: dict[str, Tensor], arch: Arch, names: tuple[str, str, str], expert: MLP, x_TD: Tensor | None, how: How
+) -> dict[str, Any]:
     """Treat one expert, by its weights alone where there are no tokens of it to go by."""
     if x_TD is None and how.policy == "keep":
         return {"by": "keep", "lost": {}}
@@ -219,12 +235,23 @@ def _one(result: dict[str, Tensor], names: tuple[str, str, str], expert: MLP, x_
         moment_NN = moment_DD
         if m == "down" and x_TD is not None:
             moment_NN = second_moment(inner.inner(x_TD))
-        w_MN = _matrix(expert, m)
-        made = treat(w_MN, moment_NN, how)
-        lost[m] = _put(result, name, w_MN, made, moment_NN, how)
-        if how.chained:
-            inner = _with(inner, {m: _whole(made)})
+        before: Matrix = getattr(expert, FIELDS[m])
+        now = _slimmed(result, arch, name, before, moment_NN, how)
+        lost[m] = _lost(whole(before), whole(now), moment_NN)
+        if how.chained and x_TD is not None:
+            inner = _with(inner, {m: now})
     return {"by": by, "lost": lost}
+
+
+def _slimmed(result: dict[str, Tensor], arch: Arch, name: str, matrix: Matrix, moment_NN: Tensor | None, how: How) -> Matrix:
+    """Write what a matrix becomes, or both that it is a product of: the one that sees the inputs, and then the other, by what the
+    first, as it has become, gives it."""
+    if isinstance(matrix, Tensor):
+        return _put(result, name, treat(matrix, moment_NN, how), how)
+    out, within = arch.factors(name)
+    in_RN = _put(result, within, treat(matrix.in_RN, moment_NN, how), how)
+    moment_RR = None if moment_NN is None else in_RN.double() @ moment_NN @ in_RN.double().mT
+    return LowRank(_put(result, out, treat(matrix.out_MR, moment_RR, how), how), in_RN)
 
 
 def treat(w_MN: Tensor, moment_NN: Tensor | None, how: How) -> Treated:
@@ -274,22 +301,26 @@ def _awq(result: dict[str, Tensor], arch: Arch, block: _Block, x_TD: Tensor, wei
         parts = (made.gate_EFD[e], made.up_EFD[e], made.down_EDF[e])
         for at, (m, name) in enumerate(zip(MATRICES, arch.expert(block.layer, e), strict=True)):
             moment_NN = moments[at] if moments[at] is not None else moments[0]
-            lost[m] = _put(result, name, scaled[at], parts[at], moment_NN if len(token) else None, how)
+            lost[m] = _lost(scaled[at], _put(result, name, parts[at], how), moment_NN if len(token) else None)
         by = "awq" if counts[e] >= how.least else how.policy
         report.append({"expert": e, "tokens": counts[e], "by": by, "lost": lost})
     return report
 
 
-def _put(result: dict[str, Tensor], name: str, w_MN: Tensor, made: Treated, moment_NN: Tensor | None, how: How) -> float:
-    """Write what a matrix has become, and give the part of its outputs, or of itself, that went."""
+def _put(result: dict[str, Tensor], name: str, made: Treated, how: How) -> Tensor:
+    """Write what a matrix has become, and give it, in fp32, as it is read again."""
     now_MN = _whole(made, how.stored)
     if how.packed and isinstance(made, Quantized):
-        stem = name.removesuffix(WHOLE)
-        found = {stem + end: t for end, t in pack(made.codes_MN.cpu(), made.scale_MG.cpu(), made.grid.bits).items()}
+        found = {name + end: t for end, t in pack(made.codes_MN.cpu(), made.scale_MG.cpu(), made.grid.bits).items()}
     else:
         found = {name: now_MN.cpu()}
     for name, t in found.items():
         result[name] = result[name].copy_(t) if name in result else t
+    return now_MN.float()
+
+
+def _lost(w_MN: Tensor, now_MN: Tensor, moment_NN: Tensor | None) -> float:
+    """The part of a matrix's outputs that went, or of itself where nothing is known of its inputs."""
     change_MN, w_MN = now_MN.double() - w_MN.double(), w_MN.double()
     if moment_NN is None:
         return float(change_MN.square().sum() / w_MN.square().sum().clamp(min=1e-30))
@@ -297,14 +328,17 @@ def _put(result: dict[str, Tensor], name: str, w_MN: Tensor, made: Treated, mome
 
 
 def _matrix(expert: MLP, matrix: str) -> Tensor:
-    w_MN = {"gate": expert.gate_FD, "up": expert.up_FD, "down": expert.down_DF}[matrix]
+    w_MN = getattr(expert, FIELDS[matrix])
     assert isinstance(w_MN, Tensor)
     return w_MN
 
 
-def _with(expert: MLP, matrices: dict[str, Tensor]) -> MLP:
-    found = {m: matrices.get(m, _matrix(expert, m)).to(_matrix(expert, m).dtype) for m in MATRICES}
-    return MLP(found["gate"], found["up"], found["down"], expert.act)
+def _with(expert: MLP, matrices: Mapping[str, Matrix]) -> MLP:
+    """The expert with other matrices, in the precision that it has."""
+    held: dict[str, Matrix] = {m: getattr(expert, field) for m, field in FIELDS.items()}
+    dtype = next(m.in_RN if isinstance(m, LowRank) else m for m in held.values()).dtype
+    gate_FD, up_FD, down_DF = (matrices.get(m, held[m]).to(dtype=dtype) for m in MATRICES)
+    return MLP(gate_FD, up_FD, down_DF, expert.act)
 
 
 def _whole(made: Treated, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -38,9 +38,7 @@ def expert_drop(
     if not 0 <= keep <= average:
         raise ValueError(f"keep={keep} experts a layer must lie between 0 and the {average:g} that there are")
     if round(keep * len(layers)) < 1:
-        raise ValueError(
-            f"keep={keep} experts of {len(layers)} layers are none; a checkpoint of a family of experts needs one that has"
-        )
+        raise ValueError(f"keep={keep} experts of {len(layers)} layers are none; at least one layer has to keep some")
     scores = {
         i: trim_choices.scores(
             model.essential,

@@ -13,7 +13,7 @@ from torch import Tensor
 from moeflow.arch import Config, arch_of
 from moeflow.model.layout import Files, Folder, SingleFile, TensorInfo, experts_in, headers
 from moeflow.model.moe import MLP, LowRank, Matrix, MoELayer
-from moeflow.model.packed import BLOCK_SCALE, PACKED, SCALE, SHAPE, WHOLE, logical, unblocked, unpack
+from moeflow.model.packed import BLOCK_SCALE, PACKED, SCALE, SHAPE, logical, unblocked, unpack
 from moeflow.model.router import Router
 
 DTYPES = {
@@ -38,11 +38,10 @@ class Tensors(Mapping[str, Tensor]):
         self._names = dict.fromkeys(logical(self.info))
 
     def __getitem__(self, name: str) -> Tensor:
-        stem = name.removesuffix(WHOLE)
         if name not in self._names or name in self.info:
             plain = self._read(name)
-            return unblocked(plain, self._read(stem + BLOCK_SCALE)) if stem + BLOCK_SCALE in self.info else plain
-        return unpack(*(self._read(stem + end) for end in (PACKED, SCALE, SHAPE)))
+            return unblocked(plain, self._read(name + BLOCK_SCALE)) if name + BLOCK_SCALE in self.info else plain
+        return unpack(*(self._read(name + end) for end in (PACKED, SCALE, SHAPE)))
 
     def __contains__(self, name: object) -> bool:
         return name in self._names

@@ -33,7 +33,7 @@ from moeflow.arch.spec import EXPERT_COUNT_KEYS
 from moeflow.model.factors import STACKS, Stack, expert_shapes
 from moeflow.model.formats import CLASSES, Format, layer_formats
 from moeflow.model.layout import Folder, read_header
-from moeflow.model.packed import logical, packed_shapes
+from moeflow.model.packed import BESIDE, PACKED, SCALE, SHAPE, logical, packed_shapes, unpack
 from moeflow.model.reach import CompressedExperts
 from moeflow.model.routed_experts import experts_of
 from moeflow.model.trimmed import take_out
@@ -123,13 +123,20 @@ class _Load(ConversionOps):
     def convert(
         self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **_: Any
     ) -> dict[str, Any]:
-        # of a packed checkpoint, transformers has unpacked what stands under the packed names, and none under the others
-        held = [p for p in source_patterns if p in input_dict]
-        return {target_patterns[0]: self.stack.stacked([input_dict.pop(p) for p in held])}
+        names = [p for p in source_patterns if p in input_dict and not p.endswith(BESIDE)]
+        return {target_patterns[0]: self.stack.stacked([_unpacked(input_dict, name) for name in names])}
 
     @property
     def reverse_op(self) -> ConversionOps:
         return _Save(self.arch, self.stack)
+
+
+def _unpacked(held: dict[str, Any], name: str) -> Any:
+    """Of every expert the matrix of one name. Transformers has unpacked whole ones already; of factors it knows nothing."""
+    stem = name.removesuffix(PACKED)
+    if stem + SCALE not in held:
+        return held.pop(name)
+    return [unpack(*one) for one in zip(*(held.pop(stem + end) for end in (PACKED, SCALE, SHAPE)), strict=True)]
 
 
 class _Save(_Load):
@@ -160,6 +167,8 @@ def _conversions(arch: Arch) -> list[Any]:
     here = f"{arch.block}.experts"  # spelled out, or shared experts would match
     for stack in STACKS:
         names = [stack.on_disk(arch, 0, matrix, "*").partition(".experts.")[2] for matrix in stack.matrices]
+        if stack.kind != "whole":
+            names = [n + end for n in names for end in ("", PACKED, SCALE, SHAPE)]
         converters.append(WeightConverter([f"{here}.{n}" for n in names], f"{here}.{stack.name}", [_Load(arch, stack)]))
     return [*renamings, *converters]
 

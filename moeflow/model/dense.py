@@ -13,11 +13,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moeflow.arch import MATRICES, arch_of
+from moeflow.arch import MATRICES, Config, arch_of
 from moeflow.model.checkpoint import Tensors, save
 from moeflow.model.factors import IN, OUT, multiplied_out
 from moeflow.model.formats import config_of, family_config, format_of
 from moeflow.model.layout import Folder, TensorInfo, headers, read_config
+from moeflow.model.packed import PACKED, SCALE, logical, packed_shapes
+from moeflow.model.spec import tensor_bytes
 
 INDEX = "model.safetensors.index.json"
 
@@ -25,8 +27,9 @@ INDEX = "model.safetensors.index.json"
 def multiply_out(folder: Path) -> dict[str, Any]:
     """Rewrite the checkpoint in `folder`, file by file; say how many matrices were multiplied and the bytes before and after.
 
-    Where all layers have the same number of experts the result is the family's own standard format. One file's tensors are in
-    memory at a time. Raises ValueError where two factors of a matrix lie in different files, OSError where the disk has no room.
+    Where all layers have the same number of experts the result is the family's own standard format; where factors are packed,
+    everything is unpacked. One file's tensors are in memory at a time. Raises ValueError where two factors of a matrix lie in
+    different files, OSError where the disk has no room.
     """
     config = read_config(Folder(folder))
     arch, tensors = arch_of(config), headers(Folder(folder))
@@ -34,13 +37,14 @@ def multiply_out(folder: Path) -> dict[str, Any]:
     formats = {i: format_of(shapes, config, i) for i in arch.moe_layers(config)}
     before = sum(t.nbytes for t in tensors.values())
     cut = {i: sum(r > 0 for m in MATRICES for r in f.ranks(m)) for i, f in formats.items() if f.low_rank}
-    files = sorted({t.file for n, t in tensors.items() if n.endswith(OUT)})
+    packed = any(n.endswith(OUT + PACKED) for n in tensors)
+    files = sorted({t.file for n, t in tensors.items() if n.endswith((OUT, PACKED) if packed else OUT)})
     for name, info in tensors.items():
-        if name.endswith(OUT) and tensors[name.removesuffix(OUT) + IN].file != info.file:
+        if name.endswith((OUT, OUT + PACKED)) and tensors[name.replace(OUT, IN)].file != info.file:
             raise ValueError(
                 f"{name} lies in {info.file} and its other factor in another file; pull the checkpoint from its store again"
             )
-    check_room(folder, files, tensors)
+    check_room(folder, files, tensors, config)
     weight_map = {n: t.file for n, t in tensors.items()}
     for file in files:
         held = multiplied_out(Tensors(folder / file))
@@ -49,21 +53,24 @@ def multiply_out(folder: Path) -> dict[str, Any]:
         os.replace(folder / f"{file}.new", folder / file)
     after = sum(t.nbytes for t in headers(Folder(folder)).values())
     plain = [formats[i].whole if i in formats else None for i in range(arch.num_layers(config))]
+    if packed:
+        config.pop("quantization_config")
     write(folder / "config.json", config_of(family_config(config), plain))
     if (folder / INDEX).exists():
         write(folder / INDEX, {"metadata": {"total_size": after}, "weight_map": dict(sorted(weight_map.items()))})
     return {"matrices": sum(cut.values()), "before": before, "after": after}
 
 
-def check_room(folder: Path, files: list[str], tensors: Mapping[str, TensorInfo]) -> None:
+def check_room(folder: Path, files: list[str], tensors: Mapping[str, TensorInfo], config: Config) -> None:
     """Raise OSError where the disk has no room for one more of these files, at the size that it will have."""
     size = dict.fromkeys(files, 0)
-    for name, info in tensors.items():
-        if info.file in size:
-            size[info.file] += info.nbytes
-            if name.endswith(OUT):
-                columns = tensors[name.removesuffix(OUT) + IN].shape[1]
-                size[info.file] += info.nbytes // info.shape[1] * columns
+    shapes = {n: t.shape for n, t in tensors.items()}
+    whole = shapes | packed_shapes(shapes, config)
+    for name in logical(tensors):
+        file = (tensors.get(name) or tensors[name + PACKED]).file
+        if file in size and not name.endswith(IN):
+            columns = whole[name.removesuffix(OUT) + IN][1:] if name.endswith(OUT) else whole[name][1:]
+            size[file] += tensor_bytes((tensors.get(name) or tensors[name + SCALE]).dtype, (*whole[name][:1], *columns))
     free = shutil.disk_usage(folder).free
     if (need := max(size.values(), default=0)) > free:
         raise OSError(f"multiplying out needs {need:,} bytes of disk in {folder}, and {free:,} are free")

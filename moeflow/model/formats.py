@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from moeflow.arch import COMPRESSED, LAYERS, MAIN, MATRICES, Arch, Config, arch_of
-from moeflow.model.packed import packed_name
+from moeflow.model.packed import PACKED
 
 Ranks = tuple[int, ...]
 """Per expert, the rank of one of its matrices; 0 where the matrix is whole."""
@@ -124,16 +124,18 @@ def family_config(config: Config) -> Config:
 
 def _rank(shapes: Mapping[str, Sequence[int]], name: str, factors: tuple[str, str]) -> int:
     out, inner = factors
-    if name in shapes or packed_name(name) in shapes:
+    if name in shapes or name + PACKED in shapes:
         return 0
-    if missing := [n for n in factors if n not in shapes]:
+    held = {n: shapes[n + end] for n in factors for end in (PACKED, "") if n + end in shapes}
+    if missing := [n for n in factors if n not in held]:
         absent = name if len(missing) == 2 else missing[0]
         raise ValueError(f"the checkpoint has no tensor {absent}; it is incomplete, or of another family")
-    if len(shapes[out]) != 2 or len(shapes[inner]) != 2 or shapes[out][1] != shapes[inner][0]:
-        raise ValueError(
-            f"{out} {tuple(shapes[out])} and {inner} {tuple(shapes[inner])} do not multiply; the checkpoint is damaged"
-        )
-    return int(shapes[inner][0])
+    rank = held[inner][0]
+    fits = len(held[out]) == len(held[inner]) == 2
+    # of packed columns only the words are known
+    if not fits or (held[out][1] * 32 % rank if out not in shapes else held[out][1] != rank):
+        raise ValueError(f"{out} {tuple(held[out])} and {inner} {tuple(held[inner])} do not multiply; the checkpoint is damaged")
+    return int(rank)
 
 
 def layer_formats(config: Config) -> list[Format | None]:
@@ -182,7 +184,7 @@ def config_of(config: Config, formats: Sequence[Format | None]) -> Config:
     names = [str(a).removeprefix(CLASSES) for a in config.get("architectures") or ()]
     counts = {f.experts for f in formats if f is not None and f.experts}
     if not counts:
-        raise ValueError("no layer has experts; a checkpoint of a family of experts needs one that has")
+        raise ValueError("no layer has experts left; at least one has to keep some")
     new = arch.with_experts(plain, max(counts)) | ({"architectures": names} if names else {})
     if len(counts) > 1 or any(f is not None and (f.own or f.gone) for f in formats):
         new |= {"model_type": COMPRESSED + arch.model_type, LAYERS: [{} if f is None else f.to_json() for f in formats]}

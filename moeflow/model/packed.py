@@ -6,7 +6,7 @@ matrix, G groups of inputs, P words of a row.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +15,13 @@ from moeflow.arch import Config, arch_of
 if TYPE_CHECKING:
     from torch import Tensor
 
-WHOLE, PACKED, SCALE, SHAPE, ZERO = ".weight", ".weight_packed", ".weight_scale", ".weight_shape", ".weight_zero_point"
+WHOLE = ".weight"
+PACKED, SCALE, SHAPE, ZERO = "_packed", "_scale", "_shape", "_zero_point"
+"""Behind the name of a matrix, or of a factor of one, those of what stands on disk in its place."""
 BESIDE = (SCALE, SHAPE, ZERO)
-BLOCK_SCALE = ".weight_scale_inv"
-"""What an FP8 matrix's blocks are multiplied with (DeepSeek-V3, arXiv 2412.19437, 3.3.2), in spite of its name."""
+BLOCK_SCALE = "_scale_inv"
+"""Behind the name of an FP8 matrix, that of what its blocks are multiplied with (DeepSeek-V3, arXiv 2412.19437, 3.3.2), in spite
+of the name."""
 
 METHOD, FORMAT = "compressed-tensors", "pack-quantized"
 Shapes = Mapping[str, Sequence[int]]
@@ -35,31 +38,32 @@ class Scheme:
         return f"{self.bits} bits, " + (f"groups of {self.group}" if self.group else "one scale a row")
 
 
-def packed_name(name: str) -> str:
-    """What stands on disk in the place of the matrix `name` where it is packed."""
-    return name.removesuffix(WHOLE) + PACKED
-
-
 def logical(names: Iterable[str]) -> list[str]:
     """The names of the matrices that these tensors stand for, packed or not."""
     held = list(names)
-    stems = {n.removesuffix(PACKED) for n in held if n.endswith(PACKED)}
-    beside = {stem + end for stem in stems for end in BESIDE}
-    beside |= {n.removesuffix(WHOLE) + BLOCK_SCALE for n in held if n.endswith(WHOLE)}
-    return [n.removesuffix(PACKED) + WHOLE if n.endswith(PACKED) else n for n in held if n not in beside]
+    packed = {n.removesuffix(PACKED) for n in held if n.endswith(PACKED)}
+    beside = {name + end for name in packed for end in BESIDE} | {n + BLOCK_SCALE for n in held}
+    return [n.removesuffix(PACKED) for n in held if n not in beside]
 
 
 def packed_shapes(shapes: Shapes, config: Config) -> dict[str, tuple[int, int]]:
-    """Of each packed matrix, by its whole name, the shape [M, N] that it has when unpacked, told by its neighbours' shapes."""
+    """Of each packed matrix, or factor of one, by its own name, its shape [M, N] when unpacked, told by its neighbours' shapes."""
     arch, found = arch_of(config), {}
     gate, down = (template.split(".")[-2] for template in (arch.gate, arch.down))
-    for name, shape in shapes.items():
-        if name.endswith(PACKED):
-            stem = name.removesuffix(PACKED)
-            block, _, matrix = stem.rpartition(".")
-            beside = f"{block}.{gate}"
-            inner = shapes.get(beside + PACKED) or shapes.get(beside + WHOLE) or (0,)
-            found[stem + WHOLE] = int(shape[0]), int(inner[0] if matrix == down else config["hidden_size"])
+
+    def rows(name: str) -> int:
+        """Of a matrix, or of the factor that gives its outputs."""
+        held = (shapes.get(n + end) for n in (name, arch.factors(name)[0]) for end in (PACKED, ""))
+        return int(next((shape[0] for shape in held if shape), 0))
+
+    for packed, shape in shapes.items():
+        if packed.endswith(PACKED):
+            name = packed.removesuffix(PACKED)
+            path = name.rpartition(".")[0]
+            block, _, matrix = path.rpartition(".")
+            out, within = arch.factors(path + WHOLE)
+            columns = rows(f"{block}.{gate}{WHOLE}") if matrix == down else config["hidden_size"]
+            found[name] = int(shape[0]), rows(within) if name == out else int(columns)
     return found
 
 
@@ -72,13 +76,16 @@ def numels(shapes: Shapes, config: Config) -> dict[str, int]:
 def scheme_of(shapes: Shapes, config: Config) -> Scheme | None:
     """How the packed ones of these tensors are packed, None where there are none. Raises ValueError where they differ."""
     found: dict[Scheme, str] = {}
+    single: dict[Scheme, str] = {}  # one scale a row: a group may be as long
     for name, (_, columns) in packed_shapes(shapes, config).items():
-        stem = name.removesuffix(WHOLE)
-        if stem + ZERO in shapes:
-            raise ValueError(f"{stem} has zero points, with which transformers loads no experts; quantize symmetrically")
-        groups = int(shapes[stem + SCALE][1])
-        scheme = Scheme(round(int(shapes[stem + PACKED][1]) * 32 / columns), columns // groups if groups > 1 else 0)
-        found.setdefault(scheme, name)
+        if name + ZERO in shapes:
+            raise ValueError(f"{name} has zero points, with which transformers loads no experts; quantize symmetrically")
+        groups = int(shapes[name + SCALE][1])
+        scheme = Scheme(round(int(shapes[name + PACKED][1]) * 32 / columns), columns // groups)
+        (found if groups > 1 else single).setdefault(scheme, name)
+    for scheme, name in single.items():
+        if scheme not in found:
+            found.setdefault(replace(scheme, group=0), name)
     if len(found) > 1:
         differ = " and ".join(f"{name} {scheme.words()}" for scheme, name in [*found.items()][:2])
         raise ValueError(f"{differ}: transformers loads experts of one scheme only; quantize all alike")
@@ -88,10 +95,9 @@ def scheme_of(shapes: Shapes, config: Config) -> Scheme | None:
 def check_whole(shapes: Shapes, layer: int, config: Config, experts: int) -> None:
     """Raise ValueError where some of a layer's experts are packed and others are not: transformers loads no such layer."""
     arch = arch_of(config)
-    names = [n for e in range(experts) for n in arch.expert(layer, e)]
-    packed = [n for n in names if packed_name(n) in shapes]
-    if packed and len(packed) < len(names):
-        other = next(n for n in names if packed_name(n) not in shapes)
+    names = [n for e in range(experts) for whole in arch.expert(layer, e) for n in (whole, *arch.factors(whole))]
+    packed = [n for n in names if n + PACKED in shapes]
+    if packed and (other := next((n for n in names if n in shapes), None)):
         raise ValueError(f"{packed[0]} is packed and {other} is not: transformers loads no such layer; quantize both or neither")
 
 

@@ -53,7 +53,8 @@ class LayerSpec:
 
     Where the run decides how many experts stay or which ranks they get, `share` is the part of the experts' bytes that is expected
     to be there, `experts` and `tensors` are what there is at most, and `fewest` how many experts it leaves at least: with 0 perhaps
-    no MoE block at all. `slimmed`: what was done inside the experts, in words, where their tensors do not tell it.
+    no MoE block at all. `slimmed`: what was done inside the experts, in words, where their tensors do not tell it; `multiple`: what
+    ranks that the run decides are multiples of.
     """
 
     config: Config
@@ -63,6 +64,7 @@ class LayerSpec:
     share: float = 1.0
     fewest: int | None = None  # as many as there are
     slimmed: str = ""
+    multiple: int = 1
 
     @cached_property
     def nbytes(self) -> int:

@@ -18,7 +18,7 @@ from moeflow.methods.masks import wanda
 from moeflow.methods.rounding import round_to_nearest
 from moeflow.model.checkpoint import Tensors, save
 from moeflow.model.layout import Folder, headers, read_config
-from moeflow.model.packed import PACKED
+from moeflow.model.packed import PACKED, SCALE, SHAPE
 from tests import tiny
 from tests.methods.test_trim import calibrated, close, loaded, logits, pulled
 from tests.running import matrix_of, model_in, run, store_in
@@ -47,12 +47,12 @@ def plain(folder: Path, out: Path) -> Path:
     whole = dict(raw)
     for name in [n for n in raw if n.endswith(PACKED)]:
         stem = name.removesuffix(PACKED)
-        shape, scale = whole.pop(stem + ".weight_shape").tolist(), whole.pop(stem + ".weight_scale")
+        shape, scale = whole.pop(stem + SHAPE).tolist(), whole.pop(stem + SCALE)
         bits = whole[name].shape[1] * 32 // shape[1]
         words = whole.pop(name).numpy().astype("uint32")
         codes = torch.tensor([[(int(w) >> (bits * k)) % (1 << bits) for w in row for k in range(32 // bits)] for row in words])
         codes = codes[:, : shape[1]] - (1 << (bits - 1))
-        whole[stem + ".weight"] = (codes.view(*scale.shape, -1) * scale[..., None].double()).flatten(1).float()
+        whole[stem] = (codes.view(*scale.shape, -1) * scale[..., None].double()).flatten(1).float()
     save(whole, out / "model.safetensors")
     config = read_config(Folder(folder))
     config.pop("quantization_config", None)
@@ -202,7 +202,7 @@ def test_scales_are_chosen_as_they_are_stored(tmp_path: Path) -> None:
     assert Tensors(out)[name].dtype == torch.bfloat16
     assert torch.equal(Tensors(out)[name], found.dequantized(torch.bfloat16))
     stored = {n: t for file in out.glob("*.safetensors") for n, t in load_file(file).items()}
-    assert torch.equal(stored[name.removesuffix(".weight") + ".weight_scale"], found.scale_MG)
+    assert torch.equal(stored[name + SCALE], found.scale_MG)
 
 
 @pytest.mark.parametrize("how", [{"method": "gptq", "packed": False, **FOUR}, {"method": "sparsegpt", "pattern": "2:4"}])
@@ -247,7 +247,7 @@ def test_shared_experts_are_treated_where_asked(tmp_path: Path) -> None:
     out = slimmed(source, tmp_path, method="gptq", shared=True, **FOUR)
     names = headers(Folder(out))
     arch = arch_of(read_config(Folder(source)))
-    assert all(t.format(layer=1).removesuffix(".weight") + PACKED in names for t in arch.shared or ())
+    assert all(t.format(layer=1) + PACKED in names for t in arch.shared or ())
     close(logits(loaded(out), tmp_path), logits(loaded(plain(out, tmp_path / "plain")), tmp_path))
     again = model_in(out)
     close(logits(loaded(pulled(store_in(tmp_path), again, tmp_path / "again")), tmp_path), logits(loaded(out), tmp_path))
@@ -275,9 +275,8 @@ def test_packed_experts_are_pruned_by_slicing_and_trimmed_and_skip(source: Path,
     for i, keep in choices.items():
         for new, old in enumerate(keep):
             for a, b in zip(arch.expert(i, new), arch.expert(i, old), strict=True):
-                for end in (PACKED, ".weight_scale"):
-                    stems = a.removesuffix(".weight") + end, b.removesuffix(".weight") + end
-                    assert torch.equal(files[out][stems[0]], files[whole][stems[1]])
+                for end in (PACKED, SCALE):
+                    assert torch.equal(files[out][a + end], files[whole][b + end])
     assert config["model_type"] == read_config(Folder(source))["model_type"]
     close(logits(loaded(out), tmp_path), logits(loaded(plain(out, tmp_path / "plain")), tmp_path))
     uneven = trim.layer_drop(calibrated(trim.expert_drop(calibrated(packed, tmp_path), keep=6, least=4), tmp_path), drop=1)
@@ -304,7 +303,6 @@ def test_what_cannot_be_slimmed_is_refused_in_one_line(tmp_path: Path) -> None:
     seen = calibrated(model, tmp_path)
     packed = slim.slim(seen, method="round_to_nearest", inputs="parallel", **FOUR)
     sparse = slim.slim(seen, method="magnitude", pattern="0.5", inputs="parallel")
-    low = compress.decompose(seen, rank=8, svd="vanilla")
     for message, given, how in (
         ("method='prune' is not known; choose one of magnitude, wanda", seen, {"method": "prune"}),
         ("inputs='both' is not known; choose one of parallel, sequential", seen, {"method": "wanda", "inputs": "both"}),
@@ -323,7 +321,6 @@ def test_what_cannot_be_slimmed_is_refused_in_one_line(tmp_path: Path) -> None:
         ("bits=2 of 24 columns of .* fill no whole words", None, {"bits": 2}),
         ("layer 0 is packed in 4 bits, groups of 8; slim the model that it was made of", packed, {}),
         (r"layer 0 is slimmed already \(magnitude 0.5\); slim the model", sparse, {"method": "wanda", "pattern": "2:4"}),
-        ("layer 0 has low-rank experts, whose factors are not slimmed", low, {}),
         ("tasks=9: the 8 experts of layer 0 are divided between 1 to 8 tasks", seen, {"tasks": 9}),
         ("tasks=0: the 8 experts of layer 0", seen, {"tasks": 0}),
         ("those of AWQ, which share a scale, are treated by one", seen, {"method": "awq", "tasks": 2}),

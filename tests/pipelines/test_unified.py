@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from moeflow.model.formats import layer_formats
 from moeflow.model.layout import Folder, read_config
 from moeflow.run import pipeline
 from moeflow.step import Step
@@ -50,6 +51,25 @@ def test_a_recipe_runs_on_a_small_model_of_its_family(
         target = pipeline.call(build, [f"model={source}", f"tokens={matrix.spec}", *SMALL, *recipe, f"order={order}"])
         running.run(store, target)
         check(store, target, family, recipe, tmp_path / order)
+
+
+@torch.inference_mode()
+def test_low_rank_experts_are_packed_by_the_recipe_that_we_add(tmp_path: Path) -> None:
+    source, matrix = tiny.write("mixtral", tmp_path / "model", intermediate_size=96), running.matrix_of(tmp_path)
+    store, out = running.store_in(tmp_path), tmp_path / "out"
+    ours = ["order=decompose,slim", "slim=gptq", "ratio=0.3"]
+    target = pipeline.call(
+        pipeline.load(PIPELINES / "mixtral_unified.py"), [f"model={source}", f"tokens={matrix.spec}", *SMALL, *ours]
+    )
+    running.run(store, target)
+    store.fetch(target.key, out)
+    config = read_config(Folder(out))
+    assert config["model_type"] == "moeflow_mixtral" and config["quantization_config"]["quant_method"] == "compressed-tensors"
+    assert any(f is not None and f.low_rank for f in layer_formats(config))
+    report = running.reports(store, target)["expert bytes"]
+    assert report["compressed"] < 0.25 * report["original"]
+    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    assert torch.isfinite(model(torch.arange(3, 12)[None]).logits).all()
 
 
 def check(store: Store, target: Step, family: str, recipe: list[str], out: Path) -> None:
