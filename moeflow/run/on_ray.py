@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import ray
@@ -81,9 +82,16 @@ def connected() -> Iterator[bool]:
     # Without address="local" Ray would try to join a head that died and left its address behind.
     quietly: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     stop = signal.getsignal(signal.SIGTERM)
+    start = partial(ray.init, address=address or "local", include_dashboard=None if address else False, **quietly)
     try:
-        ray.init(address=address or "local", include_dashboard=None if address else False, **quietly)
-    except Exception as error:  # Ray raises anything here, plain Exception included
+        try:
+            start()
+        except Exception as error:  # Ray raises anything here, plain Exception included
+            if "timed out during startup" not in str(error):
+                raise
+            ray.shutdown()  # it waits for half a minute, which a machine with much else to do may need twice
+            start()
+    except Exception as error:
         raise CannotRun(_unstarted(address, error)) from error
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, stop)  # Ray takes it, and ends the process without a word of ours

@@ -339,7 +339,9 @@ def test_what_cannot_be_slimmed_is_refused_in_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("mode", "zero"), [("lora", 0), ("full", 2), ("experts", 3)], ids=["lora", "full", "experts divided by ZeRO-3"]
+    ("mode", "zero"),
+    [("lora", 0), pytest.param("full", 2, marks=pytest.mark.slow), ("experts", 3)],
+    ids=["lora", "full", "experts divided by ZeRO-3"],
 )
 def test_zeros_of_experts_stay_zeros_through_training(mode: str, zero: int, tmp_path: Path) -> None:
     """And what is not zero is trained."""

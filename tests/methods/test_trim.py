@@ -331,7 +331,7 @@ def test_what_cannot_be_trimmed_is_refused_in_one_line(tmp_path: Path) -> None:
             two, keep=1, across="layer"
         ),
         "1 experts are to stay in all, fewer than least=1 in each of 3 layers": lambda: trim.expert_drop(seen, keep=0.4, least=1),
-        "keep=0 experts of 3 layers are none; a checkpoint": lambda: trim.expert_drop(seen, keep=0, across="layer"),
+        "keep=0 experts of 3 layers are none; at least one layer": lambda: trim.expert_drop(seen, keep=0, across="layer"),
         "a token gets 1 of the 1 experts of layer 0, which leaves none to stand for": lambda: compressed_experts.attach(
             trim.expert_drop(seen, keep=1, across="layer")
         ),

@@ -28,7 +28,7 @@ DISTILLED = ["train=compressed_experts", "loss=kl"]
     [
         ("mixtral_moei2", "mixtral", MOEI2, (".experts.", ".self_attn.")),
         ("olmoe", "olmoe", VECTORS, (".experts.compressed.", ".mlp.gate.", "embed_tokens")),
-        ("phimoe", "phimoe", [*VECTORS, *DISTILLED], (".experts.compressed.",)),
+        pytest.param("phimoe", "phimoe", [*VECTORS, *DISTILLED], (".experts.compressed.",), marks=pytest.mark.slow),
     ],
 )
 def test_a_pipeline_trains_what_it_says_and_the_result_loads(

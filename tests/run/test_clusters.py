@@ -47,6 +47,22 @@ def test_a_ray_that_does_not_come_up_is_one_line_with_the_way_out(
     assert "\n" not in str(refused.value) and str(error).split()[-1] in str(refused.value)
 
 
+def test_a_ray_of_ones_own_that_is_slow_to_start_gets_a_second_try(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray itself gives up after half a minute, which a machine with much else to do may need."""
+    tries: list[Exception] = [
+        Exception("The current node timed out during startup. This could happen because"), OSError("the disk is full")
+    ]  # fmt: skip
+
+    def init(**_: object) -> None:
+        raise tries.pop(0)
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(CannotRun, match="the disk is full"):
+        on_ray.run([toy.number(n=1)], store)
+    assert not tries
+
+
 def test_a_step_too_large_for_a_ray_of_ones_own_is_refused_before_anything_starts(
     store: Store, trace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
