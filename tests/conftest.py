@@ -25,10 +25,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """The files that take longest, most of it waiting, come first, so that no process is left alone with one at the end."""
-    if not config.getoption("slow") and (slow := [i for i in items if i.get_closest_marker("slow")]):
-        config.hook.pytest_deselected(items=slow)
-        items[:] = [i for i in items if i not in slow]
+    if not config.getoption("slow") and (left := [i for i in items if _left_out(i)]):
+        config.hook.pytest_deselected(items=left)
+        items[:] = [i for i in items if i not in left]
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
+def _left_out(item: pytest.Item) -> bool:
+    family = item.get_closest_marker("family")
+    name = item.nodeid.partition("[")[0]
+    return item.get_closest_marker("slow") is not None or (family is not None and family.args[0] not in tiny.turn(name))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,5 +1,6 @@
 """Tiny random checkpoints of every family, written by transformers itself, with routers that really choose."""
 
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +45,15 @@ FAMILIES: dict[str, dict] = {
 }  # fmt: skip
 
 
-OFTEN = ("mixtral", "qwen2_moe", "deepseek_v3")
-
-
 def families() -> list[Any]:
-    """All families, as parameters of a test; `make test` takes those of `OFTEN`, `make test-all` all."""
-    return [pytest.param(name, marks=() if name in OFTEN else pytest.mark.slow) for name in FAMILIES]
+    """All families, as parameters of a test; `make test` takes the first and, in its `turn`, another, `make test-all` all."""
+    return [pytest.param(name, marks=pytest.mark.family(name)) for name in FAMILIES]
+
+
+def turn(test: str) -> tuple[str, str]:
+    """The two families that a test of this name is run on by `make test`: every family has its turn in some test."""
+    first, *others = FAMILIES
+    return first, others[zlib.crc32(test.encode()) % len(others)]
 
 
 def write(family: str, folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: object) -> Path:

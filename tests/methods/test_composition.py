@@ -61,7 +61,10 @@ def reason(first: str, second: str) -> str:
     return "|".join(found)
 
 
-@pytest.fixture(scope="module", params=tiny.families())
+OFTEN = ("mixtral", "qwen2_moe", "deepseek_v3")
+
+
+@pytest.fixture(scope="module", params=[pytest.param(f, marks=() if f in OFTEN else pytest.mark.slow) for f in tiny.FAMILIES])
 def start(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Model, Store, Path]:
     folder = tmp_path_factory.mktemp(request.param)
     fewer = {"num_experts_per_tok": 2} if request.param.startswith("deepseek") else {}  # so that groups may be smaller
@@ -108,4 +111,4 @@ def test_any_two_methods_work_or_are_refused_when_the_graph_is_built(
 def turn(first: str, second: str) -> str:
     pairs = list(itertools.product(METHODS, METHODS))
     at = pairs.index((first, second))
-    return tiny.OFTEN[(at + at // len(METHODS)) % len(tiny.OFTEN)]  # another one in each row
+    return OFTEN[(at + at // len(METHODS)) % len(OFTEN)]  # another one in each row
