@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.rows import Row
-from moeflow.methods.speed import here
+from moeflow.methods.evaluate.steps import here
 
 ALL = (
     "search",

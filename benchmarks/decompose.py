@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.rows import Row
-from moeflow.methods.lowrank import whitened
-from moeflow.methods.ranks import break_even
+from moeflow.methods.decompose.lowrank import whitened
+from moeflow.methods.decompose.ranks import break_even
 from moeflow.model.moe import LowRank
 
 T = TypeVar("T")

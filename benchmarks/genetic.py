@@ -16,11 +16,11 @@ from torch import Tensor
 
 from benchmarks.rows import Row
 from moeflow.arch import MIXTRAL
-from moeflow.methods import genetic, swap
-from moeflow.methods.errors import mask_of, squared_errors_direct
-from moeflow.methods.found import Evaluate
-from moeflow.methods.gram import Weighed
-from moeflow.methods.subsets import GENERATIONS, Subset
+from moeflow.methods.prune import genetic, swap
+from moeflow.methods.prune.errors import mask_of, squared_errors_direct
+from moeflow.methods.prune.evaluated import Evaluate
+from moeflow.methods.prune.gram import Weighed
+from moeflow.methods.prune.subsets import GENERATIONS, Subset
 from moeflow.model.moe import MLP, MoELayer
 from moeflow.model.router import Router
 

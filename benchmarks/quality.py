@@ -16,15 +16,15 @@ from typing import Any
 import numpy as np
 
 from benchmarks.rows import Row
-from moeflow.methods import calibrate, compress, drop, evaluate, fetch, search
-from moeflow.methods import tokens as text
-from moeflow.methods.calibrate import Calibration
-from moeflow.methods.fetch import Model
+from moeflow.methods.calibrate import steps as calibrate
+from moeflow.methods.checkpoint import steps as checkpoint
+from moeflow.methods.data import steps as data
+from moeflow.methods.graph import Calibration, Model
+from moeflow.methods.recipes import compare, moei2, naee
 from moeflow.run import in_process
+from moeflow.sources import Texts, pin
 from moeflow.step import Step
 from moeflow.store import Store
-from moeflow.store.sources import pin
-from moeflow.store.texts import Texts
 
 SHARED = Path(__file__).parents[2] / "shared"
 CALIBRATION = ",".join(
@@ -48,28 +48,28 @@ Method = Callable[[Calibration, Step, float, int], Model]
 
 
 def _by_score(name: str, seen: Calibration, matrix: Step, removed: float, seed: int) -> Model:
-    return search.by_criterion(seen, criterion=name, keep=round(8 * (1 - removed)), seed=seed)
+    return naee.by_criterion(seen, criterion=name, keep=round(8 * (1 - removed)), seed=seed)
 
 
 def _naee(seen: Calibration, matrix: Step, removed: float, seed: int) -> Model:
-    return search.layerwise(seen, keep=round(8 * (1 - removed)))
+    return naee.layerwise(seen, keep=round(8 * (1 - removed)))
 
 
 def _moei2(seen: Calibration, matrix: Step, removed: float, seed: int, *, share: float) -> Model:
     """The paper: counts by importance, genetic search, blocks of three layers among three sets; then vanilla, by importance."""
     dropped = share * removed
-    pruned = compress.prune(seen, keep=1 - dropped, counts="paper", search="genetic", best=3, block=3, seed=seed)
-    ratio = compress.ratio_left(removed, dropped)
-    return compress.decompose(_run(pruned, matrix), ratio=ratio, ranks="paper", svd="vanilla") if ratio else pruned
+    pruned = moei2.prune(seen, keep=1 - dropped, counts="paper", search="genetic", best=3, block=3, seed=seed)
+    ratio = moei2.ratio_left(removed, dropped)
+    return moei2.decompose(_run(pruned, matrix), ratio=ratio, ranks="paper", svd="vanilla") if ratio else pruned
 
 
 def _ours(seen: Calibration, matrix: Step, removed: float, seed: int, *, share: float) -> Model:
     """Exact allocation by measured divergence, swap search; then whitened, at ranks that one budget gives all matrices."""
     dropped = share * removed
-    pruned = compress.prune(seen, keep=1 - dropped, counts="exact", search="swap", seed=seed) if dropped else seen.model
-    ratio = compress.ratio_left(removed, dropped)
+    pruned = moei2.prune(seen, keep=1 - dropped, counts="exact", search="swap", seed=seed) if dropped else seen.model
+    ratio = moei2.ratio_left(removed, dropped)
     again = _run(pruned, matrix) if dropped else seen
-    return compress.decompose(again, ratio=ratio) if ratio else pruned
+    return moei2.decompose(again, ratio=ratio) if ratio else pruned
 
 
 METHODS: dict[str, Method] = {
@@ -97,7 +97,7 @@ def main() -> tuple[list[Row], str]:
     lines.append(f"| | | | {' | '.join(KINDS)} | {' | '.join(KINDS)} | |")
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        store, original = Store.open(os.environ.get("MOEFLOW_BENCH_STORE", folder)), fetch.pinned(source)
+        store, original = Store.open(os.environ.get("MOEFLOW_BENCH_STORE", folder)), checkpoint.pinned(source)
         for removed, target in TARGETS.items():
             apart: dict[str, list[list[np.ndarray]]] = {}
             for seed in range(SEEDS):
@@ -121,12 +121,12 @@ def _run(model: Model, matrix: Step) -> Calibration:
 
 
 def _measured(store: Store, original: Model, method: Method, removed: float, seed: int) -> dict[str, Any]:
-    matrix = text.of(Texts(CALIBRATION), original, sequences=SEQUENCES, length=LENGTH, seed=seed)
+    matrix = data.tokens(Texts(CALIBRATION), original, sequences=SEQUENCES, length=LENGTH, seed=seed)
     seen = _run(original, matrix)
     small = method(seen, matrix, removed, seed)
-    compared = evaluate.compare(seen, small, heldout=Texts(HELDOUT), sequences=HELDOUT_SEQUENCES, length=LENGTH)
+    compared = compare.compare(seen, small, heldout=Texts(HELDOUT), sequences=HELDOUT_SEQUENCES, length=LENGTH)
     reports = [r for r in compared if r.name in ("evaluate.size", "evaluate.quality")]
-    in_process.run([drop.checkpoint_of(small), *reports], store)
+    in_process.run([checkpoint.checkpoint_of(small), *reports], store)
     read = [json.loads(store.artifact(r.key).file("report.json").read_text()) for r in reports]
     size = next(row for row in read[0]["rows"] if row["name"] == "expert bytes")
     return {

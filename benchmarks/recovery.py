@@ -15,16 +15,17 @@ from typing import Any
 
 from benchmarks.quality import CALIBRATION, HELDOUT, HELDOUT_SEQUENCES, KINDS, LENGTH, SEQUENCES, SHARED
 from benchmarks.rows import Row
-from moeflow.methods import calibrate, compress, compressed_experts, distill, drop, evaluate, fetch, finetune, search, skipping
-from moeflow.methods import tokens as text
-from moeflow.methods.calibrate import Calibration
-from moeflow.methods.fetch import Model
-from moeflow.methods.recipe import Gang
+from moeflow.methods.calibrate import steps as calibrate
+from moeflow.methods.checkpoint import steps as checkpoint
+from moeflow.methods.data import steps as data
+from moeflow.methods.fewer_active import steps as fewer_active
+from moeflow.methods.finetune.recipe import Gang
+from moeflow.methods.graph import Calibration, Model
+from moeflow.methods.recipes import compare, moei2, naee, tune
 from moeflow.run import in_process
+from moeflow.sources import Texts, pin
 from moeflow.step import Step
 from moeflow.store import Store
-from moeflow.store.sources import pin
-from moeflow.store.texts import Texts
 
 ROWS, STEPS, BATCH, EVERY, MINUTES = 1024, 40, 16, 10, 15
 GANG = Gang(processes=2, gpus=0, zero=1, micro=4, save_every=30)
@@ -65,25 +66,25 @@ class Recovery:
 
     def __init__(self, store: Store) -> None:
         self.store = store
-        self.original = fetch.pinned(pin(str(SHARED / "models" / "mixtral-21m"), kind="model"))
-        self.matrix = text.of(Texts(CALIBRATION), self.original, sequences=SEQUENCES, length=LENGTH)
+        self.original = checkpoint.pinned(pin(str(SHARED / "models" / "mixtral-21m"), kind="model"))
+        self.matrix = data.tokens(Texts(CALIBRATION), self.original, sequences=SEQUENCES, length=LENGTH)
         self.seen: Calibration = calibrate.run(self.original, self.matrix, **PASS)
-        self.data = text.of(Texts(CALIBRATION), self.original, sequences=ROWS, length=LENGTH, seed=1)
-        self.taught = distill.teacher(self.original, self.data, top=64, **PASS)
+        self.data = data.tokens(Texts(CALIBRATION), self.original, sequences=ROWS, length=LENGTH, seed=1)
+        self.taught = tune.teacher(self.original, self.data, top=64, **PASS)
         self.validation = {
-            kind: text.of(Texts(name), self.original, sequences=12, length=LENGTH, seed=2) for kind, name in VALIDATION.items()
+            kind: data.tokens(Texts(name), self.original, sequences=12, length=LENGTH, seed=2) for kind, name in VALIDATION.items()
         }
 
-    def tuned(self, model: Model, *, loss: str, **options: Any) -> finetune.Tuned:
-        return finetune.tune(
+    def tuned(self, model: Model, *, loss: str, **options: Any) -> tune.Tuned:
+        return tune.tune(
             model, self.data, loss=loss, teacher=self.taught if loss != "lm" else (), batch=BATCH, warmup=0.05, dtype="float32",
             validation=self.validation, every=EVERY, gang=GANG, **({"steps": STEPS} | options),
         )  # fmt: skip
 
-    def measured(self, model: Model, tuned: finetune.Tuned | None = None) -> Found:
-        reports = evaluate.compare(self.seen, model, heldout=Texts(HELDOUT), sequences=HELDOUT_SEQUENCES, length=LENGTH)
+    def measured(self, model: Model, tuned: tune.Tuned | None = None) -> Found:
+        reports = compare.compare(self.seen, model, heldout=Texts(HELDOUT), sequences=HELDOUT_SEQUENCES, length=LENGTH)
         wanted = [r for r in reports if r.name in ("evaluate.quality", "evaluate.reach")]
-        in_process.run([drop.checkpoint_of(model), *wanted], self.store)
+        in_process.run([checkpoint.checkpoint_of(model), *wanted], self.store)
         rows = [row for r in wanted for row in self._read(r, "report.json")["rows"]]
 
         def values(beginning: str) -> list[float]:
@@ -111,18 +112,18 @@ def main() -> tuple[list[Row], str]:
 
 
 def _pruned(bench: Recovery) -> tuple[list[Row], str]:
-    pruned = search.layerwise(bench.seen, keep=4)
+    pruned = naee.layerwise(bench.seen, keep=4)
     return _recovered(bench, "4 of 8 experts (NAEE)", pruned, TUNINGS | LONGER, target=True)
 
 
 def _low_rank(bench: Recovery) -> tuple[list[Row], str]:
-    pruned = compress.prune(
+    pruned = moei2.prune(
         bench.seen, keep=0.75, counts="paper", search="genetic", importance="recon", best=3, block=3, generations=20
     )
     again = calibrate.run(pruned, bench.matrix, **PASS)
-    ratio = compress.ratio_left(0.5, 0.25)
-    vanilla = compress.decompose(again, ratio=ratio, ranks="paper", svd="vanilla", importance="recon")
-    whitened = compress.decompose(again, ratio=ratio, ranks="paper", svd="whitened", importance="recon")
+    ratio = moei2.ratio_left(0.5, 0.25)
+    vanilla = moei2.decompose(again, ratio=ratio, ranks="paper", svd="vanilla", importance="recon")
+    whitened = moei2.decompose(again, ratio=ratio, ranks="paper", svd="whitened", importance="recon")
     only = {name: TUNINGS[name] for name in ("LoRA, KL",)}
     kl = {name: options for name, options in TUNINGS.items() if options["loss"] == "kl"}
     first = _recovered(bench, "MoE-I² at half of the bytes, whitened", whitened, kl)
@@ -165,12 +166,12 @@ def _fewer(bench: Recovery) -> tuple[list[Row], str]:
     """Perplexity against expert products a token: skipping and Compressed Experts, and top-1 as it is and trained alike."""
     original = bench.original
     config = original.config | {"num_experts_per_tok": 1}
-    top1 = replace(original, config=config, rest=compressed_experts.rest(original.rest, config=config))
-    attached = compressed_experts.attach(original, main=1)
-    models: dict[str, Model | finetune.Tuned] = {
+    top1 = replace(original, config=config, rest=fewer_active.rest(original.rest, config=config))
+    attached = fewer_active.attach(original, main=1)
+    models: dict[str, Model | tune.Tuned] = {
         "top-2, the original": original,
-        "skipping, median": skipping.skip(bench.seen),
-        **{f"skipping, {active} experts": skipping.skip(bench.seen, active=active) for active in (1.75, 1.25)},
+        "skipping, median": fewer_active.skip(bench.seen),
+        **{f"skipping, {active} experts": fewer_active.skip(bench.seen, active=active) for active in (1.75, 1.25)},
         "top-1": top1,
         "Compressed Experts as they begin": attached,
         "Compressed Experts, trained alone": bench.tuned(attached, mode="compressed_experts", loss="kl", rate=2e-2),
@@ -180,7 +181,7 @@ def _fewer(bench: Recovery) -> tuple[list[Row], str]:
     lines = [f"| | products | perplexity: {' | '.join(KINDS)} | KL |", "|---" * (3 + len(KINDS)) + "|"]
     found = {}
     for name, made in models.items():
-        model, tuned = (made.model, made) if isinstance(made, finetune.Tuned) else (made, None)
+        model, tuned = (made.model, made) if isinstance(made, tune.Tuned) else (made, None)
         one = found[name] = bench.measured(model, tuned)
         lines.append(f"| {name} | {one.products:.2f} | {' | '.join(f'{p:.1f}' for p in one.perplexity)} | {one.mean:.4f} |")
     pairs = {

@@ -11,8 +11,8 @@ import torch
 
 from benchmarks.rows import Row
 from moeflow.arch import MIXTRAL
-from moeflow.methods.errors import mask_of, squared_errors, squared_errors_direct
-from moeflow.methods.subsets import all_subsets
+from moeflow.methods.prune.errors import mask_of, squared_errors, squared_errors_direct
+from moeflow.methods.prune.subsets import all_subsets
 from moeflow.model.moe import MLP, MoELayer
 from moeflow.model.router import Router
 

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.rows import Row
-from moeflow.methods.gptq import gptq
-from moeflow.methods.grid import Grid
-from moeflow.methods.quantized import Quantized
-from moeflow.methods.sparsegpt import sparsegpt
+from moeflow.methods.slim.gptq import gptq
+from moeflow.methods.slim.grid import Grid
+from moeflow.methods.slim.quantized import Quantized
+from moeflow.methods.slim.sparsegpt import sparsegpt
 
 E, M, N = 8, 4096, 1024
 BLOCK, DAMP, ROUNDS = 128, 0.01, 2

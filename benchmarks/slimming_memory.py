@@ -17,12 +17,14 @@ import torch
 
 from benchmarks.calibrate import forget_peak, peak
 from benchmarks.rows import Row
-from moeflow.methods import calibrate, fetch, slim, tokens
+from moeflow.methods.calibrate import steps as calibrate
+from moeflow.methods.checkpoint import steps as checkpoint
+from moeflow.methods.data import steps as data
+from moeflow.methods.recipes import unified
 from moeflow.run import in_process
+from moeflow.sources import Texts, pin
 from moeflow.step import Step, step_of
 from moeflow.store import Store
-from moeflow.store.sources import pin
-from moeflow.store.texts import Texts
 
 WIDTH, INNER, LENGTH, SEQUENCES = 1024, 2048, 256, 16
 FEW, MANY = 4, 16
@@ -50,10 +52,10 @@ def write(folder: Path, experts: int) -> None:
 
 def step_in(folder: Path, way: str) -> Step:
     """The step that slims the only layer."""
-    model = fetch.pinned(pin(str(folder / "model"), kind="model"))
-    matrix = tokens.of(Texts(str(folder / "tokens.npy")), model, sequences=SEQUENCES, length=LENGTH)
+    model = checkpoint.pinned(pin(str(folder / "model"), kind="model"))
+    matrix = data.tokens(Texts(str(folder / "tokens.npy")), model, sequences=SEQUENCES, length=LENGTH)
     seen = calibrate.run(model, matrix, batch=4, shard=SEQUENCES, dtype="float32")
-    (layer,) = slim.slim(seen, inputs="parallel", **WAYS[way]).layers
+    (layer,) = unified.slim(seen, inputs="parallel", **WAYS[way]).layers
     return layer
 
 

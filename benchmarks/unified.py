@@ -18,33 +18,34 @@ from typing import Any
 
 from benchmarks.quality import CALIBRATION, HELDOUT, HELDOUT_SEQUENCES, KINDS, LENGTH, SEQUENCES, SHARED
 from benchmarks.rows import Row
-from moeflow.methods import calibrate, compress, drop, evaluate, fetch, search, slim, trim
-from moeflow.methods import tokens as text
-from moeflow.methods.calibrate import Calibration
-from moeflow.methods.fetch import Model
+from moeflow.methods.calibrate import steps as calibrate
+from moeflow.methods.checkpoint import steps as checkpoint
+from moeflow.methods.data import steps as data
+from moeflow.methods.graph import Calibration, Model
+from moeflow.methods.recipes import compare, moei2, naee, unified
+from moeflow.methods.trim import steps as trim
 from moeflow.run import in_process
+from moeflow.sources import Texts, pin
 from moeflow.step import Step
 from moeflow.store import Store
-from moeflow.store.sources import pin
-from moeflow.store.texts import Texts
 
 Stage = Callable[[Calibration], Model]
 GROUP, SMALL = 64, 32
 
 
 def _slim(method: str, **options: Any) -> Stage:
-    return partial(slim.slim, method=method, **({"group": GROUP, "inputs": "parallel"} | options))
+    return partial(unified.slim, method=method, **({"group": GROUP, "inputs": "parallel"} | options))
 
 
 AWQ, GPTQ = _slim("awq"), _slim("gptq", inputs="sequential", order=True)
 EXPERTS: Stage = partial(trim.expert_drop, keep=6, least=2)
 LAYERS: Stage = partial(trim.layer_drop, drop=2)
 BLOCKS: Stage = partial(trim.block_drop, drop=1)
-ENUMERATED: Stage = partial(search.layerwise, keep=6)
+ENUMERATED: Stage = partial(naee.layerwise, keep=6)
 
 
 def _low_rank(ratio: float) -> Stage:
-    return partial(compress.decompose, ratio=ratio, multiple=SMALL)
+    return partial(moei2.decompose, ratio=ratio, multiple=SMALL)
 
 
 def _grouped(bits: int = 4) -> Stage:
@@ -86,8 +87,8 @@ OURS: dict[str, tuple[Stage, ...]] = {
     "GPTQ in sequence, 2 bits": (_slim("gptq", inputs="sequential", order=True, bits=2),),
     "GPTQ in sequence, groups of 32": (_grouped(),),
     "NAEE, 6 of 8": (ENUMERATED,),
-    "low rank, whitened, a quarter": (partial(compress.decompose, ratio=0.25),),
-    "low rank, whitened, a half": (partial(compress.decompose, ratio=0.5),),
+    "low rank, whitened, a quarter": (partial(moei2.decompose, ratio=0.25),),
+    "low rank, whitened, a half": (partial(moei2.decompose, ratio=0.5),),
 }
 """What moeflow has beside them, each by itself."""
 
@@ -164,8 +165,8 @@ class _Bench:
 
     def __init__(self, store: Store) -> None:
         self.store = store
-        self.original = fetch.pinned(pin(str(SHARED / "models" / "mixtral-21m"), kind="model"))
-        self.matrix = text.of(Texts(CALIBRATION), self.original, sequences=SEQUENCES, length=LENGTH)
+        self.original = checkpoint.pinned(pin(str(SHARED / "models" / "mixtral-21m"), kind="model"))
+        self.matrix = data.tokens(Texts(CALIBRATION), self.original, sequences=SEQUENCES, length=LENGTH)
         self.seen = self._calibrated(self.original)
         self.whole = 0.0
 
@@ -173,9 +174,9 @@ class _Bench:
         model = self.original
         for stage in stages:
             model = stage(self._calibrated(model))
-        compared = evaluate.compare(self.seen, model, heldout=Texts(HELDOUT), sequences=HELDOUT_SEQUENCES, length=LENGTH)
+        compared = compare.compare(self.seen, model, heldout=Texts(HELDOUT), sequences=HELDOUT_SEQUENCES, length=LENGTH)
         reports = [r for r in compared if r.name in ("evaluate.size", "evaluate.quality", "evaluate.speed")]
-        in_process.run([drop.checkpoint_of(model), *reports], self.store)
+        in_process.run([checkpoint.checkpoint_of(model), *reports], self.store)
         rows = {row["name"]: row for report in reports for row in self._rows(report)}
         embedding = self.original.config["vocab_size"] * self.original.config["hidden_size"] * 2
         self.whole = rows["bytes"]["original"] - embedding

@@ -3,6 +3,9 @@
 Calling a function marked with `@step` computes nothing. It returns a `Step`: a frozen value whose `key` names the output
 before the output exists. What is computed goes into the key; where it runs (GPUs, bucket, cluster) never does. This module
 does no I/O and knows neither Ray, S3 nor torch.
+
+A step's function says by its signature what it reads: positional parameters are inputs, each one artifact, a tuple of them, or one
+that may be absent (None); keyword-only parameters are what it is told, plain values or options (`moeflow.options`).
 """
 
 import ast
@@ -10,11 +13,14 @@ import hashlib
 import inspect
 import json
 import textwrap
+import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, wraps
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Concatenate, NoReturn, ParamSpec, Protocol
+
+from moeflow import options
 
 
 class Artifact(Protocol):
@@ -102,7 +108,7 @@ class Resources:
             raise ValueError(f"settings={dict(self.settings)} and device={self.device} are for gangs; say processes=1 or more")
         if self.processes and self.cpus <= 0:
             raise ValueError(f"cpus={self.cpus}: each process of a gang holds some; say cpus=1")
-        object.__setattr__(self, "settings", _plain("resources", {"settings": dict(self.settings)})["settings"])
+        object.__setattr__(self, "settings", _plain("resources", "settings", dict(self.settings)))
 
 
 @dataclass(frozen=True)
@@ -116,8 +122,34 @@ class Spec:
     notes: tuple[str, ...] = ()
 
 
+class Promise:
+    """An artifact that does not exist yet, as a graph function hands it on: whoever reads it before it is there is told so."""
+
+    @property
+    def key(self) -> str:
+        raise NotImplementedError
+
+    def _early(self) -> NoReturn:
+        raise TypeError(f"{self.key} is a promise: its files are there when the graph has run, for the steps that take it as input")
+
+    def names(self) -> list[str]:
+        self._early()
+
+    def size(self, name: str) -> int:
+        self._early()
+
+    def file(self, name: str) -> Path:
+        self._early()
+
+    def read(self, name: str, start: int, stop: int) -> bytes:
+        self._early()
+
+    def folder(self) -> Path:
+        self._early()
+
+
 @dataclass(frozen=True, eq=False)
-class Part:
+class Part(Promise):
     """Those files of a step's output whose names begin with `prefix`, as an input of their own.
 
     A step that reads only a part is not run again when another part of the same output changes.
@@ -135,13 +167,18 @@ class Part:
         return self.step.spec
 
 
+Slots = tuple[tuple[str, int | None], ...]
+"""The names of a step's inputs in their order, each with how many artifacts it is; None: one, not a tuple."""
+
+
 @dataclass(frozen=True, eq=False)
-class Step:
+class Step(Promise):
     name: str
     version: int
     fn: Callable[..., None]
-    inputs: tuple["Step | Part", ...] = ()
-    params: dict[str, Any] = field(default_factory=dict)
+    inputs: tuple["Step | Part", ...] = ()  # one after the other
+    slots: Slots = ()  # which of them has which name
+    params: dict[str, Any] = field(default_factory=dict)  # as they stand in the key
     resources: Resources = field(default_factory=Resources)
     describe: Callable[..., Spec] | None = None
     reports: tuple["Step", ...] = ()
@@ -155,7 +192,8 @@ class Step:
         """What the step's `spec` function says; raises what it raises where the combination cannot work."""
         if self.describe is None:
             return Spec()
-        return self.describe(*(i.spec.output for i in self.inputs), **self.params)
+        args, params = arguments(self.fn, self.slots, [i.spec.output for i in self.inputs], self.params)
+        return self.describe(*args, **params)
 
     @cached_property
     def source(self) -> str:
@@ -184,40 +222,91 @@ class Step:
         return made
 
     def _digest(self, inputs: list[str]) -> str:
-        recipe = {"step": self.name, "version": self.version, "params": self.params, "inputs": inputs}
-        return hashlib.sha256(b"moeflow.step/1\n" + canonical(recipe)).hexdigest()[:32]
+        recipe = {"step": self.name, "version": self.version, "params": self.params, "inputs": grouped(self.slots, inputs)}
+        return hashlib.sha256(b"moeflow.step/2\n" + canonical(recipe)).hexdigest()[:32]
+
+
+P = ParamSpec("P")
 
 
 def step(
     name: str, *, version: int, spec: Callable[..., Spec] | None = None, **resources: Any
-) -> Callable[[Callable[..., None]], Callable[..., Step]]:
-    """Mark `fn(context, *artifacts, **params)` as a step.
+) -> Callable[[Callable[Concatenate[Context, P], None]], Callable[P, Step]]:
+    """Mark `fn(context, input, ..., *, parameter, ...)` as a step.
 
-    Positional arguments are artifacts, keyword-only arguments are parameters. Raise `version` whenever the same arguments
-    must give another output. `spec(*outputs, **params)` receives the `output` of each input's spec and the parameters, and
-    says what the result will be; it raises ValueError where the combination cannot work, and it is asked at once.
+    Raise `version` whenever the same arguments must give another output. `spec` has the function's own signature but for the
+    context: in the place of each input it receives the `output` of that input's spec. It says what the result will be, raises
+    ValueError where the combination cannot work, and is asked at once.
     """
 
-    def mark(fn: Callable[..., None]) -> Callable[..., Step]:
-        signature = inspect.signature(fn)
+    def mark(fn: Callable[Concatenate[Context, P], None]) -> Callable[P, Step]:
+        signature, kinds = _declared(fn)
 
         @wraps(fn)
-        def build(*inputs: Step | Part, **params: Any) -> Step:
-            for i in inputs:
-                if not isinstance(i, Step | Part):
-                    raise TypeError(f"{name}: positional arguments are steps, parameters go by keyword; got {i!r}")
+        def build(*args: P.args, **kwargs: P.kwargs) -> Step:
             try:
-                bound = signature.bind(None, *inputs, **params)
+                bound = signature.bind(None, *args, **kwargs)
             except TypeError as error:
                 raise TypeError(f"{name}: {error}") from None
             bound.apply_defaults()
-            made = Step(name, version, fn, inputs, _plain(name, bound.kwargs), Resources(**resources), spec)
+            inputs, slots, params = [], [], {}
+            for at, parameter in enumerate(signature.parameters.values()):
+                value = bound.arguments[parameter.name]
+                if parameter.kind is parameter.KEYWORD_ONLY:
+                    params[parameter.name] = _plain(name, parameter.name, value, kinds.get(parameter.name))
+                elif at and (several := _inputs(name, parameter.name, value)) is not None:
+                    slots.append((parameter.name, len(several) if isinstance(value, tuple | list) else None))
+                    inputs.extend(several)
+            made = Step(name, version, fn, tuple(inputs), tuple(slots), params, Resources(**resources), spec)
             _ = made.key, made.spec  # refuse here what cannot work, with the caller's line in the traceback
             return made
 
         return build
 
     return mark
+
+
+@cache
+def _declared(fn: Callable[..., None]) -> tuple[inspect.Signature, dict[str, Any]]:
+    return inspect.signature(fn), typing.get_type_hints(fn)
+
+
+def _inputs(name: str, slot: str, value: Any) -> list[Step | Part] | None:
+    """The steps that are one input; None where it is absent."""
+    several = list(value) if isinstance(value, tuple | list) else [] if value is None else [value]
+    for one in several:
+        if not isinstance(one, Step | Part):
+            raise TypeError(f"{name}: the input {slot} is made of steps, parameters go by keyword; got {one!r}")
+    return several or None
+
+
+def grouped(slots: Slots, values: Sequence[Any]) -> dict[str, Any]:
+    """Values that stand for the inputs one after the other, by the inputs' names: each one value, or a list of them."""
+    found, at = {}, 0
+    for name, count in slots:
+        found[name] = values[at] if count is None else list(values[at : at + count])
+        at += 1 if count is None else count
+    return found
+
+
+def arguments(
+    fn: Callable[..., None], slots: Slots, inputs: Sequence[Any], params: Mapping[str, Any]
+) -> tuple[list[Any], dict[str, Any]]:
+    """What a step's function (behind its context) and its spec are called with: positional and by keyword.
+
+    `inputs`: one value for each artifact. Options are values again.
+    """
+    signature, kinds = _declared(fn)
+    held = grouped(slots, inputs)
+    args: list[Any] = []
+    for parameter in list(signature.parameters.values())[1:]:
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            args += held.get(parameter.name, ())
+        elif parameter.kind is not parameter.KEYWORD_ONLY:
+            value = held.get(parameter.name, None if parameter.default is parameter.empty else parameter.default)
+            several = isinstance(value, list) or "tuple" in str(kinds.get(parameter.name))
+            args.append(tuple(value or ()) if several else value)
+    return args, {name: options.restored(value, kinds.get(name)) for name, value in params.items()}
 
 
 def upstream(targets: Iterable[Step]) -> list[Step]:
@@ -294,17 +383,15 @@ def _imports(text: str, package: str, root: Path) -> frozenset[Path]:
     return frozenset(f for m in modules for f in (m.with_suffix(".py"), m / "__init__.py") if f.is_file())
 
 
-def _plain(name: str, params: dict[str, Any]) -> dict[str, Any]:
-    """`params` as JSON would return them, so that a function receives exactly what was hashed."""
-    for key, value in params.items():
-        try:
-            plain = json.loads(canonical(value))
-        except (TypeError, ValueError) as error:
-            raise TypeError(
-                f"{name}: parameter {key}={value!r} has no stable form ({error}); pass plain JSON values: "
-                "numbers, strings, lists, and dictionaries with string keys"
-            ) from None
-        if isinstance(value, dict) and any(not isinstance(k, str) for k in value):
-            raise TypeError(f"{name}: parameter {key}={value!r} has keys that are no strings; pass a list of pairs instead")
-        params = {**params, key: plain}
-    return params
+def _plain(name: str, key: str, value: Any, kind: Any = None) -> Any:
+    """A parameter as JSON would return it, so that a function receives exactly what was hashed."""
+    try:
+        found = json.loads(canonical(options.plain(value, kind)))
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"{name}: parameter {key}={value!r} has no stable form ({error}); pass plain JSON values: "
+            "numbers, strings, lists, dictionaries with string keys, and options made of these"
+        ) from None
+    if isinstance(value, dict) and any(not isinstance(k, str) for k in value):
+        raise TypeError(f"{name}: parameter {key}={value!r} has keys that are no strings; pass a list of pairs instead")
+    return found

@@ -10,12 +10,12 @@ expert; `-p skip=1.7` sets how many experts a token has on average.
 """
 
 from moeflow.cli import main
-from moeflow.methods import calibrate, drop, evaluate, fetch, skipping
-from moeflow.methods import search as searches
-from moeflow.methods import tokens as text
+from moeflow.methods.calibrate import steps as calibrate
+from moeflow.methods.checkpoint import steps as checkpoint
+from moeflow.methods.data import steps as data
+from moeflow.methods.recipes import compare, naee
+from moeflow.sources import Source, Texts
 from moeflow.step import Step
-from moeflow.store.sources import Source
-from moeflow.store.texts import Texts
 
 MODEL = "mistralai/Mixtral-8x7B-v0.1"
 C4 = "hf://datasets/allenai/c4@main/en/c4-train.00000-of-01024.json.gz#text"
@@ -38,14 +38,14 @@ def build(
     dtype: str = "auto",
     seed: int = 42,
 ) -> Step:
-    original = fetch.pinned(model)
-    matrix = text.of(tokens, original, sequences=sequences, length=length, seed=seed, bos=True, group=1000)
+    original = checkpoint.pinned(model)
+    matrix = data.tokens(tokens, original, sequences=sequences, length=length, seed=seed, bos=True, group=1000)
     passed = {"batch": batch, "shard": 4 * batch, "stage": 8, "dtype": dtype}
     seen = calibrate.run(original, matrix, **passed)
-    pruned = searches.named(search)(seen, keep=keep, loss=loss, seed=seed)
-    served = skipping.stage(skip)(pruned, matrix, **passed)
-    reports = evaluate.compare(seen, served, heldout=heldout, sequences=heldout_sequences, length=length)
-    return drop.checkpoint_of(served).reporting(*reports)
+    pruned = naee.named(search)(seen, keep=keep, loss=loss, seed=seed)
+    served = naee.skipped(skip)(pruned, matrix, **passed)
+    reports = compare.compare(seen, served, heldout=heldout, sequences=heldout_sequences, length=length)
+    return checkpoint.checkpoint_of(served).reporting(*reports)
 
 
 if __name__ == "__main__":

@@ -15,12 +15,14 @@ from functools import partial
 from mixtral import C4, MODEL, WIKITEXT2
 
 from moeflow.cli import main
-from moeflow.methods import calibrate, compress, drop, evaluate, examples, fetch, finetune
-from moeflow.methods import tokens as matrices
-from moeflow.methods.recipe import Gang
+from moeflow.methods.calibrate import steps as calibrate
+from moeflow.methods.checkpoint import steps as checkpoint
+from moeflow.methods.data import steps as data_
+from moeflow.methods.finetune.recipe import Gang
+from moeflow.methods.recipes import compare, moei2
+from moeflow.methods.recipes import tune as tune_
+from moeflow.sources import Source, Texts
 from moeflow.step import Step
-from moeflow.store.sources import Source
-from moeflow.store.texts import Texts
 
 
 def build(
@@ -68,27 +70,27 @@ def build(
     dtype: str = "auto",
     seed: int = 42,
 ) -> Step:
-    original = fetch.pinned(model)
-    matrix = matrices.of(tokens, original, sequences=sequences, length=length, seed=seed, bos=bos, group=1000)
+    original = checkpoint.pinned(model)
+    matrix = data_.tokens(tokens, original, sequences=sequences, length=length, seed=seed, bos=bos, group=1000)
     recorded = {"batch": batch, "shard": 4 * batch, "stage": 3, "record": record, "per_expert": per_expert, "dtype": dtype}
     seen = calibrate.run(original, matrix, **recorded)
-    pruned = compress.prune(
+    pruned = moei2.prune(
         seen, keep=1 - dropped, counts=counts, search=search, importance=importance, best=best, block=block, inputs=inputs,
         population=population, generations=generations, legal=legal, divisor=divisor, measured=measured, seed=seed,
     )  # fmt: skip
     again = calibrate.run(pruned, matrix, **recorded)
-    small = compress.decompose(
-        again, ratio=compress.ratio_left(removed, dropped), ranks=ranks, svd=svd, importance=importance, alpha=alpha,
+    small = moei2.decompose(
+        again, ratio=moei2.ratio_left(removed, dropped), ranks=ranks, svd=svd, importance=importance, alpha=alpha,
         multiple=multiple, least=least, policy=policy, measured=measured,
     )  # fmt: skip
-    data = partial(examples.of, text, original, sequences=rows, length=length, seed=seed, bos=bos, repeat=True)
-    tuned = finetune.stage(tune)(
+    data = partial(data_.examples, text, original, sequences=rows, length=length, seed=seed, bos=bos, repeat=True)
+    tuned = tune_.stage(tune)(
         small, data, targets=("attention", "experts"), rank=rank, alpha=2.0 * rank, steps=round(epochs * rows / tuned_batch),
         batch=tuned_batch, rate=rate, dtype=dtype, seed=seed,
         gang=Gang(processes, zero=zero, offload=offload, checkpointing=True, device_memory=int(device_memory)),
     )  # fmt: skip
-    reports = evaluate.compare(seen, tuned.model, heldout=heldout, sequences=heldout_sequences, length=length)
-    return drop.checkpoint_of(tuned.model).reporting(*tuned.reports, *reports)
+    reports = compare.compare(seen, tuned.model, heldout=heldout, sequences=heldout_sequences, length=length)
+    return checkpoint.checkpoint_of(tuned.model).reporting(*tuned.reports, *reports)
 
 
 if __name__ == "__main__":

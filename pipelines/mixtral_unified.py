@@ -15,11 +15,12 @@ factors: closer to the original than fewer bits at the same bytes (benchmarks/RE
 from mixtral import C4, MODEL, WIKITEXT2
 
 from moeflow.cli import main
-from moeflow.methods import calibrate, drop, evaluate, fetch, unified
-from moeflow.methods import tokens as text
+from moeflow.methods.calibrate import steps as calibrate
+from moeflow.methods.checkpoint import steps as checkpoint
+from moeflow.methods.data import steps as data
+from moeflow.methods.recipes import compare, unified
+from moeflow.sources import Source, Texts
 from moeflow.step import Step
-from moeflow.store.sources import Source
-from moeflow.store.texts import Texts
 
 
 def build(
@@ -48,16 +49,16 @@ def build(
     dtype: str = "auto",
     seed: int = 42,
 ) -> Step:
-    original = fetch.pinned(model)
-    matrix = text.of(tokens, original, sequences=sequences, length=length, seed=seed, bos=bos, group=1000)
+    original = checkpoint.pinned(model)
+    matrix = data.tokens(tokens, original, sequences=sequences, length=length, seed=seed, bos=bos, group=1000)
     passed = {"batch": batch, "shard": 4 * batch, "stage": 8, "record": record, "per_expert": per_expert, "dtype": dtype}
     small = unified.compress(
         original, matrix, order=order, trim=trim, dropped=dropped, slim=slim, calibration=passed,
         ratio=ratio, pattern=pattern, bits=bits, group=group, inputs=inputs, shared=shared, tasks=tasks,
     )  # fmt: skip
     seen = calibrate.run(original, matrix, **passed)
-    reports = evaluate.compare(seen, small, heldout=heldout, sequences=heldout_sequences, length=length)
-    return drop.checkpoint_of(small).reporting(*reports)
+    reports = compare.compare(seen, small, heldout=heldout, sequences=heldout_sequences, length=length)
+    return checkpoint.checkpoint_of(small).reporting(*reports)
 
 
 if __name__ == "__main__":

@@ -13,12 +13,14 @@ What moeflow puts beside it: `-p train=compressed_experts` trains the vectors al
 from mixtral import WIKITEXT2
 
 from moeflow.cli import main
-from moeflow.methods import calibrate, compressed_experts, distill, drop, evaluate, examples, fetch, finetune
-from moeflow.methods import tokens as text_
-from moeflow.methods.recipe import Gang
+from moeflow.methods.calibrate import steps as calibrate
+from moeflow.methods.checkpoint import steps as checkpoint
+from moeflow.methods.data import steps as data_
+from moeflow.methods.fewer_active import steps as fewer_active
+from moeflow.methods.finetune.recipe import Gang
+from moeflow.methods.recipes import compare, tune
+from moeflow.sources import Source, Texts
 from moeflow.step import Step
-from moeflow.store.sources import Source
-from moeflow.store.texts import Texts
 
 
 def build(
@@ -47,19 +49,19 @@ def build(
     dtype: str = "auto",
     seed: int = 42,
 ) -> Step:
-    original = fetch.pinned(model)
-    data = examples.of(text, original, sequences=rows, length=length, seed=seed, bos=bos, repeat=True)
-    attached = compressed_experts.attach(original, main=computed, form=form)
-    tuned = finetune.tune(
-        attached, data, mode=train, loss=loss, teacher=distill.teachers(loss)(original, data, dtype=dtype),
+    original = checkpoint.pinned(model)
+    data = data_.examples(text, original, sequences=rows, length=length, seed=seed, bos=bos, repeat=True)
+    attached = fewer_active.attach(original, main=computed, form=form)
+    tuned = tune.tune(
+        attached, data, mode=train, loss=loss, teacher=tune.teachers(loss)(original, data, dtype=dtype),
         steps=round(epochs * rows / batch), batch=batch, rate=rate, warmup=warmup, dtype=dtype, seed=seed,
         deepspeed=deepspeed or None,
         gang=Gang(processes, zero=zero, micro=micro, offload=offload, checkpointing=True, device_memory=int(device_memory)),
     )  # fmt: skip
-    matrix = text_.of(heldout, original, sequences=8, length=length, seed=seed, bos=bos)
+    matrix = data_.tokens(heldout, original, sequences=8, length=length, seed=seed, bos=bos)
     seen = calibrate.run(original, matrix, batch=8, shard=32, record=0, dtype=dtype)
-    reports = evaluate.compare(seen, tuned.model, heldout=heldout, sequences=heldout_sequences, length=length)
-    return drop.checkpoint_of(tuned.model).reporting(*tuned.reports, *reports)
+    reports = compare.compare(seen, tuned.model, heldout=heldout, sequences=heldout_sequences, length=length)
+    return checkpoint.checkpoint_of(tuned.model).reporting(*tuned.reports, *reports)
 
 
 if __name__ == "__main__":

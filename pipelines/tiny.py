@@ -6,10 +6,12 @@ The same graph as `mixtral.py`, on a model that a step of the graph trains.
 """
 
 from moeflow.cli import main
-from moeflow.methods import calibrate, drop, evaluate, pretrain, search
-from moeflow.methods import tokens as text
+from moeflow.methods.calibrate import steps as calibrate
+from moeflow.methods.checkpoint import steps as checkpoint
+from moeflow.methods.data import steps as data
+from moeflow.methods.recipes import compare, naee, pretrained
+from moeflow.sources import Texts
 from moeflow.step import Step
-from moeflow.store.texts import Texts
 
 TRAINED_ON = "python:stdlib/[!s-z]*.py"
 HELD_OUT = "python:stdlib/[s-z]*.py"
@@ -24,12 +26,12 @@ def build(
     loss: str = "frobenius",
     seed: int = 0,
 ) -> Step:
-    original = pretrain.mixtral(texts, steps=steps, seed=seed)
-    matrix = text.of(texts, original, sequences=64, length=128, seed=seed)
+    original = pretrained.mixtral(texts, steps=steps, seed=seed)
+    matrix = data.tokens(texts, original, sequences=64, length=128, seed=seed)
     seen = calibrate.run(original, matrix, batch=8, shard=32, stage=2)
-    pruned = search.layerwise(seen, keep=keep, loss=loss, seed=seed)
-    reports = evaluate.compare(seen, pruned, heldout=heldout, sequences=64, length=128)
-    return drop.checkpoint_of(pruned).reporting(*reports)
+    pruned = naee.layerwise(seen, keep=keep, loss=loss, seed=seed)
+    reports = compare.compare(seen, pruned, heldout=heldout, sequences=64, length=128)
+    return checkpoint.checkpoint_of(pruned).reporting(*reports)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,19 @@
 """A pipeline for tests: three shards of tokens by three stages of one layer, then the exact search."""
 
 from moeflow.cli import main
-from moeflow.methods import calibrate, drop, fetch, search
-from moeflow.methods import tokens as text
+from moeflow.methods.calibrate import steps as calibrate
+from moeflow.methods.checkpoint import steps as checkpoint
+from moeflow.methods.data import steps as data
+from moeflow.methods.recipes import naee
+from moeflow.sources import Source, Texts
 from moeflow.step import Step
-from moeflow.store.sources import Source
-from moeflow.store.texts import Texts
 
 
 def build(model: Source, *, tokens: Texts, keep: int = 6) -> Step:
-    original = fetch.pinned(model)
-    matrix = text.of(tokens, original, sequences=12, length=16)
+    original = checkpoint.pinned(model)
+    matrix = data.tokens(tokens, original, sequences=12, length=16)
     seen = calibrate.run(original, matrix, batch=2, shard=4, stage=1)
-    return drop.checkpoint_of(search.layerwise(seen, keep=keep))
+    return checkpoint.checkpoint_of(naee.layerwise(seen, keep=keep))
 
 
 if __name__ == "__main__":

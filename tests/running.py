@@ -6,14 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from moeflow.methods import fetch
-from moeflow.methods.fetch import Model
+from moeflow.methods.checkpoint import steps as checkpoint
+from moeflow.methods.graph import Model
 from moeflow.run import in_process
 from moeflow.run.outcome import Outcome
+from moeflow.sources import Texts, pin
 from moeflow.step import Resources, Step, placed, upstream
 from moeflow.store import Store
-from moeflow.store.sources import pin
-from moeflow.store.texts import Texts
 
 SHARED = Path(__file__).parents[2] / "shared"
 
@@ -32,7 +31,7 @@ def alone(step: Step) -> Step:
 
 
 def model_in(folder: Path, **options: Any) -> Model:
-    return fetch.pinned(pin(str(folder), kind="model"), **options)
+    return checkpoint.pinned(pin(str(folder), kind="model"), **options)
 
 
 def matrix_of(folder: Path, *, sequences: int = 8, length: int = 16, vocabulary: int = 96, seed: int = 0) -> Texts:
@@ -44,7 +43,7 @@ def matrix_of(folder: Path, *, sequences: int = 8, length: int = 16, vocabulary:
 
 def choices(store: Store, target: Step) -> dict[int, dict[str, Any]]:
     """What was chosen for each layer on the way to a checkpoint."""
-    made = [s for s in upstream([target]) if s.name == "search.choose"]
+    made = [s for s in upstream([target]) if s.name == "prune.choose"]
     return {s.params["layer"]: json.loads(store.artifact(s.key).file("choice.json").read_text()) for s in made}
 
 

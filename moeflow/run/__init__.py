@@ -1,7 +1,6 @@
 """Runners: they take a graph of steps and a store, and leave what is missing in the store.
 
-They know neither torch nor models; `ray` is imported only in `on_ray.py`, `gang_on_ray.py`, `tasks.py`, `board.py`, `nodes.py`
-and `travel.py`.
+They know neither torch nor models; `ray` is imported only in the folder `ray`.
 """
 
 from moeflow.run.options import Options

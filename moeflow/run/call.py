@@ -1,11 +1,12 @@
 """One step as it travels to a worker: its function, parameters and its inputs' keys, not the graph behind them."""
 
+import copy
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moeflow.step import Resources, Step
+from moeflow.step import Resources, Slots, Step, arguments
 
 PACKAGE = __name__.partition(".")[0]
 
@@ -37,6 +38,7 @@ class Call:
     key: str
     content: str
     inputs: tuple[Input, ...]
+    slots: Slots
     resources: Resources
     source: str
     parts: tuple[str, ...] = ()  # prefixes of the output whose digests are wanted
@@ -53,6 +55,7 @@ class Call:
             step.key,
             step.content(digests),
             inputs,
+            step.slots,
             step.resources,
             source,
             tuple(parts),
@@ -65,6 +68,10 @@ class Call:
         module, _, name = self.code.partition(":")
         function: Callable[..., None] = getattr(importlib.import_module(module), name).__wrapped__
         return function
+
+    def arguments(self, inputs: Sequence[Any]) -> tuple[list[Any], dict[str, Any]]:
+        """What the function is called with behind its context, given its input artifacts one after the other."""
+        return arguments(self.function, self.slots, inputs, copy.deepcopy(self.params))
 
     @property
     def threads(self) -> int:

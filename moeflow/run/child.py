@@ -37,7 +37,7 @@ def main(parent: Connection) -> None:
     try:
         done = take_part(pickle.loads(packed), store, told, gang, rank=rank, local_rank=rank)
     except BaseException as error:  # SystemExit, too: the parent waits for a word
-        from moeflow.run.travel import packed_error  # here: it imports ray
+        from moeflow.run.ray.travel import packed_error  # here: it imports ray
 
         told.tell("failed", packed_error(error), torn(error))
         threading.Event().wait()  # for the end: were it to go now, its peers would only say that they lost it

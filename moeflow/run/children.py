@@ -89,7 +89,7 @@ def _children(call: Call, store: Store, gang: Gang) -> Iterator[list[_Child]]:
             if isinstance(call.code, str):
                 packed = pickle.dumps(call)
             else:
-                from moeflow.run.travel import packed as pack  # here: it imports ray
+                from moeflow.run.ray.travel import packed as pack  # here: it imports ray
 
                 packed = pack(call)
             for child in children:

@@ -1,6 +1,6 @@
 """One process of a gang: what it is given, what it keeps, and whether its end is its own fault or a peer's.
 
-Knows neither Ray nor torch, nor who starts the processes: `children.py` does on this machine, `gang_on_ray.py` on a cluster.
+Knows neither Ray nor torch, nor who starts the processes: `children.py` does on this machine, `ray/gang.py` on a cluster.
 """
 
 import fcntl

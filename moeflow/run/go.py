@@ -62,7 +62,7 @@ def go(prepared: Prepared, *, progress: Show, options: Options, record: Mapping[
     """Run what is missing and publish the target; what happened, and the number of the version. Raises StepFailed."""
     run = in_process.run
     if prepared.runner is Runner.ray and prepared.plan.keys("run"):
-        from moeflow.run import on_ray  # here, because importing ray takes longer than a run that has nothing to do
+        from moeflow.run.ray import runner as on_ray  # here, because importing ray takes longer than a run that has nothing to do
 
         run = on_ray.run
     outcome = run(prepared.targets, prepared.store, progress=progress, options=options, index=prepared.index)

@@ -1,6 +1,5 @@
 """Run one step whose inputs are stored, here and now, and store what it leaves. Knows no graph and no cluster."""
 
-import copy
 import errno
 import shutil
 import sys
@@ -133,7 +132,8 @@ def carry_out(function: Callable[..., None], call: Call, store: Store, context: 
     """Run the step's function here and now; the seconds it took. Raises what it raises, and StoreError."""
     began = time.monotonic()
     with threads(call.threads), _room(store.cache):
-        function(context, *context.inputs, **copy.deepcopy(call.params))
+        args, params = call.arguments(context.inputs)
+        function(context, *args, **params)
     return time.monotonic() - began
 
 

@@ -14,11 +14,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from moeflow import sources
 from moeflow.run.outcome import describe
+from moeflow.sources import Source, Texts
 from moeflow.step import Step
-from moeflow.store import sources
-from moeflow.store.sources import Source
-from moeflow.store.texts import Texts
 
 WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 

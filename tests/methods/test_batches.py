@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from moeflow.methods.batches import batch_of, dealt
-from moeflow.methods.curve import Curve
-from moeflow.methods.distilling import divergence
-from moeflow.methods.recipe import divisors
+from moeflow.methods.finetune.batches import batch_of, dealt
+from moeflow.methods.finetune.curve import Curve
+from moeflow.methods.finetune.recipe import divisors
+from moeflow.methods.finetune.teacher import divergence
 from tests.methods.test_deepspeed_config import RECIPE
 
 

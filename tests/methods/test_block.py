@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from moeflow.arch import arch_of
-from moeflow.methods import reception
+from moeflow.methods.prune import reception
 from moeflow.model.checkpoint import Tensors, read_moe, save
 from moeflow.model.layout import Folder, headers, kept, read_config
 from moeflow.model.passes import stream_of

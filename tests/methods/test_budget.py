@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from moeflow.methods import budget
+from moeflow.methods.prune import counts as counts_
+from moeflow.methods.prune import steps as prune
 from moeflow.step import Spec, Step, step
 from moeflow.store import Store
 from tests import running, tiny
@@ -43,7 +44,7 @@ def test_the_exact_counts_are_those_of_trying_all(tmp_path: Path) -> None:
         cost = [{n: curves[str(i)].get(str(n), 0.0) for n in legal[str(i)]} for i in range(3)]
         for total in {sum(rng.choice(legal[str(i)]) for i in range(3)) for _ in range(3)}:
             found = counts(
-                store, budget.exact(curves_of(value=curves), legal=legal, experts={str(i): 8 for i in range(3)}, total=total)
+                store, prune.counts_exact(curves_of(value=curves), legal=legal, experts={str(i): 8 for i in range(3)}, total=total)
             )
             every = [c for c in itertools.product(*(legal[str(i)] for i in range(3))) if sum(c) == total]
             best = min(sum(cost[i][n] for i, n in enumerate(c)) for c in every)
@@ -55,22 +56,22 @@ def test_between_measured_counts_the_curve_is_a_straight_line_that_ends_at_zero(
     # by the line, the first layer's cost at 5 is 1.5 and at 6 it is 1.0; the second's is 0.9 at 6
     value = {"0": {"2": 3.0, "4": 2.0}, "1": {"4": 1.8}}
     legal = {str(i): [4, 5, 6, 7, 8] for i in range(2)}
-    target = budget.exact(curves_of(value=value), legal=legal, experts={"0": 8, "1": 8}, total=12)
+    target = prune.counts_exact(curves_of(value=value), legal=legal, experts={"0": 8, "1": 8}, total=12)
     assert counts(running.store_in(tmp_path), target) == {0: 8, 1: 4}
 
 
 def test_by_the_papers_rule_the_less_important_layer_loses_more_and_none_more_than_it_can(tmp_path: Path) -> None:
     store, legal = running.store_in(tmp_path), {str(i): [2, 3, 4, 5, 6, 7, 8] for i in range(3)}
     layers = [importance_of(layer=i, importance=[v] * 8) for i, v in enumerate((0.1, 0.2, 0.4))]
-    found = counts(store, budget.paper(*layers, legal=legal, experts=EIGHT, total=17))
+    found = counts(store, prune.counts_paper(*layers, legal=legal, experts=EIGHT, total=17))
     # 7 go: in proportion to 1/0.1, 1/0.2, 1/0.4 that is 4, 2 and 1
     assert found == {0: 4, 1: 6, 2: 7}
     extreme = [importance_of(layer=i, importance=[v] * 8) for i, v in enumerate((1e-6, 1.0, 1.0))]
-    assert counts(store, budget.paper(*extreme, legal=legal, experts=EIGHT, total=14)) == {0: 2, 1: 6, 2: 6}
+    assert counts(store, prune.counts_paper(*extreme, legal=legal, experts=EIGHT, total=14)) == {0: 2, 1: 6, 2: 6}
 
 
 def test_a_layer_that_has_one_legal_count_takes_part(tmp_path: Path) -> None:
-    target = budget.exact(
+    target = prune.counts_exact(
         curves_of(value={"0": {"2": 3.0, "6": 1.0}}), legal={"0": [2, 6, 8], "1": [8]}, experts={"0": 8, "1": 8}, total=14
     )
     store = running.store_in(tmp_path)
@@ -81,9 +82,9 @@ def test_a_layer_that_has_one_legal_count_takes_part(tmp_path: Path) -> None:
 
 def test_a_total_that_no_counts_add_up_to_names_the_nearest() -> None:
     with pytest.raises(ValueError, match=r"no legal counts add up to 15 experts; nearest: 14 or 16"):
-        budget.check_total(15, {0: [4, 6, 8], 1: [4, 6, 8]})
+        counts_.check_total(15, {0: [4, 6, 8], 1: [4, 6, 8]})
     with pytest.raises(ValueError, match=r"add up to 3 experts; nearest: 8"):
-        budget.check_total(3, {0: [4, 6, 8], 1: [4, 6, 8]})
+        counts_.check_total(3, {0: [4, 6, 8], 1: [4, 6, 8]})
 
 
 @pytest.mark.parametrize(
@@ -101,21 +102,21 @@ def test_legal_counts_are_what_router_kernels_and_protection_leave(
     family: str, given: dict, expected: list[int], tmp_path: Path
 ) -> None:
     model = running.model_in(tiny.write(family, tmp_path / "model"))
-    assert budget.legal_counts(model, **given)[model.moe_layers[0] if family != "mixtral" else 0] == expected
+    assert counts_.legal_counts(model, **given)[model.moe_layers[0] if family != "mixtral" else 0] == expected
 
 
 def test_a_budget_is_the_same_in_experts_parameters_and_bytes(tmp_path: Path) -> None:
     model = running.model_in(tiny.write("mixtral", tmp_path / "model"))
     each = 3 * 48 * 32  # gate, up and down of one expert in fp32
-    assert budget.total_experts(model, 0.75) == 18
-    assert budget.total_experts(model, 18) == 18
-    assert budget.total_experts(model, 18 * each, "parameters") == 18
-    assert budget.total_experts(model, 18 * each * 4, "bytes") == 18
-    assert budget.total_experts(model, 18 * each * 4 - 1, "bytes") == 17
+    assert counts_.total_experts(model, 0.75) == 18
+    assert counts_.total_experts(model, 18) == 18
+    assert counts_.total_experts(model, 18 * each, "parameters") == 18
+    assert counts_.total_experts(model, 18 * each * 4, "bytes") == 18
+    assert counts_.total_experts(model, 18 * each * 4 - 1, "bytes") == 17
     with pytest.raises(ValueError, match="budget of 25 experts must lie between 0 and the 24"):
-        budget.total_experts(model, 25)
+        counts_.total_experts(model, 25)
     with pytest.raises(ValueError, match="unit='layers' is not known"):
-        budget.total_experts(model, 3, "layers")  # type: ignore[arg-type]
+        counts_.total_experts(model, 3, "layers")  # type: ignore[arg-type]
 
 
 def test_no_legal_count_is_an_error_that_says_why(tmp_path: Path) -> None:
@@ -123,4 +124,4 @@ def test_no_legal_count_is_an_error_that_says_why(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"layer 0 can keep 2 to 8 of its 8 experts, but no such count is among \[5, 7\], divides by 4"
     ):
-        budget.legal_counts(model, counts=[5, 7], divisor=4)
+        counts_.legal_counts(model, counts=[5, 7], divisor=4)

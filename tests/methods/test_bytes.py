@@ -2,7 +2,10 @@
 
 from pathlib import Path
 
-from moeflow.methods import calibrate, drop, search, tokens
+from moeflow.methods.calibrate import steps as calibrate
+from moeflow.methods.checkpoint import steps as checkpoint
+from moeflow.methods.data import steps as data
+from moeflow.methods.recipes import naee
 from moeflow.run import in_process
 from moeflow.step import upstream
 from moeflow.store import Store
@@ -14,11 +17,11 @@ def test_dropping_experts_of_a_layer_reads_at_most_that_layer_s_file_and_assembl
 ) -> None:
     folder = tiny.write("mixtral", tmp_path / "model", hidden_size=128, intermediate_size=512)
     model = running.model_in(folder)
-    matrix = tokens.of(running.matrix_of(tmp_path), model, sequences=4, length=16)
-    target = drop.checkpoint_of(search.layerwise(calibrate.run(model, matrix, batch=4, shard=4), keep=6))
+    matrix = data.tokens(running.matrix_of(tmp_path), model, sequences=4, length=16)
+    target = checkpoint.checkpoint_of(naee.layerwise(calibrate.run(model, matrix, batch=4, shard=4), keep=6))
     steps = upstream([target])
-    chosen = [s for s in steps if s.name == "search.choose"]
-    dropped = [s for s in steps if s.name == "drop.experts"]
+    chosen = [s for s in steps if s.name == "prune.choose"]
+    dropped = [s for s in steps if s.name == "rewrite.experts"]
     in_process.run(chosen, Store.open(s3_url, tmp_path / "one"))
     size = model.layers[0].spec.output.nbytes
 

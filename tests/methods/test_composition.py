@@ -8,9 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from moeflow.methods import calibrate, compress, compressed_experts, drop, search, skipping, slim, tokens, trim
-from moeflow.methods.calibrate import Calibration
-from moeflow.methods.fetch import Model
+from moeflow.methods.calibrate import steps as calibrate
+from moeflow.methods.checkpoint import steps as checkpoint
+from moeflow.methods.data import steps as data
+from moeflow.methods.fewer_active import steps as fewer_active
+from moeflow.methods.graph import Calibration, Model
+from moeflow.methods.recipes import moei2, naee, unified
+from moeflow.methods.trim import steps as trim
 from moeflow.store import Store
 from tests import tiny
 from tests.methods.test_trim import PLAIN, loaded
@@ -24,18 +28,18 @@ def experts(seen: Calibration) -> int:
 
 
 METHODS: dict[str, Callable[[Calibration], Model]] = {
-    "prune": lambda seen: search.by_criterion(seen, criterion="reap", keep=6),
-    "prune unevenly": lambda seen: compress.prune(seen, keep=experts(seen) - 4, search="swap", importance="recon", counts="paper"),
-    "decompose": lambda seen: compress.decompose(seen, ratio=0.3, ranks="uniform", multiple=4),
-    "decompose unevenly": lambda seen: compress.decompose(seen, ratio=0.3, ranks="paper", importance="recon", multiple=4),
-    "skip": lambda seen: skipping.skip(seen, active=1.5),
-    "compressed experts": lambda seen: compressed_experts.attach(seen.model),
+    "prune": lambda seen: naee.by_criterion(seen, criterion="reap", keep=6),
+    "prune unevenly": lambda seen: moei2.prune(seen, keep=experts(seen) - 4, search="swap", importance="recon", counts="paper"),
+    "decompose": lambda seen: moei2.decompose(seen, ratio=0.3, ranks="uniform", multiple=4),
+    "decompose unevenly": lambda seen: moei2.decompose(seen, ratio=0.3, ranks="paper", importance="recon", multiple=4),
+    "skip": lambda seen: fewer_active.skip(seen, active=1.5),
+    "compressed experts": lambda seen: fewer_active.attach(seen.model),
     "expert drop": lambda seen: trim.expert_drop(seen, keep=6, least=4),
     "layer drop": lambda seen: trim.layer_drop(seen, drop=1),
     "block drop": lambda seen: trim.block_drop(seen, drop=1),
-    "wanda": lambda seen: slim.slim(seen, method="wanda", pattern="0.5", inputs="parallel"),
-    "quantize": lambda seen: slim.slim(seen, method="gptq", bits=8, group=4, inputs="parallel"),
-    "awq": lambda seen: slim.slim(seen, method="awq", **FOUR),
+    "wanda": lambda seen: unified.slim(seen, method="wanda", pattern="0.5", inputs="parallel"),
+    "quantize": lambda seen: unified.slim(seen, method="gptq", bits=8, group=4, inputs="parallel"),
+    "awq": lambda seen: unified.slim(seen, method="awq", **FOUR),
 }
 SLIM = ("wanda", "quantize", "awq")
 CUT = ("decompose", "decompose unevenly")
@@ -73,7 +77,7 @@ def start(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def seen(model: Model, folder: Path) -> Calibration:
-    matrix = tokens.of(matrix_of(folder), model, sequences=8, length=16)
+    matrix = data.tokens(matrix_of(folder), model, sequences=8, length=16)
     return calibrate.run(model, matrix, batch=4, shard=8, stage=3, between=True)
 
 
@@ -92,7 +96,7 @@ def test_any_two_methods_work_or_are_refused_when_the_graph_is_built(
         why = "|".join(w for w in (reason(first, second), FAMILY_REFUSES.get(family, {}).get(second, "")) if w)
         try:
             made = METHODS[second](given)
-            target = drop.checkpoint_of(made)
+            target = checkpoint.checkpoint_of(made)
         except ValueError as error:
             assert why, f"{second} behind {first} of {family} is refused, and nothing says why: {error}"
             assert "\n" not in str(error)

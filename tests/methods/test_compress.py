@@ -14,17 +14,20 @@ from typer.testing import CliRunner
 
 from moeflow.arch import arch_of
 from moeflow.cli import app
-from moeflow.methods import calibrate, compress, drop, evaluate, tokens
-from moeflow.methods.calibrate import Calibration
-from moeflow.methods.fetch import Model
+from moeflow.methods.calibrate import steps as calibrate
+from moeflow.methods.checkpoint import steps as checkpoint
+from moeflow.methods.data import steps as data
+from moeflow.methods.graph import Calibration, Model
+from moeflow.methods.prune import genetic
+from moeflow.methods.recipes import compare, moei2
 from moeflow.model.checkpoint import Tensors, read_moe
 from moeflow.model.formats import Format, format_of
 from moeflow.model.layout import Folder, headers, read_config
 from moeflow.run.outcome import StepFailed
 from moeflow.run.plan import plan
+from moeflow.sources import Texts
 from moeflow.step import Step, upstream
 from moeflow.store import Store
-from moeflow.store.texts import Texts
 from tests import running, tiny
 
 OURS: dict[str, Any] = {"counts": "exact", "search": "swap"}
@@ -32,16 +35,16 @@ PAPER: dict[str, Any] = {"counts": "paper", "search": "genetic", "block": 2, "be
 
 
 def calibrated(model: Model, folder: Path) -> Calibration:
-    matrix = tokens.of(running.matrix_of(folder), model, sequences=8, length=16)
+    matrix = data.tokens(running.matrix_of(folder), model, sequences=8, length=16)
     return calibrate.run(model, matrix, batch=2, shard=4, stage=2)
 
 
 def whole(model: Model, folder: Path, *, ratio: float, how: dict[str, Any], cut: dict[str, Any]) -> Step:
     seen = calibrated(model, folder)
-    pruned = compress.prune(seen, keep=0.75, **how)
-    small = compress.decompose(calibrated(pruned, folder), ratio=ratio, **cut)
-    compared = evaluate.compare(seen, small, heldout=Texts("nowhere.txt"), sequences=4, length=16)
-    return drop.checkpoint_of(small).reporting(*(r for r in compared if r.name != "evaluate.speed"))
+    pruned = moei2.prune(seen, keep=0.75, **how)
+    small = moei2.decompose(calibrated(pruned, folder), ratio=ratio, **cut)
+    compared = compare.compare(seen, small, heldout=Texts("nowhere.txt"), sequences=4, length=16)
+    return checkpoint.checkpoint_of(small).reporting(*(r for r in compared if r.name != "evaluate.speed"))
 
 
 def fetched(store: Store, target: Step, folder: Path) -> Path:
@@ -74,7 +77,7 @@ def test_what_comes_out_loads_and_is_as_far_from_the_original_as_reported(
     # a layer that keeps all its experts is the layer it was, and what depends on it only is found by its content
     assert set(planned.keys("run")) >= set(outcome.ran) and not planned.problems
     made = {s.key: s for s in outcome.steps if s.key in outcome.ran}
-    rows = [r for r in planned.rows if r.key in made and not r.name.startswith("fetch.file")]
+    rows = [r for r in planned.rows if r.key in made and not r.name.startswith("sources.file")]
     # counts and ranks are decided on the way: what a plan says of them is what their budget allows
     assert sum(r.reads for r in rows) == pytest.approx(sum(made[r.key].reads for r in rows), rel=0.15)
     # and of forks what there can be: whether a group of a limited router can spare an expert depends on the counts
@@ -99,7 +102,7 @@ def expert_bytes(folder: Path) -> int:
 @torch.inference_mode()
 def test_full_rank_is_the_model_itself_where_it_is_forced(tmp_path: Path) -> None:
     source, store = tiny.write("mixtral", tmp_path / "model"), running.store_in(tmp_path)
-    target = drop.checkpoint_of(compress.decompose(calibrated(running.model_in(source), tmp_path), rank=32, force=True))
+    target = checkpoint.checkpoint_of(moei2.decompose(calibrated(running.model_in(source), tmp_path), rank=32, force=True))
     running.run(store, target)
     ids = torch.arange(3, 30)[None]
     folders = (source, fetched(store, target, tmp_path / "out"))
@@ -113,7 +116,7 @@ def test_bytes_are_within_the_budget_to_one_component(tmp_path: Path) -> None:
     seen = calibrated(model, tmp_path)
     before = expert_bytes(source)
     for ratio in (0.3, 0.55):
-        target = drop.checkpoint_of(compress.decompose(seen, ratio=ratio))
+        target = checkpoint.checkpoint_of(moei2.decompose(seen, ratio=ratio))
         running.run(store, target)
         out = fetched(store, target, tmp_path / f"out-{ratio}")
         component = (48 + 32) * 4
@@ -125,7 +128,7 @@ def test_bytes_are_within_the_budget_to_one_component(tmp_path: Path) -> None:
 def test_the_same_count_everywhere_and_whole_matrices_make_the_familys_own_checkpoint(tmp_path: Path) -> None:
     source = tiny.write("olmoe", tmp_path / "model")
     store = running.store_in(tmp_path)
-    target = drop.checkpoint_of(compress.prune(calibrated(running.model_in(source), tmp_path), keep=0.75, counts="uniform"))
+    target = checkpoint.checkpoint_of(moei2.prune(calibrated(running.model_in(source), tmp_path), keep=0.75, counts="uniform"))
     running.run(store, target)
     config = read_config(Folder(fetched(store, target, tmp_path / "out")))
     assert config["model_type"] == "olmoe" and config["num_experts"] == 6 and "moeflow_layers" not in config
@@ -138,7 +141,7 @@ def test_a_compressed_checkpoint_is_a_source_like_any_other(tmp_path: Path) -> N
     running.run(store, first)
     out = fetched(store, first, tmp_path / "out")
     again = running.model_in(out)
-    target = drop.checkpoint_of(compress.prune(calibrated(again, tmp_path), keep=12, counts="exact", search="enumerate"))
+    target = checkpoint.checkpoint_of(moei2.prune(calibrated(again, tmp_path), keep=12, counts="exact", search="enumerate"))
     running.run(store, target)
     found = formats(fetched(store, target, tmp_path / "again"))
     assert sum(f.experts for f in found.values()) == 12 and all(f.low_rank for f in found.values())
@@ -162,7 +165,7 @@ def test_a_layers_own_best_is_what_blocks_of_one_layer_and_of_one_set_choose(tmp
     seen = calibrated(running.model_in(source), tmp_path)
 
     def chosen(**how: Any) -> dict[int, list[int]]:
-        pruned = compress.prune(seen, keep=0.5, counts="uniform", search="enumerate", **how)
+        pruned = moei2.prune(seen, keep=0.5, counts="uniform", search="enumerate", **how)
         running.run(store, *pruned.choices)
         made = [json.loads(store.artifact(c.key).file("choice.json").read_text()) for c in pruned.choices]
         return {c["layer"]: c["keep"] for c in made}
@@ -177,8 +180,8 @@ def test_an_expert_with_too_few_tokens_is_cut_by_its_weights_or_stays_whole_and_
     source, store = tiny.write("mixtral", tmp_path / "model"), running.store_in(tmp_path)
     seen = calibrated(running.model_in(source), tmp_path)
     for policy in ("vanilla", "keep"):
-        small = compress.decompose(seen, ratio=0.3, least=30, policy=policy)
-        target = drop.checkpoint_of(small)
+        small = moei2.decompose(seen, ratio=0.3, least=30, policy=policy)
+        target = checkpoint.checkpoint_of(small)
         outcome = running.run(store, target)
         told = json.loads(store.artifact(target.key).file("moeflow.json").read_text())["decomposition"]
         experts = [e for layer in told for e in layer["experts"]]
@@ -211,7 +214,7 @@ def test_an_expert_with_too_few_tokens_is_cut_by_its_weights_or_stays_whole_and_
 def test_what_cannot_work_is_refused_when_the_graph_is_built(given: dict[str, Any], said: str, tmp_path: Path) -> None:
     seen = calibrated(running.model_in(tiny.write("mixtral", tmp_path / "model")), tmp_path)
     with pytest.raises(ValueError, match=said):
-        compress.prune(seen, **given)
+        moei2.prune(seen, **given)
 
 
 @pytest.mark.parametrize(
@@ -239,12 +242,12 @@ def test_a_decomposition_that_cannot_work_is_refused_when_the_graph_is_built(
 ) -> None:
     seen = calibrated(running.model_in(tiny.write("mixtral", tmp_path / "model")), tmp_path)
     with pytest.raises(ValueError, match=said):
-        compress.decompose(seen, **given)
+        moei2.decompose(seen, **given)
 
 
 def test_a_compressed_checkpoint_with_a_damaged_factor_is_refused_before_any_work(tmp_path: Path) -> None:
     source, store = tiny.write("mixtral", tmp_path / "model"), running.store_in(tmp_path)
-    target = drop.checkpoint_of(compress.decompose(calibrated(running.model_in(source), tmp_path), ratio=0.3, ranks="uniform"))
+    target = checkpoint.checkpoint_of(moei2.decompose(calibrated(running.model_in(source), tmp_path), ratio=0.3, ranks="uniform"))
     running.run(store, target)
     out = fetched(store, target, tmp_path / "out")
     index = json.loads((out / "model.safetensors.index.json").read_text())
@@ -283,19 +286,19 @@ def test_experts_that_stay_whole_are_paid_for_by_the_others_or_the_nearest_ratio
     seen = calibrated(running.model_in(source), tmp_path)
     before = expert_bytes(source)
     for ranks in ("global", "paper"):
-        few = drop.checkpoint_of(compress.decompose(seen, ratio=0.2, least=24, policy="keep", ranks=ranks))
+        few = checkpoint.checkpoint_of(moei2.decompose(seen, ratio=0.2, least=24, policy="keep", ranks=ranks))
         running.run(store, few)
         out = fetched(store, few, tmp_path / ranks)
         assert 0 <= 0.8 * before - expert_bytes(out) < 3 * 8 * 3 * (48 + 32) * 4 * (0.2 if ranks == "paper" else 0.05)
         with pytest.raises(StepFailed, match="the nearest"):
-            running.run(store, drop.checkpoint_of(compress.decompose(seen, ratio=0.5, least=33, policy="keep", ranks=ranks)))
+            running.run(store, checkpoint.checkpoint_of(moei2.decompose(seen, ratio=0.5, least=33, policy="keep", ranks=ranks)))
 
 
 def test_a_pruned_graph_whose_counts_a_run_decides_is_not_pruned_again(tmp_path: Path) -> None:
     seen = calibrated(running.model_in(tiny.write("mixtral", tmp_path / "model")), tmp_path)
-    again = calibrated(compress.prune(seen, keep=0.75), tmp_path)
+    again = calibrated(moei2.prune(seen, keep=0.75), tmp_path)
     with pytest.raises(ValueError, match="is decided by a step of this graph; run it, pull the result and prune that"):
-        compress.prune(again, keep=0.5)
+        moei2.prune(again, keep=0.5)
 
 
 @torch.inference_mode()
@@ -303,7 +306,7 @@ def test_importance_is_what_the_output_or_the_loss_is_without_the_expert(tmp_pat
     source, store = tiny.write("qwen3_moe", tmp_path / "model"), running.store_in(tmp_path)
     model = running.model_in(source)
     seen = calibrated(model, tmp_path)
-    own, loss = (compress.IMPORTANCES[n](seen, model.moe_layers, 128)[2] for n in ("recon", "lm_loss"))
+    own, loss = (moei2.IMPORTANCES[n](seen, model.moe_layers, 128)[2] for n in ("recon", "lm_loss"))
     running.run(store, own, loss)
     recon, lm = (json.loads(store.artifact(s.key).file("importance.json").read_text()) for s in (own, loss))
     whole_model = AutoModelForCausalLM.from_pretrained(source).eval()
@@ -327,11 +330,10 @@ def test_importance_is_what_the_output_or_the_loss_is_without_the_expert(tmp_pat
 
 
 def test_a_search_that_was_killed_goes_on_to_the_same_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from moeflow.methods import genetic
 
     source = tiny.write("qwen3_moe", tmp_path / "model", num_experts=16)
     seen = calibrated(running.model_in(source), tmp_path)
-    pruned = compress.prune(seen, keep=0.5, counts="uniform", search="genetic", population=20, generations=40, best=2)
+    pruned = moei2.prune(seen, keep=0.5, counts="uniform", search="genetic", population=20, generations=40, best=2)
     undisturbed = running.store_in(tmp_path / "undisturbed")
     running.run(undisturbed, *pruned.choices)
     store, search, generations = running.store_in(tmp_path / "killed"), genetic.search, []
@@ -345,7 +347,7 @@ def test_a_search_that_was_killed_goes_on_to_the_same_choice(tmp_path: Path, mon
 
         return search(*args, save=saved, resume=resume, **more)
 
-    monkeypatch.setattr("moeflow.methods.evaluator.METHODS", {"genetic": dying})
+    monkeypatch.setattr("moeflow.methods.prune.subset_search.METHODS", {"genetic": dying})
     with pytest.raises((KeyboardInterrupt, StepFailed)):
         running.run(store, *pruned.choices)
     running.run(store, *pruned.choices)
@@ -359,12 +361,12 @@ def test_a_second_shard_of_text_adds_up(tmp_path: Path) -> None:
     """Candidates and spectra from two shards are those of one shard with the same tokens."""
     source, store = tiny.write("mixtral", tmp_path / "model"), running.store_in(tmp_path)
     model = running.model_in(source)
-    matrix = tokens.of(running.matrix_of(tmp_path), model, sequences=8, length=16)
+    matrix = data.tokens(running.matrix_of(tmp_path), model, sequences=8, length=16)
     found = []
     for shard in (4, 8):
         seen = calibrate.run(model, matrix, batch=2, shard=shard, stage=2)
-        pruned = compress.prune(seen, keep=0.75, counts="uniform", search="enumerate")
-        small = compress.decompose(seen, ratio=0.3)
+        pruned = moei2.prune(seen, keep=0.75, counts="uniform", search="enumerate")
+        small = moei2.decompose(seen, ratio=0.3)
         spectra = next(s for s in upstream([small.layers[0]]) if s.name == "decompose.spectra")
         running.run(store, pruned.choices[0], spectra)
         choice = json.loads(store.artifact(pruned.choices[0].key).file("choice.json").read_text())

@@ -13,7 +13,12 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from moeflow.arch import COMPRESSED, LAYERS, MAIN, arch_of
-from moeflow.methods import calibrate, compressed_experts, drop, search, tokens
+from moeflow.methods import graph
+from moeflow.methods.calibrate import steps as calibrate
+from moeflow.methods.checkpoint import steps as checkpoint
+from moeflow.methods.data import steps as data
+from moeflow.methods.fewer_active import steps as fewer_active
+from moeflow.methods.recipes import naee
 from moeflow.model.checkpoint import Tensors, read_moe, save
 from moeflow.model.cost import active_parameters
 from moeflow.model.layout import Folder, read_config
@@ -28,7 +33,7 @@ FORMS = ("three", "one")
 
 def attached(source: Path, out: Path, **options: Any) -> Path:
     """A checkpoint with Compressed Experts, pulled."""
-    store, target = store_in(out.parent), drop.checkpoint_of(compressed_experts.attach(model_in(source), **options))
+    store, target = store_in(out.parent), checkpoint.checkpoint_of(fewer_active.attach(model_in(source), **options))
     run(store, target)
     held = store.artifact(target.key)
     return Path(shutil.copytree(held.folder(), out))
@@ -203,10 +208,10 @@ def test_saving_and_loading_keeps_the_vectors_bit_for_bit(both: tuple[Path, Path
 def test_streaming_is_the_loaded_model(olmoe: tuple[Path, Path, Path], tmp_path: Path) -> None:
     stored = olmoe[2]
     store, model = store_in(tmp_path), model_in(stored)
-    matrix = tokens.of(matrix_of(tmp_path), model, sequences=8, length=16)
+    matrix = data.tokens(matrix_of(tmp_path), model, sequences=8, length=16)
     ends = calibrate.run(model, matrix, batch=8, shard=8, stage=2).ends
     run(store, *ends)
-    states = load_file(store.artifact(ends[0].key).file(calibrate.HIDDEN))["hidden_NLD"]
+    states = load_file(store.artifact(ends[0].key).file(graph.HIDDEN))["hidden_NLD"]
     given = torch.from_numpy(np.load(matrix_of(tmp_path).spec))
     stream = stream_of(read_config(Folder(stored)), "auto")
     with torch.inference_mode():
@@ -226,15 +231,15 @@ def test_what_cannot_be_attached_is_refused_in_one_line(olmoe: tuple[Path, Path,
     plain, neutral, _ = olmoe
     model = model_in(plain)
     with pytest.raises(ValueError, match="main=3 must be at least 1 and fewer than the 3 experts"):
-        compressed_experts.attach(model, main=3)
+        fewer_active.attach(model, main=3)
     with pytest.raises(ValueError, match="form='two' is not known; choose one of one, three"):
-        compressed_experts.attach(model, form="two")
+        fewer_active.attach(model, form="two")
     again = model_in(neutral)
     with pytest.raises(ValueError, match="layer 0 has Compressed Experts, .* take the model without them"):
-        compressed_experts.attach(again)
-    seen = calibrate.run(again, tokens.of(matrix_of(tmp_path), again, sequences=8, length=16), batch=4, shard=4, stage=2)
+        fewer_active.attach(again)
+    seen = calibrate.run(again, data.tokens(matrix_of(tmp_path), again, sequences=8, length=16), batch=4, shard=4, stage=2)
     with pytest.raises(ValueError, match="layer 0 has Compressed Experts, .* prune the model without them"):
-        search.layerwise(seen, keep=6)
+        naee.layerwise(seen, keep=6)
 
 
 PHIMOE = dict(

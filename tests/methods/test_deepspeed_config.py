@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
-from moeflow.methods import deepspeed_config, finetune, tokens
-from moeflow.methods.recipe import Gang, Recipe
+from moeflow.methods.data import steps as data_
+from moeflow.methods.finetune import deepspeed_config
+from moeflow.methods.finetune.recipe import Gang, Recipe
+from moeflow.methods.recipes import tune
 from tests import tiny
 from tests.running import matrix_of, model_in
 
@@ -87,8 +89,8 @@ def test_what_cannot_be_meant_is_refused_in_a_line(change: dict[str, Any], messa
 
 def test_two_spellings_of_a_run_have_one_key_and_where_it_runs_has_none(tmp_path: Path) -> None:
     model = model_in(tiny.write("mixtral", tmp_path / "model"))
-    data = tokens.of(matrix_of(tmp_path, sequences=8), model, sequences=8, length=16)
-    plain = finetune.tune(model, data, steps=20, batch=8, rate=2e-3, warmup=0.1, decay=0.1, clip=0.5, dtype="bfloat16")
+    data = data_.tokens(matrix_of(tmp_path, sequences=8), model, sequences=8, length=16)
+    plain = tune.tune(model, data, steps=20, batch=8, rate=2e-3, warmup=0.1, decay=0.1, clip=0.5, dtype="bfloat16")
     said = {
         "train_batch_size": 8, "gradient_clipping": 0.5, "bf16": {"enabled": True}, "zero_optimization": {"stage": 1},
         "train_micro_batch_size_per_gpu": 2,
@@ -100,11 +102,11 @@ def test_two_spellings_of_a_run_have_one_key_and_where_it_runs_has_none(tmp_path
     (tmp_path / "ds.json").write_text(json.dumps(said))
     for given in (said, tmp_path / "ds.json", str(tmp_path / "ds.json")):
         gang = Gang(processes=2, zero=3, offload=True, checkpointing=True, save_every=7, device_memory=10**9, gpus=0, cpus=2)
-        other = finetune.tune(model, data, steps=20, batch=4, rate=1.0e-1, deepspeed=given, gang=gang)
+        other = tune.tune(model, data, steps=20, batch=4, rate=1.0e-1, deepspeed=given, gang=gang)
         assert other.trained is not None and plain.trained is not None and other.trained.key == plain.trained.key
         resources = other.trained.resources
         assert (resources.processes, resources.cpus, resources.settings["zero"], resources.settings["micro"]) == (2, 2, 1, 2)
-    assert finetune.tune(model, data, steps=20, batch=8, rate=3e-3).trained.key != plain.trained.key
+    assert tune.tune(model, data, steps=20, batch=8, rate=3e-3).trained.key != plain.trained.key
     (tmp_path / "ds.json").write_text("[]")
     with pytest.raises(ValueError, match="ds.json holds a list; a DeepSpeed configuration is one JSON object"):
-        finetune.tune(model, data, steps=20, batch=8, rate=3e-3, deepspeed=tmp_path / "ds.json")
+        tune.tune(model, data, steps=20, batch=8, rate=3e-3, deepspeed=tmp_path / "ds.json")

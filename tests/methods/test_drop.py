@@ -11,7 +11,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from moeflow.arch import arch_of
-from moeflow.methods import calibrate, drop, search, tokens
+from moeflow.methods.calibrate import steps as calibrate
+from moeflow.methods.checkpoint import steps as checkpoint
+from moeflow.methods.data import steps as data
+from moeflow.methods.prune.subsets import all_subsets, count_subsets
+from moeflow.methods.recipes import naee
 from moeflow.model.checkpoint import Tensors
 from moeflow.model.layout import Folder, read_config
 from moeflow.store import Store
@@ -26,9 +30,9 @@ def pruned(family: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     folder = tmp_path_factory.mktemp("pruned")
     store = running.store_in(folder)
     model = running.model_in(family)
-    matrix = tokens.of(running.matrix_of(folder), model, sequences=8, length=16)
+    matrix = data.tokens(running.matrix_of(folder), model, sequences=8, length=16)
     seen = calibrate.run(model, matrix, batch=4, shard=4, stage=2)
-    target = drop.checkpoint_of(search.layerwise(seen, keep=KEEP))
+    target = checkpoint.checkpoint_of(naee.layerwise(seen, keep=KEEP))
     running.run(store, target)
     store.fetch(target.key, folder / "out")
     return family, folder / "out", {i: c["keep"] for i, c in running.choices(store, target).items()}
@@ -112,13 +116,12 @@ def test_too_few_experts_are_refused_when_the_graph_is_built(name: str, keep: in
     from tests import tiny
 
     model = running.model_in(tiny.write(name, tmp_path / "model"))
-    seen = calibrate.run(model, tokens.of(running.matrix_of(tmp_path), model, sequences=8, length=16), batch=4, shard=4)
+    seen = calibrate.run(model, data.tokens(running.matrix_of(tmp_path), model, sequences=8, length=16), batch=4, shard=4)
     with pytest.raises(ValueError, match=says):
-        search.layerwise(seen, keep=keep)
+        naee.layerwise(seen, keep=keep)
 
 
 def test_grouped_routers_keep_the_same_number_in_every_group(tmp_path: Path) -> None:
-    from moeflow.methods.subsets import all_subsets, count_subsets
 
     subsets = list(all_subsets(8, 6, groups=2))
     assert len(subsets) == count_subsets(8, 6, groups=2) == 16
@@ -140,7 +143,7 @@ def test_the_small_files_travel_with_the_checkpoint(tmp_path: Path) -> None:
     for name, text in (travelling | {"modeling_evil.py": "boom", "README.md": "about the original"}).items():
         (folder / name).write_text(text)
     store: Store = running.store_in(tmp_path)
-    target = drop.checkpoint_of(running.model_in(folder))
+    target = checkpoint.checkpoint_of(running.model_in(folder))
     running.run(store, target)
     store.fetch(target.key, tmp_path / "out")
     names = {p.name for p in (tmp_path / "out").iterdir()}

@@ -7,19 +7,22 @@ import torch
 from torch.nn.functional import kl_div
 from transformers import AutoModelForCausalLM
 
-from moeflow.methods import calibrate, drop, evaluate, search, tokens
-from moeflow.methods.fetch import Model
+from moeflow.methods.calibrate import steps as calibrate
+from moeflow.methods.checkpoint import steps as checkpoint
+from moeflow.methods.data import steps as data
+from moeflow.methods.graph import Model
+from moeflow.methods.recipes import compare, naee
+from moeflow.sources import Texts
 from moeflow.step import Step
 from moeflow.store import Store
-from moeflow.store.texts import Texts
 from tests import running, tiny
 
 
 def graph(model: Model, matrix: Texts, *, keep: int = 5, how: str = "layerwise") -> Step:
-    seen = calibrate.run(model, tokens.of(matrix, model, sequences=8, length=16), batch=4, shard=4, stage=2)
-    pruned = search.named(how)(seen, keep=keep)
-    reports = evaluate.compare(seen, pruned, heldout=Texts("nowhere.txt"), sequences=4, length=16)
-    return drop.checkpoint_of(pruned).reporting(*reports)
+    seen = calibrate.run(model, data.tokens(matrix, model, sequences=8, length=16), batch=4, shard=4, stage=2)
+    pruned = naee.named(how)(seen, keep=keep)
+    reports = compare.compare(seen, pruned, heldout=Texts("nowhere.txt"), sequences=4, length=16)
+    return checkpoint.checkpoint_of(pruned).reporting(*reports)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +81,7 @@ def test_another_ratio_or_criterion_never_calibrates_again(done: tuple[Store, St
     for target in (graph(model, matrix, keep=4), graph(model, matrix, how="reap")):
         ran = {s.name for s in running.run(store, target).steps if s.state == "run"}
         assert ran == {
-            "search.choose", "drop.experts", "checkpoint.assemble", "evaluate.size", "calibrate.advance", "evaluate.quality",
+            "prune.choose", "rewrite.experts", "checkpoint.assemble", "evaluate.size", "calibrate.advance", "evaluate.quality",
             "evaluate.speed", "evaluate.layers",
         }  # fmt: skip
 
@@ -106,22 +109,22 @@ def test_a_model_without_a_tokenizer_is_evaluated_on_the_token_matrix_and_the_re
 
 def test_an_unknown_search_or_loss_is_refused_with_the_known_ones(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="search='best' is not known; choose one of layerwise, progressive, random"):
-        search.named("best")
+        naee.named("best")
     model = running.model_in(tiny.write("mixtral", tmp_path / "model"))
-    seen = calibrate.run(model, tokens.of(running.matrix_of(tmp_path), model, sequences=8, length=16), batch=4, shard=4)
+    seen = calibrate.run(model, data.tokens(running.matrix_of(tmp_path), model, sequences=8, length=16), batch=4, shard=4)
     with pytest.raises(ValueError, match="loss='l1' is not known; choose one of frobenius, batch-sum"):
-        search.layerwise(seen, keep=4, loss="l1")
+        naee.layerwise(seen, keep=4, loss="l1")
 
 
 def test_too_many_subsets_and_a_partial_record_are_refused_before_any_work(tmp_path: Path) -> None:
     wide = running.model_in(tiny.write("olmoe", tmp_path / "wide", num_experts=64))
-    matrix = tokens.of(running.matrix_of(tmp_path), wide, sequences=8, length=16)
+    matrix = data.tokens(running.matrix_of(tmp_path), wide, sequences=8, length=16)
     with pytest.raises(ValueError, match=r"keeping 48 of 64 experts means .* subsets, over 20,000: .*search=reap"):
-        search.layerwise(calibrate.run(wide, matrix, batch=4, shard=4), keep=48)
+        naee.layerwise(calibrate.run(wide, matrix, batch=4, shard=4), keep=48)
     model = running.model_in(tiny.write("mixtral", tmp_path / "model"))
     part = calibrate.run(model, matrix, batch=4, shard=4, record=32)
     with pytest.raises(ValueError, match="loss='batch-sum' .* needs the inputs of all tokens"):
-        search.layerwise(part, keep=6, loss="batch-sum")
+        naee.layerwise(part, keep=6, loss="batch-sum")
     with pytest.raises(ValueError, match="shard=6 sequences must be a multiple of batch=4"):
         calibrate.run(model, matrix, batch=4, shard=6)
 
@@ -149,6 +152,6 @@ def test_a_model_with_too_few_positions_is_reported_without_its_speed(tmp_path: 
 @pytest.mark.parametrize("dtype", ["fp32", "int8"])
 def test_an_unknown_precision_is_refused_when_the_graph_is_built(dtype: str, tmp_path: Path) -> None:
     model = running.model_in(tiny.write("mixtral", tmp_path / "model"))
-    matrix = tokens.of(running.matrix_of(tmp_path), model, sequences=8, length=16)
+    matrix = data.tokens(running.matrix_of(tmp_path), model, sequences=8, length=16)
     with pytest.raises(ValueError, match=f"dtype='{dtype}' is not known; choose one of auto, float64, float32"):
         calibrate.run(model, matrix, batch=4, shard=4, dtype=dtype)

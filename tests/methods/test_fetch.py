@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from moeflow.methods import drop, fetch
+from moeflow.methods import graph as graph_
+from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.model.checkpoint import Tensors
 from moeflow.run import StepFailed
 from tests import running, tiny
@@ -155,7 +156,7 @@ def test_the_prediction_layer_of_deepseek_v3_is_kept_or_dropped_as_told(mtp: str
     folder = with_prediction_layer(tiny.write("deepseek_v3", tmp_path / "model"))
     before = Tensors(folder)
     model = running.model_in(folder, mtp=mtp)
-    store, target = running.store_in(tmp_path), drop.checkpoint_of(model)
+    store, target = running.store_in(tmp_path), checkpoint.checkpoint_of(model)
     outcome = running.run(store, target)
     store.fetch(target.key, tmp_path / "out")
     after = Tensors(tmp_path / "out")
@@ -179,7 +180,7 @@ def test_dropping_the_prediction_layer_is_the_default_and_says_so(tmp_path: Path
 def test_a_model_given_by_its_files_alone_is_found_without_an_index(tmp_path: Path) -> None:
     folder = tiny.write("olmoe", tmp_path / "model")
     assert len(running.model_in(folder).layers) == 3
-    assert isinstance(running.model_in(folder), fetch.Model)
+    assert isinstance(running.model_in(folder), graph_.Model)
 
 
 def test_a_configuration_that_changed_without_effect_runs_nothing_of_the_calibration_again(tmp_path: Path) -> None:
@@ -191,5 +192,5 @@ def test_a_configuration_that_changed_without_effect_runs_nothing_of_the_calibra
     edit(folder, transformers_version="5.99", use_cache=False, _name_or_path="elsewhere")
     again = running.run(store, graph(running.model_in(folder), matrix))
     ran = {s.name for s in again.steps if s.state == "run"}
-    assert not any(n.startswith(("calibrate", "search", "drop", "tokens", "fetch.layer")) for n in ran)
+    assert not any(n.startswith(("calibrate", "search", "drop", "tokens", "checkpoint.layer")) for n in ran)
     assert "checkpoint.assemble" in ran

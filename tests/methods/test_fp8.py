@@ -11,7 +11,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from moeflow.arch import arch_of
-from moeflow.methods import compress, drop, evaluate, search, slim, trim
+from moeflow.methods.checkpoint import steps as checkpoint
+from moeflow.methods.recipes import compare, moei2, naee, unified
+from moeflow.methods.trim import steps as trim
 from moeflow.model.checkpoint import Tensors, save
 from moeflow.model.layout import Folder, headers, read_config
 from tests import tiny
@@ -82,9 +84,9 @@ def test_it_is_pruned_by_slicing_and_stays_in_fp8(source: Path, how: str, tmp_pa
     store, model = store_in(tmp_path), model_in(source)
     seen = calibrated(model, tmp_path, dtype="float32")
     made = {
-        "pruned": lambda: search.by_criterion(seen, criterion="reap", keep=6),
+        "pruned": lambda: naee.by_criterion(seen, criterion="reap", keep=6),
         "trimmed": lambda: trim.layer_drop(seen, drop=1),
-        "unevenly": lambda: compress.prune(seen, keep=14, search="swap", importance="recon", counts="paper"),
+        "unevenly": lambda: moei2.prune(seen, keep=14, search="swap", importance="recon", counts="paper"),
     }[how]()
     out = pulled(store, made, tmp_path)
     config, before, after = read_config(Folder(out)), raw(source), raw(out)
@@ -100,7 +102,9 @@ def test_it_is_pruned_by_slicing_and_stays_in_fp8(source: Path, how: str, tmp_pa
                 )
                 assert torch.equal(after[a + "_scale_inv"], before[b + "_scale_inv"])
     assert {n for n, t in headers(Folder(out)).items() if t.dtype == "F8_E4M3"}
-    target = drop.checkpoint_of(made).reporting(*evaluate.compare(seen, made, heldout=matrix_of(tmp_path), sequences=4, length=16))
+    target = checkpoint.checkpoint_of(made).reporting(
+        *compare.compare(seen, made, heldout=matrix_of(tmp_path), sequences=4, length=16)
+    )
     run(store, target)
     whole = {n: t.float() for n, t in Tensors(out).items()}
     ids = ids_of(tmp_path)
@@ -116,9 +120,9 @@ def test_it_is_pruned_by_slicing_and_stays_in_fp8(source: Path, how: str, tmp_pa
 def test_what_needs_weights_is_refused(source: Path, tmp_path: Path) -> None:
     seen = calibrated(model_in(source), tmp_path)
     with pytest.raises(ValueError, match="layer 1 is in FP8; slim the model that it was made of"):
-        slim.slim(seen, method="gptq", group=8, inputs="parallel")
+        unified.slim(seen, method="gptq", group=8, inputs="parallel")
     with pytest.raises(ValueError, match="layer 1 is in FP8; decompose the model"):
-        compress.decompose(seen, ratio=0.3, ranks="uniform")
+        moei2.decompose(seen, ratio=0.3, ranks="uniform")
     config = json.loads((source / "config.json").read_text())
     config["quantization_config"]["weight_block_size"] = None
     (source / "config.json").write_text(json.dumps(config))

@@ -54,7 +54,7 @@ def pruned(
 
 def choices_of(shown: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
     store = folder.parent / "store"
-    keys = [step["key"] for step in shown["lineage"] if step["step"] == "search.choose"]
+    keys = [step["key"] for step in shown["lineage"] if step["step"] == "prune.choose"]
     texts = [CliRunner().invoke(app, ["pull", k, str(folder.parent / "choices" / k), "--store", str(store)]) for k in keys]
     assert all(t.exit_code in (0, 2) for t in texts)
     found = [json.loads((folder.parent / "choices" / k / "choice.json").read_text()) for k in keys]

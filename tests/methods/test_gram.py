@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from moeflow.arch import arch_of
-from moeflow.methods.errors import mask_of, squared_errors, squared_errors_direct
-from moeflow.methods.gram import Weighed, room
-from moeflow.methods.ranked import Ranked
-from moeflow.methods.subsets import all_subsets
+from moeflow.methods.prune.errors import mask_of, squared_errors, squared_errors_direct
+from moeflow.methods.prune.gram import Weighed, room
+from moeflow.methods.prune.ranked import Ranked
+from moeflow.methods.prune.subsets import all_subsets
 from moeflow.model.checkpoint import Tensors, read_moe
 from moeflow.model.layout import Folder, read_config
 from moeflow.model.moe import MoELayer

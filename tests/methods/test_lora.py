@@ -7,9 +7,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from moeflow.arch import arch_of
-from moeflow.methods import lora
-from moeflow.methods.lora import Addition
-from moeflow.methods.trained import by_layer, parameters_of
+from moeflow.methods.finetune import lora
+from moeflow.methods.finetune.lora import Addition
+from moeflow.methods.finetune.trained import by_layer, parameters_of
 from moeflow.model.factors import STACKS
 from moeflow.model.formats import Format
 from tests import tiny

@@ -7,18 +7,8 @@ import torch
 from torch import Tensor
 
 from moeflow.arch import MIXTRAL
-from moeflow.methods import lowrank
-from moeflow.methods.lowrank import (
-    Moments,
-    components,
-    energies,
-    expert_moments,
-    layer_moments,
-    output_error,
-    second_moment,
-    vanilla,
-    whitened,
-)
+from moeflow.methods.decompose.lowrank import components, energies, output_error, vanilla, whitened
+from moeflow.methods.moments import Moments, expert_moments, layer_moments, second_moment
 from moeflow.model.moe import MLP, MoELayer
 from moeflow.model.router import Router
 
@@ -199,8 +189,8 @@ def test_the_size_of_the_pieces_changes_nothing(rows: int, columns: int, kind: s
     w_MN, x_TN = matrix(rows, columns), tokens(columns)
     given = moment(kind, w_MN, x_TN)
     at_once = whitened(w_MN, 9, **given)
-    monkeypatch.setattr(lowrank, "BLOCK", 7)
-    monkeypatch.setattr(lowrank, "TOKENS_AT_ONCE", 30)
+    monkeypatch.setattr("moeflow.methods.decompose.lowrank.BLOCK", 7)
+    monkeypatch.setattr("moeflow.methods.moments.TOKENS_AT_ONCE", 30)
     ((name, again),) = moment(kind, w_MN, x_TN).items()
     torch.testing.assert_close(again, given[name])
     pieces = whitened(w_MN, 9, **given)

@@ -6,11 +6,14 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from moeflow.methods import drop, pretrain, training
-from moeflow.methods.fetch import Model
+from moeflow.methods.checkpoint import steps as checkpoint
+from moeflow.methods.graph import Model
+from moeflow.methods.pretrain import mixtral
+from moeflow.methods.pretrain import steps as pretrain
+from moeflow.methods.recipes import pretrained
 from moeflow.model.checkpoint import Tensors
 from moeflow.run import StepFailed
-from moeflow.store.texts import Texts
+from moeflow.sources import Texts
 from tests import running
 
 SIZE = {"width": 32, "ffn": 32, "layers": 2, "heads": 2, "experts": 4, "vocabulary": 300, "length": 32, "batch": 4}
@@ -24,12 +27,12 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Texts:
 
 
 def made(texts: Texts, **options: Any) -> Model:
-    return pretrain.mixtral(texts, **(SIZE | {"steps": 12} | options))
+    return pretrained.mixtral(texts, **(SIZE | {"steps": 12} | options))
 
 
 def test_it_learns_and_becomes_a_checkpoint_like_any_other(texts: Texts, tmp_path: Path) -> None:
     model, store = made(texts), running.store_in(tmp_path)
-    target = drop.checkpoint_of(model)
+    target = checkpoint.checkpoint_of(model)
     outcome = running.run(store, target)
     (note,) = (n for s in outcome.steps if s.name == "pretrain.mixtral" for n in s.notes)
     first, last = (float(x) for x in note.rsplit("loss ", 1)[1].split(" to "))
@@ -53,11 +56,11 @@ def test_the_names_and_shapes_that_the_graph_expects_are_those_that_are_written(
 def test_an_interrupted_training_goes_on_and_ends_with_the_same_weights(
     texts: Texts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "SAVED_EVERY", 5)
+    monkeypatch.setattr(mixtral, "SAVED_EVERY", 5)
     whole, parts = (running.store_in(tmp_path / n) for n in ("whole", "parts"))
     model = made(texts)
     running.run(whole, *model.layers)
-    batch, drawn = training._batch, []
+    batch, drawn = mixtral._batch, []
 
     def cut(*args: Any) -> Any:
         drawn.append(args)
@@ -65,7 +68,7 @@ def test_an_interrupted_training_goes_on_and_ends_with_the_same_weights(
             raise KeyboardInterrupt
         return batch(*args)
 
-    monkeypatch.setattr(training, "_batch", cut)
+    monkeypatch.setattr(mixtral, "_batch", cut)
     with pytest.raises(KeyboardInterrupt):
         running.run(parts, *model.layers)
     outcome = running.run(parts, *model.layers)

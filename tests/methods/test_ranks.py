@@ -5,18 +5,8 @@ from itertools import product
 import numpy as np
 import pytest
 
-from moeflow.methods import ranks
-from moeflow.methods.ranks import (
-    Spectrum,
-    allocate,
-    allocate_curves,
-    average_rank,
-    break_even,
-    check_rank,
-    exactly,
-    paper_ranks,
-    treatment,
-)
+from moeflow.methods.allocate import allocate_curves, exactly
+from moeflow.methods.decompose.ranks import Spectrum, allocate, average_rank, break_even, check_rank, paper_ranks, treatment
 
 
 def curves(draw: np.random.Generator, count: int, options: int, unit: int = 1) -> list[list[tuple[int, float]]]:
@@ -66,7 +56,7 @@ def test_where_the_table_would_be_too_large_the_envelope_comes_close_and_leaves_
     budget = 200
     best = spent(given, allocate_curves(given, budget))[1]
     assert exactly(given, budget)
-    monkeypatch.setattr(ranks, "MAX_CELLS", 10)
+    monkeypatch.setattr(allocate, "MAX_CELLS", 10)
     assert not exactly(given, budget)
     chosen = allocate_curves(given, budget)
     size, cost = spent(given, chosen)

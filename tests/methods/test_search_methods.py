@@ -10,10 +10,10 @@ from torch import Tensor
 
 from benchmarks.genetic import planted
 from moeflow.arch.deepseek import DEEPSEEK_V2
-from moeflow.methods import genetic, swap
-from moeflow.methods.found import Found, enumerate_all
-from moeflow.methods.gram import Weighed
-from moeflow.methods.subsets import all_subsets, check, count_subsets, draw
+from moeflow.methods.prune import genetic, swap
+from moeflow.methods.prune.evaluated import Found, enumerate_all
+from moeflow.methods.prune.gram import Weighed
+from moeflow.methods.prune.subsets import all_subsets, check, count_subsets, draw
 from tests.methods.test_subsets import layer
 
 SEARCHES = [enumerate_all, genetic.search, swap.search]

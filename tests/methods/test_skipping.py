@@ -13,10 +13,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from moeflow.arch import arch_of
-from moeflow.methods import calibrate, drop, evaluate, search, skipping, tokens
-from moeflow.methods.calibrate import HIDDEN, Calibration
-from moeflow.methods.fetch import Model
-from moeflow.methods.thresholds import median, reaching
+from moeflow.methods.calibrate import steps as calibrate
+from moeflow.methods.checkpoint import steps as checkpoint
+from moeflow.methods.data import steps as data
+from moeflow.methods.fewer_active import steps as fewer_active
+from moeflow.methods.fewer_active.thresholds import median, reaching
+from moeflow.methods.graph import HIDDEN, Calibration, Model
+from moeflow.methods.recipes import compare, naee
 from moeflow.model import routed_experts
 from moeflow.model.checkpoint import Tensors, read_moe
 from moeflow.model.layout import Folder, read_config
@@ -31,7 +34,7 @@ ACTIVE = 1.6
 
 
 def calibrated(model: Model, folder: Path, **options: Any) -> Calibration:
-    matrix = tokens.of(matrix_of(folder), model, sequences=8, length=16)
+    matrix = data.tokens(matrix_of(folder), model, sequences=8, length=16)
     return calibrate.run(model, matrix, batch=4, shard=4, stage=2, **options)
 
 
@@ -49,8 +52,10 @@ def served(smaller: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     folder = tmp_path_factory.mktemp("served")
     store, model = store_in(folder), model_in(smaller)
     seen = calibrated(model, folder, record=0)
-    made = skipping.skip(seen, active=ACTIVE)
-    target = drop.checkpoint_of(made).reporting(*evaluate.compare(seen, made, heldout=matrix_of(folder), sequences=8, length=16))
+    made = fewer_active.skip(seen, active=ACTIVE)
+    target = checkpoint.checkpoint_of(made).reporting(
+        *compare.compare(seen, made, heldout=matrix_of(folder), sequences=8, length=16)
+    )
     ends = calibrate.run(made, seen.tokens, batch=4, shard=4, stage=2, record=0).ends
     run(store, target, *ends)
     states = torch.cat([load_file(store.artifact(e.key).file(HIDDEN))["hidden_NLD"] for e in ends])
@@ -168,23 +173,23 @@ def test_what_cannot_be_skipped_is_refused_in_one_line(tmp_path: Path) -> None:
     model = model_in(tiny.write("mixtral", tmp_path / "two"))
     seen = calibrated(model, tmp_path)
     with pytest.raises(ValueError, match="active=2 experts a token must be at least 1 and fewer than the router's 2"):
-        skipping.skip(seen, active=2)
+        fewer_active.skip(seen, active=2)
     with pytest.raises(ValueError, match="skip='half' is not known; say none, median, or how many"):
-        skipping.stage("half")
+        naee.skipped("half")
     with pytest.raises(ValueError, match="skip=0: a token has at least one expert"):
-        skipping.stage("0")
-    made = skipping.skip(seen)
+        naee.skipped("0")
+    made = fewer_active.skip(seen)
     again = calibrated(made, tmp_path)
     with pytest.raises(ValueError, match="layer 0 skips experts by a threshold .* prune the model without it"):
-        search.layerwise(again, keep=6)
+        naee.layerwise(again, keep=6)
     with pytest.raises(ValueError, match="layer 0 skips experts .* take the model without it"):
-        skipping.skip(again)
+        fewer_active.skip(again)
     three = model_in(tiny.write("olmoe", tmp_path / "three"))
     with pytest.raises(ValueError, match="3 experts, for which there is no rule of a median"):
-        skipping.stage("median")(three, seen.tokens)
+        naee.skipped("median")(three, seen.tokens)
     phimoe = model_in(tiny.write("phimoe", tmp_path / "phimoe"))
     with pytest.raises(ValueError, match="a phimoe weighs each of a token's experts by itself"):
-        skipping.stage("1.5")(phimoe, seen.tokens)
+        naee.skipped("1.5")(phimoe, seen.tokens)
     one = model_in(tiny.write("mixtral", tmp_path / "one", num_experts_per_tok=1))
     with pytest.raises(ValueError, match="gives each token one expert; none is left to skip"):
-        skipping.skip(calibrated(one, tmp_path))
+        fewer_active.skip(calibrated(one, tmp_path))

@@ -10,12 +10,18 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from moeflow.arch import arch_of
-from moeflow.methods import compress, evaluate, finetune, search, skipping, slim, slimming, tokens, trim
-from moeflow.methods.fetch import Model
-from moeflow.methods.gptq import gptq
-from moeflow.methods.grid import Grid
-from moeflow.methods.masks import wanda
-from moeflow.methods.rounding import round_to_nearest
+from moeflow.methods import records
+from moeflow.methods.data import steps as data_
+from moeflow.methods.fewer_active import steps as fewer_active
+from moeflow.methods.finetune import steps as finetune
+from moeflow.methods.graph import Model
+from moeflow.methods.recipes import compare, moei2, naee, tune, unified
+from moeflow.methods.slim import steps as slim
+from moeflow.methods.slim.gptq import gptq
+from moeflow.methods.slim.grid import Grid
+from moeflow.methods.slim.masks import wanda
+from moeflow.methods.slim.rounding import round_to_nearest
+from moeflow.methods.trim import steps as trim
 from moeflow.model.checkpoint import Tensors, save
 from moeflow.model.layout import Folder, headers, read_config
 from moeflow.model.packed import PACKED, SCALE, SHAPE
@@ -33,7 +39,7 @@ def source(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 def slimmed(source: Path, folder: Path, **how: Any) -> Path:
     seen = calibrated(model_in(source), folder, between=False)
-    return pulled(store_in(folder), slim.slim(seen, **how), folder)
+    return pulled(store_in(folder), unified.slim(seen, **how), folder)
 
 
 def reports(folder: Path) -> list[dict[str, Any]]:
@@ -94,7 +100,7 @@ def test_packed_experts_load_and_compute_what_their_codes_say(source: Path, how:
 )
 def test_what_is_not_an_expert_stays_bit_for_bit(source: Path, method: str, tmp_path: Path) -> None:
     """Routers, gates, norms, attention and embeddings. AWQ moves a scale between a norm and all it feeds: routing stays."""
-    how = {"pattern": "0.5"} if method in slim.SPARSE else {**FOUR, "packed": False}
+    how = {"pattern": "0.5"} if method in records.SPARSE else {**FOUR, "packed": False}
     out = slimmed(source, tmp_path, method=method, inputs="parallel", **how)
     before, after = Tensors(source), Tensors(out)
     arch, config = arch_of(read_config(Folder(source))), read_config(Folder(source))
@@ -195,7 +201,7 @@ def test_scales_are_chosen_as_they_are_stored(tmp_path: Path) -> None:
     """In bf16, also where the calibration ran in fp32: what is loaded is what was weighed."""
     source = tiny.write("mixtral", tmp_path / "model", dtype=torch.bfloat16)
     seen = calibrated(model_in(source), tmp_path, dtype="float32")
-    out = pulled(store_in(tmp_path), slim.slim(seen, method="gptq", inputs="parallel", **FOUR), tmp_path)
+    out = pulled(store_in(tmp_path), unified.slim(seen, method="gptq", inputs="parallel", **FOUR), tmp_path)
     name = arch_of(read_config(Folder(source))).expert(0, 0)[0]
     x, chosen = routed(source, tmp_path, 0)
     found = gptq(Tensors(source)[name].float(), Grid(4, True, 8), inputs=x[chosen[:, 0]], scale_dtype=torch.bfloat16)
@@ -214,7 +220,7 @@ def test_experts_treated_together_become_what_they_do_one_by_one(
     name = arch_of(read_config(Folder(source))).expert(0, 2)[1]
     save({n: t * 0 if n == name else t for n, t in Tensors(source).items()}, next(source.glob("*.safetensors")))
     alone = Tensors(slimmed(source, tmp_path, **how))
-    monkeypatch.setattr(slimming, "_together", lambda moe, how: [[0, 1, 2], [3, 4, 5, 6, 7]])
+    monkeypatch.setattr("moeflow.methods.slim.experts._together", lambda moe, how: [[0, 1, 2], [3, 4, 5, 6, 7]])
     (tmp_path / "together").mkdir()
     together = Tensors(slimmed(source, tmp_path / "together", **how))
     for matrix in together:
@@ -236,7 +242,8 @@ def test_a_layer_divided_between_tasks_has_the_same_bytes(how: dict[str, Any], t
 def test_a_layer_that_a_run_left_without_experts_is_divided_too(tmp_path: Path) -> None:
     thin = trim.layer_drop(calibrated(model_in(tiny.write("mixtral", tmp_path / "model")), tmp_path), drop=1)
     whole, divided = (
-        pulled(store_in(tmp_path), slim.slim(calibrated(thin, tmp_path), method="gptq", tasks=n, **FOUR), tmp_path) for n in (1, 3)
+        pulled(store_in(tmp_path), unified.slim(calibrated(thin, tmp_path), method="gptq", tasks=n, **FOUR), tmp_path)
+        for n in (1, 3)
     )
     for name in Folder(whole).names():
         assert (whole / name).read_bytes() == (divided / name).read_bytes(), name
@@ -265,8 +272,8 @@ def test_packed_experts_are_pruned_by_slicing_and_trimmed_and_skip(source: Path,
     """Bit for bit: another search, Expert Drop or Layer Drop on a packed model moves codes and scales as they are."""
     store = store_in(tmp_path)
     seen = calibrated(model_in(source), tmp_path)
-    packed = slim.slim(seen, method="round_to_nearest", inputs="parallel", **FOUR)
-    kept = search.by_criterion(calibrated(packed, tmp_path), criterion="reap", keep=6)
+    packed = unified.slim(seen, method="round_to_nearest", inputs="parallel", **FOUR)
+    kept = naee.by_criterion(calibrated(packed, tmp_path), criterion="reap", keep=6)
     out, whole = pulled(store, kept, tmp_path), pulled(store, packed, tmp_path)
     config = read_config(Folder(out))
     arch = arch_of(config)
@@ -284,7 +291,7 @@ def test_packed_experts_are_pruned_by_slicing_and_trimmed_and_skip(source: Path,
     assert read_config(Folder(last))["model_type"].startswith("moeflow_")
     close(logits(loaded(last), tmp_path), logits(loaded(plain(last, tmp_path / "plain-last")), tmp_path))
     if read_config(Folder(source))["model_type"] != "phimoe":
-        skips = pulled(store, skipping.skip(calibrated(packed, tmp_path), active=1.5), tmp_path)
+        skips = pulled(store, fewer_active.skip(calibrated(packed, tmp_path), active=1.5), tmp_path)
         close(logits(loaded(skips), tmp_path), logits(loaded(plain(skips, tmp_path / "plain-skips")), tmp_path))
 
 
@@ -292,7 +299,7 @@ def test_what_was_trimmed_is_slimmed(source: Path, tmp_path: Path) -> None:
     """In the other order: layers that a run has left without experts stay as they are."""
     store = store_in(tmp_path)
     thin = trim.layer_drop(calibrated(model_in(source), tmp_path), drop=1)
-    out = pulled(store, slim.slim(calibrated(thin, tmp_path), method="gptq", **FOUR), tmp_path)
+    out = pulled(store, unified.slim(calibrated(thin, tmp_path), method="gptq", **FOUR), tmp_path)
     config = read_config(Folder(out))
     assert {"experts": 0, "gone": "moe"} in config["moeflow_layers"]
     close(logits(loaded(out), tmp_path), logits(loaded(plain(out, tmp_path / "plain")), tmp_path))
@@ -301,8 +308,8 @@ def test_what_was_trimmed_is_slimmed(source: Path, tmp_path: Path) -> None:
 def test_what_cannot_be_slimmed_is_refused_in_one_line(tmp_path: Path) -> None:
     model = model_in(tiny.write("mixtral", tmp_path / "model"))
     seen = calibrated(model, tmp_path)
-    packed = slim.slim(seen, method="round_to_nearest", inputs="parallel", **FOUR)
-    sparse = slim.slim(seen, method="magnitude", pattern="0.5", inputs="parallel")
+    packed = unified.slim(seen, method="round_to_nearest", inputs="parallel", **FOUR)
+    sparse = unified.slim(seen, method="magnitude", pattern="0.5", inputs="parallel")
     for message, given, how in (
         ("method='prune' is not known; choose one of magnitude, wanda", seen, {"method": "prune"}),
         ("inputs='both' is not known; choose one of parallel, sequential", seen, {"method": "wanda", "inputs": "both"}),
@@ -330,12 +337,12 @@ def test_what_cannot_be_slimmed_is_refused_in_one_line(tmp_path: Path) -> None:
         elif isinstance(given, Model):
             given = calibrated(given, tmp_path)
         with pytest.raises(ValueError, match=message) as refused:
-            slim.slim(given, **({"method": "gptq", "inputs": "parallel", **FOUR} | how))
+            unified.slim(given, **({"method": "gptq", "inputs": "parallel", **FOUR} | how))
         assert "\n" not in str(refused.value)
     with pytest.raises(ValueError, match="layer 0 is packed in 4 bits, groups of 8; decompose the model"):
-        compress.decompose(calibrated(packed, tmp_path), ratio=0.2, ranks="uniform")
+        moei2.decompose(calibrated(packed, tmp_path), ratio=0.2, ranks="uniform")
     with pytest.raises(ValueError, match="layer 0 is packed in 4 bits, groups of 8; fine-tune the model"):
-        finetune.tune(packed, tokens.of(matrix_of(tmp_path), packed, sequences=8, length=16), steps=1, batch=2, rate=1e-3)
+        tune.tune(packed, data_.tokens(matrix_of(tmp_path), packed, sequences=8, length=16), steps=1, batch=2, rate=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -347,9 +354,9 @@ def test_zeros_of_experts_stay_zeros_through_training(mode: str, zero: int, tmp_
     """And what is not zero is trained."""
     pytest.importorskip("deepspeed")
     seen = calibrated(model_in(tiny.write("deepseek_v2", tmp_path / "model")), tmp_path)
-    sparse = slim.slim(seen, method="wanda", pattern="2:4", shared=True, inputs="parallel")
-    data = tokens.of(matrix_of(tmp_path), sparse, sequences=8, length=16)
-    tuned = finetune.tune(
+    sparse = unified.slim(seen, method="wanda", pattern="2:4", shared=True, inputs="parallel")
+    data = data_.tokens(matrix_of(tmp_path), sparse, sequences=8, length=16)
+    tuned = tune.tune(
         sparse, data, mode=mode, targets=("attention", "experts", "shared"), steps=3, batch=2, rate=1e-2, decay=0.1,
         gang=finetune.Gang(zero=zero),
     )  # fmt: skip
@@ -364,10 +371,10 @@ def test_zeros_of_experts_stay_zeros_through_training(mode: str, zero: int, tmp_
 
 def test_the_report_says_that_zeros_save_nothing_at_rest(tmp_path: Path) -> None:
     seen = calibrated(model_in(tiny.write("mixtral", tmp_path / "model")), tmp_path)
-    sparse = slim.slim(seen, method="wanda", pattern="0.5", inputs="parallel")
+    sparse = unified.slim(seen, method="wanda", pattern="0.5", inputs="parallel")
     store = store_in(tmp_path)
     (size,) = (
-        r for r in evaluate.compare(seen, sparse, heldout=matrix_of(tmp_path), sequences=2, length=16) if r.name == "evaluate.size"
+        r for r in compare.compare(seen, sparse, heldout=matrix_of(tmp_path), sequences=2, length=16) if r.name == "evaluate.size"
     )
     run(store, size)
     report = json.loads(store.artifact(size.key).file("report.json").read_text())

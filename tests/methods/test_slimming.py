@@ -8,14 +8,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from benchmarks import slimming
-from moeflow.methods import sparsegpt as sparsegpt_module
-from moeflow.methods.gptq import gptq, gptq_memory
-from moeflow.methods.grid import BITS, Grid
-from moeflow.methods.lowrank import second_moment
-from moeflow.methods.masks import lowest, magnitude, smallest_of_few, wanda
-from moeflow.methods.pattern import Pattern
-from moeflow.methods.rounding import round_to_nearest
-from moeflow.methods.sparsegpt import sparsegpt, sparsegpt_memory
+from moeflow.methods.moments import second_moment
+from moeflow.methods.slim.gptq import gptq, gptq_memory
+from moeflow.methods.slim.grid import BITS, Grid
+from moeflow.methods.slim.masks import lowest, magnitude, smallest_of_few, wanda
+from moeflow.methods.slim.pattern import Pattern
+from moeflow.methods.slim.rounding import round_to_nearest
+from moeflow.methods.slim.sparsegpt import sparsegpt, sparsegpt_memory
 from tests.running import SHARED
 
 GOLDEN: Path = SHARED / "golden" / "slim-3" / "linear.safetensors"
@@ -243,7 +242,7 @@ def test_memory_does_not_grow_with_the_number_of_experts(monkeypatch: pytest.Mon
     for at_once in (0, -1):
         with pytest.raises(ValueError, match=f"at_once={at_once} must be at least 1"):
             sparsegpt(torch.randn(2, 4, 8), "2:4", inputs=torch.randn(2, 9, 8), at_once=at_once)
-    monkeypatch.setattr(sparsegpt_module, "INNER", 5)
+    monkeypatch.setattr("moeflow.methods.slim.sparsegpt.INNER", 5)
     w_EMN, inputs = batch()
     made_EMN = sparsegpt(w_EMN, "2:4", inputs=inputs)
     monkeypatch.undo()

@@ -12,14 +12,14 @@ from torch.nn.functional import linear, silu
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from moeflow.methods.awq import Awq, awq, balance, balance_one, clipped, fold
-from moeflow.methods.gptq import gptq, gptq_memory
-from moeflow.methods.grid import Grid
-from moeflow.methods.lowrank import second_moment
-from moeflow.methods.masks import magnitude, wanda
-from moeflow.methods.pattern import Pattern
-from moeflow.methods.rounding import round_to_nearest
-from moeflow.methods.sparsegpt import sparsegpt, sparsegpt_memory
+from moeflow.methods.moments import second_moment
+from moeflow.methods.slim.awq import Awq, awq, balance, balance_one, clipped, fold
+from moeflow.methods.slim.gptq import gptq, gptq_memory
+from moeflow.methods.slim.grid import Grid
+from moeflow.methods.slim.masks import magnitude, wanda
+from moeflow.methods.slim.pattern import Pattern
+from moeflow.methods.slim.rounding import round_to_nearest
+from moeflow.methods.slim.sparsegpt import sparsegpt, sparsegpt_memory
 
 T, E, D, F = 300, 4, 32, 48
 GRID = Grid(3, False, 16)
@@ -153,7 +153,7 @@ def test_what_is_no_pattern_or_grid_is_refused_in_one_line() -> None:
 
 
 def test_patterns_and_grids_are_known_without_torch() -> None:
-    code = "import sys, moeflow.methods.grid, moeflow.methods.pattern; sys.exit('torch' in sys.modules)"
+    code = "import sys, moeflow.methods.slim.grid, moeflow.methods.slim.pattern; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from moeflow.arch import FAMILIES, MIXTRAL, Arch
-from moeflow.methods.choose import CRITERIA
-from moeflow.methods.criteria import SCORES, aimer, best_by_score, reap
-from moeflow.methods.errors import mask_of, squared_errors, squared_errors_direct
-from moeflow.methods.subsets import all_subsets, count_subsets
+from moeflow.methods.prune.errors import mask_of, squared_errors, squared_errors_direct
+from moeflow.methods.prune.subsets import all_subsets, count_subsets
+from moeflow.methods.records import CRITERIA
+from moeflow.methods.scores import SCORES, aimer, best_by_score, reap
 from moeflow.model.moe import MLP, MoELayer
 from moeflow.model.router import Router
 

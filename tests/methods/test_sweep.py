@@ -9,8 +9,11 @@ from torch.nn.functional import cross_entropy, kl_div
 from transformers import AutoModelForCausalLM
 
 from moeflow.arch import arch_of
-from moeflow.methods import calibrate, compress, drop, sweep, tokens
-from moeflow.methods.budget import legal_counts
+from moeflow.methods.calibrate import steps as calibrate
+from moeflow.methods.checkpoint import steps as checkpoint
+from moeflow.methods.data import steps as data
+from moeflow.methods.prune.counts import legal_counts
+from moeflow.methods.recipes import moei2
 from moeflow.model.layout import Folder, read_config
 from moeflow.step import step_of, upstream
 from tests import running, tiny
@@ -20,16 +23,16 @@ from tests import running, tiny
 def test_a_forks_divergence_and_loss_are_those_of_the_model_with_that_layer_changed(family: Path, tmp_path: Path) -> None:
     model, store = running.model_in(family), running.store_in(tmp_path)
     matrix = running.matrix_of(tmp_path)
-    seen = calibrate.run(model, tokens.of(matrix, model, sequences=8, length=16), batch=2, shard=4, stage=2)
+    seen = calibrate.run(model, data.tokens(matrix, model, sequences=8, length=16), batch=2, shard=4, stage=2)
     last, keep = model.moe_layers[-1], 6
-    pruned = compress.prune(seen, keep=keep / 8, counts="uniform", search="enumerate")
+    pruned = moei2.prune(seen, keep=keep / 8, counts="uniform", search="enumerate")
     found = {
-        i: next(s for s in upstream([c]) if s.name == "search.candidates")
+        i: next(s for s in upstream([c]) if s.name == "prune.candidates")
         for i, c in zip(model.moe_layers, pruned.choices, strict=True)
     }
-    alternatives = {i: (sweep.SETS, [str(keep)], [found[i]]) for i in found}
-    each = {last: (sweep.EACH, [str(e) for e in range(8)], [])}
-    sets, single = (sweep.curves(seen, a, tokens=128, stage=2) for a in (alternatives, each))
+    alternatives = {i: (calibrate.SETS, [str(keep)], [found[i]]) for i in found}
+    each = {last: (calibrate.EACH, [str(e) for e in range(8)], [])}
+    sets, single = (calibrate.curves(seen, a, tokens=128, stage=2) for a in (alternatives, each))
     running.run(store, sets, single, pruned.layers[last])
     measured = json.loads(store.artifact(sets.key).file("curves.json").read_text())
     one_gone = json.loads(store.artifact(single.key).file("curves.json").read_text())
@@ -69,13 +72,13 @@ def test_a_forks_divergence_and_loss_are_those_of_the_model_with_that_layer_chan
 def test_a_sweep_reads_the_checkpoint_once_whatever_the_shards_and_takes_as_many_tokens_as_told(tmp_path: Path) -> None:
     source, store = tiny.write("mixtral", tmp_path / "model"), running.store_in(tmp_path)
     model = running.model_in(source)
-    seen = calibrate.run(model, tokens.of(running.matrix_of(tmp_path), model, sequences=8, length=16), batch=2, shard=4, stage=1)
-    pruned = compress.prune(seen, keep=0.5, grid=3, measured=64)
-    forks = [s for s in upstream([pruned.choices[0]]) if s.name == "sweep.forks"]
+    seen = calibrate.run(model, data.tokens(running.matrix_of(tmp_path), model, sequences=8, length=16), batch=2, shard=4, stage=1)
+    pruned = moei2.prune(seen, keep=0.5, grid=3, measured=64)
+    forks = [s for s in upstream([pruned.choices[0]]) if s.name == "calibrate.forks"]
     read = [step_of(i).key for s in forks for i in s.inputs]
     assert all(read.count(layer.key) == 1 for layer in model.layers)
     running.run(store, *pruned.choices)
-    curves = next(s for s in upstream([pruned.choices[0]]) if s.name == "sweep.measure")
+    curves = next(s for s in upstream([pruned.choices[0]]) if s.name == "calibrate.curves")
     told = json.loads(store.artifact(curves.key).file("curves.json").read_text())
     assert told["tokens"] == 4 * 15  # two sequences of 16 from each of two shards, and the last token predicts nothing
     found = told["curves"]
@@ -88,10 +91,10 @@ def test_a_sweep_reads_the_checkpoint_once_whatever_the_shards_and_takes_as_many
 def test_sets_that_are_judged_on_do_not_enter_the_counts(tmp_path: Path) -> None:
     """The held-out text is nowhere upstream of what is decided."""
     model = running.model_in(tiny.write("mixtral", tmp_path / "model"))
-    seen = calibrate.run(model, tokens.of(running.matrix_of(tmp_path), model, sequences=8, length=16), batch=2, shard=4, stage=2)
-    pruned = compress.prune(seen, keep=0.75)
-    heldout = tokens.of(running.matrix_of(tmp_path, seed=1), model, sequences=8, length=16)
+    seen = calibrate.run(model, data.tokens(running.matrix_of(tmp_path), model, sequences=8, length=16), batch=2, shard=4, stage=2)
+    pruned = moei2.prune(seen, keep=0.75)
+    heldout = data.tokens(running.matrix_of(tmp_path, seed=1), model, sequences=8, length=16)
     ends = calibrate.hidden_states(pruned, heldout, batch=2, shard=4)
-    judged = {s.key for s in upstream(ends) if s.name == "tokens.matrix"}
-    decided = {s.key for s in upstream([drop.checkpoint_of(pruned)]) if s.name == "tokens.matrix"}
+    judged = {s.key for s in upstream(ends) if s.name == "data.matrix"}
+    decided = {s.key for s in upstream([checkpoint.checkpoint_of(pruned)]) if s.name == "data.matrix"}
     assert judged >= {heldout.key} and decided == {seen.tokens.key}

@@ -13,9 +13,13 @@ from torch.nn.functional import cosine_similarity
 from transformers import AutoModelForCausalLM
 
 from moeflow.arch import arch_of
-from moeflow.methods import calibrate, compressed_experts, drop, evaluate, finetune, search, skipping, tokens, trim
-from moeflow.methods.calibrate import Calibration
-from moeflow.methods.fetch import Model
+from moeflow.methods.calibrate import steps as calibrate
+from moeflow.methods.checkpoint import steps as checkpoint
+from moeflow.methods.data import steps as data_
+from moeflow.methods.fewer_active import steps as fewer_active
+from moeflow.methods.graph import Calibration, Model
+from moeflow.methods.recipes import compare, naee, tune
+from moeflow.methods.trim import steps as trim
 from moeflow.model.checkpoint import Tensors, read_moe
 from moeflow.model.layout import Folder, headers, read_config
 from moeflow.step import Step
@@ -34,7 +38,7 @@ def source(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 def calibrated(model: Model, folder: Path, **options: Any) -> Calibration:
     options = {"batch": 2, "shard": 4, "stage": 2, "between": True} | options
-    return calibrate.run(model, tokens.of(matrix_of(folder), model, sequences=8, length=16), **options)
+    return calibrate.run(model, data_.tokens(matrix_of(folder), model, sequences=8, length=16), **options)
 
 
 def ids_of(folder: Path) -> Tensor:
@@ -42,7 +46,7 @@ def ids_of(folder: Path) -> Tensor:
 
 
 def pulled(store: Store, model: Model, folder: Path) -> Path:
-    target = alone(drop.checkpoint_of(model))
+    target = alone(checkpoint.checkpoint_of(model))
     run(store, target)
     out = folder / f"out-{target.key[-8:]}"
     store.fetch(target.key, out)
@@ -290,8 +294,8 @@ def test_trimmings_follow_each_other_where_a_run_decides(tmp_path: Path) -> None
         == ["experts", "moe", "layers", "moe"]
         == [t["trim"] for t in json.loads((out / "moeflow.json").read_text())["trimming"]]
     )
-    target = drop.checkpoint_of(last).reporting(
-        *evaluate.compare(seen, last, heldout=matrix_of(tmp_path, seed=3), sequences=4, length=16)
+    target = checkpoint.checkpoint_of(last).reporting(
+        *compare.compare(seen, last, heldout=matrix_of(tmp_path, seed=3), sequences=4, length=16)
     )
     run(store, target)
     rows = reports(store, target)
@@ -332,20 +336,20 @@ def test_what_cannot_be_trimmed_is_refused_in_one_line(tmp_path: Path) -> None:
         ),
         "1 experts are to stay in all, fewer than least=1 in each of 3 layers": lambda: trim.expert_drop(seen, keep=0.4, least=1),
         "keep=0 experts of 3 layers are none; at least one layer": lambda: trim.expert_drop(seen, keep=0, across="layer"),
-        "a token gets 1 of the 1 experts of layer 0, which leaves none to stand for": lambda: compressed_experts.attach(
+        "a token gets 1 of the 1 experts of layer 0, which leaves none to stand for": lambda: fewer_active.attach(
             trim.expert_drop(seen, keep=1, across="layer")
         ),
-        "a token may get one expert of layer 0 only, and none to skip": lambda: skipping.skip(
+        "a token may get one expert of layer 0 only, and none to skip": lambda: fewer_active.skip(
             calibrated(trim.expert_drop(seen, keep=1, across="layer"), tmp_path)
         ),
-        "whether layer 0 keeps its experts is decided by a run that trims the model; prune first": lambda: search.layerwise(
+        "whether layer 0 keeps its experts is decided by a run that trims the model; prune first": lambda: naee.layerwise(
             calibrated(trim.layer_drop(seen, drop=1), tmp_path), keep=4
         ),
         "whether layer 0 keeps its experts is decided by a run .* drop experts first": lambda: trim.expert_drop(
             calibrated(trim.layer_drop(seen, drop=1), tmp_path), keep=4
         ),
         "layer 0 skips experts by a threshold .* drop experts the model without it": lambda: trim.expert_drop(
-            calibrated(skipping.skip(seen), tmp_path), keep=4
+            calibrated(fewer_active.skip(seen), tmp_path), keep=4
         ),
     }.items():
         with pytest.raises(ValueError, match=message) as refused:
@@ -358,8 +362,8 @@ def test_a_trimmed_model_is_trained(tmp_path: Path) -> None:
     pytest.importorskip("deepspeed")
     source, store = tiny.write("mixtral", tmp_path / "model"), store_in(tmp_path)
     thin = trim.layer_drop(calibrated(model_in(source), tmp_path), drop=1)
-    data = tokens.of(matrix_of(tmp_path), thin, sequences=8, length=16)
-    tuned = finetune.tune(thin, data, mode="full", steps=2, batch=2, rate=1e-3)
+    data = data_.tokens(matrix_of(tmp_path), thin, sequences=8, length=16)
+    tuned = tune.tune(thin, data, mode="full", steps=2, batch=2, rate=1e-3)
     out = pulled(store, tuned.model, tmp_path)
     assert read_config(Folder(out))["moeflow_layers"].count({"experts": 0, "gone": "moe"}) == 1
     assert isinstance(tuned.trained, Step) and torch.isfinite(logits(loaded(out), tmp_path)).all()

@@ -9,10 +9,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from moeflow.arch import MIXTRAL, Config
-from moeflow.methods import finetune
-from moeflow.methods.fetch import Model
-from moeflow.methods.recipe import Gang
-from moeflow.methods.tuning_memory import bytes_per_token
+from moeflow.methods.finetune.memory import bytes_per_token
+from moeflow.methods.finetune.recipe import Gang
+from moeflow.methods.graph import Model
+from moeflow.methods.recipes import tune
 from moeflow.model.layout import Folder, headers, read_config
 from moeflow.model.spec import LayerSpec, RestSpec, TokensSpec
 from moeflow.step import Context, Spec, step
@@ -59,7 +59,7 @@ def rows_of(context: Context) -> None:
 def tuned(mode: str, gang: Gang) -> Any:
     rest = rest_of()
     model = Model(MIXTRAL_8X7B, rest, rest, tuple(layer_of(layer=i) for i in range(32)))
-    return finetune.tune(model, rows_of(), mode=mode, steps=100, batch=64, rate=1e-5, gang=gang)
+    return tune.tune(model, rows_of(), mode=mode, steps=100, batch=64, rate=1e-5, gang=gang)
 
 
 def test_mixtral_8x7b_is_not_trained_whole_on_eight_gpus_of_80_gb_but_with_offload_or_lora_it_is() -> None:

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations import HfDeepSpeedConfig
 
 import moeflow  # noqa: F401
-from moeflow.methods import extensions
+from moeflow.methods.finetune import extensions
 
 ZERO3 = {
     "train_micro_batch_size_per_gpu": 1,

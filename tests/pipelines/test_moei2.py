@@ -83,15 +83,15 @@ def test_choices_of_a_pipeline_can_be_read_and_diffed(tmp_path: Path) -> None:
     store = running.store_in(tmp_path)
     made = {s.name: s for s in upstream([target])}
     running.run(store, target)
-    choice = json.loads(store.artifact(made["search.pick"].key).file("choice.json").read_text())
+    choice = json.loads(store.artifact(made["prune.pick"].key).file("choice.json").read_text())
     assert {"keep", "loss", "runner_up", "baselines"} <= set(choice)
     assert set(choice["baselines"]) == {"random", "frequency", "router_score", "reap", "aimer"}
     for name, file in {
-        "search.candidates": "candidates.json",
-        "counts.paper": "counts.json",
-        "search.block": "block.json",
-        "ranks.paper": "ranks.json",
-        "search.importance": "importance.json",
+        "prune.candidates": "candidates.json",
+        "prune.counts_paper": "counts.json",
+        "prune.block": "block.json",
+        "decompose.ranks_paper": "ranks.json",
+        "prune.importance": "importance.json",
     }.items():
         text = store.artifact(made[name].key).file(file).read_text()
         assert json.loads(text) and max(map(len, text.splitlines())) < 200, name

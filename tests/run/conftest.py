@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import ray
 
-from moeflow.run import Outcome, in_process, on_ray
+from moeflow.run import Outcome, in_process
+from moeflow.run.ray import runner as on_ray
 from moeflow.store import Store
 
 Run = Callable[..., Outcome]

@@ -7,7 +7,8 @@ from threading import Thread
 import pytest
 import ray
 
-from moeflow.run import CannotRun, in_process, on_ray
+from moeflow.run import CannotRun, in_process
+from moeflow.run.ray import runner as on_ray
 from moeflow.step import Step, upstream
 from moeflow.store import Store
 from tests.run import toy

@@ -13,9 +13,9 @@ import pytest
 
 from moeflow.run import Options, StepFailed, in_process
 from moeflow.run.gang import PeerLost, torn
-from moeflow.run.gang_on_ray import Raised, _judge
 from moeflow.run.progress import Lines
-from moeflow.run.travel import packed_error
+from moeflow.run.ray.gang import Raised, _judge
+from moeflow.run.ray.travel import packed_error
 from moeflow.step import Step
 from moeflow.store import Store
 from moeflow.store.partial import Snapshot
@@ -171,13 +171,13 @@ def trainers() -> list[str]:
 @pytest.mark.slow
 def test_on_two_nodes_a_gang_survives_a_lost_driver_and_a_lost_node(store: Store, trace: Path, tmp_path: Path) -> None:
     """One process on each; the bytes are those of one process on this machine."""
-    from moeflow.run import on_ray
+    from moeflow.run.ray import runner as on_ray
 
     go, told = tmp_path / "go", (tmp_path / "told").open("w+")
     params = {"to": 6, "hold": 3, "until": str(go), "trace": str(trace)}
     target = gangs.sum_(toy.number(n=3), **params).on(processes=2)
     code = (
-        "from moeflow.run import on_ray; from moeflow.store import Store; from tests.run import gangs, toy\n"
+        "from moeflow.run.ray import runner as on_ray; from moeflow.store import Store; from tests.run import gangs, toy\n"
         f"on_ray.run([gangs.sum_(toy.number(n=3), **{params}).on(processes=2)], Store.open({store.url!r}))"
     )
     with two_nodes() as nodes:

@@ -164,11 +164,11 @@ def test_a_call_carries_no_graph() -> None:
 
 
 def test_a_function_of_moeflows_own_travels_by_name() -> None:
-    from moeflow.store.sources import fetch
+    from moeflow.sources import steps
 
-    own = next(v for v in vars(fetch).values() if getattr(v, "__wrapped__", None) and v.__module__ == fetch.__name__)
+    own = next(v for v in vars(steps).values() if getattr(v, "__wrapped__", None) and v.__module__ == steps.__name__)
     made = Call.of(Step("toy.own", 1, own.__wrapped__), [], source="")
-    assert made.code == f"moeflow.store.sources.fetch:{own.__name__}"
+    assert made.code == f"moeflow.sources.steps:{own.__name__}"
     assert pickle.loads(pickle.dumps(made)).function is own.__wrapped__
 
 

@@ -7,10 +7,11 @@ import pytest
 import ray
 from ray.exceptions import ActorDiedError
 
-from moeflow.run import CannotRun, ClusterLost, Options, StepFailed, on_ray
-from moeflow.run.board import Board, Event
+from moeflow.run import CannotRun, ClusterLost, Options, StepFailed
 from moeflow.run.call import Call
-from moeflow.run.nodes import Nodes, demand, too_large
+from moeflow.run.ray import runner as on_ray
+from moeflow.run.ray.board import Board, Event
+from moeflow.run.ray.nodes import Nodes, demand, too_large
 from moeflow.step import Resources, Step
 from moeflow.store import LocalBlobs, S3Blobs, Store
 from tests.run import toy

@@ -8,10 +8,9 @@ from typing import Any, Literal
 import pytest
 
 from moeflow.run.pipeline import call, load
+from moeflow.sources import Source, Texts
 from moeflow.step import Step
 from moeflow.store import Store
-from moeflow.store.sources import Source
-from moeflow.store.texts import Texts
 from tests.run import toy
 
 

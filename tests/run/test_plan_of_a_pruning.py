@@ -21,8 +21,8 @@ def test_a_plan_names_the_steps_and_bytes_of_what_then_happens(family: Path, tmp
         slack = 4096 + 0.02 * step.writes
         assert abs(row.writes - step.writes) <= slack, row
         if row.name not in (
-            "fetch.file",
-            "fetch.files",
+            "sources.file",
+            "sources.files",
         ):  # what they read lies outside the store, and is as large as what they write
             assert abs(row.reads - step.reads) <= 6144 + 0.02 * step.reads, row
         else:
@@ -37,4 +37,4 @@ def test_a_plan_for_another_ratio_runs_only_what_comes_behind_the_calibration(fa
     in_process.run([first, *first.reports], store)
     names = {r.name for r in plan([second, *second.reports], store).rows if r.state == "run"}
     assert not any(n.startswith(("fetch", "tokens", "calibrate.observe", "calibrate.embed")) for n in names)
-    assert names >= {"search.choose", "drop.experts", "checkpoint.assemble", "evaluate.quality"}
+    assert names >= {"prune.choose", "rewrite.experts", "checkpoint.assemble", "evaluate.quality"}

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from moeflow.run import in_process
+from moeflow.sources import pin
 from moeflow.step import upstream
 from moeflow.store import Store
-from moeflow.store.sources import pin
 from tests import prune_pipeline, running, tiny
 from tests.run.cluster import descendants, title, two_nodes, until
 

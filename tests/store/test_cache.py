@@ -11,7 +11,7 @@ import pytest
 from moeflow.store import CorruptBlob, Store, StoreError
 from moeflow.store import names as store_names
 from tests import servers
-from tests.store.making import ask, commit, hold_and_die, key, read
+from tests.making import ask, commit, hold_and_die, key, read
 
 
 def held(store: Store) -> set[str]:

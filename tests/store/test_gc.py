@@ -9,7 +9,7 @@ import pytest
 from moeflow.store import Store, versions
 from moeflow.store import names as store_names
 from moeflow.store.gc import delete, gc
-from tests.store.making import commit, folder, key
+from tests.making import commit, folder, key
 
 WEEK = 7 * 86400.0
 

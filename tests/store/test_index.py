@@ -6,7 +6,7 @@ from moto.backends import get_backend
 
 from moeflow.store import Found, Store
 from tests import servers
-from tests.store.making import commit, key, record
+from tests.making import commit, key, record
 
 
 def test_the_index_tells_contents_source_and_size_without_reading_a_manifest(

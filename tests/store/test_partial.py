@@ -7,7 +7,7 @@ import pytest
 from moeflow.store import Store
 from moeflow.store.partial import Snapshot
 from tests import servers
-from tests.store.making import folder, key, read
+from tests.making import folder, key, read
 
 
 def test_the_newest_state_comes_back_and_earlier_ones_are_gone(store: Store, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 from moeflow.store import CorruptBlob, File, Manifest, NotStored, Store, StoreError, part_digest
 from moeflow.store import names as store_names
 from tests import servers
-from tests.store.making import commit, folder, key, read, record
+from tests.making import commit, folder, key, read, record
 
 
 def test_what_was_committed_comes_back(store: Store, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from moeflow.store import LocalBlobs, Store, StoreError
 from moeflow.store.errors import bytes_text, disk
-from tests.store.making import commit, folder, key, record
+from tests.making import commit, folder, key, record
 
 
 @pytest.fixture

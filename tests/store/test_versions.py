@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from moeflow.store import NotStored, Store, versions
-from tests.store.making import commit, key
+from tests.making import commit, key
 
 
 @pytest.fixture

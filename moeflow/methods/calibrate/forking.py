@@ -1,0 +1,126 @@
+"""Take the hidden states of a model and its forks through decoder layers, and compare where they end: the tensor side of `sweep`.
+
+Shapes are suffixes: N sequences, L positions, T tokens, D model width, V vocabulary.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn.functional import kl_div
+
+from moeflow.arch import Config
+from moeflow.model.alternatives import Alternative, alternative_blocks, slices, watched
+from moeflow.model.checkpoint import Tensors, save, tensor_of
+from moeflow.model.layout import Files, TensorInfo, headers, read_config, read_header
+from moeflow.model.passes import Progress, stream_of
+
+BASE = "hidden.safetensors"
+"""The states of the model as it is; those of its forks lie in files of their own."""
+
+TOKENS_AT_ONCE = 1024
+
+
+def first_rows(files: Sequence[Files], taken: Sequence[int], out: Path) -> None:
+    """Write the hidden states of the first sequences of several files, `taken` of each, as one."""
+    parts = []
+    for file, count in zip(files, taken, strict=True):
+        info = headers(file)["hidden_NLD"]
+        size = info.nbytes // info.shape[0]
+        part = TensorInfo(info.file, info.dtype, (count, *info.shape[1:]), info.start, info.start + count * size)
+        parts.append(tensor_of(file.read(part.file, part.start, part.stop), part))
+    save({"hidden_NLD": torch.cat(parts)}, out)
+
+
+@torch.inference_mode()
+def through(
+    config: Config, given: Mapping[str, Path], stages: Sequence[tuple[int, Path, Mapping[str, Alternative]]], out: Path,
+    *, batch: int, dtype: str, progress: Progress,
+) -> None:  # fmt: skip
+    """Write the states behind consecutive layers, given as (number, file, alternatives by the name of their fork).
+
+    `given`: the files of the states before them, by the names under which they are written to the folder `out`. The states of two
+    forks at a time are in memory, however many there are.
+    """
+    stream = stream_of(config, dtype)
+    states = dict(given)
+    for at, (layer, file, alternatives) in enumerate(stages):
+        tensors = Tensors(file)
+        module = stream.layer(tensors, layer)
+        for done, name in enumerate(n for n in given if n != BASE):
+            states_NLD = load_file(states[name])["hidden_NLD"]
+            for part_nLD in states_NLD.split(batch):
+                h_nLD = part_nLD.to(stream.device)
+                part_nLD.copy_(module(h_nLD, **stream.arguments(layer, h_nLD)))
+            states[name] = _saved(states_NLD, out / name)
+            progress(at * len(states) + done + 1, len(stages) * len(states), "forks")
+        base_NLD = load_file(states[BASE])["hidden_NLD"]
+        x_NLD, residual_NLD = (torch.empty_like(base_NLD) if alternatives else None for _ in range(2))
+        for rows in slices(len(base_NLD), batch):
+            h_nLD = base_NLD[rows].to(stream.device)
+            with watched(module, stream.arch.block) as seen:
+                base_NLD[rows] = module(h_nLD, **stream.arguments(layer, h_nLD)).cpu()
+            if x_NLD is not None and residual_NLD is not None:
+                x_NLD[rows], residual_NLD[rows] = seen["x"].cpu(), seen["residual"].cpu()
+        states[BASE] = _saved(base_NLD, out / BASE)
+        del module
+        begun = alternative_blocks(tensors, config, layer, alternatives, device=stream.device, dtype=stream.dtype)
+        for name, moe in begun:
+            assert x_NLD is not None and residual_NLD is not None
+            for rows in slices(len(base_NLD), batch):
+                x_nLD = x_NLD[rows].to(stream.device)
+                y_nLD = moe(x_nLD.flatten(0, -2)).view(x_nLD.shape)
+                base_NLD[rows] = (residual_NLD[rows].to(stream.device) + y_nLD).cpu()
+            states[name] = _saved(base_NLD, out / name)
+        given = states
+
+
+def _saved(states_NLD: Tensor, path: Path) -> Path:
+    save_file({"hidden_NLD": states_NLD}, path)
+    return path
+
+
+@torch.inference_mode()
+def measured(rest: Files, ids: np.ndarray, end: Files, *, dtype: str, progress: Progress) -> dict[str, Any]:
+    """Mean divergence and loss of every fork, and the loss of the model as it is, over the positions that predict a token."""
+    config, tensors = read_config(rest), Tensors(rest)
+    stream = stream_of(config, dtype)
+    norm, head = stream.final_norm(tensors), stream.head(tensors)
+    ids_NL = torch.from_numpy(ids.astype(np.int64))
+
+    def log_probabilities(states_LD: Tensor) -> Tensor:
+        return head(norm(states_LD[None].to(stream.device)))[0].float().log_softmax(-1)
+
+    names = [n for n in end.names() if n != BASE]
+    base_NLD = _states_of(end, BASE)
+    curves: dict[str, dict[str, float]] = {}
+    losses: dict[str, dict[str, float]] = {}
+    plain, seen = 0.0, ids_NL[:, 1:].numel()
+    for done, name in enumerate([BASE, *names]):
+        fork_NLD = base_NLD if name == BASE else _states_of(end, name)
+        sums = torch.zeros(2, dtype=torch.float64)
+        for base_LD, fork_LD, ids_L in zip(base_NLD[:, :-1], fork_NLD[:, :-1], ids_NL, strict=True):
+            for rows in slices(len(base_LD), TOKENS_AT_ONCE):
+                log_q = log_probabilities(fork_LD[rows])
+                loss = -log_q.gather(-1, ids_L[1:][rows, None].to(stream.device)).double().sum()
+                apart = torch.zeros((), dtype=torch.float64)
+                if name != BASE:
+                    log_p = log_probabilities(base_LD[rows])
+                    apart = kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1).double().sum()
+                sums += torch.stack([apart.cpu(), loss.cpu()])
+        if name == BASE:
+            plain = float(sums[1]) / seen
+        else:
+            _, layer, alternative = name.removesuffix(".safetensors").split(".", 2)
+            curves.setdefault(layer, {})[alternative], losses.setdefault(layer, {})[alternative] = (sums / seen).tolist()
+        progress(done + 1, len(names) + 1, "forks")
+    return {"tokens": seen, "loss": plain, "curves": curves, "losses": losses}
+
+
+def _states_of(end: Files, name: str) -> Tensor:
+    info = read_header(name, end.size(name), lambda a, b: end.read(name, a, b))["hidden_NLD"]
+    return tensor_of(end.read(name, info.start, info.stop), info)

@@ -1,0 +1,308 @@
+"""A checkpoint in and out: one file per decoder layer and one for the rest, and the folder that is assembled from them.
+
+Hub shards straddle layers, so a fine-tune that touched one layer would look like a new model; layer files do not. Assembling lists
+blobs and moves none.
+"""
+
+import json
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal
+
+from moeflow import __version__
+from moeflow.arch import Config, arch_of, essential
+from moeflow.methods.graph import INDEX, REST, Model, named_like
+from moeflow.methods.records import DECOMPOSITION, SKIP, TRIM, read_choice, read_trim
+from moeflow.methods.rewrite import config_text
+from moeflow.model.formats import config_of, family_config, format_of, layer_formats
+from moeflow.model.layout import ESSENTIAL, LAYER, TensorInfo, file_for, headers, read_header
+from moeflow.model.packed import BLOCK_SCALE, FORMAT, METHOD, PACKED, Shapes, check_whole, quantization_config, scheme_of
+from moeflow.model.spec import CheckpointSpec, LayerSpec, RestSpec, TensorTable, check_layer, file_bytes, header_bytes, tensor_bytes
+from moeflow.sources import Source
+from moeflow.step import Artifact, Context, Spec, Step, step
+
+
+def _assemble_spec(rest: RestSpec, *parts: Any, config: Config, extra: int) -> Spec:
+    layers = [p for p in parts if isinstance(p, LayerSpec)]
+    tables = [layer.tensors for layer in layers] + [rest.tensors]
+    _packing([{n: shape for n, (_, shape) in table.items()} for table in tables], [p.experts for p in layers], config)
+    headers = sum(layer.headers for layer in layers) + header_bytes(rest.tensors)
+    names = sum(len(n) + 44 for table in tables for n in table)
+    weights = sum(layer.nbytes for layer in layers) + file_bytes(rest.tensors)
+    parameters = sum(layer.numel for layer in layers) + LayerSpec(config, -1, 0, rest.tensors).numel
+    out = CheckpointSpec(config, weights, parameters, headers, sum(rest.files.values()) + names + 3000)
+    return Spec(out, reads=headers, writes=names + 3000, memory=1 << 24)
+
+
+@step("checkpoint.assemble", version=1, spec=_assemble_spec)
+def assemble(context: Context, rest: Artifact, *parts: Artifact, config: Config, extra: int) -> None:
+    """A checkpoint folder: layer files, index, config.json and what travels with it.
+
+    In the family's own standard where all layers keep the same number of experts, every matrix whole; otherwise in moeflow's,
+    which `moeflow.model.compressed` loads. `parts`: the layers in order, the last `extra` of them beyond the decoder, and then the
+    choices that led here, which are told in `moeflow.json`, as are what was trimmed, what became of each expert in a decomposed
+    layer and what the thresholds of skipping rest on. No weight is read or written: the folder lists the blobs that the layers
+    already are.
+    """
+    layers = [p for p in parts if LAYER in p.names()]
+    choices = [read_choice(p) for p in parts if "choice.json" in p.names()]
+    tables = [headers(artifact) for artifact in (*layers, rest)]
+    formats = [format_of({n: t.shape for n, t in table.items()}, config, i) for i, table in enumerate(tables[:-1])]
+    files = [
+        (artifact, name, {n: t for n, t in table.items() if t.file == name})
+        for artifact, table in zip((*layers, rest), tables, strict=True)
+        for name in artifact.names()
+        if name.endswith(".safetensors")
+    ]
+    weight_map: dict[str, str] = {}
+    total = 0
+    for i, (artifact, name, tensors) in enumerate(files):
+        target = f"model-{i + 1:05d}-of-{len(files):05d}.safetensors"
+        context.link(artifact, name, target)
+        weight_map |= dict.fromkeys(tensors, target)
+        total += sum(t.nbytes for t in tensors.values())
+    _write_json(context.out / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+    decoder = [f if f.experts or f.gone else None for f in formats[: len(layers) - extra]]
+    packing = _packing([{n: t.shape for n, t in table.items()} for table in tables], [f.experts for f in formats], config)
+    _write_json(context.out / "config.json", config_of(family_config(config), decoder) | packing)
+    for name in rest.names():
+        if name not in (REST, ESSENTIAL, "config.json"):
+            context.link(rest, name)
+    told: dict[str, Any] = {"moeflow": __version__, "choices": [{k: v for k, v in c.items() if k != "losses"} for c in choices]}
+    if trimmed := [read_trim(p) for p in parts if TRIM in p.names()]:
+        told["trimming"] = trimmed
+    for what, name in (("decomposition", DECOMPOSITION), ("slimming", "slimmed.json"), ("skipping", SKIP)):
+        if found := [json.loads(p.read(name, 0, p.size(name))) for p in layers if name in p.names()]:
+            told[what] = found
+    _write_json(context.out / "moeflow.json", told)
+
+
+def _packing(tables: Sequence[Shapes], experts: Sequence[int], config: Config) -> dict[str, Any]:
+    """What config.json says of packed matrices; nothing where there are none."""
+    for layer, (table, count) in enumerate(zip(tables, experts, strict=False)):
+        check_whole(table, layer, config, count)
+    shapes = {n: shape for table in tables for n, shape in table.items()}
+    scheme = scheme_of(shapes, config)
+    return {"quantization_config": quantization_config(scheme, shapes, config)} if scheme else {}
+
+
+def checkpoint_of(model: Model) -> Step:
+    """The whole checkpoint as one artifact."""
+    parts = (*model.layers, *model.extra, *model.choices)
+    return assemble(model.rest, *parts, config=model.config, extra=len(model.extra))
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+TOKENIZER = ("tokenizer*", "vocab*", "merges*", "special_tokens*", "added_tokens*", "*.model", "*.tiktoken")
+TRAVELLING = (
+    *TOKENIZER,
+    "*.jinja",
+    "chat_template*",
+    "generation_config.json",
+    "licen[cs]e*",
+    "copying*",
+    "notice*",
+    "use_policy*",
+)
+"""The files that travel with every checkpoint beside its weights and config.json, whatever the case of their letters."""
+THREADS = 16  # headers that are read at once
+
+Table = dict[str, list[Any]]
+"""Tensor name to [which input, dtype, shape, first byte, last byte + 1]."""
+
+
+def pinned(source: Source, *, mtp: Literal["drop", "keep"] = "drop") -> Model:
+    """The checkpoint at a pinned source (a folder, a hub repository at a commit, an `s3://` prefix).
+
+    Reads config.json, the index and the safetensors headers, nothing else. `mtp` says what becomes of the
+    multi-token-prediction layers of DeepSeek-V3, which stand behind the decoder layers: "drop", or "keep" them untouched.
+
+    Raises ValueError for an unknown family, a checkpoint packed in a way that moeflow does not read, an index that names a missing
+    tensor, a truncated file, and a config.json that contradicts the tensors.
+    """
+    if mtp not in ("drop", "keep"):
+        raise ValueError(f"mtp={mtp!r}; choose 'drop' or 'keep'")
+    config: Config = _json(source, "config.json")
+    arch = arch_of(config)
+    if lacking := [k for k in ("num_hidden_layers", "num_experts_per_tok", "hidden_size", "vocab_size") if k not in config]:
+        raise ValueError(f"config.json at {source.uri} lacks {', '.join(lacking)}; fetch the checkpoint again")
+    layer_formats(config)  # whatever it says of its layers has to be readable
+    tensors = _tensors(source)
+    if packing := config.get("quantization_config"):
+        _check_packing(packing, tensors, config, source.uri)
+        if packing["quant_method"] == METHOD:  # written again from what then is packed
+            config.pop("quantization_config")
+    steps = {name: source.file(name) for name in sorted({t.file for t in tensors.values()})}
+    count = arch.num_layers(config)
+    by_layer: dict[int | None, dict[str, TensorInfo]] = {}
+    for name, info in tensors.items():
+        by_layer.setdefault(_layer_of(name), {})[name] = info
+    if missing := sorted(set(range(count)) - set(by_layer)):
+        raise ValueError(f"config.json says {count} layers, but the checkpoint has no tensor of layer {missing[0]}")
+
+    def layer_step(i: int) -> Step:
+        shards, table = _inputs(by_layer[i], steps)
+        if i < count:
+            check_layer(config, i, {n: (t.dtype, t.shape) for n, t in by_layer[i].items()})
+        return layer(*shards, config=essential(config), layer=i, tensors=table)
+
+    behind = sorted(i for i in by_layer if i is not None and i >= count)
+    known_mtp = int(config.get("num_nextn_predict_layers") or 0)
+    if behind[known_mtp:]:
+        raise ValueError(f"the checkpoint has tensors of layer {behind[-1]}, but config.json says {count} layers")
+    shards, table = _inputs(by_layer.get(None, {}), steps)
+    small = sorted(f.name for f in source.files if named_like(f.name, TRAVELLING))
+    texts = source.group(small or ["config.json"])
+    note = (
+        f"multi-token-prediction layers {behind} are dropped (mtp='keep' keeps them as they are)"
+        if behind and mtp == "drop"
+        else ""
+    )
+    if mtp == "drop" and "num_nextn_predict_layers" in config:
+        config = config | {"num_nextn_predict_layers": 0}
+    return Model(
+        config=config,
+        rest=rest(texts, *shards, config=config, files=small, tensors=table, note=note),
+        texts=texts,
+        layers=tuple(layer_step(i) for i in range(count)),
+        extra=tuple(layer_step(i) for i in behind) if mtp == "keep" else (),
+    )
+
+
+def _check_packing(packing: dict[str, Any], tensors: dict[str, TensorInfo], config: Config, uri: str) -> None:
+    """Raise ValueError where a checkpoint is packed otherwise than its experts by compressed-tensors, as moeflow writes it, or in
+    FP8 with square blocks, as DeepSeek-V3 is published."""
+    method, form = packing.get("quant_method", "unknown"), packing.get("format")
+    shapes = {n: t.shape for n, t in tensors.items()}
+    if method == "fp8":
+        bare = [n for n, t in tensors.items() if t.dtype.startswith("F8") and n + BLOCK_SCALE not in tensors]
+        if bare or len(set(packing.get("weight_block_size") or [0, 1])) != 1:
+            raise ValueError(
+                f"{uri} is in FP8 without square blocks ({(bare or ['weight_block_size'])[0]}); dequantize it to bf16 first"
+            )
+        return
+    if (method, form) != (METHOD, FORMAT):
+        raise ValueError(f"{uri} is packed (quantization_config: {method} {form or ''}); dequantize it to bf16 first")
+    scheme_of(shapes, config)
+    arch = arch_of(config)
+    shared = [t.format(layer=i) for i in arch.moe_layers(config) for t in arch.shared or ()]
+    stems = (*(arch.experts(i) for i in arch.moe_layers(config)), *shared)
+    if others := sorted(n for n in shapes if n.endswith(PACKED) and not n.startswith(stems)):
+        raise ValueError(f"{uri} has packed {others[0]}; moeflow reads packed experts only: dequantize the rest to bf16 first")
+
+
+def _layer_spec(*shards: Any, config: Config, layer: int, tensors: Table) -> Spec:
+    table: TensorTable = {n: (dtype, tuple(shape)) for n, (_, dtype, shape, _, _) in tensors.items()}
+    behind = layer >= int(config["num_hidden_layers"])  # a prediction layer is kept as it is, whatever it holds
+    experts = format_of({n: shape for n, (_, shape) in table.items()}, config, layer).experts
+    out = LayerSpec(config, layer, 0 if behind else experts, table)
+    moved = sum(tensor_bytes(*t) for t in table.values())
+    return Spec(out, reads=moved, writes=out.nbytes, memory=2 * moved)
+
+
+@step("checkpoint.layer", version=1, spec=_layer_spec)
+def layer(context: Context, *shards: Artifact, config: Config, layer: int, tensors: Table) -> None:
+    """One decoder layer as `layer.safetensors`, under the hub's names; what stands beside its experts in `routing.safetensors`.
+
+    Raises ValueError where a weight is NaN or infinite.
+    """
+    for file in sorted({file_for(n) for n in tensors}):
+        _gather(context, shards, {n: t for n, t in tensors.items() if file_for(n) == file}, context.out / file)
+
+
+def _rest_spec(texts: Any, *shards: Any, config: Config, files: list[str], tensors: Table, note: str) -> Spec:
+    table: TensorTable = {n: (dtype, tuple(shape)) for n, (_, dtype, shape, _, _) in tensors.items()}
+    width, vocabulary = int(config["hidden_size"]), int(config["vocab_size"])
+    name = "model.embed_tokens.weight"
+    if name not in table:
+        raise ValueError(f"the checkpoint has no tensor {name}; it is incomplete, or of another family")
+    heads = ["model.norm.weight"] + ([] if config.get("tie_word_embeddings") else ["lm_head.weight"])
+    if missing := [n for n in heads if n not in table]:
+        raise ValueError(f"the checkpoint has no tensor {missing[0]}; it is incomplete, or tie_word_embeddings is wrong")
+    if table[name][1] != (vocabulary, width):
+        raise ValueError(f"{name} has shape {table[name][1]} where config.json asks for {(vocabulary, width)}; correct one of them")
+    out = RestSpec(config, table, {n: texts["files"][n] for n in files})
+    moved = sum(tensor_bytes(*t) for t in table.values())
+    size = len(config_text(config)) + len(config_text(essential(config)))
+    return Spec(out, reads=moved, writes=file_bytes(table) + size, memory=2 * moved, notes=(note,) if note else ())
+
+
+@step("checkpoint.rest", version=1, spec=_rest_spec)
+def rest(context: Context, texts: Artifact, *shards: Artifact, config: Config, files: list[str], tensors: Table, note: str) -> None:
+    """What is no decoder layer: `rest.safetensors`, config.json, and the small files that travel with the checkpoint."""
+    _gather(context, shards, tensors, context.out / REST)
+    (context.out / "config.json").write_text(config_text(config))
+    (context.out / ESSENTIAL).write_text(config_text(essential(config)))
+    if note:
+        context.note(note)
+    for name in files:
+        context.link(texts, name)
+
+
+def _gather(context: Context, shards: tuple[Artifact, ...], tensors: Table, path: Path) -> None:
+    from moeflow.model import checkpoint
+
+    found, done = {}, 0
+    total = sum(stop - start for _, _, _, start, stop in tensors.values())
+    for at, shard in enumerate(shards):
+        (file,) = (n for n in shard.names() if n.endswith(".safetensors"))
+        here = {n: TensorInfo(file, t[1], tuple(t[2]), t[3], t[4]) for n, t in tensors.items() if t[0] == at}
+        for name, tensor in checkpoint.read_many(shard, here):
+            # FP8 knows no infinity, and torch does not look for its NaN
+            if tensor.is_floating_point() and not (tensor.float() if tensor.itemsize == 1 else tensor).isfinite().all():
+                raise ValueError(f"{name} holds NaN or infinite weights; the checkpoint is damaged, fetch or train it again")
+            found[name] = tensor
+            done += tensor.nbytes
+            context.progress(done, total, "bytes")
+    checkpoint.save(found, path)
+
+
+def _tensors(source: Source) -> dict[str, TensorInfo]:
+    """Every tensor of the checkpoint, from the index and the headers of its shards."""
+    sizes = {f.name: f.size for f in source.files}
+    index: dict[str, str] | None = None
+    if INDEX in sizes:
+        index = _json(source, INDEX).get("weight_map")
+        if not isinstance(index, dict):
+            raise ValueError(f"{INDEX} at {source.uri} has no weight_map; fetch the checkpoint again")
+        shards = sorted(set(index.values()))
+    else:
+        shards = sorted(n for n in sizes if n.endswith(".safetensors") and "/" not in n)
+    if not shards:
+        raise ValueError(f"{source.uri} holds no safetensors file")
+    if absent := [s for s in shards if s not in sizes]:
+        raise ValueError(f"{INDEX} names {absent[0]}, which {source.uri} does not hold; fetch the checkpoint again")
+    with ThreadPoolExecutor(THREADS) as pool:
+        headers = list(pool.map(lambda s: read_header(s, sizes[s], lambda a, b: source.read(s, a, b)), shards))
+    found: dict[str, TensorInfo] = {}
+    for shard, header in zip(shards, headers, strict=True):
+        found |= {n: t for n, t in header.items() if index is None or index.get(n) == shard}
+    if index is not None and (missing := sorted(set(index) - set(found))):
+        raise ValueError(f"{INDEX} names {missing[0]} in {index[missing[0]]}, which does not hold it; fetch the checkpoint again")
+    return found
+
+
+def _json(source: Source, name: str) -> dict[str, Any]:
+    try:
+        return json.loads(source.text(name))
+    except ValueError as error:  # a source that lacks it says so itself, as a ValueError, too
+        if isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
+            raise ValueError(f"{name} at {source.uri} is cut short or no JSON ({error}); fetch it again") from None
+        raise
+
+
+def _inputs(tensors: dict[str, TensorInfo], steps: dict[str, Step]) -> tuple[list[Step], Table]:
+    """The shards that hold these tensors, and where in them."""
+    shards = sorted({t.file for t in tensors.values()})
+    table = {n: [shards.index(t.file), t.dtype, list(t.shape), t.start, t.stop] for n, t in sorted(tensors.items())}
+    return [steps[s] for s in shards], table
+
+
+def _layer_of(name: str) -> int | None:
+    if not name.startswith("model.layers."):
+        return None
+    return int(name.split(".")[2])

@@ -1,0 +1,244 @@
+"""The matrix of rank R that changes an expert's outputs least, and the second moments of its tokens that say which one it is.
+
+Shapes are suffixes: T tokens, M outputs and N inputs of a matrix, K = min(M, N), R rank, D model width, F expert width. A batch,
+the experts of a layer, may stand before each of them; tensors stay on their device. With S the second moment of the inputs, the
+optimum is U U' W with U the leading eigenvectors of W S W', which is the second moment of the outputs (Chen et al., DRONE,
+NeurIPS 2021; Wang et al., SVD-LLM, ICLR 2025, reach the same matrix through a Cholesky factor of S). Neither S nor W is ever
+inverted, so that a singular S, of an expert that saw fewer tokens than it has inputs, needs no care.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moeflow.model.moe import LowRank
+
+NOISE = 1e-4
+"""Where an eigenvalue at the cut is a smaller part of the largest, fp32 does not tell it from its neighbours: fp64 does."""
+
+BLOCK = 512
+"""How many columns of a symmetric matrix are taken at once."""
+
+
+@dataclass(frozen=True)
+class Components:
+    """A matrix as a sum of components, from the one that matters most to its outputs down, to be cut at any rank.
+
+    `energy_K`, fp64: what each component adds to the squared norm of the outputs over the tokens of the moment (sums over
+    tokens where the moment is a sum). The others are the matrix in an orthonormal frame and that frame's best basis.
+    """
+
+    energy_K: Tensor
+    basis_KK: Tensor
+    core_KN: Tensor
+    frame_MK: Tensor | None
+    dtype: torch.dtype
+
+    def truncated(self, rank: int) -> LowRank:
+        """The best matrix of this rank as factors [M, R] and [R, N] whose columns and rows have equal norms."""
+        _check_range(rank, self.energy_K.shape[-1])
+        out_KR = self.basis_KK[..., :rank]
+        in_RN = out_KR.mT @ self.core_KN
+        return _balanced(out_KR if self.frame_MK is None else self.frame_MK @ out_KR, in_RN, self.dtype)
+
+    def error(self, rank: int) -> Tensor:
+        """The root of the summed squared change of the outputs at this rank, fp64: the root of the discarded energies."""
+        return self.energy_K[..., rank:].sum(-1).sqrt()
+
+    def __getitem__(self, index: int) -> "Components":
+        """The components of one matrix of the batch."""
+        frame = None if self.frame_MK is None else self.frame_MK[index]
+        return Components(self.energy_K[index], self.basis_KK[index], self.core_KN[index], frame, self.dtype)
+
+
+@torch.no_grad()
+def components(
+    w_MN: Tensor,
+    *,
+    input_moment_NN: Tensor | None = None,
+    output_moment_MM: Tensor | None = None,
+    shrink: float = 0.0,
+    rank: int | None = None,
+) -> Components:
+    """The components of a matrix under the second moment of its inputs or, where that is at hand, of its outputs.
+
+    Works on the smaller side (where M > N, on the R of W = Q R), in fp32 or the matrix's own precision if higher, and again in
+    fp64 where fp32 would not tell apart what `rank` (by default break-even) cuts. `shrink` adds that part of the moment's weight
+    spread evenly over all directions, as if inputs were white: for experts with few tokens. A negative eigenvalue within
+    rounding counts as zero. Raises ValueError where a moment does not fit the matrix, is not finite, not symmetric or zero, or
+    has a negative direction that the matrix sees.
+    """
+    if (input_moment_NN is None) == (output_moment_MM is None):
+        raise ValueError("give either input_moment_NN or output_moment_MM; without tokens there is vanilla()")
+    if shrink < 0:
+        raise ValueError(f"shrink={shrink} is negative; 0 trusts the moment, 1 mixes in as much of white inputs")
+    rows, columns = w_MN.shape[-2:]
+    moment, name, side = (
+        (input_moment_NN, "input_moment_NN", columns) if output_moment_MM is None else (output_moment_MM, "output_moment_MM", rows)
+    )
+    assert moment is not None
+    _check_finite(w_MN)
+    _check_moment(moment, name, (*w_MN.shape[:-2], side, side))
+    cut = rank or int(rows * columns / (rows + columns))
+
+    def gram(core_KN: Tensor, frame_MK: Tensor | None, moment: Tensor) -> Tensor:
+        if output_moment_MM is None:
+            gram_KK = _sandwich(core_KN, moment)
+        else:
+            gram_KK = moment.clone() if frame_MK is None else _sandwich(frame_MK.mT, moment)
+        if shrink:
+            white_KK = core_KN @ core_KN.mT
+            scale = shrink * _trace(gram_KK) / _trace(white_KK).clamp(min=torch.finfo(white_KK.dtype).tiny)
+            gram_KK += scale[..., None, None] * white_KK
+        return gram_KK
+
+    def solve(w_MN: Tensor, moment: Tensor) -> tuple[Tensor, ...]:
+        if w_MN.dim() > 2 and w_MN.device.type == "cpu":
+            # LAPACK knows no batches, and one matrix after the other stays in the cache
+            return tuple(torch.stack(part) for part in zip(*map(solve, w_MN, moment), strict=True))
+        if rows <= columns:
+            return torch.linalg.eigh(gram(w_MN, None, moment))
+        frame_MK, core_KN = torch.linalg.qr(w_MN)
+        return *torch.linalg.eigh(gram(core_KN, frame_MK, moment)), frame_MK, core_KN
+
+    dtype = torch.promote_types(w_MN.dtype, torch.float32)
+    value_K, basis_KK, *framed = _in_fp64_where_needed(solve, w_MN, moment, dtype, cut)
+    _check_positive(value_K, name, 1e-4 if dtype == torch.float32 else 1e-6)
+    frame_MK, core_KN = framed or (None, w_MN.to(dtype))
+    return Components(value_K.double().flip(-1).clamp(min=0), basis_KK.flip(-1), core_KN, frame_MK, w_MN.dtype)
+
+
+def whitened(
+    w_MN: Tensor,
+    rank: int,
+    *,
+    input_moment_NN: Tensor | None = None,
+    output_moment_MM: Tensor | None = None,
+    shrink: float = 0.0,
+) -> LowRank:
+    """The matrix of this rank whose outputs differ least, in summed squares, over the tokens of the moment; see `components`."""
+    _check_range(rank, min(w_MN.shape[-2:]))
+    found = components(w_MN, input_moment_NN=input_moment_NN, output_moment_MM=output_moment_MM, shrink=shrink, rank=rank)
+    return found.truncated(rank)
+
+
+@torch.no_grad()
+def vanilla(w_MN: Tensor, rank: int) -> LowRank:
+    """The truncated singular value decomposition (Yang et al., MoE-I2, EMNLP Findings 2024), by the smaller Gram matrix in fp64."""
+    _check_range(rank, min(w_MN.shape[-2:]))
+    if w_MN.shape[-2] > w_MN.shape[-1]:
+        flipped = vanilla(w_MN.mT, rank)
+        return LowRank(flipped.in_RN.mT.contiguous(), flipped.out_MR.mT.contiguous())
+    _check_finite(w_MN)
+    wide_MN = w_MN.double()
+    out_MR = torch.linalg.eigh(wide_MN @ wide_MN.mT)[1].flip(-1)[..., :rank]
+    return _balanced(out_MR, out_MR.mT @ wide_MN, w_MN.dtype)
+
+
+@torch.no_grad()
+def energies(
+    w_MN: Tensor,
+    *,
+    input_moment_NN: Tensor | None = None,
+    output_moment_MM: Tensor | None = None,
+    shrink: float = 0.0,
+) -> Tensor:
+    """The squared singular values, descending, fp64 [K]: of what `components` cuts or, without a moment, of the matrix itself."""
+    if input_moment_NN is not None or output_moment_MM is not None:
+        return components(w_MN, input_moment_NN=input_moment_NN, output_moment_MM=output_moment_MM, shrink=shrink).energy_K
+    core_KL = (w_MN if w_MN.shape[-2] <= w_MN.shape[-1] else w_MN.mT).double()
+    return torch.linalg.eigvalsh(core_KL @ core_KL.mT).flip(-1).clamp(min=0)
+
+
+@torch.no_grad()
+def output_error(w_MN: Tensor, other: Tensor | LowRank, input_moment_NN: Tensor) -> Tensor:
+    """The root of the summed squared change of the outputs over the moment's tokens where `other` stands for the matrix, fp64."""
+    other_MN = other.out_MR.double() @ other.in_RN.double() if isinstance(other, LowRank) else other.double()
+    change_MN = w_MN.double() - other_MN
+    return ((change_MN @ input_moment_NN.double()) * change_MN).sum((-2, -1)).clamp(min=0).sqrt()
+
+
+def _sandwich(a_KN: Tensor, s_NN: Tensor) -> Tensor:
+    """A S A' of a symmetric S: its blocks below the diagonal and half of those on it, then the transpose of all that added."""
+    half_KK = a_KN.new_zeros(*a_KN.shape[:-1], a_KN.shape[-2])
+    for at in range(0, a_KN.shape[-1], BLOCK):
+        now = slice(at, at + BLOCK)
+        left_Kn = a_KN[..., now] @ s_NN[..., now, now] / 2 + a_KN[..., at + BLOCK :] @ s_NN[..., at + BLOCK :, now]
+        half_KK += left_Kn @ a_KN[..., now].mT
+    return half_KK + half_KK.mT
+
+
+def _in_fp64_where_needed(
+    solve: Callable[[Tensor, Tensor], tuple[Tensor, ...]], w_MN: Tensor, moment: Tensor, dtype: torch.dtype, cut: int
+) -> tuple[Tensor, ...]:
+    found = solve(w_MN.to(dtype), moment.to(dtype))
+    value_K = found[0]
+    if dtype == torch.float64 or cut >= min(w_MN.shape[-2:]):
+        return found
+    steep = value_K[..., -cut - 1] < NOISE * value_K[..., -1]
+    if not steep.any():
+        return found
+    again = solve(w_MN[steep].double(), moment[steep].double())
+    for old, new in zip(found, again, strict=True):
+        old[steep] = new.to(dtype)
+    return found
+
+
+def _balanced(out_MR: Tensor, in_RN: Tensor, dtype: torch.dtype) -> LowRank:
+    """Both factors with the same norms per component, so that neither training nor a narrow format favours one."""
+    out_R, in_R = torch.linalg.vector_norm(out_MR, dim=-2), torch.linalg.vector_norm(in_RN, dim=-1)
+    scale_R = (in_R / out_R).sqrt().nan_to_num(1.0, 1.0)
+    scale_R = torch.where(scale_R > 0, scale_R, torch.ones_like(scale_R))
+    return LowRank((out_MR * scale_R[..., None, :]).to(dtype), (in_RN / scale_R[..., None]).to(dtype))
+
+
+def _trace(x_NN: Tensor) -> Tensor:
+    return x_NN.diagonal(dim1=-2, dim2=-1).sum(-1)
+
+
+def _largest(x_NN: Tensor) -> Tensor:
+    """The largest absolute element, without a copy of the matrix."""
+    return torch.maximum(x_NN.amax((-2, -1)), -x_NN.amin((-2, -1)))
+
+
+def _which(bad: Tensor) -> str:
+    """Which matrices of a batch, as the end of a message's subject."""
+    return "" if bad.dim() == 0 else f" of matrix {', '.join(str(i) for i in bad.nonzero().squeeze(-1).tolist())}"
+
+
+def _check_range(rank: int, most: int) -> None:
+    if not 1 <= rank <= most:
+        raise ValueError(f"rank={rank} must lie between 1 and the smaller side of the matrix, {most}")
+
+
+def _check_finite(w_MN: Tensor) -> None:
+    if (bad := ~_largest(w_MN).isfinite()).any():
+        raise ValueError(f"the weight{_which(bad)} is not finite; the checkpoint is damaged")
+
+
+def _check_moment(moment: Tensor, name: str, shape: tuple[int, ...]) -> None:
+    if tuple(moment.shape) != shape:
+        raise ValueError(f"{name} has shape {tuple(moment.shape)}, the matrix asks for {shape}")
+    diagonal = moment.diagonal(dim1=-2, dim2=-1)
+    largest = _largest(moment)
+    if (bad := ~largest.isfinite()).any():
+        raise ValueError(f"{name}{_which(bad)} is not finite; look for overflow in the activations of its tokens")
+    if (bad := largest == 0).any():
+        raise ValueError(f"{name}{_which(bad)} is zero: no tokens were seen; take vanilla() or keep the matrix whole")
+    starts = range(0, moment.shape[-1], BLOCK)
+    apart = [_largest(moment[..., i : i + BLOCK, i:] - moment[..., i:, i : i + BLOCK].mT) for i in starts]
+    if (bad := torch.stack(apart).amax(0) > 1e-4 * largest).any():
+        raise ValueError(f"{name}{_which(bad)} is not symmetric; a second moment is the sum of x x'")
+    if (bad := diagonal.amin(-1) < -1e-6 * largest).any():
+        raise ValueError(f"{name}{_which(bad)} has a negative diagonal, which no second moment has; compute it again")
+
+
+def _check_positive(value_K: Tensor, name: str, tolerance: float) -> None:
+    if (bad := value_K.amin(-1) < -tolerance * value_K.amax(-1)).any():
+        low = float((value_K.amin(-1) / value_K.amax(-1)).min())
+        raise ValueError(
+            f"{name}{_which(bad)} is not positive semidefinite: an eigenvalue is {low:.2g} of the largest, rounding explains "
+            f"{-tolerance:g}; compute it again in fp64"
+        )

@@ -1,0 +1,185 @@
+"""Which rank each matrix gets, and, more generally, what each part of a model gets out of a common budget. Numbers, no torch.
+
+A rank of 0 means that a matrix is kept whole, as in a checkpoint's format. Sizes are bytes unless said otherwise.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from math import floor, isfinite
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from moeflow.methods.allocate import allocate_curves
+
+POLICIES = ("vanilla", "keep")
+
+
+def break_even(rows: int, columns: int) -> float:
+    """The rank at which two factors of a matrix are as large as the matrix: above it nothing is saved."""
+    return rows * columns / (rows + columns)
+
+
+def average_rank(ratio: float, rows: int, columns: int) -> float:
+    """The rank that removes this part of a matrix's parameters, between 0 and 1 (Yang et al., MoE-I2, EMNLP Findings 2024)."""
+    if not 0 <= ratio < 1:
+        raise ValueError(f"ratio={ratio} of the parameters cannot be removed; give a number from 0 to below 1")
+    return (1 - ratio) * break_even(rows, columns)
+
+
+def check_rank(rank: int, rows: int, columns: int, *, force: bool = False) -> None:
+    """Raise ValueError where a matrix cannot have this rank or, unless forced, where its factors would be larger than itself."""
+    if not 1 <= rank <= min(rows, columns):
+        raise ValueError(
+            f"rank={rank} must lie between 1 and {min(rows, columns)}, the smaller side of a [{rows}, {columns}] matrix"
+        )
+    if rank * (rows + columns) > rows * columns and not force:
+        raise ValueError(
+            f"rank={rank} is above {break_even(rows, columns):.6g}, where the factors of a [{rows}, {columns}] matrix are as "
+            "large as itself; keep the matrix whole or force it"
+        )
+
+
+def treatment(tokens: Sequence[int], least: int, policy: str = "vanilla") -> list[str]:
+    """What happens to each expert: "whitened" where it saw at least `least` tokens and one at all, else what `policy` says.
+
+    "vanilla": its matrices are decomposed without statistics; "keep": they stay whole.
+    """
+    if policy not in POLICIES:
+        raise ValueError(f"policy={policy!r} for experts with few tokens must be one of {', '.join(POLICIES)}")
+    return ["whitened" if seen >= max(least, 1) else policy for seen in tokens]
+
+
+def paper_ranks(
+    importance: Sequence[float],
+    average: float,
+    *,
+    alpha: float = 0.15,
+    epsilon: float = 1e-12,
+    r_min: int = 1,
+    r_max: int,
+    multiple: int = 1,
+) -> list[int]:
+    """The ranks of a layer's experts by importance I: (I + epsilon)^alpha over its sum, times the sum of ranks (MoE-I2, 2024).
+
+    They sum to `average` times the number of experts, rounded down to the multiple, exactly: what clipping to [r_min, r_max]
+    takes or gives is shared by the others in proportion, and what rounding down leaves goes to the largest remainders. An
+    importance below zero counts as zero. Raises ValueError where the sum cannot be reached.
+    """
+    if not all(isfinite(i) for i in importance):
+        raise ValueError(f"importance {list(importance)} must be finite; the calibration overflowed")
+    if multiple < 1 or r_min < 1 or epsilon <= 0:
+        raise ValueError(f"r_min={r_min} and multiple={multiple} must be at least 1, and epsilon={epsilon} above 0")
+    low, high, count = -(-r_min // multiple), r_max // multiple, len(importance)
+    # a ratio that divides must not lose its last rank to rounding
+    total = floor(Fraction(average).limit_denominator(10**9) * count / multiple)
+    if not low * count <= total <= high * count or low > high:
+        nearest = min(max(total, low * count), high * count) / count * multiple
+        way_out = f"the nearest is {nearest:.6g}" if low <= high else "there is none"
+        raise ValueError(
+            f"average rank {average:.6g} cannot be had with ranks from {r_min} to {r_max} in multiples of {multiple}; {way_out}"
+        )
+    share = (np.maximum(np.asarray(importance, dtype=np.float64), 0.0) + epsilon) ** alpha
+    exact = _clipped_shares(share, total, low, high)
+    ranks = np.floor(exact + 1e-9).astype(int)
+    order = sorted(range(count), key=lambda e: (ranks[e] - exact[e], e))
+    for e in [e for e in order if ranks[e] < high][: total - int(ranks.sum())]:
+        ranks[e] += 1
+    return [int(r) * multiple for r in ranks]
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """One matrix that may be cut: its shape, the squared error that each component's loss adds, descending, and its weight."""
+
+    rows: int
+    columns: int
+    energies: ArrayLike
+    weight: float = 1.0
+
+
+def allocate(items: Sequence[Sequence[Spectrum]], budget: int, **limits: Any) -> list[tuple[int, ...]]:
+    """The ranks under which the weighted sum of squared errors is least and all matrices together take at most `budget` bytes.
+
+    An item is one matrix, or several of one shape that are all whole or all factored, as gate and up of an expert are. Within
+    an item components go by their gain; among items, and between an item's best rank and keeping it whole (which costs no error
+    and jumps in bytes), the choice is that of `allocate_curves`. `limits` are those of `choices`. Raises ValueError where the
+    budget is too small, with the smallest that can be met.
+    """
+    curves, ranks = choices(items, **limits)
+    return [ranks[at][option] for at, option in enumerate(allocate_curves(curves, budget))]
+
+
+def choices(
+    items: Sequence[Sequence[Spectrum]],
+    *,
+    itemsize: int = 2,
+    multiple: int = 1,
+    r_min: int = 1,
+    r_max: int | None = None,
+    whole: bool = True,
+    force: bool = False,
+) -> tuple[list[NDArray[np.float64]], list[list[tuple[int, ...]]]]:
+    """What `allocate` chooses from: of each item the curve of its options (bytes, weighted error), and the ranks behind each.
+
+    Ranks are multiples of `multiple` from r_min to r_max, and at most break-even unless forced; `itemsize` is the bytes of a
+    weight; `whole` lets an item stay as it is. Raises ValueError where nothing is left to choose.
+    """
+    if multiple < 1 or r_min < 1:
+        raise ValueError(f"r_min={r_min} and multiple={multiple} must be at least 1")
+    built = [_item(spectra, itemsize, multiple, r_min, r_max, whole, force) for spectra in items]
+    return [curve for curve, _ in built], [ranks for _, ranks in built]
+
+
+def _clipped_shares(share: NDArray[np.float64], total: int, low: int, high: int) -> NDArray[np.float64]:
+    """`total` in proportion to the shares where that lies between `low` and `high`, found by bisection on the factor."""
+    below, above = 0.0, high / float(share.min())
+    for _ in range(200):
+        factor = (below + above) / 2
+        below, above = (factor, above) if np.clip(share * factor, low, high).sum() < total else (below, factor)
+    return np.clip(share * above, low, high)
+
+
+def _item(
+    spectra: Sequence[Spectrum], itemsize: int, multiple: int, r_min: int, r_max: int | None, whole: bool, force: bool
+) -> tuple[NDArray[np.float64], list[tuple[int, ...]]]:
+    """The curve of an item's options and the ranks behind each."""
+    rows, columns = spectra[0].rows, spectra[0].columns
+    if any((s.rows, s.columns) != (rows, columns) for s in spectra):
+        raise ValueError(f"matrices {[(s.rows, s.columns) for s in spectra]} of one item must have one shape; give them apart")
+    smaller = min(rows, columns)
+    top = min(smaller, smaller if r_max is None else r_max, smaller if force else rows * columns // (rows + columns))
+    low, high = -(-r_min // multiple), top // multiple
+    energies = []
+    for s in spectra:
+        energy = np.asarray(s.energies, dtype=np.float64)
+        if energy.shape != (smaller,) or not np.isfinite(energy).all() or (energy < 0).any() or s.weight < 0:
+            raise ValueError(f"a [{rows}, {columns}] matrix needs {smaller} finite energies and a weight, none negative")
+        energies.append(np.sort(energy)[::-1] * s.weight)
+    sizes: list[int] = []
+    costs: list[float] = []
+    ranks: list[tuple[int, ...]] = []
+    if low <= high:
+        # error left after each number of blocks of components; a block never gains more than the one before it
+        tails = [np.append(np.cumsum(e[::-1])[::-1], 0.0)[: high * multiple + 1 : multiple] for e in energies]
+        gains = sorted((-(t[b] - t[b + 1]), k, b) for k, t in enumerate(tails) for b in range(low, high))
+        now = [low] * len(spectra)
+        cost, block = sum(float(t[low]) for t in tails), multiple * (rows + columns) * itemsize
+        for gain, k, _ in [(0.0, -1, 0), *gains]:
+            if k >= 0:
+                now[k] += 1
+                cost += gain
+            sizes.append(sum(now) * block)
+            costs.append(max(cost, 0.0))
+            ranks.append(tuple(n * multiple for n in now))
+    if whole:
+        sizes.append(rows * columns * itemsize * len(spectra))
+        costs.append(0.0)
+        ranks.append((0,) * len(spectra))
+    if not ranks:
+        raise ValueError(
+            f"no rank from {r_min} to {top} is a multiple of {multiple}; lower the multiple or let matrices stay whole"
+        )
+    return np.column_stack([np.asarray(sizes, dtype=np.float64), costs]), ranks

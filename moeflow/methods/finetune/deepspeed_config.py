@@ -1,0 +1,159 @@
+"""A DeepSpeed configuration between its own spelling and ours: what it says of the result, what it says of where and how. No torch.
+
+Of a configuration that is given, what changes the result goes into the recipe, and so into the key; the rest goes to the gang. What
+is handed to DeepSpeed is made of both again, so that two spellings of one run are one run.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from moeflow.methods.finetune.recipe import Gang, Recipe
+
+HOW = (
+    "zero_optimization", "activation_checkpointing", "aio", "prescale_gradients", "gradient_predivide_factor",
+    "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "disable_allgather", "steps_per_print", "wall_clock_breakdown",
+    "memory_breakdown", "dump_state", "comms_logger", "flops_profiler", "timers",
+)  # fmt: skip
+"""Settings that are handed to DeepSpeed as they are; they change where and how it computes."""
+
+OPTIMIZER = {"lr": "rate", "betas": "betas", "eps": "epsilon", "weight_decay": "decay"}
+"""What an optimizer's parameters are called here."""
+
+
+def read(given: Mapping[str, Any] | str | Path | None) -> dict[str, Any]:
+    """The configuration itself, read where a path is given. Raises ValueError where that is no JSON object."""
+    if given is None or isinstance(given, Mapping):
+        return _plain(dict(given or {}))
+    try:
+        found = json.loads(Path(given).read_text())
+    except ValueError as error:
+        raise ValueError(f"{given} is no JSON ({error}); a DeepSpeed configuration is one JSON object") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{given} holds a {type(found).__name__}; a DeepSpeed configuration is one JSON object")
+    return _plain(found)
+
+
+def merged(given: Mapping[str, Any], recipe: Recipe, gang: Gang) -> tuple[Recipe, Gang]:
+    """Recipe and gang with what the configuration says in the place of what they said. Raises ValueError for what it cannot mean.
+
+    "auto", as transformers' Trainer takes it, leaves a value to the recipe or the gang.
+    """
+    left = dict(given)
+    recipe = replace(recipe, **_optimizer(left.pop("optimizer", {})))
+    recipe = replace(recipe, **_schedule(left.pop("scheduler", {}), recipe))
+    if "gradient_clipping" in left:
+        recipe = replace(recipe, clip=float(left.pop("gradient_clipping")))
+    if left.pop("fp16", {}).get("enabled"):
+        raise ValueError("fp16.enabled: fp16 skips steps when it overflows; train in bf16 (bf16.enabled) or fp32")
+    bf16 = left.pop("bf16", {}) or left.pop("bfloat16", {})
+    if more := sorted(set(bf16) - {"enabled"}):
+        raise ValueError(f"bf16.{more[0]} is not known here; leave it out (known: enabled)")
+    if "enabled" in bf16:
+        recipe = replace(recipe, dtype="bfloat16" if bf16["enabled"] else "float32")
+    recipe, gang = _batches(left, recipe, gang)
+    zero = dict(left.pop("zero_optimization", {}))
+    if lossy := sorted(name for name in zero if name.startswith("zero_quantized") and zero[name]):
+        raise ValueError(f"zero_optimization.{lossy[0]} changes what is computed, and is not known here; leave it out")
+    device = zero.get("offload_optimizer", {}).get("device")
+    if device not in (None, "cpu", "none"):
+        raise ValueError(f"zero_optimization.offload_optimizer.device={device!r} is not known here; choose 'cpu' or 'none'")
+    offload = gang.offload if device is None else device == "cpu"
+    gang = replace(gang, zero=int(zero.pop("stage", gang.zero)), offload=offload)
+    if unknown := sorted(set(left) - set(HOW)):
+        raise ValueError(f"the DeepSpeed configuration's {unknown[0]!r} is not known here; leave it out (known: HOW in {__name__})")
+    how = left | ({"zero_optimization": zero} if zero else {})
+    return recipe, replace(gang, deepspeed={**gang.deepspeed, **how})
+
+
+def used(recipe: Recipe, gang: Gang, length: int) -> dict[str, Any]:
+    """The configuration that DeepSpeed gets for sequences of this length. Raises ValueError where gang and batch do not fit.
+
+    In bf16 ZeRO 1 stands for 0, where DeepSpeed's optimizer is another one and so is the result.
+    """
+    gang.check(recipe.batch)
+    micro = gang.micro_of(recipe.batch, length)
+    adam = {ours: getattr(recipe, name) for ours, name in OPTIMIZER.items()}
+    stage = max(gang.zero, 1) if recipe.dtype == "bfloat16" else gang.zero
+    zero = {**gang.deepspeed.get("zero_optimization", {}), "stage": stage}
+    if gang.offload:
+        zero["offload_optimizer"] = {"device": "cpu", **zero.get("offload_optimizer", {})}
+    return {
+        "steps_per_print": 10**9,
+        **gang.deepspeed,
+        "train_batch_size": recipe.batch,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": recipe.batch // (gang.processes * micro),
+        "gradient_clipping": recipe.clip,
+        "bf16": {"enabled": recipe.dtype == "bfloat16"},
+        "zero_optimization": zero,
+        "optimizer": {"type": "AdamW", "params": {**adam, "betas": list(recipe.betas), "torch_adam": not gang.offload}},
+    }
+
+
+def _optimizer(said: Mapping[str, Any]) -> dict[str, Any]:
+    if (kind := said.get("type", "AdamW")) not in ("AdamW", "Adam"):
+        raise ValueError(f"optimizer.type={kind!r} is not known here; choose AdamW")
+    params = dict(said.get("params", {}))
+    params.pop("torch_adam", None)  # which of several equal implementations
+    if not params.pop("adam_w_mode", True) or not params.pop("bias_correction", True) or params.pop("amsgrad", False):
+        raise ValueError("optimizer.params: only AdamW with bias correction is known here (adam_w_mode, bias_correction true)")
+    if unknown := sorted(set(params) - set(OPTIMIZER)):
+        raise ValueError(f"optimizer.params.{unknown[0]} is not known here; known: {', '.join(OPTIMIZER)}")
+    return {OPTIMIZER[name]: value for name, value in params.items()}
+
+
+def _schedule(said: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
+    if not said:
+        return {}
+    if (kind := said.get("type")) != "WarmupCosineLR":
+        raise ValueError(
+            f"scheduler.type={kind!r} is not known here: rates rise in a line and fall as a cosine; choose WarmupCosineLR"
+        )
+    params = dict(said.get("params", {}))
+    if params.pop("warmup_type", "log") != "linear" or params.pop("warmup_min_ratio", 0.0):
+        raise ValueError("scheduler.params: the warm-up is a line from zero; say warmup_type='linear' and no warmup_min_ratio")
+    found: dict[str, Any] = {"steps": int(params.pop("total_num_steps", recipe.steps))}
+    found["warmup"] = int(params.pop("warmup_num_steps", recipe.warmup))
+    found["floor"] = float(params.pop("cos_min_ratio", 1e-4))
+    if unknown := sorted(params):
+        known = "total_num_steps, warmup_num_steps, cos_min_ratio"
+        raise ValueError(f"scheduler.params.{unknown[0]} is not known here; known: {known}")
+    if recipe.every == recipe.steps or recipe.every > found["steps"]:
+        found["every"] = found["steps"]  # at the end alone
+    return found
+
+
+def _batches(left: dict[str, Any], recipe: Recipe, gang: Gang) -> tuple[Recipe, Gang]:
+    micro = int(left.pop("train_micro_batch_size_per_gpu", 0))
+    accumulated = int(left.pop("gradient_accumulation_steps", 0))
+    whole = int(left.pop("train_batch_size", 0))
+    if micro and accumulated:
+        product = micro * accumulated * gang.processes
+        if whole and whole != product:
+            raise ValueError(
+                f"train_batch_size={whole} is not train_micro_batch_size_per_gpu={micro} times gradient_accumulation_steps="
+                f"{accumulated} times {gang.processes} processes; write train_batch_size={product}, or leave one of them out"
+            )
+        whole = product
+    recipe = replace(recipe, batch=whole or recipe.batch)
+    if accumulated and not micro:
+        if recipe.batch % (accumulated * gang.processes):
+            step = accumulated * gang.processes
+            raise ValueError(
+                f"a batch of {recipe.batch} cannot be divided between {gang.processes} processes with gradient_accumulation_steps="
+                f"{accumulated}; nearest: {max(step, recipe.batch - recipe.batch % step)}"
+            )
+        micro = recipe.batch // (accumulated * gang.processes)
+    gang = replace(gang, micro=micro or gang.micro)
+    gang.check(recipe.batch)
+    return recipe, gang
+
+
+def _plain(value: Any) -> Any:
+    """The same without what is left to others ("auto", null)."""
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items() if v != "auto" and v is not None}
+    return value

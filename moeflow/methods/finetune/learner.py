@@ -1,0 +1,172 @@
+"""A checkpoint in memory of which a part is trained: loaded, frozen but for that part, and handed to DeepSpeed.
+
+Knows nothing of data and losses. Every process of a gang makes its own.
+"""
+
+import gc
+import io
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moeflow.arch import Arch, Config, arch_of
+from moeflow.methods.finetune import extensions
+from moeflow.methods.finetune.lora import apply, attach, inside_expert, opening
+from moeflow.methods.finetune.recipe import Recipe
+from moeflow.methods.finetune.targets import is_trained
+from moeflow.model.factors import STACKS
+from moeflow.model.formats import layer_formats
+
+
+@contextmanager
+def distributed(local_rank: int, *, gpus: float, offload: bool = False) -> Iterator[torch.device]:
+    """torch.distributed between the processes of the gang, and this one's device: a CPU where no GPU is there or asked for.
+
+    Left as it is where it is initialised already; a step that runs outside a gang is a gang of one.
+    """
+    on_gpu = torch.cuda.is_available() and gpus > 0
+    device = torch.device("cuda", local_rank % torch.cuda.device_count()) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    else:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    if "RANK" not in os.environ and not torch.distributed.is_initialized():
+        alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
+        os.environ.update({name: str(value) for name, value in alone.items()})
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    import deepspeed
+
+    ours = not torch.distributed.is_initialized()
+    with quiet():
+        extensions.load(*([] if on_gpu else [extensions.COMMUNICATION]), *([extensions.ADAM] if offload else []))
+        deepspeed.init_distributed("nccl" if on_gpu else "gloo")
+    try:
+        yield device
+    finally:
+        if ours:
+            deepspeed.comm.destroy_process_group()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """DeepSpeed says what it compiles and loads on standard output: not here."""
+    with redirect_stdout(io.StringIO()):
+        yield
+
+
+def load(folder: Path, recipe: Recipe, config: dict[str, Any], device: torch.device, *, checkpointing: bool) -> Any:
+    """The checkpoint in a folder with only what the recipe trains left open; `config` is what DeepSpeed gets.
+
+    Under ZeRO-3 it is divided while it is loaded, by rank 0 alone, one tensor at a time.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.integrations import HfDeepSpeedConfig
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+
+    divided = config["zero_optimization"]["stage"] == 3
+    keep = HfDeepSpeedConfig(config) if divided else None  # transformers looks for it as long as it lives
+    where = {} if divided or device.type == "cpu" else {"device_map": {"": device}}
+    with quiet():
+        dtype = getattr(torch, recipe.dtype)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa", **where)
+    del keep
+    # looped over, experts are twice as fast on a CPU, forward and backward; their kernels on a GPU
+    model.config._experts_implementation = "grouped_mm" if device.type == "cuda" else "eager"
+    model.config.use_cache = False
+    open_parameters(model, model.config.to_dict(), recipe)
+    if divided:  # it frees a module's weights too early where no gradient goes through the module's inputs
+        model.enable_input_require_grads()
+    if checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def open_parameters(model: nn.Module, config: Config, recipe: Recipe) -> None:
+    """Freeze all but what the recipe trains, or give it LoRA's additions. Raises ValueError where nothing is trained."""
+    arch = arch_of(config)
+    names = [n for n, p in model.named_parameters() if is_trained(arch, recipe.mode, recipe.targets, arch.on_disk(n), _shape(p))]
+    if not names:
+        raise ValueError(f"mode={recipe.mode!r} trains nothing of this model; it has nothing of that kind")
+    if recipe.mode == "lora":
+        opened = _openings(model, arch, config, names)
+        attach(model, names, rank=recipe.rank, alpha=recipe.alpha, seed=recipe.seed, openings=opened, sparse=recipe.sparse)
+    else:
+        wanted = set(names)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in wanted)
+            if recipe.sparse and name in wanted and inside_expert(name):
+                # no gradient, so neither momentum nor decay: what is zero stays zero
+                parameter.register_hook(lambda gradient, w=parameter: gradient * (w != 0))
+
+
+def engine_of(model: Any, config: dict[str, Any], *, decay: float) -> Any:
+    """DeepSpeed's engine for the open parameters of the model; matrices decay, vectors do not."""
+    import deepspeed
+    from deepspeed.utils.z3_leaf_module import set_z3_leaf_module
+
+    for block in _blocks(model):  # processes route differently, so that a whole block is gathered at once
+        set_z3_leaf_module(block, True)
+    opened = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in opened if len(_shape(p)) > 1], "weight_decay": decay},
+        {"params": [p for p in opened if len(_shape(p)) < 2], "weight_decay": 0.0},
+    ]
+    exact = {name: buffer.clone() for name, buffer in model.named_buffers() if buffer.is_floating_point()}
+    with quiet():
+        engine, *_ = deepspeed.initialize(model=model, model_parameters=[g for g in groups if g["params"]], config=config)
+    for name, buffer in exact.items():  # in bf16 it rounds frequencies, biases and thresholds, too
+        path, _, last = name.rpartition(".")
+        model.get_submodule(path)._buffers[last] = buffer.to(engine.device)
+    apply(model)
+    gc.collect()
+    return engine
+
+
+def learning(model: Any, on: bool) -> None:
+    """Let the model learn or be measured. Its routers choose as they will when it is used, and draw nothing, either way.
+
+    Some families' do draw in training (Phi-MoE's), or disturb their inputs: for pre-training, and another outcome in each process.
+    """
+    model.train(on)
+    for block in _blocks(model):
+        block.eval()
+
+
+def _blocks(model: Any) -> list[nn.Module]:
+    """The MoE blocks."""
+    config = model.config.to_dict()
+    formats, block = layer_formats(config), arch_of(config).block
+    return [layer.get_submodule(block) for layer, format in zip(model.model.layers, formats, strict=True) if format is not None]
+
+
+def _openings(model: nn.Module, arch: Arch, config: Config, names: list[str]) -> dict[str, Tensor]:
+    found = {}
+    formats, stacks = layer_formats(config), {s.name: s for s in STACKS}
+    for name in names:
+        path, _, last = name.rpartition(".")
+        if path.endswith(f"{arch.block}.experts") and last in stacks:
+            format = formats[int(name.split(".")[2])]
+            assert format is not None
+            opened = opening(stacks[last], format, *_shape(model.get_parameter(name))[-2:])
+            if opened is not None:
+                found[name] = opened
+    return found
+
+
+def _shape(parameter: Any) -> tuple[int, ...]:
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])

@@ -1,0 +1,146 @@
+"""The training loop behind `finetune`, as each process of a gang runs it. Knows torch.distributed, DeepSpeed and its Context.
+
+Shapes are suffixes: N sequences, n some of them, L positions.
+"""
+
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moeflow.methods.finetune.batches import Rows, batch_of, dealt
+from moeflow.methods.finetune.curve import Curve
+from moeflow.methods.finetune.deepspeed_config import used
+from moeflow.methods.finetune.learner import distributed, engine_of, learning, load
+from moeflow.methods.finetune.recipe import Gang, Recipe
+from moeflow.methods.finetune.snapshots import Snapshots
+from moeflow.methods.finetune.teacher import Predictions, loss_sum
+from moeflow.methods.finetune.trained import collect, parameters_of, write
+from moeflow.model.layout import Folder, read_config
+from moeflow.step import Artifact, Context
+
+TRAINING, CONFIGURATION = "training.json", "deepspeed.json"
+
+
+class Tuning:
+    """One process's side of a training."""
+
+    def __init__(
+        self, context: Context, folder: Path, rows: Rows, taught: Predictions | None, heldout: Mapping[str, Rows], recipe: Recipe,
+        device: torch.device,
+    ) -> None:  # fmt: skip
+        self.context, self.recipe, self.device = context, recipe, device
+        self.rows, self.taught, self.heldout = rows, taught, heldout
+        self.gang = Gang.of(context.settings, context.processes)
+        self.config = used(recipe, self.gang, rows.length)
+        self.micro = int(self.config["train_micro_batch_size_per_gpu"])
+        model = load(folder, recipe, self.config, device, checkpointing=self.gang.checkpointing)
+        self.engine = engine_of(model, self.config, decay=recipe.decay)
+        self.curve = Curve(sum(getattr(p, "ds_numel", p.numel()) for p in parameters_of(model).values()))
+        self.snapshots = Snapshots(context, self.engine, recipe, self.gang)
+
+    def run(self) -> Path:
+        """Train from the last snapshot on; the folder in which rank 0 has the trained parameters, and the curve beside it."""
+        self.curve = self.snapshots.resumed(self.curve)
+        began = time.monotonic() - self.curve.seconds
+        if not self.curve.validations:
+            self._validate(0)
+        learning(self.engine.module, True)
+        for step in range(self.curve.steps, self.recipe.steps):
+            self._step(step)
+            self.curve.seconds = time.monotonic() - began
+            done = step + 1
+            if done % self.recipe.every == 0 or done == self.recipe.steps:
+                self._validate(done)
+            if done % self.gang.save_every == 0 and done < self.recipe.steps:
+                self.snapshots.save(self.curve)
+        if self.recipe.keep == "last":
+            self.snapshots.check(self.curve)
+            collect(self.engine.module, self.snapshots.best, writes=self.context.rank == 0)
+            self.curve.best = self.recipe.steps
+        self.curve.seconds = time.monotonic() - began
+        return self.snapshots.best
+
+    def _step(self, step: int) -> None:
+        began = time.monotonic()
+        rate = self.recipe.rate_at(step)
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = rate
+        rows = batch_of(step, self.recipe.batch, len(self.rows), self.recipe.seed)
+        total = max(1, int(self.rows.counts_N[rows].sum()))
+        batches = dealt(rows, self.context.rank, self.context.processes, self.micro)
+        # DeepSpeed averages over processes and micro-batches; what is wanted is the mean over the tokens of the whole batch
+        weight = self.context.processes * len(batches) / total
+        loss = 0.0
+        for at, part in enumerate(batches):
+            # for dropout, where a configuration has some: the same at every attempt
+            torch.manual_seed(int(np.random.default_rng([self.recipe.seed, step, self.context.rank, at]).integers(2**63)))
+            summed = self._forward(part)
+            self.engine.backward(summed * weight)
+            self.engine.step()
+            loss += summed.item()
+        loss = self._sum(loss) / total
+        tokens = self.recipe.batch * self.rows.length
+        speed = tokens / (time.monotonic() - began)
+        self.curve.add(loss, rate, speed, kept=self.snapshots.at)
+        detail = f"loss {loss:.3f}  {speed:,.0f} tokens/s  lr {rate:.1e}"
+        self.context.progress((step + 1) * tokens, self.recipe.steps * tokens, "tokens", detail)
+
+    def _forward(self, rows: np.ndarray) -> Tensor:
+        ids_nL, learned_nL = (torch.from_numpy(part).to(self.device) for part in self.rows.at(rows))
+        taught = None if self.taught is None else self.taught.of(rows, learned_nL)
+        return loss_sum(self.engine(input_ids=ids_nL, use_cache=False).logits, ids_nL, learned_nL, taught, self.recipe.mix)
+
+    @torch.no_grad()
+    def _validate(self, done: int) -> None:
+        """The mean language-modelling loss on each held-out text, and the trained parameters where they are the best so far."""
+        if not self.heldout:
+            return
+        learning(self.engine.module, False)
+        losses = {name: self._mean(rows) for name, rows in self.heldout.items()}
+        learning(self.engine.module, True)
+        if self.curve.validated(done, losses, kept=self.snapshots.at) and self.recipe.keep == "best":
+            collect(self.engine.module, self.snapshots.best, writes=self.context.rank == 0)
+
+    def _mean(self, rows: Rows) -> float:
+        """Over all tokens of a held-out text; every process runs as many batches as any other, some of them for nothing."""
+        mine = np.arange(len(rows))[self.context.rank :: self.context.processes]
+        most = math.ceil(math.ceil(len(rows) / self.context.processes) / self.micro)
+        total = 0.0
+        for at in range(0, most * self.micro, self.micro):
+            part = mine[at : at + self.micro]
+            ids_nL, learned_nL = (torch.from_numpy(p).to(self.device) for p in rows.at(part if len(part) else np.array([0])))
+            summed = loss_sum(self.engine(input_ids=ids_nL, use_cache=False).logits, ids_nL, learned_nL, None, 0.0)
+            total += summed.item() if len(part) else 0.0
+        return self._sum(total) / int(rows.counts_N.sum())
+
+    def _sum(self, value: float) -> float:
+        found = torch.tensor([value], dtype=torch.float64, device=self.device)
+        torch.distributed.all_reduce(found)
+        return float(found)
+
+
+def tune(
+    context: Context, checkpoint: Artifact, data: Artifact, taught: Sequence[Path], heldout: Mapping[str, Artifact], recipe: Recipe
+) -> None:
+    """Train, and leave the layers that were trained, `training.json` and `deepspeed.json` in the step's folder."""
+    folder = checkpoint.folder()
+    gang = Gang.of(context.settings, context.processes)
+    with distributed(context.local_rank, gpus=gang.gpus, offload=gang.offload) as device:
+        if recipe.dtype == "bfloat16" and device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2":
+            context.note("this processor has no instructions for bf16: dtype='float32' trains ten times as fast here")
+        rows, texts = Rows.of(data), {name: Rows.of(matrix) for name, matrix in heldout.items()}
+        tuning = Tuning(context, folder, rows, Predictions(taught) if taught else None, texts, recipe, device)
+        trained = tuning.run()
+    if context.rank == 0:
+        files = sorted(trained.glob("*.safetensors"))
+        for done, _ in enumerate(write(Folder(folder), read_config(Folder(folder)), trained, context.out, recipe), 1):
+            context.progress(done, len(files), "layers")
+        (context.out / TRAINING).write_text(json.dumps(tuning.curve.json()) + "\n")
+        (context.out / CONFIGURATION).write_text(json.dumps(tuning.config, indent=1) + "\n")
+        context.note(tuning.curve.summary())

@@ -1,0 +1,149 @@
+"""What a fine-tuning needs of each device's memory, from configurations alone, and what to do where that is too much. No torch.
+
+An estimate of what is resident at the peak of an optimizer step; 10 % are added for fragments and what libraries hold.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+from moeflow.arch import Config, arch_of
+from moeflow.methods.finetune.recipe import Gang, Recipe, divisors
+from moeflow.methods.finetune.targets import Shapes, kind_of
+
+MARGIN = 1.1
+BUCKET = 500_000_000
+"""Elements that DeepSpeed's ZeRO 1 and 2 bring together before they are sent, by default."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """A fine-tuning as far as its memory goes: the shapes of all tensors, layer by layer, and of those that are trained."""
+
+    config: Config
+    layers: Mapping[int, Shapes]
+    rest: Shapes
+    opened: Mapping[int | None, Shapes]
+    recipe: Recipe
+    length: int
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes of one process, on its device and in main memory, and the parts of the first."""
+
+    device: int
+    host: int
+    parts: Mapping[str, int]
+
+
+def need_of(work: Work, gang: Gang) -> Need:
+    """The memory of each process of this gang.
+
+    In mixed precision 16 bytes for each trained parameter (weight 2, gradient 2, fp32 copy and Adam's moments 12), in fp32 as many
+    (4, 4, 8; with ZeRO 1 and 2, which copy the weights, 4 more), divided as ZeRO divides them (Rajbhandari et al., SC 2020, arXiv
+    1910.02054, section 5), where bf16 is trained by ZeRO 1 at least; of divided weights
+    two layers whole; activations of all layers or, with checkpointing, of one; the sums that LoRA makes in a forward pass; logits.
+    """
+    recipe, n = work.recipe, gang.processes
+    size = 2 if recipe.dtype == "bfloat16" else 4
+    largest = max(map(_numel, work.layers.values()))
+    lora = recipe.mode == "lora"
+    trained = sum(_added(s, recipe.rank) if lora else _numel(s) for s in work.opened.values())
+    whole = sum(map(_numel, work.layers.values())) + _numel(work.rest)
+    touched = [_numel(shapes) for shapes in work.opened.values()]
+    zero = max(gang.zero, 1) if size == 2 else gang.zero
+    state = (12 if size == 2 or zero in (1, 2) else 8) * trained // (n if zero else 1)
+    gradients = size * trained // (n if zero > 1 else 1)
+    tokens = gang.micro_of(recipe.batch, work.length) * work.length
+    each = [tokens * bytes_per_token(work.config, shapes, size) for shapes in work.layers.values()]
+    made = [0] if not lora else [size * numel for numel in touched]
+    width, vocabulary = int(work.config["hidden_size"]), int(work.config["vocab_size"])
+    parts = {
+        "weights": size * (whole + lora * trained) // (n if zero == 3 else 1),
+        "gradients": 0 if gang.offload and zero > 1 else gradients,
+        "optimizer": 0 if gang.offload else state,
+        "buckets": size * min(trained, BUCKET) if zero in (1, 2) else 0,
+        "gathered": size * (2 * largest + (0 if lora else max(touched))) if zero == 3 else 0,
+        "activations": len(each) * tokens * width * size + max(each) if gang.checkpointing else sum(each),
+        "LoRA": 2 * max(made) + (max(made) if gang.checkpointing else sum(made)),
+        "logits": tokens * vocabulary * (2 * size + 12 + (16 if recipe.mix else 0)),
+    }
+    device = int(MARGIN * sum(parts.values()))
+    host = 2 * 4 * largest + (state + 4 * trained // n if gang.offload else 0) + (0 if gang.gpus else device)
+    return Need(device, host, parts)
+
+
+def bytes_per_token(config: Config, shapes: Shapes, size: int) -> int:
+    """The activations that one decoder layer with these tensors keeps of a token for its backward pass.
+
+    The input of every matrix and the output where it is transformed, of each computed expert; norms keep theirs in fp32.
+    """
+    arch, width = arch_of(config), int(config["hidden_size"])
+    kinds: dict[str, list[tuple[int, ...]]] = {}
+    for name, shape in shapes.items():
+        if len(shape) == 2:
+            kinds.setdefault(kind_of(arch, name), []).append(tuple(shape))
+    attention = 2 * sum(m for m, _ in kinds.get("attention", ())) + 2 * width
+    elements = attention + 2 * width
+    if experts := kinds.get("experts"):
+        each = kinds["router"][0][0]
+        inner = sum(m for m, _ in experts) // each  # rows of one expert's matrices: twice its width and the model's
+        elements += arch.computed(config) * (2 * inner + width) + 4 * each
+    for kind in ("shared", "dense"):
+        elements += 2 * sum(m for m, _ in kinds.get(kind, ())) + (width if kind in kinds else 0)
+    return size * elements + 2 * 4 * width
+
+
+def fitted(work: Work, gang: Gang) -> tuple[Gang, Need]:
+    """The gang with the micro-batch that fits its devices, and what it needs there.
+
+    Raises ValueError, with what would fit, where their memory is known and too small.
+    """
+    need = need_of(work, gang)
+    if not gang.device_memory:
+        return gang, need
+    for tried in _micros(work, gang):
+        if (need := need_of(work, tried)).device <= gang.device_memory:
+            return tried, need
+    told = ", ".join(f"{what} {_gb(size)}" for what, size in need.parts.items() if size >= 0.05e9) or "in parts below 0.1 GB"
+    raise ValueError(
+        f"training needs {_gb(need.device)} on each of {gang.processes} devices, which have {_gb(gang.device_memory)} ({told}); "
+        + _way(work, gang)
+    )
+
+
+def _micros(work: Work, gang: Gang) -> Iterable[Gang]:
+    """Gangs with ever smaller micro-batches, where it is not said."""
+    if gang.micro:
+        return [gang]
+    return [replace(gang, micro=d) for d in reversed(divisors(work.recipe.batch // gang.processes))]
+
+
+def _way(work: Work, gang: Gang) -> str:
+    """What would make it fit, the least change first."""
+    least = replace(gang, micro=gang.micro or 1)
+    changes: dict[str, Any] = {}
+    for name, value in {"zero": 3, "checkpointing": True, "micro": 1, "offload": True}.items():
+        if getattr(least, name) != value:
+            changes[name] = value
+            if (need := need_of(work, replace(least, **changes)).device) <= gang.device_memory:
+                return f"{', '.join(f'{n}={v}' for n, v in changes.items())} needs {_gb(need)}"
+    for processes in (d for d in divisors(work.recipe.batch) if d > gang.processes):
+        if need_of(work, replace(least, **changes, processes=processes)).device <= gang.device_memory:
+            return f"{processes} processes with zero=3, checkpointing, micro=1 and offload would fit"
+    return "train less of it (mode='lora' or 'router'), or on larger devices"
+
+
+def _numel(shapes: Shapes) -> int:
+    return sum(prod(shape) for shape in shapes.values())
+
+
+def _added(shapes: Shapes, rank: int) -> int:
+    """The parameters of LoRA's factors for these matrices."""
+    return sum(min(rank, *shape[-2:]) * (shape[-1] + shape[-2]) for shape in shapes.values())
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:,.1f} GB"

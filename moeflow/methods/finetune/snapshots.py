@@ -1,0 +1,87 @@
+"""The states from which an interrupted training goes on: what DeepSpeed holds in every process, the curve, and the best so far."""
+
+import errno
+import json
+import shutil
+from typing import Any
+
+import torch
+
+from moeflow.methods.finetune.curve import Curve, state_of
+from moeflow.methods.finetune.learner import quiet
+from moeflow.methods.finetune.recipe import Gang, Recipe
+from moeflow.methods.finetune.trained import parameters_of
+from moeflow.step import Context
+
+TAG = "engine"
+CURVE = "curve.json"
+
+
+class Snapshots:
+    """Writes and finds them.
+
+    `at`: the step of the newest; `base`: what is added to a step for its snapshot's number; `best`: where rank 0 keeps the
+    parameters of the best step.
+    """
+
+    def __init__(self, context: Context, engine: Any, recipe: Recipe, gang: Gang) -> None:
+        self.context, self.engine, self.recipe, self.at, self.base = context, engine, recipe, 0, 0
+        self.folder = context.scratch / "state"
+        self.best = self.folder / "best"
+        self.folder.mkdir()
+        # what a snapshot can only be read with; a snapshot of another number of processes is not given out at all
+        self.layout = {"zero": gang.zero, "offload": gang.offload}
+
+    def resumed(self, fresh: Curve) -> Curve:
+        """Take up the newest snapshot, if there is one that fits; the curve up to there."""
+        found = self.context.resume()
+        if found is None:
+            return fresh
+        mine = json.loads((found / f"rank-{self.context.rank}.json").read_text())
+        curve = Curve(**json.loads((found / CURVE).read_text()))
+        if mine["steps"] != curve.steps:
+            raise RuntimeError(f"rank {self.context.rank} has the state of step {mine['steps']}, and rank 0 that of {curve.steps}")
+        if mine["layout"] != self.layout:
+            self.base = mine["at"]  # what is saved from here on has to be newer than what cannot be read
+            self.context.note(f"a snapshot of {mine['layout']} cannot be read with {self.layout}; the training starts again")
+            return fresh
+        with quiet():
+            self.engine.load_checkpoint(str(found), tag=TAG, load_module_strict=False, load_lr_scheduler_states=False)
+        if self.context.rank == 0 and (found / "best").is_dir():
+            shutil.copytree(found / "best", self.best)
+        self.at, self.base = curve.steps, mine["at"] - curve.steps
+        self.context.note(f"goes on behind step {curve.steps}")
+        return curve
+
+    def save(self, curve: Curve) -> None:
+        """Keep the state behind the curve's last step. Raises ValueError where it is not finite, OSError where the disk is full."""
+        if not self.at:
+            self._check_room(curve.trained)
+        self.check(curve)
+        with quiet():
+            self.engine.save_checkpoint(str(self.folder), tag=TAG, save_latest=False, exclude_frozen_parameters=True)
+        for script in self.folder.glob("zero_to_*.py"):
+            script.unlink()
+        number = self.base + curve.steps
+        mine = {"steps": curve.steps, "at": number, "layout": self.layout}
+        (self.folder / f"rank-{self.context.rank}.json").write_text(json.dumps(mine))
+        if self.context.rank == 0:
+            (self.folder / CURVE).write_text(json.dumps(curve.json()))
+        self.context.save(self.folder, at=number)
+        self.at = curve.steps
+
+    def check(self, curve: Curve) -> None:
+        """Raise ValueError, in every process, where a trained parameter is not finite in one."""
+        held = [getattr(p, "ds_tensor", p) for p in parameters_of(self.engine.module).values()]
+        good = torch.tensor(float(all(bool(t.isfinite().all()) for t in held)), device=self.engine.device)
+        torch.distributed.all_reduce(good, op=torch.distributed.ReduceOp.MIN)
+        if not good:
+            raise ValueError(f"a trained parameter is not finite behind step {curve.steps}; {state_of(self.at)}")
+
+    def _check_room(self, trained: int) -> None:
+        """Raise OSError where the first snapshot has no room: weights, fp32 copy and Adam's moments, and their copy on its way."""
+        divided = self.context.processes if self.layout["zero"] else 1
+        need = 2 * (4 * trained + 12 * trained // divided)
+        free = shutil.disk_usage(self.folder).free
+        if need > free:
+            raise OSError(errno.ENOSPC, f"a snapshot needs {need:,} bytes, and {free:,} are free", str(self.folder))

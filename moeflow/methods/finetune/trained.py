@@ -1,0 +1,129 @@
+"""What a fine-tuning trained, from memory to disk: first as it is trained, then as layer files under the hub's names.
+
+The first is done by all processes together, parameter by parameter, since each may hold only a part; the second by one, from files
+alone, one decoder layer at a time. Shapes are suffixes: E experts, M rows, N columns.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from moeflow.arch import Arch, Config, arch_of
+from moeflow.methods.finetune.lora import ADDITIONS, A, B, inside_expert, product
+from moeflow.methods.finetune.recipe import Recipe
+from moeflow.model.checkpoint import Tensors, save
+from moeflow.model.factors import STACKS
+from moeflow.model.formats import Format, format_of
+from moeflow.model.layout import Files, file_for
+
+REST = "rest"
+EMBEDDING = "model.embed_tokens.weight"
+
+
+def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that are trained, under the names that they have without LoRA; its factors behind those of their matrices."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            path, added, last = name.partition(f"{ADDITIONS}.")
+            matrix, _, factor = last.rpartition(".")
+            found[f"{path}{matrix}{A if factor == 'a' else B}" if added else name] = parameter
+    return found
+
+
+def by_layer(names: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The names of each decoder layer under "layer-000" and so on, and all others under "rest"."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        part = name.split(".")
+        found.setdefault(f"layer-{int(part[2]):03d}" if name.startswith("model.layers.") else REST, []).append(name)
+    return dict(sorted(found.items()))
+
+
+def collect(model: nn.Module, folder: Path, *, writes: bool) -> None:
+    """Gather the trained parameters, one at a time, and write a file for each layer where `writes`; all processes call it."""
+    trained = parameters_of(model)
+    for part, names in by_layer(trained).items():
+        held: dict[str, Tensor] = {}
+        for name in names:
+            with gathered(trained[name]):
+                if writes:
+                    held[name] = trained[name].detach().to("cpu", copy=True)
+        if writes:
+            folder.mkdir(parents=True, exist_ok=True)
+            save(held, folder / f"{part}.safetensors")
+
+
+def gathered(parameter: Any) -> AbstractContextManager[Any]:
+    """Within it a parameter that ZeRO-3 has divided is whole."""
+    if not hasattr(parameter, "ds_id"):
+        return nullcontext()
+    from deepspeed.runtime.zero import GatheredParameters
+
+    return GatheredParameters([parameter])
+
+
+def write(checkpoint: Files, config: Config, folder: Path, out: Path, recipe: Recipe) -> Iterator[str]:
+    """Write `layer-000/layer.safetensors` and its kin, and `rest/rest.safetensors`, for what `collect` left in `folder`.
+
+    Of a layer's files those are written in which something was trained, each whole, under the hub's names in the checkpoint's own
+    precision, LoRA's additions multiplied in fp32 and added. Says of each layer when it is written.
+    """
+    tensors = Tensors(checkpoint)
+    for file in sorted(folder.glob("*.safetensors")):
+        layer = None if file.stem == REST else int(file.stem.removeprefix("layer-"))
+        here = [n for n in tensors if _layer_of(n) == layer]
+        changed = tensors_of(load_file(file), tensors, here, config, layer, recipe)
+        if config.get("tie_word_embeddings") and "lm_head.weight" in here and EMBEDDING in changed:
+            changed["lm_head.weight"] = changed[EMBEDDING]
+        (out / file.stem).mkdir(parents=True, exist_ok=True)
+        for name in sorted({_file_of(n, layer) for n in changed}):
+            before = {n: tensors[n] for n in here if _file_of(n, layer) == name}
+            save(before | {n: t.to(before[n].dtype) for n, t in changed.items() if n in before}, out / file.stem / name)
+        yield file.stem
+
+
+def tensors_of(
+    trained: Mapping[str, Tensor], held: Tensors, names: Iterable[str], config: Config, layer: int | None, recipe: Recipe
+) -> dict[str, Tensor]:
+    """What trained parameters are on disk; of additions, in fp32, their sums with what is `held` there.
+
+    `names`: of the layer's tensors, or of the rest's.
+    """
+    arch = arch_of(config)
+    format = Format(0) if layer is None else format_of({n: held.info[n].shape for n in names}, config, layer)
+    found: dict[str, Tensor] = {}
+    for name, parameter in trained.items():
+        if name.endswith(B):
+            continue
+        adds = name.endswith(A)
+        plain = name.removesuffix(A)
+        value = product(parameter, trained[plain + B], rank=recipe.rank, alpha=recipe.alpha) if adds else parameter
+        for disk, piece in _pieces(arch, format, layer, plain, value):
+            if adds and recipe.sparse and inside_expert(disk):
+                piece = piece * (held[disk] != 0)
+            found[disk] = held[disk].float() + piece if adds else piece
+    return found
+
+
+def _pieces(arch: Arch, format: Format, layer: int | None, name: str, value: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """One parameter under its name on disk, or the matrices of a stack of experts under theirs."""
+    stack = next((s for s in STACKS if name == f"{arch.prefix(layer or 0)}{arch.block}.experts.{s.name}"), None)
+    if stack is None or layer is None:
+        yield arch.on_disk(name), value
+    else:
+        for matrix, expert, piece_MN in stack.pieces(value, format):
+            yield stack.on_disk(arch, layer, matrix, expert), piece_MN
+
+
+def _file_of(name: str, layer: int | None) -> str:
+    return f"{REST}.safetensors" if layer is None else file_for(name)
+
+
+def _layer_of(name: str) -> int | None:
+    """The decoder layer of a tensor; None for the rest, and a number beyond them for what stands behind them."""
+    return int(name.split(".")[2]) if name.startswith("model.layers.") else None

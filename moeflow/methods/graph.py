@@ -1,0 +1,139 @@
+"""What graph functions hand to each other: a model, and a calibration of it. No step of its own, no torch."""
+
+import fnmatch
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from moeflow.arch import Config, arch_of
+from moeflow.model.layout import ESSENTIAL
+from moeflow.options import check_choices
+from moeflow.step import Part, Step
+
+REST = "rest.safetensors"
+INDEX = "model.safetensors.index.json"
+HIDDEN = "hidden.safetensors"
+TOKENS, LEARNED = "tokens.npy", "learned.npy"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint as a graph: one step per decoder layer, one for the rest, and their configuration, known already."""
+
+    config: Config
+    rest: Step
+    texts: Step | Part  # where the tokenizer's files are
+    layers: tuple[Step, ...]
+    extra: tuple[Step, ...] = ()  # multi-token-prediction layers that are kept as they are
+    choices: tuple[Step, ...] = ()  # what was decided on the way here
+
+    @property
+    def has_tokenizer(self) -> bool:
+        return any(named_like(n, ("tokenizer*", "*.model", "*.tiktoken")) for n in self.rest.spec.output.files)
+
+    @property
+    def essential(self) -> Part:
+        """The configuration as an input: only what changes what the model computes."""
+        return self.rest.part(ESSENTIAL)
+
+    @property
+    def moe_layers(self) -> list[int]:
+        """The decoder layers that have routed experts, or may have where a run decides that."""
+        return [i for i in arch_of(self.config).moe_layers(self.config) if self.layers[i].spec.output.experts]
+
+    @property
+    def does_with_fewer(self) -> bool:
+        """Whether tokens are computed by fewer experts than the router gives them: skipping, or Compressed Experts."""
+        formats = [self.layers[i].spec.output.format for i in self.moe_layers]
+        return any(f.skip or f.compressed for f in formats)
+
+    def with_layers(self, layers: dict[int, Step], choices: tuple[Step, ...] = ()) -> "Model":
+        """The same model with other files for some layers; how many experts these have is theirs to say."""
+        changed = tuple(layers.get(i, layer) for i, layer in enumerate(self.layers))
+        return replace(self, layers=changed, choices=self.choices + choices)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """How much text is read, and how it is cut into sequences. Raises ValueError for what cannot be."""
+
+    sequences: int = 128
+    """Sequences of the token matrix."""
+    length: int = 2048
+    """Tokens of a sequence."""
+    seed: int = 0
+    """Shuffles the documents."""
+    bos: bool = True
+    """A beginning-of-sequence token before each document."""
+    eos: bool = False
+    """An end-of-sequence token behind each document."""
+    group: int = 0
+    """Documents joined at a time; what does not fill a sequence at a group's end is dropped (NAEE's code: 1000). 0: all."""
+
+    def __post_init__(self) -> None:
+        if self.sequences < 1 or self.length < 2 or self.group < 0:
+            raise ValueError(
+                f"sequences={self.sequences} of length={self.length}: there must be at least one, of at least two tokens; "
+                f"and group={self.group} must not be negative"
+            )
+
+
+@dataclass(frozen=True)
+class Pass:
+    """How a model is run over text, and what is recorded on the way. Raises ValueError for what cannot be."""
+
+    batch: int = 8
+    """Sequences that run together."""
+    shard: int = 0
+    """Sequences of one task, a multiple of batch; 0: four batches."""
+    stage: int = 8
+    """Consecutive layers of one task."""
+    record: int | None = None
+    """Tokens whose MoE inputs are kept, of all shards together; none: all."""
+    per_expert: int = 0
+    """Tokens kept beyond them for each expert and shard, where an expert has got fewer."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
+    """The precision of the run; auto: the checkpoint's own."""
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        if self.batch < 1 or self.stage < 1 or self.shard < 0 or self.shard % self.batch:
+            raise ValueError(
+                f"shard={self.shard} sequences must be a multiple of batch={self.batch}, so that a shard holds whole batches; "
+                f"stage={self.stage} must be at least 1"
+            )
+        if (self.record or 0) < 0 or self.per_expert < 0:
+            raise ValueError(f"record={self.record} and per_expert={self.per_expert} must not be negative")
+
+    @property
+    def sequences(self) -> int:
+        """The sequences of one shard."""
+        return self.shard or 4 * self.batch
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """One pass of a model over a token matrix: what was recorded in each MoE layer, shard by shard, and the last hidden states."""
+
+    model: Model
+    tokens: Step
+    batch: int  # sequences that ran together
+    dtype: str
+    starts: tuple[Step, ...]  # per shard: hidden states before the first layer
+    ends: tuple[Step, ...]  # per shard: hidden states behind the last layer
+    states: dict[int, tuple[Step, ...]]  # per layer that begins a stage: hidden states before it
+    observed: dict[int, tuple[Part, ...]]  # per MoE layer: one part for each shard
+    recorded: int  # tokens of each shard whose MoE inputs are kept, at most
+    between: tuple[tuple[Part, ...], ...] = ()  # per layer, where asked for: the hidden states before it of the recorded tokens
+
+
+def file_of(layer: int) -> str:
+    return f"layer-{layer:03d}.safetensors"
+
+
+def file_before(layer: int) -> str:
+    return f"before-{layer:03d}.safetensors"
+
+
+def named_like(name: str, patterns: tuple[str, ...]) -> bool:
+    """Whether a file's name fits one of the patterns, whatever the case of its letters."""
+    return any(fnmatch.fnmatch(name.lower(), p) for p in patterns)

@@ -1,0 +1,90 @@
+"""The matrix of rank R that changes an expert's outputs least, and the second moments of its tokens that say which one it is.
+
+Shapes are suffixes: T tokens, M outputs and N inputs of a matrix, K = min(M, N), R rank, D model width, F expert width. A batch,
+the experts of a layer, may stand before each of them; tensors stay on their device. With S the second moment of the inputs, the
+optimum is U U' W with U the leading eigenvectors of W S W', which is the second moment of the outputs (Chen et al., DRONE,
+NeurIPS 2021; Wang et al., SVD-LLM, ICLR 2025, reach the same matrix through a Cholesky factor of S). Neither S nor W is ever
+inverted, so that a singular S, of an expert that saw fewer tokens than it has inputs, needs no care.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moeflow.model.moe import MLP, MoELayer
+
+TOKENS_AT_ONCE = 4096
+"""How many rows are multiplied in the tokens' own precision, fp32 at least, before the sum goes on in fp64."""
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Second moments of what one expert's matrices see over its routed tokens: sums in fp64, so that those of two shards add.
+
+    `input_DD`: of the inputs of gate and up. Of down, the smaller: `output_DD`, of its outputs, or `inner_FF`, of its inputs.
+    """
+
+    tokens: int
+    input_DD: Tensor
+    output_DD: Tensor | None = None
+    inner_FF: Tensor | None = None
+
+    def __add__(self, other: "Moments") -> "Moments":
+        def both(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+            return None if a is None or b is None else a + b
+
+        return Moments(
+            self.tokens + other.tokens,
+            self.input_DD + other.input_DD,
+            both(self.output_DD, other.output_DD),
+            both(self.inner_FF, other.inner_FF),
+        )
+
+    def of(self, matrix: str) -> dict[str, Tensor]:
+        """The moment of "gate", "up" or "down" as the argument under which `whitened`, `components` and `energies` take it."""
+        if matrix != "down":
+            return {"input_moment_NN": self.input_DD}
+        if self.output_DD is not None:
+            return {"output_moment_MM": self.output_DD}
+        assert self.inner_FF is not None
+        return {"input_moment_NN": self.inner_FF}
+
+
+@torch.no_grad()
+def second_moment(x_TN: Tensor, weight_T: Tensor | None = None) -> Tensor:
+    """The sum over tokens of the outer product of a row with itself, each row times its weight first: fp64 [N, N]."""
+    total_NN = torch.zeros(x_TN.shape[-1], x_TN.shape[-1], dtype=torch.float64, device=x_TN.device)
+    for at in range(0, len(x_TN), TOKENS_AT_ONCE):
+        rows_TN = x_TN[at : at + TOKENS_AT_ONCE]
+        rows_TN = rows_TN.to(torch.promote_types(rows_TN.dtype, torch.float32))
+        if weight_T is not None:
+            rows_TN = rows_TN * weight_T[at : at + TOKENS_AT_ONCE, None].to(rows_TN.dtype)
+        total_NN += rows_TN.mT @ rows_TN
+    return total_NN
+
+
+@torch.no_grad()
+def expert_moments(expert: MLP, x_TD: Tensor, weight_T: Tensor | None = None) -> Moments:
+    """The moments of one expert over the tokens routed to it, weighted by their routing weights where these are given.
+
+    With weights the error of the down matrix is that of the layer's output; without, each token counts alike.
+    """
+    width, inner = x_TD.shape[-1], expert.up_FD.shape[0] if isinstance(expert.up_FD, Tensor) else expert.up_FD.out_MR.shape[0]
+    down = torch.zeros(min(width, inner), min(width, inner), dtype=torch.float64, device=x_TD.device)
+    for at in range(0, len(x_TD), TOKENS_AT_ONCE):
+        x_tD = x_TD[at : at + TOKENS_AT_ONCE]
+        weight_t = None if weight_T is None else weight_T[at : at + TOKENS_AT_ONCE]
+        down += second_moment(expert(x_tD) if width <= inner else expert.inner(x_tD), weight_t)
+    input_DD = second_moment(x_TD, weight_T)
+    return Moments(len(x_TD), input_DD, **{"output_DD" if width <= inner else "inner_FF": down})
+
+
+@torch.no_grad()
+def layer_moments(moe: MoELayer, x_TD: Tensor, *, weighted: bool = True) -> Iterator[Moments]:
+    """The moments of each expert of a layer in turn, over the tokens that the layer's router sends there."""
+    weights_Tk, index_Tk = moe.router.choose(moe.logits(x_TD))
+    for e, expert in enumerate(moe.experts):
+        token, slot = torch.where(index_Tk == e)
+        yield expert_moments(expert, x_TD[token], weights_Tk[token, slot] if weighted else None)

@@ -1,0 +1,73 @@
+"""What keeping a subset of a layer's experts costs, exactly, for many subsets at once.
+
+Shapes are suffixes: T tokens, D model width, E experts, S subsets. Lu et al., "Not All Experts are Equal", ACL 2024, section 3.2.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from moeflow.methods.prune.subsets import Subset
+from moeflow.model.moe import MoELayer
+from moeflow.model.router import dense
+
+ELEMENTS_AT_ONCE = 1 << 24
+"""Bounds the largest intermediate tensors of a chunk of tokens."""
+
+
+def mask_of(subsets: Sequence[Subset], experts: int, device: torch.device | str = "cpu") -> Tensor:
+    """Which experts each subset allows, bool [S, E]."""
+    mask_SE = torch.zeros(len(subsets), experts, dtype=torch.bool)
+    for s, subset in enumerate(subsets):
+        mask_SE[s, list(subset)] = True
+    return mask_SE.to(device)
+
+
+@torch.inference_mode()
+def squared_errors(moe: MoELayer, x_TD: Tensor, mask_SE: Tensor, target_TD: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The squared error of the layer's output over these tokens for every subset, fp64 [S], and the output's own square, [].
+
+    Every expert runs once per token; the error of a subset is then the quadratic form c' G c of the experts' Gram matrix G with
+    c the change of the routing weights, which is exact. With a `target_TD` (what the block should give: the original model's
+    output on the same tokens) the target enters the Gram matrix as one more vector with coefficient -1.
+    """
+    experts, subsets = moe.num_experts, len(mask_SE)
+    error_S = torch.zeros(subsets, dtype=torch.float64, device=x_TD.device)
+    norm = torch.zeros((), dtype=torch.float64, device=x_TD.device)
+    step = max(1, min(1024, ELEMENTS_AT_ONCE // (experts * max(subsets, x_TD.shape[1]))))
+    for at in range(0, len(x_TD), step):
+        x_tD = x_TD[at : at + step]
+        logits_tE = moe.logits(x_tD)
+        y_tED = moe.expert_outputs(x_tD).double()
+        c_StE = dense(*moe.router.choose(logits_tE, mask_SE[:, None, :]), experts).double()
+        full_tE = dense(*moe.router.choose(logits_tE), experts).double()
+        shared_tD = moe.shared_output(x_tD)
+        if target_TD is None:
+            vectors_tVD, c_StV = y_tED, c_StE - full_tE
+            out_tD = torch.einsum("te,ted->td", full_tE, y_tED)
+            out_tD = out_tD if shared_tD is None else out_tD + shared_tD.double()
+        else:
+            out_tD = target_TD[at : at + step].double()
+            rest_tD = out_tD if shared_tD is None else out_tD - shared_tD.double()
+            vectors_tVD = torch.cat([y_tED, rest_tD[:, None]], dim=1)
+            c_StV = torch.cat([c_StE, -torch.ones_like(c_StE[..., :1])], dim=-1)
+        gram_tVV = vectors_tVD @ vectors_tVD.mT
+        c_tSV = c_StV.transpose(0, 1)
+        error_S += ((c_tSV @ gram_tVV) * c_tSV).sum((0, 2))
+        norm += out_tD.square().sum()
+    return error_S.clamp(min=0), norm
+
+
+@torch.inference_mode()
+def squared_errors_direct(moe: MoELayer, x_TD: Tensor, mask_SE: Tensor, target_TD: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The same by running the layer once per subset, routed experts only: cheaper for a few subsets of many experts."""
+    error_S = torch.zeros(len(mask_SE), dtype=torch.float64, device=x_TD.device)
+    norm = torch.zeros((), dtype=torch.float64, device=x_TD.device)
+    step = max(1, ELEMENTS_AT_ONCE // x_TD.shape[1])
+    for at in range(0, len(x_TD), step):
+        x_tD = x_TD[at : at + step]
+        goal_tD = (moe(x_tD) if target_TD is None else target_TD[at : at + step]).double()
+        error_S += torch.stack([(moe(x_tD, allowed_E).double() - goal_tD).square().sum() for allowed_E in mask_SE])
+        norm += goal_tD.square().sum()
+    return error_S, norm

@@ -1,0 +1,55 @@
+"""What a search over subsets has evaluated: a whole population at a time, each subset once.
+
+Shapes are suffixes: E experts, S subsets.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from moeflow.methods.prune.subsets import Subset, all_subsets, check
+
+Evaluate = Callable[[Tensor], Tensor]
+"""The losses [S] of the subsets that a mask (bool [S, E]) allows: a `Weighed` layer, or any function."""
+
+AT_ONCE = 1024
+"""How many subsets are handed over together where they are all known beforehand."""
+
+
+class Found:
+    """The loss of every subset that was evaluated. With `memoise` off, what comes again is evaluated again."""
+
+    def __init__(
+        self, evaluate: Evaluate, experts: int, known: Iterable[tuple[Subset, float]] = (), *, memoise: bool = True
+    ) -> None:
+        self.evaluate, self.experts, self.memoise = evaluate, experts, memoise
+        self.loss = dict(known)
+
+    def losses(self, subsets: Sequence[Subset]) -> list[float]:
+        """The losses of subsets of kept experts, all of one size. Raises ValueError where one is no number."""
+        new = [s for s in dict.fromkeys(subsets) if s not in self.loss] if self.memoise else subsets
+        if new:
+            mask_SE = torch.zeros(len(new), self.experts, dtype=torch.bool).scatter_(1, torch.tensor(new), True)
+            losses = self.evaluate(mask_SE).tolist()
+            if any(not -torch.inf < loss < torch.inf for loss in losses):
+                raise ValueError("a subset's loss is NaN or infinite; compute in another precision (dtype=float32)")
+            self.loss.update(zip(new, losses, strict=True))
+        return [self.loss[s] for s in subsets]
+
+    def best(self, count: int, keep: int) -> list[tuple[Subset, float]]:
+        """The best subsets of `keep` experts so far, best first; of equals the one whose experts come first."""
+        found = [(subset, loss) for subset, loss in self.loss.items() if len(subset) == keep]
+        return sorted(found, key=lambda one: (one[1], one[0]))[:count]
+
+
+def enumerate_all(
+    evaluate: Evaluate, experts: int, keep: int, *, groups: int = 1, protected: Sequence[int] = (), best: int = 1
+) -> list[tuple[Subset, float]]:
+    """The `best` subsets of all, with their losses, best first (Lu et al., ACL 2024, section 3.2)."""
+    check(experts, keep, groups=groups, protected=protected, best=best)
+    found = Found(evaluate, experts)
+    subsets = list(all_subsets(experts, keep, groups, protected))
+    for at in range(0, len(subsets), AT_ONCE):
+        found.losses(subsets[at : at + AT_ONCE])
+    return found.best(best, keep)

@@ -1,0 +1,119 @@
+"""Genetic search over the experts of one layer: MoE-I2 (Yang et al., Findings of EMNLP 2024), inter-expert pruning.
+
+Knows losses only through a function from masks. What the paper leaves open is decided in `search`.
+"""
+
+from collections.abc import Callable, Sequence
+from random import Random
+from typing import Any
+
+from moeflow.methods.prune.evaluated import Evaluate, Found, enumerate_all
+from moeflow.methods.prune.subsets import (
+    GENERATIONS,
+    MUTATION,
+    PARENTS,
+    POPULATION,
+    Subset,
+    check,
+    count_subsets,
+    draw,
+    droppable,
+    parents_of,
+    without,
+)
+
+TRIES = 3
+"""How often a child that was evaluated before is exchanged further, before it may come again."""
+
+State = dict[str, Any]
+"""A search between two generations, as JSON holds it."""
+
+
+def search(
+    evaluate: Evaluate, experts: int, keep: int, *, groups: int = 1, protected: Sequence[int] = (), seed: int = 0, layer: int = 0,
+    best: int = 3, population: int = POPULATION, generations: int = GENERATIONS, parents: float = PARENTS,
+    mutation: float = MUTATION, memoise: bool = True, save: Callable[[State], None] | None = None, resume: State | None = None,
+) -> list[tuple[Subset, float]]:  # fmt: skip
+    """The `best` subsets of kept experts that a genetic search finds, with their losses, best first.
+
+    An individual is the set of dropped experts. The best share `parents` of a generation stays and has children: a child drops a
+    random part of what two different parents drop together and, with the probability `mutation`, one of these experts is exchanged
+    for another. The members of a generation differ, and a child that was evaluated before is exchanged further. The first of the
+    `generations` is drawn at random. Where there are no more subsets than the population, all are evaluated instead.
+
+    Every generation draws from its own (seed, layer, generation). `save` is handed the state after every generation, and a search
+    given it back as `resume` goes on to the same result. Raises ValueError where a parameter is out of its range, or `resume` is
+    another search's.
+    """
+    check(
+        experts, keep, groups=groups, protected=protected, best=best,
+        population=population, generations=generations, parents=parents, mutation=mutation,
+    )  # fmt: skip
+    if count_subsets(experts, keep, groups, protected) <= population:
+        return enumerate_all(evaluate, experts, keep, groups=groups, protected=protected, best=best)
+    recipe = {
+        "experts": experts, "keep": keep, "groups": groups, "protected": sorted(protected), "seed": seed, "layer": layer,
+        "population": population, "parents": parents, "mutation": mutation,
+    }  # fmt: skip
+    if resume is not None and resume["recipe"] != recipe:
+        differs = {k: (resume["recipe"].get(k), v) for k, v in recipe.items() if resume["recipe"].get(k) != v}
+        raise ValueError(f"the state to resume from is another search's (there, here): {differs}; start anew")
+    pools = droppable(experts, groups, protected)
+    known = [] if resume is None else [(without(experts, dropped), loss) for dropped, loss in resume["found"]]
+    found = Found(evaluate, experts, known, memoise=memoise)
+    people: list[Subset] = [] if resume is None else [tuple(p) for p in resume["people"]]
+    for generation in range(0 if resume is None else resume["generation"] + 1, generations):
+        random = Random(f"{seed}/{layer}/{generation}")
+        if generation:
+            people = _next(random, people, population, mutation, pools, {without(experts, kept) for kept in found.loss})
+        else:
+            people = _first(random, population, experts, keep, groups, protected)
+        losses = found.losses([without(experts, dropped) for dropped in people])
+        ranked = sorted(zip(losses, people, strict=True))
+        people = [dropped for _, dropped in ranked[: parents_of(population, parents)]]
+        if save is not None:
+            dropped_and_loss = [[list(without(experts, kept)), loss] for kept, loss in found.loss.items()]
+            save({"recipe": recipe, "generation": generation, "people": [list(p) for p in people], "found": dropped_and_loss})
+    return found.best(best, keep)
+
+
+def _first(random: Random, population: int, experts: int, keep: int, groups: int, protected: Sequence[int]) -> list[Subset]:
+    """Different random sets of dropped experts."""
+    people: dict[Subset, None] = {}
+    while len(people) < population:
+        people[without(experts, draw(random, experts, keep, groups, protected))] = None
+    return list(people)
+
+
+def _next(
+    random: Random, parents: list[Subset], population: int, mutation: float, pools: list[list[int]], known: set[Subset]
+) -> list[Subset]:
+    """The parents and their children, all different."""
+    people = dict.fromkeys(parents)
+    while len(people) < population:
+        one, other = random.sample(parents, 2)
+        child = _cross(random, one, other, pools)
+        if random.random() < mutation:
+            child = _exchange(random, child, pools)
+        tries = 0
+        while child in people or (child in known and tries < TRIES):
+            child = _exchange(random, child, pools)
+            tries += 1
+        people[child] = None
+    return list(people)
+
+
+def _cross(random: Random, one: Subset, other: Subset, pools: list[list[int]]) -> Subset:
+    """As many as each parent drops, of those that either drops, group by group."""
+    union = set(one) | set(other)
+    drop = len(one) // len(pools)
+    return tuple(sorted(e for pool in pools for e in random.sample([e for e in pool if e in union], drop)))
+
+
+def _exchange(random: Random, dropped: Subset, pools: list[list[int]]) -> Subset:
+    """One dropped expert stays and another of its group is dropped instead."""
+    gone = set(dropped)
+    out = random.choice([e for pool in pools if not gone.issuperset(pool) for e in pool if e in gone])
+    pool = next(pool for pool in pools if out in pool)
+    into = random.choice([e for e in pool if e not in gone])
+    return tuple(sorted(gone - {out} | {into}))

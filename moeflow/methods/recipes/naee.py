@@ -1,0 +1,110 @@
+"""Whole-model pruning by NAEE (Lu et al., ACL 2024, arXiv 2402.14800), and by the scores that stand beside it.
+
+Every search has the same signature, so that a pipeline picks one from a table. Only graphs are built here.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from moeflow.arch import arch_of
+from moeflow.methods import graph, rewrite
+from moeflow.methods.calibrate import steps as calibrate
+from moeflow.methods.fewer_active.steps import check, skip
+from moeflow.methods.graph import Calibration, Model
+from moeflow.methods.prune.steps import choose
+from moeflow.methods.prune.subsets import ENUMERATE
+from moeflow.methods.records import CRITERIA
+from moeflow.step import Part, Step
+
+
+def layerwise(calibration: Calibration, *, keep: int, loss: str = "frobenius", seed: int = 0) -> Model:
+    """Every layer alone, exactly: the subset of `keep` experts that changes the layer's output least (NAEE, section 3.2).
+
+    `loss`: "frobenius", the norm of the change over all tokens (the paper), or "batch-sum", the sum over batches of their norms
+    (the authors' code). Gives the pruned model.
+    """
+    return by_criterion(calibration, criterion=ENUMERATE, keep=keep, loss=loss, seed=seed)
+
+
+def by_criterion(calibration: Calibration, *, criterion: str, keep: int, loss: str = "frobenius", seed: int = 0) -> Model:
+    """Every layer alone, by one criterion of `moeflow.methods.scores`: the experts with the highest score stay."""
+    model, config = calibration.model, calibration.model.essential
+    choices, dropped = {}, {}
+    for i, parts in calibration.observed.items():
+        choices[i] = _chosen(calibration, i, parts, (), criterion=criterion, keep=keep, loss=loss, seed=seed)
+        dropped[i] = rewrite.experts(config, model.layers[i], choices[i], layer=i, keep=keep)
+    return model.with_layers(dropped, tuple(choices.values()))
+
+
+def progressive(calibration: Calibration, *, keep: int, loss: str = "frobenius", seed: int = 0) -> Model:
+    """Layer after layer, each seeing what the already pruned ones below give it, against the original's output (NAEE, Table 6)."""
+    model, config = calibration.model, calibration.model.essential
+    batch, dtype = calibration.batch, calibration.dtype
+    dropped: dict[int, Step] = {}
+    choices: list[Step] = []
+    hidden = calibration.starts
+    for i, layer in enumerate(model.layers):
+        if i in calibration.observed:
+            seen = tuple(
+                calibrate.observe(
+                    config, h, layer,
+                    layers=[i], batch=batch, record=calibration.recorded, per_expert=0, residual=False, between=False, dtype=dtype,
+                ).part(graph.file_of(i))
+                for h in hidden
+            )  # fmt: skip
+            choice = _chosen(calibration, i, seen, calibration.observed[i], criterion=ENUMERATE, keep=keep, loss=loss, seed=seed)
+            choices.append(choice)
+            layer = dropped[i] = rewrite.experts(config, layer, choice, layer=i, keep=keep)
+        hidden = tuple(calibrate.advance(config, h, layer, layers=[i], batch=batch, dtype=dtype) for h in hidden)
+    return model.with_layers(dropped, tuple(choices))
+
+
+SEARCHES: dict[str, Callable[..., Model]] = {
+    "layerwise": layerwise,
+    "progressive": progressive,
+    **{name: partial(by_criterion, criterion=name) for name in CRITERIA},
+}
+"""Every way to choose, by the name that `-p search=` takes."""
+
+
+def named(name: str) -> Callable[..., Model]:
+    """The search of this name. Raises ValueError, with the known ones, where there is none."""
+    if name not in SEARCHES:
+        raise ValueError(f"search={name!r} is not known; choose one of {', '.join(SEARCHES)}")
+    return SEARCHES[name]
+
+
+def _chosen(
+    calibration: Calibration, layer: int, seen: tuple[Part, ...], originals: tuple[Part, ...],
+    *, criterion: str, keep: int, loss: str, seed: int,
+) -> Step:  # fmt: skip
+    model = calibration.model
+    batch_tokens = calibration.batch * calibration.tokens.spec.output.length if loss == "batch-sum" else 0
+    return choose(
+        model.essential, model.layers[layer], *seen, *originals,
+        layer=layer, keep=keep, criterion=criterion, loss=loss, batch_tokens=batch_tokens, seed=seed, dtype=calibration.dtype,
+        targets=len(seen) if originals else 0,
+    )  # fmt: skip
+
+
+def skipped(name: str) -> Callable[..., Model]:
+    """What `-p skip=` names, as a function of (model, tokens, **options of `calibrate.run`): the model that is served.
+
+    "none"; "median", the paper's rule; or a number, the mean of a token's experts. Raises ValueError for any other word.
+    """
+    if name == "none":
+        return lambda model, tokens, **options: model
+    try:
+        active = 0.0 if name == "median" else float(name)
+    except ValueError:
+        raise ValueError(f"skip={name!r} is not known; say none, median, or how many experts a token has on average") from None
+    if name != "median" and active < 1:
+        raise ValueError(f"skip={name}: a token has at least one expert")
+    return partial(_calibrated, active=active)
+
+
+def _calibrated(model: Model, tokens: Step, *, active: float, **options: Any) -> Model:
+    arch = arch_of(model.config)
+    check(arch, arch.top_k(model.config), active)  # before a graph is built for it
+    return skip(calibrate.run(model, tokens, **(options | {"record": 0, "per_expert": 0})), active=active)

@@ -1,0 +1,185 @@
+"""Which weights stay, by their size (magnitude) or by their size times that of their inputs (Wanda), and what inputs a matrix saw.
+
+Shapes are suffixes: T tokens, E matrices of a batch, the experts of a layer, M outputs and N inputs of a matrix. Tensors stay on
+their device.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moeflow.methods.moments import second_moment
+from moeflow.methods.slim.pattern import Pattern
+
+Inputs = Tensor | Sequence[Tensor]
+"""Rows of inputs [.., T, N] of each matrix of the batch, or one tensor [T, N] for each where they saw different numbers."""
+
+
+@torch.no_grad()
+def magnitude(w_MN: Tensor, pattern: Pattern | str) -> Tensor:
+    """A mask [M, N], True where a weight stays: the largest of each matrix or, N:M, of each group of inputs of a row.
+
+    A ratio drops its part of each matrix, rounded down (Han et al., Learning both Weights and Connections, NeurIPS 2015, section
+    3). Of equal weights the first goes first. Raises ValueError for a pattern that does not divide the columns.
+    """
+    pattern = _checked(w_MN, pattern)
+    keep_EMN = torch.stack([_stays(size_MN, pattern, rows=False) for size_MN in matrices(w_MN).abs()])
+    return keep_EMN.reshape(w_MN.shape)
+
+
+@torch.no_grad()
+def wanda(w_MN: Tensor, pattern: Pattern | str, *, moment: Tensor | None = None, inputs: Inputs | None = None) -> Tensor:
+    """A mask [M, N], True where a weight stays: those whose size times their input's norm is largest in their row.
+
+    Sun et al., A Simple and Effective Pruning Approach for Large Language Models, ICLR 2024, section 3. `moment` is the sum over
+    tokens of the inputs' squares, [N], or of their outer products, [N, N], in any unit; or give the inputs. A ratio drops its part
+    of each row, rounded down; of equal scores the first goes first. Raises ValueError where the statistics do not fit, are not
+    finite, or are zero because an expert saw no tokens.
+    """
+    pattern = _checked(w_MN, pattern)
+    w_EMN, seen = matrices(w_MN), Seen.of(w_MN, moment, inputs, instead="magnitude()", squares=True)
+    keep_EMN = torch.stack([_stays(w.float().abs() * seen.squares(e).sqrt().float(), pattern) for e, w in enumerate(w_EMN)])
+    return keep_EMN.reshape(w_MN.shape)
+
+
+def lowest(score: Tensor, count: int) -> Tensor:
+    """True for exactly `count` smallest of each row [.., K]; of equal ones the first."""
+    if count == 0:
+        return torch.zeros_like(score, dtype=torch.bool)
+    bound = smallest(score, count)[..., None]
+    below, equal = score < bound, score == bound
+    left = count - below.sum(-1, keepdim=True)
+    if (equal.sum(-1, keepdim=True) == left).all():
+        return below | equal
+    return below | (equal & (equal.cumsum(-1) <= left))
+
+
+def smallest(score: Tensor, count: int) -> Tensor:
+    """The `count`-th smallest of each row [.., K], from 1; numpy's selection is ten times as fast as torch's on the CPU."""
+    if score.device.type == "cpu" and score.dtype in (torch.float32, torch.float64):
+        return torch.from_numpy(np.partition(score.numpy(), count - 1, axis=-1)[..., count - 1 : count]).squeeze(-1)
+    return score.kthvalue(count, dim=-1).values
+
+
+def smallest_of_few(score_mX: Tensor, count: int) -> Tensor:
+    """True for exactly `count` smallest along the last dimension but one, where that is short; of equal ones the first."""
+    rank_mX = torch.zeros(score_mX.shape, dtype=torch.float32, device=score_mX.device)
+    score_X, rank_X = score_mX.unbind(-2), rank_mX.unbind(-2)
+    before_X = torch.empty_like(rank_X[0])
+    for i, score in enumerate(score_X):
+        rank_X[i].add_(len(score_X) - 1 - i)
+        for j in range(i + 1, len(score_X)):
+            torch.le(score, score_X[j], out=before_X)
+            rank_X[j].add_(before_X)
+            rank_X[i].sub_(before_X)
+    return rank_mX < count
+
+
+def matrices(w_MN: Tensor) -> Tensor:
+    """The batch in front as one dimension: [E, M, N]."""
+    return w_MN.reshape(-1, *w_MN.shape[-2:])
+
+
+def check_weight(w_MN: Tensor) -> None:
+    """Raise ValueError for what is no finite matrix, or batch of them, of floating numbers."""
+    if w_MN.dim() < 2 or not w_MN.numel() or not w_MN.is_floating_point():
+        raise ValueError(f"the weight is {w_MN.dtype} of shape {tuple(w_MN.shape)}; give floating numbers [.., rows, columns]")
+    if bad := [str(e) for e, w in enumerate(matrices(w_MN)) if not torch.stack(torch.aminmax(w)).isfinite().all()]:
+        raise ValueError(f"the weight{_which(w_MN, bad)} is not finite; the checkpoint is damaged")
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What each matrix of a batch saw, checked: its second moment [N, N], its inputs' summed squares [N], or the inputs [T, N]."""
+
+    each: tuple[Tensor, ...]
+    are: str
+
+    @staticmethod
+    def of(w_MN: Tensor, moment: Tensor | None, inputs: Inputs | None, *, instead: str, squares: bool = False) -> "Seen":
+        """Those of the weight's matrices. `instead`: what to use for an expert that saw nothing; `squares`: whether [N] will do."""
+        if (moment is None) == (inputs is None):
+            raise ValueError(f"give either moment or inputs; without tokens there is {instead}")
+        *batch, _, columns = w_MN.shape
+        if moment is None:
+            assert inputs is not None
+            found, name = Seen(tuple(_tokens(inputs, batch, columns)), "tokens"), "inputs"
+        elif squares and tuple(moment.shape) == (*batch, columns):
+            found, name = Seen(tuple(moment.reshape(-1, columns)), "squares"), "moment"
+        elif tuple(moment.shape) == (*batch, columns, columns):
+            found, name = Seen(tuple(matrices(moment)), "moment"), "moment"
+        else:
+            also = f" or {(*batch, columns)}" if squares else ""
+            raise ValueError(f"moment has shape {tuple(moment.shape)}, the weight asks for {(*batch, columns, columns)}{also}")
+        for e, one in enumerate(found.each):
+            _check_seen(one, found.are, f"{name}{_which(w_MN, [str(e)])}", instead)
+        return found
+
+    def squares(self, e: int) -> Tensor:
+        """The sum of squares [N] of each input of matrix `e`."""
+        one = self.each[e]
+        return (
+            one
+            if self.are == "squares"
+            else one.diagonal()
+            if self.are == "moment"
+            else one.float().square().sum(0, dtype=torch.float64)
+        )
+
+    def moment(self, e: int) -> Tensor:
+        """The second moment [N, N] of the inputs of matrix `e`."""
+        assert self.are != "squares"
+        return self.each[e] if self.are == "moment" else second_moment(self.each[e])
+
+
+def _tokens(inputs: Inputs, batch: list[int], columns: int) -> list[Tensor]:
+    if isinstance(inputs, Tensor):
+        if inputs.dim() <= len(batch) or list(inputs.shape[: len(batch)]) != batch or inputs.shape[-1] != columns:
+            raise ValueError(f"inputs have shape {tuple(inputs.shape)}, the weight asks for {(*batch, 'tokens', columns)}")
+        found = list(inputs.reshape(torch.Size(batch).numel(), inputs.shape[len(batch) : -1].numel(), columns))
+    else:
+        found = [x.reshape(-1, x.shape[-1]) for x in inputs]
+    count = torch.Size(batch).numel()
+    if len(found) != count or any(x.shape[-1] != columns for x in found):
+        shapes = ", ".join(str(tuple(x.shape)) for x in found)
+        raise ValueError(f"inputs are of shapes {shapes}; the weight asks for {count} of {('tokens', columns)}")
+    return found
+
+
+def _check_seen(one: Tensor, are: str, name: str, instead: str) -> None:
+    total_N = (
+        one.abs().sum(0, dtype=torch.float64) if are == "tokens" else one.sum(0, dtype=torch.float64) if are == "moment" else one
+    )
+    size_N = one.diagonal() if are == "moment" else total_N
+    if not (total_N.isfinite().all() and size_N.isfinite().all()):
+        raise ValueError(f"{name}: not finite; look for overflow in the activations")
+    if (size_N < 0).any():
+        raise ValueError(f"{name}: a sum of squares is negative, {float(size_N.min()):g}; compute it again")
+    if not size_N.any():
+        raise ValueError(
+            f"{name}: all zero, so no tokens were seen; calibrate on more text, use {instead} or keep the matrix whole"
+        )
+    if are == "moment" and ((total_N - one.sum(1, dtype=torch.float64)).abs() > 1e-3 * size_N.max()).any():
+        raise ValueError(f"{name}: not symmetric; a second moment is the sum of x x'")
+
+
+def _checked(w_MN: Tensor, pattern: Pattern | str) -> Pattern:
+    check_weight(w_MN)
+    pattern = Pattern.parse(pattern)
+    pattern.check(w_MN.shape[-1])
+    return pattern
+
+
+def _stays(score_MN: Tensor, pattern: Pattern, rows: bool = True) -> Tensor:
+    if pattern.of:
+        groups = score_MN.unflatten(-1, (-1, pattern.of))
+        return ~smallest_of_few(groups.mT.contiguous(), pattern.of - pattern.keep).mT.flatten(-2)
+    shares = score_MN if rows else score_MN.flatten()
+    return ~lowest(shares, int(shares.shape[-1] * pattern.ratio)).reshape(score_MN.shape)
+
+
+def _which(w_MN: Tensor, matrix: list[str]) -> str:
+    return "" if w_MN.dim() == 2 else f" of matrix {', '.join(matrix)}"

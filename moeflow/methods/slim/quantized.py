@@ -1,0 +1,57 @@
+"""A matrix on a grid: its codes, scales and zero points.
+
+Shapes are suffixes: M outputs and N inputs of a matrix, G groups of inputs. A batch, the experts of a layer, may stand before them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from moeflow.methods.slim.grid import Grid
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """Codes, int8 and signed whatever the bits; scales in the precision in which they are stored; int8 zero points or None."""
+
+    codes_MN: Tensor
+    scale_MG: Tensor
+    zero_MG: Tensor | None
+    grid: Grid
+
+    def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weights [M, N] that these stand for, scale times (code minus zero point), multiplied in fp32."""
+        shift_MGg = self.codes_MN.float().unflatten(-1, (self.scale_MG.shape[-1], -1))
+        if self.zero_MG is not None:
+            shift_MGg -= self.zero_MG[..., None]
+        return shift_MGg.mul_(self.scale_MG[..., None].float()).flatten(-2).to(dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed form, of all matrices of the batch."""
+        *batch, rows, columns = self.codes_MN.shape
+        return prod(batch) * self.grid.nbytes(rows, columns, scale_bytes=self.scale_MG.element_size())
+
+    @staticmethod
+    def stacked(parts: "Sequence[Quantized]") -> "Quantized":
+        """Matrices of one shape and grid as a batch, [E, M, N]."""
+        zeros = [part.zero_MG for part in parts if part.zero_MG is not None]
+        codes, scales = [part.codes_MN for part in parts], [part.scale_MG for part in parts]
+        return Quantized(torch.stack(codes), torch.stack(scales), torch.stack(zeros) if zeros else None, parts[0].grid)
+
+    def reshaped(self, *batch: int) -> "Quantized":
+        """The same matrices with their batch in this shape."""
+
+        def shaped(t: Tensor) -> Tensor:
+            return t.reshape(*batch, *t.shape[-2:])
+
+        zero_MG = None if self.zero_MG is None else shaped(self.zero_MG)
+        return Quantized(shaped(self.codes_MN), shaped(self.scale_MG), zero_MG, self.grid)
+
+    def __getitem__(self, index: int) -> "Quantized":
+        """One matrix of the batch."""
+        zero_MG = None if self.zero_MG is None else self.zero_MG[index]
+        return Quantized(self.codes_MN[index], self.scale_MG[index], zero_MG, self.grid)

@@ -1,0 +1,213 @@
+"""Options that travel as one value: frozen dataclasses that a step takes whole and that a person sets field by field.
+
+Choices are `Literal`s, an absent stage is None, and what a field means stands in the string below it. A key holds only the fields
+that differ from their defaults. Standard library only.
+"""
+
+import ast
+import dataclasses
+import difflib
+import inspect
+import json
+import textwrap
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from functools import cache
+from itertools import pairwise
+from typing import Any
+
+TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+NOTHING = ("none", "null")
+
+
+@dataclass(frozen=True)
+class Described:
+    """One field as a page of help shows it."""
+
+    name: str
+    type: str
+    default: str
+    choices: tuple[str, ...]
+    help: str
+
+
+def check_choices(value: Any) -> None:
+    """Raise ValueError where a field of an options value is none of the choices that its `Literal` names."""
+    for name, kind in hints_of(value.__class__).items():
+        choices, given = choices_of(kind), getattr(value, name)
+        if choices and given is not None and given not in choices:
+            raise ValueError(f"{name}={given!r} is not known; choose one of {', '.join(map(str, choices))}")
+
+
+def plain(value: Any, kind: Any = None) -> Any:
+    """An options value as JSON would return it, without the fields that have their default; any other value as it is.
+
+    `kind`: the annotation of what holds the value. Where it says float, 1 and 1.0 are the same.
+    """
+    if is_dataclass(value) and not isinstance(value, type):
+        kinds = hints_of(type(value))
+        return {
+            f.name: plain(getattr(value, f.name), kinds[f.name]) for f in fields(value) if getattr(value, f.name) != default_of(f)
+        }
+    if isinstance(value, int) and not isinstance(value, bool) and float in members(kind) and int not in members(kind):
+        return float(value)
+    if isinstance(value, list | tuple):
+        inside = typing.get_args(kind)
+        return [plain(v, inside[0] if inside else None) for v in value]
+    if isinstance(value, Mapping):
+        return {k: plain(v) for k, v in value.items()}
+    return value
+
+
+def restored(value: Any, kind: Any) -> Any:
+    """The value of this annotated kind that `plain` made this of. Raises what the kind raises."""
+    for one in members(kind):
+        if is_dataclass(one) and isinstance(value, Mapping):
+            kinds = hints_of(typing.cast(type, one))
+            return typing.cast(Any, one)(**{name: restored(v, kinds[name]) for name, v in value.items()})
+        if typing.get_origin(one) is tuple and isinstance(value, list):
+            inside = typing.get_args(one)
+            return tuple(restored(v, inside[0] if inside else None) for v in value)
+    return value
+
+
+def described(kind: type) -> list[Described]:
+    """The fields of an options type."""
+    kinds, docs = hints_of(kind), docs_of(kind)
+    return [
+        Described(f.name, shown(kinds[f.name]), _default(f), tuple(map(str, choices_of(kinds[f.name]))), docs.get(f.name, ""))
+        for f in fields(kind)
+    ]
+
+
+def changed(name: str, kind: type, value: Any, words: Mapping[str, str]) -> Any:
+    """`value` (or, where it is None, one made of defaults) with the fields that `words` name, each word read as its field's kind.
+
+    `name` is what the value is called in messages. Raises ValueError for a field that there is not, with the nearest that there is.
+    """
+    kinds = hints_of(kind)
+    if strange := [n for n in words if n not in kinds]:
+        raise ValueError(f"{name} has no {strange[0]!r}; {nearest(strange[0], kinds)}")
+    given = {n: read(f"{name}.{n}", word, kinds[n]) for n, word in words.items()}
+    if value is not None:
+        return dataclasses.replace(value, **given)
+    lacking = [f.name for f in fields(kind) if default_of(f) is dataclasses.MISSING and f.name not in given]
+    if lacking:
+        raise ValueError(f"{name} is absent; say {name}.{lacking[0]}=... to have it")
+    return kind(**given)
+
+
+def read(name: str, word: str, kind: Any) -> Any:
+    """A word as a value of this kind. Raises ValueError, in one line, where it is none."""
+    kinds = members(kind)
+    if type(None) in kinds and word.lower() in NOTHING:
+        return None
+    choices = {str(c): c for c in choices_of(kind)}
+    if word in choices:
+        return choices[word]
+    one = next((k for k in kinds if k is not type(None)), str)
+    origin = typing.get_origin(one) or one
+    if choices and origin is typing.Literal:
+        raise ValueError(f"{name}={word}: choose one of {', '.join(choices)}")
+    if origin is bool:
+        if word.lower() not in TRUTH:
+            raise ValueError(f"{name}={word}: say true or false")
+        return TRUTH[word.lower()]
+    if origin in (int, float):
+        return _number(name, word, int if origin is int else float)
+    if origin in (list, tuple, dict):
+        try:
+            found = json.loads(word)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{name}={word}: write it as JSON, as in [1, 2, 3] ({error})") from None
+        return tuple(found) if origin is tuple else found
+    return word
+
+
+def _number(name: str, word: str, kind: type) -> Any:
+    try:
+        return kind(word)
+    except ValueError:
+        said = "a whole number" if kind is int else "a number"
+        raise ValueError(f"{name}={word}: it must be {said}") from None
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Advice for a misspelt name: the one that was probably meant, or all."""
+    names = list(known)
+    close = difflib.get_close_matches(name, names, 1, 0.5)
+    return f"did you mean {close[0]!r}?" if close else f"it has {', '.join(names) or 'none'}"
+
+
+def members(kind: Any) -> tuple[Any, ...]:
+    """What a union is of; anything else by itself."""
+    return typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
+
+
+def choices_of(kind: Any) -> tuple[Any, ...]:
+    """What the `Literal`s of an annotation name."""
+    return tuple(c for one in members(kind) if typing.get_origin(one) is typing.Literal for c in typing.get_args(one))
+
+
+def options_type(kind: Any) -> type | None:
+    """The options type among the members of an annotation, if there is one."""
+    return next((one for one in members(kind) if isinstance(one, type) and is_dataclass(one)), None)
+
+
+def default_of(f: "dataclasses.Field[Any]") -> Any:
+    """A field's default; MISSING where it has none."""
+    return f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
+
+
+@cache
+def hints_of(kind: Any) -> dict[str, Any]:
+    """The resolved annotations of an options type's fields."""
+    kinds = typing.get_type_hints(kind)
+    return {f.name: kinds[f.name] for f in fields(kind)}
+
+
+@cache
+def docs_of(kind: Any) -> dict[str, str]:
+    """What the strings below the fields of a dataclass, and of those it inherits from, say of them, each in one line."""
+    found: dict[str, str] = {}
+    for one in reversed(kind.__mro__):
+        if not is_dataclass(one):
+            continue
+        (body,) = (n.body for n in ast.parse(textwrap.dedent(inspect.getsource(typing.cast(type, one)))).body if isinstance(n, ast.ClassDef))
+        for at, below in pairwise(body):
+            if not (isinstance(at, ast.AnnAssign) and isinstance(at.target, ast.Name) and isinstance(below, ast.Expr)):
+                continue
+            if isinstance(below.value, ast.Constant) and isinstance(below.value.value, str):
+                found[at.target.id] = " ".join(below.value.value.split())
+    return found
+
+
+def shown(kind: Any) -> str:
+    """An annotation in words: "int", "number or none", "list of int"."""
+    words = []
+    for one in members(kind):
+        origin, inside = typing.get_origin(one), typing.get_args(one)
+        if one is type(None):
+            words.append("none")
+        elif origin is typing.Literal:
+            words.append("choice")
+        elif origin in (list, tuple):
+            words.append(f"list of {shown(inside[0])}" if inside else "list")
+        else:
+            words.append({float: "number", str: "text", bool: "true/false"}.get(one, getattr(one, "__name__", str(one)).lower()))
+    return " or ".join(dict.fromkeys(words))
+
+
+def _default(f: "dataclasses.Field[Any]") -> str:
+    default = default_of(f)
+    if default is dataclasses.MISSING:
+        return ""
+    if default is None:
+        return "none"
+    if isinstance(default, bool):
+        return str(default).lower()
+    if isinstance(default, tuple | list):
+        return json.dumps(list(default))
+    return f"{default:g}" if isinstance(default, float) else str(default)

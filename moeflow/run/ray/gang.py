@@ -1,0 +1,168 @@
+"""A gang on a Ray cluster: one task that holds nothing drives a `TorchTrainer`, whose workers are the gang's processes.
+
+Ray Train places and starts them, and initialises torch.distributed. What an error means, what is tried again and from where
+it goes on is decided here: a step that raises is not tried again, a gang that lost a process or a node is.
+"""
+
+import logging
+import os
+import pickle
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+
+from moeflow.run.call import Call
+from moeflow.run.gang import GRACE, Gang, PeerLost, take_part, torn
+from moeflow.run.materialize import stored
+from moeflow.run.outcome import WorkerLost, brief, describe
+from moeflow.run.ray.board import Answer
+from moeflow.run.ray.nodes import free_orphans
+from moeflow.run.ray.tasks import Failed, Made, Refused, Told, ask, failed, made
+from moeflow.run.ray.travel import packed_error
+from moeflow.run.work import work_folder
+from moeflow.store import Store
+
+QUIETLY = {  # read by Ray Train where the trainer is made, and in its workers
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+}
+# Each starts processes or moves the workers elsewhere, for what no gang uses. What the first would clean up without a
+# dashboard, too, is done by `free_orphans`.
+UNUSED = {
+    "PlacementGroupCleanerCallback",
+    "DatasetsCallback",
+    "WorkingDirectorySetupCallback",
+    "ControllerMetricsCallback",
+    "WorkerMetricsCallback",
+}
+PATIENCE = 7200  # seconds that torch.distributed waits for a peer, which may be fetching a large state
+
+
+class Raised(Exception):
+    """What a step raised in one of its processes, on its way through Ray Train; `torn`: a peer's end may have caused it."""
+
+    def __init__(self, said: str, packed: bytes, torn: bool) -> None:
+        super().__init__(said, packed, torn)
+        self.said, self.packed, self.torn = said, packed, torn
+
+    def __str__(self) -> str:
+        return self.said
+
+
+@ray.remote
+def gang_task(call: Call, store: Store, board: Any, bundle: dict[str, float]) -> Made | Failed | Refused:
+    """Drive a gang, each of whose processes holds `bundle`. It goes on from what was saved as often as the board allows."""
+    logging.getLogger("ray.train").setLevel(logging.CRITICAL)
+    os.environ.update(QUIETLY)
+    lost: PeerLost | None = None
+    try:
+        with work_folder(store.cache / "work") as folder:
+            while True:
+                answer: Answer = ask(board.may_start.remote(call.key))
+                if answer == "closed":
+                    return Refused()
+                if answer == "worn out":
+                    raise WorkerLost(str(lost) if lost else "the node ran out of memory") from lost
+                if lost is not None:
+                    Told(board).note(call.key, f"{lost}; it goes on from what was saved")
+                try:
+                    done = stored(call, store)
+                    result = made(done, board) if done else _together(call, store, board, bundle, folder)
+                except PeerLost as error:
+                    lost = error
+                else:
+                    store.drop_partial(call.key)
+                    return result
+    except Exception as error:
+        return failed(error, board)
+
+
+def _together(call: Call, store: Store, board: Any, bundle: dict[str, float], folder: Path) -> Made | Refused:
+    """One start of the gang, once there is room for it. Raises what the step raises, and PeerLost."""
+    from ray.train import ControllerError, TrainingFailedError, WorkerGroupError  # here: the driver need not wait for them
+
+    while True:
+        free_orphans()
+        gang = Gang.of(call, store)
+        fit = _trainer(partial(_process, call, store, board, gang), gang.processes, bundle, folder / gang.attempt)
+        try:
+            with ThreadPoolExecutor(1) as beside:  # in the main thread it would take Ctrl-C away from Ray
+                found: Made = beside.submit(fit).result()
+            return found
+        except WorkerGroupError as error:
+            _judge(error.worker_failures)
+        except ControllerError as error:
+            if type(error.controller_failure).__name__ != "WorkerGroupStartupTimeoutError":
+                raise PeerLost(brief(error.controller_failure)) from error
+            if not ask(board.is_open.remote()):  # there was no room, and another step has failed meanwhile
+                return Refused()
+        except (TrainingFailedError, RayError) as error:
+            raise PeerLost(brief(error)) from error
+
+
+def _trainer(process: Callable[[], Made | None], processes: int, bundle: dict[str, float], folder: Path) -> Callable[[], Made]:
+    """What runs `process` in so many workers of a new `TorchTrainer`, and returns what the first of them does."""
+    import ray.train
+    import ray.train.torch
+
+    train: Any = ray.train
+    with_torch: Any = ray.train.torch
+
+    class Trainer(with_torch.TorchTrainer):
+        def _create_default_callbacks(self) -> list[Any]:
+            return [c for c in super()._create_default_callbacks() if type(c).__name__ not in UNUSED]
+
+    trainer = Trainer(
+        process,
+        torch_config=with_torch.TorchConfig(timeout_s=PATIENCE),
+        scaling_config=train.ScalingConfig(num_workers=processes, use_gpu="GPU" in bundle, resources_per_worker=bundle),
+        run_config=train.RunConfig(
+            name="gang",
+            storage_path=str(folder),
+            failure_config=train.FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
+            logging_config=train.LoggingConfig("CRITICAL"),
+        ),
+    )
+
+    def fit() -> Made:
+        found: Made = trainer.fit().return_value
+        return found
+
+    return fit
+
+
+def _process(call: Call, store: Store, board: Any, gang: Gang) -> Made | None:
+    """In a worker of the trainer: one process of the gang."""
+    from ray.train import get_context
+
+    place = get_context()
+    rank, local_rank = place.get_world_rank(), place.get_local_rank()
+    try:
+        done = take_part(call, store, Told(board), gang, rank=rank, local_rank=local_rank)
+    except BaseException as error:  # SystemExit, too: the others wait for a word
+        said, packed, by_peer = describe(error), packed_error(error), torn(error)
+        if by_peer:
+            time.sleep(GRACE)  # in which the peer's own error or death is seen
+        raise Raised(said, packed, by_peer) from None
+    return made(done, board) if done else None
+
+
+def _judge(failures: dict[int, Exception]) -> None:
+    """Raise what the step raised, or PeerLost where a process went away: then an error of another may come from that."""
+    gone = {rank: error for rank, error in failures.items() if not isinstance(error, Raised)}
+    if gone:
+        causes = {rank: getattr(error, "health_check_failure", error) for rank, error in gone.items()}
+        raise PeerLost(", ".join(f"process {rank} was lost, {brief(cause)}" for rank, cause in causes.items()))
+    raised = [error for error in failures.values() if isinstance(error, Raised)]
+    for error in raised:
+        if not error.torn:
+            raise pickle.loads(error.packed)
+    raise PeerLost(str(raised[0]))

@@ -1,0 +1,245 @@
+"""Run a graph on a Ray cluster: one step is one task, under the step's name, and a gang's task drives its processes.
+
+Only calls and keys travel through Ray, bytes through the store, so that a lost node costs the steps it was running. The
+cluster is not touched before a step has to run. Knows neither torch nor models.
+"""
+
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from moeflow.run.call import Call
+from moeflow.run.ledger import Ledger
+from moeflow.run.options import Options
+from moeflow.run.outcome import CannotRun, ClusterLost, Outcome, StepFailed, WorkerLost, brief, describe
+from moeflow.run.progress import Show, show
+from moeflow.run.ray.board import Event, RemoteBoard
+from moeflow.run.ray.gang import gang_task
+from moeflow.run.ray.nodes import Nodes, demand, free_orphans, machines, offers, too_large
+from moeflow.run.ray.tasks import Failed, Made, step_task
+from moeflow.run.ray.travel import take_along
+from moeflow.step import Step
+from moeflow.store import Index, LocalBlobs, Store
+
+HEARTBEAT = 0.2  # seconds between two looks at the board
+LOOK = 5.0  # seconds between two looks at the size of the cluster
+
+
+def run(
+    targets: Iterable[Step],
+    store: Store,
+    *,
+    progress: Show | None = None,
+    options: Options | None = None,
+    index: Index | None = None,
+) -> Outcome:
+    """Store the targets and what they need. Raises StepFailed; what had finished or was running then is stored.
+
+    Uses the Ray that is up in this process, else joins RAY_ADDRESS, else starts one on this machine for as long as it
+    takes. Raises CannotRun where that one could never run a step or does not start, and where RAY_ADDRESS leads nowhere;
+    ClusterLost where the cluster goes away in the middle.
+    """
+    shown, options = progress or show(), options or Options()
+    outcome = None
+    try:
+        ledger = Ledger(targets, store, shown, index)
+        ledger.settle()
+        if ledger.left:
+            with connected() as own, _Drive(ledger, store, shown, options, own=own) as drive:
+                drive.loop()
+        outcome = ledger.outcome()
+    except RayError as error:
+        raise ClusterLost(
+            f"the Ray cluster was lost ({brief(error)}); what had finished is stored: see that the cluster is up, then run again"
+        ) from error
+    finally:
+        shown.end(outcome)
+    return outcome
+
+
+@contextmanager
+def connected() -> Iterator[bool]:
+    """Ray is up inside, and what was not up before is down after; says whether the cluster is this process's own."""
+    if ray.is_initialized():
+        yield False
+        return
+    address = os.environ.get("RAY_ADDRESS", "")
+    if "://" in address and not address.startswith("ray://"):
+        raise CannotRun(
+            f"RAY_ADDRESS={address} is a job server, which cannot run steps by itself; submit the pipeline to it with "
+            "`ray job submit --working-dir . -- python PIPELINE.py`, or unset RAY_ADDRESS"
+        )
+    # Without address="local" Ray would try to join a head that died and left its address behind.
+    quietly: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    stop = signal.getsignal(signal.SIGTERM)
+    start = partial(ray.init, address=address or "local", include_dashboard=None if address else False, **quietly)
+    try:
+        try:
+            start()
+        except Exception as error:  # Ray raises anything here, plain Exception included
+            if "timed out during startup" not in str(error):
+                raise
+            ray.shutdown()  # it waits for half a minute, which a machine with much else to do may need twice
+            start()
+    except Exception as error:
+        raise CannotRun(_unstarted(address, error)) from error
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, stop)  # Ray takes it, and ends the process without a word of ours
+    try:
+        yield not address
+    finally:
+        ray.shutdown()
+
+
+class _Drive:
+    """The driver's loop: it submits what may run, waits, and passes on what the board hears."""
+
+    def __init__(self, ledger: Ledger, store: Store, shown: Show, options: Options, *, own: bool) -> None:
+        self._ledger, self._store, self._shown, self._options = ledger, store, shown, options
+        self._running: dict[Any, Call] = {}
+        self._failure: StepFailed | None = None
+        self._cpus, self._looked = 0, -LOOK  # the cluster's CPUs, and when they were counted
+        self._nodes = Nodes(store, {key: found.bytes for key, found in ledger.schedule.index.keys.items()})
+        # A cluster that has no GPU computes on CPUs, unless GPUs were asked for: an autoscaler may bring them.
+        self._gpus = options.gpus is not None or any(offer.get("GPU") for offer in offers())
+        self._check(own)
+        free_orphans()
+        # On the driver's own node, which the run cannot outlive, is what holds no CPU and must not get lost.
+        self._here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        # Without task events: the dashboard is for steps, and the board is asked several times a second.
+        self._board = RemoteBoard.options(
+            num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=self._here, enable_task_events=False
+        ).remote(options.retries)
+
+    def __enter__(self) -> "_Drive":
+        return self
+
+    def __exit__(self, *why: object) -> None:
+        """Leave nothing behind: on Ctrl-C too, what runs is cancelled and what waits never starts."""
+        if self._running:
+            ray.wait([self._board.close.remote()], timeout=1)  # heard before the board goes
+            for ref in self._running:
+                ray.cancel(ref, force=True)
+        ray.kill(self._board)
+
+    def loop(self) -> None:
+        """Raises StepFailed once all that was running at the first failure has finished."""
+        while True:
+            if self._failure is None:
+                for call in self._ledger.schedule.ready(self._room()):
+                    self._submit(call)
+            if not self._running:
+                break
+            ready, _ = ray.wait(list(self._running), num_returns=1, timeout=HEARTBEAT)
+            self._pass_on(ray.get(self._board.news.remote()))
+            for ref in ready:
+                self._collect(ref, self._running.pop(ref))
+            if ready:
+                self._ledger.settle()
+        if self._failure is not None:
+            raise self._failure
+        assert self._ledger.left == 0, "steps are left although none failed"
+
+    def _check(self, own: bool) -> None:
+        """A step that no node can take would wait for ever: refused here, unless an autoscaler might bring the node."""
+        if (there := machines()) > 1 and isinstance(self._store.blobs, LocalBlobs):
+            self._ledger.warn(
+                f"the store {self._store.url} is a folder and the cluster has {there} machines: all of them must see "
+                "that folder, or pass --store s3://bucket/prefix"
+            )
+        states = self._ledger.schedule.states
+        nodes = offers()
+        steps = [s for s in self._ledger.schedule.steps.values() if states[s.key] == "run"]
+        if not own and not self._gpus and any(s.resources.gpus for s in steps):
+            self._ledger.warn(
+                "the cluster has no GPU now: steps that compute with a model run on CPUs; say --gpus 1 to wait for GPU nodes"
+            )
+        problems = {too_large(s, nodes, gpus=self._gpus): None for s in steps}
+        for problem in filter(None, problems):
+            if own:
+                raise CannotRun(f"{problem}; place it with .on(cpus=..., memory=...), or run on a larger cluster")
+            self._ledger.warn(f"{problem}; it waits until such a node joins the cluster")
+
+    def _room(self) -> int:
+        """How many more steps may run or queue. A queue keeps CPUs busy, and shows an autoscaler what is wanted."""
+        if (most := self._options.in_flight) == 0:
+            if time.monotonic() - self._looked > LOOK:
+                self._looked, self._cpus = time.monotonic(), int(ray.cluster_resources().get("CPU", 0))
+            most = 2 * self._cpus + 8
+        return max(0, most - len(self._running))
+
+    def _submit(self, call: Call) -> None:
+        take_along(call)
+        asked = demand(self._ledger.schedule.steps[call.key], gpus=self._gpus)
+        try:
+            if call.resources.processes:
+                ref = gang_task.options(
+                    name=call.name, num_cpus=0, max_retries=self._options.retries, scheduling_strategy=self._here
+                ).remote(call, self._store, self._board, asked)
+            else:
+                ref = step_task.options(
+                    name=call.name,
+                    num_cpus=asked.get("CPU", 0),
+                    num_gpus=asked.get("GPU", 0),
+                    memory=asked.get("memory"),
+                    max_retries=self._options.retries,
+                    scheduling_strategy=self._nodes.near(call),
+                ).remote(call, self._store, self._board)
+        except (TypeError, AttributeError) as error:  # what the function refers to cannot be pickled
+            self._fail(call, error)
+        else:
+            self._running[ref] = call
+
+    def _collect(self, ref: Any, call: Call) -> None:
+        try:
+            result = ray.get(ref)
+        except RayTaskError as error:
+            self._fail(call, error.cause if isinstance(error.cause, Exception) else error)
+        except RayError as error:
+            self._fail(call, WorkerLost(brief(error)))
+        else:
+            if isinstance(result, Failed):
+                self._fail(call, result.cause)
+            elif isinstance(result, Made):
+                self._nodes.holds(call, result.node, result.done.bytes)
+                self._ledger.done(result.done)
+
+    def _fail(self, call: Call, cause: BaseException) -> None:
+        """The first failure is raised in the end; steps that were running then may add theirs to what is shown."""
+        ray.get(self._board.close.remote())
+        failure = StepFailed(self._ledger.schedule.steps[call.key], cause)
+        failure.__cause__ = cause
+        if self._failure is None:
+            self._failure = failure
+        else:
+            self._shown.say(f"also: {failure}")
+
+    def _pass_on(self, news: Iterable[Event]) -> None:
+        for event in news:
+            if event.kind == "start":
+                self._shown.start(event.key)
+            elif event.kind == "progress":
+                self._shown.progress(event.key, event.done, event.total, event.text, event.detail)
+            elif event.kind == "note":
+                self._shown.note(event.key, event.text)
+
+
+def _unstarted(address: str, error: Exception) -> str:
+    if not address:
+        return f"no Ray could be started here: {describe(error)}; free memory and disk for it, or pass --runner process"
+    if isinstance(error, ConnectionError):
+        return f"no Ray answers at {address}: {describe(error)}; start it, or unset RAY_ADDRESS"
+    return (
+        f"the Ray at {address} cannot be joined: {describe(error)}; see that the address is right and that it has the "
+        "Ray and Python of this machine, or unset RAY_ADDRESS"
+    )

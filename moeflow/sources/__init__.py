@@ -1,0 +1,7 @@
+"""What exists elsewhere and is adopted, models and texts: pinned when the graph is built, brought into the store by steps."""
+
+from moeflow.sources.places import Kind, SourceFile
+from moeflow.sources.source import Source, pin
+from moeflow.sources.texts import TextEntry, Texts
+
+__all__ = ["Kind", "Source", "SourceFile", "TextEntry", "Texts", "pin"]

@@ -1,0 +1,124 @@
+"""Sources on this machine: a folder, a file, a glob, or the running Python's standard library, pinned by SHA-256.
+
+Digests are remembered by path, size, time and inode, so a folder that has not changed is pinned without reading it.
+"""
+
+import glob
+import hashlib
+import json
+import os
+import sysconfig
+import tempfile
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+from moeflow.sources.places import Grow, Kind, Pinned, SourceFile, changed, chosen
+from moeflow.store import names
+from moeflow.store.errors import MissingSource
+from moeflow.store.home import home
+
+BY_PARTS = False
+STDLIB = "python:stdlib"
+RACY = 2.0  # seconds: a file younger than this may change again without its time showing it
+REMEMBERED = 50_000
+WILD = set("*?[")
+
+
+def pin(uri: str, kind: Kind) -> Pinned:
+    root, found = _found(uri, kind)
+    if not found:
+        raise MissingSource(f"{uri}: there are no such files; check the path")
+    digests = digests_of(root / n for n in found)
+    files = (SourceFile(n, (root / n).stat().st_size, f"sha256:{d}") for n, d in zip(found, digests, strict=True))
+    return Pinned(STDLIB if uri.startswith(STDLIB) else root.as_posix(), "", tuple(files))
+
+
+def read(uri: str, file: SourceFile, start: int, stop: int) -> bytes:
+    path = _path(uri, file)
+    [digest] = digests_of([path])
+    if f"sha256:{digest}" != file.pin:
+        raise changed(str(path), file.pin, f"sha256:{digest}")
+    with path.open("rb") as opened:
+        opened.seek(start)
+        return opened.read(max(0, stop - start))
+
+
+def bring(uri: str, file: SourceFile, to: Path, grow: Grow, start: int, stop: int) -> None:
+    path, digest = _path(uri, file), hashlib.sha256()
+    with path.open("rb") as opened, to.open("wb") as out:
+        while chunk := opened.read(4 << 20):
+            digest.update(chunk)
+            out.write(chunk)
+            grow(len(chunk))
+    if f"sha256:{digest.hexdigest()}" != file.pin:
+        raise changed(str(path), file.pin, f"sha256:{digest.hexdigest()}")
+
+
+def digests_of(paths: Iterable[Path]) -> list[str]:
+    """The SHA-256 of each file, reading only those that are new or have changed."""
+    asked = [*paths]
+    known = _remembered()
+    stats = [p.stat() for p in asked]
+    seen = [f"{p}\0{s.st_size}\0{s.st_mtime_ns}\0{s.st_ino}" for p, s in zip(asked, stats, strict=True)]
+    new = {at: p for at, p in zip(seen, asked, strict=True) if at not in known}
+    with ThreadPoolExecutor(2) as pool:
+        learnt = dict(zip(new, pool.map(names.sha256, new.values()), strict=True))
+    old = {at: s.st_mtime < time.time() - RACY for at, s in zip(seen, stats, strict=True)}
+    if keep := {at: d for at, d in learnt.items() if old[at]}:
+        _remember(keep)
+    return [known.get(at) or learnt[at] for at in seen]
+
+
+def _found(uri: str, kind: Kind) -> tuple[Path, list[str]]:
+    """The folder that names are relative to, and the names."""
+    if uri.startswith(STDLIB):
+        root, pattern = Path(sysconfig.get_paths()["stdlib"]), uri.removeprefix(STDLIB).lstrip("/") or "*.py"
+        # The one that records how this Python was built differs from machine to machine.
+        return root, sorted(p.name for p in root.glob(pattern) if p.is_file() and not p.name.startswith("_sysconfigdata"))
+    path = Path(uri).expanduser().absolute()
+    if path.is_file():
+        if kind == "model":
+            raise MissingSource(f"{path} is a file; a model is the folder that holds it: {path.parent}")
+        return path.parent, [path.name]
+    if path.is_dir():
+        inside = sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file())
+        return path, chosen(inside, kind, str(path))
+    if not WILD & set(uri):
+        raise MissingSource(f"{path}: there is no such file or folder; check the path")
+    fixed = Path(*[part for i, part in enumerate(path.parts) if not any(WILD & set(p) for p in path.parts[: i + 1])])
+    found = glob.glob(path.relative_to(fixed).as_posix(), root_dir=fixed, recursive=True)
+    return fixed, sorted(n for n in found if (fixed / n).is_file())
+
+
+def _path(uri: str, file: SourceFile) -> Path:
+    root = Path(sysconfig.get_paths()["stdlib"]) if uri == STDLIB else Path(uri)
+    path = root / file.name
+    if not path.is_file():
+        raise MissingSource(f"{path} is not on this machine; put it on a disk that all machines share, or in S3")
+    return path
+
+
+def _notes() -> Path:
+    return home() / "digests.json"
+
+
+def _remembered() -> dict[str, str]:
+    try:
+        found = json.loads(_notes().read_bytes())
+    except (OSError, ValueError):  # none yet, or cut short: every digest can be had again
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _remember(learnt: dict[str, str]) -> None:
+    kept = dict([*(_remembered() | learnt).items()][-REMEMBERED:])
+    notes = _notes()
+    with suppress(OSError):  # a home that cannot be written to costs reading the files again, nothing else
+        notes.parent.mkdir(parents=True, exist_ok=True)
+        handle, half = tempfile.mkstemp(dir=notes.parent)
+        with os.fdopen(handle, "w") as file:
+            json.dump(kept, file)
+        os.replace(half, notes)

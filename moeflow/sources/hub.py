@@ -1,0 +1,236 @@
+"""Sources on the Hugging Face hub: a branch or tag is pinned to its commit; offline, what the hub's cache holds counts.
+
+Files come through huggingface_hub, which resumes by itself, into a folder of their own that goes when they are used;
+what the user's hub cache holds already is read from there. Only the files that `places.chosen` names; code never.
+"""
+
+import fnmatch
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+from huggingface_hub import (
+    HfApi,
+    constants,
+    get_hf_file_metadata,
+    get_session,
+    hf_hub_download,
+    hf_hub_url,
+    try_to_load_from_cache,
+)
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, tqdm
+
+from moeflow.sources.places import Grow, Kind, Pinned, SourceFile, changed, chosen
+from moeflow.store.errors import MissingSource
+from moeflow.store.home import home
+
+BY_PARTS = False
+FORM = re.compile(r"hf://(?P<type>models|datasets)/(?P<repo>[^/@]+/[^/@]+)(@(?P<revision>[^/]+))?(/(?P<glob>.+))?")
+COMMIT = re.compile(r"[0-9a-f]{40}")
+AWAY = (OfflineModeIsEnabled, ConnectionError, LocalEntryNotFoundError, TimeoutError)
+
+
+def pin(uri: str, kind: Kind) -> Pinned:
+    repo, type_, revision, glob = _parts(uri)
+    try:
+        with _said(uri):
+            commit, sizes = _asked(repo, type_, revision, glob)
+    except _Away as away:
+        commit, sizes = _cached(repo, type_, revision, uri, str(away))
+    if not glob:
+        found = chosen(sizes, kind, uri)
+    elif not (found := sorted(n for n in sizes if fnmatch.fnmatchcase(n, glob))):
+        inside = [n for n in sizes if n.startswith(f"{glob.rstrip('/')}/")]
+        if not inside:
+            raise MissingSource(f"{uri}: no file matches {glob!r}; there are {', '.join(sorted(sizes)[:10])}, ...")
+        found = chosen(inside, kind, uri)
+    canonical = f"hf://{type_}s/{repo}@{commit}"
+    missing = [n for n in found if sizes[n] is None]
+    with _said(uri), ThreadPoolExecutor(8) as pool:
+        sizes.update(zip(missing, pool.map(lambda n: _headers(repo, type_, commit, n)[1], missing), strict=True))
+    return Pinned(canonical, commit, tuple(SourceFile(n, sizes[n] or 0, commit) for n in found))
+
+
+def _asked(repo: str, type_: str, revision: str, glob: str) -> tuple[str, dict[str, int | None]]:
+    """The commit, and the files of the repository with their sizes as far as the hub tells; one file costs one HEAD."""
+    if glob and not set("*?[") & set(glob):
+        with suppress(EntryNotFoundError):  # then it is a folder, or nothing
+            commit, size = _headers(repo, type_, revision, glob)
+            return commit, {glob: size}
+    hub = HfApi(endpoint=_endpoint())
+    ask = hub.model_info if type_ == "model" else hub.dataset_info
+    about = ask(repo, revision=revision, files_metadata=True, timeout=60)
+    return str(about.sha), {s.rfilename: s.size for s in about.siblings or ()}
+
+
+def _headers(repo: str, type_: str, revision: str, name: str) -> tuple[str, int]:
+    """The commit that one file was asked for at, and its size."""
+    about = get_hf_file_metadata(hf_hub_url(repo, name, repo_type=type_, revision=revision, endpoint=_endpoint()))
+    return about.commit_hash or revision, about.size or 0
+
+
+def read(uri: str, file: SourceFile, start: int, stop: int) -> bytes:
+    repo, type_, commit, _ = _parts(uri)
+    if (held := _held(repo, type_, commit, file)) is not None:
+        with held.open("rb") as opened:
+            opened.seek(start)
+            return opened.read(max(0, stop - start))
+    if (stop := min(stop, file.size)) <= start:
+        return b""
+    url = hf_hub_url(repo, file.name, repo_type=type_, revision=commit, endpoint=_endpoint())
+    try:
+        with _said(f"{uri}/{file.name}"):
+            headers = build_hf_headers() | {"Range": f"bytes={start}-{stop - 1}"}
+            answer = get_session().get(url, headers=headers, follow_redirects=True, timeout=60)
+            hf_raise_for_status(answer)
+            got: bytes = answer.content
+            return got[start:stop] if answer.status_code == 200 else got  # 200: a server that knows no ranges
+    except _Away as away:
+        raise MissingSource(f"{uri}/{file.name} is not in the hub's cache here, and {away}") from away
+
+
+def bring(uri: str, file: SourceFile, to: Path, grow: Grow, start: int, stop: int) -> None:
+    repo, type_, commit, _ = _parts(uri)
+    if (held := _held(repo, type_, commit, file)) is not None:
+        _copy(held, file, to, f"{uri}/{file.name}", grow)
+        return
+    folder = home() / "hub" / hashlib.sha256(f"{uri}/{file.name}".encode()).hexdigest()[:32]
+    try:
+        with _said(f"{uri}/{file.name}"):
+            path = Path(
+                hf_hub_download(
+                    repo,
+                    file.name,
+                    repo_type=type_,
+                    revision=commit,
+                    cache_dir=folder,
+                    endpoint=_endpoint(),
+                    tqdm_class=_told(grow),
+                )
+            )
+    except _Away as away:
+        raise MissingSource(f"{uri}/{file.name}: {away}; run again when the hub can be reached") from away
+    _copy(path, file, to, f"{uri}/{file.name}", lambda n: None)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _copy(path: Path, file: SourceFile, to: Path, what: str, grow: Grow) -> None:
+    """Copy and verify: the hub's cache names its files by SHA-256, or as git does by SHA-1 with the size before."""
+    name, size = path.resolve().name, path.stat().st_size
+    sha256, git = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
+    known = sha256 if re.fullmatch(r"[0-9a-f]{64}", name) else git if COMMIT.fullmatch(name) else None
+    with path.open("rb") as opened, to.open("wb") as out:
+        while chunk := opened.read(4 << 20):
+            if known is not None:
+                known.update(chunk)
+            out.write(chunk)
+            grow(len(chunk))
+    if size != file.size:
+        raise changed(what, f"{file.size} bytes", f"{size} bytes")
+    if known is not None and known.hexdigest() != name:
+        raise MissingSource(f"{what}: {path} holds other bytes than it should; delete it and run again")
+
+
+def _held(repo: str, type_: str, commit: str, file: SourceFile) -> Path | None:
+    """The file in the user's hub cache, when it is there whole."""
+    found = try_to_load_from_cache(repo, file.name, cache_dir=_cache(), revision=commit, repo_type=type_)
+    return Path(found) if isinstance(found, str) and os.path.getsize(found) == file.size else None
+
+
+def _cached(repo: str, type_: str, revision: str, uri: str, why: str) -> tuple[str, dict[str, int | None]]:
+    """The commit that the cache knows `revision` by, and what it holds of it."""
+    folder = _cache() / f"{type_}s--{repo.replace('/', '--')}"
+    commit = revision
+    if not COMMIT.fullmatch(revision):
+        with suppress(FileNotFoundError):
+            commit = (folder / "refs" / revision).read_text().strip()
+    snapshot = folder / "snapshots" / commit
+    if not snapshot.is_dir():
+        raise MissingSource(f"{uri}: {why}, and the hub's cache holds no {revision} of it; go online or give a folder")
+    return commit, {p.relative_to(snapshot).as_posix(): p.stat().st_size for p in snapshot.rglob("*") if p.is_file()}
+
+
+def _parts(uri: str) -> tuple[str, str, str, str]:
+    """Repository, type, revision (a branch, a tag or a commit) and glob."""
+    found = FORM.fullmatch(uri)
+    if found is None:
+        raise ValueError(f"{uri!r}: write hf://datasets/org/name[@revision][/glob] or org/name[@revision] for a model")
+    revision = unquote(found["revision"] or "main")
+    return found["repo"], found["type"].removesuffix("s"), revision, found["glob"] or ""
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("HF_HUB_CACHE") or constants.HF_HUB_CACHE)
+
+
+def _endpoint() -> str:
+    return (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
+
+
+def _told(grow: Grow) -> type[Any]:
+    class Told(tqdm):
+        """Draws nothing, and passes on how much has arrived."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs | {"disable": True})
+
+        def update(self, n: float | None = 1) -> bool | None:
+            grow(int(n or 0))
+            return None
+
+    return Told
+
+
+class _Away(Exception):
+    """The hub cannot be asked."""
+
+
+@contextmanager
+def _said(what: str) -> Iterator[None]:
+    try:
+        yield
+    except GatedRepoError as error:
+        raise MissingSource(f"{what}: its owners ask who downloads it; accept on its page and set HF_TOKEN") from error
+    except RepositoryNotFoundError as error:
+        raise MissingSource(
+            f"{what}: no such folder here and no such repository on the hub, or a private one; "
+            "check the name, and set HF_TOKEN if it is private"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise MissingSource(f"{what}: the repository has no such revision; name a branch, a tag or a commit") from error
+    except HFValidationError as error:
+        raise MissingSource(f"{what}: {str(error).splitlines()[0]}; write org/name[@revision]") from error
+    except RemoteEntryNotFoundError as error:
+        raise MissingSource(f"{what}: the repository has no such file; check the name") from error
+    except AWAY as error:
+        raise _Away(f"the hub cannot be asked ({_line(error)})") from error
+    except HfHubHTTPError as error:
+        status = getattr(error.response, "status_code", 0)
+        if status >= 500 or status == 429:
+            raise _Away(f"the hub does not answer ({_line(error)})") from error
+        raise MissingSource(f"{what}: {_line(error)}; check the name and HF_TOKEN") from error
+    except HTTPError as error:
+        raise _Away(f"the hub cannot be asked ({_line(error)})") from error
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

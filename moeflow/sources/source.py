@@ -1,0 +1,73 @@
+"""A model or text that exists elsewhere, as it is now: pinned when the graph is built, without reading what is large.
+
+Where the bytes come from is said by `where.py`; that they arrive in the store is the steps' work in `steps.py`.
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from moeflow.sources import steps
+from moeflow.sources.places import Kind, SourceFile
+from moeflow.sources.where import hub_uri, place_of
+from moeflow.step import Step
+from moeflow.store.errors import MissingSource
+
+REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@.+)?")
+
+
+@dataclass(frozen=True)
+class Source:
+    uri: str  # one spelling: absolute folder, s3://bucket/prefix?.., hf://models/org/name@commit, python:stdlib
+    revision: str  # the commit on the hub, else ""
+    files: tuple[SourceFile, ...]  # by name
+
+    def names(self) -> list[str]:
+        return [f.name for f in self.files]
+
+    def has(self, name: str) -> bool:
+        return any(f.name == name for f in self.files)
+
+    def find(self, name: str) -> SourceFile:
+        """Raises MissingSource, naming the files there are."""
+        for file in self.files:
+            if file.name == name:
+                return file
+        known = ", ".join(self.names()[:20]) + (", ..." if len(self.files) > 20 else "")
+        raise MissingSource(f"{self.uri} has no file {name!r}; it has: {known}")
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
+        """The bytes [start, stop) of a file, now: for headers and configuration. Raises MissingSource."""
+        file = self.find(name)
+        return place_of(self.uri).read(self.uri, file, start, file.size if stop is None else stop)
+
+    def text(self, name: str) -> str:
+        return self.read(name).decode()
+
+    def file(self, name: str) -> Step:
+        """The step that brings one file, of any size, into the store, as `name`."""
+        file = self.find(name)
+        return steps.file(uri=self.uri, name=file.name, size=file.size, pin=file.pin)
+
+    def group(self, names: Iterable[str]) -> Step:
+        """The step that brings several small files into the store, under their names."""
+        files = [self.find(n) for n in sorted({*names})]
+        return steps.files(uri=self.uri, files=[(f.name, f.size, f.pin) for f in files])
+
+
+def pin(uri: str, *, kind: Kind) -> Source:
+    """What `uri` holds now, named so that it cannot become something else unnoticed.
+
+    A folder, a file, a glob, `s3://bucket/prefix`, `hf://datasets/org/name[@revision][/glob]`, `python:stdlib`, and for
+    a model also `org/name[@revision]` on the hub when there is no such folder. Raises MissingSource, a ValueError.
+    """
+    if not uri:
+        raise MissingSource(f"the {kind} is ''; give a folder, s3://bucket/prefix or a name on the hub")
+    if "://" not in uri and not Path(uri).expanduser().exists() and REPOSITORY.fullmatch(uri):
+        if kind == "model":
+            uri = hub_uri(uri)
+        else:
+            raise MissingSource(f"{uri}: there is no such file or folder; a text on the hub is hf://datasets/{uri}")
+    found = place_of(uri).pin(uri, kind)
+    return Source(found.uri, found.revision, tuple(sorted(found.files, key=lambda f: f.name)))

@@ -1,0 +1,102 @@
+"""The steps that adopt what exists elsewhere, pinned: one step per large file, so what has arrived is kept.
+
+A source is verified against its pin while it is copied. A large file in S3 is brought in parts that survive the worker.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from shutil import copyfileobj, move
+
+from moeflow.sources.places import SourceFile
+from moeflow.sources.where import place_of
+from moeflow.step import Context, Spec, step
+from moeflow.store.errors import MissingSource
+
+PART = 2 << 30  # bytes of a large file that are kept for an interrupted run at a time
+MEMORY = 256 << 20  # bytes
+
+
+def _one(*, uri: str, name: str, size: int, pin: str) -> Spec:
+    return Spec({"files": {name: size}}, reads=size, writes=size, memory=MEMORY)
+
+
+def _several(*, uri: str, files: Sequence[Sequence[object]]) -> Spec:
+    sizes = {str(name): int(str(size)) for name, size, _ in files}
+    total = sum(sizes.values())
+    return Spec({"files": sizes}, reads=total, writes=total, memory=MEMORY)
+
+
+@step("sources.file", version=1, spec=_one)
+def file(context: Context, *, uri: str, name: str, size: int, pin: str) -> None:
+    """One file of a source, as `name`. Raises MissingSource where it is gone or is not what was pinned."""
+    wanted, place = SourceFile(name, size, pin), place_of(uri)
+    grow = _counter(context, size)
+    to = _inside(context.out, name)
+
+    def bring(start: int, stop: int, part: Path) -> None:
+        place.bring(uri, wanted, part, grow, start, stop)
+
+    if place.BY_PARTS and size > PART:
+        in_parts(context, size, PART, to, bring, grow)
+    else:
+        bring(0, size, to)
+
+
+@step("sources.files", version=1, spec=_several)
+def files(context: Context, *, uri: str, files: list[tuple[str, int, str]]) -> None:
+    """Several small files of a source. Raises MissingSource where one is gone or is not what was pinned."""
+    place = place_of(uri)
+    grow = _counter(context, sum(size for _, size, _ in files))
+    for name, size, pin in files:
+        place.bring(uri, SourceFile(name, size, pin), _inside(context.out, name), grow, 0, size)
+
+
+def in_parts(
+    context: Context,
+    size: int,
+    part: int,
+    to: Path,
+    bring: Callable[[int, int, Path], None],
+    grow: Callable[[int], None],
+) -> None:
+    """Fill `to` by parts of `part` bytes, keeping those that have arrived for a run after this one."""
+    parts = context.scratch / "parts"
+    parts.mkdir()
+    if (kept := context.resume()) is not None:
+        for path in sorted(kept.iterdir()):
+            move(path, parts / path.name)
+    starts = range(0, size, part)
+    for i, start in enumerate(starts):
+        stop, at = min(start + part, size), parts / f"{i:05d}"
+        if at.exists() and at.stat().st_size == stop - start:
+            grow(stop - start)
+            continue
+        bring(start, stop, at)
+        if i + 1 < len(starts):
+            context.save(parts)
+    with to.open("wb") as out:
+        for path in sorted(parts.iterdir()):
+            with path.open("rb") as piece:
+                copyfileobj(piece, out, 4 << 20)
+            path.unlink()  # so that the whole never lies here twice
+    if (found := to.stat().st_size) != size:
+        raise MissingSource(f"{to.name} came to {found} bytes instead of {size}; run again")
+
+
+def _counter(context: Context, total: int) -> Callable[[int], None]:
+    done = 0
+
+    def grow(n: int) -> None:
+        nonlocal done
+        done += n
+        context.progress(min(done, total), total, "bytes")
+
+    return grow
+
+
+def _inside(folder: Path, name: str) -> Path:
+    if name.startswith("/") or ".." in name.split("/"):
+        raise ValueError(f"file name {name!r} leaves the folder; rename it at its source")
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path

@@ -1,0 +1,94 @@
+"""Texts by name: one string that says which sources are read, which columns of them, and in what proportion.
+
+    URI[#column[+column...]][*weight][, URI...]      for example  code.jsonl#text*2,s3://bucket/wiki/*.parquet#body
+
+The name of a known data set (`NAMED`) stands for its URI and columns: `alpaca*2,metamathqa`. The string is taken apart when it is
+made, and its sources are pinned when they are first asked for. Reads no text.
+"""
+
+import math
+import re
+from dataclasses import dataclass
+from functools import cached_property
+
+from moeflow.sources.source import Source, pin
+
+WEIGHT = re.compile(r"\*(\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)$")
+
+
+@dataclass(frozen=True)
+class Named:
+    """A data set on the hub that people know by name."""
+
+    uri: str
+    columns: tuple[str, ...]
+    format: str  # what the columns are: "instruction" (prompts, and last the response) or "chat" (messages)
+
+
+NAMED = {
+    "alpaca": Named("hf://datasets/tatsu-lab/alpaca@main/data/train-*.parquet", ("instruction", "input", "output"), "instruction"),
+    "metamathqa": Named("hf://datasets/meta-math/MetaMathQA@main/MetaMathQA-395K.json", ("query", "response"), "instruction"),
+    "mathinstruct": Named("hf://datasets/TIGER-Lab/MathInstruct@main/MathInstruct.json", ("instruction", "output"), "instruction"),
+    "magicoder": Named(
+        "hf://datasets/ise-uiuc/Magicoder-Evol-Instruct-110K@main/data-evol_instruct-decontaminated.jsonl",
+        ("instruction", "response"),
+        "instruction",
+    ),
+    "tulu3": Named("hf://datasets/allenai/tulu-3-sft-mixture@main/data/train-*.parquet", ("messages",), "chat"),
+}
+"""What a name stands for; files and columns as others' programs name them, not checked on the hub. ./alpaca is a local file."""
+
+
+@dataclass(frozen=True)
+class TextEntry:
+    source: Source
+    columns: tuple[str, ...]  # none: the text itself, or the column that its reader takes by itself
+    weight: float
+    format: str = ""  # of a known data set with its own columns
+
+
+@dataclass(frozen=True)
+class Texts:
+    spec: str
+
+    def __post_init__(self) -> None:
+        _ = self._parsed
+
+    def entries(self) -> tuple[TextEntry, ...]:
+        """Each source, pinned. Raises MissingSource."""
+        return self._pinned
+
+    def each(self) -> tuple["Texts", ...]:
+        """Every entry as texts of its own."""
+        return tuple(Texts(part.strip()) for part in self.spec.split(","))
+
+    @property
+    def is_tokens(self) -> bool:
+        """Whether these are token numbers already: one local `.npy` matrix."""
+        uris = [p[0] for p in self._parsed]
+        return len(uris) == 1 and "://" not in uris[0] and uris[0].endswith(".npy")
+
+    @cached_property
+    def _pinned(self) -> tuple[TextEntry, ...]:
+        return tuple(TextEntry(pin(p[0], kind="data"), *p[1:]) for p in self._parsed)
+
+    @cached_property
+    def _parsed(self) -> tuple[tuple[str, tuple[str, ...], float, str], ...]:
+        return tuple(_parse(part.strip(), self.spec) for part in self.spec.split(","))
+
+
+def _parse(part: str, spec: str) -> tuple[str, tuple[str, ...], float, str]:
+    weight = 1.0
+    if found := WEIGHT.search(part):
+        weight, part = float(found[1]), part[: found.start()]
+    uri, _, columns = part.partition("#")
+    if not uri:
+        raise ValueError(f"texts {spec!r}: an entry names no source; write URI[#column[+column]][*weight], ...")
+    if not (weight > 0 and math.isfinite(weight)):
+        raise ValueError(f"texts {spec!r}: the weight of {uri} is {weight:g}; weights are numbers above 0")
+    names = tuple(c for c in columns.split("+") if c)
+    if "#" in part and not names:
+        raise ValueError(f"texts {spec!r}: {uri}# names no column; write {uri}#text or leave the # away")
+    if (known := NAMED.get(uri)) is None:
+        return uri, names, weight, ""
+    return known.uri, names or known.columns, weight, "" if names else known.format

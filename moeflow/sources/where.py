@@ -1,0 +1,30 @@
+"""Which kind of place an address names: one visible tuple. Imports huggingface_hub only for sources that lie there."""
+
+from importlib import import_module
+from typing import cast
+from urllib.parse import quote
+
+from moeflow.sources.places import Place
+
+PLACES = (
+    ("s3://", "moeflow.sources.s3"),
+    ("hf://", "moeflow.sources.hub"),
+    ("", "moeflow.sources.folder"),
+)
+
+
+def place_of(uri: str) -> Place:
+    """Raises ValueError for an address of no known kind."""
+    module = next(module for prefix, module in PLACES if uri.startswith(prefix))
+    if module == PLACES[-1][1] and "://" in uri:
+        raise ValueError(
+            f"{uri!r}: know folders, files, globs, s3://bucket/prefix, hf://datasets/org/name, python:stdlib, and "
+            "org/name[@revision] for models on the hub"
+        )
+    return cast(Place, import_module(module))  # a module is the place: huggingface_hub takes long to import
+
+
+def hub_uri(given: str) -> str:
+    """`org/name[@revision]`, a model on the hub, spelled as an address."""
+    repo, _, revision = given.partition("@")
+    return f"hf://models/{repo}" + (f"@{quote(revision, safe='')}" if revision else "")

@@ -1,0 +1,235 @@
+"""What lies in folders is pinned by digest, and arrives as what was pinned or not at all."""
+
+import hashlib
+import os
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from moeflow.sources import Source, pin, steps
+from moeflow.step import Step
+from moeflow.store import MissingSource
+from tests.making import folder, read
+
+
+class Running:
+    """The least that a step is given; `kept` is what an interrupted run left."""
+
+    def __init__(self, at: Path, kept: Path | None = None) -> None:
+        self.out, self.scratch, self.kept = at / "out", at / "scratch", kept
+        self.saved: list[list[str]] = []
+        self.told: list[tuple[int, int, str]] = []
+        for path in (self.out, self.scratch):
+            path.mkdir(parents=True)
+
+    def progress(self, done: int, total: int, unit: str) -> None:
+        self.told.append((done, total, unit))
+
+    def note(self, text: str) -> None:
+        raise AssertionError(text)
+
+    def link(self, artifact: object, name: str, to: str | None = None) -> None:
+        raise AssertionError(name)
+
+    def save(self, folder: Path) -> None:
+        self.saved.append(sorted(p.name for p in folder.iterdir()))
+
+    def resume(self) -> Path | None:
+        return self.kept
+
+
+def run(step: Step, at: Path) -> Running:
+    context = Running(at)
+    step.fn(context, **step.params)
+    return context
+
+
+def old(path: Path) -> Path:
+    """The same, an hour old: digests of what has just been written are not remembered."""
+    for p in [path, *path.rglob("*")]:
+        os.utime(p, (time.time() - 3600,) * 2)
+    return path
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    at = folder(
+        tmp_path / "model",
+        **{
+            "config.json": '{"model_type": "mixtral"}',
+            "model-00001-of-00001.safetensors": b"weights" * 1000,
+            "model.safetensors.index.json": "{}",
+            "tokenizer.json": "{}",
+            "tokenizer.model": b"sp",
+            "chat_template.jinja": "{{ x }}",
+            "additional_chat_templates__tool.jinja": "{{ y }}",
+            "LICENSE": "MIT",
+            "pytorch_model.bin": b"pickle",
+            "modeling_own.py": "import os",
+            "original__consolidated.safetensors": b"twice",
+            ".gitattributes": "",
+        },
+    )
+    return old(at)
+
+
+TAKEN = [
+    "LICENSE", "additional_chat_templates/tool.jinja", "chat_template.jinja", "config.json",
+    "model-00001-of-00001.safetensors", "model.safetensors.index.json", "tokenizer.json", "tokenizer.model",
+]  # fmt: skip
+
+
+def test_a_model_is_its_weights_configuration_tokenizer_and_licence_and_never_code(model: Path) -> None:
+    source = pin(str(model), kind="model")
+    assert source.names() == TAKEN
+    assert (source.uri, source.revision) == (model.as_posix(), "")
+    file = source.find("config.json")
+    assert file.pin == f"sha256:{hashlib.sha256((model / 'config.json').read_bytes()).hexdigest()}"
+    assert source.text("config.json") == '{"model_type": "mixtral"}'
+    assert source.read("model-00001-of-00001.safetensors", 7, 10) == b"wei"
+    with pytest.raises(MissingSource, match="has no file 'x'; it has: LICENSE, "):
+        source.read("x", 0, 1)
+
+
+def test_the_same_folder_is_the_same_source_however_it_is_spelled(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(model.parent)
+    assert pin("model", kind="model") == pin(f"{model}/", kind="model") == pin("./model", kind="model")
+
+
+def test_one_large_file_and_several_small_ones_are_steps(model: Path, tmp_path: Path) -> None:
+    source = pin(str(model), kind="model")
+    large = source.file("model-00001-of-00001.safetensors")
+    small = source.group(["tokenizer.json", "config.json", "additional_chat_templates/tool.jinja"])
+    assert (large.name, small.name) == ("sources.file", "sources.files")
+    assert large.spec.output == {"files": {"model-00001-of-00001.safetensors": 7000}}
+    assert (large.spec.reads, large.spec.writes) == (7000, 7000)
+    assert small.key == source.group(["config.json", "additional_chat_templates/tool.jinja", "tokenizer.json"]).key
+    fetched = run(large, tmp_path / "1")
+    assert (fetched.out / "model-00001-of-00001.safetensors").read_bytes() == b"weights" * 1000
+    assert fetched.told[-1] == (7000, 7000, "bytes")
+    fetched = run(small, tmp_path / "2")
+    assert {*read(fetched.out)} == {"tokenizer.json", "config.json", "additional_chat_templates/tool.jinja"}
+    total = small.spec.writes
+    assert fetched.told[-1] == (total, total, "bytes")
+
+
+def test_a_pickle_checkpoint_is_refused_with_the_way_to_convert_it(tmp_path: Path) -> None:
+    at = folder(tmp_path / "m", **{"config.json": "{}", "pytorch_model.bin": b"x"})
+    with pytest.raises(MissingSource, match=r"only as a pickle \(pytorch_model.bin\).*save_pretrained\(NEW\)"):
+        pin(str(at), kind="model")
+    with pytest.raises(MissingSource, match=r"holds no \*.safetensors; give the folder of a checkpoint"):
+        pin(str(folder(tmp_path / "n", **{"config.json": "{}"})), kind="model")
+    with pytest.raises(MissingSource, match="is a file; a model is the folder that holds it"):
+        pin(str(at / "config.json"), kind="model")
+
+
+def test_a_changed_file_is_another_pin_and_another_key(model: Path) -> None:
+    before = pin(str(model), kind="model")
+    (model / "config.json").write_text('{"model_type": "olmoe"}')
+    after = pin(str(model), kind="model")
+    assert before.group(["config.json"]).key != after.group(["config.json"]).key
+    assert before.group(["LICENSE"]).key == after.group(["LICENSE"]).key
+
+
+def test_a_folder_that_did_not_change_is_pinned_without_being_read(model: Path) -> None:
+    first = pin(str(model), kind="model")
+    weights = model / "model-00001-of-00001.safetensors"
+    about = weights.stat()
+    weights.write_bytes(b"WEIGHTS" * 1000)  # what only reading could tell
+    os.utime(weights, ns=(about.st_atime_ns, about.st_mtime_ns))
+    assert pin(str(model), kind="model") == first
+    old(model)
+    assert pin(str(model), kind="model") != first
+
+
+def test_what_was_written_a_moment_ago_is_read_again(tmp_path: Path) -> None:
+    at = folder(tmp_path / "d", **{"x.txt": "one"})
+    first = pin(str(at), kind="data")
+    about = (at / "x.txt").stat()
+    (at / "x.txt").write_text("two")
+    os.utime(at / "x.txt", ns=(about.st_atime_ns, about.st_mtime_ns))  # as a coarse clock would have it
+    assert pin(str(at), kind="data") != first
+
+
+def test_a_source_that_changed_since_it_was_pinned_asks_for_another_run(model: Path, tmp_path: Path) -> None:
+    source = pin(str(model), kind="model")
+    (model / "config.json").write_text("{}")
+    (model / "tokenizer.json").unlink()
+    says = r"config\.json has changed since it was pinned .*run again to pin it anew"
+    for ask in (lambda: source.text("config.json"), lambda: run(source.group(["config.json"]), tmp_path / "1")):
+        with pytest.raises(MissingSource, match=says):
+            ask()
+    for ask in (lambda: source.text("tokenizer.json"), lambda: run(source.file("tokenizer.json"), tmp_path / "2")):
+        with pytest.raises(MissingSource, match="is not on this machine; put it on a disk that all machines share"):
+            ask()
+
+
+def test_texts_are_a_file_a_folder_or_a_glob(tmp_path: Path) -> None:
+    at = folder(tmp_path / "d", **{"a.jsonl": "{}", "b.jsonl": "{}", "sub__c.parquet": "x", "image.png": "x"})
+    one = pin(str(at / "a.jsonl"), kind="data")
+    assert (one.uri, one.names()) == (at.as_posix(), ["a.jsonl"])
+    assert pin(str(at), kind="data").names() == ["a.jsonl", "b.jsonl", "sub/c.parquet"]
+    some = pin(f"{at}/*.jsonl", kind="data")
+    assert (some.uri, some.names()) == (at.as_posix(), ["a.jsonl", "b.jsonl"])
+    assert pin(f"{at}/**/*.parquet", kind="data").names() == ["sub/c.parquet"]
+    assert some.find("a.jsonl") == one.find("a.jsonl") and some.text("b.jsonl") == "{}"
+
+
+@pytest.mark.parametrize(
+    ("uri", "kind", "says"),
+    [
+        ("", "model", "the model is ''; give a folder"),
+        ("no/such/folder", "model", "there is no such file or folder; check the path"),
+        ("no/such", "data", "a text on the hub is hf://datasets/no/such"),
+        ("none*.jsonl", "data", "there are no such files; check the path"),
+        ("http://host/x", "data", "know folders, files, globs, s3://"),
+    ],
+)
+def test_what_is_no_source_is_answered_with_what_is_one(
+    uri: str, kind: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=says):
+        pin(uri, kind="model" if kind == "model" else "data")
+
+
+def test_the_standard_library_is_a_text_that_every_machine_has(tmp_path: Path) -> None:
+    source = pin("python:stdlib", kind="data")
+    assert source.uri == "python:stdlib" and {"os.py", "typing.py", "abc.py"} <= {*source.names()}
+    assert not any("/" in n or n.startswith("_sysconfigdata") for n in source.names())
+    fetched = run(source.group(["abc.py"]), tmp_path)
+    assert (fetched.out / "abc.py").read_bytes() == Path(sys.modules["abc"].__file__ or "").read_bytes()
+
+
+def test_a_large_file_comes_in_parts_that_an_interrupted_run_leaves_to_the_next(tmp_path: Path) -> None:
+    data = b"0123456789"
+    asked: list[tuple[int, int]] = []
+
+    def bring(start: int, stop: int, to: Path) -> None:
+        asked.append((start, stop))
+        if len(asked) == 3:
+            raise ConnectionError
+        to.write_bytes(data[start:stop])
+
+    first = Running(tmp_path / "1")
+    with pytest.raises(ConnectionError):
+        steps.in_parts(first, 10, 3, first.out / "x", bring, lambda n: None)
+    assert first.saved == [["00000"], ["00000", "00001"]]
+    again = Running(tmp_path / "2", kept=first.scratch / "parts")
+    grown: list[int] = []
+    steps.in_parts(again, 10, 3, again.out / "x", bring, grown.append)
+    assert (again.out / "x").read_bytes() == data
+    assert asked == [(0, 3), (3, 6), (6, 9), (6, 9), (9, 10)] and grown == [3, 3]
+
+
+def test_a_name_that_leaves_the_folder_is_refused(tmp_path: Path) -> None:
+    step = steps.file(uri=str(tmp_path), name="../x", size=1, pin="sha256:0")
+    with pytest.raises(ValueError, match="leaves the folder"):
+        run(step, tmp_path / "1")
+
+
+def test_a_source_is_a_plain_value(model: Path) -> None:
+    source = pin(str(model), kind="model")
+    assert source == Source(source.uri, source.revision, source.files) and hash(source) == hash(source)

@@ -1,0 +1,93 @@
+"""Texts are named by one string, taken apart at once and pinned when first used."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from moeflow.sources.texts import NAMED, Texts
+from moeflow.store import MissingSource
+from tests import servers
+from tests.making import folder
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[servers.Hub]:
+    """A hub that has every data set known by name, each with files that are no text of it."""
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.chdir(tmp_path)
+    with servers.hub_server() as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        for known in NAMED.values():
+            repo, _, file = known.uri.removeprefix("hf://").partition("@main/")
+            hub.put(
+                repo,
+                {file.replace("*", f"0000{i}-of-00002"): b"{}" for i in (0, 1)} | {"README.md": b"x", "data/test.parquet": b"x"},
+            )
+        yield hub
+
+
+def test_each_entry_has_its_source_columns_and_weight(tmp_path: Path) -> None:
+    at = folder(tmp_path / "d", **{"a.jsonl": "{}", "b.jsonl": "{}"})
+    texts = Texts(f"{at}/a.jsonl#question+answer*2.5, {at}/*.jsonl#text ,python:stdlib*1e-1")
+    entries = texts.entries()
+    assert [(e.columns, e.weight) for e in entries] == [(("question", "answer"), 2.5), (("text",), 1.0), ((), 0.1)]
+    assert [e.source.names()[:2] for e in entries[:2]] == [["a.jsonl"], ["a.jsonl", "b.jsonl"]]
+    assert entries[2].source.uri == "python:stdlib"
+
+
+def test_nothing_is_looked_at_before_it_is_asked_for(tmp_path: Path) -> None:
+    texts = Texts(str(tmp_path / "later.jsonl"))
+    with pytest.raises(MissingSource, match="there is no such file or folder"):
+        texts.entries()
+    folder(tmp_path, **{"later.jsonl": "{}"})
+    first = texts.entries()
+    os.unlink(tmp_path / "later.jsonl")
+    assert texts.entries() is first
+
+
+def test_one_local_matrix_of_numbers_is_tokens() -> None:
+    assert Texts("x/tokens.npy").is_tokens
+    assert not any(Texts(t).is_tokens for t in ("x.jsonl", "a.npy,b.npy", "s3://bucket/x.npy", "python:stdlib"))
+
+
+@pytest.mark.parametrize(
+    ("spec", "says"),
+    [
+        ("", "an entry names no source; write URI"),
+        ("a.jsonl,,b.jsonl", "an entry names no source"),
+        ("#text", "an entry names no source"),
+        ("a.jsonl*0", "the weight of a.jsonl is 0; weights are numbers above 0"),
+        ("a.jsonl#", "a.jsonl# names no column; write a.jsonl#text"),
+        ("a.jsonl#*2", "a.jsonl# names no column"),
+    ],
+)
+def test_a_string_that_names_no_texts_is_refused_at_once(spec: str, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        Texts(spec)
+
+
+def test_a_known_data_set_is_its_files_on_the_hub_with_their_columns_and_format(hub: servers.Hub) -> None:
+    found = {name: Texts(f"{name}*2").entries() for name in NAMED}
+    assert {name: (len(e.source.files), e.columns, e.format, e.weight) for name, (e,) in found.items()} == {
+        "alpaca": (2, ("instruction", "input", "output"), "instruction", 2.0),
+        "metamathqa": (1, ("query", "response"), "instruction", 2.0),
+        "mathinstruct": (1, ("instruction", "output"), "instruction", 2.0),
+        "magicoder": (1, ("instruction", "response"), "instruction", 2.0),
+        "tulu3": (2, ("messages",), "chat", 2.0),
+    }
+    for name, (entry,) in found.items():
+        assert entry.source.uri == f"{NAMED[name].uri.partition('@')[0]}@{entry.source.revision}", "pinned to a commit"
+        assert not {"README.md", "data/test.parquet"} & set(entry.source.names())
+
+
+def test_columns_that_are_named_go_before_those_that_a_name_stands_for(hub: servers.Hub) -> None:
+    own, spelled = Texts("alpaca#output"), Texts(f"{NAMED['alpaca'].uri}#output")
+    assert own.entries() == spelled.entries() and own.entries()[0].format == ""
+
+
+def test_a_local_file_called_like_a_known_data_set_is_had_by_its_path(hub: servers.Hub, tmp_path: Path) -> None:
+    folder(tmp_path, alpaca="text")
+    (entry,) = Texts("./alpaca").entries()
+    assert (entry.source.uri, entry.format) == (tmp_path.as_posix(), "") and hub.asked == []
