@@ -43,7 +43,7 @@ def build(
     passed = {"batch": batch, "shard": 4 * batch, "stage": 8, "dtype": dtype}
     seen = calibrate.run(original, matrix, **passed)
     pruned = naee.named(search)(seen, keep=keep, loss=loss, seed=seed)
-    served = naee.skipped(skip)(pruned, matrix, **passed)
+    served = naee.skipped(pruned, matrix, naee.skipping(skip), **passed)
     reports = compare.compare(seen, served, heldout=heldout, sequences=heldout_sequences, length=length)
     return checkpoint.checkpoint_of(served).reporting(*reports)
 

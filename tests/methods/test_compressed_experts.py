@@ -33,7 +33,10 @@ FORMS = ("three", "one")
 
 def attached(source: Path, out: Path, **options: Any) -> Path:
     """A checkpoint with Compressed Experts, pulled."""
-    store, target = store_in(out.parent), checkpoint.checkpoint_of(fewer_active.attach(model_in(source), **options))
+    store, target = (
+        store_in(out.parent),
+        checkpoint.checkpoint_of(fewer_active.attach(model_in(source), fewer_active.CompressedExperts(**options))),
+    )
     run(store, target)
     held = store.artifact(target.key)
     return Path(shutil.copytree(held.folder(), out))
@@ -231,9 +234,9 @@ def test_what_cannot_be_attached_is_refused_in_one_line(olmoe: tuple[Path, Path,
     plain, neutral, _ = olmoe
     model = model_in(plain)
     with pytest.raises(ValueError, match="main=3 must be at least 1 and fewer than the 3 experts"):
-        fewer_active.attach(model, main=3)
-    with pytest.raises(ValueError, match="form='two' is not known; choose one of one, three"):
-        fewer_active.attach(model, form="two")
+        fewer_active.attach(model, fewer_active.CompressedExperts(main=3))
+    with pytest.raises(ValueError, match="form='two' is not known; choose one of three, one"):
+        fewer_active.attach(model, fewer_active.CompressedExperts(form="two"))
     again = model_in(neutral)
     with pytest.raises(ValueError, match="layer 0 has Compressed Experts, .* take the model without them"):
         fewer_active.attach(again)

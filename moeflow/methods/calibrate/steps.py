@@ -38,15 +38,17 @@ def run(
     stage: int = 8,
     record: int | None = None,
     per_expert: int = 0,
+    inputs: bool = True,
     residual: bool = False,
     between: bool = False,
     dtype: str = "auto",
 ) -> Calibration:
     """Calibrate `model` on `tokens`, in shards of `shard` sequences and stages of `stage` layers.
 
-    `batch` sequences run together; `record`: tokens whose MoE inputs are kept (all, where it is None), and beyond them up to
-    `per_expert` tokens for each expert and shard; `residual` keeps the residual stream of the same tokens too, `between` the
-    hidden states before every layer of the first `record` tokens; `dtype`: the precision of the run ("auto": the checkpoint's own).
+    `batch` sequences run together; `record`: the tokens whose MoE inputs are kept, the first ones (all, where it is None), and
+    beyond them up to `per_expert` tokens for each expert and shard. Without `inputs` those of the first tokens are not kept. `residual`
+    keeps the residual stream of the same tokens too, `between` the hidden states of the first `record` before every layer; `dtype`:
+    the precision of the run ("auto": the checkpoint's own).
     """
     spec: TokensSpec = tokens.spec.output
     starts = _embed_shards(model, tokens, batch=batch, shard=shard, dtype=dtype)
@@ -61,7 +63,8 @@ def run(
             states[first] = (*states.get(first, ()), hidden)
             hidden = observe(
                 model.essential, hidden, *(model.layers[i] for i in indices),
-                layers=indices, batch=batch, record=each, per_expert=per_expert, residual=residual, between=between, dtype=dtype,
+                layers=indices, batch=batch, record=each if inputs else 0, per_expert=per_expert, residual=residual,
+                between=each if between else 0, dtype=dtype,
             )  # fmt: skip
             for i in indices:
                 before[i].append(hidden.part(file_before(i)))
@@ -190,7 +193,7 @@ def _observe_spec(
     record: int,
     per_expert: int,
     residual: bool,
-    between: bool,
+    between: int,
     dtype: str,
 ) -> Spec:
     states, reads, memory = _pass_spec(hidden, layer_specs)
@@ -198,7 +201,7 @@ def _observe_spec(
     kept = min(tokens, record)
     width, size = int(states.config["hidden_size"]), 4 if states.dtype == "float32" else 2
     writes, most = states.nbytes, kept
-    writes += len(layer_specs) * (kept * width * size + 96) if between else 0
+    writes += len(layer_specs) * (min(tokens, between) * width * size + 96) if between else 0
     for layer in layer_specs:
         if layer.experts:
             rows = min(tokens, kept + per_expert * layer.experts)
@@ -211,12 +214,12 @@ def _observe_spec(
 @step("calibrate.observe", version=1, spec=_observe_spec, gpus=1)
 def observe(
     context: Context, config: Artifact, hidden: Artifact, *files: Artifact,
-    layers: list[int], batch: int, record: int, per_expert: int, residual: bool, between: bool, dtype: str,
+    layers: list[int], batch: int, record: int, per_expert: int, residual: bool, between: int, dtype: str,
 ) -> None:  # fmt: skip
     """`advance`, and beside the hidden states one file per MoE layer with what a `Recorder` saw in it.
 
-    Of a layer that a run has left without experts it holds the number of tokens only. `between`: for each layer also the hidden
-    states before it of the first `record` tokens, as `hidden_RD`.
+    Of a layer that a run has left without experts it holds the number of tokens only. For each layer also the hidden
+    states before it of the first `between` tokens, as `hidden_RD`.
     """
     from moeflow.model import passes
 
@@ -224,7 +227,7 @@ def observe(
     passes.through(
         read_config(config), hidden.file(HIDDEN), given, context.out / HIDDEN, batch=batch, dtype=dtype, progress=context.progress,
         recorded=lambda i: context.out / file_of(i), before=(lambda i: context.out / file_before(i)) if between else None,
-        budget=record, per_expert=per_expert, residual=residual,
+        between=between, budget=record, per_expert=per_expert, residual=residual,
     )  # fmt: skip
 
 

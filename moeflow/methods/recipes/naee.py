@@ -10,7 +10,7 @@ from typing import Any
 from moeflow.arch import arch_of
 from moeflow.methods import graph, rewrite
 from moeflow.methods.calibrate import steps as calibrate
-from moeflow.methods.fewer_active.steps import check, skip
+from moeflow.methods.fewer_active.steps import Skipping, check, skip
 from moeflow.methods.graph import Calibration, Model
 from moeflow.methods.prune.steps import choose
 from moeflow.methods.prune.subsets import ENUMERATE
@@ -49,7 +49,7 @@ def progressive(calibration: Calibration, *, keep: int, loss: str = "frobenius",
             seen = tuple(
                 calibrate.observe(
                     config, h, layer,
-                    layers=[i], batch=batch, record=calibration.recorded, per_expert=0, residual=False, between=False, dtype=dtype,
+                    layers=[i], batch=batch, record=calibration.recorded, per_expert=0, residual=False, between=0, dtype=dtype,
                 ).part(graph.file_of(i))
                 for h in hidden
             )  # fmt: skip
@@ -88,23 +88,20 @@ def _chosen(
     )  # fmt: skip
 
 
-def skipped(name: str) -> Callable[..., Model]:
-    """What `-p skip=` names, as a function of (model, tokens, **options of `calibrate.run`): the model that is served.
-
-    "none"; "median", the paper's rule; or a number, the mean of a token's experts. Raises ValueError for any other word.
-    """
+def skipping(name: str) -> Skipping | None:
+    """What `-p skip=` names: "none"; "median", the paper's rule; or a number, how many experts a token has on average."""
     if name == "none":
-        return lambda model, tokens, **options: model
+        return None
     try:
-        active = 0.0 if name == "median" else float(name)
-    except ValueError:
-        raise ValueError(f"skip={name!r} is not known; say none, median, or how many experts a token has on average") from None
-    if name != "median" and active < 1:
-        raise ValueError(f"skip={name}: a token has at least one expert")
-    return partial(_calibrated, active=active)
+        return Skipping(None if name == "median" else float(name))
+    except ValueError as error:
+        raise ValueError(f"skip={name!r}: {error}; say none, median, or how many experts a token has on average") from None
 
 
-def _calibrated(model: Model, tokens: Step, *, active: float, **options: Any) -> Model:
+def skipped(model: Model, tokens: Step, how: Skipping | None, **options: Any) -> Model:
+    """The model that is served: with dynamic skipping, calibrated on it, or as it is. `options`: those of `calibrate.run`."""
+    if how is None:
+        return model
     arch = arch_of(model.config)
-    check(arch, arch.top_k(model.config), active)  # before a graph is built for it
-    return skip(calibrate.run(model, tokens, **(options | {"record": 0, "per_expert": 0})), active=active)
+    check(arch, arch.top_k(model.config), how)  # before a graph is built for it
+    return skip(calibrate.run(model, tokens, **options | {"record": 0, "per_expert": 0}), how)
