@@ -20,19 +20,22 @@ from moeflow.store import Store
 from tests.running import alone, array_of, matrix_of, model_in, run, store_in
 
 PLAIN = {"qwen2_moe": {"mlp_only_layers": []}}
-"""What makes every layer of a family's tiny model one with experts."""
+"""The changes to a family's tiny configuration that give every layer experts."""
 
 
 def calibrated(model: Model, folder: Path, **options: Any) -> Calibration:
+    """A calibration of the model on the 8 × 16 random tokens of `ids_of(folder)`."""
     options = {"batch": 2, "shard": 4, "stage": 2, "between": True} | options
     return calibrate.run(model, data.tokens(matrix_of(folder), model, sequences=8, length=16), **options)
 
 
 def ids_of(folder: Path) -> Tensor:
+    """The tokens [8, 16] of the file that `matrix_of(folder)` writes."""
     return torch.from_numpy(array_of(matrix_of(folder)))
 
 
 def pulled(store: Store, model: Model, folder: Path) -> Path:
+    """Run the graph of the model in this process, and fetch its checkpoint into a folder of its own."""
     target = alone(checkpoint.checkpoint_of(model))
     run(store, target)
     out = folder / f"out-{target.key[-8:]}"
@@ -45,6 +48,7 @@ def loaded(folder: Path) -> Any:
 
 
 def logits(model: Any, folder: Path) -> Tensor:
+    """The model's logits [8, 16, V] on the tokens of `ids_of(folder)`."""
     with torch.inference_mode():
         found: Tensor = model(ids_of(folder)).logits
     return found
@@ -55,6 +59,7 @@ def close(a: Tensor, b: Tensor) -> None:
 
 
 def graph(model: Model, matrix: Texts, *, keep: int = 5, how: str = "layerwise") -> Step:
+    """The checkpoint of a model pruned to `keep` experts per layer, with the reports that compare it with the original."""
     seen = calibrate.run(model, data.tokens(matrix, model, sequences=8, length=16), batch=4, shard=4, stage=2)
     pruned = naee.named(how)(seen, keep=keep)
     reports = compare.compare(seen, pruned, heldout=Texts("nowhere.txt"), sequences=4, length=16)
@@ -63,10 +68,8 @@ def graph(model: Model, matrix: Texts, *, keep: int = 5, how: str = "layerwise")
 
 def attached(source: Path, out: Path, **options: Any) -> Path:
     """A checkpoint with Compressed Experts, pulled."""
-    store, target = (
-        store_in(out.parent),
-        checkpoint.checkpoint_of(fewer_active.attach(model_in(source), fewer_active.CompressedExperts(**options))),
-    )
+    model = fewer_active.attach(model_in(source), fewer_active.CompressedExperts(**options))
+    store, target = store_in(out.parent), checkpoint.checkpoint_of(model)
     run(store, target)
     held = store.artifact(target.key)
     return Path(shutil.copytree(held.folder(), out))

@@ -46,8 +46,8 @@ def run(
     """Calibrate `model` on `tokens`, in shards of `shard` sequences and stages of `stage` layers.
 
     `batch` sequences run together; `record`: the tokens whose MoE inputs are kept, the first ones (all, where it is None), and
-    beyond them up to `per_expert` tokens for each expert and shard. Without `inputs` those of the first tokens are not kept. `residual`
-    keeps the residual stream of the same tokens too, `between` the hidden states of the first `record` before every layer; `dtype`:
+    beyond them up to `per_expert` tokens for each expert and shard. Without `inputs` those of the first tokens are not kept.
+    `residual` keeps the residual stream of the same tokens too, `between` the hidden states of the first `record` before every layer; `dtype`:
     the precision of the run ("auto": the checkpoint's own).
     """
     spec: TokensSpec = tokens.spec.output
