@@ -116,14 +116,21 @@ class Calibration:
 
     model: Model
     tokens: Step
-    batch: int  # sequences that ran together
-    dtype: str
+    passed: Pass
     starts: tuple[Step, ...]  # per shard: hidden states before the first layer
     ends: tuple[Step, ...]  # per shard: hidden states behind the last layer
     states: dict[int, tuple[Step, ...]]  # per layer that begins a stage: hidden states before it
     observed: dict[int, tuple[Part, ...]]  # per MoE layer: one part for each shard
     recorded: int  # tokens of each shard whose MoE inputs are kept, at most
     between: tuple[tuple[Part, ...], ...] = ()  # per layer, where asked for: the hidden states before it of the recorded tokens
+
+    @property
+    def batch(self) -> int:
+        return self.passed.batch
+
+    @property
+    def dtype(self) -> str:
+        return self.passed.dtype
 
 
 def file_of(layer: int) -> str:

@@ -36,12 +36,13 @@ def embed(config: Config, rest: Files, ids_NL: Tensor, out: Path, *, dtype: str)
 @torch.inference_mode()
 def through(
     config: Config, hidden: Path, layers: Sequence[tuple[int, Path]], out: Path, *, batch: int, dtype: str, progress: Progress,
-    recorded: Callable[[int], Path] | None = None, before: Callable[[int], Path] | None = None, budget: int = 0, **recording: Any,
+    recorded: Callable[[int], Path] | None = None, before: Callable[[int], Path] | None = None, between: int = 0,
+    budget: int = 0, **recording: Any,
 ) -> None:  # fmt: skip
     """Write the hidden states behind consecutive layers, given as (number, file), running `batch` sequences together.
 
     With `recorded`, what a `Recorder` (made with `budget` and `recording`) saw in each MoE layer is written to the file it names;
-    with `before`, the hidden states of the first `budget` tokens before each layer.
+    with `before`, the hidden states of the first `between` tokens before each layer.
     """
     stream = stream_of(config, dtype, OBSERVED if recorded else EXPERTS)
     states_NLD = load_file(hidden)["hidden_NLD"]
@@ -51,7 +52,7 @@ def through(
         module = stream.layer(tensors, layer)
         recorder = _recorder(stream, tensors, layer, budget=budget, **recording) if recorded else None
         if before:
-            save_file({"hidden_RD": states_NLD.flatten(0, 1)[:budget].clone()}, before(layer))
+            save_file({"hidden_RD": states_NLD.flatten(0, 1)[:between].clone()}, before(layer))
         for done, part_nLD in _batches(states_NLD, batch):
             part_nLD.copy_(_forward(stream, module, layer, part_nLD, recorder))
             progress((at * n + done) * length, len(layers) * n * length, "token layers")

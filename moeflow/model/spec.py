@@ -205,10 +205,14 @@ class HiddenSpec:
     length: int
     dtype: str
 
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one number."""
+        return 8 if self.dtype == "float64" else 4 if self.dtype == "float32" else 2
+
     @cached_property
     def nbytes(self) -> int:
-        size = 8 if self.dtype == "float64" else 4 if self.dtype == "float32" else 2
-        return self.sequences * self.length * int(self.config["hidden_size"]) * size + 104
+        return self.sequences * self.length * int(self.config["hidden_size"]) * self.itemsize + 104
 
 
 @dataclass(frozen=True)

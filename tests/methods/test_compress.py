@@ -17,7 +17,7 @@ from moeflow.cli import app
 from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data
-from moeflow.methods.graph import Calibration, Model
+from moeflow.methods.graph import Calibration, Model, Pass
 from moeflow.methods.prune import genetic
 from moeflow.methods.recipes import compare, moei2
 from moeflow.model.checkpoint import Tensors, read_moe
@@ -36,7 +36,7 @@ PAPER: dict[str, Any] = {"counts": "paper", "search": "genetic", "block": 2, "be
 
 def calibrated(model: Model, folder: Path) -> Calibration:
     matrix = data.tokens(running.matrix_of(folder), model, sequences=8, length=16)
-    return calibrate.run(model, matrix, batch=2, shard=4, stage=2)
+    return calibrate.run(model, matrix, Pass(batch=2, shard=4, stage=2))
 
 
 def whole(model: Model, folder: Path, *, ratio: float, how: dict[str, Any], cut: dict[str, Any]) -> Step:
@@ -364,7 +364,7 @@ def test_a_second_shard_of_text_adds_up(tmp_path: Path) -> None:
     matrix = data.tokens(running.matrix_of(tmp_path), model, sequences=8, length=16)
     found = []
     for shard in (4, 8):
-        seen = calibrate.run(model, matrix, batch=2, shard=shard, stage=2)
+        seen = calibrate.run(model, matrix, Pass(batch=2, shard=shard, stage=2))
         pruned = moei2.prune(seen, keep=0.75, counts="uniform", search="enumerate")
         small = moei2.decompose(seen, ratio=0.3)
         spectra = next(s for s in upstream([small.layers[0]]) if s.name == "decompose.spectra")

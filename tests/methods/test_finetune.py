@@ -22,7 +22,7 @@ from moeflow.methods.fewer_active import steps as fewer_active
 from moeflow.methods.finetune import snapshots
 from moeflow.methods.finetune.batches import batch_of
 from moeflow.methods.finetune.recipe import Gang
-from moeflow.methods.graph import Model
+from moeflow.methods.graph import Model, Pass
 from moeflow.methods.recipes import tune
 from moeflow.methods.recipes.tune import Tuned
 from moeflow.model.checkpoint import Tensors
@@ -257,7 +257,7 @@ def test_a_router_learns_from_the_original_what_pruning_took(mixtral: Path, stor
     """Router-KD, from a file with the original's whole distribution: the loss is the divergence, and it falls."""
     original, pruned = model_in(mixtral), model_in(compress(mixtral, tmp_path / "pruned"))
     data = data_.tokens(rows, original, sequences=6, length=12)
-    taught = tune.teacher(original, data, top=96, batch=2, shard=4)
+    taught = tune.teacher(original, data, Pass(batch=2, shard=4), top=96)
     assert len(taught) == 2
     tuned = tune.tune(pruned, data, mode="router", loss="kl", teacher=taught, steps=20, batch=6, rate=3e-2, warmup=0.0)
     run(store, alone(tuned.trained))

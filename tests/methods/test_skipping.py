@@ -18,7 +18,7 @@ from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data
 from moeflow.methods.fewer_active import steps as fewer_active
 from moeflow.methods.fewer_active.thresholds import median, reaching
-from moeflow.methods.graph import HIDDEN, Calibration, Model
+from moeflow.methods.graph import HIDDEN, Calibration, Model, Pass
 from moeflow.methods.recipes import compare, naee
 from moeflow.model import routed_experts
 from moeflow.model.checkpoint import Tensors, read_moe
@@ -35,7 +35,7 @@ ACTIVE = 1.6
 
 def calibrated(model: Model, folder: Path, **options: Any) -> Calibration:
     matrix = data.tokens(matrix_of(folder), model, sequences=8, length=16)
-    return calibrate.run(model, matrix, batch=4, shard=4, stage=2, **options)
+    return calibrate.run(model, matrix, Pass(batch=4, shard=4, stage=2, **options))
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def served(smaller: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     target = checkpoint.checkpoint_of(made).reporting(
         *compare.compare(seen, made, heldout=matrix_of(folder), sequences=8, length=16)
     )
-    ends = calibrate.run(made, seen.tokens, batch=4, shard=4, stage=2, record=0).ends
+    ends = calibrate.run(made, seen.tokens, Pass(batch=4, shard=4, stage=2, record=0)).ends
     run(store, target, *ends)
     states = torch.cat([load_file(store.artifact(e.key).file(HIDDEN))["hidden_NLD"] for e in ends])
     pulled = store.artifact(target.key)

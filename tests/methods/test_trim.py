@@ -17,7 +17,7 @@ from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data_
 from moeflow.methods.fewer_active import steps as fewer_active
-from moeflow.methods.graph import Calibration, Model
+from moeflow.methods.graph import Calibration, Model, Pass
 from moeflow.methods.recipes import compare, naee, tune
 from moeflow.methods.trim import steps as trim
 from moeflow.model.checkpoint import Tensors, read_moe
@@ -37,8 +37,11 @@ def source(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 def calibrated(model: Model, folder: Path, **options: Any) -> Calibration:
-    options = {"batch": 2, "shard": 4, "stage": 2, "between": True} | options
-    return calibrate.run(model, data_.tokens(matrix_of(folder), model, sequences=8, length=16), **options)
+    passed, matrix = (
+        Pass(**{"batch": 2, "shard": 4, "stage": 2} | options),
+        data_.tokens(matrix_of(folder), model, sequences=8, length=16),
+    )
+    return calibrate.run(model, matrix, passed, between=True)
 
 
 def ids_of(folder: Path) -> Tensor:

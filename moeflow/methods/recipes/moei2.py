@@ -10,6 +10,7 @@ from typing import Any
 from moeflow.arch import MATRICES, arch_of
 from moeflow.methods import rewrite
 from moeflow.methods.calibrate import steps as calibrate
+from moeflow.methods.calibrate.steps import Alternatives, Forks
 from moeflow.methods.decompose import steps as decompose_
 from moeflow.methods.decompose.ranks import average_rank
 from moeflow.methods.graph import Calibration, Model
@@ -103,7 +104,7 @@ def _exact(
     rule = _rule(calibration, legal)
     grids = {i: _thinned([n for n in counts if n < rule["experts"][str(i)]], grid) for i, counts in legal.items()}
     alternatives = {
-        i: (calibrate.SETS, [str(n) for n in counts], (sets(i, counts, (), 1),)) for i, counts in grids.items() if counts
+        i: Alternatives(Forks("sets", tuple(map(str, counts))), (sets(i, counts, (), 1),)) for i, counts in grids.items() if counts
     }
     decider = prune_.counts_exact(calibrate.curves(calibration, alternatives, tokens=measured), **rule, total=total)
     return (decider,), {i: sets(i, legal[i], (decider,)) for i in legal}
@@ -129,7 +130,7 @@ def _lm_loss(calibration: Calibration, layers: Sequence[int], measured: int) -> 
     model, own = calibration.model, _recon(calibration, layers, measured)
     experts = {i: counts_.spec_of(model, i).experts for i in layers}
     top_k = arch_of(model.config).top_k(model.config)
-    each = {i: (calibrate.EACH, [str(e) for e in range(experts[i])], ()) for i in layers if experts[i] > top_k}
+    each = {i: Alternatives(Forks("each", tuple(map(str, range(experts[i]))))) for i in layers if experts[i] > top_k}
     curves = calibrate.curves(calibration, each, tokens=measured)
     return {i: prune_.importance_lm(curves, own[i], layer=i) for i in layers}
 
@@ -254,7 +255,7 @@ def _ranks_by_spectra(
     for i in layers:
         rank = decompose_.moved_rank(*decompose_.sides(counts_.spec_of(model, i)))
         files = [rewritten(i, (), dict.fromkeys(matrices, rank)) for matrices in decompose_.PARTS.values()]
-        alternatives[i] = (calibrate.FILES, list(decompose_.PARTS), files)
+        alternatives[i] = Alternatives(Forks("files", tuple(decompose_.PARTS)), tuple(files))
     curves = calibrate.curves(calibration, alternatives, tokens=measured)
     rule: dict[str, Any] = {"budget": 1 - ratio, "multiple": multiple, "r_min": r_min, "r_max": r_max}
     return (decompose_.by_spectra(*spectra, curves, layers=layers, **rule),), {}
