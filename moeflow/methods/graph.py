@@ -91,7 +91,7 @@ class Pass:
     """Tokens whose MoE inputs are kept, of all shards together; none: all."""
     per_expert: int = 0
     """Tokens kept beyond them for each expert and shard, where an expert has got fewer."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
+    dtype: Literal["auto", "float64", "float32", "float16", "bfloat16"] = "auto"
     """The precision of the run; auto: the checkpoint's own."""
 
     def __post_init__(self) -> None:

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from moeflow.arch import arch_of
 from moeflow.methods.calibrate import steps as calibrate
+from moeflow.methods.calibrate.steps import Alternatives, Forks
 from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data
 from moeflow.methods.graph import Pass
@@ -31,8 +32,8 @@ def test_a_forks_divergence_and_loss_are_those_of_the_model_with_that_layer_chan
         i: next(s for s in upstream([c]) if s.name == "prune.candidates")
         for i, c in zip(model.moe_layers, pruned.choices, strict=True)
     }
-    alternatives = {i: (calibrate.SETS, [str(keep)], [found[i]]) for i in found}
-    each = {last: (calibrate.EACH, [str(e) for e in range(8)], [])}
+    alternatives = {i: Alternatives(Forks("sets", (str(keep),)), (found[i],)) for i in found}
+    each = {last: Alternatives(Forks("each", tuple(map(str, range(8)))))}
     sets, single = (calibrate.curves(seen, a, tokens=128, stage=2) for a in (alternatives, each))
     running.run(store, sets, single, pruned.layers[last])
     measured = json.loads(store.artifact(sets.key).file("curves.json").read_text())
