@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from moeflow.arch import arch_of
+from moeflow.arch import Family
 from moeflow.methods import graph, rewrite
 from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.fewer_active.steps import check, skip
@@ -105,6 +105,6 @@ def skipped(name: str) -> Callable[..., Model]:
 
 
 def _calibrated(model: Model, tokens: Step, *, active: float, **options: Any) -> Model:
-    arch = arch_of(model.config)
-    check(arch, arch.top_k(model.config), active)  # before a graph is built for it
+    family = Family.of(model.config)
+    check(family, family.top_k, active)  # before a graph is built for it
     return skip(calibrate.run(model, tokens, **(options | {"record": 0, "per_expert": 0})), active=active)
