@@ -175,7 +175,8 @@ def docs_of(kind: Any) -> dict[str, str]:
     for one in reversed(kind.__mro__):
         if not is_dataclass(one):
             continue
-        (body,) = (n.body for n in ast.parse(textwrap.dedent(inspect.getsource(typing.cast(type, one)))).body if isinstance(n, ast.ClassDef))
+        source = textwrap.dedent(inspect.getsource(typing.cast(type, one)))
+        (body,) = (n.body for n in ast.parse(source).body if isinstance(n, ast.ClassDef))
         for at, below in pairwise(body):
             if not (isinstance(at, ast.AnnAssign) and isinstance(at.target, ast.Name) and isinstance(below, ast.Expr)):
                 continue

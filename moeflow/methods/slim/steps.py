@@ -1,8 +1,8 @@
 """Expert Slimming: the weights inside the experts become sparse or are quantized.
 
-He et al., Demystifying the Compression of Mixture-of-Experts Through a Unified Framework (arXiv 2406.02500), section 3. Routers,
-gates of shared experts, norms and everything outside the MoE blocks keep computing what they do; AWQ moves a scale between a norm and
-all that it feeds, the router among them.
+He et al., Demystifying the Compression of Mixture-of-Experts Through a Unified Framework (arXiv 2406.02500), section 3.
+Routers, gates of shared experts, norms and everything outside the MoE blocks keep computing what they do; AWQ moves a scale
+between a norm and all that it feeds, the router among them.
 """
 
 import json
