@@ -4,7 +4,7 @@ import fnmatch
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from moeflow.arch import Config, arch_of
+from moeflow.arch import Config, Family
 from moeflow.model.layout import ESSENTIAL
 from moeflow.options import check_choices
 from moeflow.step import Part, Step
@@ -38,7 +38,7 @@ class Model:
     @property
     def moe_layers(self) -> list[int]:
         """The decoder layers that have routed experts, or may have where a run decides that."""
-        return [i for i in arch_of(self.config).moe_layers(self.config) if self.layers[i].spec.output.experts]
+        return [i for i in Family.of(self.config).moe_layers if self.layers[i].spec.output.experts]
 
     @property
     def does_with_fewer(self) -> bool:

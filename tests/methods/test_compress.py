@@ -12,7 +12,7 @@ from torch.nn.functional import kl_div
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from moeflow.arch import arch_of
+from moeflow.arch import Family
 from moeflow.cli import app
 from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.checkpoint import steps as checkpoint
@@ -55,7 +55,7 @@ def fetched(store: Store, target: Step, folder: Path) -> Path:
 def formats(folder: Path) -> dict[int, Format]:
     config, tensors = read_config(Folder(folder)), headers(Folder(folder))
     shapes = {n: t.shape for n, t in tensors.items()}
-    return {i: format_of(shapes, config, i) for i in arch_of(config).moe_layers(config)}
+    return {i: format_of(shapes, config, i) for i in Family.of(config).moe_layers}
 
 
 @pytest.mark.parametrize(

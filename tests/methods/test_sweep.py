@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import cross_entropy, kl_div
 from transformers import AutoModelForCausalLM
 
-from moeflow.arch import arch_of
+from moeflow.arch import Family
 from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.calibrate.steps import Alternatives, Forks
 from moeflow.methods.checkpoint import steps as checkpoint
@@ -49,7 +49,8 @@ def test_a_forks_divergence_and_loss_are_those_of_the_model_with_that_layer_chan
         """The logits where these experts of the last layer are forbidden, by transformers' own router."""
         from moeflow.model.checkpoint import Tensors, read_moe
 
-        moe, block = read_moe(Tensors(family), config, last), original.model.layers[last].get_submodule(arch_of(config).block)
+        moe = read_moe(Tensors(family), config, last)
+        block = original.model.layers[last].get_submodule(Family.of(config).arch.block)
         allowed = torch.ones(8, dtype=torch.bool)
         allowed[gone] = False
         hook = block.register_forward_hook(lambda _, args, __: moe(args[0].flatten(0, -2), allowed).view(args[0].shape))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from math import ceil
 from typing import Any
 
-from moeflow.arch import MATRICES, arch_of
+from moeflow.arch import MATRICES, Family
 from moeflow.methods import rewrite
 from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.calibrate.steps import Alternatives, Forks
@@ -129,7 +129,7 @@ def _recon(calibration: Calibration, layers: Sequence[int], measured: int) -> di
 def _lm_loss(calibration: Calibration, layers: Sequence[int], measured: int) -> dict[int, Step]:
     model, own = calibration.model, _recon(calibration, layers, measured)
     experts = {i: counts_.spec_of(model, i).experts for i in layers}
-    top_k = arch_of(model.config).top_k(model.config)
+    top_k = Family.of(model.config).top_k
     each = {i: Alternatives(Forks("each", tuple(map(str, range(experts[i]))))) for i in layers if experts[i] > top_k}
     curves = calibrate.curves(calibration, each, tokens=measured)
     return {i: prune_.importance_lm(curves, own[i], layer=i) for i in layers}

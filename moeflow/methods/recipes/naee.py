@@ -6,7 +6,7 @@ Every search has the same signature, so that a pipeline picks one from a table. 
 from collections.abc import Callable
 from functools import partial
 
-from moeflow.arch import arch_of
+from moeflow.arch import Family
 from moeflow.methods import rewrite
 from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.fewer_active.steps import check, skip
@@ -95,6 +95,6 @@ def skipped(name: str) -> Callable[..., Model]:
 
 
 def _calibrated(model: Model, tokens: Step, passed: Pass, *, active: float) -> Model:
-    arch = arch_of(model.config)
-    check(arch, arch.top_k(model.config), active)  # before a graph is built for it
+    family = Family.of(model.config)
+    check(family, family.top_k, active)  # before a graph is built for it
     return skip(calibrate.run(model, tokens, passed, inputs=False), active=active)

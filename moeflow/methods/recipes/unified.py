@@ -6,7 +6,7 @@ He et al., arXiv 2406.02500, for the first two; that a factor is slimmed like an
 from collections.abc import Callable
 from typing import Any
 
-from moeflow.arch import arch_of
+from moeflow.arch import Family
 from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.graph import Calibration, Model, Pass
 from moeflow.methods.recipes import moei2
@@ -108,7 +108,7 @@ def _trimmed(name: str, dropped: float) -> Callable[[Calibration], Model]:
 def _experts(seen: Calibration, dropped: float) -> Model:
     model = seen.model
     counts = [model.layers[i].spec.output.experts for i in model.moe_layers]
-    least = arch_of(model.config).top_k(model.config)
+    least = Family.of(model.config).top_k
     return trim.expert_drop(seen, keep=sum(counts) / len(counts) - dropped, least=least)
 
 
