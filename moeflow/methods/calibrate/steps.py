@@ -5,7 +5,6 @@ and records on the way. One decoder layer's weights are resident at a time. `cur
 whole model: one pass that forks at every layer, once for each alternative, so that the checkpoint is read once for each shard.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from moeflow.methods.graph import HIDDEN, REST, Calibration, Model, file_before, file_of
-from moeflow.methods.records import CURVES, read_candidates
+from moeflow.methods.records import Candidates
 from moeflow.model.layout import LAYER, ROUTING, read_config
 from moeflow.model.spec import (
     ForkSpec,
@@ -305,8 +304,8 @@ def forks(
     alternatives: list[dict[str, Any]] = []
     for kind, found in zip(kinds, names, strict=True):
         if kind == SETS:
-            counts = read_candidates(rest.pop(0))["counts"]
-            alternatives.append({name: Kept(tuple(counts[name]["best"][0]["keep"])) for name in found})
+            counts = Candidates.read(rest.pop(0)).counts
+            alternatives.append({name: Kept(counts[int(name)].best[0].keep) for name in found})
         elif kind == FILES:
             alternatives.append({name: rest.pop(0).file("layer.safetensors") for name in found})
         else:
@@ -346,5 +345,4 @@ def measure(context: Context, rest: Artifact, matrix: Artifact, end: Artifact, *
 
     ids = np.load(matrix.file("tokens.npy"), mmap_mode="r")
     taken = np.concatenate([ids[first : first + count] for first, count in rows])
-    found = forking.measured(rest, taken, end, dtype=dtype, progress=context.progress)
-    (context.out / CURVES).write_text(json.dumps(found, indent=1) + "\n")
+    forking.measured(rest, taken, end, dtype=dtype, progress=context.progress).write(context.out)
