@@ -39,7 +39,5 @@ def test_a_row_of_the_table_names_all_that_its_score_reads(name: str) -> None:
 
 
 def test_an_unknown_score_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(
-        ValueError, match="criterion='luck' is not known; choose one of random, frequency, router_score, reap, aimer"
-    ):
+    with pytest.raises(ValueError, match="criterion='luck' is not known; choose one of random, frequency, .*, aimer"):
         check_score("luck")
