@@ -20,6 +20,7 @@ from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data_
 from moeflow.methods.finetune.recipe import Gang
+from moeflow.methods.graph import Pass
 from moeflow.methods.prune.counts import Counts
 from moeflow.methods.prune.searches import Search
 from moeflow.methods.recipes import compare, moei2
@@ -75,14 +76,14 @@ def build(
 ) -> Step:
     original = checkpoint.pinned(model)
     matrix = data_.tokens(tokens, original, sequences=sequences, length=length, seed=seed, bos=bos, group=1000)
-    recorded = {"batch": batch, "shard": 4 * batch, "stage": 3, "record": record, "per_expert": per_expert, "dtype": dtype}
-    seen = calibrate.run(original, matrix, **recorded)
+    recorded = Pass(batch=batch, stage=3, record=record, per_expert=per_expert, dtype=dtype)
+    seen = calibrate.run(original, matrix, recorded)
     pruned = moei2.prune(
         seen,
         Counts(1 - dropped, rule=counts, importance=importance, legal=legal, divisor=divisor, measured=measured),
         Search(search, seed=seed, best=best, block=block, inputs=inputs, population=population, generations=generations),
     )
-    again = calibrate.run(pruned, matrix, **recorded)
+    again = calibrate.run(pruned, matrix, recorded)
     small = moei2.decompose(
         again, ratio=moei2.ratio_left(removed, dropped), ranks=ranks, svd=svd, importance=importance, alpha=alpha,
         multiple=multiple, least=least, policy=policy, measured=measured,

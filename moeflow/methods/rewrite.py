@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from moeflow.arch import Config, arch_of, essential
+from moeflow.arch import Config, Family, essential
 from moeflow.methods.records import Choice
 from moeflow.model.layout import ESSENTIAL, LAYER, TensorInfo, experts_in, headers, kept, read_config
 from moeflow.model.spec import LayerSpec, RestSpec
@@ -12,7 +12,7 @@ from moeflow.step import Artifact, Context, Spec, step
 
 
 def _drop_spec(rest: RestSpec, given: LayerSpec, chosen: Any, *, layer: int, keep: int | None) -> Spec:
-    arch = arch_of(rest.config)
+    family = Family.of(rest.config)
     given.check_routing("prune")
     if keep is not None and keep > given.least:
         raise ValueError(
@@ -20,7 +20,7 @@ def _drop_spec(rest: RestSpec, given: LayerSpec, chosen: Any, *, layer: int, kee
             f"{given.least}, or take the result of that run as the model"
         )
     if keep:
-        arch.check_keep(rest.config, keep, given.experts)
+        family.check_keep(keep, given.experts)
     if chosen["layer"] != layer or chosen["keep"] != keep:
         raise ValueError(f"the choice is for layer {chosen['layer']} and keeps {chosen['keep']}, not for layer {layer} and {keep}")
     most = keep or given.experts
@@ -29,7 +29,7 @@ def _drop_spec(rest: RestSpec, given: LayerSpec, chosen: Any, *, layer: int, kee
     for old, (new, sliced) in names.items():
         dtype, shape = given.tensors[old]
         table[new] = (dtype, (most, *shape[1:]) if sliced else shape)
-    share, fewest = (given.share, None) if keep else (given.share * chosen["share"], arch.legal_counts(rest.config, most)[0])
+    share, fewest = (given.share, None) if keep else (given.share * chosen["share"], family.legal_counts(most)[0])
     out = LayerSpec(rest.config, layer, most, table, share, fewest, given.slimmed)
     return Spec(out, reads=out.nbytes, writes=out.nbytes, memory=2 * out.nbytes)
 

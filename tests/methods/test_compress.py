@@ -13,12 +13,12 @@ from torch.nn.functional import kl_div
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from moeflow.arch import arch_of
+from moeflow.arch import Family
 from moeflow.cli import app
 from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data
-from moeflow.methods.graph import Calibration, Model
+from moeflow.methods.graph import Calibration, Model, Pass
 from moeflow.methods.prune import genetic
 from moeflow.methods.prune.counts import Counts
 from moeflow.methods.prune.searches import Search
@@ -40,7 +40,7 @@ PAPER = (Counts(0.75, rule="paper"), Search("genetic", best=2, block=2, inputs="
 
 def calibrated(model: Model, folder: Path) -> Calibration:
     matrix = data.tokens(running.matrix_of(folder), model, sequences=8, length=16)
-    return calibrate.run(model, matrix, batch=2, shard=4, stage=2)
+    return calibrate.run(model, matrix, Pass(batch=2, shard=4, stage=2))
 
 
 def whole(model: Model, folder: Path, *, ratio: float, how: tuple[Counts, Search], cut: dict[str, Any]) -> Step:
@@ -59,7 +59,7 @@ def fetched(store: Store, target: Step, folder: Path) -> Path:
 def formats(folder: Path) -> dict[int, Format]:
     config, tensors = read_config(Folder(folder)), headers(Folder(folder))
     shapes = {n: t.shape for n, t in tensors.items()}
-    return {i: format_of(shapes, config, i) for i in arch_of(config).moe_layers(config)}
+    return {i: format_of(shapes, config, i) for i in Family.of(config).moe_layers}
 
 
 @pytest.mark.parametrize(
@@ -367,7 +367,7 @@ def test_a_second_shard_of_text_adds_up(tmp_path: Path) -> None:
     matrix = data.tokens(running.matrix_of(tmp_path), model, sequences=8, length=16)
     found = []
     for shard in (4, 8):
-        seen = calibrate.run(model, matrix, batch=2, shard=shard, stage=2)
+        seen = calibrate.run(model, matrix, Pass(batch=2, shard=shard, stage=2))
         pruned = moei2.prune(seen, Counts(0.75, rule="uniform"), Search("enumerate"))
         small = moei2.decompose(seen, ratio=0.3)
         spectra = next(s for s in upstream([small.layers[0]]) if s.name == "decompose.spectra")

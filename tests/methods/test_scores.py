@@ -7,7 +7,7 @@ from moeflow.methods.graph import load
 from moeflow.methods.scores import SCORES, check_score
 from moeflow.methods.scores.functions import aimer, baselines, best_by_score, reap
 from moeflow.model.moe import MLP, MoELayer
-from tests.moe_layers import layer
+from tests.layers import layer
 
 
 def test_the_best_by_score_stay_and_the_lower_number_wins_a_tie() -> None:

@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from moeflow.arch import MATRICES, arch_of
+from moeflow.arch import MATRICES, Family
 from moeflow.methods.allocate import allocate_curves, exactly
 from moeflow.methods.decompose.ranks import Spectrum, average_rank, break_even, check_rank, choices, paper_ranks, treatment
 from moeflow.methods.records import DECOMPOSED, DECOMPOSITION, RANKS, Curves, Importance, read_ranks
@@ -31,7 +31,7 @@ def sides(layer_spec: LayerSpec) -> tuple[int, int]:
         raise ValueError(
             f"layer {layer_spec.layer} is slimmed or decomposed already ({layer_spec.slimmed}); decompose the model before"
         )
-    name = arch_of(layer_spec.config).gate.format(layer=layer_spec.layer, expert=0)
+    name = Family.of(layer_spec.config).expert(layer_spec.layer, 0)[0]
     if name not in layer_spec.tensors:
         raise ValueError(f"{name} is not there: layer {layer_spec.layer} has no experts, or they are factored already")
     rows, columns = layer_spec.tensors[name][1]
@@ -270,12 +270,12 @@ def _layer_spec(
 
 def _cut(given: LayerSpec, uniform: Mapping[str, int]) -> TensorTable:
     """A layer's tensors where each matrix of every expert has its uniform rank."""
-    arch, table = arch_of(given.config), dict(given.tensors)
+    family, table = Family.of(given.config), dict(given.tensors)
     for expert in range(given.experts):
-        for matrix, name in zip(MATRICES, arch.expert(given.layer, expert), strict=True):
+        for matrix, name in zip(MATRICES, family.expert(given.layer, expert), strict=True):
             if rank := uniform.get(matrix, 0):
                 dtype, (rows, columns) = table.pop(name)
-                out, inner = arch.factors(name)
+                out, inner = family.factors(name)
                 table |= {out: (dtype, (rows, rank)), inner: (dtype, (rank, columns))}
     return table
 

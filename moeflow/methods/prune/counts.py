@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
-from moeflow.arch import arch_of
+from moeflow.arch import Family
 from moeflow.methods.allocate import allocate_curves
 from moeflow.methods.graph import Model
 from moeflow.model.spec import LayerSpec
@@ -81,10 +81,10 @@ def legal_counts(model: Model, counts: Counts) -> dict[int, list[int]]:
     Raises ValueError where a layer has none, where an expert is protected that no layer has, and where a step has yet to decide how
     many experts a layer has.
     """
-    arch, allowed = arch_of(model.config), {}
+    family, allowed = Family.of(model.config), {}
     if strange := sorted({i for i, _ in counts.protected} - set(model.moe_layers)):
         raise ValueError(f"protected names {strange[0]!r}, which is no layer with experts; those are {model.moe_layers}")
-    groups = arch.group_limit(model.config)[0]
+    groups = family.group_limit[0]
     for i in model.moe_layers:
         if spec_of(model, i).share < 1:
             raise ValueError(
@@ -95,7 +95,7 @@ def legal_counts(model: Model, counts: Counts) -> dict[int, list[int]]:
             raise ValueError(f"protected={spared} of layer {i} must be different experts between 0 and {experts - 1}")
         size = experts // groups
         least = max(sum(g * size <= e < (g + 1) * size for e in spared) for g in range(groups)) * groups
-        legal = arch.legal_counts(model.config, experts)
+        legal = family.legal_counts(experts)
         allowed[i] = [n for n in legal if n >= least and n % counts.divisor == 0 and (not counts.legal or n in counts.legal)]
         if not allowed[i]:
             raise ValueError(

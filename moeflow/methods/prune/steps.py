@@ -7,7 +7,7 @@ number of the layer that a step reads; `seen` is what each shard of tokens recor
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from moeflow.arch import arch_of
+from moeflow.arch import Family
 from moeflow.methods.graph import HIDDEN
 from moeflow.methods.prune.counts import between, check_total, fit, neighbours, shares
 from moeflow.methods.prune.searches import ENUMERATE, SUBSET_SEARCHES, Search, check_search
@@ -53,9 +53,9 @@ def _choose_spec(
     rest: RestSpec, layer: LayerSpec, seen: tuple[ObservedSpec, ...], originals: tuple[ObservedSpec, ...],
     *, at: int, keep: int, how: Search, batch_tokens: int | None, dtype: str,
 ) -> Spec:  # fmt: skip
-    arch = arch_of(rest.config)
-    arch.check_keep(rest.config, keep)
-    subsets = Subsets(layer.experts, keep, arch.group_limit(rest.config)[0])
+    family = Family.of(rest.config)
+    family.check_keep(keep)
+    subsets = Subsets(layer.experts, keep, family.group_limit[0])
     exact = how.method == ENUMERATE
     if exact:
         _check_enumeration(subsets)
@@ -93,11 +93,11 @@ def _candidates_spec(
     rest: RestSpec, layer: LayerSpec, seen: tuple[ObservedSpec, ...], counts: Mapping[str, Any] | None,
     *, at: int, keep: list[int], protected: list[int], how: Search, dtype: str,
 ) -> Spec:  # fmt: skip
-    arch = arch_of(rest.config)
+    family = Family.of(rest.config)
     check_search(how.method)
     for count in keep:
-        arch.check_keep(rest.config, count, layer.experts)
-        subsets = Subsets(layer.experts, count, arch.group_limit(rest.config)[0], tuple(protected))
+        family.check_keep(count, layer.experts)
+        subsets = Subsets(layer.experts, count, family.group_limit[0], tuple(protected))
         if how.method == ENUMERATE:
             _check_enumeration(subsets)
     reads = layer.headers + layer.block_bytes + _input_bytes(rest, seen, dtype) + _statistics_bytes(layer, seen)

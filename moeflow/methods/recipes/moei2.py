@@ -9,9 +9,10 @@ from functools import partial
 from math import ceil
 from typing import Any, Protocol
 
-from moeflow.arch import MATRICES, arch_of
+from moeflow.arch import MATRICES, Family
 from moeflow.methods import rewrite
 from moeflow.methods.calibrate import steps as calibrate
+from moeflow.methods.calibrate.steps import Alternatives, Forks
 from moeflow.methods.decompose import steps as decompose_
 from moeflow.methods.decompose.ranks import average_rank
 from moeflow.methods.graph import Calibration, Model
@@ -88,9 +89,7 @@ def _paper(calibration: Calibration, counts: Counts, legal: Mapping[int, list[in
 def _exact(calibration: Calibration, counts: Counts, legal: Mapping[int, list[int]], total: int, sets: Sets) -> Searched:
     limits = _limits(calibration, legal)
     grids = {i: _thinned([n for n in numbers if n < limits["experts"][str(i)]], counts.grid) for i, numbers in legal.items()}
-    alternatives = {
-        i: (calibrate.SETS, [str(n) for n in numbers], (sets(i, numbers, best=1),)) for i, numbers in grids.items() if numbers
-    }
+    alternatives = {i: Alternatives(Forks("sets", tuple(map(str, n))), (sets(i, n, best=1),)) for i, n in grids.items() if n}
     decider = counts_exact(calibrate.curves(calibration, alternatives, tokens=counts.measured), **limits, total=total)
     return decider, {i: sets(i, legal[i], decider) for i in legal}
 
@@ -116,8 +115,8 @@ def _recon(calibration: Calibration, layers: Sequence[int], measured: int) -> di
 def _lm_loss(calibration: Calibration, layers: Sequence[int], measured: int) -> dict[int, Step]:
     model, own = calibration.model, _recon(calibration, layers, measured)
     experts = {i: counts_.spec_of(model, i).experts for i in layers}
-    top_k = arch_of(model.config).top_k(model.config)
-    each = {i: (calibrate.EACH, [str(e) for e in range(experts[i])], ()) for i in layers if experts[i] > top_k}
+    top_k = Family.of(model.config).top_k
+    each = {i: Alternatives(Forks("each", tuple(map(str, range(experts[i]))))) for i in layers if experts[i] > top_k}
     curves = calibrate.curves(calibration, each, tokens=measured)
     return {i: importance_lm(curves, own[i]) for i in layers}
 
@@ -242,7 +241,7 @@ def _ranks_by_spectra(
     for i in layers:
         rank = decompose_.moved_rank(*decompose_.sides(counts_.spec_of(model, i)))
         files = [rewritten(i, (), dict.fromkeys(matrices, rank)) for matrices in decompose_.PARTS.values()]
-        alternatives[i] = (calibrate.FILES, list(decompose_.PARTS), files)
+        alternatives[i] = Alternatives(Forks("files", tuple(decompose_.PARTS)), tuple(files))
     curves = calibrate.curves(calibration, alternatives, tokens=measured)
     rule: dict[str, Any] = {"budget": 1 - ratio, "multiple": multiple, "r_min": r_min, "r_max": r_max}
     return (decompose_.by_spectra(*spectra, curves, layers=layers, **rule),), {}

@@ -17,7 +17,7 @@ from moeflow.methods.prune.evaluated import Evaluated, enumerate_all
 from moeflow.methods.prune.gram import Weighed
 from moeflow.methods.prune.searches import SUBSET_SEARCHES, Search
 from moeflow.methods.prune.subsets import Subsets
-from tests.moe_layers import layer
+from tests.layers import layer
 
 SEARCHES = {"enumerate": evaluated.search, "genetic": genetic.search, "swap": swap.search}
 

@@ -10,7 +10,7 @@ import torch
 from moeflow.arch import FAMILIES, Arch
 from moeflow.methods.prune.errors import mask_of, squared_errors, squared_errors_direct
 from moeflow.methods.prune.subsets import Subsets
-from tests.moe_layers import layer
+from tests.layers import layer
 
 
 def test_all_subsets_are_there_once_and_the_last_experts_stay_first() -> None:

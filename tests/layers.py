@@ -1,4 +1,4 @@
-"""Small MoE layers with random weights."""
+"""A random MoE layer for tests of the searches."""
 
 import torch
 from torch import Tensor
