@@ -1,8 +1,9 @@
 """What graph functions hand to each other: a model, and a calibration of it. No step of its own, no torch."""
 
 import fnmatch
+import importlib
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from moeflow.arch import Config, Family
 from moeflow.model.layout import ESSENTIAL
@@ -147,6 +148,12 @@ class Calibration:
     @property
     def dtype(self) -> str:
         return self.passed.dtype
+
+
+def load(code: str) -> Any:
+    """The function that a row of a table of methods names as "module:function"; imports its module."""
+    module, _, name = code.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def file_of(layer: int) -> str:
