@@ -7,7 +7,7 @@ arXiv 2503.00634). Thresholds follow from what a calibration recorded; vectors b
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from moeflow.arch import MAIN, Arch, Config, arch_of
+from moeflow.arch import MAIN, Config, Family
 from moeflow.methods.graph import Calibration, Model
 from moeflow.methods.records import Facts
 from moeflow.methods.rewrite import configured, link_all
@@ -50,8 +50,8 @@ def attach(model: Model, how: CompressedExperts = CompressedExperts()) -> Model:
     Before it is trained it computes what the model computes that takes each token's first `how.main` experts, with the weights that
     they have among all k. Raises ValueError if k is 1, and if `how.main` is not between 1 and k-1.
     """
-    arch = arch_of(model.config)
-    top_k = arch.top_k(model.config)
+    family = Family.of(model.config)
+    top_k = family.top_k
     main = top_k // 2 if how.main is None else how.main
     if not 1 <= main < top_k:
         raise ValueError(f"main={main} must be at least 1 and fewer than the {top_k} experts that the router gives a token")
@@ -65,8 +65,8 @@ def _compressed_experts_spec(rest: RestSpec, before: LayerSpec, *, layer: int, f
     before.check_routing("take")
     if before.share < 1:
         raise ValueError(f"how many experts layer {layer} keeps is decided by a run; attach Compressed Experts to its result")
-    arch = arch_of(rest.config)
-    if (most := arch.reach(rest.config, before.experts)) <= arch.computed(rest.config):
+    family = Family.of(rest.config)
+    if (most := family.experts_per_token(before.experts)) <= family.main_experts:
         raise ValueError(
             f"a token gets {most} of the {before.experts} experts of layer {layer}, which leaves none to stand for; drop fewer"
         )
@@ -93,13 +93,13 @@ def compressed_experts(
 
 def _added(config: Config, tensors: TensorTable, layer: int, form: str) -> TensorTable:
     """The vectors of a layer: names, in the precision of its experts, and shapes."""
-    arch = arch_of(config)
+    family = Family.of(config)
     experts = format_of({n: shape for n, (_, shape) in tensors.items()}, config, layer).experts
-    name = arch.gate.format(layer=layer, expert=0)
-    gate = next(n for n in (name, arch.factors(name)[0]) if n in tensors or n + PACKED in tensors)
+    name = family.expert(layer, 0)[0]
+    gate = next(n for n in (name, family.factors(name)[0]) if n in tensors or n + PACKED in tensors)
     dtype, shape = tensors.get(gate) or tensors[gate + PACKED]
     dtype = tensors[gate + SCALE][0] if gate not in tensors else "BF16" if dtype.startswith("F8") else dtype
-    shapes = routing_shapes(arch, Format(experts, compressed=form), layer, int(config["hidden_size"]), shape[0])
+    shapes = routing_shapes(family, Format(experts, compressed=form), layer, int(config["hidden_size"]), shape[0])
     return {n: (dtype, s) for n, s in shapes.items()}
 
 
@@ -111,18 +111,18 @@ def skip(calibration: Calibration, how: Skipping = Skipping()) -> Model:
     is more than two.
     """
     model = calibration.model
-    arch = arch_of(model.config)
-    check(arch, arch.top_k(model.config), how)
+    check(Family.of(model.config), how)
     layers = {i: skipping(model.essential, model.layers[i], parts, layer=i, how=how) for i, parts in calibration.observed.items()}
     return model.with_layers(layers)
 
 
-def check(arch: Arch, top_k: int, how: Skipping) -> None:
-    """Raise ValueError if experts cannot be skipped like this where the router gives a token `top_k`."""
-    if arch.score == "sparsemixer":
+def check(family: Family, how: Skipping) -> None:
+    """Raise ValueError if the family's router does not allow to skip experts like this."""
+    top_k = family.top_k
+    if family.arch.score == "sparsemixer":
         raise ValueError(
-            f"a {arch.model_type} weighs each of a token's experts by itself, nearly always by one, so that its weights do not say "
-            "which can be skipped; attach Compressed Experts instead"
+            f"a {family.arch.model_type} weighs each of a token's experts by itself, nearly always by one, so that its weights do "
+            "not say which can be skipped; attach Compressed Experts instead"
         )
     if top_k < 2:
         raise ValueError("the router gives each token one expert; none is left to skip")
@@ -134,18 +134,18 @@ def check(arch: Arch, top_k: int, how: Skipping) -> None:
         raise ValueError(f"active={how.active:g} experts a token must be at least 1 and fewer than the router's {top_k}")
 
 
-def _rule(arch: Arch, config: Config) -> str:
+def _rule(family: Family) -> str:
     """What the weights of a token's experts are compared by: the paper's for two experts a token, ours for more."""
-    return "ratio" if arch.top_k(config) == 2 else "tail"
+    return "ratio" if family.top_k == 2 else "tail"
 
 
 def _skipping_spec(rest: RestSpec, before: LayerSpec, observed: tuple[ObservedSpec, ...], *, layer: int, how: Skipping) -> Spec:
     before.check_routing("take")
-    arch = arch_of(rest.config)
-    if arch.reach(rest.config, before.least) < 2:
+    family = Family.of(rest.config)
+    if family.experts_per_token(before.least) < 2:
         raise ValueError(f"a token may get one expert of layer {layer} only, and none to skip; drop fewer experts")
     tokens = sum(o.hidden.sequences * o.hidden.length for o in observed)
-    name = f"{arch.experts(layer)}skip.{_rule(arch, rest.config)}"
+    name = f"{family.experts(layer)}skip.{_rule(family)}"
     out = replace(before, config=rest.config, tensors={**before.tensors, name: ("F32", ())})
     logits = tokens * before.experts * 4
     return Spec(out, reads=logits, writes=file_bytes({name: ("F32", ())}) + 300, memory=6 * logits + (1 << 28))
@@ -161,8 +161,8 @@ def skipping(
 
     link_all(context, layer_files, but=(Facts.FILE,))
     read = read_config(config)
-    arch = arch_of(read)
-    rule = _rule(arch, read)
+    family = Family.of(read)
+    rule = _rule(family)
     value, about = threshold(read, layer_files, observed, layer=layer, rule=rule, active=how.active)
-    save({f"{arch.experts(layer)}skip.{rule}": value}, context.out / ROUTING)
+    save({f"{family.experts(layer)}skip.{rule}": value}, context.out / ROUTING)
     Facts.of(layer_files).and_then("fewer_active.skipping", rule=rule, **about).write(context.out)

@@ -7,9 +7,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from moeflow.methods import graph
 from moeflow.methods.calibrate import steps as calibrate
-from moeflow.methods.graph import Calibration, Model
+from moeflow.methods.graph import Calibration, Model, Pass
 from moeflow.methods.recipes import moei2
 from moeflow.methods.records import SPARSE
 from moeflow.methods.slim.steps import INPUTS, QUANTIZING, WITHOUT_TOKENS, divided
@@ -63,37 +62,24 @@ def slim(
 
 
 def _slim_in_sequence(calibration: Calibration, how: dict[str, Any], tasks: int) -> Model:
-    model, batch, dtype = calibration.model, calibration.batch, calibration.dtype
-    slimmed: dict[int, Step] = {}
-    hidden: tuple[Step, ...] = calibration.starts
-    last = max(calibration.observed, default=-1)
-    for i, now in enumerate(model.layers[: last + 1]):
-        if i in calibration.observed:
-            seen = tuple(
-                calibrate.observe(
-                    model.essential, h, now,
-                    layers=[i], batch=batch, record=calibration.recorded, per_expert=0, residual=False, between=0, dtype=dtype,
-                ).part(graph.file_of(i))
-                for h in hidden
-            ) if slimmed else calibration.observed[i]  # fmt: skip
-            now = slimmed[i] = divided(model.essential, now, seen, i, how, tasks)
-        if i < last:
-            hidden = tuple(calibrate.advance(model.essential, h, now, layers=[i], batch=batch, dtype=dtype) for h in hidden)
-    return model.with_layers(slimmed)
+    model = calibration.model
+    return model.with_layers(
+        calibrate.in_sequence(calibration, lambda i, layer, seen: divided(model.essential, layer, seen, i, how, tasks))
+    )
 
 
 def compress(
     model: Model, tokens: Step, *, order: str = "slim,trim", trim: Trimming | None, slim: str = "awq", ratio: float = 0.25,
-    group: int = 128, calibration: dict[str, Any], **options: Any,
+    group: int = 128, calibration: Pass, **options: Any,
 ) -> Model:  # fmt: skip
     """The model slimmed, trimmed and decomposed, as a graph; each stage is calibrated on what the one before it left.
 
     `order`: stages with commas between them, "slim", "trim" and "decompose"; `trim`: what is taken out, None: nothing; `slim`:
     "none" or a method of `slim.METHODS`, with `group` and other `options` of `slim.slim`; "decompose" makes `ratio` of the experts'
-    parameters go by low rank, at ranks that are multiples of `group`, or of 32 where that is 0; `calibration`: those of
-    `calibrate.run`. Raises ValueError for what cannot work.
+    parameters go by low rank, at ranks that are multiples of `group`, or of 32 where that is 0; `calibration`: how
+    each stage is calibrated. Raises ValueError for what cannot work.
     """
-    stages: dict[str, tuple[Callable[[Calibration], Model], dict[str, Any]]] = {
+    stages: dict[str, tuple[Callable[[Calibration], Model], dict[str, bool]]] = {
         "decompose": (lambda seen: moei2.decompose(seen, ratio=ratio, multiple=group or 32), {})
     }
     if slim != "none":
@@ -105,17 +91,16 @@ def compress(
             raise ValueError(f"order={order!r}: {name!r} is no stage; write slim,trim or trim,slim or decompose,slim")
         if name in stages:
             compressed, needs = stages[name]
-            model = compressed(calibrate.run(model, tokens, **calibration | needs))
+            model = compressed(calibrate.run(model, tokens, calibration, **needs))
     return model
 
 
-STATISTICS: dict[str, Any] = {"record": 0, "per_expert": 0}
-NEEDS: dict[str, dict[str, Any]] = {
-    "experts": STATISTICS,
-    "moe_blocks": STATISTICS,
-    "decoder_layers": {"per_expert": 0, "inputs": False, "between": True},
+NEEDS: dict[str, dict[str, bool]] = {
+    "experts": {"inputs": False},
+    "moe_blocks": {"inputs": False},
+    "decoder_layers": {"inputs": False, "between": True},
 }
-"""What a calibration records for a trimming: no MoE inputs, and for decoder layers the hidden states before each."""
+"""What a trimming reads of a calibration (`calibrate.run`): statistics only, and for decoder layers the states before each."""
 
 
 def _slimmed(method: str, options: dict[str, Any]) -> Callable[[Calibration], Model]:

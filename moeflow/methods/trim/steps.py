@@ -9,17 +9,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from moeflow.arch import Config, arch_of
+from moeflow.arch import Config, Family
 from moeflow.methods import rewrite
-from moeflow.methods.graph import HIDDEN, Calibration, Model
-from moeflow.methods.records import CRITERIA, Facts, TrimmedExperts, TrimmedLayers
+from moeflow.methods.graph import HIDDEN, Calibration, Model, load
+from moeflow.methods.records import Facts, TrimmedExperts, TrimmedLayers, read_json
+from moeflow.methods.scores import SCORES, check_score
 from moeflow.model.formats import family_config
 from moeflow.model.layout import headers, left, read_config
 from moeflow.model.spec import LayerSpec, ObservedSpec, RestSpec
 from moeflow.options import check_choices
 from moeflow.step import Artifact, Context, Spec, step
 
-SCORES = "scores.json"
+SCORED = "scores.json"
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,7 @@ class Trimming:
 
     def __post_init__(self) -> None:
         check_choices(self)
-        if self.criterion not in CRITERIA:
-            raise ValueError(f"criterion={self.criterion!r} is not known; choose one of {', '.join(CRITERIA)}")
+        check_score(self.criterion)
         if self.dropped < 0 or (self.least or 0) < 0:
             raise ValueError(f"dropped={self.dropped:g} and least={self.least} must not be negative")
         whole = "experts of each layer" if self.what == "experts" else self.what
@@ -64,7 +64,7 @@ def expert_drop(calibration: Calibration, how: Trimming) -> Model:
     Raises ValueError for counts that the router cannot work with.
     """
     model = calibration.model
-    arch, layers = arch_of(model.config), model.moe_layers
+    family, layers = Family.of(model.config), model.moe_layers
     experts = {i: model.layers[i].spec.output.experts for i in layers}
     average = sum(experts.values()) / max(1, len(layers))
     keep = average - how.dropped
@@ -72,17 +72,17 @@ def expert_drop(calibration: Calibration, how: Trimming) -> Model:
         raise ValueError(f"dropped={how.dropped:g} experts of a layer must lie between 0 and the {average:g} that there are")
     if round(keep * len(layers)) < 1:
         raise ValueError(f"dropped={how.dropped:g} leaves no expert in {len(layers)} layers; at least one layer has to keep some")
-    groups, _ = arch.group_limit(model.config)
+    groups, _ = family.group_limit
     if how.across == "layer":
         if keep != int(keep):
             raise ValueError(f"dropped={how.dropped:g} leaves {keep:g} experts in each layer, no whole number; rank across='model'")
         for i in layers:
-            arch.check_left(model.config, int(keep), model.layers[i].spec.output.least)
+            family.check_left(int(keep), model.layers[i].spec.output.least)
         least = total = int(keep)
     else:
         most = min(experts.values())
-        legal = next(n for n in range(1, most + 1) if _may_keep(arch, model.config, n, most))
-        least = arch.top_k(model.config) if how.least is None else how.least
+        legal = next(n for n in range(1, most + 1) if _may_keep(family, n, most))
+        least = family.top_k if how.least is None else how.least
         # what lies between none and the fewest that a router can work with cannot be reached one expert at a time
         least = max(least, legal if legal > groups else 0)
         total = -(-round(keep * len(layers)) // groups) * groups
@@ -125,7 +125,7 @@ def block_drop(calibration: Calibration, how: Trimming) -> Model:
     configuration would depend on which layers are left.
     """
     model, count, drop = calibration.model, len(calibration.model.layers), int(how.dropped)
-    moe = arch_of(model.config).moe_layers(model.config)
+    moe = Family.of(model.config).moe_layers
     if drop >= len(moe):
         raise ValueError(
             f"dropped={drop} decoder_layers must lie between 0 and {len(moe) - 1}: the model has {len(moe)} layers that may go"
@@ -156,9 +156,9 @@ TRIMS: dict[str, Callable[[Calibration, Trimming], Model]] = {
 """What takes out what `Trimming.what` names."""
 
 
-def _may_keep(arch: Any, config: Config, keep: int, experts: int) -> bool:
+def _may_keep(family: Family, keep: int, experts: int) -> bool:
     try:
-        arch.check_left(config, keep, experts)
+        family.check_left(keep, experts)
     except ValueError:
         return False
     return True
@@ -181,7 +181,7 @@ def _shorter(model: Model, moe: list[int], drop: int) -> Config:
                     f"{name} differs by layer: a layer cannot take another's place; drop MoE blocks (Layer Drop) instead"
                 )
             shorter[name] = value[: count - drop]
-    if arch_of(config).moe_layers(shorter) != list(range(moe[0], count - drop)):
+    if Family.of(shorter).moe_layers != list(range(moe[0], count - drop)):
         raise ValueError(
             f"layers {[i for i in range(moe[0], count) if i not in moe]} have no experts, and config.json tells them by number: "
             "another layer cannot take their place; drop MoE blocks (Layer Drop) instead"
@@ -193,7 +193,7 @@ def _scores_spec(
     rest: RestSpec, layer_spec: LayerSpec, observed: tuple[ObservedSpec, ...], *, layer: int, criterion: str, seed: int, dtype: str
 ) -> Spec:
     layer_spec.check_routing("drop experts")
-    weights = layer_spec.nbytes if criterion in BY_WEIGHTS else layer_spec.headers
+    weights = layer_spec.nbytes if SCORES[criterion].weights else layer_spec.headers
     writes = 60 + 26 * layer_spec.experts
     reads = weights + len(observed) * (1400 + 8 * 8 * layer_spec.experts)
     out = {"layer": layer, "bytes": writes, "experts": layer_spec.experts}
@@ -211,22 +211,18 @@ def expert_scores(
     expert; in the families where the authors' code does so, of its routing weight where it is chosen, and of zero elsewhere.
     """
     from moeflow.methods.recorded import add_stats, layer_of
-    from moeflow.methods.scores import SCORES as ways
     from moeflow.model.checkpoint import Tensors
 
     read = read_config(config)
-    stats = add_stats([Tensors(o) for o in observed])
-    if criterion == "router_score" and arch_of(read).drop_score == "chosen":
+    score, shards = SCORES[criterion], [Tensors(o) for o in observed]
+    if criterion == "router_score" and Family.of(read).arch.drop_score == "chosen":
+        stats = add_stats(shards, ("weight_E", "tokens"))
         score_E = stats["weight_E"] / stats["tokens"]
     else:
-        moe: Any = layer_of(Tensors(layer_files), read, layer, dtype) if criterion in BY_WEIGHTS else None
-        score_E = ways[criterion](moe, stats, seed + layer)
+        moe: Any = layer_of(Tensors(layer_files), read, layer, dtype) if score.weights else None
+        score_E = load(score.code)(moe, add_stats(shards, score.needs), seed + layer)
     value = {"layer": layer, "criterion": criterion, "scores": score_E.double().tolist()}
-    (context.out / SCORES).write_text(json.dumps(value) + "\n")
-
-
-BY_WEIGHTS = ("aimer", "random")
-"""The criteria that read a layer's experts."""
+    (context.out / SCORED).write_text(json.dumps(value) + "\n")
 
 
 def _choose_experts_spec(scores: tuple[Any, ...], *, across: str, keep: int, least: int, groups: int) -> Spec:
@@ -254,7 +250,7 @@ def choose_experts(
     ranks its experts in groups, which must stay of one size, the lowest of every group go together, by their mean. Raises
     ValueError where a run before this one has left fewer than are to stay.
     """
-    read = [json.loads(s.read(SCORES, 0, s.size(SCORES))) for s in scores]
+    read = [read_json(s, SCORED) for s in scores]
     by_layer = {s["layer"]: s["scores"] for s in read}
     sets = {layer: _sets(values, groups) for layer, values in by_layer.items()}
     if across == "layer":
@@ -359,8 +355,8 @@ def without_moe_block(context: Context, config: Artifact, layer_files: Artifact,
 
 
 def _renumber_spec(chosen: Any, candidates: tuple[LayerSpec, ...], *, config: Config, first: int, to: int) -> Spec:
-    arch = arch_of(config)
-    tables = [{arch.prefix(to) + n.removeprefix(arch.prefix(c.layer)): t for n, t in c.tensors.items()} for c in candidates]
+    family = Family.of(config)
+    tables = [{family.prefix(to) + n.removeprefix(family.prefix(c.layer)): t for n, t in c.tensors.items()} for c in candidates]
     largest = max(range(len(candidates)), key=lambda i: candidates[i].nbytes)
     biggest, share = candidates[largest], candidates[largest].share
     if any(t != tables[0] for t in tables) or any(c.share != share for c in candidates):
@@ -384,7 +380,7 @@ def renumber(context: Context, chosen: Artifact, candidates: tuple[Artifact, ...
     if old == to:
         rewrite.link_all(context, layer_files)
         return
-    prefix = {n: arch_of(config).prefix(n) for n in (old, to)}
+    prefix = {n: Family.of(config).prefix(n) for n in (old, to)}
     for name in (n for n in layer_files.names() if n.endswith(".safetensors")):
         tensors = {n: t for n, t in headers(layer_files).items() if t.file == name}
         read = checkpoint.read_many(layer_files, tensors)
