@@ -51,7 +51,7 @@ def run(model: Model, tokens: Step, passed: Pass = Pass(), *, inputs: bool = Tru
     statistics of the routers only. `between`: whether the hidden states before every layer are kept, of the same tokens.
     """
     starts = _embedded(model, tokens, passed)
-    tokens_of_shard = passed.sequences * tokens.spec.output.length
+    tokens_of_shard = passed.sequences_of_shard * tokens.spec.output.length
     each = tokens_of_shard if passed.record is None else -(-passed.record // len(starts))
     recording = Recording(each if inputs else 0, passed.per_expert if inputs else 0, each if between else 0)
     observed: dict[int, tuple[Part, ...]] = {i: () for i in model.moe_layers}
@@ -141,7 +141,7 @@ def _stages(model: Model, size: int) -> list[tuple[int, tuple[Step, ...]]]:
 
 def _embedded(model: Model, tokens: Step, passed: Pass) -> list[Step]:
     """The hidden states of every shard before the first layer."""
-    count, size = tokens.spec.output.sequences, passed.sequences
+    count, size = tokens.spec.output.sequences, passed.sequences_of_shard
     rest = model.rest.part(REST)
     return [
         embed(model.essential, rest, tokens, first=first, count=min(size, count - first), dtype=passed.dtype)
