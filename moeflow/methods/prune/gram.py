@@ -173,8 +173,8 @@ def _prepared(moe: MoELayer, x_TD: Tensor, target_TD: Tensor | None, drop_at_mos
         shared_TD = moe.shared_output(x_TD)
         goal_TD = target_TD.double() if shared_TD is None else target_TD.double() - shared_TD.double()
         norm = target_TD.double().square().sum()
-    found = None if _chooses_again(moe.router) else ranked(moe, x_TD, logits_TE, goal_TD, drop_at_most)
-    piece, square = found or _routed(moe, x_TD, logits_TE, goal_TD)
+    quick = None if _chooses_again(moe.router) else ranked(moe, x_TD, logits_TE, goal_TD, drop_at_most)
+    piece, square = quick or _routed(moe, x_TD, logits_TE, goal_TD)
     if norm is None and moe.shared is not None:
         norm = moe(x_TD).double().square().sum()
     return piece, square if norm is None else norm
