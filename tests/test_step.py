@@ -153,9 +153,12 @@ def test_a_chain_of_thousands_of_steps_is_no_recursion() -> None:
 def test_the_recorded_source_covers_the_modules_that_a_step_imports_when_it_runs(tmp_path: Path) -> None:
     """Also what those import, but not `step.py` itself; in copies of the package, each read by a process of its own."""
     code = (
-        "from moeflow.methods.recipes import pretrained; from moeflow.sources import Texts; from moeflow.step import upstream\n"
-        "steps = upstream(pretrained.mixtral(Texts('python:stdlib/abc.py')).layers)\n"
-        "print(*(s.source for s in steps if s.name == 'pretrain.mixtral'))"
+        "from moeflow.methods.calibrate import steps as calibrate; from moeflow.methods.data import steps as data\n"
+        "from moeflow.methods.recipes import naee, pretrained; from moeflow.sources import Texts\n"
+        "text = Texts('python:stdlib/abc.py')\n"
+        "model = pretrained.mixtral(text)\n"
+        "seen = calibrate.run(model, data.tokens(text, model, sequences=8, length=16))\n"
+        "print(naee.layerwise(seen, keep=6).choices[0].source)"
     )
 
     def source_where_one_file_differs(changed: str) -> str:
@@ -171,8 +174,9 @@ def test_the_recorded_source_covers_the_modules_that_a_step_imports_when_it_runs
 
     as_it_is = source_where_one_file_differs("cli.py")
     assert len(as_it_is) == 64 and source_where_one_file_differs("step.py") == as_it_is
-    assert source_where_one_file_differs("methods/pretrain/mixtral.py") != as_it_is
-    assert source_where_one_file_differs("arch/__init__.py") != as_it_is
+    # what it imports, what that imports, and what a table names as code
+    for changed in ("methods/prune/enumeration.py", "model/moe.py", "methods/prune/genetic.py"):
+        assert source_where_one_file_differs(changed) != as_it_is
 
 
 def test_a_graph_placed_elsewhere_keeps_every_key() -> None:
