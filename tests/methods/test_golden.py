@@ -11,12 +11,10 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from moeflow.cli import app
-from tests.running import SHARED
+from tests import running
 
-GOLDEN = SHARED / "golden" / "naee-7"
+GOLDEN = running.GOLDEN / "naee-7"
 PIPELINE = Path(__file__).parents[2] / "pipelines" / "mixtral.py"
-
-pytestmark = pytest.mark.skipif(not GOLDEN.exists(), reason=f"the authors' results are not at {GOLDEN}")
 
 
 def moeflow(*words: str) -> str:

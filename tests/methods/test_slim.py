@@ -315,7 +315,6 @@ def test_what_cannot_be_slimmed_is_refused_in_one_line(tmp_path: Path) -> None:
 )
 def test_zeros_of_experts_stay_zeros_through_training(mode: str, zero: int, tmp_path: Path) -> None:
     """And what is not zero is trained."""
-    pytest.importorskip("deepspeed")
     seen = calibrated(model_in(tiny.write("deepseek_v2", tmp_path / "model")), tmp_path)
     sparse = unified.slim(seen, method="wanda", pattern="2:4", shared=True, inputs="parallel")
     data = data_.tokens(matrix_of(tmp_path), sparse, sequences=8, length=16)

@@ -324,7 +324,6 @@ def test_what_cannot_be_trimmed_is_refused_in_one_line(tmp_path: Path) -> None:
 
 
 def test_a_trimmed_model_is_trained(tmp_path: Path) -> None:
-    pytest.importorskip("deepspeed")
     source, store = tiny.write("mixtral", tmp_path / "model"), store_in(tmp_path)
     thin = trim.layer_drop(calibrated(model_in(source), tmp_path), drop=1)
     data = data_.tokens(matrix_of(tmp_path), thin, sequences=8, length=16)
