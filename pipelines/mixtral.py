@@ -47,7 +47,7 @@ def build(
     passed = Pass(batch=batch, dtype=dtype)
     seen = calibrate.run(original, matrix, passed)
     pruned = naee.prune(seen, keep, Search(search, loss=loss, seed=seed))
-    served = naee.skipped(skip)(pruned, matrix, passed)
+    served = naee.skipped(pruned, matrix, naee.skipping(skip), passed)
     reports = compare.compare(seen, served, heldout=heldout, sequences=heldout_sequences, length=length)
     return checkpoint.checkpoint_of(served).reporting(*reports)
 

@@ -10,6 +10,8 @@ the configuration; the paper prints 878 M.
 What moeflow puts beside it: `-p train=compressed_experts` trains the vectors alone, `-p loss=kl` distils from the original.
 """
 
+from typing import Literal
+
 from mixtral import WIKITEXT2
 
 from moeflow.cli import main
@@ -29,8 +31,8 @@ def build(
     *,
     text: Texts = Texts("mathinstruct"),
     heldout: Texts = Texts(WIKITEXT2),
-    computed: int = 0,
-    form: str = "three",
+    computed: int | None = None,
+    form: Literal["three", "one"] = "three",
     train: str = "full",
     loss: str = "lm",
     rows: int = 12_800,
@@ -52,7 +54,7 @@ def build(
 ) -> Step:
     original = checkpoint.pinned(model)
     data = data_.examples(text, original, sequences=rows, length=length, seed=seed, bos=bos, repeat=True)
-    attached = fewer_active.attach(original, main=computed, form=form)
+    attached = fewer_active.attach(original, fewer_active.CompressedExperts(computed, form))
     tuned = tune.tune(
         attached, data, mode=train, loss=loss, teacher=tune.teachers(loss)(original, data, dtype=dtype),
         steps=round(epochs * rows / batch), batch=batch, rate=rate, warmup=warmup, dtype=dtype, seed=seed,

@@ -10,6 +10,7 @@ from typing import Any
 
 from moeflow.methods.finetune.recipe import Recipe
 from moeflow.methods.graph import HIDDEN
+from moeflow.methods.records import Facts
 from moeflow.methods.reports import row, write_report
 from moeflow.model.spec import CheckpointSpec, HiddenSpec, LayerSpec, RestSpec, TokensSpec, header_bytes
 from moeflow.step import Artifact, Context, Spec, Step, step, upstream
@@ -103,14 +104,15 @@ def train(
     run(context, checkpoint, data, taught, dict(zip(validation, rest[teachers:], strict=True)), recipe)
 
 
-def _layer_spec(trained: Any, given: LayerSpec, *, layer: int) -> Spec:
+def _layer_spec(trained: Any, given: LayerSpec, *, layer: int, mode: str) -> Spec:
     return Spec(given, memory=1 << 20)
 
 
 @step("finetune.layer", version=1, spec=_layer_spec)
-def layer(context: Context, trained: Artifact, given: Artifact, *, layer: int) -> None:
-    """One decoder layer as it was trained, and what else the layer's files were before; no byte moves."""
+def layer(context: Context, trained: Artifact, given: Artifact, *, layer: int, mode: str) -> None:
+    """One decoder layer as it was trained in this `mode`, and what else the layer's files were before; no weight moves."""
     _linked(context, trained, given)
+    Facts.of(given).and_then("finetune.layer", mode=mode).write(context.out)
 
 
 def _rest_spec(trained: Any, given: RestSpec) -> Spec:
@@ -128,7 +130,7 @@ def _linked(context: Context, trained: Artifact, given: Artifact) -> None:
     for name, file in new.items():
         context.link(trained, file, name)
     for name in given.names():
-        if name not in new:
+        if name not in new and name != Facts.FILE:
             context.link(given, name)
 
 

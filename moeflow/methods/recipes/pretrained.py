@@ -48,7 +48,7 @@ def mixtral(
     weights = trained.part(WEIGHTS)
     return Model(
         config=config,
-        rest=rest(trained, weights, config=config, files=list(TOKENIZER_FILES), tensors=tables[None], note=""),
+        rest=rest(trained, (weights,), config=config, files=list(TOKENIZER_FILES), tensors=tables[None], note=""),
         texts=trained.part("tokenizer"),
-        layers=tuple(layer(weights, config=essential(config), layer=i, tensors=tables[i]) for i in range(layers)),
+        layers=tuple(layer((weights,), config=essential(config), layer=i, tensors=tables[i]) for i in range(layers)),
     )

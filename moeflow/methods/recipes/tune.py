@@ -123,7 +123,11 @@ def tune(
     ).on(
         cpus=gang.cpus, gpus=gang.gpus, memory=need.host, processes=gang.processes, device=need.device, settings=gang.settings()
     )  # fmt: skip
-    changed = {i: finetune.layer(trained.part(f"layer-{i:03d}/"), model.layers[i], layer=i) for i in opened if i is not None}
+    changed = {
+        i: finetune.layer(trained.part(f"layer-{i:03d}/"), model.layers[i], layer=i, mode=recipe.mode)
+        for i in opened
+        if i is not None
+    }
     tuned = replace(model.with_layers(changed), rest=rest_of(trained.part("rest/"), model.rest) if None in opened else model.rest)
     return Tuned(tuned, trained, (report(trained.part(TRAINING)),))
 
