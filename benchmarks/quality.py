@@ -19,7 +19,7 @@ from benchmarks.rows import Row
 from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data
-from moeflow.methods.graph import Calibration, Model
+from moeflow.methods.graph import Calibration, Model, Sample
 from moeflow.methods.recipes import compare, moei2, naee
 from moeflow.run import in_process
 from moeflow.sources import Texts, pin
@@ -121,7 +121,7 @@ def _run(model: Model, matrix: Step) -> Calibration:
 
 
 def _measured(store: Store, original: Model, method: Method, removed: float, seed: int) -> dict[str, Any]:
-    matrix = data.tokens(Texts(CALIBRATION), original, sequences=SEQUENCES, length=LENGTH, seed=seed)
+    matrix = data.tokens(Texts(CALIBRATION), original, Sample(SEQUENCES, LENGTH, seed=seed))
     seen = _run(original, matrix)
     small = method(seen, matrix, removed, seed)
     compared = compare.compare(seen, small, heldout=Texts(HELDOUT), sequences=HELDOUT_SEQUENCES, length=LENGTH)

@@ -20,7 +20,7 @@ from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data
 from moeflow.methods.fewer_active import steps as fewer_active
 from moeflow.methods.finetune.recipe import Gang
-from moeflow.methods.graph import Calibration, Model
+from moeflow.methods.graph import Calibration, Model, Sample
 from moeflow.methods.recipes import compare, moei2, naee, tune
 from moeflow.run import in_process
 from moeflow.sources import Texts, pin
@@ -67,12 +67,12 @@ class Recovery:
     def __init__(self, store: Store) -> None:
         self.store = store
         self.original = checkpoint.pinned(pin(str(SHARED / "models" / "mixtral-21m"), kind="model"))
-        self.matrix = data.tokens(Texts(CALIBRATION), self.original, sequences=SEQUENCES, length=LENGTH)
+        self.matrix = data.tokens(Texts(CALIBRATION), self.original, Sample(SEQUENCES, LENGTH))
         self.seen: Calibration = calibrate.run(self.original, self.matrix, **PASS)
-        self.data = data.tokens(Texts(CALIBRATION), self.original, sequences=ROWS, length=LENGTH, seed=1)
+        self.data = data.tokens(Texts(CALIBRATION), self.original, Sample(ROWS, LENGTH, seed=1))
         self.taught = tune.teacher(self.original, self.data, top=64, **PASS)
         self.validation = {
-            kind: data.tokens(Texts(name), self.original, sequences=12, length=LENGTH, seed=2) for kind, name in VALIDATION.items()
+            kind: data.tokens(Texts(name), self.original, Sample(12, LENGTH, seed=2)) for kind, name in VALIDATION.items()
         }
 
     def tuned(self, model: Model, *, loss: str, **options: Any) -> tune.Tuned:

@@ -21,7 +21,7 @@ from benchmarks.rows import Row
 from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data
-from moeflow.methods.graph import Calibration, Model
+from moeflow.methods.graph import Calibration, Model, Sample
 from moeflow.methods.recipes import compare, moei2, naee, unified
 from moeflow.methods.trim import steps as trim
 from moeflow.run import in_process
@@ -166,7 +166,7 @@ class _Bench:
     def __init__(self, store: Store) -> None:
         self.store = store
         self.original = checkpoint.pinned(pin(str(SHARED / "models" / "mixtral-21m"), kind="model"))
-        self.matrix = data.tokens(Texts(CALIBRATION), self.original, sequences=SEQUENCES, length=LENGTH)
+        self.matrix = data.tokens(Texts(CALIBRATION), self.original, Sample(SEQUENCES, LENGTH))
         self.seen = self._calibrated(self.original)
         self.whole = 0.0
 

@@ -19,6 +19,7 @@ from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data_
 from moeflow.methods.finetune.recipe import Gang
+from moeflow.methods.graph import Sample
 from moeflow.methods.recipes import compare, moei2
 from moeflow.methods.recipes import tune as tune_
 from moeflow.sources import Source, Texts
@@ -71,7 +72,7 @@ def build(
     seed: int = 42,
 ) -> Step:
     original = checkpoint.pinned(model)
-    matrix = data_.tokens(tokens, original, sequences=sequences, length=length, seed=seed, bos=bos, group=1000)
+    matrix = data_.tokens(tokens, original, Sample(sequences, length, seed=seed, bos=bos, group=1000))
     recorded = {"batch": batch, "shard": 4 * batch, "stage": 3, "record": record, "per_expert": per_expert, "dtype": dtype}
     seen = calibrate.run(original, matrix, **recorded)
     pruned = moei2.prune(

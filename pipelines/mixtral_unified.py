@@ -18,6 +18,7 @@ from moeflow.cli import main
 from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data
+from moeflow.methods.graph import Sample
 from moeflow.methods.recipes import compare, unified
 from moeflow.sources import Source, Texts
 from moeflow.step import Step
@@ -50,7 +51,7 @@ def build(
     seed: int = 42,
 ) -> Step:
     original = checkpoint.pinned(model)
-    matrix = data.tokens(tokens, original, sequences=sequences, length=length, seed=seed, bos=bos, group=1000)
+    matrix = data.tokens(tokens, original, Sample(sequences, length, seed=seed, bos=bos, group=1000))
     passed = {"batch": batch, "shard": 4 * batch, "stage": 8, "record": record, "per_expert": per_expert, "dtype": dtype}
     small = unified.compress(
         original, matrix, order=order, trim=trim, dropped=dropped, slim=slim, calibration=passed,

@@ -18,6 +18,7 @@ from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data_
 from moeflow.methods.fewer_active import steps as fewer_active
 from moeflow.methods.finetune.recipe import Gang
+from moeflow.methods.graph import Sample
 from moeflow.methods.recipes import compare, tune
 from moeflow.sources import Source, Texts
 from moeflow.step import Step
@@ -50,7 +51,7 @@ def build(
     seed: int = 42,
 ) -> Step:
     original = checkpoint.pinned(model)
-    data = data_.examples(text, original, sequences=rows, length=length, seed=seed, bos=bos, repeat=True)
+    data = data_.examples(text, original, data_.Examples(rows, length, seed=seed, bos=bos, repeat=True))
     attached = fewer_active.attach(original, main=computed, form=form)
     tuned = tune.tune(
         attached, data, mode=train, loss=loss, teacher=tune.teachers(loss)(original, data, dtype=dtype),
@@ -58,7 +59,7 @@ def build(
         deepspeed=deepspeed or None,
         gang=Gang(processes, zero=zero, micro=micro, offload=offload, checkpointing=True, device_memory=int(device_memory)),
     )  # fmt: skip
-    matrix = data_.tokens(heldout, original, sequences=8, length=length, seed=seed, bos=bos)
+    matrix = data_.tokens(heldout, original, Sample(8, length, seed=seed, bos=bos))
     seen = calibrate.run(original, matrix, batch=8, shard=32, record=0, dtype=dtype)
     reports = compare.compare(seen, tuned.model, heldout=heldout, sequences=heldout_sequences, length=length)
     return checkpoint.checkpoint_of(tuned.model).reporting(*tuned.reports, *reports)

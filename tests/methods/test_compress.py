@@ -17,7 +17,7 @@ from moeflow.cli import app
 from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data
-from moeflow.methods.graph import Calibration, Model
+from moeflow.methods.graph import Calibration, Model, Sample
 from moeflow.methods.prune import genetic
 from moeflow.methods.recipes import compare, moei2
 from moeflow.model.checkpoint import Tensors, read_moe
@@ -35,7 +35,7 @@ PAPER: dict[str, Any] = {"counts": "paper", "search": "genetic", "block": 2, "be
 
 
 def calibrated(model: Model, folder: Path) -> Calibration:
-    matrix = data.tokens(running.matrix_of(folder), model, sequences=8, length=16)
+    matrix = data.tokens(running.matrix_of(folder), model, Sample(8, 16))
     return calibrate.run(model, matrix, batch=2, shard=4, stage=2)
 
 
@@ -361,7 +361,7 @@ def test_a_second_shard_of_text_adds_up(tmp_path: Path) -> None:
     """Candidates and spectra from two shards are those of one shard with the same tokens."""
     source, store = tiny.write("mixtral", tmp_path / "model"), running.store_in(tmp_path)
     model = running.model_in(source)
-    matrix = data.tokens(running.matrix_of(tmp_path), model, sequences=8, length=16)
+    matrix = data.tokens(running.matrix_of(tmp_path), model, Sample(8, 16))
     found = []
     for shard in (4, 8):
         seen = calibrate.run(model, matrix, batch=2, shard=shard, stage=2)

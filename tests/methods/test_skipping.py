@@ -18,7 +18,7 @@ from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data
 from moeflow.methods.fewer_active import steps as fewer_active
 from moeflow.methods.fewer_active.thresholds import median, reaching
-from moeflow.methods.graph import HIDDEN, Calibration, Model
+from moeflow.methods.graph import HIDDEN, Calibration, Model, Sample
 from moeflow.methods.recipes import compare, naee
 from moeflow.model import routed_experts
 from moeflow.model.checkpoint import Tensors, read_moe
@@ -34,7 +34,7 @@ ACTIVE = 1.6
 
 
 def calibrated(model: Model, folder: Path, **options: Any) -> Calibration:
-    matrix = data.tokens(matrix_of(folder), model, sequences=8, length=16)
+    matrix = data.tokens(matrix_of(folder), model, Sample(8, 16))
     return calibrate.run(model, matrix, batch=4, shard=4, stage=2, **options)
 
 

@@ -17,7 +17,7 @@ from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data_
 from moeflow.methods.fewer_active import steps as fewer_active
-from moeflow.methods.graph import Calibration, Model
+from moeflow.methods.graph import Calibration, Model, Sample
 from moeflow.methods.recipes import compare, naee, tune
 from moeflow.methods.trim import steps as trim
 from moeflow.model.checkpoint import Tensors, read_moe
@@ -38,7 +38,7 @@ def source(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 def calibrated(model: Model, folder: Path, **options: Any) -> Calibration:
     options = {"batch": 2, "shard": 4, "stage": 2, "between": True} | options
-    return calibrate.run(model, data_.tokens(matrix_of(folder), model, sequences=8, length=16), **options)
+    return calibrate.run(model, data_.tokens(matrix_of(folder), model, Sample(8, 16)), **options)
 
 
 def ids_of(folder: Path) -> Tensor:
@@ -362,7 +362,7 @@ def test_a_trimmed_model_is_trained(tmp_path: Path) -> None:
     pytest.importorskip("deepspeed")
     source, store = tiny.write("mixtral", tmp_path / "model"), store_in(tmp_path)
     thin = trim.layer_drop(calibrated(model_in(source), tmp_path), drop=1)
-    data = data_.tokens(matrix_of(tmp_path), thin, sequences=8, length=16)
+    data = data_.tokens(matrix_of(tmp_path), thin, Sample(8, 16))
     tuned = tune.tune(thin, data, mode="full", steps=2, batch=2, rate=1e-3)
     out = pulled(store, tuned.model, tmp_path)
     assert read_config(Folder(out))["moeflow_layers"].count({"experts": 0, "gone": "moe"}) == 1

@@ -8,7 +8,7 @@ from moeflow.methods.calibrate.steps import hidden_states
 from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data
 from moeflow.methods.evaluate.steps import here, layers, quality, reach, size, speed
-from moeflow.methods.graph import Calibration, Model
+from moeflow.methods.graph import Calibration, Model, Sample
 from moeflow.methods.records import SPARSE
 from moeflow.step import Step
 
@@ -25,7 +25,7 @@ def compare(
     plan: list[tuple[str, Step, tuple[Step, ...], str]] = []
     if original.has_tokenizer:
         for text in heldout.each():
-            matrix = data.tokens(text, original, sequences=sequences, length=length, seed=seed, bos=False)
+            matrix = data.tokens(text, original, Sample(sequences, length, seed=seed, bos=False))
             plan.append((_name(text.entries()[0].source), matrix, _hidden(original, matrix, calibration), ""))
     else:
         note = "the model has no tokenizer: held-out text is left out, the loss on the token matrix stands for it"

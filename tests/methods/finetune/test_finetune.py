@@ -22,7 +22,7 @@ from moeflow.methods.fewer_active import steps as fewer_active
 from moeflow.methods.finetune import snapshots
 from moeflow.methods.finetune.batches import batch_of
 from moeflow.methods.finetune.recipe import Gang
-from moeflow.methods.graph import Model
+from moeflow.methods.graph import Model, Sample
 from moeflow.methods.recipes import tune
 from moeflow.methods.recipes.tune import Tuned
 from moeflow.model.checkpoint import Tensors
@@ -85,7 +85,7 @@ def plain(folder: Path, ids_NL: np.ndarray) -> tuple[Any, list[float]]:
 
 def test_a_full_training_is_that_of_a_plain_loop_in_every_family(family: Path, store: Store, rows: Any, tmp_path: Path) -> None:
     model = model_in(family)
-    data = data_.tokens(rows, model, sequences=6, length=12)
+    data = data_.tokens(rows, model, Sample(6, 12))
     tuned = tune.tune(model, data, mode="full", steps=STEPS, batch=BATCH, rate=RATE, warmup=0.0)
     run(store, alone(tuned.trained))
     expected, losses = plain(family, array_of(rows))
@@ -107,7 +107,7 @@ def test_the_merged_model_computes_what_lora_trained(kind: str, family: Path, st
     model = model_in(family if kind == "standard" else compress(family, tmp_path / family.name))
     arch = arch_of(model.config)
     targets = ("attention", "router", "experts") + (("shared",) if arch.shared else ())
-    data = data_.tokens(rows, model, sequences=6, length=12)
+    data = data_.tokens(rows, model, Sample(6, 12))
     options: dict[str, Any] = dict(steps=STEPS, batch=BATCH, rate=RATE, warmup=0.0, rank=4, targets=targets)
     tuned = tune.tune(model, data, validation={"same": data}, keep="last", **options)
     run(store, alone(tuned.trained))
@@ -131,7 +131,7 @@ def test_the_merged_model_computes_what_lora_trained(kind: str, family: Path, st
 @pytest.mark.parametrize("mode", ["experts", "router"])
 def test_a_mode_trains_its_own_tensors_and_leaves_layers_without_any(mode: str, store: Store, rows: Any, tmp_path: Path) -> None:
     model = model_in(tiny.write("qwen2_moe", tmp_path / "model"))
-    data = data_.tokens(rows, model, sequences=6, length=12)
+    data = data_.tokens(rows, model, Sample(6, 12))
     tuned = tune.tune(model, data, mode=mode, steps=2, batch=3, rate=RATE)
     assert tuned.model.layers[1] is model.layers[1] and tuned.model.rest is model.rest  # layer 1 is dense
     run(store, alone(tuned.trained))
@@ -159,7 +159,7 @@ class Killer(Lines):
 def test_processes_divide_the_work_and_one_that_is_killed_changes_nothing(mixtral: Path, rows: Any, tmp_path: Path) -> None:
     """One key. The curve of two processes is that of one but for rounding, and that of a resumed run its own exactly."""
     model = model_in(mixtral)
-    data = data_.tokens(rows, model, sequences=6, length=12)
+    data = data_.tokens(rows, model, Sample(6, 12))
     options: dict[str, Any] = dict(steps=12, batch=4, rate=3e-3, rank=4, validation={"same": data}, every=4)
     found = {}
     for name, gang in {
@@ -187,10 +187,10 @@ def test_processes_divide_the_work_and_one_that_is_killed_changes_nothing(mixtra
 
 def test_nothing_is_refused_late_that_could_be_refused_early(mixtral: Path, rows: Any, tmp_path: Path) -> None:
     model = model_in(mixtral)
-    data = data_.tokens(rows, model, sequences=6, length=12)
-    long = data_.tokens(matrix_of(tmp_path, sequences=2, length=80), model, sequences=2, length=80)
+    data = data_.tokens(rows, model, Sample(6, 12))
+    long = data_.tokens(matrix_of(tmp_path, sequences=2, length=80), model, Sample(2, 80))
     taught = tune.teacher(model, data, top=8)
-    other = tune.teacher(model, data_.tokens(matrix_of(tmp_path, sequences=6, length=12, seed=5), model, sequences=6, length=12))
+    other = tune.teacher(model, data_.tokens(matrix_of(tmp_path, sequences=6, length=12, seed=5), model, Sample(6, 12)))
     for change, message in {
         "long": ({"data": long}, "the data has sequences of 80 tokens, the model 64 positions"),
         "validation": ({"validation": {"prose": long}}, "prose has sequences of 80 tokens"),
@@ -221,7 +221,7 @@ def test_nothing_is_refused_late_that_could_be_refused_early(mixtral: Path, rows
 
 def test_data_with_nothing_to_predict_are_refused_with_the_reason(mixtral: Path, store: Store, rows: Any) -> None:
     model = model_in(mixtral)
-    data = masked(data_.tokens(rows, model, sequences=6, length=12), first=0)
+    data = masked(data_.tokens(rows, model, Sample(6, 12)), first=0)
     tuned = tune.tune(model, data, steps=1, batch=2, rate=1e-3)
     with pytest.raises(StepFailed, match="nothing is to be predicted in the 6 sequences: learned.npy is zero behind"):
         run(store, alone(tuned.trained))
@@ -241,7 +241,7 @@ def masked(context: Context, given: Artifact, *, first: int) -> None:
 
 def test_the_loss_is_the_mean_over_what_is_to_be_predicted(mixtral: Path, store: Store, rows: Any) -> None:
     model = model_in(mixtral)
-    data = masked(data_.tokens(rows, model, sequences=6, length=12), first=7)
+    data = masked(data_.tokens(rows, model, Sample(6, 12)), first=7)
     tuned = tune.tune(model, data, mode="router", steps=1, batch=6, rate=1e-3, validation={"same": data})
     run(store, alone(tuned.trained))
     ids = torch.from_numpy(array_of(rows))
@@ -256,7 +256,7 @@ def test_the_loss_is_the_mean_over_what_is_to_be_predicted(mixtral: Path, store:
 def test_a_router_learns_from_the_original_what_pruning_took(mixtral: Path, store: Store, rows: Any, tmp_path: Path) -> None:
     """Router-KD, from a file with the original's whole distribution: the loss is the divergence, and it falls."""
     original, pruned = model_in(mixtral), model_in(compress(mixtral, tmp_path / "pruned"))
-    data = data_.tokens(rows, original, sequences=6, length=12)
+    data = data_.tokens(rows, original, Sample(6, 12))
     taught = tune.teacher(original, data, top=96, batch=2, shard=4)
     assert len(taught) == 2
     tuned = tune.tune(pruned, data, mode="router", loss="kl", teacher=taught, steps=20, batch=6, rate=3e-2, warmup=0.0)
@@ -274,7 +274,7 @@ def test_a_router_learns_from_the_original_what_pruning_took(mixtral: Path, stor
 
 def test_a_training_that_overflows_stops_with_the_step_and_keeps_the_state_before(mixtral: Path, rows: Any, tmp_path: Path) -> None:
     model = model_in(mixtral)
-    data = data_.tokens(rows, model, sequences=6, length=12)
+    data = data_.tokens(rows, model, Sample(6, 12))
     options: dict[str, Any] = dict(mode="full", steps=9, batch=6, rate=0.5, decay=1e12, gang=Gang(zero=0, save_every=1))
     tuned = tune.tune(model, data, **options)
     store = store_in(tmp_path)
@@ -292,7 +292,7 @@ def test_a_disk_without_room_for_a_snapshot_is_told_in_a_line(
     mixtral: Path, store: Store, rows: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = model_in(mixtral)
-    data = data_.tokens(rows, model, sequences=6, length=12)
+    data = data_.tokens(rows, model, Sample(6, 12))
     tuned = tune.tune(model, data, mode="router", steps=Gang().save_every + 1, batch=1, rate=1e-4)
     monkeypatch.setattr(snapshots.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6, 1000))
     with pytest.raises(
@@ -304,7 +304,7 @@ def test_a_disk_without_room_for_a_snapshot_is_told_in_a_line(
 
 def test_compressed_experts_learn_alone_and_leave_the_layers_files_untouched(mixtral: Path, store: Store, rows: Any) -> None:
     model = fewer_active.attach(model_in(mixtral))
-    data = data_.tokens(rows, model, sequences=6, length=12)
+    data = data_.tokens(rows, model, Sample(6, 12))
     tuned = tune.tune(model, data, mode="compressed_experts", steps=4, batch=6, rate=1e-1, validation={"same": data})
     run(store, alone(tuned.trained))
     files = store.artifact(tuned.trained.key).names()
@@ -318,8 +318,8 @@ def test_compressed_experts_learn_alone_and_leave_the_layers_files_untouched(mix
 
 def test_the_best_state_is_kept_and_the_report_says_what_it_gained(mixtral: Path, store: Store, rows: Any) -> None:
     model = model_in(mixtral)
-    data = data_.tokens(rows, model, sequences=6, length=12)
-    other = data_.tokens(rows, model, sequences=6, length=12)
+    data = data_.tokens(rows, model, Sample(6, 12))
+    other = data_.tokens(rows, model, Sample(6, 12))
     tuned = tune.tune(model, data, steps=8, batch=3, rate=3e-2, every=2, validation={"a": data, "b": other})
     run(store, alone(tuned.reports[0]))
     told = read(store, tuned)

@@ -10,6 +10,7 @@ import pytest
 from moeflow.methods.data import steps as data_
 from moeflow.methods.finetune import deepspeed_config
 from moeflow.methods.finetune.recipe import Gang, Recipe
+from moeflow.methods.graph import Sample
 from moeflow.methods.recipes import tune
 from tests import tiny
 from tests.running import matrix_of, model_in
@@ -89,7 +90,7 @@ def test_what_cannot_be_meant_is_refused_in_a_line(change: dict[str, Any], messa
 
 def test_two_spellings_of_a_run_have_one_key_and_where_it_runs_has_none(tmp_path: Path) -> None:
     model = model_in(tiny.write("mixtral", tmp_path / "model"))
-    data = data_.tokens(matrix_of(tmp_path, sequences=8), model, sequences=8, length=16)
+    data = data_.tokens(matrix_of(tmp_path, sequences=8), model, Sample(8, 16))
     plain = tune.tune(model, data, steps=20, batch=8, rate=2e-3, warmup=0.1, decay=0.1, clip=0.5, dtype="bfloat16")
     said = {
         "train_batch_size": 8, "gradient_clipping": 0.5, "bf16": {"enabled": True}, "zero_optimization": {"stage": 1},
