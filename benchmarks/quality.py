@@ -19,7 +19,7 @@ from benchmarks.rows import Row
 from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data
-from moeflow.methods.graph import Calibration, Model, Sample
+from moeflow.methods.graph import Calibration, Model, Pass, Sample
 from moeflow.methods.recipes import compare, moei2, naee
 from moeflow.run import in_process
 from moeflow.sources import Texts, pin
@@ -40,6 +40,7 @@ HELDOUT = ",".join(
 )
 KINDS = ("prose", "mathematics", "code")
 SEQUENCES, HELDOUT_SEQUENCES, LENGTH, SEEDS, RESAMPLED = 96, 64, 256, 3, 5_000
+HELDOUT_PASS = Pass(16, 128, dtype="float32")
 UNIFORM = "NAEE, uniform"
 COMPARED = ("ours", "ours, ranks alone", "ours, pruning only")
 TARGETS = {0.25: 0.75, 0.5: 0.85}
@@ -124,7 +125,7 @@ def _measured(store: Store, original: Model, method: Method, removed: float, see
     matrix = data.tokens(Texts(CALIBRATION), original, Sample(SEQUENCES, LENGTH, seed=seed))
     seen = _run(original, matrix)
     small = method(seen, matrix, removed, seed)
-    compared = compare.compare(seen, small, heldout=Texts(HELDOUT), sequences=HELDOUT_SEQUENCES, length=LENGTH)
+    compared = compare.compare(original, small, Texts(HELDOUT), Sample(HELDOUT_SEQUENCES, LENGTH), HELDOUT_PASS)
     reports = [r for r in compared if r.name in ("evaluate.size", "evaluate.quality")]
     in_process.run([checkpoint.checkpoint_of(small), *reports], store)
     read = [json.loads(store.artifact(r.key).file("report.json").read_text()) for r in reports]

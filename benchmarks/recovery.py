@@ -13,7 +13,7 @@ import tempfile
 from dataclasses import dataclass, replace
 from typing import Any
 
-from benchmarks.quality import CALIBRATION, HELDOUT, HELDOUT_SEQUENCES, KINDS, LENGTH, SEQUENCES, SHARED
+from benchmarks.quality import CALIBRATION, HELDOUT, HELDOUT_PASS, HELDOUT_SEQUENCES, KINDS, LENGTH, SEQUENCES, SHARED
 from benchmarks.rows import Row
 from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.checkpoint import steps as checkpoint
@@ -82,7 +82,7 @@ class Recovery:
         )  # fmt: skip
 
     def measured(self, model: Model, tuned: tune.Tuned | None = None) -> Found:
-        reports = compare.compare(self.seen, model, heldout=Texts(HELDOUT), sequences=HELDOUT_SEQUENCES, length=LENGTH)
+        reports = compare.compare(self.original, model, Texts(HELDOUT), Sample(HELDOUT_SEQUENCES, LENGTH), HELDOUT_PASS)
         wanted = [r for r in reports if r.name in ("evaluate.quality", "evaluate.reach")]
         in_process.run([checkpoint.checkpoint_of(model), *wanted], self.store)
         rows = [row for r in wanted for row in self._read(r, "report.json")["rows"]]

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from benchmarks.quality import CALIBRATION, HELDOUT, HELDOUT_SEQUENCES, KINDS, LENGTH, SEQUENCES, SHARED
+from benchmarks.quality import CALIBRATION, HELDOUT, HELDOUT_PASS, HELDOUT_SEQUENCES, KINDS, LENGTH, SEQUENCES, SHARED
 from benchmarks.rows import Row
 from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.checkpoint import steps as checkpoint
@@ -174,7 +174,7 @@ class _Bench:
         model = self.original
         for stage in stages:
             model = stage(self._calibrated(model))
-        compared = compare.compare(self.seen, model, heldout=Texts(HELDOUT), sequences=HELDOUT_SEQUENCES, length=LENGTH)
+        compared = compare.compare(self.original, model, Texts(HELDOUT), Sample(HELDOUT_SEQUENCES, LENGTH), HELDOUT_PASS)
         reports = [r for r in compared if r.name in ("evaluate.size", "evaluate.quality", "evaluate.speed")]
         in_process.run([checkpoint.checkpoint_of(model), *reports], self.store)
         rows = {row["name"]: row for report in reports for row in self._rows(report)}

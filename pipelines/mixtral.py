@@ -13,7 +13,7 @@ from moeflow.cli import main
 from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data
-from moeflow.methods.graph import Sample
+from moeflow.methods.graph import Pass, Sample
 from moeflow.methods.recipes import compare, naee
 from moeflow.sources import Source, Texts
 from moeflow.step import Step
@@ -45,7 +45,9 @@ def build(
     seen = calibrate.run(original, matrix, **passed)
     pruned = naee.named(search)(seen, keep=keep, loss=loss, seed=seed)
     served = naee.skipped(skip)(pruned, matrix, **passed)
-    reports = compare.compare(seen, served, heldout=heldout, sequences=heldout_sequences, length=length)
+    reports = compare.compare(
+        original, served, heldout, Sample(heldout_sequences, length), Pass(batch, 8 * batch, dtype=dtype), tokens=matrix
+    )
     return checkpoint.checkpoint_of(served).reporting(*reports)
 
 

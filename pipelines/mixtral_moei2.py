@@ -19,7 +19,7 @@ from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data_
 from moeflow.methods.finetune.recipe import Gang
-from moeflow.methods.graph import Sample
+from moeflow.methods.graph import Pass, Sample
 from moeflow.methods.recipes import compare, moei2
 from moeflow.methods.recipes import tune as tune_
 from moeflow.sources import Source, Texts
@@ -90,7 +90,9 @@ def build(
         batch=tuned_batch, rate=rate, dtype=dtype, seed=seed,
         gang=Gang(processes, zero=zero, offload=offload, checkpointing=True, device_memory=int(device_memory)),
     )  # fmt: skip
-    reports = compare.compare(seen, tuned.model, heldout=heldout, sequences=heldout_sequences, length=length)
+    reports = compare.compare(
+        original, tuned.model, heldout, Sample(heldout_sequences, length), Pass(batch, 8 * batch, dtype=dtype), tokens=matrix
+    )
     return checkpoint.checkpoint_of(tuned.model).reporting(*tuned.reports, *reports)
 
 

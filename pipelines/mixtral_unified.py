@@ -15,10 +15,9 @@ factors: closer to the original than fewer bits at the same bytes (benchmarks/RE
 from mixtral import C4, MODEL, WIKITEXT2
 
 from moeflow.cli import main
-from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data
-from moeflow.methods.graph import Sample
+from moeflow.methods.graph import Pass, Sample
 from moeflow.methods.recipes import compare, unified
 from moeflow.sources import Source, Texts
 from moeflow.step import Step
@@ -57,8 +56,9 @@ def build(
         original, matrix, order=order, trim=trim, dropped=dropped, slim=slim, calibration=passed,
         ratio=ratio, pattern=pattern, bits=bits, group=group, inputs=inputs, shared=shared, tasks=tasks,
     )  # fmt: skip
-    seen = calibrate.run(original, matrix, **passed)
-    reports = compare.compare(seen, small, heldout=heldout, sequences=heldout_sequences, length=length)
+    reports = compare.compare(
+        original, small, heldout, Sample(heldout_sequences, length), Pass(batch, 8 * batch, dtype=dtype), tokens=matrix
+    )
     return checkpoint.checkpoint_of(small).reporting(*reports)
 
 

@@ -13,12 +13,11 @@ What moeflow puts beside it: `-p train=compressed_experts` trains the vectors al
 from mixtral import WIKITEXT2
 
 from moeflow.cli import main
-from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data_
 from moeflow.methods.fewer_active import steps as fewer_active
 from moeflow.methods.finetune.recipe import Gang
-from moeflow.methods.graph import Sample
+from moeflow.methods.graph import Pass, Sample
 from moeflow.methods.recipes import compare, tune
 from moeflow.sources import Source, Texts
 from moeflow.step import Step
@@ -59,9 +58,9 @@ def build(
         deepspeed=deepspeed or None,
         gang=Gang(processes, zero=zero, micro=micro, offload=offload, checkpointing=True, device_memory=int(device_memory)),
     )  # fmt: skip
-    matrix = data_.tokens(heldout, original, Sample(8, length, seed=seed, bos=bos))
-    seen = calibrate.run(original, matrix, batch=8, shard=32, record=0, dtype=dtype)
-    reports = compare.compare(seen, tuned.model, heldout=heldout, sequences=heldout_sequences, length=length)
+    reports = compare.compare(
+        original, tuned.model, heldout, Sample(heldout_sequences, length), Pass(8, 64, dtype=dtype), tokens=data
+    )
     return checkpoint.checkpoint_of(tuned.model).reporting(*tuned.reports, *reports)
 
 

@@ -31,7 +31,7 @@ def build(
     matrix = data.tokens(texts, original, Sample(64, 128, seed=seed))
     seen = calibrate.run(original, matrix, batch=8, shard=32, stage=2)
     pruned = naee.layerwise(seen, keep=keep, loss=loss, seed=seed)
-    reports = compare.compare(seen, pruned, heldout=heldout, sequences=64, length=128)
+    reports = compare.compare(original, pruned, heldout, Sample(64, 128))
     return checkpoint.checkpoint_of(pruned).reporting(*reports)
 
 

@@ -17,7 +17,7 @@ from moeflow.cli import app
 from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data
-from moeflow.methods.graph import Calibration, Model, Sample
+from moeflow.methods.graph import Calibration, Model, Pass, Sample
 from moeflow.methods.prune import genetic
 from moeflow.methods.recipes import compare, moei2
 from moeflow.model.checkpoint import Tensors, read_moe
@@ -43,7 +43,7 @@ def whole(model: Model, folder: Path, *, ratio: float, how: dict[str, Any], cut:
     seen = calibrated(model, folder)
     pruned = moei2.prune(seen, keep=0.75, **how)
     small = moei2.decompose(calibrated(pruned, folder), ratio=ratio, **cut)
-    compared = compare.compare(seen, small, heldout=Texts("nowhere.txt"), sequences=4, length=16)
+    compared = compare.compare(model, small, Texts("nowhere.txt"), Sample(4, 16), Pass(2, 16), tokens=seen.tokens)
     return checkpoint.checkpoint_of(small).reporting(*(r for r in compared if r.name != "evaluate.speed"))
 
 

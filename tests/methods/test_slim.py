@@ -374,7 +374,9 @@ def test_the_report_says_that_zeros_save_nothing_at_rest(tmp_path: Path) -> None
     sparse = unified.slim(seen, method="wanda", pattern="0.5", inputs="parallel")
     store = store_in(tmp_path)
     (size,) = (
-        r for r in compare.compare(seen, sparse, heldout=matrix_of(tmp_path), sequences=2, length=16) if r.name == "evaluate.size"
+        r
+        for r in compare.compare(seen.model, sparse, matrix_of(tmp_path), Sample(2, 16), tokens=seen.tokens)
+        if r.name == "evaluate.size"
     )
     run(store, size)
     report = json.loads(store.artifact(size.key).file("report.json").read_text())

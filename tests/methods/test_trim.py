@@ -17,7 +17,7 @@ from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data_
 from moeflow.methods.fewer_active import steps as fewer_active
-from moeflow.methods.graph import Calibration, Model, Sample
+from moeflow.methods.graph import Calibration, Model, Pass, Sample
 from moeflow.methods.recipes import compare, naee, tune
 from moeflow.methods.trim import steps as trim
 from moeflow.model.checkpoint import Tensors, read_moe
@@ -295,7 +295,7 @@ def test_trimmings_follow_each_other_where_a_run_decides(tmp_path: Path) -> None
         == [t["trim"] for t in json.loads((out / "moeflow.json").read_text())["trimming"]]
     )
     target = checkpoint.checkpoint_of(last).reporting(
-        *compare.compare(seen, last, heldout=matrix_of(tmp_path, seed=3), sequences=4, length=16)
+        *compare.compare(seen.model, last, matrix_of(tmp_path, seed=3), Sample(4, 16), Pass(2, 16), tokens=seen.tokens)
     )
     run(store, target)
     rows = reports(store, target)

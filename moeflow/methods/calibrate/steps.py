@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from moeflow.methods.graph import HIDDEN, REST, Calibration, Model, file_before, file_of
+from moeflow.methods.graph import HIDDEN, REST, Calibration, Model, Pass, file_before, file_of
 from moeflow.methods.records import CURVES, read_candidates
 from moeflow.model.layout import LAYER, ROUTING, read_config
 from moeflow.model.spec import (
@@ -97,21 +97,19 @@ def advanced(calibration: Calibration, states: tuple[Step, ...], layers: Sequenc
     )  # fmt: skip
 
 
-def hidden_states(
-    model: Model, tokens: Step, *, batch: int = 8, shard: int = 32, stage: int = 8, dtype: str = "auto"
-) -> tuple[Step, ...]:
-    """The hidden states of `tokens` behind the last layer of `model`, shard by shard, recording nothing."""
+def hidden_states(model: Model, tokens: Step, passed: Pass) -> tuple[Step, ...]:
+    """The hidden states of `tokens` behind the last layer of `model`, one step per shard; nothing is recorded."""
     ends = []
-    for hidden in _embed_shards(model, tokens, batch=batch, shard=shard, dtype=dtype):
-        for first in range(0, len(model.layers), stage):
-            indices = list(range(first, min(first + stage, len(model.layers))))
+    for hidden in _embed_shards(model, tokens, batch=passed.batch, shard=passed.sequences, dtype=passed.dtype):
+        for first in range(0, len(model.layers), passed.stage):
+            indices = list(range(first, min(first + passed.stage, len(model.layers))))
             hidden = advance(
                 model.essential,
                 hidden,
                 *(model.layers[i] for i in indices),
                 layers=indices,
-                batch=batch,
-                dtype=dtype,
+                batch=passed.batch,
+                dtype=passed.dtype,
             )
         ends.append(hidden)
     return tuple(ends)
