@@ -17,7 +17,7 @@ from moeflow.methods.recipes import moei2, naee, unified
 from moeflow.methods.trim import steps as trim
 from moeflow.store import Store
 from tests import tiny
-from tests.methods.test_trim import PLAIN, loaded
+from tests.models import PLAIN, loaded
 from tests.running import matrix_of, model_in, run, store_in
 
 FOUR: dict[str, Any] = {"bits": 4, "group": 8, "inputs": "parallel"}

@@ -15,7 +15,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from moeflow.arch import COMPRESSED, LAYERS, MAIN, arch_of
 from moeflow.methods import graph
 from moeflow.methods.calibrate import steps as calibrate
-from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data
 from moeflow.methods.fewer_active import steps as fewer_active
 from moeflow.methods.graph import Sample
@@ -26,18 +25,11 @@ from moeflow.model.layout import Folder, read_config
 from moeflow.model.passes import stream_of
 from moeflow.model.reach import by_weight
 from tests import tiny
-from tests.model.test_compressed import compress, ids, load
+from tests.compressed import compress, ids, load
+from tests.models import attached
 from tests.running import matrix_of, model_in, run, store_in
 
 FORMS = ("three", "one")
-
-
-def attached(source: Path, out: Path, **options: Any) -> Path:
-    """A checkpoint with Compressed Experts, pulled."""
-    store, target = store_in(out.parent), checkpoint.checkpoint_of(fewer_active.attach(model_in(source), **options))
-    run(store, target)
-    held = store.artifact(target.key)
-    return Path(shutil.copytree(held.folder(), out))
 
 
 def trained(source: Path, out: Path) -> Path:

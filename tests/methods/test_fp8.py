@@ -18,7 +18,7 @@ from moeflow.methods.trim import steps as trim
 from moeflow.model.checkpoint import Tensors, save
 from moeflow.model.layout import Folder, headers, read_config
 from tests import tiny
-from tests.methods.test_trim import calibrated, ids_of, loaded, logits, pulled
+from tests.models import calibrated, ids_of, loaded, logits, pulled
 from tests.running import matrix_of, model_in, reports, run, store_in
 
 

@@ -15,7 +15,7 @@ from moeflow.methods.prune.subsets import all_subsets
 from moeflow.model.checkpoint import Tensors, read_moe
 from moeflow.model.layout import Folder, read_config
 from moeflow.model.moe import MoELayer
-from tests.methods.test_subsets import layer
+from tests.layers import layer
 
 
 def layers_of(family: Path) -> list[MoELayer]:

@@ -27,7 +27,7 @@ from moeflow.model.moe import MoELayer
 from moeflow.model.passes import stream_of
 from moeflow.model.reach import statistic
 from tests import tiny
-from tests.model.test_compressed import compress
+from tests.compressed import compress
 from tests.running import array_of, matrix_of, model_in, reports, run, store_in
 
 ACTIVE = 1.6

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 
 from moeflow.arch import arch_of
 from moeflow.methods import records
@@ -24,12 +23,11 @@ from moeflow.methods.slim.rounding import round_to_nearest
 from moeflow.methods.trim import steps as trim
 from moeflow.model.checkpoint import Tensors, save
 from moeflow.model.layout import Folder, headers, read_config
-from moeflow.model.packed import PACKED, SCALE, SHAPE
+from moeflow.model.packed import PACKED, SCALE
 from tests import tiny
-from tests.methods.test_trim import calibrated, close, loaded, logits, pulled
+from tests.models import calibrated, close, loaded, logits, pulled
 from tests.running import matrix_of, model_in, run, store_in
-
-FOUR: dict[str, Any] = {"bits": 4, "group": 8}
+from tests.slimmed import FOUR, plain, reports, routed
 
 
 @pytest.fixture(params=tiny.families())
@@ -40,30 +38,6 @@ def source(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 def slimmed(source: Path, folder: Path, **how: Any) -> Path:
     seen = calibrated(model_in(source), folder, between=False)
     return pulled(store_in(folder), unified.slim(seen, **how), folder)
-
-
-def reports(folder: Path) -> list[dict[str, Any]]:
-    return json.loads((folder / "moeflow.json").read_text())["slimming"]
-
-
-def plain(folder: Path, out: Path) -> Path:
-    """The checkpoint with every packed matrix multiplied out, by codes and scales as compressed-tensors defines them."""
-    out.mkdir()
-    raw = {n: t for file in sorted(folder.glob("*.safetensors")) for n, t in load_file(file).items()}
-    whole = dict(raw)
-    for name in [n for n in raw if n.endswith(PACKED)]:
-        stem = name.removesuffix(PACKED)
-        shape, scale = whole.pop(stem + SHAPE).tolist(), whole.pop(stem + SCALE)
-        bits = whole[name].shape[1] * 32 // shape[1]
-        words = whole.pop(name).numpy().astype("uint32")
-        codes = torch.tensor([[(int(w) >> (bits * k)) % (1 << bits) for w in row for k in range(32 // bits)] for row in words])
-        codes = codes[:, : shape[1]] - (1 << (bits - 1))
-        whole[stem] = (codes.view(*scale.shape, -1) * scale[..., None].double()).flatten(1).float()
-    save(whole, out / "model.safetensors")
-    config = read_config(Folder(folder))
-    config.pop("quantization_config", None)
-    (out / "config.json").write_text(json.dumps(config))
-    return out
 
 
 @pytest.mark.parametrize("how", [{"method": "gptq", **FOUR}, {"method": "awq", "bits": 8, "group": 0}], ids=["gptq", "awq"])
@@ -118,18 +92,6 @@ def test_what_is_not_an_expert_stays_bit_for_bit(source: Path, method: str, tmp_
             torch.testing.assert_close(after[name], before[name] * scale, rtol=1e-5, atol=1e-6)
         changed -= {n for n in changed if n.startswith(arch.norm(i))} | {t.format(layer=i) for t in fed}
     assert changed == experts
-
-
-def routed(source: Path, folder: Path, layer: int) -> tuple[Tensor, Tensor]:
-    """The inputs [T, D] of a layer's MoE block in the whole model, and which experts each token goes to [T, E]."""
-    model, arch = loaded(source), arch_of(read_config(Folder(source)))
-    found: dict[str, Tensor] = {}
-    block = model.model.layers[layer].get_submodule(arch.block)
-    block.register_forward_pre_hook(lambda _, x: found.update(x=x[0].flatten(0, 1)))
-    block.experts.register_forward_pre_hook(lambda _, x: found.update(index=x[1]))
-    logits(model, folder)
-    chosen = torch.zeros(len(found["x"]), 8, dtype=torch.bool).scatter(1, found["index"], True)
-    return found["x"], chosen
 
 
 def test_each_expert_is_treated_by_the_tokens_really_routed_to_it(source: Path, tmp_path: Path) -> None:

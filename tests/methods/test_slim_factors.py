@@ -20,9 +20,9 @@ from moeflow.model.dense import multiply_out
 from moeflow.model.layout import Folder, headers, read_config
 from moeflow.model.packed import PACKED, SCALE
 from tests import tiny
-from tests.methods.test_slim import FOUR, plain, reports, routed
-from tests.methods.test_trim import calibrated, close, loaded, logits, pulled
+from tests.models import calibrated, close, loaded, logits, pulled
 from tests.running import model_in, run, store_in
+from tests.slimmed import FOUR, plain, reports, routed
 
 RANKS: dict[str, dict[str, Any]] = {
     "uniform": {"ranks": "uniform", "multiple": 8},

@@ -10,14 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
-from transformers import AutoModelForCausalLM
 
 from moeflow.arch import arch_of
-from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data_
 from moeflow.methods.fewer_active import steps as fewer_active
-from moeflow.methods.graph import Calibration, Model, Pass, Sample
+from moeflow.methods.graph import Model, Pass, Sample
 from moeflow.methods.recipes import compare, naee, tune
 from moeflow.methods.trim import steps as trim
 from moeflow.model.checkpoint import Tensors, read_moe
@@ -25,42 +23,13 @@ from moeflow.model.layout import Folder, headers, read_config
 from moeflow.step import Step
 from moeflow.store import Store
 from tests import tiny
-from tests.running import alone, array_of, matrix_of, model_in, reports, run, store_in
-
-PLAIN = {"qwen2_moe": {"mlp_only_layers": []}}
-"""What makes every layer of a family's tiny model one with experts."""
+from tests.models import PLAIN, calibrated, close, ids_of, loaded, logits, pulled
+from tests.running import matrix_of, model_in, reports, run, store_in
 
 
 @pytest.fixture(params=tiny.families())
 def source(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return tiny.write(request.param, tmp_path / "model", num_hidden_layers=4, **PLAIN.get(request.param, {}))
-
-
-def calibrated(model: Model, folder: Path, **options: Any) -> Calibration:
-    options = {"batch": 2, "shard": 4, "stage": 2, "between": True} | options
-    return calibrate.run(model, data_.tokens(matrix_of(folder), model, Sample(8, 16)), **options)
-
-
-def ids_of(folder: Path) -> Tensor:
-    return torch.from_numpy(array_of(matrix_of(folder)))
-
-
-def pulled(store: Store, model: Model, folder: Path) -> Path:
-    target = alone(checkpoint.checkpoint_of(model))
-    run(store, target)
-    out = folder / f"out-{target.key[-8:]}"
-    store.fetch(target.key, out)
-    return out
-
-
-def loaded(folder: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-
-
-def logits(model: Any, folder: Path) -> Tensor:
-    with torch.inference_mode():
-        found: Tensor = model(ids_of(folder)).logits
-    return found
 
 
 def decided(store: Store, model: Model) -> dict[str, Any]:
@@ -94,10 +63,6 @@ def expected(folder: Path, where: Path, kept: Mapping[int, Sequence[int]]) -> Te
     for layer, keep in kept.items():
         model.model.layers[layer].set_submodule(arch.block, Reference(folder, layer, keep))
     return logits(model, where)
-
-
-def close(a: Tensor, b: Tensor) -> None:
-    torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5)
 
 
 def least_of(folder: Path) -> int:

@@ -8,21 +8,13 @@ from torch.nn.functional import kl_div
 from transformers import AutoModelForCausalLM
 
 from moeflow.methods.calibrate import steps as calibrate
-from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data
-from moeflow.methods.graph import Model, Pass, Sample
-from moeflow.methods.recipes import compare, naee
-from moeflow.sources import Texts
+from moeflow.methods.graph import Sample
+from moeflow.methods.recipes import naee
 from moeflow.step import Step
 from moeflow.store import Store
 from tests import running, tiny
-
-
-def graph(model: Model, matrix: Texts, *, keep: int = 5, how: str = "layerwise") -> Step:
-    seen = calibrate.run(model, data.tokens(matrix, model, Sample(8, 16)), batch=4, shard=4, stage=2)
-    pruned = naee.named(how)(seen, keep=keep)
-    reports = compare.compare(model, pruned, Texts("nowhere.txt"), Sample(4, 16), Pass(4, 32), tokens=seen.tokens)
-    return checkpoint.checkpoint_of(pruned).reporting(*reports)
+from tests.models import graph
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,7 @@ from moeflow.run.progress import Lines
 from moeflow.step import Artifact, Context, Spec, step
 from moeflow.store import Store
 from tests import tiny
-from tests.model.test_compressed import compress
+from tests.compressed import compress
 from tests.running import alone, array_of, matrix_of, model_in, run, store_in
 
 STEPS, BATCH, RATE = 4, 4, 1e-2

@@ -13,8 +13,8 @@ from moeflow.methods.finetune.trained import by_layer, parameters_of
 from moeflow.model.factors import STACKS
 from moeflow.model.formats import Format
 from tests import tiny
-from tests.methods.test_compressed_experts import attached
-from tests.model.test_compressed import compress
+from tests.compressed import compress
+from tests.models import attached
 
 F32 = {"dtype": torch.float32, "device": torch.device("cpu")}
 
