@@ -16,7 +16,7 @@ from moeflow.cli import main
 from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data_
 from moeflow.methods.fewer_active import steps as fewer_active
-from moeflow.methods.finetune.recipe import Gang
+from moeflow.methods.finetune.recipe import Gang, Recipe
 from moeflow.methods.graph import Pass, Sample
 from moeflow.methods.recipes import compare, tune
 from moeflow.sources import Source, Texts
@@ -52,12 +52,9 @@ def build(
     original = checkpoint.pinned(model)
     data = data_.examples(text, original, data_.Examples(rows, length, seed=seed, bos=bos, repeat=True))
     attached = fewer_active.attach(original, main=computed, form=form)
-    tuned = tune.tune(
-        attached, data, mode=train, loss=loss, teacher=tune.teachers(loss)(original, data, dtype=dtype),
-        steps=round(epochs * rows / batch), batch=batch, rate=rate, warmup=warmup, dtype=dtype, seed=seed,
-        deepspeed=deepspeed or None,
-        gang=Gang(processes, zero=zero, micro=micro, offload=offload, checkpointing=True, device_memory=int(device_memory)),
-    )  # fmt: skip
+    how = Recipe(mode=train, loss=loss, epochs=epochs, batch=batch, rate=rate, warmup=warmup, dtype=dtype, seed=seed)
+    gang = Gang(processes, zero=zero, micro=micro, offload=offload, checkpointing=True, device_memory=device_memory)
+    tuned = tune.tune(attached, data, how, teacher=original, passed=Pass(dtype=dtype), gang=gang, deepspeed=deepspeed or None)
     reports = compare.compare(
         original, tuned.model, heldout, Sample(heldout_sequences, length), Pass(8, 64, dtype=dtype), tokens=data
     )

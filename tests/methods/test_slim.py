@@ -12,7 +12,7 @@ from moeflow.arch import arch_of
 from moeflow.methods import records
 from moeflow.methods.data import steps as data_
 from moeflow.methods.fewer_active import steps as fewer_active
-from moeflow.methods.finetune import steps as finetune
+from moeflow.methods.finetune.recipe import Gang, Recipe
 from moeflow.methods.graph import Model, Sample
 from moeflow.methods.recipes import compare, moei2, naee, tune, unified
 from moeflow.methods.slim import steps as slim
@@ -304,7 +304,7 @@ def test_what_cannot_be_slimmed_is_refused_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="layer 0 is packed in 4 bits, groups of 8; decompose the model"):
         moei2.decompose(calibrated(packed, tmp_path), ratio=0.2, ranks="uniform")
     with pytest.raises(ValueError, match="layer 0 is packed in 4 bits, groups of 8; fine-tune the model"):
-        tune.tune(packed, data_.tokens(matrix_of(tmp_path), packed, Sample(8, 16)), steps=1, batch=2, rate=1e-3)
+        tune.tune(packed, data_.tokens(matrix_of(tmp_path), packed, Sample(8, 16)), Recipe(steps=1, batch=2, rate=1e-3))
 
 
 @pytest.mark.parametrize(
@@ -318,10 +318,8 @@ def test_zeros_of_experts_stay_zeros_through_training(mode: str, zero: int, tmp_
     seen = calibrated(model_in(tiny.write("deepseek_v2", tmp_path / "model")), tmp_path)
     sparse = unified.slim(seen, method="wanda", pattern="2:4", shared=True, inputs="parallel")
     data = data_.tokens(matrix_of(tmp_path), sparse, Sample(8, 16))
-    tuned = tune.tune(
-        sparse, data, mode=mode, targets=("attention", "experts", "shared"), steps=3, batch=2, rate=1e-2, decay=0.1,
-        gang=finetune.Gang(zero=zero),
-    )  # fmt: skip
+    how = Recipe(mode=mode, targets=("attention", "experts", "shared"), steps=3, batch=2, rate=1e-2, decay=0.1)
+    tuned = tune.tune(sparse, data, how, gang=Gang(zero=zero))
     store = store_in(tmp_path)
     before, after = Tensors(pulled(store, sparse, tmp_path)), Tensors(pulled(store, tuned.model, tmp_path))
     arch = arch_of(read_config(before.files))  # type: ignore[arg-type]

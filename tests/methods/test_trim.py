@@ -15,6 +15,7 @@ from moeflow.arch import arch_of
 from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data_
 from moeflow.methods.fewer_active import steps as fewer_active
+from moeflow.methods.finetune.recipe import Recipe
 from moeflow.methods.graph import Model, Pass, Sample
 from moeflow.methods.recipes import compare, naee, tune
 from moeflow.methods.trim import steps as trim
@@ -328,7 +329,7 @@ def test_a_trimmed_model_is_trained(tmp_path: Path) -> None:
     source, store = tiny.write("mixtral", tmp_path / "model"), store_in(tmp_path)
     thin = trim.layer_drop(calibrated(model_in(source), tmp_path), drop=1)
     data = data_.tokens(matrix_of(tmp_path), thin, Sample(8, 16))
-    tuned = tune.tune(thin, data, mode="full", steps=2, batch=2, rate=1e-3)
+    tuned = tune.tune(thin, data, Recipe(mode="full", steps=2, batch=2, rate=1e-3))
     out = pulled(store, tuned.model, tmp_path)
     assert read_config(Folder(out))["moeflow_layers"].count({"experts": 0, "gone": "moe"}) == 1
     assert isinstance(tuned.trained, Step) and torch.isfinite(logits(loaded(out), tmp_path)).all()
