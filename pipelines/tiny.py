@@ -10,6 +10,7 @@ from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data
 from moeflow.methods.graph import Sample
+from moeflow.methods.pretrain.steps import Pretraining
 from moeflow.methods.recipes import compare, naee, pretrained
 from moeflow.sources import Texts
 from moeflow.step import Step
@@ -27,7 +28,7 @@ def build(
     loss: str = "frobenius",
     seed: int = 0,
 ) -> Step:
-    original = pretrained.mixtral(texts, steps=steps, seed=seed)
+    original = pretrained.mixtral(texts, Pretraining(steps, seed=seed))
     matrix = data.tokens(texts, original, Sample(64, 128, seed=seed))
     seen = calibrate.run(original, matrix, batch=8, shard=32, stage=2)
     pruned = naee.layerwise(seen, keep=keep, loss=loss, seed=seed)
