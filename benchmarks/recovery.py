@@ -21,6 +21,8 @@ from moeflow.methods.data import steps as data
 from moeflow.methods.fewer_active import steps as fewer_active
 from moeflow.methods.finetune.recipe import Gang, Recipe
 from moeflow.methods.graph import Calibration, Model, Pass, Sample
+from moeflow.methods.prune.counts import Counts
+from moeflow.methods.prune.searches import Search
 from moeflow.methods.recipes import compare, moei2, naee, tune
 from moeflow.run import in_process
 from moeflow.sources import Texts, pin
@@ -29,7 +31,7 @@ from moeflow.store import Store
 
 ROWS, STEPS, BATCH, EVERY, MINUTES = 1024, 40, 16, 10, 15
 GANG = Gang(processes=2, gpus=0, zero=1, micro=4, save_every=30)
-PASS: dict[str, Any] = {"batch": 16, "shard": 32, "stage": 3, "dtype": "float32"}
+PASS = Pass(batch=16, shard=32, stage=3, dtype="float32")
 HALF = 0.5
 VALIDATION = {
     "prose": f"{SHARED}/data/wikitext2_validation.jsonl#text",
@@ -68,7 +70,7 @@ class Recovery:
         self.store = store
         self.original = checkpoint.pinned(pin(str(SHARED / "models" / "mixtral-21m"), kind="model"))
         self.matrix = data.tokens(Texts(CALIBRATION), self.original, Sample(SEQUENCES, LENGTH))
-        self.seen: Calibration = calibrate.run(self.original, self.matrix, **PASS)
+        self.seen: Calibration = calibrate.run(self.original, self.matrix, PASS)
         self.data = data.tokens(Texts(CALIBRATION), self.original, Sample(ROWS, LENGTH, seed=1))
         self.validation = {
             kind: data.tokens(Texts(name), self.original, Sample(12, LENGTH, seed=2)) for kind, name in VALIDATION.items()
@@ -76,7 +78,7 @@ class Recovery:
 
     def tuned(self, model: Model, **options: Any) -> tune.Tuned:
         how = Recipe(**({"steps": STEPS, "batch": BATCH, "warmup": 0.05, "dtype": "float32", "every": EVERY} | options))
-        teacher = {"teacher": self.original, "passed": Pass(**PASS)}
+        teacher = {"teacher": self.original, "passed": PASS}
         return tune.tune(model, self.data, how, **teacher, validation=self.validation, gang=GANG)
 
     def measured(self, model: Model, tuned: tune.Tuned | None = None) -> Found:
@@ -110,15 +112,14 @@ def main() -> tuple[list[Row], str]:
 
 
 def _pruned(bench: Recovery) -> tuple[list[Row], str]:
-    pruned = naee.layerwise(bench.seen, keep=4)
+    pruned = naee.prune(bench.seen, keep=4)
     return _recovered(bench, "4 of 8 experts (NAEE)", pruned, TUNINGS | LONGER, target=True)
 
 
 def _low_rank(bench: Recovery) -> tuple[list[Row], str]:
-    pruned = moei2.prune(
-        bench.seen, keep=0.75, counts="paper", search="genetic", importance="recon", best=3, block=3, generations=20
-    )
-    again = calibrate.run(pruned, bench.matrix, **PASS)
+    counts = Counts(0.75, rule="paper", importance="recon")
+    pruned = moei2.prune(bench.seen, counts, Search("genetic", best=3, block=3, generations=20))
+    again = calibrate.run(pruned, bench.matrix, PASS)
     ratio = moei2.ratio_left(0.5, 0.25)
     vanilla = moei2.decompose(again, ratio=ratio, ranks="paper", svd="vanilla", importance="recon")
     whitened = moei2.decompose(again, ratio=ratio, ranks="paper", svd="whitened", importance="recon")

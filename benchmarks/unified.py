@@ -21,7 +21,7 @@ from benchmarks.rows import Row
 from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data
-from moeflow.methods.graph import Calibration, Model, Sample
+from moeflow.methods.graph import Calibration, Model, Pass, Sample
 from moeflow.methods.recipes import compare, moei2, naee, unified
 from moeflow.methods.trim import steps as trim
 from moeflow.run import in_process
@@ -41,7 +41,7 @@ AWQ, GPTQ = _slim("awq"), _slim("gptq", inputs="sequential", order=True)
 EXPERTS: Stage = partial(trim.expert_drop, keep=6, least=2)
 LAYERS: Stage = partial(trim.layer_drop, drop=2)
 BLOCKS: Stage = partial(trim.block_drop, drop=1)
-ENUMERATED: Stage = partial(naee.layerwise, keep=6)
+ENUMERATED: Stage = partial(naee.prune, keep=6)
 
 
 def _low_rank(ratio: float) -> Stage:
@@ -189,7 +189,7 @@ class _Bench:
         )
 
     def _calibrated(self, model: Model) -> Calibration:
-        return calibrate.run(model, self.matrix, batch=16, shard=32, stage=3, between=True, dtype="float32")
+        return calibrate.run(model, self.matrix, Pass(batch=16, shard=32, stage=3, dtype="float32"), between=True)
 
     def _rows(self, report: Step) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = json.loads(self.store.artifact(report.key).file("report.json").read_text())["rows"]

@@ -16,10 +16,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 NOTHING = ("none", "null")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -61,15 +62,26 @@ def plain(value: Any, kind: Any = None) -> Any:
     return value
 
 
+def only(value: T, *names: str) -> T:
+    """The same options with every field but these at its default, so that what a step does not read stays out of its key.
+
+    A field without a default stays as it is.
+    """
+    defaults = {f.name: default_of(f) for f in fields(typing.cast(Any, value)) if f.name not in names}
+    changes = {name: default for name, default in defaults.items() if default is not dataclasses.MISSING}
+    return typing.cast(T, dataclasses.replace(typing.cast(Any, value), **changes))
+
+
 def restored(value: Any, kind: Any) -> Any:
     """The value of this annotated kind that `plain` made this of. Raises what the kind raises."""
     for one in members(kind):
         if is_dataclass(one) and isinstance(value, Mapping):
             kinds = hints_of(typing.cast(type, one))
             return typing.cast(Any, one)(**{name: restored(v, kinds[name]) for name, v in value.items()})
-        if typing.get_origin(one) is tuple and isinstance(value, list):
+        if typing.get_origin(one) in (tuple, list) and isinstance(value, list):
             inside = typing.get_args(one)
-            return tuple(restored(v, inside[0] if inside else None) for v in value)
+            made = [restored(v, inside[0] if inside else None) for v in value]
+            return tuple(made) if typing.get_origin(one) is tuple else made
     return value
 
 

@@ -51,14 +51,13 @@ def build(
 ) -> Step:
     original = checkpoint.pinned(model)
     matrix = data.tokens(tokens, original, Sample(sequences, length, seed=seed, bos=bos, group=1000))
-    passed = {"batch": batch, "shard": 4 * batch, "stage": 8, "record": record, "per_expert": per_expert, "dtype": dtype}
+    passed = Pass(batch=batch, record=record, per_expert=per_expert, dtype=dtype)
     small = unified.compress(
         original, matrix, order=order, trim=trim, dropped=dropped, slim=slim, calibration=passed,
         ratio=ratio, pattern=pattern, bits=bits, group=group, inputs=inputs, shared=shared, tasks=tasks,
     )  # fmt: skip
-    reports = compare.compare(
-        original, small, heldout, Sample(heldout_sequences, length), Pass(batch, 8 * batch, dtype=dtype), tokens=matrix
-    )
+    judged = Sample(heldout_sequences, length), Pass(batch, 8 * batch, dtype=dtype)
+    reports = compare.compare(original, small, heldout, *judged, tokens=matrix)
     return checkpoint.checkpoint_of(small).reporting(*reports)
 
 

@@ -55,9 +55,8 @@ def build(
     how = Recipe(mode=train, loss=loss, epochs=epochs, batch=batch, rate=rate, warmup=warmup, dtype=dtype, seed=seed)
     gang = Gang(processes, zero=zero, micro=micro, offload=offload, checkpointing=True, device_memory=device_memory)
     tuned = tune.tune(attached, data, how, teacher=original, passed=Pass(dtype=dtype), gang=gang, deepspeed=deepspeed or None)
-    reports = compare.compare(
-        original, tuned.model, heldout, Sample(heldout_sequences, length), Pass(8, 64, dtype=dtype), tokens=data
-    )
+    judged = Sample(heldout_sequences, length), Pass(8, 64, dtype=dtype)
+    reports = compare.compare(original, tuned.model, heldout, *judged, tokens=data)
     return checkpoint.checkpoint_of(tuned.model).reporting(*tuned.reports, *reports)
 
 

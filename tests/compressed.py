@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from moeflow.arch import arch_of
+from moeflow.arch import Family
 from moeflow.model.checkpoint import Tensors, save
 from moeflow.model.formats import Format, config_of, format_of
 from moeflow.model.layout import Folder, kept, read_config
@@ -45,20 +45,20 @@ def reference_layer(moe: MoELayer, layer: int) -> MoELayer:
 def compress(folder: Path, out: Path) -> Path:
     """The checkpoint of the experts in `KEPT`, cut to these ranks, in two files and an index."""
     config, tensors = read_config(Folder(folder)), Tensors(folder)
-    arch = arch_of(config)
+    family = Family.of(config)
     found = {n: t for n, t in tensors.items() if ".layers." not in n}
     formats: list[Format | None] = []
     for layer in range(3):
-        names = [n for n in tensors if n.startswith(arch.prefix(layer))]
-        moe = layer in arch.moe_layers(config)
+        names = [n for n in tensors if n.startswith(family.prefix(layer))]
+        moe = layer in family.moe_layers
         here = {}
         for old, (new, sliced) in kept(names, config, layer, KEPT[layer]).items():
             here[new] = tensors[old][KEPT[layer]] if moe and sliced else tensors[old]
         for expert in range(len(KEPT[layer]) if moe else 0):
-            for name, rank in zip(arch.expert(layer, expert), ranks_of(layer, expert), strict=True):
+            for name, rank in zip(family.expert(layer, expert), ranks_of(layer, expert), strict=True):
                 if rank:
                     cut = factor(here.pop(name), rank)
-                    here |= dict(zip(arch.factors(name), (cut.out_MR, cut.in_RN), strict=True))
+                    here |= dict(zip(family.factors(name), (cut.out_MR, cut.in_RN), strict=True))
         found |= here
         formats.append(format_of({n: t.shape for n, t in here.items()}, config, layer) if moe else None)
     write(found, config_of(config, formats), out)

@@ -13,6 +13,7 @@ from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data
 from moeflow.methods.fewer_active import steps as fewer_active
 from moeflow.methods.graph import Calibration, Model, Pass, Sample
+from moeflow.methods.prune.searches import Search
 from moeflow.methods.recipes import compare, naee
 from moeflow.sources import Texts
 from moeflow.step import Step
@@ -23,10 +24,10 @@ PLAIN = {"qwen2_moe": {"mlp_only_layers": []}}
 """The changes to a family's tiny configuration that give every layer experts."""
 
 
-def calibrated(model: Model, folder: Path, **options: Any) -> Calibration:
+def calibrated(model: Model, folder: Path, *, between: bool = True, **options: Any) -> Calibration:
     """A calibration of the model on the 8 × 16 random tokens of `ids_of(folder)`."""
-    options = {"batch": 2, "shard": 4, "stage": 2, "between": True} | options
-    return calibrate.run(model, data.tokens(matrix_of(folder), model, Sample(8, 16)), **options)
+    passed = Pass(**{"batch": 2, "shard": 4, "stage": 2} | options)
+    return calibrate.run(model, data.tokens(matrix_of(folder), model, Sample(8, 16)), passed, between=between)
 
 
 def ids_of(folder: Path) -> Tensor:
@@ -60,8 +61,8 @@ def close(a: Tensor, b: Tensor) -> None:
 
 def graph(model: Model, matrix: Texts, *, keep: int = 5, how: str = "layerwise") -> Step:
     """The checkpoint of a model pruned to `keep` experts per layer, with the reports that compare it with the original."""
-    seen = calibrate.run(model, data.tokens(matrix, model, Sample(8, 16)), batch=4, shard=4, stage=2)
-    pruned = naee.named(how)(seen, keep=keep)
+    seen = calibrate.run(model, data.tokens(matrix, model, Sample(8, 16)), Pass(batch=4, shard=4, stage=2))
+    pruned = naee.prune(seen, keep, Search(how))
     reports = compare.compare(model, pruned, Texts("nowhere.txt"), Sample(4, 16), Pass(4, 32), tokens=seen.tokens)
     return checkpoint.checkpoint_of(pruned).reporting(*reports)
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from moeflow.arch import arch_of
+from moeflow.arch import Family
 from moeflow.model.checkpoint import save
 from moeflow.model.layout import Folder, read_config
 from moeflow.model.packed import PACKED, SCALE, SHAPE
@@ -43,9 +43,9 @@ def plain(folder: Path, out: Path) -> Path:
 
 def routed(source: Path, folder: Path, layer: int) -> tuple[Tensor, Tensor]:
     """The inputs [T, D] of a layer's MoE block in the whole model, and which experts each token goes to [T, E]."""
-    model, arch = loaded(source), arch_of(read_config(Folder(source)))
+    model, family = loaded(source), Family.of(read_config(Folder(source)))
     found: dict[str, Tensor] = {}
-    block = model.model.layers[layer].get_submodule(arch.block)
+    block = model.model.layers[layer].get_submodule(family.arch.block)
     block.register_forward_pre_hook(lambda _, x: found.update(x=x[0].flatten(0, 1)))
     block.experts.register_forward_pre_hook(lambda _, x: found.update(index=x[1]))
     logits(model, folder)

@@ -1,10 +1,11 @@
 """What graph functions hand to each other: a model, and a calibration of it. No step of its own, no torch."""
 
 import fnmatch
+import importlib
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
-from moeflow.arch import Config, arch_of
+from moeflow.arch import Config, Family
 from moeflow.model.layout import ESSENTIAL
 from moeflow.options import check_choices
 from moeflow.step import Part, Step
@@ -38,7 +39,7 @@ class Model:
     @property
     def moe_layers(self) -> list[int]:
         """The decoder layers that have routed experts, or may have where a run decides that."""
-        return [i for i in arch_of(self.config).moe_layers(self.config) if self.layers[i].spec.output.experts]
+        return [i for i in Family.of(self.config).moe_layers if self.layers[i].spec.output.experts]
 
     @property
     def does_with_fewer(self) -> bool:
@@ -91,7 +92,7 @@ class Pass:
     """Tokens whose MoE inputs are kept, of all shards together; none: all."""
     per_expert: int = 0
     """Tokens kept beyond them for each expert and shard, where an expert has got fewer."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
+    dtype: Literal["auto", "float64", "float32", "float16", "bfloat16"] = "auto"
     """The precision of the run; auto: the checkpoint's own."""
 
     def __post_init__(self) -> None:
@@ -105,9 +106,25 @@ class Pass:
             raise ValueError(f"record={self.record} and per_expert={self.per_expert} must not be negative")
 
     @property
-    def sequences(self) -> int:
-        """The sequences of one shard."""
+    def sequences_of_shard(self) -> int:
         return self.shard or 4 * self.batch
+
+
+@dataclass(frozen=True)
+class Calibrating(Pass, Sample):
+    """The text that a model is calibrated on, and how it is run over it: what a person sets as one value."""
+
+    def __post_init__(self) -> None:
+        Sample.__post_init__(self)
+        Pass.__post_init__(self)
+
+    @property
+    def sample(self) -> Sample:
+        return Sample(self.sequences, self.length, self.seed, self.bos, self.eos, self.group)
+
+    @property
+    def passed(self) -> Pass:
+        return Pass(self.batch, self.shard, self.stage, self.record, self.per_expert, self.dtype)
 
 
 @dataclass(frozen=True)
@@ -116,14 +133,27 @@ class Calibration:
 
     model: Model
     tokens: Step
-    batch: int  # sequences that ran together
-    dtype: str
+    passed: Pass
     starts: tuple[Step, ...]  # per shard: hidden states before the first layer
     ends: tuple[Step, ...]  # per shard: hidden states behind the last layer
     states: dict[int, tuple[Step, ...]]  # per layer that begins a stage: hidden states before it
     observed: dict[int, tuple[Part, ...]]  # per MoE layer: one part for each shard
     recorded: int  # tokens of each shard whose MoE inputs are kept, at most
     between: tuple[tuple[Part, ...], ...] = ()  # per layer, where asked for: the hidden states before it of the recorded tokens
+
+    @property
+    def batch(self) -> int:
+        return self.passed.batch
+
+    @property
+    def dtype(self) -> str:
+        return self.passed.dtype
+
+
+def load(code: str) -> Any:
+    """The function that a row of a table of methods names as "module:function"; imports its module."""
+    module, _, name = code.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def file_of(layer: int) -> str:

@@ -4,23 +4,23 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from moeflow.arch import Config, arch_of, essential
-from moeflow.methods.records import read_choice
+from moeflow.arch import Config, Family, essential
+from moeflow.methods.records import Choice
 from moeflow.model.layout import ESSENTIAL, LAYER, TensorInfo, experts_in, headers, kept, read_config
 from moeflow.model.spec import LayerSpec, RestSpec
 from moeflow.step import Artifact, Context, Spec, step
 
 
-def _drop_spec(rest: RestSpec, given: LayerSpec, chosen: Any, *, layer: int, keep: int) -> Spec:
-    arch = arch_of(rest.config)
+def _drop_spec(rest: RestSpec, given: LayerSpec, chosen: Any, *, layer: int, keep: int | None) -> Spec:
+    family = Family.of(rest.config)
     given.check_routing("prune")
-    if keep > given.least:
+    if keep is not None and keep > given.least:
         raise ValueError(
             f"keep={keep}: layer {layer} has between {given.least} and {given.experts} experts, as a run decides; keep at most "
             f"{given.least}, or take the result of that run as the model"
         )
     if keep:
-        arch.check_keep(rest.config, keep, given.experts)
+        family.check_keep(keep, given.experts)
     if chosen["layer"] != layer or chosen["keep"] != keep:
         raise ValueError(f"the choice is for layer {chosen['layer']} and keeps {chosen['keep']}, not for layer {layer} and {keep}")
     most = keep or given.experts
@@ -29,18 +29,18 @@ def _drop_spec(rest: RestSpec, given: LayerSpec, chosen: Any, *, layer: int, kee
     for old, (new, sliced) in names.items():
         dtype, shape = given.tensors[old]
         table[new] = (dtype, (most, *shape[1:]) if sliced else shape)
-    share, fewest = (given.share, None) if keep else (given.share * chosen["share"], arch.legal_counts(rest.config, most)[0])
+    share, fewest = (given.share, None) if keep else (given.share * chosen["share"], family.legal_counts(most)[0])
     out = LayerSpec(rest.config, layer, most, table, share, fewest, given.slimmed)
     return Spec(out, reads=out.nbytes, writes=out.nbytes, memory=2 * out.nbytes)
 
 
 @step("rewrite.experts", version=1, spec=_drop_spec)
-def experts(context: Context, config: Artifact, given: Artifact, chosen: Artifact, *, layer: int, keep: int) -> None:
+def experts(context: Context, config: Artifact, given: Artifact, chosen: Artifact, *, layer: int, keep: int | None = None) -> None:
     """One layer's file with its chosen experts, renumbered from zero, and the router's rows for them; all else bit for bit.
 
-    `keep`: how many stay, where that is known when the graph is built; 0: as many as the choice says. Reads only what stays.
+    `keep`: how many stay, where that is known when the graph is built. Reads only what stays.
     """
-    choice = read_choice(chosen)["keep"]
+    choice = list(Choice.read(chosen).keep)
     if keep and len(choice) != keep:
         raise ValueError(f"the choice keeps {len(choice)} experts of layer {layer}, not {keep}")
     tensors = headers(given)

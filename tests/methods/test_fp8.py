@@ -10,9 +10,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from moeflow.arch import arch_of
+from moeflow.arch import Family
 from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.graph import Sample
+from moeflow.methods.prune.counts import Counts
+from moeflow.methods.prune.searches import Search
 from moeflow.methods.recipes import compare, moei2, naee, unified
 from moeflow.methods.trim import steps as trim
 from moeflow.model.checkpoint import Tensors, save
@@ -85,18 +87,18 @@ def test_it_is_pruned_by_slicing_and_stays_in_fp8(source: Path, how: str, tmp_pa
     store, model = store_in(tmp_path), model_in(source)
     seen = calibrated(model, tmp_path, dtype="float32")
     made = {
-        "pruned": lambda: naee.by_criterion(seen, criterion="reap", keep=6),
+        "pruned": lambda: naee.prune(seen, 6, Search("reap")),
         "trimmed": lambda: trim.layer_drop(seen, drop=1),
-        "unevenly": lambda: moei2.prune(seen, keep=14, search="swap", importance="recon", counts="paper"),
+        "unevenly": lambda: moei2.prune(seen, Counts(14, rule="paper", importance="recon")),
     }[how]()
     out = pulled(store, made, tmp_path)
     config, before, after = read_config(Folder(out)), raw(source), raw(out)
     assert config["quantization_config"]["quant_method"] == "fp8"
-    arch = arch_of(config)
+    family = Family.of(config)
     told = json.loads((out / "moeflow.json").read_text())
     for choice in told["choices"]:
         for new, old in enumerate(choice["keep"]):
-            pairs = zip(arch.expert(choice["layer"], new), arch.expert(choice["layer"], old), strict=True)
+            pairs = zip(family.expert(choice["layer"], new), family.expert(choice["layer"], old), strict=True)
             for a, b in pairs:
                 assert after[a].dtype == torch.float8_e4m3fn and torch.equal(
                     after[a].view(torch.uint8), before[b].view(torch.uint8)

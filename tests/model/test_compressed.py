@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedTokenizerFast
 
-from moeflow.arch import LAYERS, arch_of
+from moeflow.arch import LAYERS, Family
 from moeflow.model import autoload, compressed, passes, routed_experts
 from moeflow.model.checkpoint import Tensors, read_moe, save
 from moeflow.model.factors import multiplied_out
@@ -50,9 +50,9 @@ class _Reference(nn.Module):
 @torch.inference_mode()
 def test_logits_are_those_of_the_original_with_experts_forbidden_and_matrices_cut(family: Path, smaller: Path) -> None:
     config = read_config(Folder(family))
-    arch = arch_of(config)
+    arch = Family.of(config).arch
     model = load(family)
-    for layer in arch.moe_layers(config):
+    for layer in Family.of(config).moe_layers:
         allowed_E = torch.zeros(8, dtype=torch.bool)
         allowed_E[KEPT[layer]] = True
         moe = reference_layer(read_moe(Tensors(family), config, layer), layer)
@@ -102,11 +102,11 @@ def test_training_leaves_the_padding_at_zero(smaller: Path) -> None:
     torch.testing.assert_close(loss, plain)
     loss.backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
-    arch = arch_of(model.config.to_dict())
+    family = Family.of(model.config.to_dict())
     found = 0
     for layer, format in zip(model.model.layers, layer_formats(model.config.to_dict()), strict=True):
         if format is not None and format.low_rank:
-            experts = layer.get_submodule(arch.block).experts
+            experts = layer.get_submodule(family.arch.block).experts
             for stack in compressed.STACKS:
                 if (parameter := getattr(experts, stack.name, None)) is not None:
                     inside = torch.zeros_like(parameter, dtype=torch.bool)
@@ -119,14 +119,14 @@ def test_training_leaves_the_padding_at_zero(smaller: Path) -> None:
 
 def test_the_load_balancing_loss_is_taken_of_each_layer_by_itself(smaller: Path) -> None:
     model = load(smaller)
-    arch = arch_of(model.config.to_dict())
-    if not hasattr(model.config, "router_aux_loss_coef") or "deepseek" in arch.model_type:
+    family = Family.of(model.config.to_dict())
+    if not hasattr(model.config, "router_aux_loss_coef") or "deepseek" in family.arch.model_type:
         pytest.skip("the family has no load-balancing loss")
     plain, seen = model(ids(), labels=ids()).loss, []
     routers = [
         m.register_forward_hook(lambda _, __, out: seen.append(out))
         for n, m in model.named_modules()
-        if n.endswith(f"mlp.{arch.block_router}")
+        if n.endswith(f"mlp.{family.arch.block_router}")
     ]
     out = model(ids(), labels=ids(), output_router_logits=True)
     expected = []
@@ -144,12 +144,12 @@ def test_the_load_balancing_loss_is_taken_of_each_layer_by_itself(smaller: Path)
 @torch.inference_mode()
 def test_streaming_is_the_whole_model_bit_for_bit_and_recording_changes_nothing(smaller: Path, tmp_path: Path) -> None:
     config, tensors = read_config(Folder(smaller)), Tensors(smaller)
-    arch = arch_of(config)
+    family = Family.of(config)
     save({n: tensors[n] for n in tensors if ".layers." not in n}, tmp_path / "rest.safetensors")
     layers = []
     for i in range(3):
         layers.append((i, tmp_path / f"{i}.part"))
-        save({n: tensors[n] for n in tensors if n.startswith(arch.prefix(i))}, layers[-1][1])
+        save({n: tensors[n] for n in tensors if n.startswith(family.prefix(i))}, layers[-1][1])
     passes.embed(config, Folder(tmp_path), ids(), tmp_path / "start", dtype="float32")
     run = dict(batch=2, dtype="float32", progress=lambda *_: None)
     passes.through(config, tmp_path / "start", layers, tmp_path / "plain", **run)
@@ -161,7 +161,7 @@ def test_streaming_is_the_whole_model_bit_for_bit_and_recording_changes_nothing(
     model(ids(), use_cache=False)
     assert torch.equal(load_file(tmp_path / "plain")["hidden_NLD"], last[0])
     assert torch.equal(load_file(tmp_path / "seen")["hidden_NLD"], last[0])
-    for layer in arch.moe_layers(config):
+    for layer in family.moe_layers:
         seen, moe = load_file(tmp_path / f"seen-{layer}"), read_moe(tensors, config, layer)
         weights_TE = moe.weights(seen["x_RD"]).double()
         norm_TE = moe.expert_outputs(seen["x_RD"]).norm(dim=-1).double()
@@ -184,10 +184,9 @@ def test_layers_of_one_size_and_whole_matrices_are_the_familys_own_format(family
     config = read_config(Folder(family))
     formats = [None if f is None else Format(6) for f in layer_formats(config)]
     new = config_of(config, formats)
-    arch = arch_of(config)
-    assert new == arch.with_experts(config, 6) == config_of(new, formats)
+    assert new == Family.of(config).with_experts(6) == config_of(new, formats)
     uneven = config_of(new, [f and (f if i < 2 else Format(8)) for i, f in enumerate(formats)])
-    assert arch.num_experts(uneven) == 8 and layer_formats(uneven)[2] == Format(8)
+    assert Family.of(config).num_experts == 8 and layer_formats(uneven)[2] == Format(8)
     assert config_of(uneven, formats) == new
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moeflow.arch import MATRICES, Config, arch_of
+from moeflow.arch import MATRICES, Config, Family
 from moeflow.methods.decompose.lowrank import components, energies, vanilla
 from moeflow.methods.decompose.ranks import check_rank, treatment
 from moeflow.methods.moments import Moments, layer_moments
@@ -52,7 +52,7 @@ def spectra(
             spectra_E[e] = plain_K * (each * tokens[e] / max(float(plain_K.sum()), 1e-30))
         result[f"{m}_EK"] = torch.stack([t for t in spectra_E if t is not None])
     rows, columns = _matrices(moe.experts[0])[0].shape
-    name = arch_of(config).gate.format(layer=layer, expert=0)
+    name = Family.of(config).expert(layer, 0)[0]
     result |= {
         "tokens_E": torch.tensor(tokens),
         "whole_E": torch.tensor([int(f == "keep") for f in fates]),
@@ -77,7 +77,7 @@ def rewrite(
 
     `ranks`: per matrix one rank, or one for each expert; 0 leaves it whole. Raises ValueError for a rank above break-even.
     """
-    arch, tensors = arch_of(config), Tensors(given)
+    family, tensors = Family.of(config), Tensors(given)
     moe = layer_of(tensors, config, layer, dtype)
     tokens = routed_tokens(moe, seen)
     fates = treatment(tokens, least, policy)
@@ -90,13 +90,13 @@ def rewrite(
         fate = fates[expert] if svd == "whitened" or fates[expert] == "keep" else "vanilla"
         wanted = by_expert[expert] if fate != "keep" else dict.fromkeys(MATRICES, 0)
         entry: dict[str, Any] = {"expert": expert, "tokens": tokens[expert], "ranks": wanted, "lost": {}}
-        for m, name, w in zip(MATRICES, arch.expert(layer, expert), _matrices(moe.experts[expert]), strict=True):
+        for m, name, w in zip(MATRICES, family.expert(layer, expert), _matrices(moe.experts[expert]), strict=True):
             if not wanted[m]:
                 continue
             check_rank(wanted[m], *w.shape, force=force)
             cut, entry["lost"][m] = _cut(w, wanted[m], moments if fate == "whitened" else None, m, shrink)
             stored = result.pop(name).dtype
-            for factor, tensor in zip(arch.factors(name), (cut.out_MR, cut.in_RN), strict=True):
+            for factor, tensor in zip(family.factors(name), (cut.out_MR, cut.in_RN), strict=True):
                 result[factor] = tensor.to(stored).cpu()
         entry["by"] = fate if any(wanted.values()) else "whole"
         report.append(entry)

@@ -8,10 +8,10 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from moeflow.arch import MATRICES, arch_of
+from moeflow.arch import MATRICES, Family
 from moeflow.methods.allocate import allocate_curves, exactly
 from moeflow.methods.decompose.ranks import Spectrum, average_rank, break_even, check_rank, choices, paper_ranks, treatment
-from moeflow.methods.records import DECOMPOSED, DECOMPOSITION, RANKS, read_curves, read_importance, read_ranks
+from moeflow.methods.records import DECOMPOSED, DECOMPOSITION, RANKS, Curves, Importance, read_ranks
 from moeflow.model.layout import read_config
 from moeflow.model.spec import LayerSpec, ObservedSpec, RestSpec, TensorTable, precision
 from moeflow.step import Artifact, Context, Spec, step
@@ -31,7 +31,7 @@ def sides(layer_spec: LayerSpec) -> tuple[int, int]:
         raise ValueError(
             f"layer {layer_spec.layer} is slimmed or decomposed already ({layer_spec.slimmed}); decompose the model before"
         )
-    name = arch_of(layer_spec.config).gate.format(layer=layer_spec.layer, expert=0)
+    name = Family.of(layer_spec.config).expert(layer_spec.layer, 0)[0]
     if name not in layer_spec.tensors:
         raise ValueError(f"{name} is not there: layer {layer_spec.layer} has no experts, or they are factored already")
     rows, columns = layer_spec.tensors[name][1]
@@ -120,11 +120,11 @@ def by_importance(
     """
     found: dict[str, Any] = {}
     for layer, artifact in zip(layers, importances, strict=True):
-        seen = read_importance(artifact)
+        seen = Importance.read(artifact)
         rows, columns = layer["sides"]
         even = break_even(rows, columns)
-        whole = [t == "keep" for t in treatment(seen["tokens"], least, policy)]
-        cut = [v for v, w in zip(seen["importance"], whole, strict=True) if not w]
+        whole = [t == "keep" for t in treatment(seen.tokens, least, policy)]
+        cut = [v for v, w in zip(seen.importance, whole, strict=True) if not w]
         left = average_rank(ratio, rows, columns) * len(whole) - even * sum(whole)
         if left < r_min * len(cut):
             nearest = 1 - (even * sum(whole) + r_min * len(cut)) / (even * len(whole))
@@ -185,7 +185,7 @@ def by_spectra(
     from moeflow.methods.decompose import factoring
 
     given = {layer: factoring.read_spectra(a) for layer, a in zip(layers, inputs[:-1], strict=True)}
-    moved = read_curves(inputs[-1])["curves"]
+    moved = Curves.read(inputs[-1]).curves
     items: list[list[Spectrum]] = []
     owners: list[tuple[int, int, tuple[str, ...]]] = []
     total, fixed, least, itemsize, same = 0, 0, 0, 0, 0.0
@@ -197,7 +197,7 @@ def by_spectra(
         for part, matrices in PARTS.items():
             # those that stay whole were not cut when the movement was measured
             lost = sum(float(seen[f"{m}_EK"][seen["whole_E"] == 0, cut:].sum()) for m in matrices)
-            weight = max(moved[str(layer)][part], 0.0) / max(lost, 1e-30)
+            weight = max(moved[layer][part], 0.0) / max(lost, 1e-30)
             for expert, whole in enumerate(seen["whole_E"]):
                 size = rows * columns * itemsize * len(matrices)
                 total += size
@@ -270,12 +270,12 @@ def _layer_spec(
 
 def _cut(given: LayerSpec, uniform: Mapping[str, int]) -> TensorTable:
     """A layer's tensors where each matrix of every expert has its uniform rank."""
-    arch, table = arch_of(given.config), dict(given.tensors)
+    family, table = Family.of(given.config), dict(given.tensors)
     for expert in range(given.experts):
-        for matrix, name in zip(MATRICES, arch.expert(given.layer, expert), strict=True):
+        for matrix, name in zip(MATRICES, family.expert(given.layer, expert), strict=True):
             if rank := uniform.get(matrix, 0):
                 dtype, (rows, columns) = table.pop(name)
-                out, inner = arch.factors(name)
+                out, inner = family.factors(name)
                 table |= {out: (dtype, (rows, rank)), inner: (dtype, (rank, columns))}
     return table
 

@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from moeflow.arch import arch_of
+from moeflow.arch import Family
 from moeflow.methods.graph import HIDDEN, TOKENS
-from moeflow.methods.records import CRITERIA, read_choice
+from moeflow.methods.records import Choice
 from moeflow.methods.reports import row, write_report
+from moeflow.methods.scores import SCORES
 from moeflow.model.layout import experts_in, headers, read_config
 from moeflow.model.packed import numels
 from moeflow.model.spec import CheckpointSpec, HiddenSpec, ObservedSpec, RestSpec, TokensSpec, header_bytes
@@ -34,9 +35,9 @@ def layers(context: Context, chosen: tuple[Artifact, ...]) -> None:
 
     If the choice was made by one of the baselines, the first row repeats that one.
     """
-    choices = [read_choice(c) for c in chosen]
-    parts = {"as chosen": [c["loss"]["of_output"] for c in choices]}
-    parts |= {f"by {name}": [c["baselines"][name]["of_output"] for c in choices] for name in CRITERIA}
+    choices = [Choice.read(c) for c in chosen]
+    parts = {"as chosen": [c.loss.of_output for c in choices]}
+    parts |= {f"by {name}": [c.baselines[name].of_output for c in choices] for name in SCORES}
     rows = [row(f"layer error, {name}", 0.0, float(np.mean(values)), "of output") for name, values in parts.items()]
     write_report(context, "layers", rows)
 
@@ -59,9 +60,9 @@ def size(context: Context, original: Artifact, compressed: Artifact, *, zeros: l
     counts = []
     for artifact in (original, compressed):
         tensors, config = headers(artifact), read_config(artifact)
-        arch = arch_of(config)
-        layers = arch.moe_layers(config)
-        stems = tuple(arch.experts(i) for i in layers)
+        family = Family.of(config)
+        layers = family.moe_layers
+        stems = tuple(family.experts(i) for i in layers)
         counts.append(
             {
                 "parameters": sum(numels({n: t.shape for n, t in tensors.items()}, config).values()),
@@ -69,7 +70,7 @@ def size(context: Context, original: Artifact, compressed: Artifact, *, zeros: l
                 "bytes": sum(artifact.size(n) for n in artifact.names() if n.endswith(".safetensors")),
                 "expert bytes": sum(t.nbytes for n, t in tensors.items() if n.startswith(stems)),
                 "experts per layer": sum(experts_in(tensors, config, i) for i in layers) / len(layers),
-                "decoder layers": arch.num_layers(config),
+                "decoder layers": family.num_layers,
                 f"operations at {LENGTH:,} tokens": forward_flops(config, LENGTH) / 1e12,
                 "cache bytes a token": cache_bytes(config),
             }
@@ -92,10 +93,9 @@ def experts_per_token(context: Context, config: Artifact, observed: tuple[Artifa
     """
     from moeflow.methods.recorded import counted
 
-    family = read_config(config)
     shards = len(observed) // len(layers)
     counts = [counted(observed[at * shards : (at + 1) * shards]) for at in range(len(layers))]
-    top_k = arch_of(family).top_k(family)
+    top_k = Family.of(read_config(config)).top_k
     rows = [
         row(f"experts a token ({name})", top_k, float(np.mean(counts)), ""),
         row(f"expert products a token ({name})", top_k * len(layers), float(np.sum(counts)), ""),

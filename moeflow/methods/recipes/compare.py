@@ -24,7 +24,6 @@ def compare(
     nothing is recorded. A model without a tokenizer cannot read text: then the matrix `tokens` stands for it, and the report says
     so. Raises ValueError if that is missing.
     """
-    passed = replace(passed, record=0, per_expert=0)
     if original.has_tokenizer:
         sample = replace(sample, bos=False)
         texts = zip(_names(heldout.entries()), heldout.each(), strict=True)
@@ -41,9 +40,7 @@ def compare(
         states = calibrate.hidden_states(original, matrix, passed)
         counts: list[Step] = []
         if compressed.does_with_fewer:
-            run = calibrate.run(
-                compressed, matrix, batch=passed.batch, shard=passed.sequences, stage=passed.stage, dtype=passed.dtype, record=0
-            )
+            run = calibrate.run(compressed, matrix, passed, inputs=False)
             compressed_states, observed = run.ends, tuple(part for parts in run.observed.values() for part in parts)
             counts = [experts_per_token(original.essential, observed, layers=list(run.observed), name=name)]
         else:

@@ -6,10 +6,9 @@ He et al., arXiv 2406.02500, for the first two; that a factor is slimmed like an
 from collections.abc import Callable
 from typing import Any
 
-from moeflow.arch import arch_of
-from moeflow.methods import graph
+from moeflow.arch import Family
 from moeflow.methods.calibrate import steps as calibrate
-from moeflow.methods.graph import Calibration, Model
+from moeflow.methods.graph import Calibration, Model, Pass
 from moeflow.methods.recipes import moei2
 from moeflow.methods.records import SPARSE
 from moeflow.methods.slim.steps import INPUTS, QUANTIZING, WITHOUT_TOKENS, divided
@@ -62,36 +61,23 @@ def slim(
 
 
 def _slim_in_sequence(calibration: Calibration, how: dict[str, Any], tasks: int) -> Model:
-    model, batch, dtype = calibration.model, calibration.batch, calibration.dtype
-    slimmed: dict[int, Step] = {}
-    hidden: tuple[Step, ...] = calibration.starts
-    last = max(calibration.observed, default=-1)
-    for i, now in enumerate(model.layers[: last + 1]):
-        if i in calibration.observed:
-            seen = tuple(
-                calibrate.observe(
-                    model.essential, h, now,
-                    layers=[i], batch=batch, record=calibration.recorded, per_expert=0, residual=False, between=False, dtype=dtype,
-                ).part(graph.file_of(i))
-                for h in hidden
-            ) if slimmed else calibration.observed[i]  # fmt: skip
-            now = slimmed[i] = divided(model.essential, now, seen, i, how, tasks)
-        if i < last:
-            hidden = tuple(calibrate.advance(model.essential, h, now, layers=[i], batch=batch, dtype=dtype) for h in hidden)
-    return model.with_layers(slimmed)
+    model = calibration.model
+    return model.with_layers(
+        calibrate.in_sequence(calibration, lambda i, layer, seen: divided(model.essential, layer, seen, i, how, tasks))
+    )
 
 
 def compress(
     model: Model, tokens: Step, *, order: str = "slim,trim", trim: str = "layers", dropped: float = 0, slim: str = "awq",
-    ratio: float = 0.25, group: int = 128, calibration: dict[str, Any], **options: Any,
+    ratio: float = 0.25, group: int = 128, calibration: Pass, **options: Any,
 ) -> Model:  # fmt: skip
     """The model slimmed and trimmed, as a graph.
 
     `order`: stages with commas between them, "slim", "trim" and "decompose"; `trim`: "none", "experts" (`dropped` of a layer, on
     average), "layers" (so many MoE blocks) or "blocks" (so many decoder layers); `slim`: "none" or a method of `slim.METHODS`, with
     `group` and other `options` of `slim.slim`; "decompose" makes `ratio` of the experts' parameters go by low rank, at ranks that
-    are multiples of `group`, or of 32 where that is 0; `calibration`: those of `calibrate.run`. Raises ValueError for what cannot
-    work.
+    are multiples of `group`, or of 32 where that is 0; `calibration`: how each stage is calibrated. Raises ValueError for what
+    cannot work.
     """
     stages: dict[str, Callable[[Calibration], Model]] = {
         "slim": _slimmed(slim, options | {"group": group}),
@@ -101,7 +87,7 @@ def compress(
     for name in order.split(","):
         if name not in stages:
             raise ValueError(f"order={order!r}: {name!r} is no stage; write slim,trim or trim,slim or decompose,slim")
-        model = stages[name](calibrate.run(model, tokens, **calibration, between=trim == "blocks"))
+        model = stages[name](calibrate.run(model, tokens, calibration, between=trim == "blocks"))
     return model
 
 
@@ -122,7 +108,7 @@ def _trimmed(name: str, dropped: float) -> Callable[[Calibration], Model]:
 def _experts(seen: Calibration, dropped: float) -> Model:
     model = seen.model
     counts = [model.layers[i].spec.output.experts for i in model.moe_layers]
-    least = arch_of(model.config).top_k(model.config)
+    least = Family.of(model.config).top_k
     return trim.expert_drop(seen, keep=sum(counts) / len(counts) - dropped, least=least)
 
 

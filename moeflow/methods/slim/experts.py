@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moeflow.arch import MATRICES, Arch, Config, arch_of
+from moeflow.arch import MATRICES, Config, Family
 from moeflow.methods.moments import second_moment
 from moeflow.methods.recorded import placement
 from moeflow.methods.rewrite import link_all
@@ -68,8 +68,8 @@ def rewrite(
 
     Lost is the squared change of a matrix's outputs on the expert's tokens, as a part of their squared norm.
     """
-    arch, tensors = arch_of(config), Tensors(given)
-    if arch.router.format(layer=layer) not in tensors:
+    family, tensors = Family.of(config), Tensors(given)
+    if family.router(layer) not in tensors:
         if part == 0:
             link_all(context, given)
         return []
@@ -82,21 +82,21 @@ def rewrite(
     how = replace(how, stored=DTYPES[tensors.info[block.names(0)[0]].dtype])
     report: list[dict[str, Any]] = []
     if how.method == "awq":
-        report = _awq(result, arch, block, x_TD, weights_TE, how)
+        report = _awq(result, family, block, x_TD, weights_TE, how)
     else:
-        for at, entry in enumerate(_experts(result, arch, block, x_TD, weights_TE, how)):
+        for at, entry in enumerate(_experts(result, family, block, x_TD, weights_TE, how)):
             report.append(entry)
             context.progress(at + 1, len(block.chosen), "experts")
             if at == 0:
-                _reserve(result, arch, block, entry["expert"])
-    if how.shared and arch.shared is not None and block.shared is not None and part == 0:
-        gate, up, down = (t.format(layer=layer) for t in arch.shared)
+                _reserve(result, family, block, entry["expert"])
+    if how.shared and (names := family.shared(layer)) and block.shared is not None and part == 0:
+        gate, up, down = names
         shared, x_sD = block.shared, x_TD if how.method != "awq" else None
         if how.method == "awq":  # which has scaled its columns
             scaled = {m: result[n].to(x_TD.device, x_TD.dtype) for m, n in zip(MATRICES, (gate, up, down), strict=True)}
             shared = _with(shared, scaled)
         whole = {name: result.pop(name) for name in (gate, up, down)}
-        report.append({"expert": "shared"} | _one(result, arch, (gate, up, down), shared, x_sD, how))
+        report.append({"expert": "shared"} | _one(result, family, names, shared, x_sD, how))
         if report[-1]["by"] == "keep":
             result |= whole
     few = [e["expert"] for e in report if e["by"] != how.method]
@@ -115,14 +115,14 @@ def join(parts: Sequence[Files], out: Path) -> None:
     save({n: t for part, info in zip(parts, here, strict=True) for n, t in read_many(part, info)}, out)
 
 
-def _reserve(result: dict[str, Tensor], arch: Arch, block: "_Block", done: int) -> None:
+def _reserve(result: dict[str, Tensor], family: Family, block: "_Block", done: int) -> None:
     """Make room for what the other experts will become, shaped like what one has: between what is in use only for a while it
     would leave holes, and a layer would take half as much memory again."""
-    stem = f"{arch.experts(block.layer)}{done}."
+    stem = f"{family.experts(block.layer)}{done}."
     made = {n.removeprefix(stem): t for n, t in result.items() if n.startswith(stem)}
     for e in block.chosen:
         if block.shapes(e) == block.shapes(done):  # ranks may differ
-            other = f"{arch.experts(block.layer)}{e}."
+            other = f"{family.experts(block.layer)}{e}."
             result |= {other + n: torch.empty_like(t) for n, t in made.items() if other + n not in result}
 
 
@@ -139,8 +139,8 @@ class _Block:
 
     def names(self, e: int) -> list[str]:
         """The matrices of an expert that are in the file, or their factors."""
-        arch = arch_of(self._config)
-        names = [n for whole in arch.expert(self.layer, e) for n in (whole, *arch.factors(whole))]
+        family = Family.of(self._config)
+        names = [n for whole in family.expert(self.layer, e) for n in (whole, *family.factors(whole))]
         return [n for n in names if n in self.tensors]
 
     def shapes(self, e: int) -> list[Sequence[int]]:
@@ -165,14 +165,14 @@ class _Block:
 
 
 def _experts(
-    result: dict[str, Tensor], arch: Arch, block: _Block, x_TD: Tensor, weights_TE: Tensor, how: How
+    result: dict[str, Tensor], family: Family, block: _Block, x_TD: Tensor, weights_TE: Tensor, how: How
 ) -> Iterator[dict[str, Any]]:
     """Treat the experts one after the other on a CPU, elsewhere as many together as memory allows."""
     for now in _together(block, how):
         tokens = [weights_TE[:, e].nonzero().squeeze(-1) for e in now]
         enough = [e for e, t in zip(now, tokens, strict=True) if len(t) >= how.least]
         if len(enough) > 1 and how.method not in ("magnitude", "round_to_nearest"):
-            yield from _batch(result, arch, block, enough, [x_TD[t] for t in tokens if len(t) >= how.least], how)
+            yield from _batch(result, family, block, enough, [x_TD[t] for t in tokens if len(t) >= how.least], how)
             now, tokens = (
                 [e for e in now if e not in enough],
                 [t for e, t in zip(now, tokens, strict=True) if e not in enough],
@@ -181,7 +181,7 @@ def _experts(
             x_tD = x_TD[t] if len(t) >= how.least else None
             if x_tD is None and how.policy == "keep":
                 result |= {n: block.tensors[n] for n in block.names(e)}
-            yield {"expert": e, "tokens": len(t)} | _one(result, arch, arch.expert(block.layer, e), block.expert(e), x_tD, how)
+            yield {"expert": e, "tokens": len(t)} | _one(result, family, family.expert(block.layer, e), block.expert(e), x_tD, how)
 
 
 def _together(block: _Block, how: How) -> list[list[int]]:
@@ -200,7 +200,7 @@ def _together(block: _Block, how: How) -> list[list[int]]:
 
 
 def _batch(
-    result: dict[str, Tensor], arch: Arch, block: _Block, chosen: list[int], x_eTD: list[Tensor], how: How
+    result: dict[str, Tensor], family: Family, block: _Block, chosen: list[int], x_eTD: list[Tensor], how: How
 ) -> Iterator[dict[str, Any]]:
     """Treat experts that have tokens enough together, matrix by matrix."""
     experts = [block.expert(e) for e in chosen]
@@ -217,14 +217,14 @@ def _batch(
     made["down"] = treat(torch.stack([_matrix(e, "down") for e in experts]), moment_EFF, how)
     for i, e in enumerate(chosen):
         lost = {}
-        for m, name in zip(MATRICES, arch.expert(block.layer, e), strict=True):
+        for m, name in zip(MATRICES, family.expert(block.layer, e), strict=True):
             moment_NN = (moment_EFF if m == "down" else moment_EDD)[i]
             lost[m] = _lost(_matrix(experts[i], m), _put(result, name, made[m][i], how), moment_NN)
         yield {"expert": e, "tokens": len(x_eTD[i]), "by": how.method, "lost": lost}
 
 
 def _one(
-    result: dict[str, Tensor], arch: Arch, names: tuple[str, str, str], expert: MLP, x_TD: Tensor | None, how: How
+    result: dict[str, Tensor], family: Family, names: tuple[str, str, str], expert: MLP, x_TD: Tensor | None, how: How
 ) -> dict[str, Any]:
     """Treat one expert, by its weights alone where there are no tokens of it to go by."""
     if x_TD is None and how.policy == "keep":
@@ -236,19 +236,19 @@ def _one(
         if m == "down" and x_TD is not None:
             moment_NN = second_moment(inner.inner(x_TD))
         before: Matrix = getattr(expert, FIELDS[m])
-        now = _slimmed(result, arch, name, before, moment_NN, how)
+        now = _slimmed(result, family, name, before, moment_NN, how)
         lost[m] = _lost(whole(before), whole(now), moment_NN)
         if how.chained and x_TD is not None:
             inner = _with(inner, {m: now})
     return {"by": by, "lost": lost}
 
 
-def _slimmed(result: dict[str, Tensor], arch: Arch, name: str, matrix: Matrix, moment_NN: Tensor | None, how: How) -> Matrix:
+def _slimmed(result: dict[str, Tensor], family: Family, name: str, matrix: Matrix, moment_NN: Tensor | None, how: How) -> Matrix:
     """Write what a matrix becomes, or both that it is a product of: the one that sees the inputs, and then the other, by what the
     first, as it has become, gives it."""
     if isinstance(matrix, Tensor):
         return _put(result, name, treat(matrix, moment_NN, how), how)
-    out, within = arch.factors(name)
+    out, within = family.factors(name)
     in_RN = _put(result, within, treat(matrix.in_RN, moment_NN, how), how)
     moment_RR = None if moment_NN is None else in_RN.double() @ moment_NN @ in_RN.double().mT
     return LowRank(_put(result, out, treat(matrix.out_MR, moment_RR, how), how), in_RN)
@@ -274,7 +274,9 @@ def treat(w_MN: Tensor, moment_NN: Tensor | None, how: How) -> Treated:
     return sparsegpt(w_MN, pattern, moment=moment_NN, block=how.block, damp=how.damp)
 
 
-def _awq(result: dict[str, Tensor], arch: Arch, block: _Block, x_TD: Tensor, weights_TE: Tensor, how: How) -> list[dict[str, Any]]:
+def _awq(
+    result: dict[str, Tensor], family: Family, block: _Block, x_TD: Tensor, weights_TE: Tensor, how: How
+) -> list[dict[str, Any]]:
     """All experts of a layer, and the scale of its inputs folded into the norm and everything else that the norm feeds."""
     assert how.grid is not None
     counts = (weights_TE > 0).sum(0).tolist()
@@ -283,10 +285,10 @@ def _awq(result: dict[str, Tensor], arch: Arch, block: _Block, x_TD: Tensor, wei
     gate_EFD, up_EFD, down_EDF = (experts[m] for m in MATRICES)
     act = block.expert(0).act
     made = awq(gate_EFD, up_EFD, down_EDF, how.grid, inputs=x_TD, weights=seen_TE, act=act, scale_dtype=how.stored)
-    norms = [n for n in result if n.startswith(arch.norm(block.layer))]
-    fed = [arch.router.format(layer=block.layer)]
-    fed += [t.format(layer=block.layer) for t in arch.shared[:2]] if arch.shared else []
-    fed += [arch.shared_gate.format(layer=block.layer)] if arch.shared_gate else []
+    norms = [n for n in result if n.startswith(family.norm(block.layer))]
+    fed = [family.router(block.layer)]
+    fed += (family.shared(block.layer) or ())[:2]
+    fed += [gate] if (gate := family.shared_gate(block.layer)) else []
     scale_D = made.scale_D.cpu()
     for norm in norms:
         result[norm], *folded = fold(result[norm], scale_D, *(result[n] for n in fed))
@@ -299,7 +301,7 @@ def _awq(result: dict[str, Tensor], arch: Arch, block: _Block, x_TD: Tensor, wei
         moments = (second_moment(x_TD[token] / made.scale_D), None, second_moment(inner_TF / made.inner_EF[e]))
         scaled = (gate_EFD[e] * made.scale_D, up_EFD[e] * made.scale_D / made.inner_EF[e, :, None], down_EDF[e] * made.inner_EF[e])
         parts = (made.gate_EFD[e], made.up_EFD[e], made.down_EDF[e])
-        for at, (m, name) in enumerate(zip(MATRICES, arch.expert(block.layer, e), strict=True)):
+        for at, (m, name) in enumerate(zip(MATRICES, family.expert(block.layer, e), strict=True)):
             moment_NN = moments[at] if moments[at] is not None else moments[0]
             lost[m] = _lost(scaled[at], _put(result, name, parts[at], how), moment_NN if len(token) else None)
         by = "awq" if counts[e] >= how.least else how.policy

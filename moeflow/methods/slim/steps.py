@@ -11,7 +11,7 @@ from dataclasses import replace
 from math import gcd, lcm
 from typing import Any
 
-from moeflow.arch import arch_of
+from moeflow.arch import Family
 from moeflow.methods.records import DECOMPOSED, SLIMMED, SPARSE
 from moeflow.methods.slim.grid import Grid
 from moeflow.methods.slim.pattern import Pattern
@@ -69,7 +69,7 @@ def _layer_spec(
         )
     if given.format.compressed:
         given.check_routing("slim")
-    arch = arch_of(rest.config)
+    family = Family.of(rest.config)
     names = _treated(given, shared)
     for name in names:
         columns = given.tensors[name][1][1]
@@ -106,8 +106,8 @@ def _layer_spec(
     size = 4 if precision(rest.config, dtype) == "float32" else 2
     columns = int(rest.config["hidden_size"])
     tokens = sum(s.rows for s in seen if isinstance(s, ObservedSpec)) * columns * size
-    gate = arch.gate.format(layer=layer, expert=0)
-    rows = next(given.tensors[n][1][0] for n in (gate, arch.factors(gate)[0]) if n in given.tensors)
+    gate = family.expert(layer, 0)[0]
+    rows = next(given.tensors[n][1][0] for n in (gate, family.factors(gate)[0]) if n in given.tensors)
     # what is written, the tokens, and the moments, factor and working copy of one expert; AWQ has all experts, and their codes
     together = 3 * given.experts * rows * columns * (size + 3) if method == "awq" else 0
     memory = out.nbytes + together + 3 * tokens + 60 * max(rows, columns) ** 2 + 24 * rows * columns + (1 << 29)
@@ -117,10 +117,10 @@ def _layer_spec(
 
 
 def _treated(given: LayerSpec, shared: bool) -> list[str]:
-    arch = arch_of(given.config)
-    wholes = [n for e in range(given.experts) for n in arch.expert(given.layer, e)]
-    names = [n for whole in wholes for n in (whole, *arch.factors(whole)) if n in given.tensors]
-    return names + ([t.format(layer=given.layer) for t in arch.shared] if shared and arch.shared else [])
+    family = Family.of(given.config)
+    wholes = [n for e in range(given.experts) for n in family.expert(given.layer, e)]
+    names = [n for whole in wholes for n in (whole, *family.factors(whole)) if n in given.tensors]
+    return names + list(family.shared(given.layer) or () if shared else ())
 
 
 @step("slim.layer", version=2, spec=_layer_spec, gpus=1)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
-from moeflow.arch import arch_of
+from moeflow.arch import Family
 from moeflow.methods.checkpoint import steps as checkpoint_
 from moeflow.methods.data import steps as data_
 from moeflow.methods.fewer_active import steps as fewer_active
@@ -105,8 +105,7 @@ def test_a_full_training_is_that_of_a_plain_loop_in_every_family(family: Path, s
 def test_the_merged_model_computes_what_lora_trained(kind: str, family: Path, store: Store, rows: Any, tmp_path: Path) -> None:
     """Of standard checkpoints, and of those whose layers differ and have low-rank experts in every combination."""
     model = model_in(family if kind == "standard" else compress(family, tmp_path / family.name))
-    arch = arch_of(model.config)
-    targets = ("attention", "router", "experts") + (("shared",) if arch.shared else ())
+    targets = ("attention", "router", "experts") + (("shared",) if Family.of(model.config).arch.shared else ())
     data = data_.tokens(rows, model, Sample(6, 12))
     how = Recipe(steps=STEPS, batch=BATCH, rate=RATE, warmup=0.0, rank=4, alpha=32.0, targets=targets, keep="last")
     tuned = tune.tune(model, data, how, validation={"same": data})

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from moeflow.arch import arch_of
+from moeflow.arch import Family
 from moeflow.methods.finetune import lora
 from moeflow.methods.finetune.lora import Addition
 from moeflow.methods.finetune.recipe import Recipe
@@ -71,7 +71,7 @@ def test_a_sum_is_made_once_for_each_forward_pass_and_is_gone_behind_it(tmp_path
     with pytest.raises(Exception, match="index out of range"):
         model(ids + 1000)
     for layer in model.model.layers:
-        experts = layer.get_submodule(arch_of(model.config.to_dict()).block).experts
+        experts = layer.get_submodule(Family.of(model.config.to_dict()).arch.block).experts
         assert experts.gate_up_proj is experts._parameters["gate_up_proj"], "as it was"
 
 
