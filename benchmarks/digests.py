@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.digests [NAME...]
 
-Run it before and after a change that is to change no byte, on one machine, and compare. It takes the trained Mixtral and the texts in
-../shared, and tiny random models of other families. Raises FileNotFoundError where ../shared is absent.
+Run it before and after a change that is to change no byte, on one machine, and compare. It takes the trained Mixtral and the texts
+in ../shared, and tiny random models of other families. Raises FileNotFoundError where ../shared is absent.
 """
 
 import hashlib
