@@ -18,10 +18,9 @@ from typing import Literal
 from mixtral import C4, MODEL, WIKITEXT2
 
 from moeflow.cli import main
-from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data
-from moeflow.methods.graph import Pass
+from moeflow.methods.graph import Pass, Sample
 from moeflow.methods.recipes import compare, unified
 from moeflow.methods.trim.steps import Trimming
 from moeflow.sources import Source, Texts
@@ -58,14 +57,14 @@ def build(
     seed: int = 42,
 ) -> Step:
     original = checkpoint.pinned(model)
-    matrix = data.tokens(tokens, original, sequences=sequences, length=length, seed=seed, bos=bos, group=1000)
+    matrix = data.tokens(tokens, original, Sample(sequences, length, seed=seed, bos=bos, group=1000))
     passed = Pass(batch=batch, record=record, per_expert=per_expert, dtype=dtype)
     small = unified.compress(
         original, matrix, order=order, trim=trim and Trimming(trim, dropped, across, criterion, rule=rule), slim=slim, ratio=ratio,
         calibration=passed, pattern=pattern, bits=bits, group=group, inputs=inputs, shared=shared, tasks=tasks,
     )  # fmt: skip
-    seen = calibrate.run(original, matrix, passed)
-    reports = compare.compare(seen, small, heldout=heldout, sequences=heldout_sequences, length=length)
+    judged = Sample(heldout_sequences, length), Pass(batch, 8 * batch, dtype=dtype)
+    reports = compare.compare(original, small, heldout, *judged, tokens=matrix)
     return checkpoint.checkpoint_of(small).reporting(*reports)
 
 

@@ -14,7 +14,11 @@ from moeflow.sources import Texts, pin
 from moeflow.step import Resources, Step, placed, upstream
 from moeflow.store import Store
 
-SHARED = Path(__file__).parents[2] / "shared"
+GOLDEN = Path(__file__).parent / "golden"
+"""What the authors' own code computed; its README says how."""
+
+SMALL = Path(__file__).parents[1] / "models" / "mixtral-small"
+"""A Mixtral of 0.7 M parameters that was trained on Python; its README says how."""
 
 
 def store_in(folder: Path) -> Store:

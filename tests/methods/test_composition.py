@@ -12,7 +12,7 @@ from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data
 from moeflow.methods.fewer_active import steps as fewer_active
-from moeflow.methods.graph import Calibration, Model, Pass
+from moeflow.methods.graph import Calibration, Model, Pass, Sample
 from moeflow.methods.prune.counts import Counts
 from moeflow.methods.prune.searches import Search
 from moeflow.methods.recipes import moei2, naee, unified
@@ -79,7 +79,7 @@ def start(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def seen(model: Model, folder: Path) -> Calibration:
-    matrix = data.tokens(matrix_of(folder), model, sequences=8, length=16)
+    matrix = data.tokens(matrix_of(folder), model, Sample(8, 16))
     return calibrate.run(model, matrix, Pass(batch=4, shard=8, stage=3), between=True)
 
 

@@ -12,8 +12,8 @@ from moeflow.arch import Family
 from moeflow.methods import records
 from moeflow.methods.data import steps as data_
 from moeflow.methods.fewer_active import steps as fewer_active
-from moeflow.methods.finetune import steps as finetune
-from moeflow.methods.graph import Model
+from moeflow.methods.finetune.recipe import Gang, Recipe
+from moeflow.methods.graph import Model, Sample
 from moeflow.methods.prune.searches import Search
 from moeflow.methods.recipes import compare, moei2, naee, tune, unified
 from moeflow.methods.slim import steps as slim
@@ -308,7 +308,7 @@ def test_what_cannot_be_slimmed_is_refused_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="layer 0 is packed in 4 bits, groups of 8; decompose the model"):
         moei2.decompose(calibrated(packed, tmp_path), ratio=0.2, ranks="uniform")
     with pytest.raises(ValueError, match="layer 0 is packed in 4 bits, groups of 8; fine-tune the model"):
-        tune.tune(packed, data_.tokens(matrix_of(tmp_path), packed, sequences=8, length=16), steps=1, batch=2, rate=1e-3)
+        tune.tune(packed, data_.tokens(matrix_of(tmp_path), packed, Sample(8, 16)), Recipe(steps=1, batch=2, rate=1e-3))
 
 
 @pytest.mark.parametrize(
@@ -318,14 +318,11 @@ def test_what_cannot_be_slimmed_is_refused_in_one_line(tmp_path: Path) -> None:
 )
 def test_zeros_of_experts_stay_zeros_through_training(mode: str, zero: int, tmp_path: Path) -> None:
     """And what is not zero is trained."""
-    pytest.importorskip("deepspeed")
     seen = calibrated(model_in(tiny.write("deepseek_v2", tmp_path / "model")), tmp_path)
     sparse = unified.slim(seen, method="wanda", pattern="2:4", shared=True, inputs="parallel")
-    data = data_.tokens(matrix_of(tmp_path), sparse, sequences=8, length=16)
-    tuned = tune.tune(
-        sparse, data, mode=mode, targets=("attention", "experts", "shared"), steps=3, batch=2, rate=1e-2, decay=0.1,
-        gang=finetune.Gang(zero=zero),
-    )  # fmt: skip
+    data = data_.tokens(matrix_of(tmp_path), sparse, Sample(8, 16))
+    how = Recipe(mode=mode, targets=("attention", "experts", "shared"), steps=3, batch=2, rate=1e-2, decay=0.1)
+    tuned = tune.tune(sparse, data, how, gang=Gang(zero=zero))
     store = store_in(tmp_path)
     before, after = Tensors(pulled(store, sparse, tmp_path)), Tensors(pulled(store, tuned.model, tmp_path))
     family = Family.of(read_config(before.files))  # type: ignore[arg-type]
@@ -340,7 +337,9 @@ def test_the_report_says_that_zeros_save_nothing_at_rest(tmp_path: Path) -> None
     sparse = unified.slim(seen, method="wanda", pattern="0.5", inputs="parallel")
     store = store_in(tmp_path)
     (size,) = (
-        r for r in compare.compare(seen, sparse, heldout=matrix_of(tmp_path), sequences=2, length=16) if r.name == "evaluate.size"
+        r
+        for r in compare.compare(seen.model, sparse, matrix_of(tmp_path), Sample(2, 16), tokens=seen.tokens)
+        if r.name == "evaluate.size"
     )
     run(store, size)
     report = json.loads(store.artifact(size.key).file("report.json").read_text())

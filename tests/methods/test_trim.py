@@ -15,7 +15,8 @@ from moeflow.arch import Family
 from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data_
 from moeflow.methods.fewer_active import steps as fewer_active
-from moeflow.methods.graph import Model
+from moeflow.methods.finetune.recipe import Recipe
+from moeflow.methods.graph import Model, Pass, Sample
 from moeflow.methods.recipes import compare, naee, tune
 from moeflow.methods.trim import steps as trim
 from moeflow.model.checkpoint import Tensors, read_moe
@@ -262,7 +263,7 @@ def test_trimmings_follow_each_other_where_a_run_decides(tmp_path: Path) -> None
         == [t["trim"] for t in json.loads((out / "moeflow.json").read_text())["choices"]]
     )
     target = checkpoint.checkpoint_of(last).reporting(
-        *compare.compare(seen, last, heldout=matrix_of(tmp_path, seed=3), sequences=4, length=16)
+        *compare.compare(seen.model, last, matrix_of(tmp_path, seed=3), Sample(4, 16), Pass(2, 16), tokens=seen.tokens)
     )
     run(store, target)
     rows = reports(store, target)
@@ -350,11 +351,10 @@ def test_what_cannot_be_trimmed_is_refused_in_one_line(tmp_path: Path) -> None:
 
 
 def test_a_trimmed_model_is_trained(tmp_path: Path) -> None:
-    pytest.importorskip("deepspeed")
     source, store = tiny.write("mixtral", tmp_path / "model"), store_in(tmp_path)
     thin = trim.trim(calibrated(model_in(source), tmp_path), trim.Trimming("moe_blocks", 1))
-    data = data_.tokens(matrix_of(tmp_path), thin, sequences=8, length=16)
-    tuned = tune.tune(thin, data, mode="full", steps=2, batch=2, rate=1e-3)
+    data = data_.tokens(matrix_of(tmp_path), thin, Sample(8, 16))
+    tuned = tune.tune(thin, data, Recipe(mode="full", steps=2, batch=2, rate=1e-3))
     out = pulled(store, tuned.model, tmp_path)
     assert read_config(Folder(out))["moeflow_layers"].count({"experts": 0, "gone": "moe"}) == 1
     assert isinstance(tuned.trained, Step) and torch.isfinite(logits(loaded(out), tmp_path)).all()
