@@ -15,6 +15,7 @@ from typing import Any
 
 from benchmarks.quality import CALIBRATION, HELDOUT, HELDOUT_PASS, HELDOUT_SEQUENCES, KINDS, LENGTH, SEQUENCES, SHARED
 from benchmarks.rows import Row
+from moeflow.methods import rewrite
 from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data
@@ -165,12 +166,12 @@ def _fewer(bench: Recovery) -> tuple[list[Row], str]:
     """Perplexity against expert products a token: skipping and Compressed Experts, and top-1 as it is and trained alike."""
     original = bench.original
     config = original.config | {"num_experts_per_tok": 1}
-    top1 = replace(original, config=config, rest=fewer_active.rest(original.rest, config=config))
-    attached = fewer_active.attach(original, main=1)
+    top1 = replace(original, config=config, rest=rewrite.configured(original.rest, config=config))
+    attached = fewer_active.attach(original, fewer_active.CompressedExperts(main=1))
     models: dict[str, Model | tune.Tuned] = {
         "top-2, the original": original,
         "skipping, median": fewer_active.skip(bench.seen),
-        **{f"skipping, {active} experts": fewer_active.skip(bench.seen, active=active) for active in (1.75, 1.25)},
+        **{f"skipping, {active} experts": fewer_active.skip(bench.seen, fewer_active.Skipping(active)) for active in (1.75, 1.25)},
         "top-1": top1,
         "Compressed Experts as they begin": attached,
         "Compressed Experts, trained alone": bench.tuned(attached, mode="compressed_experts", loss="kl", rate=2e-2),

@@ -38,9 +38,9 @@ def _slim(method: str, **options: Any) -> Stage:
 
 
 AWQ, GPTQ = _slim("awq"), _slim("gptq", inputs="sequential", order=True)
-EXPERTS: Stage = partial(trim.expert_drop, keep=6, least=2)
-LAYERS: Stage = partial(trim.layer_drop, drop=2)
-BLOCKS: Stage = partial(trim.block_drop, drop=1)
+EXPERTS: Stage = partial(trim.trim, how=trim.Trimming("experts", 2, least=2))
+LAYERS: Stage = partial(trim.trim, how=trim.Trimming("moe_blocks", 2))
+BLOCKS: Stage = partial(trim.trim, how=trim.Trimming("decoder_layers", 1))
 ENUMERATED: Stage = partial(naee.prune, keep=6)
 
 

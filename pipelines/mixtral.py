@@ -47,7 +47,7 @@ def build(
     passed = Pass(batch=batch, dtype=dtype)
     seen = calibrate.run(original, matrix, passed)
     pruned = naee.prune(seen, keep, Search(search, loss=loss, seed=seed))
-    served = naee.skipped(skip)(pruned, matrix, passed)
+    served = naee.skipped(pruned, matrix, naee.skipping(skip), passed)
     judged = Sample(heldout_sequences, length), Pass(batch, 8 * batch, dtype=dtype)
     reports = compare.compare(original, served, heldout, *judged, tokens=matrix)
     return checkpoint.checkpoint_of(served).reporting(*reports)

@@ -10,6 +10,8 @@ the configuration; the paper prints 878 M.
 What moeflow puts beside it: `-p train=compressed_experts` trains the vectors alone, `-p loss=kl` distils from the original.
 """
 
+from typing import Literal
+
 from mixtral import WIKITEXT2
 
 from moeflow.cli import main
@@ -28,8 +30,8 @@ def build(
     *,
     text: Texts = Texts("mathinstruct"),
     heldout: Texts = Texts(WIKITEXT2),
-    computed: int = 0,
-    form: str = "three",
+    computed: int | None = None,
+    form: Literal["three", "one"] = "three",
     train: str = "full",
     loss: str = "lm",
     rows: int = 12_800,
@@ -51,7 +53,7 @@ def build(
 ) -> Step:
     original = checkpoint.pinned(model)
     data = data_.examples(text, original, data_.Examples(rows, length, seed=seed, bos=bos, repeat=True))
-    attached = fewer_active.attach(original, main=computed, form=form)
+    attached = fewer_active.attach(original, fewer_active.CompressedExperts(computed, form))
     how = Recipe(mode=train, loss=loss, epochs=epochs, batch=batch, rate=rate, warmup=warmup, dtype=dtype, seed=seed)
     gang = Gang(processes, zero=zero, micro=micro, offload=offload, checkpointing=True, device_memory=device_memory)
     tuned = tune.tune(attached, data, how, teacher=original, passed=Pass(dtype=dtype), gang=gang, deepspeed=deepspeed or None)

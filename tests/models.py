@@ -69,7 +69,8 @@ def graph(model: Model, matrix: Texts, *, keep: int = 5, how: str = "layerwise")
 
 def attached(source: Path, out: Path, **options: Any) -> Path:
     """A checkpoint with Compressed Experts, pulled."""
-    store, target = store_in(out.parent), checkpoint.checkpoint_of(fewer_active.attach(model_in(source), **options))
+    model = fewer_active.attach(model_in(source), fewer_active.CompressedExperts(**options))
+    store, target = store_in(out.parent), checkpoint.checkpoint_of(model)
     run(store, target)
     held = store.artifact(target.key)
     return Path(shutil.copytree(held.folder(), out))

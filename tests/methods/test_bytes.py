@@ -35,8 +35,7 @@ def test_dropping_experts_of_a_layer_reads_at_most_that_layer_s_file_and_assembl
 
     assert 0.7 * size < received(dropped[0]) <= 1.01 * size
     in_process.run(dropped, Store.open(s3_url, tmp_path / "two"))
-    before = server.count("PUT", "/blobs/")
     moved = received(target)
     assert moved < 0.1 * size
     sent = [r.sent for r in server.requests if r.method == "PUT" and "/blobs/" in r.path]
-    assert len(sent) <= 3 and sum(sent) < 0.02 * target.spec.output.nbytes and before >= 0
+    assert len(sent) <= 3 and sum(sent) < 0.02 * target.spec.output.nbytes

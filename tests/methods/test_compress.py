@@ -187,8 +187,8 @@ def test_an_expert_with_too_few_tokens_is_cut_by_its_weights_or_stays_whole_and_
         small = moei2.decompose(seen, ratio=0.3, least=30, policy=policy)
         target = checkpoint.checkpoint_of(small)
         outcome = running.run(store, target)
-        told = json.loads(store.artifact(target.key).file("moeflow.json").read_text())["decomposition"]
-        experts = [e for layer in told for e in layer["experts"]]
+        told = running.facts_of(store.artifact(target.key).folder(), "decompose.layer")
+        experts = [e for (layer,) in told.values() for e in layer["experts"]]
         few = [e for e in experts if e["tokens"] < 30]
         assert few and len(few) < len(experts)
         # a budget may leave a matrix whole by itself, but never whiten it with too few tokens

@@ -224,9 +224,9 @@ def test_what_cannot_be_attached_is_refused_in_one_line(olmoe: tuple[Path, Path,
     plain, neutral, _ = olmoe
     model = model_in(plain)
     with pytest.raises(ValueError, match="main=3 must be at least 1 and fewer than the 3 experts"):
-        fewer_active.attach(model, main=3)
-    with pytest.raises(ValueError, match="form='two' is not known; choose one of one, three"):
-        fewer_active.attach(model, form="two")
+        fewer_active.attach(model, fewer_active.CompressedExperts(main=3))
+    with pytest.raises(ValueError, match="form='two' is not known; choose one of three, one"):
+        fewer_active.attach(model, fewer_active.CompressedExperts(form="two"))
     again = model_in(neutral)
     with pytest.raises(ValueError, match="layer 0 has Compressed Experts, .* take the model without them"):
         fewer_active.attach(again)

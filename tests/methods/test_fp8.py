@@ -88,7 +88,7 @@ def test_it_is_pruned_by_slicing_and_stays_in_fp8(source: Path, how: str, tmp_pa
     seen = calibrated(model, tmp_path, dtype="float32")
     made = {
         "pruned": lambda: naee.prune(seen, 6, Search("reap")),
-        "trimmed": lambda: trim.layer_drop(seen, drop=1),
+        "trimmed": lambda: trim.trim(seen, trim.Trimming("moe_blocks", 1)),
         "unevenly": lambda: moei2.prune(seen, Counts(14, rule="paper", importance="recon")),
     }[how]()
     out = pulled(store, made, tmp_path)

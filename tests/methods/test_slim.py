@@ -203,7 +203,7 @@ def test_a_layer_divided_between_tasks_has_the_same_bytes(how: dict[str, Any], t
 
 
 def test_a_layer_that_a_run_left_without_experts_is_divided_too(tmp_path: Path) -> None:
-    thin = trim.layer_drop(calibrated(model_in(tiny.write("mixtral", tmp_path / "model")), tmp_path), drop=1)
+    thin = trim.trim(calibrated(model_in(tiny.write("mixtral", tmp_path / "model")), tmp_path), trim.Trimming("moe_blocks", 1))
     whole, divided = (
         pulled(store_in(tmp_path), unified.slim(calibrated(thin, tmp_path), method="gptq", tasks=n, **FOUR), tmp_path)
         for n in (1, 3)
@@ -249,19 +249,22 @@ def test_packed_experts_are_pruned_by_slicing_and_trimmed_and_skip(source: Path,
                     assert torch.equal(files[out][a + end], files[whole][b + end])
     assert config["model_type"] == read_config(Folder(source))["model_type"]
     close(logits(loaded(out), tmp_path), logits(loaded(plain(out, tmp_path / "plain")), tmp_path))
-    uneven = trim.layer_drop(calibrated(trim.expert_drop(calibrated(packed, tmp_path), keep=6, least=4), tmp_path), drop=1)
+    uneven = trim.trim(
+        calibrated(trim.trim(calibrated(packed, tmp_path), trim.Trimming("experts", 2, least=4)), tmp_path),
+        trim.Trimming("moe_blocks", 1),
+    )
     last = pulled(store, uneven, tmp_path)
     assert read_config(Folder(last))["model_type"].startswith("moeflow_")
     close(logits(loaded(last), tmp_path), logits(loaded(plain(last, tmp_path / "plain-last")), tmp_path))
     if read_config(Folder(source))["model_type"] != "phimoe":
-        skips = pulled(store, fewer_active.skip(calibrated(packed, tmp_path), active=1.5), tmp_path)
+        skips = pulled(store, fewer_active.skip(calibrated(packed, tmp_path), fewer_active.Skipping(1.5)), tmp_path)
         close(logits(loaded(skips), tmp_path), logits(loaded(plain(skips, tmp_path / "plain-skips")), tmp_path))
 
 
 def test_what_was_trimmed_is_slimmed(source: Path, tmp_path: Path) -> None:
     """In the other order: layers that a run has left without experts stay as they are."""
     store = store_in(tmp_path)
-    thin = trim.layer_drop(calibrated(model_in(source), tmp_path), drop=1)
+    thin = trim.trim(calibrated(model_in(source), tmp_path), trim.Trimming("moe_blocks", 1))
     out = pulled(store, unified.slim(calibrated(thin, tmp_path), method="gptq", **FOUR), tmp_path)
     config = read_config(Folder(out))
     assert {"experts": 0, "gone": "moe"} in config["moeflow_layers"]
@@ -315,7 +318,6 @@ def test_what_cannot_be_slimmed_is_refused_in_one_line(tmp_path: Path) -> None:
 )
 def test_zeros_of_experts_stay_zeros_through_training(mode: str, zero: int, tmp_path: Path) -> None:
     """And what is not zero is trained."""
-    pytest.importorskip("deepspeed")
     seen = calibrated(model_in(tiny.write("deepseek_v2", tmp_path / "model")), tmp_path)
     sparse = unified.slim(seen, method="wanda", pattern="2:4", shared=True, inputs="parallel")
     data = data_.tokens(matrix_of(tmp_path), sparse, Sample(8, 16))

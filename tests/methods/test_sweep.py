@@ -35,7 +35,7 @@ def test_a_forks_divergence_and_loss_are_those_of_the_model_with_that_layer_chan
     }
     alternatives = {i: Alternatives(Forks("sets", (str(keep),)), (found[i],)) for i in found}
     each = {last: Alternatives(Forks("each", tuple(map(str, range(8)))))}
-    sets, single = (calibrate.curves(seen, a, tokens=128, stage=2) for a in (alternatives, each))
+    sets, single = (calibrate.curves(seen, a, tokens=128) for a in (alternatives, each))
     running.run(store, sets, single, pruned.layers[last])
     measured = json.loads(store.artifact(sets.key).file("curves.json").read_text())
     one_gone = json.loads(store.artifact(single.key).file("curves.json").read_text())

@@ -10,6 +10,7 @@ from typing import Any
 
 from moeflow.methods.finetune.recipe import Recipe
 from moeflow.methods.graph import HIDDEN
+from moeflow.methods.records import Facts
 from moeflow.methods.reports import row, write_report
 from moeflow.model.spec import CheckpointSpec, HiddenSpec, LayerSpec, RestSpec, TokensSpec, header_bytes
 from moeflow.step import Artifact, Context, Spec, step
@@ -76,14 +77,15 @@ def train(
     tune(context, checkpoint, data, [p.file(PREDICTIONS) for p in predictions], dict(zip(names, heldout, strict=True)), recipe)
 
 
-def _layer_spec(trained: Any, before: LayerSpec, *, layer: int) -> Spec:
+def _layer_spec(trained: Any, before: LayerSpec, *, layer: int, mode: str) -> Spec:
     return Spec(before, memory=1 << 20)
 
 
 @step("finetune.layer", version=1, spec=_layer_spec)
-def layer(context: Context, trained: Artifact, before: Artifact, *, layer: int) -> None:
-    """One decoder layer: its trained files, and the others as they were before. No byte moves."""
+def layer(context: Context, trained: Artifact, before: Artifact, *, layer: int, mode: str) -> None:
+    """One decoder layer: its trained files, and the others as they were before. No weight moves."""
     _linked(context, trained, before)
+    Facts.of(before).and_then("finetune.layer", mode=mode).write(context.out)
 
 
 def _rest_spec(trained: Any, before: RestSpec) -> Spec:
@@ -101,7 +103,7 @@ def _linked(context: Context, trained: Artifact, before: Artifact) -> None:
     for name, file in new.items():
         context.link(trained, file, name)
     for name in before.names():
-        if name not in new:
+        if name not in new and name != Facts.FILE:
             context.link(before, name)
 
 

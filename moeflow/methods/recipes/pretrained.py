@@ -26,7 +26,7 @@ def mixtral(texts: Texts, how: Pretraining = Pretraining(), shape: Shape = Shape
     weights = trained.part(WEIGHTS)
     return Model(
         config=config,
-        rest=rest(trained, weights, config=config, files=list(TOKENIZER_FILES), tensors=tables[None], note=""),
+        rest=rest(trained, (weights,), config=config, files=list(TOKENIZER_FILES), tensors=tables[None], note=""),
         texts=trained.part("tokenizer"),
-        layers=tuple(layer(weights, config=essential(config), layer=i, tensors=tables[i]) for i in range(shape.layers)),
+        layers=tuple(layer((weights,), config=essential(config), layer=i, tensors=tables[i]) for i in range(shape.layers)),
     )

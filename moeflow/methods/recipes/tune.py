@@ -80,7 +80,11 @@ def tune(
     trained = finetune.train(checkpoint, rows, predictions, heldout, names=list(matrices), recipe=recipe).on(
         cpus=gang.cpus, gpus=gang.gpus, memory=need.host, processes=gang.processes, device=need.device, settings=gang.settings()
     )
-    changed = {i: finetune.layer(trained.part(f"layer-{i:03d}/"), model.layers[i], layer=i) for i in opened if i is not None}
+    changed = {
+        i: finetune.layer(trained.part(f"layer-{i:03d}/"), model.layers[i], layer=i, mode=recipe.mode)
+        for i in opened
+        if i is not None
+    }
     tuned = model.with_layers(changed)
     if None in opened:
         tuned = replace(tuned, rest=finetune.rest_of(trained.part("rest/"), model.rest))
