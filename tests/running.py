@@ -51,6 +51,12 @@ def choices(store: Store, target: Step) -> dict[int, dict[str, Any]]:
     return {s.params["at"]: json.loads(store.artifact(s.key).file("choice.json").read_text()) for s in made}
 
 
+def facts_of(folder: Path, step: str = "") -> dict[int, list[dict[str, Any]]]:
+    """What a pulled checkpoint says was done to each of its layers, in order; only by the step of this name where one is given."""
+    layers = json.loads((folder / "moeflow.json").read_text())["layers"]
+    return {entry["layer"]: [d for d in entry["done"] if step in ("", d["step"])] for entry in layers}
+
+
 def reports(store: Store, target: Step) -> dict[str, dict[str, Any]]:
     """The rows of all reports of a target, by name."""
     rows = [json.loads(store.artifact(r.key).file("report.json").read_text())["rows"] for r in target.reports]
