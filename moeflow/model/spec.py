@@ -47,6 +47,11 @@ def precision(config: Config, dtype: str) -> str:
     return name
 
 
+def element_bytes(config: Config, dtype: str) -> int:
+    """The bytes of one number in the precision of a run; see `precision`."""
+    return next(BYTES[short] for short, name in NAMES.items() if name == precision(config, dtype))
+
+
 @dataclass(frozen=True)
 class LayerSpec:
     """One decoder layer's file.
@@ -208,7 +213,7 @@ class HiddenSpec:
     @property
     def itemsize(self) -> int:
         """Bytes of one number."""
-        return 8 if self.dtype == "float64" else 4 if self.dtype == "float32" else 2
+        return element_bytes(self.config, self.dtype)
 
     @cached_property
     def nbytes(self) -> int:
