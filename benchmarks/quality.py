@@ -20,6 +20,8 @@ from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data
 from moeflow.methods.graph import Calibration, Model, Pass
+from moeflow.methods.prune.counts import Counts
+from moeflow.methods.prune.searches import Search
 from moeflow.methods.recipes import compare, moei2, naee
 from moeflow.run import in_process
 from moeflow.sources import Texts, pin
@@ -48,17 +50,17 @@ Method = Callable[[Calibration, Step, float, int], Model]
 
 
 def _by_score(name: str, seen: Calibration, matrix: Step, removed: float, seed: int) -> Model:
-    return naee.by_criterion(seen, criterion=name, keep=round(8 * (1 - removed)), seed=seed)
+    return naee.prune(seen, round(8 * (1 - removed)), Search(name, seed=seed))
 
 
 def _naee(seen: Calibration, matrix: Step, removed: float, seed: int) -> Model:
-    return naee.layerwise(seen, keep=round(8 * (1 - removed)))
+    return naee.prune(seen, keep=round(8 * (1 - removed)))
 
 
 def _moei2(seen: Calibration, matrix: Step, removed: float, seed: int, *, share: float) -> Model:
     """The paper: counts by importance, genetic search, blocks of three layers among three sets; then vanilla, by importance."""
     dropped = share * removed
-    pruned = moei2.prune(seen, keep=1 - dropped, counts="paper", search="genetic", best=3, block=3, seed=seed)
+    pruned = moei2.prune(seen, Counts(1 - dropped, rule="paper"), Search("genetic", best=3, block=3, seed=seed))
     ratio = moei2.ratio_left(removed, dropped)
     return moei2.decompose(_run(pruned, matrix), ratio=ratio, ranks="paper", svd="vanilla") if ratio else pruned
 
@@ -66,7 +68,7 @@ def _moei2(seen: Calibration, matrix: Step, removed: float, seed: int, *, share:
 def _ours(seen: Calibration, matrix: Step, removed: float, seed: int, *, share: float) -> Model:
     """Exact allocation by measured divergence, swap search; then whitened, at ranks that one budget gives all matrices."""
     dropped = share * removed
-    pruned = moei2.prune(seen, keep=1 - dropped, counts="exact", search="swap", seed=seed) if dropped else seen.model
+    pruned = moei2.prune(seen, Counts(1 - dropped), Search("swap", seed=seed)) if dropped else seen.model
     ratio = moei2.ratio_left(removed, dropped)
     again = _run(pruned, matrix) if dropped else seen
     return moei2.decompose(again, ratio=ratio) if ratio else pruned

@@ -21,6 +21,8 @@ from moeflow.methods.data import steps as data
 from moeflow.methods.fewer_active import steps as fewer_active
 from moeflow.methods.finetune.recipe import Gang
 from moeflow.methods.graph import Calibration, Model, Pass
+from moeflow.methods.prune.counts import Counts
+from moeflow.methods.prune.searches import Search
 from moeflow.methods.recipes import compare, moei2, naee, tune
 from moeflow.run import in_process
 from moeflow.sources import Texts, pin
@@ -112,14 +114,13 @@ def main() -> tuple[list[Row], str]:
 
 
 def _pruned(bench: Recovery) -> tuple[list[Row], str]:
-    pruned = naee.layerwise(bench.seen, keep=4)
+    pruned = naee.prune(bench.seen, keep=4)
     return _recovered(bench, "4 of 8 experts (NAEE)", pruned, TUNINGS | LONGER, target=True)
 
 
 def _low_rank(bench: Recovery) -> tuple[list[Row], str]:
-    pruned = moei2.prune(
-        bench.seen, keep=0.75, counts="paper", search="genetic", importance="recon", best=3, block=3, generations=20
-    )
+    counts = Counts(0.75, rule="paper", importance="recon")
+    pruned = moei2.prune(bench.seen, counts, Search("genetic", best=3, block=3, generations=20))
     again = calibrate.run(pruned, bench.matrix, PASS)
     ratio = moei2.ratio_left(0.5, 0.25)
     vanilla = moei2.decompose(again, ratio=ratio, ranks="paper", svd="vanilla", importance="recon")

@@ -41,7 +41,7 @@ AWQ, GPTQ = _slim("awq"), _slim("gptq", inputs="sequential", order=True)
 EXPERTS: Stage = partial(trim.expert_drop, keep=6, least=2)
 LAYERS: Stage = partial(trim.layer_drop, drop=2)
 BLOCKS: Stage = partial(trim.block_drop, drop=1)
-ENUMERATED: Stage = partial(naee.layerwise, keep=6)
+ENUMERATED: Stage = partial(naee.prune, keep=6)
 
 
 def _low_rank(ratio: float) -> Stage:

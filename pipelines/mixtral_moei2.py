@@ -11,6 +11,7 @@ What moeflow puts beside it: `-p counts=exact -p search=swap -p block=1 -p svd=w
 """
 
 from functools import partial
+from typing import Literal
 
 from mixtral import C4, MODEL, WIKITEXT2
 
@@ -20,6 +21,8 @@ from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data_
 from moeflow.methods.finetune.recipe import Gang
 from moeflow.methods.graph import Pass
+from moeflow.methods.prune.counts import Counts
+from moeflow.methods.prune.searches import Search
 from moeflow.methods.recipes import compare, moei2
 from moeflow.methods.recipes import tune as tune_
 from moeflow.sources import Source, Texts
@@ -33,12 +36,12 @@ def build(
     heldout: Texts = Texts(WIKITEXT2),
     dropped: float = 0.25,
     removed: float = 0.5,
-    counts: str = "paper",
+    counts: Literal["uniform", "paper", "exact"] = "paper",
     search: str = "genetic",
-    importance: str = "lm_loss",
+    importance: Literal["recon", "lm_loss"] = "lm_loss",
     best: int = 3,
     block: int = 3,
-    inputs: str = "original",
+    inputs: Literal["original", "progressive"] = "original",
     population: int = 100,
     generations: int = 50,
     legal: tuple[int, ...] = (),
@@ -76,9 +79,10 @@ def build(
     recorded = Pass(batch=batch, stage=3, record=record, per_expert=per_expert, dtype=dtype)
     seen = calibrate.run(original, matrix, recorded)
     pruned = moei2.prune(
-        seen, keep=1 - dropped, counts=counts, search=search, importance=importance, best=best, block=block, inputs=inputs,
-        population=population, generations=generations, legal=legal, divisor=divisor, measured=measured, seed=seed,
-    )  # fmt: skip
+        seen,
+        Counts(1 - dropped, rule=counts, importance=importance, legal=legal, divisor=divisor, measured=measured),
+        Search(search, seed=seed, best=best, block=block, inputs=inputs, population=population, generations=generations),
+    )
     again = calibrate.run(pruned, matrix, recorded)
     small = moei2.decompose(
         again, ratio=moei2.ratio_left(removed, dropped), ranks=ranks, svd=svd, importance=importance, alpha=alpha,

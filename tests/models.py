@@ -13,6 +13,7 @@ from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data
 from moeflow.methods.fewer_active import steps as fewer_active
 from moeflow.methods.graph import Calibration, Model, Pass
+from moeflow.methods.prune.searches import Search
 from moeflow.methods.recipes import compare, naee
 from moeflow.sources import Texts
 from moeflow.step import Step
@@ -61,7 +62,7 @@ def close(a: Tensor, b: Tensor) -> None:
 def graph(model: Model, matrix: Texts, *, keep: int = 5, how: str = "layerwise") -> Step:
     """The checkpoint of a model pruned to `keep` experts per layer, with the reports that compare it with the original."""
     seen = calibrate.run(model, data.tokens(matrix, model, sequences=8, length=16), Pass(batch=4, shard=4, stage=2))
-    pruned = naee.named(how)(seen, keep=keep)
+    pruned = naee.prune(seen, keep, Search(how))
     reports = compare.compare(seen, pruned, heldout=Texts("nowhere.txt"), sequences=4, length=16)
     return checkpoint.checkpoint_of(pruned).reporting(*reports)
 

@@ -14,7 +14,7 @@ def build(model: Source, *, tokens: Texts, keep: int = 6) -> Step:
     original = checkpoint.pinned(model)
     matrix = data.tokens(tokens, original, sequences=12, length=16)
     seen = calibrate.run(original, matrix, Pass(batch=2, shard=4, stage=1))
-    return checkpoint.checkpoint_of(naee.layerwise(seen, keep=keep))
+    return checkpoint.checkpoint_of(naee.prune(seen, keep=keep))
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def matrix_of(folder: Path, *, sequences: int = 8, length: int = 16, vocabulary:
 def choices(store: Store, target: Step) -> dict[int, dict[str, Any]]:
     """What was chosen for each layer on the way to a checkpoint."""
     made = [s for s in upstream([target]) if s.name == "prune.choose"]
-    return {s.params["layer"]: json.loads(store.artifact(s.key).file("choice.json").read_text()) for s in made}
+    return {s.params["at"]: json.loads(store.artifact(s.key).file("choice.json").read_text()) for s in made}
 
 
 def reports(store: Store, target: Step) -> dict[str, dict[str, Any]]:

@@ -155,7 +155,7 @@ def test_the_recorded_source_covers_the_modules_that_a_step_imports_when_it_runs
     read = Path.read_text
     before = steps._source.__wrapped__(fn)
     assert before == steps._source.__wrapped__(fn)
-    for changed in ("enumeration.py", "moe.py"):  # what the function imports, and what that imports
+    for changed in ("enumeration.py", "moe.py", "genetic.py"):  # what it imports, what that imports, and what a table names as code
         steps._module.cache_clear()
         monkeypatch.setattr(Path, "read_text", lambda self: read(self) + ("# changed" if self.name == changed else ""))  # noqa: B023
         assert steps._source.__wrapped__(fn) != before

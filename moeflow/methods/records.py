@@ -1,31 +1,271 @@
 """What steps leave for the next decision: small JSON files that a person can read and diff, each written and read here."""
 
 import json
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Self
 
-from moeflow.step import Artifact, Context
-
-CANDIDATES, COUNTS = "candidates.json", "counts.json"
-
-
-def read_candidates(artifact: Artifact) -> dict[str, Any]:
-    """What `candidates` wrote."""
-    return json.loads(artifact.read(CANDIDATES, 0, artifact.size(CANDIDATES)))
+from moeflow.step import Artifact
 
 
-def read_counts(artifact: Artifact) -> dict[str, Any]:
-    """How many experts each layer keeps, as a step of `moeflow.methods.prune.counts` wrote it."""
-    return json.loads(artifact.read(COUNTS, 0, artifact.size(COUNTS)))
+def read_json(artifact: Artifact, name: str) -> Any:
+    return json.loads(artifact.read(name, 0, artifact.size(name)))
 
 
-CHOICE = "choice.json"
-CRITERIA = ("random", "frequency", "router_score", "reap", "aimer")
-"""What `moeflow.methods.scores` scores single experts by."""
+@dataclass(frozen=True)
+class ExpertSet:
+    """A set of experts that may stay in a layer, and what it costs."""
+
+    keep: tuple[int, ...]
+    """The experts that stay, ascending."""
+    loss: float
+    """How far the layer's output moves, in the norm that the search minimises."""
+    of_output: float
+    """The loss as a part of the norm of the output."""
+
+    @classmethod
+    def of(cls, value: Mapping[str, Any]) -> Self:
+        return cls(**{**value, "keep": tuple(value["keep"])})
 
 
-def read_choice(artifact: Artifact) -> dict[str, Any]:
-    """What `choose` wrote."""
-    return json.loads(artifact.read(CHOICE, 0, artifact.size(CHOICE)))
+@dataclass(frozen=True)
+class LayerLoss:
+    """What the chosen set of a layer costs."""
+
+    kind: str
+    """frobenius: the norm over all tokens; batch-sum: the sum of the norms of all batches."""
+    value: float
+    of_output: float
+    """The value as a part of the same norm of the output."""
+    tokens: int
+    """The tokens that it was measured on."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The experts of one layer that stay."""
+
+    FILE: ClassVar[str] = "choice.json"
+
+    layer: int
+    experts: int
+    """How many the layer had."""
+    keep: tuple[int, ...]
+    """Those that stay, ascending."""
+    criterion: str
+    """The search, or the score, that chose them."""
+    loss: LayerLoss
+    runner_up: ExpertSet | None
+    """The second best set, if the search looked at one."""
+    baselines: Mapping[str, ExpertSet]
+    """The set that each score would keep."""
+    losses: Mapping[str, float] = field(default_factory=dict)
+    """The loss of every set that was compared, by its experts joined with commas; empty if another step compared them."""
+
+    def write(self, folder: Path) -> None:
+        value = asdict(self)
+        (folder / self.FILE).write_text(readable(value if self.losses else {k: v for k, v in value.items() if k != "losses"}))
+
+    @classmethod
+    def read(cls, artifact: Artifact) -> Self:
+        value = read_json(artifact, cls.FILE)
+        return cls(
+            **value
+            | {
+                "keep": tuple(value["keep"]),
+                "loss": LayerLoss(**value["loss"]),
+                "runner_up": value["runner_up"] and ExpertSet.of(value["runner_up"]),
+                "baselines": {name: ExpertSet.of(s) for name, s in value["baselines"].items()},
+            }
+        )
+
+
+@dataclass(frozen=True)
+class Sets:
+    """The sets that a search found for one number of experts."""
+
+    best: tuple[ExpertSet, ...]
+    """Different sets, best first."""
+    baselines: Mapping[str, ExpertSet]
+    """The set that each score would keep."""
+
+    @classmethod
+    def of(cls, value: Mapping[str, Any]) -> Self:
+        return cls(tuple(map(ExpertSet.of, value["best"])), {name: ExpertSet.of(s) for name, s in value["baselines"].items()})
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The sets of one layer's experts among which a later step chooses."""
+
+    FILE: ClassVar[str] = "candidates.json"
+
+    layer: int
+    experts: int
+    """How many the layer has."""
+    method: str
+    """The search that found them."""
+    tokens: int
+    """The tokens that they were compared on."""
+    norm: float
+    """The norm of the layer's output on these tokens."""
+    counts: Mapping[int, Sets]
+    """For each number of experts that may stay, the sets of so many."""
+
+    @property
+    def only(self) -> Sets:
+        """The sets of the one number of experts that was searched. Raises ValueError if there were several."""
+        (sets,) = self.counts.values()
+        return sets
+
+    def write(self, folder: Path) -> None:
+        """Indented JSON, one line for each set."""
+        text = json.dumps(asdict(self) | {"counts": "@"}, indent=1)
+        blocks = []
+        for keep, sets in self.counts.items():
+            best = ",\n".join(f"    {json.dumps(asdict(s))}" for s in sets.best)
+            base = ",\n".join(f"    {json.dumps(n)}: {json.dumps(asdict(s))}" for n, s in sets.baselines.items())
+            blocks.append(f'  "{keep}": {{\n   "best": [\n{best}\n   ],\n   "baselines": {{\n{base}\n   }}\n  }}')
+        (folder / self.FILE).write_text(text.replace('"@"', "{\n" + ",\n".join(blocks) + "\n }") + "\n")
+
+    @classmethod
+    def read(cls, artifact: Artifact) -> Self:
+        value = read_json(artifact, cls.FILE)
+        return cls(**value | {"counts": {int(n): Sets.of(sets) for n, sets in value["counts"].items()}})
+
+
+@dataclass(frozen=True)
+class Combination:
+    """One set of each layer of a block."""
+
+    sets: tuple[int, ...]
+    """For each layer the place of its set among the layer's best."""
+    loss: float
+    """The norm of the change of the block's output."""
+
+
+@dataclass(frozen=True)
+class Combinations:
+    """Every combination of the sets of a block of layers."""
+
+    FILE: ClassVar[str] = "block.json"
+
+    layers: tuple[int, ...]
+    """The layers whose sets are combined."""
+    combinations: tuple[Combination, ...]
+    """Best first."""
+
+    def write(self, folder: Path) -> None:
+        lines = ",\n".join(json.dumps(asdict(c)) for c in self.combinations)
+        (folder / self.FILE).write_text(f'{{"layers": {json.dumps(self.layers)}, "combinations": [\n{lines}\n]}}\n')
+
+    @classmethod
+    def read(cls, artifact: Artifact) -> Self:
+        value = read_json(artifact, cls.FILE)
+        return cls(tuple(value["layers"]), tuple(Combination(tuple(c["sets"]), c["loss"]) for c in value["combinations"]))
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Another way to spread the same number of experts over the layers."""
+
+    counts: tuple[int, ...]
+    """The number of experts of each layer, in the order of the layers."""
+    cost: float
+
+    @classmethod
+    def of(cls, value: Mapping[str, Any] | None) -> Self | None:
+        return None if value is None else cls(tuple(value["counts"]), value["cost"])
+
+
+@dataclass(frozen=True)
+class KeptCounts:
+    """How many experts each layer keeps."""
+
+    FILE: ClassVar[str] = "counts.json"
+
+    rule: str
+    total: int
+    """The experts of all layers together."""
+    counts: Mapping[int, int]
+    """The number of experts of each layer."""
+    importance: Mapping[int, float] | None = None
+    """The importance of each layer, if the counts go by that."""
+    cost: float | None = None
+    """The sum of the measured costs, if the counts go by those."""
+    runner_up: Spread | None = None
+    """The best other spread that moves one step from one layer to another."""
+    uniform: Spread | None = None
+    """The same number everywhere, where that is legal."""
+
+    def write(self, folder: Path) -> None:
+        left_out = ({"importance"} if self.importance is None else set()) | (
+            {"cost", "runner_up", "uniform"} if self.cost is None else set()
+        )
+        value = {k: v for k, v in asdict(self).items() if k not in left_out}
+        (folder / self.FILE).write_text(json.dumps(value, indent=1) + "\n")
+
+    @classmethod
+    def read(cls, artifact: Artifact) -> Self:
+        value = read_json(artifact, cls.FILE)
+        importance = value.get("importance")
+        return cls(
+            value["rule"],
+            value["total"],
+            {int(i): n for i, n in value["counts"].items()},
+            importance and {int(i): v for i, v in importance.items()},
+            value.get("cost"),
+            Spread.of(value.get("runner_up")),
+            Spread.of(value.get("uniform")),
+        )
+
+
+@dataclass(frozen=True)
+class Importance:
+    """How much each expert of one layer matters."""
+
+    FILE: ClassVar[str] = "importance.json"
+
+    layer: int
+    importance: tuple[float, ...]
+    """One number for each expert; 0 or more."""
+    tokens: tuple[int, ...]
+    """For each expert, the recorded tokens that the router sends to it."""
+
+    def write(self, folder: Path) -> None:
+        lines = ",\n".join(f" {json.dumps(k)}: {json.dumps(v)}" for k, v in asdict(self).items())
+        (folder / self.FILE).write_text(f"{{\n{lines}\n}}\n")
+
+    @classmethod
+    def read(cls, artifact: Artifact) -> Self:
+        value = read_json(artifact, cls.FILE)
+        return cls(value["layer"], tuple(value["importance"]), tuple(value["tokens"]))
+
+
+@dataclass(frozen=True)
+class Curves:
+    """What each alternative of each layer, alone, costs the whole model."""
+
+    FILE: ClassVar[str] = "curves.json"
+
+    tokens: int
+    """The predictions that were compared."""
+    loss: float
+    """The loss of the unchanged model, in nats per token."""
+    curves: Mapping[int, Mapping[str, float]]
+    """By layer and name of the alternative: the KL divergence from the unchanged model, in nats per token."""
+    losses: Mapping[int, Mapping[str, float]]
+    """The same for the loss, in nats per token."""
+
+    def write(self, folder: Path) -> None:
+        (folder / self.FILE).write_text(json.dumps(asdict(self), indent=1) + "\n")
+
+    @classmethod
+    def read(cls, artifact: Artifact) -> Self:
+        value = read_json(artifact, cls.FILE)
+        by_layer = {name: {int(i): by for i, by in value[name].items()} for name in ("curves", "losses")}
+        return cls(**value | by_layer)
 
 
 def readable(choice: dict[str, Any]) -> str:
@@ -50,34 +290,10 @@ def read_ranks(artifact: Artifact) -> dict[str, Any]:
     return json.loads(artifact.read(RANKS, 0, artifact.size(RANKS)))["ranks"]
 
 
-IMPORTANCE = "importance.json"
-
-
-def write_importance(context: Context, layer: int, importance: list[float], tokens: list[int]) -> None:
-    """Leave one layer's importances, expert by expert, and how many recorded tokens each of them got."""
-    value = {"layer": layer, "importance": importance, "tokens": tokens}
-    (context.out / IMPORTANCE).write_text(
-        "{\n" + ",\n".join(f" {json.dumps(k)}: {json.dumps(v)}" for k, v in value.items()) + "\n}\n"
-    )
-
-
-def read_importance(artifact: Artifact) -> dict[str, Any]:
-    """What one layer's importance step wrote."""
-    return json.loads(artifact.read(IMPORTANCE, 0, artifact.size(IMPORTANCE)))
-
-
 SKIP = "skip.json"
 
 SPARSE = ("magnitude", "wanda", "sparsegpt")
 SLIMMED = "slimmed.json"
-
-CURVES = "curves.json"
-
-
-def read_curves(artifact: Artifact) -> dict[str, Any]:
-    """What `measure` wrote: the divergence by layer and alternative under "curves", the loss of each under "losses"."""
-    return json.loads(artifact.read(CURVES, 0, artifact.size(CURVES)))
-
 
 TRIM = "trim.json"
 

@@ -5,16 +5,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from moeflow.arch import Config, Family, essential
-from moeflow.methods.records import read_choice
+from moeflow.methods.records import Choice
 from moeflow.model.layout import ESSENTIAL, LAYER, TensorInfo, experts_in, headers, kept, read_config
 from moeflow.model.spec import LayerSpec, RestSpec
 from moeflow.step import Artifact, Context, Spec, step
 
 
-def _drop_spec(rest: RestSpec, given: LayerSpec, chosen: Any, *, layer: int, keep: int) -> Spec:
+def _drop_spec(rest: RestSpec, given: LayerSpec, chosen: Any, *, layer: int, keep: int | None) -> Spec:
     family = Family.of(rest.config)
     given.check_routing("prune")
-    if keep > given.least:
+    if keep is not None and keep > given.least:
         raise ValueError(
             f"keep={keep}: layer {layer} has between {given.least} and {given.experts} experts, as a run decides; keep at most "
             f"{given.least}, or take the result of that run as the model"
@@ -35,12 +35,12 @@ def _drop_spec(rest: RestSpec, given: LayerSpec, chosen: Any, *, layer: int, kee
 
 
 @step("rewrite.experts", version=1, spec=_drop_spec)
-def experts(context: Context, config: Artifact, given: Artifact, chosen: Artifact, *, layer: int, keep: int) -> None:
+def experts(context: Context, config: Artifact, given: Artifact, chosen: Artifact, *, layer: int, keep: int | None = None) -> None:
     """One layer's file with its chosen experts, renumbered from zero, and the router's rows for them; all else bit for bit.
 
-    `keep`: how many stay, where that is known when the graph is built; 0: as many as the choice says. Reads only what stays.
+    `keep`: how many stay, where that is known when the graph is built. Reads only what stays.
     """
-    choice = read_choice(chosen)["keep"]
+    choice = list(Choice.read(chosen).keep)
     if keep and len(choice) != keep:
         raise ValueError(f"the choice keeps {len(choice)} experts of layer {layer}, not {keep}")
     tensors = headers(given)

@@ -13,6 +13,8 @@ from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data
 from moeflow.methods.fewer_active import steps as fewer_active
 from moeflow.methods.graph import Calibration, Model, Pass
+from moeflow.methods.prune.counts import Counts
+from moeflow.methods.prune.searches import Search
 from moeflow.methods.recipes import moei2, naee, unified
 from moeflow.methods.trim import steps as trim
 from moeflow.store import Store
@@ -28,8 +30,8 @@ def experts(seen: Calibration) -> int:
 
 
 METHODS: dict[str, Callable[[Calibration], Model]] = {
-    "prune": lambda seen: naee.by_criterion(seen, criterion="reap", keep=6),
-    "prune unevenly": lambda seen: moei2.prune(seen, keep=experts(seen) - 4, search="swap", importance="recon", counts="paper"),
+    "prune": lambda seen: naee.prune(seen, 6, Search("reap")),
+    "prune unevenly": lambda seen: moei2.prune(seen, Counts(experts(seen) - 4, rule="paper", importance="recon")),
     "decompose": lambda seen: moei2.decompose(seen, ratio=0.3, ranks="uniform", multiple=4),
     "decompose unevenly": lambda seen: moei2.decompose(seen, ratio=0.3, ranks="paper", importance="recon", multiple=4),
     "skip": lambda seen: fewer_active.skip(seen, active=1.5),

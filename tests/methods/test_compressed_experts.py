@@ -232,7 +232,7 @@ def test_what_cannot_be_attached_is_refused_in_one_line(olmoe: tuple[Path, Path,
         fewer_active.attach(again)
     seen = calibrate.run(again, data.tokens(matrix_of(tmp_path), again, sequences=8, length=16), Pass(batch=4, shard=4, stage=2))
     with pytest.raises(ValueError, match="layer 0 has Compressed Experts, .* prune the model without them"):
-        naee.layerwise(seen, keep=6)
+        naee.prune(seen, keep=6)
 
 
 PHIMOE = dict(

@@ -15,7 +15,7 @@ from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data
 from moeflow.methods.graph import Pass
-from moeflow.methods.prune.subsets import all_subsets, count_subsets
+from moeflow.methods.prune.subsets import Subsets
 from moeflow.methods.recipes import naee
 from moeflow.model.checkpoint import Tensors
 from moeflow.model.layout import Folder, read_config
@@ -33,7 +33,7 @@ def pruned(family: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     model = running.model_in(family)
     matrix = data.tokens(running.matrix_of(folder), model, sequences=8, length=16)
     seen = calibrate.run(model, matrix, Pass(batch=4, shard=4, stage=2))
-    target = checkpoint.checkpoint_of(naee.layerwise(seen, keep=KEEP))
+    target = checkpoint.checkpoint_of(naee.prune(seen, keep=KEEP))
     running.run(store, target)
     store.fetch(target.key, folder / "out")
     return family, folder / "out", {i: c["keep"] for i, c in running.choices(store, target).items()}
@@ -119,13 +119,13 @@ def test_too_few_experts_are_refused_when_the_graph_is_built(name: str, keep: in
     model = running.model_in(tiny.write(name, tmp_path / "model"))
     seen = calibrate.run(model, data.tokens(running.matrix_of(tmp_path), model, sequences=8, length=16), Pass(batch=4, shard=4))
     with pytest.raises(ValueError, match=says):
-        naee.layerwise(seen, keep=keep)
+        naee.prune(seen, keep=keep)
 
 
 def test_grouped_routers_keep_the_same_number_in_every_group(tmp_path: Path) -> None:
 
-    subsets = list(all_subsets(8, 6, groups=2))
-    assert len(subsets) == count_subsets(8, 6, groups=2) == 16
+    subsets = list(Subsets(8, 6, groups=2))
+    assert len(subsets) == Subsets(8, 6, groups=2).count == 16
     assert all(sum(e < 4 for e in s) == 3 for s in subsets)
 
 

@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from moeflow.arch import Family
 from moeflow.methods.checkpoint import steps as checkpoint
+from moeflow.methods.prune.counts import Counts
+from moeflow.methods.prune.searches import Search
 from moeflow.methods.recipes import compare, moei2, naee, unified
 from moeflow.methods.trim import steps as trim
 from moeflow.model.checkpoint import Tensors, save
@@ -84,9 +86,9 @@ def test_it_is_pruned_by_slicing_and_stays_in_fp8(source: Path, how: str, tmp_pa
     store, model = store_in(tmp_path), model_in(source)
     seen = calibrated(model, tmp_path, dtype="float32")
     made = {
-        "pruned": lambda: naee.by_criterion(seen, criterion="reap", keep=6),
+        "pruned": lambda: naee.prune(seen, 6, Search("reap")),
         "trimmed": lambda: trim.layer_drop(seen, drop=1),
-        "unevenly": lambda: moei2.prune(seen, keep=14, search="swap", importance="recon", counts="paper"),
+        "unevenly": lambda: moei2.prune(seen, Counts(14, rule="paper", importance="recon")),
     }[how]()
     out = pulled(store, made, tmp_path)
     config, before, after = read_config(Folder(out)), raw(source), raw(out)

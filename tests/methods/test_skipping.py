@@ -181,7 +181,7 @@ def test_what_cannot_be_skipped_is_refused_in_one_line(tmp_path: Path) -> None:
     made = fewer_active.skip(seen)
     again = calibrated(made, tmp_path)
     with pytest.raises(ValueError, match="layer 0 skips experts by a threshold .* prune the model without it"):
-        naee.layerwise(again, keep=6)
+        naee.prune(again, keep=6)
     with pytest.raises(ValueError, match="layer 0 skips experts .* take the model without it"):
         fewer_active.skip(again)
     three = model_in(tiny.write("olmoe", tmp_path / "three"))

@@ -14,6 +14,7 @@ from moeflow.methods.data import steps as data_
 from moeflow.methods.fewer_active import steps as fewer_active
 from moeflow.methods.finetune import steps as finetune
 from moeflow.methods.graph import Model
+from moeflow.methods.prune.searches import Search
 from moeflow.methods.recipes import compare, moei2, naee, tune, unified
 from moeflow.methods.slim import steps as slim
 from moeflow.methods.slim.gptq import gptq
@@ -235,7 +236,7 @@ def test_packed_experts_are_pruned_by_slicing_and_trimmed_and_skip(source: Path,
     store = store_in(tmp_path)
     seen = calibrated(model_in(source), tmp_path)
     packed = unified.slim(seen, method="round_to_nearest", inputs="parallel", **FOUR)
-    kept = naee.by_criterion(calibrated(packed, tmp_path), criterion="reap", keep=6)
+    kept = naee.prune(calibrated(packed, tmp_path), 6, Search("reap"))
     out, whole = pulled(store, kept, tmp_path), pulled(store, packed, tmp_path)
     config = read_config(Folder(out))
     family = Family.of(config)

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from moeflow import __version__
 from moeflow.arch import Config, Family, essential
 from moeflow.methods.graph import INDEX, REST, Model, named_like
-from moeflow.methods.records import DECOMPOSITION, SKIP, TRIM, read_choice, read_trim
+from moeflow.methods.records import DECOMPOSITION, SKIP, TRIM, Choice, read_json, read_trim
 from moeflow.methods.rewrite import config_text
 from moeflow.model.formats import config_of, family_config, format_of, layer_formats
 from moeflow.model.layout import ESSENTIAL, LAYER, TensorInfo, file_for, headers, read_header
@@ -46,7 +46,7 @@ def assemble(context: Context, rest: Artifact, *parts: Artifact, config: Config,
     already are.
     """
     layers = [p for p in parts if LAYER in p.names()]
-    choices = [read_choice(p) for p in parts if "choice.json" in p.names()]
+    choices = [read_json(p, Choice.FILE) for p in parts if Choice.FILE in p.names()]
     tables = [headers(artifact) for artifact in (*layers, rest)]
     formats = [format_of({n: t.shape for n, t in table.items()}, config, i) for i, table in enumerate(tables[:-1])]
     files = [

@@ -11,7 +11,7 @@ from typing import Any
 from moeflow.arch import MATRICES, Family
 from moeflow.methods.allocate import allocate_curves, exactly
 from moeflow.methods.decompose.ranks import Spectrum, average_rank, break_even, check_rank, choices, paper_ranks, treatment
-from moeflow.methods.records import DECOMPOSED, DECOMPOSITION, RANKS, read_curves, read_importance, read_ranks
+from moeflow.methods.records import DECOMPOSED, DECOMPOSITION, RANKS, Curves, Importance, read_ranks
 from moeflow.model.layout import read_config
 from moeflow.model.spec import LayerSpec, ObservedSpec, RestSpec, TensorTable, precision
 from moeflow.step import Artifact, Context, Spec, step
@@ -120,11 +120,11 @@ def by_importance(
     """
     found: dict[str, Any] = {}
     for layer, artifact in zip(layers, importances, strict=True):
-        seen = read_importance(artifact)
+        seen = Importance.read(artifact)
         rows, columns = layer["sides"]
         even = break_even(rows, columns)
-        whole = [t == "keep" for t in treatment(seen["tokens"], least, policy)]
-        cut = [v for v, w in zip(seen["importance"], whole, strict=True) if not w]
+        whole = [t == "keep" for t in treatment(seen.tokens, least, policy)]
+        cut = [v for v, w in zip(seen.importance, whole, strict=True) if not w]
         left = average_rank(ratio, rows, columns) * len(whole) - even * sum(whole)
         if left < r_min * len(cut):
             nearest = 1 - (even * sum(whole) + r_min * len(cut)) / (even * len(whole))
@@ -185,7 +185,7 @@ def by_spectra(
     from moeflow.methods.decompose import factoring
 
     given = {layer: factoring.read_spectra(a) for layer, a in zip(layers, inputs[:-1], strict=True)}
-    moved = read_curves(inputs[-1])["curves"]
+    moved = Curves.read(inputs[-1]).curves
     items: list[list[Spectrum]] = []
     owners: list[tuple[int, int, tuple[str, ...]]] = []
     total, fixed, least, itemsize, same = 0, 0, 0, 0, 0.0
@@ -197,7 +197,7 @@ def by_spectra(
         for part, matrices in PARTS.items():
             # those that stay whole were not cut when the movement was measured
             lost = sum(float(seen[f"{m}_EK"][seen["whole_E"] == 0, cut:].sum()) for m in matrices)
-            weight = max(moved[str(layer)][part], 0.0) / max(lost, 1e-30)
+            weight = max(moved[layer][part], 0.0) / max(lost, 1e-30)
             for expert, whole in enumerate(seen["whole_E"]):
                 size = rows * columns * itemsize * len(matrices)
                 total += size

@@ -13,8 +13,9 @@ import numpy as np
 
 from moeflow.arch import Family
 from moeflow.methods.graph import HIDDEN
-from moeflow.methods.records import CRITERIA, read_choice
+from moeflow.methods.records import Choice
 from moeflow.methods.reports import row, write_report
+from moeflow.methods.scores import SCORES
 from moeflow.model.layout import experts_in, headers, read_config
 from moeflow.model.packed import numels
 from moeflow.model.spec import CheckpointSpec, HiddenSpec, ObservedSpec, RestSpec, TokensSpec, header_bytes
@@ -34,9 +35,9 @@ def layers(context: Context, *chosen: Artifact) -> None:
 
     Where the choices weighed nothing but baselines, the first row is one of them.
     """
-    found = [read_choice(c) for c in chosen]
-    parts = {"as chosen": [c["loss"]["of_output"] for c in found]}
-    parts |= {f"by {name}": [c["baselines"][name]["of_output"] for c in found] for name in CRITERIA}
+    choices = [Choice.read(c) for c in chosen]
+    parts = {"as chosen": [c.loss.of_output for c in choices]}
+    parts |= {f"by {name}": [c.baselines[name].of_output for c in choices] for name in SCORES}
     rows = [row(f"layer error, {name}", 0.0, float(np.mean(values)), "of output") for name, values in parts.items()]
     write_report(context, "layers", rows)
 

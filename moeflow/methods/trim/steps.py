@@ -10,9 +10,11 @@ from dataclasses import replace
 from typing import Any
 
 from moeflow.arch import Config, Family
-from moeflow.methods.graph import HIDDEN, Calibration, Model
-from moeflow.methods.records import CRITERIA, TRIM, read_trim, readable
+from moeflow.methods.graph import HIDDEN, Calibration, Model, load
+from moeflow.methods.records import TRIM, read_trim, readable
 from moeflow.methods.rewrite import configured, link_all, rewrite
+from moeflow.methods.scores import SCORES as SCORE_TABLE
+from moeflow.methods.scores import check_score
 from moeflow.model.formats import family_config
 from moeflow.model.layout import headers, kept, left, read_config
 from moeflow.model.spec import LayerSpec, ObservedSpec, RestSpec
@@ -166,9 +168,8 @@ RULES = ("discrete", "consecutive")
 
 def _scores_spec(rest: RestSpec, given: LayerSpec, *seen: ObservedSpec, layer: int, criterion: str, seed: int, dtype: str) -> Spec:
     given.check_routing("drop experts")
-    if criterion not in CRITERIA:
-        raise ValueError(f"criterion={criterion!r} is not known; choose one of {', '.join(CRITERIA)}")
-    weights = given.nbytes if criterion in ("aimer", "random") else given.headers
+    check_score(criterion)
+    weights = given.nbytes if SCORE_TABLE[criterion].weights else given.headers
     writes = 60 + 26 * given.experts
     reads = weights + len(seen) * (1400 + 8 * 8 * given.experts)
     return Spec(
@@ -186,17 +187,16 @@ def expert_scores(
     of its routing weight where it is chosen and zero elsewhere.
     """
     from moeflow.methods.recorded import add_stats, layer_of
-    from moeflow.methods.scores import SCORES as ways
     from moeflow.model.checkpoint import Tensors
 
     read = read_config(config)
-    stats = add_stats([Tensors(s) for s in seen])
+    score, shards = SCORE_TABLE[criterion], [Tensors(s) for s in seen]
     if criterion == "router_score" and Family.of(read).arch.drop_score == "chosen":
+        stats = add_stats(shards, ("weight_E", "tokens"))
         score_E = stats["weight_E"] / stats["tokens"]
     else:
-        weights = criterion in ("aimer", "random")
-        moe: Any = layer_of(Tensors(given), read, layer, dtype) if weights else None
-        score_E = ways[criterion](moe, stats, seed + layer)
+        moe: Any = layer_of(Tensors(given), read, layer, dtype) if score.weights else None
+        score_E = load(score.code)(moe, add_stats(shards, score.needs), seed + layer)
     value = {"layer": layer, "criterion": criterion, "scores": score_E.double().tolist()}
     (context.out / SCORES).write_text(json.dumps(value) + "\n")
 
