@@ -67,7 +67,7 @@ def genetic_for(seconds: float, evaluate: Evaluate, experts: int, keep: int, see
 
     def save(state: genetic.State) -> None:
         nonlocal best
-        best = min(loss for _, loss in state["found"])
+        best = min(loss for _, loss in state["losses"])
         if time.perf_counter() > end:
             raise TimeIsUp
 

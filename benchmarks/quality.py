@@ -19,7 +19,7 @@ from benchmarks.rows import Row
 from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data
-from moeflow.methods.graph import Calibration, Model, Pass
+from moeflow.methods.graph import Calibration, Model, Pass, Sample
 from moeflow.methods.prune.counts import Counts
 from moeflow.methods.prune.searches import Search
 from moeflow.methods.recipes import compare, moei2, naee
@@ -42,6 +42,7 @@ HELDOUT = ",".join(
 )
 KINDS = ("prose", "mathematics", "code")
 SEQUENCES, HELDOUT_SEQUENCES, LENGTH, SEEDS, RESAMPLED = 96, 64, 256, 3, 5_000
+HELDOUT_PASS = Pass(16, 128, dtype="float32")
 UNIFORM = "NAEE, uniform"
 COMPARED = ("ours", "ours, ranks alone", "ours, pruning only")
 TARGETS = {0.25: 0.75, 0.5: 0.85}
@@ -123,10 +124,10 @@ def _run(model: Model, matrix: Step) -> Calibration:
 
 
 def _measured(store: Store, original: Model, method: Method, removed: float, seed: int) -> dict[str, Any]:
-    matrix = data.tokens(Texts(CALIBRATION), original, sequences=SEQUENCES, length=LENGTH, seed=seed)
+    matrix = data.tokens(Texts(CALIBRATION), original, Sample(SEQUENCES, LENGTH, seed=seed))
     seen = _run(original, matrix)
     small = method(seen, matrix, removed, seed)
-    compared = compare.compare(seen, small, heldout=Texts(HELDOUT), sequences=HELDOUT_SEQUENCES, length=LENGTH)
+    compared = compare.compare(original, small, Texts(HELDOUT), Sample(HELDOUT_SEQUENCES, LENGTH), HELDOUT_PASS)
     reports = [r for r in compared if r.name in ("evaluate.size", "evaluate.quality")]
     in_process.run([checkpoint.checkpoint_of(small), *reports], store)
     read = [json.loads(store.artifact(r.key).file("report.json").read_text()) for r in reports]

@@ -15,7 +15,7 @@ from moeflow.cli import main
 from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data
-from moeflow.methods.graph import Pass
+from moeflow.methods.graph import Pass, Sample
 from moeflow.methods.prune.searches import Search
 from moeflow.methods.recipes import compare, naee
 from moeflow.sources import Source, Texts
@@ -43,12 +43,13 @@ def build(
     seed: int = 42,
 ) -> Step:
     original = checkpoint.pinned(model)
-    matrix = data.tokens(tokens, original, sequences=sequences, length=length, seed=seed, bos=True, group=1000)
+    matrix = data.tokens(tokens, original, Sample(sequences, length, seed=seed, bos=True, group=1000))
     passed = Pass(batch=batch, dtype=dtype)
     seen = calibrate.run(original, matrix, passed)
     pruned = naee.prune(seen, keep, Search(search, loss=loss, seed=seed))
-    served = naee.skipped(skip)(pruned, matrix, passed)
-    reports = compare.compare(seen, served, heldout=heldout, sequences=heldout_sequences, length=length)
+    served = naee.skipped(pruned, matrix, naee.skipping(skip), passed)
+    judged = Sample(heldout_sequences, length), Pass(batch, 8 * batch, dtype=dtype)
+    reports = compare.compare(original, served, heldout, *judged, tokens=matrix)
     return checkpoint.checkpoint_of(served).reporting(*reports)
 
 

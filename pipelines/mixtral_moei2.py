@@ -19,8 +19,8 @@ from moeflow.cli import main
 from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data_
-from moeflow.methods.finetune.recipe import Gang
-from moeflow.methods.graph import Pass
+from moeflow.methods.finetune.recipe import Gang, Recipe
+from moeflow.methods.graph import Pass, Sample
 from moeflow.methods.prune.counts import Counts
 from moeflow.methods.prune.searches import Search
 from moeflow.methods.recipes import compare, moei2
@@ -75,7 +75,7 @@ def build(
     seed: int = 42,
 ) -> Step:
     original = checkpoint.pinned(model)
-    matrix = data_.tokens(tokens, original, sequences=sequences, length=length, seed=seed, bos=bos, group=1000)
+    matrix = data_.tokens(tokens, original, Sample(sequences, length, seed=seed, bos=bos, group=1000))
     recorded = Pass(batch=batch, stage=3, record=record, per_expert=per_expert, dtype=dtype)
     seen = calibrate.run(original, matrix, recorded)
     pruned = moei2.prune(
@@ -88,13 +88,15 @@ def build(
         again, ratio=moei2.ratio_left(removed, dropped), ranks=ranks, svd=svd, importance=importance, alpha=alpha,
         multiple=multiple, least=least, policy=policy, measured=measured,
     )  # fmt: skip
-    data = partial(data_.examples, text, original, sequences=rows, length=length, seed=seed, bos=bos, repeat=True)
-    tuned = tune_.stage(tune)(
-        small, data, targets=("attention", "experts"), rank=rank, alpha=2.0 * rank, steps=round(epochs * rows / tuned_batch),
-        batch=tuned_batch, rate=rate, dtype=dtype, seed=seed,
-        gang=Gang(processes, zero=zero, offload=offload, checkpointing=True, device_memory=int(device_memory)),
+    data = partial(data_.examples, text, original, data_.Examples(rows, length, seed=seed, bos=bos, repeat=True))
+    how = None if tune == "none" else Recipe(
+        mode=tune, rank=rank, epochs=epochs, batch=tuned_batch, rate=rate, dtype=dtype, seed=seed
     )  # fmt: skip
-    reports = compare.compare(seen, tuned.model, heldout=heldout, sequences=heldout_sequences, length=length)
+    gang = Gang(processes, zero=zero, offload=offload, checkpointing=True, device_memory=device_memory)
+    tuned = tune_.tune(small, data, how, gang=gang)
+    reports = compare.compare(
+        original, tuned.model, heldout, Sample(heldout_sequences, length), Pass(batch, 8 * batch, dtype=dtype), tokens=matrix
+    )
     return checkpoint.checkpoint_of(tuned.model).reporting(*tuned.reports, *reports)
 
 

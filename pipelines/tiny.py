@@ -11,7 +11,8 @@ from moeflow.cli import main
 from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data
-from moeflow.methods.graph import Pass
+from moeflow.methods.graph import Pass, Sample
+from moeflow.methods.pretrain.steps import Pretraining
 from moeflow.methods.prune.searches import Search
 from moeflow.methods.recipes import compare, naee, pretrained
 from moeflow.sources import Texts
@@ -30,11 +31,11 @@ def build(
     loss: Literal["frobenius", "batch-sum"] = "frobenius",
     seed: int = 0,
 ) -> Step:
-    original = pretrained.mixtral(texts, steps=steps, seed=seed)
-    matrix = data.tokens(texts, original, sequences=64, length=128, seed=seed)
+    original = pretrained.mixtral(texts, Pretraining(steps, seed=seed))
+    matrix = data.tokens(texts, original, Sample(64, 128, seed=seed))
     seen = calibrate.run(original, matrix, Pass(batch=8, shard=32, stage=2))
     pruned = naee.prune(seen, keep, Search("layerwise", loss=loss, seed=seed))
-    reports = compare.compare(seen, pruned, heldout=heldout, sequences=64, length=128)
+    reports = compare.compare(original, pruned, heldout, Sample(64, 128))
     return checkpoint.checkpoint_of(pruned).reporting(*reports)
 
 

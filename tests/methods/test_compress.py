@@ -18,7 +18,7 @@ from moeflow.cli import app
 from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data
-from moeflow.methods.graph import Calibration, Model, Pass
+from moeflow.methods.graph import Calibration, Model, Pass, Sample
 from moeflow.methods.prune import genetic
 from moeflow.methods.prune.counts import Counts
 from moeflow.methods.prune.searches import Search
@@ -39,7 +39,7 @@ PAPER = (Counts(0.75, rule="paper"), Search("genetic", best=2, block=2, inputs="
 
 
 def calibrated(model: Model, folder: Path) -> Calibration:
-    matrix = data.tokens(running.matrix_of(folder), model, sequences=8, length=16)
+    matrix = data.tokens(running.matrix_of(folder), model, Sample(8, 16))
     return calibrate.run(model, matrix, Pass(batch=2, shard=4, stage=2))
 
 
@@ -47,7 +47,7 @@ def whole(model: Model, folder: Path, *, ratio: float, how: tuple[Counts, Search
     seen = calibrated(model, folder)
     pruned = moei2.prune(seen, *how)
     small = moei2.decompose(calibrated(pruned, folder), ratio=ratio, **cut)
-    compared = compare.compare(seen, small, heldout=Texts("nowhere.txt"), sequences=4, length=16)
+    compared = compare.compare(model, small, Texts("nowhere.txt"), Sample(4, 16), Pass(2, 16), tokens=seen.tokens)
     return checkpoint.checkpoint_of(small).reporting(*(r for r in compared if r.name != "evaluate.speed"))
 
 
@@ -187,8 +187,8 @@ def test_an_expert_with_too_few_tokens_is_cut_by_its_weights_or_stays_whole_and_
         small = moei2.decompose(seen, ratio=0.3, least=30, policy=policy)
         target = checkpoint.checkpoint_of(small)
         outcome = running.run(store, target)
-        told = json.loads(store.artifact(target.key).file("moeflow.json").read_text())["decomposition"]
-        experts = [e for layer in told for e in layer["experts"]]
+        told = running.facts_of(store.artifact(target.key).folder(), "decompose.layer")
+        experts = [e for (layer,) in told.values() for e in layer["experts"]]
         few = [e for e in experts if e["tokens"] < 30]
         assert few and len(few) < len(experts)
         # a budget may leave a matrix whole by itself, but never whiten it with too few tokens
@@ -364,7 +364,7 @@ def test_a_second_shard_of_text_adds_up(tmp_path: Path) -> None:
     """Candidates and spectra from two shards are those of one shard with the same tokens."""
     source, store = tiny.write("mixtral", tmp_path / "model"), running.store_in(tmp_path)
     model = running.model_in(source)
-    matrix = data.tokens(running.matrix_of(tmp_path), model, sequences=8, length=16)
+    matrix = data.tokens(running.matrix_of(tmp_path), model, Sample(8, 16))
     found = []
     for shard in (4, 8):
         seen = calibrate.run(model, matrix, Pass(batch=2, shard=shard, stage=2))

@@ -66,7 +66,7 @@ def test_packed_factors_load_and_compute_what_their_codes_say(source: Path, rank
     kept = pulled(store, naee.prune(calibrated(again, tmp_path), 6, Search("reap")), tmp_path)
     close(logits(loaded(kept), tmp_path), logits(loaded(plain(kept, tmp_path / "plain-kept")), tmp_path))
     if "phimoe" not in config["model_type"]:
-        skips = pulled(store, fewer_active.skip(calibrated(packed, tmp_path), active=1.5), tmp_path)
+        skips = pulled(store, fewer_active.skip(calibrated(packed, tmp_path), fewer_active.Skipping(1.5)), tmp_path)
         close(logits(loaded(skips), tmp_path), logits(loaded(plain(skips, tmp_path / "plain-skips")), tmp_path))
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from moeflow.arch import MATRICES, Family
 from moeflow.methods.allocate import allocate_curves, exactly
 from moeflow.methods.decompose.ranks import Spectrum, average_rank, break_even, check_rank, choices, paper_ranks, treatment
-from moeflow.methods.records import DECOMPOSED, DECOMPOSITION, RANKS, Curves, Importance, read_ranks
+from moeflow.methods.records import DECOMPOSED, RANKS, Curves, Facts, Importance, read_ranks
 from moeflow.model.layout import read_config
 from moeflow.model.spec import LayerSpec, ObservedSpec, RestSpec, TensorTable, precision
 from moeflow.step import Artifact, Context, Spec, step
@@ -286,11 +286,11 @@ def layer(
     layer: int, decided: bool, uniform: dict[str, int], svd: str, least: int, policy: str, weighted: bool, shrink: float,
     force: bool, dtype: str,
 ) -> None:  # fmt: skip
-    """One layer's file with its experts' matrices as products of two, everything else bit for bit, and `decomposition.json`.
+    """One layer's file with its experts' matrices as products of two, everything else bit for bit, and `facts.json`.
 
     `inputs`: where `decided`, first the ranks of all layers, which stand in place of `uniform` (a rank for every expert, per
     matrix); then what each shard of tokens showed in this layer. An expert that saw fewer than `least` tokens is cut by its weights
-    alone or stays whole, as `policy` says; `decomposition.json` tells it for each.
+    alone or stays whole, as `policy` says; `facts.json` tells it for each.
     """
 
     from moeflow.methods.decompose import factoring
@@ -301,6 +301,4 @@ def layer(
         context, read_config(config), given, seen, context.out / "layer.safetensors",
         layer=layer, ranks=ranks, svd=svd, least=least, policy=policy, weighted=weighted, shrink=shrink, force=force, dtype=dtype,
     )  # fmt: skip
-    lines = ",\n".join(f"  {json.dumps(e)}" for e in report)
-    text = f'{{\n "layer": {layer},\n "svd": {json.dumps(svd)},\n "experts": [\n{lines}\n ]\n}}\n'
-    (context.out / DECOMPOSITION).write_text(text)
+    Facts.of(given).and_then("decompose.layer", svd=svd, experts=report).write(context.out)

@@ -132,14 +132,14 @@ def spec_of(model: Model, layer: int) -> LayerSpec:
 
 def shares(weights: Mapping[int, float], caps: Mapping[int, int], amount: float) -> dict[int, float]:
     """`amount` in proportion to `weights`, none above its cap: what a cap cuts off goes to the others."""
-    given = {i: 0.0 for i in weights}
-    while amount > 1e-9 and (open_ := [i for i in weights if given[i] < caps[i] - 1e-9]):
+    parts = {i: 0.0 for i in weights}
+    while amount > 1e-9 and (open_ := [i for i in weights if parts[i] < caps[i] - 1e-9]):
         whole, rest = sum(weights[i] for i in open_), amount
         for i in open_:
-            more = min(caps[i] - given[i], rest * weights[i] / whole)
-            given[i] += more
+            more = min(caps[i] - parts[i], rest * weights[i] / whole)
+            parts[i] += more
             amount -= more
-    return given
+    return parts
 
 
 def neighbours(counts: Mapping[int, int], legal: Mapping[int, Collection[int]]) -> Iterator[dict[int, int]]:

@@ -49,7 +49,7 @@ def search(
         differs = {k: (resume["recipe"].get(k), v) for k, v in recipe.items() if resume["recipe"].get(k) != v}
         raise ValueError(f"the state to resume from is another search's (there, here): {differs}; start anew")
     pools = subsets.pools
-    known = [] if resume is None else [(without(experts, dropped), loss) for dropped, loss in resume["found"]]
+    known = [] if resume is None else [(without(experts, dropped), loss) for dropped, loss in resume["losses"]]
     evaluated = Evaluated(evaluate, experts, known, memoise=memoise)
     people: list[Subset] = [] if resume is None else [tuple(p) for p in resume["people"]]
     for generation in range(0 if resume is None else resume["generation"] + 1, how.generations):
@@ -63,7 +63,7 @@ def search(
         people = [dropped for _, dropped in ranked[: how.survivors]]
         if save is not None:
             dropped_and_loss = [[list(without(experts, kept)), loss] for kept, loss in evaluated.loss.items()]
-            save({"recipe": recipe, "generation": generation, "people": [list(p) for p in people], "found": dropped_and_loss})
+            save({"recipe": recipe, "generation": generation, "people": [list(p) for p in people], "losses": dropped_and_loss})
     return evaluated.best(how.best, subsets.keep)
 
 

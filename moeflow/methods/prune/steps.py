@@ -119,11 +119,11 @@ def candidates(
     """
     from moeflow.methods.prune.subset_search import search_counts
 
-    found = search_counts(
+    sets = search_counts(
         context, read_config(config), layer, seen,
         layer=at, keep=keep if counts is None else [KeptCounts.read(counts).counts[at]], protected=protected, how=how, dtype=dtype,
     )  # fmt: skip
-    found.write(context.out)
+    sets.write(context.out)
 
 
 def _importance_spec(rest: RestSpec, layer: LayerSpec, seen: tuple[ObservedSpec, ...], *, at: int, dtype: str) -> Spec:

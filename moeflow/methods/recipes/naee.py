@@ -3,13 +3,10 @@
 Only graphs are built here.
 """
 
-from collections.abc import Callable
-from functools import partial
-
 from moeflow.arch import Family
 from moeflow.methods import rewrite
 from moeflow.methods.calibrate import steps as calibrate
-from moeflow.methods.fewer_active.steps import check, skip
+from moeflow.methods.fewer_active.steps import Skipping, check, skip
 from moeflow.methods.graph import Calibration, Model, Pass
 from moeflow.methods.prune.searches import LAYERWISE, PROGRESSIVE, SUBSET_SEARCHES, Search
 from moeflow.methods.prune.steps import candidates, choose, pick
@@ -65,23 +62,19 @@ def _searched(calibration: Calibration, layer: int, seen: tuple[Part, ...], *, k
     return pick(sets, keep=keep)
 
 
-def skipped(name: str) -> Callable[..., Model]:
-    """What `-p skip=` names, as a function of (model, tokens, passed): the model that is served.
-
-    "none"; "median", the paper's rule; or a number, the mean of a token's experts. Raises ValueError for any other word.
-    """
+def skipping(name: str) -> Skipping | None:
+    """What `-p skip=` names: "none"; "median", the paper's rule; or a number, how many experts a token has on average."""
     if name == "none":
-        return lambda model, tokens, passed: model
+        return None
     try:
-        active = 0.0 if name == "median" else float(name)
-    except ValueError:
-        raise ValueError(f"skip={name!r} is not known; say none, median, or how many experts a token has on average") from None
-    if name != "median" and active < 1:
-        raise ValueError(f"skip={name}: a token has at least one expert")
-    return partial(_calibrated, active=active)
+        return Skipping(None if name == "median" else float(name))
+    except ValueError as error:
+        raise ValueError(f"skip={name!r}: {error}; say none, median, or how many experts a token has on average") from None
 
 
-def _calibrated(model: Model, tokens: Step, passed: Pass, *, active: float) -> Model:
-    family = Family.of(model.config)
-    check(family, family.top_k, active)  # before a graph is built for it
-    return skip(calibrate.run(model, tokens, passed, inputs=False), active=active)
+def skipped(model: Model, tokens: Step, how: Skipping | None, passed: Pass) -> Model:
+    """The model that is served: with dynamic skipping, calibrated on these tokens, or as it is."""
+    if how is None:
+        return model
+    check(Family.of(model.config), how)  # before a graph is built for it
+    return skip(calibrate.run(model, tokens, passed, inputs=False), how)

@@ -14,6 +14,7 @@ from torch import Tensor
 from moeflow.arch import MATRICES, Config, Family
 from moeflow.methods.moments import second_moment
 from moeflow.methods.recorded import placement
+from moeflow.methods.records import Facts
 from moeflow.methods.rewrite import link_all
 from moeflow.methods.slim.awq import awq, fold
 from moeflow.methods.slim.gptq import gptq, gptq_memory
@@ -61,8 +62,10 @@ FIELDS = {"gate": "gate_FD", "up": "up_FD", "down": "down_DF"}
 def rewrite(
     context: Context, config: Config, given: Any, seen: Sequence[Files], how: How,
     *, layer: int, part: int, parts: int, dtype: str,
-) -> list[dict[str, Any]]:  # fmt: skip
+) -> list[dict[str, Any]] | None:  # fmt: skip
     """Write the layer's file with slimmed experts and say for each, and for the shared one, what was done and lost.
+
+    A layer that a run has left without experts is linked as it is, and the answer is None.
 
     One of several parts treats its share of the experts only; the first also writes what is not an expert, and the shared one.
 
@@ -72,7 +75,7 @@ def rewrite(
     if family.router(layer) not in tensors:
         if part == 0:
             link_all(context, given)
-        return []
+        return None
     block = _Block(tensors, config, layer, placement(config, dtype))
     block.chosen = list(range(block.count))[block.count * part // parts : block.count * (part + 1) // parts]
     x_TD = torch.cat([Tensors(s)["x_RD"] for s in seen]).to(**block.placed)
@@ -103,9 +106,8 @@ def rewrite(
     if few and how.method not in ("magnitude", "round_to_nearest"):
         context.note(f"layer {layer}: experts {few} saw fewer than {how.least} tokens and were treated by {how.policy}")
     save(result, context.out / LAYER)
-    for name in given.names() if part == 0 else ():
-        if name != LAYER:
-            context.link(given, name)
+    if part == 0:
+        link_all(context, given, but=(LAYER, Facts.FILE))
     return report
 
 

@@ -5,14 +5,13 @@ Routers, gates of shared experts, norms and everything outside the MoE blocks ke
 between a norm and all that it feeds, the router among them.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from math import gcd, lcm
 from typing import Any
 
 from moeflow.arch import Family
-from moeflow.methods.records import DECOMPOSED, SLIMMED, SPARSE
+from moeflow.methods.records import DECOMPOSED, SPARSE, Facts
 from moeflow.methods.slim.grid import Grid
 from moeflow.methods.slim.pattern import Pattern
 from moeflow.model.layout import LAYER, read_config
@@ -129,7 +128,7 @@ def layer(
     layer: int, method: str, pattern: str, bits: int, group: int, symmetric: bool, order: bool, damp: float, block: int,
     least: int, policy: str, shared: bool, chained: bool, packed: bool, part: int, parts: int, dtype: str,
 ) -> None:  # fmt: skip
-    """One layer's file with slimmed experts, and `slimmed.json`, which says for every expert by what and what it lost.
+    """One layer's file with slimmed experts, and `facts.json`, which says for every expert by what it was treated and what it lost.
 
     Of several `parts` each has its share of the experts, and the first everything else. A layer that a run has left without
     experts stays what it is.
@@ -144,13 +143,11 @@ def layer(
     report = experts.rewrite(
         context, read_config(config), given, seen, how, layer=layer, part=part, parts=parts, dtype=dtype
     )  # fmt: skip
-    head = {"layer": layer, "method": method, "pattern": pattern, "bits": bits, "group": group}
-    _write(context, head, report)
-
-
-def _write(context: Context, head: dict[str, Any], report: Sequence[dict[str, Any]]) -> None:
-    lines = ",\n".join(f"  {json.dumps(entry)}" for entry in report)
-    (context.out / SLIMMED).write_text(json.dumps(head)[:-1] + ', "experts": [\n' + lines + "\n]}\n")
+    facts = Facts.of(given)
+    if report is not None:
+        facts = facts.and_then("slim.layer", method=method, pattern=pattern, bits=bits, group=group, experts=report)
+    if report is not None or part:  # otherwise the layer is what it was
+        facts.write(context.out)
 
 
 def _joined_spec(*parts: LayerSpec) -> Spec:
@@ -168,8 +165,10 @@ def joined(context: Context, *parts: Artifact) -> None:
     if several:
         experts.join(parts, context.out / LAYER)
     for name in first.names():
-        if name != SLIMMED and not (several and name == LAYER):
+        if not several or name not in (LAYER, Facts.FILE):
             context.link(first, name)
-    told = [json.loads(p.file(SLIMMED).read_text()) for p in parts]
-    report = [entry for t in told for entry in t.pop("experts")]
-    _write(context, told[0], sorted(report, key=lambda entry: (entry["expert"] == "shared", entry["expert"])))
+    if several:
+        *earlier, last = Facts.of(first).done
+        report = [entry for p in parts for entry in Facts.of(p).done[-1]["experts"]]
+        report.sort(key=lambda entry: (entry["expert"] == "shared", entry["expert"]))
+        Facts((*earlier, {**last, "experts": report})).write(context.out)

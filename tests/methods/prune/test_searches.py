@@ -71,7 +71,7 @@ def test_the_swap_search_is_as_good_as_the_genetic_one_for_as_many_evaluations()
         spent, state = layer_16.asked, {}
         how = Search("genetic", seed=seed, population=20, generations=60)
         genetic.search(layer_16, Subsets(16, 12), how, save=state.update)
-        theirs = min(loss for _, loss in state["found"][:spent])
+        theirs = min(loss for _, loss in state["losses"][:spent])
         assert ours <= theirs * (1 + 1e-6)
 
 
@@ -97,7 +97,7 @@ def test_a_search_killed_in_the_middle_goes_on_to_the_same_result(killed_after: 
         genetic.search(doomed, subsets, how, layer=3, save=lambda state: states.append(json.dumps(state)))
     rest = Counted(evaluate)
     assert genetic.search(rest, subsets, how, layer=3, resume=json.loads(states[-1])) == expected
-    assert len(json.loads(states[-1])["found"]) + rest.asked == whole.asked
+    assert len(json.loads(states[-1])["losses"]) + rest.asked == whole.asked
     with pytest.raises(ValueError, match=r"another search's .*'seed': \(7, 8\)"):
         genetic.search(rest, subsets, replace(how, seed=8), layer=3, resume=json.loads(states[-1]))
 

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.data import steps as data
-from moeflow.methods.graph import Pass
+from moeflow.methods.graph import Pass, Sample
 from moeflow.methods.prune.searches import Search
 from moeflow.methods.recipes import naee
 from moeflow.step import Step
@@ -102,7 +102,7 @@ def test_a_model_without_a_tokenizer_is_evaluated_on_the_token_matrix_and_the_re
 
 def test_too_many_subsets_and_a_partial_record_are_refused_before_any_work(tmp_path: Path) -> None:
     wide = running.model_in(tiny.write("olmoe", tmp_path / "wide", num_experts=64))
-    matrix = data.tokens(running.matrix_of(tmp_path), wide, sequences=8, length=16)
+    matrix = data.tokens(running.matrix_of(tmp_path), wide, Sample(8, 16))
     with pytest.raises(
         ValueError, match=r"48 of 64 experts .* over 20,000: .*another search .genetic, swap. or a score .random, .*reap"
     ):
@@ -138,6 +138,6 @@ def test_a_model_with_too_few_positions_is_reported_without_its_speed(tmp_path: 
 @pytest.mark.parametrize("dtype", ["fp32", "int8"])
 def test_an_unknown_precision_is_refused_when_the_graph_is_built(dtype: str, tmp_path: Path) -> None:
     model = running.model_in(tiny.write("mixtral", tmp_path / "model"))
-    matrix = data.tokens(running.matrix_of(tmp_path), model, sequences=8, length=16)
+    matrix = data.tokens(running.matrix_of(tmp_path), model, Sample(8, 16))
     with pytest.raises(ValueError, match=f"dtype='{dtype}' is not known; choose one of auto, float64, float32"):
         calibrate.run(model, matrix, Pass(batch=4, shard=4, dtype=dtype))
