@@ -16,10 +16,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 NOTHING = ("none", "null")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,16 @@ def plain(value: Any, kind: Any = None) -> Any:
     if isinstance(value, Mapping):
         return {k: plain(v) for k, v in value.items()}
     return value
+
+
+def only(value: T, *names: str) -> T:
+    """The same options with every field but these at its default, so that what a step does not read stays out of its key.
+
+    A field without a default stays as it is.
+    """
+    defaults = {f.name: default_of(f) for f in fields(typing.cast(Any, value)) if f.name not in names}
+    changes = {name: default for name, default in defaults.items() if default is not dataclasses.MISSING}
+    return typing.cast(T, dataclasses.replace(typing.cast(Any, value), **changes))
 
 
 def restored(value: Any, kind: Any) -> Any:

@@ -12,6 +12,7 @@ import ast
 import hashlib
 import inspect
 import json
+import re
 import textwrap
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,6 +22,9 @@ from pathlib import Path
 from typing import Any, Concatenate, NoReturn, ParamSpec, Protocol
 
 from moeflow import options
+
+CODE = re.compile(r"[a-z_]\w*(\.\w+)+:\w+")
+"""How a table of methods names the code of a row; see `moeflow.methods.graph.load`."""
 
 
 class Artifact(Protocol):
@@ -373,12 +377,15 @@ def _module(file: Path, package: str, root: Path) -> tuple[str, frozenset[Path]]
 
 
 def _imports(text: str, package: str, root: Path) -> frozenset[Path]:
+    """The files of the package that a text imports, or names as the place of code that it loads ("package.module:function")."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and CODE.fullmatch(node.value):
+            names.add(node.value.partition(":")[0])
     modules = [root.joinpath(*name.split(".")[1:]) for name in names if name.startswith(f"{package}.")]
     return frozenset(f for m in modules for f in (m.with_suffix(".py"), m / "__init__.py") if f.is_file())
 

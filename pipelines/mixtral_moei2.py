@@ -18,6 +18,7 @@ from moeflow.cli import main
 from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data_
+from moeflow.methods.decompose.options import Decomposition
 from moeflow.methods.finetune.recipe import Gang
 from moeflow.methods.recipes import compare, moei2
 from moeflow.methods.recipes import tune as tune_
@@ -47,7 +48,7 @@ def build(
     alpha: float = 0.15,
     multiple: int = 1,
     least: int = 1,
-    policy: str = "vanilla",
+    rare: str = "weights",
     sequences: int = 2048,
     length: int = 2048,
     batch: int = 8,
@@ -79,10 +80,11 @@ def build(
         population=population, generations=generations, legal=legal, divisor=divisor, measured=measured, seed=seed,
     )  # fmt: skip
     again = calibrate.run(pruned, matrix, **recorded)
-    small = moei2.decompose(
-        again, ratio=moei2.ratio_left(removed, dropped), ranks=ranks, svd=svd, importance=importance, alpha=alpha,
-        multiple=multiple, least=least, policy=policy, measured=measured,
+    cut = Decomposition(
+        ratio=moei2.ratio_left(removed, dropped), ranks=ranks, svd=svd, importance=importance, alpha=alpha,
+        multiple=multiple, least=least, rare=rare, measured=measured,
     )  # fmt: skip
+    small = moei2.decompose(again, cut)
     data = partial(data_.examples, text, original, sequences=rows, length=length, seed=seed, bos=bos, repeat=True)
     tuned = tune_.stage(tune)(
         small, data, targets=("attention", "experts"), rank=rank, alpha=2.0 * rank, steps=round(epochs * rows / tuned_batch),

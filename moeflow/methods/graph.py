@@ -1,8 +1,9 @@
 """What graph functions hand to each other: a model, and a calibration of it. No step of its own, no torch."""
 
 import fnmatch
+import importlib
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from moeflow.arch import Config, arch_of
 from moeflow.model.layout import ESSENTIAL
@@ -124,6 +125,12 @@ class Calibration:
     observed: dict[int, tuple[Part, ...]]  # per MoE layer: one part for each shard
     recorded: int  # tokens of each shard whose MoE inputs are kept, at most
     between: tuple[tuple[Part, ...], ...] = ()  # per layer, where asked for: the hidden states before it of the recorded tokens
+
+
+def load(code: str) -> Any:
+    """The function that a row of a table of methods names as "module:function"; imports its module."""
+    module, _, name = code.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def file_of(layer: int) -> str:

@@ -1,6 +1,8 @@
 """What steps leave for the next decision: small JSON files that a person can read and diff, each written and read here."""
 
 import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 from moeflow.step import Artifact, Context
@@ -40,14 +42,41 @@ def readable(choice: dict[str, Any]) -> str:
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
-RANKS, DECOMPOSITION = "ranks.json", "decomposition.json"
-DECOMPOSED = "decomposed"
-"""What a layer's spec says of it where a run decides the ranks."""
+DECOMPOSITION = "decomposition.json"
+RANKS = "ranks.json"
 
 
-def read_ranks(artifact: Artifact) -> dict[str, Any]:
-    """What a step that decides ranks wrote: per layer and matrix, the rank of each expert, 0 where it stays whole."""
-    return json.loads(artifact.read(RANKS, 0, artifact.size(RANKS)))["ranks"]
+@dataclass(frozen=True)
+class Ranks:
+    """The rank of every expert's matrices, decided for all layers together: `ranks.json`."""
+
+    rule: str
+    """How they were decided: "paper" or "global"."""
+    ranks: Mapping[int, Mapping[str, Sequence[int]]]
+    """Per layer and matrix ("gate", "up", "down") the rank of each expert; 0: the matrix stays whole. Gate and up of an expert are
+    both whole or both factored."""
+    budget: int | None = None
+    """The bytes that all experts together may take, where the rule goes by bytes."""
+    optimal: bool | None = None
+    """Whether no other ranks within the budget cost less."""
+    cost: float | None = None
+    """What these ranks cost, in the unit of the curves that they were chosen by."""
+    cost_of_the_same_rank_everywhere: float | None = None
+    """What one rank for all matrices would cost within the same budget."""
+
+    def write(self, context: Context) -> None:
+        facts = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "ranks"}
+        head = "".join(f" {json.dumps(k)}: {json.dumps(v)},\n" for k, v in facts.items() if v is not None)
+        layers = ",\n".join(
+            f'  "{layer}": {{\n' + ",\n".join(f"   {json.dumps(m)}: {json.dumps(r)}" for m, r in by.items()) + "\n  }"
+            for layer, by in self.ranks.items()
+        )
+        (context.out / RANKS).write_text("{\n" + head + ' "ranks": {\n' + layers + "\n }\n}\n")
+
+    @classmethod
+    def read(cls, artifact: Artifact) -> "Ranks":
+        stored = json.loads(artifact.read(RANKS, 0, artifact.size(RANKS)))
+        return cls(**stored | {"ranks": {int(layer): by for layer, by in stored["ranks"].items()}})
 
 
 IMPORTANCE = "importance.json"
@@ -68,7 +97,6 @@ def read_importance(artifact: Artifact) -> dict[str, Any]:
 
 SKIP = "skip.json"
 
-SPARSE = ("magnitude", "wanda", "sparsegpt")
 SLIMMED = "slimmed.json"
 
 CURVES = "curves.json"

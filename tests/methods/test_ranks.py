@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from moeflow.methods.allocate import allocate_curves, exactly
-from moeflow.methods.decompose.ranks import Spectrum, allocate, average_rank, break_even, check_rank, paper_ranks, treatment
+from moeflow.methods.decompose.ranks import Spectrum, allocate, average_rank, break_even, check_rank, paper_ranks
 
 
 def curves(draw: np.random.Generator, count: int, options: int, unit: int = 1) -> list[list[tuple[int, float]]]:
@@ -158,10 +158,3 @@ def test_a_rank_above_break_even_is_refused_unless_forced() -> None:
             check_rank(rank, 16, 16, force=True)
     with pytest.raises(ValueError, match=r"ratio=1.0 of the parameters"):
         average_rank(1.0, 16, 16)
-
-
-def test_experts_with_few_tokens_are_treated_as_stated() -> None:
-    assert treatment([0, 5, 9], 6) == ["vanilla", "vanilla", "whitened"]
-    assert treatment([0, 5, 9], 0, "keep") == ["keep", "whitened", "whitened"]
-    with pytest.raises(ValueError, match="policy='drop' .* must be one of vanilla, keep"):
-        treatment([1], 1, "drop")

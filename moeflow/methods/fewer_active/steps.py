@@ -48,7 +48,7 @@ def _compressed_experts_spec(rest: RestSpec, given: LayerSpec, *, layer: int, fo
             f"a token gets {reach} of the {given.experts} experts of layer {layer}, which leaves none to stand for; drop fewer"
         )
     added = _added(rest.config, given.tensors, layer, form)
-    out = LayerSpec(rest.config, layer, given.experts, {**given.tensors, **added}, slimmed=given.slimmed)
+    out = replace(given, config=rest.config, tensors={**given.tensors, **added})
     return Spec(out, reads=given.headers, writes=file_bytes(added), memory=1 << 26)
 
 
@@ -120,9 +120,7 @@ def _skipping_spec(rest: RestSpec, given: LayerSpec, *seen: ObservedSpec, layer:
         raise ValueError(f"a token may get one expert of layer {layer} only, and none to skip; drop fewer experts")
     tokens = sum(s.hidden.sequences * s.hidden.length for s in seen)
     name = f"{arch_of(rest.config).experts(layer)}skip.{rule}"
-    out = LayerSpec(
-        rest.config, layer, given.experts, {**given.tensors, name: ("F32", ())}, given.share, given.fewest, given.slimmed
-    )
+    out = replace(given, config=rest.config, tensors={**given.tensors, name: ("F32", ())})
     logits = tokens * given.experts * 4
     return Spec(out, reads=logits, writes=file_bytes({name: ("F32", ())}) + 300, memory=6 * logits + (1 << 28))
 

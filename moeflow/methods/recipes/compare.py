@@ -9,7 +9,6 @@ from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data
 from moeflow.methods.evaluate.steps import here, layers, quality, reach, size, speed
 from moeflow.methods.graph import Calibration, Model
-from moeflow.methods.records import SPARSE
 from moeflow.step import Step
 
 
@@ -31,7 +30,7 @@ def compare(
         note = "the model has no tokenizer: held-out text is left out, the loss on the token matrix stands for it"
         plan.append(("token matrix", calibration.tokens, calibration.ends, note))
     chosen = [c for c in compressed.choices if "keep" in c.spec.output]
-    zeros = sorted({s for layer in compressed.layers if (s := layer.spec.output.slimmed).startswith(SPARSE)})
+    zeros = sorted({s.slimmed_by for layer in compressed.layers if (s := layer.spec.output).sparse})
     reports = [size(*both, zeros=zeros), *([layers(*chosen)] if chosen else [])]
     for name, matrix, ends, note in plan:
         theirs, seen = _hidden(compressed, matrix, calibration), {}

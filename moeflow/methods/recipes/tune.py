@@ -15,7 +15,6 @@ from moeflow.methods.finetune.recipe import Gang, Recipe, mix_of
 from moeflow.methods.finetune.steps import TRAINING, predictions, report, rest_of, train
 from moeflow.methods.finetune.targets import MODES, TARGETS, trained_in
 from moeflow.methods.graph import Model
-from moeflow.methods.records import SPARSE
 from moeflow.model.spec import TensorTable, TokensSpec, precision
 from moeflow.step import Step
 
@@ -104,7 +103,7 @@ def tune(
         rank=rank if lora else 0, alpha=float(alpha) if lora else 0.0, steps=steps, batch=batch, rate=float(rate),
         warmup=round(warmup * steps), floor=0.0, decay=float(decay), clip=float(clip), betas=betas, epsilon=1e-8,
         dtype=precision(model.config, dtype), every=(every if domains else 0) or max(steps, 1), keep=keep if domains else "last",
-        seed=seed, sparse=any(model.layers[i].spec.output.slimmed.startswith(SPARSE) for i in model.moe_layers),
+        seed=seed, sparse=any(model.layers[i].spec.output.sparse for i in model.moe_layers),
     )  # fmt: skip
     recipe, gang = deepspeed_config.merged(deepspeed_config.read(deepspeed), recipe, gang or Gang())
     for name, matrix in {"the data": data, **domains}.items():

@@ -9,61 +9,34 @@ from typing import Any
 from moeflow.arch import arch_of
 from moeflow.methods import graph
 from moeflow.methods.calibrate import steps as calibrate
+from moeflow.methods.decompose.options import Decomposition
 from moeflow.methods.graph import Calibration, Model
 from moeflow.methods.recipes import moei2
-from moeflow.methods.records import SPARSE
-from moeflow.methods.slim.steps import INPUTS, QUANTIZING, WITHOUT_TOKENS, divided
+from moeflow.methods.slim.methods import Slimming
+from moeflow.methods.slim.steps import slimmed
 from moeflow.methods.trim import steps as trim
 from moeflow.step import Step
 
 
-def slim(
-    calibration: Calibration, *, method: str, pattern: str = "2:4", bits: int = 4, group: int = 128, symmetric: bool = True,
-    order: bool = False, damp: float = 0.01, block: int = 128, least: int = 1, policy: str = "",
-    shared: bool = False, inputs: str = "parallel", packed: bool = True, tasks: int = 1,
-) -> Model:  # fmt: skip
+def slim(calibration: Calibration, how: Slimming) -> Model:
     """The calibrated model with sparse or quantized experts, as a graph.
 
-    `method`: "magnitude", "wanda" and "sparsegpt" leave zeros of a `pattern` ("0.5", "2:4"); "round_to_nearest", "gptq" and "awq"
-    round to `bits`, one scale for `group` inputs (0: a row), with `order` by activation (GPTQ). `damp` and `block` are those of
-    SparseGPT and GPTQ. An expert that fewer than `least` recorded tokens reach is treated by its weights alone (`policy`
-    "magnitude" or "round_to_nearest", as the method is of one kind or the other) or stays whole ("keep"). `shared`: shared
-    experts are treated, too. `inputs`: "parallel", every layer sees what the dense model gives it, one calibration serves all and
-    layers are treated beside each other; "sequential", what the slimmed layers before it do, and down what slimmed gate and up
-    do. `packed`: quantized experts are written packed, as transformers and vLLM read them; otherwise as the weights that the
-    codes stand for. `tasks`: between how many a layer's experts are divided, with the same result; not for AWQ, whose experts
-    share a scale. Of experts that are low-rank already, GPTQ and rounding treat each factor, the second by what the first, as it
-    has become, gives it; `group` has to divide the ranks. Raises ValueError for what cannot work.
+    With `inputs="parallel"` one calibration serves all layers, which are treated beside each other; with "sequential" each layer
+    sees what the slimmed layers before it give, and down what slimmed gate and up give. Of low-rank experts each factor is treated,
+    the second by what the first, as it has become, gives it; `group` has to divide the ranks. Raises ValueError for what cannot
+    work.
     """
-    if inputs not in INPUTS:
-        raise ValueError(f"inputs={inputs!r} is not known; choose one of {', '.join(INPUTS)}")
-    how = {
-        "method": method,
-        "pattern": pattern if method in SPARSE else "",
-        "bits": bits if method in QUANTIZING else 0,
-        "group": group if method in QUANTIZING else 0,
-        "symmetric": symmetric,
-        "order": order,
-        "damp": damp,
-        "block": block,
-        "least": least,
-        "policy": policy or WITHOUT_TOKENS.get(method, ""),
-        "shared": shared,
-        "chained": inputs == "sequential",
-        "packed": packed and method in QUANTIZING,
-        "dtype": calibration.dtype,
-    }
-    model = calibration.model
-    if inputs == "parallel":
-        return model.with_layers(
-            {i: divided(model.essential, model.layers[i], seen, i, how, tasks) for i, seen in calibration.observed.items()}
-        )
-    return _slim_in_sequence(calibration, how, tasks)
+    if how.inputs == "sequential":
+        return _slim_in_sequence(calibration, how)
+    model, dtype = calibration.model, calibration.dtype
+    return model.with_layers(
+        {i: slimmed(model.essential, model.layers[i], seen, at=i, how=how, dtype=dtype) for i, seen in calibration.observed.items()}
+    )
 
 
-def _slim_in_sequence(calibration: Calibration, how: dict[str, Any], tasks: int) -> Model:
+def _slim_in_sequence(calibration: Calibration, how: Slimming) -> Model:
     model, batch, dtype = calibration.model, calibration.batch, calibration.dtype
-    slimmed: dict[int, Step] = {}
+    layers: dict[int, Step] = {}
     hidden: tuple[Step, ...] = calibration.starts
     last = max(calibration.observed, default=-1)
     for i, now in enumerate(model.layers[: last + 1]):
@@ -74,11 +47,11 @@ def _slim_in_sequence(calibration: Calibration, how: dict[str, Any], tasks: int)
                     layers=[i], batch=batch, record=calibration.recorded, per_expert=0, residual=False, between=False, dtype=dtype,
                 ).part(graph.file_of(i))
                 for h in hidden
-            ) if slimmed else calibration.observed[i]  # fmt: skip
-            now = slimmed[i] = divided(model.essential, now, seen, i, how, tasks)
+            ) if layers else calibration.observed[i]  # fmt: skip
+            now = layers[i] = slimmed(model.essential, now, seen, at=i, how=how, dtype=dtype)
         if i < last:
             hidden = tuple(calibrate.advance(model.essential, h, now, layers=[i], batch=batch, dtype=dtype) for h in hidden)
-    return model.with_layers(slimmed)
+    return model.with_layers(layers)
 
 
 def compress(
@@ -88,15 +61,15 @@ def compress(
     """The model slimmed and trimmed, as a graph.
 
     `order`: stages with commas between them, "slim", "trim" and "decompose"; `trim`: "none", "experts" (`dropped` of a layer, on
-    average), "layers" (so many MoE blocks) or "blocks" (so many decoder layers); `slim`: "none" or a method of `slim.METHODS`, with
-    `group` and other `options` of `slim.slim`; "decompose" makes `ratio` of the experts' parameters go by low rank, at ranks that
+    average), "layers" (so many MoE blocks) or "blocks" (so many decoder layers); `slim`: "none" or a name of `METHODS`, with
+    `group` and other fields of `Slimming`; "decompose" makes `ratio` of the experts' parameters go by low rank, at ranks that
     are multiples of `group`, or of 32 where that is 0; `calibration`: those of `calibrate.run`. Raises ValueError for what cannot
     work.
     """
     stages: dict[str, Callable[[Calibration], Model]] = {
         "slim": _slimmed(slim, options | {"group": group}),
         "trim": _trimmed(trim, dropped),
-        "decompose": lambda seen: moei2.decompose(seen, ratio=ratio, multiple=group or 32),
+        "decompose": lambda seen: moei2.decompose(seen, Decomposition(ratio=ratio, multiple=group or 32)),
     }
     for name in order.split(","):
         if name not in stages:
@@ -108,7 +81,8 @@ def compress(
 def _slimmed(method: str, options: dict[str, Any]) -> Callable[[Calibration], Model]:
     if method == "none":
         return lambda seen: seen.model
-    return lambda seen: slim(seen, method=method, **options)
+    how = Slimming(method, **options)
+    return lambda seen: slim(seen, how)
 
 
 def _trimmed(name: str, dropped: float) -> Callable[[Calibration], Model]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from moeflow.methods.moments import second_moment
+from moeflow.methods.slim.methods import Slimming
 from moeflow.methods.slim.pattern import Pattern
 
 Inputs = Tensor | Sequence[Tensor]
@@ -43,6 +44,16 @@ def wanda(w_MN: Tensor, pattern: Pattern | str, *, moment: Tensor | None = None,
     w_EMN, seen = matrices(w_MN), Seen.of(w_MN, moment, inputs, instead="magnitude()", squares=True)
     keep_EMN = torch.stack([_stays(w.float().abs() * seen.squares(e).sqrt().float(), pattern) for e, w in enumerate(w_EMN)])
     return keep_EMN.reshape(w_MN.shape)
+
+
+def drop_by_magnitude(w_MN: Tensor, moment_NN: Tensor | None, how: Slimming, scale_dtype: torch.dtype) -> Tensor:
+    """The row of the table of methods for `magnitude`."""
+    return w_MN * magnitude(w_MN, how.pattern)
+
+
+def drop_by_wanda(w_MN: Tensor, moment_NN: Tensor, how: Slimming, scale_dtype: torch.dtype) -> Tensor:
+    """The row of the table of methods for `wanda`."""
+    return w_MN * wanda(w_MN, how.pattern, moment=moment_NN)
 
 
 def lowest(score: Tensor, count: int) -> Tensor:

@@ -339,7 +339,8 @@ def _experts_spec(rest: RestSpec, given: LayerSpec, chosen: Any, *, layer: int, 
         dtype, shape = given.tensors[old]
         table[new] = (dtype, (most, *shape[1:]) if sliced else shape)
     share = given.share * chosen["share"] if keep < 0 else given.share
-    out = LayerSpec(rest.config, layer, most, table, share, min(least, given.least) if keep < 0 else None, given.slimmed)
+    fewest = min(least, given.least) if keep < 0 else None
+    out = replace(given, config=rest.config, experts=most, tensors=table, share=share, fewest=fewest)
     return Spec(out, reads=out.nbytes, writes=out.nbytes, memory=2 * out.nbytes)
 
 
@@ -385,7 +386,8 @@ def _renumbered_spec(chosen: Any, *candidates: LayerSpec, config: Config, first:
     if any(t != tables[0] for t in tables) or any(c.share != share for c in candidates):
         average = sum(c.expert_bytes * c.share for c in candidates) / len(candidates)
         share = min(average / max(1, given.expert_bytes), 0.999)
-    out = LayerSpec(config, to, given.experts, tables[largest], share, min(c.least for c in candidates), given.slimmed)
+    fewest = min(c.least for c in candidates)
+    out = replace(given, config=config, layer=to, tensors=tables[largest], share=share, fewest=fewest)
     return Spec(out, reads=given.nbytes, writes=out.nbytes, memory=2 * given.nbytes)
 
 
