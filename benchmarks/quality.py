@@ -20,7 +20,7 @@ from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data
 from moeflow.methods.decompose.options import Decomposition
-from moeflow.methods.graph import Calibration, Model
+from moeflow.methods.graph import Calibration, Model, Pass
 from moeflow.methods.recipes import compare, moei2, naee
 from moeflow.run import in_process
 from moeflow.sources import Texts, pin
@@ -118,7 +118,7 @@ def main() -> tuple[list[Row], str]:
 
 
 def _run(model: Model, matrix: Step) -> Calibration:
-    return calibrate.run(model, matrix, batch=16, shard=32, stage=3, dtype="float32")
+    return calibrate.run(model, matrix, Pass(batch=16, shard=32, stage=3, dtype="float32"))
 
 
 def _measured(store: Store, original: Model, method: Method, removed: float, seed: int) -> dict[str, Any]:

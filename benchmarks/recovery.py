@@ -21,7 +21,7 @@ from moeflow.methods.data import steps as data
 from moeflow.methods.decompose.options import Decomposition
 from moeflow.methods.fewer_active import steps as fewer_active
 from moeflow.methods.finetune.recipe import Gang
-from moeflow.methods.graph import Calibration, Model
+from moeflow.methods.graph import Calibration, Model, Pass
 from moeflow.methods.recipes import compare, moei2, naee, tune
 from moeflow.run import in_process
 from moeflow.sources import Texts, pin
@@ -30,7 +30,7 @@ from moeflow.store import Store
 
 ROWS, STEPS, BATCH, EVERY, MINUTES = 1024, 40, 16, 10, 15
 GANG = Gang(processes=2, gpus=0, zero=1, micro=4, save_every=30)
-PASS: dict[str, Any] = {"batch": 16, "shard": 32, "stage": 3, "dtype": "float32"}
+PASS = Pass(batch=16, shard=32, stage=3, dtype="float32")
 HALF = 0.5
 VALIDATION = {
     "prose": f"{SHARED}/data/wikitext2_validation.jsonl#text",
@@ -69,9 +69,9 @@ class Recovery:
         self.store = store
         self.original = checkpoint.pinned(pin(str(SHARED / "models" / "mixtral-21m"), kind="model"))
         self.matrix = data.tokens(Texts(CALIBRATION), self.original, sequences=SEQUENCES, length=LENGTH)
-        self.seen: Calibration = calibrate.run(self.original, self.matrix, **PASS)
+        self.seen: Calibration = calibrate.run(self.original, self.matrix, PASS)
         self.data = data.tokens(Texts(CALIBRATION), self.original, sequences=ROWS, length=LENGTH, seed=1)
-        self.taught = tune.teacher(self.original, self.data, top=64, **PASS)
+        self.taught = tune.teacher(self.original, self.data, PASS, top=64)
         self.validation = {
             kind: data.tokens(Texts(name), self.original, sequences=12, length=LENGTH, seed=2) for kind, name in VALIDATION.items()
         }
@@ -121,7 +121,7 @@ def _low_rank(bench: Recovery) -> tuple[list[Row], str]:
     pruned = moei2.prune(
         bench.seen, keep=0.75, counts="paper", search="genetic", importance="recon", best=3, block=3, generations=20
     )
-    again = calibrate.run(pruned, bench.matrix, **PASS)
+    again = calibrate.run(pruned, bench.matrix, PASS)
     ratio = moei2.ratio_left(0.5, 0.25)
     vanilla = moei2.decompose(again, Decomposition(ratio=ratio, ranks="paper", svd="vanilla", importance="recon"))
     whitened = moei2.decompose(again, Decomposition(ratio=ratio, ranks="paper", svd="whitened", importance="recon"))

@@ -22,7 +22,7 @@ from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data
 from moeflow.methods.decompose.options import Decomposition
-from moeflow.methods.graph import Calibration, Model
+from moeflow.methods.graph import Calibration, Model, Pass
 from moeflow.methods.recipes import compare, moei2, naee, unified
 from moeflow.methods.slim.methods import Slimming
 from moeflow.methods.trim import steps as trim
@@ -191,7 +191,7 @@ class _Bench:
         )
 
     def _calibrated(self, model: Model) -> Calibration:
-        return calibrate.run(model, self.matrix, batch=16, shard=32, stage=3, between=True, dtype="float32")
+        return calibrate.run(model, self.matrix, Pass(batch=16, shard=32, stage=3, dtype="float32"), between=True)
 
     def _rows(self, report: Step) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = json.loads(self.store.artifact(report.key).file("report.json").read_text())["rows"]

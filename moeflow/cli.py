@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from moeflow import report
 from moeflow.report import lineage as lineages
@@ -43,7 +44,9 @@ app = typer.Typer(
 )
 
 File = Annotated[Path, typer.Argument(metavar="PIPELINE.py", help="a file that defines build()")]
-Params = Annotated[list[str], typer.Option("-p", "--param", metavar="NAME=VALUE", help="a parameter of build()")]
+Params = Annotated[
+    list[str], typer.Option("-p", "--param", metavar="NAME=VALUE", help="a parameter; `PIPELINE.py --help` lists them")
+]
 Url = Annotated[str, typer.Option("--store", metavar="URL", help="a folder, or s3://bucket/prefix")]
 Name = Annotated[str, typer.Option("--name", help="publish under this name (the pipeline's file name)")]
 RunnerName = Annotated[Runner, typer.Option("--runner", help="auto is ray where RAY_ADDRESS is set, else process")]
@@ -59,7 +62,20 @@ All = Annotated[bool, typer.Option("--all", help="a line for every step")]
 Ref = Annotated[str, typer.Argument(metavar="REF", help="name@3, name, a label, a key, or how one key begins")]
 
 
-@app.command()
+class PipelineCommand(TyperCommand):
+    """A command whose `--help`, behind a pipeline's file, lists that pipeline's parameters too."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
+        file = next((word for word in args if word.endswith(".py")), None)
+        if "--help" in args and file is not None:
+            with asking("--debug" in args):
+                text = pipeline.page(pipeline.load(Path(file)))
+            typer.echo(f"{ctx.get_usage()}\n\n{text}")
+            ctx.exit()
+        return super().parse_args(ctx, args)
+
+
+@app.command(cls=PipelineCommand)
 def plan(
     file: File,
     param: Params = [],  # noqa: B006
@@ -86,7 +102,7 @@ def plan(
         raise typer.Exit(2)
 
 
-@app.command()
+@app.command(cls=PipelineCommand)
 def run(
     file: File,
     param: Params = [],  # noqa: B006
@@ -250,8 +266,7 @@ def main(build: Callable[..., Any] | None = None) -> None:
         _run(lambda: build, param, store, name or stem, runner, options, json=json, debug=debug)
 
     alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    known = f"-p takes: {', '.join(inspect.signature(build).parameters)}"
-    alone.command(help=inspect.getdoc(sys.modules["__main__"]), epilog=known)(itself)
+    alone.command(help=inspect.getdoc(sys.modules["__main__"]), epilog=f"\b\n{pipeline.page(build)}")(itself)
     alone()
 
 

@@ -78,9 +78,10 @@ def restored(value: Any, kind: Any) -> Any:
         if is_dataclass(one) and isinstance(value, Mapping):
             kinds = hints_of(typing.cast(type, one))
             return typing.cast(Any, one)(**{name: restored(v, kinds[name]) for name, v in value.items()})
-        if typing.get_origin(one) is tuple and isinstance(value, list):
+        if typing.get_origin(one) in (tuple, list) and isinstance(value, list):
             inside = typing.get_args(one)
-            return tuple(restored(v, inside[0] if inside else None) for v in value)
+            made = [restored(v, inside[0] if inside else None) for v in value]
+            return tuple(made) if typing.get_origin(one) is tuple else made
     return value
 
 

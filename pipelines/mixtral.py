@@ -13,6 +13,7 @@ from moeflow.cli import main
 from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data
+from moeflow.methods.graph import Pass
 from moeflow.methods.recipes import compare, naee
 from moeflow.sources import Source, Texts
 from moeflow.step import Step
@@ -40,10 +41,10 @@ def build(
 ) -> Step:
     original = checkpoint.pinned(model)
     matrix = data.tokens(tokens, original, sequences=sequences, length=length, seed=seed, bos=True, group=1000)
-    passed = {"batch": batch, "shard": 4 * batch, "stage": 8, "dtype": dtype}
-    seen = calibrate.run(original, matrix, **passed)
+    passed = Pass(batch=batch, dtype=dtype)
+    seen = calibrate.run(original, matrix, passed)
     pruned = naee.named(search)(seen, keep=keep, loss=loss, seed=seed)
-    served = naee.skipped(skip)(pruned, matrix, **passed)
+    served = naee.skipped(skip)(pruned, matrix, passed)
     reports = compare.compare(seen, served, heldout=heldout, sequences=heldout_sequences, length=length)
     return checkpoint.checkpoint_of(served).reporting(*reports)
 

@@ -20,6 +20,7 @@ from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data_
 from moeflow.methods.decompose.options import Decomposition
 from moeflow.methods.finetune.recipe import Gang
+from moeflow.methods.graph import Pass
 from moeflow.methods.recipes import compare, moei2
 from moeflow.methods.recipes import tune as tune_
 from moeflow.sources import Source, Texts
@@ -73,13 +74,13 @@ def build(
 ) -> Step:
     original = checkpoint.pinned(model)
     matrix = data_.tokens(tokens, original, sequences=sequences, length=length, seed=seed, bos=bos, group=1000)
-    recorded = {"batch": batch, "shard": 4 * batch, "stage": 3, "record": record, "per_expert": per_expert, "dtype": dtype}
-    seen = calibrate.run(original, matrix, **recorded)
+    recorded = Pass(batch=batch, stage=3, record=record, per_expert=per_expert, dtype=dtype)
+    seen = calibrate.run(original, matrix, recorded)
     pruned = moei2.prune(
         seen, keep=1 - dropped, counts=counts, search=search, importance=importance, best=best, block=block, inputs=inputs,
         population=population, generations=generations, legal=legal, divisor=divisor, measured=measured, seed=seed,
     )  # fmt: skip
-    again = calibrate.run(pruned, matrix, **recorded)
+    again = calibrate.run(pruned, matrix, recorded)
     cut = Decomposition(
         ratio=moei2.ratio_left(removed, dropped), ranks=ranks, svd=svd, importance=importance, alpha=alpha,
         multiple=multiple, least=least, rare=rare, measured=measured,

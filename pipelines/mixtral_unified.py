@@ -18,6 +18,7 @@ from moeflow.cli import main
 from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data
+from moeflow.methods.graph import Pass
 from moeflow.methods.recipes import compare, unified
 from moeflow.sources import Source, Texts
 from moeflow.step import Step
@@ -51,12 +52,12 @@ def build(
 ) -> Step:
     original = checkpoint.pinned(model)
     matrix = data.tokens(tokens, original, sequences=sequences, length=length, seed=seed, bos=bos, group=1000)
-    passed = {"batch": batch, "shard": 4 * batch, "stage": 8, "record": record, "per_expert": per_expert, "dtype": dtype}
+    passed = Pass(batch=batch, record=record, per_expert=per_expert, dtype=dtype)
     small = unified.compress(
         original, matrix, order=order, trim=trim, dropped=dropped, slim=slim, calibration=passed,
         ratio=ratio, pattern=pattern, bits=bits, group=group, inputs=inputs, shared=shared, tasks=tasks,
     )  # fmt: skip
-    seen = calibrate.run(original, matrix, **passed)
+    seen = calibrate.run(original, matrix, passed)
     reports = compare.compare(seen, small, heldout=heldout, sequences=heldout_sequences, length=length)
     return checkpoint.checkpoint_of(small).reporting(*reports)
 

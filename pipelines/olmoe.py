@@ -18,6 +18,7 @@ from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data_
 from moeflow.methods.fewer_active import steps as fewer_active
 from moeflow.methods.finetune.recipe import Gang
+from moeflow.methods.graph import Pass
 from moeflow.methods.recipes import compare, tune
 from moeflow.sources import Source, Texts
 from moeflow.step import Step
@@ -59,7 +60,7 @@ def build(
         gang=Gang(processes, zero=zero, micro=micro, offload=offload, checkpointing=True, device_memory=int(device_memory)),
     )  # fmt: skip
     matrix = data_.tokens(heldout, original, sequences=8, length=length, seed=seed, bos=bos)
-    seen = calibrate.run(original, matrix, batch=8, shard=32, record=0, dtype=dtype)
+    seen = calibrate.run(original, matrix, Pass(batch=8, shard=32, record=0, dtype=dtype))
     reports = compare.compare(seen, tuned.model, heldout=heldout, sequences=heldout_sequences, length=length)
     return checkpoint.checkpoint_of(tuned.model).reporting(*tuned.reports, *reports)
 

@@ -9,6 +9,7 @@ from moeflow.cli import main
 from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data
+from moeflow.methods.graph import Pass
 from moeflow.methods.recipes import compare, naee, pretrained
 from moeflow.sources import Texts
 from moeflow.step import Step
@@ -28,7 +29,7 @@ def build(
 ) -> Step:
     original = pretrained.mixtral(texts, steps=steps, seed=seed)
     matrix = data.tokens(texts, original, sequences=64, length=128, seed=seed)
-    seen = calibrate.run(original, matrix, batch=8, shard=32, stage=2)
+    seen = calibrate.run(original, matrix, Pass(batch=8, shard=32, stage=2))
     pruned = naee.layerwise(seen, keep=keep, loss=loss, seed=seed)
     reports = compare.compare(seen, pruned, heldout=heldout, sequences=64, length=128)
     return checkpoint.checkpoint_of(pruned).reporting(*reports)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from moeflow.step import Artifact, Context, Spec, Step, step, upstream
+from moeflow.step import Artifact, Context, Spec, Step, arguments, step, upstream
 
 
 @step("test.source", version=1)
@@ -23,6 +23,29 @@ def at_most_ten(*sizes: int, size: int) -> Spec:
 
 @step("test.sized", version=1, spec=at_most_ten)
 def sized(context: Context, *inputs: Artifact, size: int) -> None: ...
+
+
+@step("test.several", version=1)
+def several(context: Context, one: Artifact, many: tuple[Artifact, ...], maybe: Artifact | None = None, *, rate: float) -> None: ...
+
+
+def test_inputs_have_names_and_arity() -> None:
+    a, b, c = (source(seed=n) for n in range(3))
+    made = several(a, (b, c), rate=1)
+    assert made.slots == (("one", None), ("many", 2)) and made.inputs == (a, b, c)
+    assert several(a, (b, c), None, rate=1.0).key == made.key
+    others = [several(a, (b,), c, rate=1), several(a, (b, c, c), rate=1), several(a, (), b, rate=1), several(a, (), rate=1)]
+    assert len({made.key, *(o.key for o in others)}) == 5
+    args, params = arguments(made.fn, made.slots, ["A", "B", "C"], made.params)
+    assert (args, params) == (["A", ("B", "C"), None], {"rate": 1.0})
+    assert arguments(made.fn, several(a, (), b, rate=1).slots, ["A", "B"], {"rate": 2})[0] == ["A", (), "B"]
+
+
+def test_a_step_that_has_not_run_cannot_be_read() -> None:
+    with pytest.raises(TypeError, match=r"test.source-.* is a promise: its files are there when the graph has run"):
+        source().file("config.json")
+    with pytest.raises(TypeError, match="is a promise"):
+        source().part("a").names()
 
 
 def test_keys_are_pinned() -> None:

@@ -2,7 +2,7 @@
 
 from moeflow.cli import main
 from moeflow.step import Step
-from tests.report.test_table import report
+from tests.report.reporting import report
 from tests.run import toy
 
 

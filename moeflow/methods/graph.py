@@ -5,7 +5,7 @@ import importlib
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from moeflow.arch import Config, arch_of
+from moeflow.arch import Config, Family
 from moeflow.model.layout import ESSENTIAL
 from moeflow.options import check_choices
 from moeflow.step import Part, Step
@@ -39,7 +39,7 @@ class Model:
     @property
     def moe_layers(self) -> list[int]:
         """The decoder layers that have routed experts, or may have where a run decides that."""
-        return [i for i in arch_of(self.config).moe_layers(self.config) if self.layers[i].spec.output.experts]
+        return [i for i in Family.of(self.config).moe_layers if self.layers[i].spec.output.experts]
 
     @property
     def does_with_fewer(self) -> bool:
@@ -92,7 +92,7 @@ class Pass:
     """Tokens whose MoE inputs are kept, of all shards together; none: all."""
     per_expert: int = 0
     """Tokens kept beyond them for each expert and shard, where an expert has got fewer."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
+    dtype: Literal["auto", "float64", "float32", "float16", "bfloat16"] = "auto"
     """The precision of the run; auto: the checkpoint's own."""
 
     def __post_init__(self) -> None:
@@ -117,14 +117,21 @@ class Calibration:
 
     model: Model
     tokens: Step
-    batch: int  # sequences that ran together
-    dtype: str
+    passed: Pass
     starts: tuple[Step, ...]  # per shard: hidden states before the first layer
     ends: tuple[Step, ...]  # per shard: hidden states behind the last layer
     states: dict[int, tuple[Step, ...]]  # per layer that begins a stage: hidden states before it
     observed: dict[int, tuple[Part, ...]]  # per MoE layer: one part for each shard
     recorded: int  # tokens of each shard whose MoE inputs are kept, at most
     between: tuple[tuple[Part, ...], ...] = ()  # per layer, where asked for: the hidden states before it of the recorded tokens
+
+    @property
+    def batch(self) -> int:
+        return self.passed.batch
+
+    @property
+    def dtype(self) -> str:
+        return self.passed.dtype
 
 
 def load(code: str) -> Any:

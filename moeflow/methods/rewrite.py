@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from moeflow.arch import Config, arch_of, essential
+from moeflow.arch import Config, Family, essential
 from moeflow.methods.records import read_choice
 from moeflow.model.layout import ESSENTIAL, LAYER, TensorInfo, experts_in, headers, kept, read_config
 from moeflow.model.spec import LayerSpec, RestSpec
@@ -13,7 +13,7 @@ from moeflow.step import Artifact, Context, Spec, step
 
 
 def _drop_spec(rest: RestSpec, given: LayerSpec, chosen: Any, *, layer: int, keep: int) -> Spec:
-    arch = arch_of(rest.config)
+    family = Family.of(rest.config)
     given.check_routing("prune")
     if keep > given.least:
         raise ValueError(
@@ -21,7 +21,7 @@ def _drop_spec(rest: RestSpec, given: LayerSpec, chosen: Any, *, layer: int, kee
             f"{given.least}, or take the result of that run as the model"
         )
     if keep:
-        arch.check_keep(rest.config, keep, given.experts)
+        family.check_keep(keep, given.experts)
     if chosen["layer"] != layer or chosen["keep"] != keep:
         raise ValueError(f"the choice is for layer {chosen['layer']} and keeps {chosen['keep']}, not for layer {layer} and {keep}")
     most = keep or given.experts
@@ -30,7 +30,7 @@ def _drop_spec(rest: RestSpec, given: LayerSpec, chosen: Any, *, layer: int, kee
     for old, (new, sliced) in names.items():
         dtype, shape = given.tensors[old]
         table[new] = (dtype, (most, *shape[1:]) if sliced else shape)
-    share, fewest = (given.share, None) if keep else (given.share * chosen["share"], arch.legal_counts(rest.config, most)[0])
+    share, fewest = (given.share, None) if keep else (given.share * chosen["share"], family.legal_counts(most)[0])
     out = replace(given, config=rest.config, experts=most, tensors=table, share=share, fewest=fewest)
     return Spec(out, reads=out.nbytes, writes=out.nbytes, memory=2 * out.nbytes)
 

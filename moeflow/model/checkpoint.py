@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from moeflow.arch import Config, arch_of
+from moeflow.arch import Config, Family
 from moeflow.model.layout import Files, Folder, SingleFile, TensorInfo, experts_in, headers
 from moeflow.model.moe import MLP, LowRank, Matrix, MoELayer
 from moeflow.model.packed import BLOCK_SCALE, PACKED, SCALE, SHAPE, logical, unblocked, unpack
@@ -62,32 +62,30 @@ def read_moe(tensors: Mapping[str, Tensor], config: Config, layer: int, *, exper
 
     Without `experts` it can route, and knows its shared expert; `read_expert` reads the others one by one.
     """
-    arch = arch_of(config)
+    family = Family.of(config)
     count = experts_in(tensors, config, layer)
 
-    def named(template: str) -> Tensor:
-        return tensors[template.format(layer=layer)]
-
-    router_ED = named(arch.router)
+    bias, shared, shared_gate = family.router_bias(layer), family.shared(layer), family.shared_gate(layer)
+    router_ED = tensors[family.router(layer)]
     if router_ED.shape[0] != count:
         raise ValueError(f"layer {layer} has {count} experts and a router of {router_ED.shape[0]} rows")
     return MoELayer(
-        router=Router.of(arch, config, count, None if arch.router_bias is None else named(arch.router_bias).float()),
+        router=Router.of(family, count, None if bias is None else tensors[bias].float()),
         router_ED=router_ED,
         experts=tuple(read_expert(tensors, config, layer, e) for e in range(count if experts else 0)),
-        shared=None if arch.shared is None else _mlp(tensors, config, [t.format(layer=layer) for t in arch.shared]),
-        shared_gate_1D=None if arch.shared_gate is None else named(arch.shared_gate),
+        shared=None if shared is None else _mlp(tensors, config, shared),
+        shared_gate_1D=None if shared_gate is None else tensors[shared_gate],
     )
 
 
 def read_expert(tensors: Mapping[str, Tensor], config: Config, layer: int, expert: int) -> MLP:
     """One routed expert of a layer. Raises KeyError where a tensor is missing."""
-    return _mlp(tensors, config, arch_of(config).expert(layer, expert))
+    return _mlp(tensors, config, Family.of(config).expert(layer, expert))
 
 
 def _mlp(tensors: Mapping[str, Tensor], config: Config, names: Sequence[str]) -> MLP:
     def matrix(name: str) -> Matrix:
-        out, inner = arch_of(config).factors(name)
+        out, inner = Family.of(config).factors(name)
         return tensors[name] if out not in tensors else LowRank(tensors[out], tensors[inner])
 
     gate, up, down = names

@@ -28,7 +28,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import cached_file
 
-from moeflow.arch import COMPRESSED, FAMILIES, LAYERS, MAIN, Arch, arch_of
+from moeflow.arch import COMPRESSED, FAMILIES, LAYERS, MAIN, Arch, Family
 from moeflow.arch.spec import EXPERT_COUNT_KEYS
 from moeflow.model.factors import STACKS, Stack, expert_shapes
 from moeflow.model.formats import CLASSES, Format, layer_formats
@@ -58,12 +58,12 @@ class Compressed:
 
     def __init__(self, config: Any, *args: Any, **fields: Any) -> None:
         super().__init__(config, *args, **fields)  # type: ignore[call-arg]
-        arch = arch_of(config.to_dict())
+        family = Family.of(config.to_dict())
         for layer, format in zip(self.model.layers, layer_formats(config.to_dict()), strict=True):  # type: ignore[attr-defined]
             if format is not None and format.gone:
-                take_out(layer, arch, format)
+                take_out(layer, family, format)
             elif format is not None:
-                layer.set_submodule(arch.block, _block(layer.get_submodule(arch.block), config, format))
+                layer.set_submodule(family.arch.block, _block(layer.get_submodule(family.arch.block), config, format))
         self.post_init()  # type: ignore[attr-defined]
 
     @torch.no_grad()
@@ -105,7 +105,7 @@ def _block(standard: Any, config: Any, format: Format) -> nn.Module:
     for key in EXPERT_COUNT_KEYS:
         if getattr(config, key, None) is not None:
             setattr(own, key, format.experts)
-    own.num_experts_per_tok = arch_of(config.to_dict()).reach(config.to_dict(), format.experts)
+    own.num_experts_per_tok = Family.of(config.to_dict()).experts_per_token(format.experts)
     block = type(standard)(own)
     block.experts = experts_of(block.experts, format, config.to_dict())
     if not format.own:
@@ -116,8 +116,8 @@ def _block(standard: Any, config: Any, format: Format) -> nn.Module:
 class _Load(ConversionOps):
     """One stack of fused experts, from its pieces on disk."""
 
-    def __init__(self, arch: Arch, stack: Stack) -> None:
-        self.arch, self.stack = arch, stack
+    def __init__(self, stack: Stack) -> None:
+        self.stack = stack
 
     @torch.no_grad()
     def convert(
@@ -128,7 +128,7 @@ class _Load(ConversionOps):
 
     @property
     def reverse_op(self) -> ConversionOps:
-        return _Save(self.arch, self.stack)
+        return _Save(self.stack)
 
 
 def _unpacked(held: dict[str, Any], name: str) -> Any:
@@ -149,15 +149,16 @@ class _Save(_Load):
     ) -> dict[str, Any]:  # fmt: skip
         (stack_EMN,) = next(iter(input_dict.values()))
         layer = int(re.search(r"layers\.(\d+)\.", full_layer_name)[1])  # type: ignore[index]
+        family = Family.of(config.to_dict())
         format = layer_formats(config.to_dict())[layer]
         return {
-            self.stack.on_disk(self.arch, layer, matrix, expert): piece_MN.contiguous()
+            self.stack.on_disk(family, layer, matrix, expert): piece_MN.contiguous()
             for matrix, expert, piece_MN in self.stack.pieces(stack_EMN, format)  # type: ignore[arg-type]
         }
 
     @property
     def reverse_op(self) -> ConversionOps:
-        return _Load(self.arch, self.stack)
+        return _Load(self.stack)
 
 
 def _conversions(arch: Arch) -> list[Any]:
@@ -166,10 +167,10 @@ def _conversions(arch: Arch) -> list[Any]:
     converters = []
     here = f"{arch.block}.experts"  # spelled out, or shared experts would match
     for stack in STACKS:
-        names = [stack.on_disk(arch, 0, matrix, "*").partition(".experts.")[2] for matrix in stack.matrices]
+        names = [stack.on_disk(Family(arch, {}), 0, matrix, "*").partition(".experts.")[2] for matrix in stack.matrices]
         if stack.kind != "whole":
             names = [n + end for n in names for end in ("", PACKED, SCALE, SHAPE)]
-        converters.append(WeightConverter([f"{here}.{n}" for n in names], f"{here}.{stack.name}", [_Load(arch, stack)]))
+        converters.append(WeightConverter([f"{here}.{n}" for n in names], f"{here}.{stack.name}", [_Load(stack)]))
     return [*renamings, *converters]
 
 
@@ -191,17 +192,17 @@ def _compare(model_class: Any, config: Any, held: Mapping[str, Sequence[int]], w
 def _asked(model_class: Any, config: Any) -> tuple[Shapes, set[str], Iterable[str]]:
     """The tensors on disk of a model of this configuration, those of them that may be absent, and patterns that are ignored."""
     plain = config.to_dict()
-    arch = arch_of(plain)
+    family = Family.of(plain)
     with torch.device("meta"):
         model = model_class(copy.deepcopy(config))
     asked: Shapes = {}
     for name, tensor in model.state_dict().items():
-        if f".{arch.block}.experts." not in name:
-            asked[arch.on_disk(name)] = tuple(tensor.shape)
+        if f".{family.arch.block}.experts." not in name:
+            asked[family.on_disk(name)] = tuple(tensor.shape)
     for layer, format in enumerate(layer_formats(plain)):
         if format is not None and format.experts:
-            experts = model.model.layers[layer].get_submodule(arch.block).experts
-            asked |= expert_shapes(arch, format, layer, experts.hidden_dim, experts.intermediate_dim)
+            experts = model.model.layers[layer].get_submodule(family.arch.block).experts
+            asked |= expert_shapes(family, format, layer, experts.hidden_dim, experts.intermediate_dim)
     optional = set(model.all_tied_weights_keys) | {n for n in asked if VECTORS in n}
     return asked, optional, model._keys_to_ignore_on_load_unexpected
 
@@ -252,7 +253,7 @@ def _balancing(family: Any) -> Callable[..., Any]:
         if not asked:
             return family.forward(self, *args, **fields)
         config = self.config.to_dict()
-        arch, counts = arch_of(config), [f.experts for f in layer_formats(config) if f is not None and f.experts]
+        arch, counts = Family.of(config).arch, [f.experts for f in layer_formats(config) if f is not None and f.experts]
         if len(set(counts)) == 1:
             return family.forward(self, *args, **fields)
         routers = [m for n, m in self.named_modules() if n.endswith(f".{arch.block}.{arch.block_router}")]

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import moeflow  # noqa: F401  makes transformers know compressed checkpoints
-from moeflow.arch import Config, arch_of
+from moeflow.arch import Config, Family
 from moeflow.model.factors import expert_shapes
 from moeflow.model.formats import layer_formats
 
@@ -71,13 +71,14 @@ def _without_weights(config: Config) -> Any:
 
 def _not_computed(model: Any, config: Config) -> int:
     """How many more (mostly fewer) of the experts' weights a token is multiplied with than the model holds in memory."""
-    arch, more = arch_of(config), 0
+    family, more = Family.of(config), 0
     for at, format in enumerate(layer_formats(config)):
         if format is not None and format.experts:
-            experts = model.model.layers[at].get_submodule(arch.block).experts
-            shapes = expert_shapes(arch, replace(format, skip="", compressed=""), at, experts.hidden_dim, experts.intermediate_dim)
+            experts = model.model.layers[at].get_submodule(family.arch.block).experts
+            alone = replace(format, skip="", compressed="")
+            shapes = expert_shapes(family, alone, at, experts.hidden_dim, experts.intermediate_dim)
             matrices = sum(prod(shape) for shape in shapes.values())
-            computed = min(arch.computed(config), arch.reach(config, format.experts))
+            computed = min(family.main_experts, family.experts_per_token(format.experts))
             more += round(matrices * computed / format.experts)
             more -= sum(p.numel() for p in experts.parameters(recurse=False))  # as they are in memory, with padding
     return more

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moeflow.arch import MATRICES, Config, arch_of
+from moeflow.arch import MATRICES, Config, Family
 from moeflow.model.checkpoint import Tensors, save
 from moeflow.model.factors import IN, OUT, multiplied_out
 from moeflow.model.formats import config_of, family_config, format_of
@@ -32,9 +32,9 @@ def multiply_out(folder: Path) -> dict[str, Any]:
     different files, OSError where the disk has no room.
     """
     config = read_config(Folder(folder))
-    arch, tensors = arch_of(config), headers(Folder(folder))
+    family, tensors = Family.of(config), headers(Folder(folder))
     shapes = {n: t.shape for n, t in tensors.items()}
-    formats = {i: format_of(shapes, config, i) for i in arch.moe_layers(config)}
+    formats = {i: format_of(shapes, config, i) for i in family.moe_layers}
     before = sum(t.nbytes for t in tensors.values())
     cut = {i: sum(r > 0 for m in MATRICES for r in f.ranks(m)) for i, f in formats.items() if f.low_rank}
     packed = any(n.endswith(OUT + PACKED) for n in tensors)
@@ -52,7 +52,7 @@ def multiply_out(folder: Path) -> dict[str, Any]:
         save(held, folder / f"{file}.new")
         os.replace(folder / f"{file}.new", folder / file)
     after = sum(t.nbytes for t in headers(Folder(folder)).values())
-    plain = [formats[i].whole if i in formats else None for i in range(arch.num_layers(config))]
+    plain = [formats[i].whole if i in formats else None for i in range(family.num_layers)]
     if packed:
         config.pop("quantization_config")
     write(folder / "config.json", config_of(family_config(config), plain))

@@ -10,12 +10,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from moeflow.arch import MATRICES, Arch
+from moeflow.arch import MATRICES, Family
 from moeflow.model.formats import Format, routing_shapes
 from moeflow.model.moe import LowRank
 
 OUT, IN = ".factor_out", ".factor_in"
-"""What `Arch.factors` puts in the place of `.weight`."""
+"""What `Family.factors` puts in the place of `.weight`."""
 
 RANK_MULTIPLE = 16
 """Ranks are padded in memory to a multiple of this: what tensor cores and vector units like, and at least what they demand."""
@@ -36,10 +36,10 @@ class Stack:
         """The experts that stand in it, ascending."""
         return [e for e, rank in enumerate(format.ranks(self.matrices[0])) if (rank == 0) == (self.kind == "whole")]
 
-    def on_disk(self, arch: Arch, layer: int, matrix: str, expert: int | str) -> str:
+    def on_disk(self, family: Family, layer: int, matrix: str, expert: int | str) -> str:
         """The name of one piece."""
-        name = arch.expert(layer, expert)[MATRICES.index(matrix)]  # type: ignore[arg-type]
-        return name if self.kind == "whole" else arch.factors(name)[self.kind == "in"]
+        name = family.expert(layer, expert)[MATRICES.index(matrix)]
+        return name if self.kind == "whole" else family.factors(name)[self.kind == "in"]
 
     def piece_shape(self, format: Format, matrix: str, expert: int, width: int, inner: int) -> tuple[int, int]:
         """The shape of one piece on disk, in a model of this width whose experts have this width inside."""
@@ -100,18 +100,18 @@ def padded(rank: int) -> int:
     return -(-rank // RANK_MULTIPLE) * RANK_MULTIPLE
 
 
-def expert_shapes(arch: Arch, format: Format, layer: int, width: int, inner: int) -> dict[str, tuple[int, ...]]:
+def expert_shapes(family: Family, format: Format, layer: int, width: int, inner: int) -> dict[str, tuple[int, ...]]:
     """The names and shapes that the experts of such a layer, and what stands beside them, have on disk."""
     return {
-        stack.on_disk(arch, layer, matrix, e): stack.piece_shape(format, matrix, e, width, inner)
+        stack.on_disk(family, layer, matrix, e): stack.piece_shape(format, matrix, e, width, inner)
         for stack in stacks(format)
         for matrix in stack.matrices
         for e in stack.experts(format)
-    } | routing_shapes(arch, format, layer, width, inner)
+    } | routing_shapes(family, format, layer, width, inner)
 
 
 def fused(
-    tensors: Mapping[str, Tensor], arch: Arch, format: Format, layer: int, width: int, inner: int, **where: object
+    tensors: Mapping[str, Tensor], family: Family, format: Format, layer: int, width: int, inner: int, **where: object
 ) -> dict[str, Tensor]:
     """The parameters of a layer's fused experts from its tensors on disk, read one at a time, in a place and a precision (`where`).
 
@@ -122,7 +122,7 @@ def fused(
         out_EMN = torch.zeros(stack.shape(format, width, inner), **where)  # type: ignore[call-overload]
         for at, matrix in enumerate(stack.matrices):
             for e, expert in enumerate(stack.experts(format)):
-                name = stack.on_disk(arch, layer, matrix, expert)
+                name = stack.on_disk(family, layer, matrix, expert)
                 piece_MN, shape = tensors[name], stack.piece_shape(format, matrix, expert, width, inner)
                 if tuple(piece_MN.shape) != shape:
                     raise ValueError(f"{name} has shape {tuple(piece_MN.shape)} where config.json asks for {shape}")

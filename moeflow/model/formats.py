@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from moeflow.arch import COMPRESSED, LAYERS, MAIN, MATRICES, Arch, Config, arch_of
+from moeflow.arch import COMPRESSED, LAYERS, MAIN, MATRICES, Config, Family
 from moeflow.model.packed import PACKED
 
 Ranks = tuple[int, ...]
@@ -85,8 +85,8 @@ def format_of(shapes: Mapping[str, Sequence[int]], config: Config, layer: int) -
 
     Raises ValueError where an expert lacks a matrix or one of its factors, or where two factors do not fit each other.
     """
-    arch = arch_of(config)
-    stem = arch.experts(layer)
+    family = Family.of(config)
+    stem = family.experts(layer)
     found = {n.removeprefix(stem).split(".")[0] for n in shapes if n.startswith(stem)}
     numbers = sorted(int(n) for n in found if n.isdigit())
     if numbers != list(range(len(numbers))):
@@ -94,25 +94,26 @@ def format_of(shapes: Mapping[str, Sequence[int]], config: Config, layer: int) -
         raise ValueError(f"layer {layer} has no expert {lacking} but {len(numbers)} others; the checkpoint is incomplete")
     ranks: dict[str, list[int]] = {m: [] for m in MATRICES}
     for expert in numbers:
-        for matrix, name in zip(MATRICES, arch.expert(layer, expert), strict=True):
-            ranks[matrix].append(_rank(shapes, name, arch.factors(name)))
+        for matrix, name in zip(MATRICES, family.expert(layer, expert), strict=True):
+            ranks[matrix].append(_rank(shapes, name, family.factors(name)))
     beside: dict[str, Any] = {
         "skip": next((s for s in SKIPS if f"{stem}skip.{s}" in shapes), ""),
         "compressed": next((f for f, vectors in FORMS.items() if f"{stem}compressed.{vectors[0]}" in shapes), ""),
     }
     if any(any(r) for r in ranks.values()):
         beside |= {m: tuple(r) for m, r in ranks.items()}
-    if not numbers and layer in arch.moe_layers(config) and arch.router.format(layer=layer) not in shapes:
-        shared = arch.shared and arch.shared[0].format(layer=layer) in shapes
-        beside["gone"] = "experts" if shared else "moe" if not any(n.startswith(arch.norm(layer)) for n in shapes) else ""
+    if not numbers and layer in family.moe_layers and family.router(layer) not in shapes:
+        shared = family.shared(layer)
+        alone = shared is not None and shared[0] in shapes
+        beside["gone"] = "experts" if alone else "moe" if not any(n.startswith(family.norm(layer)) for n in shapes) else ""
     return Format(len(numbers), **beside)
 
 
-def routing_shapes(arch: Arch, format: Format, layer: int, width: int, inner: int) -> dict[str, tuple[int, ...]]:
+def routing_shapes(family: Family, format: Format, layer: int, width: int, inner: int) -> dict[str, tuple[int, ...]]:
     """The names and shapes of what stands beside a layer's experts: a threshold of skipping, the vectors of Compressed Experts."""
-    found: dict[str, tuple[int, ...]] = {f"{arch.experts(layer)}skip.{format.skip}": ()} if format.skip else {}
+    found: dict[str, tuple[int, ...]] = {f"{family.experts(layer)}skip.{format.skip}": ()} if format.skip else {}
     for vector in FORMS.get(format.compressed, ()):
-        found[f"{arch.experts(layer)}compressed.{vector}"] = (format.experts, inner if vector == "inner" else width)
+        found[f"{family.experts(layer)}compressed.{vector}"] = (format.experts, inner if vector == "inner" else width)
     return found
 
 
@@ -143,16 +144,14 @@ def layer_formats(config: Config) -> list[Format | None]:
 
     Raises ValueError where what a compressed one says cannot be: too few layers, ranks for another number of experts.
     """
-    arch = arch_of(config)
-    moe = arch.moe_layers(config)
+    family = Family.of(config)
+    moe = family.moe_layers
     if not str(config["model_type"]).startswith(COMPRESSED):
-        return [Format(arch.num_experts(config)) if i in moe else None for i in range(arch.num_layers(config))]
+        return [Format(family.num_experts) if i in moe else None for i in range(family.num_layers)]
     said = config.get(LAYERS) or []
-    if len(said) != arch.num_layers(config):
-        raise ValueError(
-            f"config.json has {len(said)} entries in {LAYERS!r} for {arch.num_layers(config)} layers; write one for each"
-        )
-    main = arch.computed(config)
+    if len(said) != family.num_layers:
+        raise ValueError(f"config.json has {len(said)} entries in {LAYERS!r} for {family.num_layers} layers; write one for each")
+    main = family.main_experts
     found: list[Format | None] = []
     for layer, value in enumerate(said):
         if bool(value) != (layer in moe) or not isinstance(value or {}, Mapping):
@@ -162,10 +161,10 @@ def layer_formats(config: Config) -> list[Format | None]:
         if format := found[-1]:
             try:
                 if not format.gone:
-                    arch.check_left(family_config(config), format.experts, format.experts)
+                    family.check_left(format.experts, format.experts)
             except ValueError as error:
                 raise ValueError(f"layer {layer} of config.json cannot have {format.experts} experts: {error}") from None
-            reach = arch.reach(config, format.experts)
+            reach = family.experts_per_token(format.experts)
             if format.compressed and not 1 <= main < reach:
                 raise ValueError(
                     f"layer {layer} of config.json has Compressed Experts, and {MAIN}={main} of a token's {reach} experts are "
@@ -180,17 +179,17 @@ def config_of(config: Config, formats: Sequence[Format | None]) -> Config:
     The family's own, readable without moeflow, where all layers have the same number of whole experts; otherwise the compressed
     one, whose own number of experts is the largest. Raises ValueError where `formats` does not fit the family's layers.
     """
-    arch, plain = arch_of(config), family_config(config)
+    family, plain = Family.of(config), family_config(config)
     names = [str(a).removeprefix(CLASSES) for a in config.get("architectures") or ()]
     counts = {f.experts for f in formats if f is not None and f.experts}
     if not counts:
         raise ValueError("no layer has experts left; at least one has to keep some")
-    new = arch.with_experts(plain, max(counts)) | ({"architectures": names} if names else {})
+    new = Family.of(plain).with_experts(max(counts)) | ({"architectures": names} if names else {})
     if len(counts) > 1 or any(f is not None and (f.own or f.gone) for f in formats):
-        new |= {"model_type": COMPRESSED + arch.model_type, LAYERS: [{} if f is None else f.to_json() for f in formats]}
+        new |= {"model_type": COMPRESSED + family.arch.model_type, LAYERS: [{} if f is None else f.to_json() for f in formats]}
         new |= {"architectures": [CLASSES + a for a in names]} if names else {}
     if [f is not None for f in formats] != [f is not None for f in layer_formats(new)]:
-        raise ValueError(f"the formats of {len(formats)} layers do not fit those of the family's {arch.num_layers(plain)}")
+        raise ValueError(f"the formats of {len(formats)} layers do not fit those of the family's {family.num_layers}")
     return new
 
 

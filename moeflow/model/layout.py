@@ -8,7 +8,7 @@ from math import prod
 from pathlib import Path
 from typing import Protocol
 
-from moeflow.arch import Config, arch_of
+from moeflow.arch import Config, Family
 
 LAYER = "layer.safetensors"
 """A decoder layer's tensors, in the folder of the step that made it."""
@@ -125,16 +125,16 @@ def read_config(files: Files) -> Config:
 
 def experts_in(names: Iterable[str], config: Config, layer: int) -> int:
     """The number of routed experts that a layer's tensor names speak of: 0 for a dense layer."""
-    first = arch_of(config).experts(layer)
+    first = Family.of(config).experts(layer)
     return len({e for n in names if n.startswith(first) and (e := n.removeprefix(first).split(".")[0]).isdigit()})
 
 
 def left(names: Iterable[str], config: Config, layer: int, *, whole: bool = False) -> list[str]:
     """What remains of a layer without its routed experts: the shared expert where there is one, otherwise no MoE block and no norm
     before it. `whole`: the block goes with the shared expert."""
-    arch = arch_of(config)
-    routed = (arch.experts(layer), *arch.router_tensors(layer))
-    gone = (arch.moe(layer), arch.norm(layer)) if whole or arch.shared is None else routed
+    family = Family.of(config)
+    routed = (family.experts(layer), *family.router_tensors(layer))
+    gone = (family.moe(layer), family.norm(layer)) if whole or family.arch.shared is None else routed
     return [n for n in names if not n.startswith(gone)]
 
 
@@ -143,9 +143,9 @@ def kept(names: Iterable[str], config: Config, layer: int, experts: list[int]) -
 
     A name that is not in the answer is dropped. Experts are renumbered from zero in the given order.
     """
-    arch = arch_of(config)
-    first = arch.experts(layer)
-    sliced = set(arch.router_tensors(layer))
+    family = Family.of(config)
+    first = family.experts(layer)
+    sliced = set(family.router_tensors(layer))
     answer = {}
     for name in names:
         if name.startswith(first):

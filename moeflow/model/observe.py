@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from moeflow.arch import Arch
+from moeflow.arch import Family
 from moeflow.model.router import Router
 from moeflow.model.stream import EXPERTS
 
@@ -41,9 +41,9 @@ class Recorder:
     """
 
     def __init__(
-        self, arch: Arch, router: Router, experts: int, *, budget: int, per_expert: int = 0, residual: bool = False
+        self, family: Family, router: Router, experts: int, *, budget: int, per_expert: int = 0, residual: bool = False
     ) -> None:
-        self.arch, self.router, self.experts = arch, router, experts
+        self.family, self.router, self.experts = family, router, experts
         self.budget, self.per_expert, self.keep_residual = budget, per_expert, residual
         self.seen = 0
         self.sums = {n: torch.zeros(experts, dtype=torch.float64) for n in ("count", "weight", "score", "norm", "reap", "reap_sq")}
@@ -55,8 +55,8 @@ class Recorder:
     @contextmanager
     def on(self, layer: nn.Module) -> Iterator[None]:
         """Record whatever runs through this decoder layer meanwhile."""
-        block = layer.get_submodule(self.arch.block)
-        router = block.get_submodule(self.arch.block_router)
+        block = layer.get_submodule(self.family.arch.block)
+        router = block.get_submodule(self.family.arch.block_router)
         block.get_submodule("experts").recorder = self  # type: ignore[assignment]
         hooks = [
             layer.post_attention_layernorm.register_forward_pre_hook(lambda _, args: self._hold("residual", args[0])),  # type: ignore[union-attr]

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from moeflow.arch import Config, arch_of
+from moeflow.arch import Config, Family
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,12 +48,12 @@ def logical(names: Iterable[str]) -> list[str]:
 
 def packed_shapes(shapes: Shapes, config: Config) -> dict[str, tuple[int, int]]:
     """Of each packed matrix, or factor of one, by its own name, its shape [M, N] when unpacked, told by its neighbours' shapes."""
-    arch, found = arch_of(config), {}
-    gate, down = (template.split(".")[-2] for template in (arch.gate, arch.down))
+    family, found = Family.of(config), {}
+    gate, down = (template.split(".")[-2] for template in (family.arch.gate, family.arch.down))
 
     def rows(name: str) -> int:
         """Of a matrix, or of the factor that gives its outputs."""
-        held = (shapes.get(n + end) for n in (name, arch.factors(name)[0]) for end in (PACKED, ""))
+        held = (shapes.get(n + end) for n in (name, family.factors(name)[0]) for end in (PACKED, ""))
         return int(next((shape[0] for shape in held if shape), 0))
 
     for packed, shape in shapes.items():
@@ -61,7 +61,7 @@ def packed_shapes(shapes: Shapes, config: Config) -> dict[str, tuple[int, int]]:
             name = packed.removesuffix(PACKED)
             path = name.rpartition(".")[0]
             block, _, matrix = path.rpartition(".")
-            out, within = arch.factors(path + WHOLE)
+            out, within = family.factors(path + WHOLE)
             columns = rows(f"{block}.{gate}{WHOLE}") if matrix == down else config["hidden_size"]
             found[name] = int(shape[0]), rows(within) if name == out else int(columns)
     return found
@@ -94,8 +94,8 @@ def scheme_of(shapes: Shapes, config: Config) -> Scheme | None:
 
 def check_whole(shapes: Shapes, layer: int, config: Config, experts: int) -> None:
     """Raise ValueError where some of a layer's experts are packed and others are not: transformers loads no such layer."""
-    arch = arch_of(config)
-    names = [n for e in range(experts) for whole in arch.expert(layer, e) for n in (whole, *arch.factors(whole))]
+    family = Family.of(config)
+    names = [n for e in range(experts) for whole in family.expert(layer, e) for n in (whole, *family.factors(whole))]
     packed = [n for n in names if n + PACKED in shapes]
     if packed and (other := next((n for n in names if n in shapes), None)):
         raise ValueError(f"{packed[0]} is packed and {other} is not: transformers loads no such layer; quantize both or neither")
@@ -131,7 +131,7 @@ def _is_matrix(name: str, shape: Sequence[int]) -> bool:
 
 def _pattern(module: str, config: Config) -> str:
     """A module's name on disk as an entry of `ignore`: one for all layers where they agree, good for its name in memory, too."""
-    arch = arch_of(config)
+    family = Family.of(config)
     parts = module.split(".")
     if parts[:2] != ["model", "layers"]:
         return module
@@ -139,9 +139,9 @@ def _pattern(module: str, config: Config) -> str:
     if tail.startswith("self_attn."):
         return "re:.*self_attn.*"
     tail = tail.replace("block_sparse_moe", "(block_sparse_moe|mlp)")
-    if module + WHOLE == arch.router.format(layer=layer):
+    if module + WHOLE == family.router(int(layer)):
         return f"re:.*{tail.rpartition('.')[0]}[.](gate|router)$"
-    if int(layer) in arch.moe_layers(config):
+    if int(layer) in family.moe_layers:
         return f"re:.*[.]{tail}$"
     return module
 

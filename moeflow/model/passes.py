@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from moeflow.arch import Config, arch_of
+from moeflow.arch import Config, Family
 from moeflow.model.checkpoint import Tensors
 from moeflow.model.layout import Files
 from moeflow.model.observe import OBSERVED, Recorder
@@ -36,12 +36,13 @@ def embed(config: Config, rest: Files, ids_NL: Tensor, out: Path, *, dtype: str)
 @torch.inference_mode()
 def through(
     config: Config, hidden: Path, layers: Sequence[tuple[int, Path]], out: Path, *, batch: int, dtype: str, progress: Progress,
-    recorded: Callable[[int], Path] | None = None, before: Callable[[int], Path] | None = None, budget: int = 0, **recording: Any,
+    recorded: Callable[[int], Path] | None = None, before: Callable[[int], Path] | None = None, between: int = 0,
+    budget: int = 0, **recording: Any,
 ) -> None:  # fmt: skip
     """Write the hidden states behind consecutive layers, given as (number, file), running `batch` sequences together.
 
     With `recorded`, what a `Recorder` (made with `budget` and `recording`) saw in each MoE layer is written to the file it names;
-    with `before`, the hidden states of the first `budget` tokens before each layer.
+    with `before`, the hidden states of the first `between` tokens before each layer.
     """
     stream = stream_of(config, dtype, OBSERVED if recorded else EXPERTS)
     states_NLD = load_file(hidden)["hidden_NLD"]
@@ -51,13 +52,13 @@ def through(
         module = stream.layer(tensors, layer)
         recorder = _recorder(stream, tensors, layer, budget=budget, **recording) if recorded else None
         if before:
-            save_file({"hidden_RD": states_NLD.flatten(0, 1)[:budget].clone()}, before(layer))
+            save_file({"hidden_RD": states_NLD.flatten(0, 1)[:between].clone()}, before(layer))
         for done, part_nLD in _batches(states_NLD, batch):
             part_nLD.copy_(_forward(stream, module, layer, part_nLD, recorder))
             progress((at * n + done) * length, len(layers) * n * length, "token layers")
         if recorded and recorder is not None:
             save_file(recorder.result(), recorded(layer))
-        elif recorded and layer in stream.arch.moe_layers(stream.config):
+        elif recorded and layer in stream.family.moe_layers:
             save_file({"tokens": torch.tensor(n * length)}, recorded(layer))  # its experts are gone
         del module
     save_file({"hidden_NLD": states_NLD}, out)
@@ -75,13 +76,14 @@ def _stream(config: str, dtype: str, experts: str) -> Stream:
 
 
 def _recorder(stream: Stream, tensors: Tensors, layer: int, **recording: Any) -> Recorder | None:
-    arch = arch_of(stream.config)
-    router = tensors.info.get(arch.router.format(layer=layer))
+    family = Family.of(stream.config)
+    router = tensors.info.get(family.router(layer))
     if router is None:
         return None
-    bias_E = None if arch.router_bias is None else tensors[arch.router_bias.format(layer=layer)].to(stream.device).float()
+    bias = family.router_bias(layer)
+    bias_E = None if bias is None else tensors[bias].to(stream.device).float()
     experts = router.shape[0]
-    return Recorder(arch, Router.of(arch, stream.config, experts, bias_E), experts, **recording)
+    return Recorder(family, Router.of(family, experts, bias_E), experts, **recording)
 
 
 def _batches(states_NLD: Tensor, batch: int) -> Iterator[tuple[int, Tensor]]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import grouped_mm, linear
 
-from moeflow.arch import Config, arch_of
+from moeflow.arch import Config, Family
 from moeflow.model.factors import stacks
 from moeflow.model.formats import Format
 from moeflow.model.reach import CompressedExperts, Scales, Skip
@@ -137,14 +137,14 @@ def experts_of(standard: Any, format: Format, config: Config) -> Any:
     """A family's fused experts, or what stands in their place where a layer of this format needs it."""
     if not format.own:
         return standard
-    arch, width, inner = arch_of(config), standard.hidden_dim, standard.intermediate_dim
+    family, width, inner = Family.of(config), standard.hidden_dim, standard.intermediate_dim
     compressed = skip = None
     if format.compressed:
-        ordered = arch.score == "sparsemixer"  # its weights come from rounds of their own, and say nothing of each other
-        main = arch.computed(config)
+        ordered = family.arch.score == "sparsemixer"  # its weights come from rounds of their own, and say nothing of each other
+        main = family.main_experts
         compressed = CompressedExperts(format.compressed, format.experts, width, inner, main=main, ordered=ordered)
     if format.skip:
-        skip = Skip(format.skip, renormalize=arch.normalizes(config))
+        skip = Skip(format.skip, renormalize=family.normalizes)
     return RoutedExperts(format, width, inner, standard.act_fn, skip=skip, compressed=compressed)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from moeflow.arch import Arch, Config
+from moeflow.arch import Arch, Family
 
 
 @dataclass(frozen=True)
@@ -25,17 +25,17 @@ class Router:
     bias_E: Tensor | None = None
 
     @staticmethod
-    def of(arch: Arch, config: Config, experts: int, bias_E: Tensor | None = None) -> "Router":
+    def of(family: Family, experts: int, bias_E: Tensor | None = None) -> "Router":
         """The router of a layer of so many experts."""
-        groups, topk_groups = arch.group_limit(config)
+        groups, topk_groups = family.group_limit
         return Router(
-            arch=arch,
-            top_k=arch.reach(config, experts),
+            arch=family.arch,
+            top_k=family.experts_per_token(experts),
             groups=groups,
             topk_groups=topk_groups,
-            normalize=arch.normalizes(config),
-            scale=float(config.get("routed_scaling_factor") or 1.0) if arch.groups else 1.0,
-            jitter=float(config.get("router_jitter_noise") or 0.0),
+            normalize=family.normalizes,
+            scale=float(family.config.get("routed_scaling_factor") or 1.0) if family.arch.groups else 1.0,
+            jitter=float(family.config.get("router_jitter_noise") or 0.0),
             bias_E=bias_E,
         )
 
@@ -53,7 +53,7 @@ class Router:
         """Weights and indices of the chosen experts, both [..., k], fp32 and int64, in no particular order.
 
         `logits` [..., E]; `allowed` [..., E] (bool, broadcast against the logits) forbids the others exactly as if their
-        rows were sliced out of the router. Callers see to it that enough are allowed (`Arch.check_keep`).
+        rows were sliced out of the router. Callers see to it that enough are allowed (`Family.check_keep`).
         """
         logits = logits.float()
         if allowed is not None and self.arch.score != "sigmoid":

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 
-from moeflow.arch import LAYERS, Config, arch_of
+from moeflow.arch import LAYERS, Config, Family
 from moeflow.model.formats import Format, format_of
 from moeflow.model.packed import Scheme, numels, scheme_of
 
@@ -138,20 +138,20 @@ class LayerSpec:
     @cached_property
     def expert_bytes(self) -> int:
         """The bytes of the routed experts, all of them."""
-        stem = arch_of(self.config).experts(self.layer)
+        stem = Family.of(self.config).experts(self.layer)
         return sum(tensor_bytes(*t) for n, t in self.tensors.items() if n.startswith(stem))
 
     @cached_property
     def expert_numel(self) -> int:
         """The parameters of the routed experts, all of them."""
-        stem = arch_of(self.config).experts(self.layer)
+        stem = Family.of(self.config).experts(self.layer)
         each = numels({n: shape for n, (_, shape) in self.tensors.items()}, self.config)
         return sum(number for name, number in each.items() if name.startswith(stem))
 
     @cached_property
     def block_bytes(self) -> int:
         """The bytes of the MoE block's tensors."""
-        block = arch_of(self.config).moe(self.layer)
+        block = Family.of(self.config).moe(self.layer)
         return sum(tensor_bytes(*t) for n, t in self.tensors.items() if n.startswith(block)) - round(
             (1 - self.share) * self.expert_bytes
         )
@@ -211,10 +211,14 @@ class HiddenSpec:
     length: int
     dtype: str
 
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one number."""
+        return 8 if self.dtype == "float64" else 4 if self.dtype == "float32" else 2
+
     @cached_property
     def nbytes(self) -> int:
-        size = 8 if self.dtype == "float64" else 4 if self.dtype == "float32" else 2
-        return self.sequences * self.length * int(self.config["hidden_size"]) * size + 104
+        return self.sequences * self.length * int(self.config["hidden_size"]) * self.itemsize + 104
 
 
 @dataclass(frozen=True)
@@ -241,28 +245,28 @@ class ObservedSpec:
 
 def check_layer(config: Config, layer: int, table: TensorTable) -> int:
     """The routed experts of a layer, 0 for a dense one. Raises ValueError where config.json contradicts the tensors."""
-    arch = arch_of(config)
+    family = Family.of(config)
     found = format_of({n: shape for n, (_, shape) in table.items()}, config, layer)
     if LAYERS in config:
         wanted = Format.from_json({"experts": 0} | (config[LAYERS][layer] or {}))
     else:
-        wanted = Format(arch.num_experts(config) if layer in arch.moe_layers(config) else 0)
+        wanted = Format(family.num_experts if layer in family.moe_layers else 0)
     if found != wanted:
         raise ValueError(
             f"config.json says that layer {layer} has {wanted.words()}, its tensors say {found.words()}; correct one of them"
         )
     if found.experts:
         width = int(config["hidden_size"])
-        for name in arch.router_tensors(layer):
+        for name in family.router_tensors(layer):
             if name not in table:
                 raise ValueError(f"layer {layer} has no tensor {name}; the checkpoint is incomplete, or of another family")
-        rows = table[arch.router.format(layer=layer)][1]
+        rows = table[family.router(layer)][1]
         if rows != (found.experts, width):
             raise ValueError(
                 f"layer {layer}'s router has shape {rows} where config.json asks for {(found.experts, width)}; correct one of them"
             )
-        for name in (n for e in range(found.experts) for n in arch.expert(layer, e)):
-            out, inner = arch.factors(name)
+        for name in (n for e in range(found.experts) for n in family.expert(layer, e)):
+            out, inner = family.factors(name)
             if name not in table and out not in table:
                 continue  # packed: its columns are told by the model's width
             sides = table[name][1] if name in table else (table[out][1][0], table[inner][1][1])

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from moeflow.arch import Config, arch_of
+from moeflow.arch import Config, Family
 from moeflow.model.checkpoint import Tensors
 from moeflow.model.factors import fused
 from moeflow.model.formats import Format, family_config, format_of
@@ -33,10 +33,9 @@ class Stream:
 
     def __init__(self, config: Config, *, device: str = "cpu", dtype: torch.dtype | None = None, experts: str = EXPERTS) -> None:
         self.config, self.device, self.experts = config, torch.device(device), experts
-        self.arch = arch_of(config)
+        self.family = Family.of(family_config(config))
         self.dtype = dtype or torch_dtype(config)
-        self._family = family_config(config)
-        hf = self._hf_config(self._family)
+        hf = self._hf_config(self.family.config)
         with torch.device("meta"):
             self.skeleton = AutoModelForCausalLM.from_config(hf, attn_implementation="sdpa").eval()
         self._layer_class = type(self.skeleton.model.layers[0])
@@ -56,19 +55,19 @@ class Stream:
         """One decoder layer with its weights. Raises ValueError where a tensor is missing, left over or of the wrong shape."""
         info = tensors.info if isinstance(tensors, Tensors) else tensors
         format = format_of({n: tuple(info[n].shape) for n in info}, self.config, layer)
-        config = self.arch.with_experts(self._family, format.experts) if format.experts else self._family
+        config = self.family.with_experts(format.experts) if format.experts else self.family.config
         values = self._in_memory(tensors, layer, format)
         with torch.device("meta"):
             module = self._layer_class(self._hf_config(config), layer).eval()
             if format.experts:
-                block: Any = module.get_submodule(self.arch.block)
+                block: Any = module.get_submodule(self.family.arch.block)
                 block.experts = experts_of(block.experts, format, config)
             if format.gone:
-                take_out(module, self.arch, format)
+                take_out(module, self.family, format)
         if format.experts:
             d, f = block.experts.hidden_dim, block.experts.intermediate_dim
-            experts = fused(tensors, self.arch, format, layer, d, f, device=self.device, dtype=self.dtype)
-            values |= {f"{self.arch.block}.experts.{n}": t for n, t in experts.items()}
+            experts = fused(tensors, self.family, format, layer, d, f, device=self.device, dtype=self.dtype)
+            values |= {f"{self.family.arch.block}.experts.{n}": t for n, t in experts.items()}
         return _filled(module, values, f"layer {layer}")
 
     def arguments(self, layer: int, hidden_NLD: Tensor) -> dict[str, Any]:
@@ -99,9 +98,9 @@ class Stream:
 
     def _in_memory(self, tensors: Mapping[str, Tensor], layer: int, format: Format) -> dict[str, Tensor]:
         """The hub's tensors but for the experts, under the names they have inside the decoder layer."""
-        prefix = self.arch.prefix(layer)
-        whole = {name for e in range(format.experts) for name in self.arch.expert(layer, e)}
-        experts = whole | {name for w in whole for name in self.arch.factors(w)}
+        prefix = self.family.prefix(layer)
+        whole = {name for e in range(format.experts) for name in self.family.expert(layer, e)}
+        experts = whole | {name for w in whole for name in self.family.factors(w)}
 
         def move(t: Tensor) -> Tensor:
             return t.to(self.device, self.dtype if t.is_floating_point() else t.dtype)
@@ -110,7 +109,7 @@ class Stream:
         return {n: t.to(self.device) if re.search(EXACT, n) else move(t) for n, t in values.items()}
 
     def _renamed(self, name: str) -> str:
-        for disk, memory in self.arch.memory:
+        for disk, memory in self.family.arch.memory:
             if name.startswith(disk):
                 return memory + name.removeprefix(disk)
         return name

@@ -6,7 +6,7 @@ Shapes are suffixes: N sequences, L positions, D model width.
 import torch
 from torch import Tensor, nn
 
-from moeflow.arch import Arch
+from moeflow.arch import Family
 from moeflow.model.formats import Format
 
 
@@ -20,12 +20,12 @@ class Nothing(nn.Module):
 class SharedAlone(nn.Module):
     """In the place of a MoE block without routed experts: its shared expert and that one's gate, under the names that they had."""
 
-    def __init__(self, block: nn.Module, arch: Arch) -> None:
+    def __init__(self, block: nn.Module, family: Family) -> None:
         super().__init__()
-        assert arch.shared is not None
-        self.expert = arch.shared[0].split(".")[-3]
+        assert family.arch.shared is not None
+        self.expert = family.arch.shared[0].split(".")[-3]
         self.add_module(self.expert, block.get_submodule(self.expert))
-        self.gate = arch.shared_gate.split(".")[-2] if arch.shared_gate else ""
+        self.gate = family.arch.shared_gate.split(".")[-2] if family.arch.shared_gate else ""
         if self.gate:
             self.add_module(self.gate, block.get_submodule(self.gate))
 
@@ -34,13 +34,13 @@ class SharedAlone(nn.Module):
         return self.get_submodule(self.gate)(x_NLD).sigmoid() * y_NLD if self.gate else y_NLD
 
 
-def take_out(layer: nn.Module, arch: Arch, format: Format) -> None:
+def take_out(layer: nn.Module, family: Family, format: Format) -> None:
     """Take out of a decoder layer of transformers what this format says is gone (He et al., arXiv 2406.02500, Layer Drop).
 
     Without its MoE block a layer loses the norm before it, too, and the residual stream passes unchanged.
     """
     if format.gone == "moe":
-        layer.set_submodule(arch.block, Nothing())
+        layer.set_submodule(family.arch.block, Nothing())
         layer.post_attention_layernorm = nn.Identity()
     else:
-        layer.set_submodule(arch.block, SharedAlone(layer.get_submodule(arch.block), arch))
+        layer.set_submodule(family.arch.block, SharedAlone(layer.get_submodule(family.arch.block), family))

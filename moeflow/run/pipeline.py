@@ -1,27 +1,31 @@
 """A pipeline file as the command line sees it: `build`, its parameters, and the words that people give for them.
 
-Knows what a pinned source and a text specification are, but no model and no method.
+A parameter is a pinned source, a text, a plain value, or options (`moeflow.options`), whose fields are parameters of their own:
+`-p slim.bits=3`. Knows no model and no method.
 """
 
 import importlib.util
 import inspect
-import json
 import sys
-import types
+import textwrap
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from moeflow import sources
+from moeflow import options, sources
 from moeflow.run.outcome import describe
 from moeflow.sources import Source, Texts
 from moeflow.step import Step
 
-WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-
 Build = Callable[..., Step]
+
+MEANING = {
+    Source: "a folder, org/name[@revision] on the hub, or s3://bucket/prefix",
+    Texts: "URI[#column[+column]][*weight], several joined by commas",
+}
+"""What the words for sources and texts are, for a page of help."""
 
 
 def load(path: Path) -> Build:
@@ -47,17 +51,15 @@ def load(path: Path) -> Build:
 
 
 def call(build: Build, given: Iterable[str]) -> Step:
-    """`build` with the parameters that `name=value` words give. Raises ValueError where they do not fit."""
-    parameters = inspect.signature(build).parameters
-    kinds = typing.get_type_hints(build.func if isinstance(build, partial) else build)
-    words = _words(given, list(parameters))
-    if missing := [p.name for p in parameters.values() if p.default is p.empty and p.name not in words]:
+    """`build` with the parameters that `name=value` and `name.field=value` words give. Raises ValueError where they do not fit."""
+    parameters, kinds = inspect.signature(build).parameters, _kinds(build)
+    words = _words(given, parameters, kinds)
+    named_words = {name.partition(".")[0] for name in words}
+    if missing := [p.name for p in parameters.values() if p.default is p.empty and p.name not in named_words]:
         raise ValueError(f"the pipeline needs {' '.join(f'-p {name}=...' for name in missing)}")
     positional, named = [], {}
     for name, parameter in parameters.items():
-        value: Any = words.get(name, parameter.default)
-        if isinstance(value, str):
-            value = _parse(name, value, kinds.get(name, _kind(parameter.default)), default=name not in words)
+        value = _value(name, parameter.default, kinds[name], words)
         if parameter.kind is parameter.KEYWORD_ONLY:
             named[name] = value
         else:
@@ -68,62 +70,108 @@ def call(build: Build, given: Iterable[str]) -> Step:
     return made
 
 
-def _words(given: Iterable[str], known: list[str]) -> dict[str, str]:
+def page(build: Build) -> str:
+    """Every parameter of a pipeline, and every field of its options, with type, default, choices and meaning."""
+    kinds = _kinds(build)
+    rows: list[tuple[str, str, str, str]] = []
+    for name, parameter in inspect.signature(build).parameters.items():
+        kind, default = kinds[name], parameter.default
+        held = _options(kind)
+        if held is None:
+            said = next((text for one, text in MEANING.items() if one in options.members(kind)), _choice(options.choices_of(kind)))
+            rows.append((name, "" if said in MEANING.values() else options.shown(kind), _short(default), said))
+            continue
+        rows.append((name, "", "absent" if default is None else "", _first(held)))
+        fields = {f.name: f for f in options.described(held)}
+        for field in fields.values():
+            now = field.default if default in (None, parameter.empty) else _short(getattr(default, field.name))
+            said = " ".join(part for part in (field.help, _choice(field.choices)) if part)
+            rows.append((f"  {name}.{field.name}", field.type, now, said))
+    return "\n".join(["-p takes:", *_columns(rows)])
+
+
+def _columns(rows: list[tuple[str, str, str, str]]) -> Iterator[str]:
+    widths = [min(max(len(row[at]) for row in rows), most) for at, most in enumerate((36, 16, 24))]
+    for row in rows:
+        head = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False))
+        if not row[3] or len(head) > 60:
+            yield f"  {head}".rstrip()
+            yield from textwrap.wrap(row[3], 118, initial_indent=" " * 8, subsequent_indent=" " * 8)
+        else:
+            yield from textwrap.wrap(row[3], 118, initial_indent=f"  {head}  ", subsequent_indent=" " * (len(head) + 4))
+
+
+def _first(kind: type) -> str:
+    """The first sentence of an options type's documentation."""
+    return " ".join((inspect.getdoc(kind) or "").partition("\n\n")[0].split()).partition(". ")[0].rstrip(".")
+
+
+def _choice(choices: Iterable[Any]) -> str:
+    names = ", ".join(map(str, choices))
+    return f"One of {names}." if names else ""
+
+
+def _short(value: Any) -> str:
+    if value is inspect.Parameter.empty:
+        return "required"
+    if isinstance(value, Texts):
+        value = value.spec
+    text = "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _kinds(build: Build) -> dict[str, Any]:
+    """The annotation of every parameter; where there is none, the type of its default."""
+    kinds = typing.get_type_hints(build.func if isinstance(build, partial) else build)
+    return {name: kinds.get(name, _kind(p.default)) for name, p in inspect.signature(build).parameters.items()}
+
+
+def _words(given: Iterable[str], known: Iterable[str], kinds: dict[str, Any]) -> dict[str, str]:
     words: dict[str, str] = {}
     for word in given:
         name, equals, value = word.partition("=")
         if not equals:
             raise ValueError(f"-p {word}: write -p name=value")
-        if name not in known:
-            raise ValueError(f"-p {word}: the pipeline has no parameter {name!r}; it has {', '.join(known) or 'none'}")
+        head, dot, _ = name.partition(".")
+        if head not in known:
+            fields = [f"{n}.{f.name}" for n, kind in kinds.items() if (held := _options(kind)) for f in options.described(held)]
+            own = [n for n in fields if n.partition(".")[2] == name]
+            advice = f"did you mean {' or '.join(own)}?" if own else options.nearest(name, known)
+            raise ValueError(f"-p {word}: the pipeline has no parameter {name!r}; {advice}")
+        if dot and _options(kinds[head]) is None:
+            raise ValueError(f"-p {word}: {head} has no fields; write -p {head}=value")
         if name in words:
             raise ValueError(f"-p {name} is given twice: {words[name]!r} and {value!r}")
         words[name] = value
     return words
 
 
+def _options(kind: Any) -> type | None:
+    """The options type of a parameter that has fields of its own."""
+    held = options.options_type(kind)
+    return None if held in (Source, Texts) else held
+
+
 def _kind(default: Any) -> Any:
     return type(default) if default not in (inspect.Parameter.empty, None) else str
 
 
-def _parse(name: str, word: str, kind: Any, *, default: bool) -> Any:
-    """`word` as the parameter's annotation wants it; `default` words are only made sources and texts, or left alone."""
-    kinds = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
-    if Source in kinds:
-        return sources.pin(word, kind="model")
-    if Texts in kinds:
-        return Texts(word)
-    if default:
-        return word
-    if type(None) in kinds and word.lower() in ("none", "null"):
-        return None
-    for one in kinds:
-        if one is not type(None):
-            return _convert(name, word, one)
-    return word
-
-
-def _convert(name: str, word: str, kind: Any) -> Any:
-    origin = typing.get_origin(kind) or kind
-    if origin is typing.Literal:
-        choices = {str(choice): choice for choice in typing.get_args(kind)}
-        if word not in choices:
-            raise ValueError(f"-p {name}={word}: choose one of {', '.join(choices)}")
-        return choices[word]
-    if origin is bool:
-        if word.lower() not in WORDS:
-            raise ValueError(f"-p {name}={word}: say true or false")
-        return WORDS[word.lower()]
-    if origin in (int, float):
-        try:
-            return origin(word)
-        except ValueError:
-            said = "a whole number" if origin is int else "a number"
-            raise ValueError(f"-p {name}={word}: it must be {said}") from None
-    if origin in (list, tuple, dict):
-        try:
-            value = json.loads(word)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"-p {name}={word}: write it as JSON, as in [1, 2, 3] ({error})") from None
-        return tuple(value) if origin is tuple else value
-    return word
+def _value(name: str, default: Any, kind: Any, words: dict[str, str]) -> Any:
+    """What a parameter is given: sources and texts are made of words, and fields of options are changed one by one."""
+    word, held = words.get(name), _options(kind)
+    if held is not None:
+        inside = {n.partition(".")[2]: w for n, w in words.items() if n.startswith(f"{name}.")}
+        if word is not None and word.lower() in options.NOTHING:
+            if type(None) not in options.members(kind) or inside:
+                raise ValueError(f"-p {name}={word}: {name} cannot be absent{' and have fields' if inside else ''}")
+            return None
+        if word is not None:  # its first field, which says what it is
+            inside = {options.described(held)[0].name: word} | inside
+        start = None if default is inspect.Parameter.empty else default
+        return options.changed(f"-p {name}", held, start, inside) if inside else start
+    text = word if word is not None else default
+    if isinstance(text, str) and Source in options.members(kind):
+        return sources.pin(text, kind="model")
+    if isinstance(text, str) and Texts in options.members(kind):
+        return Texts(text)
+    return default if word is None else options.read(f"-p {name}", word, kind)

@@ -11,7 +11,7 @@ from moeflow.methods.finetune.batches import batch_of, dealt
 from moeflow.methods.finetune.curve import Curve
 from moeflow.methods.finetune.recipe import divisors
 from moeflow.methods.finetune.teacher import divergence
-from tests.methods.test_deepspeed_config import RECIPE
+from tests.recipes import RECIPE
 
 
 def test_every_row_comes_once_before_any_comes_again_and_each_time_in_another_order() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moeflow.arch import arch_of
+from moeflow.arch import Family
 from moeflow.methods.prune import reception
 from moeflow.model.checkpoint import Tensors, read_moe, save
 from moeflow.model.layout import Folder, headers, kept, read_config
@@ -28,7 +28,7 @@ def layer_files(source: Path, folder: Path) -> list[Path]:
 def test_the_tree_gives_the_loss_of_every_combination(family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = read_config(Folder(family))
     files = layer_files(family, tmp_path)
-    layers = arch_of(config).moe_layers(config)[-2:]
+    layers = Family.of(config).moe_layers[-2:]
     span = list(range(layers[0], layers[-1] + 1))
     sets = {i: [[0, 1, 2, 4, 5, 6], [1, 2, 3, 5, 6, 7], [0, 2, 3, 4, 6, 7]] for i in layers}
     start_NLD = torch.randn(4, 8, int(config["hidden_size"]))
@@ -75,7 +75,7 @@ def test_the_tree_gives_the_loss_of_every_combination(family: Path, tmp_path: Pa
 def test_a_block_of_one_layer_weighs_its_sets_as_the_layer_does(family: Path, tmp_path: Path) -> None:
     config = read_config(Folder(family))
     files = layer_files(family, tmp_path)
-    layer = arch_of(config).moe_layers(config)[-1]
+    layer = Family.of(config).moe_layers[-1]
     sets = [[0, 1, 2, 4, 5, 6], [1, 2, 3, 5, 6, 7]]
     start_NLD = torch.randn(2, 8, int(config["hidden_size"]))
     save({"hidden_NLD": start_NLD}, tmp_path / "hidden.safetensors")
@@ -85,7 +85,7 @@ def test_a_block_of_one_layer_weighs_its_sets_as_the_layer_does(family: Path, tm
     )  # fmt: skip
     stream = stream_of(config, "float32")
     module, seen = stream.layer(Tensors(files[layer]), layer), []
-    module.get_submodule(arch_of(config).block).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    module.get_submodule(Family.of(config).arch.block).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     module(start_NLD, **stream.arguments(layer, start_NLD))
     moe, x_TD = read_moe(Tensors(files[layer]), config, layer), seen[0].flatten(0, -2)
     for which, choice in enumerate(sets):

@@ -5,6 +5,7 @@ from pathlib import Path
 from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data
+from moeflow.methods.graph import Pass
 from moeflow.methods.recipes import naee
 from moeflow.run import in_process
 from moeflow.step import upstream
@@ -18,7 +19,7 @@ def test_dropping_experts_of_a_layer_reads_at_most_that_layer_s_file_and_assembl
     folder = tiny.write("mixtral", tmp_path / "model", hidden_size=128, intermediate_size=512)
     model = running.model_in(folder)
     matrix = data.tokens(running.matrix_of(tmp_path), model, sequences=4, length=16)
-    target = checkpoint.checkpoint_of(naee.layerwise(calibrate.run(model, matrix, batch=4, shard=4), keep=6))
+    target = checkpoint.checkpoint_of(naee.layerwise(calibrate.run(model, matrix, Pass(batch=4, shard=4)), keep=6))
     steps = upstream([target])
     chosen = [s for s in steps if s.name == "prune.choose"]
     dropped = [s for s in steps if s.name == "rewrite.experts"]

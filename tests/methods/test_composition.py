@@ -13,13 +13,13 @@ from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data
 from moeflow.methods.decompose.options import Decomposition
 from moeflow.methods.fewer_active import steps as fewer_active
-from moeflow.methods.graph import Calibration, Model
+from moeflow.methods.graph import Calibration, Model, Pass
 from moeflow.methods.recipes import moei2, naee, unified
 from moeflow.methods.slim.methods import Slimming
 from moeflow.methods.trim import steps as trim
 from moeflow.store import Store
 from tests import tiny
-from tests.methods.test_trim import PLAIN, loaded
+from tests.models import PLAIN, loaded
 from tests.running import matrix_of, model_in, run, store_in
 
 FOUR: dict[str, Any] = {"bits": 4, "group": 8, "inputs": "parallel"}
@@ -82,7 +82,7 @@ def start(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 def seen(model: Model, folder: Path) -> Calibration:
     matrix = data.tokens(matrix_of(folder), model, sequences=8, length=16)
-    return calibrate.run(model, matrix, batch=4, shard=8, stage=3, between=True)
+    return calibrate.run(model, matrix, Pass(batch=4, shard=8, stage=3), between=True)
 
 
 @pytest.mark.parametrize("first", METHODS)

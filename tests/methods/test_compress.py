@@ -12,13 +12,13 @@ from torch.nn.functional import kl_div
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from moeflow.arch import arch_of
+from moeflow.arch import Family
 from moeflow.cli import app
 from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data
 from moeflow.methods.decompose.options import Decomposition
-from moeflow.methods.graph import Calibration, Model
+from moeflow.methods.graph import Calibration, Model, Pass
 from moeflow.methods.prune import genetic
 from moeflow.methods.recipes import compare, moei2
 from moeflow.model.checkpoint import Tensors, read_moe
@@ -37,7 +37,7 @@ PAPER: dict[str, Any] = {"counts": "paper", "search": "genetic", "block": 2, "be
 
 def calibrated(model: Model, folder: Path) -> Calibration:
     matrix = data.tokens(running.matrix_of(folder), model, sequences=8, length=16)
-    return calibrate.run(model, matrix, batch=2, shard=4, stage=2)
+    return calibrate.run(model, matrix, Pass(batch=2, shard=4, stage=2))
 
 
 def whole(model: Model, folder: Path, *, ratio: float, how: dict[str, Any], cut: dict[str, Any]) -> Step:
@@ -56,7 +56,7 @@ def fetched(store: Store, target: Step, folder: Path) -> Path:
 def formats(folder: Path) -> dict[int, Format]:
     config, tensors = read_config(Folder(folder)), headers(Folder(folder))
     shapes = {n: t.shape for n, t in tensors.items()}
-    return {i: format_of(shapes, config, i) for i in arch_of(config).moe_layers(config)}
+    return {i: format_of(shapes, config, i) for i in Family.of(config).moe_layers}
 
 
 @pytest.mark.parametrize(
@@ -372,7 +372,7 @@ def test_a_second_shard_of_text_adds_up(tmp_path: Path) -> None:
     matrix = data.tokens(running.matrix_of(tmp_path), model, sequences=8, length=16)
     found = []
     for shard in (4, 8):
-        seen = calibrate.run(model, matrix, batch=2, shard=shard, stage=2)
+        seen = calibrate.run(model, matrix, Pass(batch=2, shard=shard, stage=2))
         pruned = moei2.prune(seen, keep=0.75, counts="uniform", search="enumerate")
         small = moei2.decompose(seen, Decomposition(ratio=0.3))
         spectra = next(s for s in upstream([small.layers[0]]) if s.name == "decompose.spectra")

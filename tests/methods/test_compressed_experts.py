@@ -12,12 +12,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from moeflow.arch import COMPRESSED, LAYERS, MAIN, arch_of
+from moeflow.arch import COMPRESSED, LAYERS, MAIN, Family
 from moeflow.methods import graph
 from moeflow.methods.calibrate import steps as calibrate
-from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data
 from moeflow.methods.fewer_active import steps as fewer_active
+from moeflow.methods.graph import Pass
 from moeflow.methods.recipes import naee
 from moeflow.model.checkpoint import Tensors, read_moe, save
 from moeflow.model.cost import active_parameters
@@ -25,18 +25,11 @@ from moeflow.model.layout import Folder, read_config
 from moeflow.model.passes import stream_of
 from moeflow.model.reach import by_weight
 from tests import tiny
-from tests.model.test_compressed import compress, ids, load
+from tests.compressed import compress, ids, load
+from tests.models import attached
 from tests.running import matrix_of, model_in, run, store_in
 
 FORMS = ("three", "one")
-
-
-def attached(source: Path, out: Path, **options: Any) -> Path:
-    """A checkpoint with Compressed Experts, pulled."""
-    store, target = store_in(out.parent), checkpoint.checkpoint_of(fewer_active.attach(model_in(source), **options))
-    run(store, target)
-    held = store.artifact(target.key)
-    return Path(shutil.copytree(held.folder(), out))
 
 
 def trained(source: Path, out: Path) -> Path:
@@ -69,15 +62,15 @@ def olmoe(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
 def test_at_first_the_model_is_the_one_that_takes_the_main_experts_alone_bit_for_bit(both: tuple[Path, Path, Path]) -> None:
     plain_in, neutral_in, _ = both
     config = read_config(Folder(neutral_in))
-    arch, main = arch_of(config), config[MAIN]
-    assert main == arch.top_k(config) // 2
+    family, main = Family.of(config), config[MAIN]
+    assert main == family.top_k // 2
     plain = load(plain_in, experts_implementation="grouped_mm")
-    for layer in arch.moe_layers(config):
-        experts = plain.model.layers[layer].get_submodule(arch.block).experts
+    for layer in family.moe_layers:
+        experts = plain.model.layers[layer].get_submodule(family.arch.block).experts
         forward = experts.forward
 
         def first(x: Tensor, index: Tensor, weights: Tensor, forward: Any = forward) -> Tensor:
-            if arch.score != "sparsemixer":
+            if family.arch.score != "sparsemixer":
                 weights, index = by_weight(weights, index)
             return forward(x, index[:, :main], weights[:, :main])
 
@@ -90,14 +83,14 @@ def test_trained_vectors_scale_what_the_main_experts_see(both: tuple[Path, Path,
     """Token by token, from the formula: theta is the mean of the other experts' vectors by their weights."""
     _, neutral_in, trained_in = both
     config, tensors = read_config(Folder(trained_in)), Tensors(trained_in)
-    arch, main = arch_of(config), config[MAIN]
+    family, main = Family.of(config), config[MAIN]
     model = load(trained_in)
-    for layer in arch.moe_layers(config):
+    for layer in family.moe_layers:
         moe = read_moe(tensors, config, layer)
         x_TD = torch.randn(30, 32, generator=torch.Generator().manual_seed(layer))
-        vectors = {n.rsplit(".", 1)[1]: 1 + tensors[n] for n in tensors if n.startswith(arch.experts(layer) + "compressed.")}
+        vectors = {n.rsplit(".", 1)[1]: 1 + tensors[n] for n in tensors if n.startswith(family.experts(layer) + "compressed.")}
         weights_Tk, index_Tk = moe.router.choose(moe.logits(x_TD))
-        if arch.score != "sparsemixer":
+        if family.arch.score != "sparsemixer":
             weights_Tk, index_Tk = by_weight(weights_Tk, index_Tk)
         expected_TD = torch.zeros_like(x_TD) if moe.shared is None else moe.shared_output(x_TD).clone()
         for t, x_D in enumerate(x_TD):
@@ -109,7 +102,7 @@ def test_trained_vectors_scale_what_the_main_experts_see(both: tuple[Path, Path,
                 up = expert.up_FD @ (x_D * theta["up" if "up" in theta else "input"])
                 inner_F = torch.nn.functional.silu(gate) * up * theta.get("inner", torch.ones(()))
                 expected_TD[t] += weight * (expert.down_DF @ inner_F)
-        block = model.model.layers[layer].get_submodule(arch.block)
+        block = model.model.layers[layer].get_submodule(family.arch.block)
         out = block(x_TD[None])
         torch.testing.assert_close((out[0] if isinstance(out, tuple) else out)[0], expected_TD, rtol=1e-4, atol=1e-4)
     assert not torch.equal(model(ids()).logits, load(neutral_in)(ids()).logits)
@@ -118,10 +111,10 @@ def test_trained_vectors_scale_what_the_main_experts_see(both: tuple[Path, Path,
 def test_gradients_reach_every_vector_and_the_router(both: tuple[Path, Path, Path]) -> None:
     model = load(both[2]).train()
     model(ids(4), labels=ids(4)).loss.backward()
-    arch = arch_of(model.config.to_dict())
+    family = Family.of(model.config.to_dict())
     vectors = {n: p for n, p in model.named_parameters() if ".experts.compressed." in n}
     assert vectors and all(p.grad is not None and p.grad.abs().sum() > 0 for p in vectors.values())
-    routers = [p for n, p in model.named_parameters() if f"{arch.block}.{arch.block_router}.weight" in n]
+    routers = [p for n, p in model.named_parameters() if f"{family.arch.block}.{family.arch.block_router}.weight" in n]
     assert all(p.grad is not None for p in routers)
 
 
@@ -209,7 +202,7 @@ def test_streaming_is_the_loaded_model(olmoe: tuple[Path, Path, Path], tmp_path:
     stored = olmoe[2]
     store, model = store_in(tmp_path), model_in(stored)
     matrix = data.tokens(matrix_of(tmp_path), model, sequences=8, length=16)
-    ends = calibrate.run(model, matrix, batch=8, shard=8, stage=2).ends
+    ends = calibrate.run(model, matrix, Pass(batch=8, shard=8, stage=2)).ends
     run(store, *ends)
     states = load_file(store.artifact(ends[0].key).file(graph.HIDDEN))["hidden_NLD"]
     given = torch.from_numpy(np.load(matrix_of(tmp_path).spec))
@@ -237,7 +230,7 @@ def test_what_cannot_be_attached_is_refused_in_one_line(olmoe: tuple[Path, Path,
     again = model_in(neutral)
     with pytest.raises(ValueError, match="layer 0 has Compressed Experts, .* take the model without them"):
         fewer_active.attach(again)
-    seen = calibrate.run(again, data.tokens(matrix_of(tmp_path), again, sequences=8, length=16), batch=4, shard=4, stage=2)
+    seen = calibrate.run(again, data.tokens(matrix_of(tmp_path), again, sequences=8, length=16), Pass(batch=4, shard=4, stage=2))
     with pytest.raises(ValueError, match="layer 0 has Compressed Experts, .* prune the model without them"):
         naee.layerwise(seen, keep=6)
 

@@ -9,15 +9,12 @@ import pytest
 
 from moeflow.methods.data import steps as data_
 from moeflow.methods.finetune import deepspeed_config
-from moeflow.methods.finetune.recipe import Gang, Recipe
+from moeflow.methods.finetune.recipe import Gang
 from moeflow.methods.recipes import tune
 from tests import tiny
+from tests.recipes import RECIPE
 from tests.running import matrix_of, model_in
 
-RECIPE = Recipe(
-    mode="full", mix=0.0, targets=(), rank=0, alpha=0.0, steps=100, batch=16, rate=1e-4, warmup=3, floor=0.0, decay=0.0, clip=1.0,
-    betas=(0.9, 0.999), epsilon=1e-8, dtype="float32", every=100, keep="last", seed=0,
-)  # fmt: skip
 GIVEN: dict[str, Any] = {
     "train_batch_size": 32,
     "gradient_accumulation_steps": 4,

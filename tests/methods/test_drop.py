@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from moeflow.arch import arch_of
+from moeflow.arch import Family
 from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data
+from moeflow.methods.graph import Pass
 from moeflow.methods.prune.subsets import all_subsets, count_subsets
 from moeflow.methods.recipes import naee
 from moeflow.model.checkpoint import Tensors
@@ -31,7 +32,7 @@ def pruned(family: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     store = running.store_in(folder)
     model = running.model_in(family)
     matrix = data.tokens(running.matrix_of(folder), model, sequences=8, length=16)
-    seen = calibrate.run(model, matrix, batch=4, shard=4, stage=2)
+    seen = calibrate.run(model, matrix, Pass(batch=4, shard=4, stage=2))
     target = checkpoint.checkpoint_of(naee.layerwise(seen, keep=KEEP))
     running.run(store, target)
     store.fetch(target.key, folder / "out")
@@ -43,15 +44,15 @@ def test_every_tensor_is_accounted_for_and_untouched_ones_are_bit_identical(
 ) -> None:
     folder, out, kept = pruned
     before, after = Tensors(folder), Tensors(out)
-    arch = arch_of(read_config(Folder(folder)))
+    family = Family.of(read_config(Folder(folder)))
     expected: dict[str, Tensor] = {}
     for name, tensor in before.items():
         layer = int(name.split(".")[2]) if ".layers." in name else -1
         if layer not in kept or "experts." not in name.replace("shared_experts.", ""):
-            expected[name] = tensor[kept[layer]] if name in arch.router_tensors(layer) and layer in kept else tensor
+            expected[name] = tensor[kept[layer]] if name in family.router_tensors(layer) and layer in kept else tensor
     for layer, experts in kept.items():
         for new, old in enumerate(experts):
-            for old_name, new_name in zip(arch.expert(layer, old), arch.expert(layer, new), strict=True):
+            for old_name, new_name in zip(family.expert(layer, old), family.expert(layer, new), strict=True):
                 expected[new_name] = before[old_name]
     assert set(after) == set(expected)
     for name, tensor in expected.items():
@@ -63,7 +64,7 @@ def test_every_tensor_is_accounted_for_and_untouched_ones_are_bit_identical(
 def test_the_configuration_differs_in_the_number_of_experts_alone(pruned: tuple[Path, Path, dict[int, list[int]]]) -> None:
     folder, out, _ = pruned
     before, after = read_config(Folder(folder)), read_config(Folder(out))
-    key = arch_of(before).experts_key(before)
+    key = Family.of(before).experts_key
     assert after[key] == KEEP
     assert {k: v for k, v in after.items() if k not in (key, "num_nextn_predict_layers")} == {
         k: v for k, v in before.items() if k not in (key, "num_nextn_predict_layers")
@@ -78,10 +79,10 @@ def test_transformers_loads_it_whole_and_its_logits_are_the_masked_original_s(
     model, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
     assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     original = AutoModelForCausalLM.from_pretrained(folder).eval()
-    arch = arch_of(read_config(Folder(folder)))
+    family = Family.of(read_config(Folder(folder)))
     for layer, experts in kept.items():
-        block = original.model.layers[layer].get_submodule(arch.block)
-        router = block.get_submodule(arch.block_router)
+        block = original.model.layers[layer].get_submodule(family.arch.block)
+        router = block.get_submodule(family.arch.block_router)
         router.register_forward_hook(Masked(router, experts))
     ids = torch.randint(3, 96, (3, 24), generator=torch.Generator().manual_seed(7))
     torch.testing.assert_close(model.eval()(ids).logits, original(ids).logits, rtol=1e-4, atol=1e-4)
@@ -116,7 +117,7 @@ def test_too_few_experts_are_refused_when_the_graph_is_built(name: str, keep: in
     from tests import tiny
 
     model = running.model_in(tiny.write(name, tmp_path / "model"))
-    seen = calibrate.run(model, data.tokens(running.matrix_of(tmp_path), model, sequences=8, length=16), batch=4, shard=4)
+    seen = calibrate.run(model, data.tokens(running.matrix_of(tmp_path), model, sequences=8, length=16), Pass(batch=4, shard=4))
     with pytest.raises(ValueError, match=says):
         naee.layerwise(seen, keep=keep)
 

@@ -8,21 +8,13 @@ from torch.nn.functional import kl_div
 from transformers import AutoModelForCausalLM
 
 from moeflow.methods.calibrate import steps as calibrate
-from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data
-from moeflow.methods.graph import Model
-from moeflow.methods.recipes import compare, naee
-from moeflow.sources import Texts
+from moeflow.methods.graph import Pass
+from moeflow.methods.recipes import naee
 from moeflow.step import Step
 from moeflow.store import Store
 from tests import running, tiny
-
-
-def graph(model: Model, matrix: Texts, *, keep: int = 5, how: str = "layerwise") -> Step:
-    seen = calibrate.run(model, data.tokens(matrix, model, sequences=8, length=16), batch=4, shard=4, stage=2)
-    pruned = naee.named(how)(seen, keep=keep)
-    reports = compare.compare(seen, pruned, heldout=Texts("nowhere.txt"), sequences=4, length=16)
-    return checkpoint.checkpoint_of(pruned).reporting(*reports)
+from tests.models import graph
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +103,7 @@ def test_an_unknown_search_or_loss_is_refused_with_the_known_ones(tmp_path: Path
     with pytest.raises(ValueError, match="search='best' is not known; choose one of layerwise, progressive, random"):
         naee.named("best")
     model = running.model_in(tiny.write("mixtral", tmp_path / "model"))
-    seen = calibrate.run(model, data.tokens(running.matrix_of(tmp_path), model, sequences=8, length=16), batch=4, shard=4)
+    seen = calibrate.run(model, data.tokens(running.matrix_of(tmp_path), model, sequences=8, length=16), Pass(batch=4, shard=4))
     with pytest.raises(ValueError, match="loss='l1' is not known; choose one of frobenius, batch-sum"):
         naee.layerwise(seen, keep=4, loss="l1")
 
@@ -120,13 +112,13 @@ def test_too_many_subsets_and_a_partial_record_are_refused_before_any_work(tmp_p
     wide = running.model_in(tiny.write("olmoe", tmp_path / "wide", num_experts=64))
     matrix = data.tokens(running.matrix_of(tmp_path), wide, sequences=8, length=16)
     with pytest.raises(ValueError, match=r"keeping 48 of 64 experts means .* subsets, over 20,000: .*search=reap"):
-        naee.layerwise(calibrate.run(wide, matrix, batch=4, shard=4), keep=48)
+        naee.layerwise(calibrate.run(wide, matrix, Pass(batch=4, shard=4)), keep=48)
     model = running.model_in(tiny.write("mixtral", tmp_path / "model"))
-    part = calibrate.run(model, matrix, batch=4, shard=4, record=32)
+    part = calibrate.run(model, matrix, Pass(batch=4, shard=4, record=32))
     with pytest.raises(ValueError, match="loss='batch-sum' .* needs the inputs of all tokens"):
         naee.layerwise(part, keep=6, loss="batch-sum")
     with pytest.raises(ValueError, match="shard=6 sequences must be a multiple of batch=4"):
-        calibrate.run(model, matrix, batch=4, shard=6)
+        calibrate.run(model, matrix, Pass(batch=4, shard=6))
 
 
 def test_every_report_has_the_baselines_beside_the_choice(done: tuple[Store, Step, Path]) -> None:
@@ -154,4 +146,4 @@ def test_an_unknown_precision_is_refused_when_the_graph_is_built(dtype: str, tmp
     model = running.model_in(tiny.write("mixtral", tmp_path / "model"))
     matrix = data.tokens(running.matrix_of(tmp_path), model, sequences=8, length=16)
     with pytest.raises(ValueError, match=f"dtype='{dtype}' is not known; choose one of auto, float64, float32"):
-        calibrate.run(model, matrix, batch=4, shard=4, dtype=dtype)
+        calibrate.run(model, matrix, Pass(batch=4, shard=4, dtype=dtype))

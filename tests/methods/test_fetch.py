@@ -13,6 +13,7 @@ from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.model.checkpoint import Tensors
 from moeflow.run import StepFailed
 from tests import running, tiny
+from tests.models import graph
 
 
 def sharded(folder: Path, per_shard: int = 20) -> Path:
@@ -184,8 +185,6 @@ def test_a_model_given_by_its_files_alone_is_found_without_an_index(tmp_path: Pa
 
 
 def test_a_configuration_that_changed_without_effect_runs_nothing_of_the_calibration_again(tmp_path: Path) -> None:
-    from tests.methods.test_evaluate import graph
-
     folder = tiny.write("mixtral", tmp_path / "model")
     store, matrix = running.store_in(tmp_path), running.matrix_of(tmp_path)
     running.run(store, graph(running.model_in(folder), matrix))

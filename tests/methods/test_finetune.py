@@ -15,14 +15,14 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
-from moeflow.arch import arch_of
+from moeflow.arch import Family
 from moeflow.methods.checkpoint import steps as checkpoint_
 from moeflow.methods.data import steps as data_
 from moeflow.methods.fewer_active import steps as fewer_active
 from moeflow.methods.finetune import snapshots
 from moeflow.methods.finetune.batches import batch_of
 from moeflow.methods.finetune.recipe import Gang
-from moeflow.methods.graph import Model
+from moeflow.methods.graph import Model, Pass
 from moeflow.methods.recipes import tune
 from moeflow.methods.recipes.tune import Tuned
 from moeflow.model.checkpoint import Tensors
@@ -31,7 +31,7 @@ from moeflow.run.progress import Lines
 from moeflow.step import Artifact, Context, Spec, step
 from moeflow.store import Store
 from tests import tiny
-from tests.model.test_compressed import compress
+from tests.compressed import compress
 from tests.running import alone, array_of, matrix_of, model_in, run, store_in
 
 STEPS, BATCH, RATE = 4, 4, 1e-2
@@ -105,8 +105,7 @@ def test_a_full_training_is_that_of_a_plain_loop_in_every_family(family: Path, s
 def test_the_merged_model_computes_what_lora_trained(kind: str, family: Path, store: Store, rows: Any, tmp_path: Path) -> None:
     """Of standard checkpoints, and of those whose layers differ and have low-rank experts in every combination."""
     model = model_in(family if kind == "standard" else compress(family, tmp_path / family.name))
-    arch = arch_of(model.config)
-    targets = ("attention", "router", "experts") + (("shared",) if arch.shared else ())
+    targets = ("attention", "router", "experts") + (("shared",) if Family.of(model.config).arch.shared else ())
     data = data_.tokens(rows, model, sequences=6, length=12)
     options: dict[str, Any] = dict(steps=STEPS, batch=BATCH, rate=RATE, warmup=0.0, rank=4, targets=targets)
     tuned = tune.tune(model, data, validation={"same": data}, keep="last", **options)
@@ -257,7 +256,7 @@ def test_a_router_learns_from_the_original_what_pruning_took(mixtral: Path, stor
     """Router-KD, from a file with the original's whole distribution: the loss is the divergence, and it falls."""
     original, pruned = model_in(mixtral), model_in(compress(mixtral, tmp_path / "pruned"))
     data = data_.tokens(rows, original, sequences=6, length=12)
-    taught = tune.teacher(original, data, top=96, batch=2, shard=4)
+    taught = tune.teacher(original, data, Pass(batch=2, shard=4), top=96)
     assert len(taught) == 2
     tuned = tune.tune(pruned, data, mode="router", loss="kl", teacher=taught, steps=20, batch=6, rate=3e-2, warmup=0.0)
     run(store, alone(tuned.trained))

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from moeflow.arch import arch_of
+from moeflow.arch import Family
 from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.decompose.options import Decomposition
 from moeflow.methods.recipes import compare, moei2, naee, unified
@@ -19,7 +19,7 @@ from moeflow.methods.trim import steps as trim
 from moeflow.model.checkpoint import Tensors, save
 from moeflow.model.layout import Folder, headers, read_config
 from tests import tiny
-from tests.methods.test_trim import calibrated, ids_of, loaded, logits, pulled
+from tests.models import calibrated, ids_of, loaded, logits, pulled
 from tests.running import matrix_of, model_in, reports, run, store_in
 
 
@@ -93,11 +93,11 @@ def test_it_is_pruned_by_slicing_and_stays_in_fp8(source: Path, how: str, tmp_pa
     out = pulled(store, made, tmp_path)
     config, before, after = read_config(Folder(out)), raw(source), raw(out)
     assert config["quantization_config"]["quant_method"] == "fp8"
-    arch = arch_of(config)
+    family = Family.of(config)
     told = json.loads((out / "moeflow.json").read_text())
     for choice in told["choices"]:
         for new, old in enumerate(choice["keep"]):
-            pairs = zip(arch.expert(choice["layer"], new), arch.expert(choice["layer"], old), strict=True)
+            pairs = zip(family.expert(choice["layer"], new), family.expert(choice["layer"], old), strict=True)
             for a, b in pairs:
                 assert after[a].dtype == torch.float8_e4m3fn and torch.equal(
                     after[a].view(torch.uint8), before[b].view(torch.uint8)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moeflow.arch import arch_of
+from moeflow.arch import Family
 from moeflow.methods.prune.errors import mask_of, squared_errors, squared_errors_direct
 from moeflow.methods.prune.gram import Weighed, room
 from moeflow.methods.prune.ranked import Ranked
@@ -15,13 +15,13 @@ from moeflow.methods.prune.subsets import all_subsets
 from moeflow.model.checkpoint import Tensors, read_moe
 from moeflow.model.layout import Folder, read_config
 from moeflow.model.moe import MoELayer
-from tests.methods.test_subsets import layer
+from tests.layers import layer
 
 
 def layers_of(family: Path) -> list[MoELayer]:
     """A layer of the family as its checkpoint has it, without groups, and with its weights the other way normalised."""
     config = read_config(Folder(family))
-    moe = read_moe(Tensors(family), config, arch_of(config).moe_layers(config)[-1])
+    moe = read_moe(Tensors(family), config, Family.of(config).moe_layers[-1])
     ungrouped = replace(moe, router=replace(moe.router, groups=1, topk_groups=1))
     return [moe, ungrouped, replace(ungrouped, router=replace(ungrouped.router, normalize=not moe.router.normalize))]
 

@@ -6,15 +6,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from moeflow.arch import arch_of
+from moeflow.arch import Family
 from moeflow.methods.finetune import lora
 from moeflow.methods.finetune.lora import Addition
 from moeflow.methods.finetune.trained import by_layer, parameters_of
 from moeflow.model.factors import STACKS
 from moeflow.model.formats import Format
 from tests import tiny
-from tests.methods.test_compressed_experts import attached
-from tests.model.test_compressed import compress
+from tests.compressed import compress
+from tests.models import attached
 
 F32 = {"dtype": torch.float32, "device": torch.device("cpu")}
 
@@ -70,7 +70,7 @@ def test_a_sum_is_made_once_for_each_forward_pass_and_is_gone_behind_it(tmp_path
     with pytest.raises(Exception, match="index out of range"):
         model(ids + 1000)
     for layer in model.model.layers:
-        experts = layer.get_submodule(arch_of(model.config.to_dict()).block).experts
+        experts = layer.get_submodule(Family.of(model.config.to_dict()).arch.block).experts
         assert experts.gate_up_proj is experts._parameters["gate_up_proj"], "as it was"
 
 

@@ -14,7 +14,7 @@ from moeflow.methods.prune import genetic, swap
 from moeflow.methods.prune.evaluated import Found, enumerate_all
 from moeflow.methods.prune.gram import Weighed
 from moeflow.methods.prune.subsets import all_subsets, check, count_subsets, draw
-from tests.methods.test_subsets import layer
+from tests.layers import layer
 
 SEARCHES = [enumerate_all, genetic.search, swap.search]
 

@@ -12,13 +12,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from moeflow.arch import arch_of
+from moeflow.arch import Family
 from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data
 from moeflow.methods.fewer_active import steps as fewer_active
 from moeflow.methods.fewer_active.thresholds import median, reaching
-from moeflow.methods.graph import HIDDEN, Calibration, Model
+from moeflow.methods.graph import HIDDEN, Calibration, Model, Pass
 from moeflow.methods.recipes import compare, naee
 from moeflow.model import routed_experts
 from moeflow.model.checkpoint import Tensors, read_moe
@@ -27,7 +27,7 @@ from moeflow.model.moe import MoELayer
 from moeflow.model.passes import stream_of
 from moeflow.model.reach import statistic
 from tests import tiny
-from tests.model.test_compressed import compress
+from tests.compressed import compress
 from tests.running import array_of, matrix_of, model_in, reports, run, store_in
 
 ACTIVE = 1.6
@@ -35,7 +35,7 @@ ACTIVE = 1.6
 
 def calibrated(model: Model, folder: Path, **options: Any) -> Calibration:
     matrix = data.tokens(matrix_of(folder), model, sequences=8, length=16)
-    return calibrate.run(model, matrix, batch=4, shard=4, stage=2, **options)
+    return calibrate.run(model, matrix, Pass(batch=4, shard=4, stage=2, **options))
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def served(smaller: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     target = checkpoint.checkpoint_of(made).reporting(
         *compare.compare(seen, made, heldout=matrix_of(folder), sequences=8, length=16)
     )
-    ends = calibrate.run(made, seen.tokens, batch=4, shard=4, stage=2, record=0).ends
+    ends = calibrate.run(made, seen.tokens, Pass(batch=4, shard=4, stage=2, record=0)).ends
     run(store, target, *ends)
     states = torch.cat([load_file(store.artifact(e.key).file(HIDDEN))["hidden_NLD"] for e in ends])
     pulled = store.artifact(target.key)
@@ -98,20 +98,20 @@ def test_what_transformers_loads_computes_the_rule_and_what_was_measured(
 ) -> None:
     folder, rows, ids = served
     config = read_config(Folder(smaller))
-    arch = arch_of(config)
+    family = Family.of(config)
     told = {s["layer"]: s for s in json.loads((folder / "moeflow.json").read_text())["skipping"]}
     ids = torch.from_numpy(ids)
     plain, loaded = (AutoModelForCausalLM.from_pretrained(f).eval() for f in (smaller, folder))
     references = []
-    for layer in arch.moe_layers(config):
+    for layer in family.moe_layers:
         moe = read_moe(Tensors(smaller), config, layer)
-        references.append(Reference(moe, told[layer]["threshold"], by_ratio=arch.top_k(config) == 2))
-        plain.model.layers[layer].set_submodule(arch.block, references[-1])
+        references.append(Reference(moe, told[layer]["threshold"], by_ratio=family.top_k == 2))
+        plain.model.layers[layer].set_submodule(family.arch.block, references[-1])
     expected = plain(ids)
     torch.testing.assert_close(loaded(ids).logits, expected.logits, rtol=2e-4, atol=2e-4)
     mean = np.mean([r.products / r.tokens for r in references])
     assert rows["experts a token (token matrix)"]["compressed"] == pytest.approx(mean, abs=1e-6)
-    assert rows["expert products a token (token matrix)"]["original"] == arch.top_k(config) * len(references)
+    assert rows["expert products a token (token matrix)"]["original"] == family.top_k * len(references)
     stream = stream_of(config, "auto")
     states = stream.final_norm(Tensors(smaller))(rows["states"])
     torch.testing.assert_close(stream.head(Tensors(smaller))(states), loaded(ids).logits, rtol=2e-4, atol=2e-4)

@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 
-from moeflow.arch import arch_of
+from moeflow.arch import Family
 from moeflow.methods.data import steps as data_
 from moeflow.methods.decompose.options import Decomposition
 from moeflow.methods.fewer_active import steps as fewer_active
@@ -24,12 +23,11 @@ from moeflow.methods.slim.rounding import round_to_nearest
 from moeflow.methods.trim import steps as trim
 from moeflow.model.checkpoint import Tensors, save
 from moeflow.model.layout import Folder, headers, read_config
-from moeflow.model.packed import PACKED, SCALE, SHAPE
+from moeflow.model.packed import PACKED, SCALE
 from tests import tiny
-from tests.methods.test_trim import calibrated, close, loaded, logits, pulled
+from tests.models import calibrated, close, loaded, logits, pulled
 from tests.running import matrix_of, model_in, run, store_in
-
-FOUR: dict[str, Any] = {"bits": 4, "group": 8}
+from tests.slimmed import FOUR, plain, reports, routed
 
 
 @pytest.fixture(params=tiny.families())
@@ -42,30 +40,6 @@ def slimmed(source: Path, folder: Path, **how: Any) -> Path:
     return pulled(store_in(folder), unified.slim(seen, Slimming(**how)), folder)
 
 
-def reports(folder: Path) -> list[dict[str, Any]]:
-    return json.loads((folder / "moeflow.json").read_text())["slimming"]
-
-
-def plain(folder: Path, out: Path) -> Path:
-    """The checkpoint with every packed matrix multiplied out, by codes and scales as compressed-tensors defines them."""
-    out.mkdir()
-    raw = {n: t for file in sorted(folder.glob("*.safetensors")) for n, t in load_file(file).items()}
-    whole = dict(raw)
-    for name in [n for n in raw if n.endswith(PACKED)]:
-        stem = name.removesuffix(PACKED)
-        shape, scale = whole.pop(stem + SHAPE).tolist(), whole.pop(stem + SCALE)
-        bits = whole[name].shape[1] * 32 // shape[1]
-        words = whole.pop(name).numpy().astype("uint32")
-        codes = torch.tensor([[(int(w) >> (bits * k)) % (1 << bits) for w in row for k in range(32 // bits)] for row in words])
-        codes = codes[:, : shape[1]] - (1 << (bits - 1))
-        whole[stem] = (codes.view(*scale.shape, -1) * scale[..., None].double()).flatten(1).float()
-    save(whole, out / "model.safetensors")
-    config = read_config(Folder(folder))
-    config.pop("quantization_config", None)
-    (out / "config.json").write_text(json.dumps(config))
-    return out
-
-
 @pytest.mark.parametrize("how", [{"method": "gptq", **FOUR}, {"method": "awq", "bits": 8, "group": 0}], ids=["gptq", "awq"])
 def test_packed_experts_load_and_compute_what_their_codes_say(source: Path, how: dict[str, Any], tmp_path: Path) -> None:
     """Through transformers' own integration, and streamed; from a third to a quarter of the experts' bytes."""
@@ -75,11 +49,11 @@ def test_packed_experts_load_and_compute_what_their_codes_say(source: Path, how:
     assert config["quantization_config"]["format"] == "pack-quantized"
     names = headers(Folder(out))
     packed = sum(n.endswith(PACKED) for n in names)
-    arch = arch_of(config)
-    assert packed == 3 * 8 * len(arch.moe_layers(config))
+    family = Family.of(config)
+    assert packed == 3 * 8 * len(family.moe_layers)
     model = loaded(out)
     close(logits(model, tmp_path), logits(loaded(plain(out, tmp_path / "plain")), tmp_path))
-    stems = tuple(arch.experts(i) for i in arch.moe_layers(config))
+    stems = tuple(family.experts(i) for i in family.moe_layers)
     bytes_of = [sum(t.nbytes for n, t in headers(Folder(f)).items() if n.startswith(stems)) for f in (source, out)]
     assert 0.25 < bytes_of[1] / bytes_of[0] < 0.45
     made = model.generate(torch.arange(3, 7)[None], max_new_tokens=2, do_sample=False)
@@ -103,44 +77,32 @@ def test_what_is_not_an_expert_stays_bit_for_bit(source: Path, method: str, tmp_
     how = {"pattern": "0.5"} if method in ("magnitude", "wanda", "sparsegpt") else {**FOUR, "packed": False}
     out = slimmed(source, tmp_path, method=method, inputs="parallel", **how)
     before, after = Tensors(source), Tensors(out)
-    arch, config = arch_of(read_config(Folder(source))), read_config(Folder(source))
-    experts = {n for i in arch.moe_layers(config) for e in range(8) for n in arch.expert(i, e)}
+    family = Family.of(read_config(Folder(source)))
+    experts = {n for i in family.moe_layers for e in range(8) for n in family.expert(i, e)}
     changed = {n for n in before if not torch.equal(before[n], after[n])}
     assert set(before) == set(after) and experts <= changed
     if method != "awq":
         assert changed == experts
         return
-    for i in arch.moe_layers(config):
-        norm = arch.norm(i) + "weight"
+    for i in family.moe_layers:
+        norm = family.norm(i) + "weight"
         scale = before[norm] / after[norm]
-        fed = [arch.router, *(arch.shared[:2] if arch.shared else ()), *([arch.shared_gate] if arch.shared_gate else ())]
-        for name in (t.format(layer=i) for t in fed):
+        fed = [n for n in (family.router(i), *(family.shared(i) or ())[:2], family.shared_gate(i)) if n]
+        for name in fed:
             torch.testing.assert_close(after[name], before[name] * scale, rtol=1e-5, atol=1e-6)
-        changed -= {n for n in changed if n.startswith(arch.norm(i))} | {t.format(layer=i) for t in fed}
+        changed -= {n for n in changed if n.startswith(family.norm(i))} | set(fed)
     assert changed == experts
-
-
-def routed(source: Path, folder: Path, layer: int) -> tuple[Tensor, Tensor]:
-    """The inputs [T, D] of a layer's MoE block in the whole model, and which experts each token goes to [T, E]."""
-    model, arch = loaded(source), arch_of(read_config(Folder(source)))
-    found: dict[str, Tensor] = {}
-    block = model.model.layers[layer].get_submodule(arch.block)
-    block.register_forward_pre_hook(lambda _, x: found.update(x=x[0].flatten(0, 1)))
-    block.experts.register_forward_pre_hook(lambda _, x: found.update(index=x[1]))
-    logits(model, folder)
-    chosen = torch.zeros(len(found["x"]), 8, dtype=torch.bool).scatter(1, found["index"], True)
-    return found["x"], chosen
 
 
 def test_each_expert_is_treated_by_the_tokens_really_routed_to_it(source: Path, tmp_path: Path) -> None:
     """Over all shards: in parallel on the dense model, in sequence behind slimmed layers, down behind slimmed gate and up."""
     config = read_config(Folder(source))
-    arch = arch_of(config)
-    layer, before = arch.moe_layers(config)[-1], Tensors(source)
+    family = Family.of(config)
+    layer, before = family.moe_layers[-1], Tensors(source)
     parallel = slimmed(source, tmp_path, method="wanda", pattern="0.5", inputs="parallel")
     x, chosen = routed(source, tmp_path, layer)
     for expert in (0, 5):
-        gate = arch.expert(layer, expert)[0]
+        gate = family.expert(layer, expert)[0]
         mask = wanda(before[gate], "0.5", inputs=x[chosen[:, expert]])
         torch.testing.assert_close(Tensors(parallel)[gate], before[gate] * mask, rtol=0, atol=0)
     (tmp_path / "two").mkdir()
@@ -152,11 +114,11 @@ def test_each_expert_is_treated_by_the_tokens_really_routed_to_it(source: Path, 
     save(prefix, mixed / "model.safetensors")
     (mixed / "config.json").write_text((source / "config.json").read_text())
     x, chosen = routed(mixed, tmp_path, layer)
-    gate, up, down = arch.expert(layer, 3)
+    gate, up, down = family.expert(layer, 3)
     rows = x[chosen[:, 3]]
     grid = Grid(4, True, 8)
     close(after[gate], gptq(before[gate], grid, inputs=rows).dequantized())
-    act = loaded(source).model.layers[layer].get_submodule(arch.block).experts.act_fn
+    act = loaded(source).model.layers[layer].get_submodule(family.arch.block).experts.act_fn
     inner = act(rows @ after[gate].T) * (rows @ after[up].T)
     same = (after[down] - gptq(before[down], grid, inputs=inner).dequantized()).abs() < 1e-5
     assert same.float().mean() > 0.98
@@ -167,7 +129,7 @@ def test_each_expert_is_treated_by_the_tokens_really_routed_to_it(source: Path, 
 def test_an_expert_without_tokens_is_treated_as_was_asked_and_never_zeroed(tmp_path: Path) -> None:
     source = tiny.write("olmoe", tmp_path / "model")
     before = Tensors(source)
-    arch = arch_of(read_config(Folder(source)))
+    family = Family.of(read_config(Folder(source)))
     for name, how in {
         "rounded": {"method": "gptq", "packed": False, "least": 10**6, **FOUR},
         "kept": {"method": "gptq", "packed": False, "least": 10**6, "rare": "keep", **FOUR},
@@ -177,7 +139,7 @@ def test_an_expert_without_tokens_is_treated_as_was_asked_and_never_zeroed(tmp_p
         (tmp_path / name).mkdir()
         after = Tensors(slimmed(source, tmp_path / name, **how))
         for expert in range(8):
-            for matrix in arch.expert(1, expert):
+            for matrix in family.expert(1, expert):
                 assert after[matrix].any()
                 if name == "rounded":
                     assert torch.equal(after[matrix], round_to_nearest(before[matrix], Grid(4, True, 8)).dequantized())
@@ -202,7 +164,7 @@ def test_scales_are_chosen_as_they_are_stored(tmp_path: Path) -> None:
     source = tiny.write("mixtral", tmp_path / "model", dtype=torch.bfloat16)
     seen = calibrated(model_in(source), tmp_path, dtype="float32")
     out = pulled(store_in(tmp_path), unified.slim(seen, Slimming(method="gptq", inputs="parallel", **FOUR)), tmp_path)
-    name = arch_of(read_config(Folder(source))).expert(0, 0)[0]
+    name = Family.of(read_config(Folder(source))).expert(0, 0)[0]
     x, chosen = routed(source, tmp_path, 0)
     found = gptq(Tensors(source)[name].float(), Grid(4, True, 8), inputs=x[chosen[:, 0]], scale_dtype=torch.bfloat16)
     assert Tensors(out)[name].dtype == torch.bfloat16
@@ -217,7 +179,7 @@ def test_experts_treated_together_become_what_they_do_one_by_one(
 ) -> None:
     """As on a GPU, an expert whose inner activations are all zero among them."""
     source = tiny.write("olmoe", tmp_path / "model")
-    name = arch_of(read_config(Folder(source))).expert(0, 2)[1]
+    name = Family.of(read_config(Folder(source))).expert(0, 2)[1]
     save({n: t * 0 if n == name else t for n, t in Tensors(source).items()}, next(source.glob("*.safetensors")))
     alone = Tensors(slimmed(source, tmp_path, **how))
     monkeypatch.setattr("moeflow.methods.slim.experts.together", lambda now: [[0, 1, 2], [3, 4, 5, 6, 7]])
@@ -253,8 +215,8 @@ def test_shared_experts_are_treated_where_asked(tmp_path: Path) -> None:
     source = tiny.write("deepseek_v2", tmp_path / "model")
     out = slimmed(source, tmp_path, method="gptq", shared=True, **FOUR)
     names = headers(Folder(out))
-    arch = arch_of(read_config(Folder(source)))
-    assert all(t.format(layer=1) + PACKED in names for t in arch.shared or ())
+    family = Family.of(read_config(Folder(source)))
+    assert all(n + PACKED in names for n in family.shared(1) or ())
     close(logits(loaded(out), tmp_path), logits(loaded(plain(out, tmp_path / "plain")), tmp_path))
     again = model_in(out)
     close(logits(loaded(pulled(store_in(tmp_path), again, tmp_path / "again")), tmp_path), logits(loaded(out), tmp_path))
@@ -276,12 +238,12 @@ def test_packed_experts_are_pruned_by_slicing_and_trimmed_and_skip(source: Path,
     kept = naee.by_criterion(calibrated(packed, tmp_path), criterion="reap", keep=6)
     out, whole = pulled(store, kept, tmp_path), pulled(store, packed, tmp_path)
     config = read_config(Folder(out))
-    arch = arch_of(config)
+    family = Family.of(config)
     choices = {c["layer"]: c["keep"] for c in json.loads((out / "moeflow.json").read_text())["choices"]}
     files = {f: {n: t for p in f.glob("*.safetensors") for n, t in load_file(p).items()} for f in (out, whole)}
     for i, keep in choices.items():
         for new, old in enumerate(keep):
-            for a, b in zip(arch.expert(i, new), arch.expert(i, old), strict=True):
+            for a, b in zip(family.expert(i, new), family.expert(i, old), strict=True):
                 for end in (PACKED, SCALE):
                     assert torch.equal(files[out][a + end], files[whole][b + end])
     assert config["model_type"] == read_config(Folder(source))["model_type"]
@@ -359,9 +321,9 @@ def test_zeros_of_experts_stay_zeros_through_training(mode: str, zero: int, tmp_
     )  # fmt: skip
     store = store_in(tmp_path)
     before, after = Tensors(pulled(store, sparse, tmp_path)), Tensors(pulled(store, tuned.model, tmp_path))
-    arch = arch_of(read_config(before.files))  # type: ignore[arg-type]
-    shared = [] if mode == "experts" else [t.format(layer=1) for t in arch.shared or ()]
-    for name in [*arch.expert(1, 0), *arch.expert(2, 7), *shared]:
+    family = Family.of(read_config(before.files))  # type: ignore[arg-type]
+    shared = [] if mode == "experts" else list(family.shared(1) or ())
+    for name in [*family.expert(1, 0), *family.expert(2, 7), *shared]:
         assert torch.equal(after[name] == 0, before[name] == 0) and (before[name] == 0).float().mean() == 0.5
         assert not torch.equal(after[name], before[name])
 

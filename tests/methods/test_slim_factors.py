@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from moeflow.arch import arch_of
+from moeflow.arch import Family
 from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.decompose.options import Decomposition
 from moeflow.methods.fewer_active import steps as fewer_active
@@ -22,9 +22,9 @@ from moeflow.model.dense import multiply_out
 from moeflow.model.layout import Folder, headers, read_config
 from moeflow.model.packed import PACKED, SCALE
 from tests import tiny
-from tests.methods.test_slim import FOUR, plain, reports, routed
-from tests.methods.test_trim import calibrated, close, loaded, logits, pulled
+from tests.models import calibrated, close, loaded, logits, pulled
 from tests.running import model_in, run, store_in
+from tests.slimmed import FOUR, plain, reports, routed
 
 RANKS: dict[str, dict[str, Any]] = {
     "uniform": {"ranks": "uniform", "multiple": 8},
@@ -46,18 +46,18 @@ def test_packed_factors_load_and_compute_what_their_codes_say(source: Path, rank
     packed = unified.slim(calibrated(low, tmp_path), Slimming(method="gptq", **GRIDS[ranks]))
     out, before = pulled(store, packed, tmp_path), pulled(store, low, tmp_path)
     config = read_config(Folder(out))
-    arch = arch_of(config)
+    family = Family.of(config)
     assert config["model_type"].startswith("moeflow_")
     assert config["moeflow_layers"] == read_config(Folder(before))["moeflow_layers"]
     names = headers(Folder(out))
-    for i in arch.moe_layers(config):
-        factors = [f for e in range(8) for n in arch.expert(i, e) for f in arch.factors(n)]
+    for i in family.moe_layers:
+        factors = [f for e in range(8) for n in family.expert(i, e) for f in family.factors(n)]
         assert [f for f in factors if f in Tensors(before)] == [f for f in factors if f + PACKED in names]
         assert not any(f in names for f in factors)
     ours = logits(loaded(out), tmp_path)
     close(ours, logits(loaded(plain(out, tmp_path / "plain")), tmp_path))
     dense = shutil.copytree(out, tmp_path / "dense")
-    assert multiply_out(dense)["matrices"] == 3 * 8 * len(arch.moe_layers(config))
+    assert multiply_out(dense)["matrices"] == 3 * 8 * len(family.moe_layers)
     assert read_config(Folder(dense))["model_type"] == read_config(Folder(source))["model_type"]
     assert not any(n.endswith((PACKED, SCALE)) or ".factor" in n for n in headers(Folder(dense)))
     close(logits(loaded(dense), tmp_path), ours)
@@ -77,11 +77,11 @@ def test_the_second_factor_is_treated_by_what_the_first_gives_it(tmp_path: Path)
     low = calibrated(moei2.decompose(seen, Decomposition(rank=8)), tmp_path)
     out = pulled(store, unified.slim(low, Slimming(method="gptq", **FOUR)), tmp_path)
     before = pulled(store, low.model, tmp_path)
-    arch, was, stored = arch_of(read_config(Folder(out))), Tensors(before), Tensors(out)
+    family, was, stored = Family.of(read_config(Folder(out))), Tensors(before), Tensors(out)
     x, chosen = routed(before, tmp_path, 0)
     rows, grid = x[chosen[:, 3]], Grid(4, True, 8)
-    for name in arch.expert(0, 3)[:2]:
-        out_name, in_name = arch.factors(name)
+    for name in family.expert(0, 3)[:2]:
+        out_name, in_name = family.factors(name)
         first = gptq(was[in_name], grid, inputs=rows).dequantized()
         close(stored[in_name], first)
         by_first = gptq(was[out_name], grid, inputs=rows @ first.T).dequantized()

@@ -4,25 +4,14 @@ from itertools import combinations
 
 import pytest
 import torch
-from torch import Tensor
 
-from moeflow.arch import FAMILIES, MIXTRAL, Arch
+from moeflow.arch import FAMILIES, Arch
 from moeflow.methods.prune.errors import mask_of, squared_errors, squared_errors_direct
 from moeflow.methods.prune.subsets import all_subsets, count_subsets
 from moeflow.methods.records import CRITERIA
 from moeflow.methods.scores import SCORES, aimer, best_by_score, reap
 from moeflow.model.moe import MLP, MoELayer
-from moeflow.model.router import Router
-
-
-def layer(experts: int = 6, top_k: int = 2, arch: Arch = MIXTRAL, seed: int = 0, **router: object) -> MoELayer:
-    draw = torch.Generator().manual_seed(seed)
-
-    def r(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=draw)
-
-    mlps = tuple(MLP(r(12, 8), r(12, 8), r(8, 12)) for _ in range(experts))
-    return MoELayer(Router(arch, top_k=top_k, **router), r(experts, 8), mlps)  # type: ignore[arg-type]
+from tests.layers import layer
 
 
 def test_all_subsets_are_there_once_and_the_last_experts_stay_first() -> None:

@@ -8,10 +8,12 @@ import torch
 from torch.nn.functional import cross_entropy, kl_div
 from transformers import AutoModelForCausalLM
 
-from moeflow.arch import arch_of
+from moeflow.arch import Family
 from moeflow.methods.calibrate import steps as calibrate
+from moeflow.methods.calibrate.steps import Alternatives, Forks
 from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data
+from moeflow.methods.graph import Pass
 from moeflow.methods.prune.counts import legal_counts
 from moeflow.methods.recipes import moei2
 from moeflow.model.layout import Folder, read_config
@@ -23,15 +25,15 @@ from tests import running, tiny
 def test_a_forks_divergence_and_loss_are_those_of_the_model_with_that_layer_changed(family: Path, tmp_path: Path) -> None:
     model, store = running.model_in(family), running.store_in(tmp_path)
     matrix = running.matrix_of(tmp_path)
-    seen = calibrate.run(model, data.tokens(matrix, model, sequences=8, length=16), batch=2, shard=4, stage=2)
+    seen = calibrate.run(model, data.tokens(matrix, model, sequences=8, length=16), Pass(batch=2, shard=4, stage=2))
     last, keep = model.moe_layers[-1], 6
     pruned = moei2.prune(seen, keep=keep / 8, counts="uniform", search="enumerate")
     found = {
         i: next(s for s in upstream([c]) if s.name == "prune.candidates")
         for i, c in zip(model.moe_layers, pruned.choices, strict=True)
     }
-    alternatives = {i: (calibrate.SETS, [str(keep)], [found[i]]) for i in found}
-    each = {last: (calibrate.EACH, [str(e) for e in range(8)], [])}
+    alternatives = {i: Alternatives(Forks("sets", (str(keep),)), (found[i],)) for i in found}
+    each = {last: Alternatives(Forks("each", tuple(map(str, range(8)))))}
     sets, single = (calibrate.curves(seen, a, tokens=128, stage=2) for a in (alternatives, each))
     running.run(store, sets, single, pruned.layers[last])
     measured = json.loads(store.artifact(sets.key).file("curves.json").read_text())
@@ -47,7 +49,8 @@ def test_a_forks_divergence_and_loss_are_those_of_the_model_with_that_layer_chan
         """The logits where these experts of the last layer are forbidden, by transformers' own router."""
         from moeflow.model.checkpoint import Tensors, read_moe
 
-        moe, block = read_moe(Tensors(family), config, last), original.model.layers[last].get_submodule(arch_of(config).block)
+        moe = read_moe(Tensors(family), config, last)
+        block = original.model.layers[last].get_submodule(Family.of(config).arch.block)
         allowed = torch.ones(8, dtype=torch.bool)
         allowed[gone] = False
         hook = block.register_forward_hook(lambda _, args, __: moe(args[0].flatten(0, -2), allowed).view(args[0].shape))
@@ -72,7 +75,9 @@ def test_a_forks_divergence_and_loss_are_those_of_the_model_with_that_layer_chan
 def test_a_sweep_reads_the_checkpoint_once_whatever_the_shards_and_takes_as_many_tokens_as_told(tmp_path: Path) -> None:
     source, store = tiny.write("mixtral", tmp_path / "model"), running.store_in(tmp_path)
     model = running.model_in(source)
-    seen = calibrate.run(model, data.tokens(running.matrix_of(tmp_path), model, sequences=8, length=16), batch=2, shard=4, stage=1)
+    seen = calibrate.run(
+        model, data.tokens(running.matrix_of(tmp_path), model, sequences=8, length=16), Pass(batch=2, shard=4, stage=1)
+    )
     pruned = moei2.prune(seen, keep=0.5, grid=3, measured=64)
     forks = [s for s in upstream([pruned.choices[0]]) if s.name == "calibrate.forks"]
     read = [step_of(i).key for s in forks for i in s.inputs]
@@ -91,10 +96,12 @@ def test_a_sweep_reads_the_checkpoint_once_whatever_the_shards_and_takes_as_many
 def test_sets_that_are_judged_on_do_not_enter_the_counts(tmp_path: Path) -> None:
     """The held-out text is nowhere upstream of what is decided."""
     model = running.model_in(tiny.write("mixtral", tmp_path / "model"))
-    seen = calibrate.run(model, data.tokens(running.matrix_of(tmp_path), model, sequences=8, length=16), batch=2, shard=4, stage=2)
+    seen = calibrate.run(
+        model, data.tokens(running.matrix_of(tmp_path), model, sequences=8, length=16), Pass(batch=2, shard=4, stage=2)
+    )
     pruned = moei2.prune(seen, keep=0.75)
     heldout = data.tokens(running.matrix_of(tmp_path, seed=1), model, sequences=8, length=16)
-    ends = calibrate.hidden_states(pruned, heldout, batch=2, shard=4)
+    ends = calibrate.hidden_states(pruned, heldout, Pass(batch=2, shard=4))
     judged = {s.key for s in upstream(ends) if s.name == "data.matrix"}
     decided = {s.key for s in upstream([checkpoint.checkpoint_of(pruned)]) if s.name == "data.matrix"}
     assert judged >= {heldout.key} and decided == {seen.tokens.key}

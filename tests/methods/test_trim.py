@@ -10,14 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
-from transformers import AutoModelForCausalLM
 
-from moeflow.arch import arch_of
-from moeflow.methods.calibrate import steps as calibrate
+from moeflow.arch import Family
 from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data_
 from moeflow.methods.fewer_active import steps as fewer_active
-from moeflow.methods.graph import Calibration, Model
+from moeflow.methods.graph import Model
 from moeflow.methods.recipes import compare, naee, tune
 from moeflow.methods.trim import steps as trim
 from moeflow.model.checkpoint import Tensors, read_moe
@@ -25,42 +23,13 @@ from moeflow.model.layout import Folder, headers, read_config
 from moeflow.step import Step
 from moeflow.store import Store
 from tests import tiny
-from tests.running import alone, array_of, matrix_of, model_in, reports, run, store_in
-
-PLAIN = {"qwen2_moe": {"mlp_only_layers": []}}
-"""What makes every layer of a family's tiny model one with experts."""
+from tests.models import PLAIN, calibrated, close, ids_of, loaded, logits, pulled
+from tests.running import matrix_of, model_in, reports, run, store_in
 
 
 @pytest.fixture(params=tiny.families())
 def source(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return tiny.write(request.param, tmp_path / "model", num_hidden_layers=4, **PLAIN.get(request.param, {}))
-
-
-def calibrated(model: Model, folder: Path, **options: Any) -> Calibration:
-    options = {"batch": 2, "shard": 4, "stage": 2, "between": True} | options
-    return calibrate.run(model, data_.tokens(matrix_of(folder), model, sequences=8, length=16), **options)
-
-
-def ids_of(folder: Path) -> Tensor:
-    return torch.from_numpy(array_of(matrix_of(folder)))
-
-
-def pulled(store: Store, model: Model, folder: Path) -> Path:
-    target = alone(checkpoint.checkpoint_of(model))
-    run(store, target)
-    out = folder / f"out-{target.key[-8:]}"
-    store.fetch(target.key, out)
-    return out
-
-
-def loaded(folder: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-
-
-def logits(model: Any, folder: Path) -> Tensor:
-    with torch.inference_mode():
-        found: Tensor = model(ids_of(folder)).logits
-    return found
 
 
 def decided(store: Store, model: Model) -> dict[str, Any]:
@@ -74,11 +43,11 @@ class Reference(nn.Module):
     def __init__(self, folder: Path, layer: int, keep: Sequence[int]) -> None:
         super().__init__()
         config = read_config(Folder(folder))
-        arch, moe = arch_of(config), read_moe(Tensors(folder), config, layer)
+        family, moe = Family.of(config), read_moe(Tensors(folder), config, layer)
         self.moe = moe.keep(list(keep)) if keep else moe
         self.routed = bool(keep)
-        groups, topk_groups = arch.group_limit(config)
-        reach = min(arch.top_k(config), len(keep) // groups * topk_groups)
+        groups, topk_groups = family.group_limit
+        reach = min(family.top_k, len(keep) // groups * topk_groups)
         self.moe = replace(self.moe, router=replace(self.moe.router, top_k=reach))
 
     def forward(self, x_NLD: Tensor) -> Tensor:
@@ -90,14 +59,10 @@ class Reference(nn.Module):
 
 def expected(folder: Path, where: Path, kept: Mapping[int, Sequence[int]]) -> Tensor:
     """What the original model predicts where each layer has only these experts."""
-    model, arch = loaded(folder), arch_of(read_config(Folder(folder)))
+    model, family = loaded(folder), Family.of(read_config(Folder(folder)))
     for layer, keep in kept.items():
-        model.model.layers[layer].set_submodule(arch.block, Reference(folder, layer, keep))
+        model.model.layers[layer].set_submodule(family.arch.block, Reference(folder, layer, keep))
     return logits(model, where)
-
-
-def close(a: Tensor, b: Tensor) -> None:
-    torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5)
 
 
 def least_of(folder: Path) -> int:
@@ -113,7 +78,7 @@ def test_experts_of_the_lowest_score_go_from_each_layer_also_below_top_k(source:
     out = pulled(store, trimmed := trim.expert_drop(seen, keep=keep, across="layer"), tmp_path)
     told, config = decided(store, trimmed), read_config(Folder(source))
     scores = router_scores(source, tmp_path)
-    groups, topk_groups = arch_of(config).group_limit(config)
+    groups, topk_groups = Family.of(config).group_limit
     for layer, score_E in scores.items():
         best = [g * len(score_E) // groups + score_E.view(groups, -1)[g].argsort(descending=True) for g in range(groups)]
         assert told["keep"][str(layer)] == sorted(int(e) for b in best for e in b[: keep // groups])
@@ -126,7 +91,7 @@ def test_experts_of_the_lowest_score_go_from_each_layer_also_below_top_k(source:
 def router_scores(folder: Path, where: Path) -> dict[int, Tensor]:
     """Expert Drop's score of every expert, from the routers of the whole model: of DeepSeek's, where it is chosen only."""
     model, config = loaded(folder), read_config(Folder(folder))
-    arch = arch_of(config)
+    family = Family.of(config)
     found: dict[int, Tensor] = {}
 
     def hook(layer: int, router: Any, x: Tensor, out: Any) -> None:
@@ -136,8 +101,8 @@ def router_scores(folder: Path, where: Path) -> dict[int, Tensor]:
         else:
             found[layer] = logits_TE.float().softmax(-1).double().mean(0)
 
-    for i in arch.moe_layers(config):
-        router = model.model.layers[i].get_submodule(arch.block).get_submodule(arch.block_router)
+    for i in family.moe_layers:
+        router = model.model.layers[i].get_submodule(family.arch.block).get_submodule(family.arch.block_router)
         router.register_forward_hook(lambda r, x, out, i=i: hook(i, r, x[0], out))
     logits(model, where)
     return found
@@ -147,9 +112,9 @@ def test_across_the_model_layers_may_lose_all_experts(source: Path, tmp_path: Pa
     """The lowest scores of the whole model; an empty layer keeps its shared expert, or passes the residual stream."""
     store = store_in(tmp_path)
     config = read_config(Folder(source))
-    arch = arch_of(config)
-    layers, (groups, _) = arch.moe_layers(config), arch.group_limit(config)
-    experts = arch.num_experts(config)
+    family = Family.of(config)
+    layers, (groups, _) = family.moe_layers, family.group_limit
+    experts = family.num_experts
     model = model_in(faint(source, tmp_path / "faint", layers[-1]))
     keep = experts - experts / len(layers) if least_of(source) <= groups else experts - 2
     trimmed = trim.expert_drop(calibrated(model, tmp_path), keep=keep, criterion="reap")
@@ -182,7 +147,7 @@ def faint(source: Path, out: Path, layer: int) -> Path:
 
 def test_moe_blocks_go_whose_layers_turn_the_residual_stream_least(source: Path, tmp_path: Path) -> None:
     store = store_in(tmp_path)
-    arch, config = arch_of(read_config(Folder(source))), read_config(Folder(source))
+    family = Family.of(read_config(Folder(source)))
     trimmed = trim.layer_drop(calibrated(model_in(source), tmp_path, between=False), drop=1)
     out = pulled(store, trimmed, tmp_path)
     told = decided(store, trimmed)
@@ -192,7 +157,7 @@ def test_moe_blocks_go_whose_layers_turn_the_residual_stream_least(source: Path,
     def hook(layer: int, before: Tensor, after: Tensor) -> None:
         cosines[layer] = float(cosine_similarity(before.double(), after.double(), dim=-1).mean())
 
-    for i in arch.moe_layers(config):
+    for i in family.moe_layers:
         layer, seen = model.model.layers[i], {}
         layer.post_attention_layernorm.register_forward_pre_hook(lambda _, x, seen=seen: seen.update(before=x[0]))
         layer.register_forward_hook(lambda _, x, out, i=i, seen=seen: hook(i, seen["before"], out))
@@ -202,15 +167,15 @@ def test_moe_blocks_go_whose_layers_turn_the_residual_stream_least(source: Path,
     assert told["drop"] == gone
     whole = loaded(source)
     for i in gone:
-        whole.model.layers[i].set_submodule(arch.block, Nothing())
+        whole.model.layers[i].set_submodule(family.arch.block, Nothing())
     close(logits(loaded(out), tmp_path), logits(whole, tmp_path))
     names = headers(Folder(out))
-    assert not any(n.startswith((arch.moe(i), arch.norm(i))) for n in names for i in gone)
+    assert not any(n.startswith((family.moe(i), family.norm(i))) for n in names for i in gone)
     before = headers(Folder(source))
-    kept = [n for n in before if not any(n.startswith((arch.moe(i), arch.norm(i))) for i in gone)]
+    kept = [n for n in before if not any(n.startswith((family.moe(i), family.norm(i))) for i in gone)]
     assert {n: names[n].shape for n in kept} == {n: t.shape for n, t in names.items()}
     again = trim.layer_drop(calibrated(model_in(out), tmp_path), drop=1)
-    assert model_in(out).moe_layers == [i for i in arch.moe_layers(config) if i not in gone]
+    assert model_in(out).moe_layers == [i for i in family.moe_layers if i not in gone]
     assert not set(decided_by(store, again, tmp_path)["drop"]) & set(gone)
 
 
@@ -229,7 +194,7 @@ def test_decoder_layers_go_that_turn_the_hidden_states_least(source: Path, rule:
     """The gap is exact, the rest is renumbered, and what is left is the family's own, with a smaller cache."""
     store = store_in(tmp_path)
     config = read_config(Folder(source))
-    first = arch_of(config).moe_layers(config)[0]
+    first = Family.of(config).moe_layers[0]
     trimmed = trim.block_drop(calibrated(model_in(source), tmp_path), drop=2, rule=rule)
     out = pulled(store, trimmed, tmp_path)
     told = decided(store, trimmed)

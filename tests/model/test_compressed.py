@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,85 +13,18 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedTokenizerFast
 
-from moeflow.arch import LAYERS, arch_of
+from moeflow.arch import LAYERS, Family
 from moeflow.model import autoload, compressed, passes, routed_experts
 from moeflow.model.checkpoint import Tensors, read_moe, save
 from moeflow.model.factors import multiplied_out
-from moeflow.model.formats import Format, config_of, format_of, layer_formats
-from moeflow.model.layout import Folder, kept, read_config
-from moeflow.model.moe import MLP, LowRank, MoELayer, whole
+from moeflow.model.formats import Format, config_of, layer_formats
+from moeflow.model.layout import Folder, read_config
+from moeflow.model.moe import MoELayer
 from moeflow.model.routed_experts import RoutedExperts
 from tests import tiny
-
-KEPT = ([0, 2, 3, 4, 6, 7], [1, 2, 3, 5, 6, 7], list(range(8)))
-"""The experts that stay in each layer: as many of each group, where the router knows groups."""
-
-
-def ranks_of(layer: int, expert: int) -> tuple[int, int, int]:
-    """Ranks of gate, up and down: none in layer 0, all in layer 1, every combination in layer 2."""
-    mixed = [(0, 0, 0), (7, 5, 0), (0, 0, 6), (3, 9, 4), (17, 2, 11), (0, 0, 8)]
-    return ((0, 0, 0), (6, 4 + expert, 9), mixed[expert % 6])[layer]
-
-
-def factor(matrix_MN: Tensor, rank: int) -> LowRank:
-    u, s, vh = torch.linalg.svd(matrix_MN, full_matrices=False)
-    return LowRank((u[:, :rank] * s[:rank]).contiguous(), vh[:rank].contiguous())
-
-
-def reference_layer(moe: MoELayer, layer: int) -> MoELayer:
-    """The original layer with the kept experts' matrices cut to their ranks, and no expert taken out."""
-    experts = list(moe.experts)
-    for new, old in enumerate(KEPT[layer]):
-        cut = [
-            m if r == 0 else factor(whole(m), r).whole()
-            for m, r in zip((experts[old].gate_FD, experts[old].up_FD, experts[old].down_DF), ranks_of(layer, new), strict=True)
-        ]
-        experts[old] = MLP(*cut, act=experts[old].act)
-    return replace(moe, experts=tuple(experts))
-
-
-def compress(folder: Path, out: Path) -> Path:
-    """The checkpoint of the experts in `KEPT`, cut to these ranks, in two files and an index."""
-    config, tensors = read_config(Folder(folder)), Tensors(folder)
-    arch = arch_of(config)
-    found = {n: t for n, t in tensors.items() if ".layers." not in n}
-    formats: list[Format | None] = []
-    for layer in range(3):
-        names = [n for n in tensors if n.startswith(arch.prefix(layer))]
-        moe = layer in arch.moe_layers(config)
-        here = {}
-        for old, (new, sliced) in kept(names, config, layer, KEPT[layer]).items():
-            here[new] = tensors[old][KEPT[layer]] if moe and sliced else tensors[old]
-        for expert in range(len(KEPT[layer]) if moe else 0):
-            for name, rank in zip(arch.expert(layer, expert), ranks_of(layer, expert), strict=True):
-                if rank:
-                    cut = factor(here.pop(name), rank)
-                    here |= dict(zip(arch.factors(name), (cut.out_MR, cut.in_RN), strict=True))
-        found |= here
-        formats.append(format_of({n: t.shape for n, t in here.items()}, config, layer) if moe else None)
-    write(found, config_of(config, formats), out)
-    return out
-
-
-def write(tensors: dict[str, Tensor], config: dict[str, Any], out: Path) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    names = sorted(tensors)
-    parts = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
-    for file, part in parts.items():
-        save({n: tensors[n] for n in part}, out / file)
-    weight_map = {n: file for file, part in parts.items() for n in part}
-    (out / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    (out / "config.json").write_text(json.dumps(config))
-
-
-def load(folder: Path, **options: Any) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, **options).eval()
-
-
-def ids(n: int = 2, length: int = 20) -> Tensor:
-    return torch.randint(3, 96, (n, length), generator=torch.Generator().manual_seed(1))
+from tests.compressed import KEPT, compress, ids, load, ranks_of, reference_layer, write
 
 
 @pytest.fixture(scope="module")
@@ -118,9 +50,9 @@ class _Reference(nn.Module):
 @torch.inference_mode()
 def test_logits_are_those_of_the_original_with_experts_forbidden_and_matrices_cut(family: Path, smaller: Path) -> None:
     config = read_config(Folder(family))
-    arch = arch_of(config)
+    arch = Family.of(config).arch
     model = load(family)
-    for layer in arch.moe_layers(config):
+    for layer in Family.of(config).moe_layers:
         allowed_E = torch.zeros(8, dtype=torch.bool)
         allowed_E[KEPT[layer]] = True
         moe = reference_layer(read_moe(Tensors(family), config, layer), layer)
@@ -170,11 +102,11 @@ def test_training_leaves_the_padding_at_zero(smaller: Path) -> None:
     torch.testing.assert_close(loss, plain)
     loss.backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
-    arch = arch_of(model.config.to_dict())
+    family = Family.of(model.config.to_dict())
     found = 0
     for layer, format in zip(model.model.layers, layer_formats(model.config.to_dict()), strict=True):
         if format is not None and format.low_rank:
-            experts = layer.get_submodule(arch.block).experts
+            experts = layer.get_submodule(family.arch.block).experts
             for stack in compressed.STACKS:
                 if (parameter := getattr(experts, stack.name, None)) is not None:
                     inside = torch.zeros_like(parameter, dtype=torch.bool)
@@ -187,14 +119,14 @@ def test_training_leaves_the_padding_at_zero(smaller: Path) -> None:
 
 def test_the_load_balancing_loss_is_taken_of_each_layer_by_itself(smaller: Path) -> None:
     model = load(smaller)
-    arch = arch_of(model.config.to_dict())
-    if not hasattr(model.config, "router_aux_loss_coef") or "deepseek" in arch.model_type:
+    family = Family.of(model.config.to_dict())
+    if not hasattr(model.config, "router_aux_loss_coef") or "deepseek" in family.arch.model_type:
         pytest.skip("the family has no load-balancing loss")
     plain, seen = model(ids(), labels=ids()).loss, []
     routers = [
         m.register_forward_hook(lambda _, __, out: seen.append(out))
         for n, m in model.named_modules()
-        if n.endswith(f"mlp.{arch.block_router}")
+        if n.endswith(f"mlp.{family.arch.block_router}")
     ]
     out = model(ids(), labels=ids(), output_router_logits=True)
     expected = []
@@ -212,12 +144,12 @@ def test_the_load_balancing_loss_is_taken_of_each_layer_by_itself(smaller: Path)
 @torch.inference_mode()
 def test_streaming_is_the_whole_model_bit_for_bit_and_recording_changes_nothing(smaller: Path, tmp_path: Path) -> None:
     config, tensors = read_config(Folder(smaller)), Tensors(smaller)
-    arch = arch_of(config)
+    family = Family.of(config)
     save({n: tensors[n] for n in tensors if ".layers." not in n}, tmp_path / "rest.safetensors")
     layers = []
     for i in range(3):
         layers.append((i, tmp_path / f"{i}.part"))
-        save({n: tensors[n] for n in tensors if n.startswith(arch.prefix(i))}, layers[-1][1])
+        save({n: tensors[n] for n in tensors if n.startswith(family.prefix(i))}, layers[-1][1])
     passes.embed(config, Folder(tmp_path), ids(), tmp_path / "start", dtype="float32")
     run = dict(batch=2, dtype="float32", progress=lambda *_: None)
     passes.through(config, tmp_path / "start", layers, tmp_path / "plain", **run)
@@ -229,7 +161,7 @@ def test_streaming_is_the_whole_model_bit_for_bit_and_recording_changes_nothing(
     model(ids(), use_cache=False)
     assert torch.equal(load_file(tmp_path / "plain")["hidden_NLD"], last[0])
     assert torch.equal(load_file(tmp_path / "seen")["hidden_NLD"], last[0])
-    for layer in arch.moe_layers(config):
+    for layer in family.moe_layers:
         seen, moe = load_file(tmp_path / f"seen-{layer}"), read_moe(tensors, config, layer)
         weights_TE = moe.weights(seen["x_RD"]).double()
         norm_TE = moe.expert_outputs(seen["x_RD"]).norm(dim=-1).double()
@@ -252,10 +184,9 @@ def test_layers_of_one_size_and_whole_matrices_are_the_familys_own_format(family
     config = read_config(Folder(family))
     formats = [None if f is None else Format(6) for f in layer_formats(config)]
     new = config_of(config, formats)
-    arch = arch_of(config)
-    assert new == arch.with_experts(config, 6) == config_of(new, formats)
+    assert new == Family.of(config).with_experts(6) == config_of(new, formats)
     uneven = config_of(new, [f and (f if i < 2 else Format(8)) for i, f in enumerate(formats)])
-    assert arch.num_experts(uneven) == 8 and layer_formats(uneven)[2] == Format(8)
+    assert Family.of(config).num_experts == 8 and layer_formats(uneven)[2] == Format(8)
     assert config_of(uneven, formats) == new
 
 

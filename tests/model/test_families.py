@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from moeflow.arch import arch_of
+from moeflow.arch import Family
 from moeflow.model.checkpoint import Tensors, read_moe
 from moeflow.model.layout import Folder, read_config
 from moeflow.model.router import dense
@@ -15,7 +15,7 @@ from moeflow.model.stream import Stream
 
 
 def block_of(model: torch.nn.Module, folder: Path, layer: int) -> torch.nn.Module:
-    return model.model.layers[layer].get_submodule(arch_of(read_config(Folder(folder))).block)
+    return model.model.layers[layer].get_submodule(Family.of(read_config(Folder(folder))).arch.block)
 
 
 @torch.inference_mode()
@@ -23,7 +23,7 @@ def test_our_layer_computes_what_transformers_computes(family: Path) -> None:
     config = read_config(Folder(family))
     x_TD = torch.randn(200, config["hidden_size"])
     model = AutoModelForCausalLM.from_pretrained(family).eval()
-    for layer in arch_of(config).moe_layers(config):
+    for layer in Family.of(config).moe_layers:
         theirs = block_of(model, family, layer)(x_TD[None])[0]
         ours = read_moe(Tensors(family), config, layer)
         torch.testing.assert_close(ours(x_TD), theirs, rtol=1e-5, atol=1e-5)
@@ -35,8 +35,7 @@ def test_our_layer_computes_what_transformers_computes(family: Path) -> None:
 def test_forbidding_experts_is_slicing_them_out_of_the_router(family: Path) -> None:
     """The mask must reach the score by which the router chooses: for DeepSeek-V3 after the bias is added."""
     config = read_config(Folder(family))
-    arch = arch_of(config)
-    layer = arch.moe_layers(config)[-1]
+    layer = Family.of(config).moe_layers[-1]
     moe, kept = read_moe(Tensors(family), config, layer), [0, 2, 3, 4, 6, 7]
     allowed_E = torch.zeros(moe.num_experts, dtype=torch.bool)
     allowed_E[kept] = True
@@ -50,11 +49,10 @@ def test_forbidding_experts_is_slicing_them_out_of_the_router(family: Path) -> N
 @torch.inference_mode()
 def test_our_router_chooses_as_transformers_does(family: Path) -> None:
     config = read_config(Folder(family))
-    arch = arch_of(config)
-    layer = arch.moe_layers(config)[-1]
+    layer = Family.of(config).moe_layers[-1]
     x_TD = torch.randn(300, config["hidden_size"])
     model = AutoModelForCausalLM.from_pretrained(family).eval()
-    logits, weights, index = block_of(model, family, layer).get_submodule(arch.block_router)(x_TD)
+    logits, weights, index = block_of(model, family, layer).get_submodule(Family.of(config).arch.block_router)(x_TD)
     moe = read_moe(Tensors(family), config, layer)
     torch.testing.assert_close(moe.logits(x_TD), logits)
     torch.testing.assert_close(moe.weights(x_TD), dense(weights.float(), index, moe.num_experts))

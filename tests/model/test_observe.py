@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 from transformers import AutoModelForCausalLM
 
-from moeflow.arch import arch_of
+from moeflow.arch import Family
 from moeflow.model import passes
 from moeflow.model.checkpoint import Tensors, read_moe, save
 from moeflow.model.layout import Folder, read_config
@@ -36,7 +36,7 @@ def calibrated(folder: Path, out: Path, ids_NL: Tensor, batch: int = 2, **record
         config, out / "start.safetensors", layers, out / "end.safetensors", batch=batch, dtype="float32",
         progress=lambda *_: None, recorded=lambda i: out / f"seen-{i}.safetensors", **({"budget": 10**9} | recording),
     )  # fmt: skip
-    return {i: load_file(out / f"seen-{i}.safetensors") for i in arch_of(config).moe_layers(config)}
+    return {i: load_file(out / f"seen-{i}.safetensors") for i in Family.of(config).moe_layers}
 
 
 def ids(n: int = 6, length: int = 20) -> Tensor:
@@ -58,14 +58,13 @@ def test_recording_changes_no_bit_of_the_hidden_states(family: Path, tmp_path: P
 def test_what_is_recorded_is_what_the_whole_model_does(family: Path, tmp_path: Path) -> None:
     found = calibrated(family, tmp_path, ids(), residual=True)
     config = read_config(Folder(family))
-    arch = arch_of(config)
     model = AutoModelForCausalLM.from_pretrained(family).eval()
     for i, mine in found.items():
         layer = model.model.layers[i]
         taken: dict[str, Tensor] = {}
         hooks = [
             layer.post_attention_layernorm.register_forward_pre_hook(lambda m, a, t=taken: t.update(residual=a[0].flatten(0, 1))),
-            layer.get_submodule(arch.block).register_forward_hook(
+            layer.get_submodule(Family.of(config).arch.block).register_forward_hook(
                 lambda m, a, o, t=taken: t.update(x=a[0].flatten(0, 1), z=o.flatten(0, 1))
             ),
             layer.register_forward_hook(lambda m, a, o, t=taken: t.update(before=a[0].flatten(0, 1), after=o.flatten(0, 1))),

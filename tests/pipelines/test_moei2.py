@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from moeflow.arch import arch_of
+from moeflow.arch import Family
 from moeflow.model.formats import format_of
 from moeflow.model.layout import Folder, headers, read_config
 from moeflow.run import pipeline
@@ -55,7 +55,7 @@ def test_a_pipeline_runs_on_a_small_model_of_its_family(
     store.fetch(target.key, out)
     config, tensors = read_config(Folder(out)), headers(Folder(out))
     shapes = {n: t.shape for n, t in tensors.items()}
-    formats = [format_of(shapes, config, i) for i in arch_of(config).moe_layers(config)]
+    formats = [format_of(shapes, config, i) for i in Family.of(config).moe_layers]
     assert sum(f.experts for f in formats) == round(0.75 * 8 * len(formats))
     before, after = (sum(t.numel for n, t in headers(Folder(f)).items() if ".experts." in n) for f in (source, out))
     # ranks are whole numbers, and these matrices are small: a rank is several percent of one

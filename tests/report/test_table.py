@@ -1,9 +1,7 @@
 """Stored reports as one table."""
 
 import io
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 from rich.table import Table
@@ -12,23 +10,12 @@ from moeflow.report import console, read, table
 from moeflow.run import in_process
 from moeflow.step import Context, Step, step
 from moeflow.store import Store
-
-ORIGINAL = ["original", "compressed"]
-
-
-@step("evaluate.told", version=1)
-def told(context: Context, *, report: dict[str, Any]) -> None:
-    (context.out / "report.json").write_text(json.dumps(report))
+from tests.report.reporting import report
 
 
 @step("evaluate.silent", version=1)
 def silent(context: Context) -> None:
     (context.out / "other").write_text("")
-
-
-def report(kind: str, *rows: tuple[str, Any, Any, str], columns: list[str] = ORIGINAL, notes: tuple[str, ...] = ()) -> Step:
-    made = [{"name": name, columns[0]: one, columns[1]: two, "unit": unit} for name, one, two, unit in rows]
-    return told(report={"kind": kind, "columns": columns, "rows": made, "notes": list(notes)})
 
 
 @pytest.fixture

@@ -1,13 +1,17 @@
 """How words become the parameters of a pipeline's build()."""
 
 import json
+import re
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 
-from moeflow.run.pipeline import call, load
+from moeflow.options import check_choices, plain
+from moeflow.run.pipeline import call, load, page
 from moeflow.sources import Source, Texts
 from moeflow.step import Step
 from moeflow.store import Store
@@ -46,7 +50,8 @@ def test_words_are_read_as_annotations_and_defaults_say() -> None:
 @pytest.mark.parametrize(
     ("word", "said"),
     [
-        ("keeep=4", "no parameter 'keeep'; it has first, keep, rate"),
+        ("keeep=4", "no parameter 'keeep'; did you mean 'keep'?"),
+        ("zzz=4", "no parameter 'zzz'; it has first, keep, rate"),
         ("keep", "write -p name=value"),
         ("keep=four", "must be a whole number"),
         ("rate=fast", "must be a number"),
@@ -154,3 +159,56 @@ def test_steps_defined_in_the_pipeline_run_on_both_runners(run: Callable, store:
     target = call(load(path), [])
     run([target], store)
     assert store.artifact(target.key).file("n").read_text() == "made by a helper"
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How weights are rounded. More is said below."""
+
+    method: Literal["nearest", "gptq"] = "nearest"
+    """Which point of the grid a weight takes."""
+    bits: int = 4
+    """Bits of a weight."""
+    damp: float = 0.01
+    """Added to the diagonal, as a part of its mean."""
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+
+
+def rounded(*, weights: Rounding = Rounding(), again: Rounding | None = None, bits: int = 3) -> Step:
+    return toy.shards(values=[plain(weights), plain(again), bits])
+
+
+def test_a_field_of_options_is_a_parameter_of_its_own() -> None:
+    assert seen(rounded)["values"] == [{}, None, 3]
+    assert seen(rounded, "weights.bits=8", "weights.damp=1")["values"] == [{"bits": 8, "damp": 1.0}, None, 3]
+    assert seen(rounded, "weights=gptq", "weights.bits=2")["values"] == [{"method": "gptq", "bits": 2}, None, 3]
+    assert seen(rounded, "again.bits=8")["values"] == [{}, {"bits": 8}, 3]
+    assert seen(partial(rounded, again=Rounding(bits=2)), "again=none")["values"] == [{}, None, 3]
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("weights.bitz=8", "-p weights has no 'bitz'; did you mean 'bits'?"),
+        ("weights.bits=many", "-p weights.bits=many: it must be a whole number"),
+        ("weights.method=awq", "-p weights.method=awq: choose one of nearest, gptq"),
+        ("weights=awq", "-p weights.method=awq: choose one of nearest, gptq"),
+        ("weights=none", "weights cannot be absent"),
+        ("damp=0.1", "no parameter 'damp'; did you mean weights.damp or again.damp?"),
+        ("bits.more=1", "bits has no fields; write -p bits=value"),
+    ],
+)
+def test_fields_that_do_not_fit_are_refused_with_the_way_out(word: str, said: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(said)):
+        call(rounded, [word])
+
+
+def test_a_page_lists_every_field_with_its_type_default_choices_and_documentation() -> None:
+    text = page(partial(rounded, weights=Rounding(bits=2)))
+    (line,) = (n for n in text.splitlines() if "weights.bits" in n)
+    assert line.split() == ["weights.bits", "int", "2", "Bits", "of", "a", "weight."]
+    (line,) = (n for n in text.splitlines() if "again.method" in n)
+    assert line.split()[:3] == ["again.method", "choice", "nearest"] and line.endswith("One of nearest, gptq.")
+    assert "How weights are rounded" in text and "More is said" not in text

@@ -5,7 +5,7 @@ from pathlib import Path
 from moeflow.run import in_process
 from moeflow.run.plan import plan
 from tests import running
-from tests.methods.test_evaluate import graph
+from tests.models import graph
 
 
 def test_a_plan_names_the_steps_and_bytes_of_what_then_happens(family: Path, tmp_path: Path) -> None:

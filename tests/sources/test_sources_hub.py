@@ -12,7 +12,7 @@ import pytest
 from moeflow.sources import pin
 from moeflow.store import MissingSource
 from tests import servers
-from tests.sources.test_sources import run
+from tests.sources.running import run
 
 WEIGHTS = b"weights" * 1000
 FILES = {

@@ -11,7 +11,7 @@ from moeflow.store import MissingSource
 from moeflow.store import s3 as s3_module
 from tests import servers
 from tests.making import read
-from tests.sources.test_sources import run
+from tests.sources.running import run
 
 
 @pytest.fixture

@@ -6,13 +6,14 @@ whole model: one pass that forks at every layer, once for each alternative, so t
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from moeflow.methods.graph import HIDDEN, REST, Calibration, Model, file_before, file_of
+from moeflow.methods.graph import HIDDEN, REST, TOKENS, Calibration, Model, Pass, file_before, file_of
 from moeflow.methods.records import CURVES, read_candidates
 from moeflow.model.layout import LAYER, ROUTING, read_config
 from moeflow.model.spec import (
@@ -28,48 +29,59 @@ from moeflow.model.spec import (
 )
 from moeflow.step import Artifact, Context, Part, Spec, Step, step
 
+STAGE_OF_FORKS = 4
+"""Consecutive layers of one task that measures alternatives."""
 
-def run(
-    model: Model,
-    tokens: Step,
-    *,
-    batch: int = 8,
-    shard: int = 32,
-    stage: int = 8,
-    record: int | None = None,
-    per_expert: int = 0,
-    residual: bool = False,
-    between: bool = False,
-    dtype: str = "auto",
-) -> Calibration:
-    """Calibrate `model` on `tokens`, in shards of `shard` sequences and stages of `stage` layers.
 
-    `batch` sequences run together; `record`: tokens whose MoE inputs are kept (all, where it is None), and beyond them up to
-    `per_expert` tokens for each expert and shard; `residual` keeps the residual stream of the same tokens too, `between` the
-    hidden states before every layer of the first `record` tokens; `dtype`: the precision of the run ("auto": the checkpoint's own).
+@dataclass(frozen=True)
+class Recording:
+    """What one shard's pass leaves of each layer, beside the router's statistics of all tokens."""
+
+    inputs: int
+    """Tokens, from the first, whose inputs of the MoE block are kept."""
+    per_expert: int = 0
+    """Tokens kept beyond them for each expert that has got fewer."""
+    between: int = 0
+    """Tokens, from the first, whose hidden states before every layer are kept."""
+
+
+def run(model: Model, tokens: Step, passed: Pass = Pass(), *, inputs: bool = True, between: bool = False) -> Calibration:
+    """Calibrate `model` on a token matrix, as a graph.
+
+    `inputs`: whether the inputs of the MoE blocks are kept, of as many tokens as `passed` says; without them a calibration holds
+    statistics of the routers only. `between`: whether the hidden states before every layer are kept, of the same tokens.
     """
-    spec: TokensSpec = tokens.spec.output
-    starts = _embed_shards(model, tokens, batch=batch, shard=shard, dtype=dtype)
-    each = shard * spec.length if record is None else -(-record // len(starts))
+    starts = _embedded(model, tokens, passed)
+    tokens_of_shard = passed.sequences * tokens.spec.output.length
+    each = tokens_of_shard if passed.record is None else -(-passed.record // len(starts))
+    recording = Recording(each if inputs else 0, passed.per_expert if inputs else 0, each if between else 0)
     observed: dict[int, tuple[Part, ...]] = {i: () for i in model.moe_layers}
-    ends = []
     states: dict[int, tuple[Step, ...]] = {}
     before: list[list[Part]] = [[] for _ in model.layers]
+    ends = []
     for hidden in starts:
-        for first in range(0, len(model.layers), stage):
-            indices = list(range(first, min(first + stage, len(model.layers))))
+        for first, layers in _stages(model, passed.stage):
             states[first] = (*states.get(first, ()), hidden)
             hidden = observe(
-                model.essential, hidden, *(model.layers[i] for i in indices),
-                layers=indices, batch=batch, record=each, per_expert=per_expert, residual=residual, between=between, dtype=dtype,
-            )  # fmt: skip
-            for i in indices:
+                model.essential, hidden, layers, first=first, recording=recording, batch=passed.batch, dtype=passed.dtype
+            )
+            for i in range(first, first + len(layers)):
                 before[i].append(hidden.part(file_before(i)))
                 if i in observed:
                     observed[i] += (hidden.part(file_of(i)),)
         ends.append(hidden)
     kept = tuple(map(tuple, before)) if between else ()
-    return Calibration(model, tokens, batch, dtype, tuple(starts), tuple(ends), states, observed, each, kept)
+    return Calibration(model, tokens, passed, tuple(starts), tuple(ends), states, observed, each, kept)
+
+
+def hidden_states(model: Model, tokens: Step, passed: Pass = Pass()) -> tuple[Step, ...]:
+    """The hidden states of `tokens` behind the last layer of `model`, shard by shard, recording nothing."""
+    ends = []
+    for hidden in _embedded(model, tokens, passed):
+        for first, layers in _stages(model, passed.stage):
+            hidden = advance(model.essential, hidden, layers, first=first, batch=passed.batch, dtype=passed.dtype)
+        ends.append(hidden)
+    return tuple(ends)
 
 
 def states_before(calibration: Calibration, layer: int) -> tuple[Step, ...]:
@@ -87,49 +99,60 @@ def advanced(calibration: Calibration, states: tuple[Step, ...], layers: Sequenc
     """The states of every shard before layer `first` taken through these layers up to `stop`."""
     if first == stop:
         return states
-    indices = list(range(first, stop))
+    model, passed = calibration.model, calibration.passed
     return tuple(
-        advance(
-            calibration.model.essential, h, *(layers[i] for i in indices),
-            layers=indices, batch=calibration.batch, dtype=calibration.dtype,
-        )
-        for h in states
-    )  # fmt: skip
+        advance(model.essential, h, tuple(layers[first:stop]), first=first, batch=passed.batch, dtype=passed.dtype) for h in states
+    )
 
 
-def hidden_states(
-    model: Model, tokens: Step, *, batch: int = 8, shard: int = 32, stage: int = 8, dtype: str = "auto"
-) -> tuple[Step, ...]:
-    """The hidden states of `tokens` behind the last layer of `model`, shard by shard, recording nothing."""
-    ends = []
-    for hidden in _embed_shards(model, tokens, batch=batch, shard=shard, dtype=dtype):
-        for first in range(0, len(model.layers), stage):
-            indices = list(range(first, min(first + stage, len(model.layers))))
-            hidden = advance(
-                model.essential,
-                hidden,
-                *(model.layers[i] for i in indices),
-                layers=indices,
-                batch=batch,
-                dtype=dtype,
-            )
-        ends.append(hidden)
-    return tuple(ends)
+Rewrite = Callable[[int, Step, tuple[Part, ...]], Step]
+"""What makes of a layer (its number, its file, what every shard recorded in it) the file that stands in its place."""
+
+
+def in_sequence(calibration: Calibration, rewrite: Rewrite) -> dict[int, Step]:
+    """Rewrite the MoE layers one after the other, each observed behind those that are rewritten already.
+
+    NAEE calls it progressive pruning (Table 6 of the paper); GPTQ and SparseGPT treat a model like this.
+    """
+    model, passed = calibration.model, calibration.passed
+    rewritten: dict[int, Step] = {}
+    hidden: tuple[Step, ...] = calibration.starts
+    last = max(calibration.observed, default=-1)
+    for i, layer in enumerate(model.layers[: last + 1]):
+        if i in calibration.observed:
+            recorded = calibration.observed[i]
+            if rewritten:
+                recorded = tuple(
+                    observe(
+                        model.essential, h, (layer,),
+                        first=i, recording=Recording(calibration.recorded), batch=passed.batch, dtype=passed.dtype,
+                    ).part(file_of(i))
+                    for h in hidden
+                )  # fmt: skip
+            layer = rewritten[i] = rewrite(i, layer, recorded)
+        if i < last:
+            hidden = tuple(advance(model.essential, h, (layer,), first=i, batch=passed.batch, dtype=passed.dtype) for h in hidden)
+    return rewritten
+
+
+def _stages(model: Model, size: int) -> list[tuple[int, tuple[Step, ...]]]:
+    """The model's layers in stages of `size`: the number of the first, and all of them."""
+    return [(first, model.layers[first : first + size]) for first in range(0, len(model.layers), size)]
+
+
+def _embedded(model: Model, tokens: Step, passed: Pass) -> list[Step]:
+    """The hidden states of every shard before the first layer."""
+    count, size = tokens.spec.output.sequences, passed.sequences
+    rest = model.rest.part(REST)
+    return [
+        embed(model.essential, rest, tokens, first=first, count=min(size, count - first), dtype=passed.dtype)
+        for first in range(0, count, size)
+    ]
 
 
 def _weights(layer: Artifact) -> Path:
     """A layer's file, or the folder of its files where there are several."""
     return layer.folder() if ROUTING in layer.names() else layer.file(LAYER)
-
-
-def _embed_shards(model: Model, tokens: Step, *, batch: int, shard: int, dtype: str) -> list[Step]:
-    count = tokens.spec.output.sequences
-    if batch < 1 or shard % batch:
-        raise ValueError(f"shard={shard} sequences must be a multiple of batch={batch}, so that a shard holds whole batches")
-    return [
-        embed(model.essential, model.rest.part(REST), tokens, first=first, count=min(shard, count - first), dtype=dtype)
-        for first in range(0, count, shard)
-    ]
 
 
 def _embed_spec(essential: RestSpec, rest: RestSpec, tokens: TokensSpec, *, first: int, count: int, dtype: str) -> Spec:
@@ -151,116 +174,118 @@ def embed(context: Context, config: Artifact, rest: Artifact, tokens: Artifact, 
 
     from moeflow.model import passes
 
-    ids_NL = torch.from_numpy(np.load(tokens.file("tokens.npy"))[first : first + count].astype(np.int64))
+    ids_NL = torch.from_numpy(np.load(tokens.file(TOKENS))[first : first + count].astype(np.int64))
     passes.embed(read_config(config), rest, ids_NL, context.out / HIDDEN, dtype=dtype)
 
 
-def _pass_spec(hidden: HiddenSpec | ObservedSpec, layers: tuple[LayerSpec, ...]) -> tuple[HiddenSpec, int, int]:
-    states = hidden.hidden if isinstance(hidden, ObservedSpec) else hidden
+def _pass_spec(hidden: Any, layers: tuple[LayerSpec, ...]) -> tuple[HiddenSpec, int, int]:
+    """The hidden states, the bytes that are read with the layers, and the peak memory."""
+    states = _states(hidden)
     reads = states.nbytes + sum(layer.nbytes for layer in layers)
     # the largest layer twice (file and fused experts), the hidden states, and a batch's activations
     memory = 2 * max(layer.nbytes for layer in layers) + 4 * states.nbytes
     return states, reads, memory
 
 
-def _advance_spec(config: RestSpec, hidden: Any, *layer_specs: LayerSpec, layers: list[int], batch: int, dtype: str) -> Spec:
-    states, reads, memory = _pass_spec(hidden, layer_specs)
+def _advance_spec(config: RestSpec, hidden: Any, layers: tuple[LayerSpec, ...], *, first: int, batch: int, dtype: str) -> Spec:
+    states, reads, memory = _pass_spec(hidden, layers)
     return Spec(states, reads=reads, writes=states.nbytes, memory=memory)
 
 
 @step("calibrate.advance", version=1, spec=_advance_spec, gpus=1)
 def advance(
-    context: Context, config: Artifact, hidden: Artifact, *files: Artifact, layers: list[int], batch: int, dtype: str
+    context: Context, config: Artifact, hidden: Artifact, layers: tuple[Artifact, ...], *, first: int, batch: int, dtype: str
 ) -> None:
-    """The hidden states behind consecutive `layers`, whose files follow each other in the inputs."""
+    """The hidden states behind consecutive layers, of which `first` is the number of the first."""
     from moeflow.model import passes
 
-    given = [(i, _weights(f)) for i, f in zip(layers, files, strict=True)]
     passes.through(
-        read_config(config), hidden.file(HIDDEN), given, context.out / HIDDEN, batch=batch, dtype=dtype, progress=context.progress
-    )
+        read_config(config), hidden.file(HIDDEN), [(i, _weights(f)) for i, f in enumerate(layers, first)], context.out / HIDDEN,
+        batch=batch, dtype=dtype, progress=context.progress,
+    )  # fmt: skip
 
 
 def _observe_spec(
-    config: RestSpec,
-    hidden: Any,
-    *layer_specs: LayerSpec,
-    layers: list[int],
-    batch: int,
-    record: int,
-    per_expert: int,
-    residual: bool,
-    between: bool,
-    dtype: str,
+    config: RestSpec, hidden: Any, layers: tuple[LayerSpec, ...], *, first: int, recording: Recording, batch: int, dtype: str
 ) -> Spec:
-    states, reads, memory = _pass_spec(hidden, layer_specs)
+    states, reads, memory = _pass_spec(hidden, layers)
     tokens = states.sequences * states.length
-    kept = min(tokens, record)
-    width, size = int(states.config["hidden_size"]), 4 if states.dtype == "float32" else 2
-    writes, most = states.nbytes, kept
-    writes += len(layer_specs) * (kept * width * size + 96) if between else 0
-    for layer in layer_specs:
+    row = int(states.config["hidden_size"]) * states.itemsize
+    kept = most = min(tokens, recording.inputs)
+    writes = states.nbytes
+    writes += len(layers) * (min(tokens, recording.between) * row + 96) if recording.between else 0
+    for layer in layers:
         if layer.experts:
-            rows = min(tokens, kept + per_expert * layer.experts)
+            rows = min(tokens, kept + recording.per_expert * layer.experts)
             most = max(most, rows)
-            writes += rows * (width * size * (2 if residual else 1) + 8) + tokens * layer.experts * 4 + 8 * 7 * layer.experts + 1400
-    moe = tuple(spec.layer for spec in layer_specs if spec.experts)
+            writes += rows * (row + 8) + tokens * layer.experts * 4 + 8 * 7 * layer.experts + 1400
+    moe = tuple(spec.layer for spec in layers if spec.experts)
     return Spec(ObservedSpec(states, kept, most, moe), reads=reads, writes=writes, memory=memory + writes)
 
 
 @step("calibrate.observe", version=1, spec=_observe_spec, gpus=1)
 def observe(
-    context: Context, config: Artifact, hidden: Artifact, *files: Artifact,
-    layers: list[int], batch: int, record: int, per_expert: int, residual: bool, between: bool, dtype: str,
+    context: Context, config: Artifact, hidden: Artifact, layers: tuple[Artifact, ...],
+    *, first: int, recording: Recording, batch: int, dtype: str,
 ) -> None:  # fmt: skip
     """`advance`, and beside the hidden states one file per MoE layer with what a `Recorder` saw in it.
 
-    Of a layer that a run has left without experts it holds the number of tokens only. `between`: for each layer also the hidden
-    states before it of the first `record` tokens, as `hidden_RD`.
+    If trimming removed a layer's experts, its file holds only the token count. With `recording.between` there is also a file per
+    layer with the hidden states before it, as `hidden_RD`.
     """
     from moeflow.model import passes
 
-    given = [(i, _weights(f)) for i, f in zip(layers, files, strict=True)]
     passes.through(
-        read_config(config), hidden.file(HIDDEN), given, context.out / HIDDEN, batch=batch, dtype=dtype, progress=context.progress,
-        recorded=lambda i: context.out / file_of(i), before=(lambda i: context.out / file_before(i)) if between else None,
-        budget=record, per_expert=per_expert, residual=residual,
+        read_config(config), hidden.file(HIDDEN), [(i, _weights(f)) for i, f in enumerate(layers, first)], context.out / HIDDEN,
+        batch=batch, dtype=dtype, progress=context.progress,
+        recorded=lambda i: context.out / file_of(i), before=(lambda i: context.out / file_before(i)) if recording.between else None,
+        between=recording.between, budget=recording.inputs, per_expert=recording.per_expert,
     )  # fmt: skip
 
 
-SETS, EACH, FILES = "sets", "each", "files"
-"""Where a layer's alternatives come from: the sets of a `search.candidates`, each expert left out, or whole layer files."""
+@dataclass(frozen=True)
+class Forks:
+    """The alternatives of one layer: where they come from, and their names."""
+
+    kind: Literal["sets", "each", "files"]
+    """The best sets of a layer's candidates, each expert left out, or other files of the layer."""
+    names: tuple[str, ...]
+    """The count that a set keeps; the expert that is left out; or what each file is called."""
 
 
-def curves(
-    calibration: Calibration, alternatives: Mapping[int, tuple[str, Sequence[str], Sequence[Step]]], *, tokens: int, stage: int = 4
-) -> Step:
-    """Measure every alternative of every layer alone on about `tokens` of the calibration tokens, the same from every shard.
+@dataclass(frozen=True)
+class Alternatives:
+    """The alternatives of one layer, and the steps that hold them: one of candidates for "sets", one per name for "files"."""
 
-    `alternatives`: per layer where they come from, their names, and the steps that hold them. The checkpoint is read once.
-    """
-    model, length = calibration.model, calibration.tokens.spec.output.length
+    forks: Forks
+    steps: tuple[Step, ...] = ()
+
+
+def curves(calibration: Calibration, alternatives: Mapping[int, Alternatives], *, tokens: int) -> Step:
+    """Measure every alternative of every layer alone, on about `tokens` of the calibration tokens, as many from every shard."""
+    model, passed = calibration.model, calibration.passed
+    length = calibration.tokens.spec.output.length
     sizes = [_states(s.spec.output).sequences for s in calibration.starts]
     each = max(1, round(tokens / length / len(sizes)))
     taken = [min(each, size) for size in sizes]
     rows = [[sum(sizes[:i]), n] for i, n in enumerate(taken)]
-    state: Step = start(*calibration.starts, taken=taken)
-    for first in range(0, len(model.layers), stage):
-        layers = list(range(first, min(first + stage, len(model.layers))))
-        given = [alternatives.get(i, ("", (), ())) for i in layers]
+    state: Step = start(calibration.starts, taken=taken)
+    for first, layers in _stages(model, STAGE_OF_FORKS):
+        own = [alternatives.get(i) for i in range(first, first + len(layers))]
         state = forks(
-            model.essential, state, *(model.layers[i] for i in layers), *(s for g in given for s in g[2]),
-            layers=layers, kinds=[g[0] for g in given], names=[list(g[1]) for g in given],
-            batch=calibration.batch, dtype=calibration.dtype,
+            model.essential, state, layers,
+            tuple(s for a in own if a and a.forks.kind == "sets" for s in a.steps),
+            tuple(s for a in own if a and a.forks.kind == "files" for s in a.steps),
+            first=first, alternatives=[a.forks if a else None for a in own], batch=passed.batch, dtype=passed.dtype,
         )  # fmt: skip
-    return measure(model.rest, calibration.tokens, state, rows=rows, dtype=calibration.dtype)
+    return measure(model.rest, calibration.tokens, state, rows=rows, dtype=passed.dtype)
 
 
 def _states(spec: Any) -> HiddenSpec:
     return spec.hidden if isinstance(spec, ForkSpec | ObservedSpec) else spec
 
 
-def _start_spec(*starts: Any, taken: list[int]) -> Spec:
+def _start_spec(starts: tuple[Any, ...], *, taken: list[int]) -> Spec:
     first = _states(starts[0])
     out = HiddenSpec(first.config, sum(taken), first.length, first.dtype)
     size = out.nbytes // out.sequences
@@ -268,55 +293,51 @@ def _start_spec(*starts: Any, taken: list[int]) -> Spec:
 
 
 @step("calibrate.start", version=1, spec=_start_spec)
-def start(context: Context, *starts: Artifact, taken: list[int]) -> None:
+def start(context: Context, starts: tuple[Artifact, ...], *, taken: list[int]) -> None:
     """The hidden states of the first sequences of every shard, `taken` of each, before the first layer, as one file."""
-
     from moeflow.methods.calibrate import forking
 
     forking.first_rows(starts, taken, context.out / HIDDEN)
 
 
 def _forks_spec(
-    rest: RestSpec, before: ForkSpec, *inputs: Any,
-    layers: list[int], kinds: list[str], names: list[list[str]], batch: int, dtype: str,
+    config: RestSpec, before: ForkSpec, layers: tuple[LayerSpec, ...], candidates: tuple[Any, ...], files: tuple[LayerSpec, ...],
+    *, first: int, alternatives: list[Forks | None], batch: int, dtype: str,
 ) -> Spec:  # fmt: skip
-    layer_specs: Sequence[LayerSpec] = inputs[: len(layers)]
-    more = tuple(fork(i, name) for i, found in zip(layers, names, strict=True) for name in found)
+    more = tuple(fork(i, name) for i, one in enumerate(alternatives, first) if one for name in one.names)
     out = ForkSpec(before.hidden, before.forks + more)
-    files = sum(i.nbytes if isinstance(i, LayerSpec) else i["bytes"] for i in inputs)
-    largest = max(layer.nbytes for layer in layer_specs)
-    return Spec(out, reads=before.nbytes + files, writes=out.nbytes, memory=4 * largest + 6 * out.hidden.nbytes)
+    read = sum(layer.nbytes for layer in (*layers, *files)) + sum(c["bytes"] for c in candidates)
+    largest = max(layer.nbytes for layer in layers)
+    return Spec(out, reads=before.nbytes + read, writes=out.nbytes, memory=4 * largest + 6 * out.hidden.nbytes)
 
 
 @step("calibrate.forks", version=1, spec=_forks_spec, gpus=1)
 def forks(
-    context: Context, config: Artifact, given: Artifact, *inputs: Artifact,
-    layers: list[int], kinds: list[str], names: list[list[str]], batch: int, dtype: str,
+    context: Context, config: Artifact, before: Artifact, layers: tuple[Artifact, ...],
+    candidates: tuple[Artifact, ...], files: tuple[Artifact, ...],
+    *, first: int, alternatives: list[Forks | None], batch: int, dtype: str,
 ) -> None:  # fmt: skip
-    """The hidden states behind consecutive `layers`, of the model as it is and of every fork that began before or begins here.
+    """The hidden states behind consecutive layers, of the model as it is and of every fork that began before or begins here.
 
-    One file each. `inputs`: the layers' files, and then what holds the alternatives of each, in order.
+    One file each. `candidates` and `files` hold the alternatives of those layers whose kind asks for them, in the layers' order.
     """
-
     from moeflow.methods.calibrate import forking
-    from moeflow.model.alternatives import Kept, Without
+    from moeflow.model.alternatives import Alternative, Kept, Without
 
-    files, rest = inputs[: len(layers)], list(inputs[len(layers) :])
-    alternatives: list[dict[str, Any]] = []
-    for kind, found in zip(kinds, names, strict=True):
-        if kind == SETS:
-            counts = read_candidates(rest.pop(0))["counts"]
-            alternatives.append({name: Kept(tuple(counts[name]["best"][0]["keep"])) for name in found})
-        elif kind == FILES:
-            alternatives.append({name: rest.pop(0).file("layer.safetensors") for name in found})
-        else:
-            alternatives.append({name: Without(int(name)) for name in found})
-    stages = [
-        (i, file.file("layer.safetensors"), {fork(i, name): a for name, a in which.items()})
-        for i, file, which in zip(layers, files, alternatives, strict=True)
-    ]
+    sets, others = iter(candidates), iter(files)
+    stages = []
+    for i, (file, which) in enumerate(zip(layers, alternatives, strict=True), first):
+        begun: dict[str, Alternative] = {}
+        if which and which.kind == "sets":
+            counts = read_candidates(next(sets))["counts"]
+            begun = {name: Kept(tuple(counts[name]["best"][0]["keep"])) for name in which.names}
+        elif which and which.kind == "files":
+            begun = {name: next(others).file(LAYER) for name in which.names}
+        elif which:
+            begun = {name: Without(int(name)) for name in which.names}
+        stages.append((i, file.file(LAYER), {fork(i, name): alternative for name, alternative in begun.items()}))
     forking.through(
-        read_config(config), {n: given.file(n) for n in given.names()}, stages, context.out,
+        read_config(config), {n: before.file(n) for n in before.names()}, stages, context.out,
         batch=batch, dtype=dtype, progress=context.progress,
     )  # fmt: skip
 
@@ -341,10 +362,9 @@ def measure(context: Context, rest: Artifact, matrix: Artifact, end: Artifact, *
 
     `rows`: which sequences of the token matrix the states are of, as runs of (first, count).
     """
-
     from moeflow.methods.calibrate import forking
 
-    ids = np.load(matrix.file("tokens.npy"), mmap_mode="r")
+    ids = np.load(matrix.file(TOKENS), mmap_mode="r")
     taken = np.concatenate([ids[first : first + count] for first, count in rows])
-    found = forking.measured(rest, taken, end, dtype=dtype, progress=context.progress)
-    (context.out / CURVES).write_text(json.dumps(found, indent=1) + "\n")
+    measured = forking.measured(rest, taken, end, dtype=dtype, progress=context.progress)
+    (context.out / CURVES).write_text(json.dumps(measured, indent=1) + "\n")

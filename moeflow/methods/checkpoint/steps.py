@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moeflow import __version__
-from moeflow.arch import Config, arch_of, essential
+from moeflow.arch import Config, Family, essential
 from moeflow.methods.graph import INDEX, REST, Model, named_like
 from moeflow.methods.records import DECOMPOSITION, SKIP, TRIM, read_choice, read_trim
 from moeflow.methods.rewrite import config_text
@@ -127,7 +127,7 @@ def pinned(source: Source, *, mtp: Literal["drop", "keep"] = "drop") -> Model:
     if mtp not in ("drop", "keep"):
         raise ValueError(f"mtp={mtp!r}; choose 'drop' or 'keep'")
     config: Config = _json(source, "config.json")
-    arch = arch_of(config)
+    family = Family.of(config)
     if lacking := [k for k in ("num_hidden_layers", "num_experts_per_tok", "hidden_size", "vocab_size") if k not in config]:
         raise ValueError(f"config.json at {source.uri} lacks {', '.join(lacking)}; fetch the checkpoint again")
     layer_formats(config)  # whatever it says of its layers has to be readable
@@ -137,7 +137,7 @@ def pinned(source: Source, *, mtp: Literal["drop", "keep"] = "drop") -> Model:
         if packing["quant_method"] == METHOD:  # written again from what then is packed
             config.pop("quantization_config")
     steps = {name: source.file(name) for name in sorted({t.file for t in tensors.values()})}
-    count = arch.num_layers(config)
+    count = family.num_layers
     by_layer: dict[int | None, dict[str, TensorInfo]] = {}
     for name, info in tensors.items():
         by_layer.setdefault(_layer_of(name), {})[name] = info
@@ -188,9 +188,9 @@ def _check_packing(packing: dict[str, Any], tensors: dict[str, TensorInfo], conf
     if (method, form) != (METHOD, FORMAT):
         raise ValueError(f"{uri} is packed (quantization_config: {method} {form or ''}); dequantize it to bf16 first")
     scheme_of(shapes, config)
-    arch = arch_of(config)
-    shared = [t.format(layer=i) for i in arch.moe_layers(config) for t in arch.shared or ()]
-    stems = (*(arch.experts(i) for i in arch.moe_layers(config)), *shared)
+    family = Family.of(config)
+    shared = [name for i in family.moe_layers for name in family.shared(i) or ()]
+    stems = (*(family.experts(i) for i in family.moe_layers), *shared)
     if others := sorted(n for n in shapes if n.endswith(PACKED) and not n.startswith(stems)):
         raise ValueError(f"{uri} has packed {others[0]}; moeflow reads packed experts only: dequantize the rest to bf16 first")
 

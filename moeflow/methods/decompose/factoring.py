@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moeflow.arch import MATRICES, Config, arch_of
+from moeflow.arch import MATRICES, Config, Family
 from moeflow.methods.decompose.lowrank import components, energies, vanilla
 from moeflow.methods.decompose.options import Decomposition
 from moeflow.methods.decompose.ranks import Spectra, check_rank
@@ -52,7 +52,7 @@ def spectra(
             spectra_E[e] = plain_K * (per_token * tokens[e] / max(float(plain_K.sum()), 1e-30))
         result[m] = torch.stack([t for t in spectra_E if t is not None]).numpy()
     rows, columns = _matrices(moe.experts[0])[0].shape
-    itemsize = tensors[arch_of(config).gate.format(layer=layer, expert=0)].element_size()
+    itemsize = tensors[Family.of(config).expert(layer, 0)[0]].element_size()
     whole_E = np.array([int(t == "keep") for t in treated])
     return Spectra(result, np.array(tokens), whole_E, (rows, columns), itemsize)
 
@@ -66,7 +66,7 @@ def rewrite(
 
     `ranks`: per matrix one rank, or one for each expert; 0 leaves it whole. Raises ValueError for a rank above break-even.
     """
-    arch, tensors = arch_of(config), Tensors(given)
+    family, tensors = Family.of(config), Tensors(given)
     moe = layer_of(tensors, config, layer, dtype)
     tokens = routed_tokens(moe, seen)
     treated = treatments(tokens, how.least, how.rare, method=how.svd, by_weights="vanilla")
@@ -78,13 +78,13 @@ def rewrite(
     for expert, moments in statistics:
         wanted = by_expert[expert] if treated[expert] != "keep" else dict.fromkeys(MATRICES, 0)
         entry: dict[str, Any] = {"expert": expert, "tokens": tokens[expert], "ranks": wanted, "lost": {}}
-        for m, name, w in zip(MATRICES, arch.expert(layer, expert), _matrices(moe.experts[expert]), strict=True):
+        for m, name, w in zip(MATRICES, family.expert(layer, expert), _matrices(moe.experts[expert]), strict=True):
             if not wanted[m]:
                 continue
             check_rank(wanted[m], *w.shape, force=how.force)
             cut, entry["lost"][m] = _cut(w, wanted[m], moments if treated[expert] == "whitened" else None, m, how.shrink)
             stored = result.pop(name).dtype
-            for factor, tensor in zip(arch.factors(name), (cut.out_MR, cut.in_RN), strict=True):
+            for factor, tensor in zip(family.factors(name), (cut.out_MR, cut.in_RN), strict=True):
                 result[factor] = tensor.to(stored).cpu()
         entry["by"] = treated[expert] if any(wanted.values()) else "whole"
         report.append(entry)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from moeflow.arch import MATRICES, arch_of
+from moeflow.arch import MATRICES, Family
 from moeflow.methods.decompose.options import Decomposition
 from moeflow.methods.decompose.ranks import (
     Spectra,
@@ -35,7 +35,7 @@ def sides(given: LayerSpec) -> tuple[int, int]:
     if given.slimmed_by or given.ranks_decided:
         how = given.slimmed_by or "ranks decided by a run"
         raise ValueError(f"layer {given.layer} is slimmed or decomposed already ({how}); decompose the model before")
-    name = arch_of(given.config).gate.format(layer=given.layer, expert=0)
+    name = Family.of(given.config).expert(given.layer, 0)[0]
     if name not in given.tensors:
         raise ValueError(f"{name} is not there: layer {given.layer} has no experts, or they are factored already")
     rows, columns = given.tensors[name][1]
@@ -146,12 +146,12 @@ def _layer_spec(
 
 def _cut(given: LayerSpec, uniform: Mapping[str, int]) -> TensorTable:
     """A layer's tensors where each matrix of every expert has its uniform rank."""
-    arch, table = arch_of(given.config), dict(given.tensors)
+    family, table = Family.of(given.config), dict(given.tensors)
     for expert in range(given.experts):
-        for matrix, name in zip(MATRICES, arch.expert(given.layer, expert), strict=True):
+        for matrix, name in zip(MATRICES, family.expert(given.layer, expert), strict=True):
             if rank := uniform.get(matrix, 0):
                 dtype, (rows, columns) = table.pop(name)
-                out, inner = arch.factors(name)
+                out, inner = family.factors(name)
                 table |= {out: (dtype, (rows, rank)), inner: (dtype, (rank, columns))}
     return table
 

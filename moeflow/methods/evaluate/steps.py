@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from moeflow.arch import arch_of
+from moeflow.arch import Family
 from moeflow.methods.graph import HIDDEN
 from moeflow.methods.records import CRITERIA, read_choice
 from moeflow.methods.reports import row, write_report
@@ -59,9 +59,9 @@ def size(context: Context, original: Artifact, compressed: Artifact, *, zeros: l
     counts = []
     for artifact in (original, compressed):
         tensors, config = headers(artifact), read_config(artifact)
-        arch = arch_of(config)
-        layers = arch.moe_layers(config)
-        stems = tuple(arch.experts(i) for i in layers)
+        family = Family.of(config)
+        layers = family.moe_layers
+        stems = tuple(family.experts(i) for i in layers)
         counts.append(
             {
                 "parameters": sum(numels({n: t.shape for n, t in tensors.items()}, config).values()),
@@ -69,7 +69,7 @@ def size(context: Context, original: Artifact, compressed: Artifact, *, zeros: l
                 "bytes": sum(artifact.size(n) for n in artifact.names() if n.endswith(".safetensors")),
                 "expert bytes": sum(t.nbytes for n, t in tensors.items() if n.startswith(stems)),
                 "experts per layer": sum(experts_in(tensors, config, i) for i in layers) / len(layers),
-                "decoder layers": arch.num_layers(config),
+                "decoder layers": family.num_layers,
                 f"operations at {LENGTH:,} tokens": forward_flops(config, LENGTH) / 1e12,
                 "cache bytes a token": cache_bytes(config),
             }
@@ -96,7 +96,7 @@ def reach(context: Context, config: Artifact, *seen: Artifact, layers: list[int]
     read = read_config(config)
     shards = len(seen) // len(layers)
     found = [counted(seen[at * shards : (at + 1) * shards]) for at in range(len(layers))]
-    top_k = arch_of(read).top_k(read)
+    top_k = Family.of(read).top_k
     rows = [
         row(f"experts a token ({name})", top_k, float(np.mean(found)), ""),
         row(f"expert products a token ({name})", top_k * len(layers), float(np.sum(found)), ""),

@@ -7,7 +7,7 @@ arXiv 2503.00634). Thresholds follow from what a calibration recorded; vectors b
 import json
 from dataclasses import replace
 
-from moeflow.arch import MAIN, Arch, Config, arch_of
+from moeflow.arch import MAIN, Config, Family
 from moeflow.methods.graph import Calibration, Model
 from moeflow.methods.records import SKIP
 from moeflow.methods.rewrite import configured
@@ -25,8 +25,8 @@ def attach(model: Model, *, main: int = 0, form: str = "three") -> Model:
     paper). Without training it is the model that takes the first `main` experts with the weights they have among k. Raises
     ValueError where k is 1, for another form, and for a `main` that is not between 1 and k-1.
     """
-    arch = arch_of(model.config)
-    top_k = arch.top_k(model.config)
+    family = Family.of(model.config)
+    top_k = family.top_k
     if form not in FORMS:
         raise ValueError(f"form={form!r} is not known; choose one of {', '.join(FORMS)}")
     main = main or top_k // 2
@@ -42,8 +42,8 @@ def _compressed_experts_spec(rest: RestSpec, given: LayerSpec, *, layer: int, fo
     given.check_routing("take")
     if given.share < 1:
         raise ValueError(f"how many experts layer {layer} keeps is decided by a run; attach Compressed Experts to its result")
-    arch = arch_of(rest.config)
-    if (reach := arch.reach(rest.config, given.experts)) <= arch.computed(rest.config):
+    family = Family.of(rest.config)
+    if (reach := family.experts_per_token(given.experts)) <= family.main_experts:
         raise ValueError(
             f"a token gets {reach} of the {given.experts} experts of layer {layer}, which leaves none to stand for; drop fewer"
         )
@@ -67,13 +67,13 @@ def compressed_experts(context: Context, config: Artifact, given: Artifact, *, l
 
 def _added(config: Config, tensors: TensorTable, layer: int, form: str) -> TensorTable:
     """The vectors of a layer: names, in the precision of its experts, and shapes."""
-    arch = arch_of(config)
+    family = Family.of(config)
     found = format_of({n: shape for n, (_, shape) in tensors.items()}, config, layer)
-    name = arch.gate.format(layer=layer, expert=0)
-    held = next(n for n in (name, arch.factors(name)[0]) if n in tensors or n + PACKED in tensors)
+    name = family.expert(layer, 0)[0]
+    held = next(n for n in (name, family.factors(name)[0]) if n in tensors or n + PACKED in tensors)
     dtype, shape = tensors.get(held) or tensors[held + PACKED]
     dtype = tensors[held + SCALE][0] if held not in tensors else "BF16" if dtype.startswith("F8") else dtype
-    shapes = routing_shapes(arch, Format(found.experts, compressed=form), layer, int(config["hidden_size"]), shape[0])
+    shapes = routing_shapes(family, Format(found.experts, compressed=form), layer, int(config["hidden_size"]), shape[0])
     return {n: (dtype, s) for n, s in shapes.items()}
 
 
@@ -86,9 +86,9 @@ def skip(calibration: Calibration, *, active: float = 0.0) -> Model:
     is not between 1 and the router's number of experts, and for 0 where that is more than two.
     """
     model = calibration.model
-    arch = arch_of(model.config)
-    top_k = arch.top_k(model.config)
-    check(arch, top_k, active)
+    family = Family.of(model.config)
+    top_k = family.top_k
+    check(family, top_k, active)
     rule = "ratio" if top_k == 2 else "tail"
     skipping = {
         i: skipping(model.essential, model.layers[i], *parts, layer=i, rule=rule, active=active)
@@ -97,12 +97,12 @@ def skip(calibration: Calibration, *, active: float = 0.0) -> Model:
     return model.with_layers(skipping)
 
 
-def check(arch: Arch, top_k: int, active: float) -> None:
+def check(family: Family, top_k: int, active: float) -> None:
     """Raise ValueError where a router of `top_k` experts a token cannot have `active` on average by skipping."""
-    if arch.score == "sparsemixer":
+    if family.arch.score == "sparsemixer":
         raise ValueError(
-            f"a {arch.model_type} weighs each of a token's experts by itself, nearly always by one, so that its weights do not say "
-            "which can be skipped; attach Compressed Experts instead"
+            f"a {family.arch.model_type} weighs each of a token's experts by itself, nearly always by one, so that its weights do "
+            "not say which can be skipped; attach Compressed Experts instead"
         )
     if top_k < 2:
         raise ValueError("the router gives each token one expert; none is left to skip")
@@ -116,10 +116,10 @@ def check(arch: Arch, top_k: int, active: float) -> None:
 
 def _skipping_spec(rest: RestSpec, given: LayerSpec, *seen: ObservedSpec, layer: int, rule: str, active: float) -> Spec:
     given.check_routing("take")
-    if arch_of(rest.config).reach(rest.config, given.least) < 2:
+    if Family.of(rest.config).experts_per_token(given.least) < 2:
         raise ValueError(f"a token may get one expert of layer {layer} only, and none to skip; drop fewer experts")
     tokens = sum(s.hidden.sequences * s.hidden.length for s in seen)
-    name = f"{arch_of(rest.config).experts(layer)}skip.{rule}"
+    name = f"{Family.of(rest.config).experts(layer)}skip.{rule}"
     out = replace(given, config=rest.config, tensors={**given.tensors, name: ("F32", ())})
     logits = tokens * given.experts * 4
     return Spec(out, reads=logits, writes=file_bytes({name: ("F32", ())}) + 300, memory=6 * logits + (1 << 28))
@@ -138,5 +138,5 @@ def skipping(context: Context, config: Artifact, given: Artifact, *seen: Artifac
         context.link(given, name)
     read = read_config(config)
     value, about = threshold(read, given, seen, layer=layer, rule=rule, active=active)
-    save({f"{arch_of(read).experts(layer)}skip.{rule}": value}, context.out / ROUTING)
+    save({f"{Family.of(read).experts(layer)}skip.{rule}": value}, context.out / ROUTING)
     (context.out / SKIP).write_text(json.dumps({"layer": layer, "rule": rule, **about}) + "\n")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moeflow.arch import Config, arch_of
+from moeflow.arch import Config, Family
 from moeflow.model.checkpoint import Tensors
 from moeflow.model.layout import Files
 from moeflow.model.reach import by_weight, left_out, statistic
@@ -24,11 +24,12 @@ def threshold(
 
     `active`: the experts that a token has on average; 0: the threshold is the median.
     """
-    arch = arch_of(config)
+    family = Family.of(config)
     tensors = Tensors(layer_file)
-    bias_E = None if arch.router_bias is None else tensors[arch.router_bias.format(layer=layer)].float()
+    bias = family.router_bias(layer)
+    bias_E = None if bias is None else tensors[bias].float()
     logits = [Tensors(s)["logits_TE"] for s in shards]
-    router = Router.of(arch, config, logits[0].shape[1], bias_E)
+    router = Router.of(family, logits[0].shape[1], bias_E)
     weights_Tk = torch.cat([by_weight(*router.choose(logits_TE))[0] for logits_TE in logits])
     of_Tj = statistic(weights_Tk, rule)
     value = reaching(of_Tj, active) if active else median(of_Tj)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moeflow.arch import Arch, Config, arch_of
+from moeflow.arch import Config, Family
 from moeflow.methods.finetune import extensions
 from moeflow.methods.finetune.lora import apply, attach, inside_expert, opening
 from moeflow.methods.finetune.recipe import Recipe
@@ -92,12 +92,13 @@ def load(folder: Path, recipe: Recipe, config: dict[str, Any], device: torch.dev
 
 def open_parameters(model: nn.Module, config: Config, recipe: Recipe) -> None:
     """Freeze all but what the recipe trains, or give it LoRA's additions. Raises ValueError where nothing is trained."""
-    arch = arch_of(config)
-    names = [n for n, p in model.named_parameters() if is_trained(arch, recipe.mode, recipe.targets, arch.on_disk(n), _shape(p))]
+    family = Family.of(config)
+    parameters = model.named_parameters()
+    names = [n for n, p in parameters if is_trained(family, recipe.mode, recipe.targets, family.on_disk(n), _shape(p))]
     if not names:
         raise ValueError(f"mode={recipe.mode!r} trains nothing of this model; it has nothing of that kind")
     if recipe.mode == "lora":
-        opened = _openings(model, arch, config, names)
+        opened = _openings(model, family, config, names)
         attach(model, names, rank=recipe.rank, alpha=recipe.alpha, seed=recipe.seed, openings=opened, sparse=recipe.sparse)
     else:
         wanted = set(names)
@@ -144,16 +145,16 @@ def learning(model: Any, on: bool) -> None:
 def _blocks(model: Any) -> list[nn.Module]:
     """The MoE blocks."""
     config = model.config.to_dict()
-    formats, block = layer_formats(config), arch_of(config).block
+    formats, block = layer_formats(config), Family.of(config).arch.block
     return [layer.get_submodule(block) for layer, format in zip(model.model.layers, formats, strict=True) if format is not None]
 
 
-def _openings(model: nn.Module, arch: Arch, config: Config, names: list[str]) -> dict[str, Tensor]:
+def _openings(model: nn.Module, family: Family, config: Config, names: list[str]) -> dict[str, Tensor]:
     found = {}
     formats, stacks = layer_formats(config), {s.name: s for s in STACKS}
     for name in names:
         path, _, last = name.rpartition(".")
-        if path.endswith(f"{arch.block}.experts") and last in stacks:
+        if path.endswith(f"{family.arch.block}.experts") and last in stacks:
             format = formats[int(name.split(".")[2])]
             assert format is not None
             opened = opening(stacks[last], format, *_shape(model.get_parameter(name))[-2:])

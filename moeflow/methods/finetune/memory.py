@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
-from moeflow.arch import Config, arch_of
+from moeflow.arch import Config, Family
 from moeflow.methods.finetune.recipe import Gang, Recipe, divisors
 from moeflow.methods.finetune.targets import Shapes, kind_of
 
@@ -80,17 +80,17 @@ def bytes_per_token(config: Config, shapes: Shapes, size: int) -> int:
 
     The input of every matrix and the output where it is transformed, of each computed expert; norms keep theirs in fp32.
     """
-    arch, width = arch_of(config), int(config["hidden_size"])
+    family, width = Family.of(config), int(config["hidden_size"])
     kinds: dict[str, list[tuple[int, ...]]] = {}
     for name, shape in shapes.items():
         if len(shape) == 2:
-            kinds.setdefault(kind_of(arch, name), []).append(tuple(shape))
+            kinds.setdefault(kind_of(family, name), []).append(tuple(shape))
     attention = 2 * sum(m for m, _ in kinds.get("attention", ())) + 2 * width
     elements = attention + 2 * width
     if experts := kinds.get("experts"):
         each = kinds["router"][0][0]
         inner = sum(m for m, _ in experts) // each  # rows of one expert's matrices: twice its width and the model's
-        elements += arch.computed(config) * (2 * inner + width) + 4 * each
+        elements += family.main_experts * (2 * inner + width) + 4 * each
     for kind in ("shared", "dense"):
         elements += 2 * sum(m for m, _ in kinds.get(kind, ())) + (width if kind in kinds else 0)
     return size * elements + 2 * 4 * width

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 
-from moeflow.arch import Arch, Config, arch_of
+from moeflow.arch import Config, Family
 
 MODES = ("lora", "full", "experts", "router", "compressed_experts")
 """What is trained: low-rank additions to some matrices, everything, the routed experts, the routers, or Compressed Experts.
@@ -20,7 +20,7 @@ BY_MODE = {"experts": "experts", "router": "router", "compressed_experts": "comp
 Shapes = Mapping[str, Sequence[int]]
 
 
-def kind_of(arch: Arch, name: str) -> str:
+def kind_of(family: Family, name: str) -> str:
     """The kind of a tensor with this name on disk.
 
     One of `TARGETS`, "compressed" (the vectors of Compressed Experts), "fixed" (what no gradient reaches), "norm" (any other of a
@@ -30,25 +30,25 @@ def kind_of(arch: Arch, name: str) -> str:
     if found is None:
         return "rest"
     layer, inside = int(found[1]), name[found.end() :]
-    stem = arch.experts(layer)
+    stem = family.experts(layer)
     if name.startswith(f"{stem}compressed."):
         return "compressed"
-    if name.startswith(f"{stem}skip.") or (arch.router_bias and name == arch.router_bias.format(layer=layer)):
+    if name.startswith(f"{stem}skip.") or name == family.router_bias(layer):
         return "fixed"
     if name.startswith(stem):
         return "experts"
-    if name == arch.router.format(layer=layer):
+    if name == family.router(layer):
         return "router"
-    if name in {t.format(layer=layer) for t in (*(arch.shared or ()), arch.shared_gate) if t is not None}:
+    if name in (*(family.shared(layer) or ()), family.shared_gate(layer)):
         return "shared"
     if inside.startswith("self_attn."):
         return "attention"
     return "dense" if inside.startswith("mlp.") else "norm"
 
 
-def is_trained(arch: Arch, mode: str, targets: Sequence[str], name: str, shape: Sequence[int]) -> bool:
+def is_trained(family: Family, mode: str, targets: Sequence[str], name: str, shape: Sequence[int]) -> bool:
     """Whether this mode trains the tensor with this name on disk or, of LoRA, adds to it."""
-    kind = kind_of(arch, name)
+    kind = kind_of(family, name)
     if mode == "full":
         return kind != "fixed"
     if mode == "lora":
@@ -63,15 +63,16 @@ def trained_in(
 
     Raises ValueError, naming what there is, where a model has nothing that this mode or one of the targets trains.
     """
-    arch = arch_of(config)
+    family = Family.of(config)
     held: dict[int | None, Shapes] = {i: layers[i] for i in layers} | {None: rest}
-    found = {i: {n: s for n, s in shapes.items() if is_trained(arch, mode, targets, n, s)} for i, shapes in held.items()}
-    kinds = {kind_of(arch, n) for shapes in found.values() for n in shapes}
+    found = {i: {n: s for n, s in shapes.items() if is_trained(family, mode, targets, n, s)} for i, shapes in held.items()}
+    kinds = {kind_of(family, n) for shapes in found.values() for n in shapes}
     for target in targets if mode == "lora" else ():
         if target not in kinds:
-            there = sorted({kind_of(arch, n) for s in held.values() for n in s} & set(TARGETS))
-            raise ValueError(f"target {target!r} matches no matrix of this {arch.model_type}; it has {', '.join(there)}")
+            there = sorted({kind_of(family, n) for s in held.values() for n in s} & set(TARGETS))
+            raise ValueError(f"target {target!r} matches no matrix of this {family.arch.model_type}; it has {', '.join(there)}")
     if not kinds:
         way = "attach them first" if mode == "compressed_experts" else "choose another mode"
-        raise ValueError(f"mode={mode!r} trains nothing of this {arch.model_type}: it has no {BY_MODE.get(mode, mode)}; {way}")
+        lacking = f"this {family.arch.model_type}: it has no {BY_MODE.get(mode, mode)}"
+        raise ValueError(f"mode={mode!r} trains nothing of {lacking}; {way}")
     return {i: shapes for i, shapes in found.items() if shapes}

@@ -12,7 +12,7 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from moeflow.arch import Arch, Config, arch_of
+from moeflow.arch import Config, Family
 from moeflow.methods.finetune.lora import ADDITIONS, A, B, inside_expert, product
 from moeflow.methods.finetune.recipe import Recipe
 from moeflow.model.checkpoint import Tensors, save
@@ -94,7 +94,7 @@ def tensors_of(
 
     `names`: of the layer's tensors, or of the rest's.
     """
-    arch = arch_of(config)
+    family = Family.of(config)
     format = Format(0) if layer is None else format_of({n: held.info[n].shape for n in names}, config, layer)
     found: dict[str, Tensor] = {}
     for name, parameter in trained.items():
@@ -103,21 +103,21 @@ def tensors_of(
         adds = name.endswith(A)
         plain = name.removesuffix(A)
         value = product(parameter, trained[plain + B], rank=recipe.rank, alpha=recipe.alpha) if adds else parameter
-        for disk, piece in _pieces(arch, format, layer, plain, value):
+        for disk, piece in _pieces(family, format, layer, plain, value):
             if adds and recipe.sparse and inside_expert(disk):
                 piece = piece * (held[disk] != 0)
             found[disk] = held[disk].float() + piece if adds else piece
     return found
 
 
-def _pieces(arch: Arch, format: Format, layer: int | None, name: str, value: Tensor) -> Iterator[tuple[str, Tensor]]:
+def _pieces(family: Family, format: Format, layer: int | None, name: str, value: Tensor) -> Iterator[tuple[str, Tensor]]:
     """One parameter under its name on disk, or the matrices of a stack of experts under theirs."""
-    stack = next((s for s in STACKS if name == f"{arch.prefix(layer or 0)}{arch.block}.experts.{s.name}"), None)
+    stack = next((s for s in STACKS if name == f"{family.prefix(layer or 0)}{family.arch.block}.experts.{s.name}"), None)
     if stack is None or layer is None:
-        yield arch.on_disk(name), value
+        yield family.on_disk(name), value
     else:
         for matrix, expert, piece_MN in stack.pieces(value, format):
-            yield stack.on_disk(arch, layer, matrix, expert), piece_MN
+            yield stack.on_disk(family, layer, matrix, expert), piece_MN
 
 
 def _file_of(name: str, layer: int | None) -> str:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from moeflow.arch import MIXTRAL, Config
+from moeflow.arch import MIXTRAL, Config, Family
 from moeflow.model.spec import TensorTable, file_bytes
 from moeflow.step import Artifact, Context, Spec, step
 
@@ -16,15 +16,16 @@ def table_of(config: Config) -> TensorTable:
     """The tensors of a Mixtral of this configuration under the hub's names, in the order in which `save` lays them out."""
     d, f, v, e = (int(config[k]) for k in ("hidden_size", "intermediate_size", "vocab_size", "num_local_experts"))
     q, kv = (int(config[k]) * int(config["head_dim"]) for k in ("num_attention_heads", "num_key_value_heads"))
+    family = Family(MIXTRAL, config)
     table: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (v, d), "model.norm.weight": (d,)}
     for i in range(int(config["num_hidden_layers"])):
-        prefix = MIXTRAL.prefix(i)
+        prefix = family.prefix(i)
         attention = {"q_proj": (q, d), "k_proj": (kv, d), "v_proj": (kv, d), "o_proj": (d, q)}
         table |= {f"{prefix}self_attn.{n}.weight": shape for n, shape in attention.items()}
         table |= {f"{prefix}{n}.weight": (d,) for n in ("input_layernorm", "post_attention_layernorm")}
-        table[MIXTRAL.router.format(layer=i)] = (e, d)
+        table[family.router(i)] = (e, d)
         for x in range(e):
-            table |= dict(zip(MIXTRAL.expert(i, x), ((f, d), (f, d), (d, f)), strict=True))
+            table |= dict(zip(family.expert(i, x), ((f, d), (f, d), (d, f)), strict=True))
     return {name: ("F32", table[name]) for name in sorted(table)}
 
 

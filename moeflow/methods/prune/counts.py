@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Literal
 
-from moeflow.arch import arch_of
+from moeflow.arch import Family
 from moeflow.methods.allocate import allocate_curves
 from moeflow.methods.graph import Model
 from moeflow.model.spec import LayerSpec
@@ -49,12 +49,12 @@ def legal_counts(
     `protected`: per layer the experts that have to stay. Raises ValueError where a layer has none, where `protected` names no
     expert of a layer with experts, and where a step has yet to decide how many experts a layer has.
     """
-    arch, found = arch_of(model.config), {}
+    family, found = Family.of(model.config), {}
     if divisor < 1:
         raise ValueError(f"divisor={divisor} must be at least 1")
     if strange := sorted(set(protected or {}) - set(model.moe_layers), key=str):
         raise ValueError(f"protected names {strange[0]!r}, which is no layer with experts; those are {model.moe_layers}")
-    groups = arch.group_limit(model.config)[0]
+    groups = family.group_limit[0]
     for i in model.moe_layers:
         if spec_of(model, i).share < 1:
             raise ValueError(
@@ -65,7 +65,7 @@ def legal_counts(
             raise ValueError(f"protected={spared} of layer {i} must be different experts between 0 and {experts - 1}")
         size = experts // groups
         least = max(sum(g * size <= e < (g + 1) * size for e in spared) for g in range(groups)) * groups
-        legal = arch.legal_counts(model.config, experts)
+        legal = family.legal_counts(experts)
         found[i] = [n for n in legal if n >= least and n % divisor == 0 and (not counts or n in counts)]
         if not found[i]:
             raise ValueError(

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from moeflow.arch import arch_of
+from moeflow.arch import Family
 from moeflow.methods.graph import HIDDEN
 from moeflow.methods.prune.counts import between, check_total, fit, neighbours, shares
 from moeflow.methods.prune.subsets import ENUMERATE, MAX_SUBSETS, check, count_subsets
@@ -188,14 +188,14 @@ def _candidates_spec(
     layer: int, counts: list[int], decided: bool, method: str, best: int, options: dict[str, Any], protected: list[int],
     seed: int, dtype: str,
 ) -> Spec:  # fmt: skip
-    arch = arch_of(rest.config)
+    family = Family.of(rest.config)
     for keep in counts:
-        arch.check_keep(rest.config, keep, layer_spec.experts)
+        family.check_keep(keep, layer_spec.experts)
     if method not in METHODS:
         raise ValueError(f"method={method!r} is not known; choose one of {', '.join(METHODS)}")
     if strange := sorted(set(options) - set(METHODS[method])):
         raise ValueError(f"{method} has no option {strange[0]}; it takes {', '.join(METHODS[method]) or 'none'}")
-    groups = arch.group_limit(rest.config)[0]
+    groups = family.group_limit[0]
     for keep in counts:
         check(layer_spec.experts, keep, groups=groups, protected=protected, best=best, **options)
         count = count_subsets(layer_spec.experts, keep, groups, protected)
@@ -257,13 +257,13 @@ def _choose_spec(
     layer: int, keep: int, criterion: str, loss: str, batch_tokens: int, seed: int, dtype: str, targets: int,
 ) -> Spec:  # fmt: skip
     config = rest.config
-    arch = arch_of(config)
-    arch.check_keep(config, keep)
+    family = Family.of(config)
+    family.check_keep(keep)
     if criterion not in (ENUMERATE, *CRITERIA):
         raise ValueError(f"criterion={criterion!r} is not known; choose one of {', '.join((ENUMERATE, *CRITERIA))}")
     if loss not in LOSSES:
         raise ValueError(f"loss={loss!r} is not known; choose one of {', '.join(LOSSES)}")
-    count = count_subsets(layer_spec.experts, keep, arch.group_limit(config)[0])
+    count = count_subsets(layer_spec.experts, keep, family.group_limit[0])
     if criterion == ENUMERATE and count > MAX_SUBSETS:
         raise ValueError(
             f"keeping {keep} of {layer_spec.experts} experts means {count:,} subsets, over {MAX_SUBSETS:,}: enumeration is for "

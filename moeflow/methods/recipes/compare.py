@@ -8,7 +8,7 @@ from moeflow.methods.calibrate.steps import hidden_states
 from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data
 from moeflow.methods.evaluate.steps import here, layers, quality, reach, size, speed
-from moeflow.methods.graph import Calibration, Model
+from moeflow.methods.graph import Calibration, Model, Pass
 from moeflow.step import Step
 
 
@@ -35,7 +35,7 @@ def compare(
     for name, matrix, ends, note in plan:
         theirs, seen = _hidden(compressed, matrix, calibration), {}
         if compressed.does_with_fewer:
-            passed = calibrate.run(compressed, matrix, **_options(calibration), record=0)
+            passed = calibrate.run(compressed, matrix, _options(calibration), inputs=False)
             theirs, seen = passed.ends, passed.observed
         reports.append(
             quality(
@@ -55,12 +55,12 @@ def compare(
     return (*reports, speed(*both, machine=here(), length=length))
 
 
-def _options(calibration: Calibration) -> dict[str, Any]:
-    return {"batch": calibration.batch, "shard": 8 * calibration.batch, "stage": 8, "dtype": calibration.dtype}
+def _options(calibration: Calibration) -> Pass:
+    return Pass(calibration.batch, shard=8 * calibration.batch, dtype=calibration.passed.dtype)
 
 
 def _hidden(model: Model, matrix: Step, calibration: Calibration) -> tuple[Step, ...]:
-    return hidden_states(model, matrix, **_options(calibration))
+    return hidden_states(model, matrix, _options(calibration))
 
 
 def _name(source: Any) -> str:

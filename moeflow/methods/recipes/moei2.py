@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from math import ceil
 from typing import Any
 
-from moeflow.arch import MATRICES, arch_of
+from moeflow.arch import MATRICES, Family
 from moeflow.methods import rewrite
 from moeflow.methods.calibrate import steps as calibrate
+from moeflow.methods.calibrate.steps import Alternatives, Forks
 from moeflow.methods.decompose import steps as decompose_
 from moeflow.methods.decompose.options import MEASURED, Decomposition
 from moeflow.methods.decompose.ranks import PARTS, average_rank, moved_rank
@@ -101,7 +102,7 @@ def _exact(
     rule = _rule(calibration, legal)
     grids = {i: _thinned([n for n in counts if n < rule["experts"][str(i)]], grid) for i, counts in legal.items()}
     alternatives = {
-        i: (calibrate.SETS, [str(n) for n in counts], (sets(i, counts, (), 1),)) for i, counts in grids.items() if counts
+        i: Alternatives(Forks("sets", tuple(map(str, counts))), (sets(i, counts, (), 1),)) for i, counts in grids.items() if counts
     }
     decider = prune_.counts_exact(calibrate.curves(calibration, alternatives, tokens=measured), **rule, total=total)
     return (decider,), {i: sets(i, legal[i], (decider,)) for i in legal}
@@ -126,8 +127,8 @@ def _recon(calibration: Calibration, layers: Sequence[int], measured: int) -> di
 def _lm_loss(calibration: Calibration, layers: Sequence[int], measured: int) -> dict[int, Step]:
     model, own = calibration.model, _recon(calibration, layers, measured)
     experts = {i: counts_.spec_of(model, i).experts for i in layers}
-    top_k = arch_of(model.config).top_k(model.config)
-    each = {i: (calibrate.EACH, [str(e) for e in range(experts[i])], ()) for i in layers if experts[i] > top_k}
+    top_k = Family.of(model.config).top_k
+    each = {i: Alternatives(Forks("each", tuple(map(str, range(experts[i]))))) for i in layers if experts[i] > top_k}
     curves = calibrate.curves(calibration, each, tokens=measured)
     return {i: prune_.importance_lm(curves, own[i], layer=i) for i in layers}
 
@@ -204,8 +205,8 @@ def _ranks_by_spectra(calibration: Calibration, rewritten: Rewritten, how: Decom
     alternatives = {}
     for i in layers:
         rank = moved_rank(*decompose_.sides(model.layers[i].spec.output))
-        files = [rewritten(i, None, dict.fromkeys(matrices, rank)) for matrices in PARTS.values()]
-        alternatives[i] = (calibrate.FILES, list(PARTS), files)
+        files = tuple(rewritten(i, None, dict.fromkeys(matrices, rank)) for matrices in PARTS.values())
+        alternatives[i] = Alternatives(Forks("files", tuple(PARTS)), files)
     curves = calibrate.curves(calibration, alternatives, tokens=how.measured)
     return decompose_.by_spectra(spectra, curves, layers=layers, how=how.of_global_ranks), {}
 

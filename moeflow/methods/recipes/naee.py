@@ -5,13 +5,12 @@ Every search has the same signature, so that a pipeline picks one from a table. 
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
-from moeflow.arch import arch_of
-from moeflow.methods import graph, rewrite
+from moeflow.arch import Family
+from moeflow.methods import rewrite
 from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.fewer_active.steps import check, skip
-from moeflow.methods.graph import Calibration, Model
+from moeflow.methods.graph import Calibration, Model, Pass
 from moeflow.methods.prune.steps import choose
 from moeflow.methods.prune.subsets import ENUMERATE
 from moeflow.methods.records import CRITERIA
@@ -39,24 +38,15 @@ def by_criterion(calibration: Calibration, *, criterion: str, keep: int, loss: s
 
 def progressive(calibration: Calibration, *, keep: int, loss: str = "frobenius", seed: int = 0) -> Model:
     """Layer after layer, each seeing what the already pruned ones below give it, against the original's output (NAEE, Table 6)."""
-    model, config = calibration.model, calibration.model.essential
-    batch, dtype = calibration.batch, calibration.dtype
-    dropped: dict[int, Step] = {}
+    model = calibration.model
     choices: list[Step] = []
-    hidden = calibration.starts
-    for i, layer in enumerate(model.layers):
-        if i in calibration.observed:
-            seen = tuple(
-                calibrate.observe(
-                    config, h, layer,
-                    layers=[i], batch=batch, record=calibration.recorded, per_expert=0, residual=False, between=False, dtype=dtype,
-                ).part(graph.file_of(i))
-                for h in hidden
-            )  # fmt: skip
-            choice = _chosen(calibration, i, seen, calibration.observed[i], criterion=ENUMERATE, keep=keep, loss=loss, seed=seed)
-            choices.append(choice)
-            layer = dropped[i] = rewrite.experts(config, layer, choice, layer=i, keep=keep)
-        hidden = tuple(calibrate.advance(config, h, layer, layers=[i], batch=batch, dtype=dtype) for h in hidden)
+
+    def pruned(layer: int, file: Step, seen: tuple[Part, ...]) -> Step:
+        originals = calibration.observed[layer]
+        choices.append(_chosen(calibration, layer, seen, originals, criterion=ENUMERATE, keep=keep, loss=loss, seed=seed))
+        return rewrite.experts(model.essential, file, choices[-1], layer=layer, keep=keep)
+
+    dropped = calibrate.in_sequence(calibration, pruned)
     return model.with_layers(dropped, tuple(choices))
 
 
@@ -89,12 +79,12 @@ def _chosen(
 
 
 def skipped(name: str) -> Callable[..., Model]:
-    """What `-p skip=` names, as a function of (model, tokens, **options of `calibrate.run`): the model that is served.
+    """What `-p skip=` names, as a function of (model, tokens, passed): the model that is served.
 
     "none"; "median", the paper's rule; or a number, the mean of a token's experts. Raises ValueError for any other word.
     """
     if name == "none":
-        return lambda model, tokens, **options: model
+        return lambda model, tokens, passed: model
     try:
         active = 0.0 if name == "median" else float(name)
     except ValueError:
@@ -104,7 +94,7 @@ def skipped(name: str) -> Callable[..., Model]:
     return partial(_calibrated, active=active)
 
 
-def _calibrated(model: Model, tokens: Step, *, active: float, **options: Any) -> Model:
-    arch = arch_of(model.config)
-    check(arch, arch.top_k(model.config), active)  # before a graph is built for it
-    return skip(calibrate.run(model, tokens, **(options | {"record": 0, "per_expert": 0})), active=active)
+def _calibrated(model: Model, tokens: Step, passed: Pass, *, active: float) -> Model:
+    family = Family.of(model.config)
+    check(family, family.top_k, active)  # before a graph is built for it
+    return skip(calibrate.run(model, tokens, passed, inputs=False), active=active)

@@ -14,21 +14,18 @@ from moeflow.methods.finetune.memory import Work, fitted
 from moeflow.methods.finetune.recipe import Gang, Recipe, mix_of
 from moeflow.methods.finetune.steps import TRAINING, predictions, report, rest_of, train
 from moeflow.methods.finetune.targets import MODES, TARGETS, trained_in
-from moeflow.methods.graph import Model
+from moeflow.methods.graph import Model, Pass
 from moeflow.model.spec import TensorTable, TokensSpec, precision
 from moeflow.step import Step
 
 
-def teacher(
-    original: Model, data: Step, *, top: int = 64, batch: int = 8, shard: int = 32, stage: int = 8, dtype: str = "auto"
-) -> tuple[Step, ...]:
+def teacher(original: Model, data: Step, passed: Pass = Pass(), *, top: int = 64) -> tuple[Step, ...]:
     """What `original` predicts for the tokens of `data`: the `top` likeliest tokens of each position, and the rest as one.
 
-    One step for each shard of `shard` sequences, run in stages of `stage` layers, `batch` sequences together; 8 bytes for each
-    token that is kept. As it is streamed layer by layer, the teacher may be larger than any machine's memory.
+    8 bytes for each token that is kept. As it is streamed layer by layer, the teacher may be larger than any machine's memory.
     """
-    ends = hidden_states(original, data, batch=batch, shard=shard, stage=stage, dtype=dtype)
-    return tuple(predictions(original.rest, end, top=top, dtype=dtype) for end in ends)
+    ends = hidden_states(original, data, passed)
+    return tuple(predictions(original.rest, end, top=top, dtype=passed.dtype) for end in ends)
 
 
 def teachers(loss: str) -> Callable[..., tuple[Step, ...]]:

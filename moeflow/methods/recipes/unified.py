@@ -6,16 +6,15 @@ He et al., arXiv 2406.02500, for the first two; that a factor is slimmed like an
 from collections.abc import Callable
 from typing import Any
 
-from moeflow.arch import arch_of
-from moeflow.methods import graph
+from moeflow.arch import Family
 from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.decompose.options import Decomposition
-from moeflow.methods.graph import Calibration, Model
+from moeflow.methods.graph import Calibration, Model, Pass
 from moeflow.methods.recipes import moei2
 from moeflow.methods.slim.methods import Slimming
 from moeflow.methods.slim.steps import slimmed
 from moeflow.methods.trim import steps as trim
-from moeflow.step import Step
+from moeflow.step import Part, Step
 
 
 def slim(calibration: Calibration, how: Slimming) -> Model:
@@ -24,47 +23,29 @@ def slim(calibration: Calibration, how: Slimming) -> Model:
     With `inputs="parallel"` one calibration serves all layers, which are treated beside each other; with "sequential" each layer
     sees what the slimmed layers before it give, and down what slimmed gate and up give. Of low-rank experts each factor is treated,
     the second by what the first, as it has become, gives it; `group` has to divide the ranks. Raises ValueError for what cannot
-    work.
+    cannot work.
     """
+    model = calibration.model
+
+    def layer(at: int, given: Step, seen: tuple[Step | Part, ...]) -> Step:
+        return slimmed(model.essential, given, seen, at=at, how=how, dtype=calibration.dtype)
+
     if how.inputs == "sequential":
-        return _slim_in_sequence(calibration, how)
-    model, dtype = calibration.model, calibration.dtype
-    return model.with_layers(
-        {i: slimmed(model.essential, model.layers[i], seen, at=i, how=how, dtype=dtype) for i, seen in calibration.observed.items()}
-    )
-
-
-def _slim_in_sequence(calibration: Calibration, how: Slimming) -> Model:
-    model, batch, dtype = calibration.model, calibration.batch, calibration.dtype
-    layers: dict[int, Step] = {}
-    hidden: tuple[Step, ...] = calibration.starts
-    last = max(calibration.observed, default=-1)
-    for i, now in enumerate(model.layers[: last + 1]):
-        if i in calibration.observed:
-            seen = tuple(
-                calibrate.observe(
-                    model.essential, h, now,
-                    layers=[i], batch=batch, record=calibration.recorded, per_expert=0, residual=False, between=False, dtype=dtype,
-                ).part(graph.file_of(i))
-                for h in hidden
-            ) if layers else calibration.observed[i]  # fmt: skip
-            now = layers[i] = slimmed(model.essential, now, seen, at=i, how=how, dtype=dtype)
-        if i < last:
-            hidden = tuple(calibrate.advance(model.essential, h, now, layers=[i], batch=batch, dtype=dtype) for h in hidden)
-    return model.with_layers(layers)
+        return model.with_layers(calibrate.in_sequence(calibration, layer))
+    return model.with_layers({at: layer(at, model.layers[at], seen) for at, seen in calibration.observed.items()})
 
 
 def compress(
     model: Model, tokens: Step, *, order: str = "slim,trim", trim: str = "layers", dropped: float = 0, slim: str = "awq",
-    ratio: float = 0.25, group: int = 128, calibration: dict[str, Any], **options: Any,
+    ratio: float = 0.25, group: int = 128, calibration: Pass, **options: Any,
 ) -> Model:  # fmt: skip
     """The model slimmed and trimmed, as a graph.
 
     `order`: stages with commas between them, "slim", "trim" and "decompose"; `trim`: "none", "experts" (`dropped` of a layer, on
     average), "layers" (so many MoE blocks) or "blocks" (so many decoder layers); `slim`: "none" or a name of `METHODS`, with
     `group` and other fields of `Slimming`; "decompose" makes `ratio` of the experts' parameters go by low rank, at ranks that
-    are multiples of `group`, or of 32 where that is 0; `calibration`: those of `calibrate.run`. Raises ValueError for what cannot
-    work.
+    are multiples of `group`, or of 32 where that is 0; `calibration`: how each stage is calibrated. Raises ValueError for what
+    cannot work.
     """
     stages: dict[str, Callable[[Calibration], Model]] = {
         "slim": _slimmed(slim, options | {"group": group}),
@@ -74,7 +55,7 @@ def compress(
     for name in order.split(","):
         if name not in stages:
             raise ValueError(f"order={order!r}: {name!r} is no stage; write slim,trim or trim,slim or decompose,slim")
-        model = stages[name](calibrate.run(model, tokens, **calibration, between=trim == "blocks"))
+        model = stages[name](calibrate.run(model, tokens, calibration, between=trim == "blocks"))
     return model
 
 
@@ -96,7 +77,7 @@ def _trimmed(name: str, dropped: float) -> Callable[[Calibration], Model]:
 def _experts(seen: Calibration, dropped: float) -> Model:
     model = seen.model
     counts = [model.layers[i].spec.output.experts for i in model.moe_layers]
-    least = arch_of(model.config).top_k(model.config)
+    least = Family.of(model.config).top_k
     return trim.expert_drop(seen, keep=sum(counts) / len(counts) - dropped, least=least)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moeflow.arch import MATRICES, Config, arch_of
+from moeflow.arch import MATRICES, Config, Family
 from moeflow.methods.graph import load
 from moeflow.methods.moments import second_moment
 from moeflow.methods.rare import enough, treatments
@@ -45,8 +45,8 @@ def rewrite(
 
     Lost is the squared change of a matrix's outputs on the expert's tokens, as a part of their squared norm.
     """
-    arch, tensors = arch_of(config), Tensors(given)
-    if arch.router.format(layer=layer) not in tensors:
+    family, tensors = Family.of(config), Tensors(given)
+    if family.router(layer) not in tensors:
         if part == 0:
             link_all(context, given)
         return []
@@ -65,7 +65,7 @@ def rewrite(
             context.progress(at + 1, len(now.chosen), "experts")
             if at == 0:
                 now.reserve(entry["expert"])
-    if how.shared and arch.shared is not None and now.shared is not None and part == 0:
+    if how.shared and family.shared(layer) and part == 0:
         report.append({"expert": "shared"} | _shared(now, x_TD))
     few = [e["expert"] for e in report if e["by"] != how.method]
     if few and how.row.needs != "weights":
@@ -89,7 +89,7 @@ class Layer:
 
     def __init__(self, tensors: Tensors, config: Config, number: int, how: Slimming, placed: dict[str, Any]) -> None:
         self.tensors, self.config, self.number, self.how, self.placed = tensors, config, number, how, placed
-        self.arch = arch_of(config)
+        self.family = Family.of(config)
         self._moe = read_moe(tensors, config, number, experts=False).to(**placed)
         self.shared, self.count = self._moe.shared, len(self._moe.router_ED)
         self.chosen = list(range(self.count))
@@ -99,12 +99,12 @@ class Layer:
 
     def names(self, e: int) -> list[str]:
         """The matrices of an expert that are in the file, or their factors."""
-        names = [n for whole in self.matrices(e) for n in (whole, *self.arch.factors(whole))]
+        names = [n for whole in self.matrices(e) for n in (whole, *self.family.factors(whole))]
         return [n for n in names if n in self.tensors]
 
     def matrices(self, e: int) -> tuple[str, str, str]:
         """What the matrices of an expert are called when whole."""
-        return self.arch.expert(self.number, e)
+        return self.family.expert(self.number, e)
 
     def weights(self, x_TD: Tensor) -> Tensor:
         """The routing weights [T, E] of tokens, zero for experts not chosen."""
@@ -153,11 +153,11 @@ class Layer:
     def reserve(self, done: int) -> None:
         """Make room for what the other experts will become, shaped like what one has become: between what is in use only for a
         while it would leave holes, and a layer would take half as much memory again."""
-        stem = f"{self.arch.experts(self.number)}{done}."
+        stem = f"{self.family.experts(self.number)}{done}."
         made = {n.removeprefix(stem): t for n, t in self.out.items() if n.startswith(stem)}
         for e in self.chosen:
             if self._shapes(e) == self._shapes(done):  # ranks may differ
-                other = f"{self.arch.experts(self.number)}{e}."
+                other = f"{self.family.experts(self.number)}{e}."
                 self.out |= {other + n: torch.empty_like(t) for n, t in made.items() if other + n not in self.out}
 
     def _shapes(self, e: int) -> list[Sequence[int]]:
@@ -231,7 +231,7 @@ def _slimmed(now: Layer, name: str, matrix: Matrix, moment_NN: Tensor | None) ->
     first, as it has become, gives it."""
     if isinstance(matrix, Tensor):
         return now.put(name, now.treat(matrix, moment_NN))
-    out, within = now.arch.factors(name)
+    out, within = now.family.factors(name)
     in_RN = now.put(within, now.treat(matrix.in_RN, moment_NN))
     moment_RR = None if moment_NN is None else in_RN.double() @ moment_NN @ in_RN.double().mT
     return LowRank(now.put(out, now.treat(matrix.out_MR, moment_RR)), in_RN)
@@ -239,14 +239,14 @@ def _slimmed(now: Layer, name: str, matrix: Matrix, moment_NN: Tensor | None) ->
 
 def _shared(now: Layer, x_TD: Tensor) -> dict[str, Any]:
     """Treat the shared expert, which all tokens reach; by its weights alone if a scale has gone into its columns."""
-    assert now.arch.shared is not None and now.shared is not None
-    gate, up, down = (t.format(layer=now.number) for t in now.arch.shared)
+    names = now.family.shared(now.number)
+    assert names is not None and now.shared is not None
     shared, x_sD = now.shared, x_TD if now.how.row.needs != "tokens" else None
     if x_sD is None:
-        scaled = {m: now.out[n].to(x_TD.device, x_TD.dtype) for m, n in zip(MATRICES, (gate, up, down), strict=True)}
+        scaled = {m: now.out[n].to(x_TD.device, x_TD.dtype) for m, n in zip(MATRICES, names, strict=True)}
         shared = _with(shared, scaled)
-    before = {name: now.out.pop(name) for name in (gate, up, down)}
-    told = _one(now, (gate, up, down), shared, x_sD)
+    before = {name: now.out.pop(name) for name in names}
+    told = _one(now, names, shared, x_sD)
     if told["by"] == "keep":
         now.out |= before
     return told
@@ -254,7 +254,7 @@ def _shared(now: Layer, x_TD: Tensor) -> dict[str, Any]:
 
 def _all_at_once(now: Layer, x_TD: Tensor, weights_TE: Tensor) -> list[dict[str, Any]]:
     """All experts of a layer, and the scale of its inputs folded into the norm and everything else that the norm feeds."""
-    how, arch, number = now.how, now.arch, now.number
+    how, family, number = now.how, now.family, now.number
     counts = (weights_TE > 0).sum(0).tolist()
     treated_by = treatments(counts, how.least, how.rare, method=how.method, by_weights=how.row.fallback)
     counted_TE = weights_TE * torch.tensor([enough(n, how.least) for n in counts], device=weights_TE.device)
@@ -264,11 +264,10 @@ def _all_at_once(now: Layer, x_TD: Tensor, weights_TE: Tensor) -> list[dict[str,
     made: ScaledExperts = load(how.row.code)(
         gate_EFD, up_EFD, down_EDF, how, inputs=x_TD, weights=counted_TE, act=act, scale_dtype=now.stored
     )
-    fed = [arch.router.format(layer=number)]
-    fed += [t.format(layer=number) for t in arch.shared[:2]] if arch.shared else []
-    fed += [arch.shared_gate.format(layer=number)] if arch.shared_gate else []
+    fed = [family.router(number), *(family.shared(number) or ())[:2]]
+    fed += [gate] if (gate := family.shared_gate(number)) else []
     scale_D = made.scale_D.cpu()
-    for norm in [n for n in now.out if n.startswith(arch.norm(number))]:
+    for norm in [n for n in now.out if n.startswith(family.norm(number))]:
         now.out[norm], *folded = fold(now.out[norm], scale_D, *(now.out[n] for n in fed))
     now.out |= dict(zip(fed, folded, strict=True))
     report = []

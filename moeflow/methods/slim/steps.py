@@ -11,7 +11,7 @@ from dataclasses import replace
 from math import gcd, lcm
 from typing import Any
 
-from moeflow.arch import arch_of
+from moeflow.arch import Family
 from moeflow.methods.records import SLIMMED
 from moeflow.methods.slim.methods import METHODS, Slimming
 from moeflow.methods.slim.pattern import Pattern
@@ -66,11 +66,11 @@ def _layer_spec(
         table[name + SCALE] = (dtype_of, (rows, how.grid.groups(columns)))
         table[name + SHAPE] = ("I64", (2,))
     out = replace(given, tensors=table, slimmed_by=how.words, sparse=not how.row.quantizes)
-    arch, size = arch_of(rest.config), element_bytes(rest.config, dtype)
+    family, size = Family.of(rest.config), element_bytes(rest.config, dtype)
     columns = int(rest.config["hidden_size"])
     tokens = sum(s.rows for s in seen) * columns * size
-    gate = arch.gate.format(layer=layer, expert=0)
-    rows = next(given.tensors[n][1][0] for n in (gate, arch.factors(gate)[0]) if n in given.tensors)
+    gate = family.expert(layer, 0)[0]
+    rows = next(given.tensors[n][1][0] for n in (gate, family.factors(gate)[0]) if n in given.tensors)
     # what is written, the tokens, and the moments, factor and working copy of one expert; or all experts, and their codes
     together = 3 * given.experts * rows * columns * (size + 3) if how.row.needs == "tokens" else 0
     share = out.nbytes // parts
@@ -79,10 +79,10 @@ def _layer_spec(
 
 
 def _treated(given: LayerSpec, shared: bool) -> list[str]:
-    arch = arch_of(given.config)
-    wholes = [n for e in range(given.experts) for n in arch.expert(given.layer, e)]
-    names = [n for whole in wholes for n in (whole, *arch.factors(whole)) if n in given.tensors]
-    return names + ([t.format(layer=given.layer) for t in arch.shared] if shared and arch.shared else [])
+    family = Family.of(given.config)
+    wholes = [n for e in range(given.experts) for n in family.expert(given.layer, e)]
+    names = [n for whole in wholes for n in (whole, *family.factors(whole)) if n in given.tensors]
+    return names + list(family.shared(given.layer) or () if shared else ())
 
 
 def _check_columns(name: str, columns: int, how: Slimming) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from moeflow.arch import Config, arch_of
+from moeflow.arch import Config, Family
 from moeflow.methods.graph import HIDDEN, Calibration, Model
 from moeflow.methods.records import CRITERIA, TRIM, read_trim, readable
 from moeflow.methods.rewrite import configured, link_all, rewrite
@@ -34,7 +34,7 @@ def expert_drop(
     """
 
     model = calibration.model
-    arch, layers = arch_of(model.config), model.moe_layers
+    family, layers = Family.of(model.config), model.moe_layers
     experts = {i: model.layers[i].spec.output.experts for i in layers}
     if across not in ACROSS:
         raise ValueError(f"across={across!r} is not known; choose one of {', '.join(ACROSS)}")
@@ -57,16 +57,16 @@ def expert_drop(
         )
         for i in layers
     }
-    groups, _ = arch.group_limit(model.config)
+    groups, _ = family.group_limit
     common: dict[str, Any] = {"layers": layers, "groups": groups}
     if across == "layer":
         for i in layers if keep else ():
-            arch.check_left(model.config, int(keep), model.layers[i].spec.output.least)
+            family.check_left(int(keep), model.layers[i].spec.output.least)
         chosen = in_layers(*scores.values(), keep=int(keep), **common)
         kept = {i: int(keep) for i in layers}
     else:
         most = min(experts.values())
-        legal = next(n for n in range(1, most + 1) if _may_keep(arch, model.config, n, most))
+        legal = next(n for n in range(1, most + 1) if _may_keep(family, n, most))
         # what lies between none and the fewest that a router can do with is not to be had step by step
         least = max(least, legal if legal > groups else 0)
         total = -(-round(keep * len(layers)) // groups) * groups
@@ -102,7 +102,7 @@ def block_drop(calibration: Calibration, *, drop: int, rule: str = "consecutive"
     model, count = calibration.model, len(calibration.model.layers)
     if rule not in RULES:
         raise ValueError(f"rule={rule!r} is not known; choose one of {', '.join(RULES)}")
-    moe = arch_of(model.config).moe_layers(model.config)
+    moe = Family.of(model.config).moe_layers
     if not 0 <= drop < len(moe):
         raise ValueError(f"drop={drop} must lie between 0 and {len(moe) - 1}: the model has {len(moe)} layers that may go")
     if not drop:
@@ -128,9 +128,9 @@ def block_drop(calibration: Calibration, *, drop: int, rule: str = "consecutive"
     return replace(model, config=config, rest=rest, layers=tuple(kept), choices=(*model.choices, chosen))
 
 
-def _may_keep(arch: Any, config: Config, keep: int, experts: int) -> bool:
+def _may_keep(family: Family, keep: int, experts: int) -> bool:
     try:
-        arch.check_left(config, keep, experts)
+        family.check_left(keep, experts)
     except ValueError:
         return False
     return True
@@ -153,7 +153,7 @@ def _shorter(model: Model, moe: list[int], drop: int) -> Config:
                     f"{name} differs by layer: a layer cannot take another's place; drop MoE blocks (Layer Drop) instead"
                 )
             shorter[name] = value[: count - drop]
-    if arch_of(config).moe_layers(shorter) != list(range(moe[0], count - drop)):
+    if Family.of(shorter).moe_layers != list(range(moe[0], count - drop)):
         raise ValueError(
             f"layers {[i for i in range(moe[0], count) if i not in moe]} have no experts, and config.json tells them by number: "
             "another layer cannot take their place; drop MoE blocks (Layer Drop) instead"
@@ -191,7 +191,7 @@ def expert_scores(
 
     read = read_config(config)
     stats = add_stats([Tensors(s) for s in seen])
-    if criterion == "router_score" and arch_of(read).drop_score == "chosen":
+    if criterion == "router_score" and Family.of(read).arch.drop_score == "chosen":
         score_E = stats["weight_E"] / stats["tokens"]
     else:
         weights = criterion in ("aimer", "random")
@@ -379,8 +379,8 @@ def moe(context: Context, config: Artifact, given: Artifact, chosen: Artifact, *
 
 
 def _renumbered_spec(chosen: Any, *candidates: LayerSpec, config: Config, first: int, to: int) -> Spec:
-    arch = arch_of(config)
-    tables = [{arch.prefix(to) + n.removeprefix(arch.prefix(c.layer)): t for n, t in c.tensors.items()} for c in candidates]
+    family = Family.of(config)
+    tables = [{family.prefix(to) + n.removeprefix(family.prefix(c.layer)): t for n, t in c.tensors.items()} for c in candidates]
     largest = max(range(len(candidates)), key=lambda i: candidates[i].nbytes)
     given, share = candidates[largest], candidates[largest].share
     if any(t != tables[0] for t in tables) or any(c.share != share for c in candidates):
@@ -404,7 +404,7 @@ def renumbered(context: Context, chosen: Artifact, *candidates: Artifact, config
     if old == to:
         link_all(context, given)
         return
-    prefix = {n: arch_of(config).prefix(n) for n in (old, to)}
+    prefix = {n: Family.of(config).prefix(n) for n in (old, to)}
     for name in given.names():
         if name.endswith(".safetensors"):
             tensors = {n: t for n, t in headers(given).items() if t.file == name}

@@ -1,0 +1,198 @@
+"""A family bound to one config.json: its numbers, and the names of its tensors."""
+
+import re
+from dataclasses import dataclass
+
+from moeflow.arch.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
+from moeflow.arch.mixtral import MIXTRAL, PHIMOE
+from moeflow.arch.qwen_moe import OLMOE, QWEN2_MOE, QWEN3_MOE
+from moeflow.arch.spec import COMPRESSED, EXPERT_COUNT_KEYS, MAIN, Arch, Config
+
+FAMILIES = (MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE, PHIMOE, DEEPSEEK_V2, DEEPSEEK_V3)
+
+
+@dataclass(frozen=True)
+class Family:
+    """An `Arch` and the configuration of one of its models. The names of tensors depend on the `Arch` alone."""
+
+    arch: Arch
+    config: Config
+
+    @staticmethod
+    def of(config: Config) -> "Family":
+        """The family of the model with this config.json, compressed by moeflow or not. Raises ValueError if it is unknown."""
+        for arch in FAMILIES:
+            if arch.model_type == str(config.get("model_type")).removeprefix(COMPRESSED):
+                return Family(arch, config)
+        known = ", ".join(a.model_type for a in FAMILIES)
+        raise ValueError(f"no family for model_type {config.get('model_type')!r}; known: {known}")
+
+    # Numbers of the model
+
+    @property
+    def num_layers(self) -> int:
+        return int(self.config["num_hidden_layers"])
+
+    @property
+    def moe_layers(self) -> list[int]:
+        """The decoder layers that have routed experts, ascending."""
+        dense = set(self.config.get("mlp_only_layers") or ()) | set(range(self.config.get("first_k_dense_replace") or 0))
+        every = self.config.get("decoder_sparse_step") or 1
+        return [i for i in range(self.num_layers) if i not in dense and (i + 1) % every == 0]
+
+    @property
+    def experts_key(self) -> str:
+        """The key of this config.json for the number of routed experts. Raises ValueError if it has none."""
+        for key in EXPERT_COUNT_KEYS:
+            if self.config.get(key) is not None:
+                return key
+        raise ValueError(f"config.json of a {self.arch.model_type} names no number of experts; it needs one of {EXPERT_COUNT_KEYS}")
+
+    @property
+    def num_experts(self) -> int:
+        """The number of routed experts in an MoE layer; the largest where layers differ."""
+        return int(self.config[self.experts_key])
+
+    @property
+    def top_k(self) -> int:
+        return int(self.config["num_experts_per_tok"])
+
+    @property
+    def main_experts(self) -> int:
+        """How many of a token's top-k experts are computed: fewer than top k if Compressed Experts replace the others."""
+        return int(self.config.get(MAIN) or self.top_k)
+
+    @property
+    def group_limit(self) -> tuple[int, int]:
+        """(number of groups, number of groups a token may choose from); (1, 1) if the router has no groups."""
+        if not self.arch.groups or self.config.get("topk_method") == "greedy":
+            return 1, 1
+        return int(self.config.get("n_group") or 1), int(self.config.get("topk_group") or 1)
+
+    @property
+    def normalizes(self) -> bool:
+        """Whether a token's routing weights are divided by their sum."""
+        if self.arch.normalize == "norm_topk_prob":
+            return bool(self.config.get("norm_topk_prob", False))
+        return self.arch.normalize == "always"
+
+    def experts_per_token(self, experts: int) -> int:
+        """How many experts a token gets in a layer of `experts`: top k, or all it can choose from if they are fewer."""
+        n_group, topk_group = self.group_limit
+        return min(self.top_k, experts // n_group * topk_group)
+
+    def with_experts(self, experts: int) -> Config:
+        """The configuration of the same model with `experts` routed experts in every MoE layer."""
+        counts = {k: experts for k in EXPERT_COUNT_KEYS if self.config.get(k) is not None}
+        return self.config | counts | {"num_experts_per_tok": self.experts_per_token(experts)}
+
+    # How many experts may stay
+
+    def legal_counts(self, experts: int) -> list[int]:
+        """The numbers `keep` that pass `check_keep` for a layer of `experts`, ascending."""
+        counts = []
+        for keep in range(1, experts + 1):
+            try:
+                self.check_keep(keep, experts)
+            except ValueError:
+                continue
+            counts.append(keep)
+        return counts
+
+    def check_keep(self, keep: int, experts: int | None = None) -> None:
+        """Raise ValueError if a router with `keep` of a layer's `experts` cannot give a token its top k.
+
+        `experts` is `num_experts` by default.
+        """
+        experts, top_k = experts or self.num_experts, self.top_k
+        if not top_k <= keep <= experts:
+            raise ValueError(f"keep={keep} must lie between top_k={top_k} and the layer's {experts} experts")
+        self.check_left(keep, experts)
+        n_group, topk_group = self.group_limit
+        if (each := keep // n_group) * topk_group < top_k:
+            need = max(self._least(), -(-top_k // topk_group)) * n_group
+            raise ValueError(
+                f"keep={keep} leaves {each} experts in each of {n_group} groups, and a token that may choose from {topk_group} "
+                f"of them cannot reach its top_k={top_k}; keep at least {need}"
+            )
+
+    def check_left(self, keep: int, experts: int) -> None:
+        """Raise ValueError if the router cannot work with `keep` of a layer's `experts`, even for a token that gets fewer than
+        top k."""
+        n_group, _ = self.group_limit
+        if not 1 <= keep <= experts:
+            raise ValueError(f"keep={keep} must lie between 1 and the layer's {experts} experts")
+        if self.arch.score == "sparsemixer" and keep < 2:
+            raise ValueError(f"keep={keep}: a {self.arch.model_type} weighs two experts against each other; keep at least 2")
+        if keep % n_group:
+            raise ValueError(
+                f"keep={keep} must be a multiple of the router's {n_group} groups, or no whole number is left in each; "
+                f"nearest: {keep - keep % n_group} or {keep - keep % n_group + n_group}"
+            )
+        if keep // n_group < self._least():
+            raise ValueError(
+                f"keep={keep} leaves {keep // n_group} experts in each of {n_group} groups, which are ranked by their best "
+                f"{self._least()}; keep at least {self._least() * n_group}"
+            )
+
+    def _least(self) -> int:
+        """How many experts a group needs to be ranked."""
+        return 2 if self.arch.groups and self.arch.group_score == "top2" else 1
+
+    # Names on disk
+
+    def prefix(self, layer: int) -> str:
+        """The beginning of the names of all tensors of a decoder layer."""
+        return f"model.layers.{layer}."
+
+    def norm(self, layer: int) -> str:
+        """The beginning of the names of the norm before a layer's MoE block."""
+        return self.prefix(layer) + "post_attention_layernorm."
+
+    def moe(self, layer: int) -> str:
+        """The beginning of the names of a layer's MoE block."""
+        return self.router(layer).rsplit(".", 2)[0] + "."
+
+    def experts(self, layer: int) -> str:
+        """The beginning of the names of a layer's routed experts, and of what moeflow stores beside them."""
+        return self.arch.gate.format(layer=layer, expert="\0").partition("\0")[0]
+
+    def expert(self, layer: int, expert: int | str) -> tuple[str, str, str]:
+        """The names of one expert's gate, up and down matrices."""
+        gate, up, down = (t.format(layer=layer, expert=expert) for t in (self.arch.gate, self.arch.up, self.arch.down))
+        return gate, up, down
+
+    def factors(self, name: str) -> tuple[str, str]:
+        """The names of the two factors, [M, R] and [R, N], that replace the matrix `name` [M, N] if it has rank R."""
+        stem = name.removesuffix(".weight")
+        return f"{stem}.factor_out", f"{stem}.factor_in"
+
+    def router(self, layer: int) -> str:
+        return self.arch.router.format(layer=layer)
+
+    def router_bias(self, layer: int) -> str | None:
+        """The name of the bias [E] that is added for the choice of experts only; None if the family has none."""
+        return None if self.arch.router_bias is None else self.arch.router_bias.format(layer=layer)
+
+    def router_tensors(self, layer: int) -> list[str]:
+        """The names of the router's tensors; each has one row per expert."""
+        return [name for name in (self.router(layer), self.router_bias(layer)) if name is not None]
+
+    def shared(self, layer: int) -> tuple[str, str, str] | None:
+        """The names of the shared expert's gate, up and down matrices; None if the family has no shared expert."""
+        if self.arch.shared is None:
+            return None
+        gate, up, down = (t.format(layer=layer) for t in self.arch.shared)
+        return gate, up, down
+
+    def shared_gate(self, layer: int) -> str | None:
+        """The name of the matrix [1, D] that weighs the shared expert's output; None if the family has none."""
+        return None if self.arch.shared_gate is None else self.arch.shared_gate.format(layer=layer)
+
+    def on_disk(self, name: str) -> str:
+        """The name on disk of a tensor that is called `name` in memory. Fused experts have no such name."""
+        if match := re.match(r"(model\.layers\.\d+\.)(.*)", name):
+            for disk, memory in self.arch.memory:
+                if match[2].startswith(memory):
+                    return match[1] + disk + match[2].removeprefix(memory)
+        return name

@@ -1,0 +1,53 @@
+"""What a slimmed checkpoint says of itself, multiplied out, and which tokens its experts were given."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from moeflow.arch import Family
+from moeflow.model.checkpoint import save
+from moeflow.model.layout import Folder, read_config
+from moeflow.model.packed import PACKED, SCALE, SHAPE
+from tests.models import loaded, logits
+
+FOUR: dict[str, Any] = {"bits": 4, "group": 8}
+
+
+def reports(folder: Path) -> list[dict[str, Any]]:
+    return json.loads((folder / "moeflow.json").read_text())["slimming"]
+
+
+def plain(folder: Path, out: Path) -> Path:
+    """The checkpoint with every packed matrix multiplied out, by codes and scales as compressed-tensors defines them."""
+    out.mkdir()
+    raw = {n: t for file in sorted(folder.glob("*.safetensors")) for n, t in load_file(file).items()}
+    whole = dict(raw)
+    for name in [n for n in raw if n.endswith(PACKED)]:
+        stem = name.removesuffix(PACKED)
+        shape, scale = whole.pop(stem + SHAPE).tolist(), whole.pop(stem + SCALE)
+        bits = whole[name].shape[1] * 32 // shape[1]
+        words = whole.pop(name).numpy().astype("uint32")
+        codes = torch.tensor([[(int(w) >> (bits * k)) % (1 << bits) for w in row for k in range(32 // bits)] for row in words])
+        codes = codes[:, : shape[1]] - (1 << (bits - 1))
+        whole[stem] = (codes.view(*scale.shape, -1) * scale[..., None].double()).flatten(1).float()
+    save(whole, out / "model.safetensors")
+    config = read_config(Folder(folder))
+    config.pop("quantization_config", None)
+    (out / "config.json").write_text(json.dumps(config))
+    return out
+
+
+def routed(source: Path, folder: Path, layer: int) -> tuple[Tensor, Tensor]:
+    """The inputs [T, D] of a layer's MoE block in the whole model, and which experts each token goes to [T, E]."""
+    model, family = loaded(source), Family.of(read_config(Folder(source)))
+    found: dict[str, Tensor] = {}
+    block = model.model.layers[layer].get_submodule(family.arch.block)
+    block.register_forward_pre_hook(lambda _, x: found.update(x=x[0].flatten(0, 1)))
+    block.experts.register_forward_pre_hook(lambda _, x: found.update(index=x[1]))
+    logits(model, folder)
+    chosen = torch.zeros(len(found["x"]), 8, dtype=torch.bool).scatter(1, found["index"], True)
+    return found["x"], chosen
