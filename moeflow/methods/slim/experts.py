@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moeflow.arch import MATRICES, Config, Family
 from moeflow.methods.graph import load
-from moeflow.methods.moments import second_moment
+from moeflow.methods.moments import moment_behind, second_moment
 from moeflow.methods.rare import enough, treatments
 from moeflow.methods.recorded import placement
 from moeflow.methods.rewrite import link_all
@@ -233,7 +233,7 @@ def _slimmed(now: Layer, name: str, matrix: Matrix, moment_NN: Tensor | None) ->
         return now.put(name, now.treat(matrix, moment_NN))
     out, within = now.family.factors(name)
     in_RN = now.put(within, now.treat(matrix.in_RN, moment_NN))
-    moment_RR = None if moment_NN is None else in_RN.double() @ moment_NN @ in_RN.double().mT
+    moment_RR = None if moment_NN is None else moment_behind(in_RN, moment_NN)
     return LowRank(now.put(out, now.treat(matrix.out_MR, moment_RR)), in_RN)
 
 

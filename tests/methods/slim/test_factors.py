@@ -131,3 +131,12 @@ def test_factors_that_cannot_be_packed_are_refused_when_the_graph_is_built(tmp_p
     out = pulled(store_in(tmp_path), loose, tmp_path)
     assert "quantization_config" not in json.loads((out / "config.json").read_text())
     assert torch.isfinite(logits(loaded(out), tmp_path)).all()
+
+
+@pytest.mark.parametrize("method", ["gptq", "round_to_nearest"])
+def test_factors_of_more_components_than_the_expert_saw_tokens_are_slimmed(method: str, tmp_path: Path) -> None:
+    """Rounding leaves sums of squares below zero where the tokens have nothing of a component."""
+    seen = calibrated(model_in(tiny.write("mixtral", tmp_path / "model")), tmp_path, record=8)
+    low = moei2.decompose(seen, Decomposition(rank=16, shrink=0.0))
+    out = pulled(store_in(tmp_path), unified.slim(calibrated(low, tmp_path, record=8), Slimming(method, **FOUR)), tmp_path)
+    assert torch.isfinite(logits(loaded(out), tmp_path)).all()
