@@ -10,6 +10,7 @@ Second: 32 and 64 experts in pairs that replace each other (near-duplicates with
 
 import time
 from contextlib import suppress
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -20,7 +21,8 @@ from moeflow.methods.prune import genetic, swap
 from moeflow.methods.prune.errors import mask_of, squared_errors_direct
 from moeflow.methods.prune.evaluated import Evaluate
 from moeflow.methods.prune.gram import Weighed
-from moeflow.methods.prune.subsets import GENERATIONS, Subset
+from moeflow.methods.prune.searches import Search
+from moeflow.methods.prune.subsets import Subset, Subsets
 from moeflow.model.moe import MLP, MoELayer
 from moeflow.model.router import Router
 
@@ -65,12 +67,12 @@ def genetic_for(seconds: float, evaluate: Evaluate, experts: int, keep: int, see
 
     def save(state: genetic.State) -> None:
         nonlocal best
-        best = min(loss for _, loss in state["found"])
+        best = min(loss for _, loss in state["losses"])
         if time.perf_counter() > end:
             raise TimeIsUp
 
     with suppress(TimeIsUp):
-        genetic.search(evaluate, experts, keep, seed=seed, generations=1 << 30, save=save)
+        genetic.search(evaluate, Subsets(experts, keep), Search("genetic", seed=seed, generations=1 << 30), save=save)
     return best
 
 
@@ -83,15 +85,15 @@ def against_plain() -> list[Row]:
         return torch.stack([(moe.routed_output(x_TD, allowed_E) - goal_TD).double().norm() for allowed_E in mask_SE])
 
     start = time.perf_counter()
-    weighed = Weighed.of(moe, [x_TD], drop_at_most=DROP)
-    best: list[tuple[Subset, float]] = genetic.search(weighed, E, E - DROP, memoise=False)
+    weighed, subsets, how = Weighed.of(moe, [x_TD], drop_at_most=DROP), Subsets(E, E - DROP), Search("genetic")
+    best: list[tuple[Subset, float]] = genetic.search(weighed, subsets, how, memoise=False)
     ours = time.perf_counter() - start
     start = time.perf_counter()
-    genetic.search(again, E, E - DROP, memoise=False, generations=TIMED)
-    plain = (time.perf_counter() - start) / TIMED * GENERATIONS
+    genetic.search(again, subsets, replace(how, generations=TIMED), memoise=False)
+    plain = (time.perf_counter() - start) / TIMED * how.generations
     direct, _ = squared_errors_direct(moe, x_TD, mask_of([subset for subset, _ in best], E))
     error = max(abs(loss**2 / float(d) - 1) for (_, loss), d in zip(best, direct, strict=True))
-    what = f"genetic search, against plain re-evaluation ({TIMED} generations, scaled to {GENERATIONS})"
+    what = f"genetic search, against plain re-evaluation ({TIMED} generations, scaled to {how.generations})"
     return [
         Row(what, plain / ours, "at least", 100.0, "times faster"),
         Row("genetic search, relative difference of its best squared errors from direct evaluation", error, "at most", 1e-4, ""),
@@ -104,7 +106,7 @@ def against_genetic(experts: int) -> list[Row]:
         moe, x_TD = planted(experts, seed), torch.randn(1024, 32, generator=torch.Generator().manual_seed(seed))
         weighed = Weighed.of(moe, [x_TD], drop_at_most=experts - keep)
         start = time.perf_counter()
-        ours = swap.search(weighed, experts, keep, seed=seed)[0][1]
+        ours = swap.search(weighed, Subsets(experts, keep), Search("swap", seed=seed))[0][1]
         ratios.append(ours / genetic_for(time.perf_counter() - start, weighed, experts, keep, seed))
     better, worse = sum(r < 1 - SAME for r in ratios), sum(r > 1 + SAME for r in ratios)
     of = f"{better} better, {SEEDS - better - worse} equal, {worse} worse of {SEEDS} seeds"

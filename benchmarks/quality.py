@@ -20,7 +20,9 @@ from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data
 from moeflow.methods.decompose.options import Decomposition
-from moeflow.methods.graph import Calibration, Model, Pass
+from moeflow.methods.graph import Calibration, Model, Pass, Sample
+from moeflow.methods.prune.counts import Counts
+from moeflow.methods.prune.searches import Search
 from moeflow.methods.recipes import compare, moei2, naee
 from moeflow.run import in_process
 from moeflow.sources import Texts, pin
@@ -41,6 +43,7 @@ HELDOUT = ",".join(
 )
 KINDS = ("prose", "mathematics", "code")
 SEQUENCES, HELDOUT_SEQUENCES, LENGTH, SEEDS, RESAMPLED = 96, 64, 256, 3, 5_000
+HELDOUT_PASS = Pass(16, 128, dtype="float32")
 UNIFORM = "NAEE, uniform"
 COMPARED = ("ours", "ours, ranks alone", "ours, pruning only")
 TARGETS = {0.25: 0.75, 0.5: 0.85}
@@ -49,17 +52,17 @@ Method = Callable[[Calibration, Step, float, int], Model]
 
 
 def _by_score(name: str, seen: Calibration, matrix: Step, removed: float, seed: int) -> Model:
-    return naee.by_criterion(seen, criterion=name, keep=round(8 * (1 - removed)), seed=seed)
+    return naee.prune(seen, round(8 * (1 - removed)), Search(name, seed=seed))
 
 
 def _naee(seen: Calibration, matrix: Step, removed: float, seed: int) -> Model:
-    return naee.layerwise(seen, keep=round(8 * (1 - removed)))
+    return naee.prune(seen, keep=round(8 * (1 - removed)))
 
 
 def _moei2(seen: Calibration, matrix: Step, removed: float, seed: int, *, share: float) -> Model:
     """The paper: counts by importance, genetic search, blocks of three layers among three sets; then vanilla, by importance."""
     dropped = share * removed
-    pruned = moei2.prune(seen, keep=1 - dropped, counts="paper", search="genetic", best=3, block=3, seed=seed)
+    pruned = moei2.prune(seen, Counts(1 - dropped, rule="paper"), Search("genetic", best=3, block=3, seed=seed))
     ratio = moei2.ratio_left(removed, dropped)
     return moei2.decompose(_run(pruned, matrix), Decomposition(ratio=ratio, ranks="paper", svd="vanilla")) if ratio else pruned
 
@@ -67,7 +70,7 @@ def _moei2(seen: Calibration, matrix: Step, removed: float, seed: int, *, share:
 def _ours(seen: Calibration, matrix: Step, removed: float, seed: int, *, share: float) -> Model:
     """Exact allocation by measured divergence, swap search; then whitened, at ranks that one budget gives all matrices."""
     dropped = share * removed
-    pruned = moei2.prune(seen, keep=1 - dropped, counts="exact", search="swap", seed=seed) if dropped else seen.model
+    pruned = moei2.prune(seen, Counts(1 - dropped), Search("swap", seed=seed)) if dropped else seen.model
     ratio = moei2.ratio_left(removed, dropped)
     again = _run(pruned, matrix) if dropped else seen
     return moei2.decompose(again, Decomposition(ratio=ratio)) if ratio else pruned
@@ -122,10 +125,10 @@ def _run(model: Model, matrix: Step) -> Calibration:
 
 
 def _measured(store: Store, original: Model, method: Method, removed: float, seed: int) -> dict[str, Any]:
-    matrix = data.tokens(Texts(CALIBRATION), original, sequences=SEQUENCES, length=LENGTH, seed=seed)
+    matrix = data.tokens(Texts(CALIBRATION), original, Sample(SEQUENCES, LENGTH, seed=seed))
     seen = _run(original, matrix)
     small = method(seen, matrix, removed, seed)
-    compared = compare.compare(seen, small, heldout=Texts(HELDOUT), sequences=HELDOUT_SEQUENCES, length=LENGTH)
+    compared = compare.compare(original, small, Texts(HELDOUT), Sample(HELDOUT_SEQUENCES, LENGTH), HELDOUT_PASS)
     reports = [r for r in compared if r.name in ("evaluate.size", "evaluate.quality")]
     in_process.run([checkpoint.checkpoint_of(small), *reports], store)
     read = [json.loads(store.artifact(r.key).file("report.json").read_text()) for r in reports]

@@ -13,15 +13,18 @@ import tempfile
 from dataclasses import dataclass, replace
 from typing import Any
 
-from benchmarks.quality import CALIBRATION, HELDOUT, HELDOUT_SEQUENCES, KINDS, LENGTH, SEQUENCES, SHARED
+from benchmarks.quality import CALIBRATION, HELDOUT, HELDOUT_PASS, HELDOUT_SEQUENCES, KINDS, LENGTH, SEQUENCES, SHARED
 from benchmarks.rows import Row
+from moeflow.methods import rewrite
 from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data
 from moeflow.methods.decompose.options import Decomposition
 from moeflow.methods.fewer_active import steps as fewer_active
-from moeflow.methods.finetune.recipe import Gang
-from moeflow.methods.graph import Calibration, Model, Pass
+from moeflow.methods.finetune.recipe import Gang, Recipe
+from moeflow.methods.graph import Calibration, Model, Pass, Sample
+from moeflow.methods.prune.counts import Counts
+from moeflow.methods.prune.searches import Search
 from moeflow.methods.recipes import compare, moei2, naee, tune
 from moeflow.run import in_process
 from moeflow.sources import Texts, pin
@@ -68,23 +71,21 @@ class Recovery:
     def __init__(self, store: Store) -> None:
         self.store = store
         self.original = checkpoint.pinned(pin(str(SHARED / "models" / "mixtral-21m"), kind="model"))
-        self.matrix = data.tokens(Texts(CALIBRATION), self.original, sequences=SEQUENCES, length=LENGTH)
+        self.matrix = data.tokens(Texts(CALIBRATION), self.original, Sample(SEQUENCES, LENGTH))
         self.seen: Calibration = calibrate.run(self.original, self.matrix, PASS)
-        self.data = data.tokens(Texts(CALIBRATION), self.original, sequences=ROWS, length=LENGTH, seed=1)
-        self.taught = tune.teacher(self.original, self.data, PASS, top=64)
+        self.data = data.tokens(Texts(CALIBRATION), self.original, Sample(ROWS, LENGTH, seed=1))
         self.validation = {
-            kind: data.tokens(Texts(name), self.original, sequences=12, length=LENGTH, seed=2) for kind, name in VALIDATION.items()
+            kind: data.tokens(Texts(name), self.original, Sample(12, LENGTH, seed=2)) for kind, name in VALIDATION.items()
         }
 
-    def tuned(self, model: Model, *, loss: str, **options: Any) -> tune.Tuned:
-        return tune.tune(
-            model, self.data, loss=loss, teacher=self.taught if loss != "lm" else (), batch=BATCH, warmup=0.05, dtype="float32",
-            validation=self.validation, every=EVERY, gang=GANG, **({"steps": STEPS} | options),
-        )  # fmt: skip
+    def tuned(self, model: Model, **options: Any) -> tune.Tuned:
+        how = Recipe(**({"steps": STEPS, "batch": BATCH, "warmup": 0.05, "dtype": "float32", "every": EVERY} | options))
+        teacher = {"teacher": self.original, "passed": PASS}
+        return tune.tune(model, self.data, how, **teacher, validation=self.validation, gang=GANG)
 
     def measured(self, model: Model, tuned: tune.Tuned | None = None) -> Found:
-        reports = compare.compare(self.seen, model, heldout=Texts(HELDOUT), sequences=HELDOUT_SEQUENCES, length=LENGTH)
-        wanted = [r for r in reports if r.name in ("evaluate.quality", "evaluate.reach")]
+        reports = compare.compare(self.original, model, Texts(HELDOUT), Sample(HELDOUT_SEQUENCES, LENGTH), HELDOUT_PASS)
+        wanted = [r for r in reports if r.name in ("evaluate.quality", "evaluate.experts_per_token")]
         in_process.run([checkpoint.checkpoint_of(model), *wanted], self.store)
         rows = [row for r in wanted for row in self._read(r, "report.json")["rows"]]
 
@@ -113,14 +114,13 @@ def main() -> tuple[list[Row], str]:
 
 
 def _pruned(bench: Recovery) -> tuple[list[Row], str]:
-    pruned = naee.layerwise(bench.seen, keep=4)
+    pruned = naee.prune(bench.seen, keep=4)
     return _recovered(bench, "4 of 8 experts (NAEE)", pruned, TUNINGS | LONGER, target=True)
 
 
 def _low_rank(bench: Recovery) -> tuple[list[Row], str]:
-    pruned = moei2.prune(
-        bench.seen, keep=0.75, counts="paper", search="genetic", importance="recon", best=3, block=3, generations=20
-    )
+    counts = Counts(0.75, rule="paper", importance="recon")
+    pruned = moei2.prune(bench.seen, counts, Search("genetic", best=3, block=3, generations=20))
     again = calibrate.run(pruned, bench.matrix, PASS)
     ratio = moei2.ratio_left(0.5, 0.25)
     vanilla = moei2.decompose(again, Decomposition(ratio=ratio, ranks="paper", svd="vanilla", importance="recon"))
@@ -167,12 +167,12 @@ def _fewer(bench: Recovery) -> tuple[list[Row], str]:
     """Perplexity against expert products a token: skipping and Compressed Experts, and top-1 as it is and trained alike."""
     original = bench.original
     config = original.config | {"num_experts_per_tok": 1}
-    top1 = replace(original, config=config, rest=fewer_active.rest(original.rest, config=config))
-    attached = fewer_active.attach(original, main=1)
+    top1 = replace(original, config=config, rest=rewrite.configured(original.rest, config=config))
+    attached = fewer_active.attach(original, fewer_active.CompressedExperts(main=1))
     models: dict[str, Model | tune.Tuned] = {
         "top-2, the original": original,
         "skipping, median": fewer_active.skip(bench.seen),
-        **{f"skipping, {active} experts": fewer_active.skip(bench.seen, active=active) for active in (1.75, 1.25)},
+        **{f"skipping, {active} experts": fewer_active.skip(bench.seen, fewer_active.Skipping(active)) for active in (1.75, 1.25)},
         "top-1": top1,
         "Compressed Experts as they begin": attached,
         "Compressed Experts, trained alone": bench.tuned(attached, mode="compressed_experts", loss="kl", rate=2e-2),

@@ -12,7 +12,7 @@ import torch
 from benchmarks.rows import Row
 from moeflow.arch import MIXTRAL
 from moeflow.methods.prune.errors import mask_of, squared_errors, squared_errors_direct
-from moeflow.methods.prune.subsets import all_subsets
+from moeflow.methods.prune.subsets import Subsets
 from moeflow.model.moe import MLP, MoELayer
 from moeflow.model.router import Router
 
@@ -38,7 +38,7 @@ def best(work: Callable[[], object], rounds: int) -> float:
 @torch.inference_mode()
 def main() -> list[Row]:
     moe, x_TD = layer(), torch.randn(TOKENS, D)
-    mask_SE = mask_of(list(all_subsets(E, KEEP)), E)
+    mask_SE = mask_of(list(Subsets(E, KEEP)), E)
     moe.expert_outputs(x_TD[:64])
     # in one piece and in the pieces that the search works in: the smaller is the floor
     whole = best(lambda: [expert(x_TD) for expert in moe.experts], 5)

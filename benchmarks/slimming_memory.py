@@ -20,7 +20,7 @@ from benchmarks.rows import Row
 from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data
-from moeflow.methods.graph import Pass
+from moeflow.methods.graph import Pass, Sample
 from moeflow.methods.recipes import unified
 from moeflow.methods.slim.methods import Slimming
 from moeflow.run import in_process
@@ -55,7 +55,7 @@ def write(folder: Path, experts: int) -> None:
 def step_in(folder: Path, way: str) -> Step:
     """The step that slims the only layer."""
     model = checkpoint.pinned(pin(str(folder / "model"), kind="model"))
-    matrix = data.tokens(Texts(str(folder / "tokens.npy")), model, sequences=SEQUENCES, length=LENGTH)
+    matrix = data.tokens(Texts(str(folder / "tokens.npy")), model, Sample(SEQUENCES, LENGTH))
     seen = calibrate.run(model, matrix, Pass(batch=4, shard=SEQUENCES, dtype="float32"))
     (layer,) = unified.slim(seen, Slimming(inputs="parallel", **WAYS[way])).layers
     return layer

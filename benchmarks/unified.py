@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from benchmarks.quality import CALIBRATION, HELDOUT, HELDOUT_SEQUENCES, KINDS, LENGTH, SEQUENCES, SHARED
+from benchmarks.quality import CALIBRATION, HELDOUT, HELDOUT_PASS, HELDOUT_SEQUENCES, KINDS, LENGTH, SEQUENCES, SHARED
 from benchmarks.rows import Row
 from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data
 from moeflow.methods.decompose.options import Decomposition
-from moeflow.methods.graph import Calibration, Model, Pass
+from moeflow.methods.graph import Calibration, Model, Pass, Sample
 from moeflow.methods.recipes import compare, moei2, naee, unified
 from moeflow.methods.slim.methods import Slimming
 from moeflow.methods.trim import steps as trim
@@ -40,10 +40,10 @@ def _slim(method: str, **options: Any) -> Stage:
 
 
 AWQ, GPTQ = _slim("awq"), _slim("gptq", inputs="sequential", order=True)
-EXPERTS: Stage = partial(trim.expert_drop, keep=6, least=2)
-LAYERS: Stage = partial(trim.layer_drop, drop=2)
-BLOCKS: Stage = partial(trim.block_drop, drop=1)
-ENUMERATED: Stage = partial(naee.layerwise, keep=6)
+EXPERTS: Stage = partial(trim.trim, how=trim.Trimming("experts", 2, least=2))
+LAYERS: Stage = partial(trim.trim, how=trim.Trimming("moe_blocks", 2))
+BLOCKS: Stage = partial(trim.trim, how=trim.Trimming("decoder_layers", 1))
+ENUMERATED: Stage = partial(naee.prune, keep=6)
 
 
 def _low_rank(ratio: float) -> Stage:
@@ -168,7 +168,7 @@ class _Bench:
     def __init__(self, store: Store) -> None:
         self.store = store
         self.original = checkpoint.pinned(pin(str(SHARED / "models" / "mixtral-21m"), kind="model"))
-        self.matrix = data.tokens(Texts(CALIBRATION), self.original, sequences=SEQUENCES, length=LENGTH)
+        self.matrix = data.tokens(Texts(CALIBRATION), self.original, Sample(SEQUENCES, LENGTH))
         self.seen = self._calibrated(self.original)
         self.whole = 0.0
 
@@ -176,7 +176,7 @@ class _Bench:
         model = self.original
         for stage in stages:
             model = stage(self._calibrated(model))
-        compared = compare.compare(self.seen, model, heldout=Texts(HELDOUT), sequences=HELDOUT_SEQUENCES, length=LENGTH)
+        compared = compare.compare(self.original, model, Texts(HELDOUT), Sample(HELDOUT_SEQUENCES, LENGTH), HELDOUT_PASS)
         reports = [r for r in compared if r.name in ("evaluate.size", "evaluate.quality", "evaluate.speed")]
         in_process.run([checkpoint.checkpoint_of(model), *reports], self.store)
         rows = {row["name"]: row for report in reports for row in self._rows(report)}

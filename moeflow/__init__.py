@@ -2,6 +2,6 @@
 
 from moeflow.model import autoload
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 autoload.register()  # transformers loads compressed checkpoints from now on; imports nothing of it yet

@@ -3,7 +3,7 @@
     ray job submit --working-dir . -- python pipelines/deepseek_v2_lite_unified.py --store s3://bucket/prefix --gpus 1
 
 The constants are those that the paper takes for DeepSeek-MoE-16B, as in `mixtral_unified.py`: four MoE blocks go, 4 bits in groups
-of 64. `-p trim=blocks` drops decoder layers instead, and `-p trim=experts -p dropped=16` a quarter of the experts.
+of 64. `-p trim=decoder_layers` drops decoder layers instead, and `-p trim=experts -p dropped=16` a quarter of the experts.
 """
 
 from functools import partial

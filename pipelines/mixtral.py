@@ -9,11 +9,14 @@ beginning-of-sequence token each, the checkpoint's own precision (bf16), every l
 expert; `-p skip=1.7` sets how many experts a token has on average.
 """
 
+from typing import Literal
+
 from moeflow.cli import main
 from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data
-from moeflow.methods.graph import Pass
+from moeflow.methods.graph import Pass, Sample
+from moeflow.methods.prune.searches import Search
 from moeflow.methods.recipes import compare, naee
 from moeflow.sources import Source, Texts
 from moeflow.step import Step
@@ -30,7 +33,7 @@ def build(
     heldout: Texts = Texts(WIKITEXT2),
     keep: int = 6,
     search: str = "layerwise",
-    loss: str = "frobenius",
+    loss: Literal["frobenius", "batch-sum"] = "frobenius",
     batch: int = 8,
     sequences: int = 128,
     length: int = 2048,
@@ -40,12 +43,13 @@ def build(
     seed: int = 42,
 ) -> Step:
     original = checkpoint.pinned(model)
-    matrix = data.tokens(tokens, original, sequences=sequences, length=length, seed=seed, bos=True, group=1000)
+    matrix = data.tokens(tokens, original, Sample(sequences, length, seed=seed, bos=True, group=1000))
     passed = Pass(batch=batch, dtype=dtype)
     seen = calibrate.run(original, matrix, passed)
-    pruned = naee.named(search)(seen, keep=keep, loss=loss, seed=seed)
-    served = naee.skipped(skip)(pruned, matrix, passed)
-    reports = compare.compare(seen, served, heldout=heldout, sequences=heldout_sequences, length=length)
+    pruned = naee.prune(seen, keep, Search(search, loss=loss, seed=seed))
+    served = naee.skipped(pruned, matrix, naee.skipping(skip), passed)
+    judged = Sample(heldout_sequences, length), Pass(batch, 8 * batch, dtype=dtype)
+    reports = compare.compare(original, served, heldout, *judged, tokens=matrix)
     return checkpoint.checkpoint_of(served).reporting(*reports)
 
 

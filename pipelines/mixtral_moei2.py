@@ -11,6 +11,7 @@ What moeflow puts beside it: `-p counts=exact -p search=swap -p block=1 -p svd=w
 """
 
 from functools import partial
+from typing import Literal
 
 from mixtral import C4, MODEL, WIKITEXT2
 
@@ -19,8 +20,10 @@ from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data_
 from moeflow.methods.decompose.options import Decomposition
-from moeflow.methods.finetune.recipe import Gang
-from moeflow.methods.graph import Pass
+from moeflow.methods.finetune.recipe import Gang, Recipe
+from moeflow.methods.graph import Pass, Sample
+from moeflow.methods.prune.counts import Counts
+from moeflow.methods.prune.searches import Search
 from moeflow.methods.recipes import compare, moei2
 from moeflow.methods.recipes import tune as tune_
 from moeflow.sources import Source, Texts
@@ -34,22 +37,22 @@ def build(
     heldout: Texts = Texts(WIKITEXT2),
     dropped: float = 0.25,
     removed: float = 0.5,
-    counts: str = "paper",
+    counts: Literal["uniform", "paper", "exact"] = "paper",
     search: str = "genetic",
-    importance: str = "lm_loss",
+    importance: Literal["recon", "lm_loss"] = "lm_loss",
     best: int = 3,
     block: int = 3,
-    inputs: str = "original",
+    inputs: Literal["original", "progressive"] = "original",
     population: int = 100,
     generations: int = 50,
     legal: tuple[int, ...] = (),
     divisor: int = 1,
-    svd: str = "vanilla",
-    ranks: str = "paper",
+    svd: Literal["vanilla", "whitened"] = "vanilla",
+    ranks: Literal["uniform", "paper", "global"] = "paper",
     alpha: float = 0.15,
     multiple: int = 1,
     least: int = 1,
-    rare: str = "weights",
+    rare: Literal["weights", "keep"] = "weights",
     sequences: int = 2048,
     length: int = 2048,
     batch: int = 8,
@@ -73,26 +76,29 @@ def build(
     seed: int = 42,
 ) -> Step:
     original = checkpoint.pinned(model)
-    matrix = data_.tokens(tokens, original, sequences=sequences, length=length, seed=seed, bos=bos, group=1000)
+    matrix = data_.tokens(tokens, original, Sample(sequences, length, seed=seed, bos=bos, group=1000))
     recorded = Pass(batch=batch, stage=3, record=record, per_expert=per_expert, dtype=dtype)
     seen = calibrate.run(original, matrix, recorded)
     pruned = moei2.prune(
-        seen, keep=1 - dropped, counts=counts, search=search, importance=importance, best=best, block=block, inputs=inputs,
-        population=population, generations=generations, legal=legal, divisor=divisor, measured=measured, seed=seed,
-    )  # fmt: skip
+        seen,
+        Counts(1 - dropped, rule=counts, importance=importance, legal=legal, divisor=divisor, measured=measured),
+        Search(search, seed=seed, best=best, block=block, inputs=inputs, population=population, generations=generations),
+    )
     again = calibrate.run(pruned, matrix, recorded)
     cut = Decomposition(
         ratio=moei2.ratio_left(removed, dropped), ranks=ranks, svd=svd, importance=importance, alpha=alpha,
         multiple=multiple, least=least, rare=rare, measured=measured,
     )  # fmt: skip
     small = moei2.decompose(again, cut)
-    data = partial(data_.examples, text, original, sequences=rows, length=length, seed=seed, bos=bos, repeat=True)
-    tuned = tune_.stage(tune)(
-        small, data, targets=("attention", "experts"), rank=rank, alpha=2.0 * rank, steps=round(epochs * rows / tuned_batch),
-        batch=tuned_batch, rate=rate, dtype=dtype, seed=seed,
-        gang=Gang(processes, zero=zero, offload=offload, checkpointing=True, device_memory=int(device_memory)),
+    data = partial(data_.examples, text, original, data_.Examples(rows, length, seed=seed, bos=bos, repeat=True))
+    how = None if tune == "none" else Recipe(
+        mode=tune, rank=rank, epochs=epochs, batch=tuned_batch, rate=rate, dtype=dtype, seed=seed
     )  # fmt: skip
-    reports = compare.compare(seen, tuned.model, heldout=heldout, sequences=heldout_sequences, length=length)
+    gang = Gang(processes, zero=zero, offload=offload, checkpointing=True, device_memory=device_memory)
+    tuned = tune_.tune(small, data, how, gang=gang)
+    reports = compare.compare(
+        original, tuned.model, heldout, Sample(heldout_sequences, length), Pass(batch, 8 * batch, dtype=dtype), tokens=matrix
+    )
     return checkpoint.checkpoint_of(tuned.model).reporting(*tuned.reports, *reports)
 
 

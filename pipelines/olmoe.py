@@ -10,15 +10,16 @@ the configuration; the paper prints 878 M.
 What moeflow puts beside it: `-p train=compressed_experts` trains the vectors alone, `-p loss=kl` distils from the original.
 """
 
+from typing import Literal
+
 from mixtral import WIKITEXT2
 
 from moeflow.cli import main
-from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data_
 from moeflow.methods.fewer_active import steps as fewer_active
-from moeflow.methods.finetune.recipe import Gang
-from moeflow.methods.graph import Pass
+from moeflow.methods.finetune.recipe import Gang, Recipe
+from moeflow.methods.graph import Pass, Sample
 from moeflow.methods.recipes import compare, tune
 from moeflow.sources import Source, Texts
 from moeflow.step import Step
@@ -29,8 +30,8 @@ def build(
     *,
     text: Texts = Texts("mathinstruct"),
     heldout: Texts = Texts(WIKITEXT2),
-    computed: int = 0,
-    form: str = "three",
+    computed: int | None = None,
+    form: Literal["three", "one"] = "three",
     train: str = "full",
     loss: str = "lm",
     rows: int = 12_800,
@@ -51,17 +52,13 @@ def build(
     seed: int = 42,
 ) -> Step:
     original = checkpoint.pinned(model)
-    data = data_.examples(text, original, sequences=rows, length=length, seed=seed, bos=bos, repeat=True)
-    attached = fewer_active.attach(original, main=computed, form=form)
-    tuned = tune.tune(
-        attached, data, mode=train, loss=loss, teacher=tune.teachers(loss)(original, data, dtype=dtype),
-        steps=round(epochs * rows / batch), batch=batch, rate=rate, warmup=warmup, dtype=dtype, seed=seed,
-        deepspeed=deepspeed or None,
-        gang=Gang(processes, zero=zero, micro=micro, offload=offload, checkpointing=True, device_memory=int(device_memory)),
-    )  # fmt: skip
-    matrix = data_.tokens(heldout, original, sequences=8, length=length, seed=seed, bos=bos)
-    seen = calibrate.run(original, matrix, Pass(batch=8, shard=32, record=0, dtype=dtype))
-    reports = compare.compare(seen, tuned.model, heldout=heldout, sequences=heldout_sequences, length=length)
+    data = data_.examples(text, original, data_.Examples(rows, length, seed=seed, bos=bos, repeat=True))
+    attached = fewer_active.attach(original, fewer_active.CompressedExperts(computed, form))
+    how = Recipe(mode=train, loss=loss, epochs=epochs, batch=batch, rate=rate, warmup=warmup, dtype=dtype, seed=seed)
+    gang = Gang(processes, zero=zero, micro=micro, offload=offload, checkpointing=True, device_memory=device_memory)
+    tuned = tune.tune(attached, data, how, teacher=original, passed=Pass(dtype=dtype), gang=gang, deepspeed=deepspeed or None)
+    judged = Sample(heldout_sequences, length), Pass(8, 64, dtype=dtype)
+    reports = compare.compare(original, tuned.model, heldout, *judged, tokens=data)
     return checkpoint.checkpoint_of(tuned.model).reporting(*tuned.reports, *reports)
 
 

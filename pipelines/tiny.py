@@ -5,11 +5,15 @@
 The same graph as `mixtral.py`, on a model that a step of the graph trains.
 """
 
+from typing import Literal
+
 from moeflow.cli import main
 from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data
-from moeflow.methods.graph import Pass
+from moeflow.methods.graph import Pass, Sample
+from moeflow.methods.pretrain.steps import Pretraining
+from moeflow.methods.prune.searches import Search
 from moeflow.methods.recipes import compare, naee, pretrained
 from moeflow.sources import Texts
 from moeflow.step import Step
@@ -24,14 +28,14 @@ def build(
     heldout: Texts = Texts(HELD_OUT),
     keep: int = 6,
     steps: int = 300,
-    loss: str = "frobenius",
+    loss: Literal["frobenius", "batch-sum"] = "frobenius",
     seed: int = 0,
 ) -> Step:
-    original = pretrained.mixtral(texts, steps=steps, seed=seed)
-    matrix = data.tokens(texts, original, sequences=64, length=128, seed=seed)
+    original = pretrained.mixtral(texts, Pretraining(steps, seed=seed))
+    matrix = data.tokens(texts, original, Sample(64, 128, seed=seed))
     seen = calibrate.run(original, matrix, Pass(batch=8, shard=32, stage=2))
-    pruned = naee.layerwise(seen, keep=keep, loss=loss, seed=seed)
-    reports = compare.compare(seen, pruned, heldout=heldout, sequences=64, length=128)
+    pruned = naee.prune(seen, keep, Search("layerwise", loss=loss, seed=seed))
+    reports = compare.compare(original, pruned, heldout, Sample(64, 128))
     return checkpoint.checkpoint_of(pruned).reporting(*reports)
 
 

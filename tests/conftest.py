@@ -34,7 +34,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def _left_out(item: pytest.Item) -> bool:
     family = item.get_closest_marker("family")
     name = item.nodeid.partition("[")[0]
-    return item.get_closest_marker("slow") is not None or (family is not None and family.args[0] not in tiny.turn(name))
+    return item.get_closest_marker("slow") is not None or (
+        family is not None and family.args[0] not in tiny.turn(name, family.kwargs["among"])
+    )
 
 
 @pytest.fixture(scope="session", autouse=True)

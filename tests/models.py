@@ -12,7 +12,8 @@ from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data
 from moeflow.methods.fewer_active import steps as fewer_active
-from moeflow.methods.graph import Calibration, Model, Pass
+from moeflow.methods.graph import Calibration, Model, Pass, Sample
+from moeflow.methods.prune.searches import Search
 from moeflow.methods.recipes import compare, naee
 from moeflow.sources import Texts
 from moeflow.step import Step
@@ -26,7 +27,7 @@ PLAIN = {"qwen2_moe": {"mlp_only_layers": []}}
 def calibrated(model: Model, folder: Path, *, between: bool = True, **options: Any) -> Calibration:
     """A calibration of the model on the 8 × 16 random tokens of `ids_of(folder)`."""
     passed = Pass(**{"batch": 2, "shard": 4, "stage": 2} | options)
-    return calibrate.run(model, data.tokens(matrix_of(folder), model, sequences=8, length=16), passed, between=between)
+    return calibrate.run(model, data.tokens(matrix_of(folder), model, Sample(8, 16)), passed, between=between)
 
 
 def ids_of(folder: Path) -> Tensor:
@@ -60,15 +61,16 @@ def close(a: Tensor, b: Tensor) -> None:
 
 def graph(model: Model, matrix: Texts, *, keep: int = 5, how: str = "layerwise") -> Step:
     """The checkpoint of a model pruned to `keep` experts per layer, with the reports that compare it with the original."""
-    seen = calibrate.run(model, data.tokens(matrix, model, sequences=8, length=16), Pass(batch=4, shard=4, stage=2))
-    pruned = naee.named(how)(seen, keep=keep)
-    reports = compare.compare(seen, pruned, heldout=Texts("nowhere.txt"), sequences=4, length=16)
+    seen = calibrate.run(model, data.tokens(matrix, model, Sample(8, 16)), Pass(batch=4, shard=4, stage=2))
+    pruned = naee.prune(seen, keep, Search(how))
+    reports = compare.compare(model, pruned, Texts("nowhere.txt"), Sample(4, 16), Pass(4, 32), tokens=seen.tokens)
     return checkpoint.checkpoint_of(pruned).reporting(*reports)
 
 
 def attached(source: Path, out: Path, **options: Any) -> Path:
     """A checkpoint with Compressed Experts, pulled."""
-    store, target = store_in(out.parent), checkpoint.checkpoint_of(fewer_active.attach(model_in(source), **options))
+    model = fewer_active.attach(model_in(source), fewer_active.CompressedExperts(**options))
+    store, target = store_in(out.parent), checkpoint.checkpoint_of(model)
     run(store, target)
     held = store.artifact(target.key)
     return Path(shutil.copytree(held.folder(), out))

@@ -14,7 +14,11 @@ from moeflow.sources import Texts, pin
 from moeflow.step import Resources, Step, placed, upstream
 from moeflow.store import Store
 
-SHARED = Path(__file__).parents[2] / "shared"
+GOLDEN = Path(__file__).parent / "golden"
+"""What the authors' own code computed; its README says how."""
+
+SMALL = Path(__file__).parents[1] / "models" / "mixtral-small"
+"""A Mixtral of 0.7 M parameters that was trained on Python; its README says how."""
 
 
 def store_in(folder: Path) -> Store:
@@ -44,7 +48,13 @@ def matrix_of(folder: Path, *, sequences: int = 8, length: int = 16, vocabulary:
 def choices(store: Store, target: Step) -> dict[int, dict[str, Any]]:
     """What was chosen for each layer on the way to a checkpoint."""
     made = [s for s in upstream([target]) if s.name == "prune.choose"]
-    return {s.params["layer"]: json.loads(store.artifact(s.key).file("choice.json").read_text()) for s in made}
+    return {s.params["at"]: json.loads(store.artifact(s.key).file("choice.json").read_text()) for s in made}
+
+
+def facts_of(folder: Path, step: str = "") -> dict[int, list[dict[str, Any]]]:
+    """What a pulled checkpoint says was done to each of its layers, in order; only by the step of this name where one is given."""
+    layers = json.loads((folder / "moeflow.json").read_text())["layers"]
+    return {entry["layer"]: [d for d in entry["done"] if step in ("", d["step"])] for entry in layers}
 
 
 def reports(store: Store, target: Step) -> dict[str, dict[str, Any]]:

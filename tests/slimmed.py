@@ -13,12 +13,13 @@ from moeflow.model.checkpoint import save
 from moeflow.model.layout import Folder, read_config
 from moeflow.model.packed import PACKED, SCALE, SHAPE
 from tests.models import loaded, logits
+from tests.running import facts_of
 
 FOUR: dict[str, Any] = {"bits": 4, "group": 8}
 
 
 def reports(folder: Path) -> list[dict[str, Any]]:
-    return json.loads((folder / "moeflow.json").read_text())["slimming"]
+    return [{"layer": i} | done for i, each in facts_of(folder, "slim.layer").items() for done in each]
 
 
 def plain(folder: Path, out: Path) -> Path:

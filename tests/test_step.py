@@ -1,6 +1,11 @@
 """What a key is made of, and what is refused while a graph is built."""
 
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -145,24 +150,33 @@ def test_a_chain_of_thousands_of_steps_is_no_recursion() -> None:
     assert len(upstream([made])) == 3001
 
 
-def test_the_recorded_source_covers_the_modules_that_a_step_imports_when_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    from pathlib import Path
+def test_the_recorded_source_covers_the_modules_that_a_step_imports_when_it_runs(tmp_path: Path) -> None:
+    """Also what those import, but not `step.py` itself; in copies of the package, each read by a process of its own."""
+    code = (
+        "from moeflow.methods.calibrate import steps as calibrate; from moeflow.methods.data import steps as data\n"
+        "from moeflow.methods.recipes import naee, pretrained; from moeflow.sources import Texts\n"
+        "text = Texts('python:stdlib/abc.py')\n"
+        "model = pretrained.mixtral(text)\n"
+        "seen = calibrate.run(model, data.tokens(text, model, sequences=8, length=16))\n"
+        "print(naee.layerwise(seen, keep=6).choices[0].source)"
+    )
 
-    from moeflow import step as steps
-    from moeflow.methods.prune import steps as prune
+    def source_where_one_file_differs(changed: str) -> str:
+        root = tmp_path / changed.replace("/", "-")
+        shutil.copytree(Path(__file__).parents[1] / "moeflow", root / "moeflow", ignore=shutil.ignore_patterns("__pycache__"))
+        with (root / "moeflow" / changed).open("a") as file:
+            file.write("# changed\n")
+        found = subprocess.run(
+            [sys.executable, "-c", code], cwd=root, env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True
+        )
+        assert found.returncode == 0, found.stderr.decode()
+        return found.stdout.decode().strip()
 
-    fn = prune.choose.__wrapped__
-    read = Path.read_text
-    before = steps._source.__wrapped__(fn)
-    assert before == steps._source.__wrapped__(fn)
-    for changed in ("enumeration.py", "moe.py"):  # what the function imports, and what that imports
-        steps._module.cache_clear()
-        monkeypatch.setattr(Path, "read_text", lambda self: read(self) + ("# changed" if self.name == changed else ""))  # noqa: B023
-        assert steps._source.__wrapped__(fn) != before
-    steps._module.cache_clear()
-    monkeypatch.setattr(Path, "read_text", lambda self: read(self) + ("# changed" if self.name == "step.py" else ""))
-    assert steps._source.__wrapped__(fn) == before
-    steps._module.cache_clear()
+    as_it_is = source_where_one_file_differs("cli.py")
+    assert len(as_it_is) == 64 and source_where_one_file_differs("step.py") == as_it_is
+    # what it imports, what that imports, and what a table names as code
+    for changed in ("methods/prune/enumeration.py", "model/moe.py", "methods/prune/genetic.py"):
+        assert source_where_one_file_differs(changed) != as_it_is
 
 
 def test_a_graph_placed_elsewhere_keeps_every_key() -> None:

@@ -106,9 +106,25 @@ class Pass:
             raise ValueError(f"record={self.record} and per_expert={self.per_expert} must not be negative")
 
     @property
-    def sequences(self) -> int:
-        """The sequences of one shard."""
+    def sequences_of_shard(self) -> int:
         return self.shard or 4 * self.batch
+
+
+@dataclass(frozen=True)
+class Calibrating(Pass, Sample):
+    """The text that a model is calibrated on, and how it is run over it: what a person sets as one value."""
+
+    def __post_init__(self) -> None:
+        Sample.__post_init__(self)
+        Pass.__post_init__(self)
+
+    @property
+    def sample(self) -> Sample:
+        return Sample(self.sequences, self.length, self.seed, self.bos, self.eos, self.group)
+
+    @property
+    def passed(self) -> Pass:
+        return Pass(self.batch, self.shard, self.stage, self.record, self.per_expert, self.dtype)
 
 
 @dataclass(frozen=True)

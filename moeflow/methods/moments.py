@@ -66,8 +66,8 @@ def second_moment(x_TN: Tensor, weight_T: Tensor | None = None) -> Tensor:
 def moment_behind(a_RN: Tensor, moment_NN: Tensor) -> Tensor:
     """The second moment [R, R] of what a matrix makes of inputs whose second moment is [N, N]: fp64.
 
-    If there were fewer tokens than R, some outputs are zero on all of them, and rounding leaves sums of squares a little below zero:
-    these count as zero.
+    If there were fewer tokens than R, some outputs are zero on all of them, and rounding leaves sums of squares a little below
+    zero: these count as zero.
     """
     moment_RR = a_RN.double() @ moment_NN @ a_RN.double().mT
     moment_RR.diagonal().clamp_(min=0)

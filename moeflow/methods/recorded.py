@@ -1,34 +1,36 @@
-"""Weigh subsets of one layer's experts against each other on calibration tokens: the tensor side of `choose`.
+"""What a calibration recorded of one layer, read back: statistics added over shards, inputs, and the layer itself.
 
-Shapes are suffixes: T tokens, D model width, E experts, S subsets, B batches.
+Shapes are suffixes: T tokens, R recorded tokens, D model width, E experts, k experts a token.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from moeflow.arch import Config
+from moeflow.methods.scores import SCORES
 from moeflow.model.checkpoint import Tensors, read_moe
 from moeflow.model.layout import Files
 from moeflow.model.moe import MoELayer
 from moeflow.model.spec import precision
 
-STATS = ("count_E", "weight_E", "score_E", "norm_E", "reap_E", "reap_sq_E", "tokens")
 
+def add_stats(shards: Sequence[Tensors], names: Iterable[str] = ()) -> dict[str, Tensor]:
+    """The named statistics of one layer over all its shards; without names, all that the scores need.
 
-def add_stats(shards: Sequence[Tensors]) -> dict[str, Tensor]:
-    """The sums of all shards of one layer, added; the largest values, compared."""
-    total = {name: torch.stack([s[name] for s in shards]).sum(0) for name in STATS}
-    total["max_E"] = torch.stack([s["max_E"] for s in shards]).amax(0)
-    return total
+    Sums are added; of "max_E", the largest value of each expert, the largest is taken.
+    """
+    wanted = tuple(names) or sorted({name for score in SCORES.values() for name in score.needs})
+    together = {name: torch.stack([s[name] for s in shards]) for name in wanted}
+    return {name: values.amax(0) if name == "max_E" else values.sum(0) for name, values in together.items()}
 
 
 def counted(shards: Sequence[Files]) -> float:
-    """How many experts a token of these shards was computed by in the layer, on average."""
-    seen = [Tensors(s) for s in shards]
-    return float(sum(s["count_E"].sum() for s in seen) / sum(s["tokens"] for s in seen))
+    """How many of the layer's experts compute a token of these shards, on average."""
+    stats = add_stats([Tensors(s) for s in shards], ("count_E", "tokens"))
+    return float(stats["count_E"].sum() / stats["tokens"])
 
 
 def layer_of(tensors: Tensors, config: Config, layer: int, dtype: str) -> MoELayer:
@@ -37,7 +39,7 @@ def layer_of(tensors: Tensors, config: Config, layer: int, dtype: str) -> MoELay
 
 
 def placement(config: Config, dtype: str) -> dict[str, Any]:
-    """`device` and `dtype` of the run's tensors: its precision, on a GPU where there is one."""
+    """The `device` and `dtype` of the run's tensors: a GPU where there is one, and the precision of the run."""
     return {"device": "cuda" if torch.cuda.is_available() else "cpu", "dtype": getattr(torch, precision(config, dtype))}
 
 
@@ -52,5 +54,5 @@ def routed_tokens(moe: MoELayer, shards: Sequence[Files]) -> list[int]:
 
 
 def sample_of(shard: Tensors) -> Tensor:
-    """The MoE inputs [T, D] of the shard's first tokens, in order, without those that are there for a rare expert."""
+    """The MoE inputs [T, D] of the shard's first tokens, in order, without the tokens that were recorded for a rare expert."""
     return shard["x_RD"][: int(shard["sample"])]

@@ -2,61 +2,297 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
 
-from moeflow.step import Artifact, Context
-
-CANDIDATES, COUNTS = "candidates.json", "counts.json"
-
-
-def read_candidates(artifact: Artifact) -> dict[str, Any]:
-    """What `candidates` wrote."""
-    return json.loads(artifact.read(CANDIDATES, 0, artifact.size(CANDIDATES)))
+from moeflow.step import Artifact
 
 
-def read_counts(artifact: Artifact) -> dict[str, Any]:
-    """How many experts each layer keeps, as a step of `moeflow.methods.prune.counts` wrote it."""
-    return json.loads(artifact.read(COUNTS, 0, artifact.size(COUNTS)))
+def read_json(artifact: Artifact, name: str) -> Any:
+    return json.loads(artifact.read(name, 0, artifact.size(name)))
 
 
-CHOICE = "choice.json"
-CRITERIA = ("random", "frequency", "router_score", "reap", "aimer")
-"""What `moeflow.methods.scores` scores single experts by."""
+@dataclass(frozen=True)
+class ExpertSet:
+    """A set of experts that may stay in a layer, and what it costs."""
+
+    keep: tuple[int, ...]
+    """The experts that stay, ascending."""
+    loss: float
+    """How far the layer's output moves, in the norm that the search minimises."""
+    of_output: float
+    """The loss as a part of the norm of the output."""
+
+    @classmethod
+    def of(cls, value: Mapping[str, Any]) -> Self:
+        return cls(**{**value, "keep": tuple(value["keep"])})
 
 
-def read_choice(artifact: Artifact) -> dict[str, Any]:
-    """What `choose` wrote."""
-    return json.loads(artifact.read(CHOICE, 0, artifact.size(CHOICE)))
+@dataclass(frozen=True)
+class LayerLoss:
+    """What the chosen set of a layer costs."""
+
+    kind: str
+    """frobenius: the norm over all tokens; batch-sum: the sum of the norms of all batches."""
+    value: float
+    of_output: float
+    """The value as a part of the same norm of the output."""
+    tokens: int
+    """The tokens that it was measured on."""
 
 
-def readable(choice: dict[str, Any]) -> str:
+@dataclass(frozen=True)
+class Choice:
+    """The experts of one layer that stay."""
+
+    FILE: ClassVar[str] = "choice.json"
+
+    layer: int
+    experts: int
+    """How many the layer had."""
+    keep: tuple[int, ...]
+    """Those that stay, ascending."""
+    criterion: str
+    """The search, or the score, that chose them."""
+    loss: LayerLoss
+    runner_up: ExpertSet | None
+    """The second best set, if the search looked at one."""
+    baselines: Mapping[str, ExpertSet]
+    """The set that each score would keep."""
+    losses: Mapping[str, float] = field(default_factory=dict)
+    """The loss of every set that was compared, by its experts joined with commas; empty if another step compared them."""
+
+    def write(self, folder: Path) -> None:
+        value = asdict(self)
+        (folder / self.FILE).write_text(readable(value if self.losses else {k: v for k, v in value.items() if k != "losses"}))
+
+    @classmethod
+    def read(cls, artifact: Artifact) -> Self:
+        value = read_json(artifact, cls.FILE)
+        return cls(
+            **value
+            | {
+                "keep": tuple(value["keep"]),
+                "loss": LayerLoss(**value["loss"]),
+                "runner_up": value["runner_up"] and ExpertSet.of(value["runner_up"]),
+                "baselines": {name: ExpertSet.of(s) for name, s in value["baselines"].items()},
+            }
+        )
+
+
+@dataclass(frozen=True)
+class Sets:
+    """The sets that a search found for one number of experts."""
+
+    best: tuple[ExpertSet, ...]
+    """Different sets, best first."""
+    baselines: Mapping[str, ExpertSet]
+    """The set that each score would keep."""
+
+    @classmethod
+    def of(cls, value: Mapping[str, Any]) -> Self:
+        return cls(tuple(map(ExpertSet.of, value["best"])), {name: ExpertSet.of(s) for name, s in value["baselines"].items()})
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The sets of one layer's experts among which a later step chooses."""
+
+    FILE: ClassVar[str] = "candidates.json"
+
+    layer: int
+    experts: int
+    """How many the layer has."""
+    method: str
+    """The search that found them."""
+    tokens: int
+    """The tokens that they were compared on."""
+    norm: float
+    """The norm of the layer's output on these tokens."""
+    counts: Mapping[int, Sets]
+    """For each number of experts that may stay, the sets of so many."""
+
+    @property
+    def only(self) -> Sets:
+        """The sets of the one number of experts that was searched. Raises ValueError if there were several."""
+        (sets,) = self.counts.values()
+        return sets
+
+    def write(self, folder: Path) -> None:
+        """Indented JSON, one line for each set."""
+        text = json.dumps(asdict(self) | {"counts": "@"}, indent=1)
+        blocks = []
+        for keep, sets in self.counts.items():
+            best = ",\n".join(f"    {json.dumps(asdict(s))}" for s in sets.best)
+            base = ",\n".join(f"    {json.dumps(n)}: {json.dumps(asdict(s))}" for n, s in sets.baselines.items())
+            blocks.append(f'  "{keep}": {{\n   "best": [\n{best}\n   ],\n   "baselines": {{\n{base}\n   }}\n  }}')
+        (folder / self.FILE).write_text(text.replace('"@"', "{\n" + ",\n".join(blocks) + "\n }") + "\n")
+
+    @classmethod
+    def read(cls, artifact: Artifact) -> Self:
+        value = read_json(artifact, cls.FILE)
+        return cls(**value | {"counts": {int(n): Sets.of(sets) for n, sets in value["counts"].items()}})
+
+
+@dataclass(frozen=True)
+class Combination:
+    """One set of each layer of a block."""
+
+    sets: tuple[int, ...]
+    """For each layer the place of its set among the layer's best."""
+    loss: float
+    """The norm of the change of the block's output."""
+
+
+@dataclass(frozen=True)
+class Combinations:
+    """Every combination of the sets of a block of layers."""
+
+    FILE: ClassVar[str] = "block.json"
+
+    layers: tuple[int, ...]
+    """The layers whose sets are combined."""
+    combinations: tuple[Combination, ...]
+    """Best first."""
+
+    def write(self, folder: Path) -> None:
+        lines = ",\n".join(json.dumps(asdict(c)) for c in self.combinations)
+        (folder / self.FILE).write_text(f'{{"layers": {json.dumps(self.layers)}, "combinations": [\n{lines}\n]}}\n')
+
+    @classmethod
+    def read(cls, artifact: Artifact) -> Self:
+        value = read_json(artifact, cls.FILE)
+        return cls(tuple(value["layers"]), tuple(Combination(tuple(c["sets"]), c["loss"]) for c in value["combinations"]))
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Another way to spread the same number of experts over the layers."""
+
+    counts: tuple[int, ...]
+    """The number of experts of each layer, in the order of the layers."""
+    cost: float
+
+    @classmethod
+    def of(cls, value: Mapping[str, Any] | None) -> Self | None:
+        return None if value is None else cls(tuple(value["counts"]), value["cost"])
+
+
+@dataclass(frozen=True)
+class KeptCounts:
+    """How many experts each layer keeps."""
+
+    FILE: ClassVar[str] = "counts.json"
+
+    rule: str
+    total: int
+    """The experts of all layers together."""
+    counts: Mapping[int, int]
+    """The number of experts of each layer."""
+    importance: Mapping[int, float] | None = None
+    """The importance of each layer, if the counts go by that."""
+    cost: float | None = None
+    """The sum of the measured costs, if the counts go by those."""
+    runner_up: Spread | None = None
+    """The best other spread that moves one step from one layer to another."""
+    uniform: Spread | None = None
+    """The same number everywhere, where that is legal."""
+
+    def write(self, folder: Path) -> None:
+        left_out = ({"importance"} if self.importance is None else set()) | (
+            {"cost", "runner_up", "uniform"} if self.cost is None else set()
+        )
+        value = {k: v for k, v in asdict(self).items() if k not in left_out}
+        (folder / self.FILE).write_text(json.dumps(value, indent=1) + "\n")
+
+    @classmethod
+    def read(cls, artifact: Artifact) -> Self:
+        value = read_json(artifact, cls.FILE)
+        importance = value.get("importance")
+        return cls(
+            value["rule"],
+            value["total"],
+            {int(i): n for i, n in value["counts"].items()},
+            importance and {int(i): v for i, v in importance.items()},
+            value.get("cost"),
+            Spread.of(value.get("runner_up")),
+            Spread.of(value.get("uniform")),
+        )
+
+
+@dataclass(frozen=True)
+class Importance:
+    """How much each expert of one layer matters."""
+
+    FILE: ClassVar[str] = "importance.json"
+
+    layer: int
+    importance: tuple[float, ...]
+    """One number for each expert; 0 or more."""
+    tokens: tuple[int, ...]
+    """For each expert, the recorded tokens that the router sends to it."""
+
+    def write(self, folder: Path) -> None:
+        lines = ",\n".join(f" {json.dumps(k)}: {json.dumps(v)}" for k, v in asdict(self).items())
+        (folder / self.FILE).write_text(f"{{\n{lines}\n}}\n")
+
+    @classmethod
+    def read(cls, artifact: Artifact) -> Self:
+        value = read_json(artifact, cls.FILE)
+        return cls(value["layer"], tuple(value["importance"]), tuple(value["tokens"]))
+
+
+@dataclass(frozen=True)
+class Curves:
+    """What each alternative of each layer, alone, costs the whole model."""
+
+    FILE: ClassVar[str] = "curves.json"
+
+    tokens: int
+    """The predictions that were compared."""
+    loss: float
+    """The loss of the unchanged model, in nats per token."""
+    curves: Mapping[int, Mapping[str, float]]
+    """By layer and name of the alternative: the KL divergence from the unchanged model, in nats per token."""
+    losses: Mapping[int, Mapping[str, float]]
+    """The same for the loss, in nats per token."""
+
+    def write(self, folder: Path) -> None:
+        (folder / self.FILE).write_text(json.dumps(asdict(self), indent=1) + "\n")
+
+    @classmethod
+    def read(cls, artifact: Artifact) -> Self:
+        value = read_json(artifact, cls.FILE)
+        by_layer = {name: {int(i): by for i, by in value[name].items()} for name in ("curves", "losses")}
+        return cls(**value | by_layer)
+
+
+def readable(choice: Mapping[str, Any]) -> str:
     """Indented JSON with each list of experts in one line."""
     lines = []
     for name, value in choice.items():
-        if isinstance(value, dict):
-            inside = ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in value.items())
+        if isinstance(value, Mapping):
+            inside = ",\n".join(f"  {json.dumps(str(k))}: {json.dumps(v)}" for k, v in value.items())
             lines.append(f" {json.dumps(name)}: {{\n{inside}\n }}")
         else:
             lines.append(f" {json.dumps(name)}: {json.dumps(value)}")
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
-DECOMPOSITION = "decomposition.json"
-RANKS = "ranks.json"
-
-
 @dataclass(frozen=True)
 class Ranks:
-    """The rank of every expert's matrices, decided for all layers together: `ranks.json`."""
+    """The rank of every expert's matrices, decided for all layers together."""
+
+    FILE: ClassVar[str] = "ranks.json"
 
     rule: str
     """How they were decided: "paper" or "global"."""
     ranks: Mapping[int, Mapping[str, Sequence[int]]]
-    """Per layer and matrix ("gate", "up", "down") the rank of each expert; 0: the matrix stays whole. Gate and up of an expert are
+    """By layer and matrix ("gate", "up", "down") the rank of each expert; 0: the matrix stays whole. Gate and up of an expert are
     both whole or both factored."""
     budget: int | None = None
-    """The bytes that all experts together may take, where the rule goes by bytes."""
+    """The bytes that all experts together may take, if the rule goes by bytes."""
     optimal: bool | None = None
     """Whether no other ranks within the budget cost less."""
     cost: float | None = None
@@ -64,52 +300,119 @@ class Ranks:
     cost_of_the_same_rank_everywhere: float | None = None
     """What one rank for all matrices would cost within the same budget."""
 
-    def write(self, context: Context) -> None:
-        facts = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "ranks"}
-        head = "".join(f" {json.dumps(k)}: {json.dumps(v)},\n" for k, v in facts.items() if v is not None)
+    def write(self, folder: Path) -> None:
+        head = {name: value for name, value in asdict(self).items() if name != "ranks" and value is not None}
         layers = ",\n".join(
             f'  "{layer}": {{\n' + ",\n".join(f"   {json.dumps(m)}: {json.dumps(r)}" for m, r in by.items()) + "\n  }"
             for layer, by in self.ranks.items()
         )
-        (context.out / RANKS).write_text("{\n" + head + ' "ranks": {\n' + layers + "\n }\n}\n")
+        lines = "".join(f" {json.dumps(name)}: {json.dumps(value)},\n" for name, value in head.items())
+        (folder / self.FILE).write_text("{\n" + lines + ' "ranks": {\n' + layers + "\n }\n}\n")
 
     @classmethod
-    def read(cls, artifact: Artifact) -> "Ranks":
-        stored = json.loads(artifact.read(RANKS, 0, artifact.size(RANKS)))
-        return cls(**stored | {"ranks": {int(layer): by for layer, by in stored["ranks"].items()}})
+    def read(cls, artifact: Artifact) -> Self:
+        value = read_json(artifact, cls.FILE)
+        return cls(**value | {"ranks": {int(layer): by for layer, by in value["ranks"].items()}})
 
 
-IMPORTANCE = "importance.json"
+@dataclass(frozen=True)
+class Facts:
+    """What was done to one decoder layer: `facts.json` in its folder.
+
+    Every step that rewrites a layer takes the layer's facts along and adds its own. A step that leaves a layer's files as they are
+    adds nothing. Facts say what became of the layer; why it was chosen stands in the records of the decisions.
+    """
+
+    FILE: ClassVar[str] = "facts.json"
+
+    done: tuple[Mapping[str, Any], ...] = ()
+    """One entry for each step, the earliest first: `step`, the step's name, and what it did. Experts have the numbers that they had
+    when the step began."""
+
+    @classmethod
+    def of(cls, layer_files: Artifact) -> Self:
+        """The facts of a layer; none where nothing was done to it."""
+        return cls(tuple(read_json(layer_files, cls.FILE))) if cls.FILE in layer_files.names() else cls()
+
+    def and_then(self, step: str, **fact: Any) -> Self:
+        return replace(self, done=(*self.done, {"step": step, **fact}))
+
+    def write(self, folder: Path) -> None:
+        (folder / self.FILE).write_text("[\n" + ",\n".join(map(readable_lines, self.done)) + "\n]\n")
 
 
-def write_importance(context: Context, layer: int, importance: list[float], tokens: list[int]) -> None:
-    """Leave one layer's importances, expert by expert, and how many recorded tokens each of them got."""
-    value = {"layer": layer, "importance": importance, "tokens": tokens}
-    (context.out / IMPORTANCE).write_text(
-        "{\n" + ",\n".join(f" {json.dumps(k)}: {json.dumps(v)}" for k, v in value.items()) + "\n}\n"
-    )
+def readable_lines(fact: Mapping[str, Any]) -> str:
+    """A JSON object with each of its fields, and each entry of a list of objects, in one line."""
+    lines = []
+    for name, value in fact.items():
+        text = json.dumps(value)
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            text = "[\n" + ",\n".join(f"   {json.dumps(v)}" for v in value) + "\n  ]"
+        lines.append(f"  {json.dumps(name)}: {text}")
+    return " {\n" + ",\n".join(lines) + "\n }"
 
 
-def read_importance(artifact: Artifact) -> dict[str, Any]:
-    """What one layer's importance step wrote."""
-    return json.loads(artifact.read(IMPORTANCE, 0, artifact.size(IMPORTANCE)))
+def decision(artifact: Artifact) -> dict[str, Any]:
+    """What a step decided, as its one JSON file says it, without the losses of everything that it weighed."""
+    (name,) = (n for n in artifact.names() if n.endswith(".json"))
+    return {k: v for k, v in read_json(artifact, name).items() if k != "losses"}
 
 
-SKIP = "skip.json"
+@dataclass(frozen=True)
+class TrimmedExperts:
+    """Which experts of each layer go, and which stay: `trim.json` of an Expert Drop."""
 
-SLIMMED = "slimmed.json"
+    FILE: ClassVar[str] = "trim.json"
 
-CURVES = "curves.json"
+    criterion: str
+    """The score by which the experts were ranked."""
+    keep: Mapping[int, Sequence[int]]
+    """By layer, the experts that stay, ascending; none where the layer loses them all."""
+    scores: Mapping[int, Sequence[float]]
+    """By layer, the score of each expert."""
+
+    @classmethod
+    def read(cls, artifact: Artifact) -> Self:
+        value = read_json(artifact, cls.FILE)
+        return cls(value["criterion"], _by_layer(value["keep"]), _by_layer(value["scores"]))
+
+    def write(self, folder: Path) -> None:
+        gone = {i: [e for e in range(len(self.scores[i])) if e not in keep] for i, keep in self.keep.items()}
+        scores = {i: [round(v, 8) for v in values] for i, values in self.scores.items()}
+        text = readable({"trim": "experts", "criterion": self.criterion, "keep": self.keep, "drop": gone, "scores": scores})
+        (folder / self.FILE).write_text(text)
 
 
-def read_curves(artifact: Artifact) -> dict[str, Any]:
-    """What `measure` wrote: the divergence by layer and alternative under "curves", the loss of each under "losses"."""
-    return json.loads(artifact.read(CURVES, 0, artifact.size(CURVES)))
+@dataclass(frozen=True)
+class TrimmedLayers:
+    """Which layers lose their MoE block (Layer Drop), or go as a whole (Block Drop): `trim.json`."""
+
+    FILE: ClassVar[str] = "trim.json"
+
+    trim: Literal["moe_blocks", "decoder_layers"]
+    drop: Sequence[int]
+    """The layers, ascending, by the numbers that they had before."""
+    similarity: Mapping[int, float]
+    """By layer, the mean cosine between the states before and behind its MoE block, or the `gap` decoder layers from it on."""
+    rule: Literal["discrete", "consecutive"] = "discrete"
+    """Each layer by its own similarity, or adjacent layers by that across all of them."""
+    gap: int = 1
+    """The number of adjacent decoder layers across which the cosines were taken."""
+
+    @classmethod
+    def read(cls, artifact: Artifact) -> Self:
+        value = read_json(artifact, cls.FILE)
+        return cls(**value | {"similarity": _by_layer(value["similarity"])})
+
+    def write(self, folder: Path) -> None:
+        (folder / self.FILE).write_text(readable(vars(self)))
 
 
-TRIM = "trim.json"
+def kept_experts(decision: Artifact, layer: int) -> list[int]:
+    """The experts of a layer that stay, ascending, by the decision of a search or of a trimming."""
+    keep = Choice.read(decision).keep if Choice.FILE in decision.names() else TrimmedExperts.read(decision).keep[layer]
+    return list(keep)
 
 
-def read_trim(artifact: Artifact) -> dict[str, Any]:
-    """What a step of this module decided."""
-    return json.loads(artifact.read(TRIM, 0, artifact.size(TRIM)))
+def _by_layer(value: Mapping[str, Any]) -> dict[int, Any]:
+    return {int(layer): of_layer for layer, of_layer in value.items()}

@@ -1,4 +1,4 @@
-"""The form in which measurements are stored: `report.json`, rows of original against compressed, as `moeflow.report` shows them."""
+"""How measurements are stored: `report.json`, with rows of original against compressed, which `moeflow.report` shows."""
 
 import json
 from typing import Any
@@ -9,11 +9,11 @@ REPORT = "report.json"
 
 
 def row(name: str, original: float | None, compressed: float | None, unit: str) -> dict[str, Any]:
-    """One line of a report; None where a side was not measured."""
+    """One line of a report; None for a model that was not measured."""
     return {"name": name, "original": original, "compressed": compressed, "unit": unit}
 
 
 def write_report(context: Context, kind: str, rows: list[dict[str, Any]], *, notes: list[str] | None = None, **facts: Any) -> None:
-    """Leave a report of one `kind`, with remarks and any further facts."""
+    """Write `report.json`: rows of one `kind`, with notes and any further facts."""
     report = {"kind": kind, "columns": ["original", "compressed"], "rows": rows, "notes": notes or [], **facts}
     (context.out / REPORT).write_text(json.dumps(report, indent=1) + "\n")

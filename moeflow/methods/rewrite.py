@@ -1,75 +1,92 @@
 """What every rewriting step stands on: a layer's file with the experts that stay, and a model with another configuration."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from moeflow.arch import Config, Family, essential
-from moeflow.methods.records import read_choice
-from moeflow.model.layout import ESSENTIAL, LAYER, TensorInfo, experts_in, headers, kept, read_config
+from moeflow.methods.records import Facts, kept_experts
+from moeflow.model.layout import ESSENTIAL, LAYER, TensorInfo, experts_in, headers, kept, left, read_config
 from moeflow.model.spec import LayerSpec, RestSpec
 from moeflow.step import Artifact, Context, Spec, step
 
 
-def _drop_spec(rest: RestSpec, given: LayerSpec, chosen: Any, *, layer: int, keep: int) -> Spec:
-    family = Family.of(rest.config)
-    given.check_routing("prune")
-    if keep > given.least:
+def _experts_spec(rest: RestSpec, before: LayerSpec, decision: Mapping[str, Any], *, layer: int, keep: int | None) -> Spec:
+    before.check_routing("prune")
+    if keep is not None and keep > before.least:
         raise ValueError(
-            f"keep={keep}: layer {layer} has between {given.least} and {given.experts} experts, as a run decides; keep at most "
-            f"{given.least}, or take the result of that run as the model"
+            f"keep={keep}: layer {layer} has between {before.least} and {before.experts} experts, as a run decides; keep at most "
+            f"{before.least}, or take the result of that run as the model"
         )
-    if keep:
-        family.check_keep(keep, given.experts)
-    if chosen["layer"] != layer or chosen["keep"] != keep:
-        raise ValueError(f"the choice is for layer {chosen['layer']} and keeps {chosen['keep']}, not for layer {layer} and {keep}")
-    most = keep or given.experts
-    names = kept(given.tensors, rest.config, layer, list(range(most)))
+    if decision.get("layer", layer) != layer or decision["keep"] != keep:
+        raise ValueError(
+            f"the decision is for layer {decision.get('layer', layer)} and keeps {decision['keep']} experts, not for layer {layer} "
+            f"and {keep}"
+        )
+    most = before.experts if keep is None else keep
+    names = experts_kept(before.tensors, rest.config, layer, list(range(most)))
     table = {}
     for old, (new, sliced) in names.items():
-        dtype, shape = given.tensors[old]
+        dtype, shape = before.tensors[old]
         table[new] = (dtype, (most, *shape[1:]) if sliced else shape)
-    share, fewest = (given.share, None) if keep else (given.share * chosen["share"], family.legal_counts(most)[0])
-    out = replace(given, config=rest.config, experts=most, tensors=table, share=share, fewest=fewest)
+    share, least = before.share, None
+    if keep is None:
+        share *= decision["share"]
+        least = min(decision["least"], before.least) if "least" in decision else Family.of(rest.config).legal_counts(most)[0]
+    out = replace(before, config=rest.config, experts=most, tensors=table, share=share, fewest=least)
     return Spec(out, reads=out.nbytes, writes=out.nbytes, memory=2 * out.nbytes)
 
 
-@step("rewrite.experts", version=1, spec=_drop_spec)
-def experts(context: Context, config: Artifact, given: Artifact, chosen: Artifact, *, layer: int, keep: int) -> None:
-    """One layer's file with its chosen experts, renumbered from zero, and the router's rows for them; all else bit for bit.
+@step("rewrite.experts", version=2, spec=_experts_spec)
+def experts(
+    context: Context, config: Artifact, layer_files: Artifact, decision: Artifact, *, layer: int, keep: int | None = None
+) -> None:
+    """One layer's files with the experts that a `decision` keeps, renumbered from zero, and the router's rows for them.
 
-    `keep`: how many stay, where that is known when the graph is built; 0: as many as the choice says. Reads only what stays.
+    All else stays bit for bit, and only what stays is read. If no expert stays, the shared expert does, with its gate and the norm
+    before it; if the family has none, nothing of the MoE block does. `keep`: how many stay, if the graph knows it already.
     """
-    choice = read_choice(chosen)["keep"]
-    if keep and len(choice) != keep:
-        raise ValueError(f"the choice keeps {len(choice)} experts of layer {layer}, not {keep}")
-    tensors = headers(given)
-    names = kept(tensors, read_config(config), layer, choice)
-    if len(choice) == experts_in(tensors, read_config(config), layer):
-        context.link(given, LAYER)
+    chosen = kept_experts(decision, layer)
+    if keep is not None and len(chosen) != keep:
+        raise ValueError(f"the decision keeps {len(chosen)} experts of layer {layer}, not {keep}")
+    tensors, read = headers(layer_files), read_config(config)
+    before = experts_in(tensors, read, layer)
+    if len(chosen) == before:
+        link_all(context, layer_files)
         return
-    rewrite(context, given, tensors, names, choice)
+    rewrite(context, layer_files, tensors, experts_kept(tensors, read, layer, chosen), chosen)
+    Facts.of(layer_files).and_then("rewrite.experts", experts=before, keep=chosen).write(context.out)
 
 
 def rewrite(
-    context: Context, given: Artifact, tensors: Mapping[str, TensorInfo], names: Mapping[str, tuple[str, bool]], rows: list[int]
+    context: Context,
+    layer_files: Artifact,
+    tensors: Mapping[str, TensorInfo],
+    names: Mapping[str, tuple[str, bool]],
+    rows: list[int],
 ) -> None:
     """Write a layer's file with the tensors that `names` lists under their new names, of some only these rows (`layout.kept`)."""
     from moeflow.model import checkpoint
 
-    found: dict[str, Any] = {}
-    for old, tensor in checkpoint.read_many(given, {old: tensors[old] for old in names}):
+    written: dict[str, Any] = {}
+    for old, tensor in checkpoint.read_many(layer_files, {old: tensors[old] for old in names}):
         new, sliced = names[old]
-        found[new] = tensor[rows] if sliced else tensor
-        context.progress(len(found), len(names), "tensors")
-    checkpoint.save(found, context.out / LAYER)
+        written[new] = tensor[rows] if sliced else tensor
+        context.progress(len(written), len(names), "tensors")
+    checkpoint.save(written, context.out / LAYER)
 
 
-def link_all(context: Context, given: Artifact) -> None:
-    """Let the output be what an input is."""
-    for name in given.names():
-        context.link(given, name)
+def experts_kept(names: Iterable[str], config: Config, layer: int, experts: list[int]) -> dict[str, tuple[str, bool]]:
+    """How a layer's file is rewritten if only `experts` stay, perhaps none (`layout.kept`)."""
+    return kept(names, config, layer, experts) if experts else {n: (n, False) for n in left(names, config, layer)}
+
+
+def link_all(context: Context, folder: Artifact, but: Sequence[str] = ()) -> None:
+    """Put the files of an input into the output, except those that the step writes itself."""
+    for name in folder.names():
+        if name not in but:
+            context.link(folder, name)
 
 
 def config_text(config: Config) -> str:

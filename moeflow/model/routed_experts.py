@@ -69,7 +69,7 @@ class RoutedExperts(nn.Module):
         if self.skip is not None:  # pairs that are left out stand at the end, and go
             computed = int(counts_E.sum())
             expert_S, order_S = expert_S[:computed], order_S[:computed]
-        work = self._together if _in_one_kernel(x_TD) else self._one_by_one
+        work = self._together if in_one_kernel(x_TD) else self._one_by_one
         y_SD = work(x_TD.to(self._dtype), order_S // k, scales, expert_S, counts_E)
         if len(order_S) < tokens * k:
             y_TkD = y_SD.new_zeros(tokens * k, y_SD.shape[1]).index_copy(0, order_S, y_SD).view(tokens, k, -1)
@@ -187,7 +187,7 @@ def _grouped(offsets_E: Tensor, x_SN: Tensor, weight_EMN: Tensor) -> Tensor:
     return grouped_mm(x_SN, weight_EMN.transpose(-2, -1), offs=offsets_E)
 
 
-def _in_one_kernel(x_SN: Tensor) -> bool:
+def in_one_kernel(x_SN: Tensor) -> bool:
     return x_SN.is_cuda and torch.cuda.get_device_capability(x_SN.device) >= (8, 0)
 
 

@@ -13,7 +13,9 @@ from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data
 from moeflow.methods.decompose.options import Decomposition
 from moeflow.methods.fewer_active import steps as fewer_active
-from moeflow.methods.graph import Calibration, Model, Pass
+from moeflow.methods.graph import Calibration, Model, Pass, Sample
+from moeflow.methods.prune.counts import Counts
+from moeflow.methods.prune.searches import Search
 from moeflow.methods.recipes import moei2, naee, unified
 from moeflow.methods.slim.methods import Slimming
 from moeflow.methods.trim import steps as trim
@@ -30,17 +32,17 @@ def experts(seen: Calibration) -> int:
 
 
 METHODS: dict[str, Callable[[Calibration], Model]] = {
-    "prune": lambda seen: naee.by_criterion(seen, criterion="reap", keep=6),
-    "prune unevenly": lambda seen: moei2.prune(seen, keep=experts(seen) - 4, search="swap", importance="recon", counts="paper"),
+    "prune": lambda seen: naee.prune(seen, 6, Search("reap")),
+    "prune unevenly": lambda seen: moei2.prune(seen, Counts(experts(seen) - 4, rule="paper", importance="recon")),
     "decompose": lambda seen: moei2.decompose(seen, Decomposition(ratio=0.3, ranks="uniform", multiple=4)),
     "decompose unevenly": lambda seen: moei2.decompose(
         seen, Decomposition(ratio=0.3, ranks="paper", importance="recon", multiple=4)
     ),
-    "skip": lambda seen: fewer_active.skip(seen, active=1.5),
+    "skip": lambda seen: fewer_active.skip(seen, fewer_active.Skipping(1.5)),
     "compressed experts": lambda seen: fewer_active.attach(seen.model),
-    "expert drop": lambda seen: trim.expert_drop(seen, keep=6, least=4),
-    "layer drop": lambda seen: trim.layer_drop(seen, drop=1),
-    "block drop": lambda seen: trim.block_drop(seen, drop=1),
+    "expert drop": lambda seen: trim.trim(seen, trim.Trimming("experts", 2, least=4)),
+    "layer drop": lambda seen: trim.trim(seen, trim.Trimming("moe_blocks", 1)),
+    "block drop": lambda seen: trim.trim(seen, trim.Trimming("decoder_layers", 1)),
     "wanda": lambda seen: unified.slim(seen, Slimming(method="wanda", pattern="0.5", inputs="parallel")),
     "quantize": lambda seen: unified.slim(seen, Slimming(method="gptq", bits=8, group=4, inputs="parallel")),
     "awq": lambda seen: unified.slim(seen, Slimming(method="awq", **FOUR)),
@@ -81,7 +83,7 @@ def start(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def seen(model: Model, folder: Path) -> Calibration:
-    matrix = data.tokens(matrix_of(folder), model, sequences=8, length=16)
+    matrix = data.tokens(matrix_of(folder), model, Sample(8, 16))
     return calibrate.run(model, matrix, Pass(batch=4, shard=8, stage=3), between=True)
 
 

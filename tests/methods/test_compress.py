@@ -1,6 +1,7 @@
 """MoE-I² and what moeflow puts beside it, whole: from a checkpoint to one that loads, for every family."""
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data
 from moeflow.methods.decompose.options import Decomposition
-from moeflow.methods.graph import Calibration, Model, Pass
+from moeflow.methods.graph import Calibration, Model, Pass, Sample
 from moeflow.methods.prune import genetic
+from moeflow.methods.prune.counts import Counts
+from moeflow.methods.prune.searches import Search
 from moeflow.methods.recipes import compare, moei2
 from moeflow.model.checkpoint import Tensors, read_moe
 from moeflow.model.formats import Format, format_of
@@ -31,20 +34,21 @@ from moeflow.step import Step, upstream
 from moeflow.store import Store
 from tests import running, tiny
 
-OURS: dict[str, Any] = {"counts": "exact", "search": "swap"}
-PAPER: dict[str, Any] = {"counts": "paper", "search": "genetic", "block": 2, "best": 2}
+OURS = (Counts(0.75), Search("swap"))
+COUNTS = {f.name for f in fields(Counts)}
+PAPER = (Counts(0.75, rule="paper"), Search("genetic", best=2, block=2, inputs="progressive"))
 
 
 def calibrated(model: Model, folder: Path) -> Calibration:
-    matrix = data.tokens(running.matrix_of(folder), model, sequences=8, length=16)
+    matrix = data.tokens(running.matrix_of(folder), model, Sample(8, 16))
     return calibrate.run(model, matrix, Pass(batch=2, shard=4, stage=2))
 
 
-def whole(model: Model, folder: Path, *, ratio: float, how: dict[str, Any], cut: dict[str, Any]) -> Step:
+def whole(model: Model, folder: Path, *, ratio: float, how: tuple[Counts, Search], cut: dict[str, Any]) -> Step:
     seen = calibrated(model, folder)
-    pruned = moei2.prune(seen, keep=0.75, **how)
+    pruned = moei2.prune(seen, *how)
     small = moei2.decompose(calibrated(pruned, folder), Decomposition(ratio=ratio, **cut))
-    compared = compare.compare(seen, small, heldout=Texts("nowhere.txt"), sequences=4, length=16)
+    compared = compare.compare(model, small, Texts("nowhere.txt"), Sample(4, 16), Pass(2, 16), tokens=seen.tokens)
     return checkpoint.checkpoint_of(small).reporting(*(r for r in compared if r.name != "evaluate.speed"))
 
 
@@ -63,13 +67,13 @@ def formats(folder: Path) -> dict[int, Format]:
     ("how", "cut"),
     [
         (OURS, {"svd": "whitened", "ranks": "global"}),
-        (PAPER | {"inputs": "progressive", "importance": "lm_loss"}, {"svd": "vanilla", "ranks": "paper", "importance": "lm_loss"}),
+        (PAPER, {"svd": "vanilla", "ranks": "paper", "importance": "lm_loss"}),
     ],
     ids=["ours", "paper"],
 )
 @torch.inference_mode()
 def test_what_comes_out_loads_and_is_as_far_from_the_original_as_reported(
-    how: dict[str, Any], cut: dict[str, Any], family: Path, tmp_path: Path
+    how: tuple[Counts, Search], cut: dict[str, Any], family: Path, tmp_path: Path
 ) -> None:
     model, store = running.model_in(family), running.store_in(tmp_path)
     target = whole(model, tmp_path, ratio=0.3, how=how, cut=cut)
@@ -131,7 +135,7 @@ def test_bytes_are_within_the_budget_to_one_component(tmp_path: Path) -> None:
 def test_the_same_count_everywhere_and_whole_matrices_make_the_familys_own_checkpoint(tmp_path: Path) -> None:
     source = tiny.write("olmoe", tmp_path / "model")
     store = running.store_in(tmp_path)
-    target = checkpoint.checkpoint_of(moei2.prune(calibrated(running.model_in(source), tmp_path), keep=0.75, counts="uniform"))
+    target = checkpoint.checkpoint_of(moei2.prune(calibrated(running.model_in(source), tmp_path), Counts(0.75, rule="uniform")))
     running.run(store, target)
     config = read_config(Folder(fetched(store, target, tmp_path / "out")))
     assert config["model_type"] == "olmoe" and config["num_experts"] == 6 and "moeflow_layers" not in config
@@ -144,7 +148,7 @@ def test_a_compressed_checkpoint_is_a_source_like_any_other(tmp_path: Path) -> N
     running.run(store, first)
     out = fetched(store, first, tmp_path / "out")
     again = running.model_in(out)
-    target = checkpoint.checkpoint_of(moei2.prune(calibrated(again, tmp_path), keep=12, counts="exact", search="enumerate"))
+    target = checkpoint.checkpoint_of(moei2.prune(calibrated(again, tmp_path), Counts(12), Search("enumerate")))
     running.run(store, target)
     found = formats(fetched(store, target, tmp_path / "again"))
     assert sum(f.experts for f in found.values()) == 12 and all(f.low_rank for f in found.values())
@@ -168,7 +172,7 @@ def test_a_layers_own_best_is_what_blocks_of_one_layer_and_of_one_set_choose(tmp
     seen = calibrated(running.model_in(source), tmp_path)
 
     def chosen(**how: Any) -> dict[int, list[int]]:
-        pruned = moei2.prune(seen, keep=0.5, counts="uniform", search="enumerate", **how)
+        pruned = moei2.prune(seen, Counts(0.5, rule="uniform"), Search("enumerate", **how))
         running.run(store, *pruned.choices)
         made = [json.loads(store.artifact(c.key).file("choice.json").read_text()) for c in pruned.choices]
         return {c["layer"]: c["keep"] for c in made}
@@ -186,8 +190,8 @@ def test_an_expert_with_too_few_tokens_is_cut_by_its_weights_or_stays_whole_and_
         small = moei2.decompose(seen, Decomposition(ratio=0.3, least=30, rare=rare))
         target = checkpoint.checkpoint_of(small)
         outcome = running.run(store, target)
-        told = json.loads(store.artifact(target.key).file("moeflow.json").read_text())["decomposition"]
-        experts = [e for layer in told for e in layer["experts"]]
+        told = running.facts_of(store.artifact(target.key).folder(), "decompose.layer")
+        experts = [e for (layer,) in told.values() for e in layer["experts"]]
         few = [e for e in experts if e["tokens"] < 30]
         assert few and len(few) < len(experts)
         # a budget may leave a matrix whole by itself, but never whiten it with too few tokens
@@ -200,24 +204,22 @@ def test_an_expert_with_too_few_tokens_is_cut_by_its_weights_or_stays_whole_and_
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"keep": 0.6, "counts": "uniform"}, "14 experts are not the same legal number in each of 3 layers; nearest: 12 or 15"),
+        ({"keep": 0.6, "rule": "uniform"}, "14 experts are not the same legal number in each of 3 layers; nearest: 12 or 15"),
         ({"keep": 0.1}, "no legal counts add up to 2 experts; nearest: 6"),
-        ({"keep": 0.75, "counts": "best"}, "counts='best' is not known; choose one of uniform, paper, exact"),
-        ({"keep": 0.75, "search": "annealing"}, "method='annealing' is not known; choose one of enumerate, genetic, swap"),
-        ({"keep": 0.75, "search": "genetic", "population": 1}, "population=1 must be at least 2"),
-        ({"keep": 0.75, "block": 0}, r"best=3 sets \(K\) and block=0 layers \(T\) must be at least 1"),
-        ({"keep": 0.75, "inputs": "mixed"}, "inputs='mixed' is not known"),
-        ({"keep": 0.75, "best": 200, "block": 3}, "are 8,000,000 combinations, over 10,000; lower K or T"),
-        ({"keep": 0.75, "protected": {0: [9]}}, "must be different experts between 0 and 7"),
-        ({"keep": 0.75, "protected": {5: [1]}}, "protected names 5, which is no layer with experts"),
-        ({"keep": 0.75, "inputs": "progressive"}, "inputs='progressive' is for blocks"),
-        ({"keep": 0.75, "grid": 1}, "grid=1 counts must be at least 2"),
+        ({"rule": "best"}, "rule='best' is not known; choose one of uniform, paper, exact"),
+        ({"method": "layerwise"}, "method='layerwise' finds no sets .*; choose one of enumerate, genetic, swap"),
+        ({"best": 200, "block": 3}, "are 8,000,000 combinations, over 10,000; lower K or T"),
+        ({"protected": ((0, 9),)}, "must be different experts between 0 and 7"),
+        ({"protected": ((5, 1),)}, "protected names 5, which is no layer with experts"),
+        ({"protected": ((5, 1, 2),)}, "must be pairs of a layer and an expert"),
+        ({"grid": 1}, "grid=1 counts must be at least 2"),
     ],
 )
-def test_what_cannot_work_is_refused_when_the_graph_is_built(given: dict[str, Any], said: str, tmp_path: Path) -> None:
+def test_a_pruning_that_cannot_work_is_refused_when_the_graph_is_built(given: dict[str, Any], said: str, tmp_path: Path) -> None:
     seen = calibrated(running.model_in(tiny.write("mixtral", tmp_path / "model")), tmp_path)
     with pytest.raises(ValueError, match=said):
-        moei2.prune(seen, **given)
+        counts = Counts(**{"keep": 0.75} | {n: v for n, v in given.items() if n in COUNTS})
+        moei2.prune(seen, counts, Search(**{"method": "swap"} | {n: v for n, v in given.items() if n not in COUNTS}))
 
 
 @pytest.mark.parametrize(
@@ -265,9 +267,9 @@ def test_a_compressed_checkpoint_with_a_damaged_factor_is_refused_before_any_wor
 
 @pytest.mark.parametrize("counts", [pytest.param("uniform", marks=pytest.mark.slow), "exact"])
 @torch.inference_mode()
-def test_pulling_dense_gives_the_same_predictions_from_whole_matrices_and_says_what_it_costs(counts: str, tmp_path: Path) -> None:
+def test_pulling_dense_gives_the_same_predictions_from_whole_matrices_and_says_what_it_costs(counts: Any, tmp_path: Path) -> None:
     source, store = tiny.write("olmoe", tmp_path / "model"), running.store_in(tmp_path)
-    target = whole(running.model_in(source), tmp_path, ratio=0.3, how={"counts": counts, "search": "swap"}, cut={})
+    target = whole(running.model_in(source), tmp_path, ratio=0.3, how=(Counts(0.75, rule=counts), Search("swap")), cut={})
     running.run(store, target)
     out, dense = fetched(store, target, tmp_path / "out"), tmp_path / "dense"
     done = CliRunner().invoke(app, ["pull", target.key, str(dense), "--dense", "--store", str(tmp_path / "store")])
@@ -297,16 +299,15 @@ def test_experts_that_stay_whole_are_paid_for_by_the_others_or_the_nearest_ratio
         assert 0 <= 0.8 * before - expert_bytes(out) < 3 * 8 * 3 * (48 + 32) * 4 * (0.2 if ranks == "paper" else 0.05)
         with pytest.raises(StepFailed, match="the nearest"):
             running.run(
-                store,
-                checkpoint.checkpoint_of(moei2.decompose(seen, Decomposition(ratio=0.5, least=33, rare="keep", ranks=ranks))),
+                store, checkpoint.checkpoint_of(moei2.decompose(seen, Decomposition(ratio=0.5, least=33, rare="keep", ranks=ranks)))
             )
 
 
 def test_a_pruned_graph_whose_counts_a_run_decides_is_not_pruned_again(tmp_path: Path) -> None:
     seen = calibrated(running.model_in(tiny.write("mixtral", tmp_path / "model")), tmp_path)
-    again = calibrated(moei2.prune(seen, keep=0.75), tmp_path)
+    again = calibrated(moei2.prune(seen, Counts(0.75)), tmp_path)
     with pytest.raises(ValueError, match="is decided by a step of this graph; run it, pull the result and prune that"):
-        moei2.prune(again, keep=0.5)
+        moei2.prune(again, Counts(0.5))
 
 
 @torch.inference_mode()
@@ -341,7 +342,8 @@ def test_a_search_that_was_killed_goes_on_to_the_same_choice(tmp_path: Path, mon
 
     source = tiny.write("qwen3_moe", tmp_path / "model", num_experts=16)
     seen = calibrated(running.model_in(source), tmp_path)
-    pruned = moei2.prune(seen, keep=0.5, counts="uniform", search="genetic", population=20, generations=40, best=2)
+    how = Search("genetic", population=20, generations=40, best=2)
+    pruned = moei2.prune(seen, Counts(0.5, rule="uniform"), how)
     undisturbed = running.store_in(tmp_path / "undisturbed")
     running.run(undisturbed, *pruned.choices)
     store, search, generations = running.store_in(tmp_path / "killed"), genetic.search, []
@@ -355,7 +357,7 @@ def test_a_search_that_was_killed_goes_on_to_the_same_choice(tmp_path: Path, mon
 
         return search(*args, save=saved, resume=resume, **more)
 
-    monkeypatch.setattr("moeflow.methods.prune.subset_search.METHODS", {"genetic": dying})
+    monkeypatch.setattr(genetic, "search", dying)
     with pytest.raises((KeyboardInterrupt, StepFailed)):
         running.run(store, *pruned.choices)
     running.run(store, *pruned.choices)
@@ -369,11 +371,11 @@ def test_a_second_shard_of_text_adds_up(tmp_path: Path) -> None:
     """Candidates and spectra from two shards are those of one shard with the same tokens."""
     source, store = tiny.write("mixtral", tmp_path / "model"), running.store_in(tmp_path)
     model = running.model_in(source)
-    matrix = data.tokens(running.matrix_of(tmp_path), model, sequences=8, length=16)
+    matrix = data.tokens(running.matrix_of(tmp_path), model, Sample(8, 16))
     found = []
     for shard in (4, 8):
         seen = calibrate.run(model, matrix, Pass(batch=2, shard=shard, stage=2))
-        pruned = moei2.prune(seen, keep=0.75, counts="uniform", search="enumerate")
+        pruned = moei2.prune(seen, Counts(0.75, rule="uniform"), Search("enumerate"))
         small = moei2.decompose(seen, Decomposition(ratio=0.3))
         spectra = next(s for s in upstream([small.layers[0]]) if s.name == "decompose.spectra")
         running.run(store, pruned.choices[0], spectra)

@@ -17,7 +17,7 @@ from moeflow.methods import graph
 from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.data import steps as data
 from moeflow.methods.fewer_active import steps as fewer_active
-from moeflow.methods.graph import Pass
+from moeflow.methods.graph import Pass, Sample
 from moeflow.methods.recipes import naee
 from moeflow.model.checkpoint import Tensors, read_moe, save
 from moeflow.model.cost import active_parameters
@@ -201,7 +201,7 @@ def test_saving_and_loading_keeps_the_vectors_bit_for_bit(both: tuple[Path, Path
 def test_streaming_is_the_loaded_model(olmoe: tuple[Path, Path, Path], tmp_path: Path) -> None:
     stored = olmoe[2]
     store, model = store_in(tmp_path), model_in(stored)
-    matrix = data.tokens(matrix_of(tmp_path), model, sequences=8, length=16)
+    matrix = data.tokens(matrix_of(tmp_path), model, Sample(8, 16))
     ends = calibrate.run(model, matrix, Pass(batch=8, shard=8, stage=2)).ends
     run(store, *ends)
     states = load_file(store.artifact(ends[0].key).file(graph.HIDDEN))["hidden_NLD"]
@@ -224,15 +224,15 @@ def test_what_cannot_be_attached_is_refused_in_one_line(olmoe: tuple[Path, Path,
     plain, neutral, _ = olmoe
     model = model_in(plain)
     with pytest.raises(ValueError, match="main=3 must be at least 1 and fewer than the 3 experts"):
-        fewer_active.attach(model, main=3)
-    with pytest.raises(ValueError, match="form='two' is not known; choose one of one, three"):
-        fewer_active.attach(model, form="two")
+        fewer_active.attach(model, fewer_active.CompressedExperts(main=3))
+    with pytest.raises(ValueError, match="form='two' is not known; choose one of three, one"):
+        fewer_active.attach(model, fewer_active.CompressedExperts(form="two"))
     again = model_in(neutral)
     with pytest.raises(ValueError, match="layer 0 has Compressed Experts, .* take the model without them"):
         fewer_active.attach(again)
-    seen = calibrate.run(again, data.tokens(matrix_of(tmp_path), again, sequences=8, length=16), Pass(batch=4, shard=4, stage=2))
+    seen = calibrate.run(again, data.tokens(matrix_of(tmp_path), again, Sample(8, 16)), Pass(batch=4, shard=4, stage=2))
     with pytest.raises(ValueError, match="layer 0 has Compressed Experts, .* prune the model without them"):
-        naee.layerwise(seen, keep=6)
+        naee.prune(seen, keep=6)
 
 
 PHIMOE = dict(

@@ -14,8 +14,8 @@ from moeflow.arch import Family
 from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data
-from moeflow.methods.graph import Pass
-from moeflow.methods.prune.subsets import all_subsets, count_subsets
+from moeflow.methods.graph import Pass, Sample
+from moeflow.methods.prune.subsets import Subsets
 from moeflow.methods.recipes import naee
 from moeflow.model.checkpoint import Tensors
 from moeflow.model.layout import Folder, read_config
@@ -31,9 +31,9 @@ def pruned(family: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     folder = tmp_path_factory.mktemp("pruned")
     store = running.store_in(folder)
     model = running.model_in(family)
-    matrix = data.tokens(running.matrix_of(folder), model, sequences=8, length=16)
+    matrix = data.tokens(running.matrix_of(folder), model, Sample(8, 16))
     seen = calibrate.run(model, matrix, Pass(batch=4, shard=4, stage=2))
-    target = checkpoint.checkpoint_of(naee.layerwise(seen, keep=KEEP))
+    target = checkpoint.checkpoint_of(naee.prune(seen, keep=KEEP))
     running.run(store, target)
     store.fetch(target.key, folder / "out")
     return family, folder / "out", {i: c["keep"] for i, c in running.choices(store, target).items()}
@@ -117,15 +117,15 @@ def test_too_few_experts_are_refused_when_the_graph_is_built(name: str, keep: in
     from tests import tiny
 
     model = running.model_in(tiny.write(name, tmp_path / "model"))
-    seen = calibrate.run(model, data.tokens(running.matrix_of(tmp_path), model, sequences=8, length=16), Pass(batch=4, shard=4))
+    seen = calibrate.run(model, data.tokens(running.matrix_of(tmp_path), model, Sample(8, 16)), Pass(batch=4, shard=4))
     with pytest.raises(ValueError, match=says):
-        naee.layerwise(seen, keep=keep)
+        naee.prune(seen, keep=keep)
 
 
 def test_grouped_routers_keep_the_same_number_in_every_group(tmp_path: Path) -> None:
 
-    subsets = list(all_subsets(8, 6, groups=2))
-    assert len(subsets) == count_subsets(8, 6, groups=2) == 16
+    subsets = list(Subsets(8, 6, groups=2))
+    assert len(subsets) == Subsets(8, 6, groups=2).count == 16
     assert all(sum(e < 4 for e in s) == 3 for s in subsets)
 
 

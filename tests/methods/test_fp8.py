@@ -13,6 +13,9 @@ from transformers import AutoModelForCausalLM
 from moeflow.arch import Family
 from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.decompose.options import Decomposition
+from moeflow.methods.graph import Sample
+from moeflow.methods.prune.counts import Counts
+from moeflow.methods.prune.searches import Search
 from moeflow.methods.recipes import compare, moei2, naee, unified
 from moeflow.methods.slim.methods import Slimming
 from moeflow.methods.trim import steps as trim
@@ -86,9 +89,9 @@ def test_it_is_pruned_by_slicing_and_stays_in_fp8(source: Path, how: str, tmp_pa
     store, model = store_in(tmp_path), model_in(source)
     seen = calibrated(model, tmp_path, dtype="float32")
     made = {
-        "pruned": lambda: naee.by_criterion(seen, criterion="reap", keep=6),
-        "trimmed": lambda: trim.layer_drop(seen, drop=1),
-        "unevenly": lambda: moei2.prune(seen, keep=14, search="swap", importance="recon", counts="paper"),
+        "pruned": lambda: naee.prune(seen, 6, Search("reap")),
+        "trimmed": lambda: trim.trim(seen, trim.Trimming("moe_blocks", 1)),
+        "unevenly": lambda: moei2.prune(seen, Counts(14, rule="paper", importance="recon")),
     }[how]()
     out = pulled(store, made, tmp_path)
     config, before, after = read_config(Folder(out)), raw(source), raw(out)
@@ -105,7 +108,7 @@ def test_it_is_pruned_by_slicing_and_stays_in_fp8(source: Path, how: str, tmp_pa
                 assert torch.equal(after[a + "_scale_inv"], before[b + "_scale_inv"])
     assert {n for n, t in headers(Folder(out)).items() if t.dtype == "F8_E4M3"}
     target = checkpoint.checkpoint_of(made).reporting(
-        *compare.compare(seen, made, heldout=matrix_of(tmp_path), sequences=4, length=16)
+        *compare.compare(seen.model, made, matrix_of(tmp_path), Sample(4, 16), tokens=seen.tokens)
     )
     run(store, target)
     whole = {n: t.float() for n, t in Tensors(out).items()}

@@ -1,6 +1,5 @@
 """Dynamic skipping: thresholds reach what they are set for, skipped experts cost nothing, what is served is what was measured."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,8 @@ from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data
 from moeflow.methods.fewer_active import steps as fewer_active
-from moeflow.methods.fewer_active.thresholds import median, reaching
-from moeflow.methods.graph import HIDDEN, Calibration, Model, Pass
+from moeflow.methods.fewer_active.thresholds import median, threshold_for
+from moeflow.methods.graph import HIDDEN, Calibration, Model, Pass, Sample
 from moeflow.methods.recipes import compare, naee
 from moeflow.model import routed_experts
 from moeflow.model.checkpoint import Tensors, read_moe
@@ -28,21 +27,25 @@ from moeflow.model.passes import stream_of
 from moeflow.model.reach import statistic
 from tests import tiny
 from tests.compressed import compress
-from tests.running import array_of, matrix_of, model_in, reports, run, store_in
+from tests.running import array_of, facts_of, matrix_of, model_in, reports, run, store_in
 
 ACTIVE = 1.6
 
 
 def calibrated(model: Model, folder: Path, **options: Any) -> Calibration:
-    matrix = data.tokens(matrix_of(folder), model, sequences=8, length=16)
+    matrix = data.tokens(matrix_of(folder), model, Sample(8, 16))
     return calibrate.run(model, matrix, Pass(batch=4, shard=4, stage=2, **options))
+
+
+@pytest.fixture(scope="module", params=tiny.families(without=("phimoe",)))
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny checkpoint of every family but phimoe, whose experts' weights do not depend on each other: skipping is refused."""
+    return tiny.write(request.param, tmp_path_factory.mktemp(request.param))
 
 
 @pytest.fixture(scope="module")
 def smaller(family: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint with other experts in each layer, some of them of low rank."""
-    if family.name.startswith("phimoe"):
-        pytest.skip("the weights of a phimoe's experts do not depend on each other: skipping is refused")
     return compress(family, tmp_path_factory.mktemp("skipping") / family.name)
 
 
@@ -52,9 +55,9 @@ def served(smaller: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     folder = tmp_path_factory.mktemp("served")
     store, model = store_in(folder), model_in(smaller)
     seen = calibrated(model, folder, record=0)
-    made = fewer_active.skip(seen, active=ACTIVE)
+    made = fewer_active.skip(seen, fewer_active.Skipping(ACTIVE))
     target = checkpoint.checkpoint_of(made).reporting(
-        *compare.compare(seen, made, heldout=matrix_of(folder), sequences=8, length=16)
+        *compare.compare(model, made, matrix_of(folder), Sample(8, 16), Pass(4, 32), tokens=seen.tokens)
     )
     ends = calibrate.run(made, seen.tokens, Pass(batch=4, shard=4, stage=2, record=0)).ends
     run(store, target, *ends)
@@ -99,13 +102,13 @@ def test_what_transformers_loads_computes_the_rule_and_what_was_measured(
     folder, rows, ids = served
     config = read_config(Folder(smaller))
     family = Family.of(config)
-    told = {s["layer"]: s for s in json.loads((folder / "moeflow.json").read_text())["skipping"]}
+    done = facts_of(folder, "fewer_active.skipping")
     ids = torch.from_numpy(ids)
     plain, loaded = (AutoModelForCausalLM.from_pretrained(f).eval() for f in (smaller, folder))
     references = []
     for layer in family.moe_layers:
         moe = read_moe(Tensors(smaller), config, layer)
-        references.append(Reference(moe, told[layer]["threshold"], by_ratio=family.top_k == 2))
+        references.append(Reference(moe, done[layer][0]["threshold"], by_ratio=family.top_k == 2))
         plain.model.layers[layer].set_submodule(family.arch.block, references[-1])
     expected = plain(ids)
     torch.testing.assert_close(loaded(ids).logits, expected.logits, rtol=2e-4, atol=2e-4)
@@ -119,7 +122,7 @@ def test_what_transformers_loads_computes_the_rule_and_what_was_measured(
 
 def test_as_many_experts_stay_as_were_wanted_on_the_calibration_tokens(served: tuple[Path, dict[str, Any], np.ndarray]) -> None:
     folder, rows, ids = served
-    for layer in json.loads((folder / "moeflow.json").read_text())["skipping"]:
+    for (layer,) in facts_of(folder, "fewer_active.skipping").values():
         assert layer["active"] == pytest.approx(ACTIVE, abs=0.5 / ids.size + 1e-9) and layer["tokens"] == ids.size
     # the last layers see what skipping in the first ones left, which is not quite what was calibrated
     assert rows["experts a token (token matrix)"]["compressed"] == pytest.approx(ACTIVE, abs=0.15)
@@ -164,7 +167,7 @@ def test_thresholds_for_one_expert_and_for_nearly_all(rule: str) -> None:
     k = 2 if rule == "ratio" else 5
     of = statistic(torch.rand(400, k).softmax(-1).sort(-1, descending=True).values, rule)
     for active in (1.0, 1.25, k - 0.01):
-        bound = reaching(of, active)
+        bound = threshold_for(of, active)
         stay = of >= bound if rule == "ratio" else of > bound
         assert 1 + int(stay.sum()) / len(of) == pytest.approx(active, abs=1 / len(of))
 
@@ -173,23 +176,23 @@ def test_what_cannot_be_skipped_is_refused_in_one_line(tmp_path: Path) -> None:
     model = model_in(tiny.write("mixtral", tmp_path / "two"))
     seen = calibrated(model, tmp_path)
     with pytest.raises(ValueError, match="active=2 experts a token must be at least 1 and fewer than the router's 2"):
-        fewer_active.skip(seen, active=2)
-    with pytest.raises(ValueError, match="skip='half' is not known; say none, median, or how many"):
-        naee.skipped("half")
-    with pytest.raises(ValueError, match="skip=0: a token has at least one expert"):
-        naee.skipped("0")
+        fewer_active.skip(seen, fewer_active.Skipping(2))
+    with pytest.raises(ValueError, match="skip='half': .* say none, median, or how many"):
+        naee.skipping("half")
+    with pytest.raises(ValueError, match="active=0: a token has at least one expert"):
+        naee.skipping("0")
     made = fewer_active.skip(seen)
     again = calibrated(made, tmp_path)
     with pytest.raises(ValueError, match="layer 0 skips experts by a threshold .* prune the model without it"):
-        naee.layerwise(again, keep=6)
+        naee.prune(again, keep=6)
     with pytest.raises(ValueError, match="layer 0 skips experts .* take the model without it"):
         fewer_active.skip(again)
     three = model_in(tiny.write("olmoe", tmp_path / "three"))
     with pytest.raises(ValueError, match="3 experts, for which there is no rule of a median"):
-        naee.skipped("median")(three, seen.tokens)
+        naee.skipped(three, seen.tokens, fewer_active.Skipping())
     phimoe = model_in(tiny.write("phimoe", tmp_path / "phimoe"))
     with pytest.raises(ValueError, match="a phimoe weighs each of a token's experts by itself"):
-        naee.skipped("1.5")(phimoe, seen.tokens)
+        naee.skipped(phimoe, seen.tokens, fewer_active.Skipping(1.5))
     one = model_in(tiny.write("mixtral", tmp_path / "one", num_experts_per_tok=1))
     with pytest.raises(ValueError, match="gives each token one expert; none is left to skip"):
         fewer_active.skip(calibrated(one, tmp_path))

@@ -15,7 +15,8 @@ from moeflow.arch import Family
 from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data_
 from moeflow.methods.fewer_active import steps as fewer_active
-from moeflow.methods.graph import Model
+from moeflow.methods.finetune.recipe import Recipe
+from moeflow.methods.graph import Model, Pass, Sample
 from moeflow.methods.recipes import compare, naee, tune
 from moeflow.methods.trim import steps as trim
 from moeflow.model.checkpoint import Tensors, read_moe
@@ -24,7 +25,7 @@ from moeflow.step import Step
 from moeflow.store import Store
 from tests import tiny
 from tests.models import PLAIN, calibrated, close, ids_of, loaded, logits, pulled
-from tests.running import matrix_of, model_in, reports, run, store_in
+from tests.running import facts_of, matrix_of, model_in, reports, run, store_in
 
 
 @pytest.fixture(params=tiny.families())
@@ -75,7 +76,7 @@ def test_experts_of_the_lowest_score_go_from_each_layer_also_below_top_k(source:
     """Down to what the router can do with; the same number everywhere is the family's own format, with another top-k."""
     store, keep = store_in(tmp_path), least_of(source)
     seen = calibrated(model_in(source), tmp_path)
-    out = pulled(store, trimmed := trim.expert_drop(seen, keep=keep, across="layer"), tmp_path)
+    out = pulled(store, trimmed := trim.trim(seen, trim.Trimming("experts", 8 - keep, across="layer")), tmp_path)
     told, config = decided(store, trimmed), read_config(Folder(source))
     scores = router_scores(source, tmp_path)
     groups, topk_groups = Family.of(config).group_limit
@@ -117,7 +118,7 @@ def test_across_the_model_layers_may_lose_all_experts(source: Path, tmp_path: Pa
     experts = family.num_experts
     model = model_in(faint(source, tmp_path / "faint", layers[-1]))
     keep = experts - experts / len(layers) if least_of(source) <= groups else experts - 2
-    trimmed = trim.expert_drop(calibrated(model, tmp_path), keep=keep, criterion="reap")
+    trimmed = trim.trim(calibrated(model, tmp_path), trim.Trimming("experts", experts - keep, criterion="reap", least=0))
     out = pulled(store, trimmed, tmp_path)
     told = decided(store, trimmed)
     kept = {int(i): k for i, k in told["keep"].items()}
@@ -130,7 +131,9 @@ def test_across_the_model_layers_may_lose_all_experts(source: Path, tmp_path: Pa
         assert max(low) <= min(high)
     assert len(kept[layers[-1]]) == (0 if least_of(source) <= groups else least_of(source))
     close(logits(loaded(out), tmp_path), expected(tmp_path / "faint", tmp_path, kept))
-    assert "trimming" in json.loads((out / "moeflow.json").read_text())
+    assert json.loads((out / "moeflow.json").read_text())["choices"][0]["trim"] == "experts"
+    done = facts_of(out, "rewrite.experts")
+    assert {i: done.get(i, [{"keep": list(range(experts))}])[0]["keep"] for i in kept} == kept
     again = model_in(out)
     assert layers[-1] not in again.moe_layers or kept[layers[-1]]
     close(logits(loaded(pulled(store, again, tmp_path)), tmp_path), logits(loaded(out), tmp_path))
@@ -148,7 +151,7 @@ def faint(source: Path, out: Path, layer: int) -> Path:
 def test_moe_blocks_go_whose_layers_turn_the_residual_stream_least(source: Path, tmp_path: Path) -> None:
     store = store_in(tmp_path)
     family = Family.of(read_config(Folder(source)))
-    trimmed = trim.layer_drop(calibrated(model_in(source), tmp_path, between=False), drop=1)
+    trimmed = trim.trim(calibrated(model_in(source), tmp_path, between=False), trim.Trimming("moe_blocks", 1))
     out = pulled(store, trimmed, tmp_path)
     told = decided(store, trimmed)
     model = loaded(source)
@@ -174,7 +177,7 @@ def test_moe_blocks_go_whose_layers_turn_the_residual_stream_least(source: Path,
     before = headers(Folder(source))
     kept = [n for n in before if not any(n.startswith((family.moe(i), family.norm(i))) for i in gone)]
     assert {n: names[n].shape for n in kept} == {n: t.shape for n, t in names.items()}
-    again = trim.layer_drop(calibrated(model_in(out), tmp_path), drop=1)
+    again = trim.trim(calibrated(model_in(out), tmp_path), trim.Trimming("moe_blocks", 1))
     assert model_in(out).moe_layers == [i for i in family.moe_layers if i not in gone]
     assert not set(decided_by(store, again, tmp_path)["drop"]) & set(gone)
 
@@ -195,7 +198,7 @@ def test_decoder_layers_go_that_turn_the_hidden_states_least(source: Path, rule:
     store = store_in(tmp_path)
     config = read_config(Folder(source))
     first = Family.of(config).moe_layers[0]
-    trimmed = trim.block_drop(calibrated(model_in(source), tmp_path), drop=2, rule=rule)
+    trimmed = trim.trim(calibrated(model_in(source), tmp_path), trim.Trimming("decoder_layers", 2, rule=rule))
     out = pulled(store, trimmed, tmp_path)
     told = decided(store, trimmed)
     model = loaded(source)
@@ -238,7 +241,7 @@ def test_bf16_does_not_blur_the_cosines(tmp_path: Path) -> None:
                 weight.data *= 0.05 * (1 + 0.1 * i)
     model.to(torch.bfloat16).save_pretrained(tmp_path / "near")
     store = store_in(tmp_path)
-    told = decided_by(store, trim.layer_drop(calibrated(model_in(tmp_path / "near"), tmp_path), drop=1), tmp_path)
+    told = decided_by(store, trim.trim(calibrated(model_in(tmp_path / "near"), tmp_path), trim.Trimming("moe_blocks", 1)), tmp_path)
     values = list(told["similarity"].values())
     assert len({round(v * 256) / 256 for v in values}) < len(set(values)) == 8
 
@@ -246,21 +249,21 @@ def test_bf16_does_not_blur_the_cosines(tmp_path: Path) -> None:
 def test_trimmings_follow_each_other_where_a_run_decides(tmp_path: Path) -> None:
     source, store = tiny.write("deepseek_v2", tmp_path / "model", num_hidden_layers=6), store_in(tmp_path)
     seen = calibrated(model_in(source), tmp_path)
-    fewer = trim.expert_drop(seen, keep=6)
-    thin = trim.layer_drop(calibrated(fewer, tmp_path), drop=2)
-    short = trim.block_drop(calibrated(thin, tmp_path), drop=1)
-    last = trim.layer_drop(calibrated(short, tmp_path), drop=1)
+    fewer = trim.trim(seen, trim.Trimming("experts", 2, least=0))
+    thin = trim.trim(calibrated(fewer, tmp_path), trim.Trimming("moe_blocks", 2))
+    short = trim.trim(calibrated(thin, tmp_path), trim.Trimming("decoder_layers", 1))
+    last = trim.trim(calibrated(short, tmp_path), trim.Trimming("moe_blocks", 1))
     out = pulled(store, last, tmp_path)
     model = loaded(out)
     assert model.config.num_hidden_layers == 5
     stored = [json.loads(store.artifact(c.key).file("trim.json").read_text()) for c in last.choices]
     assert (
         [t["trim"] for t in stored]
-        == ["experts", "moe", "layers", "moe"]
-        == [t["trim"] for t in json.loads((out / "moeflow.json").read_text())["trimming"]]
+        == ["experts", "moe_blocks", "decoder_layers", "moe_blocks"]
+        == [t["trim"] for t in json.loads((out / "moeflow.json").read_text())["choices"]]
     )
     target = checkpoint.checkpoint_of(last).reporting(
-        *compare.compare(seen, last, heldout=matrix_of(tmp_path, seed=3), sequences=4, length=16)
+        *compare.compare(seen.model, last, matrix_of(tmp_path, seed=3), Sample(4, 16), Pass(2, 16), tokens=seen.tokens)
     )
     run(store, target)
     rows = reports(store, target)
@@ -282,53 +285,76 @@ def test_what_cannot_be_trimmed_is_refused_in_one_line(tmp_path: Path) -> None:
     mixed = calibrated(model_in(tiny.write("qwen2_moe", tmp_path / "mixed")), tmp_path)
     two = calibrated(model_in(tiny.write("phimoe", tmp_path / "two")), tmp_path)
     for message, make in {
-        "drop=3 must lie between 0 and 2: the model has 3 layers with experts": lambda: trim.layer_drop(seen, drop=3),
-        "drop=-1 must lie between 0 and 2": lambda: trim.layer_drop(seen, drop=-1),
-        "drop=3 must lie between 0 and 2: the model has 3 layers that may go": lambda: trim.block_drop(seen, drop=3),
-        "rule='best' is not known; choose one of discrete, consecutive": lambda: trim.block_drop(seen, drop=1, rule="best"),
-        "calibrate with between=True": lambda: trim.block_drop(calibrated(model, tmp_path, between=False), drop=1),
-        r"layers \[1\] have no experts, and config.json tells them by number": lambda: trim.block_drop(mixed, drop=1),
-        "keep=9 experts a layer must lie between 0 and the 8 that there are": lambda: trim.expert_drop(seen, keep=9),
-        "keep=2.5 experts of each layer is no whole number": lambda: trim.expert_drop(seen, keep=2.5, across="layer"),
-        "across='all' is not known; choose one of model, layer": lambda: trim.expert_drop(seen, keep=4, across="all"),
-        "criterion='luck' is not known; choose one of random": lambda: trim.expert_drop(seen, keep=4, criterion="luck"),
-        "keep=3 must be a multiple of the router's 2 groups": lambda: trim.expert_drop(grouped, keep=3, across="layer"),
-        "keep=2 leaves 1 experts in each of 2 groups, which are ranked by their best 2": lambda: trim.expert_drop(
-            grouped, keep=2, across="layer"
+        "dropped=3 moe_blocks must lie between 0 and 2: the model has 3 layers with experts": lambda: trim.trim(
+            seen, trim.Trimming("moe_blocks", 3)
         ),
-        "keep=1: a phimoe weighs two experts against each other; keep at least 2": lambda: trim.expert_drop(
-            two, keep=1, across="layer"
+        "dropped=-1 and least=None must not be negative": lambda: trim.trim(seen, trim.Trimming("moe_blocks", -1)),
+        "dropped=3 decoder_layers must lie between 0 and 2: the model has 3 layers that may go": lambda: trim.trim(
+            seen, trim.Trimming("decoder_layers", 3)
         ),
-        "1 experts are to stay in all, fewer than least=1 in each of 3 layers": lambda: trim.expert_drop(seen, keep=0.4, least=1),
-        "keep=0 experts of 3 layers are none; at least one layer": lambda: trim.expert_drop(seen, keep=0, across="layer"),
+        "rule='best' is not known; choose one of discrete, consecutive": lambda: trim.trim(
+            seen, trim.Trimming("decoder_layers", 1, rule="best")
+        ),
+        "calibrate with between=True": lambda: trim.trim(
+            calibrated(model, tmp_path, between=False), trim.Trimming("decoder_layers", 1)
+        ),
+        r"layers \[1\] have no experts, and config.json tells them by number": lambda: trim.trim(
+            mixed, trim.Trimming("decoder_layers", 1)
+        ),
+        "dropped=9 experts of a layer must lie between 0 and the 8 that there are": lambda: trim.trim(
+            seen, trim.Trimming("experts", 9)
+        ),
+        "dropped=5.5 experts of each layer is no whole number": lambda: trim.trim(
+            seen, trim.Trimming("experts", 5.5, across="layer")
+        ),
+        "across='all' is not known; choose one of model, layer": lambda: trim.trim(
+            seen, trim.Trimming("experts", 4, across="all", least=0)
+        ),
+        "criterion='luck' is not known; choose one of random": lambda: trim.trim(
+            seen, trim.Trimming("experts", 4, criterion="luck", least=0)
+        ),
+        "keep=3 must be a multiple of the router's 2 groups": lambda: trim.trim(
+            grouped, trim.Trimming("experts", 5, across="layer")
+        ),
+        "keep=2 leaves 1 experts in each of 2 groups, which are ranked by their best 2": lambda: trim.trim(
+            grouped, trim.Trimming("experts", 6, across="layer")
+        ),
+        "keep=1: a phimoe weighs two experts against each other; keep at least 2": lambda: trim.trim(
+            two, trim.Trimming("experts", 7, across="layer")
+        ),
+        "1 experts are to stay in all, fewer than least=1 in each of 3 layers": lambda: trim.trim(
+            seen, trim.Trimming("experts", 7.6, least=1)
+        ),
+        "dropped=8 leaves no expert in 3 layers; at least one layer": lambda: trim.trim(
+            seen, trim.Trimming("experts", 8, across="layer")
+        ),
         "a token gets 1 of the 1 experts of layer 0, which leaves none to stand for": lambda: fewer_active.attach(
-            trim.expert_drop(seen, keep=1, across="layer")
+            trim.trim(seen, trim.Trimming("experts", 7, across="layer"))
         ),
         "a token may get one expert of layer 0 only, and none to skip": lambda: fewer_active.skip(
-            calibrated(trim.expert_drop(seen, keep=1, across="layer"), tmp_path)
+            calibrated(trim.trim(seen, trim.Trimming("experts", 7, across="layer")), tmp_path)
         ),
         "whether layer 0 keeps its experts is decided by a run that trims the model; prune first": lambda: naee.layerwise(
-            calibrated(trim.layer_drop(seen, drop=1), tmp_path), keep=4
+            calibrated(trim.trim(seen, trim.Trimming("moe_blocks", 1)), tmp_path), keep=4
         ),
-        "whether layer 0 keeps its experts is decided by a run .* drop experts first": lambda: trim.expert_drop(
-            calibrated(trim.layer_drop(seen, drop=1), tmp_path), keep=4
+        "whether layer 0 keeps its experts is decided by a run .* drop experts first": lambda: trim.trim(
+            calibrated(trim.trim(seen, trim.Trimming("moe_blocks", 1)), tmp_path), trim.Trimming("experts", 4, least=0)
         ),
-        "layer 0 skips experts by a threshold .* drop experts the model without it": lambda: trim.expert_drop(
-            calibrated(fewer_active.skip(seen), tmp_path), keep=4
+        "layer 0 skips experts by a threshold .* drop experts the model without it": lambda: trim.trim(
+            calibrated(fewer_active.skip(seen), tmp_path), trim.Trimming("experts", 4, least=0)
         ),
     }.items():
         with pytest.raises(ValueError, match=message) as refused:
             make()
         assert "\n" not in str(refused.value)
-    assert trim.block_drop(seen, drop=0) is model
+    assert trim.trim(seen, trim.Trimming("decoder_layers", 0)) is model
 
 
 def test_a_trimmed_model_is_trained(tmp_path: Path) -> None:
-    pytest.importorskip("deepspeed")
     source, store = tiny.write("mixtral", tmp_path / "model"), store_in(tmp_path)
-    thin = trim.layer_drop(calibrated(model_in(source), tmp_path), drop=1)
-    data = data_.tokens(matrix_of(tmp_path), thin, sequences=8, length=16)
-    tuned = tune.tune(thin, data, mode="full", steps=2, batch=2, rate=1e-3)
+    thin = trim.trim(calibrated(model_in(source), tmp_path), trim.Trimming("moe_blocks", 1))
+    data = data_.tokens(matrix_of(tmp_path), thin, Sample(8, 16))
+    tuned = tune.tune(thin, data, Recipe(mode="full", steps=2, batch=2, rate=1e-3))
     out = pulled(store, tuned.model, tmp_path)
     assert read_config(Folder(out))["moeflow_layers"].count({"experts": 0, "gone": "moe"}) == 1
     assert isinstance(tuned.trained, Step) and torch.isfinite(logits(loaded(out), tmp_path)).all()

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,10 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from moeflow.arch import LAYERS, Family
-from moeflow.model import autoload, compressed, passes, routed_experts
+from moeflow.model import compressed, passes, routed_experts
 from moeflow.model.checkpoint import Tensors, read_moe, save
 from moeflow.model.factors import multiplied_out
 from moeflow.model.formats import Format, config_of, layer_formats
@@ -117,11 +116,10 @@ def test_training_leaves_the_padding_at_zero(smaller: Path) -> None:
     assert found == 10 or found == 6  # all low-rank and mixed; only mixed
 
 
+@pytest.mark.parametrize("family", tiny.families(without=("deepseek_v2", "deepseek_v3")), indirect=True)  # they have no such loss
 def test_the_load_balancing_loss_is_taken_of_each_layer_by_itself(smaller: Path) -> None:
     model = load(smaller)
     family = Family.of(model.config.to_dict())
-    if not hasattr(model.config, "router_aux_loss_coef") or "deepseek" in family.arch.model_type:
-        pytest.skip("the family has no load-balancing loss")
     plain, seen = model(ids(), labels=ids()).loss, []
     routers = [
         m.register_forward_hook(lambda _, __, out: seen.append(out))
@@ -191,7 +189,7 @@ def test_layers_of_one_size_and_whole_matrices_are_the_familys_own_format(family
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_all_experts_in_one_kernel_compute_what_each_alone_does(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_expertsin_one_kernel_compute_what_each_alone_does(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """The way on a GPU, run here on the processor; also with an expert that no token reaches, and with a single token."""
     ranks = zip(*(ranks_of(2, e) for e in range(8)), strict=True)
     experts = RoutedExperts(Format(8, *ranks), 32, 48, torch.nn.functional.silu).to(dtype)
@@ -203,7 +201,7 @@ def test_all_experts_in_one_kernel_compute_what_each_alone_does(dtype: torch.dty
         index_Tk = torch.rand(tokens, 7, generator=generator).topk(2).indices  # never expert 7
         found = []
         for one in (False, True):
-            monkeypatch.setattr(routed_experts, "_in_one_kernel", lambda _, one=one: one)
+            monkeypatch.setattr(routed_experts, "in_one_kernel", lambda _, one=one: one)
             experts.zero_grad()
             y_TD = experts(x_TD, index_Tk, torch.full((tokens, 2), 0.5))
             y_TD.float().square().sum().backward()
@@ -302,15 +300,16 @@ def test_import_moeflow_is_all_that_loading_needs(mixtral: Path, tmp_path: Path)
     assert told == ["1", "MoeflowMixtralForCausalLM"]  # and neither torch nor transformers before they are asked for
 
 
-def test_import_moeflow_may_come_after_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(CONFIG_MAPPING._extra_content, "moeflow_mixtral")
-    with pytest.raises(ValueError, match="moeflow_mixtral"):
-        AutoConfig.for_model("moeflow_mixtral")
-    autoload.register()
-    assert type(AutoConfig.for_model("moeflow_mixtral", num_hidden_layers=0)).__name__ == "MoeflowMixtralConfig"
+def test_import_moeflow_may_come_after_transformers() -> None:
+    code = (
+        "from transformers import CONFIG_MAPPING, AutoConfig\n"
+        "print('moeflow_mixtral' in CONFIG_MAPPING)\n"
+        "import moeflow\n"
+        "print(type(AutoConfig.for_model('moeflow_mixtral', num_hidden_layers=0)).__name__)"
+    )
+    assert python("-c", code) == ["False", "MoeflowMixtralConfig"]
 
 
-@pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
 def test_partitioned_loading_reads_the_same_refuses_the_same_and_trains(tmp_path: Path) -> None:
     """Under ZeRO-3 on two processes, where transformers itself does not look for tensors left over."""
     folders = []

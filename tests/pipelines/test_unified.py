@@ -17,7 +17,7 @@ PIPELINES = Path(__file__).parents[2] / "pipelines"
 SMALL = ["sequences=8", "length=16", "batch=2", "record=128", "per_expert=4", "heldout_sequences=2", "group=8"]
 
 
-LAYERS, BLOCKS, EXPERTS = ["trim=layers", "dropped=1"], ["trim=blocks", "dropped=1"], ["trim=experts", "dropped=2"]
+LAYERS, BLOCKS, EXPERTS = ["trim=moe_blocks", "dropped=1"], ["trim=decoder_layers", "dropped=1"], ["trim=experts", "dropped=2"]
 
 
 @pytest.mark.parametrize(
@@ -74,9 +74,9 @@ def check(store: Store, target: Step, family: str, recipe: list[str], out: Path)
     store.fetch(target.key, out)
     config, report = read_config(Folder(out)), running.reports(store, target)
     assert config["quantization_config"]["quant_method"] == "compressed-tensors"
-    assert config["num_hidden_layers"] == (2 if "trim=blocks" in recipe else 3)
+    assert config["num_hidden_layers"] == (2 if "trim=decoder_layers" in recipe else 3)
     if "trim=experts" not in recipe:  # of which as many may have gone from each layer
-        assert config["model_type"] == (family if "trim=blocks" in recipe else f"moeflow_{family}")
+        assert config["model_type"] == (family if "trim=decoder_layers" in recipe else f"moeflow_{family}")
     assert torch.isfinite(AutoModelForCausalLM.from_pretrained(out)(torch.arange(3, 12)[None]).logits).all()
     assert report["expert bytes"]["compressed"] < 0.4 * report["expert bytes"]["original"]
     saved = 1 - report["operations at 2,048 tokens"]["compressed"] / report["operations at 2,048 tokens"]["original"]
@@ -88,8 +88,8 @@ def test_what_is_no_recipe_is_refused_in_one_line(tmp_path: Path) -> None:
     build = pipeline.load(PIPELINES / "mixtral_unified.py")
     for word, message in {
         "order=slim,prune": "'prune' is no stage; write slim,trim or trim,slim",
-        "trim=heads": "trim='heads' is not known; choose one of none, experts, layers, blocks",
-        "dropped=1.5": "dropped=1.5 layers is no whole number",
+        "trim=heads": "trim=heads: choose one of experts, moe_blocks, decoder_layers",
+        "dropped=1.5": "dropped=1.5 moe_blocks is no whole number",
         "slim=int4": "method='int4' is not known",
         "order=slim,slim": "layer 0 is packed in 4 bits, groups of 8; slim the model",
         "group=5": "group=5 does not divide 32 columns",

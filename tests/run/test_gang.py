@@ -14,7 +14,7 @@ import pytest
 from moeflow.run import Options, StepFailed, in_process
 from moeflow.run.gang import PeerLost, torn
 from moeflow.run.progress import Lines
-from moeflow.run.ray.gang import Raised, _judge
+from moeflow.run.ray.gang import Raised, judge
 from moeflow.run.ray.travel import packed_error
 from moeflow.step import Step
 from moeflow.store import Store
@@ -157,11 +157,11 @@ def test_on_a_cluster_a_lost_process_outweighs_an_error_and_an_error_outweighs_a
 
     bad, closed, died = raised(KeyError("bad"), by_peer=False), raised(RuntimeError("closed"), by_peer=True), OSError("died\nlong")
     with pytest.raises(KeyError, match="bad"):
-        _judge({0: closed, 1: bad})
+        judge({0: closed, 1: bad})
     with pytest.raises(PeerLost, match="^process 1 was lost, OSError: died$"):
-        _judge({0: bad, 1: died})
+        judge({0: bad, 1: died})
     with pytest.raises(PeerLost, match="^closed$"):
-        _judge({0: closed})
+        judge({0: closed})
 
 
 def trainers() -> list[str]:

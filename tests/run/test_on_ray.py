@@ -10,7 +10,7 @@ from ray.exceptions import ActorDiedError
 from moeflow.run import CannotRun, ClusterLost, Options, StepFailed
 from moeflow.run.call import Call
 from moeflow.run.ray import runner as on_ray
-from moeflow.run.ray.board import Board, Event
+from moeflow.run.ray.board import Board, Event, RemoteBoard
 from moeflow.run.ray.nodes import Nodes, demand, too_large
 from moeflow.step import Resources, Step
 from moeflow.store import LocalBlobs, S3Blobs, Store
@@ -75,11 +75,18 @@ def test_a_worker_lost_more_often_than_retries_allow_fails_the_step(store: Store
 
 @pytest.mark.usefixtures("local_ray")
 def test_a_run_whose_board_is_lost_says_so_in_one_line(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    def news(self: on_ray._Drive) -> None:
-        ray.kill(self._board)
-        ray.get(self._board.news.remote())
+    class Lost:
+        """A board that is gone as soon as it stands."""
 
-    monkeypatch.setattr(on_ray._Drive, "loop", news)
+        def options(self, **options: object) -> "Lost":
+            return self
+
+        def remote(self, *given: object) -> object:
+            board = RemoteBoard.remote(*given)
+            ray.kill(board)
+            return board
+
+    monkeypatch.setattr(on_ray, "RemoteBoard", Lost())
     with pytest.raises(ClusterLost, match=r"cluster was lost .*what had finished is stored.*run again") as lost:
         on_ray.run([toy.number(n=77)], store)
     assert isinstance(lost.value.__cause__, ActorDiedError) and "\n" not in str(lost.value)

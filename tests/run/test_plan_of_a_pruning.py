@@ -36,5 +36,5 @@ def test_a_plan_for_another_ratio_runs_only_what_comes_behind_the_calibration(fa
     first, second = (graph(model, matrix, keep=k) for k in (6, 8))
     in_process.run([first, *first.reports], store)
     names = {r.name for r in plan([second, *second.reports], store).rows if r.state == "run"}
-    assert not any(n.startswith(("fetch", "tokens", "calibrate.observe", "calibrate.embed")) for n in names)
+    assert not any(n.startswith(("sources", "data", "checkpoint.layer", "calibrate.observe", "calibrate.embed")) for n in names)
     assert names >= {"prune.choose", "rewrite.experts", "checkpoint.assemble", "evaluate.quality"}

@@ -5,7 +5,6 @@ Shapes are suffixes: N sequences, L positions, T tokens, D model width, V vocabu
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import kl_div
 
 from moeflow.arch import Config
+from moeflow.methods.records import Curves
 from moeflow.model.alternatives import Alternative, alternative_blocks, slices, watched
 from moeflow.model.checkpoint import Tensors, save, tensor_of
 from moeflow.model.layout import Files, TensorInfo, headers, read_config, read_header
@@ -85,7 +85,7 @@ def _saved(states_NLD: Tensor, path: Path) -> Path:
 
 
 @torch.inference_mode()
-def measured(rest: Files, ids: np.ndarray, end: Files, *, dtype: str, progress: Progress) -> dict[str, Any]:
+def measured(rest: Files, ids: np.ndarray, end: Files, *, dtype: str, progress: Progress) -> Curves:
     """Mean divergence and loss of every fork, and the loss of the model as it is, over the positions that predict a token."""
     config, tensors = read_config(rest), Tensors(rest)
     stream = stream_of(config, dtype)
@@ -97,8 +97,8 @@ def measured(rest: Files, ids: np.ndarray, end: Files, *, dtype: str, progress: 
 
     names = [n for n in end.names() if n != BASE]
     base_NLD = _states_of(end, BASE)
-    curves: dict[str, dict[str, float]] = {}
-    losses: dict[str, dict[str, float]] = {}
+    curves: dict[int, dict[str, float]] = {}
+    losses: dict[int, dict[str, float]] = {}
     plain, seen = 0.0, ids_NL[:, 1:].numel()
     for done, name in enumerate([BASE, *names]):
         fork_NLD = base_NLD if name == BASE else _states_of(end, name)
@@ -116,9 +116,9 @@ def measured(rest: Files, ids: np.ndarray, end: Files, *, dtype: str, progress: 
             plain = float(sums[1]) / seen
         else:
             _, layer, alternative = name.removesuffix(".safetensors").split(".", 2)
-            curves.setdefault(layer, {})[alternative], losses.setdefault(layer, {})[alternative] = (sums / seen).tolist()
+            curves.setdefault(int(layer), {})[alternative], losses.setdefault(int(layer), {})[alternative] = (sums / seen).tolist()
         progress(done + 1, len(names) + 1, "forks")
-    return {"tokens": seen, "loss": plain, "curves": curves, "losses": losses}
+    return Curves(seen, plain, curves, losses)
 
 
 def _states_of(end: Files, name: str) -> Tensor:

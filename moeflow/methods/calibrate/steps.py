@@ -5,7 +5,6 @@ and records on the way. One decoder layer's weights are resident at a time. `cur
 whole model: one pass that forks at every layer, once for each alternative, so that the checkpoint is read once for each shard.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from moeflow.methods.graph import HIDDEN, REST, TOKENS, Calibration, Model, Pass, file_before, file_of
-from moeflow.methods.records import CURVES, read_candidates
+from moeflow.methods.records import Candidates
 from moeflow.model.layout import LAYER, ROUTING, read_config
 from moeflow.model.spec import (
     ForkSpec,
@@ -52,7 +51,7 @@ def run(model: Model, tokens: Step, passed: Pass = Pass(), *, inputs: bool = Tru
     statistics of the routers only. `between`: whether the hidden states before every layer are kept, of the same tokens.
     """
     starts = _embedded(model, tokens, passed)
-    tokens_of_shard = passed.sequences * tokens.spec.output.length
+    tokens_of_shard = passed.sequences_of_shard * tokens.spec.output.length
     each = tokens_of_shard if passed.record is None else -(-passed.record // len(starts))
     recording = Recording(each if inputs else 0, passed.per_expert if inputs else 0, each if between else 0)
     observed: dict[int, tuple[Part, ...]] = {i: () for i in model.moe_layers}
@@ -142,7 +141,7 @@ def _stages(model: Model, size: int) -> list[tuple[int, tuple[Step, ...]]]:
 
 def _embedded(model: Model, tokens: Step, passed: Pass) -> list[Step]:
     """The hidden states of every shard before the first layer."""
-    count, size = tokens.spec.output.sequences, passed.sequences
+    count, size = tokens.spec.output.sequences, passed.sequences_of_shard
     rest = model.rest.part(REST)
     return [
         embed(model.essential, rest, tokens, first=first, count=min(size, count - first), dtype=passed.dtype)
@@ -329,8 +328,8 @@ def forks(
     for i, (file, which) in enumerate(zip(layers, alternatives, strict=True), first):
         begun: dict[str, Alternative] = {}
         if which and which.kind == "sets":
-            counts = read_candidates(next(sets))["counts"]
-            begun = {name: Kept(tuple(counts[name]["best"][0]["keep"])) for name in which.names}
+            counts = Candidates.read(next(sets)).counts
+            begun = {name: Kept(counts[int(name)].best[0].keep) for name in which.names}
         elif which and which.kind == "files":
             begun = {name: next(others).file(LAYER) for name in which.names}
         elif which:
@@ -366,5 +365,4 @@ def measure(context: Context, rest: Artifact, matrix: Artifact, end: Artifact, *
 
     ids = np.load(matrix.file(TOKENS), mmap_mode="r")
     taken = np.concatenate([ids[first : first + count] for first, count in rows])
-    measured = forking.measured(rest, taken, end, dtype=dtype, progress=context.progress)
-    (context.out / CURVES).write_text(json.dumps(measured, indent=1) + "\n")
+    forking.measured(rest, taken, end, dtype=dtype, progress=context.progress).write(context.out)

@@ -13,20 +13,27 @@ from typing import Any, Literal
 from moeflow import __version__
 from moeflow.arch import Config, Family, essential
 from moeflow.methods.graph import INDEX, REST, Model, named_like
-from moeflow.methods.records import DECOMPOSITION, SKIP, TRIM, read_choice, read_trim
+from moeflow.methods.records import Facts, decision
 from moeflow.methods.rewrite import config_text
 from moeflow.model.formats import config_of, family_config, format_of, layer_formats
-from moeflow.model.layout import ESSENTIAL, LAYER, TensorInfo, file_for, headers, read_header
+from moeflow.model.layout import ESSENTIAL, TensorInfo, file_for, headers, read_header
 from moeflow.model.packed import BLOCK_SCALE, FORMAT, METHOD, PACKED, Shapes, check_whole, quantization_config, scheme_of
 from moeflow.model.spec import CheckpointSpec, LayerSpec, RestSpec, TensorTable, check_layer, file_bytes, header_bytes, tensor_bytes
 from moeflow.sources import Source
 from moeflow.step import Artifact, Context, Spec, Step, step
 
 
-def _assemble_spec(rest: RestSpec, *parts: Any, config: Config, extra: int) -> Spec:
-    layers = [p for p in parts if isinstance(p, LayerSpec)]
+def _assemble_spec(
+    rest: RestSpec,
+    layers: tuple[LayerSpec, ...],
+    prediction_layers: tuple[LayerSpec, ...],
+    choices: tuple[Any, ...],
+    *,
+    config: Config,
+) -> Spec:
+    layers += prediction_layers
     tables = [layer.tensors for layer in layers] + [rest.tensors]
-    _packing([{n: shape for n, (_, shape) in table.items()} for table in tables], [p.experts for p in layers], config)
+    _packing([{n: shape for n, (_, shape) in table.items()} for table in tables], [layer.experts for layer in layers], config)
     headers = sum(layer.headers for layer in layers) + header_bytes(rest.tensors)
     names = sum(len(n) + 44 for table in tables for n in table)
     weights = sum(layer.nbytes for layer in layers) + file_bytes(rest.tensors)
@@ -36,22 +43,28 @@ def _assemble_spec(rest: RestSpec, *parts: Any, config: Config, extra: int) -> S
 
 
 @step("checkpoint.assemble", version=1, spec=_assemble_spec)
-def assemble(context: Context, rest: Artifact, *parts: Artifact, config: Config, extra: int) -> None:
+def assemble(
+    context: Context,
+    rest: Artifact,
+    layers: tuple[Artifact, ...],
+    prediction_layers: tuple[Artifact, ...] = (),
+    choices: tuple[Artifact, ...] = (),
+    *,
+    config: Config,
+) -> None:
     """A checkpoint folder: layer files, index, config.json and what travels with it.
 
-    In the family's own standard where all layers keep the same number of experts, every matrix whole; otherwise in moeflow's,
-    which `moeflow.model.compressed` loads. `parts`: the layers in order, the last `extra` of them beyond the decoder, and then the
-    choices that led here, which are told in `moeflow.json`, as are what was trimmed, what became of each expert in a decomposed
-    layer and what the thresholds of skipping rest on. No weight is read or written: the folder lists the blobs that the layers
-    already are.
+    It is in the family's own standard if all layers keep the same number of experts and every matrix is whole; otherwise in
+    moeflow's, which `moeflow.model.compressed` loads. `layers`: those of the decoder, in order; `prediction_layers`: those behind
+    them; `choices`: what was decided on the way here. `moeflow.json` holds these, and for each layer what was done to it, in order.
+    No weight is read or written: the folder lists the blobs that the layers already are.
     """
-    layers = [p for p in parts if LAYER in p.names()]
-    choices = [read_choice(p) for p in parts if "choice.json" in p.names()]
-    tables = [headers(artifact) for artifact in (*layers, rest)]
+    every = (*layers, *prediction_layers)
+    tables = [headers(artifact) for artifact in (*every, rest)]
     formats = [format_of({n: t.shape for n, t in table.items()}, config, i) for i, table in enumerate(tables[:-1])]
     files = [
         (artifact, name, {n: t for n, t in table.items() if t.file == name})
-        for artifact, table in zip((*layers, rest), tables, strict=True)
+        for artifact, table in zip((*every, rest), tables, strict=True)
         for name in artifact.names()
         if name.endswith(".safetensors")
     ]
@@ -63,19 +76,19 @@ def assemble(context: Context, rest: Artifact, *parts: Artifact, config: Config,
         weight_map |= dict.fromkeys(tensors, target)
         total += sum(t.nbytes for t in tensors.values())
     _write_json(context.out / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
-    decoder = [f if f.experts or f.gone else None for f in formats[: len(layers) - extra]]
+    decoder = [f if f.experts or f.gone else None for f in formats[: len(layers)]]
     packing = _packing([{n: t.shape for n, t in table.items()} for table in tables], [f.experts for f in formats], config)
     _write_json(context.out / "config.json", config_of(family_config(config), decoder) | packing)
     for name in rest.names():
         if name not in (REST, ESSENTIAL, "config.json"):
             context.link(rest, name)
-    told: dict[str, Any] = {"moeflow": __version__, "choices": [{k: v for k, v in c.items() if k != "losses"} for c in choices]}
-    if trimmed := [read_trim(p) for p in parts if TRIM in p.names()]:
-        told["trimming"] = trimmed
-    for what, name in (("decomposition", DECOMPOSITION), ("slimming", "slimmed.json"), ("skipping", SKIP)):
-        if found := [json.loads(p.read(name, 0, p.size(name))) for p in layers if name in p.names()]:
-            told[what] = found
-    _write_json(context.out / "moeflow.json", told)
+    facts = [Facts.of(artifact) for artifact in every]
+    history = {
+        "moeflow": __version__,
+        "choices": [decision(c) for c in choices],
+        "layers": [{"layer": i, "done": fact.done} for i, fact in enumerate(facts) if fact.done],
+    }
+    _write_json(context.out / "moeflow.json", history)
 
 
 def _packing(tables: Sequence[Shapes], experts: Sequence[int], config: Config) -> dict[str, Any]:
@@ -89,8 +102,7 @@ def _packing(tables: Sequence[Shapes], experts: Sequence[int], config: Config) -
 
 def checkpoint_of(model: Model) -> Step:
     """The whole checkpoint as one artifact."""
-    parts = (*model.layers, *model.extra, *model.choices)
-    return assemble(model.rest, *parts, config=model.config, extra=len(model.extra))
+    return assemble(model.rest, model.layers, model.extra, model.choices, config=model.config)
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
@@ -148,7 +160,7 @@ def pinned(source: Source, *, mtp: Literal["drop", "keep"] = "drop") -> Model:
         shards, table = _inputs(by_layer[i], steps)
         if i < count:
             check_layer(config, i, {n: (t.dtype, t.shape) for n, t in by_layer[i].items()})
-        return layer(*shards, config=essential(config), layer=i, tensors=table)
+        return layer(shards, config=essential(config), layer=i, tensors=table)
 
     behind = sorted(i for i in by_layer if i is not None and i >= count)
     known_mtp = int(config.get("num_nextn_predict_layers") or 0)
@@ -166,7 +178,7 @@ def pinned(source: Source, *, mtp: Literal["drop", "keep"] = "drop") -> Model:
         config = config | {"num_nextn_predict_layers": 0}
     return Model(
         config=config,
-        rest=rest(texts, *shards, config=config, files=small, tensors=table, note=note),
+        rest=rest(texts, shards, config=config, files=small, tensors=table, note=note),
         texts=texts,
         layers=tuple(layer_step(i) for i in range(count)),
         extra=tuple(layer_step(i) for i in behind) if mtp == "keep" else (),
@@ -195,7 +207,7 @@ def _check_packing(packing: dict[str, Any], tensors: dict[str, TensorInfo], conf
         raise ValueError(f"{uri} has packed {others[0]}; moeflow reads packed experts only: dequantize the rest to bf16 first")
 
 
-def _layer_spec(*shards: Any, config: Config, layer: int, tensors: Table) -> Spec:
+def _layer_spec(shards: tuple[Any, ...], *, config: Config, layer: int, tensors: Table) -> Spec:
     table: TensorTable = {n: (dtype, tuple(shape)) for n, (_, dtype, shape, _, _) in tensors.items()}
     behind = layer >= int(config["num_hidden_layers"])  # a prediction layer is kept as it is, whatever it holds
     experts = format_of({n: shape for n, (_, shape) in table.items()}, config, layer).experts
@@ -205,7 +217,7 @@ def _layer_spec(*shards: Any, config: Config, layer: int, tensors: Table) -> Spe
 
 
 @step("checkpoint.layer", version=1, spec=_layer_spec)
-def layer(context: Context, *shards: Artifact, config: Config, layer: int, tensors: Table) -> None:
+def layer(context: Context, shards: tuple[Artifact, ...], *, config: Config, layer: int, tensors: Table) -> None:
     """One decoder layer as `layer.safetensors`, under the hub's names; what stands beside its experts in `routing.safetensors`.
 
     Raises ValueError where a weight is NaN or infinite.
@@ -214,7 +226,7 @@ def layer(context: Context, *shards: Artifact, config: Config, layer: int, tenso
         _gather(context, shards, {n: t for n, t in tensors.items() if file_for(n) == file}, context.out / file)
 
 
-def _rest_spec(texts: Any, *shards: Any, config: Config, files: list[str], tensors: Table, note: str) -> Spec:
+def _rest_spec(texts: Any, shards: tuple[Any, ...], *, config: Config, files: list[str], tensors: Table, note: str) -> Spec:
     table: TensorTable = {n: (dtype, tuple(shape)) for n, (_, dtype, shape, _, _) in tensors.items()}
     width, vocabulary = int(config["hidden_size"]), int(config["vocab_size"])
     name = "model.embed_tokens.weight"
@@ -232,7 +244,9 @@ def _rest_spec(texts: Any, *shards: Any, config: Config, files: list[str], tenso
 
 
 @step("checkpoint.rest", version=1, spec=_rest_spec)
-def rest(context: Context, texts: Artifact, *shards: Artifact, config: Config, files: list[str], tensors: Table, note: str) -> None:
+def rest(
+    context: Context, texts: Artifact, shards: tuple[Artifact, ...], *, config: Config, files: list[str], tensors: Table, note: str
+) -> None:
     """What is no decoder layer: `rest.safetensors`, config.json, and the small files that travel with the checkpoint."""
     _gather(context, shards, tensors, context.out / REST)
     (context.out / "config.json").write_text(config_text(config))
@@ -295,11 +309,11 @@ def _json(source: Source, name: str) -> dict[str, Any]:
         raise
 
 
-def _inputs(tensors: dict[str, TensorInfo], steps: dict[str, Step]) -> tuple[list[Step], Table]:
+def _inputs(tensors: dict[str, TensorInfo], steps: dict[str, Step]) -> tuple[tuple[Step, ...], Table]:
     """The shards that hold these tensors, and where in them."""
     shards = sorted({t.file for t in tensors.values()})
     table = {n: [shards.index(t.file), t.dtype, list(t.shape), t.start, t.stop] for n, t in sorted(tensors.items())}
-    return [steps[s] for s in shards], table
+    return tuple(steps[s] for s in shards), table
 
 
 def _layer_of(name: str) -> int | None:

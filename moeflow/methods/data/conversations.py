@@ -1,7 +1,7 @@
-"""An example for fine-tuning as tokens: an instruction with its response, or a conversation, of which the responses are learned.
+"""An example for fine-tuning as tokens: an instruction with its response, or a conversation with the assistant's turns.
 
-A token is either read or learned, and what is learned follows on exactly those tokens that a model is given when it is asked.
-Knows no file and no matrix.
+Every token is either read (prompts) or learned (responses). The tokens before a response are exactly those that the model gets
+when it is asked. This file knows no files and no matrices.
 """
 
 import re
@@ -10,35 +10,35 @@ from typing import Any
 from moeflow.methods.data.packing import Piece, words
 
 Segments = list[tuple[str, bool]]
-"""A text in consecutive segments, each with whether it is learned."""
+"""A text in consecutive segments, each with a flag: is it learned?"""
 
 INSTRUCTION = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
     "Write a response that appropriately completes the request."
 )
-GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # by which a template marks what the assistant says
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # a template's own mark around what the assistant says
 ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
 
 
 class LeftOut(Exception):
-    """An example in which nothing can be learned: the message says what kind of examples these are."""
+    """Nothing can be learned from this example; the message names its kind, in the plural."""
 
 
 def segments_of(tokenizer: Any, row: dict[str, Any], format: str, where: str) -> list[Segments]:
-    """The text of one example by its columns, or several texts, in the format that `examples.of` says; `where` names its files.
+    """One example, by its columns, as a text or several; `format` is one of `Examples`, `where` names the files in messages.
 
     Raises LeftOut, and ValueError for a column that holds something else.
     """
     if format == "chat" and len(row) == 1:
         ((column, value),) = row.items()
         return chat(tokenizer, messages_of(value, column, where))
-    given = [words(value, column, where) for column, value in row.items()]
+    texts = [words(value, column, where) for column, value in row.items()]
     if format == "text":
-        if not any(t.strip() for t in given):
+        if not any(t.strip() for t in texts):
             raise LeftOut("documents without text")
-        return [[(" ".join(t for t in given if t), True)]]
-    prompts, response = [p.strip() for p in given[:-1] if p.strip()], given[-1]
+        return [[(" ".join(t for t in texts if t), True)]]
+    prompts, response = [p.strip() for p in texts[:-1] if p.strip()], texts[-1]
     if not prompts:
         raise LeftOut("examples without a prompt")
     if not response.strip():
@@ -49,32 +49,35 @@ def segments_of(tokenizer: Any, row: dict[str, Any], format: str, where: str) ->
     return [[(instruction(*prompts), False), (response, True)]]
 
 
-def instruction(task: str, *given: str) -> str:
-    """What a response follows on: Alpaca's prompt (Taori et al. 2023), which MetaMath and others use too; `given` is the input."""
-    context = "\n\n### Input:\n" + "\n\n".join(given) if given else ""
-    return f"{WITH_INPUT if given else INSTRUCTION}\n\n### Instruction:\n{task}{context}\n\n### Response:\n"
+def instruction(task: str, *inputs: str) -> str:
+    """The prompt before a response, in Alpaca's words (Taori et al. 2023), which MetaMath and others use too."""
+    context = "\n\n### Input:\n" + "\n\n".join(inputs) if inputs else ""
+    return f"{WITH_INPUT if inputs else INSTRUCTION}\n\n### Instruction:\n{task}{context}\n\n### Response:\n"
 
 
 def messages_of(value: Any, column: str, where: str) -> list[dict[str, Any]]:
-    """A conversation as messages with `role` and `content`; ShareGPT's `from` and `value` are understood. Raises ValueError."""
+    """A conversation as messages with `role` and `content`, also from ShareGPT's `from` and `value`.
+
+    Raises ValueError for what is no list of messages.
+    """
     if not isinstance(value, list) or not all(isinstance(m, dict) and (m.get("role") or m.get("from")) for m in value):
         raise ValueError(
             f"column {column!r} of {where} holds no messages ({{role, content}} or {{from, value}}); name another (URI#column)"
         )
-    found = [{{"from": "role", "value": "content"}.get(k, k): v for k, v in m.items() if v is not None} for m in value]
-    return [m | {"role": ROLES.get(m["role"], m["role"])} for m in found]
+    messages = [{{"from": "role", "value": "content"}.get(k, k): v for k, v in m.items() if v is not None} for m in value]
+    return [m | {"role": ROLES.get(m["role"], m["role"])} for m in messages]
 
 
 def chat(tokenizer: Any, messages: list[dict[str, Any]]) -> list[Segments]:
     """A conversation as the chat template renders it, with the assistant's turns learned.
 
-    A template that marks with `{% generation %}` what the assistant says is taken at its word. Otherwise a turn is what follows on
-    the messages before it as they are rendered to ask for it (`add_generation_prompt`), up to the token that ends it. Where the
-    rendered conversation does not begin with that, as with templates that drop the reasoning of earlier turns, every turn becomes
-    a text of its own, as it stood when it was the last. What the assistant says before anybody asked is read; what follows its
-    last turn is dropped.
+    If the template marks the assistant's words with `{% generation %}`, the marks decide. Otherwise the messages before a turn are
+    rendered as the question for it (`add_generation_prompt`), and the turn is what follows, up to the token that ends it. Some
+    templates drop the reasoning of earlier turns, so that the whole conversation does not begin with such a question; then every
+    turn becomes a text of its own, as it was when it was the last turn. What the assistant says before the first question is read,
+    and what follows its last turn is dropped.
 
-    Raises LeftOut where the assistant says nothing, and where the template refuses the conversation.
+    Raises LeftOut if the assistant says nothing, and if the template refuses the conversation.
     """
     import jinja2
 
@@ -96,16 +99,16 @@ def chat(tokenizer: Any, messages: list[dict[str, Any]]) -> list[Segments]:
     return [_cut(whole, [(len(before), len(before + said)) for before, said, _ in turns])]
 
 
-def encoded(tokenizer: Any, given: Segments) -> Piece:
-    """The tokens of consecutive segments, and 1 for those of the learned ones.
+def encoded(tokenizer: Any, segments: Segments) -> Piece:
+    """The tokens of consecutive segments, and 1 for each token of a learned segment.
 
-    The text is tokenized as a whole as far as no token straddles two segments, and anew at a border where one would: what is read
-    becomes the tokens that the model sees when it is asked.
+    The text is tokenized as a whole, except where a token would straddle two segments: there the tokenizer starts anew. So the
+    segments that are read become the tokens that the model gets when it is asked.
     """
     ids: list[int] = []
     learned: list[int] = []
     text, start = "", 0  # since the last border that a token would straddle
-    for segment, counts in given:
+    for segment, counts in segments:
         text += segment
         whole = tokenized(tokenizer, text)
         if whole[: len(ids) - start] != ids[start:]:
@@ -117,8 +120,9 @@ def encoded(tokenizer: Any, given: Segments) -> Piece:
 
 
 def tokenized(tokenizer: Any, text: str) -> list[int]:
-    found: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return found
+    """The tokens of a text without special ones."""
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
 
 
 def _marked(tokenizer: Any, messages: list[dict[str, Any]]) -> Segments:
@@ -139,17 +143,17 @@ def _marked(tokenizer: Any, messages: list[dict[str, Any]]) -> Segments:
 
 
 def _cut(text: str, spans: list[tuple[int, int]]) -> Segments:
-    """A text of which these characters are learned."""
-    found: Segments = []
+    """The text in segments; the characters of these spans are learned."""
+    segments: Segments = []
     at = 0
     for start, end in spans:
-        found += [(text[at:start], False), (text[start:end], True)]
+        segments += [(text[at:start], False), (text[start:end], True)]
         at = end
-    return [*found, (text[at:], False)]
+    return [*segments, (text[at:], False)]
 
 
 def _turn(tokenizer: Any, messages: list[dict[str, Any]]) -> tuple[str, str, str]:
-    """What stands before the last message when the model is asked for it, its turn, and what is behind the token that ends it."""
+    """The last message as the template renders it: the question before it, the turn itself, and what follows its last token."""
     before: str = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
     whole: str = tokenizer.apply_chat_template(messages, tokenize=False)
     if not whole.startswith(before):

@@ -1,12 +1,12 @@
-"""Documents into rows: texts are read, joined, cut to one length and mixed by weight. Knows no format of text and no model.
+"""Documents into rows of tokens: texts are read, joined, cut to one length and mixed by weight.
 
-Suffixes: N sequences, L tokens each.
+This file knows neither the format of an example nor a model. Suffixes: N sequences, L tokens each.
 """
 
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -14,26 +14,39 @@ from typing import Any
 
 import numpy as np
 
+from moeflow.methods.graph import Sample
 from moeflow.step import Artifact, Context
 
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text", ".py": "text", ".md": "text", ".csv": "csv"}
 """Which reader of `datasets` a file needs, by its ending (before .gz, .zst and the like)."""
 
-SAID = ("columns", "format")  # what of a text's entry is said again beside the matrix
-
 Files = list[tuple[str, Path]]
-"""A text's files: their names at its source, and where they lie here."""
+"""The files of a text: each name at its source, and the path here."""
 
 Piece = tuple[list[int], list[int]]
-"""The tokens of a document, and for each of them 1 where it is to be learned, 0 where it is only read."""
+"""The tokens of a document, and for each token 1 if it is learned and 0 if it is only read."""
 
 Row = tuple[np.ndarray, np.ndarray]
-"""Tokens int32 [L] and what of them is learned, uint8 [L]."""
+"""Tokens int32 [L], and 1 or 0 for each as in `Piece`, uint8 [L]."""
+
+
+@dataclass(frozen=True)
+class Portion:
+    """One text of a mixture, as the key of a step sees it: where the text lies is no part of it."""
+
+    weight: float
+    """Its part of the rows; the weights of all texts sum to one."""
+    inputs: int
+    """How many of the step's texts, one after the other, hold its files."""
+    columns: tuple[str, ...] = ()
+    """The columns that are read; none: "text", or the column that the reader takes by itself."""
+    format: str = ""
+    """What the columns are, for fine-tuning: "text", "instruction" or "chat"."""
 
 
 @dataclass
 class Reading:
-    """A text while it is read: the pieces of each document in turn, and why documents gave none."""
+    """A text that is being read: the pieces of one document after the other, and why documents were left out."""
 
     documents: Iterator[list[Piece]]
     left_out: Counter[str] = field(default_factory=Counter)  # "examples without a response": how many
@@ -42,28 +55,24 @@ class Reading:
 def fill(
     context: Context,
     texts: tuple[Artifact, ...],
-    mix: list[dict[str, Any]],
-    read: Callable[[Files, dict[str, Any]], Reading],
-    *,
-    sequences: int,
-    length: int,
-    group: int = 0,
+    mix: tuple[Portion, ...],
+    read: Callable[[Files, Portion], Reading],
+    sample: Sample,
     otherwise: str = "give more text, fewer sequences or another weight",
 ) -> tuple[np.ndarray, np.ndarray, list[dict[str, Any]]]:
-    """Rows of every text by its weight, spread evenly: tokens_NL int32, learned_NL uint8, and what each text gave.
+    """Rows of every text by its weight, spread evenly: tokens_NL int32, learned_NL uint8, and a record of each text.
 
-    `mix` has an entry for each text: its `weight` (they sum to one), its `columns`, and how many of `texts` are its `inputs`;
-    `read` opens one text by its files and its entry. Rows in which nothing is learned are skipped: the first token of a row, which
-    nothing predicts, does not count. Raises ValueError where there is too little text, saying how much is missing.
+    `read` opens one text. A row without learned tokens is skipped; its first token does not count, because nothing predicts it.
+    Raises ValueError if there is too little text, with the number of tokens that are missing and `otherwise`, the way out.
     """
-    shares = _shares([m["weight"] for m in mix], sequences)
-    parts, about, done, inputs = [], [], 0, iter(texts)
+    shares = _shares([part.weight for part in mix], sample.sequences)
+    parts, records, done, inputs = [], [], 0, iter(texts)
     for part, share in zip(mix, shares, strict=True):
-        files = [(name, text.file(name)) for text in islice(inputs, part["inputs"]) for name in text.names()]
+        files = [(name, text.file(name)) for text in islice(inputs, part.inputs) for name in text.names()]
         reading = read(files, part)
         rows: list[Row] = []
         documents = skipped = 0
-        for row, used in _packed(reading.documents, length, group):
+        for row, used in _packed(reading.documents, sample.length, sample.group):
             if len(rows) == share:
                 break
             if not row[1][1:].any():
@@ -71,28 +80,29 @@ def fill(
                 continue
             rows.append(row)
             documents = used
-            context.progress(done + len(rows), sequences, "sequences")
+            context.progress(done + len(rows), sample.sequences, "sequences")
         remarks = [f"{why}: {n:,} left out" for why, n in reading.left_out.most_common(3)]
         remarks += [f"sequences in which nothing is learned: {skipped:,} left out"] * bool(skipped)
         if len(rows) < share:
             raise ValueError(
-                f"{named(files)} gives {len(rows)} of {share} sequences of {length} tokens: "
-                + "; ".join([f"{(share - len(rows)) * length:,} tokens are missing", otherwise, *remarks])
+                f"{named(files)} gives {len(rows)} of {share} sequences of {sample.length} tokens: "
+                + "; ".join([f"{(share - len(rows)) * sample.length:,} tokens are missing", otherwise, *remarks])
             )
         for remark in remarks:
             context.note(f"{named(files)}: {remark}")
         done += len(rows)
         parts.append(rows)
-        said: dict[str, Any] = {"files": [os.path.basename(n) for n, _ in files]} | {k: part[k] for k in SAID if k in part}
-        said |= {"sequences": share, "documents": documents}
-        said |= {k: v for k, v in {"left_out": dict(reading.left_out.most_common(9)), "skipped": skipped}.items() if v}
-        about.append(said)
+        record: dict[str, Any] = {"files": [os.path.basename(n) for n, _ in files], "columns": list(part.columns)}
+        record |= {"format": part.format} if part.format else {}
+        record |= {"sequences": share, "documents": documents}
+        record |= {k: v for k, v in {"left_out": dict(reading.left_out.most_common(9)), "skipped": skipped}.items() if v}
+        records.append(record)
     rows = _interleaved(parts)
-    return np.stack([ids for ids, _ in rows]), np.stack([learned for _, learned in rows]), about
+    return np.stack([ids for ids, _ in rows]), np.stack([learned for _, learned in rows]), records
 
 
-def table(context: Context, files: Files, columns: list[str]) -> Any:
-    """The columns of a text's files as one `datasets.Dataset`. Raises ValueError where a file lacks one."""
+def table(context: Context, files: Files, columns: Sequence[str]) -> Any:
+    """The columns of a text's files as one `datasets.Dataset`. Raises ValueError if a file lacks a column."""
     os.environ.setdefault("HF_DATASETS_OFFLINE", "1")  # the files are here already
     from datasets import concatenate_datasets, load_dataset
     from datasets.utils.logging import disable_progress_bar
@@ -100,30 +110,30 @@ def table(context: Context, files: Files, columns: list[str]) -> Any:
     disable_progress_bar()
     by_reader: dict[str, list[str]] = {}
     folder = Path(tempfile.mkdtemp(dir=context.scratch))
-    for i, (name, path) in enumerate(files):  # readers go by a file's ending, and blobs have none
+    for i, (name, path) in enumerate(files):  # readers go by the ending of a file's name, and blobs have none
         link = folder / f"{i:05d}-{os.path.basename(name)}"
         link.symlink_to(path)
         by_reader.setdefault(reader(name), []).append(str(link))
     sets = []
     for by, links in by_reader.items():
         options: dict[str, Any] = {"sample_by": "document"} if by == "text" else {}
-        found = load_dataset(by, data_files=links, split="train", cache_dir=str(context.scratch), **options)
-        if missing := [c for c in columns if c not in found.column_names]:
-            has = ", ".join(found.column_names)
+        dataset = load_dataset(by, data_files=links, split="train", cache_dir=str(context.scratch), **options)
+        if missing := [c for c in columns if c not in dataset.column_names]:
+            has = ", ".join(dataset.column_names)
             raise ValueError(f"{named(files)} has no column {missing[0]!r}; it has: {has} (write URI#column)")
-        sets.append(found.select_columns(columns))
+        sets.append(dataset.select_columns(list(columns)))
     return concatenate_datasets(sets)
 
 
 def words(value: Any, column: str, where: str) -> str:
-    """One value of a column as text, "" where there is none; `where` names its files. Raises ValueError for lists and the like."""
+    """One value of a column as text, "" for None. Raises ValueError for a list or dictionary, with `where`, the files' names."""
     if isinstance(value, list | dict):
         raise ValueError(f"column {column!r} of {where} holds a {type(value).__name__} and no text; name another (URI#column)")
     return "" if value is None else str(value)
 
 
 def edges(tokenizer: Any, *, bos: bool, eos: bool) -> tuple[list[int], list[int]]:
-    """What stands before and behind every document. Raises ValueError where the tokenizer has no such token."""
+    """The tokens before and behind every document. Raises ValueError if the tokenizer has no such token."""
     if bos and tokenizer.bos_token_id is None:
         raise ValueError("the tokenizer has no beginning-of-sequence token; pass bos=False")
     if eos and tokenizer.eos_token_id is None:
@@ -132,7 +142,7 @@ def edges(tokenizer: Any, *, bos: bool, eos: bool) -> tuple[list[int], list[int]
 
 
 def reader(name: str) -> str:
-    """Which reader of `datasets` this file needs. Raises ValueError where none knows it."""
+    """The reader of `datasets` for this file. Raises ValueError if none can read it."""
     stem = name
     for packed in (".gz", ".zst", ".xz", ".bz2"):
         stem = stem.removesuffix(packed)
@@ -143,18 +153,18 @@ def reader(name: str) -> str:
 
 
 def named(files: Files) -> str:
-    """A text in a message: its files, or the first of them."""
+    """A text in a message: its first file, and how many more there are."""
     return files[0][0] + (f" and {len(files) - 1} more files" if files[1:] else "")
 
 
 def _packed(documents: Iterator[list[Piece]], length: int, group: int) -> Iterator[tuple[Row, int]]:
-    """Rows of `length` tokens, each with the number of documents read so far."""
+    """Rows of `length` tokens, each with the number of documents read so far; see `Sample.group`."""
     ids: list[int] = []
     learned: list[int] = []
     for count, pieces in enumerate(documents, 1):
-        for piece, its in pieces:
+        for piece, flags in pieces:
             ids += piece
-            learned += its
+            learned += flags
         while len(ids) >= length:
             yield (np.array(ids[:length], dtype=np.int32), np.array(learned[:length], dtype=np.uint8)), count
             ids, learned = ids[length:], learned[length:]
@@ -163,7 +173,7 @@ def _packed(documents: Iterator[list[Piece]], length: int, group: int) -> Iterat
 
 
 def _shares(weights: list[float], total: int) -> list[int]:
-    """Whole numbers in proportion to the weights that sum to `total` (largest remainders)."""
+    """Whole numbers in proportion to the weights, which sum to `total` (largest remainders)."""
     exact = [w * total for w in weights]
     shares = [int(e) for e in exact]
     for i in sorted(range(len(exact)), key=lambda i: shares[i] - exact[i])[: total - sum(shares)]:

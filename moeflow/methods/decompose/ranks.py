@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from math import floor, isfinite
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -17,10 +18,9 @@ from moeflow.arch import MATRICES
 from moeflow.methods.allocate import allocate_curves, exactly
 from moeflow.methods.decompose.options import Decomposition
 from moeflow.methods.rare import treatments
-from moeflow.methods.records import Ranks
-from moeflow.step import Artifact, Context
+from moeflow.methods.records import Importance, Ranks
+from moeflow.step import Artifact
 
-SPECTRA = "spectra.safetensors"
 PARTS = {"gate_up": ("gate", "up"), "down": ("down",)}
 """What of an expert is whole or factored together, and measured together."""
 
@@ -104,22 +104,20 @@ def fewest_parameters(rows: int, columns: int, how: Decomposition) -> int:
     return min(-(-how.r_min // how.multiple) * how.multiple * (rows + columns), rows * columns)
 
 
-def layer_ranks(
-    layer: int, importance: Sequence[float], tokens: Sequence[int], sides: tuple[int, int], how: Decomposition
-) -> list[int]:
+def layer_ranks(of_layer: Importance, sides: tuple[int, int], how: Decomposition) -> list[int]:
     """The ranks of a layer's experts by MoE-I²'s formula, the same for an expert's three matrices; 0: the expert stays whole.
 
     `sides`: (expert width F, model width D). The others of the layer pay for an expert that stays whole. Raises ValueError where
     they cannot.
     """
     even = break_even(*sides)
-    whole = [t == "keep" for t in treatments(tokens, how.least, how.rare, method="paper", by_weights="paper")]
-    cut = [v for v, w in zip(importance, whole, strict=True) if not w]
+    whole = [t == "keep" for t in treatments(of_layer.tokens, how.least, how.rare, method="paper", by_weights="paper")]
+    cut = [v for v, w in zip(of_layer.importance, whole, strict=True) if not w]
     left = average_rank(how.ratio, *sides) * len(whole) - even * sum(whole)
     if left < how.r_min * len(cut):
         nearest = 1 - (even * sum(whole) + how.r_min * len(cut)) / (even * len(whole))
         raise ValueError(
-            f"{sum(whole)} of the {len(whole)} experts of layer {layer} saw fewer than {how.least} tokens and stay whole: "
+            f"{sum(whole)} of the {len(whole)} experts of layer {of_layer.layer} saw fewer than {how.least} tokens and stay whole: "
             f"the others cannot make up for ratio={how.ratio}; the nearest is {nearest:.4f}, or calibrate on more tokens"
         )
     average, r_max = left / max(1, len(cut)), most_rank(how.r_max, *sides)
@@ -131,7 +129,9 @@ def layer_ranks(
 
 @dataclass(frozen=True)
 class Spectra:
-    """What each component of each matrix of a layer adds to its expert's outputs on the routed tokens: `spectra.safetensors`."""
+    """What each component of each matrix of a layer adds to its expert's outputs on the routed tokens."""
+
+    FILE: ClassVar[str] = "spectra.safetensors"
 
     energies: dict[str, NDArray[np.float64]]
     """Per matrix, squared and descending: [E, K], K the smaller side."""
@@ -144,21 +144,21 @@ class Spectra:
     itemsize: int
     """The bytes of a weight."""
 
-    def write(self, context: Context) -> None:
+    def write(self, folder: Path) -> None:
         numbers = {"sides": np.array(self.sides), "itemsize": np.array(self.itemsize)}
         each = {f"{m}_EK": energy for m, energy in self.energies.items()}
         tensors = {**each, "tokens_E": self.tokens_E, "whole_E": self.whole_E, **numbers}
-        save_file(tensors, context.out / SPECTRA, metadata={"format": "pt"})
+        save_file(tensors, folder / self.FILE, metadata={"format": "pt"})
 
     @classmethod
-    def read(cls, artifact: Artifact) -> "Spectra":
-        stored = load_file(artifact.file(SPECTRA))
+    def read(cls, artifact: Artifact) -> Self:
+        stored = load_file(artifact.file(cls.FILE))
         rows, columns = (int(n) for n in stored["sides"])
         energies = {m: stored[f"{m}_EK"] for m in MATRICES}
         return cls(energies, stored["tokens_E"], stored["whole_E"], (rows, columns), int(stored["itemsize"]))
 
 
-def global_ranks(spectra: Mapping[int, Spectra], moved: Mapping[str, Mapping[str, float]], how: Decomposition) -> Ranks:
+def global_ranks(spectra: Mapping[int, Spectra], moved: Mapping[int, Mapping[str, float]], how: Decomposition) -> Ranks:
     """The ranks of all matrices of all layers that cost least within the budget that the ratio leaves.
 
     `moved`: per layer how far the model's predictions move when its gate and up, or its down matrices, are cut; each squared error
@@ -175,7 +175,7 @@ def global_ranks(spectra: Mapping[int, Spectra], moved: Mapping[str, Mapping[str
         for part, matrices in PARTS.items():
             # those that stay whole were not cut when the movement was measured
             lost = sum(float(seen.energies[m][seen.whole_E == 0, cut:].sum()) for m in matrices)
-            weight = max(moved[str(layer)][part], 0.0) / max(lost, 1e-30)
+            weight = max(moved[layer][part], 0.0) / max(lost, 1e-30)
             for expert, whole in enumerate(seen.whole_E):
                 size = rows * columns * itemsize * len(matrices)
                 total += size

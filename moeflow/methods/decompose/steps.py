@@ -4,7 +4,6 @@ MoE-I² (Yang et al., EMNLP Findings 2024, arXiv 2411.01016), section 3.3, and b
 on its routed tokens, where the paper's `svd="vanilla"` keeps its weights.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -21,7 +20,7 @@ from moeflow.methods.decompose.ranks import (
     most_rank,
     paper_ranks,
 )
-from moeflow.methods.records import DECOMPOSITION, Ranks, read_curves, read_importance
+from moeflow.methods.records import Curves, Facts, Importance, Ranks
 from moeflow.model.layout import read_config
 from moeflow.model.spec import LayerSpec, ObservedSpec, RestSpec, TensorTable, element_bytes
 from moeflow.step import Artifact, Context, Spec, step
@@ -68,7 +67,7 @@ def spectra(
 
     from moeflow.methods.decompose import factoring
 
-    factoring.spectra(context, read_config(config), given, seen, how, layer=layer, dtype=dtype).write(context)
+    factoring.spectra(context, read_config(config), given, seen, how, layer=layer, dtype=dtype).write(context.out)
 
 
 def _paper_spec(importances: tuple[Any, ...], *, sides: dict[str, list[int]], how: Decomposition) -> Spec:
@@ -86,12 +85,11 @@ def by_importance(context: Context, importances: tuple[Artifact, ...], *, sides:
 
     `sides`: per layer the widths of its experts and of the model.
     """
-    found: dict[int, dict[str, list[int]]] = {}
-    for seen in map(read_importance, importances):
-        layer = int(seen["layer"])
-        rows, columns = sides[str(layer)]
-        found[layer] = dict.fromkeys(MATRICES, layer_ranks(layer, seen["importance"], seen["tokens"], (rows, columns), how))
-    Ranks("paper", found).write(context)
+    ranks: dict[int, dict[str, list[int]]] = {}
+    for of_layer in map(Importance.read, importances):
+        rows, columns = sides[str(of_layer.layer)]
+        ranks[of_layer.layer] = dict.fromkeys(MATRICES, layer_ranks(of_layer, (rows, columns), how))
+    Ranks("paper", ranks).write(context.out)
 
 
 def _global_spec(spectra: tuple[Any, ...], curves: Any, *, layers: list[int], how: Decomposition) -> Spec:
@@ -120,7 +118,7 @@ def by_spectra(context: Context, spectra: tuple[Artifact, ...], curves: Artifact
     matrices, are cut.
     """
     each = {layer: Spectra.read(artifact) for layer, artifact in zip(layers, spectra, strict=True)}
-    global_ranks(each, read_curves(curves)["curves"], how).write(context)
+    global_ranks(each, Curves.read(curves).curves, how).write(context.out)
 
 
 def _layer_spec(
@@ -161,16 +159,14 @@ def layer(
     context: Context, config: Artifact, given: Artifact, seen: tuple[Artifact, ...], ranks: Artifact | None = None,
     *, layer: int, uniform: dict[str, int], how: Decomposition, dtype: str,
 ) -> None:  # fmt: skip
-    """One layer's file with its experts' matrices as products of two, everything else bit for bit, and `decomposition.json`.
+    """One layer's file with its experts' matrices as products of two, everything else bit for bit, and `facts.json`.
 
     `seen`: what each shard of tokens showed in this layer. The ranks are those that a step decided or, without it, those of
-    `uniform`, one for all experts, per matrix. `decomposition.json` says for each expert what was done with it.
+    `uniform`, one for all experts, per matrix. `facts.json` says for each expert what was done with it.
     """
 
     from moeflow.methods.decompose import factoring
 
     wanted: Mapping[str, Any] = uniform if ranks is None else Ranks.read(ranks).ranks[layer]
     report = factoring.rewrite(context, read_config(config), given, seen, how, layer=layer, ranks=wanted, dtype=dtype)
-    lines = ",\n".join(f"  {json.dumps(e)}" for e in report)
-    text = f'{{\n "layer": {layer},\n "svd": {json.dumps(how.svd)},\n "experts": [\n{lines}\n ]\n}}\n'
-    (context.out / DECOMPOSITION).write_text(text)
+    Facts.of(given).and_then("decompose.layer", svd=how.svd, experts=report).write(context.out)

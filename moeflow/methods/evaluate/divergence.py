@@ -1,9 +1,10 @@
-"""How far one model's predictions are from another's, from the hidden states that both leave behind their last layers.
+"""How far one model's predictions are from another's, computed from the hidden states behind the last layer of each.
 
 Shapes are suffixes: N sequences, L positions, T tokens, D model width, V vocabulary.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,17 +20,31 @@ from moeflow.model.passes import stream_of
 TOKENS_AT_ONCE = 1024
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """Two models on one token matrix; means over all positions that predict a token."""
+
+    tokens: int
+    """Positions that predict a token."""
+    losses: tuple[float, float]
+    """The mean loss of each model, in nats."""
+    divergence: float
+    """The KL divergence of the second model from the first, in nats."""
+    agreement: float
+    """The part of the positions on which both predict the same token."""
+    by_sequence: list[float]
+    """The divergence of each sequence."""
+
+
 @torch.inference_mode()
 def compared(
     first: Files, second: Files, ids: np.ndarray, first_states: Sequence[Path], second_states: Sequence[Path],
     *, dtype: str, progress: Callable[[int, int, str], None],
-) -> tuple[int, float, float, float, float, list[float]]:  # fmt: skip
-    """Tokens predicted, the mean loss of both models, the KL divergence of the second from the first in nats, top-1 agreement.
+) -> Comparison:  # fmt: skip
+    """Compare the predictions of two models for the tokens `ids` [N, L].
 
-    At last that divergence for each sequence.
-
-    `first` and `second` hold config.json, final norm and head; `ids` [N, L]; the states of each lie in files of as many sequences
-    as it likes. A position counts where a token follows it. Raises ValueError where a side has too few or too many sequences.
+    `first` and `second` hold config.json, final norm and head. The states [n, L, D] of each lie in any number of files. A position
+    counts if a token follows it. Raises ValueError if a model has too few or too many sequences.
     """
     heads = []
     for rest in (first, second):
@@ -38,7 +53,7 @@ def compared(
     device = stream.device
     ids_NL = torch.from_numpy(ids.astype(np.int64))
     sums = torch.zeros(4, dtype=torch.float64)
-    seen, total = 0, ids_NL[:, 1:].numel()
+    done, total = 0, ids_NL[:, 1:].numel()
     by_sequence: list[float] = []
     for ids_L, *both in zip(ids_NL, _sequences(first_states), _sequences(second_states), strict=True):
         target_T = ids_L[1:].to(device)
@@ -47,20 +62,21 @@ def compared(
             rows = slice(at, min(at + TOKENS_AT_ONCE, len(target_T)))
             logits = [head(norm(h_LD[None, rows].to(device)))[0].float() for h_LD, (norm, head) in zip(both, heads, strict=True)]
             sums += _sums(logits[0], logits[1], target_T[rows])
-            seen += rows.stop - rows.start
+            done += rows.stop - rows.start
         by_sequence.append((float(sums[2]) - before) / max(1, len(target_T)))
-        progress(seen, total, "tokens")
-    nll_first, nll_second, divergence, agreement = (sums / seen).tolist()
-    return seen, nll_first, nll_second, divergence, agreement, by_sequence
+        progress(done, total, "tokens")
+    first_loss, second_loss, divergence, agreement = (sums / done).tolist()
+    return Comparison(done, (first_loss, second_loss), divergence, agreement, by_sequence)
 
 
 def _sequences(files: Sequence[Path]) -> Iterator[Tensor]:
-    """The hidden states [L, D] of one sequence after the other."""
+    """The hidden states [L, D] of each sequence in turn."""
     for file in files:
         yield from load_file(file)["hidden_NLD"]
 
 
 def _sums(first_TV: Tensor, second_TV: Tensor, target_T: Tensor) -> Tensor:
+    """The sums over tokens [4]: both losses, the divergence, and the number of agreements; fp64."""
     log_p, log_q = first_TV.log_softmax(-1), second_TV.log_softmax(-1)
     parts = (
         cross_entropy(first_TV, target_T, reduction="none"),

@@ -1,6 +1,6 @@
-"""Measure a compressed model beside its original: what it costs, what it lost, how fast it runs. Each step leaves a `report.json`.
+"""A compressed model measured beside its original: size, quality, speed. Each step leaves a `report.json`.
 
-Both models are streamed layer by layer; only the speed is measured on whole models, and left out where they do not fit.
+Both models are streamed layer by layer. Only the speed is measured on whole models, and left out if they do not fit into memory.
 """
 
 import os
@@ -12,31 +12,32 @@ from typing import Any
 import numpy as np
 
 from moeflow.arch import Family
-from moeflow.methods.graph import HIDDEN
-from moeflow.methods.records import CRITERIA, read_choice
+from moeflow.methods.graph import HIDDEN, TOKENS
+from moeflow.methods.records import Choice
 from moeflow.methods.reports import row, write_report
+from moeflow.methods.scores import SCORES
 from moeflow.model.layout import experts_in, headers, read_config
 from moeflow.model.packed import numels
 from moeflow.model.spec import CheckpointSpec, HiddenSpec, ObservedSpec, RestSpec, TokensSpec, header_bytes
 from moeflow.step import Artifact, Context, Spec, step
 
 LENGTH = 2048
-"""Tokens of the sequence whose operations are counted, the paper's."""
+"""The length of the sequence whose operations are counted, as in the unified framework's paper."""
 
 
-def _layers_spec(*chosen: Any) -> Spec:
+def _layers_spec(chosen: tuple[Any, ...]) -> Spec:
     return Spec(reads=sum(c["bytes"] for c in chosen), writes=1100)
 
 
 @step("evaluate.layers", version=1, spec=_layers_spec)
-def layers(context: Context, *chosen: Artifact) -> None:
-    """The error of the layers' outputs, as a part of those outputs, averaged over layers: as chosen, and by each baseline.
+def layers(context: Context, chosen: tuple[Artifact, ...]) -> None:
+    """The relative error of a MoE layer's output, averaged over layers: with the experts as chosen, and by each baseline.
 
-    Where the choices weighed nothing but baselines, the first row is one of them.
+    If the choice was made by one of the baselines, the first row repeats that one.
     """
-    found = [read_choice(c) for c in chosen]
-    parts = {"as chosen": [c["loss"]["of_output"] for c in found]}
-    parts |= {f"by {name}": [c["baselines"][name]["of_output"] for c in found] for name in CRITERIA}
+    choices = [Choice.read(c) for c in chosen]
+    parts = {"as chosen": [c.loss.of_output for c in choices]}
+    parts |= {f"by {name}": [c.baselines[name].of_output for c in choices] for name in SCORES}
     rows = [row(f"layer error, {name}", 0.0, float(np.mean(values)), "of output") for name, values in parts.items()]
     write_report(context, "layers", rows)
 
@@ -47,12 +48,12 @@ def _size_spec(original: CheckpointSpec, compressed: CheckpointSpec, *, zeros: l
 
 @step("evaluate.size", version=4, spec=_size_spec)
 def size(context: Context, original: Artifact, compressed: Artifact, *, zeros: list[str]) -> None:
-    """Parameters and bytes at rest, of all and of the routed experts, counted from the files' headers; experts per MoE layer.
+    """Parameters, bytes on disk (of the model and of its routed experts), experts per MoE layer, and operations.
 
-    Active parameters are those that compute one token, embedding and head included: of a layer's experts as many as a token is
-    computed by, at their mean size. What dynamic skipping saves depends on the text and is not in them (`reach`). Operations are
-    those of a forward pass over `LENGTH` tokens. `zeros`: by what experts were made sparse; zeros between other weights save
-    nothing at rest, which the report says, and no operations.
+    All are counted from the files' headers. Active parameters are those that compute one token, with embedding and head: of each
+    layer as many experts as the router gives a token, at their mean size. What dynamic skipping saves depends on the text, so that
+    it is not in them (see `experts_per_token`). Operations are those of a forward pass over `LENGTH` tokens. `zeros` names the
+    methods that made experts sparse: zeros between other weights save no bytes and no operations, and the report says so.
     """
     from moeflow.model.cost import active_parameters, cache_bytes, forward_flops
 
@@ -80,83 +81,69 @@ def size(context: Context, original: Artifact, compressed: Artifact, *, zeros: l
     write_report(context, "size", rows, notes=notes)
 
 
-def _reach_spec(rest: RestSpec, *seen: ObservedSpec, layers: list[int], name: str) -> Spec:
-    return Spec(reads=len(seen) * 1400, writes=400 + 20 * len(layers), memory=1 << 24)
+def _experts_spec(rest: RestSpec, observed: tuple[ObservedSpec, ...], *, layers: list[int], name: str) -> Spec:
+    return Spec(reads=len(observed) * 1400, writes=400 + 20 * len(layers), memory=1 << 24)
 
 
-@step("evaluate.reach", version=1, spec=_reach_spec)
-def reach(context: Context, config: Artifact, *seen: Artifact, layers: list[int], name: str) -> None:
-    """How many experts a token of held-out text is computed by: the mean of all MoE layers, that of each, and the sum.
+@step("evaluate.experts_per_token", version=1, spec=_experts_spec)
+def experts_per_token(context: Context, config: Artifact, observed: tuple[Artifact, ...], *, layers: list[int], name: str) -> None:
+    """How many experts compute a token of held-out text: the mean over all MoE layers, that of each layer, and the sum.
 
-    `seen`: what one pass of the compressed model left, all shards of one layer after those of another.
+    `observed` is what one pass of the compressed model recorded: all shards of the first of `layers`, then all of the next.
     """
-
     from moeflow.methods.recorded import counted
 
-    read = read_config(config)
-    shards = len(seen) // len(layers)
-    found = [counted(seen[at * shards : (at + 1) * shards]) for at in range(len(layers))]
-    top_k = Family.of(read).top_k
+    shards = len(observed) // len(layers)
+    counts = [counted(observed[at * shards : (at + 1) * shards]) for at in range(len(layers))]
+    top_k = Family.of(read_config(config)).top_k
     rows = [
-        row(f"experts a token ({name})", top_k, float(np.mean(found)), ""),
-        row(f"expert products a token ({name})", top_k * len(layers), float(np.sum(found)), ""),
+        row(f"experts a token ({name})", top_k, float(np.mean(counts)), ""),
+        row(f"expert products a token ({name})", top_k * len(layers), float(np.sum(counts)), ""),
     ]
-    write_report(context, "reach", rows, text=name, layers=dict(zip(map(str, layers), found, strict=True)))
+    write_report(context, "experts per token", rows, text=name, layers=dict(zip(map(str, layers), counts, strict=True)))
 
 
 def _quality_spec(
-    rest: RestSpec, other: RestSpec, matrix: TokensSpec, *ends: Any, firsts: int, name: str, note: str, dtype: str
-) -> Spec:
-    states: list[HiddenSpec] = [e.hidden if isinstance(e, ObservedSpec) else e for e in ends]
-    head = rest.head_bytes
-    reads = 2 * (head + header_bytes(rest.tensors)) + sum(s.nbytes for s in states) + matrix.tokens * 4
-    width = int(rest.config["vocab_size"]) * 1024 * 4 * 6
+    original: RestSpec, compressed: RestSpec, matrix: TokensSpec, original_states: tuple[Any, ...],
+    compressed_states: tuple[Any, ...], *, name: str, note: str, dtype: str,
+) -> Spec:  # fmt: skip
+    states: list[HiddenSpec] = [getattr(s, "hidden", s) for s in (*original_states, *compressed_states)]
+    head = original.head_bytes
+    reads = 2 * (head + header_bytes(original.tensors)) + sum(s.nbytes for s in states) + matrix.tokens * 4
+    width = int(original.config["vocab_size"]) * 1024 * 4 * 6
     return Spec(reads=reads, writes=800 + 24 * matrix.sequences, memory=4 * head + 2 * max(s.nbytes for s in states) + width)
 
 
 @step("evaluate.quality", version=2, spec=_quality_spec, gpus=1)
 def quality(
-    context: Context,
-    original: Artifact,
-    compressed: Artifact,
-    matrix: Artifact,
-    *ends: Artifact,
-    firsts: int,
-    name: str,
-    note: str,
-    dtype: str,
-) -> None:
+    context: Context, original: Artifact, compressed: Artifact, matrix: Artifact, original_states: tuple[Artifact, ...],
+    compressed_states: tuple[Artifact, ...], *, name: str, note: str, dtype: str,
+) -> None:  # fmt: skip
     """Perplexity of both models on a token matrix, and the KL divergence and top-1 agreement of the second with the first.
 
-    `ends`: the hidden states behind the last layer, shard by shard, `firsts` of the first model and then those of the second. The
-    KL divergence is that of the compressed model from the original, in nats per token, over the positions that predict a token; the
-    report holds it for every sequence too, so that two reports on one text can be compared pair by pair.
+    The states are the hidden states behind each model's last layer, shard by shard. The KL divergence is that of the compressed
+    model from the original, in nats per token, over the positions that predict a token. The report also has it for every sequence,
+    so that two reports on one text can be compared pair by pair.
     """
-
     from moeflow.methods.evaluate.divergence import compared
 
-    files = [e.file(HIDDEN) for e in ends]
-    seen, nll_first, nll_second, divergence, agreement, by_sequence = compared(
-        original,
-        compressed,
-        np.load(matrix.file("tokens.npy")),
-        files[:firsts],
-        files[firsts:],
-        dtype=dtype,
-        progress=context.progress,
-    )
+    found = compared(
+        original, compressed, np.load(matrix.file(TOKENS)), [s.file(HIDDEN) for s in original_states],
+        [s.file(HIDDEN) for s in compressed_states], dtype=dtype, progress=context.progress,
+    )  # fmt: skip
+    first, second = found.losses
     rows = [
-        row(f"perplexity ({name})", float(np.exp(nll_first)), float(np.exp(nll_second)), ""),
-        row(f"loss ({name})", nll_first, nll_second, "nats/token"),
-        row(f"KL to the original ({name})", 0.0, divergence, "nats/token"),
-        row(f"top-1 agreement ({name})", 1.0, agreement, ""),
+        row(f"perplexity ({name})", float(np.exp(first)), float(np.exp(second)), ""),
+        row(f"loss ({name})", first, second, "nats/token"),
+        row(f"KL to the original ({name})", 0.0, found.divergence, "nats/token"),
+        row(f"top-1 agreement ({name})", 1.0, found.agreement, ""),
     ]
-    notes = [n for n in (note,) if n]
-    write_report(context, "quality", rows, notes=notes, tokens=seen, text=name, divergence_of_sequences=by_sequence)
+    notes = [note] if note else []
+    write_report(context, "quality", rows, notes=notes, tokens=found.tokens, text=name, divergence_of_sequences=found.by_sequence)
 
 
 def here() -> dict[str, Any]:
-    """What the speed of a model depends on beside the model: processor, cores, GPUs, torch."""
+    """What the speed of a model depends on besides the model: processor, cores, GPUs, torch."""
     gpus = sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
     return {
         "processor": _named(Path("/proc/cpuinfo"), "model name") or platform.processor() or platform.machine(),
@@ -167,7 +154,7 @@ def here() -> dict[str, Any]:
 
 
 def _named(path: Path, what: str) -> str:
-    """The first value of `what` in a file of "name: value" lines, or nothing where there is no such file."""
+    """The first value of `what` in a file of "name: value" lines; "" if there is no such file."""
     if not path.exists():
         return ""
     lines = (line.partition(":") for line in path.read_text().splitlines())
@@ -176,17 +163,16 @@ def _named(path: Path, what: str) -> str:
 
 def _speed_spec(original: CheckpointSpec, compressed: CheckpointSpec, *, machine: Any, length: int) -> Spec:
     both = sum(c.nbytes + c.others for c in (original, compressed))
-    return Spec(reads=both, writes=560)  # takes the memory that is free, or leaves the speed out
+    return Spec(reads=both, writes=560)  # no memory is asked for: the step leaves the speed out if too little is free
 
 
 @step("evaluate.speed", version=1, spec=_speed_spec, gpus=1)
 def speed(context: Context, original: Artifact, compressed: Artifact, *, machine: dict[str, Any], length: int) -> None:
     """Tokens per second of prefill (one sequence of `length`) and decode (one token at a time behind it), and resident bytes.
 
-    Medians of alternating rounds after a warm-up; the machine is a parameter, since the numbers are facts about it. Where both
-    models do not fit into memory at once the report says so and leaves them out.
+    The figures are medians of alternating rounds after a warm-up. They are facts about a machine, so `machine` is a parameter. If
+    both models do not fit into memory at once, the report says so and has no figures.
     """
-
     from moeflow.methods.evaluate.timing import DECODED, ROUNDS, device_and_memory, measure
 
     names, units = ("prefill", "decode", "resident bytes"), ("tokens/s", "tokens/s", "B")

@@ -18,7 +18,7 @@ Pair = tuple[float, float]
 
 
 def device_and_memory() -> tuple[str, int]:
-    """Where models run here, and the bytes that are free there."""
+    """The device that models run on here, and its free bytes."""
     if torch.cuda.is_available():
         return "cuda", torch.cuda.mem_get_info()[0]
     return "cpu", psutil.virtual_memory().available
@@ -28,9 +28,10 @@ def device_and_memory() -> tuple[str, int]:
 def measure(
     folders: Sequence[Path], device: str, length: int, progress: Callable[[int, int, str], None]
 ) -> tuple[Pair, Pair, Pair]:
-    """Of two models: prefill and decode in tokens per second (medians of alternating rounds behind a warm-up), resident bytes.
+    """Prefill and decode of two models in tokens per second, and their resident bytes; each a pair of figures.
 
-    Prefill is one sequence of `length` tokens; decode goes on behind it, `DECODED` tokens one by one.
+    Speeds are medians of alternating rounds after a warm-up. Prefill is one sequence of `length` tokens; decode continues it by
+    `DECODED` tokens, one by one.
     """
     logging.disable_progress_bar()
     models: list[Any] = [AutoModelForCausalLM.from_pretrained(f, dtype="auto", device_map=device).eval() for f in folders]
@@ -49,6 +50,7 @@ def measure(
 
 
 def _once(model: Any, ids: torch.Tensor, device: str) -> Pair:
+    """The seconds of one prefill and one decode."""
     start = _now(device)
     out = model(ids, use_cache=True)
     middle = _now(device)

@@ -4,101 +4,121 @@ NAEE (Lu et al., ACL 2024, arXiv 2402.14800), section 3.3 and appendix A.2, and 
 arXiv 2503.00634). Thresholds follow from what a calibration recorded; vectors begin as ones that change nothing, and are trained.
 """
 
-import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from moeflow.arch import MAIN, Config, Family
 from moeflow.methods.graph import Calibration, Model
-from moeflow.methods.records import SKIP
-from moeflow.methods.rewrite import configured
-from moeflow.model.formats import FORMS, Format, format_of, routing_shapes
+from moeflow.methods.records import Facts
+from moeflow.methods.rewrite import configured, link_all
+from moeflow.model.formats import Format, format_of, routing_shapes
 from moeflow.model.layout import ESSENTIAL, ROUTING, headers, read_config
 from moeflow.model.packed import PACKED, SCALE
 from moeflow.model.spec import LayerSpec, ObservedSpec, RestSpec, TensorTable, file_bytes
+from moeflow.options import check_choices
 from moeflow.step import Artifact, Context, Spec, step
 
 
-def attach(model: Model, *, main: int = 0, form: str = "three") -> Model:
-    """The model in which a token is computed by `main` of its k experts (0: half of them), with vectors for the others.
+@dataclass(frozen=True)
+class Skipping:
+    """Dynamic skipping: a token leaves out those of its experts whose routing weight is small beside the largest."""
 
-    `form`: "three", with a vector for the inputs of gate, up and down (the authors' code), or "one", for that of gate and up (the
-    paper). Without training it is the model that takes the first `main` experts with the weights they have among k. Raises
-    ValueError where k is 1, for another form, and for a `main` that is not between 1 and k-1.
+    active: float | None = None
+    """Experts that a token has on average in each layer; none: the paper's rule for two experts a token, a median."""
+
+    def __post_init__(self) -> None:
+        if self.active is not None and self.active < 1:
+            raise ValueError(f"active={self.active:g}: a token has at least one expert")
+
+
+@dataclass(frozen=True)
+class CompressedExperts:
+    """Compressed Experts: a token is computed by some of its experts, and vectors stand for the others."""
+
+    main: int | None = None
+    """Experts that compute a token; none: half of those that the router gives it."""
+    form: Literal["three", "one"] = "three"
+    """Vectors of an expert: three, for the inputs of gate, up and down (the authors' code), or one for gate and up (the paper)."""
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+
+
+def attach(model: Model, how: CompressedExperts = CompressedExperts()) -> Model:
+    """The model with Compressed Experts in every MoE layer, as a graph.
+
+    Before it is trained it computes what the model computes that takes each token's first `how.main` experts, with the weights that
+    they have among all k. Raises ValueError if k is 1, and if `how.main` is not between 1 and k-1.
     """
     family = Family.of(model.config)
     top_k = family.top_k
-    if form not in FORMS:
-        raise ValueError(f"form={form!r} is not known; choose one of {', '.join(FORMS)}")
-    main = main or top_k // 2
+    main = top_k // 2 if how.main is None else how.main
     if not 1 <= main < top_k:
         raise ValueError(f"main={main} must be at least 1 and fewer than the {top_k} experts that the router gives a token")
     config = model.config | {MAIN: main}
     rest = configured(model.rest, config=config)
-    layers = {i: compressed_experts(rest.part(ESSENTIAL), model.layers[i], layer=i, form=form) for i in model.moe_layers}
+    layers = {i: compressed_experts(rest.part(ESSENTIAL), model.layers[i], layer=i, form=how.form) for i in model.moe_layers}
     return replace(model, config=config, rest=rest).with_layers(layers)
 
 
-def _compressed_experts_spec(rest: RestSpec, given: LayerSpec, *, layer: int, form: str) -> Spec:
-    given.check_routing("take")
-    if given.share < 1:
+def _compressed_experts_spec(rest: RestSpec, before: LayerSpec, *, layer: int, form: str) -> Spec:
+    before.check_routing("take")
+    if before.share < 1:
         raise ValueError(f"how many experts layer {layer} keeps is decided by a run; attach Compressed Experts to its result")
     family = Family.of(rest.config)
-    if (reach := family.experts_per_token(given.experts)) <= family.main_experts:
+    if (most := family.experts_per_token(before.experts)) <= family.main_experts:
         raise ValueError(
-            f"a token gets {reach} of the {given.experts} experts of layer {layer}, which leaves none to stand for; drop fewer"
+            f"a token gets {most} of the {before.experts} experts of layer {layer}, which leaves none to stand for; drop fewer"
         )
-    added = _added(rest.config, given.tensors, layer, form)
-    out = replace(given, config=rest.config, tensors={**given.tensors, **added})
-    return Spec(out, reads=given.headers, writes=file_bytes(added), memory=1 << 26)
+    added = _added(rest.config, before.tensors, layer, form)
+    out = replace(before, config=rest.config, tensors={**before.tensors, **added})
+    return Spec(out, reads=before.headers, writes=file_bytes(added), memory=1 << 26)
 
 
 @step("fewer_active.compressed_experts", version=1, spec=_compressed_experts_spec)
-def compressed_experts(context: Context, config: Artifact, given: Artifact, *, layer: int, form: str) -> None:
+def compressed_experts(
+    context: Context, config: Artifact, layer_files: Artifact, *, layer: int, form: Literal["three", "one"]
+) -> None:
     """One layer's files, and beside them its experts' vectors (`routing.safetensors`), as differences from one: zeros."""
     import torch
 
     from moeflow.model.checkpoint import DTYPES, save
 
-    for name in given.names():
-        context.link(given, name)
-    added = _added(read_config(config), {n: (t.dtype, t.shape) for n, t in headers(given).items()}, layer, form)
+    link_all(context, layer_files, but=(Facts.FILE,))
+    read = read_config(config)
+    added = _added(read, {n: (t.dtype, t.shape) for n, t in headers(layer_files).items()}, layer, form)
     save({n: torch.zeros(shape, dtype=DTYPES[dtype]) for n, (dtype, shape) in added.items()}, context.out / ROUTING)
+    Facts.of(layer_files).and_then("fewer_active.compressed_experts", form=form, main=read[MAIN]).write(context.out)
 
 
 def _added(config: Config, tensors: TensorTable, layer: int, form: str) -> TensorTable:
     """The vectors of a layer: names, in the precision of its experts, and shapes."""
     family = Family.of(config)
-    found = format_of({n: shape for n, (_, shape) in tensors.items()}, config, layer)
+    experts = format_of({n: shape for n, (_, shape) in tensors.items()}, config, layer).experts
     name = family.expert(layer, 0)[0]
-    held = next(n for n in (name, family.factors(name)[0]) if n in tensors or n + PACKED in tensors)
-    dtype, shape = tensors.get(held) or tensors[held + PACKED]
-    dtype = tensors[held + SCALE][0] if held not in tensors else "BF16" if dtype.startswith("F8") else dtype
-    shapes = routing_shapes(family, Format(found.experts, compressed=form), layer, int(config["hidden_size"]), shape[0])
+    gate = next(n for n in (name, family.factors(name)[0]) if n in tensors or n + PACKED in tensors)
+    dtype, shape = tensors.get(gate) or tensors[gate + PACKED]
+    dtype = tensors[gate + SCALE][0] if gate not in tensors else "BF16" if dtype.startswith("F8") else dtype
+    shapes = routing_shapes(family, Format(experts, compressed=form), layer, int(config["hidden_size"]), shape[0])
     return {n: (dtype, s) for n, s in shapes.items()}
 
 
-def skip(calibration: Calibration, *, active: float = 0.0) -> Model:
-    """The calibrated model with dynamic skipping in each of its MoE layers; no pass over the tokens is made for it.
+def skip(calibration: Calibration, how: Skipping = Skipping()) -> Model:
+    """The calibrated model with dynamic skipping in each of its MoE layers, as a graph; it passes over no tokens again.
 
-    `active`: how many experts a token has on average in each layer, for which that layer's threshold is set; 0: the paper's rule
-    for two experts a token, the median of the second weight over the first. Prune and decompose before: thresholds belong to the
-    model that is served. Raises ValueError where the router gives one expert a token or weighs each by itself, for an `active` that
-    is not between 1 and the router's number of experts, and for 0 where that is more than two.
+    Prune and decompose before: thresholds belong to the model that is served. Raises ValueError if the router gives a token one
+    expert or weighs each by itself, if `how.active` is not below the router's number of experts, and if it is None and that number
+    is more than two.
     """
     model = calibration.model
-    family = Family.of(model.config)
+    check(Family.of(model.config), how)
+    layers = {i: skipping(model.essential, model.layers[i], parts, layer=i, how=how) for i, parts in calibration.observed.items()}
+    return model.with_layers(layers)
+
+
+def check(family: Family, how: Skipping) -> None:
+    """Raise ValueError if the family's router does not allow to skip experts like this."""
     top_k = family.top_k
-    check(family, top_k, active)
-    rule = "ratio" if top_k == 2 else "tail"
-    skipping = {
-        i: skipping(model.essential, model.layers[i], *parts, layer=i, rule=rule, active=active)
-        for i, parts in calibration.observed.items()
-    }
-    return model.with_layers(skipping)
-
-
-def check(family: Family, top_k: int, active: float) -> None:
-    """Raise ValueError where a router of `top_k` experts a token cannot have `active` on average by skipping."""
     if family.arch.score == "sparsemixer":
         raise ValueError(
             f"a {family.arch.model_type} weighs each of a token's experts by itself, nearly always by one, so that its weights do "
@@ -106,37 +126,43 @@ def check(family: Family, top_k: int, active: float) -> None:
         )
     if top_k < 2:
         raise ValueError("the router gives each token one expert; none is left to skip")
-    if active == 0 and top_k > 2:
+    if how.active is None and top_k > 2:
         raise ValueError(
             f"the router gives each token {top_k} experts, for which there is no rule of a median; say how many stay (1 to {top_k})"
         )
-    if active and not 1 <= active < top_k:
-        raise ValueError(f"active={active:g} experts a token must be at least 1 and fewer than the router's {top_k}")
+    if how.active is not None and how.active >= top_k:
+        raise ValueError(f"active={how.active:g} experts a token must be at least 1 and fewer than the router's {top_k}")
 
 
-def _skipping_spec(rest: RestSpec, given: LayerSpec, *seen: ObservedSpec, layer: int, rule: str, active: float) -> Spec:
-    given.check_routing("take")
-    if Family.of(rest.config).experts_per_token(given.least) < 2:
+def _rule(family: Family) -> str:
+    """What the weights of a token's experts are compared by: the paper's for two experts a token, ours for more."""
+    return "ratio" if family.top_k == 2 else "tail"
+
+
+def _skipping_spec(rest: RestSpec, before: LayerSpec, observed: tuple[ObservedSpec, ...], *, layer: int, how: Skipping) -> Spec:
+    before.check_routing("take")
+    family = Family.of(rest.config)
+    if family.experts_per_token(before.least) < 2:
         raise ValueError(f"a token may get one expert of layer {layer} only, and none to skip; drop fewer experts")
-    tokens = sum(s.hidden.sequences * s.hidden.length for s in seen)
-    name = f"{Family.of(rest.config).experts(layer)}skip.{rule}"
-    out = replace(given, config=rest.config, tensors={**given.tensors, name: ("F32", ())})
-    logits = tokens * given.experts * 4
+    tokens = sum(o.hidden.sequences * o.hidden.length for o in observed)
+    name = f"{family.experts(layer)}skip.{_rule(family)}"
+    out = replace(before, config=rest.config, tensors={**before.tensors, name: ("F32", ())})
+    logits = tokens * before.experts * 4
     return Spec(out, reads=logits, writes=file_bytes({name: ("F32", ())}) + 300, memory=6 * logits + (1 << 28))
 
 
 @step("fewer_active.skipping", version=1, spec=_skipping_spec)
-def skipping(context: Context, config: Artifact, given: Artifact, *seen: Artifact, layer: int, rule: str, active: float) -> None:
-    """One layer's files, and beside them its threshold (`routing.safetensors`), with what it rests on in `skip.json`.
-
-    `seen`: what each shard of tokens showed in this layer; `active` as in `skip`.
-    """
+def skipping(
+    context: Context, config: Artifact, layer_files: Artifact, observed: tuple[Artifact, ...], *, layer: int, how: Skipping
+) -> None:
+    """One layer's files, and beside them its threshold (`routing.safetensors`). `observed`: what each shard recorded in it."""
     from moeflow.methods.fewer_active.thresholds import threshold
     from moeflow.model.checkpoint import save
 
-    for name in given.names():
-        context.link(given, name)
+    link_all(context, layer_files, but=(Facts.FILE,))
     read = read_config(config)
-    value, about = threshold(read, given, seen, layer=layer, rule=rule, active=active)
-    save({f"{Family.of(read).experts(layer)}skip.{rule}": value}, context.out / ROUTING)
-    (context.out / SKIP).write_text(json.dumps({"layer": layer, "rule": rule, **about}) + "\n")
+    family = Family.of(read)
+    rule = _rule(family)
+    value, about = threshold(read, layer_files, observed, layer=layer, rule=rule, active=how.active)
+    save({f"{family.experts(layer)}skip.{rule}": value}, context.out / ROUTING)
+    Facts.of(layer_files).and_then("fewer_active.skipping", rule=rule, **about).write(context.out)

@@ -18,11 +18,12 @@ from moeflow.model.router import Router
 
 @torch.inference_mode()
 def threshold(
-    config: Config, layer_file: Files, shards: Sequence[Files], *, layer: int, rule: str, active: float
+    config: Config, layer_file: Files, shards: Sequence[Files], *, layer: int, rule: str, active: float | None
 ) -> tuple[Tensor, dict[str, Any]]:
-    """The threshold (a scalar, fp32), and what is told of it: the mean of what it is held against, the experts a token then has.
+    """The threshold (a scalar, fp32), and facts about it: the mean of the statistic that is compared with it, the mean number of
+    experts that a token then has, and the tokens.
 
-    `active`: the experts that a token has on average; 0: the threshold is the median.
+    `active`: the experts that a token has on average; None: the threshold is the median of the statistic.
     """
     family = Family.of(config)
     tensors = Tensors(layer_file)
@@ -31,12 +32,12 @@ def threshold(
     logits = [Tensors(s)["logits_TE"] for s in shards]
     router = Router.of(family, logits[0].shape[1], bias_E)
     weights_Tk = torch.cat([by_weight(*router.choose(logits_TE))[0] for logits_TE in logits])
-    of_Tj = statistic(weights_Tk, rule)
-    value = reaching(of_Tj, active) if active else median(of_Tj)
+    statistic_Tj = statistic(weights_Tk, rule)
+    value = median(statistic_Tj) if active is None else threshold_for(statistic_Tj, active)
     left_Tk = left_out(weights_Tk, rule, value)
     return value, {
         "threshold": float(value),
-        "mean": float(of_Tj.double().mean()),
+        "mean": float(statistic_Tj.double().mean()),
         "active": float((~left_Tk).double().sum(-1).mean()),
         "tokens": len(weights_Tk),
     }
@@ -48,13 +49,13 @@ def median(values: Tensor) -> Tensor:
     return (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
 
 
-def reaching(of_Tj: Tensor, active: float) -> Tensor:
-    """The threshold by which `active` experts stay on average, given what each token's experts behind the first are held against.
+def threshold_for(statistic_Tj: Tensor, active: float) -> Tensor:
+    """The threshold by which `active` experts of a token stay on average, given the statistic of its experts behind the first.
 
-    The statistic falls from one expert of a token to its next, so that a token's experts stay up to the one that fails: their
-    number is that of the values above the threshold. It lies between two values, so that rounding the weights otherwise moves few
-    tokens over it, and none in fp32.
+    The statistic falls from one expert of a token to its next, so that a token's experts stay up to the first below the threshold:
+    their number is that of the values above it. The threshold lies between two values, so that rounding the weights differently
+    moves few tokens over it, and none in fp32.
     """
-    values = of_Tj.flatten().sort(descending=True).values
-    stay = min(round((active - 1) * len(of_Tj)), len(values) - 1)
+    values = statistic_Tj.flatten().sort(descending=True).values
+    stay = min(round((active - 1) * len(statistic_Tj)), len(values) - 1)
     return (values[stay - 1] + values[stay]) / 2 if stay else 2 * values[0]

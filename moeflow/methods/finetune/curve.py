@@ -1,4 +1,4 @@
-"""What a training has seen so far: losses, rates, speeds, validations, the best. No torch."""
+"""The course of a training: losses, rates, speeds, validations, and the best state. No torch."""
 
 import math
 from collections.abc import Mapping
@@ -6,38 +6,40 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 WINDOW = 10
-"""Steps whose losses are averaged to see whether a training diverges."""
+"""Steps whose mean loss tells whether a training diverges."""
 
 RISE, FACTOR = 1.0, 2.0
-"""It does where that average is so many nats above its least so far, and so many times that."""
+"""A training diverges if that mean is this many nats above its lowest value so far, and this many times that value."""
 
 
 @dataclass
 class Curve:
-    """The course of one training, as `training.json` holds it; the numbers of step i at place i - 1.
+    """The course of one training, as in `training.json`; the numbers of step i are at index i - 1."""
 
-    `losses`: of each optimizer step's batch before its step, in nats a token, the mean over all tokens to be predicted.
-    `validations`: of each, the steps that were made, the loss on each held-out text, and their mean. `best`: the steps behind which
-    the parameters were that are kept.
-    """
-
-    trained: int  # parameters
+    trained: int
+    """Parameters that are trained."""
     losses: list[float] = field(default_factory=list)
+    """The mean loss of each step's batch before the step, in nats per token, over all tokens to be predicted."""
     rates: list[float] = field(default_factory=list)
-    speeds: list[float] = field(default_factory=list)  # tokens per second
+    """The learning rate of each step."""
+    speeds: list[float] = field(default_factory=list)
+    """Tokens per second."""
     validations: list[dict[str, Any]] = field(default_factory=list)
+    """For each validation: the steps before it, the loss on each held-out text, and their mean."""
     best: int = 0
+    """The number of steps behind which the parameters are kept."""
     seconds: float = 0.0
+    """The time of the training, over all attempts."""
 
     @property
     def steps(self) -> int:
         return len(self.losses)
 
     def add(self, loss: float, rate: float, speed: float, *, kept: int) -> None:
-        """One optimizer step more. Raises ValueError where its loss is not finite, or the training diverges.
+        """Add an optimizer step. Raises ValueError if its loss is not finite or the training diverges.
 
-        That is so where the mean loss of the last `WINDOW` steps is twice, and one nat more than, what it was at its least, or that
-        of the first step. `kept`: the step of the newest snapshot.
+        It diverges if the mean loss of the last `WINDOW` steps is twice its lowest value, or the first step's loss, and one nat
+        more. `kept` is the step of the newest snapshot.
         """
         self.losses.append(loss)
         self.rates.append(rate)
@@ -53,7 +55,7 @@ class Curve:
             )
 
     def validated(self, steps: int, losses: Mapping[str, float], *, kept: int) -> bool:
-        """One validation more; whether it is the best so far. Raises ValueError where a loss is not finite."""
+        """Add a validation. Is it the best so far? Raises ValueError if a loss is not finite."""
         for name, loss in losses.items():
             if not math.isfinite(loss):
                 raise ValueError(f"the loss on {name} behind step {steps} is {loss}; {state_of(kept)}")
@@ -67,18 +69,18 @@ class Curve:
     def summary(self) -> str:
         """The course in one line."""
         kept = "" if self.best == self.steps else f"; the state behind step {self.best} is kept"
-        told = f"{self.trained:,} parameters trained in {self.steps} steps"
-        told += f": loss {self.losses[0]:.3f} to {self.losses[-1]:.3f}"
+        course = f"{self.trained:,} parameters trained in {self.steps} steps"
+        course += f": loss {self.losses[0]:.3f} to {self.losses[-1]:.3f}"
         if self.validations:
             last = next(v["mean"] for v in self.validations if v["steps"] == self.best)
-            told += f", on held-out text {self.validations[0]['mean']:.3f} to {last:.3f}"
-        return told + kept
+            course += f", on held-out text {self.validations[0]['mean']:.3f} to {last:.3f}"
+        return course + kept
 
     def json(self) -> dict[str, Any]:
         return asdict(self)
 
 
 def state_of(step: int) -> str:
-    """What there is of an earlier step, as the end of a message."""
+    """The end of a message: what is kept of an earlier step, and what to change."""
     state = f"the state of step {step} is kept, and running again goes on from it" if step else "no state was saved before"
     return f"{state}; lower the rate, lengthen the warm-up, or clip the gradient"

@@ -1,14 +1,14 @@
-"""A DeepSpeed configuration between its own spelling and ours: what it says of the result, what it says of where and how. No torch.
+"""A DeepSpeed configuration, translated into a recipe and a gang and back. No torch.
 
-Of a configuration that is given, what changes the result goes into the recipe, and so into the key; the rest goes to the gang. What
-is handed to DeepSpeed is made of both again, so that two spellings of one run are one run.
+The settings that change the result go into the recipe, and so into the key; the others go into the gang. DeepSpeed gets a
+configuration that is made of both again, so that two spellings of one run have one key.
 """
 
 import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from moeflow.methods.finetune.recipe import Gang, Recipe
 
@@ -17,33 +17,32 @@ HOW = (
     "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "disable_allgather", "steps_per_print", "wall_clock_breakdown",
     "memory_breakdown", "dump_state", "comms_logger", "flops_profiler", "timers",
 )  # fmt: skip
-"""Settings that are handed to DeepSpeed as they are; they change where and how it computes."""
+"""Settings that DeepSpeed gets as they are: they say where and how it computes."""
 
 OPTIMIZER = {"lr": "rate", "betas": "betas", "eps": "epsilon", "weight_decay": "decay"}
-"""What an optimizer's parameters are called here."""
+"""DeepSpeed's names of an optimizer's parameters, and the recipe's."""
 
 
-def read(given: Mapping[str, Any] | str | Path | None) -> dict[str, Any]:
-    """The configuration itself, read where a path is given. Raises ValueError where that is no JSON object."""
-    if given is None or isinstance(given, Mapping):
-        return _plain(dict(given or {}))
-    try:
-        found = json.loads(Path(given).read_text())
-    except ValueError as error:
-        raise ValueError(f"{given} is no JSON ({error}); a DeepSpeed configuration is one JSON object") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{given} holds a {type(found).__name__}; a DeepSpeed configuration is one JSON object")
-    return _plain(found)
+def read(configuration: Mapping[str, Any] | str | Path | None) -> dict[str, Any]:
+    """The configuration itself, or that in a file, without what is "auto" or null. Raises ValueError if it is no JSON object."""
+    if isinstance(configuration, str | Path):
+        try:
+            found = json.loads(Path(configuration).read_text())
+        except ValueError as error:
+            raise ValueError(f"{configuration} is no JSON ({error}); a DeepSpeed configuration is one JSON object") from None
+        if not isinstance(found, dict):
+            raise ValueError(f"{configuration} holds a {type(found).__name__}; a DeepSpeed configuration is one JSON object")
+        configuration = found
+    return _plain(dict(configuration or {}))
 
 
-def merged(given: Mapping[str, Any], recipe: Recipe, gang: Gang) -> tuple[Recipe, Gang]:
-    """Recipe and gang with what the configuration says in the place of what they said. Raises ValueError for what it cannot mean.
+def merged(configuration: Mapping[str, Any], recipe: Recipe, gang: Gang, rows: int) -> tuple[Recipe, Gang]:
+    """The recipe, for so many rows of data, and the gang, both changed to what the configuration says.
 
-    "auto", as transformers' Trainer takes it, leaves a value to the recipe or the gang.
+    Raises ValueError for settings that are not known or contradict each other.
     """
-    left = dict(given)
+    left = dict(configuration)
     recipe = replace(recipe, **_optimizer(left.pop("optimizer", {})))
-    recipe = replace(recipe, **_schedule(left.pop("scheduler", {}), recipe))
     if "gradient_clipping" in left:
         recipe = replace(recipe, clip=float(left.pop("gradient_clipping")))
     if left.pop("fp16", {}).get("enabled"):
@@ -54,6 +53,7 @@ def merged(given: Mapping[str, Any], recipe: Recipe, gang: Gang) -> tuple[Recipe
     if "enabled" in bf16:
         recipe = replace(recipe, dtype="bfloat16" if bf16["enabled"] else "float32")
     recipe, gang = _batches(left, recipe, gang)
+    recipe = replace(recipe, **_schedule(left.pop("scheduler", {}), recipe, rows))
     zero = dict(left.pop("zero_optimization", {}))
     if lossy := sorted(name for name in zero if name.startswith("zero_quantized") and zero[name]):
         raise ValueError(f"zero_optimization.{lossy[0]} changes what is computed, and is not known here; leave it out")
@@ -61,7 +61,7 @@ def merged(given: Mapping[str, Any], recipe: Recipe, gang: Gang) -> tuple[Recipe
     if device not in (None, "cpu", "none"):
         raise ValueError(f"zero_optimization.offload_optimizer.device={device!r} is not known here; choose 'cpu' or 'none'")
     offload = gang.offload if device is None else device == "cpu"
-    gang = replace(gang, zero=int(zero.pop("stage", gang.zero)), offload=offload)
+    gang = replace(gang, zero=cast(Any, int(zero.pop("stage", gang.zero))), offload=offload)
     if unknown := sorted(set(left) - set(HOW)):
         raise ValueError(f"the DeepSpeed configuration's {unknown[0]!r} is not known here; leave it out (known: HOW in {__name__})")
     how = left | ({"zero_optimization": zero} if zero else {})
@@ -69,9 +69,9 @@ def merged(given: Mapping[str, Any], recipe: Recipe, gang: Gang) -> tuple[Recipe
 
 
 def used(recipe: Recipe, gang: Gang, length: int) -> dict[str, Any]:
-    """The configuration that DeepSpeed gets for sequences of this length. Raises ValueError where gang and batch do not fit.
+    """The configuration that DeepSpeed gets for sequences of this length. Raises ValueError if gang and batch do not fit.
 
-    In bf16 ZeRO 1 stands for 0, where DeepSpeed's optimizer is another one and so is the result.
+    In bf16 ZeRO 0 becomes 1, because DeepSpeed has another optimizer for 0, and so another result.
     """
     gang.check(recipe.batch)
     micro = gang.micro_of(recipe.batch, length)
@@ -93,40 +93,46 @@ def used(recipe: Recipe, gang: Gang, length: int) -> dict[str, Any]:
     }
 
 
-def _optimizer(said: Mapping[str, Any]) -> dict[str, Any]:
-    if (kind := said.get("type", "AdamW")) not in ("AdamW", "Adam"):
+def _optimizer(optimizer: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a recipe that this part sets."""
+    if (kind := optimizer.get("type", "AdamW")) not in ("AdamW", "Adam"):
         raise ValueError(f"optimizer.type={kind!r} is not known here; choose AdamW")
-    params = dict(said.get("params", {}))
-    params.pop("torch_adam", None)  # which of several equal implementations
+    params = dict(optimizer.get("params", {}))
+    params.pop("torch_adam", None)  # one of several equal implementations
     if not params.pop("adam_w_mode", True) or not params.pop("bias_correction", True) or params.pop("amsgrad", False):
         raise ValueError("optimizer.params: only AdamW with bias correction is known here (adam_w_mode, bias_correction true)")
     if unknown := sorted(set(params) - set(OPTIMIZER)):
         raise ValueError(f"optimizer.params.{unknown[0]} is not known here; known: {', '.join(OPTIMIZER)}")
-    return {OPTIMIZER[name]: value for name, value in params.items()}
+    try:  # JSON may spell 2e-5 as "2e-5"
+        return {OPTIMIZER[n]: tuple(map(float, v)) if n == "betas" else float(v) for n, v in params.items()}
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"optimizer.params: {error}; write numbers") from None
 
 
-def _schedule(said: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
-    if not said:
+def _schedule(scheduler: Mapping[str, Any], recipe: Recipe, rows: int) -> dict[str, Any]:
+    """The fields of a recipe that this part sets."""
+    if not scheduler:
         return {}
-    if (kind := said.get("type")) != "WarmupCosineLR":
+    if (kind := scheduler.get("type")) != "WarmupCosineLR":
         raise ValueError(
             f"scheduler.type={kind!r} is not known here: rates rise in a line and fall as a cosine; choose WarmupCosineLR"
         )
-    params = dict(said.get("params", {}))
+    params = dict(scheduler.get("params", {}))
     if params.pop("warmup_type", "log") != "linear" or params.pop("warmup_min_ratio", 0.0):
         raise ValueError("scheduler.params: the warm-up is a line from zero; say warmup_type='linear' and no warmup_min_ratio")
-    found: dict[str, Any] = {"steps": int(params.pop("total_num_steps", recipe.steps))}
-    found["warmup"] = int(params.pop("warmup_num_steps", recipe.warmup))
-    found["floor"] = float(params.pop("cos_min_ratio", 1e-4))
+    steps = int(params.pop("total_num_steps", 0)) or recipe.steps_of(rows)
+    warm = int(params.pop("warmup_num_steps", round(recipe.warmup * steps)))
+    floor = float(params.pop("cos_min_ratio", 1e-4))
     if unknown := sorted(params):
         known = "total_num_steps, warmup_num_steps, cos_min_ratio"
         raise ValueError(f"scheduler.params.{unknown[0]} is not known here; known: {known}")
-    if recipe.every == recipe.steps or recipe.every > found["steps"]:
-        found["every"] = found["steps"]  # at the end alone
-    return found
+    if warm >= steps:
+        raise ValueError(f"a warm-up of {warm} steps must be shorter than the {steps} steps of the training")
+    return {"steps": steps, "warmup": warm / steps, "floor": floor, "every": recipe.every if recipe.every < steps else 0}
 
 
 def _batches(left: dict[str, Any], recipe: Recipe, gang: Gang) -> tuple[Recipe, Gang]:
+    """Recipe and gang with the batch sizes in `left`, which are taken out of it."""
     micro = int(left.pop("train_micro_batch_size_per_gpu", 0))
     accumulated = int(left.pop("gradient_accumulation_steps", 0))
     whole = int(left.pop("train_batch_size", 0))
@@ -153,7 +159,7 @@ def _batches(left: dict[str, Any], recipe: Recipe, gang: Gang) -> tuple[Recipe, 
 
 
 def _plain(value: Any) -> Any:
-    """The same without what is left to others ("auto", null)."""
+    """The same without "auto", which transformers' Trainer takes for a value that is set elsewhere, and without null."""
     if isinstance(value, Mapping):
         return {k: _plain(v) for k, v in value.items() if v != "auto" and v is not None}
     return value

@@ -1,7 +1,7 @@
-"""The parts of DeepSpeed that are compiled on first use: once for each Python environment, by one process at a time.
+"""The parts of DeepSpeed that are compiled on first use: once per Python environment, by one process at a time.
 
-torch lets one process compile and all others wait for a file that it removes when it is done; where it is killed they wait for
-ever. So a lock that ends with its process stands before that file, and a file that is found behind it is a dead process's.
+In torch one process compiles, and the others wait until it removes a file; if it is killed, they wait for ever. So each process
+first takes a lock that ends with it. A file that is still there then was left by a dead process, and is removed.
 """
 
 import fcntl
@@ -12,19 +12,19 @@ import sys
 from pathlib import Path
 
 COMMUNICATION, ADAM = "ShareMemCommBuilder", "CPUAdamBuilder"
-"""What is compiled for a gang without GPUs, and for an optimizer whose state lies in main memory."""
+"""The extensions for a gang without GPUs, and for an optimizer state in main memory."""
 
 
 def load(*builders: str) -> None:
-    """Load these extensions into this process; to be called before DeepSpeed asks for them, which then finds them loaded.
+    """Load these extensions into this process, before DeepSpeed needs them.
 
-    They lie in a folder of this Python environment below TORCH_EXTENSIONS_DIR (by default torch's own cache), which is set to it:
-    the headers of another environment would have them compiled again, and no other program compiles there.
+    They lie in a folder of this Python environment below TORCH_EXTENSIONS_DIR (by default torch's own cache), and the variable is
+    set to that folder. Another environment's headers would make torch compile them again, and no other program compiles there.
     """
     from deepspeed.accelerator import get_accelerator
     from torch.utils.cpp_extension import get_default_build_root
 
-    if shutil.which("ninja") is None:  # which compiles them, and lies beside this Python
+    if shutil.which("ninja") is None:  # it compiles them, and lies beside this Python
         os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     place = "moeflow-" + hashlib.sha256(f"{sys.prefix} {sys.version}".encode()).hexdigest()[:12]
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
@@ -37,5 +37,5 @@ def load(*builders: str) -> None:
             stale.unlink()
         for name in builders:
             builder = get_accelerator().create_op_builder(name)
-            if builder.is_compatible(verbose=False):  # DeepSpeed does without it where it is not
+            if builder.is_compatible(verbose=False):  # otherwise DeepSpeed does without it
                 builder.load(verbose=False)

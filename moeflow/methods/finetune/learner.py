@@ -1,6 +1,6 @@
-"""A checkpoint in memory of which a part is trained: loaded, frozen but for that part, and handed to DeepSpeed.
+"""A model in memory, loaded from a checkpoint, frozen except for what is trained, and handed to DeepSpeed.
 
-Knows nothing of data and losses. Every process of a gang makes its own.
+Every process of a gang makes its own. This file knows nothing of data and losses.
 """
 
 import gc
@@ -27,9 +27,9 @@ from moeflow.model.formats import layer_formats
 
 @contextmanager
 def distributed(local_rank: int, *, gpus: float, offload: bool = False) -> Iterator[torch.device]:
-    """torch.distributed between the processes of the gang, and this one's device: a CPU where no GPU is there or asked for.
+    """Initialise torch.distributed between the gang's processes unless it is initialised already; yields this process's device.
 
-    Left as it is where it is initialised already; a step that runs outside a gang is a gang of one.
+    The device is a CPU if there is no GPU or `gpus` is 0. A step that runs outside a gang is a gang of one.
     """
     on_gpu = torch.cuda.is_available() and gpus > 0
     device = torch.device("cuda", local_rank % torch.cuda.device_count()) if on_gpu else torch.device("cpu")
@@ -56,15 +56,15 @@ def distributed(local_rank: int, *, gpus: float, offload: bool = False) -> Itera
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """DeepSpeed says what it compiles and loads on standard output: not here."""
+    """Hide what DeepSpeed prints about what it compiles and loads."""
     with redirect_stdout(io.StringIO()):
         yield
 
 
 def load(folder: Path, recipe: Recipe, config: dict[str, Any], device: torch.device, *, checkpointing: bool) -> Any:
-    """The checkpoint in a folder with only what the recipe trains left open; `config` is what DeepSpeed gets.
+    """The model of a checkpoint's folder, frozen except for what the recipe trains; `config` is DeepSpeed's configuration.
 
-    Under ZeRO-3 it is divided while it is loaded, by rank 0 alone, one tensor at a time.
+    Under ZeRO-3 rank 0 alone reads the checkpoint, and divides it tensor by tensor while it is loaded.
     """
     from transformers import AutoModelForCausalLM
     from transformers.integrations import HfDeepSpeedConfig
@@ -73,17 +73,17 @@ def load(folder: Path, recipe: Recipe, config: dict[str, Any], device: torch.dev
     disable_progress_bar()
 
     divided = config["zero_optimization"]["stage"] == 3
-    keep = HfDeepSpeedConfig(config) if divided else None  # transformers looks for it as long as it lives
+    keep = HfDeepSpeedConfig(config) if divided else None  # transformers looks for it while it is referenced
     where = {} if divided or device.type == "cpu" else {"device_map": {"": device}}
     with quiet():
         dtype = getattr(torch, recipe.dtype)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa", **where)
     del keep
-    # looped over, experts are twice as fast on a CPU, forward and backward; their kernels on a GPU
+    # on a CPU a loop over experts is twice as fast, forward and backward; on a GPU their kernels are
     model.config._experts_implementation = "grouped_mm" if device.type == "cuda" else "eager"
     model.config.use_cache = False
     open_parameters(model, model.config.to_dict(), recipe)
-    if divided:  # it frees a module's weights too early where no gradient goes through the module's inputs
+    if divided:  # it frees a module's weights too early if no gradient flows through the module's inputs
         model.enable_input_require_grads()
     if checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
@@ -91,35 +91,34 @@ def load(folder: Path, recipe: Recipe, config: dict[str, Any], device: torch.dev
 
 
 def open_parameters(model: nn.Module, config: Config, recipe: Recipe) -> None:
-    """Freeze all but what the recipe trains, or give it LoRA's additions. Raises ValueError where nothing is trained."""
+    """Freeze everything but what the recipe trains, or attach LoRA's additions. Raises ValueError if nothing is trained."""
     family = Family.of(config)
     parameters = model.named_parameters()
     names = [n for n, p in parameters if is_trained(family, recipe.mode, recipe.targets, family.on_disk(n), _shape(p))]
     if not names:
         raise ValueError(f"mode={recipe.mode!r} trains nothing of this model; it has nothing of that kind")
     if recipe.mode == "lora":
-        opened = _openings(model, family, config, names)
-        attach(model, names, rank=recipe.rank, alpha=recipe.alpha, seed=recipe.seed, openings=opened, sparse=recipe.sparse)
+        attach(model, names, recipe, _openings(model, family, config, names))
     else:
         wanted = set(names)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in wanted)
-            if recipe.sparse and name in wanted and inside_expert(name):
+            if recipe.keep_zeros and name in wanted and inside_expert(name):
                 # no gradient, so neither momentum nor decay: what is zero stays zero
                 parameter.register_hook(lambda gradient, w=parameter: gradient * (w != 0))
 
 
 def engine_of(model: Any, config: dict[str, Any], *, decay: float) -> Any:
-    """DeepSpeed's engine for the open parameters of the model; matrices decay, vectors do not."""
+    """DeepSpeed's engine for the parameters that are trained; weight decay applies to matrices, not to vectors."""
     import deepspeed
     from deepspeed.utils.z3_leaf_module import set_z3_leaf_module
 
-    for block in _blocks(model):  # processes route differently, so that a whole block is gathered at once
+    for block in _blocks(model):  # processes route differently, so a whole block is gathered at once
         set_z3_leaf_module(block, True)
-    opened = [p for p in model.parameters() if p.requires_grad]
+    trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
-        {"params": [p for p in opened if len(_shape(p)) > 1], "weight_decay": decay},
-        {"params": [p for p in opened if len(_shape(p)) < 2], "weight_decay": 0.0},
+        {"params": [p for p in trained if len(_shape(p)) > 1], "weight_decay": decay},
+        {"params": [p for p in trained if len(_shape(p)) < 2], "weight_decay": 0.0},
     ]
     exact = {name: buffer.clone() for name, buffer in model.named_buffers() if buffer.is_floating_point()}
     with quiet():
@@ -133,9 +132,10 @@ def engine_of(model: Any, config: dict[str, Any], *, decay: float) -> Any:
 
 
 def learning(model: Any, on: bool) -> None:
-    """Let the model learn or be measured. Its routers choose as they will when it is used, and draw nothing, either way.
+    """Switch the model between training and evaluation, except for its routers, which always choose as in use.
 
-    Some families' do draw in training (Phi-MoE's), or disturb their inputs: for pre-training, and another outcome in each process.
+    In training some families' routers draw at random (Phi-MoE's) or disturb their inputs. That is meant for pre-training, and
+    would differ from process to process.
     """
     model.train(on)
     for block in _blocks(model):
@@ -150,6 +150,7 @@ def _blocks(model: Any) -> list[nn.Module]:
 
 
 def _openings(model: nn.Module, family: Family, config: Config, names: list[str]) -> dict[str, Tensor]:
+    """`opening` of each of these parameters that is a padded stack."""
     found = {}
     formats, stacks = layer_formats(config), {s.name: s for s in STACKS}
     for name in names:

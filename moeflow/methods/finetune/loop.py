@@ -1,4 +1,4 @@
-"""The training loop behind `finetune`, as each process of a gang runs it. Knows torch.distributed, DeepSpeed and its Context.
+"""The training loop of a fine-tuning, as each process of a gang runs it, with torch.distributed and DeepSpeed.
 
 Shapes are suffixes: N sequences, n some of them, L positions.
 """
@@ -45,7 +45,7 @@ class Tuning:
         self.snapshots = Snapshots(context, self.engine, recipe, self.gang)
 
     def run(self) -> Path:
-        """Train from the last snapshot on; the folder in which rank 0 has the trained parameters, and the curve beside it."""
+        """Train from the last snapshot on. Returns the folder in which rank 0 has the trained parameters."""
         self.curve = self.snapshots.resumed(self.curve)
         began = time.monotonic() - self.curve.seconds
         if not self.curve.validations:
@@ -55,7 +55,7 @@ class Tuning:
             self._step(step)
             self.curve.seconds = time.monotonic() - began
             done = step + 1
-            if done % self.recipe.every == 0 or done == self.recipe.steps:
+            if done == self.recipe.steps or (self.recipe.every and done % self.recipe.every == 0):
                 self._validate(done)
             if done % self.gang.save_every == 0 and done < self.recipe.steps:
                 self.snapshots.save(self.curve)
@@ -74,11 +74,11 @@ class Tuning:
         rows = batch_of(step, self.recipe.batch, len(self.rows), self.recipe.seed)
         total = max(1, int(self.rows.counts_N[rows].sum()))
         batches = dealt(rows, self.context.rank, self.context.processes, self.micro)
-        # DeepSpeed averages over processes and micro-batches; what is wanted is the mean over the tokens of the whole batch
+        # DeepSpeed averages over processes and micro-batches; the loss is the mean over the tokens of the whole batch
         weight = self.context.processes * len(batches) / total
         loss = 0.0
         for at, part in enumerate(batches):
-            # for dropout, where a configuration has some: the same at every attempt
+            # if the configuration has dropout, it is the same at every attempt
             torch.manual_seed(int(np.random.default_rng([self.recipe.seed, step, self.context.rank, at]).integers(2**63)))
             summed = self._forward(part)
             self.engine.backward(summed * weight)
@@ -94,11 +94,11 @@ class Tuning:
     def _forward(self, rows: np.ndarray) -> Tensor:
         ids_nL, learned_nL = (torch.from_numpy(part).to(self.device) for part in self.rows.at(rows))
         taught = None if self.taught is None else self.taught.of(rows, learned_nL)
-        return loss_sum(self.engine(input_ids=ids_nL, use_cache=False).logits, ids_nL, learned_nL, taught, self.recipe.mix)
+        return loss_sum(self.engine(input_ids=ids_nL, use_cache=False).logits, ids_nL, learned_nL, taught, self.recipe.divergence)
 
     @torch.no_grad()
     def _validate(self, done: int) -> None:
-        """The mean language-modelling loss on each held-out text, and the trained parameters where they are the best so far."""
+        """Take the mean loss on each held-out text; keep the trained parameters if they are the best so far."""
         if not self.heldout:
             return
         learning(self.engine.module, False)
@@ -108,7 +108,7 @@ class Tuning:
             collect(self.engine.module, self.snapshots.best, writes=self.context.rank == 0)
 
     def _mean(self, rows: Rows) -> float:
-        """Over all tokens of a held-out text; every process runs as many batches as any other, some of them for nothing."""
+        """The mean loss over all tokens of a held-out text. Every process runs as many batches, a few of them for nothing."""
         mine = np.arange(len(rows))[self.context.rank :: self.context.processes]
         most = math.ceil(math.ceil(len(rows) / self.context.processes) / self.micro)
         total = 0.0
@@ -120,15 +120,15 @@ class Tuning:
         return self._sum(total) / int(rows.counts_N.sum())
 
     def _sum(self, value: float) -> float:
-        found = torch.tensor([value], dtype=torch.float64, device=self.device)
-        torch.distributed.all_reduce(found)
-        return float(found)
+        total = torch.tensor([value], dtype=torch.float64, device=self.device)
+        torch.distributed.all_reduce(total)
+        return float(total)
 
 
 def tune(
     context: Context, checkpoint: Artifact, data: Artifact, taught: Sequence[Path], heldout: Mapping[str, Artifact], recipe: Recipe
 ) -> None:
-    """Train, and leave the layers that were trained, `training.json` and `deepspeed.json` in the step's folder."""
+    """Train, and write the trained layers, `training.json` and `deepspeed.json` into the step's folder."""
     folder = checkpoint.folder()
     gang = Gang.of(context.settings, context.processes)
     with distributed(context.local_rank, gpus=gang.gpus, offload=gang.offload) as device:

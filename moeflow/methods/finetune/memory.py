@@ -1,6 +1,6 @@
-"""What a fine-tuning needs of each device's memory, from configurations alone, and what to do where that is too much. No torch.
+"""How much memory a fine-tuning needs on each device, from configurations alone, and what to do if that is too much. No torch.
 
-An estimate of what is resident at the peak of an optimizer step; 10 % are added for fragments and what libraries hold.
+It is an estimate of the peak of an optimizer step; 10 % are added for fragmentation and libraries.
 """
 
 from collections.abc import Iterable, Mapping
@@ -14,24 +14,24 @@ from moeflow.methods.finetune.targets import Shapes, kind_of
 
 MARGIN = 1.1
 BUCKET = 500_000_000
-"""Elements that DeepSpeed's ZeRO 1 and 2 bring together before they are sent, by default."""
+"""Elements that DeepSpeed's ZeRO 1 and 2 collect before they send them, by default."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """A fine-tuning as far as its memory goes: the shapes of all tensors, layer by layer, and of those that are trained."""
+    """What decides the memory of a fine-tuning: the shapes of all tensors, layer by layer, and of those that are `trained`."""
 
     config: Config
     layers: Mapping[int, Shapes]
     rest: Shapes
-    opened: Mapping[int | None, Shapes]
+    trained: Mapping[int | None, Shapes]
     recipe: Recipe
     length: int
 
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes of one process, on its device and in main memory, and the parts of the first."""
+    """Bytes of one process, on its device and in main memory; `parts` are those of the device."""
 
     device: int
     host: int
@@ -41,18 +41,18 @@ class Need:
 def need_of(work: Work, gang: Gang) -> Need:
     """The memory of each process of this gang.
 
-    In mixed precision 16 bytes for each trained parameter (weight 2, gradient 2, fp32 copy and Adam's moments 12), in fp32 as many
-    (4, 4, 8; with ZeRO 1 and 2, which copy the weights, 4 more), divided as ZeRO divides them (Rajbhandari et al., SC 2020, arXiv
-    1910.02054, section 5), where bf16 is trained by ZeRO 1 at least; of divided weights
-    two layers whole; activations of all layers or, with checkpointing, of one; the sums that LoRA makes in a forward pass; logits.
+    In mixed precision a trained parameter takes 16 bytes (weight 2, gradient 2, fp32 copy and Adam's moments 12), in fp32 as many
+    (4, 4, 8; with ZeRO 1 and 2, which copy the weights, 4 more). ZeRO divides them (Rajbhandari et al., SC 2020, arXiv 1910.02054,
+    section 5); bf16 is trained with ZeRO 1 at least. Then there are two whole layers of divided weights, the activations of all
+    layers or, with checkpointing, of one, the sums that LoRA makes in a forward pass, and the logits.
     """
     recipe, n = work.recipe, gang.processes
     size = 2 if recipe.dtype == "bfloat16" else 4
     largest = max(map(_numel, work.layers.values()))
     lora = recipe.mode == "lora"
-    trained = sum(_added(s, recipe.rank) if lora else _numel(s) for s in work.opened.values())
+    trained = sum(_added(s, recipe.rank) if lora else _numel(s) for s in work.trained.values())
     whole = sum(map(_numel, work.layers.values())) + _numel(work.rest)
-    touched = [_numel(shapes) for shapes in work.opened.values()]
+    touched = [_numel(shapes) for shapes in work.trained.values()]
     zero = max(gang.zero, 1) if size == 2 else gang.zero
     state = (12 if size == 2 or zero in (1, 2) else 8) * trained // (n if zero else 1)
     gradients = size * trained // (n if zero > 1 else 1)
@@ -68,7 +68,7 @@ def need_of(work: Work, gang: Gang) -> Need:
         "gathered": size * (2 * largest + (0 if lora else max(touched))) if zero == 3 else 0,
         "activations": len(each) * tokens * width * size + max(each) if gang.checkpointing else sum(each),
         "LoRA": 2 * max(made) + (max(made) if gang.checkpointing else sum(made)),
-        "logits": tokens * vocabulary * (2 * size + 12 + (16 if recipe.mix else 0)),
+        "logits": tokens * vocabulary * (2 * size + 12 + (16 if recipe.divergence else 0)),
     }
     device = int(MARGIN * sum(parts.values()))
     host = 2 * 4 * largest + (state + 4 * trained // n if gang.offload else 0) + (0 if gang.gpus else device)
@@ -76,9 +76,9 @@ def need_of(work: Work, gang: Gang) -> Need:
 
 
 def bytes_per_token(config: Config, shapes: Shapes, size: int) -> int:
-    """The activations that one decoder layer with these tensors keeps of a token for its backward pass.
+    """The bytes of activations that a decoder layer with these tensors keeps per token for the backward pass.
 
-    The input of every matrix and the output where it is transformed, of each computed expert; norms keep theirs in fp32.
+    They are each matrix's input, and its output if that is transformed, for every expert that is computed; norms keep fp32.
     """
     family, width = Family.of(config), int(config["hidden_size"])
     kinds: dict[str, list[tuple[int, ...]]] = {}
@@ -97,9 +97,9 @@ def bytes_per_token(config: Config, shapes: Shapes, size: int) -> int:
 
 
 def fitted(work: Work, gang: Gang) -> tuple[Gang, Need]:
-    """The gang with the micro-batch that fits its devices, and what it needs there.
+    """The gang with the largest micro-batch that fits its devices, and the memory that it needs.
 
-    Raises ValueError, with what would fit, where their memory is known and too small.
+    Raises ValueError if the devices' memory is known and too small, and says what would fit.
     """
     need = need_of(work, gang)
     if not gang.device_memory:
@@ -107,22 +107,22 @@ def fitted(work: Work, gang: Gang) -> tuple[Gang, Need]:
     for tried in _micros(work, gang):
         if (need := need_of(work, tried)).device <= gang.device_memory:
             return tried, need
-    told = ", ".join(f"{what} {_gb(size)}" for what, size in need.parts.items() if size >= 0.05e9) or "in parts below 0.1 GB"
+    parts = ", ".join(f"{what} {_gb(size)}" for what, size in need.parts.items() if size >= 0.05e9) or "in parts below 0.1 GB"
     raise ValueError(
-        f"training needs {_gb(need.device)} on each of {gang.processes} devices, which have {_gb(gang.device_memory)} ({told}); "
+        f"training needs {_gb(need.device)} on each of {gang.processes} devices, which have {_gb(gang.device_memory)} ({parts}); "
         + _way(work, gang)
     )
 
 
 def _micros(work: Work, gang: Gang) -> Iterable[Gang]:
-    """Gangs with ever smaller micro-batches, where it is not said."""
+    """Gangs with ever smaller micro-batches, unless the gang says the size."""
     if gang.micro:
         return [gang]
     return [replace(gang, micro=d) for d in reversed(divisors(work.recipe.batch // gang.processes))]
 
 
 def _way(work: Work, gang: Gang) -> str:
-    """What would make it fit, the least change first."""
+    """The smallest change that would make it fit, in words."""
     least = replace(gang, micro=gang.micro or 1)
     changes: dict[str, Any] = {}
     for name, value in {"zero": 3, "checkpointing": True, "micro": 1, "offload": True}.items():
@@ -145,5 +145,5 @@ def _added(shapes: Shapes, rank: int) -> int:
     return sum(min(rank, *shape[-2:]) * (shape[-1] + shape[-2]) for shape in shapes.values())
 
 
-def _gb(size: int) -> str:
+def _gb(size: float) -> str:
     return f"{size / 1e9:,.1f} GB"

@@ -2,117 +2,172 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
 
-from moeflow.methods.finetune.targets import MODES, TARGETS
+from moeflow.methods.finetune.targets import TARGETS, Mode, Target
+from moeflow.options import check_choices, default_of
 
-LOSSES = ("lm", "kl", "both")
-KEEPS = ("best", "last")
-DTYPES = ("float32", "bfloat16")
 TOKENS_AT_ONCE = 16_384
-"""Tokens of a micro-batch where nothing says how many: rather many for a large model, and more only costs memory."""
+"""Tokens of a micro-batch if nothing else decides: rather many for a large model, and more only cost memory."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What one fine-tuning computes. Each field is a parameter of the step `finetune.train`; raises ValueError for what cannot be.
+    """What one fine-tuning computes. Raises ValueError for what cannot be."""
 
-    `mix`: the part of the KL divergence from the teacher in the loss, the language-modelling loss is the rest. `rate` rises over
-    `warmup` optimizer steps from zero and then falls along half a cosine to `floor` of itself. `clip`: the most that the norm of
-    the gradient may be, 0: any. `decay` is AdamW's, of matrices only. `every`: optimizer steps between two validations. `sparse`:
-    what is zero in an expert stays zero.
-    """
-
-    mode: str
-    mix: float
-    targets: tuple[str, ...]
-    rank: int
-    alpha: float
-    steps: int
-    batch: int
-    rate: float
-    warmup: int
-    floor: float
-    decay: float
-    clip: float
-    betas: tuple[float, float]
-    epsilon: float
-    dtype: str
-    every: int
-    keep: str
-    seed: int
-    sparse: bool = False
+    mode: Mode = "lora"
+    """What is trained: low-rank additions to the targets, everything, experts, routers, or the vectors of Compressed Experts."""
+    loss: Literal["lm", "kl", "both"] = "lm"
+    """Predict the text, predict what a teacher predicts (KL divergence; with mode router this is Router-KD), or both."""
+    mix: float = 0.5
+    """The part of the KL divergence in the loss, if the loss is both."""
+    top: int = 64
+    """The likeliest tokens of each position that are kept of the teacher's predictions."""
+    targets: tuple[Target, ...] = ("attention", "experts")
+    """What LoRA is added to: of attention, router, experts, shared, dense."""
+    rank: int = 16
+    """The rank of LoRA's additions."""
+    alpha: float | None = None
+    """Additions are weighed by alpha / rank; none: alpha is twice the rank."""
+    epochs: float = 1.0
+    """How often every row is seen."""
+    steps: int = 0
+    """Optimizer steps, in the place of epochs; 0: as many as the epochs need."""
+    batch: int = 64
+    """Sequences of one optimizer step, over all processes."""
+    rate: float = 1e-4
+    """The highest learning rate of AdamW."""
+    warmup: float = 0.03
+    """The part of the steps over which the rate rises from zero; then it falls along a cosine."""
+    floor: float = 0.0
+    """The rate at the end, as a part of the highest."""
+    decay: float = 0.0
+    """AdamW's weight decay, of matrices only."""
+    clip: float = 1.0
+    """The largest norm that the gradient may have; 0: any."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's decay rates of the two moments."""
+    epsilon: float = 1e-8
+    """AdamW's epsilon."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """The precision of the training (in bfloat16 a copy in fp32 is trained); auto: the checkpoint's own."""
+    every: int = 0
+    """Optimizer steps between two validations; 0: only before the first and after the last."""
+    keep: Literal["best", "last"] = "best"
+    """Which state is kept: the one with the lowest mean validation loss, or the last."""
+    keep_zeros: bool | None = None
+    """Weights of experts that are zero stay zero; none: if the experts were made sparse."""
+    seed: int = 0
+    """Draws the order of the rows and LoRA's first factors."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "targets", tuple(self.targets))
-        try:  # so that 0 and 0.0, and "2e-5" as JSON may spell it, are one recipe
-            object.__setattr__(self, "betas", tuple(map(float, self.betas)))
-            for name in ("mix", "alpha", "rate", "floor", "decay", "clip", "epsilon"):
-                object.__setattr__(self, name, float(getattr(self, name)))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"a number of the recipe is none: {error}") from None
-        _one_of("mode", self.mode, MODES)
-        _one_of("keep", self.keep, KEEPS)
+        check_choices(self)
         for target in self.targets:
-            _one_of("target", target, TARGETS)
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype={self.dtype!r}: a model is trained in one of {', '.join(DTYPES)}, whatever its checkpoint has")
-        if self.steps < 1 or self.batch < 1:
-            raise ValueError(f"steps={self.steps} of batch={self.batch} sequences: there must be at least one of each")
+            if target not in TARGETS:
+                raise ValueError(f"target {target!r} is not known; choose of {', '.join(TARGETS)}")
+        if self.steps < 0 or self.batch < 1 or (not self.steps and self.epochs <= 0):
+            raise ValueError(f"steps={self.steps} or epochs={self.epochs:g} of batch={self.batch}: none may be 0 or less")
         if not 0 < self.rate < 1:
             raise ValueError(f"rate={self.rate} must lie between 0 and 1; 1e-5 to 1e-3 are usual")
-        if not 0 <= self.warmup < self.steps:
-            raise ValueError(f"a warm-up of {self.warmup} steps must be shorter than the {self.steps} steps of the training")
-        if not 0 <= self.mix <= 1 or not 0 <= self.floor <= 1:
-            raise ValueError(f"mix={self.mix} and floor={self.floor} must lie between 0 and 1")
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"warmup={self.warmup} is a part of the steps, from 0 to below 1")
+        if self.loss == "both" and not 0 < self.mix < 1:
+            raise ValueError(f"mix={self.mix}: of both losses each has a part, so it lies between 0 and 1; or choose loss=lm or kl")
+        if not 0 <= self.floor <= 1:
+            raise ValueError(f"floor={self.floor} must lie between 0 and 1")
         if self.decay < 0 or self.clip < 0 or self.epsilon <= 0:
             raise ValueError(
                 f"decay={self.decay} and clip={self.clip} must not be negative, and epsilon={self.epsilon} not 0 either"
             )
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
             raise ValueError(f"betas={list(self.betas)} must be two numbers from 0 to below 1; (0.9, 0.999) are usual")
-        if not 0 < self.every <= self.steps:
+        if self.every < 0 or (self.steps and self.every > self.steps):
             raise ValueError(f"every={self.every} must lie between 1 and the {self.steps} steps; 0 validates at the end alone")
-        if self.mode == "lora" and (self.rank < 1 or self.alpha <= 0 or not self.targets):
+        if self.mode == "lora" and (self.rank < 1 or self.scale <= 0 or not self.targets):
             raise ValueError(f"rank={self.rank}, alpha={self.alpha}, targets={list(self.targets)}: LoRA needs all three")
 
-    def params(self) -> dict[str, Any]:
-        """The parameters of the step."""
-        return asdict(self) | {"targets": list(self.targets), "betas": list(self.betas)}
+    @property
+    def divergence(self) -> float:
+        """The part of the KL divergence in the loss; the loss on the text is the rest."""
+        return {"lm": 0.0, "kl": 1.0, "both": self.mix}[self.loss]
+
+    @property
+    def scale(self) -> float:
+        """What LoRA's additions are multiplied by."""
+        return 2.0 if self.alpha is None else self.alpha / self.rank
+
+    @property
+    def warm_steps(self) -> int:
+        """The optimizer steps over which the rate rises."""
+        return round(self.warmup * self.steps)
+
+    def steps_of(self, rows: int) -> int:
+        """The optimizer steps for so many rows of data. Raises ValueError if there is none."""
+        steps = self.steps or round(self.epochs * rows / self.batch)
+        if not steps:
+            raise ValueError(f"epochs={self.epochs:g} of {rows} rows in batches of {self.batch} make no step; say steps=1")
+        return steps
+
+    def settled(self, *, rows: int, dtype: str, sparse: bool, validated: bool) -> "Recipe":
+        """The same recipe with nothing left open, and with defaults in fields that have no effect: one training has one key.
+
+        `rows` of data; `dtype` of the training; are the experts `sparse`? Is there text to be `validated` on?
+        """
+        if dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"dtype={dtype!r}: a model is trained in one of float32, bfloat16, whatever its checkpoint has")
+        steps = self.steps_of(rows)
+        fixed: dict[str, Any] = {
+            "steps": steps,
+            "warmup": round(self.warmup * steps) / steps,
+            "dtype": dtype,
+            "every": self.every if validated and self.every != steps else 0,
+            "keep": self.keep if validated else "last",
+            "keep_zeros": sparse if self.keep_zeros is None else self.keep_zeros,
+        }
+        unused = ["epochs"]
+        unused += ["mix"] if self.loss != "both" else []
+        unused += ["top"] if self.loss == "lm" else []
+        unused += ["targets", "rank", "alpha"] if self.mode != "lora" else ["alpha"] if self.scale == 2 else []
+        if self.mode == "lora":
+            fixed["targets"] = tuple(t for t in TARGETS if t in self.targets)
+        return replace(self, **fixed, **{f.name: default_of(f) for f in fields(self) if f.name in unused})
 
     def rate_at(self, step: int) -> float:
         """The learning rate of the optimizer step with this number, from 0 on."""
-        if step < self.warmup:
-            return self.rate * (step + 1) / self.warmup
-        part = (step - self.warmup) / (self.steps - self.warmup)
+        if step < self.warm_steps:
+            return self.rate * (step + 1) / self.warm_steps
+        part = (step - self.warm_steps) / (self.steps - self.warm_steps)
         return self.rate * (self.floor + (1 - self.floor) * (1 + math.cos(math.pi * part)) / 2)
 
 
 @dataclass(frozen=True)
 class Gang:
-    """How and where a fine-tuning runs: what changes no more than the order in which numbers are added. Never part of a key.
+    """How and where a fine-tuning runs. Never part of a key, since it changes only the order in which numbers are added.
 
-    In bf16 DeepSpeed adds a process's gradients of several micro-batches in bf16, so that there their number rounds, too.
-
-    `processes`, each with `gpus` and `cpus` (on a cluster without GPUs, with CPUs alone). `zero`: what DeepSpeed's ZeRO divides
-    between them: nothing (0), the optimizer's state (1), gradients too (2), weights too (3). `micro`: sequences that a process
-    takes at once; 0: as many as `device_memory` holds, or as make 16,384 tokens. `offload`: the optimizer's state in main memory.
-    `checkpointing`: a layer's activations are computed again in the backward pass. `save_every`: optimizer steps between two
-    snapshots, from which an interrupted run goes on. `device_memory`: bytes of each process's device, 0: not known, nothing is
-    refused. `deepspeed`: further settings of a DeepSpeed configuration, as DeepSpeed spells them.
+    In bf16 their number rounds, too: DeepSpeed adds a process's gradients of several micro-batches in bf16.
     """
 
     processes: int = 1
+    """Processes that divide the work."""
     gpus: float = 1.0
+    """GPUs of each process; on a cluster without GPUs it has CPUs alone."""
     cpus: float = 1.0
-    zero: int = 2
+    """CPUs of each process."""
+    zero: Literal[0, 1, 2, 3] = 2
+    """What ZeRO divides between the processes: nothing, the optimizer's state, gradients too, weights too."""
     micro: int = 0
+    """Sequences that a process takes at once; 0: as many as device_memory holds, or as make 16,384 tokens."""
     offload: bool = False
+    """The optimizer's state lies in main memory."""
     checkpointing: bool = False
+    """A layer's activations are computed again in the backward pass, to save memory."""
     save_every: int = 50
-    device_memory: int = 0
-    deepspeed: Mapping[str, Any] = field(default_factory=dict)
+    """Optimizer steps between two snapshots, from which an interrupted run continues."""
+    device_memory: float = 0
+    """Bytes of each process's device; 0: not known, and nothing is refused."""
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+    """Further settings of a DeepSpeed configuration, as DeepSpeed spells them."""
 
     def __post_init__(self) -> None:
         if self.processes < 1 or self.save_every < 1:
@@ -125,7 +180,7 @@ class Gang:
             raise ValueError(f"micro={self.micro} and device_memory={self.device_memory} must not be negative")
 
     def check(self, batch: int) -> None:
-        """Raise ValueError where this gang cannot take `batch` sequences in one optimizer step."""
+        """Raise ValueError if this gang cannot take `batch` sequences in one optimizer step."""
         if batch % self.processes:
             low = batch - batch % self.processes
             near = f"{low} or {low + self.processes}" if low else f"{self.processes}"
@@ -138,36 +193,23 @@ class Gang:
             )
 
     def micro_of(self, batch: int, length: int) -> int:
-        """Sequences that a process takes at once."""
+        """Sequences that a process takes at once, of `batch` sequences of `length` tokens over all processes."""
         fitting = [d for d in divisors(batch // self.processes) if d * length <= TOKENS_AT_ONCE]
         return self.micro or max(fitting, default=1)
 
     def settings(self) -> dict[str, Any]:
-        """What the step has to know, as `Resources.settings`."""
+        """What the running step has to know, as `Resources.settings`."""
         return {
             "zero": self.zero, "micro": self.micro, "offload": self.offload, "checkpointing": self.checkpointing,
-            "save_every": self.save_every, "gpus": self.gpus, "deepspeed": dict(self.deepspeed),
+            "save_every": self.save_every, "gpus": self.gpus, "deepspeed": self.deepspeed,
         }  # fmt: skip
 
     @staticmethod
     def of(settings: Mapping[str, Any], processes: int) -> "Gang":
-        """The gang that a running step is part of; where nothing was set, as by default."""
+        """The gang that a running step is part of; a step without settings gets the defaults."""
         return replace(Gang(processes=processes), **settings)
 
 
 def divisors(n: int) -> list[int]:
     """The divisors of a number, ascending."""
     return [d for d in range(1, n + 1) if n % d == 0]
-
-
-def mix_of(loss: str, mix: float) -> float:
-    """The part that the KL divergence has in the loss of this name."""
-    _one_of("loss", loss, LOSSES)
-    if loss == "both" and not 0 < mix < 1:
-        raise ValueError(f"mix={mix}: of both losses each has a part, so it lies between 0 and 1; or choose loss='lm' or 'kl'")
-    return {"lm": 0.0, "kl": 1.0, "both": float(mix)}[loss]
-
-
-def _one_of(what: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ValueError(f"{what}={value!r} is not known; choose one of {', '.join(known)}")

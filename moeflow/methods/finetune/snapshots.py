@@ -1,4 +1,4 @@
-"""The states from which an interrupted training goes on: what DeepSpeed holds in every process, the curve, and the best so far."""
+"""Snapshots from which an interrupted training continues: DeepSpeed's state of every process, the curve, and the best state."""
 
 import errno
 import json
@@ -18,10 +18,10 @@ CURVE = "curve.json"
 
 
 class Snapshots:
-    """Writes and finds them.
+    """Writes snapshots and resumes from them.
 
-    `at`: the step of the newest; `base`: what is added to a step for its snapshot's number; `best`: where rank 0 keeps the
-    parameters of the best step.
+    `at` is the step of the newest snapshot, and `base` is added to a step for its snapshot's number. `best` is the folder in which
+    rank 0 keeps the parameters of the best step.
     """
 
     def __init__(self, context: Context, engine: Any, recipe: Recipe, gang: Gang) -> None:
@@ -29,11 +29,11 @@ class Snapshots:
         self.folder = context.scratch / "state"
         self.best = self.folder / "best"
         self.folder.mkdir()
-        # what a snapshot can only be read with; a snapshot of another number of processes is not given out at all
+        # a snapshot can only be read with the same; that of another number of processes is not resumed at all
         self.layout = {"zero": gang.zero, "offload": gang.offload}
 
     def resumed(self, fresh: Curve) -> Curve:
-        """Take up the newest snapshot, if there is one that fits; the curve up to there."""
+        """Continue from the newest snapshot if there is one that fits. Returns the curve up to there, or else `fresh`."""
         found = self.context.resume()
         if found is None:
             return fresh
@@ -42,7 +42,7 @@ class Snapshots:
         if mine["steps"] != curve.steps:
             raise RuntimeError(f"rank {self.context.rank} has the state of step {mine['steps']}, and rank 0 that of {curve.steps}")
         if mine["layout"] != self.layout:
-            self.base = mine["at"]  # what is saved from here on has to be newer than what cannot be read
+            self.base = mine["at"]  # what is saved from here on must be newer than the snapshot that cannot be read
             self.context.note(f"a snapshot of {mine['layout']} cannot be read with {self.layout}; the training starts again")
             return fresh
         with quiet():
@@ -54,7 +54,7 @@ class Snapshots:
         return curve
 
     def save(self, curve: Curve) -> None:
-        """Keep the state behind the curve's last step. Raises ValueError where it is not finite, OSError where the disk is full."""
+        """Keep the state behind the curve's last step. Raises ValueError if it is not finite, OSError if the disk is full."""
         if not self.at:
             self._check_room(curve.trained)
         self.check(curve)
@@ -71,15 +71,15 @@ class Snapshots:
         self.at = curve.steps
 
     def check(self, curve: Curve) -> None:
-        """Raise ValueError, in every process, where a trained parameter is not finite in one."""
-        held = [getattr(p, "ds_tensor", p) for p in parameters_of(self.engine.module).values()]
-        good = torch.tensor(float(all(bool(t.isfinite().all()) for t in held)), device=self.engine.device)
+        """Raise ValueError, in every process, if any process has a trained parameter that is not finite."""
+        tensors = [getattr(p, "ds_tensor", p) for p in parameters_of(self.engine.module).values()]
+        good = torch.tensor(float(all(bool(t.isfinite().all()) for t in tensors)), device=self.engine.device)
         torch.distributed.all_reduce(good, op=torch.distributed.ReduceOp.MIN)
         if not good:
             raise ValueError(f"a trained parameter is not finite behind step {curve.steps}; {state_of(self.at)}")
 
     def _check_room(self, trained: int) -> None:
-        """Raise OSError where the first snapshot has no room: weights, fp32 copy and Adam's moments, and their copy on its way."""
+        """Raise OSError if a snapshot (weights, fp32 copy, Adam's moments) and its copy for the store do not fit on the disk."""
         divided = self.context.processes if self.layout["zero"] else 1
         need = 2 * (4 * trained + 12 * trained // divided)
         free = shutil.disk_usage(self.folder).free

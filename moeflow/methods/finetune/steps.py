@@ -1,7 +1,7 @@
-"""Fine-tuning with DeepSpeed as a step like any other: a model and text in, the layers that were trained out.
+"""Fine-tuning with DeepSpeed as a step like any other: a model and text go in, the trained layers come out.
 
-What is trained and towards what is part of the key; how many processes do it, where, and what DeepSpeed divides between them is not
-(`Gang`). The teacher's predictions are artifacts, so that it is never in memory beside its student.
+The `Recipe` is part of the key. The `Gang` is not: how many processes there are, where they run, and what DeepSpeed divides between
+them. A teacher's predictions are artifacts, so that the teacher is never in memory beside its student.
 """
 
 import json
@@ -10,16 +10,17 @@ from typing import Any
 
 from moeflow.methods.finetune.recipe import Recipe
 from moeflow.methods.graph import HIDDEN
+from moeflow.methods.records import Facts
 from moeflow.methods.reports import row, write_report
 from moeflow.model.spec import CheckpointSpec, HiddenSpec, LayerSpec, RestSpec, TokensSpec, header_bytes
-from moeflow.step import Artifact, Context, Spec, Step, step, upstream
+from moeflow.step import Artifact, Context, Spec, step
 
-PREDICTIONS = "predictions.safetensors"
+PREDICTIONS, TRAINING = "predictions.safetensors", "training.json"
 
 
 @dataclass(frozen=True)
 class PredictionsSpec:
-    """A model's predictions for some sequences, cut to its likeliest tokens."""
+    """A model's predictions for some sequences, cut to the likeliest tokens."""
 
     sequences: int
     length: int
@@ -29,23 +30,6 @@ class PredictionsSpec:
     @property
     def nbytes(self) -> int:
         return self.sequences * self.length * (8 * self.top + 4) + 280
-
-
-def check_teacher(given: tuple[Step, ...], data: Step, vocabulary: int) -> None:
-    """Raise ValueError where these are no predictions for these data and this vocabulary."""
-    specs = [s.spec.output for s in given]
-    if not all(isinstance(spec, PredictionsSpec) for spec in specs):
-        raise ValueError("the teacher's steps are not those that distill.teacher() makes; pass what it returns")
-    if sum(spec.sequences for spec in specs) != data.spec.output.sequences or any(
-        data.key not in {s.key for s in upstream([one])} for one in given
-    ):
-        raise ValueError(
-            "the teacher has read other data; make it with distill.teacher(original, data) of the data of the training"
-        )
-    if specs[0].vocabulary != vocabulary:
-        raise ValueError(
-            f"the teacher's vocabulary has {specs[0].vocabulary} tokens, the model's {vocabulary}; choose one of the same tokenizer"
-        )
 
 
 def _predictions_spec(rest: RestSpec, hidden: Any, *, top: int, dtype: str) -> Spec:
@@ -61,75 +45,66 @@ def _predictions_spec(rest: RestSpec, hidden: Any, *, top: int, dtype: str) -> S
 
 @step("finetune.predictions", version=1, spec=_predictions_spec, gpus=1)
 def predictions(context: Context, rest: Artifact, hidden: Artifact, *, top: int, dtype: str) -> None:
-    """What a model makes of the hidden states behind its last layer: `predictions.safetensors`."""
-
+    """A model's predictions from the hidden states behind its last layer: `predictions.safetensors`."""
     from moeflow.methods.finetune.teacher import write_predictions
 
     write_predictions(rest, hidden.file(HIDDEN), context.out / PREDICTIONS, top=top, dtype=dtype, progress=context.progress)
 
 
-TRAINING = "training.json"
-
-
-def _train_spec(checkpoint: CheckpointSpec, data: TokensSpec, *rest: Any, batch: int, **recipe: Any) -> Spec:
+def _train_spec(
+    checkpoint: CheckpointSpec, data: TokensSpec, predictions: tuple[PredictionsSpec, ...], heldout: tuple[TokensSpec, ...],
+    *, names: list[str], recipe: Recipe,
+) -> Spec:  # fmt: skip
     reads = checkpoint.nbytes + checkpoint.others + 5 * data.tokens
-    # a layer of which something is trained is written whole, but for what stands beside its experts
-    writes = checkpoint.headers if recipe["mode"] == "compressed_experts" else checkpoint.nbytes
-    return Spec({"bytes": 80 * recipe["steps"] + 2000}, reads=reads, writes=writes, memory=checkpoint.nbytes)
+    # a layer in which something is trained is written whole, except for what stands beside its experts
+    writes = checkpoint.headers if recipe.mode == "compressed_experts" else checkpoint.nbytes
+    return Spec({"bytes": 80 * recipe.steps + 2000}, reads=reads, writes=writes, memory=checkpoint.nbytes)
 
 
 @step("finetune.train", version=1, spec=_train_spec, gpus=1)
 def train(
-    context: Context, checkpoint: Artifact, data: Artifact, *rest: Artifact, teachers: int, validation: list[str],
-    mode: str, mix: float, targets: list[str], rank: int, alpha: float, steps: int, batch: int, rate: float, warmup: int,
-    floor: float, decay: float, clip: float, betas: list[float], epsilon: float, dtype: str, every: int, keep: str, seed: int,
-    sparse: bool,
+    context: Context, checkpoint: Artifact, data: Artifact, predictions: tuple[Artifact, ...] = (),
+    heldout: tuple[Artifact, ...] = (), *, names: list[str], recipe: Recipe,
 ) -> None:  # fmt: skip
-    """What was trained of a checkpoint: `layer-000/layer.safetensors` and so on, whole layers under the hub's names, `rest/`.
+    """The trained layers of a checkpoint: `layer-000/layer.safetensors` and so on, whole, under the hub's names, and `rest/`.
 
-    Beside them `training.json`, the course of the training (`curve.Curve`), and `deepspeed.json`, what DeepSpeed was told. `rest`:
-    the predictions of a teacher in `teachers` files, then one token matrix for each name of `validation`. Runs in each process of a
-    gang, and outside one. Raises ValueError where nothing is to be predicted, and where the training diverges.
+    Beside them `training.json`, the course of the training (`curve.Curve`), and `deepspeed.json`, DeepSpeed's configuration.
+    `predictions` are a teacher's on the data, shard by shard; `names` are those of the held-out token matrices. Runs in each
+    process of a gang, and outside one. Raises ValueError if no token is learned, and if the training diverges.
     """
+    from moeflow.methods.finetune.loop import tune
 
-    from moeflow.methods.finetune.loop import tune as run
-
-    recipe = Recipe(
-        mode=mode, mix=mix, targets=tuple(targets), rank=rank, alpha=alpha, steps=steps, batch=batch, rate=rate, warmup=warmup,
-        floor=floor, decay=decay, clip=clip, betas=(betas[0], betas[1]), epsilon=epsilon, dtype=dtype, every=every, keep=keep,
-        seed=seed, sparse=sparse,
-    )  # fmt: skip
-    taught = [artifact.file(PREDICTIONS) for artifact in rest[:teachers]]
-    run(context, checkpoint, data, taught, dict(zip(validation, rest[teachers:], strict=True)), recipe)
+    tune(context, checkpoint, data, [p.file(PREDICTIONS) for p in predictions], dict(zip(names, heldout, strict=True)), recipe)
 
 
-def _layer_spec(trained: Any, given: LayerSpec, *, layer: int) -> Spec:
-    return Spec(given, memory=1 << 20)
+def _layer_spec(trained: Any, before: LayerSpec, *, layer: int, mode: str) -> Spec:
+    return Spec(before, memory=1 << 20)
 
 
 @step("finetune.layer", version=1, spec=_layer_spec)
-def layer(context: Context, trained: Artifact, given: Artifact, *, layer: int) -> None:
-    """One decoder layer as it was trained, and what else the layer's files were before; no byte moves."""
-    _linked(context, trained, given)
+def layer(context: Context, trained: Artifact, before: Artifact, *, layer: int, mode: str) -> None:
+    """One decoder layer: its trained files, and the others as they were before. No weight moves."""
+    _linked(context, trained, before)
+    Facts.of(before).and_then("finetune.layer", mode=mode).write(context.out)
 
 
-def _rest_spec(trained: Any, given: RestSpec) -> Spec:
-    return Spec(given, memory=1 << 20)
+def _rest_spec(trained: Any, before: RestSpec) -> Spec:
+    return Spec(before, memory=1 << 20)
 
 
 @step("finetune.rest", version=1, spec=_rest_spec)
-def rest_of(context: Context, trained: Artifact, given: Artifact) -> None:
-    """Embedding, final norm and head as they were trained, with the small files of before; no byte moves."""
-    _linked(context, trained, given)
+def rest_of(context: Context, trained: Artifact, before: Artifact) -> None:
+    """Embedding, final norm and head as they were trained, and the small files as they were before. No byte moves."""
+    _linked(context, trained, before)
 
 
-def _linked(context: Context, trained: Artifact, given: Artifact) -> None:
+def _linked(context: Context, trained: Artifact, before: Artifact) -> None:
     new = {name.rpartition("/")[2]: name for name in trained.names()}
     for name, file in new.items():
         context.link(trained, file, name)
-    for name in given.names():
-        if name not in new:
-            context.link(given, name)
+    for name in before.names():
+        if name not in new and name != Facts.FILE:
+            context.link(before, name)
 
 
 def _report_spec(trained: Any) -> Spec:
@@ -138,14 +113,14 @@ def _report_spec(trained: Any) -> Spec:
 
 @step("finetune.report", version=1, spec=_report_spec)
 def report(context: Context, trained: Artifact) -> None:
-    """What the training did to the loss: of its first and last batch, and on each held-out text before and as it was kept."""
-    told = json.loads(trained.read(TRAINING, 0, trained.size(TRAINING)))
-    rows = [row("training loss", told["losses"][0], told["losses"][-1], "nats/token")]
-    if told["validations"]:
-        first, kept = told["validations"][0], next(v for v in told["validations"] if v["steps"] == told["best"])
+    """What the training did to the loss: of its first and last batch, and on each held-out text before it and as it was kept."""
+    curve = json.loads(trained.read(TRAINING, 0, trained.size(TRAINING)))
+    rows = [row("training loss", curve["losses"][0], curve["losses"][-1], "nats/token")]
+    if curve["validations"]:
+        first, kept = curve["validations"][0], next(v for v in curve["validations"] if v["steps"] == curve["best"])
         both = {name: (first["losses"][name], kept["losses"][name]) for name in first["losses"]}
         rows += [row(f"loss while tuning ({name})", *losses, "nats/token") for name, losses in both.items()]
-    facts = {"trained_parameters": told["trained"], "seconds": told["seconds"]}
-    facts |= {"steps": len(told["losses"]), "kept_step": told["best"]}
-    note = f"{told['trained']:,} parameters trained in {told['seconds']:,.0f} s; the state behind step {told['best']} is kept"
+    facts = {"trained_parameters": curve["trained"], "seconds": curve["seconds"]}
+    facts |= {"steps": len(curve["losses"]), "kept_step": curve["best"]}
+    note = f"{curve['trained']:,} parameters trained in {curve['seconds']:,.0f} s; the state behind step {curve['best']} is kept"
     write_report(context, "fine-tuning", rows, notes=[note], **facts)

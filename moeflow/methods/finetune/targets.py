@@ -1,21 +1,24 @@
-"""Which of a checkpoint's tensors a fine-tuning trains, told by their names on disk. No torch."""
+"""Which of a checkpoint's tensors a fine-tuning trains, by their names on disk. No torch."""
 
 import re
 from collections.abc import Mapping, Sequence
+from typing import Literal, get_args
 
 from moeflow.arch import Config, Family
 
-MODES = ("lora", "full", "experts", "router", "compressed_experts")
+Mode = Literal["lora", "full", "experts", "router", "compressed_experts"]
 """What is trained: low-rank additions to some matrices, everything, the routed experts, the routers, or Compressed Experts.
 
-With additions and with experts, the vectors of Compressed Experts are trained too, where there are any.
+With "lora" and "experts", the vectors of Compressed Experts are trained too, if the model has any.
 """
 
-TARGETS = ("attention", "router", "experts", "shared", "dense")
+Target = Literal["attention", "router", "experts", "shared", "dense"]
 """The matrices that LoRA can be added to: those of the attention, routers, routed and shared experts, and dense layers."""
 
+TARGETS: tuple[Target, ...] = get_args(Target)
+
 BY_MODE = {"experts": "experts", "router": "router", "compressed_experts": "compressed"}
-"""The kind of tensor that a mode trains, of those that train only one."""
+"""The kind of tensor that a mode trains, for the modes that train only one kind."""
 
 Shapes = Mapping[str, Sequence[int]]
 
@@ -23,13 +26,14 @@ Shapes = Mapping[str, Sequence[int]]
 def kind_of(family: Family, name: str) -> str:
     """The kind of a tensor with this name on disk.
 
-    One of `TARGETS`, "compressed" (the vectors of Compressed Experts), "fixed" (what no gradient reaches), "norm" (any other of a
-    decoder layer) or "rest" (embedding, final norm, head). Fused experts in memory, whose names begin as on disk, are experts.
+    One of `TARGETS`, "compressed" (the vectors of Compressed Experts), "fixed" (tensors without a gradient), "norm" (any other of
+    a decoder layer) or "rest" (embedding, final norm, head). The names of fused experts in memory begin as on disk, so that they
+    are "experts" too.
     """
-    found = re.match(r"model\.layers\.(\d+)\.", name)
-    if found is None:
+    match = re.match(r"model\.layers\.(\d+)\.", name)
+    if match is None:
         return "rest"
-    layer, inside = int(found[1]), name[found.end() :]
+    layer, inside = int(match[1]), name[match.end() :]
     stem = family.experts(layer)
     if name.startswith(f"{stem}compressed."):
         return "compressed"
@@ -47,7 +51,7 @@ def kind_of(family: Family, name: str) -> str:
 
 
 def is_trained(family: Family, mode: str, targets: Sequence[str], name: str, shape: Sequence[int]) -> bool:
-    """Whether this mode trains the tensor with this name on disk or, of LoRA, adds to it."""
+    """Does this mode train the tensor with this name on disk? With LoRA: does it add to it?"""
     kind = kind_of(family, name)
     if mode == "full":
         return kind != "fixed"
@@ -59,20 +63,20 @@ def is_trained(family: Family, mode: str, targets: Sequence[str], name: str, sha
 def trained_in(
     config: Config, mode: str, targets: Sequence[str], layers: Mapping[int, Shapes], rest: Shapes
 ) -> dict[int | None, Shapes]:
-    """What is trained of each decoder layer, by number, and of the rest (None); no entry where nothing is.
+    """The shapes of the trained tensors of each decoder layer, by number, and of the rest (None); no entry for layers without any.
 
-    Raises ValueError, naming what there is, where a model has nothing that this mode or one of the targets trains.
+    Raises ValueError if the model has nothing that this mode or one of the targets trains, and names what it has.
     """
     family = Family.of(config)
-    held: dict[int | None, Shapes] = {i: layers[i] for i in layers} | {None: rest}
-    found = {i: {n: s for n, s in shapes.items() if is_trained(family, mode, targets, n, s)} for i, shapes in held.items()}
-    kinds = {kind_of(family, n) for shapes in found.values() for n in shapes}
+    whole: dict[int | None, Shapes] = {i: layers[i] for i in layers} | {None: rest}
+    trained = {i: {n: s for n, s in shapes.items() if is_trained(family, mode, targets, n, s)} for i, shapes in whole.items()}
+    kinds = {kind_of(family, n) for shapes in trained.values() for n in shapes}
     for target in targets if mode == "lora" else ():
         if target not in kinds:
-            there = sorted({kind_of(family, n) for s in held.values() for n in s} & set(TARGETS))
+            there = sorted({kind_of(family, n) for s in whole.values() for n in s} & set(TARGETS))
             raise ValueError(f"target {target!r} matches no matrix of this {family.arch.model_type}; it has {', '.join(there)}")
     if not kinds:
         way = "attach them first" if mode == "compressed_experts" else "choose another mode"
         lacking = f"this {family.arch.model_type}: it has no {BY_MODE.get(mode, mode)}"
         raise ValueError(f"mode={mode!r} trains nothing of {lacking}; {way}")
-    return {i: shapes for i, shapes in found.items() if shapes}
+    return {i: shapes for i, shapes in trained.items() if shapes}

@@ -1,4 +1,4 @@
-"""The tensors of distillation: what a model predicts, cut to its likeliest tokens, and how far another model is from that.
+"""Distillation: a teacher's predictions, cut to its likeliest tokens, and a model's divergence from them.
 
 Shapes are suffixes: N sequences, n some of them, L positions, T tokens, D model width, V vocabulary, K tokens that are kept.
 """
@@ -25,35 +25,36 @@ TOKENS_AT_ONCE = 1024
 def write_predictions(
     rest: Files, states: Path, out: Path, *, top: int, dtype: str, progress: Callable[[int, int, str], None]
 ) -> None:
-    """What the head of a model makes of hidden states [N, L, D] behind the last layer, in a file.
+    """Write a model's predictions from its hidden states [N, L, D] behind the last layer.
 
-    For every position the `top` likeliest next tokens `id_NLK` (int32) with `log_p_NLK`, and `log_rest_NL`, the logarithm of what
-    all others have together (fp32), minus infinity where all are kept. `rest` holds config.json, final norm and head.
+    The file has for every position the `top` likeliest next tokens `id_NLK` (int32), the logarithms of their probabilities
+    `log_p_NLK`, and `log_rest_NL`, the logarithm of the probability of all other tokens together (fp32), minus infinity if all
+    tokens are kept. `rest` holds config.json, final norm and head.
     """
     stream, tensors = stream_of(read_config(rest), dtype), Tensors(rest)
     norm, head = stream.final_norm(tensors), stream.head(tensors)
     states_NLD = load_file(states)["hidden_NLD"]
     n, length = states_NLD.shape[:2]
-    found: dict[str, list[Tensor]] = {"id_NLK": [], "log_p_NLK": [], "log_rest_NL": []}
+    kept: dict[str, list[Tensor]] = {"id_NLK": [], "log_p_NLK": [], "log_rest_NL": []}
     for h_TD in states_NLD.flatten(0, 1).split(TOKENS_AT_ONCE):
         log_TV = head(norm(h_TD[None].to(stream.device)))[0].float().log_softmax(-1)
         log_TK, id_TK = log_TV.topk(top, dim=-1)
         rest_T = log_TV.scatter(-1, id_TK, -torch.inf).logsumexp(-1)
-        for name, part in zip(found, (id_TK.int(), log_TK, rest_T), strict=True):
-            found[name].append(part.cpu())
-        progress(sum(len(part) for part in found["id_NLK"]), n * length, "tokens")
-    save_file({name: torch.cat(parts).unflatten(0, (n, length)).contiguous() for name, parts in found.items()}, out)
+        for name, part in zip(kept, (id_TK.int(), log_TK, rest_T), strict=True):
+            kept[name].append(part.cpu())
+        progress(sum(len(part) for part in kept["id_NLK"]), n * length, "tokens")
+    save_file({name: torch.cat(parts).unflatten(0, (n, length)).contiguous() for name, parts in kept.items()}, out)
 
 
 class Predictions:
-    """What `write_predictions` left of all sequences, in files of as many sequences as they like; read row by row."""
+    """The files of `write_predictions`, of any number of sequences each, read row by row."""
 
     def __init__(self, files: Sequence[Path]) -> None:
         self._files: list[Any] = [safe_open(file, "pt") for file in files]
         self._ends = np.cumsum([file.get_slice("id_NLK").get_shape()[0] for file in self._files])
 
     def of(self, rows: np.ndarray, learned_nL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Ids and logarithms [T, K] and the rest's [T], where the tokens behind these rows' first are to be predicted."""
+        """Ids and logarithms [T, K], and the rest's logarithm [T], at the positions of these rows whose next token is learned."""
         parts = [tuple(part[where] for part in self._row(int(row))) for row, where in zip(rows, learned_nL.cpu(), strict=True)]
         id_TK, log_TK, rest_T = (torch.cat(part).to(learned_nL.device) for part in zip(*parts, strict=True))
         return id_TK.long(), log_TK, rest_T
@@ -65,10 +66,10 @@ class Predictions:
 
 
 def divergence(logits_TV: Tensor, id_TK: Tensor, log_p_TK: Tensor, log_rest_T: Tensor) -> Tensor:
-    """KL(p || q) of predictions q from those of a teacher, in nats, [T], fp32.
+    """KL(p || q) from a teacher's predictions p to a model's logits, in nats, [T], fp32.
 
-    All tokens but the teacher's likeliest count as one: what this gives is at most the divergence over all, and exactly that where
-    the teacher kept its whole vocabulary.
+    All tokens but the teacher's likeliest count as one token. So the result is a lower bound of the divergence, and exact if the
+    teacher's whole vocabulary is kept.
     """
     log_q_TV = logits_TV.float().log_softmax(-1)
     kl_T = (log_p_TK.exp() * (log_p_TK - log_q_TV.gather(-1, id_TK))).sum(-1)
@@ -81,7 +82,7 @@ def divergence(logits_TV: Tensor, id_TK: Tensor, log_p_TK: Tensor, log_rest_T: T
 def loss_sum(
     logits_nLV: Tensor, ids_nL: Tensor, learned_nL: Tensor, taught: tuple[Tensor, Tensor, Tensor] | None, mix: float
 ) -> Tensor:
-    """The loss summed over the tokens that are to be predicted: `mix` of it the divergence from what was taught."""
+    """The loss summed over the learned tokens: `mix` times the divergence from the teacher, and the rest language modelling."""
     logits_TV = logits_nLV[:, :-1][learned_nL].float()
     lm = cross_entropy(logits_TV, ids_nL[:, 1:][learned_nL], reduction="sum")
     return lm if taught is None else mix * divergence(logits_TV, *taught).sum() + (1 - mix) * lm

@@ -1,6 +1,6 @@
-"""What a fine-tuning trained, from memory to disk: first as it is trained, then as layer files under the hub's names.
+"""Trained parameters, from memory to disk: first as they are in memory, then as layer files under the hub's names.
 
-The first is done by all processes together, parameter by parameter, since each may hold only a part; the second by one, from files
+All processes do the first together, parameter by parameter, because each may hold only a part. Rank 0 does the second from files
 alone, one decoder layer at a time. Shapes are suffixes: E experts, M rows, N columns.
 """
 
@@ -25,7 +25,7 @@ EMBEDDING = "model.embed_tokens.weight"
 
 
 def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that are trained, under the names that they have without LoRA; its factors behind those of their matrices."""
+    """The trained parameters by name; LoRA's factors have their matrix's name with the endings `lora.A` and `lora.B`."""
     found = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -36,7 +36,7 @@ def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def by_layer(names: Mapping[str, Any]) -> dict[str, list[str]]:
-    """The names of each decoder layer under "layer-000" and so on, and all others under "rest"."""
+    """Names grouped by decoder layer, "layer-000" and so on; all others under "rest"."""
     found: dict[str, list[str]] = {}
     for name in names:
         part = name.split(".")
@@ -45,21 +45,21 @@ def by_layer(names: Mapping[str, Any]) -> dict[str, list[str]]:
 
 
 def collect(model: nn.Module, folder: Path, *, writes: bool) -> None:
-    """Gather the trained parameters, one at a time, and write a file for each layer where `writes`; all processes call it."""
+    """Gather the trained parameters one at a time; the process that `writes` leaves a file per layer. All processes call it."""
     trained = parameters_of(model)
     for part, names in by_layer(trained).items():
-        held: dict[str, Tensor] = {}
+        tensors: dict[str, Tensor] = {}
         for name in names:
             with gathered(trained[name]):
                 if writes:
-                    held[name] = trained[name].detach().to("cpu", copy=True)
+                    tensors[name] = trained[name].detach().to("cpu", copy=True)
         if writes:
             folder.mkdir(parents=True, exist_ok=True)
-            save(held, folder / f"{part}.safetensors")
+            save(tensors, folder / f"{part}.safetensors")
 
 
 def gathered(parameter: Any) -> AbstractContextManager[Any]:
-    """Within it a parameter that ZeRO-3 has divided is whole."""
+    """A context in which a parameter that ZeRO-3 has divided is whole."""
     if not hasattr(parameter, "ds_id"):
         return nullcontext()
     from deepspeed.runtime.zero import GatheredParameters
@@ -68,10 +68,10 @@ def gathered(parameter: Any) -> AbstractContextManager[Any]:
 
 
 def write(checkpoint: Files, config: Config, folder: Path, out: Path, recipe: Recipe) -> Iterator[str]:
-    """Write `layer-000/layer.safetensors` and its kin, and `rest/rest.safetensors`, for what `collect` left in `folder`.
+    """Write `layer-000/layer.safetensors` and so on, and `rest/rest.safetensors`, from what `collect` left in `folder`.
 
-    Of a layer's files those are written in which something was trained, each whole, under the hub's names in the checkpoint's own
-    precision, LoRA's additions multiplied in fp32 and added. Says of each layer when it is written.
+    A file is written if something in it was trained: whole, under the hub's names, in the checkpoint's own precision, with LoRA's
+    additions multiplied and added in fp32. Yields the name of each layer when it is written.
     """
     tensors = Tensors(checkpoint)
     for file in sorted(folder.glob("*.safetensors")):
@@ -88,26 +88,26 @@ def write(checkpoint: Files, config: Config, folder: Path, out: Path, recipe: Re
 
 
 def tensors_of(
-    trained: Mapping[str, Tensor], held: Tensors, names: Iterable[str], config: Config, layer: int | None, recipe: Recipe
+    trained: Mapping[str, Tensor], tensors: Tensors, names: Iterable[str], config: Config, layer: int | None, recipe: Recipe
 ) -> dict[str, Tensor]:
-    """What trained parameters are on disk; of additions, in fp32, their sums with what is `held` there.
+    """Trained parameters as tensors on disk; LoRA's additions are added, in fp32, to the tensors that are there.
 
-    `names`: of the layer's tensors, or of the rest's.
+    `names` are those of the layer's tensors on disk, or of the rest's.
     """
     family = Family.of(config)
-    format = Format(0) if layer is None else format_of({n: held.info[n].shape for n in names}, config, layer)
-    found: dict[str, Tensor] = {}
+    format = Format(0) if layer is None else format_of({n: tensors.info[n].shape for n in names}, config, layer)
+    on_disk: dict[str, Tensor] = {}
     for name, parameter in trained.items():
         if name.endswith(B):
             continue
         adds = name.endswith(A)
         plain = name.removesuffix(A)
-        value = product(parameter, trained[plain + B], rank=recipe.rank, alpha=recipe.alpha) if adds else parameter
+        value = product(parameter, trained[plain + B], recipe.scale) if adds else parameter
         for disk, piece in _pieces(family, format, layer, plain, value):
-            if adds and recipe.sparse and inside_expert(disk):
-                piece = piece * (held[disk] != 0)
-            found[disk] = held[disk].float() + piece if adds else piece
-    return found
+            if adds and recipe.keep_zeros and inside_expert(disk):
+                piece = piece * (tensors[disk] != 0)
+            on_disk[disk] = tensors[disk].float() + piece if adds else piece
+    return on_disk
 
 
 def _pieces(family: Family, format: Format, layer: int | None, name: str, value: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -125,5 +125,5 @@ def _file_of(name: str, layer: int | None) -> str:
 
 
 def _layer_of(name: str) -> int | None:
-    """The decoder layer of a tensor; None for the rest, and a number beyond them for what stands behind them."""
+    """The decoder layer of a tensor; None for the rest. Multi-token-prediction layers have numbers behind the decoder's."""
     return int(name.split(".")[2]) if name.startswith("model.layers.") else None

@@ -1,4 +1,4 @@
-"""The training loop behind `pretrain`. Shapes are suffixes: N sequences, L positions, T tokens."""
+"""The training loop of a small Mixtral. Shapes are suffixes: N sequences, L positions, T tokens."""
 
 import json
 import math
@@ -11,32 +11,32 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from moeflow.arch import Config
+from moeflow.methods.pretrain.steps import Pretraining
 from moeflow.step import Context
 
 SAVED_EVERY = 50
-"""Optimizer steps between two partial states, from which an interrupted training goes on."""
+"""Optimizer steps between two partial states, from which an interrupted training continues."""
 
 
-def train_mixtral(
-    context: Context, files: list[Path], config: Config, *, length: int, batch: int, steps: int, rate: float, seed: int
-) -> None:
-    """Train a tokenizer and a model, and save both into the step's folder; raises ValueError for too little text."""
+def train_mixtral(context: Context, files: list[Path], config: Config, how: Pretraining) -> None:
+    """Train a tokenizer and a model, and save both into the step's folder. Raises ValueError if there is too little text."""
+    steps, batch, length = how.steps, how.batch, how.length
     tokenizer = _tokenizer(files, config)
     tokenizer.save_pretrained(context.out)
     ids_T = torch.cat([_encoded(tokenizer, f) for f in files])
     if len(ids_T) <= length:
         raise ValueError(f"the texts give {len(ids_T):,} tokens; a sequence needs {length + 1:,}")
-    torch.manual_seed(seed)
+    torch.manual_seed(how.seed)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)).train()
     model.config._experts_implementation = "eager"  # twice as fast as the others on a CPU, forward and backward
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=how.rate, betas=(0.9, 0.95), weight_decay=0.1)
     warm = max(1, steps // 20)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda s: min((s + 1) / warm, 0.1 + 0.9 * (1 + math.cos(math.pi * s / steps)) / 2)
     )
     first, losses = _resumed(context, model, optimizer, schedule)
     for at in range(first, steps):
-        ids_NL = _batch(ids_T, length, batch, torch.Generator().manual_seed(seed * 1_000_003 + at))
+        ids_NL = _batch(ids_T, length, batch, torch.Generator().manual_seed(how.seed * 1_000_003 + at))
         out = model(ids_NL, labels=ids_NL, output_router_logits=True, use_cache=False)
         out.loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -4,7 +4,8 @@ Counts obey the router (top-k, the same number in every group), an optional list
 divisibility by a planned expert-parallel size. No torch.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
@@ -12,17 +13,51 @@ from moeflow.arch import Family
 from moeflow.methods.allocate import allocate_curves
 from moeflow.methods.graph import Model
 from moeflow.model.spec import LayerSpec
+from moeflow.options import check_choices
 
-Unit = Literal["experts", "parameters", "bytes"]
+
+@dataclass(frozen=True)
+class Counts:
+    """How many experts stay, and how they are spread over the layers. Raises ValueError for what cannot be."""
+
+    keep: float
+    """What stays in the experts of all layers: a part of what there is, up to 1, or an amount above 1."""
+    unit: Literal["experts", "parameters", "bytes"] = "experts"
+    """What keep is an amount of."""
+    rule: Literal["uniform", "paper", "exact"] = "exact"
+    """uniform: the same number in each layer; paper: by importance, as MoE-I² says; exact: the least sum of measured costs."""
+    importance: Literal["recon", "lm_loss"] = "lm_loss"
+    """What an expert's importance is for the paper's rule: the change of its layer's output, or of the model's loss, without it."""
+    legal: tuple[int, ...] = ()
+    """The numbers of experts that serving kernels accept; any, if empty."""
+    divisor: int = 1
+    """The planned expert-parallel size: each number of experts is a multiple of it."""
+    protected: tuple[tuple[int, int], ...] = ()
+    """Experts that have to stay, as pairs of a layer's and an expert's number."""
+    grid: int = 8
+    """The most numbers of experts that the exact rule measures in a layer; between them it interpolates."""
+    measured: int = 16_384
+    """About how many calibration tokens run through the whole model for each alternative; their hidden states are kept."""
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        if self.divisor < 1:
+            raise ValueError(f"divisor={self.divisor} must be at least 1")
+        if self.grid < 2 or self.measured < 1:
+            raise ValueError(
+                f"grid={self.grid} counts must be at least 2, a curve's two ends, and measured={self.measured} tokens at least 1"
+            )
+        if any(len(pair) != 2 for pair in self.protected):
+            raise ValueError(f"protected={list(self.protected)} must be pairs of a layer and an expert, as in [[0, 3], [2, 7]]")
+        object.__setattr__(self, "protected", tuple((int(i), int(e)) for i, e in self.protected))
+
+    def protected_in(self, layer: int) -> list[int]:
+        return [e for i, e in self.protected if i == layer]
 
 
-def total_experts(model: Model, amount: float, unit: Unit = "experts") -> int:
-    """How many experts the whole model may keep when `amount` of `unit` may stay in them; up to 1 it is a part of all there is.
-
-    Raises ValueError for an unknown unit, and where nothing or more than there is would stay.
-    """
-    if unit not in ("experts", "parameters", "bytes"):
-        raise ValueError(f"unit={unit!r} is not known; choose one of experts, parameters, bytes")
+def total_experts(model: Model, counts: Counts) -> int:
+    """How many experts the whole model may keep. Raises ValueError where nothing or more than there is would stay."""
+    amount, unit = counts.keep, counts.unit
     layers = [spec_of(model, i) for i in model.moe_layers]
     everything = sum(layer.experts for layer in layers)
     sizes = {layer.expert_numel / layer.experts for layer in layers}
@@ -40,19 +75,14 @@ def total_experts(model: Model, amount: float, unit: Unit = "experts") -> int:
     return round(kept) if unit == "experts" or amount <= 1 else int(kept + 1e-9)
 
 
-def legal_counts(
-    model: Model, *, counts: Sequence[int] = (), divisor: int = 1, protected: Mapping[int, Sequence[int]] | None = None
-) -> dict[int, list[int]]:
+def legal_counts(model: Model, counts: Counts) -> dict[int, list[int]]:
     """For every MoE layer the numbers of experts that it may keep, ascending.
 
-    `counts`: those that serving kernels accept (any, where it is empty); `divisor`: the planned expert-parallel size;
-    `protected`: per layer the experts that have to stay. Raises ValueError where a layer has none, where `protected` names no
-    expert of a layer with experts, and where a step has yet to decide how many experts a layer has.
+    Raises ValueError where a layer has none, where an expert is protected that no layer has, and where a step has yet to decide how
+    many experts a layer has.
     """
-    family, found = Family.of(model.config), {}
-    if divisor < 1:
-        raise ValueError(f"divisor={divisor} must be at least 1")
-    if strange := sorted(set(protected or {}) - set(model.moe_layers), key=str):
+    family, allowed = Family.of(model.config), {}
+    if strange := sorted({i for i, _ in counts.protected} - set(model.moe_layers)):
         raise ValueError(f"protected names {strange[0]!r}, which is no layer with experts; those are {model.moe_layers}")
     groups = family.group_limit[0]
     for i in model.moe_layers:
@@ -60,19 +90,20 @@ def legal_counts(
             raise ValueError(
                 f"how many experts layer {i} has is decided by a step of this graph; run it, pull the result and prune that"
             )
-        experts, spared = spec_of(model, i).experts, list((protected or {}).get(i, ()))
+        experts, spared = spec_of(model, i).experts, counts.protected_in(i)
         if not all(0 <= e < experts for e in spared):
             raise ValueError(f"protected={spared} of layer {i} must be different experts between 0 and {experts - 1}")
         size = experts // groups
         least = max(sum(g * size <= e < (g + 1) * size for e in spared) for g in range(groups)) * groups
         legal = family.legal_counts(experts)
-        found[i] = [n for n in legal if n >= least and n % divisor == 0 and (not counts or n in counts)]
-        if not found[i]:
+        allowed[i] = [n for n in legal if n >= least and n % counts.divisor == 0 and (not counts.legal or n in counts.legal)]
+        if not allowed[i]:
             raise ValueError(
                 f"layer {i} can keep {legal[0]} to {legal[-1]} of its {experts} experts, but no such count is among "
-                f"{list(counts) or 'all'}, divides by {divisor} and covers {len(spared)} protected experts; loosen one of them"
+                f"{list(counts.legal) or 'all'}, divides by {counts.divisor} and covers {len(spared)} protected experts; loosen "
+                "one of them"
             )
-    return found
+    return allowed
 
 
 def check_total(total: int, legal: Mapping[int, Sequence[int]]) -> None:
@@ -101,23 +132,23 @@ def spec_of(model: Model, layer: int) -> LayerSpec:
 
 def shares(weights: Mapping[int, float], caps: Mapping[int, int], amount: float) -> dict[int, float]:
     """`amount` in proportion to `weights`, none above its cap: what a cap cuts off goes to the others."""
-    given = {i: 0.0 for i in weights}
-    while amount > 1e-9 and (open_ := [i for i in weights if given[i] < caps[i] - 1e-9]):
+    parts = {i: 0.0 for i in weights}
+    while amount > 1e-9 and (open_ := [i for i in weights if parts[i] < caps[i] - 1e-9]):
         whole, rest = sum(weights[i] for i in open_), amount
         for i in open_:
-            more = min(caps[i] - given[i], rest * weights[i] / whole)
-            given[i] += more
+            more = min(caps[i] - parts[i], rest * weights[i] / whole)
+            parts[i] += more
             amount -= more
-    return given
+    return parts
 
 
-def neighbours(counts: Mapping[int, int], found: Mapping[int, Mapping[int, float]]) -> Iterator[dict[int, int]]:
+def neighbours(counts: Mapping[int, int], legal: Mapping[int, Collection[int]]) -> Iterator[dict[int, int]]:
     """The same total with one layer a legal step lower and another as much higher."""
     for i, n in counts.items():
-        lower = [m for m in found[i] if m < n]
+        lower = [m for m in legal[i] if m < n]
         for j in counts:
             up = counts[j] + n - max(lower, default=n)
-            if lower and j != i and up in found[j]:
+            if lower and j != i and up in legal[j]:
                 yield dict(counts) | {i: max(lower), j: up}
 
 

@@ -1,4 +1,4 @@
-"""What a search over subsets has evaluated: a whole population at a time, each subset once.
+"""What a search over subsets has evaluated: many subsets at a time, each once. And the search that evaluates all.
 
 Shapes are suffixes: E experts, S subsets.
 """
@@ -8,17 +8,18 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from moeflow.methods.prune.subsets import Subset, all_subsets, check
+from moeflow.methods.prune.searches import Search
+from moeflow.methods.prune.subsets import Subset, Subsets
 
 Evaluate = Callable[[Tensor], Tensor]
 """The losses [S] of the subsets that a mask (bool [S, E]) allows: a `Weighed` layer, or any function."""
 
 AT_ONCE = 1024
-"""How many subsets are handed over together where they are all known beforehand."""
+"""How many subsets are evaluated together where all are known beforehand."""
 
 
-class Found:
-    """The loss of every subset that was evaluated. With `memoise` off, what comes again is evaluated again."""
+class Evaluated:
+    """The loss of every subset that was evaluated. With `memoise` off, a subset that comes again is evaluated again."""
 
     def __init__(
         self, evaluate: Evaluate, experts: int, known: Iterable[tuple[Subset, float]] = (), *, memoise: bool = True
@@ -39,17 +40,18 @@ class Found:
 
     def best(self, count: int, keep: int) -> list[tuple[Subset, float]]:
         """The best subsets of `keep` experts so far, best first; of equals the one whose experts come first."""
-        found = [(subset, loss) for subset, loss in self.loss.items() if len(subset) == keep]
-        return sorted(found, key=lambda one: (one[1], one[0]))[:count]
+        sized = [(subset, loss) for subset, loss in self.loss.items() if len(subset) == keep]
+        return sorted(sized, key=lambda one: (one[1], one[0]))[:count]
 
 
-def enumerate_all(
-    evaluate: Evaluate, experts: int, keep: int, *, groups: int = 1, protected: Sequence[int] = (), best: int = 1
-) -> list[tuple[Subset, float]]:
-    """The `best` subsets of all, with their losses, best first (Lu et al., ACL 2024, section 3.2)."""
-    check(experts, keep, groups=groups, protected=protected, best=best)
-    found = Found(evaluate, experts)
-    subsets = list(all_subsets(experts, keep, groups, protected))
-    for at in range(0, len(subsets), AT_ONCE):
-        found.losses(subsets[at : at + AT_ONCE])
-    return found.best(best, keep)
+def enumerate_all(evaluate: Evaluate, subsets: Subsets, best: int = 1) -> list[tuple[Subset, float]]:
+    """The `best` of all subsets, with their losses, best first (Lu et al., ACL 2024, section 3.2)."""
+    evaluated, every = Evaluated(evaluate, subsets.experts), list(subsets)
+    for at in range(0, len(every), AT_ONCE):
+        evaluated.losses(every[at : at + AT_ONCE])
+    return evaluated.best(best, subsets.keep)
+
+
+def search(evaluate: Evaluate, subsets: Subsets, how: Search, *, layer: int) -> list[tuple[Subset, float]]:
+    """`enumerate_all`, as the table of searches names it."""
+    return enumerate_all(evaluate, subsets, how.best)

@@ -1,99 +1,87 @@
 """Genetic search over the experts of one layer: MoE-I2 (Yang et al., Findings of EMNLP 2024), inter-expert pruning.
 
-Knows losses only through a function from masks. What the paper leaves open is decided in `search`.
+It gets losses only from a function of masks. What the paper leaves open is decided in `search`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from random import Random
 from typing import Any
 
-from moeflow.methods.prune.evaluated import Evaluate, Found, enumerate_all
-from moeflow.methods.prune.subsets import (
-    GENERATIONS,
-    MUTATION,
-    PARENTS,
-    POPULATION,
-    Subset,
-    check,
-    count_subsets,
-    draw,
-    droppable,
-    parents_of,
-    without,
-)
+from moeflow.methods.prune.evaluated import Evaluate, Evaluated, enumerate_all
+from moeflow.methods.prune.searches import Search
+from moeflow.methods.prune.subsets import Subset, Subsets, without
 
 TRIES = 3
-"""How often a child that was evaluated before is exchanged further, before it may come again."""
+"""How many more experts of a child are exchanged where it was evaluated before; then it may come again."""
 
 State = dict[str, Any]
 """A search between two generations, as JSON holds it."""
 
 
 def search(
-    evaluate: Evaluate, experts: int, keep: int, *, groups: int = 1, protected: Sequence[int] = (), seed: int = 0, layer: int = 0,
-    best: int = 3, population: int = POPULATION, generations: int = GENERATIONS, parents: float = PARENTS,
-    mutation: float = MUTATION, memoise: bool = True, save: Callable[[State], None] | None = None, resume: State | None = None,
-) -> list[tuple[Subset, float]]:  # fmt: skip
-    """The `best` subsets of kept experts that a genetic search finds, with their losses, best first.
+    evaluate: Evaluate,
+    subsets: Subsets,
+    how: Search,
+    *,
+    layer: int = 0,
+    memoise: bool = True,
+    save: Callable[[State], None] | None = None,
+    resume: State | None = None,
+) -> list[tuple[Subset, float]]:
+    """The best subsets of kept experts that a genetic search finds, with their losses, best first.
 
-    An individual is the set of dropped experts. The best share `parents` of a generation stays and has children: a child drops a
-    random part of what two different parents drop together and, with the probability `mutation`, one of these experts is exchanged
-    for another. The members of a generation differ, and a child that was evaluated before is exchanged further. The first of the
-    `generations` is drawn at random. Where there are no more subsets than the population, all are evaluated instead.
+    An individual is the set of dropped experts. The best share `how.parents` of a generation stays and has children: a child drops
+    a random part of what two different parents drop together and, with the probability `how.mutation`, one of these experts is
+    exchanged for another. The members of a generation differ, and a child that was evaluated before is exchanged further. The first
+    generation is drawn at random. Where there are no more subsets than the population, all are evaluated instead.
 
-    Every generation draws from its own (seed, layer, generation). `save` is handed the state after every generation, and a search
-    given it back as `resume` goes on to the same result. Raises ValueError where a parameter is out of its range, or `resume` is
-    another search's.
+    Every generation draws from its own (seed, layer, generation). `save` gets the state after every generation; a search that gets
+    it back as `resume` goes on to the same result. Raises ValueError where `resume` is another search's.
     """
-    check(
-        experts, keep, groups=groups, protected=protected, best=best,
-        population=population, generations=generations, parents=parents, mutation=mutation,
-    )  # fmt: skip
-    if count_subsets(experts, keep, groups, protected) <= population:
-        return enumerate_all(evaluate, experts, keep, groups=groups, protected=protected, best=best)
+    experts, population = subsets.experts, how.population
+    if subsets.count <= population:
+        return enumerate_all(evaluate, subsets, how.best)
     recipe = {
-        "experts": experts, "keep": keep, "groups": groups, "protected": sorted(protected), "seed": seed, "layer": layer,
-        "population": population, "parents": parents, "mutation": mutation,
+        "experts": experts, "keep": subsets.keep, "groups": subsets.groups, "protected": sorted(subsets.protected),
+        "seed": how.seed, "layer": layer, "population": population, "parents": how.parents, "mutation": how.mutation,
     }  # fmt: skip
     if resume is not None and resume["recipe"] != recipe:
         differs = {k: (resume["recipe"].get(k), v) for k, v in recipe.items() if resume["recipe"].get(k) != v}
         raise ValueError(f"the state to resume from is another search's (there, here): {differs}; start anew")
-    pools = droppable(experts, groups, protected)
-    known = [] if resume is None else [(without(experts, dropped), loss) for dropped, loss in resume["found"]]
-    found = Found(evaluate, experts, known, memoise=memoise)
+    pools = subsets.pools
+    known = [] if resume is None else [(without(experts, dropped), loss) for dropped, loss in resume["losses"]]
+    evaluated = Evaluated(evaluate, experts, known, memoise=memoise)
     people: list[Subset] = [] if resume is None else [tuple(p) for p in resume["people"]]
-    for generation in range(0 if resume is None else resume["generation"] + 1, generations):
-        random = Random(f"{seed}/{layer}/{generation}")
+    for generation in range(0 if resume is None else resume["generation"] + 1, how.generations):
+        random = Random(f"{how.seed}/{layer}/{generation}")
         if generation:
-            people = _next(random, people, population, mutation, pools, {without(experts, kept) for kept in found.loss})
+            people = _next(random, people, how, pools, {without(experts, kept) for kept in evaluated.loss})
         else:
-            people = _first(random, population, experts, keep, groups, protected)
-        losses = found.losses([without(experts, dropped) for dropped in people])
+            people = _first(random, population, subsets)
+        losses = evaluated.losses([without(experts, dropped) for dropped in people])
         ranked = sorted(zip(losses, people, strict=True))
-        people = [dropped for _, dropped in ranked[: parents_of(population, parents)]]
+        people = [dropped for _, dropped in ranked[: how.survivors]]
         if save is not None:
-            dropped_and_loss = [[list(without(experts, kept)), loss] for kept, loss in found.loss.items()]
-            save({"recipe": recipe, "generation": generation, "people": [list(p) for p in people], "found": dropped_and_loss})
-    return found.best(best, keep)
+            dropped_and_loss = [[list(without(experts, kept)), loss] for kept, loss in evaluated.loss.items()]
+            save({"recipe": recipe, "generation": generation, "people": [list(p) for p in people], "losses": dropped_and_loss})
+    return evaluated.best(how.best, subsets.keep)
 
 
-def _first(random: Random, population: int, experts: int, keep: int, groups: int, protected: Sequence[int]) -> list[Subset]:
+def _first(random: Random, population: int, subsets: Subsets) -> list[Subset]:
     """Different random sets of dropped experts."""
     people: dict[Subset, None] = {}
     while len(people) < population:
-        people[without(experts, draw(random, experts, keep, groups, protected))] = None
+        people[without(subsets.experts, subsets.draw(random))] = None
     return list(people)
 
 
-def _next(
-    random: Random, parents: list[Subset], population: int, mutation: float, pools: list[list[int]], known: set[Subset]
-) -> list[Subset]:
+def _next(random: Random, parents: list[Subset], how: Search, pools: list[list[int]], known: set[Subset]) -> list[Subset]:
     """The parents and their children, all different."""
     people = dict.fromkeys(parents)
-    while len(people) < population:
+    while len(people) < how.population:
         one, other = random.sample(parents, 2)
         child = _cross(random, one, other, pools)
-        if random.random() < mutation:
+        if random.random() < how.mutation:
             child = _exchange(random, child, pools)
         tries = 0
         while child in people or (child in known and tries < TRIES):

@@ -1,4 +1,4 @@
-"""One MoE layer on given tokens, prepared once so that any subset of its experts is then weighed exactly and quickly.
+"""One MoE layer on fixed tokens, prepared once so that any subset of its experts is then evaluated exactly and quickly.
 
 Shapes are suffixes: T tokens, D model width, E experts, S subsets, V the vectors of a token (the experts' outputs and, where there
 is one, the target). The error of a subset is the quadratic form c' G c of each token's Gram matrix G with c the change of its
@@ -17,15 +17,15 @@ from moeflow.model.moe import MoELayer
 from moeflow.model.router import Router, dense
 
 MAX_BYTES = 2 << 30
-"""How much memory the Gram matrices of one layer may take."""
+"""The most bytes that the Gram matrices of one layer may take."""
 
 PREPARED_AT_ONCE = 1 << 24
-"""Bounds the expert outputs of a chunk of tokens, in elements."""
+"""The most elements of the expert outputs of a chunk of tokens."""
 
 
 @dataclass(frozen=True)
 class Routed:
-    """Tokens whose router is asked again for every subset: group-limited choices, SparseMixer."""
+    """Tokens whose router chooses again for every subset: routers with groups, and SparseMixer."""
 
     router: Router
     logits_TE: Tensor
@@ -51,20 +51,20 @@ class Routed:
 
 @dataclass(frozen=True)
 class Weighed:
-    """What any kept subset of a layer's experts costs on the tokens that it was prepared with.
+    """How much any subset of a layer's experts changes its output, on the tokens that were prepared.
 
-    Called with a mask of allowed experts (bool [S, E]) it gives the Frobenius distance of the layer's output from what it should
-    be, fp64 [S]. Gram matrices are held in fp32: a squared error is right to about 1e-6 of itself, or of 1e-7 of the squared norm
-    of the output where that is more, and where a token's scores tie the lower-numbered expert is chosen.
+    A call with a mask of allowed experts (bool [S, E]) gives the Frobenius distance of the layer's output from the target, fp64
+    [S]. Gram matrices are kept in fp32: a squared error is right to about 1e-6 of itself, or to 1e-7 of the squared norm of the
+    output where that is more. Where a token's scores tie, the expert with the lower number is chosen.
     """
 
     pieces: tuple[Ranked | Routed, ...]
     experts: int
     top_k: int
     drop_at_most: int
-    norm: Tensor  # the squared norm of the output that is to be kept, fp64 []
+    norm: Tensor  # the squared norm of the target, fp64 []
     tokens: int
-    left_out: int  # tokens that came behind those that `max_bytes` has room for
+    left_out: int  # tokens for which `max_bytes` had no room
 
     @staticmethod
     @torch.inference_mode()
@@ -74,10 +74,9 @@ class Weighed:
     ) -> "Weighed":  # fmt: skip
         """Prepare `moe` on batches of its inputs x_TD, against its own output or, batch by batch, against target_TD.
 
-        Subsets may drop `drop_at_most` experts (all but top_k of them by default): each expert then runs on those tokens only
-        that can come to it. Tokens that would make the Gram matrices larger than `max_bytes` are left out from the end; `room`
-        says beforehand how many there is room for. Raises ValueError where there is room for none, or `drop_at_most` is out of
-        its range.
+        Subsets may drop `drop_at_most` experts (all but top_k of them by default): each expert then runs only on the tokens that
+        can come to it. The last tokens are left out where the Gram matrices would be larger than `max_bytes`; `room` says for how
+        many there is room. Raises ValueError where there is room for none, or `drop_at_most` is out of its range.
         """
         experts, top_k = moe.num_experts, moe.router.top_k
         most = experts - top_k
@@ -93,7 +92,7 @@ class Weighed:
         for x_TD, goal_TD in zip(batches, repeat(None) if targets is None else targets, strict=targets is not None):
             taken = min(len(x_TD), fits - tokens)
             left_out += len(x_TD) - taken
-            width = experts if _asked(moe.router) else min(experts, top_k + drop_at_most)
+            width = experts if _chooses_again(moe.router) else min(experts, top_k + drop_at_most)
             step = max(1, PREPARED_AT_ONCE // (width * x_TD.shape[1]))
             for at in range(0, taken, step):
                 rows = slice(at, min(at + step, taken))
@@ -128,8 +127,8 @@ class Weighed:
     def neighbours(self, mask_E: Tensor, legal_EN: Tensor) -> Tensor:
         """The distances of all subsets one exchange or one removal away from the kept ones, fp64 [E, E + 1].
 
-        Row a, column b: kept a is dropped and dropped b comes back; last column: a is dropped and none comes back. Only what is
-        `legal_EN` (bool, [E, E + 1]) is evaluated; the rest is infinite.
+        Row a, column b: the kept expert a is dropped and the dropped b comes back; last column: a is dropped and none comes back.
+        Only what is `legal_EN` (bool, [E, E + 1]) is evaluated; the rest is infinite.
         """
         mask_E, legal_EN = mask_E.to(self.norm.device), legal_EN.to(self.norm.device)
         legal_EN = legal_EN & mask_E[:, None] & ~torch.cat([mask_E, mask_E.new_zeros(1)])
@@ -137,11 +136,11 @@ class Weighed:
         if dropped >= self.drop_at_most:
             legal_EN[:, -1] = False
         error_EN = torch.zeros(legal_EN.shape, dtype=torch.float64, device=mask_E.device)
-        asked = [piece for piece in self.pieces if isinstance(piece, Routed)]
-        if asked and legal_EN.any():
+        routed = [piece for piece in self.pieces if isinstance(piece, Routed)]
+        if routed and legal_EN.any():
             out, into = legal_EN.nonzero().unbind(1)
             for part in torch.arange(len(out), device=out.device).split(1024):
-                error_EN[out[part], into[part]] = sum(p.squared_errors(_moved(mask_E, out[part], into[part])) for p in asked)
+                error_EN[out[part], into[part]] = sum(p.squared_errors(_moved(mask_E, out[part], into[part])) for p in routed)
         for piece in self.pieces:
             if isinstance(piece, Ranked):
                 error_EN += piece.neighbours(mask_E, exchanges=bool(legal_EN[:, :-1].any()))
@@ -151,12 +150,12 @@ class Weighed:
 def room(moe: MoELayer, drop_at_most: int, max_bytes: int = MAX_BYTES, *, targeted: bool = False) -> int:
     """For how many tokens the Gram matrices of `moe` take `max_bytes` at most."""
     experts = moe.num_experts
-    vectors = (experts if _asked(moe.router) else min(experts, moe.router.top_k + drop_at_most)) + targeted
+    vectors = (experts if _chooses_again(moe.router) else min(experts, moe.router.top_k + drop_at_most)) + targeted
     # with the order, the values and the base beside the matrix, and all logits
     return max_bytes // (4 * vectors * vectors + 16 * vectors + 4 * experts)
 
 
-def _asked(router: Router) -> bool:
+def _chooses_again(router: Router) -> bool:
     """Whether a subset may change more than which experts are the first k in the router's order."""
     return router.groups > 1 or router.arch.score == "sparsemixer"
 
@@ -174,8 +173,8 @@ def _prepared(moe: MoELayer, x_TD: Tensor, target_TD: Tensor | None, drop_at_mos
         shared_TD = moe.shared_output(x_TD)
         goal_TD = target_TD.double() if shared_TD is None else target_TD.double() - shared_TD.double()
         norm = target_TD.double().square().sum()
-    found = None if _asked(moe.router) else ranked(moe, x_TD, logits_TE, goal_TD, drop_at_most)
-    piece, square = found or _routed(moe, x_TD, logits_TE, goal_TD)
+    quick = None if _chooses_again(moe.router) else ranked(moe, x_TD, logits_TE, goal_TD, drop_at_most)
+    piece, square = quick or _routed(moe, x_TD, logits_TE, goal_TD)
     if norm is None and moe.shared is not None:
         norm = moe(x_TD).double().square().sum()
     return piece, square if norm is None else norm

@@ -1,4 +1,4 @@
-"""Combinations of expert sets over consecutive decoder layers, weighed by the block's output: the tensor side of `block`.
+"""Combinations of expert sets over a block of consecutive decoder layers, compared by the block's output (MoE-I², section 3.2).
 
 Shapes are suffixes: N sequences, L positions, D model width.
 """
@@ -22,13 +22,13 @@ Combination = tuple[int, ...]
 
 @torch.inference_mode()
 def losses(
-    config: Config, layers: Sequence[tuple[int, Path]], sets: Mapping[int, Sequence[list[int]]],
+    config: Config, layers: Sequence[tuple[int, Path]], sets: Mapping[int, Sequence[Sequence[int]]],
     before: Sequence[Path], behind: Sequence[Path], *, batch: int, dtype: str, progress: Progress,
 ) -> dict[Combination, float]:  # fmt: skip
     """The Frobenius distance of the block's output from the original's for every combination of `sets`, over all tokens.
 
-    `before` and `behind`: hidden states before the block, and the original model's behind it, shard by shard; without `behind` the
-    block itself with all its experts says what is aimed at.
+    `before` and `behind`: hidden states before the block, and the original model's behind it, shard by shard. Without `behind` the
+    output of the block with all its experts is the target.
     """
     stream = stream_of(config, dtype)
     total: dict[Combination, float] = {}
@@ -52,7 +52,7 @@ def _through(stream: Stream, layers: Sequence[tuple[int, Path]], start_NLD: Tens
 
 
 def _walk(
-    stream: Stream, config: Config, layers: Sequence[tuple[int, Path]], sets: Mapping[int, Sequence[list[int]]],
+    stream: Stream, config: Config, layers: Sequence[tuple[int, Path]], sets: Mapping[int, Sequence[Sequence[int]]],
     start_NLD: Tensor, goal_NLD: Tensor, batch: int,
 ) -> dict[Combination, float]:  # fmt: skip
     """The squared distance of every combination. Each layer's attention runs once for every distinct prefix."""

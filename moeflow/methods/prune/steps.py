@@ -1,342 +1,301 @@
 """Pruning: which experts of a layer stay, chosen layer by layer, by counts out of one budget, or in blocks of layers.
 
-NAEE (Lu et al., ACL 2024, arXiv 2402.14800) and MoE-I² (Yang et al., EMNLP Findings 2024, arXiv 2411.01016), section 3.
+NAEE (Lu et al., ACL 2024, arXiv 2402.14800) and MoE-I² (Yang et al., EMNLP Findings 2024, arXiv 2411.01016), section 3. `at` is the
+number of the layer that a step reads; `seen` is what each shard of tokens recorded in it.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moeflow.arch import Family
 from moeflow.methods.graph import HIDDEN
 from moeflow.methods.prune.counts import between, check_total, fit, neighbours, shares
-from moeflow.methods.prune.subsets import ENUMERATE, MAX_SUBSETS, check, count_subsets
+from moeflow.methods.prune.searches import ENUMERATE, SUBSET_SEARCHES, Search, check_search
+from moeflow.methods.prune.subsets import MAX_SUBSETS, Subsets
 from moeflow.methods.records import (
-    CANDIDATES,
-    CHOICE,
-    COUNTS,
-    CRITERIA,
-    read_candidates,
-    read_counts,
-    read_curves,
-    read_importance,
-    readable,
-    write_importance,
+    Candidates,
+    Choice,
+    Combination,
+    Combinations,
+    Curves,
+    Importance,
+    KeptCounts,
+    LayerLoss,
+    Spread,
 )
-from moeflow.model.layout import read_config
-from moeflow.model.spec import HiddenSpec, LayerSpec, ObservedSpec, RestSpec, precision
+from moeflow.methods.scores import SCORES, check_score
+from moeflow.model.layout import LAYER, read_config
+from moeflow.model.spec import HiddenSpec, LayerSpec, ObservedSpec, RestSpec, element_bytes
 from moeflow.step import Artifact, Context, Spec, step
 
-BLOCK = "block.json"
-INPUTS = ("original", "progressive")
 MAX_COMBINATIONS = 10_000
 
 
-def _block_spec(
-    rest: RestSpec, *inputs: Any, layers: list[int], searched: list[int], best: int, shards: int, goals: int, batch: int, dtype: str
-) -> Spec:
-    if best ** len(searched) > MAX_COMBINATIONS:
+def _check_enumeration(subsets: Subsets) -> None:
+    if subsets.count > MAX_SUBSETS:
+        others = ", ".join(name for name in SUBSET_SEARCHES if name != ENUMERATE)
         raise ValueError(
-            f"K={best} sets in each of T={len(searched)} layers are {best ** len(searched):,} combinations, over "
-            f"{MAX_COMBINATIONS:,}; lower K or T"
+            f"keeping {subsets.keep} of {subsets.experts} experts means {subsets.count:,} subsets, over {MAX_SUBSETS:,}: "
+            f"enumeration is for narrow layers; take another search ({others}) or a score ({', '.join(SCORES)})"
         )
-    layer_specs: Sequence[LayerSpec] = inputs[: len(layers)]
-    found = inputs[len(layers) : len(layers) + len(searched)]
-    states: list[HiddenSpec] = [s.hidden if isinstance(s, ObservedSpec) else s for s in inputs[len(layers) + len(searched) :]]
-    reads = shards * sum(layer.nbytes for layer in layer_specs) + sum(c["bytes"] for c in found) + sum(s.nbytes for s in states)
-    held = sum(best**t for t in range(max(1, len(searched)))) + 2
-    memory = 3 * max(layer.nbytes for layer in layer_specs) + held * max(s.nbytes for s in states)
-    writes = 200 + best ** len(searched) * (60 + 8 * len(searched))
-    return Spec({"layers": layers, "bytes": writes}, reads=reads, writes=writes, memory=memory)
 
 
-@step("prune.block", version=1, spec=_block_spec, gpus=1)
-def block(
-    context: Context, config: Artifact, *inputs: Artifact,
-    layers: list[int], searched: list[int], best: int, shards: int, goals: int, batch: int, dtype: str,
-) -> None:  # fmt: skip
-    """The loss of every combination of the `best` sets of the `searched` among consecutive `layers`, as `block.json`.
-
-    `inputs`: the layers' files, the candidates of the searched ones, the hidden states before the block in `shards` files, and
-    where `goals` is not 0 as many files with the original's behind it; otherwise the unpruned layers say what is aimed at.
-    """
-
-    from moeflow.methods.prune import reception
-
-    files = [i.file("layer.safetensors") for i in inputs[: len(layers)]]
-    at = len(layers) + len(searched)
-    found = [read_candidates(i)["counts"] for i in inputs[len(layers) : at]]
-    sets = {i: [s["keep"] for s in _only(c)["best"][:best]] for i, c in zip(searched, found, strict=True)}
-    losses = reception.losses(
-        read_config(config), list(zip(layers, files, strict=True)), sets,
-        [h.file(HIDDEN) for h in inputs[at : at + shards]], [h.file(HIDDEN) for h in inputs[at + shards :]],
-        batch=batch, dtype=dtype, progress=context.progress,
-    )  # fmt: skip
-    order = sorted(losses, key=lambda c: losses[c])
-    lines = [json.dumps({"sets": list(c), "loss": losses[c]}) for c in order]
-    context.note(f"layers {layers}: best combination {list(order[0])} of {len(order)}")
-    (context.out / BLOCK).write_text('{"layers": ' + json.dumps(searched) + ', "combinations": [\n' + ",\n".join(lines) + "\n]}\n")
+def _input_bytes(rest: RestSpec, seen: Sequence[ObservedSpec], dtype: str) -> int:
+    """The bytes of the MoE inputs that were recorded."""
+    return sum(s.rows for s in seen) * int(rest.config["hidden_size"]) * element_bytes(rest.config, dtype)
 
 
-def _pick_spec(found: Any, *deciders: Any, layer: int, keep: int) -> Spec:
-    if keep and keep not in found["counts"]:
-        raise ValueError(f"the candidates of layer {layer} are for {found['counts']} experts, not for {keep}")
-    reads = found["bytes"] + sum(d.get("bytes", 200) for d in deciders)
-    share = min((d["share"] for d in deciders if "share" in d), default=1.0)
-    return Spec({"layer": layer, "keep": keep, "share": share, "bytes": 1500}, reads=reads, writes=1500)
-
-
-@step("prune.pick", version=1, spec=_pick_spec)
-def pick(context: Context, found: Artifact, *deciders: Artifact, layer: int, keep: int) -> None:
-    """One of a layer's candidates, as the `choice.json` that `drop.experts` reads.
-
-    `deciders`: the counts of all layers (where `keep` is 0) and the block that the layer belongs to (where blocks are chosen
-    together).
-    """
-    from moeflow.methods.records import COUNTS, read_counts
-
-    candidates, rank = read_candidates(found), 0
-    for decider in deciders:
-        if COUNTS in decider.names():
-            keep = read_counts(decider)["counts"][str(layer)]
-        else:
-            chosen = json.loads(decider.read(BLOCK, 0, decider.size(BLOCK)))
-            rank = chosen["combinations"][0]["sets"][chosen["layers"].index(layer)]
-    entry = candidates["counts"][str(keep)] if keep else _only(candidates["counts"])
-    picked, others = entry["best"][rank], [s for i, s in enumerate(entry["best"]) if i != rank]
-    choice = {
-        "layer": layer,
-        "experts": candidates["experts"],
-        "keep": picked["keep"],
-        "criterion": candidates["method"],
-        "loss": {"kind": "frobenius", "value": picked["loss"], "of_output": picked["of_output"], "tokens": candidates["tokens"]},
-        "runner_up": others[0] if others else None,
-        "baselines": {name: entry["baselines"][name] for name in CRITERIA},
-    }
-    (context.out / CHOICE).write_text(readable(choice))
-
-
-def _only(counts: dict[str, Any]) -> Any:
-    (entry,) = counts.values()
-    return entry
-
-
-def _counts_spec(*inputs: Any, legal: dict[str, list[int]], experts: dict[str, int], total: int) -> Spec:
-    check_total(total, {int(i): counts for i, counts in legal.items()})
-    out = {"total": total, "share": total / sum(experts.values())}
-    return Spec(out, reads=sum(i["bytes"] for i in inputs), writes=500 + 60 * len(legal))
-
-
-@step("prune.counts_paper", version=1, spec=_counts_spec)
-def counts_paper(
-    context: Context, *importances: Artifact, legal: dict[str, list[int]], experts: dict[str, int], total: int
-) -> None:
-    """Counts by the paper's rule: the more important a layer, the fewer experts it loses (MoE-I², section 3.1), as `counts.json`.
-
-    A layer's importance is the sum of its experts'. The paper leaves open how importance becomes a count: here a layer's share of
-    the experts that go is proportional to one over its importance, as far as it has experts to give, rounded to the legal counts
-    that add up to `total` with the least squared deviation.
-    """
-    layers = {i["layer"]: sum(i["importance"]) for i in map(read_importance, importances)}
-    least = {i: min(legal[str(i)]) for i in layers}
-    inverse = {i: 1 / (v + 1e-12) for i, v in layers.items()}
-    gone = shares(inverse, {i: experts[str(i)] - least[i] for i in layers}, sum(experts.values()) - total)
-    curves = {i: {n: (experts[str(i)] - gone[i] - n) ** 2 for n in legal[str(i)]} for i in layers}
-    _write_counts(context, "paper", fit(curves, total), importance={str(i): v for i, v in layers.items()})
-
-
-@step("prune.counts_exact", version=1, spec=_counts_spec)
-def counts_exact(context: Context, curves: Artifact, *, legal: dict[str, list[int]], experts: dict[str, int], total: int) -> None:
-    """The counts that add up to `total` with the least summed cost, by dynamic programming over each layer's measured curve.
-
-    Between measured counts a curve is a straight line; with all of a layer's `experts` it is zero. Beside the choice stand the
-    cost of the best other one that moves one step from one layer to another, and of the same count everywhere where that is legal.
-    """
-    measured = read_curves(curves)["curves"]
-    found = {}
-    for i, counts in legal.items():
-        points = sorted(({int(n): v for n, v in measured.get(i, {}).items()} | {experts[i]: 0.0}).items())
-        found[int(i)] = {n: between(points, n) for n in counts}
-    chosen = fit(found, total)
-
-    def cost(given: Mapping[int, int]) -> float:
-        return sum(found[i][n] for i, n in given.items())
-
-    def entry(given: Mapping[int, int]) -> dict[str, Any]:
-        return {"counts": list(given.values()), "cost": cost(given)}
-
-    others = sorted(neighbours(chosen, found), key=cost)
-    same = dict.fromkeys(chosen, total // len(chosen))
-    everywhere = total == sum(same.values()) and all(n in found[i] for i, n in same.items())
-    _write_counts(
-        context, "exact", chosen, cost=cost(chosen),
-        runner_up=entry(others[0]) if others else None, uniform=entry(same) if everywhere else None,
-    )  # fmt: skip
-
-
-def _write_counts(context: Context, rule: str, counts: Mapping[int, int], **facts: Any) -> None:
-    value = {"rule": rule, "total": sum(counts.values()), "counts": {str(i): n for i, n in counts.items()}, **facts}
-    (context.out / COUNTS).write_text(json.dumps(value, indent=1) + "\n")
-
-
-METHODS = {ENUMERATE: (), "genetic": ("population", "generations", "parents", "mutation"), "swap": ("starts",)}
-"""Every search over the subsets of one layer, and the options that it takes."""
-
-
-def _candidates_spec(
-    rest: RestSpec, layer_spec: LayerSpec, *inputs: Any,
-    layer: int, counts: list[int], decided: bool, method: str, best: int, options: dict[str, Any], protected: list[int],
-    seed: int, dtype: str,
-) -> Spec:  # fmt: skip
-    family = Family.of(rest.config)
-    for keep in counts:
-        family.check_keep(keep, layer_spec.experts)
-    if method not in METHODS:
-        raise ValueError(f"method={method!r} is not known; choose one of {', '.join(METHODS)}")
-    if strange := sorted(set(options) - set(METHODS[method])):
-        raise ValueError(f"{method} has no option {strange[0]}; it takes {', '.join(METHODS[method]) or 'none'}")
-    groups = family.group_limit[0]
-    for keep in counts:
-        check(layer_spec.experts, keep, groups=groups, protected=protected, best=best, **options)
-        count = count_subsets(layer_spec.experts, keep, groups, protected)
-        if method == ENUMERATE and count > MAX_SUBSETS:
-            raise ValueError(
-                f"keeping {keep} of {layer_spec.experts} experts means {count:,} subsets, over {MAX_SUBSETS:,}: enumeration is for "
-                "narrow layers; search instead (genetic or swap)"
-            )
-    seen: list[ObservedSpec] = [s for s in inputs if isinstance(s, ObservedSpec)]
-    width, size = int(rest.config["hidden_size"]), 4 if precision(rest.config, dtype) == "float32" else 2
-    rows = sum(s.rows for s in seen)
-    reads = layer_spec.headers + layer_spec.block_bytes + rows * width * size + len(seen) * (1400 + 7 * 8 * layer_spec.experts)
-    sets = (1 if decided else len(counts)) * (best + 6)
-    writes = 300 + sets * (70 + 4 * layer_spec.experts)
-    out = {"layer": layer, "counts": counts, "experts": layer_spec.experts, "bytes": writes}
-    return Spec(out, reads=reads, writes=writes, memory=2 * layer_spec.nbytes + (3 << 30))
-
-
-@step("prune.candidates", version=1, spec=_candidates_spec, gpus=1)
-def candidates(
-    context: Context, config: Artifact, layer_file: Artifact, *inputs: Artifact,
-    layer: int, counts: list[int], decided: bool, method: str, best: int, options: dict[str, Any], protected: list[int],
-    seed: int, dtype: str,
-) -> None:  # fmt: skip
-    """The `best` sets of one layer's experts for each count, by `method`, with the losses of these and of the baselines.
-
-    `inputs`: where `decided`, first the counts of all layers, one of `counts` for this one; then what each shard of tokens showed
-    in this layer. `options` are the method's own; `protected` experts stay. Long searches save their state and go on from it.
-    """
-
-    from moeflow.methods.prune.subset_search import search_counts
-
-    first = inputs[0] if decided else None
-    shards = inputs[1:] if decided else inputs
-    wanted = [read_counts(first)["counts"][str(layer)]] if first else counts
-    found = search_counts(
-        context, read_config(config), layer_file, shards,
-        layer=layer, counts=wanted, method=method, best=best, options=options, protected=protected, seed=seed, dtype=dtype,
-    )  # fmt: skip
-    (context.out / CANDIDATES).write_text(_readable_candidates(found))
-
-
-def _readable_candidates(found: dict[str, Any]) -> str:
-    """Indented JSON, one line for each set."""
-    text = json.dumps(found | {"counts": "@"}, indent=1)
-    blocks = []
-    for keep, entry in found["counts"].items():
-        sets = ",\n".join(f"    {json.dumps(s)}" for s in entry["best"])
-        base = ",\n".join(f"    {json.dumps(n)}: {json.dumps(s)}" for n, s in entry["baselines"].items())
-        blocks.append(f'  {json.dumps(keep)}: {{\n   "best": [\n{sets}\n   ],\n   "baselines": {{\n{base}\n   }}\n  }}')
-    return text.replace('"@"', "{\n" + ",\n".join(blocks) + "\n }") + "\n"
-
-
-LOSSES = ("frobenius", "batch-sum")
+def _statistics_bytes(layer: LayerSpec, seen: Sequence[ObservedSpec]) -> int:
+    return len(seen) * (1400 + 7 * 8 * layer.experts)
 
 
 def _choose_spec(
-    rest: RestSpec, layer_spec: LayerSpec, *seen: ObservedSpec,
-    layer: int, keep: int, criterion: str, loss: str, batch_tokens: int, seed: int, dtype: str, targets: int,
+    rest: RestSpec, layer: LayerSpec, seen: tuple[ObservedSpec, ...], originals: tuple[ObservedSpec, ...],
+    *, at: int, keep: int, how: Search, batch_tokens: int | None, dtype: str,
 ) -> Spec:  # fmt: skip
-    config = rest.config
-    family = Family.of(config)
+    family = Family.of(rest.config)
     family.check_keep(keep)
-    if criterion not in (ENUMERATE, *CRITERIA):
-        raise ValueError(f"criterion={criterion!r} is not known; choose one of {', '.join((ENUMERATE, *CRITERIA))}")
-    if loss not in LOSSES:
-        raise ValueError(f"loss={loss!r} is not known; choose one of {', '.join(LOSSES)}")
-    count = count_subsets(layer_spec.experts, keep, family.group_limit[0])
-    if criterion == ENUMERATE and count > MAX_SUBSETS:
-        raise ValueError(
-            f"keeping {keep} of {layer_spec.experts} experts means {count:,} subsets, over {MAX_SUBSETS:,}: enumeration is for "
-            "narrow layers; choose by score instead (search=reap)"
-        )
-    states = [s.hidden for s in seen]
-    partial = [s for s, h in zip(seen, states, strict=True) if s.recorded < h.sequences * h.length]
-    if loss == "batch-sum" and partial:
+    subsets = Subsets(layer.experts, keep, family.group_limit[0])
+    exact = how.method == ENUMERATE
+    if exact:
+        _check_enumeration(subsets)
+    else:
+        check_score(how.method)
+    every = (*seen, *originals)
+    if how.loss == "batch-sum" and any(s.recorded < s.hidden.sequences * s.hidden.length for s in every):
         raise ValueError("loss='batch-sum' sums over whole batches and needs the inputs of all tokens: calibrate with record=None")
-    width, size = int(config["hidden_size"]), 4 if precision(config, dtype) == "float32" else 2
-    rows = sum(s.rows for s in seen)
-    reads = layer_spec.headers + layer_spec.block_bytes
-    reads += rows * width * size + len(seen) * (1400 + 7 * 8 * layer_spec.experts)
+    reads = layer.headers + layer.block_bytes + _input_bytes(rest, every, dtype) + _statistics_bytes(layer, every)
     # the layer twice, the largest shard's inputs and targets twice, and the intermediate tensors of a chunk of tokens in fp64
-    memory = 2 * layer_spec.nbytes + 4 * max(s.rows for s in seen) * width * size + (1 << 30)
-    writes = 1500 + (count if criterion == ENUMERATE else 0) * (26 + 3 * keep)
-    return Spec({"layer": layer, "keep": keep, "bytes": writes}, reads=reads, writes=writes, memory=memory)
+    memory = 2 * layer.nbytes + 4 * max(_input_bytes(rest, [s], dtype) for s in every) + (1 << 30)
+    writes = 1500 + (subsets.count if exact else 0) * (26 + 3 * keep)
+    return Spec({"layer": at, "keep": keep, "bytes": writes}, reads=reads, writes=writes, memory=memory)
 
 
-@step("prune.choose", version=2, spec=_choose_spec, gpus=1)
+@step("prune.choose", version=3, spec=_choose_spec, gpus=1)
 def choose(
-    context: Context, config_from: Artifact, layer_file: Artifact, *seen: Artifact,
-    layer: int, keep: int, criterion: str, loss: str, batch_tokens: int, seed: int, dtype: str, targets: int,
+    context: Context, config: Artifact, layer: Artifact, seen: tuple[Artifact, ...], originals: tuple[Artifact, ...] = (),
+    *, at: int, keep: int, how: Search, batch_tokens: int | None, dtype: str,
 ) -> None:  # fmt: skip
-    """The experts of one layer that stay, as `choice.json`, with the loss of the choice, of the runner-up and of the baselines.
+    """The `keep` experts of one layer that stay, by enumeration or by a score, as a `Choice`.
 
-    `seen`: what each shard of tokens showed in this layer. Where `targets` is not 0, the first `targets` of them saw the layer
-    behind an already pruned prefix, and the others show, for the same tokens, what the original model's layer saw.
+    `originals`: for the same tokens, what the original model recorded in the layer, where `seen` comes from behind layers that are
+    pruned already; the original layer's output is then the target. `batch_tokens`: the tokens of a batch, for loss="batch-sum".
     """
-
     from moeflow.methods.prune.enumeration import weigh
 
-    shards, originals = (seen[:targets], seen[targets:]) if targets else (seen, ())
     choice = weigh(
-        context, read_config(config_from), layer_file, shards, originals,
-        layer=layer, keep=keep, criterion=criterion, loss=loss, batch_tokens=batch_tokens, seed=seed, dtype=dtype,
+        context, read_config(config), layer, seen, originals, layer=at, keep=keep, how=how, batch_tokens=batch_tokens, dtype=dtype
+    )
+    choice.write(context.out)
+
+
+def _candidates_spec(
+    rest: RestSpec, layer: LayerSpec, seen: tuple[ObservedSpec, ...], counts: Mapping[str, Any] | None,
+    *, at: int, keep: list[int], protected: list[int], how: Search, dtype: str,
+) -> Spec:  # fmt: skip
+    family = Family.of(rest.config)
+    check_search(how.method)
+    for count in keep:
+        family.check_keep(count, layer.experts)
+        subsets = Subsets(layer.experts, count, family.group_limit[0], tuple(protected))
+        if how.method == ENUMERATE:
+            _check_enumeration(subsets)
+    reads = layer.headers + layer.block_bytes + _input_bytes(rest, seen, dtype) + _statistics_bytes(layer, seen)
+    sets = (len(keep) if counts is None else 1) * (how.best + 1 + len(SCORES))
+    writes = 300 + sets * (70 + 4 * layer.experts)
+    out = {"layer": at, "counts": keep, "experts": layer.experts, "bytes": writes}
+    return Spec(out, reads=reads, writes=writes, memory=2 * layer.nbytes + (3 << 30))
+
+
+@step("prune.candidates", version=2, spec=_candidates_spec, gpus=1)
+def candidates(
+    context: Context, config: Artifact, layer: Artifact, seen: tuple[Artifact, ...], counts: Artifact | None = None,
+    *, at: int, keep: list[int], protected: list[int], how: Search, dtype: str,
+) -> None:  # fmt: skip
+    """The best sets of one layer's experts for each number of experts in `keep`, and those of the scores, as `Candidates`.
+
+    `counts`: the numbers of experts of all layers; if given, only the one of this layer is searched, and it is one of `keep`. The
+    `protected` experts stay. A long search saves its state, and an interrupted one goes on from it.
+    """
+    from moeflow.methods.prune.subset_search import search_counts
+
+    sets = search_counts(
+        context, read_config(config), layer, seen,
+        layer=at, keep=keep if counts is None else [KeptCounts.read(counts).counts[at]], protected=protected, how=how, dtype=dtype,
     )  # fmt: skip
-    (context.out / CHOICE).write_text(readable(choice))
+    sets.write(context.out)
 
 
-def _importance_spec(rest: RestSpec, layer_spec: LayerSpec, *seen: ObservedSpec, layer: int, dtype: str) -> Spec:
-    width, size = int(rest.config["hidden_size"]), 4 if precision(rest.config, dtype) == "float32" else 2
-    rows = sum(s.rows for s in seen)
-    reads = layer_spec.headers + layer_spec.block_bytes + rows * width * size
-    writes = 80 + 32 * layer_spec.experts
-    out = {"layer": layer, "experts": layer_spec.experts, "bytes": writes}
-    return Spec(out, reads=reads, writes=writes, memory=2 * layer_spec.nbytes + (3 << 30))
+def _importance_spec(rest: RestSpec, layer: LayerSpec, seen: tuple[ObservedSpec, ...], *, at: int, dtype: str) -> Spec:
+    reads = layer.headers + layer.block_bytes + _input_bytes(rest, seen, dtype)
+    writes = 80 + 32 * layer.experts
+    out = {"layer": at, "experts": layer.experts, "bytes": writes}
+    return Spec(out, reads=reads, writes=writes, memory=2 * layer.nbytes + (3 << 30))
 
 
-@step("prune.importance", version=1, spec=_importance_spec, gpus=1)
-def importance(context: Context, config: Artifact, layer_file: Artifact, *seen: Artifact, layer: int, dtype: str) -> None:
-    """The relative change of one layer's output when one expert is left out, for each expert, as `importance.json`.
+@step("prune.importance", version=2, spec=_importance_spec, gpus=1)
+def importance(context: Context, config: Artifact, layer: Artifact, seen: tuple[Artifact, ...], *, at: int, dtype: str) -> None:
+    """How much the layer's output changes, as a part of it, when one expert is left out, for each expert, as `Importance`.
 
-    Exact, from the Gram identity. In a layer whose router needs all its experts every importance is zero.
+    Exact, by the Gram identity. In a layer whose router needs all its experts every importance is zero.
     """
+    from moeflow.methods.prune.subset_search import importance_of
 
-    from moeflow.methods.prune.subset_search import without_each
-
-    importance, tokens = without_each(context, read_config(config), layer_file, seen, layer=layer, dtype=dtype)
-    write_importance(context, layer, importance, tokens)
+    importance_of(context, read_config(config), layer, seen, layer=at, dtype=dtype).write(context.out)
 
 
-def _importance_lm_spec(found: Any, recon: Any, *, layer: int) -> Spec:
-    return Spec(recon, reads=found["bytes"] + recon["bytes"], writes=recon["bytes"])
+def _importance_lm_spec(curves: Mapping[str, Any], recon: Mapping[str, Any]) -> Spec:
+    return Spec(recon, reads=curves["bytes"] + recon["bytes"], writes=recon["bytes"])
 
 
-@step("prune.importance_lm", version=1, spec=_importance_lm_spec)
-def importance_lm(context: Context, found: Artifact, recon: Artifact, *, layer: int) -> None:
-    """How much the model's loss grows when one expert of a layer is left out, for each expert, as `importance.json`.
+@step("prune.importance_lm", version=2, spec=_importance_lm_spec)
+def importance_lm(context: Context, curves: Artifact, recon: Artifact) -> None:
+    """How much the model's loss grows when one expert of a layer is left out, for each expert, as `Importance`.
 
-    `recon`: the same layer's importance by its own output, which knows how many tokens each expert got.
+    `curves`: the loss without each expert, of all layers; `recon`: the importance in this layer by its own output, which knows how
+    many tokens each expert got.
     """
-    losses, tokens = read_curves(found), read_importance(recon)["tokens"]
-    without = losses["losses"].get(str(layer), {})
-    importance = [max(0.0, without.get(str(e), losses["loss"]) - losses["loss"]) for e in range(len(tokens))]
-    write_importance(context, layer, importance, tokens)
+    measured, own = Curves.read(curves), Importance.read(recon)
+    without = measured.losses.get(own.layer, {})
+    growth = (max(0.0, without.get(str(e), measured.loss) - measured.loss) for e in range(len(own.tokens)))
+    Importance(own.layer, tuple(growth), own.tokens).write(context.out)
+
+
+def _counts_spec(reads: int, legal: Mapping[str, list[int]], experts: Mapping[str, int], total: int) -> Spec:
+    check_total(total, {int(i): counts for i, counts in legal.items()})
+    return Spec({"total": total, "share": total / sum(experts.values())}, reads=reads, writes=500 + 60 * len(legal))
+
+
+def _counts_paper_spec(importances: tuple[Any, ...], *, legal: dict[str, list[int]], experts: dict[str, int], total: int) -> Spec:
+    return _counts_spec(sum(i["bytes"] for i in importances), legal, experts, total)
+
+
+@step("prune.counts_paper", version=2, spec=_counts_paper_spec)
+def counts_paper(
+    context: Context, importances: tuple[Artifact, ...], *, legal: dict[str, list[int]], experts: dict[str, int], total: int
+) -> None:
+    """How many experts each layer keeps by the paper's rule (MoE-I², section 3.1), as `KeptCounts`.
+
+    The more important a layer, the fewer experts it loses; its importance is the sum of its experts'. The paper leaves open how
+    importance becomes a count: here a layer's share of the experts that go is proportional to one over its importance, as far as it
+    has experts to give, rounded to `legal` counts that add up to `total` with the least squared deviation.
+    """
+    layers = {i.layer: sum(i.importance) for i in map(Importance.read, importances)}
+    least = {i: min(legal[str(i)]) for i in layers}
+    inverse = {i: 1 / (v + 1e-12) for i, v in layers.items()}
+    gone = shares(inverse, {i: experts[str(i)] - least[i] for i in layers}, sum(experts.values()) - total)
+    deviation = {i: {n: (experts[str(i)] - gone[i] - n) ** 2 for n in legal[str(i)]} for i in layers}
+    KeptCounts("paper", total, fit(deviation, total), importance=layers).write(context.out)
+
+
+def _counts_exact_spec(curves: Mapping[str, Any], *, legal: dict[str, list[int]], experts: dict[str, int], total: int) -> Spec:
+    return _counts_spec(curves["bytes"], legal, experts, total)
+
+
+@step("prune.counts_exact", version=2, spec=_counts_exact_spec)
+def counts_exact(context: Context, curves: Artifact, *, legal: dict[str, list[int]], experts: dict[str, int], total: int) -> None:
+    """The `legal` counts that add up to `total` and cost least together, by the measured curve of each layer, as `KeptCounts`.
+
+    Found by dynamic programming. Between measured counts a curve is a straight line; with all of a layer's experts it is zero.
+    """
+    measured = Curves.read(curves).curves
+    costs: dict[int, dict[int, float]] = {}
+    for i, counts in ((int(i), counts) for i, counts in legal.items()):
+        points = sorted(({int(n): v for n, v in measured.get(i, {}).items()} | {experts[str(i)]: 0.0}).items())
+        costs[i] = {n: between(points, n) for n in counts}
+    chosen = fit(costs, total)
+
+    def spread(counts: Mapping[int, int]) -> Spread:
+        return Spread(tuple(counts.values()), sum(costs[i][n] for i, n in counts.items()))
+
+    others = sorted(map(spread, neighbours(chosen, costs)), key=lambda other: other.cost)
+    same = dict.fromkeys(chosen, total // len(chosen))
+    everywhere = total == sum(same.values()) and all(n in costs[i] for i, n in same.items())
+    KeptCounts(
+        "exact", total, chosen,
+        cost=spread(chosen).cost, runner_up=others[0] if others else None, uniform=spread(same) if everywhere else None,
+    ).write(context.out)  # fmt: skip
+
+
+def _block_spec(
+    rest: RestSpec, layers: tuple[LayerSpec, ...], candidates: tuple[Mapping[str, Any], ...], before: tuple[Any, ...],
+    behind: tuple[Any, ...], *, first: int, best: int, batch: int, dtype: str,
+) -> Spec:  # fmt: skip
+    count = best ** len(candidates)
+    if count > MAX_COMBINATIONS:
+        raise ValueError(
+            f"K={best} sets in each of T={len(candidates)} layers are {count:,} combinations, over {MAX_COMBINATIONS:,}; lower K "
+            "or T"
+        )
+    states: list[HiddenSpec] = [s.hidden if isinstance(s, ObservedSpec) else s for s in (*before, *behind)]
+    reads = (
+        len(before) * sum(layer.nbytes for layer in layers) + sum(c["bytes"] for c in candidates) + sum(s.nbytes for s in states)
+    )
+    resident = sum(best**t for t in range(max(1, len(candidates)))) + 2  # hidden states of so many prefixes
+    memory = 3 * max(layer.nbytes for layer in layers) + resident * max(s.nbytes for s in states)
+    writes = 200 + count * (60 + 8 * len(candidates))
+    return Spec({"bytes": writes}, reads=reads, writes=writes, memory=memory)
+
+
+@step("prune.block", version=2, spec=_block_spec, gpus=1)
+def block(
+    context: Context, config: Artifact, layers: tuple[Artifact, ...], candidates: tuple[Artifact, ...],
+    before: tuple[Artifact, ...], behind: tuple[Artifact, ...] = (), *, first: int, best: int, batch: int, dtype: str,
+) -> None:  # fmt: skip
+    """The loss of every combination of the `best` sets of the layers that have candidates, as `Combinations`.
+
+    `layers`: consecutive layers from number `first` on; `candidates`: of those with experts, in order; `before`: the hidden states
+    before the block, shard by shard; `behind`: the original's hidden states behind it, shard by shard: the target,
+    if given; otherwise the output of the block with all its experts is.
+    """
+    from moeflow.methods.prune import reception
+
+    sets = {c.layer: [s.keep for s in c.only.best[:best]] for c in map(Candidates.read, candidates)}
+    losses = reception.losses(
+        read_config(config), [(first + i, layer.file(LAYER)) for i, layer in enumerate(layers)], sets,
+        [h.file(HIDDEN) for h in before], [h.file(HIDDEN) for h in behind],
+        batch=batch, dtype=dtype, progress=context.progress,
+    )  # fmt: skip
+    order = sorted(losses, key=lambda c: losses[c])
+    context.note(f"layers {first} to {first + len(layers) - 1}: best combination {list(order[0])} of {len(order)}")
+    Combinations(tuple(sets), tuple(Combination(c, losses[c]) for c in order)).write(context.out)
+
+
+def _pick_spec(
+    candidates: Mapping[str, Any], counts: Mapping[str, Any] | None, block: Mapping[str, Any] | None, *, keep: int | None
+) -> Spec:
+    layer, searched = candidates["layer"], candidates["counts"]
+    if (keep is None) == (counts is None):
+        raise ValueError(f"layer {layer}: say how many experts stay by keep, or by a step that decides counts; keep={keep}")
+    if keep is not None and keep not in searched:
+        raise ValueError(f"the candidates of layer {layer} are for {searched} experts, not for {keep}")
+    reads = candidates["bytes"] + sum(d.get("bytes", 200) for d in (counts, block) if d)
+    out = {"layer": layer, "keep": keep, "share": counts["share"] if counts else 1.0, "least": min(searched), "bytes": 1500}
+    return Spec(out, reads=reads, writes=1500)
+
+
+@step("prune.pick", version=2, spec=_pick_spec)
+def pick(
+    context: Context, candidates: Artifact, counts: Artifact | None = None, block: Artifact | None = None, *, keep: int | None
+) -> None:
+    """One of a layer's candidates, as a `Choice`: the best, or that of the best combination of its `block`.
+
+    `keep`: how many experts stay, if that is known when the graph is built; otherwise `counts` says it.
+    """
+    of_layer, rank = Candidates.read(candidates), 0
+    if block is not None:
+        decided = Combinations.read(block)
+        rank = decided.combinations[0].sets[decided.layers.index(of_layer.layer)]
+    if counts is not None:
+        keep = KeptCounts.read(counts).counts[of_layer.layer]
+    sets = of_layer.only if keep is None else of_layer.counts[keep]
+    picked, others = sets.best[rank], [s for i, s in enumerate(sets.best) if i != rank]
+    Choice(
+        of_layer.layer,
+        of_layer.experts,
+        picked.keep,
+        of_layer.method,
+        LayerLoss("frobenius", picked.loss, picked.of_output, of_layer.tokens),
+        others[0] if others else None,
+        sets.baselines,
+    ).write(context.out)

@@ -1,23 +1,25 @@
-"""One layer's subsets weighed on what calibration saw in it, by whichever search: the tensor side of `candidates` and `importance`.
+"""The best sets of one layer's experts, by any search, and the importance of its experts, on what a calibration recorded.
 
-Shapes are suffixes: T tokens, D model width, E experts, S subsets.
+Shapes are suffixes: E experts.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from moeflow.arch import Config
-from moeflow.methods.prune import genetic, swap
+from moeflow.methods.graph import load
 from moeflow.methods.prune.errors import mask_of
-from moeflow.methods.prune.evaluated import enumerate_all
 from moeflow.methods.prune.gram import Weighed, room
-from moeflow.methods.prune.subsets import ENUMERATE, Subset, without
+from moeflow.methods.prune.searches import Search, check_search
+from moeflow.methods.prune.subsets import Subset, Subsets, without
 from moeflow.methods.recorded import add_stats, layer_of, routed_tokens, sample_of
-from moeflow.methods.scores import SCORES, best_by_score
+from moeflow.methods.records import Candidates, ExpertSet, Importance, Sets
+from moeflow.methods.scores.functions import baselines
 from moeflow.model.checkpoint import Tensors
 from moeflow.model.layout import Files
 from moeflow.model.moe import MoELayer
@@ -25,103 +27,99 @@ from moeflow.step import Context
 
 STATE = "state.json"
 
-METHODS: dict[str, Callable[..., list[tuple[Subset, float]]]] = {
-    ENUMERATE: enumerate_all,
-    "genetic": genetic.search,
-    "swap": swap.search,
-}
-"""Every search over the subsets of one layer, by name."""
-
 
 @torch.inference_mode()
 def search_counts(
     context: Context, config: Config, layer_file: Files, shards: Sequence[Files],
-    *, layer: int, counts: Sequence[int], method: str, best: int, options: dict[str, Any], protected: Sequence[int],
-    seed: int, dtype: str,
-) -> dict[str, Any]:  # fmt: skip
-    """The best sets for every count with their losses, absolute and as a part of the output, and those of the baselines."""
+    *, layer: int, keep: Sequence[int], protected: Sequence[int], how: Search, dtype: str,
+) -> Candidates:  # fmt: skip
+    """The best sets of each number of experts in `keep`, and the sets that the scores would keep, with their losses.
+
+    A search that takes subsets to begin at gets those of the scores, except the random one, unless experts are `protected`. What is
+    finished is saved, and so is the state of a search that can go on from it. Raises ValueError where a loss is no number.
+    """
     moe = layer_of(Tensors(layer_file), config, layer, dtype)
-    most = moe.num_experts - min(counts)
-    weighed, stats = _weighed(context, moe, shards, drop_at_most=most)
-    groups, experts = moe.router.groups, moe.num_experts
+    row, experts = check_search(how.method), moe.num_experts
+    weighed, stats = _weighed(context, moe, shards, drop_at_most=experts - min(keep))
     norm = float(weighed.norm) ** 0.5
-    done = _Progress(context, list(counts))
-    found: dict[str, Any] = {}
-    for keep in counts:
-        if str(keep) in done.found:
-            found[str(keep)] = done.found[str(keep)]
+    progress = _Progress(context, len(keep))
+    for count in keep:
+        if count in progress.finished:
             continue
-        baselines = {n: tuple(best_by_score(score(moe, stats, seed + layer), keep, groups)) for n, score in SCORES.items()}
-        more: dict[str, Any] = dict(options)
-        if method != ENUMERATE:
-            more |= {"seed": seed, "layer": layer}
-        if method == "genetic":
-            more |= {"save": done.between, "resume": done.state}
-        if method == "swap" and not protected:
-            more |= {"given": [s for n, s in baselines.items() if n != "random"]}
-        sets = METHODS[method](weighed, experts, keep, groups=groups, protected=protected, best=best, **more)
-        losses = weighed(mask_of(list(baselines.values()), experts, weighed.norm.device)).tolist()
-        found[str(keep)] = {
-            "best": [_entry(s, loss, norm) for s, loss in sets],
-            "baselines": {n: _entry(s, loss, norm) for (n, s), loss in zip(baselines.items(), losses, strict=True)},
-        }
-        done.finished(found)
-    return {"layer": layer, "experts": experts, "method": method, "tokens": weighed.tokens, "norm": norm, "counts": found}
+        by_score = baselines(moe, stats, how.seed + layer, count)
+        more: dict[str, Any] = {}
+        if row.begins and not protected:
+            more["begin"] = [subset for name, subset in by_score.items() if name != "random"]
+        if row.resumes:
+            more |= {"save": progress.save_search, "resume": progress.search}
+        subsets = Subsets(experts, count, moe.router.groups, tuple(protected))
+        best = load(row.code)(weighed, subsets, how, layer=layer, **more)
+        losses = weighed(mask_of(list(by_score.values()), experts, weighed.norm.device)).tolist()
+        progress.finish(
+            count,
+            Sets(
+                tuple(_entry(subset, loss, norm) for subset, loss in best),
+                {name: _entry(subset, loss, norm) for (name, subset), loss in zip(by_score.items(), losses, strict=True)},
+            ),
+        )
+    return Candidates(layer, experts, how.method, weighed.tokens, norm, {count: progress.finished[count] for count in keep})
 
 
 @torch.inference_mode()
-def without_each(
+def importance_of(
     context: Context, config: Config, layer_file: Files, shards: Sequence[Files], *, layer: int, dtype: str
-) -> tuple[list[float], list[int]]:
-    """For each expert, the change of the layer's output without it, as a part of that output, and the recorded tokens it got."""
+) -> Importance:
+    """For each expert, the change of the layer's output without it, as a part of that output."""
     moe = layer_of(Tensors(layer_file), config, layer, dtype)
-    tokens = routed_tokens(moe, shards)
-    if not moe.router.can_spare(moe.num_experts):
-        return [0.0] * moe.num_experts, tokens
+    experts, tokens = moe.num_experts, tuple(routed_tokens(moe, shards))
+    if not moe.router.can_spare(experts):
+        return Importance(layer, (0.0,) * experts, tokens)
     weighed, _ = _weighed(context, moe, shards, drop_at_most=1)
-    mask_EE = mask_of([without(moe.num_experts, [e]) for e in range(moe.num_experts)], moe.num_experts, weighed.norm.device)
+    mask_EE = mask_of([without(experts, [e]) for e in range(experts)], experts, weighed.norm.device)
     norm = float(weighed.norm) ** 0.5
-    return [float(loss) / norm if norm else 0.0 for loss in weighed(mask_EE)], tokens
+    return Importance(layer, tuple(float(loss) / norm if norm else 0.0 for loss in weighed(mask_EE)), tokens)
 
 
 class _Progress:
-    """What a search has found so far, kept so that an interrupted one goes on from there."""
+    """The sets of the counts that are finished, and the state of the search that is not, saved so that another run goes on."""
 
-    def __init__(self, context: Context, counts: list[int]) -> None:
+    def __init__(self, context: Context, counts: int) -> None:
         self.context, self.counts = context, counts
         folder = context.resume()
-        kept = json.loads((folder / STATE).read_text()) if folder else {"found": {}, "state": None}
-        self.found, self.state = kept["found"], kept["state"]
+        saved = json.loads((folder / STATE).read_text()) if folder else {"finished": {}, "search": None}
+        self.finished = {int(count): Sets.of(sets) for count, sets in saved["finished"].items()}
+        self.search: dict[str, Any] | None = saved["search"]
 
-    def between(self, state: dict[str, Any]) -> None:
-        """Keep the state of the count that is being searched, now and then: a generation is cheap."""
+    def save_search(self, state: dict[str, Any]) -> None:
+        """Keep the state of the present search, every tenth generation: one is cheap."""
         self.context.progress(state["generation"] + 1, 0, "generations")
         if state["generation"] % 10 == 9:
             self._save(state)
 
-    def finished(self, found: dict[str, Any]) -> None:
-        self.found, self.state = found, None
-        self.context.progress(len(found), len(self.counts), "counts")
+    def finish(self, count: int, sets: Sets) -> None:
+        self.finished[count], self.search = sets, None
+        self.context.progress(len(self.finished), self.counts, "counts")
         self._save(None)
 
-    def _save(self, state: dict[str, Any] | None) -> None:
+    def _save(self, search: dict[str, Any] | None) -> None:
         folder = self.context.scratch / "state"
         folder.mkdir(exist_ok=True)
-        (folder / STATE).write_text(json.dumps({"found": self.found, "state": state}))
+        finished = {count: asdict(sets) for count, sets in self.finished.items()}
+        (folder / STATE).write_text(json.dumps({"finished": finished, "search": search}))
         self.context.save(folder)
 
 
 def _weighed(context: Context, moe: MoELayer, shards: Sequence[Files], *, drop_at_most: int) -> tuple[Weighed, dict[str, Tensor]]:
-    """The layer prepared on an equal part of each shard's tokens, as far as there is room, and the shards' summed statistics."""
-    seen = [Tensors(s) for s in shards]
-    each = room(moe, drop_at_most) // len(seen)
-    inputs = (sample_of(s)[:each].to(moe.router_ED.device, moe.router_ED.dtype) for s in seen)
+    """The layer prepared on as many tokens of each shard as there is room for, and the shards' added statistics."""
+    recorded = [Tensors(s) for s in shards]
+    each = room(moe, drop_at_most) // len(recorded)
+    inputs = (sample_of(s)[:each].to(moe.router_ED.device, moe.router_ED.dtype) for s in recorded)
     weighed = Weighed.of(moe, inputs, drop_at_most=drop_at_most)
-    left = sum(max(0, int(s["sample"]) - each) for s in seen)
+    left = sum(max(0, int(s["sample"]) - each) for s in recorded)
     if left:
         context.note(f"weighed on {weighed.tokens:,} tokens: there was no room for {left:,} more")
-    return weighed, add_stats(seen)
+    return weighed, add_stats(recorded)
 
 
-def _entry(subset: Subset, loss: float, norm: float) -> dict[str, Any]:
-    return {"keep": list(subset), "loss": loss, "of_output": loss / norm if norm else 0.0}
+def _entry(subset: Subset, loss: float, norm: float) -> ExpertSet:
+    return ExpertSet(subset, loss, loss / norm if norm else 0.0)

@@ -1,70 +1,65 @@
 """A compressed model compared with its original: every report of `moeflow.methods.evaluate`, on each held-out text."""
 
 import re
-from typing import Any
+from dataclasses import replace
 
 from moeflow.methods.calibrate import steps as calibrate
-from moeflow.methods.calibrate.steps import hidden_states
-from moeflow.methods.checkpoint import steps as checkpoint
+from moeflow.methods.checkpoint.steps import checkpoint_of
 from moeflow.methods.data import steps as data
-from moeflow.methods.evaluate.steps import here, layers, quality, reach, size, speed
-from moeflow.methods.graph import Calibration, Model, Pass
+from moeflow.methods.evaluate.steps import experts_per_token, here, layers, quality, size, speed
+from moeflow.methods.graph import Model, Pass, Sample
+from moeflow.sources import Source, TextEntry, Texts
 from moeflow.step import Step
+
+NO_TOKENIZER = "the model has no tokenizer: held-out text is left out, the loss on the token matrix stands for it"
 
 
 def compare(
-    calibration: Calibration, compressed: Model, *, heldout: data.Texts, sequences: int, length: int, seed: int = 0
+    original: Model, compressed: Model, heldout: Texts, sample: Sample, passed: Pass = Pass(shard=64), *, tokens: Step | None = None
 ) -> tuple[Step, ...]:
-    """Reports on `compressed` beside the model that was calibrated: size, quality on each held-out text, speed.
+    """Reports on `compressed` beside `original`: size, quality on each held-out text, speed.
 
-    A model without a tokenizer cannot read text: its quality is measured on the calibration tokens instead, and the report says so.
+    `sample` says how much of each text is read, without a beginning-of-sequence token, and `passed` how both models run over it;
+    nothing is recorded. A model without a tokenizer cannot read text: then the matrix `tokens` stands for it, and the report says
+    so. Raises ValueError if that is missing.
     """
-    original = calibration.model
-    both = checkpoint.checkpoint_of(original), checkpoint.checkpoint_of(compressed)
-    plan: list[tuple[str, Step, tuple[Step, ...], str]] = []
     if original.has_tokenizer:
-        for text in heldout.each():
-            matrix = data.tokens(text, original, sequences=sequences, length=length, seed=seed, bos=False)
-            plan.append((_name(text.entries()[0].source), matrix, _hidden(original, matrix, calibration), ""))
+        sample = replace(sample, bos=False)
+        texts = zip(_names(heldout.entries()), heldout.each(), strict=True)
+        matrices = [(name, data.tokens(text, original, sample), "") for name, text in texts]
+    elif tokens is not None:
+        matrices = [("token matrix", tokens, NO_TOKENIZER)]
     else:
-        note = "the model has no tokenizer: held-out text is left out, the loss on the token matrix stands for it"
-        plan.append(("token matrix", calibration.tokens, calibration.ends, note))
-    chosen = [c for c in compressed.choices if "keep" in c.spec.output]
+        raise ValueError("the model has no tokenizer, so held-out text cannot become tokens; pass a ready-made matrix (tokens=...)")
+    both = checkpoint_of(original), checkpoint_of(compressed)
+    chosen = tuple(c for c in compressed.choices if "keep" in c.spec.output)
     zeros = sorted({s.slimmed_by for layer in compressed.layers if (s := layer.spec.output).sparse})
-    reports = [size(*both, zeros=zeros), *([layers(*chosen)] if chosen else [])]
-    for name, matrix, ends, note in plan:
-        theirs, seen = _hidden(compressed, matrix, calibration), {}
+    reports = [size(*both, zeros=zeros), *([layers(chosen)] if chosen else [])]
+    for name, matrix, note in matrices:
+        states = calibrate.hidden_states(original, matrix, passed)
+        counts: list[Step] = []
         if compressed.does_with_fewer:
-            passed = calibrate.run(compressed, matrix, _options(calibration), inputs=False)
-            theirs, seen = passed.ends, passed.observed
-        reports.append(
-            quality(
-                original.rest,
-                compressed.rest,
-                matrix,
-                *ends,
-                *theirs,
-                firsts=len(ends),
-                name=name,
-                note=note,
-                dtype=calibration.dtype,
-            )
-        )
-        if seen:
-            reports.append(reach(original.essential, *(p for parts in seen.values() for p in parts), layers=list(seen), name=name))
-    return (*reports, speed(*both, machine=here(), length=length))
+            run = calibrate.run(compressed, matrix, passed, inputs=False)
+            compressed_states, observed = run.ends, tuple(part for parts in run.observed.values() for part in parts)
+            counts = [experts_per_token(original.essential, observed, layers=list(run.observed), name=name)]
+        else:
+            compressed_states = calibrate.hidden_states(compressed, matrix, passed)
+        heads = original.rest, compressed.rest
+        reports.append(quality(*heads, matrix, states, compressed_states, name=name, note=note, dtype=passed.dtype))
+        reports += counts
+    return (*reports, speed(*both, machine=here(), length=sample.length))
 
 
-def _options(calibration: Calibration) -> Pass:
-    return Pass(calibration.batch, shard=8 * calibration.batch, dtype=calibration.passed.dtype)
+def _names(entries: tuple[TextEntry, ...]) -> list[str]:
+    """What each text is called in reports: its file, with its columns or its address if two would have one name."""
+    names = [_name(e.source) for e in entries]
+    for more in ([f" ({'+'.join(e.columns)})" * bool(e.columns) for e in entries], [f" ({e.source.uri})" for e in entries]):
+        names = [f"{name}{m}" if names.count(name) > 1 else name for name, m in zip(names, more, strict=True)]
+    return names
 
 
-def _hidden(model: Model, matrix: Step, calibration: Calibration) -> tuple[Step, ...]:
-    return hidden_states(model, matrix, _options(calibration))
-
-
-def _name(source: Any) -> str:
-    """What a text is called in a report: its file, with the folder where that says more ("wikitext-2-raw-v1/test")."""
+def _name(source: Source) -> str:
+    """A text's file, with its folder if that says more ("wikitext-2-raw-v1/test")."""
     path = (source.files[0].name if len(source.files) == 1 else source.uri).rstrip("/").removeprefix("python:")
     stem = re.sub(r"-\d+-of-\d+$", "", path.rsplit("/", 1)[-1].split("?")[0].split(".")[0])
     return f"{path.split('/')[-2]}/{stem}" if stem in ("train", "test", "validation") and "/" in path else stem

@@ -4,124 +4,110 @@ Yang et al., EMNLP Findings 2024, arXiv 2411.01016, and what moeflow puts beside
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from math import ceil
-from typing import Any
+from typing import Any, Protocol
 
 from moeflow.arch import MATRICES, Family
 from moeflow.methods import rewrite
 from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.calibrate.steps import Alternatives, Forks
 from moeflow.methods.decompose import steps as decompose_
-from moeflow.methods.decompose.options import MEASURED, Decomposition
+from moeflow.methods.decompose.options import Decomposition
 from moeflow.methods.decompose.ranks import PARTS, average_rank, moved_rank
 from moeflow.methods.graph import Calibration, Model
 from moeflow.methods.prune import counts as counts_
-from moeflow.methods.prune import steps as prune_
-from moeflow.methods.prune.steps import candidates, importance
-from moeflow.methods.prune.subsets import GENERATIONS, POPULATION, STARTS
+from moeflow.methods.prune.counts import Counts
+from moeflow.methods.prune.searches import Search
+from moeflow.methods.prune.steps import block, candidates, counts_exact, counts_paper, importance, importance_lm, pick
 from moeflow.step import Step
 
 
-def prune(
-    calibration: Calibration, *, keep: float, unit: counts_.Unit = "experts",
-    counts: str = "exact", search: str = "swap", importance: str = "lm_loss",
-    best: int = 3, block: int = 1, inputs: str = "original",
-    legal: Sequence[int] = (), divisor: int = 1, protected: Mapping[int, Sequence[int]] | None = None,
-    grid: int = 8, measured: int = MEASURED,
-    population: int = POPULATION, generations: int = GENERATIONS, starts: int = STARTS, seed: int = 0,
-) -> Model:  # fmt: skip
+def prune(calibration: Calibration, counts: Counts, how: Search = Search("swap")) -> Model:
     """The model with fewer experts in its layers, as a graph.
 
-    `keep` of `unit` stays: a part of all up to 1, an amount above it. `counts`: how the budget is spread over layers, a name of
-    `COUNTS`; `search`: how a layer's set is found ("genetic" with its `population` and `generations`, "swap" with its `starts`,
-    "enumerate"); `importance`: "recon" or "lm_loss", what the paper's counts go by; `best`: the sets kept of each layer, of which
-    blocks of `block` layers choose together (MoE-I²'s K and T; T=1: the layer's best), on `inputs` "original" or "progressive".
-    `legal`, `divisor` and `protected` are as in `budget.legal_counts`; the exact rule measures at most `grid` counts a layer;
-    what is measured through the whole model is measured on about `measured` of the calibration tokens. Raises ValueError for what
-    cannot work, with the nearest that can.
+    `counts` says how many experts each layer keeps, `how` by which search its sets are found, and whether blocks of layers choose
+    among them together (MoE-I²'s K and T). Raises ValueError for what cannot work, with the nearest that can.
     """
-    _check(counts=(counts, COUNTS), importance=(importance, IMPORTANCES), inputs=(inputs, prune_.INPUTS))
-    if min(best, block) < 1:
-        raise ValueError(f"best={best} sets (K) and block={block} layers (T) must be at least 1")
-    if inputs == "progressive" and block == 1:
-        raise ValueError("inputs='progressive' is for blocks that choose together; give block=2 or more")
     model = calibration.model
-    allowed = counts_.legal_counts(model, counts=legal, divisor=divisor, protected=protected)
-    total = counts_.total_experts(model, keep, unit)
-    counts_.check_total(total, allowed)
-    options = {"genetic": {"population": population, "generations": generations}, "swap": {"starts": starts}}.get(search, {})
-    common: dict[str, Any] = {"method": search, "options": options, "seed": seed, "dtype": calibration.dtype}
-    spare = {i: list((protected or {}).get(i, ())) for i in allowed}
-
-    def sets(layer: int, wanted: Sequence[int], decider: tuple[Step, ...] = (), most: int = best) -> Step:
-        return candidates(
-            model.essential, model.layers[layer], *decider, *calibration.observed[layer],
-            layer=layer, counts=list(wanted), decided=bool(decider), best=most, protected=spare[layer], **common,
-        )  # fmt: skip
-
-    decider, found = COUNTS[counts](calibration, allowed, total, sets, importance=importance, grid=grid, measured=measured)
-    if block == 1:
-        choices = {i: prune_.pick(found[i], *decider, layer=i, keep=_fixed(found[i], decider)) for i in allowed}
-        return model.with_layers(_dropped(calibration, choices), tuple(choices.values()))
-    return _by_blocks(calibration, found, decider, best=best, block=block, inputs=inputs)
+    legal = counts_.legal_counts(model, counts)
+    total = counts_.total_experts(model, counts)
+    counts_.check_total(total, legal)
+    sets = partial(_sets, calibration, counts, how.for_candidates())
+    decider, candidates = RULES[counts.rule](calibration, counts, legal, total, sets)
+    if how.block > 1:
+        return _by_blocks(calibration, decider, candidates, how)
+    choices = {i: pick(candidates[i], decider, keep=_known(candidates[i], decider)) for i in legal}
+    return model.with_layers(_pruned(calibration, choices), tuple(choices.values()))
 
 
-Found = tuple[tuple[Step, ...], dict[int, Step]]
+class Sets(Protocol):
+    """The step that searches a layer's sets for each number of experts in `keep`, or for the one that a step decides."""
+
+    def __call__(self, layer: int, keep: Sequence[int], decider: Step | None = None, *, best: int | None = None) -> Step: ...
+
+
+def _sets(
+    calibration: Calibration, counts: Counts, how: Search, layer: int, keep: Sequence[int], decider: Step | None = None,
+    *, best: int | None = None,
+) -> Step:  # fmt: skip
+    model = calibration.model
+    return candidates(
+        model.essential, model.layers[layer], calibration.observed[layer], decider,
+        at=layer, keep=list(keep), protected=counts.protected_in(layer), how=replace(how, best=best or how.best),
+        dtype=calibration.dtype,
+    )  # fmt: skip
+
+
+Searched = tuple[Step | None, dict[int, Step]]
 """The step that decides the counts, if one does, and every layer's candidates."""
 
 
-def _uniform(calibration: Calibration, legal: Mapping[int, list[int]], total: int, sets: Callable[..., Step], **_: Any) -> Found:
+def _uniform(calibration: Calibration, counts: Counts, legal: Mapping[int, list[int]], total: int, sets: Sets) -> Searched:
     each, left = divmod(total, len(legal))
-    if left or any(each not in counts for counts in legal.values()):
+    if left or any(each not in numbers for numbers in legal.values()):
         shared = sorted(set.intersection(*map(set, legal.values())))
         if not shared:
-            raise ValueError(f"no number of experts is legal in each of {len(legal)} layers; take counts='exact' or 'paper'")
+            raise ValueError(f"no number of experts is legal in each of {len(legal)} layers; take rule='exact' or 'paper'")
         nearest = sorted(shared, key=lambda n: (abs(n * len(legal) - total), n))[:2]
         raise ValueError(
             f"{total} experts are not the same legal number in each of {len(legal)} layers; nearest: "
             f"{' or '.join(str(n * len(legal)) for n in sorted(nearest))}"
         )
-    return (), {i: sets(i, [each]) for i in legal}
+    return None, {i: sets(i, [each]) for i in legal}
 
 
-def _paper(
-    calibration: Calibration, legal: Mapping[int, list[int]], total: int, sets: Callable[..., Step],
-    *, importance: str, measured: int, **_: Any,
-) -> Found:  # fmt: skip
-    seen = IMPORTANCES[importance](calibration, list(legal), measured)
-    decider = prune_.counts_paper(*seen.values(), **_rule(calibration, legal), total=total)
-    return (decider,), {i: sets(i, legal[i], (decider,)) for i in legal}
+def _paper(calibration: Calibration, counts: Counts, legal: Mapping[int, list[int]], total: int, sets: Sets) -> Searched:
+    importances = IMPORTANCES[counts.importance](calibration, list(legal), counts.measured)
+    decider = counts_paper(tuple(importances.values()), **_limits(calibration, legal), total=total)
+    return decider, {i: sets(i, legal[i], decider) for i in legal}
 
 
-def _exact(
-    calibration: Calibration, legal: Mapping[int, list[int]], total: int, sets: Callable[..., Step],
-    *, grid: int, measured: int, **_: Any,
-) -> Found:  # fmt: skip
-    if grid < 2 or measured < 1:
-        raise ValueError(f"grid={grid} counts must be at least 2, a curve's two ends, and measured={measured} tokens at least 1")
-    rule = _rule(calibration, legal)
-    grids = {i: _thinned([n for n in counts if n < rule["experts"][str(i)]], grid) for i, counts in legal.items()}
-    alternatives = {
-        i: Alternatives(Forks("sets", tuple(map(str, counts))), (sets(i, counts, (), 1),)) for i, counts in grids.items() if counts
-    }
-    decider = prune_.counts_exact(calibrate.curves(calibration, alternatives, tokens=measured), **rule, total=total)
-    return (decider,), {i: sets(i, legal[i], (decider,)) for i in legal}
+def _exact(calibration: Calibration, counts: Counts, legal: Mapping[int, list[int]], total: int, sets: Sets) -> Searched:
+    limits = _limits(calibration, legal)
+    grids = {i: _thinned([n for n in numbers if n < limits["experts"][str(i)]], counts.grid) for i, numbers in legal.items()}
+    alternatives = {i: Alternatives(Forks("sets", tuple(map(str, n))), (sets(i, n, best=1),)) for i, n in grids.items() if n}
+    decider = counts_exact(calibrate.curves(calibration, alternatives, tokens=counts.measured), **limits, total=total)
+    return decider, {i: sets(i, legal[i], decider) for i in legal}
 
 
-def _rule(calibration: Calibration, legal: Mapping[int, list[int]]) -> dict[str, Any]:
+def _limits(calibration: Calibration, legal: Mapping[int, list[int]]) -> dict[str, Any]:
     experts = {str(i): counts_.spec_of(calibration.model, i).experts for i in legal}
-    return {"legal": {str(i): counts for i, counts in legal.items()}, "experts": experts}
+    return {"legal": {str(i): numbers for i, numbers in legal.items()}, "experts": experts}
 
 
-COUNTS: dict[str, Callable[..., Found]] = {"uniform": _uniform, "paper": _paper, "exact": _exact}
-"""Every way to spread a budget of experts over layers, by name."""
+RULES: dict[str, Callable[[Calibration, Counts, Mapping[int, list[int]], int, Sets], Searched]] = {
+    "uniform": _uniform,
+    "paper": _paper,
+    "exact": _exact,
+}
+"""The rules of `Counts`, by name."""
 
 
 def _recon(calibration: Calibration, layers: Sequence[int], measured: int) -> dict[int, Step]:
     model = calibration.model
-    return {
-        i: importance(model.essential, model.layers[i], *calibration.observed[i], layer=i, dtype=calibration.dtype) for i in layers
-    }
+    return {i: importance(model.essential, model.layers[i], calibration.observed[i], at=i, dtype=calibration.dtype) for i in layers}
 
 
 def _lm_loss(calibration: Calibration, layers: Sequence[int], measured: int) -> dict[int, Step]:
@@ -130,11 +116,11 @@ def _lm_loss(calibration: Calibration, layers: Sequence[int], measured: int) -> 
     top_k = Family.of(model.config).top_k
     each = {i: Alternatives(Forks("each", tuple(map(str, range(experts[i]))))) for i in layers if experts[i] > top_k}
     curves = calibrate.curves(calibration, each, tokens=measured)
-    return {i: prune_.importance_lm(curves, own[i], layer=i) for i in layers}
+    return {i: importance_lm(curves, own[i]) for i in layers}
 
 
 IMPORTANCES: dict[str, Callable[[Calibration, Sequence[int], int], dict[int, Step]]] = {"recon": _recon, "lm_loss": _lm_loss}
-"""Every reading of an expert's importance, by name: one step per layer."""
+"""What an expert's importance may be, by name: of (calibration, layers, measured tokens), one step per layer."""
 
 
 def ratio_left(remove: float, drop: float) -> float:
@@ -219,36 +205,32 @@ RANKS: dict[str, Callable[[Calibration, Rewritten, Decomposition], Ranked]] = {
 """Every way to spread a budget of parameters over matrices, by name."""
 
 
-def _by_blocks(
-    calibration: Calibration, found: Mapping[int, Step], decider: tuple[Step, ...],
-    *, best: int, block: int, inputs: str,
-) -> Model:  # fmt: skip
-    """Choose among every layer's sets block by block: the KT-Reception Field."""
-    model, order = calibration.model, list(found)
+def _by_blocks(calibration: Calibration, decider: Step | None, candidates: Mapping[int, Step], how: Search) -> Model:
+    """Choose among every layer's sets block by block (the KT-Reception Field)."""
+    model, order = calibration.model, list(candidates)
     choices: dict[int, Step] = {}
-    changed = model
+    pruned = model
     states, at_layer = calibrate.states_before(calibration, order[0]), order[0]
-    goals: tuple[Step, ...] = ()
-    for at in range(0, len(order), block):
-        searched = order[at : at + block]
-        layers = list(range(searched[0], searched[-1] + 1))
-        if inputs == "original":
-            before = calibrate.states_before(calibration, layers[0])
+    behind: tuple[Step, ...] = ()
+    for at in range(0, len(order), how.block):
+        searched = order[at : at + how.block]
+        first, last = searched[0], searched[-1]
+        if how.inputs == "original":
+            before = calibrate.states_before(calibration, first)
         else:
-            before = states = calibrate.advanced(calibration, states, changed.layers, at_layer, layers[0])
-            goals, at_layer = calibrate.states_before(calibration, layers[-1] + 1), layers[0]
-        chosen = prune_.block(
-            model.essential, *(model.layers[i] for i in layers), *(found[i] for i in searched), *before, *goals,
-            layers=layers, searched=searched, best=best, shards=len(before), goals=len(goals),
-            batch=calibration.batch, dtype=calibration.dtype,
+            before = states = calibrate.advanced(calibration, states, pruned.layers, at_layer, first)
+            behind, at_layer = calibrate.states_before(calibration, last + 1), first
+        together = block(
+            model.essential, model.layers[first : last + 1], tuple(candidates[i] for i in searched), before, behind,
+            first=first, best=how.best, batch=calibration.batch, dtype=calibration.dtype,
         )  # fmt: skip
-        made = {i: prune_.pick(found[i], *decider, chosen, layer=i, keep=_fixed(found[i], decider)) for i in searched}
+        made = {i: pick(candidates[i], decider, together, keep=_known(candidates[i], decider)) for i in searched}
         choices |= made
-        changed = changed.with_layers(_dropped(calibration, made))
-    return changed.with_layers({}, tuple(choices.values()))
+        pruned = pruned.with_layers(_pruned(calibration, made))
+    return pruned.with_layers({}, tuple(choices.values()))
 
 
-def _dropped(calibration: Calibration, choices: Mapping[int, Step]) -> dict[int, Step]:
+def _pruned(calibration: Calibration, choices: Mapping[int, Step]) -> dict[int, Step]:
     model = calibration.model
     return {
         i: rewrite.experts(model.essential, model.layers[i], choice, layer=i, keep=choice.spec.output["keep"])
@@ -256,9 +238,9 @@ def _dropped(calibration: Calibration, choices: Mapping[int, Step]) -> dict[int,
     }
 
 
-def _fixed(found: Step, decider: tuple[Step, ...]) -> int:
-    """How many experts the layer keeps, where the graph knows it; 0 where a step decides."""
-    return 0 if decider else int(found.spec.output["counts"][0])
+def _known(candidates: Step, decider: Step | None) -> int | None:
+    """How many experts the layer keeps, unless a step decides it."""
+    return int(candidates.spec.output["counts"][0]) if decider is None else None
 
 
 def _thinned(counts: list[int], most: int) -> list[int]:

@@ -15,6 +15,7 @@ from moeflow.methods.graph import load
 from moeflow.methods.moments import moment_behind, second_moment
 from moeflow.methods.rare import enough, treatments
 from moeflow.methods.recorded import placement
+from moeflow.methods.records import Facts
 from moeflow.methods.rewrite import link_all
 from moeflow.methods.slim.methods import METHODS, Slimming
 from moeflow.methods.slim.quantized import Quantized
@@ -38,8 +39,10 @@ FIELDS = {"gate": "gate_FD", "up": "up_FD", "down": "down_DF"}
 def rewrite(
     context: Context, config: Config, given: Any, seen: Sequence[Files], how: Slimming,
     *, layer: int, part: int, parts: int, dtype: str,
-) -> list[dict[str, Any]]:  # fmt: skip
+) -> list[dict[str, Any]] | None:  # fmt: skip
     """Write the layer's file with slimmed experts and say for each, and for the shared one, what was done and lost.
+
+    A layer that a run has left without experts is linked as it is, and the answer is None.
 
     One of several parts treats its share of the experts only; the first also writes what is not an expert, and the shared one.
 
@@ -49,7 +52,7 @@ def rewrite(
     if family.router(layer) not in tensors:
         if part == 0:
             link_all(context, given)
-        return []
+        return None
     now = Layer(tensors, config, layer, how, placement(config, dtype))
     now.chosen = list(range(now.count))[now.count * part // parts : now.count * (part + 1) // parts]
     x_TD = torch.cat([Tensors(s)["x_RD"] for s in seen]).to(**now.placed)
@@ -72,9 +75,8 @@ def rewrite(
         by = "keep" if how.rare == "keep" else how.row.fallback
         context.note(f"layer {layer}: experts {few} saw fewer than {how.least} tokens and were treated by {by}")
     save(now.out, context.out / LAYER)
-    for name in given.names() if part == 0 else ():
-        if name != LAYER:
-            context.link(given, name)
+    if part == 0:
+        link_all(context, given, but=(LAYER, Facts.FILE))
     return report
 
 

@@ -1,7 +1,7 @@
 """Every method that makes an expert's weights sparse or rounds them, a row each, and the options of Expert Slimming. No torch."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from moeflow.methods.rare import Rare, check_least
 from moeflow.methods.slim.grid import Grid
@@ -139,6 +139,12 @@ class Slimming:
     def words(self) -> str:
         """The method and how much is left, for reports."""
         return f"{self.method} {self.bits} bits" if self.row.quantizes else f"{self.method} {self.pattern}"
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What is told of a slimmed layer: the method, and every field that it reads, but for how it is packed."""
+        names = (*OF_A_KIND[self.row.kind], *self.row.takes)
+        return {"method": self.method, **{name: getattr(self, name) for name in names if name != "packed"}}
 
     @property
     def of_a_layer(self) -> "Slimming":

@@ -5,14 +5,12 @@ gates of shared experts, norms and everything outside the MoE blocks keep comput
 and all that it feeds, the router among them.
 """
 
-import json
-from collections.abc import Sequence
 from dataclasses import replace
 from math import gcd, lcm
 from typing import Any
 
 from moeflow.arch import Family
-from moeflow.methods.records import SLIMMED
+from moeflow.methods.records import Facts
 from moeflow.methods.slim.methods import METHODS, Slimming
 from moeflow.methods.slim.pattern import Pattern
 from moeflow.model.layout import LAYER, read_config
@@ -99,7 +97,7 @@ def layer(
     context: Context, config: Artifact, given: Artifact, seen: tuple[Artifact, ...],
     *, layer: int, part: int, parts: int, how: Slimming, dtype: str,
 ) -> None:  # fmt: skip
-    """One layer's file with slimmed experts, and `slimmed.json`, which says for every expert by what and what it lost.
+    """One layer's file with slimmed experts, and `facts.json`, which says for every expert by what it was treated and what it lost.
 
     `seen`: what each shard of tokens showed in this layer. Of several `parts` each has its share of the experts, and the first
     everything else. If a run has left the layer without experts, it stays what it is.
@@ -110,14 +108,11 @@ def layer(
     report = experts.rewrite(
         context, read_config(config), given, seen, how, layer=layer, part=part, parts=parts, dtype=dtype
     )  # fmt: skip
-    grid = {"bits": how.bits, "group": how.group} if how.row.quantizes else {"bits": 0, "group": 0}
-    head = {"layer": layer, "method": how.method, "pattern": "" if how.row.quantizes else how.pattern, **grid}
-    _write(context, head, report)
-
-
-def _write(context: Context, head: dict[str, Any], report: Sequence[dict[str, Any]]) -> None:
-    lines = ",\n".join(f"  {json.dumps(entry)}" for entry in report)
-    (context.out / SLIMMED).write_text(json.dumps(head)[:-1] + ', "experts": [\n' + lines + "\n]}\n")
+    facts = Facts.of(given)
+    if report is not None:
+        facts = facts.and_then("slim.layer", **how.facts, experts=report)
+    if report is not None or part:  # otherwise the layer is what it was
+        facts.write(context.out)
 
 
 def _joined_spec(parts: tuple[LayerSpec, ...]) -> Spec:
@@ -135,8 +130,10 @@ def joined(context: Context, parts: tuple[Artifact, ...]) -> None:
     if several:
         experts.join(parts, context.out / LAYER)
     for name in first.names():
-        if name != SLIMMED and not (several and name == LAYER):
+        if not several or name not in (LAYER, Facts.FILE):
             context.link(first, name)
-    heads = [json.loads(p.file(SLIMMED).read_text()) for p in parts]
-    report = [entry for head in heads for entry in head.pop("experts")]
-    _write(context, heads[0], sorted(report, key=lambda entry: (entry["expert"] == "shared", entry["expert"])))
+    if several:
+        *earlier, last = Facts.of(first).done
+        report = [entry for p in parts for entry in Facts.of(p).done[-1]["experts"]]
+        report.sort(key=lambda entry: (entry["expert"] == "shared", entry["expert"]))
+        Facts((*earlier, {**last, "experts": report})).write(context.out)

@@ -15,21 +15,25 @@ from moeflow.model.layout import Files
 
 
 @torch.inference_mode()
-def across(seen: Sequence[Files], *, layers: int, gap: int, tokens: int, progress: Callable[[int, int, str], None]) -> list[float]:
+def across(
+    before: Sequence[Files], behind: Sequence[Files], *, gap: int, tokens: int, progress: Callable[[int, int, str], None]
+) -> list[float]:
     """The mean cosine between the states before layer i and before layer i + `gap`, for every i (He et al., arXiv 2406.02500, 4.3).
 
-    `seen`: the states of all shards before each layer, layer after layer, and then behind the last; of each shard the first
-    `tokens` are compared. Cosines are fp32, their sum fp64. `gap` + 1 states of one shard are in memory at a time.
+    `before`: the states of all shards before each layer, layer after layer; `behind`: those of all shards behind the last layer. Of
+    each shard the first `tokens` are compared. Cosines are fp32, their sum fp64. `gap` + 1 states of one shard are in memory at a
+    time.
     """
-    shards = len(seen) // (layers + 1)
-    total, count = torch.zeros(layers - gap + 1, dtype=torch.float64), 0
+    files, shards = [*before, *behind], len(behind)
+    states = len(files) // shards
+    total, count = torch.zeros(states - gap, dtype=torch.float64), 0
     for shard in range(shards):
         window: deque[Tensor] = deque(maxlen=gap + 1)
-        for at in range(layers + 1):
-            window.append(_states(seen[at * shards + shard], tokens))
+        for at in range(states):
+            window.append(_states(files[at * shards + shard], tokens))
             if len(window) > gap:
                 total[at - gap] += cosine_similarity(window[0], window[-1], dim=-1).sum(dtype=torch.float64)
-            progress(shard * (layers + 1) + at + 1, shards * (layers + 1), "states")
+            progress(shard * states + at + 1, shards * states, "states")
         count += len(window[0])
     means: list[float] = (total / count).tolist()
     return means

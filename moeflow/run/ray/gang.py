@@ -98,7 +98,7 @@ def _together(call: Call, store: Store, board: Any, bundle: dict[str, float], fo
                 found: Made = beside.submit(fit).result()
             return found
         except WorkerGroupError as error:
-            _judge(error.worker_failures)
+            judge(error.worker_failures)
         except ControllerError as error:
             if type(error.controller_failure).__name__ != "WorkerGroupStartupTimeoutError":
                 raise PeerLost(brief(error.controller_failure)) from error
@@ -155,7 +155,7 @@ def _process(call: Call, store: Store, board: Any, gang: Gang) -> Made | None:
     return made(done, board) if done else None
 
 
-def _judge(failures: dict[int, Exception]) -> None:
+def judge(failures: dict[int, Exception]) -> None:
     """Raise what the step raised, or PeerLost where a process went away: then an error of another may come from that."""
     gone = {rank: error for rank, error in failures.items() if not isinstance(error, Raised)}
     if gone:

@@ -12,6 +12,7 @@ from moeflow.arch import Family
 from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.decompose.options import Decomposition
 from moeflow.methods.fewer_active import steps as fewer_active
+from moeflow.methods.prune.searches import Search
 from moeflow.methods.recipes import moei2, naee, unified
 from moeflow.methods.slim.gptq import gptq
 from moeflow.methods.slim.grid import Grid
@@ -64,10 +65,10 @@ def test_packed_factors_load_and_compute_what_their_codes_say(source: Path, rank
     again = model_in(out)
     assert again.layers[-1].spec.output.packed and again.layers[-1].spec.output.format.low_rank
     close(logits(loaded(pulled(store, again, tmp_path / "again")), tmp_path), ours)
-    kept = pulled(store, naee.by_criterion(calibrated(again, tmp_path), criterion="reap", keep=6), tmp_path)
+    kept = pulled(store, naee.prune(calibrated(again, tmp_path), 6, Search("reap")), tmp_path)
     close(logits(loaded(kept), tmp_path), logits(loaded(plain(kept, tmp_path / "plain-kept")), tmp_path))
     if "phimoe" not in config["model_type"]:
-        skips = pulled(store, fewer_active.skip(calibrated(packed, tmp_path), active=1.5), tmp_path)
+        skips = pulled(store, fewer_active.skip(calibrated(packed, tmp_path), fewer_active.Skipping(1.5)), tmp_path)
         close(logits(loaded(skips), tmp_path), logits(loaded(plain(skips, tmp_path / "plain-skips")), tmp_path))
 
 

@@ -1,7 +1,5 @@
 """Pruned and rounded matrices are those of the papers' released code; what the code got wrong is a promise here."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -15,10 +13,8 @@ from moeflow.methods.slim.masks import lowest, magnitude, smallest_of_few, wanda
 from moeflow.methods.slim.pattern import Pattern
 from moeflow.methods.slim.rounding import round_to_nearest
 from moeflow.methods.slim.sparsegpt import sparsegpt, sparsegpt_memory
-from tests.running import SHARED
+from tests.running import GOLDEN
 
-GOLDEN: Path = SHARED / "golden" / "slim-3" / "linear.safetensors"
-golden = pytest.mark.skipif(not GOLDEN.exists(), reason=f"the results of the papers' code are not at {GOLDEN}")
 E, M, N = 3, 24, 64
 GRIDS = [Grid(bits, symmetric, group) for bits in BITS for symmetric in (True, False) for group in (0, 16)]
 PATTERNS = ["0.5", "2:4", "4:8", "1:4"]
@@ -42,10 +38,9 @@ def error(w_MN: Tensor, other_MN: Tensor, x_TN: Tensor) -> float:
 
 @pytest.fixture(scope="module")
 def known() -> dict[str, Tensor]:
-    return load_file(GOLDEN)
+    return load_file(GOLDEN / "slim-3" / "linear.safetensors")
 
 
-@golden
 @pytest.mark.parametrize(("name", "pattern"), [("wanda_50", "0.5"), ("wanda_2of4", "2:4"), ("wanda_4of8", "4:8")])
 def test_wanda_keeps_exactly_what_the_authors_code_keeps(known: dict[str, Tensor], name: str, pattern: str) -> None:
     w_MN, x_STN = known["weight"], known["inputs"]
@@ -54,7 +49,6 @@ def test_wanda_keeps_exactly_what_the_authors_code_keeps(known: dict[str, Tensor
         assert torch.equal(w_MN * wanda(w_MN, pattern, **statistics), known[name])
 
 
-@golden
 @pytest.mark.parametrize(
     ("name", "method", "options"),
     [

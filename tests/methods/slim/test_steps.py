@@ -12,8 +12,9 @@ from moeflow.arch import Family
 from moeflow.methods.data import steps as data_
 from moeflow.methods.decompose.options import Decomposition
 from moeflow.methods.fewer_active import steps as fewer_active
-from moeflow.methods.finetune import steps as finetune
-from moeflow.methods.graph import Model
+from moeflow.methods.finetune.recipe import Gang, Recipe
+from moeflow.methods.graph import Model, Sample
+from moeflow.methods.prune.searches import Search
 from moeflow.methods.recipes import compare, moei2, naee, tune, unified
 from moeflow.methods.slim.gptq import gptq
 from moeflow.methods.slim.grid import Grid
@@ -202,7 +203,7 @@ def test_a_layer_divided_between_tasks_has_the_same_bytes(how: dict[str, Any], t
 
 
 def test_a_layer_that_a_run_left_without_experts_is_divided_too(tmp_path: Path) -> None:
-    thin = trim.layer_drop(calibrated(model_in(tiny.write("mixtral", tmp_path / "model")), tmp_path), drop=1)
+    thin = trim.trim(calibrated(model_in(tiny.write("mixtral", tmp_path / "model")), tmp_path), trim.Trimming("moe_blocks", 1))
     whole, divided = (
         pulled(store_in(tmp_path), unified.slim(calibrated(thin, tmp_path), Slimming(method="gptq", tasks=n, **FOUR)), tmp_path)
         for n in (1, 3)
@@ -235,7 +236,7 @@ def test_packed_experts_are_pruned_by_slicing_and_trimmed_and_skip(source: Path,
     store = store_in(tmp_path)
     seen = calibrated(model_in(source), tmp_path)
     packed = unified.slim(seen, Slimming(method="round_to_nearest", inputs="parallel", **FOUR))
-    kept = naee.by_criterion(calibrated(packed, tmp_path), criterion="reap", keep=6)
+    kept = naee.prune(calibrated(packed, tmp_path), 6, Search("reap"))
     out, whole = pulled(store, kept, tmp_path), pulled(store, packed, tmp_path)
     config = read_config(Folder(out))
     family = Family.of(config)
@@ -248,19 +249,22 @@ def test_packed_experts_are_pruned_by_slicing_and_trimmed_and_skip(source: Path,
                     assert torch.equal(files[out][a + end], files[whole][b + end])
     assert config["model_type"] == read_config(Folder(source))["model_type"]
     close(logits(loaded(out), tmp_path), logits(loaded(plain(out, tmp_path / "plain")), tmp_path))
-    uneven = trim.layer_drop(calibrated(trim.expert_drop(calibrated(packed, tmp_path), keep=6, least=4), tmp_path), drop=1)
+    uneven = trim.trim(
+        calibrated(trim.trim(calibrated(packed, tmp_path), trim.Trimming("experts", 2, least=4)), tmp_path),
+        trim.Trimming("moe_blocks", 1),
+    )
     last = pulled(store, uneven, tmp_path)
     assert read_config(Folder(last))["model_type"].startswith("moeflow_")
     close(logits(loaded(last), tmp_path), logits(loaded(plain(last, tmp_path / "plain-last")), tmp_path))
     if read_config(Folder(source))["model_type"] != "phimoe":
-        skips = pulled(store, fewer_active.skip(calibrated(packed, tmp_path), active=1.5), tmp_path)
+        skips = pulled(store, fewer_active.skip(calibrated(packed, tmp_path), fewer_active.Skipping(1.5)), tmp_path)
         close(logits(loaded(skips), tmp_path), logits(loaded(plain(skips, tmp_path / "plain-skips")), tmp_path))
 
 
 def test_what_was_trimmed_is_slimmed(source: Path, tmp_path: Path) -> None:
     """In the other order: layers that a run has left without experts stay as they are."""
     store = store_in(tmp_path)
-    thin = trim.layer_drop(calibrated(model_in(source), tmp_path), drop=1)
+    thin = trim.trim(calibrated(model_in(source), tmp_path), trim.Trimming("moe_blocks", 1))
     out = pulled(store, unified.slim(calibrated(thin, tmp_path), Slimming(method="gptq", **FOUR)), tmp_path)
     config = read_config(Folder(out))
     assert {"experts": 0, "gone": "moe"} in config["moeflow_layers"]
@@ -301,7 +305,7 @@ def test_what_cannot_be_slimmed_is_refused_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="layer 0 is packed in 4 bits, groups of 8; decompose the model"):
         moei2.decompose(calibrated(packed, tmp_path), Decomposition(ratio=0.2, ranks="uniform"))
     with pytest.raises(ValueError, match="layer 0 is packed in 4 bits, groups of 8; fine-tune the model"):
-        tune.tune(packed, data_.tokens(matrix_of(tmp_path), packed, sequences=8, length=16), steps=1, batch=2, rate=1e-3)
+        tune.tune(packed, data_.tokens(matrix_of(tmp_path), packed, Sample(8, 16)), Recipe(steps=1, batch=2, rate=1e-3))
 
 
 @pytest.mark.parametrize(
@@ -311,14 +315,11 @@ def test_what_cannot_be_slimmed_is_refused_in_one_line(tmp_path: Path) -> None:
 )
 def test_zeros_of_experts_stay_zeros_through_training(mode: str, zero: int, tmp_path: Path) -> None:
     """And what is not zero is trained."""
-    pytest.importorskip("deepspeed")
     seen = calibrated(model_in(tiny.write("deepseek_v2", tmp_path / "model")), tmp_path)
     sparse = unified.slim(seen, Slimming(method="wanda", pattern="2:4", shared=True, inputs="parallel"))
-    data = data_.tokens(matrix_of(tmp_path), sparse, sequences=8, length=16)
-    tuned = tune.tune(
-        sparse, data, mode=mode, targets=("attention", "experts", "shared"), steps=3, batch=2, rate=1e-2, decay=0.1,
-        gang=finetune.Gang(zero=zero),
-    )  # fmt: skip
+    data = data_.tokens(matrix_of(tmp_path), sparse, Sample(8, 16))
+    how = Recipe(mode=mode, targets=("attention", "experts", "shared"), steps=3, batch=2, rate=1e-2, decay=0.1)
+    tuned = tune.tune(sparse, data, how, gang=Gang(zero=zero))
     store = store_in(tmp_path)
     before, after = Tensors(pulled(store, sparse, tmp_path)), Tensors(pulled(store, tuned.model, tmp_path))
     family = Family.of(read_config(before.files))  # type: ignore[arg-type]
@@ -333,7 +334,9 @@ def test_the_report_says_that_zeros_save_nothing_at_rest(tmp_path: Path) -> None
     sparse = unified.slim(seen, Slimming(method="wanda", pattern="0.5", inputs="parallel"))
     store = store_in(tmp_path)
     (size,) = (
-        r for r in compare.compare(seen, sparse, heldout=matrix_of(tmp_path), sequences=2, length=16) if r.name == "evaluate.size"
+        r
+        for r in compare.compare(seen.model, sparse, matrix_of(tmp_path), Sample(2, 16), tokens=seen.tokens)
+        if r.name == "evaluate.size"
     )
     run(store, size)
     report = json.loads(store.artifact(size.key).file("report.json").read_text())

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from moeflow.methods.data import conversations
 from moeflow.methods.data import steps as data
-from moeflow.methods.graph import Model
+from moeflow.methods.graph import Model, Sample
 from moeflow.run import StepFailed
 from moeflow.sources.texts import NAMED, Texts
 from tests import running, servers, tiny
@@ -81,7 +81,7 @@ def jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
 def made(model: Model, folder: Path, spec: str, **options: Any) -> tuple[np.ndarray, np.ndarray, list[dict[str, Any]]]:
     """Tokens, what is learned of them, and what each text gave."""
     store = running.store_in(folder)
-    step = data.examples(Texts(spec), model, **({"sequences": 4, "length": 100} | options))
+    step = data.examples(Texts(spec), model, data.Examples(**({"sequences": 4, "length": 100} | options)))
     running.run(store, step)
     found = store.artifact(step.key)
     ids, learned = (np.load(found.file(n)) for n in ("tokens.npy", "learned.npy"))
@@ -199,7 +199,7 @@ def test_of_plain_text_every_token_is_learned_and_the_tokens_are_those_of_tokens
     ids, learned, _ = made(pretrained(), tmp_path, spec)
     assert learned.all()
     store = running.store_in(tmp_path)
-    plain = data.tokens(Texts(spec), pretrained(), sequences=4, length=100, eos=True)
+    plain = data.tokens(Texts(spec), pretrained(), Sample(4, 100, eos=True))
     running.run(store, plain)
     assert (np.load(store.artifact(plain.key).file("tokens.npy")) == ids).all()
 
@@ -217,7 +217,7 @@ def test_several_formats_are_mixed_by_weight_and_spread_evenly(pretrained: Pretr
 def test_rows_in_which_nothing_is_learned_are_left_out_and_counted(pretrained: Pretrained, tmp_path: Path) -> None:
     spec = f"{jsonl(tmp_path / 'a.jsonl', [{'q': 'x' * 400, 'a': 'yes'}] * 20)}#q+a"
     store = running.store_in(tmp_path)
-    step = data.examples(Texts(spec), pretrained(), sequences=9, length=50)
+    step = data.examples(Texts(spec), pretrained(), data.Examples(9, 50))
     outcome = running.run(store, step)
     assert np.load(store.artifact(step.key).file("learned.npy"))[:, 1:].any(1).all()
     (about,) = json.loads(store.artifact(step.key).file("tokens.json").read_text())
@@ -256,16 +256,16 @@ def test_a_text_that_is_too_small_can_be_read_again_in_another_order(pretrained:
 
 
 def test_a_ready_made_matrix_is_taken_whole_without_a_mask(pretrained: Pretrained, tmp_path: Path) -> None:
-    step = data.examples(running.matrix_of(tmp_path), pretrained(), sequences=99, length=99)
-    assert step.key == data.tokens(running.matrix_of(tmp_path), pretrained(), sequences=1, length=2).key
+    step = data.examples(running.matrix_of(tmp_path), pretrained(), data.Examples(99, 99))
+    assert step.key == data.tokens(running.matrix_of(tmp_path), pretrained(), Sample(1, 2)).key
     with pytest.raises(ValueError, match="format='chat' needs text, and a ready-made matrix of tokens is none"):
-        data.examples(running.matrix_of(tmp_path), pretrained(), sequences=1, length=2, format="chat")
+        data.examples(running.matrix_of(tmp_path), pretrained(), data.Examples(1, 2, format="chat"))
 
 
 def test_the_matrix_stands_where_any_other_can(pretrained: Pretrained, tmp_path: Path) -> None:
     spec = f"{jsonl(tmp_path / 'a.jsonl', [{'q': 'a?', 'a': 'yes'}])}#q+a"
-    step = data.examples(Texts(spec), pretrained(), sequences=4, length=50)
-    plain = data.tokens(Texts(spec), pretrained(), sequences=4, length=50)
+    step = data.examples(Texts(spec), pretrained(), data.Examples(4, 50))
+    plain = data.tokens(Texts(spec), pretrained(), Sample(4, 50))
     assert step.spec.output == plain.spec.output and step.spec.writes == plain.spec.writes + 4 * 50 + 128
 
 
@@ -276,7 +276,7 @@ def test_where_a_text_lies_is_no_part_of_what_is_sampled(pretrained: Pretrained,
     for place in ("here", "there"):
         (tmp_path / place).mkdir()
         file = jsonl(tmp_path / place / "a.jsonl", [{"q": "a?", "a": "yes"}] * 50)
-        steps.append(data.examples(Texts(f"{file}#q+a"), pretrained(), sequences=4, length=50))
+        steps.append(data.examples(Texts(f"{file}#q+a"), pretrained(), data.Examples(4, 50)))
     running.run(store, steps[0])
     outcome = running.run(store, steps[1])
     assert {s.name for s in outcome.steps if s.state == "run"} == {"sources.files"}
@@ -287,7 +287,7 @@ def test_a_format_that_is_said_and_one_that_the_columns_say_are_the_same_recipe(
 
     def key(columns: str, format: str) -> str:
         file = jsonl(tmp_path / "a.jsonl", [{"q": "a?", "a": "yes", "messages": TALK, "text": ""}])
-        return data.examples(Texts(f"{file}{columns}"), model, sequences=4, length=50, format=format).key
+        return data.examples(Texts(f"{file}{columns}"), model, data.Examples(4, 50, format=format)).key
 
     assert key("#q+a", "auto") == key("#q+a", "instruction") != key("#q+a", "chat")
     assert key("#messages", "auto") == key("", "chat") and key("", "auto") == key("#text", "text")
@@ -307,7 +307,7 @@ def test_what_cannot_be_is_refused_when_the_graph_is_built(
 ) -> None:
     file = jsonl(tmp_path / "a.jsonl", [{"q": "a?", "a": "yes"}])
     with pytest.raises(ValueError, match=says) as caught:
-        data.examples(Texts(f"{file}{spec}"), pretrained(), **({"sequences": 4, "length": 50} | options))
+        data.examples(Texts(f"{file}{spec}"), pretrained(), data.Examples(**({"sequences": 4, "length": 50} | options)))
     assert "\n" not in str(caught.value)
 
 
@@ -354,10 +354,10 @@ def test_known_data_sets_are_had_by_name_each_in_its_format(pretrained: Pretrain
     ]
     model = pretrained(CHATML)
     named, spelled = (Texts(t) for t in ("metamathqa", f"{NAMED['metamathqa'].uri}#query+response"))
-    assert len({data.examples(t, model, sequences=8, length=50).key for t in (named, spelled)}) == 1
+    assert len({data.examples(t, model, data.Examples(8, 50)).key for t in (named, spelled)}) == 1
     for refused in (
-        lambda: data.tokens(Texts("tulu3"), model, sequences=8, length=50),
-        lambda: data.examples(Texts("tulu3"), model, sequences=8, length=50, format="text"),
+        lambda: data.tokens(Texts("tulu3"), model, Sample(8, 50)),
+        lambda: data.examples(Texts("tulu3"), model, data.Examples(8, 50, format="text")),
     ):
         with pytest.raises(ValueError, match="tulu-3-sft-mixture@.* holds conversations, not text; name a column of text"):
             refused()

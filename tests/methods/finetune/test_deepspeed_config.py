@@ -9,7 +9,8 @@ import pytest
 
 from moeflow.methods.data import steps as data_
 from moeflow.methods.finetune import deepspeed_config
-from moeflow.methods.finetune.recipe import Gang
+from moeflow.methods.finetune.recipe import Gang, Recipe
+from moeflow.methods.graph import Sample
 from moeflow.methods.recipes import tune
 from tests import tiny
 from tests.recipes import RECIPE
@@ -31,10 +32,10 @@ GIVEN: dict[str, Any] = {
 
 
 def test_what_changes_the_result_goes_to_the_recipe_and_the_rest_to_the_gang() -> None:
-    recipe, gang = deepspeed_config.merged(GIVEN, RECIPE, Gang(processes=2))
+    recipe, gang = deepspeed_config.merged(GIVEN, RECIPE, Gang(processes=2), 999)
     assert recipe == replace(
-        RECIPE, batch=32, clip=0.5, dtype="bfloat16", rate=2e-5, betas=(0.9, 0.95), epsilon=1e-6, decay=0.1, steps=50, warmup=5,
-        floor=0.1, every=50,
+        RECIPE, batch=32, clip=0.5, dtype="bfloat16", rate=2e-5, betas=(0.9, 0.95), epsilon=1e-6, decay=0.1, steps=50, warmup=0.1,
+        floor=0.1,
     )  # fmt: skip
     assert (gang.zero, gang.offload, gang.micro, gang.processes) == (3, True, 4, 2)
     used = deepspeed_config.used(recipe, gang, 2048)
@@ -45,15 +46,15 @@ def test_what_changes_the_result_goes_to_the_recipe_and_the_rest_to_the_gang() -
 
 
 def test_what_is_used_gives_itself_when_it_is_given() -> None:
-    recipe, gang = deepspeed_config.merged(GIVEN, RECIPE, Gang(processes=2))
+    recipe, gang = deepspeed_config.merged(GIVEN, RECIPE, Gang(processes=2), 999)
     used = deepspeed_config.used(recipe, gang, 2048)
-    again = deepspeed_config.merged(used, recipe, Gang(processes=2))
+    again = deepspeed_config.merged(used, recipe, Gang(processes=2), 999)
     assert again[0] == recipe and deepspeed_config.used(*again, 2048) == used
 
 
 def test_auto_leaves_a_value_to_the_arguments() -> None:
     auto = {"train_batch_size": "auto", "bf16": {"enabled": "auto"}, "optimizer": {"type": "AdamW", "params": {"lr": "auto"}}}
-    assert deepspeed_config.merged(deepspeed_config.read(auto), RECIPE, Gang()) == (RECIPE, Gang())
+    assert deepspeed_config.merged(deepspeed_config.read(auto), RECIPE, Gang(), 999) == (RECIPE, Gang())
 
 
 @pytest.mark.parametrize(
@@ -80,14 +81,14 @@ def test_auto_leaves_a_value_to_the_arguments() -> None:
 )
 def test_what_cannot_be_meant_is_refused_in_a_line(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message) as refused:
-        deepspeed_config.merged({**GIVEN, **change}, RECIPE, Gang(processes=2))
+        deepspeed_config.merged({**GIVEN, **change}, RECIPE, Gang(processes=2), 999)
     assert "\n" not in str(refused.value)
 
 
 def test_two_spellings_of_a_run_have_one_key_and_where_it_runs_has_none(tmp_path: Path) -> None:
     model = model_in(tiny.write("mixtral", tmp_path / "model"))
-    data = data_.tokens(matrix_of(tmp_path, sequences=8), model, sequences=8, length=16)
-    plain = tune.tune(model, data, steps=20, batch=8, rate=2e-3, warmup=0.1, decay=0.1, clip=0.5, dtype="bfloat16")
+    data = data_.tokens(matrix_of(tmp_path, sequences=8), model, Sample(8, 16))
+    plain = tune.tune(model, data, Recipe(steps=20, batch=8, rate=2e-3, warmup=0.1, decay=0.1, clip=0.5, dtype="bfloat16"))
     said = {
         "train_batch_size": 8, "gradient_clipping": 0.5, "bf16": {"enabled": True}, "zero_optimization": {"stage": 1},
         "train_micro_batch_size_per_gpu": 2,
@@ -99,11 +100,11 @@ def test_two_spellings_of_a_run_have_one_key_and_where_it_runs_has_none(tmp_path
     (tmp_path / "ds.json").write_text(json.dumps(said))
     for given in (said, tmp_path / "ds.json", str(tmp_path / "ds.json")):
         gang = Gang(processes=2, zero=3, offload=True, checkpointing=True, save_every=7, device_memory=10**9, gpus=0, cpus=2)
-        other = tune.tune(model, data, steps=20, batch=4, rate=1.0e-1, deepspeed=given, gang=gang)
+        other = tune.tune(model, data, Recipe(steps=20, batch=4, rate=0.1), deepspeed=given, gang=gang)
         assert other.trained is not None and plain.trained is not None and other.trained.key == plain.trained.key
         resources = other.trained.resources
         assert (resources.processes, resources.cpus, resources.settings["zero"], resources.settings["micro"]) == (2, 2, 1, 2)
-    assert tune.tune(model, data, steps=20, batch=8, rate=3e-3).trained.key != plain.trained.key
+    assert tune.tune(model, data, Recipe(steps=20, batch=8, rate=3e-3)).trained.key != plain.trained.key
     (tmp_path / "ds.json").write_text("[]")
     with pytest.raises(ValueError, match="ds.json holds a list; a DeepSpeed configuration is one JSON object"):
-        tune.tune(model, data, steps=20, batch=8, rate=3e-3, deepspeed=tmp_path / "ds.json")
+        tune.tune(model, data, Recipe(steps=20, batch=8, rate=3e-3), deepspeed=tmp_path / "ds.json")

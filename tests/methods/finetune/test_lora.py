@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 from moeflow.arch import Family
 from moeflow.methods.finetune import lora
 from moeflow.methods.finetune.lora import Addition
+from moeflow.methods.finetune.recipe import Recipe
 from moeflow.methods.finetune.trained import by_layer, parameters_of
 from moeflow.model.factors import STACKS
 from moeflow.model.formats import Format
@@ -28,7 +29,7 @@ def test_an_addition_begins_at_nothing_and_is_drawn_alike_in_every_process() -> 
     assert made[0].a.shape == (3, 2, 6) and made[0].b.shape == (3, 8, 2) and made[0].a.abs().max() <= 6**-0.5
     torch.nn.init.ones_(made[0].b)
     assert torch.allclose(made[0](w), w + 4.0 * made[0].b @ made[0].a)
-    assert torch.allclose(made[0](w) - w, lora.product(made[0].a, made[0].b, rank=2, alpha=8.0), atol=1e-6)
+    assert torch.allclose(made[0](w) - w, lora.product(made[0].a, made[0].b, 4.0), atol=1e-6)
 
 
 @pytest.mark.parametrize("stack", STACKS, ids=lambda s: s.name)
@@ -52,7 +53,7 @@ def test_a_sum_is_made_once_for_each_forward_pass_and_is_gone_behind_it(tmp_path
     names = [n for n, _ in model.named_parameters() if "experts" in n or "q_proj" in n]
     ids = torch.randint(3, 96, (1, 8))
     before = model(ids).logits
-    lora.attach(model, names, rank=4, alpha=8.0, seed=0, openings={})
+    lora.attach(model, names, Recipe(rank=4), {})
     lora.apply(model)
     made: list[str] = []
     for name, module in model.named_modules():
@@ -89,7 +90,7 @@ def test_what_is_added_to_experts_of_our_own_is_computed(kind: str, tmp_path: Pa
     made = compress(plain, tmp_path / "made") if kind == "low rank" else attached(plain, tmp_path / "made")
     model = AutoModelForCausalLM.from_pretrained(made).eval()
     names = [n for n, _ in model.named_parameters() if ".experts." in n and (kind == "low rank" or ".compressed." in n)]
-    lora.attach(model, names, rank=2, alpha=2.0, seed=0, openings={})
+    lora.attach(model, names, Recipe(rank=2, alpha=2.0), {})
     lora.apply(model)
     ids = torch.randint(3, 96, (1, 8))
     before = model(ids).logits

@@ -1,5 +1,6 @@
 """The small model that a graph can train for itself."""
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,15 @@ from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.graph import Model
 from moeflow.methods.pretrain import mixtral
 from moeflow.methods.pretrain import steps as pretrain
+from moeflow.methods.pretrain.steps import Pretraining, Shape
 from moeflow.methods.recipes import pretrained
 from moeflow.model.checkpoint import Tensors
-from moeflow.run import StepFailed
+from moeflow.run import StepFailed, in_process
+from moeflow.run.progress import Lines
 from moeflow.sources import Texts
 from tests import running
 
-SIZE = {"width": 32, "ffn": 32, "layers": 2, "heads": 2, "experts": 4, "vocabulary": 300, "length": 32, "batch": 4}
+SHAPE = Shape(width=32, ffn=32, layers=2, heads=2, experts=4, vocabulary=300)
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +29,8 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Texts:
     return Texts(str(file))
 
 
-def made(texts: Texts, **options: Any) -> Model:
-    return pretrained.mixtral(texts, **(SIZE | {"steps": 12} | options))
+def made(texts: Texts, steps: int = 12, **options: Any) -> Model:
+    return pretrained.mixtral(texts, Pretraining(steps, batch=4, length=32, **options), SHAPE)
 
 
 def test_it_learns_and_becomes_a_checkpoint_like_any_other(texts: Texts, tmp_path: Path) -> None:
@@ -53,6 +56,14 @@ def test_the_names_and_shapes_that_the_graph_expects_are_those_that_are_written(
     assert {n: (i.dtype, i.shape) for n, i in written.info.items()} == pretrain.table_of(model.config)
 
 
+class Interrupter(Lines):
+    """Interrupts a run behind the ninth step of its training."""
+
+    def progress(self, key: str, done: int, total: int, unit: str, detail: str = "") -> None:
+        if unit == "tokens" and 12 * done >= 9 * total:
+            raise KeyboardInterrupt
+
+
 def test_an_interrupted_training_goes_on_and_ends_with_the_same_weights(
     texts: Texts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -60,19 +71,9 @@ def test_an_interrupted_training_goes_on_and_ends_with_the_same_weights(
     whole, parts = (running.store_in(tmp_path / n) for n in ("whole", "parts"))
     model = made(texts)
     running.run(whole, *model.layers)
-    batch, drawn = mixtral._batch, []
-
-    def cut(*args: Any) -> Any:
-        drawn.append(args)
-        if len(drawn) == 9:
-            raise KeyboardInterrupt
-        return batch(*args)
-
-    monkeypatch.setattr(mixtral, "_batch", cut)
     with pytest.raises(KeyboardInterrupt):
-        running.run(parts, *model.layers)
+        in_process.run(model.layers, parts, progress=Interrupter(io.StringIO()))
     outcome = running.run(parts, *model.layers)
-    assert len(drawn) == 9 + (12 - 5)
     assert any("goes on behind step 5" in n for s in outcome.steps for n in s.notes)
     for layer in model.layers:
         assert whole.manifest(layer.key).digest == parts.manifest(layer.key).digest

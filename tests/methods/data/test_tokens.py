@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from moeflow.methods.data import steps as data
-from moeflow.methods.graph import Model
+from moeflow.methods.graph import Model, Sample
 from moeflow.run import StepFailed
 from moeflow.sources import Texts
 from tests import running, tiny
@@ -36,7 +36,7 @@ def jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 def sampled(model: Model, folder: Path, spec: str, **options: Any) -> np.ndarray:
     store = running.store_in(folder)
-    step = data.tokens(Texts(spec), model, **({"sequences": 4, "length": 5} | options))
+    step = data.tokens(Texts(spec), model, Sample(**({"sequences": 4, "length": 5} | options)))
     running.run(store, step)
     return np.load(store.artifact(step.key).file("tokens.npy"))
 
@@ -117,7 +117,7 @@ def test_a_matrix_that_is_none_is_refused_when_the_graph_is_built(
 ) -> None:
     np.save(tmp_path / "m.npy", array)
     with pytest.raises(ValueError, match=says):
-        data.tokens(Texts(str(tmp_path / "m.npy")), model, sequences=1, length=2)
+        data.tokens(Texts(str(tmp_path / "m.npy")), model, Sample(1, 2))
 
 
 def test_a_missing_column_is_named_with_the_ones_there_are(model: Model, tmp_path: Path) -> None:
@@ -128,13 +128,13 @@ def test_a_missing_column_is_named_with_the_ones_there_are(model: Model, tmp_pat
 
 def test_too_long_sequences_are_refused_when_the_graph_is_built(model: Model, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="length=65 is more than the model's 64 positions"):
-        data.tokens(Texts(f"{documents(tmp_path)}#text"), model, sequences=1, length=65)
+        data.tokens(Texts(f"{documents(tmp_path)}#text"), model, Sample(1, 65))
 
 
 def test_text_for_a_model_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     model = running.model_in(tiny.write("mixtral", tmp_path / "model"))
     with pytest.raises(ValueError, match="the model has no tokenizer, .* pass a ready-made matrix"):
-        data.tokens(Texts(f"{documents(tmp_path)}#text"), model, sequences=1, length=4)
+        data.tokens(Texts(f"{documents(tmp_path)}#text"), model, Sample(1, 4))
 
 
 def test_a_large_text_file_is_fetched_by_a_step_of_its_own(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,7 +145,7 @@ def test_a_large_text_file_is_fetched_by_a_step_of_its_own(model: Model, tmp_pat
     documents(tmp_path / "texts", 10, 2, "a.jsonl"), documents(tmp_path / "texts", 20, 2, "b.jsonl")
     monkeypatch.setattr(data, "LARGE", 1000)
     other = documents(tmp_path, 50, 20, "other.jsonl")
-    step = data.tokens(Texts(f"{tmp_path}/texts#text*1,{other}#text*1"), model, sequences=4, length=4)
+    step = data.tokens(Texts(f"{tmp_path}/texts#text*1,{other}#text*1"), model, Sample(4, 4))
     fetched = [s for s in upstream([step]) if s.name.startswith("sources.file") and "large.jsonl" in str(s.params)]
     assert [s.name for s in fetched] == ["sources.file"]
     store = running.store_in(tmp_path)
@@ -160,7 +160,7 @@ def test_where_a_text_lies_is_no_part_of_what_is_sampled(model: Model, tmp_path:
     steps = []
     for place in ("here", "there"):
         (tmp_path / place).mkdir()
-        steps.append(data.tokens(Texts(f"{documents(tmp_path / place)}#text"), model, sequences=4, length=5))
+        steps.append(data.tokens(Texts(f"{documents(tmp_path / place)}#text"), model, Sample(4, 5)))
     running.run(store, steps[0])
     outcome = running.run(store, steps[1])
     assert steps[0].key != steps[1].key
@@ -170,4 +170,4 @@ def test_where_a_text_lies_is_no_part_of_what_is_sampled(model: Model, tmp_path:
 def test_a_file_that_no_reader_knows_is_refused_when_the_graph_is_built(model: Model, tmp_path: Path) -> None:
     np.save(tmp_path / "m.npy", np.zeros((2, 2), dtype=int))
     with pytest.raises(ValueError, match="m.npy is no text that can be read; known endings: .jsonl"):
-        data.tokens(Texts(f"{tmp_path / 'm.npy'},{documents(tmp_path)}"), model, sequences=2, length=4)
+        data.tokens(Texts(f"{tmp_path / 'm.npy'},{documents(tmp_path)}"), model, Sample(2, 4))

@@ -11,7 +11,7 @@ from moeflow.arch import Family
 from moeflow.methods.prune.errors import mask_of, squared_errors, squared_errors_direct
 from moeflow.methods.prune.gram import Weighed, room
 from moeflow.methods.prune.ranked import Ranked
-from moeflow.methods.prune.subsets import all_subsets
+from moeflow.methods.prune.subsets import Subsets
 from moeflow.model.checkpoint import Tensors, read_moe
 from moeflow.model.layout import Folder, read_config
 from moeflow.model.moe import MoELayer
@@ -45,7 +45,7 @@ def test_prepared_layers_give_the_errors_of_every_family(family: Path) -> None:
         for goal_TD in (None, target_TD):
             weighed = Weighed.of(moe, x_TD.split(50), None if goal_TD is None else goal_TD.split(50))
             for keep in (6, 4):
-                mask_SE = mask_of(list(all_subsets(experts, keep, moe.router.groups)), experts)
+                mask_SE = mask_of(list(Subsets(experts, keep, moe.router.groups)), experts)
                 expected_S, norm = squared_errors(moe, x_TD, mask_SE, goal_TD)
                 torch.testing.assert_close(weighed.squared_errors(mask_SE), expected_S, rtol=1e-5, atol=1e-9 * float(norm))
                 torch.testing.assert_close(weighed.norm, norm, rtol=1e-5, atol=0.0)
@@ -62,7 +62,7 @@ def test_a_layer_prepared_for_few_drops_runs_its_experts_on_few_tokens_and_refus
     moe, x_TD = layer(8, 2), torch.randn(200, 8)
     weighed = Weighed.of(moe, [x_TD], drop_at_most=2)
     assert all(isinstance(piece, Ranked) and piece.gram_TVV.shape[1:] == (4, 4) for piece in weighed.pieces)
-    mask_SE = mask_of(list(all_subsets(8, 6)), 8)
+    mask_SE = mask_of(list(Subsets(8, 6)), 8)
     torch.testing.assert_close(weighed.squared_errors(mask_SE), squared_errors(moe, x_TD, mask_SE)[0], rtol=1e-5, atol=0.0)
     assert weighed.neighbours(mask_SE[0], torch.ones(8, 9, dtype=torch.bool))[:, -1].isinf().all()
     with pytest.raises(ValueError, match="drops 3 of 8 experts .* dropping 2 at most"):
@@ -78,7 +78,7 @@ def test_tokens_without_room_are_left_out_and_counted() -> None:
     fits = room(moe, 6, 100 * per_token)
     assert (weighed.tokens, weighed.left_out) == (fits, 200 - fits) and 90 <= fits <= 110
     assert weighed.nbytes <= 100 * per_token
-    mask_SE = mask_of(list(all_subsets(8, 4)), 8)
+    mask_SE = mask_of(list(Subsets(8, 4)), 8)
     expected_S, _ = squared_errors(moe, x_TD[:fits], mask_SE)
     torch.testing.assert_close(weighed.squared_errors(mask_SE), expected_S, rtol=1e-5, atol=0.0)
     with pytest.raises(ValueError, match="max_bytes=10 has no room"):

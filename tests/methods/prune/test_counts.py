@@ -9,6 +9,8 @@ import pytest
 
 from moeflow.methods.prune import counts as counts_
 from moeflow.methods.prune import steps as prune
+from moeflow.methods.prune.counts import Counts
+from moeflow.methods.records import Curves, Importance
 from moeflow.step import Spec, Step, step
 from moeflow.store import Store
 from tests import running, tiny
@@ -16,13 +18,12 @@ from tests import running, tiny
 
 @step("test.curves", version=1, spec=lambda *, value: Spec({"bytes": 100}))
 def curves_of(context, *, value: dict) -> None:  # type: ignore[no-untyped-def]
-    (context.out / "curves.json").write_text(json.dumps({"curves": value}))
+    Curves(1, 0.0, value, {}).write(context.out)
 
 
 @step("test.importance", version=1, spec=lambda *, layer, importance: Spec({"bytes": 100}))
 def importance_of(context, *, layer: int, importance: list[float]) -> None:  # type: ignore[no-untyped-def]
-    value = {"layer": layer, "importance": importance, "tokens": [1] * len(importance)}
-    (context.out / "importance.json").write_text(json.dumps(value))
+    Importance(layer, tuple(importance), (1,) * len(importance)).write(context.out)
 
 
 EIGHT = {str(i): 8 for i in range(3)}
@@ -63,11 +64,11 @@ def test_between_measured_counts_the_curve_is_a_straight_line_that_ends_at_zero(
 def test_by_the_papers_rule_the_less_important_layer_loses_more_and_none_more_than_it_can(tmp_path: Path) -> None:
     store, legal = running.store_in(tmp_path), {str(i): [2, 3, 4, 5, 6, 7, 8] for i in range(3)}
     layers = [importance_of(layer=i, importance=[v] * 8) for i, v in enumerate((0.1, 0.2, 0.4))]
-    found = counts(store, prune.counts_paper(*layers, legal=legal, experts=EIGHT, total=17))
+    found = counts(store, prune.counts_paper(layers, legal=legal, experts=EIGHT, total=17))
     # 7 go: in proportion to 1/0.1, 1/0.2, 1/0.4 that is 4, 2 and 1
     assert found == {0: 4, 1: 6, 2: 7}
     extreme = [importance_of(layer=i, importance=[v] * 8) for i, v in enumerate((1e-6, 1.0, 1.0))]
-    assert counts(store, prune.counts_paper(*extreme, legal=legal, experts=EIGHT, total=14)) == {0: 2, 1: 6, 2: 6}
+    assert counts(store, prune.counts_paper(extreme, legal=legal, experts=EIGHT, total=14)) == {0: 2, 1: 6, 2: 6}
 
 
 def test_a_layer_that_has_one_legal_count_takes_part(tmp_path: Path) -> None:
@@ -91,10 +92,10 @@ def test_a_total_that_no_counts_add_up_to_names_the_nearest() -> None:
     ("family", "given", "expected"),
     [
         ("mixtral", {}, [2, 3, 4, 5, 6, 7, 8]),
-        ("mixtral", {"counts": (4, 6, 16)}, [4, 6]),
+        ("mixtral", {"legal": (4, 6, 16)}, [4, 6]),
         ("mixtral", {"divisor": 4}, [4, 8]),
-        ("mixtral", {"protected": {0: [1, 2, 3]}}, [3, 4, 5, 6, 7, 8]),
-        ("deepseek_v3", {"protected": {1: [0, 1, 2, 3]}}, [8]),  # a whole group
+        ("mixtral", {"protected": ((0, 1), (0, 2), (0, 3))}, [3, 4, 5, 6, 7, 8]),
+        ("deepseek_v3", {"protected": ((1, 0), (1, 1), (1, 2), (1, 3))}, [8]),  # a whole group
         ("deepseek_v3", {}, [6, 8]),  # two groups of which a token uses one, and three experts a token
     ],
 )
@@ -102,21 +103,21 @@ def test_legal_counts_are_what_router_kernels_and_protection_leave(
     family: str, given: dict, expected: list[int], tmp_path: Path
 ) -> None:
     model = running.model_in(tiny.write(family, tmp_path / "model"))
-    assert counts_.legal_counts(model, **given)[model.moe_layers[0] if family != "mixtral" else 0] == expected
+    assert counts_.legal_counts(model, Counts(0.5, **given))[model.moe_layers[0] if family != "mixtral" else 0] == expected
 
 
 def test_a_budget_is_the_same_in_experts_parameters_and_bytes(tmp_path: Path) -> None:
     model = running.model_in(tiny.write("mixtral", tmp_path / "model"))
     each = 3 * 48 * 32  # gate, up and down of one expert in fp32
-    assert counts_.total_experts(model, 0.75) == 18
-    assert counts_.total_experts(model, 18) == 18
-    assert counts_.total_experts(model, 18 * each, "parameters") == 18
-    assert counts_.total_experts(model, 18 * each * 4, "bytes") == 18
-    assert counts_.total_experts(model, 18 * each * 4 - 1, "bytes") == 17
+    assert counts_.total_experts(model, Counts(0.75)) == 18
+    assert counts_.total_experts(model, Counts(18)) == 18
+    assert counts_.total_experts(model, Counts(18 * each, "parameters")) == 18
+    assert counts_.total_experts(model, Counts(18 * each * 4, "bytes")) == 18
+    assert counts_.total_experts(model, Counts(18 * each * 4 - 1, "bytes")) == 17
     with pytest.raises(ValueError, match="budget of 25 experts must lie between 0 and the 24"):
-        counts_.total_experts(model, 25)
+        counts_.total_experts(model, Counts(25))
     with pytest.raises(ValueError, match="unit='layers' is not known"):
-        counts_.total_experts(model, 3, "layers")  # type: ignore[arg-type]
+        Counts(3, "layers")  # type: ignore[arg-type]
 
 
 def test_no_legal_count_is_an_error_that_says_why(tmp_path: Path) -> None:
@@ -124,4 +125,4 @@ def test_no_legal_count_is_an_error_that_says_why(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"layer 0 can keep 2 to 8 of its 8 experts, but no such count is among \[5, 7\], divides by 4"
     ):
-        counts_.legal_counts(model, counts=[5, 7], divisor=4)
+        counts_.legal_counts(model, Counts(0.5, legal=(5, 7), divisor=4))

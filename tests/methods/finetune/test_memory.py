@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from moeflow.arch import MIXTRAL, Config
 from moeflow.methods.finetune.memory import bytes_per_token
-from moeflow.methods.finetune.recipe import Gang
+from moeflow.methods.finetune.recipe import Gang, Recipe
 from moeflow.methods.graph import Model
 from moeflow.methods.recipes import tune
 from moeflow.model.layout import Folder, headers, read_config
@@ -59,7 +59,7 @@ def rows_of(context: Context) -> None:
 def tuned(mode: str, gang: Gang) -> Any:
     rest = rest_of()
     model = Model(MIXTRAL_8X7B, rest, rest, tuple(layer_of(layer=i) for i in range(32)))
-    return tune.tune(model, rows_of(), mode=mode, steps=100, batch=64, rate=1e-5, gang=gang)
+    return tune.tune(model, rows_of(), Recipe(mode=mode, steps=100, batch=64, rate=1e-5), gang=gang)
 
 
 def test_mixtral_8x7b_is_not_trained_whole_on_eight_gpus_of_80_gb_but_with_offload_or_lora_it_is() -> None:

@@ -21,8 +21,8 @@ from moeflow.methods.data import steps as data_
 from moeflow.methods.fewer_active import steps as fewer_active
 from moeflow.methods.finetune import snapshots
 from moeflow.methods.finetune.batches import batch_of
-from moeflow.methods.finetune.recipe import Gang
-from moeflow.methods.graph import Model, Pass
+from moeflow.methods.finetune.recipe import Gang, Recipe
+from moeflow.methods.graph import Model, Pass, Sample
 from moeflow.methods.recipes import tune
 from moeflow.methods.recipes.tune import Tuned
 from moeflow.model.checkpoint import Tensors
@@ -85,8 +85,8 @@ def plain(folder: Path, ids_NL: np.ndarray) -> tuple[Any, list[float]]:
 
 def test_a_full_training_is_that_of_a_plain_loop_in_every_family(family: Path, store: Store, rows: Any, tmp_path: Path) -> None:
     model = model_in(family)
-    data = data_.tokens(rows, model, sequences=6, length=12)
-    tuned = tune.tune(model, data, mode="full", steps=STEPS, batch=BATCH, rate=RATE, warmup=0.0)
+    data = data_.tokens(rows, model, Sample(6, 12))
+    tuned = tune.tune(model, data, Recipe(mode="full", steps=STEPS, batch=BATCH, rate=RATE, warmup=0.0))
     run(store, alone(tuned.trained))
     expected, losses = plain(family, array_of(rows))
     expected.save_pretrained(tmp_path)
@@ -106,9 +106,9 @@ def test_the_merged_model_computes_what_lora_trained(kind: str, family: Path, st
     """Of standard checkpoints, and of those whose layers differ and have low-rank experts in every combination."""
     model = model_in(family if kind == "standard" else compress(family, tmp_path / family.name))
     targets = ("attention", "router", "experts") + (("shared",) if Family.of(model.config).arch.shared else ())
-    data = data_.tokens(rows, model, sequences=6, length=12)
-    options: dict[str, Any] = dict(steps=STEPS, batch=BATCH, rate=RATE, warmup=0.0, rank=4, targets=targets)
-    tuned = tune.tune(model, data, validation={"same": data}, keep="last", **options)
+    data = data_.tokens(rows, model, Sample(6, 12))
+    how = Recipe(steps=STEPS, batch=BATCH, rate=RATE, warmup=0.0, rank=4, alpha=32.0, targets=targets, keep="last")
+    tuned = tune.tune(model, data, how, validation={"same": data})
     run(store, alone(tuned.trained))
     told = read(store, tuned)["validations"]
     checkpoint = checkpoint_.checkpoint_of(tuned.model)
@@ -130,8 +130,8 @@ def test_the_merged_model_computes_what_lora_trained(kind: str, family: Path, st
 @pytest.mark.parametrize("mode", ["experts", "router"])
 def test_a_mode_trains_its_own_tensors_and_leaves_layers_without_any(mode: str, store: Store, rows: Any, tmp_path: Path) -> None:
     model = model_in(tiny.write("qwen2_moe", tmp_path / "model"))
-    data = data_.tokens(rows, model, sequences=6, length=12)
-    tuned = tune.tune(model, data, mode=mode, steps=2, batch=3, rate=RATE)
+    data = data_.tokens(rows, model, Sample(6, 12))
+    tuned = tune.tune(model, data, Recipe(mode=mode, steps=2, batch=3, rate=RATE))
     assert tuned.model.layers[1] is model.layers[1] and tuned.model.rest is model.rest  # layer 1 is dense
     run(store, alone(tuned.trained))
     found, before = tensors(store, tuned.model), tensors(store, model)
@@ -158,8 +158,8 @@ class Killer(Lines):
 def test_processes_divide_the_work_and_one_that_is_killed_changes_nothing(mixtral: Path, rows: Any, tmp_path: Path) -> None:
     """One key. The curve of two processes is that of one but for rounding, and that of a resumed run its own exactly."""
     model = model_in(mixtral)
-    data = data_.tokens(rows, model, sequences=6, length=12)
-    options: dict[str, Any] = dict(steps=12, batch=4, rate=3e-3, rank=4, validation={"same": data}, every=4)
+    data = data_.tokens(rows, model, Sample(6, 12))
+    how = Recipe(steps=12, batch=4, rate=3e-3, rank=4, alpha=32.0, every=4)
     found = {}
     for name, gang in {
         "one": Gang(),
@@ -167,7 +167,7 @@ def test_processes_divide_the_work_and_one_that_is_killed_changes_nothing(mixtra
         "divided": Gang(processes=2, zero=3, checkpointing=True, save_every=2),
         "killed": Gang(processes=2, zero=3, checkpointing=True, save_every=2),
     }.items():
-        trained = tune.tune(model, data, gang=gang, **options).trained
+        trained = tune.tune(model, data, how, validation={"same": data}, gang=gang).trained
         store = store_in(tmp_path / name)
         show = Killer(store, trained.key) if name == "killed" else None
         outcome = in_process.run([alone(trained) if name == "one" else trained], store, progress=show)
@@ -186,42 +186,60 @@ def test_processes_divide_the_work_and_one_that_is_killed_changes_nothing(mixtra
 
 def test_nothing_is_refused_late_that_could_be_refused_early(mixtral: Path, rows: Any, tmp_path: Path) -> None:
     model = model_in(mixtral)
-    data = data_.tokens(rows, model, sequences=6, length=12)
-    long = data_.tokens(matrix_of(tmp_path, sequences=2, length=80), model, sequences=2, length=80)
-    taught = tune.teacher(model, data, top=8)
-    other = tune.teacher(model, data_.tokens(matrix_of(tmp_path, sequences=6, length=12, seed=5), model, sequences=6, length=12))
-    for change, message in {
-        "long": ({"data": long}, "the data has sequences of 80 tokens, the model 64 positions"),
-        "validation": ({"validation": {"prose": long}}, "prose has sequences of 80 tokens"),
-        "no matrix": ({"data": model.rest}, "the data is made by fetch.rest, which makes no token matrix"),
-        "mode": ({"mode": "qlora"}, "mode='qlora' is not known; choose one of lora, full"),
-        "loss": ({"loss": "mse"}, "loss='mse' is not known; choose one of lm, kl, both"),
-        "target": ({"targets": ("q_proj",)}, "target 'q_proj' is not known; choose of attention, router"),
-        "absent": ({"targets": ("shared",)}, "'shared' matches no matrix of this mixtral; it has attention, experts, router"),
-        "compressed": ({"mode": "compressed_experts"}, "trains nothing of this mixtral: it has no compressed; attach them first"),
-        "teacher": ({"loss": "kl"}, "loss='kl' and 0 steps of a teacher do not go together; pass teacher=distill.teacher"),
-        "no use": ({"teacher": taught}, "loss='lm' and 1 steps of a teacher .*; a teacher is for loss='kl' or 'both'"),
-        "other": ({"teacher": other, "loss": "kl"}, "the teacher has read other data"),
-        "no teacher": ({"teacher": (data,), "loss": "kl"}, "are not those that distill.teacher.* makes"),
-        "mix": ({"teacher": taught, "loss": "both", "mix": 1.0}, "mix=1.0: of both losses each has a part"),
-        "batch": ({"gang": Gang(processes=3)}, "batch=4 cannot be divided between 3 processes; nearest: 3 or 6"),
-        "micro": ({"gang": Gang(processes=2, micro=3)}, "micro=3 does not divide the 2 sequences of each process.*nearest: 2"),
-        "steps": ({"steps": 0}, "steps=0 of batch=4 sequences: there must be at least one of each"),
-        "warmup": ({"warmup": 1.0}, "warmup=1.0 is a part of the steps, from 0 to below 1"),
-        "every": ({"every": 9, "validation": {"same": data}}, "every=9 must lie between 1 and the 4 steps"),
-        "rate": ({"rate": 2.0}, "rate=2.0 must lie between 0 and 1"),
-        "dtype": ({"dtype": "float16"}, "dtype='float16': a model is trained in one of float32, bfloat16"),
-    }.values():
-        options = {"data": data, "steps": 4, "batch": 4, "rate": 1e-3, **change}
+    data = data_.tokens(rows, model, Sample(6, 12))
+    long = data_.tokens(matrix_of(tmp_path, sequences=2, length=80), model, Sample(2, 80))
+    other = model_in(tiny.write("mixtral", tmp_path / "other", vocab_size=97))
+    for change, message in (
+        ({"data": long}, "the data has sequences of 80 tokens, the model 64 positions"),
+        ({"validation": {"prose": long}}, "prose has sequences of 80 tokens"),
+        ({"data": model.rest}, "the data is made by checkpoint.rest, which makes no token matrix"),
+        ({"mode": "qlora"}, "mode='qlora' is not known; choose one of lora, full"),
+        ({"loss": "mse"}, "loss='mse' is not known; choose one of lm, kl, both"),
+        ({"targets": ("q_proj",)}, "target 'q_proj' is not known; choose of attention, router"),
+        ({"targets": ("shared",)}, "'shared' matches no matrix of this mixtral; it has attention, experts, router"),
+        ({"mode": "compressed_experts"}, "trains nothing of this mixtral: it has no compressed; attach them first"),
+        ({"loss": "kl"}, "loss='kl' needs a teacher; pass teacher=original, or choose loss=lm"),
+        (
+            {"teacher": other, "loss": "kl"},
+            "the teacher's vocabulary has 97 tokens, the model's 96; choose one",
+        ),
+        ({"teacher": model, "loss": "kl", "top": 97}, "top=97 must lie between 1 and the vocabulary's 96 tokens"),
+        ({"loss": "both", "mix": 1.0}, "mix=1.0: of both losses each has a part"),
+        ({"gang": Gang(processes=3)}, "batch=4 cannot be divided between 3 processes; nearest: 3 or 6"),
+        ({"gang": Gang(processes=2, micro=3)}, "micro=3 does not divide the 2 sequences of each process.*nearest: 2"),
+        ({"steps": -1}, "steps=-1 or epochs=1 of batch=4: none may be 0 or less"),
+        ({"steps": 0, "epochs": 0.1}, "epochs=0.1 of 6 rows in batches of 4 make no step; say steps=1"),
+        ({"warmup": 1.0}, "warmup=1.0 is a part of the steps, from 0 to below 1"),
+        ({"every": 9, "steps": 0, "epochs": 2, "validation": {"same": data}}, "every=9 must lie between 1 and the 3 steps"),
+        ({"rate": 2.0}, "rate=2.0 must lie between 0 and 1"),
+        ({"dtype": "float16"}, "dtype='float16' is not known; choose one of auto, float32, bfloat16"),
+    ):
+        options: dict[str, Any] = {"steps": 4, "batch": 4, "rate": 1e-3, **change}
+        told = {name: options.pop(name) for name in ("data", "teacher", "validation", "gang") if name in options}
         with pytest.raises(ValueError, match=message) as refused:
-            tune.tune(model, options.pop("data"), **options)
+            tune.tune(model, told.pop("data", data), Recipe(**options), **told)
         assert "\n" not in str(refused.value)
+    half = model_in(tiny.write("mixtral", tmp_path / "half", dtype=torch.float16))
+    with pytest.raises(ValueError, match="dtype='float16': a model is trained in one of float32, bfloat16, whatever"):
+        tune.tune(half, data, Recipe())
+
+
+def test_one_training_has_one_key_however_it_is_said_and_none_is_no_training(mixtral: Path, rows: Any) -> None:
+    """What has no effect is in no key, and a recipe by epochs is that by the steps they make."""
+    model = model_in(mixtral)
+    data = data_.tokens(rows, model, Sample(6, 12))
+    how = Recipe(mode="router", epochs=4, batch=4, warmup=0.2, rank=3, mix=0.3, every=2)
+    same = Recipe(mode="router", steps=6, batch=4, warmup=1 / 6, targets=("shared",), alpha=1.0)
+    keys = {tune.tune(model, data, h, teacher=model).trained.key for h in (how, same)}
+    assert len(keys) == 1 and tune.tune(model, data, Recipe(mode="router", steps=7, batch=4)).trained.key not in keys
+    left = tune.tune(model, lambda: pytest.fail("no data are asked for"), None)
+    assert left.model is model and left.trained is None and left.reports == ()
 
 
 def test_data_with_nothing_to_predict_are_refused_with_the_reason(mixtral: Path, store: Store, rows: Any) -> None:
     model = model_in(mixtral)
-    data = masked(data_.tokens(rows, model, sequences=6, length=12), first=0)
-    tuned = tune.tune(model, data, steps=1, batch=2, rate=1e-3)
+    data = masked(data_.tokens(rows, model, Sample(6, 12)), first=0)
+    tuned = tune.tune(model, data, Recipe(steps=1, batch=2, rate=1e-3))
     with pytest.raises(StepFailed, match="nothing is to be predicted in the 6 sequences: learned.npy is zero behind"):
         run(store, alone(tuned.trained))
 
@@ -240,8 +258,8 @@ def masked(context: Context, given: Artifact, *, first: int) -> None:
 
 def test_the_loss_is_the_mean_over_what_is_to_be_predicted(mixtral: Path, store: Store, rows: Any) -> None:
     model = model_in(mixtral)
-    data = masked(data_.tokens(rows, model, sequences=6, length=12), first=7)
-    tuned = tune.tune(model, data, mode="router", steps=1, batch=6, rate=1e-3, validation={"same": data})
+    data = masked(data_.tokens(rows, model, Sample(6, 12)), first=7)
+    tuned = tune.tune(model, data, Recipe(mode="router", steps=1, batch=6, rate=1e-3), validation={"same": data})
     run(store, alone(tuned.trained))
     ids = torch.from_numpy(array_of(rows))
     with torch.no_grad():
@@ -255,10 +273,10 @@ def test_the_loss_is_the_mean_over_what_is_to_be_predicted(mixtral: Path, store:
 def test_a_router_learns_from_the_original_what_pruning_took(mixtral: Path, store: Store, rows: Any, tmp_path: Path) -> None:
     """Router-KD, from a file with the original's whole distribution: the loss is the divergence, and it falls."""
     original, pruned = model_in(mixtral), model_in(compress(mixtral, tmp_path / "pruned"))
-    data = data_.tokens(rows, original, sequences=6, length=12)
-    taught = tune.teacher(original, data, Pass(batch=2, shard=4), top=96)
-    assert len(taught) == 2
-    tuned = tune.tune(pruned, data, mode="router", loss="kl", teacher=taught, steps=20, batch=6, rate=3e-2, warmup=0.0)
+    data = data_.tokens(rows, original, Sample(6, 12))
+    how = Recipe(mode="router", loss="kl", top=96, steps=20, batch=6, rate=3e-2, warmup=0.0)
+    tuned = tune.tune(pruned, data, how, teacher=original, passed=Pass(2, 4))
+    assert [name for name, _ in tuned.trained.slots] == ["checkpoint", "data", "predictions"] and len(tuned.trained.inputs) == 4
     run(store, alone(tuned.trained))
     ids = torch.from_numpy(array_of(rows))
     with torch.no_grad():
@@ -273,9 +291,9 @@ def test_a_router_learns_from_the_original_what_pruning_took(mixtral: Path, stor
 
 def test_a_training_that_overflows_stops_with_the_step_and_keeps_the_state_before(mixtral: Path, rows: Any, tmp_path: Path) -> None:
     model = model_in(mixtral)
-    data = data_.tokens(rows, model, sequences=6, length=12)
-    options: dict[str, Any] = dict(mode="full", steps=9, batch=6, rate=0.5, decay=1e12, gang=Gang(zero=0, save_every=1))
-    tuned = tune.tune(model, data, **options)
+    data = data_.tokens(rows, model, Sample(6, 12))
+    how = Recipe(mode="full", steps=9, batch=6, rate=0.5, decay=1e12)
+    tuned = tune.tune(model, data, how, gang=Gang(zero=0, save_every=1))
     store = store_in(tmp_path)
     said = "a trained parameter is not finite behind step 2; the state of step 1 is kept, and running again .*; lower the rate"
     with pytest.raises(StepFailed, match=said):
@@ -291,8 +309,8 @@ def test_a_disk_without_room_for_a_snapshot_is_told_in_a_line(
     mixtral: Path, store: Store, rows: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = model_in(mixtral)
-    data = data_.tokens(rows, model, sequences=6, length=12)
-    tuned = tune.tune(model, data, mode="router", steps=Gang().save_every + 1, batch=1, rate=1e-4)
+    data = data_.tokens(rows, model, Sample(6, 12))
+    tuned = tune.tune(model, data, Recipe(mode="router", steps=Gang().save_every + 1, batch=1))
     monkeypatch.setattr(snapshots.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6, 1000))
     with pytest.raises(
         StepFailed, match="no space left on .*; free some, or point MOEFLOW_CACHE / --store to another disk"
@@ -303,8 +321,8 @@ def test_a_disk_without_room_for_a_snapshot_is_told_in_a_line(
 
 def test_compressed_experts_learn_alone_and_leave_the_layers_files_untouched(mixtral: Path, store: Store, rows: Any) -> None:
     model = fewer_active.attach(model_in(mixtral))
-    data = data_.tokens(rows, model, sequences=6, length=12)
-    tuned = tune.tune(model, data, mode="compressed_experts", steps=4, batch=6, rate=1e-1, validation={"same": data})
+    data = data_.tokens(rows, model, Sample(6, 12))
+    tuned = tune.tune(model, data, Recipe(mode="compressed_experts", steps=4, batch=6, rate=1e-1), validation={"same": data})
     run(store, alone(tuned.trained))
     files = store.artifact(tuned.trained.key).names()
     assert [n for n in files if n.startswith("layer-")] == [f"layer-{i:03d}/routing.safetensors" for i in range(3)]
@@ -317,9 +335,9 @@ def test_compressed_experts_learn_alone_and_leave_the_layers_files_untouched(mix
 
 def test_the_best_state_is_kept_and_the_report_says_what_it_gained(mixtral: Path, store: Store, rows: Any) -> None:
     model = model_in(mixtral)
-    data = data_.tokens(rows, model, sequences=6, length=12)
-    other = data_.tokens(rows, model, sequences=6, length=12)
-    tuned = tune.tune(model, data, steps=8, batch=3, rate=3e-2, every=2, validation={"a": data, "b": other})
+    data = data_.tokens(rows, model, Sample(6, 12))
+    other = data_.tokens(rows, model, Sample(6, 12))
+    tuned = tune.tune(model, data, Recipe(steps=8, batch=3, rate=3e-2, every=2), validation={"a": data, "b": other})
     run(store, alone(tuned.reports[0]))
     told = read(store, tuned)
     means = {v["steps"]: v["mean"] for v in told["validations"]}

@@ -1,55 +1,48 @@
-"""Scores by which single experts are kept: what costs nothing beside a calibration. Higher stays.
+"""The scores of single experts, from a layer's summed statistics or from its weights, and which experts they keep.
 
-Shapes: E experts. Pure functions of a layer's summed statistics or of its weights.
+Shapes are suffixes: E experts. `layer` is None where the score's row says that it reads no weights.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
+from moeflow.methods.graph import load
+from moeflow.methods.scores import SCORES
 from moeflow.model.moe import MoELayer, whole
 
 Stats = Mapping[str, Tensor]
 """Sums over calibration tokens, as `moeflow.model.observe.Recorder` leaves them, added over shards."""
 
 
-def random_order(moe: MoELayer, stats: Stats, seed: int) -> Tensor:
+def random_order(layer: None, stats: Stats, seed: int) -> Tensor:
     """A random order, the same for the same seed."""
-    return torch.rand(moe.num_experts, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.rand(len(stats["count_E"]), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def frequency(moe: MoELayer, stats: Stats, seed: int) -> Tensor:
+def frequency(layer: None, stats: Stats, seed: int) -> Tensor:
     """How many tokens are routed to each expert."""
     return stats["count_E"]
 
 
-def router_score(moe: MoELayer, stats: Stats, seed: int) -> Tensor:
+def router_score(layer: None, stats: Stats, seed: int) -> Tensor:
     """The router's mean score of each expert over all tokens, chosen or not (He et al., arXiv 2406.02500, Expert Drop)."""
     return stats["score_E"] / stats["tokens"]
 
 
-def reap(moe: MoELayer, stats: Stats, seed: int) -> Tensor:
+def reap(layer: None, stats: Stats, seed: int) -> Tensor:
     """The mean of routing weight times output norm over the tokens routed to each expert (REAP, arXiv 2510.13999)."""
     return stats["reap_E"] / stats["count_E"].clamp(min=1)
 
 
-def aimer(moe: MoELayer, stats: Stats, seed: int) -> Tensor:
+def aimer(layer: MoELayer, stats: Stats, seed: int) -> Tensor:
     """Minus mean |w| over root mean square of w, from the weights alone (AIMER, arXiv 2603.18492: the highest ratio goes)."""
     scores = []
-    for expert in moe.experts:
+    for expert in layer.experts:
         w = torch.cat([whole(m).reshape(-1).double() for m in (expert.gate_FD, expert.up_FD, expert.down_DF)])
         scores.append(-w.abs().mean() / w.square().mean().sqrt())
     return torch.stack(scores)
-
-
-SCORES: dict[str, Callable[[MoELayer, Stats, int], Tensor]] = {
-    "random": random_order,
-    "frequency": frequency,
-    "router_score": router_score,
-    "reap": reap,
-    "aimer": aimer,
-}
 
 
 def best_by_score(score_E: Tensor, keep: int, groups: int = 1) -> list[int]:
@@ -60,3 +53,9 @@ def best_by_score(score_E: Tensor, keep: int, groups: int = 1) -> list[int]:
         order = torch.sort(score_E[g * size : (g + 1) * size], descending=True, stable=True).indices
         kept += [g * size + int(e) for e in order[: keep // groups]]
     return sorted(kept)
+
+
+def baselines(layer: MoELayer, stats: Stats, seed: int, keep: int) -> dict[str, tuple[int, ...]]:
+    """The `keep` experts that each score would keep in this layer, by the score's name."""
+    scores = {name: load(row.code)(layer, stats, seed) for name, row in SCORES.items()}
+    return {name: tuple(best_by_score(score_E, keep, layer.router.groups)) for name, score_E in scores.items()}

@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM
 
 from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.data import steps as data
-from moeflow.methods.graph import Pass
+from moeflow.methods.graph import Pass, Sample
+from moeflow.methods.prune.searches import Search
 from moeflow.methods.recipes import naee
 from moeflow.step import Step
 from moeflow.store import Store
@@ -99,24 +100,17 @@ def test_a_model_without_a_tokenizer_is_evaluated_on_the_token_matrix_and_the_re
     assert notes == ["the model has no tokenizer: held-out text is left out, the loss on the token matrix stands for it"]
 
 
-def test_an_unknown_search_or_loss_is_refused_with_the_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="search='best' is not known; choose one of layerwise, progressive, random"):
-        naee.named("best")
-    model = running.model_in(tiny.write("mixtral", tmp_path / "model"))
-    seen = calibrate.run(model, data.tokens(running.matrix_of(tmp_path), model, sequences=8, length=16), Pass(batch=4, shard=4))
-    with pytest.raises(ValueError, match="loss='l1' is not known; choose one of frobenius, batch-sum"):
-        naee.layerwise(seen, keep=4, loss="l1")
-
-
 def test_too_many_subsets_and_a_partial_record_are_refused_before_any_work(tmp_path: Path) -> None:
     wide = running.model_in(tiny.write("olmoe", tmp_path / "wide", num_experts=64))
-    matrix = data.tokens(running.matrix_of(tmp_path), wide, sequences=8, length=16)
-    with pytest.raises(ValueError, match=r"keeping 48 of 64 experts means .* subsets, over 20,000: .*search=reap"):
-        naee.layerwise(calibrate.run(wide, matrix, Pass(batch=4, shard=4)), keep=48)
+    matrix = data.tokens(running.matrix_of(tmp_path), wide, Sample(8, 16))
+    with pytest.raises(
+        ValueError, match=r"48 of 64 experts .* over 20,000: .*another search .genetic, swap. or a score .random, .*reap"
+    ):
+        naee.prune(calibrate.run(wide, matrix, Pass(batch=4, shard=4)), keep=48)
     model = running.model_in(tiny.write("mixtral", tmp_path / "model"))
     part = calibrate.run(model, matrix, Pass(batch=4, shard=4, record=32))
     with pytest.raises(ValueError, match="loss='batch-sum' .* needs the inputs of all tokens"):
-        naee.layerwise(part, keep=6, loss="batch-sum")
+        naee.prune(part, 6, Search("layerwise", loss="batch-sum"))
     with pytest.raises(ValueError, match="shard=6 sequences must be a multiple of batch=4"):
         calibrate.run(model, matrix, Pass(batch=4, shard=6))
 
@@ -144,6 +138,6 @@ def test_a_model_with_too_few_positions_is_reported_without_its_speed(tmp_path: 
 @pytest.mark.parametrize("dtype", ["fp32", "int8"])
 def test_an_unknown_precision_is_refused_when_the_graph_is_built(dtype: str, tmp_path: Path) -> None:
     model = running.model_in(tiny.write("mixtral", tmp_path / "model"))
-    matrix = data.tokens(running.matrix_of(tmp_path), model, sequences=8, length=16)
+    matrix = data.tokens(running.matrix_of(tmp_path), model, Sample(8, 16))
     with pytest.raises(ValueError, match=f"dtype='{dtype}' is not known; choose one of auto, float64, float32"):
         calibrate.run(model, matrix, Pass(batch=4, shard=4, dtype=dtype))

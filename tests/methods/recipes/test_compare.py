@@ -1,0 +1,41 @@
+"""The reports on a compressed model: which there are, and what each text is called in them. Only graphs are built."""
+
+from pathlib import Path
+
+import pytest
+
+from moeflow.methods.graph import Model, Pass, Sample
+from moeflow.methods.recipes import compare, pretrained
+from moeflow.sources import Texts
+from tests import running, tiny
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Model:
+    """A model with a tokenizer."""
+    (tmp_path / "text.txt").write_text("words")
+    return pretrained.mixtral(Texts(str(tmp_path / "text.txt")))
+
+
+def names(model: Model, heldout: str) -> list[str]:
+    steps = compare.compare(model, model, Texts(heldout), Sample(4, 16), Pass(2, 4))
+    return [s.params["name"] for s in steps if s.name == "evaluate.quality"]
+
+
+def test_every_text_has_a_name_of_its_own_with_columns_or_address_if_its_file_is_not_enough(model: Model, tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        for name in ("questions.jsonl", "test.jsonl"):
+            (tmp_path / folder / name).write_text("{}\n")
+    a, b = tmp_path / "a" / "questions.jsonl", tmp_path / "b" / "questions.jsonl"
+    assert names(model, f"{a}#question,{tmp_path}/a/test.jsonl#text") == ["questions", "test"]
+    assert names(model, f"{a}#question,{a}#question+answer") == ["questions (question)", "questions (question+answer)"]
+    alike = names(model, f"{a}#question,{b}#question,{a}#answer")
+    assert alike[0] != alike[1] and str(tmp_path / "a") in alike[0] and str(tmp_path / "b") in alike[1]
+    assert alike[2] == "questions (answer)"
+
+
+def test_a_model_without_a_tokenizer_needs_a_matrix_in_the_place_of_text(tmp_path: Path) -> None:
+    plain = running.model_in(tiny.write("mixtral", tmp_path / "model"))
+    with pytest.raises(ValueError, match=r"the model has no tokenizer, so .*; pass a ready-made matrix \(tokens=...\)"):
+        compare.compare(plain, plain, Texts("nowhere.txt"), Sample(4, 16))

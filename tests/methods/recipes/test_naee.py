@@ -1,0 +1,38 @@
+"""The whole model pruned layer by layer, by any search."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moeflow.methods.calibrate import steps as calibrate
+from moeflow.methods.data import steps as data
+from moeflow.methods.graph import Calibration, Pass
+from moeflow.methods.prune.searches import Search
+from moeflow.methods.recipes import naee
+from moeflow.store import Store
+from tests import running, tiny
+
+
+def calibrated(folder: Path) -> tuple[Store, Calibration]:
+    model = running.model_in(tiny.write("mixtral", folder / "model"))
+    matrix = data.tokens(running.matrix_of(folder), model, sequences=8, length=16)
+    return running.store_in(folder), calibrate.run(model, matrix, Pass(batch=4, shard=4))
+
+
+@pytest.mark.parametrize("method", ["enumerate", "genetic", "swap"])
+def test_another_search_of_every_layer_chooses_what_the_exact_one_chooses(method: str, tmp_path: Path) -> None:
+    """Where there are as few subsets as here, every search evaluates all or begins at the most."""
+    store, seen = calibrated(tmp_path)
+    exact, other = naee.prune(seen, 6), naee.prune(seen, 6, Search(method, starts=28))
+    running.run(store, *exact.choices, *other.choices, *other.layers)
+
+    def chosen(key: str) -> dict[str, Any]:
+        return json.loads(store.artifact(key).file("choice.json").read_text())
+
+    for one, two in zip(exact.choices, other.choices, strict=True):
+        theirs, ours = chosen(one.key), chosen(two.key)
+        assert ours["keep"] == theirs["keep"] and ours["criterion"] == method
+        assert ours["loss"]["value"] == pytest.approx(theirs["loss"]["value"], rel=1e-4)
+        assert ours["runner_up"]["keep"] == theirs["runner_up"]["keep"]
