@@ -10,6 +10,7 @@ from moeflow.methods.fewer_active.steps import skip
 from moeflow.methods.graph import Calibration, Model
 from moeflow.methods.prune.searches import Search
 from moeflow.methods.recipes import naee, unified
+from moeflow.methods.slim.methods import Slimming
 from moeflow.methods.trim.steps import Trimming, trim
 from moeflow.step import upstream
 from tests import tiny
@@ -27,7 +28,7 @@ def slimmed(tmp_path: Path) -> Calibration:
             weight *= 1e-3
     model.save_pretrained(source)
     seen = calibrated(model_in(source), tmp_path)
-    return calibrated(unified.slim(seen, method="round_to_nearest", bits=8, group=4, inputs="parallel"), tmp_path)
+    return calibrated(unified.slim(seen, Slimming(method="round_to_nearest", bits=8, group=4, inputs="parallel")), tmp_path)
 
 
 @pytest.mark.parametrize(
