@@ -34,7 +34,7 @@ def test_a_calibration_for_a_trimming_records_no_input_of_a_moe_block(
 ) -> None:
     model = running.model_in(tiny.write("mixtral", tmp_path / "model"))
     tokens = calibrated(model, tmp_path).tokens
-    small = unified.compress(model, tokens, order="trim", trim=how, calibration=Pass(batch=2, shard=4, record=64, per_expert=8))
+    small = unified.compress(model, tokens, Pass(batch=2, shard=4, record=64, per_expert=8), order="trim", trim=how)
     observed = of_name(checkpoint_of(small), "calibrate.observe")
     assert observed and all(o.params["recording"] == recorded for o in observed)
 
