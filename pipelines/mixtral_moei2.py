@@ -19,6 +19,7 @@ from moeflow.cli import main
 from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data_
+from moeflow.methods.decompose.options import Decomposition
 from moeflow.methods.finetune.recipe import Gang, Recipe
 from moeflow.methods.graph import Pass, Sample
 from moeflow.methods.prune.counts import Counts
@@ -46,12 +47,12 @@ def build(
     generations: int = 50,
     legal: tuple[int, ...] = (),
     divisor: int = 1,
-    svd: str = "vanilla",
-    ranks: str = "paper",
+    svd: Literal["vanilla", "whitened"] = "vanilla",
+    ranks: Literal["uniform", "paper", "global"] = "paper",
     alpha: float = 0.15,
     multiple: int = 1,
     least: int = 1,
-    policy: str = "vanilla",
+    rare: Literal["weights", "keep"] = "weights",
     sequences: int = 2048,
     length: int = 2048,
     batch: int = 8,
@@ -84,10 +85,11 @@ def build(
         Search(search, seed=seed, best=best, block=block, inputs=inputs, population=population, generations=generations),
     )
     again = calibrate.run(pruned, matrix, recorded)
-    small = moei2.decompose(
-        again, ratio=moei2.ratio_left(removed, dropped), ranks=ranks, svd=svd, importance=importance, alpha=alpha,
-        multiple=multiple, least=least, policy=policy, measured=measured,
+    cut = Decomposition(
+        ratio=moei2.ratio_left(removed, dropped), ranks=ranks, svd=svd, importance=importance, alpha=alpha,
+        multiple=multiple, least=least, rare=rare, measured=measured,
     )  # fmt: skip
+    small = moei2.decompose(again, cut)
     data = partial(data_.examples, text, original, data_.Examples(rows, length, seed=seed, bos=bos, repeat=True))
     how = None if tune == "none" else Recipe(
         mode=tune, rank=rank, epochs=epochs, batch=tuned_batch, rate=rate, dtype=dtype, seed=seed

@@ -20,8 +20,10 @@ from mixtral import C4, MODEL, WIKITEXT2
 from moeflow.cli import main
 from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data
+from moeflow.methods.decompose.options import Decomposition
 from moeflow.methods.graph import Pass, Sample
 from moeflow.methods.recipes import compare, unified
+from moeflow.methods.slim.methods import Slimming
 from moeflow.methods.trim.steps import Trimming
 from moeflow.sources import Source, Texts
 from moeflow.step import Step
@@ -38,7 +40,7 @@ def build(
     rule: Literal["discrete", "consecutive"] = "consecutive",
     across: Literal["model", "layer"] = "model",
     criterion: str = "router_score",
-    slim: str = "awq",
+    slim: str | None = "awq",
     pattern: str = "2:4",
     bits: int = 4,
     group: int = 128,
@@ -60,9 +62,14 @@ def build(
     matrix = data.tokens(tokens, original, Sample(sequences, length, seed=seed, bos=bos, group=1000))
     passed = Pass(batch=batch, record=record, per_expert=per_expert, dtype=dtype)
     small = unified.compress(
-        original, matrix, order=order, trim=trim and Trimming(trim, dropped, across, criterion, rule=rule), slim=slim, ratio=ratio,
-        calibration=passed, pattern=pattern, bits=bits, group=group, inputs=inputs, shared=shared, tasks=tasks,
-    )  # fmt: skip
+        original,
+        matrix,
+        passed,
+        order=order,
+        slim=slim and Slimming(slim, pattern, bits, group, inputs=inputs, shared=shared, tasks=tasks),
+        trim=trim and Trimming(trim, dropped, across, criterion, rule=rule),
+        decompose=Decomposition(ratio=ratio, multiple=group or 32),
+    )
     judged = Sample(heldout_sequences, length), Pass(batch, 8 * batch, dtype=dtype)
     reports = compare.compare(original, small, heldout, *judged, tokens=matrix)
     return checkpoint.checkpoint_of(small).reporting(*reports)

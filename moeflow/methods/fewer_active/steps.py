@@ -71,7 +71,7 @@ def _compressed_experts_spec(rest: RestSpec, before: LayerSpec, *, layer: int, f
             f"a token gets {most} of the {before.experts} experts of layer {layer}, which leaves none to stand for; drop fewer"
         )
     added = _added(rest.config, before.tensors, layer, form)
-    out = LayerSpec(rest.config, layer, before.experts, {**before.tensors, **added}, slimmed=before.slimmed)
+    out = replace(before, config=rest.config, tensors={**before.tensors, **added})
     return Spec(out, reads=before.headers, writes=file_bytes(added), memory=1 << 26)
 
 

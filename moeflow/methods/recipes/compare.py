@@ -8,7 +8,6 @@ from moeflow.methods.checkpoint.steps import checkpoint_of
 from moeflow.methods.data import steps as data
 from moeflow.methods.evaluate.steps import experts_per_token, here, layers, quality, size, speed
 from moeflow.methods.graph import Model, Pass, Sample
-from moeflow.methods.records import SPARSE
 from moeflow.sources import Source, TextEntry, Texts
 from moeflow.step import Step
 
@@ -57,7 +56,7 @@ def compare(
         raise ValueError("the model has no tokenizer, so held-out text cannot become tokens; pass a ready-made matrix (tokens=...)")
     both = checkpoint_of(original), checkpoint_of(compressed)
     chosen = tuple(c for c in compressed.choices if "keep" in c.spec.output)
-    zeros = sorted({s for layer in compressed.layers if (s := layer.spec.output.slimmed).startswith(SPARSE)})
+    zeros = sorted({s.slimmed_by for layer in compressed.layers if (s := layer.spec.output).sparse})
     reports = [size(*both, zeros=zeros), *([layers(chosen)] if chosen else [])]
     for name, matrix, note in matrices:
         states = calibrate.hidden_states(original, matrix, passed)

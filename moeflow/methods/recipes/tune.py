@@ -15,7 +15,6 @@ from moeflow.methods.finetune.memory import Work, fitted
 from moeflow.methods.finetune.recipe import Gang, Recipe
 from moeflow.methods.finetune.targets import trained_in
 from moeflow.methods.graph import Model, Pass
-from moeflow.methods.records import SPARSE
 from moeflow.model.spec import TensorTable, TokensSpec, precision
 from moeflow.sources import Texts
 from moeflow.step import Step
@@ -98,7 +97,7 @@ def tune(
     recipe = recipe.settled(
         rows=spec.sequences,
         dtype=precision(model.config, recipe.dtype),
-        sparse=any(model.layers[i].spec.output.slimmed.startswith(SPARSE) for i in model.moe_layers),
+        sparse=any(model.layers[i].spec.output.sparse for i in model.moe_layers),
         validated=bool(matrices),
     )
     predictions = _predictions(model, data, recipe, teacher, passed)
