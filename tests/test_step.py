@@ -159,7 +159,7 @@ def test_the_recorded_source_covers_the_modules_that_a_step_imports_when_it_runs
         "text = Texts('python:stdlib/abc.py')\n"
         "model = pretrained.mixtral(text)\n"
         "seen = calibrate.run(model, data.tokens(text, model, Sample(8, 16)))\n"
-        "print(naee.prune(seen, 6).choices[0].source)"
+        "print(naee.prune(seen, keep=6).choices[0].source)"
     )
 
     def source_where_one_file_differs(changed: str) -> str:

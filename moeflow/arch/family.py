@@ -1,14 +1,18 @@
 """A family bound to one config.json: its numbers, and the names of its tensors."""
 
-import re
 from dataclasses import dataclass
+from typing import Literal
 
 from moeflow.arch.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from moeflow.arch.mixtral import MIXTRAL, PHIMOE
 from moeflow.arch.qwen_moe import OLMOE, QWEN2_MOE, QWEN3_MOE
-from moeflow.arch.spec import COMPRESSED, EXPERT_COUNT_KEYS, MAIN, Arch, Config
+from moeflow.arch.spec import COMPRESSED, EXPERT_COUNT_KEYS, MAIN, Arch, Config, layer_of
 
 FAMILIES = (MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE, PHIMOE, DEEPSEEK_V2, DEEPSEEK_V3)
+
+Kind = Literal["attention", "router", "experts", "shared", "dense", "compressed", "fixed", "norm", "rest"]
+"""What a tensor is part of. "compressed": the vectors of Compressed Experts; "fixed": what has no gradient, the threshold of
+skipping and the router's bias; "norm": a norm of a decoder layer; "rest": embedding, final norm and head."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +151,7 @@ class Family:
 
     def norm(self, layer: int) -> str:
         """The beginning of the names of the norm before a layer's MoE block."""
-        return self.prefix(layer) + "post_attention_layernorm."
+        return f"{self.prefix(layer)}{self.arch.norm}."
 
     def moe(self, layer: int) -> str:
         """The beginning of the names of a layer's MoE block."""
@@ -189,10 +193,71 @@ class Family:
         """The name of the matrix [1, D] that weighs the shared expert's output; None if the family has none."""
         return None if self.arch.shared_gate is None else self.arch.shared_gate.format(layer=layer)
 
+    def gate_beside(self, name: str) -> str | None:
+        """The name of the gate matrix of the same expert if `name` is a down matrix, else None."""
+        gate, down = (template.split(".")[-2] for template in (self.arch.gate, self.arch.down))
+        stem, _, matrix = name.removesuffix(".weight").rpartition(".")
+        return f"{stem}.{gate}.weight" if matrix == down else None
+
+    def kind(self, name: str) -> Kind:
+        """What the tensor with this name on disk is part of. A stack of fused experts counts as experts."""
+        layer = layer_of(name)
+        if layer is None:
+            return "rest"
+        experts, inside = self.experts(layer), name.removeprefix(self.prefix(layer))
+        if name.startswith(f"{experts}compressed."):
+            return "compressed"
+        if name.startswith(f"{experts}skip.") or name == self.router_bias(layer):
+            return "fixed"
+        if name.startswith(experts):
+            return "experts"
+        if name == self.router(layer):
+            return "router"
+        if name in (*(self.shared(layer) or ()), self.shared_gate(layer)):
+            return "shared"
+        if inside.startswith(f"{self.arch.attention}."):
+            return "attention"
+        return "dense" if inside.startswith(f"{self.arch.block}.") else "norm"
+
+    # Names in memory
+
     def on_disk(self, name: str) -> str:
         """The name on disk of a tensor that is called `name` in memory. Fused experts have no such name."""
-        if match := re.match(r"(model\.layers\.\d+\.)(.*)", name):
+        layer = layer_of(name)
+        if layer is not None:
+            inside = name.removeprefix(self.prefix(layer))
             for disk, memory in self.arch.memory:
-                if match[2].startswith(memory):
-                    return match[1] + disk + match[2].removeprefix(memory)
+                if inside.startswith(memory):
+                    return self.prefix(layer) + disk + inside.removeprefix(memory)
         return name
+
+    def in_memory(self, inside: str) -> str:
+        """The name in memory of a tensor that is called `inside` on disk; both are names inside a decoder layer."""
+        for disk, memory in self.arch.memory:
+            if inside.startswith(disk):
+                return memory + inside.removeprefix(disk)
+        return inside
+
+    @property
+    def shared_modules(self) -> tuple[str, ...]:
+        """The modules inside the MoE block that are left without routed experts: the shared expert, and its gate if it has one."""
+        matrices, gate = self.arch.shared, self.arch.shared_gate
+        return (*((matrices[0].split(".")[-3],) if matrices else ()), *((gate.split(".")[-2],) if gate else ()))
+
+    def pattern(self, module: str) -> str:
+        """An entry of `ignore` in a quantization_config for a module with this name on disk.
+
+        It matches the name in memory, too, and the same module of other layers where they are alike.
+        """
+        layer = layer_of(module)
+        if layer is None:
+            return module
+        inside, block = module.removeprefix(self.prefix(layer)), self.moe(layer).removeprefix(self.prefix(layer))
+        if inside.startswith(f"{self.arch.attention}."):
+            return f"re:.*{self.arch.attention}.*"
+        either = block if block == f"{self.arch.block}." else f"({block[:-1]}|{self.arch.block})."
+        if inside.startswith(block):
+            inside = either + inside.removeprefix(block)
+        if module + ".weight" == self.router(layer):
+            return f"re:.*{either[:-1]}[.](gate|router)$"
+        return f"re:.*[.]{inside}$" if layer in self.moe_layers else module

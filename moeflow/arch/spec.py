@@ -34,12 +34,16 @@ def essential(config: Config) -> Config:
     return plain | ({"model_type": str(config["model_type"]).removeprefix(COMPRESSED)} if "model_type" in config else {})
 
 
+def layer_of(name: str) -> int | None:
+    """The number of the decoder layer that a tensor belongs to, by its name; None for embedding, final norm and head."""
+    return int(name.split(".")[2]) if name.startswith("model.layers.") else None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Arch:
-    """Names are templates over {layer} and {expert}.
+    """The names of tensors on disk are templates over {layer} and {expert}.
 
-    The tensors on disk are the contract. Module attributes are needed only to run a decoder layer of transformers, whose
-    experts are fused in memory: `memory` says what a name begins with there.
+    The names of modules are needed only to run a decoder layer of transformers, which fuses the experts in memory.
     """
 
     model_type: str
@@ -56,6 +60,8 @@ class Arch:
     group_score: Literal["max", "top2"] = "max"
     router_fp32: bool = False  # router logits are computed in fp32, whatever the model's precision
     drop_score: Literal["all", "chosen"] = "all"  # Expert Drop's mean score: of all tokens, or of those that chose the expert
-    memory: tuple[tuple[str, str], ...] = ()  # (on disk, in memory) beginnings of names inside a decoder layer
-    block: str = "mlp"  # the MoE block inside a decoder layer in memory
-    block_router: str = "gate"  # the router inside that block in memory
+    memory: tuple[tuple[str, str], ...] = ()  # (on disk, in memory): beginnings of names inside a decoder layer that differ
+    block: str = "mlp"  # the module of the MoE block, or of a dense MLP, inside a decoder layer in memory
+    block_router: str = "gate"  # the module of the router inside that block in memory
+    norm: str = "post_attention_layernorm"  # the norm before the MoE block inside a decoder layer, on disk and in memory
+    attention: str = "self_attn"  # the attention inside a decoder layer, on disk and in memory

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from moeflow.arch import Config
+from moeflow.arch import Config, Family
 from moeflow.model.checkpoint import Tensors, read_moe
 
 
@@ -60,13 +60,12 @@ def alternative_blocks(
 
 
 @contextmanager
-def watched(layer: nn.Module, block: str) -> Iterator[dict[str, Tensor]]:
+def watched(layer: nn.Module, family: Family) -> Iterator[dict[str, Tensor]]:
     """What goes into a decoder layer's MoE block, and the residual stream that its output is added to."""
     seen: dict[str, Tensor] = {}
-    norm: nn.Module = layer.post_attention_layernorm  # type: ignore[assignment]
     hooks = [
-        norm.register_forward_pre_hook(lambda _, args: seen.__setitem__("residual", args[0])),
-        layer.get_submodule(block).register_forward_pre_hook(lambda _, args: seen.__setitem__("x", args[0])),
+        layer.get_submodule(family.arch.norm).register_forward_pre_hook(lambda _, args: seen.__setitem__("residual", args[0])),
+        layer.get_submodule(family.arch.block).register_forward_pre_hook(lambda _, args: seen.__setitem__("x", args[0])),
     ]
     try:
         yield seen

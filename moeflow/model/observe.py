@@ -55,11 +55,11 @@ class Recorder:
     @contextmanager
     def on(self, layer: nn.Module) -> Iterator[None]:
         """Record whatever runs through this decoder layer meanwhile."""
-        block = layer.get_submodule(self.family.arch.block)
+        norm, block = (layer.get_submodule(name) for name in (self.family.arch.norm, self.family.arch.block))
         router = block.get_submodule(self.family.arch.block_router)
         block.get_submodule("experts").recorder = self  # type: ignore[assignment]
         hooks = [
-            layer.post_attention_layernorm.register_forward_pre_hook(lambda _, args: self._hold("residual", args[0])),  # type: ignore[union-attr]
+            norm.register_forward_pre_hook(lambda _, args: self._hold("residual", args[0])),
             router.register_forward_hook(lambda _, args, out: self._hold("logits", out[0])),
             block.register_forward_hook(lambda _, args, out: self._block(args[0], out)),
             layer.register_forward_hook(lambda _, args, out: self._layer(args[0], out)),

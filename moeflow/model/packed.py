@@ -49,7 +49,6 @@ def logical(names: Iterable[str]) -> list[str]:
 def packed_shapes(shapes: Shapes, config: Config) -> dict[str, tuple[int, int]]:
     """Of each packed matrix, or factor of one, by its own name, its shape [M, N] when unpacked, told by its neighbours' shapes."""
     family, found = Family.of(config), {}
-    gate, down = (template.split(".")[-2] for template in (family.arch.gate, family.arch.down))
 
     def rows(name: str) -> int:
         """Of a matrix, or of the factor that gives its outputs."""
@@ -59,10 +58,10 @@ def packed_shapes(shapes: Shapes, config: Config) -> dict[str, tuple[int, int]]:
     for packed, shape in shapes.items():
         if packed.endswith(PACKED):
             name = packed.removesuffix(PACKED)
-            path = name.rpartition(".")[0]
-            block, _, matrix = path.rpartition(".")
-            out, within = family.factors(path + WHOLE)
-            columns = rows(f"{block}.{gate}{WHOLE}") if matrix == down else config["hidden_size"]
+            whole = name.rpartition(".")[0] + WHOLE
+            out, within = family.factors(whole)
+            gate = family.gate_beside(whole)
+            columns = config["hidden_size"] if gate is None else rows(gate)
             found[name] = int(shape[0]), rows(within) if name == out else int(columns)
     return found
 
@@ -103,6 +102,7 @@ def check_whole(shapes: Shapes, layer: int, config: Config, experts: int) -> Non
 
 def quantization_config(scheme: Scheme, shapes: Shapes, config: Config) -> dict[str, Any]:
     """What config.json says of a checkpoint packed so, for transformers and vLLM: what is not packed is ignored by its name."""
+    family = Family.of(config)
     weights = {
         "num_bits": scheme.bits,
         "type": "int",
@@ -121,29 +121,12 @@ def quantization_config(scheme: Scheme, shapes: Shapes, config: Config) -> dict[
         "kv_cache_scheme": None,
         "config_groups": {"group_0": group},
         # a head that is tied to the embedding has no tensor, and is a module like any other
-        "ignore": sorted({"lm_head"} | {_pattern(n.removesuffix(WHOLE), config) for n, s in shapes.items() if _is_matrix(n, s)}),
+        "ignore": sorted({"lm_head"} | {family.pattern(n.removesuffix(WHOLE)) for n, s in shapes.items() if _is_matrix(n, s)}),
     }
 
 
 def _is_matrix(name: str, shape: Sequence[int]) -> bool:
     return name.endswith(WHOLE) and len(shape) == 2
-
-
-def _pattern(module: str, config: Config) -> str:
-    """A module's name on disk as an entry of `ignore`: one for all layers where they agree, good for its name in memory, too."""
-    family = Family.of(config)
-    parts = module.split(".")
-    if parts[:2] != ["model", "layers"]:
-        return module
-    layer, tail = parts[2], ".".join(parts[3:])
-    if tail.startswith("self_attn."):
-        return "re:.*self_attn.*"
-    tail = tail.replace("block_sparse_moe", "(block_sparse_moe|mlp)")
-    if module + WHOLE == family.router(int(layer)):
-        return f"re:.*{tail.rpartition('.')[0]}[.](gate|router)$"
-    if int(layer) in family.moe_layers:
-        return f"re:.*[.]{tail}$"
-    return module
 
 
 def pack(codes_MN: "Tensor", scale_MG: "Tensor", bits: int) -> "dict[str, Tensor]":

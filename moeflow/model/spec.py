@@ -213,7 +213,7 @@ class HiddenSpec:
     @property
     def itemsize(self) -> int:
         """Bytes of one number."""
-        return 8 if self.dtype == "float64" else 4 if self.dtype == "float32" else 2
+        return element_bytes(self.config, self.dtype)
 
     @cached_property
     def nbytes(self) -> int:

@@ -6,7 +6,6 @@ Shapes are suffixes: N sequences, L positions, D model width, V vocabulary.
 """
 
 import copy
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,9 +19,6 @@ from moeflow.model.factors import fused
 from moeflow.model.formats import Format, family_config, format_of
 from moeflow.model.routed_experts import experts_of
 from moeflow.model.trimmed import take_out
-
-EXACT = r"e_score_correction_bias|experts\.skip\."
-"""What stays in the precision in which it is stored, whatever that of the run."""
 
 EXPERTS = "grouped_mm"
 """The implementation of fused experts in transformers that is used throughout: they differ in the last bits."""
@@ -102,17 +98,12 @@ class Stream:
         whole = {name for e in range(format.experts) for name in self.family.expert(layer, e)}
         experts = whole | {name for w in whole for name in self.family.factors(w)}
 
-        def move(t: Tensor) -> Tensor:
-            return t.to(self.device, self.dtype if t.is_floating_point() else t.dtype)
+        def moved(name: str) -> Tensor:
+            tensor = tensors[name]
+            exact = self.family.kind(name) == "fixed" or not tensor.is_floating_point()
+            return tensor.to(self.device, tensor.dtype if exact else self.dtype)
 
-        values = {self._renamed(n.removeprefix(prefix)): tensors[n] for n in tensors if n not in experts}
-        return {n: t.to(self.device) if re.search(EXACT, n) else move(t) for n, t in values.items()}
-
-    def _renamed(self, name: str) -> str:
-        for disk, memory in self.family.arch.memory:
-            if name.startswith(disk):
-                return memory + name.removeprefix(disk)
-        return name
+        return {self.family.in_memory(n.removeprefix(prefix)): moved(n) for n in tensors if n not in experts}
 
 
 class _Stub(nn.Module):

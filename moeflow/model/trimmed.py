@@ -1,4 +1,4 @@
-"""What is left of a decoder layer whose routed experts are gone: its shared expert, or nothing, and then no norm before it either.
+"""The modules of a decoder layer without routed experts: the shared expert is left, or nothing, not even the norm before the block.
 
 Shapes are suffixes: N sequences, L positions, D model width.
 """
@@ -11,36 +11,35 @@ from moeflow.model.formats import Format
 
 
 class Nothing(nn.Module):
-    """In the place of a MoE block that is gone: what it adds to the residual stream."""
+    """Replaces a MoE block that is gone: adds nothing to the residual stream."""
 
     def forward(self, x_NLD: Tensor) -> Tensor:
         return torch.zeros_like(x_NLD)
 
 
 class SharedAlone(nn.Module):
-    """In the place of a MoE block without routed experts: its shared expert and that one's gate, under the names that they had."""
+    """Replaces a MoE block that has lost its routed experts: the shared expert and its gate, under their old names."""
 
     def __init__(self, block: nn.Module, family: Family) -> None:
         super().__init__()
-        assert family.arch.shared is not None
-        self.expert = family.arch.shared[0].split(".")[-3]
-        self.add_module(self.expert, block.get_submodule(self.expert))
-        self.gate = family.arch.shared_gate.split(".")[-2] if family.arch.shared_gate else ""
-        if self.gate:
-            self.add_module(self.gate, block.get_submodule(self.gate))
+        self.expert, *self.gate = family.shared_modules
+        for name in family.shared_modules:
+            self.add_module(name, block.get_submodule(name))
 
     def forward(self, x_NLD: Tensor) -> Tensor:
         y_NLD: Tensor = self.get_submodule(self.expert)(x_NLD)
-        return self.get_submodule(self.gate)(x_NLD).sigmoid() * y_NLD if self.gate else y_NLD
+        for name in self.gate:
+            y_NLD = self.get_submodule(name)(x_NLD).sigmoid() * y_NLD
+        return y_NLD
 
 
 def take_out(layer: nn.Module, family: Family, format: Format) -> None:
-    """Take out of a decoder layer of transformers what this format says is gone (He et al., arXiv 2406.02500, Layer Drop).
+    """Remove from a decoder layer of transformers what `format.gone` says (He et al., arXiv 2406.02500, Layer Drop).
 
-    Without its MoE block a layer loses the norm before it, too, and the residual stream passes unchanged.
+    If the MoE block goes, so does the norm before it, and the residual stream passes unchanged.
     """
     if format.gone == "moe":
         layer.set_submodule(family.arch.block, Nothing())
-        layer.post_attention_layernorm = nn.Identity()
+        layer.set_submodule(family.arch.norm, nn.Identity())
     else:
         layer.set_submodule(family.arch.block, SharedAlone(layer.get_submodule(family.arch.block), family))

@@ -62,7 +62,7 @@ def through(
         x_NLD, residual_NLD = (torch.empty_like(base_NLD) if alternatives else None for _ in range(2))
         for rows in slices(len(base_NLD), batch):
             h_nLD = base_NLD[rows].to(stream.device)
-            with watched(module, stream.family.arch.block) as seen:
+            with watched(module, stream.family) as seen:
                 base_NLD[rows] = module(h_nLD, **stream.arguments(layer, h_nLD)).cpu()
             if x_NLD is not None and residual_NLD is not None:
                 x_NLD[rows], residual_NLD[rows] = seen["x"].cpu(), seen["residual"].cpu()

@@ -71,7 +71,7 @@ def _walk(
                 grown[name] = torch.empty(0) if last else torch.empty_like(states_NLD)
             for rows in slices(len(states_NLD), batch):
                 h_nLD = states_NLD[rows].to(stream.device)
-                with watched(module, stream.family.arch.block) as seen:
+                with watched(module, stream.family) as seen:
                     out_nLD = module(h_nLD, **stream.arguments(layer, h_nLD))
                 made = [seen["residual"] + moe(seen["x"].flatten(0, -2)).view(h_nLD.shape) for moe in moes.values()] or [out_nLD]
                 for name, y_nLD in zip(names, made, strict=True):

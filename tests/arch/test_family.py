@@ -1,0 +1,62 @@
+"""A family knows the names of its tensors, on disk and in memory, and what its router can do with."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from moeflow.arch import FAMILIES, Family, layer_of
+from moeflow.model.layout import Folder, headers, read_config
+
+
+def test_an_unknown_family_is_refused_with_those_that_are_known() -> None:
+    with pytest.raises(ValueError, match=f"'gpt2'; known: {FAMILIES[0].model_type}, "):
+        Family.of({"model_type": "gpt2"})
+
+
+def test_a_compressed_checkpoint_is_of_the_family_that_it_was_made_of() -> None:
+    assert Family.of({"model_type": "moeflow_olmoe"}).arch is Family.of({"model_type": "olmoe"}).arch
+
+
+def test_names_in_memory_lead_back_to_those_on_disk(family: Path) -> None:
+    of = Family.of(read_config(Folder(family)))
+    for name in headers(Folder(family)):
+        layer = layer_of(name)
+        if layer is not None and of.kind(name) != "experts":
+            prefix = of.prefix(layer)
+            assert of.on_disk(prefix + of.in_memory(name.removeprefix(prefix))) == name
+
+
+def test_every_tensor_is_of_the_kind_that_its_name_says(family: Path) -> None:
+    of = Family.of(read_config(Folder(family)))
+    kinds: dict[str, set[str]] = {}
+    for name in headers(Folder(family)):
+        kinds.setdefault(of.kind(name), set()).add(name)
+    layers = of.moe_layers
+    assert kinds["experts"] == {n for i in layers for e in range(of.num_experts) for n in of.expert(i, e)}
+    assert kinds["router"] == {of.router(i) for i in layers}
+    assert kinds.get("fixed", set()) == {n for i in layers for n in of.router_tensors(i)[1:]}
+    assert kinds.get("shared", set()) == {n for i in layers for n in (*(of.shared(i) or ()), of.shared_gate(i)) if n}
+    assert all("self_attn" in n for n in kinds["attention"]) and all("norm" in n for n in kinds["norm"])
+    assert "dense" not in kinds or len(layers) < of.num_layers
+    assert not any(n.startswith("model.layers.") for n in kinds["rest"])
+
+
+def test_a_quantization_config_ignores_a_module_by_its_name_on_disk_and_in_memory(family: Path) -> None:
+    of = Family.of(read_config(Folder(family)))
+    names = [n.removesuffix(".weight") for n, info in headers(Folder(family)).items() if len(info.shape) == 2]
+    for name in (n for n in names if layer_of(n) in of.moe_layers and of.kind(f"{n}.weight") != "experts"):
+        prefix = of.prefix(int(layer_of(name) or 0))
+        pattern = of.pattern(name)
+        assert pattern.startswith("re:")
+        for either in (name, prefix + of.in_memory(name.removeprefix(prefix) + ".").removesuffix(".")):
+            assert re.match(pattern.removeprefix("re:"), either)
+        others = [n for n in names if of.kind(f"{n}.weight") == "experts"]
+        assert not any(re.match(pattern.removeprefix("re:"), n) for n in others)
+
+
+def test_the_gate_beside_a_down_matrix_is_that_of_the_same_expert(family: Path) -> None:
+    of = Family.of(read_config(Folder(family)))
+    layer = of.moe_layers[-1]
+    gate, up, down = of.expert(layer, 3)
+    assert (of.gate_beside(gate), of.gate_beside(up), of.gate_beside(down)) == (None, None, gate)
