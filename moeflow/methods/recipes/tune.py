@@ -86,8 +86,8 @@ def tune(
     """The model trained on the rows of `data` (`data.examples`, `data.tokens`).
 
     If the loss needs a teacher, `passed` says how it runs over the data. The loss on each matrix of `validation` decides which
-    state is kept. `deepspeed`, a DeepSpeed configuration or the path of one, overrides recipe and gang. Raises ValueError for what cannot
-    be, before anything runs.
+    state is kept. `deepspeed`, a DeepSpeed configuration or the path of one, overrides recipe and gang. Raises ValueError for what
+    cannot be, before anything runs.
     """
     matrices = dict(sorted((validation or {}).items()))
     for name, matrix in {"the data": data, **matrices}.items():
