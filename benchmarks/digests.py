@@ -91,8 +91,9 @@ def digests(name: str, work: Path) -> dict[str, str]:
     store = Store.open(str(work / "store"))
     target = running.alone(pipeline.call(pipeline.load(PIPELINES / f"{file}.py"), words))
     in_process.run([target], store)
-    made = store.artifact(target.key).folder()
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest()[:16] for p in sorted(made.rglob("*.safetensors"))}
+    artifact = store.artifact(target.key)  # whose folder goes with it
+    files = sorted(artifact.folder().rglob("*.safetensors"))
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest()[:16] for p in files}
 
 
 def main(names: list[str]) -> None:
