@@ -5,7 +5,7 @@ decides what goes, by what the calibration recorded, and leaves a `trim.json`; o
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -54,7 +54,7 @@ class Trimming:
 
 def trim(calibration: Calibration, how: Trimming) -> Model:
     """The calibrated model without what `how` takes out, as a graph. Raises ValueError for what cannot be."""
-    return TRIMS[how.what](calibration, how)
+    return TRIMS[how.what].graph(calibration, how)
 
 
 def expert_drop(calibration: Calibration, how: Trimming) -> Model:
@@ -148,12 +148,21 @@ def block_drop(calibration: Calibration, how: Trimming) -> Model:
     return replace(model, config=config, rest=rest, layers=(*model.layers[:first], *moved), choices=(*model.choices, chosen))
 
 
-TRIMS: dict[str, Callable[[Calibration, Trimming], Model]] = {
-    "experts": expert_drop,
-    "moe_blocks": layer_drop,
-    "decoder_layers": block_drop,
+@dataclass(frozen=True)
+class Trim:
+    """One row of the table of what can be taken out."""
+
+    graph: Callable[[Calibration, Trimming], Model]
+    needs: Mapping[str, bool]
+    """What it reads of a calibration: the switches of `calibrate.run`."""
+
+
+TRIMS = {
+    "experts": Trim(expert_drop, {"inputs": False}),
+    "moe_blocks": Trim(layer_drop, {"inputs": False}),
+    "decoder_layers": Trim(block_drop, {"inputs": False, "between": True}),
 }
-"""What takes out what `Trimming.what` names."""
+"""What `Trimming.what` names: none reads the inputs of MoE blocks."""
 
 
 def _may_keep(family: Family, keep: int, experts: int) -> bool:
@@ -228,7 +237,7 @@ def expert_scores(
 def _choose_experts_spec(scores: tuple[Any, ...], *, across: str, keep: int, least: int, groups: int) -> Spec:
     total = sum(s["experts"] for s in scores)
     if across == "model" and keep < least * len(scores):
-        raise ValueError(f"{keep} experts are to stay in all, fewer than least={least} in each of {len(scores)} layers; keep more")
+        raise ValueError(f"{keep} experts are to stay in all, fewer than least={least} in each of {len(scores)} layers; drop fewer")
     stay = keep * len(scores) if across == "layer" else keep
     writes = 300 + 40 * total
     out = {

@@ -189,10 +189,10 @@ def test_what_cannot_be_skipped_is_refused_in_one_line(tmp_path: Path) -> None:
         fewer_active.skip(again)
     three = model_in(tiny.write("olmoe", tmp_path / "three"))
     with pytest.raises(ValueError, match="3 experts, for which there is no rule of a median"):
-        naee.skipped(three, seen.tokens, fewer_active.Skipping())
+        naee.skipped(three, seen.tokens, fewer_active.Skipping(), Pass())
     phimoe = model_in(tiny.write("phimoe", tmp_path / "phimoe"))
     with pytest.raises(ValueError, match="a phimoe weighs each of a token's experts by itself"):
-        naee.skipped(phimoe, seen.tokens, fewer_active.Skipping(1.5))
+        naee.skipped(phimoe, seen.tokens, fewer_active.Skipping(1.5), Pass())
     one = model_in(tiny.write("mixtral", tmp_path / "one", num_experts_per_tok=1))
     with pytest.raises(ValueError, match="gives each token one expert; none is left to skip"):
         fewer_active.skip(calibrated(one, tmp_path))
