@@ -22,6 +22,9 @@ MATRICES = ("gate", "up", "down")
 """The matrices of an expert, in the order in which `Family.expert` names them."""
 
 
+EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+"""The tensors outside the decoder layers, named alike in all families. There is no head if it is tied to the embedding."""
+
 WITHOUT_EFFECT = (
     "transformers_version", "_name_or_path", "architectures", "use_cache", "auto_map", "torchscript", "quantization_config",
 )  # fmt: skip

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import moeflow  # noqa: F401  makes transformers know compressed checkpoints
-from moeflow.arch import Config, Family
+from moeflow.arch import EMBEDDING, Config, Family
 from moeflow.model.factors import expert_shapes
 from moeflow.model.formats import layer_formats
 
@@ -31,7 +31,7 @@ def forward_flops(config: Config, length: int) -> int:
     rotary embedding and softmax are left out.
     """
     model = _without_weights(config)
-    matrices = sum(p.numel() for n, p in model.named_parameters() if p.dim() > 1 and "embed_tokens" not in n)
+    matrices = sum(p.numel() for n, p in model.named_parameters() if p.dim() > 1 and n != EMBEDDING)
     if config.get("tie_word_embeddings"):
         matrices += model.get_input_embeddings().weight.numel()
     heads, keys, values = _heads(model.config, config)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from moeflow.arch import Config, Family
+from moeflow.arch import HEAD, Config, Family
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -103,6 +103,8 @@ def check_whole(shapes: Shapes, layer: int, config: Config, experts: int) -> Non
 def quantization_config(scheme: Scheme, shapes: Shapes, config: Config) -> dict[str, Any]:
     """What config.json says of a checkpoint packed so, for transformers and vLLM: what is not packed is ignored by its name."""
     family = Family.of(config)
+    # a head that is tied to the embedding has no tensor, but is a module like any other
+    matrices = [HEAD, *(n for n, s in shapes.items() if _is_matrix(n, s))]
     weights = {
         "num_bits": scheme.bits,
         "type": "int",
@@ -120,8 +122,7 @@ def quantization_config(scheme: Scheme, shapes: Shapes, config: Config) -> dict[
         "global_compression_ratio": None,
         "kv_cache_scheme": None,
         "config_groups": {"group_0": group},
-        # a head that is tied to the embedding has no tensor, and is a module like any other
-        "ignore": sorted({"lm_head"} | {family.pattern(n.removesuffix(WHOLE)) for n, s in shapes.items() if _is_matrix(n, s)}),
+        "ignore": sorted({family.pattern(n.removesuffix(WHOLE)) for n in matrices}),
     }
 
 

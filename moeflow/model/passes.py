@@ -1,6 +1,7 @@
-"""Take hidden states through decoder layers, one layer's weights at a time, and record what is seen on the way.
+"""Run hidden states through decoder layers, one layer's weights at a time, record statistics on the way, and compute logits.
 
-Shapes are suffixes: N sequences, L positions, D model width. Reads inputs and writes files, and knows of no step.
+Shapes are suffixes: N sequences, L positions, T tokens, t some of them, D model width, V vocabulary. This file reads and writes
+files, and knows nothing of steps.
 """
 
 import json
@@ -14,12 +15,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from moeflow.arch import Config, Family
+from moeflow.model.alternatives import slices
 from moeflow.model.checkpoint import Tensors
-from moeflow.model.layout import Files
+from moeflow.model.layout import Files, read_config
 from moeflow.model.observe import OBSERVED, Recorder
 from moeflow.model.router import Router
 from moeflow.model.spec import precision
 from moeflow.model.stream import EXPERTS, Stream
+
+TOKENS_AT_ONCE = 1024
+"""Tokens whose logits are in memory together."""
 
 Progress = Callable[[int, int, str], None]
 
@@ -67,6 +72,26 @@ def through(
 def stream_of(config: Config, dtype: str, experts: str = EXPERTS) -> Stream:
     """A model to be run layer by layer, on a GPU where there is one. `dtype` "auto": the checkpoint's own precision."""
     return _stream(json.dumps(config), precision(config, dtype), experts)
+
+
+class Head:
+    """The final norm and the head of a model: from hidden states behind the last layer to logits.
+
+    `rest` holds config.json and their tensors.
+    """
+
+    def __init__(self, rest: Files, dtype: str) -> None:
+        stream, tensors = stream_of(read_config(rest), dtype), Tensors(rest)
+        self.device, self._norm, self._head = stream.device, stream.final_norm(tensors), stream.head(tensors)
+
+    def logits(self, states_TD: Tensor) -> Tensor:
+        """The logits [T, V] of hidden states [T, D], in fp32."""
+        return self._head(self._norm(states_TD[None].to(self.device)))[0].float()
+
+    def by_chunk(self, states_TD: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """The logits [t, V] of at most `TOKENS_AT_ONCE` tokens at a time, in fp32, each with the rows of these tokens."""
+        for rows in slices(len(states_TD), TOKENS_AT_ONCE):
+            yield rows, self.logits(states_TD[rows])
 
 
 @lru_cache(2)  # it holds no weights, and every step of a run needs the same

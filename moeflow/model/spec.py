@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 
-from moeflow.arch import LAYERS, Config, Family
+from moeflow.arch import EMBEDDING, HEAD, LAYERS, Config, Family
 from moeflow.model.formats import Format, format_of
 from moeflow.model.packed import Scheme, numels, scheme_of
 
@@ -176,8 +176,8 @@ class RestSpec:
     @cached_property
     def head_bytes(self) -> int:
         """The bytes of the final norm and the head, which the embedding may be."""
-        tied = "lm_head.weight" not in self.tensors
-        return sum(tensor_bytes(*t) for n, t in self.tensors.items() if tied or "embed_tokens" not in n)
+        tied = HEAD not in self.tensors
+        return sum(tensor_bytes(*t) for n, t in self.tensors.items() if tied or n != EMBEDDING)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from moeflow.arch import Config, Family
+from moeflow.arch import EMBEDDING, Config, Family
 from moeflow.model.checkpoint import Tensors
 from moeflow.model.factors import fused
 from moeflow.model.formats import Format, family_config, format_of
@@ -43,7 +43,7 @@ class Stream:
 
     def embed(self, rest: Mapping[str, Tensor], ids_NL: Tensor) -> Tensor:
         """Hidden states before the first layer, [N, L, D]."""
-        table_VD = rest["model.embed_tokens.weight"].to(self.device, self.dtype)
+        table_VD = rest[EMBEDDING].to(self.device, self.dtype)
         module = _filled(copy.deepcopy(self.skeleton.model.embed_tokens), {"weight": table_VD}, "model.embed_tokens")
         return module(ids_NL.to(self.device))
 
@@ -83,7 +83,7 @@ class Stream:
         """From normed hidden states to logits; the embedding serves where the checkpoint ties it to the head."""
         values = {n.removeprefix("lm_head."): rest[n].to(self.device, self.dtype) for n in rest if n.startswith("lm_head.")}
         if "weight" not in values:
-            values["weight"] = rest["model.embed_tokens.weight"].to(self.device, self.dtype)
+            values["weight"] = rest[EMBEDDING].to(self.device, self.dtype)
         return _filled(copy.deepcopy(self.skeleton.lm_head), values, "lm_head")
 
     def _hf_config(self, config: Config) -> PretrainedConfig:
