@@ -31,7 +31,7 @@ Progress = Callable[[int, int, str], None]
 
 @torch.inference_mode()
 def embed(config: Config, rest: Files, ids_NL: Tensor, out: Path, *, dtype: str) -> None:
-    """Write the hidden states of these token ids before the first layer. Raises ValueError for an id beyond the vocabulary."""
+    """Write the hidden states of these token ids before the first layer. Raises ValueError for an id outside the vocabulary."""
     vocabulary = int(config["vocab_size"])
     if len(ids_NL) and not 0 <= int(ids_NL.min()) <= int(ids_NL.max()) < vocabulary:
         raise ValueError(f"token ids reach from {ids_NL.min()} to {ids_NL.max()}, but the model's vocabulary has {vocabulary}")
@@ -44,10 +44,10 @@ def through(
     recorded: Callable[[int], Path] | None = None, before: Callable[[int], Path] | None = None, between: int = 0,
     budget: int = 0, **recording: Any,
 ) -> None:  # fmt: skip
-    """Write the hidden states behind consecutive layers, given as (number, file), running `batch` sequences together.
+    """Run hidden states through consecutive layers (number, file), `batch` sequences together, and write those behind the last.
 
-    With `recorded`, what a `Recorder` (made with `budget` and `recording`) saw in each MoE layer is written to the file it names;
-    with `before`, the hidden states of the first `between` tokens before each layer.
+    `recorded(layer)` is the file for the statistics of an MoE layer; `budget` and `recording` are options of its `Recorder`.
+    `before(layer)` is the file for the hidden states of the first `between` tokens before a layer.
     """
     stream = stream_of(config, dtype, OBSERVED if recorded else EXPERTS)
     states_NLD = load_file(hidden)["hidden_NLD"]
@@ -70,7 +70,7 @@ def through(
 
 
 def stream_of(config: Config, dtype: str, experts: str = EXPERTS) -> Stream:
-    """A model to be run layer by layer, on a GPU where there is one. `dtype` "auto": the checkpoint's own precision."""
+    """A model to run layer by layer, on a GPU if there is one. With `dtype` "auto" it has the checkpoint's own precision."""
     return _stream(json.dumps(config), precision(config, dtype), experts)
 
 
@@ -94,7 +94,7 @@ class Head:
             yield rows, self.logits(states_TD[rows])
 
 
-@lru_cache(2)  # it holds no weights, and every step of a run needs the same
+@lru_cache(2)  # a stream has no weights, and every step of a run needs the same one
 def _stream(config: str, dtype: str, experts: str) -> Stream:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return Stream(json.loads(config), device=device, dtype=getattr(torch, dtype), experts=experts)
