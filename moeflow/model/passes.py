@@ -55,7 +55,7 @@ def through(
     for at, (layer, file) in enumerate(layers):
         tensors = Tensors(file)
         module = stream.layer(tensors, layer)
-        recorder = _recorder(stream, tensors, layer, **recording) if recorded else None
+        recorder = _recorder(stream, tensors, layer, budget=budget, **recording) if recorded else None
         if before:
             save_file({"hidden_RD": states_NLD.flatten(0, 1)[:between].clone()}, before(layer))
         for done, part_nLD in _batches(states_NLD, batch):
