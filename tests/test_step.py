@@ -154,11 +154,12 @@ def test_the_recorded_source_covers_the_modules_that_a_step_imports_when_it_runs
     """Also what those import, but not `step.py` itself; in copies of the package, each read by a process of its own."""
     code = (
         "from moeflow.methods.calibrate import steps as calibrate; from moeflow.methods.data import steps as data\n"
-        "from moeflow.methods.recipes import naee, pretrained; from moeflow.sources import Texts\n"
+        "from moeflow.methods.graph import Sample; from moeflow.sources import Texts\n"
+        "from moeflow.methods.recipes import naee, pretrained\n"
         "text = Texts('python:stdlib/abc.py')\n"
         "model = pretrained.mixtral(text)\n"
-        "seen = calibrate.run(model, data.tokens(text, model, sequences=8, length=16))\n"
-        "print(naee.layerwise(seen, keep=6).choices[0].source)"
+        "seen = calibrate.run(model, data.tokens(text, model, Sample(8, 16)))\n"
+        "print(naee.prune(seen, keep=6).choices[0].source)"
     )
 
     def source_where_one_file_differs(changed: str) -> str:

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from moeflow.arch import Config, Family, essential
+from moeflow.arch import Config, essential
 from moeflow.methods.records import Facts, kept_experts
 from moeflow.model.layout import ESSENTIAL, LAYER, TensorInfo, experts_in, headers, kept, left, read_config
 from moeflow.model.spec import LayerSpec, RestSpec
@@ -32,7 +32,7 @@ def _experts_spec(rest: RestSpec, before: LayerSpec, decision: Mapping[str, Any]
     share, least = before.share, None
     if keep is None:
         share *= decision["share"]
-        least = min(decision["least"], before.least) if "least" in decision else Family.of(rest.config).legal_counts(most)[0]
+        least = min(decision["least"], before.least)
     out = LayerSpec(rest.config, layer, most, table, share, least, before.slimmed)
     return Spec(out, reads=out.nbytes, writes=out.nbytes, memory=2 * out.nbytes)
 

@@ -1,4 +1,4 @@
-"""Tables of what is stored: reports, versions and lineages. Computes nothing, and knows neither runners nor models."""
+"""Tables of stored reports, versions and lineages. This package computes nothing, and knows neither runners nor models."""
 
 from moeflow.report.table import Report, console, read, table
 

@@ -1,4 +1,4 @@
-"""What a stored artifact is and where it came from, as text: parameters, everything upstream, libraries and sources."""
+"""Where a stored artifact came from, as text: its parameters, everything upstream, libraries and sources."""
 
 import json
 from collections import defaultdict
@@ -15,7 +15,7 @@ from moeflow.store.versions import Version
 
 
 def facts(manifest: Manifest, version: Version | None) -> list[str]:
-    """The artifact itself, a fact a line."""
+    """The facts about the artifact itself, one per line."""
     lines = [f"{version.ref}  {' '.join(version.labels)}".rstrip()] if version else []
     lines.append(f"key        {manifest.key}")
     lines.append(f"step       {manifest.step}, version {manifest.version}")
@@ -30,7 +30,7 @@ def facts(manifest: Manifest, version: Version | None) -> list[str]:
 
 
 def steps(lineage: Mapping[str, Manifest], *, every: bool = False, plain: bool = False) -> Table:
-    """Everything upstream: a line for each name of a step, or with `every` for each key."""
+    """A table of everything upstream, with a line per step name, or with `every` per key."""
     groups: dict[tuple[str, int, str], list[Manifest]] = defaultdict(list)
     for manifest in lineage.values():
         groups[(manifest.step, manifest.version, manifest.key if every else "")].append(manifest)
@@ -52,21 +52,21 @@ def steps(lineage: Mapping[str, Manifest], *, every: bool = False, plain: bool =
 
 
 def libraries(lineage: Mapping[str, Manifest]) -> dict[str, list[str]]:
-    """The versions of each library that took part; more than one where steps were made at different times."""
-    found: dict[str, set[str]] = defaultdict(set)
+    """The versions of each library that was used; several if steps ran at different times."""
+    used: dict[str, set[str]] = defaultdict(set)
     for manifest in lineage.values():
         for name, version in manifest.libraries.items():
-            found[name].add(version)
-    return {name: sorted(versions) for name, versions in sorted(found.items())}
+            used[name].add(version)
+    return {name: sorted(versions) for name, versions in sorted(used.items())}
 
 
 def as_json(lineage: Mapping[str, Manifest]) -> list[dict[str, Any]]:
-    """Every key upstream with all that is recorded of it."""
+    """The manifest of every key upstream."""
     return [json.loads(m.dump()) for m in lineage.values()]
 
 
 def _params(group: list[Manifest]) -> str:
-    """The parameters that all of a group share, and the names of those that differ."""
+    """The parameters that are the same in the whole group, and the names of those that differ."""
     same: list[tuple[str, str]] = []
     differ: list[tuple[str, str]] = []
     for name in dict.fromkeys(n for m in group for n in m.params):

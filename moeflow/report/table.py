@@ -1,4 +1,4 @@
-"""The reports of a version as one table: what steps measured and stored as `report.json`, side by side."""
+"""The reports of a version as one table: the measurements that steps stored as `report.json`."""
 
 import json
 import sys
@@ -15,7 +15,7 @@ from moeflow.store.errors import bytes_text
 
 FILE = "report.json"
 BYTES = ("bytes", "B")  # units that are shown as sizes
-PLAIN = 200  # columns of text where there is no terminal to ask
+PLAIN = 200  # width of the text if the output is no terminal
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,13 @@ class Report:
 
 
 def read(store: Store, keys: Iterable[str]) -> tuple[Report, ...]:
-    """The reports that these steps left, in this order; a step without one is passed over. Raises NotStored."""
-    found = []
+    """The reports of these steps, in this order; a step without one is skipped. Raises NotStored."""
+    reports = []
     for key in keys:
         artifact = store.artifact(key)
         if FILE in artifact.names():
             raw = json.loads(artifact.file(FILE).read_text())
-            found.append(
+            reports.append(
                 Report(
                     key,
                     raw.get("kind", ""),
@@ -54,11 +54,11 @@ def read(store: Store, keys: Iterable[str]) -> tuple[Report, ...]:
                     tuple(raw.get("notes", ())),
                 )
             )
-    return tuple(found)
+    return tuple(reports)
 
 
 def table(reports: Iterable[Report], *, plain: bool = False) -> Table:
-    """One table of all reports: a section for each kind, a column for each of theirs, first come first."""
+    """One table of all reports: a section per kind, and their columns in the order in which they come."""
     reports = [r for r in reports if r.rows]
     columns = list(dict.fromkeys(c for r in reports for c in r.columns))
     made = Table(box=None if plain else SIMPLE, pad_edge=False)
@@ -75,7 +75,7 @@ def table(reports: Iterable[Report], *, plain: bool = False) -> Table:
 
 
 def console(stream: TextIO | None = None) -> Console:
-    """Where tables go (stdout): a terminal as it is, a pipe without colours and without being cut at 80 columns."""
+    """The console for tables, stdout by default; a pipe gets no colours, and is not cut at 80 columns."""
     stream = stream or sys.stdout
     return Console(file=stream) if stream.isatty() else Console(file=stream, width=PLAIN, no_color=True)
 
@@ -85,7 +85,7 @@ def _name(name: str, unit: str) -> str:
 
 
 def _value(value: Any, unit: str) -> str:
-    """A number as people read it; a dash where nothing was measured."""
+    """A number as people read it; a dash for None."""
     if value is None:
         return "-"
     if isinstance(value, bool) or not isinstance(value, int | float):

@@ -1,4 +1,4 @@
-"""What exists elsewhere and is adopted, models and texts: pinned when the graph is built, brought into the store by steps."""
+"""Models and texts that exist elsewhere: pinned when the graph is built, and brought into the store by steps."""
 
 from moeflow.sources.places import Kind, SourceFile
 from moeflow.sources.source import Source, pin

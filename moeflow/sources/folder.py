@@ -1,6 +1,6 @@
 """Sources on this machine: a folder, a file, a glob, or the running Python's standard library, pinned by SHA-256.
 
-Digests are remembered by path, size, time and inode, so a folder that has not changed is pinned without reading it.
+Digests are cached by path, size, time and inode, so that a folder that has not changed is pinned without reading it.
 """
 
 import glob
@@ -22,17 +22,17 @@ from moeflow.store.home import home
 
 BY_PARTS = False
 STDLIB = "python:stdlib"
-RACY = 2.0  # seconds: a file younger than this may change again without its time showing it
-REMEMBERED = 50_000
+RACY = 2.0  # seconds: a younger file may change again without a new modification time
+REMEMBERED = 50_000  # digests
 WILD = set("*?[")
 
 
 def pin(uri: str, kind: Kind) -> Pinned:
-    root, found = _found(uri, kind)
-    if not found:
+    root, inside = _files_at(uri, kind)
+    if not inside:
         raise MissingSource(f"{uri}: there are no such files; check the path")
-    digests = digests_of(root / n for n in found)
-    files = (SourceFile(n, (root / n).stat().st_size, f"sha256:{d}") for n, d in zip(found, digests, strict=True))
+    digests = digests_of(root / n for n in inside)
+    files = (SourceFile(n, (root / n).stat().st_size, f"sha256:{d}") for n, d in zip(inside, digests, strict=True))
     return Pinned(STDLIB if uri.startswith(STDLIB) else root.as_posix(), "", tuple(files))
 
 
@@ -58,25 +58,25 @@ def bring(uri: str, file: SourceFile, to: Path, grow: Grow, start: int, stop: in
 
 
 def digests_of(paths: Iterable[Path]) -> list[str]:
-    """The SHA-256 of each file, reading only those that are new or have changed."""
+    """The SHA-256 of each file; only files that are new or have changed are read."""
     asked = [*paths]
     known = _remembered()
     stats = [p.stat() for p in asked]
-    seen = [f"{p}\0{s.st_size}\0{s.st_mtime_ns}\0{s.st_ino}" for p, s in zip(asked, stats, strict=True)]
-    new = {at: p for at, p in zip(seen, asked, strict=True) if at not in known}
+    marks = [f"{p}\0{s.st_size}\0{s.st_mtime_ns}\0{s.st_ino}" for p, s in zip(asked, stats, strict=True)]
+    new = {at: p for at, p in zip(marks, asked, strict=True) if at not in known}
     with ThreadPoolExecutor(2) as pool:
         learnt = dict(zip(new, pool.map(names.sha256, new.values()), strict=True))
-    old = {at: s.st_mtime < time.time() - RACY for at, s in zip(seen, stats, strict=True)}
+    old = {at: s.st_mtime < time.time() - RACY for at, s in zip(marks, stats, strict=True)}
     if keep := {at: d for at, d in learnt.items() if old[at]}:
         _remember(keep)
-    return [known.get(at) or learnt[at] for at in seen]
+    return [known.get(at) or learnt[at] for at in marks]
 
 
-def _found(uri: str, kind: Kind) -> tuple[Path, list[str]]:
-    """The folder that names are relative to, and the names."""
+def _files_at(uri: str, kind: Kind) -> tuple[Path, list[str]]:
+    """A folder, and the names of the files, relative to it. Raises MissingSource if there is no such folder or file."""
     if uri.startswith(STDLIB):
         root, pattern = Path(sysconfig.get_paths()["stdlib"]), uri.removeprefix(STDLIB).lstrip("/") or "*.py"
-        # The one that records how this Python was built differs from machine to machine.
+        # _sysconfigdata records how this Python was built, which differs from machine to machine
         return root, sorted(p.name for p in root.glob(pattern) if p.is_file() and not p.name.startswith("_sysconfigdata"))
     path = Path(uri).expanduser().absolute()
     if path.is_file():
@@ -89,8 +89,8 @@ def _found(uri: str, kind: Kind) -> tuple[Path, list[str]]:
     if not WILD & set(uri):
         raise MissingSource(f"{path}: there is no such file or folder; check the path")
     fixed = Path(*[part for i, part in enumerate(path.parts) if not any(WILD & set(p) for p in path.parts[: i + 1])])
-    found = glob.glob(path.relative_to(fixed).as_posix(), root_dir=fixed, recursive=True)
-    return fixed, sorted(n for n in found if (fixed / n).is_file())
+    inside = glob.glob(path.relative_to(fixed).as_posix(), root_dir=fixed, recursive=True)
+    return fixed, sorted(n for n in inside if (fixed / n).is_file())
 
 
 def _path(uri: str, file: SourceFile) -> Path:
@@ -107,16 +107,16 @@ def _notes() -> Path:
 
 def _remembered() -> dict[str, str]:
     try:
-        found = json.loads(_notes().read_bytes())
-    except (OSError, ValueError):  # none yet, or cut short: every digest can be had again
+        digests = json.loads(_notes().read_bytes())
+    except (OSError, ValueError):  # none yet, or cut short: every digest can be computed again
         return {}
-    return found if isinstance(found, dict) else {}
+    return digests if isinstance(digests, dict) else {}
 
 
 def _remember(learnt: dict[str, str]) -> None:
     kept = dict([*(_remembered() | learnt).items()][-REMEMBERED:])
     notes = _notes()
-    with suppress(OSError):  # a home that cannot be written to costs reading the files again, nothing else
+    with suppress(OSError):  # if the home cannot be written to, the files are read again next time
         notes.parent.mkdir(parents=True, exist_ok=True)
         handle, half = tempfile.mkstemp(dir=notes.parent)
         with os.fdopen(handle, "w") as file:

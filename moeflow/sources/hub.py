@@ -1,7 +1,7 @@
-"""Sources on the Hugging Face hub: a branch or tag is pinned to its commit; offline, what the hub's cache holds counts.
+"""Sources on the Hugging Face hub: a branch or tag is pinned to its commit, offline to the commit in the hub's cache.
 
-Files come through huggingface_hub, which resumes by itself, into a folder of their own that goes when they are used;
-what the user's hub cache holds already is read from there. Only the files that `places.chosen` names; code never.
+huggingface_hub, which resumes by itself, downloads a file into a folder of its own, which is removed when the file has been
+copied. A file in the user's hub cache is read from there. Only files that `places.chosen` names are downloaded, never code.
 """
 
 import fnmatch
@@ -52,7 +52,7 @@ AWAY = (OfflineModeIsEnabled, ConnectionError, LocalEntryNotFoundError, TimeoutE
 def pin(uri: str, kind: Kind) -> Pinned:
     repo, type_, revision, glob = _parts(uri)
     try:
-        with _said(uri):
+        with _in_words(uri):
             commit, sizes = _asked(repo, type_, revision, glob)
     except _Away as away:
         commit, sizes = _cached(repo, type_, revision, uri, str(away))
@@ -65,15 +65,15 @@ def pin(uri: str, kind: Kind) -> Pinned:
         found = chosen(inside, kind, uri)
     canonical = f"hf://{type_}s/{repo}@{commit}"
     missing = [n for n in found if sizes[n] is None]
-    with _said(uri), ThreadPoolExecutor(8) as pool:
+    with _in_words(uri), ThreadPoolExecutor(8) as pool:
         sizes.update(zip(missing, pool.map(lambda n: _headers(repo, type_, commit, n)[1], missing), strict=True))
     return Pinned(canonical, commit, tuple(SourceFile(n, sizes[n] or 0, commit) for n in found))
 
 
 def _asked(repo: str, type_: str, revision: str, glob: str) -> tuple[str, dict[str, int | None]]:
-    """The commit, and the files of the repository with their sizes as far as the hub tells; one file costs one HEAD."""
+    """The commit, and the files of the repository with their sizes, None if the hub does not say; one file costs one HEAD."""
     if glob and not set("*?[") & set(glob):
-        with suppress(EntryNotFoundError):  # then it is a folder, or nothing
+        with suppress(EntryNotFoundError):  # then it is a folder, or does not exist
             commit, size = _headers(repo, type_, revision, glob)
             return commit, {glob: size}
     hub = HfApi(endpoint=_endpoint())
@@ -83,7 +83,7 @@ def _asked(repo: str, type_: str, revision: str, glob: str) -> tuple[str, dict[s
 
 
 def _headers(repo: str, type_: str, revision: str, name: str) -> tuple[str, int]:
-    """The commit that one file was asked for at, and its size."""
+    """The commit of one file at this revision, and its size."""
     about = get_hf_file_metadata(hf_hub_url(repo, name, repo_type=type_, revision=revision, endpoint=_endpoint()))
     return about.commit_hash or revision, about.size or 0
 
@@ -98,12 +98,12 @@ def read(uri: str, file: SourceFile, start: int, stop: int) -> bytes:
         return b""
     url = hf_hub_url(repo, file.name, repo_type=type_, revision=commit, endpoint=_endpoint())
     try:
-        with _said(f"{uri}/{file.name}"):
+        with _in_words(f"{uri}/{file.name}"):
             headers = build_hf_headers() | {"Range": f"bytes={start}-{stop - 1}"}
             answer = get_session().get(url, headers=headers, follow_redirects=True, timeout=60)
             hf_raise_for_status(answer)
             got: bytes = answer.content
-            return got[start:stop] if answer.status_code == 200 else got  # 200: a server that knows no ranges
+            return got[start:stop] if answer.status_code == 200 else got  # 200: the server does not know ranges
     except _Away as away:
         raise MissingSource(f"{uri}/{file.name} is not in the hub's cache here, and {away}") from away
 
@@ -115,7 +115,7 @@ def bring(uri: str, file: SourceFile, to: Path, grow: Grow, start: int, stop: in
         return
     folder = home() / "hub" / hashlib.sha256(f"{uri}/{file.name}".encode()).hexdigest()[:32]
     try:
-        with _said(f"{uri}/{file.name}"):
+        with _in_words(f"{uri}/{file.name}"):
             path = Path(
                 hf_hub_download(
                     repo,
@@ -124,7 +124,7 @@ def bring(uri: str, file: SourceFile, to: Path, grow: Grow, start: int, stop: in
                     revision=commit,
                     cache_dir=folder,
                     endpoint=_endpoint(),
-                    tqdm_class=_told(grow),
+                    tqdm_class=_progress(grow),
                 )
             )
     except _Away as away:
@@ -134,7 +134,7 @@ def bring(uri: str, file: SourceFile, to: Path, grow: Grow, start: int, stop: in
 
 
 def _copy(path: Path, file: SourceFile, to: Path, what: str, grow: Grow) -> None:
-    """Copy and verify: the hub's cache names its files by SHA-256, or as git does by SHA-1 with the size before."""
+    """Copy and verify: the hub's cache names files by SHA-256, or as git does by the SHA-1 of size and content."""
     name, size = path.resolve().name, path.stat().st_size
     sha256, git = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
     known = sha256 if re.fullmatch(r"[0-9a-f]{64}", name) else git if COMMIT.fullmatch(name) else None
@@ -151,13 +151,13 @@ def _copy(path: Path, file: SourceFile, to: Path, what: str, grow: Grow) -> None
 
 
 def _held(repo: str, type_: str, commit: str, file: SourceFile) -> Path | None:
-    """The file in the user's hub cache, when it is there whole."""
+    """The file in the user's hub cache, or None if it is not there or not whole."""
     found = try_to_load_from_cache(repo, file.name, cache_dir=_cache(), revision=commit, repo_type=type_)
     return Path(found) if isinstance(found, str) and os.path.getsize(found) == file.size else None
 
 
 def _cached(repo: str, type_: str, revision: str, uri: str, why: str) -> tuple[str, dict[str, int | None]]:
-    """The commit that the cache knows `revision` by, and what it holds of it."""
+    """The commit of `revision` by the hub's cache, and the files that are in the cache, with their sizes."""
     folder = _cache() / f"{type_}s--{repo.replace('/', '--')}"
     commit = revision
     if not COMMIT.fullmatch(revision):
@@ -170,7 +170,7 @@ def _cached(repo: str, type_: str, revision: str, uri: str, why: str) -> tuple[s
 
 
 def _parts(uri: str) -> tuple[str, str, str, str]:
-    """Repository, type, revision (a branch, a tag or a commit) and glob."""
+    """Repository, type, revision (a branch, a tag or a commit) and glob. Raises ValueError for another form of address."""
     found = FORM.fullmatch(uri)
     if found is None:
         raise ValueError(f"{uri!r}: write hf://datasets/org/name[@revision][/glob] or org/name[@revision] for a model")
@@ -186,9 +186,9 @@ def _endpoint() -> str:
     return (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
 
 
-def _told(grow: Grow) -> type[Any]:
-    class Told(tqdm):
-        """Draws nothing, and passes on how much has arrived."""
+def _progress(grow: Grow) -> type[Any]:
+    class Progress(tqdm):
+        """Draws nothing, and reports how many bytes have arrived."""
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs | {"disable": True})
@@ -197,15 +197,16 @@ def _told(grow: Grow) -> type[Any]:
             grow(int(n or 0))
             return None
 
-    return Told
+    return Progress
 
 
 class _Away(Exception):
-    """The hub cannot be asked."""
+    """The hub cannot be reached."""
 
 
 @contextmanager
-def _said(what: str) -> Iterator[None]:
+def _in_words(what: str) -> Iterator[None]:
+    """Turn the hub's errors about `what` into MissingSource, in one line with the way out, or _Away."""
     try:
         yield
     except GatedRepoError as error:

@@ -1,4 +1,4 @@
-"""What a source is made of, wherever it lies, and which of its files a model or a text is. Makes no requests."""
+"""What a source consists of, wherever it lies, and which of its files make a model or a text. Makes no requests."""
 
 import re
 from collections.abc import Callable, Iterable
@@ -9,7 +9,7 @@ from typing import Literal, Protocol
 from moeflow.store.errors import MissingSource
 
 Kind = Literal["model", "data"]
-Grow = Callable[[int], None]  # told how many more bytes have arrived
+Grow = Callable[[int], None]  # called with the number of bytes that have arrived since the last call
 
 MODEL_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".tiktoken", ".txt", ".md")
 MODEL_NAMES = re.compile(r"(LICEN[CS]E|NOTICE|USE_POLICY|COPYING).*", re.IGNORECASE)
@@ -33,24 +33,24 @@ class Pinned:
 
 
 class Place(Protocol):
-    """One kind of place that sources come from; `folder.py`, `s3.py` and `hub.py` are these modules."""
+    """A kind of place that sources come from: each of the modules `folder`, `s3` and `hub` is one."""
 
-    BY_PARTS: bool  # whether `bring` can be asked for a part of a file
+    BY_PARTS: bool  # can `bring` copy a part of a file?
 
     def pin(self, uri: str, kind: Kind) -> Pinned:
-        """Name what is there now. Raises MissingSource."""
+        """The files that are there now. Raises MissingSource."""
 
     def read(self, uri: str, file: SourceFile, start: int, stop: int) -> bytes:
-        """The bytes [start, stop) of what was pinned. Raises MissingSource where it has changed."""
+        """The bytes [start, stop) of a pinned file. Raises MissingSource if it has changed."""
 
     def bring(self, uri: str, file: SourceFile, to: Path, grow: Grow, start: int, stop: int) -> None:
-        """Copy the bytes [start, stop) of what was pinned to `to`. Raises MissingSource where it has changed."""
+        """Copy the bytes [start, stop) of a pinned file to `to`. Raises MissingSource if it has changed."""
 
 
 def chosen(names: Iterable[str], kind: Kind, where: str) -> list[str]:
     """The files of a model (safetensors, configuration, tokenizer, licence; never code), or of a text; sorted.
 
-    Raises MissingSource where there are none, with the way to convert where a model is only there as a pickle.
+    Raises MissingSource if there are none. If a model is only there as a pickle, the message says how to convert it.
     """
     names = sorted(n for n in names if not any(part.startswith(".") for part in n.split("/")))
     if kind == "data":

@@ -58,7 +58,7 @@ def bring(uri: str, file: SourceFile, to: Path, grow: Grow, start: int, stop: in
 
 
 def _listed(client: Any, bucket: str, prefix: str) -> dict[str, tuple[int, str]]:
-    """Size and pin of each object; with versions where the bucket keeps them and lets itself be asked."""
+    """Size and pin of each object; with its version if the bucket keeps versions and allows listing them."""
     try:
         pages = client.get_paginator("list_object_versions").paginate(Bucket=bucket, Prefix=prefix)
         newest = [v for page in pages for v in page.get("Versions", ()) if v["IsLatest"]]
@@ -78,13 +78,13 @@ def _object(uri: str, file: SourceFile) -> tuple[Any, dict[str, str]]:
     at = parse_s3(uri)
     etag, _, version = file.pin.removeprefix("etag:").partition("/")
     key = f"{at.prefix}/{file.name}" if at.prefix else file.name
-    # radosgw compares If-Match without quotation marks, AWS and others with or without.
+    # radosgw compares If-Match without quotation marks, AWS and others with or without
     asked = {"Bucket": at.bucket, "Key": key, "IfMatch": etag}
     return s3.client(**at.options), asked | ({"VersionId": version} if version else {})
 
 
 class _asked:
-    """Say in one line about a source what went wrong with it."""
+    """Turns S3's errors into MissingSource, in one line with the source's name."""
 
     def __init__(self, uri: str, file: SourceFile | None = None) -> None:
         self._uri, self._file = uri, file

@@ -1,6 +1,6 @@
-"""A model or text that exists elsewhere, as it is now: pinned when the graph is built, without reading what is large.
+"""A model or text that exists elsewhere, pinned as it is when the graph is built, without reading large files.
 
-Where the bytes come from is said by `where.py`; that they arrive in the store is the steps' work in `steps.py`.
+`where.py` knows the places that bytes come from, and the steps in `steps.py` bring them into the store.
 """
 
 import re
@@ -19,6 +19,8 @@ REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@.+)?")
 
 @dataclass(frozen=True)
 class Source:
+    """A pinned model or text: its place, and its files with their pins."""
+
     uri: str  # one spelling: absolute folder, s3://bucket/prefix?.., hf://models/org/name@commit, python:stdlib
     revision: str  # the commit on the hub, else ""
     files: tuple[SourceFile, ...]  # by name
@@ -30,7 +32,7 @@ class Source:
         return any(f.name == name for f in self.files)
 
     def find(self, name: str) -> SourceFile:
-        """Raises MissingSource, naming the files there are."""
+        """The file with this name. Raises MissingSource, naming the files there are."""
         for file in self.files:
             if file.name == name:
                 return file
@@ -38,7 +40,7 @@ class Source:
         raise MissingSource(f"{self.uri} has no file {name!r}; it has: {known}")
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
-        """The bytes [start, stop) of a file, now: for headers and configuration. Raises MissingSource."""
+        """The bytes [start, stop) of one file, read at once: for headers and configuration. Raises MissingSource."""
         file = self.find(name)
         return place_of(self.uri).read(self.uri, file, start, file.size if stop is None else stop)
 
@@ -57,10 +59,10 @@ class Source:
 
 
 def pin(uri: str, *, kind: Kind) -> Source:
-    """What `uri` holds now, named so that it cannot become something else unnoticed.
+    """The files at `uri` as they are now, pinned so that a later change is noticed.
 
     A folder, a file, a glob, `s3://bucket/prefix`, `hf://datasets/org/name[@revision][/glob]`, `python:stdlib`, and for
-    a model also `org/name[@revision]` on the hub when there is no such folder. Raises MissingSource, a ValueError.
+    a model also `org/name[@revision]` on the hub if there is no such folder. Raises MissingSource, a ValueError.
     """
     if not uri:
         raise MissingSource(f"the {kind} is ''; give a folder, s3://bucket/prefix or a name on the hub")
@@ -69,5 +71,5 @@ def pin(uri: str, *, kind: Kind) -> Source:
             uri = hub_uri(uri)
         else:
             raise MissingSource(f"{uri}: there is no such file or folder; a text on the hub is hf://datasets/{uri}")
-    found = place_of(uri).pin(uri, kind)
-    return Source(found.uri, found.revision, tuple(sorted(found.files, key=lambda f: f.name)))
+    pinned = place_of(uri).pin(uri, kind)
+    return Source(pinned.uri, pinned.revision, tuple(sorted(pinned.files, key=lambda f: f.name)))

@@ -1,6 +1,6 @@
-"""The steps that adopt what exists elsewhere, pinned: one step per large file, so what has arrived is kept.
+"""The steps that bring pinned sources into the store: one step per large file, so that every file that has arrived is kept.
 
-A source is verified against its pin while it is copied. A large file in S3 is brought in parts that survive the worker.
+A file is verified against its pin while it is copied. A large file in S3 comes in parts, which survive the loss of a worker.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ from moeflow.sources.where import place_of
 from moeflow.step import Context, Spec, step
 from moeflow.store.errors import MissingSource
 
-PART = 2 << 30  # bytes of a large file that are kept for an interrupted run at a time
+PART = 2 << 30  # bytes of a large file after which an interrupted run continues
 MEMORY = 256 << 20  # bytes
 
 
@@ -28,7 +28,7 @@ def _several(*, uri: str, files: Sequence[Sequence[object]]) -> Spec:
 
 @step("sources.file", version=1, spec=_one)
 def file(context: Context, *, uri: str, name: str, size: int, pin: str) -> None:
-    """One file of a source, as `name`. Raises MissingSource where it is gone or is not what was pinned."""
+    """One file of a source, as `name`. Raises MissingSource if it is gone or has changed since it was pinned."""
     wanted, place = SourceFile(name, size, pin), place_of(uri)
     grow = _counter(context, size)
     to = _inside(context.out, name)
@@ -44,7 +44,7 @@ def file(context: Context, *, uri: str, name: str, size: int, pin: str) -> None:
 
 @step("sources.files", version=1, spec=_several)
 def files(context: Context, *, uri: str, files: list[tuple[str, int, str]]) -> None:
-    """Several small files of a source. Raises MissingSource where one is gone or is not what was pinned."""
+    """Several small files of a source. Raises MissingSource if one is gone or has changed since it was pinned."""
     place = place_of(uri)
     grow = _counter(context, sum(size for _, size, _ in files))
     for name, size, pin in files:
@@ -59,7 +59,7 @@ def in_parts(
     bring: Callable[[int, int, Path], None],
     grow: Callable[[int], None],
 ) -> None:
-    """Fill `to` by parts of `part` bytes, keeping those that have arrived for a run after this one."""
+    """Fill `to` in parts of `part` bytes; each part that has arrived is kept for a later run."""
     parts = context.scratch / "parts"
     parts.mkdir()
     if (kept := context.resume()) is not None:

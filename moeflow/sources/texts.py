@@ -1,9 +1,9 @@
-"""Texts by name: one string that says which sources are read, which columns of them, and in what proportion.
+"""Texts by name: one string names the sources, the columns that are read of them, and their weights.
 
     URI[#column[+column...]][*weight][, URI...]      for example  code.jsonl#text*2,s3://bucket/wiki/*.parquet#body
 
-The name of a known data set (`NAMED`) stands for its URI and columns: `alpaca*2,metamathqa`. The string is taken apart when it is
-made, and its sources are pinned when they are first asked for. Reads no text.
+The name of a known data set (`NAMED`) stands for its URI and columns: `alpaca*2,metamathqa`. The string is parsed when a `Texts` is
+made, and its sources are pinned when `entries` is first called. No text is read here.
 """
 
 import math
@@ -18,7 +18,7 @@ WEIGHT = re.compile(r"\*(\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)$")
 
 @dataclass(frozen=True)
 class Named:
-    """A data set on the hub that people know by name."""
+    """A data set on the hub that has a short name here."""
 
     uri: str
     columns: tuple[str, ...]
@@ -36,19 +36,23 @@ NAMED = {
     ),
     "tulu3": Named("hf://datasets/allenai/tulu-3-sft-mixture@main/data/train-*.parquet", ("messages",), "chat"),
 }
-"""What a name stands for; files and columns as others' programs name them, not checked on the hub. ./alpaca is a local file."""
+"""The data sets with a short name; files and columns are those that other programs use. A local file is written ./alpaca."""
 
 
 @dataclass(frozen=True)
 class TextEntry:
+    """One text of a mixture, pinned."""
+
     source: Source
-    columns: tuple[str, ...]  # none: the text itself, or the column that its reader takes by itself
+    columns: tuple[str, ...]  # none: the text itself, or the column that the reader takes by default
     weight: float
-    format: str = ""  # of a known data set with its own columns
+    format: str = ""  # of a data set with a short name, if its own columns are read
 
 
 @dataclass(frozen=True)
 class Texts:
+    """One or more texts, by name. Raises ValueError for a string that cannot be parsed."""
+
     spec: str
 
     def __post_init__(self) -> None:
@@ -59,12 +63,12 @@ class Texts:
         return self._pinned
 
     def each(self) -> tuple["Texts", ...]:
-        """Every entry as texts of its own."""
+        """Each text by itself."""
         return tuple(Texts(part.strip()) for part in self.spec.split(","))
 
     @property
     def is_tokens(self) -> bool:
-        """Whether these are token numbers already: one local `.npy` matrix."""
+        """Is this a ready-made matrix of token ids, one local `.npy` file?"""
         uris = [p[0] for p in self._parsed]
         return len(uris) == 1 and "://" not in uris[0] and uris[0].endswith(".npy")
 

@@ -1,4 +1,4 @@
-"""Which kind of place an address names: one visible tuple. Imports huggingface_hub only for sources that lie there."""
+"""The kinds of places that an address can name, in one visible tuple. Imports huggingface_hub only for sources on the hub."""
 
 from importlib import import_module
 from typing import cast
@@ -14,7 +14,7 @@ PLACES = (
 
 
 def place_of(uri: str) -> Place:
-    """Raises ValueError for an address of no known kind."""
+    """The place that an address names. Raises ValueError for an address of no known kind."""
     module = next(module for prefix, module in PLACES if uri.startswith(prefix))
     if module == PLACES[-1][1] and "://" in uri:
         raise ValueError(
@@ -25,6 +25,6 @@ def place_of(uri: str) -> Place:
 
 
 def hub_uri(given: str) -> str:
-    """`org/name[@revision]`, a model on the hub, spelled as an address."""
+    """The address of a model on the hub that is named `org/name[@revision]`."""
     repo, _, revision = given.partition("@")
     return f"hf://models/{repo}" + (f"@{quote(revision, safe='')}" if revision else "")

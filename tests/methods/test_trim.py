@@ -334,7 +334,7 @@ def test_what_cannot_be_trimmed_is_refused_in_one_line(tmp_path: Path) -> None:
         "a token may get one expert of layer 0 only, and none to skip": lambda: fewer_active.skip(
             calibrated(trim.trim(seen, trim.Trimming("experts", 7, across="layer")), tmp_path)
         ),
-        "whether layer 0 keeps its experts is decided by a run that trims the model; prune first": lambda: naee.layerwise(
+        "whether layer 0 keeps its experts is decided by a run that trims the model; prune first": lambda: naee.prune(
             calibrated(trim.trim(seen, trim.Trimming("moe_blocks", 1)), tmp_path), keep=4
         ),
         "whether layer 0 keeps its experts is decided by a run .* drop experts first": lambda: trim.trim(

@@ -94,9 +94,9 @@ def chat(tokenizer: Any, messages: list[dict[str, Any]]) -> list[Segments]:
         raise
     except (jinja2.TemplateError, TypeError) as error:  # what a template raises of itself, and what it stumbles over
         raise LeftOut(f"conversations that the chat template refuses ({' '.join(str(error).split())})") from error
-    if not all(whole.startswith(before + said) for before, said, _ in turns):
-        return [[(before, False), (said, True), (rest, False)] for before, said, rest in turns]
-    return [_cut(whole, [(len(before), len(before + said)) for before, said, _ in turns])]
+    if not all(whole.startswith(before + turn) for before, turn, _ in turns):
+        return [[(before, False), (turn, True), (rest, False)] for before, turn, rest in turns]
+    return [_cut(whole, [(len(before), len(before + turn)) for before, turn, _ in turns])]
 
 
 def encoded(tokenizer: Any, segments: Segments) -> Piece:
@@ -160,8 +160,8 @@ def _turn(tokenizer: Any, messages: list[dict[str, Any]]) -> tuple[str, str, str
         raise LeftOut(
             "conversations whose responses do not follow on the template's generation prompt (mark them by {% generation %})"
         )
-    said = whole[len(before) :]
-    ended = said.rstrip()
+    turn = whole[len(before) :]
+    ended = turn.rstrip()
     if not ended.endswith(tuple(tokenizer.all_special_tokens)):
-        ended = said
-    return before, ended, said[len(ended) :]
+        ended = turn
+    return before, ended, turn[len(ended) :]

@@ -127,19 +127,19 @@ def quality(
     """
     from moeflow.methods.evaluate.divergence import compared
 
-    found = compared(
+    result = compared(
         original, compressed, np.load(matrix.file(TOKENS)), [s.file(HIDDEN) for s in original_states],
         [s.file(HIDDEN) for s in compressed_states], dtype=dtype, progress=context.progress,
     )  # fmt: skip
-    first, second = found.losses
+    first, second = result.losses
     rows = [
         row(f"perplexity ({name})", float(np.exp(first)), float(np.exp(second)), ""),
         row(f"loss ({name})", first, second, "nats/token"),
-        row(f"KL to the original ({name})", 0.0, found.divergence, "nats/token"),
-        row(f"top-1 agreement ({name})", 1.0, found.agreement, ""),
+        row(f"KL to the original ({name})", 0.0, result.divergence, "nats/token"),
+        row(f"top-1 agreement ({name})", 1.0, result.agreement, ""),
     ]
     notes = [note] if note else []
-    write_report(context, "quality", rows, notes=notes, tokens=found.tokens, text=name, divergence_of_sequences=found.by_sequence)
+    write_report(context, "quality", rows, notes=notes, tokens=result.tokens, text=name, divergence_of_sequences=result.by_sequence)
 
 
 def here() -> dict[str, Any]:

@@ -27,12 +27,12 @@ def read(configuration: Mapping[str, Any] | str | Path | None) -> dict[str, Any]
     """The configuration itself, or that in a file, without what is "auto" or null. Raises ValueError if it is no JSON object."""
     if isinstance(configuration, str | Path):
         try:
-            found = json.loads(Path(configuration).read_text())
+            settings = json.loads(Path(configuration).read_text())
         except ValueError as error:
             raise ValueError(f"{configuration} is no JSON ({error}); a DeepSpeed configuration is one JSON object") from None
-        if not isinstance(found, dict):
-            raise ValueError(f"{configuration} holds a {type(found).__name__}; a DeepSpeed configuration is one JSON object")
-        configuration = found
+        if not isinstance(settings, dict):
+            raise ValueError(f"{configuration} holds a {type(settings).__name__}; a DeepSpeed configuration is one JSON object")
+        configuration = settings
     return _plain(dict(configuration or {}))
 
 

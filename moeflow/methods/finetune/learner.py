@@ -152,17 +152,17 @@ def _blocks(model: Any) -> list[nn.Module]:
 
 def _openings(model: nn.Module, family: Family, config: Config, names: list[str]) -> dict[str, Tensor]:
     """`opening` of each of these parameters that is a padded stack."""
-    found = {}
+    openings = {}
     formats, stacks = layer_formats(config), {s.name: s for s in STACKS}
     for name in names:
         path, _, last = name.rpartition(".")
         if path.endswith(f"{family.arch.block}.experts") and last in stacks:
             format = formats[int(name.split(".")[2])]
             assert format is not None
-            opened = opening(stacks[last], format, *_shape(model.get_parameter(name))[-2:])
-            if opened is not None:
-                found[name] = opened
-    return found
+            one = opening(stacks[last], format, *_shape(model.get_parameter(name))[-2:])
+            if one is not None:
+                openings[name] = one
+    return openings
 
 
 def _shape(parameter: Any) -> tuple[int, ...]:
@@ -170,6 +170,6 @@ def _shape(parameter: Any) -> tuple[int, ...]:
 
 
 def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

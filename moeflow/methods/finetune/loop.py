@@ -31,11 +31,11 @@ class Tuning:
     """One process's side of a training."""
 
     def __init__(
-        self, context: Context, folder: Path, rows: Rows, taught: Predictions | None, heldout: Mapping[str, Rows], recipe: Recipe,
+        self, context: Context, folder: Path, rows: Rows, teacher: Predictions | None, heldout: Mapping[str, Rows], recipe: Recipe,
         device: torch.device,
     ) -> None:  # fmt: skip
         self.context, self.recipe, self.device = context, recipe, device
-        self.rows, self.taught, self.heldout = rows, taught, heldout
+        self.rows, self.teacher, self.heldout = rows, teacher, heldout
         self.gang = Gang.of(context.settings, context.processes)
         self.config = used(recipe, self.gang, rows.length)
         self.micro = int(self.config["train_micro_batch_size_per_gpu"])
@@ -93,8 +93,8 @@ class Tuning:
 
     def _forward(self, rows: np.ndarray) -> Tensor:
         ids_nL, learned_nL = (torch.from_numpy(part).to(self.device) for part in self.rows.at(rows))
-        taught = None if self.taught is None else self.taught.of(rows, learned_nL)
-        return loss_sum(self.engine(input_ids=ids_nL, use_cache=False).logits, ids_nL, learned_nL, taught, self.recipe.divergence)
+        teacher = None if self.teacher is None else self.teacher.of(rows, learned_nL)
+        return loss_sum(self.engine(input_ids=ids_nL, use_cache=False).logits, ids_nL, learned_nL, teacher, self.recipe.divergence)
 
     @torch.no_grad()
     def _validate(self, done: int) -> None:
@@ -126,7 +126,7 @@ class Tuning:
 
 
 def tune(
-    context: Context, checkpoint: Artifact, data: Artifact, taught: Sequence[Path], heldout: Mapping[str, Artifact], recipe: Recipe
+    context: Context, checkpoint: Artifact, data: Artifact, teacher: Sequence[Path], heldout: Mapping[str, Artifact], recipe: Recipe
 ) -> None:
     """Train, and write the trained layers, `training.json` and `deepspeed.json` into the step's folder."""
     folder = checkpoint.folder()
@@ -135,7 +135,7 @@ def tune(
         if recipe.dtype == "bfloat16" and device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2":
             context.note("this processor has no instructions for bf16: dtype='float32' trains ten times as fast here")
         rows, texts = Rows.of(data), {name: Rows.of(matrix) for name, matrix in heldout.items()}
-        tuning = Tuning(context, folder, rows, Predictions(taught) if taught else None, texts, recipe, device)
+        tuning = Tuning(context, folder, rows, Predictions(teacher) if teacher else None, texts, recipe, device)
         trained = tuning.run()
     if context.rank == 0:
         files = sorted(trained.glob("*.safetensors"))

@@ -34,11 +34,11 @@ class Snapshots:
 
     def resumed(self, fresh: Curve) -> Curve:
         """Continue from the newest snapshot if there is one that fits. Returns the curve up to there, or else `fresh`."""
-        found = self.context.resume()
-        if found is None:
+        kept = self.context.resume()
+        if kept is None:
             return fresh
-        mine = json.loads((found / f"rank-{self.context.rank}.json").read_text())
-        curve = Curve(**json.loads((found / CURVE).read_text()))
+        mine = json.loads((kept / f"rank-{self.context.rank}.json").read_text())
+        curve = Curve(**json.loads((kept / CURVE).read_text()))
         if mine["steps"] != curve.steps:
             raise RuntimeError(f"rank {self.context.rank} has the state of step {mine['steps']}, and rank 0 that of {curve.steps}")
         if mine["layout"] != self.layout:
@@ -46,9 +46,9 @@ class Snapshots:
             self.context.note(f"a snapshot of {mine['layout']} cannot be read with {self.layout}; the training starts again")
             return fresh
         with quiet():
-            self.engine.load_checkpoint(str(found), tag=TAG, load_module_strict=False, load_lr_scheduler_states=False)
-        if self.context.rank == 0 and (found / "best").is_dir():
-            shutil.copytree(found / "best", self.best)
+            self.engine.load_checkpoint(str(kept), tag=TAG, load_module_strict=False, load_lr_scheduler_states=False)
+        if self.context.rank == 0 and (kept / "best").is_dir():
+            shutil.copytree(kept / "best", self.best)
         self.at, self.base = curve.steps, mine["at"] - curve.steps
         self.context.note(f"goes on behind step {curve.steps}")
         return curve

@@ -25,22 +25,22 @@ REST = "rest"
 
 def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
     """The trained parameters by name; LoRA's factors have their matrix's name with the endings `lora.A` and `lora.B`."""
-    found = {}
+    trained = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             path, added, last = name.partition(f"{ADDITIONS}.")
             matrix, _, factor = last.rpartition(".")
-            found[f"{path}{matrix}{A if factor == 'a' else B}" if added else name] = parameter
-    return found
+            trained[f"{path}{matrix}{A if factor == 'a' else B}" if added else name] = parameter
+    return trained
 
 
 def by_layer(names: Mapping[str, Any]) -> dict[str, list[str]]:
     """Names grouped by decoder layer, "layer-000" and so on; all others under "rest"."""
-    found: dict[str, list[str]] = {}
+    groups: dict[str, list[str]] = {}
     for name in names:
         layer = layer_of(name)
-        found.setdefault(REST if layer is None else f"layer-{layer:03d}", []).append(name)
-    return dict(sorted(found.items()))
+        groups.setdefault(REST if layer is None else f"layer-{layer:03d}", []).append(name)
+    return dict(sorted(groups.items()))
 
 
 def collect(model: nn.Module, folder: Path, *, writes: bool) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from moeflow.methods.graph import Calibration, Model
+from moeflow.methods.prune.searches import Search
 from moeflow.methods.recipes import naee, unified
 from moeflow.methods.trim.steps import Trimming, trim
 from moeflow.step import upstream
@@ -32,7 +33,7 @@ def slimmed(tmp_path: Path) -> Calibration:
     ("then", "steps"),
     [
         (lambda seen: trim(seen, Trimming("experts", 2, across="layer")), ["rewrite.experts"] * 4),
-        (lambda seen: naee.by_criterion(seen, criterion="reap", keep=6), ["rewrite.experts"] * 4),
+        (lambda seen: naee.prune(seen, 6, Search("reap")), ["rewrite.experts"] * 4),
         (lambda seen: trim(seen, Trimming("decoder_layers", 1)), ["trim.renumber"] * 3),
         (lambda seen: trim(seen, Trimming("moe_blocks", 1)), ["trim.without_moe_block"]),
     ],

@@ -1,7 +1,11 @@
 """Text for fine-tuning: of every example the response is learned, and nothing else, in whatever format it comes."""
 
+import ast
+import inspect
 import json
+import shlex
 import shutil
+import textwrap
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -363,20 +367,15 @@ def test_known_data_sets_are_had_by_name_each_in_its_format(pretrained: Pretrain
             refused()
 
 
-@pytest.mark.parametrize(
-    "file, columns", [("gsm8k_train", "question+answer"), ("metamathqa_part", "query+response"), ("lima", "instruction+response")]
-)
-def test_of_real_instructions_exactly_the_responses_are_learned(file: str, columns: str, tmp_path: Path) -> None:
-    folder, path = running.SHARED / "models" / "mixtral-21m", running.SHARED / "data" / f"{file}.jsonl"
-    if not (folder.is_dir() and path.is_file()):
-        pytest.skip("needs ../shared/models/mixtral-21m and ../shared/data, which are not here")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    ids, learned, (about,) = made(running.model_in(folder), tmp_path, f"{path}#{columns}", sequences=128, length=512)
-    asked, answered = columns.split("+")
-    rows = [json.loads(line) for line in path.open()]
-    expected = {(f"<s>{conversations.instruction(r[asked].strip())}", f"{r[answered]}</s>") for r in rows}
-    found = runs(tokenizer, ids, learned)
-    if "skipped" not in about:
-        assert set(found[:-1]) <= expected and about["documents"] - 1 <= len(found) <= about["documents"]
-    else:  # what was left out lies between two of them
-        assert sum(pair in expected for pair in found) > 0.5 * about["documents"]
+def test_of_functions_and_their_docstrings_exactly_the_functions_are_learned(tmp_path: Path) -> None:
+    """With a tokenizer that was trained on Python, which merges across line breaks and indentation."""
+    parsed = [(text, node) for m in (ast, shlex, textwrap) for text in [inspect.getsource(m)] for node in ast.walk(ast.parse(text))]
+    functions = [(text, node) for text, node in parsed if isinstance(node, ast.FunctionDef) and ast.get_docstring(node)]
+    rows = [{"doc": ast.get_docstring(node)[:200], "code": ast.get_source_segment(text, node)} for text, node in functions]  # type: ignore[index]
+    spec = f"{jsonl(tmp_path / 'functions.jsonl', rows)}#doc+code"
+    ids, learned, (about,) = made(running.model_in(running.SMALL), tmp_path, spec, sequences=12, length=512)
+    assert "skipped" not in about and about["documents"] > 8
+    expected = {(f"<s>{conversations.instruction(r['doc'].strip())}", f"{r['code']}</s>") for r in rows}
+    pairs = runs(AutoTokenizer.from_pretrained(running.SMALL), ids, learned)
+    assert about["documents"] - 1 <= len(pairs) <= about["documents"]
+    assert set(pairs[:-1]) <= expected, "the last may be cut"

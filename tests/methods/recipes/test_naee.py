@@ -8,7 +8,7 @@ import pytest
 
 from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.data import steps as data
-from moeflow.methods.graph import Calibration, Pass
+from moeflow.methods.graph import Calibration, Pass, Sample
 from moeflow.methods.prune.searches import Search
 from moeflow.methods.recipes import naee
 from moeflow.store import Store
@@ -17,7 +17,7 @@ from tests import running, tiny
 
 def calibrated(folder: Path) -> tuple[Store, Calibration]:
     model = running.model_in(tiny.write("mixtral", folder / "model"))
-    matrix = data.tokens(running.matrix_of(folder), model, sequences=8, length=16)
+    matrix = data.tokens(running.matrix_of(folder), model, Sample(8, 16))
     return running.store_in(folder), calibrate.run(model, matrix, Pass(batch=4, shard=4))
 
 
