@@ -21,10 +21,10 @@ from moeflow.methods.graph import HIDDEN, Calibration, Model, Pass, Sample
 from moeflow.methods.recipes import compare, naee
 from moeflow.model import routed_experts
 from moeflow.model.checkpoint import Tensors, read_moe
+from moeflow.model.fewer_active import statistic
 from moeflow.model.layout import Folder, read_config
 from moeflow.model.moe import MoELayer
 from moeflow.model.passes import stream_of
-from moeflow.model.reach import statistic
 from tests import tiny
 from tests.compressed import compress
 from tests.running import array_of, facts_of, matrix_of, model_in, reports, run, store_in
