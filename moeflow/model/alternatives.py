@@ -45,31 +45,31 @@ def alternative_blocks(
     if not alternatives:
         return
     whole = read_moe(tensors, config, layer).to(device=device, dtype=dtype)
-    for name, given in alternatives.items():
-        if isinstance(given, Path):
-            yield name, read_moe(Tensors(given), config, layer).to(device=device, dtype=dtype)
-        elif isinstance(given, Without):
-            if given.expert >= whole.num_experts or not whole.router.can_spare(whole.num_experts):
+    for name, alternative in alternatives.items():
+        if isinstance(alternative, Path):
+            yield name, read_moe(Tensors(alternative), config, layer).to(device=device, dtype=dtype)
+        elif isinstance(alternative, Without):
+            if alternative.expert >= whole.num_experts or not whole.router.can_spare(whole.num_experts):
                 continue
             # forbidden, not cut out, because the router's groups may then differ in size
             allowed_E = torch.ones(whole.num_experts, dtype=torch.bool, device=device)
-            allowed_E[given.expert] = False
+            allowed_E[alternative.expert] = False
             yield name, partial(whole, allowed_E=allowed_E)
         else:
-            yield name, whole.keep(list(given.experts))
+            yield name, whole.keep(list(alternative.experts))
 
 
 @contextmanager
 def watched(layer: nn.Module, family: Family) -> Iterator[dict[str, Tensor]]:
     """Watch a decoder layer: after each forward pass the dictionary has the MoE block's input "x", and "residual", the residual
     stream that the block's output is added to."""
-    seen: dict[str, Tensor] = {}
+    states: dict[str, Tensor] = {}
     hooks = [
-        layer.get_submodule(family.arch.norm).register_forward_pre_hook(lambda _, args: seen.__setitem__("residual", args[0])),
-        layer.get_submodule(family.arch.block).register_forward_pre_hook(lambda _, args: seen.__setitem__("x", args[0])),
+        layer.get_submodule(family.arch.norm).register_forward_pre_hook(lambda _, args: states.__setitem__("residual", args[0])),
+        layer.get_submodule(family.arch.block).register_forward_pre_hook(lambda _, args: states.__setitem__("x", args[0])),
     ]
     try:
-        yield seen
+        yield states
     finally:
         for hook in hooks:
             hook.remove()

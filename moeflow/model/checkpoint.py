@@ -100,9 +100,9 @@ def read_many(files: Files, tensors: Mapping[str, TensorInfo]) -> Iterator[tuple
             info is None or info.file != run[-1][1].file or info.start != run[-1][1].stop or info.stop - run[0][1].start > AT_ONCE
         ):
             data = files.read(run[0][1].file, run[0][1].start, run[-1][1].stop)
-            for held, at in run:
+            for tensor, at in run:
                 start = at.start - run[0][1].start
-                yield held, tensor_of(data[start : start + at.nbytes], at)
+                yield tensor, tensor_of(data[start : start + at.nbytes], at)
             run = []
         if info is not None:
             run.append((name, info))

@@ -88,10 +88,10 @@ class Compressed:
         asked = config
         if not isinstance(config, PreTrainedConfig):
             asked = cls.config_class.from_pretrained(config or name, **hub)  # type: ignore[attr-defined]
-        given = options.get("state_dict")
-        held = _shapes_of(_files(name, options.get("variant"), hub)) if given is None else {n: t.shape for n, t in given.items()}
-        packed = packed_shapes(held, asked.to_dict()) if getattr(asked, "quantization_config", None) else {}
-        _compare(cls, asked, {n: packed.get(n, held.get(n, ())) for n in logical(held)}, str(name))
+        state = options.get("state_dict")
+        stored = _shapes_of(_files(name, options.get("variant"), hub)) if state is None else {n: t.shape for n, t in state.items()}
+        packed = packed_shapes(stored, asked.to_dict()) if getattr(asked, "quantization_config", None) else {}
+        _compare(cls, asked, {n: packed.get(n, stored.get(n, ())) for n in logical(stored)}, str(name))
         wanted = options.pop("output_loading_info", False)
         model, info = super().from_pretrained(name, *args, config=config, output_loading_info=True, **options)  # type: ignore[misc]
         left = sorted(str(k) for what in ("missing_keys", "unexpected_keys", "mismatched_keys") for k in info[what])
@@ -131,12 +131,12 @@ class _Load(ConversionOps):
         return _Save(self.stack)
 
 
-def _unpacked(held: dict[str, Any], name: str) -> Any:
+def _unpacked(tensors: dict[str, Any], name: str) -> Any:
     """The matrices of one name, of all experts. Transformers has unpacked whole matrices already, but not factors."""
     stem = name.removesuffix(PACKED)
-    if stem + SCALE not in held:
-        return held.pop(name)
-    return [unpack(*one) for one in zip(*(held.pop(stem + end) for end in (PACKED, SCALE, SHAPE)), strict=True)]
+    if stem + SCALE not in tensors:
+        return tensors.pop(name)
+    return [unpack(*one) for one in zip(*(tensors.pop(stem + end) for end in (PACKED, SCALE, SHAPE)), strict=True)]
 
 
 class _Save(_Load):
@@ -174,19 +174,21 @@ def _conversions(arch: Arch) -> list[Any]:
     return [*renamings, *converters]
 
 
-def _compare(model_class: Any, config: Any, held: Mapping[str, Sequence[int]], where: str) -> None:
+def _compare(model_class: Any, config: Any, stored: Mapping[str, Sequence[int]], where: str) -> None:
     """Raise ValueError if the tensors of a checkpoint are not those that its configuration asks for."""
     asked, optional, ignored = _asked(model_class, config)
-    if missing := sorted(set(asked) - set(held) - optional):
+    if missing := sorted(set(asked) - set(stored) - optional):
         raise ValueError(f"{where} has no tensor {_some(missing)}, which its config.json asks for; the checkpoint is incomplete")
     vectors = {n for n in asked if VECTORS in n}
-    if vectors & set(held) and (lacking := sorted(vectors - set(held))):
+    if vectors & set(stored) and (lacking := sorted(vectors - set(stored))):
         raise ValueError(f"{where} has Compressed Experts, but no tensor {_some(lacking)}; the checkpoint is incomplete")
-    if extra := sorted(n for n in set(held) - set(asked) if not any(re.search(p, n) for p in ignored)):
+    if extra := sorted(n for n in set(stored) - set(asked) if not any(re.search(p, n) for p in ignored)):
         raise ValueError(f"{where} has {_some(extra)}, which its config.json leaves no place for; correct one of them")
     for name, shape in asked.items():
-        if name in held and tuple(held[name]) != tuple(shape):
-            raise ValueError(f"{name} has shape {tuple(held[name])} where config.json asks for {tuple(shape)}; correct one of them")
+        if name in stored and tuple(stored[name]) != tuple(shape):
+            raise ValueError(
+                f"{name} has shape {tuple(stored[name])} where config.json asks for {tuple(shape)}; correct one of them"
+            )
 
 
 def _asked(model_class: Any, config: Any) -> tuple[Shapes, set[str], Iterable[str]]:
@@ -211,8 +213,8 @@ def _files(name: Any, variant: str | None, hub: Mapping[str, Any]) -> list[Path]
     """A checkpoint's safetensors files, from a folder or the hub."""
 
     def find(file: str) -> Path | None:
-        found = cached_file(name, file, _raise_exceptions_for_missing_entries=False, **hub)
-        return None if found is None else Path(found)
+        path = cached_file(name, file, _raise_exceptions_for_missing_entries=False, **hub)
+        return None if path is None else Path(path)
 
     dotted = f".{variant}" if variant else ""
     if single := find(f"model{dotted}.safetensors"):
@@ -227,11 +229,11 @@ def _files(name: Any, variant: str | None, hub: Mapping[str, Any]) -> list[Path]
 
 
 def _shapes_of(files: Iterable[Path]) -> Shapes:
-    found: Shapes = {}
+    shapes: Shapes = {}
     for path in files:
         read = functools.partial(Folder(path.parent).read, path.name)
-        found |= {n: t.shape for n, t in read_header(path.name, path.stat().st_size, read).items()}
-    return found
+        shapes |= {n: t.shape for n, t in read_header(path.name, path.stat().st_size, read).items()}
+    return shapes
 
 
 def _some(names: Sequence[str]) -> str:
@@ -247,8 +249,8 @@ def _balancing(family: Any) -> Callable[..., Any]:
 
     @functools.wraps(family.forward)
     def forward(self: Any, *args: Any, **fields: Any) -> Any:
-        given = signature.bind(self, *args, **fields).arguments
-        asked = given.get("output_router_logits")
+        arguments = signature.bind(self, *args, **fields).arguments
+        asked = arguments.get("output_router_logits")
         asked = self.config.output_router_logits if asked is None else asked
         if not asked:
             return family.forward(self, *args, **fields)
@@ -260,12 +262,12 @@ def _balancing(family: Any) -> Callable[..., Any]:
         logits: list[Tensor] = []
         hooks = [r.register_forward_hook(lambda _, __, out: logits.append(out[0])) for r in routers]
         try:
-            rest = {k: v for k, v in given.items() if k not in ("self", "kwargs")} | given.get("kwargs", {})
+            rest = {k: v for k, v in arguments.items() if k not in ("self", "kwargs")} | arguments.get("kwargs", {})
             out = family.forward(self, **(rest | {"output_router_logits": False, "return_dict": True}))
         finally:
             for hook in hooks:
                 hook.remove()
-        mask, top_k = given.get("attention_mask"), self.num_experts_per_tok
+        mask, top_k = arguments.get("attention_mask"), self.num_experts_per_tok
         each = [loss_of((layer,), n, top_k, mask).to(out.logits.device) for layer, n in zip(logits, counts, strict=True)]
         out.aux_loss, out.router_logits = torch.stack(each).mean(), tuple(logits)
         if out.loss is not None:

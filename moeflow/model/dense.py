@@ -47,9 +47,9 @@ def multiply_out(folder: Path) -> dict[str, Any]:
     check_room(folder, files, tensors, config)
     weight_map = {n: t.file for n, t in tensors.items()}
     for file in files:
-        held = multiplied_out(Tensors(folder / file))
-        weight_map = {n: f for n, f in weight_map.items() if f != file} | dict.fromkeys(held, file)
-        save(held, folder / f"{file}.new")
+        whole = multiplied_out(Tensors(folder / file))
+        weight_map = {n: f for n, f in weight_map.items() if f != file} | dict.fromkeys(whole, file)
+        save(whole, folder / f"{file}.new")
         os.replace(folder / f"{file}.new", folder / file)
     after = sum(t.nbytes for t in headers(Folder(folder)).values())
     plain = [formats[i].whole if i in formats else None for i in range(family.num_layers)]

@@ -119,7 +119,7 @@ def fused(
 
     `where` is `device=` and `dtype=`. Raises ValueError if a tensor does not have the shape that `piece_shape` says.
     """
-    found = {}
+    stacked = {}
     for stack in stacks(format):
         out_EMN = torch.zeros(stack.shape(format, width, inner), **where)  # type: ignore[call-overload]
         for at, matrix in enumerate(stack.matrices):
@@ -129,14 +129,14 @@ def fused(
                 if tuple(piece_MN.shape) != shape:
                     raise ValueError(f"{name} has shape {tuple(piece_MN.shape)} where config.json asks for {shape}")
                 stack.place(out_EMN, at, e, piece_MN)
-        found[stack.name] = out_EMN
-    return found
+        stacked[stack.name] = out_EMN
+    return stacked
 
 
 def multiplied_out(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The same tensors with every pair of factors replaced by their product (made in fp32), under the matrix's name."""
-    held = dict(tensors)
+    whole = dict(tensors)
     for name in [n for n in tensors if n.endswith(OUT)]:
         stem = name.removesuffix(OUT)
-        held[stem + ".weight"] = LowRank(held.pop(name), held.pop(stem + IN)).whole()
-    return held
+        whole[stem + ".weight"] = LowRank(whole.pop(name), whole.pop(stem + IN)).whole()
+    return whole

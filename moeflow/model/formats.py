@@ -87,8 +87,8 @@ def format_of(shapes: Mapping[str, Sequence[int]], config: Config, layer: int) -
     """
     family = Family.of(config)
     stem = family.experts(layer)
-    found = {n.removeprefix(stem).split(".")[0] for n in shapes if n.startswith(stem)}
-    numbers = sorted(int(n) for n in found if n.isdigit())
+    parts = {n.removeprefix(stem).split(".")[0] for n in shapes if n.startswith(stem)}
+    numbers = sorted(int(n) for n in parts if n.isdigit())
     if numbers != list(range(len(numbers))):
         lacking = next(i for i, n in enumerate([*numbers, -1]) if i != n)
         raise ValueError(f"layer {layer} has no expert {lacking} but {len(numbers)} others; the checkpoint is incomplete")
@@ -111,10 +111,10 @@ def format_of(shapes: Mapping[str, Sequence[int]], config: Config, layer: int) -
 
 def routing_shapes(family: Family, format: Format, layer: int, width: int, inner: int) -> dict[str, tuple[int, ...]]:
     """The names and shapes of what is stored beside a layer's experts: the threshold of skipping, vectors of Compressed Experts."""
-    found: dict[str, tuple[int, ...]] = {f"{family.experts(layer)}skip.{format.skip}": ()} if format.skip else {}
+    shapes: dict[str, tuple[int, ...]] = {f"{family.experts(layer)}skip.{format.skip}": ()} if format.skip else {}
     for vector in FORMS.get(format.compressed, ()):
-        found[f"{family.experts(layer)}compressed.{vector}"] = (format.experts, inner if vector == "inner" else width)
-    return found
+        shapes[f"{family.experts(layer)}compressed.{vector}"] = (format.experts, inner if vector == "inner" else width)
+    return shapes
 
 
 def family_config(config: Config) -> Config:
@@ -127,15 +127,17 @@ def _rank(shapes: Mapping[str, Sequence[int]], name: str, factors: tuple[str, st
     out, inner = factors
     if name in shapes or name + PACKED in shapes:
         return 0
-    held = {n: shapes[n + end] for n in factors for end in (PACKED, "") if n + end in shapes}
-    if missing := [n for n in factors if n not in held]:
+    stored = {n: shapes[n + end] for n in factors for end in (PACKED, "") if n + end in shapes}
+    if missing := [n for n in factors if n not in stored]:
         absent = name if len(missing) == 2 else missing[0]
         raise ValueError(f"the checkpoint has no tensor {absent}; it is incomplete, or of another family")
-    rank = held[inner][0]
-    fits = len(held[out]) == len(held[inner]) == 2
+    rank = stored[inner][0]
+    fits = len(stored[out]) == len(stored[inner]) == 2
     # for packed factors only the number of words in a row is known
-    if not fits or (held[out][1] * 32 % rank if out not in shapes else held[out][1] != rank):
-        raise ValueError(f"{out} {tuple(held[out])} and {inner} {tuple(held[inner])} do not multiply; the checkpoint is damaged")
+    if not fits or (stored[out][1] * 32 % rank if out not in shapes else stored[out][1] != rank):
+        raise ValueError(
+            f"{out} {tuple(stored[out])} and {inner} {tuple(stored[inner])} do not multiply; the checkpoint is damaged"
+        )
     return int(rank)
 
 
@@ -152,13 +154,13 @@ def layer_formats(config: Config) -> list[Format | None]:
     if len(said) != family.num_layers:
         raise ValueError(f"config.json has {len(said)} entries in {LAYERS!r} for {family.num_layers} layers; write one for each")
     main = family.main_experts
-    found: list[Format | None] = []
+    formats: list[Format | None] = []
     for layer, value in enumerate(said):
         if bool(value) != (layer in moe) or not isinstance(value or {}, Mapping):
             kind = "experts" if layer in moe else "none"
             raise ValueError(f"config.json says {value} of layer {layer} in {LAYERS!r}, where the family has {kind}; correct it")
-        found.append(_checked(Format.from_json(value), layer) if value else None)
-        if format := found[-1]:
+        formats.append(_checked(Format.from_json(value), layer) if value else None)
+        if format := formats[-1]:
             try:
                 if not format.gone:
                     family.check_left(format.experts, format.experts)
@@ -170,7 +172,7 @@ def layer_formats(config: Config) -> list[Format | None]:
                     f"layer {layer} of config.json has Compressed Experts, and {MAIN}={main} of a token's {reach} experts are "
                     f"computed; it must lie between 1 and {reach - 1}"
                 )
-    return found
+    return formats
 
 
 def config_of(config: Config, formats: Sequence[Format | None]) -> Config:

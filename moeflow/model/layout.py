@@ -111,10 +111,10 @@ def read_header(file: str, size: int, read: Callable[[int, int], bytes]) -> dict
 
 def headers(files: Files) -> dict[str, TensorInfo]:
     """The tensors of all safetensors files of a folder or artifact."""
-    found: dict[str, TensorInfo] = {}
+    tensors: dict[str, TensorInfo] = {}
     for name in (n for n in files.names() if n.endswith(".safetensors")):
-        found |= read_header(name, files.size(name), lambda a, b, name=name: files.read(name, a, b))  # type: ignore[misc]
-    return found
+        tensors |= read_header(name, files.size(name), lambda a, b, name=name: files.read(name, a, b))  # type: ignore[misc]
+    return tensors
 
 
 def read_config(files: Files) -> Config:

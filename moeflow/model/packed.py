@@ -40,20 +40,20 @@ class Scheme:
 
 def logical(names: Iterable[str]) -> list[str]:
     """The names of the matrices of these tensors, packed or not."""
-    held = list(names)
-    packed = {n.removesuffix(PACKED) for n in held if n.endswith(PACKED)}
-    beside = {name + end for name in packed for end in BESIDE} | {n + BLOCK_SCALE for n in held}
-    return [n.removesuffix(PACKED) for n in held if n not in beside]
+    stored = list(names)
+    packed = {n.removesuffix(PACKED) for n in stored if n.endswith(PACKED)}
+    beside = {name + end for name in packed for end in BESIDE} | {n + BLOCK_SCALE for n in stored}
+    return [n.removesuffix(PACKED) for n in stored if n not in beside]
 
 
 def packed_shapes(shapes: Shapes, config: Config) -> dict[str, tuple[int, int]]:
     """The unpacked shape [M, N] of every packed matrix or factor, inferred from its neighbours."""
-    family, found = Family.of(config), {}
+    family, unpacked = Family.of(config), {}
 
     def rows(name: str) -> int:
         """The outputs of a matrix, whole or factored."""
-        held = (shapes.get(n + end) for n in (name, family.factors(name)[0]) for end in (PACKED, ""))
-        return int(next((shape[0] for shape in held if shape), 0))
+        stored = (shapes.get(n + end) for n in (name, family.factors(name)[0]) for end in (PACKED, ""))
+        return int(next((shape[0] for shape in stored if shape), 0))
 
     for packed, shape in shapes.items():
         if packed.endswith(PACKED):
@@ -62,8 +62,8 @@ def packed_shapes(shapes: Shapes, config: Config) -> dict[str, tuple[int, int]]:
             out, within = family.factors(whole)
             gate = family.gate_beside(whole)
             columns = config["hidden_size"] if gate is None else rows(gate)
-            found[name] = int(shape[0]), rows(within) if name == out else int(columns)
-    return found
+            unpacked[name] = int(shape[0]), rows(within) if name == out else int(columns)
+    return unpacked
 
 
 def numels(shapes: Shapes, config: Config) -> dict[str, int]:
@@ -74,21 +74,21 @@ def numels(shapes: Shapes, config: Config) -> dict[str, int]:
 
 def scheme_of(shapes: Shapes, config: Config) -> Scheme | None:
     """How the packed matrices are packed; None if there are none. Raises ValueError if they differ."""
-    found: dict[Scheme, str] = {}
+    schemes: dict[Scheme, str] = {}
     single: dict[Scheme, str] = {}  # one scale a row, which a group of the row's length has, too
     for name, (_, columns) in packed_shapes(shapes, config).items():
         if name + ZERO in shapes:
             raise ValueError(f"{name} has zero points, with which transformers loads no experts; quantize symmetrically")
         groups = int(shapes[name + SCALE][1])
         scheme = Scheme(round(int(shapes[name + PACKED][1]) * 32 / columns), columns // groups)
-        (found if groups > 1 else single).setdefault(scheme, name)
+        (schemes if groups > 1 else single).setdefault(scheme, name)
     for scheme, name in single.items():
-        if scheme not in found:
-            found.setdefault(replace(scheme, group=0), name)
-    if len(found) > 1:
-        differ = " and ".join(f"{name} {scheme.words()}" for scheme, name in [*found.items()][:2])
+        if scheme not in schemes:
+            schemes.setdefault(replace(scheme, group=0), name)
+    if len(schemes) > 1:
+        differ = " and ".join(f"{name} {scheme.words()}" for scheme, name in [*schemes.items()][:2])
         raise ValueError(f"{differ}: transformers loads experts of one scheme only; quantize all alike")
-    return next(iter(found), None)
+    return next(iter(schemes), None)
 
 
 def check_whole(shapes: Shapes, layer: int, config: Config, experts: int) -> None:

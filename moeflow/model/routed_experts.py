@@ -113,10 +113,14 @@ class RoutedExperts(nn.Module):
     def _matrices(self) -> Iterator[tuple[Tensor, Tensor | None, Tensor, Tensor | None]]:
         """The matrices of each expert: gate and up, their second factor, down, its second factor."""
         # by attribute, because LoRA may replace the parameter by a sum
-        held = {name: iter(getattr(self, name).unbind()) for name, _ in self.named_parameters(recurse=False)}
+        stacked = {name: iter(getattr(self, name).unbind()) for name, _ in self.named_parameters(recurse=False)}
         for gate_up_low, down_low in zip(self.gate_up_low, self.down_low, strict=True):
-            gate_up = (next(held["gate_up_in"]), next(held["gate_up_out"])) if gate_up_low else (next(held["gate_up_proj"]), None)
-            down = (next(held["down_in"]), next(held["down_out"])) if down_low else (next(held["down_proj"]), None)
+            gate_up = (
+                (next(stacked["gate_up_in"]), next(stacked["gate_up_out"]))
+                if gate_up_low
+                else (next(stacked["gate_up_proj"]), None)
+            )
+            down = (next(stacked["down_in"]), next(stacked["down_out"])) if down_low else (next(stacked["down_proj"]), None)
             yield *gate_up, *down
 
     def _inner(self, product: Product, first: Tensor, second: Tensor | None, inputs: tuple[Tensor, ...]) -> Tensor:
