@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -214,17 +214,39 @@ def _height(value: Any) -> int:
     return 1 + max((_height(v) for v in (value.values() if isinstance(value, Mapping) else value)), default=0)
 
 
-RANKS = "ranks.json"
-DECOMPOSED = "decomposed"
-"""What a layer's spec says of it where a run decides the ranks."""
+@dataclass(frozen=True)
+class Ranks:
+    """The rank of every expert's matrices, decided for all layers together."""
 
+    FILE: ClassVar[str] = "ranks.json"
 
-def read_ranks(artifact: Artifact) -> dict[str, Any]:
-    """What a step that decides ranks wrote: per layer and matrix, the rank of each expert, 0 where it stays whole."""
-    return json.loads(artifact.read(RANKS, 0, artifact.size(RANKS)))["ranks"]
+    rule: str
+    """How they were decided: "paper" or "global"."""
+    ranks: Mapping[int, Mapping[str, Sequence[int]]]
+    """By layer and matrix ("gate", "up", "down") the rank of each expert; 0: the matrix stays whole. Gate and up of an expert are
+    both whole or both factored."""
+    budget: int | None = None
+    """The bytes that all experts together may take, if the rule goes by bytes."""
+    optimal: bool | None = None
+    """Whether no other ranks within the budget cost less."""
+    cost: float | None = None
+    """What these ranks cost, in the unit of the curves that they were chosen by."""
+    cost_of_the_same_rank_everywhere: float | None = None
+    """What one rank for all matrices would cost within the same budget."""
 
+    def write(self, folder: Path) -> None:
+        head = {name: value for name, value in asdict(self).items() if name != "ranks" and value is not None}
+        layers = ",\n".join(
+            f'  "{layer}": {{\n' + ",\n".join(f"   {json.dumps(m)}: {json.dumps(r)}" for m, r in by.items()) + "\n  }"
+            for layer, by in self.ranks.items()
+        )
+        lines = "".join(f" {json.dumps(name)}: {json.dumps(value)},\n" for name, value in head.items())
+        (folder / self.FILE).write_text("{\n" + lines + ' "ranks": {\n' + layers + "\n }\n}\n")
 
-SPARSE = ("magnitude", "wanda", "sparsegpt")
+    @classmethod
+    def read(cls, artifact: Artifact) -> Self:
+        value = read_json(artifact, cls.FILE)
+        return cls(**value | {"ranks": {int(layer): by for layer, by in value["ranks"].items()}})
 
 
 @dataclass(frozen=True)
