@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from moeflow.methods.checkpoint import steps as checkpoint
+from moeflow.methods.pretrain.steps import Pretraining, Shape
 from moeflow.methods.recipes import pretrained
 from moeflow.run import in_process
 from moeflow.sources import Texts
@@ -21,7 +22,7 @@ from moeflow.store import Store
 TEXTS = "python:stdlib/[!s-z]*.py"
 """The files of the standard library whose names begin with s to z are kept for measuring."""
 
-SIZES = {"width": 64, "ffn": 96, "layers": 4, "heads": 4, "experts": 8, "vocabulary": 512, "length": 128}
+SHAPE = Shape(width=64, ffn=96, layers=4, heads=4, experts=8, vocabulary=512)
 
 
 def main() -> None:
@@ -35,7 +36,8 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         store = Store.open(options.store or folder)
-        model = pretrained.mixtral(Texts(TEXTS), **SIZES, steps=options.steps, batch=options.batch, seed=options.seed)
+        how = Pretraining(steps=options.steps, batch=options.batch, length=128, seed=options.seed)
+        model = pretrained.mixtral(Texts(TEXTS), how, SHAPE)
         target = checkpoint.checkpoint_of(model)
         outcome = in_process.run([target], store)
         for note in (n for s in outcome.steps for n in s.notes):

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data
-from moeflow.methods.graph import Pass
+from moeflow.methods.graph import Pass, Sample
 from moeflow.methods.prune.searches import Search
 from moeflow.methods.recipes import compare, naee
 from moeflow.sources import Texts
@@ -32,12 +32,12 @@ def test_its_tokenizer_and_weights_predict_python() -> None:
 def test_naee_keeps_better_experts_than_chance(tmp_path: Path) -> None:
     """On text that neither the training nor the calibration has seen."""
     store, model = running.store_in(tmp_path), running.model_in(running.SMALL)
-    matrix = data.tokens(TRAINED_ON, model, sequences=32, length=128)
+    matrix = data.tokens(TRAINED_ON, model, Sample(32, 128))
     seen = calibrate.run(model, matrix, Pass(batch=8, shard=32, stage=2))
 
     def divergence(search: str, seed: int = 0) -> float:
         pruned = naee.prune(seen, 4, Search(search, seed=seed))
-        reports = compare.compare(seen, pruned, heldout=HELD_OUT, sequences=16, length=128)
+        reports = compare.compare(model, pruned, HELD_OUT, Sample(16, 128))
         target = checkpoint.checkpoint_of(pruned).reporting(*(r for r in reports if r.name == "evaluate.quality"))
         running.run(store, *target.reports)
         (found,) = (row for name, row in running.reports(store, target).items() if name.startswith("KL to the original"))

@@ -3,19 +3,24 @@
 He et al., arXiv 2406.02500, for the first two; that a factor is slimmed like any other matrix is ours. Only graphs are built here.
 """
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.decompose.options import Decomposition
+from moeflow.methods.finetune.recipe import Gang
 from moeflow.methods.graph import Calibration, Model, Pass
 from moeflow.methods.recipes import moei2
+from moeflow.methods.recipes.tune import FineTuning, Tuned, tuned
 from moeflow.methods.slim.methods import Slimming
 from moeflow.methods.slim.steps import slimmed
 from moeflow.methods.trim.steps import Trimming
 from moeflow.methods.trim.steps import trim as take_out
 from moeflow.step import Part, Step
+
+TUNE = "tune"
+"""The stage that fine-tunes; it needs no calibration."""
 
 
 def slim(calibration: Calibration, how: Slimming) -> Model:
@@ -37,40 +42,54 @@ def slim(calibration: Calibration, how: Slimming) -> Model:
 
 
 def compress(
-    model: Model, tokens: Step, *, order: str = "slim,trim", trim: Trimming | None, slim: str = "awq", ratio: float = 0.25,
-    group: int = 128, calibration: Pass, **options: Any,
-) -> Model:  # fmt: skip
-    """The model slimmed, trimmed and decomposed, as a graph; each stage is calibrated on what the one before it left.
+    model: Model, tokens: Step, passed: Pass, *, order: str = "slim,trim",
+    slim: Slimming | None = None, trim: Trimming | None = None, decompose: Decomposition | None = None,
+    tune: FineTuning | None = None, gang: Gang = Gang(),
+) -> Tuned:  # fmt: skip
+    """The model slimmed, trimmed, decomposed and fine-tuned in this `order`, as a graph.
 
-    `order`: stages with commas between them, "slim", "trim" and "decompose"; `trim`: what is taken out, None: nothing; `slim`:
-    "none" or a name of `METHODS`, with `group` and other fields of `Slimming`; "decompose" makes `ratio` of the experts'
-    parameters go by low rank, at ranks that are multiples of `group`, or of 32 where that is 0; `calibration`: how
-    each stage is calibrated. Raises ValueError for what cannot work.
+    `order`: stages with commas between them; a stage that is None is left out. `passed`: how each stage is calibrated, on what the
+    one before it left. Raises ValueError for what cannot work.
     """
-    stages: dict[str, tuple[Callable[[Calibration], Model], dict[str, bool]]] = {
-        "decompose": (lambda seen: moei2.decompose(seen, Decomposition(ratio=ratio, multiple=group or 32)), {})
-    }
-    if slim != "none":
-        stages["slim"] = (_slimmed(slim, options | {"group": group}), {})
-    if trim is not None:
-        stages["trim"] = (partial(take_out, how=trim), NEEDS[trim.what])
-    for name in order.split(","):
-        if name not in ("slim", "trim", "decompose"):
-            raise ValueError(f"order={order!r}: {name!r} is no stage; write slim,trim or trim,slim or decompose,slim")
-        if name in stages:
-            compressed, needs = stages[name]
-            model = compressed(calibrate.run(model, tokens, calibration, **needs))
-    return model
+    options = {"slim": slim, "trim": trim, "decompose": decompose}
+    names, made = order.split(","), Tuned(model, None, ())
+    if tune is not None and TUNE not in names:
+        raise ValueError(f"order={order!r} has no stage {TUNE!r}; say where the model is fine-tuned, as in order=trim,tune,slim")
+    for name in names:
+        if name == TUNE:
+            then = tuned(made.model, model, tune, gang, passed)
+            made = replace(then, reports=made.reports + then.reports)
+            continue
+        if name not in STAGES:
+            raise ValueError(
+                f"order={order!r}: {name!r} is no stage; write slim,trim or trim,slim or decompose,slim or trim,tune,slim"
+            )
+        if (how := options[name]) is not None:
+            stage = STAGES[name]
+            made = replace(made, model=stage.graph(calibrate.run(made.model, tokens, passed, **stage.needs(how)), how))
+    return made
 
+
+@dataclass(frozen=True)
+class Stage:
+    """One row of the table of stages."""
+
+    graph: Callable[[Calibration, Any], Model]
+    """From a calibration and the stage's options to the compressed model."""
+    needs: Callable[[Any], Mapping[str, bool]]
+    """What it reads of the calibration, by its options: the switches of `calibrate.run`."""
+
+
+STAGES = {
+    "slim": Stage(slim, lambda how: {}),
+    "trim": Stage(take_out, lambda how: NEEDS[how.what]),
+    "decompose": Stage(moei2.decompose, lambda how: {}),
+}
+"""The stages of a compression, by the names that its order gives them."""
 
 NEEDS: dict[str, dict[str, bool]] = {
     "experts": {"inputs": False},
     "moe_blocks": {"inputs": False},
     "decoder_layers": {"inputs": False, "between": True},
 }
-"""What a trimming reads of a calibration (`calibrate.run`): statistics only, and for decoder layers the states before each."""
-
-
-def _slimmed(method: str, options: dict[str, Any]) -> Callable[[Calibration], Model]:
-    how = Slimming(method, **options)
-    return lambda seen: slim(seen, how)
+"""What a trimming reads of a calibration: statistics only, and for decoder layers the hidden states before each."""

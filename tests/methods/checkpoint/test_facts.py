@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from moeflow.methods.fewer_active.steps import skip
 from moeflow.methods.graph import Calibration, Model
 from moeflow.methods.prune.searches import Search
 from moeflow.methods.recipes import naee, unified
@@ -37,6 +38,7 @@ def slimmed(tmp_path: Path) -> Calibration:
         (lambda seen: naee.prune(seen, 6, Search("reap")), ["rewrite.experts"] * 4),
         (lambda seen: trim(seen, Trimming("decoder_layers", 1)), ["trim.renumber"] * 3),
         (lambda seen: trim(seen, Trimming("moe_blocks", 1)), ["trim.without_moe_block"]),
+        (skip, ["fewer_active.skipping"] * 4),
     ],
 )
 def test_what_follows_a_slimming_does_not_forget_it(
