@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from math import floor, isfinite
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -213,18 +213,6 @@ class Spectrum:
     weight: float = 1.0
 
 
-def allocate(items: Sequence[Sequence[Spectrum]], budget: int, **limits: Any) -> list[tuple[int, ...]]:
-    """The ranks under which the weighted sum of squared errors is least and all matrices together take at most `budget` bytes.
-
-    An item is one matrix, or several of one shape that are all whole or all factored, as gate and up of an expert are. Within
-    an item components go by their gain; among items, and between an item's best rank and keeping it whole (which costs no error
-    and jumps in bytes), the choice is that of `allocate_curves`. `limits` are those of `choices`. Raises ValueError where the
-    budget is too small, with the smallest that can be met.
-    """
-    curves, ranks = choices(items, **limits)
-    return [ranks[at][option] for at, option in enumerate(allocate_curves(curves, budget))]
-
-
 def choices(
     items: Sequence[Sequence[Spectrum]],
     *,
@@ -235,7 +223,10 @@ def choices(
     whole: bool = True,
     force: bool = False,
 ) -> tuple[list[NDArray[np.float64]], list[list[tuple[int, ...]]]]:
-    """What `allocate` chooses from: of each item the curve of its options (bytes, weighted error), and the ranks behind each.
+    """Of each item the curve of its options (bytes, weighted error), and the ranks behind each.
+
+    An item is one matrix, or several of one shape that are all whole or all factored, as gate and up of an expert are. Within an
+    item components go by their gain.
 
     Ranks are multiples of `multiple` from r_min to r_max, and at most break-even unless forced; `itemsize` is the bytes of a
     weight; `whole` lets an item stay as it is. Raises ValueError where nothing is left to choose.

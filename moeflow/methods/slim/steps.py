@@ -26,8 +26,8 @@ def slimmed(rest: Step | Part, given: Step, seen: tuple[Step | Part, ...], *, at
         raise ValueError(f"tasks={how.tasks}: {how.method} treats all experts of layer {at} at once; give tasks=1")
     if how.tasks != 1 and not 1 <= how.tasks <= most:
         raise ValueError(f"tasks={how.tasks}: the {most} experts of layer {at} are divided between 1 to {most} tasks")
-    told: dict[str, Any] = {"layer": at, "parts": how.tasks, "how": how.of_a_layer, "dtype": dtype}
-    parts = tuple(layer(rest, given, seen, part=part, **told) for part in range(how.tasks))
+    same: dict[str, Any] = {"layer": at, "parts": how.tasks, "how": how.of_a_layer, "dtype": dtype}
+    parts = tuple(layer(rest, given, seen, part=part, **same) for part in range(how.tasks))
     return parts[0] if len(parts) == 1 else joined(parts)
 
 

@@ -1,11 +1,20 @@
 """Ranks out of a common budget: by the paper's formula, and by singular values."""
 
+from collections.abc import Sequence
 from itertools import product
+from typing import Any
 
 import numpy as np
 import pytest
 
-from moeflow.methods.decompose.ranks import Spectrum, allocate, average_rank, break_even, check_rank, paper_ranks
+from moeflow.methods.allocate import allocate_curves
+from moeflow.methods.decompose.ranks import Spectrum, average_rank, break_even, check_rank, choices, paper_ranks
+
+
+def allocate(items: Sequence[Sequence[Spectrum]], budget: int, **limits: Any) -> list[tuple[int, ...]]:
+    """The ranks of each item within `budget` bytes that cost least."""
+    curves, ranks = choices(items, **limits)
+    return [ranks[at][option] for at, option in enumerate(allocate_curves(curves, budget))]
 
 
 def spectra(draw: np.random.Generator, rows: int, columns: int) -> list[tuple[Spectrum, ...]]:

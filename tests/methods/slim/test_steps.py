@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from moeflow import options
 from moeflow.arch import Family
 from moeflow.methods.data import steps as data_
 from moeflow.methods.decompose.options import Decomposition
@@ -200,6 +201,39 @@ def test_a_layer_divided_between_tasks_has_the_same_bytes(how: dict[str, Any], t
     for name in Folder(whole).names():
         assert (whole / name).read_bytes() == (divided / name).read_bytes(), name
     assert [e["expert"] for e in reports(divided)[0]["experts"]] == [*range(8), *(["shared"] if "shared" in how else [])]
+
+
+def test_what_changes_no_byte_of_a_layer_stays_out_of_its_key() -> None:
+    """How the work is divided, and fields that the method does not read; those at their default are left out anyway."""
+    told = options.plain(Slimming("sparsegpt", bits=2, group=64, activation_order=True, damp=0.1, tasks=4).of_a_layer)
+    assert told == {"method": "sparsegpt", "damp": 0.1}
+    assert options.plain(Slimming("gptq", pattern="0.5", bits=3, group=64).of_a_layer) == {"method": "gptq", "bits": 3, "group": 64}
+    assert all(options.restored(options.plain(Slimming(name)), Slimming) == Slimming(name) for name in METHODS)
+
+
+@pytest.mark.parametrize("how", [{"symmetric": False}, {"activation_order": True}], ids=["asymmetric", "by activation"])
+def test_zero_points_and_the_order_by_activation_are_reached_by_their_names(how: dict[str, bool], tmp_path: Path) -> None:
+    source = tiny.write("mixtral", tmp_path / "model")
+    out = slimmed(source, tmp_path, method="gptq", packed=False, **how, **FOUR)
+    x, chosen = routed(source, tmp_path, 0)
+    gate = Family.of(read_config(Folder(source))).expert(0, 3)[0]
+    grid, order = Grid(4, how.get("symmetric", True), 8), how.get("activation_order", False)
+    close(Tensors(out)[gate], gptq(Tensors(source)[gate], grid, inputs=x[chosen[:, 3]], order=order).dequantized())
+    assert reports(out)[0].items() >= how.items()
+
+
+def test_awq_keeps_an_expert_without_tokens_whole_but_for_the_scale_of_its_inputs(tmp_path: Path) -> None:
+    source = tiny.write("olmoe", tmp_path / "model")
+    after = Tensors(slimmed(source, tmp_path, method="awq", packed=False, least=40, rare="keep", **FOUR))
+    before, family = Tensors(source), Family.of(read_config(Folder(source)))
+    norm = family.norm(0) + "weight"
+    few = 0
+    for e in range(8):
+        gate, _, down = family.expert(0, e)
+        if torch.equal(after[down], before[down]):
+            few += 1
+            torch.testing.assert_close(after[gate], before[gate] * (before[norm] / after[norm]), rtol=1e-5, atol=1e-6)
+    assert 0 < few < 8
 
 
 def test_a_layer_that_a_run_left_without_experts_is_divided_too(tmp_path: Path) -> None:
