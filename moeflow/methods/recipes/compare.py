@@ -1,7 +1,7 @@
 """A compressed model compared with its original: every report of `moeflow.methods.evaluate`, on each held-out text."""
 
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.checkpoint.steps import checkpoint_of
@@ -11,7 +11,30 @@ from moeflow.methods.graph import Model, Pass, Sample
 from moeflow.sources import Source, TextEntry, Texts
 from moeflow.step import Step
 
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The text that a compressed model is judged on, beside its original."""
+
+    texts: str
+    """URI[#column[+column]], several joined by commas; each has a report of its own."""
+    sequences: int = 64
+    """Sequences of each text."""
+    length: int = 2048
+    """Tokens of a sequence."""
+
+    @property
+    def sample(self) -> Sample:
+        return Sample(self.sequences, self.length, bos=False)
+
+
 NO_TOKENIZER = "the model has no tokenizer: held-out text is left out, the loss on the token matrix stands for it"
+
+
+def reports(original: Model, compressed: Model, heldout: HeldOut, passed: Pass, *, tokens: Step | None = None) -> tuple[Step, ...]:
+    """`compare` as a pipeline asks for it: with the batch and precision of its calibration, eight batches to a task."""
+    judged = Pass(passed.batch, 8 * passed.batch, dtype=passed.dtype)
+    return compare(original, compressed, Texts(heldout.texts), heldout.sample, judged, tokens=tokens)
 
 
 def compare(

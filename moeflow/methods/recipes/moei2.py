@@ -16,7 +16,7 @@ from moeflow.methods.calibrate.steps import Alternatives, Forks
 from moeflow.methods.decompose import steps as decompose_
 from moeflow.methods.decompose.options import Decomposition
 from moeflow.methods.decompose.ranks import PARTS, average_rank, moved_rank
-from moeflow.methods.graph import Calibration, Model
+from moeflow.methods.graph import Calibration, Model, Pass
 from moeflow.methods.prune import counts as counts_
 from moeflow.methods.prune.counts import Counts
 from moeflow.methods.prune.searches import Search
@@ -40,6 +40,21 @@ def prune(calibration: Calibration, counts: Counts, how: Search = Search("swap")
         return _by_blocks(calibration, decider, candidates, how)
     choices = {i: pick(candidates[i], decider, keep=_known(candidates[i], decider)) for i in legal}
     return model.with_layers(_pruned(calibration, choices), tuple(choices.values()))
+
+
+def compress(
+    model: Model, tokens: Step, passed: Pass, *, counts: Counts, search: Search, removed: float, decomposition: Decomposition
+) -> Model:
+    """The model pruned, and what is left decomposed until `removed` of the experts' parameters are gone, as a graph.
+
+    The ratio of `decomposition` follows from that. Raises ValueError for what cannot work.
+    """
+    pruned = prune(calibrate.run(model, tokens, passed), counts, search)
+    kept = counts.keep
+    if kept > 1:
+        kept = counts_.total_experts(model, counts) / sum(counts_.spec_of(model, i).experts for i in model.moe_layers)
+    how = replace(decomposition, ratio=ratio_left(removed, 1 - kept))
+    return decompose(calibrate.run(pruned, tokens, passed), how)
 
 
 class Sets(Protocol):

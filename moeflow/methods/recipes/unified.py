@@ -4,18 +4,23 @@ He et al., arXiv 2406.02500, for the first two; that a factor is slimmed like an
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.decompose.options import Decomposition
+from moeflow.methods.finetune.recipe import Gang
 from moeflow.methods.graph import Calibration, Model, Pass
 from moeflow.methods.recipes import moei2
+from moeflow.methods.recipes.tune import FineTuning, Tuned, tuned
 from moeflow.methods.slim.methods import Slimming
 from moeflow.methods.slim.steps import slimmed
 from moeflow.methods.trim.steps import TRIMS, Trimming
 from moeflow.methods.trim.steps import trim as take_out
 from moeflow.step import Part, Step
+
+TUNE = "tune"
+"""The stage that fine-tunes; it needs no calibration."""
 
 
 def slim(calibration: Calibration, how: Slimming) -> Model:
@@ -39,20 +44,30 @@ def slim(calibration: Calibration, how: Slimming) -> Model:
 def compress(
     model: Model, tokens: Step, passed: Pass, *, order: str = "slim,trim",
     slim: Slimming | None = None, trim: Trimming | None = None, decompose: Decomposition | None = None,
-) -> Model:  # fmt: skip
-    """The model slimmed, trimmed and decomposed in this `order`, as a graph.
+    tune: FineTuning | None = None, gang: Gang = Gang(),
+) -> Tuned:  # fmt: skip
+    """The model slimmed, trimmed, decomposed and fine-tuned in this `order`, as a graph.
 
     `order`: stages with commas between them; a stage that is None is left out. `passed`: how each stage is calibrated, on what the
     one before it left. Raises ValueError for what cannot work.
     """
     options = {"slim": slim, "trim": trim, "decompose": decompose}
-    for name in order.split(","):
+    names, made = order.split(","), Tuned(model, None, ())
+    if tune is not None and TUNE not in names:
+        raise ValueError(f"order={order!r} has no stage {TUNE!r}; say where the model is fine-tuned, as in order=trim,tune,slim")
+    for name in names:
+        if name == TUNE:
+            then = tuned(made.model, model, tune, gang, passed)
+            made = replace(then, reports=made.reports + then.reports)
+            continue
         if name not in STAGES:
-            raise ValueError(f"order={order!r}: {name!r} is no stage; write slim,trim or trim,slim or decompose,slim")
+            raise ValueError(
+                f"order={order!r}: {name!r} is no stage; write slim,trim or trim,slim or decompose,slim or trim,tune,slim"
+            )
         if (how := options[name]) is not None:
             stage = STAGES[name]
-            model = stage.graph(calibrate.run(model, tokens, passed, **stage.needs(how)), how)
-    return model
+            made = replace(made, model=stage.graph(calibrate.run(made.model, tokens, passed, **stage.needs(how)), how))
+    return made
 
 
 @dataclass(frozen=True)
