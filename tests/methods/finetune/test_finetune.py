@@ -138,6 +138,9 @@ def test_a_mode_trains_its_own_tensors_and_leaves_layers_without_any(mode: str, 
     changed = {n for n in found if not torch.equal(found[n], before[n])}
     stem = ".mlp.experts." if mode == "experts" else ".mlp.gate.weight"
     assert changed == {n for n in found if stem in n}
+    done = json.loads(store.artifact(checkpoint_.checkpoint_of(tuned.model).key).file("moeflow.json").read_text())
+    assert [entry["layer"] for entry in done["layers"]] == [0, 2]
+    assert all(e["done"][-1].items() >= {"step": "finetune.layer", "mode": mode, "steps": 2}.items() for e in done["layers"])
 
 
 class Killer(Lines):
