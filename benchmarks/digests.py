@@ -46,7 +46,7 @@ TUNE = [
 TUNED = [*TUNE, "heldout=@", "heldout.sequences=2", "heldout.length=16"]
 
 RUNS: dict[str, tuple[str, str, list[str]]] = {
-    "tiny": ("tiny", "", ["steps=10"]),
+    "tiny": ("tiny", "", ["trained.steps=10"]),
     "naee": ("mixtral", "", [*TRAINED, "keep=6", "skipping=median"]),
     "naee progressive": ("mixtral", "", [*TRAINED, "keep=4", "search=progressive", "skipping=1.7"]),
     "moei2": ("mixtral_moei2", "", MOEI2),
@@ -91,8 +91,9 @@ def digests(name: str, work: Path) -> dict[str, str]:
     store = Store.open(str(work / "store"))
     target = running.alone(pipeline.call(pipeline.load(PIPELINES / f"{file}.py"), words))
     in_process.run([target], store)
-    made = store.artifact(target.key).folder()
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest()[:16] for p in sorted(made.rglob("*.safetensors"))}
+    artifact = store.artifact(target.key)  # whose folder goes with it
+    files = sorted(artifact.folder().rglob("*.safetensors"))
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest()[:16] for p in files}
 
 
 def main(names: list[str]) -> None:

@@ -19,6 +19,7 @@ from benchmarks.rows import Row
 from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data
+from moeflow.methods.decompose.options import Decomposition
 from moeflow.methods.graph import Calibration, Model, Pass, Sample
 from moeflow.methods.prune.counts import Counts
 from moeflow.methods.prune.searches import Search
@@ -63,7 +64,7 @@ def _moei2(seen: Calibration, matrix: Step, removed: float, seed: int, *, share:
     dropped = share * removed
     pruned = moei2.prune(seen, Counts(1 - dropped, rule="paper"), Search("genetic", best=3, block=3, seed=seed))
     ratio = moei2.ratio_left(removed, dropped)
-    return moei2.decompose(_run(pruned, matrix), ratio=ratio, ranks="paper", svd="vanilla") if ratio else pruned
+    return moei2.decompose(_run(pruned, matrix), Decomposition(ratio=ratio, ranks="paper", svd="vanilla")) if ratio else pruned
 
 
 def _ours(seen: Calibration, matrix: Step, removed: float, seed: int, *, share: float) -> Model:
@@ -72,7 +73,7 @@ def _ours(seen: Calibration, matrix: Step, removed: float, seed: int, *, share: 
     pruned = moei2.prune(seen, Counts(1 - dropped), Search("swap", seed=seed)) if dropped else seen.model
     ratio = moei2.ratio_left(removed, dropped)
     again = _run(pruned, matrix) if dropped else seen
-    return moei2.decompose(again, ratio=ratio) if ratio else pruned
+    return moei2.decompose(again, Decomposition(ratio=ratio)) if ratio else pruned
 
 
 METHODS: dict[str, Method] = {

@@ -19,6 +19,7 @@ from moeflow.methods import rewrite
 from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data
+from moeflow.methods.decompose.options import Decomposition
 from moeflow.methods.fewer_active import steps as fewer_active
 from moeflow.methods.finetune.recipe import Gang, Recipe
 from moeflow.methods.graph import Calibration, Model, Pass, Sample
@@ -122,8 +123,8 @@ def _low_rank(bench: Recovery) -> tuple[list[Row], str]:
     pruned = moei2.prune(bench.seen, counts, Search("genetic", best=3, block=3, generations=20))
     again = calibrate.run(pruned, bench.matrix, PASS)
     ratio = moei2.ratio_left(0.5, 0.25)
-    vanilla = moei2.decompose(again, ratio=ratio, ranks="paper", svd="vanilla", importance="recon")
-    whitened = moei2.decompose(again, ratio=ratio, ranks="paper", svd="whitened", importance="recon")
+    vanilla = moei2.decompose(again, Decomposition(ratio=ratio, ranks="paper", svd="vanilla", importance="recon"))
+    whitened = moei2.decompose(again, Decomposition(ratio=ratio, ranks="paper", svd="whitened", importance="recon"))
     only = {name: TUNINGS[name] for name in ("LoRA, KL",)}
     kl = {name: options for name, options in TUNINGS.items() if options["loss"] == "kl"}
     first = _recovered(bench, "MoE-I² at half of the bytes, whitened", whitened, kl)

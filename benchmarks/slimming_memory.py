@@ -22,6 +22,7 @@ from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data
 from moeflow.methods.graph import Pass, Sample
 from moeflow.methods.recipes import unified
+from moeflow.methods.slim.methods import Slimming
 from moeflow.run import in_process
 from moeflow.sources import Texts, pin
 from moeflow.step import Step, step_of
@@ -56,7 +57,7 @@ def step_in(folder: Path, way: str) -> Step:
     model = checkpoint.pinned(pin(str(folder / "model"), kind="model"))
     matrix = data.tokens(Texts(str(folder / "tokens.npy")), model, Sample(SEQUENCES, LENGTH))
     seen = calibrate.run(model, matrix, Pass(batch=4, shard=SEQUENCES, dtype="float32"))
-    (layer,) = unified.slim(seen, inputs="parallel", **WAYS[way]).layers
+    (layer,) = unified.slim(seen, Slimming(inputs="parallel", **WAYS[way])).layers
     return layer
 
 

@@ -21,8 +21,10 @@ from benchmarks.rows import Row
 from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data
+from moeflow.methods.decompose.options import Decomposition
 from moeflow.methods.graph import Calibration, Model, Pass, Sample
 from moeflow.methods.recipes import compare, moei2, naee, unified
+from moeflow.methods.slim.methods import Slimming
 from moeflow.methods.trim import steps as trim
 from moeflow.run import in_process
 from moeflow.sources import Texts, pin
@@ -34,7 +36,7 @@ GROUP, SMALL = 64, 32
 
 
 def _slim(method: str, **options: Any) -> Stage:
-    return partial(unified.slim, method=method, **({"group": GROUP, "inputs": "parallel"} | options))
+    return partial(unified.slim, how=Slimming(method=method, **({"group": GROUP, "inputs": "parallel"} | options)))
 
 
 AWQ, GPTQ = _slim("awq"), _slim("gptq", inputs="sequential", order=True)
@@ -45,7 +47,7 @@ ENUMERATED: Stage = partial(naee.prune, keep=6)
 
 
 def _low_rank(ratio: float) -> Stage:
-    return partial(moei2.decompose, ratio=ratio, multiple=SMALL)
+    return partial(moei2.decompose, how=Decomposition(ratio=ratio, multiple=SMALL))
 
 
 def _grouped(bits: int = 4) -> Stage:
@@ -87,8 +89,8 @@ OURS: dict[str, tuple[Stage, ...]] = {
     "GPTQ in sequence, 2 bits": (_slim("gptq", inputs="sequential", order=True, bits=2),),
     "GPTQ in sequence, groups of 32": (_grouped(),),
     "NAEE, 6 of 8": (ENUMERATED,),
-    "low rank, whitened, a quarter": (partial(moei2.decompose, ratio=0.25),),
-    "low rank, whitened, a half": (partial(moei2.decompose, ratio=0.5),),
+    "low rank, whitened, a quarter": (partial(moei2.decompose, how=Decomposition(ratio=0.25)),),
+    "low rank, whitened, a half": (partial(moei2.decompose, how=Decomposition(ratio=0.5)),),
 }
 """What moeflow has beside them, each by itself."""
 

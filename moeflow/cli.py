@@ -63,14 +63,14 @@ Ref = Annotated[str, typer.Argument(metavar="REF", help="name@3, name, a label, 
 
 
 class PipelineCommand(TyperCommand):
-    """A command whose `--help`, behind a pipeline's file, lists that pipeline's parameters too."""
+    """A command whose `--help`, behind a pipeline's file, is that pipeline's page."""
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
         file = next((word for word in args if word.endswith(".py")), None)
         if "--help" in args and file is not None:
             with asking("--debug" in args):
-                text = pipeline.page(pipeline.load(Path(file)))
-            typer.echo(f"{ctx.get_usage()}\n\n{text}")
+                build = pipeline.load(Path(file))
+            print(pipeline.page(build, inspect.getdoc(sys.modules[f"moeflow_pipeline_{Path(file).stem}"]) or ""))
             ctx.exit()
         return super().parse_args(ctx, args)
 
@@ -265,8 +265,12 @@ def main(build: Callable[..., Any] | None = None) -> None:
         options = Options(retries, in_flight, gpus, cpus)
         _run(lambda: build, param, store, name or stem, runner, options, json=json, debug=debug)
 
+    if "--help" in sys.argv:
+        print(pipeline.page(build, inspect.getdoc(sys.modules["__main__"]) or ""))
+        print("\nThe options --store, --name, --runner, --gpus and so on are those of: moeflow run --help")
+        return
     alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    alone.command(help=inspect.getdoc(sys.modules["__main__"]), epilog=f"\b\n{pipeline.page(build)}")(itself)
+    alone.command()(itself)
     alone()
 
 

@@ -82,6 +82,9 @@ def restored(value: Any, kind: Any) -> Any:
             inside = typing.get_args(one)
             made = [restored(v, inside[0] if inside else None) for v in value]
             return tuple(made) if typing.get_origin(one) is tuple else made
+        if typing.get_origin(one) is Mapping and isinstance(value, Mapping):
+            names, inside = typing.get_args(one)
+            return {int(name) if names is int else name: restored(v, inside) for name, v in value.items()}
     return value
 
 

@@ -6,7 +6,8 @@ The constants are the paper's, as in `mixtral_moei2.py`: a quarter of the 64 exp
 and the dense first layer never; 53.98 % of the routed experts' parameters are gone in the end.
 
 Every expert of every layer is left out once to see what the model loses (`importance`): on 4,096 tokens, since the hidden states of
-all of these models are stored. `-p importance=recon` looks at the layers' own outputs and stores none.
+all of these models are stored. `-p counts.importance=recon -p decomposition.importance=recon` looks at the layers' own outputs and
+stores none.
 """
 
 from functools import partial
@@ -14,8 +15,16 @@ from functools import partial
 from mixtral_moei2 import build as moei2
 
 from moeflow.cli import main
+from moeflow.methods.decompose.options import Decomposition
+from moeflow.methods.prune.counts import Counts
 
-build = partial(moei2, model="deepseek-ai/DeepSeek-V2-Lite", removed=0.5398, measured=4096)
+build = partial(
+    moei2,
+    model="deepseek-ai/DeepSeek-V2-Lite",
+    removed=0.5398,
+    counts=Counts(0.75, rule="paper", measured=4096),
+    decomposition=Decomposition(svd="vanilla", ranks="paper", measured=4096),
+)
 
 if __name__ == "__main__":
     main(build)

@@ -3,7 +3,7 @@
     ray job submit --working-dir . -- python pipelines/deepseek_v2_lite_unified.py --store s3://bucket/prefix --gpus 1
 
 The constants are those that the paper takes for DeepSeek-MoE-16B, as in `mixtral_unified.py`: four MoE blocks go, 4 bits in groups
-of 64. `-p trim=decoder_layers` drops decoder layers instead, and `-p trim=experts -p dropped=16` a quarter of the experts.
+of 64. `-p trim=decoder_layers` drops decoder layers instead, and `-p trim=experts -p trim.dropped=16` a quarter of the experts.
 """
 
 from functools import partial
@@ -11,8 +11,17 @@ from functools import partial
 from mixtral_unified import build as unified
 
 from moeflow.cli import main
+from moeflow.methods.decompose.options import Decomposition
+from moeflow.methods.slim.methods import Slimming
+from moeflow.methods.trim.steps import Trimming
 
-build = partial(unified, model="deepseek-ai/DeepSeek-V2-Lite", dropped=4, group=64)
+build = partial(
+    unified,
+    model="deepseek-ai/DeepSeek-V2-Lite",
+    trim=Trimming("moe_blocks", 4),
+    slim=Slimming("awq", group=64),
+    decompose=Decomposition(0.25, multiple=64),
+)
 
 if __name__ == "__main__":
     main(build)

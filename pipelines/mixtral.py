@@ -5,19 +5,22 @@
 The constants are the paper's: 128 sequences of 2,048 tokens of C4 in batches of 8, documents packed in groups of 1,000 with a
 beginning-of-sequence token each, the checkpoint's own precision (bf16), every layer searched on its own.
 
-`-p skip=median` adds the paper's dynamic skipping, calibrated on the pruned model: about half of the tokens then go through one
-expert; `-p skip=1.7` sets how many experts a token has on average.
+`-p skipping=median` adds the paper's dynamic skipping, calibrated on the pruned model: about half of the tokens then go through one
+expert; `-p skipping=1.7` sets how many experts a token has on average. `-p tune=lora` fine-tunes what is left.
 """
-
-from typing import Literal
 
 from moeflow.cli import main
 from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data
-from moeflow.methods.graph import Pass, Sample
+from moeflow.methods.fewer_active.steps import Skipping
+from moeflow.methods.finetune.recipe import Gang
+from moeflow.methods.graph import Calibrating
 from moeflow.methods.prune.searches import Search
 from moeflow.methods.recipes import compare, naee
+from moeflow.methods.recipes import tune as tuning
+from moeflow.methods.recipes.compare import HeldOut
+from moeflow.methods.recipes.tune import FineTuning
 from moeflow.sources import Source, Texts
 from moeflow.step import Step
 
@@ -30,27 +33,22 @@ def build(
     model: Source = MODEL,
     *,
     tokens: Texts = Texts(C4),
-    heldout: Texts = Texts(WIKITEXT2),
+    heldout: HeldOut = HeldOut(WIKITEXT2),
     keep: int = 6,
-    search: str = "layerwise",
-    loss: Literal["frobenius", "batch-sum"] = "frobenius",
-    batch: int = 8,
-    sequences: int = 128,
-    length: int = 2048,
-    heldout_sequences: int = 64,
-    skip: str = "none",
-    dtype: str = "auto",
-    seed: int = 42,
+    search: Search = Search("layerwise", seed=42),
+    skipping: Skipping | None = None,
+    tune: FineTuning | None = None,
+    gang: Gang = Gang(zero=3, checkpointing=True),
+    calibration: Calibrating = Calibrating(seed=42, group=1000),
 ) -> Step:
     original = checkpoint.pinned(model)
-    matrix = data.tokens(tokens, original, Sample(sequences, length, seed=seed, bos=True, group=1000))
-    passed = Pass(batch=batch, dtype=dtype)
-    seen = calibrate.run(original, matrix, passed)
-    pruned = naee.prune(seen, keep, Search(search, loss=loss, seed=seed))
-    served = naee.skipped(pruned, matrix, naee.skipping(skip), passed)
-    judged = Sample(heldout_sequences, length), Pass(batch, 8 * batch, dtype=dtype)
-    reports = compare.compare(original, served, heldout, *judged, tokens=matrix)
-    return checkpoint.checkpoint_of(served).reporting(*reports)
+    matrix = data.tokens(tokens, original, calibration.sample)
+    seen = calibrate.run(original, matrix, calibration.passed)
+    pruned = naee.prune(seen, keep, search)
+    tuned = tuning.tuned(pruned, original, tune, gang, calibration.passed)
+    served = naee.skipped(tuned.model, matrix, skipping, calibration.passed)
+    reports = compare.reports(original, served, heldout, calibration.passed, tokens=matrix)
+    return checkpoint.checkpoint_of(served).reporting(*tuned.reports, *reports)
 
 
 if __name__ == "__main__":

@@ -5,26 +5,26 @@
 The constants are the paper's: a quarter of the experts goes, layer by layer as their importance says, found by a genetic search
 (population 100, 50 generations) and chosen in blocks of T=3 layers among K=3 sets each; what remains is cut to about half of the
 experts' parameters by singular values, at ranks by importance with alpha 0.15. 2,048 sequences of 2,048 tokens of C4. Then LoRA on
-Alpaca, of which the paper's rank, rate and epochs were not at hand: those here are usual ones; `-p tune=none` leaves it out.
+Alpaca; the paper's rank, rate and epochs were not at hand, so those here are usual ones. `-p tune=none` leaves it out.
 
-What moeflow puts beside it: `-p counts=exact -p search=swap -p block=1 -p svd=whitened -p ranks=global`.
+What moeflow puts beside it: `-p counts.rule=exact -p search=swap -p search.block=1 -p decomposition.svd=whitened
+-p decomposition.ranks=global`.
 """
-
-from functools import partial
-from typing import Literal
 
 from mixtral import C4, MODEL, WIKITEXT2
 
 from moeflow.cli import main
-from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.checkpoint import steps as checkpoint
-from moeflow.methods.data import steps as data_
-from moeflow.methods.finetune.recipe import Gang, Recipe
-from moeflow.methods.graph import Pass, Sample
+from moeflow.methods.data import steps as data
+from moeflow.methods.decompose.options import Decomposition
+from moeflow.methods.finetune.recipe import Gang
+from moeflow.methods.graph import Calibrating
 from moeflow.methods.prune.counts import Counts
 from moeflow.methods.prune.searches import Search
 from moeflow.methods.recipes import compare, moei2
-from moeflow.methods.recipes import tune as tune_
+from moeflow.methods.recipes import tune as tuning
+from moeflow.methods.recipes.compare import HeldOut
+from moeflow.methods.recipes.tune import FineTuning
 from moeflow.sources import Source, Texts
 from moeflow.step import Step
 
@@ -33,70 +33,22 @@ def build(
     model: Source = MODEL,
     *,
     tokens: Texts = Texts(C4),
-    heldout: Texts = Texts(WIKITEXT2),
-    dropped: float = 0.25,
+    heldout: HeldOut = HeldOut(WIKITEXT2),
     removed: float = 0.5,
-    counts: Literal["uniform", "paper", "exact"] = "paper",
-    search: str = "genetic",
-    importance: Literal["recon", "lm_loss"] = "lm_loss",
-    best: int = 3,
-    block: int = 3,
-    inputs: Literal["original", "progressive"] = "original",
-    population: int = 100,
-    generations: int = 50,
-    legal: tuple[int, ...] = (),
-    divisor: int = 1,
-    svd: str = "vanilla",
-    ranks: str = "paper",
-    alpha: float = 0.15,
-    multiple: int = 1,
-    least: int = 1,
-    policy: str = "vanilla",
-    sequences: int = 2048,
-    length: int = 2048,
-    batch: int = 8,
-    record: int = 65_536,
-    measured: int = 16_384,
-    per_expert: int = 64,
-    bos: bool = True,
-    tune: str = "lora",
-    text: Texts = Texts("alpaca"),
-    rows: int = 4096,
-    rank: int = 8,
-    rate: float = 1e-4,
-    epochs: float = 2,
-    tuned_batch: int = 64,
-    processes: int = 1,
-    zero: int = 3,
-    offload: bool = False,
-    device_memory: float = 0,
-    heldout_sequences: int = 64,
-    dtype: str = "auto",
-    seed: int = 42,
+    counts: Counts = Counts(0.75, rule="paper"),
+    search: Search = Search("genetic", block=3, seed=42),
+    decomposition: Decomposition = Decomposition(svd="vanilla", ranks="paper"),
+    tune: FineTuning | None = FineTuning(epochs=2, batch=64, rank=8, seed=42),
+    gang: Gang = Gang(zero=3, checkpointing=True),
+    calibration: Calibrating = Calibrating(2048, seed=42, group=1000, stage=3, record=65_536, per_expert=64),
 ) -> Step:
     original = checkpoint.pinned(model)
-    matrix = data_.tokens(tokens, original, Sample(sequences, length, seed=seed, bos=bos, group=1000))
-    recorded = Pass(batch=batch, stage=3, record=record, per_expert=per_expert, dtype=dtype)
-    seen = calibrate.run(original, matrix, recorded)
-    pruned = moei2.prune(
-        seen,
-        Counts(1 - dropped, rule=counts, importance=importance, legal=legal, divisor=divisor, measured=measured),
-        Search(search, seed=seed, best=best, block=block, inputs=inputs, population=population, generations=generations),
+    matrix = data.tokens(tokens, original, calibration.sample)
+    small = moei2.compress(
+        original, matrix, calibration.passed, counts=counts, search=search, removed=removed, decomposition=decomposition
     )
-    again = calibrate.run(pruned, matrix, recorded)
-    small = moei2.decompose(
-        again, ratio=moei2.ratio_left(removed, dropped), ranks=ranks, svd=svd, importance=importance, alpha=alpha,
-        multiple=multiple, least=least, policy=policy, measured=measured,
-    )  # fmt: skip
-    data = partial(data_.examples, text, original, data_.Examples(rows, length, seed=seed, bos=bos, repeat=True))
-    how = None if tune == "none" else Recipe(
-        mode=tune, rank=rank, epochs=epochs, batch=tuned_batch, rate=rate, dtype=dtype, seed=seed
-    )  # fmt: skip
-    gang = Gang(processes, zero=zero, offload=offload, checkpointing=True, device_memory=device_memory)
-    tuned = tune_.tune(small, data, how, gang=gang)
-    reports = compare.compare(
-        original, tuned.model, heldout, Sample(heldout_sequences, length), Pass(batch, 8 * batch, dtype=dtype), tokens=matrix
-    )
+    tuned = tuning.tuned(small, original, tune, gang, calibration.passed)
+    reports = compare.reports(original, tuned.model, heldout, calibration.passed, tokens=matrix)
     return checkpoint.checkpoint_of(tuned.model).reporting(*tuned.reports, *reports)
 
 

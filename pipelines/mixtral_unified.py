@@ -2,26 +2,30 @@
 
     ray job submit --working-dir . -- python pipelines/mixtral_unified.py --store s3://bucket/prefix --gpus 1
 
-The paper's recipes (Table 3): as it stands L8/32 + AWQ, its headline; `-p trim=decoder_layers -p dropped=5` for B5/32 + AWQ, with
-`-p rule=discrete` as the authors chose them for Mixtral; and `-p trim=experts -p dropped=2` for E2/8 + AWQ, two experts a layer on
-average (`-p across=layer`: in each). 128 sequences of 2,048 tokens of C4; 4 bits in groups of 128. The paper quantizes first;
-`-p order=trim,slim` is the other way. `-p slim=gptq`, `sparsegpt`, `wanda` and so on take another method, `-p slim=none` or
-`-p trim=none` none. `-p inputs=sequential` calibrates each layer behind the slimmed ones before it, one after the other;
-`-p slim=gptq -p tasks=8` divides the experts of each between eight tasks.
+The paper's recipes (Table 3): as it stands L8/32 + AWQ, its headline; `-p trim=decoder_layers -p trim.dropped=5` for B5/32 + AWQ
+(`-p trim.rule=discrete` is the authors' own setting), and `-p trim=experts -p trim.dropped=2` for E2/8 + AWQ, two experts a layer
+on average. 128 sequences of 2,048 tokens of C4; 4 bits in groups of 128. The paper quantizes first; `-p order=trim,slim` is the
+other way. `-p slim=gptq`, `sparsegpt`, `wanda` and so on take another method, `-p slim=none` or `-p trim=none` none.
+`-p slim.inputs=sequential` calibrates each layer behind the slimmed ones before it, one after the other; `-p slim=gptq -p
+slim.activation_order=true` rounds first what the strongest inputs see; `-p slim=gptq -p slim.tasks=8` divides the experts of each
+layer between eight tasks. `-p order=trim,tune,slim -p tune=full` fine-tunes what trimming left.
 
-What moeflow puts beside it: `-p order=decompose,slim -p ratio=0.25 -p slim=gptq` makes the experts low-rank and packs their
+What moeflow puts beside it: `-p order=decompose,slim -p decompose=0.25 -p slim=gptq` makes the experts low-rank and packs their
 factors: closer to the original than fewer bits at the same bytes (benchmarks/RESULTS.md).
 """
-
-from typing import Literal
 
 from mixtral import C4, MODEL, WIKITEXT2
 
 from moeflow.cli import main
 from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data
-from moeflow.methods.graph import Pass, Sample
+from moeflow.methods.decompose.options import Decomposition
+from moeflow.methods.finetune.recipe import Gang
+from moeflow.methods.graph import Calibrating
 from moeflow.methods.recipes import compare, unified
+from moeflow.methods.recipes.compare import HeldOut
+from moeflow.methods.recipes.tune import FineTuning
+from moeflow.methods.slim.methods import Slimming
 from moeflow.methods.trim.steps import Trimming
 from moeflow.sources import Source, Texts
 from moeflow.step import Step
@@ -31,41 +35,22 @@ def build(
     model: Source = MODEL,
     *,
     tokens: Texts = Texts(C4),
-    heldout: Texts = Texts(WIKITEXT2),
+    heldout: HeldOut = HeldOut(WIKITEXT2),
     order: str = "slim,trim",
-    trim: Literal["experts", "moe_blocks", "decoder_layers"] | None = "moe_blocks",
-    dropped: float = 8,
-    rule: Literal["discrete", "consecutive"] = "consecutive",
-    across: Literal["model", "layer"] = "model",
-    criterion: str = "router_score",
-    slim: str = "awq",
-    pattern: str = "2:4",
-    bits: int = 4,
-    group: int = 128,
-    ratio: float = 0.25,
-    inputs: str = "parallel",
-    shared: bool = False,
-    tasks: int = 1,
-    sequences: int = 128,
-    length: int = 2048,
-    batch: int = 8,
-    record: int = 65_536,
-    per_expert: int = 64,
-    bos: bool = True,
-    heldout_sequences: int = 64,
-    dtype: str = "auto",
-    seed: int = 42,
+    trim: Trimming | None = Trimming("moe_blocks", 8),
+    slim: Slimming | None = Slimming("awq"),
+    decompose: Decomposition | None = Decomposition(0.25, multiple=128),
+    tune: FineTuning | None = None,
+    gang: Gang = Gang(zero=3, checkpointing=True),
+    calibration: Calibrating = Calibrating(seed=42, group=1000, record=65_536, per_expert=64),
 ) -> Step:
     original = checkpoint.pinned(model)
-    matrix = data.tokens(tokens, original, Sample(sequences, length, seed=seed, bos=bos, group=1000))
-    passed = Pass(batch=batch, record=record, per_expert=per_expert, dtype=dtype)
-    small = unified.compress(
-        original, matrix, order=order, trim=trim and Trimming(trim, dropped, across, criterion, rule=rule), slim=slim, ratio=ratio,
-        calibration=passed, pattern=pattern, bits=bits, group=group, inputs=inputs, shared=shared, tasks=tasks,
-    )  # fmt: skip
-    judged = Sample(heldout_sequences, length), Pass(batch, 8 * batch, dtype=dtype)
-    reports = compare.compare(original, small, heldout, *judged, tokens=matrix)
-    return checkpoint.checkpoint_of(small).reporting(*reports)
+    matrix = data.tokens(tokens, original, calibration.sample)
+    made = unified.compress(
+        original, matrix, calibration.passed, order=order, trim=trim, slim=slim, decompose=decompose, tune=tune, gang=gang
+    )
+    reports = compare.reports(original, made.model, heldout, calibration.passed, tokens=matrix)
+    return checkpoint.checkpoint_of(made.model).reporting(*made.reports, *reports)
 
 
 if __name__ == "__main__":

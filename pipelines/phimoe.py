@@ -1,6 +1,6 @@
 """Phi-3.5-MoE with Compressed Experts (He et al., EMNLP Findings 2025, arXiv 2503.00634): one expert a token in the place of two.
 
-    ray job submit --working-dir . -- python pipelines/phimoe.py --store s3://bucket/prefix -p processes=16 -p device_memory=80e9
+    ray job submit --working-dir . -- python pipelines/phimoe.py --store s3://bucket/prefix -p gang.processes=16
 
 The constants are the paper's, as in `olmoe.py`, with a rate of 1e-5. Active parameters fall from 6.64 B to 4.12 B, counted from the
 configuration; the paper prints 7.45 and 4.93 B, which is what they would be without grouped-query attention.
@@ -11,8 +11,15 @@ from functools import partial
 from olmoe import build as compressed
 
 from moeflow.cli import main
+from moeflow.methods.recipes.tune import FineTuning
 
-build = partial(compressed, model="microsoft/Phi-3.5-MoE-instruct", rate=1e-5)
+build = partial(
+    compressed,
+    model="microsoft/Phi-3.5-MoE-instruct",
+    tune=FineTuning(
+        "full", epochs=2, batch=128, rate=1e-5, warmup=0.03, text="mathinstruct", rows=12_800, length=4096, bos=False, seed=42
+    ),
+)
 
 if __name__ == "__main__":
     main(build)

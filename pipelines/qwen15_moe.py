@@ -6,8 +6,8 @@ The constants are the paper's, as in `mixtral_moei2.py`: a quarter of the 60 exp
 never; what remains is cut to about half of the routed experts' parameters.
 
 Every expert of every layer is left out once to see what the model loses (`importance`): on 4,096 tokens, since the hidden states of
-all of these models are stored. `-p importance=recon` looks at the layers' own outputs and stores none.
-Its tokenizer has no beginning-of-sequence token.
+all of these models are stored. `-p counts.importance=recon -p decomposition.importance=recon` looks at the layers' own outputs and
+stores none. Its tokenizer has no beginning-of-sequence token.
 """
 
 from functools import partial
@@ -15,8 +15,19 @@ from functools import partial
 from mixtral_moei2 import build as moei2
 
 from moeflow.cli import main
+from moeflow.methods.decompose.options import Decomposition
+from moeflow.methods.graph import Calibrating
+from moeflow.methods.prune.counts import Counts
+from moeflow.methods.recipes.tune import FineTuning
 
-build = partial(moei2, model="Qwen/Qwen1.5-MoE-A2.7B", measured=4096, bos=False)
+build = partial(
+    moei2,
+    model="Qwen/Qwen1.5-MoE-A2.7B",
+    counts=Counts(0.75, rule="paper", measured=4096),
+    decomposition=Decomposition(svd="vanilla", ranks="paper", measured=4096),
+    tune=FineTuning(epochs=2, batch=64, rank=8, bos=False, seed=42),
+    calibration=Calibrating(2048, bos=False, seed=42, group=1000, stage=3, record=65_536, per_expert=64),
+)
 
 if __name__ == "__main__":
     main(build)

@@ -8,11 +8,16 @@ bits in groups of 64. Its tokenizer has no beginning-of-sequence token.
 
 from functools import partial
 
-from mixtral_unified import build as unified
+from deepseek_v2_lite_unified import build as unified
 
 from moeflow.cli import main
+from moeflow.methods.graph import Calibrating
 
-build = partial(unified, model="Qwen/Qwen1.5-MoE-A2.7B", dropped=4, group=64, bos=False)
+build = partial(
+    unified,
+    model="Qwen/Qwen1.5-MoE-A2.7B",
+    calibration=Calibrating(bos=False, seed=42, group=1000, record=65_536, per_expert=64),
+)
 
 if __name__ == "__main__":
     main(build)

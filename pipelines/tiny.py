@@ -5,16 +5,15 @@
 The same graph as `mixtral.py`, on a model that a step of the graph trains.
 """
 
-from typing import Literal
-
 from moeflow.cli import main
 from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data
-from moeflow.methods.graph import Pass, Sample
+from moeflow.methods.graph import Calibrating
 from moeflow.methods.pretrain.steps import Pretraining
 from moeflow.methods.prune.searches import Search
 from moeflow.methods.recipes import compare, naee, pretrained
+from moeflow.methods.recipes.compare import HeldOut
 from moeflow.sources import Texts
 from moeflow.step import Step
 
@@ -25,17 +24,16 @@ HELD_OUT = "python:stdlib/[s-z]*.py"
 def build(
     texts: Texts = Texts(TRAINED_ON),
     *,
-    heldout: Texts = Texts(HELD_OUT),
+    heldout: HeldOut = HeldOut(HELD_OUT, length=128),
     keep: int = 6,
-    steps: int = 300,
-    loss: Literal["frobenius", "batch-sum"] = "frobenius",
-    seed: int = 0,
+    search: Search = Search("layerwise"),
+    trained: Pretraining = Pretraining(),
+    calibration: Calibrating = Calibrating(64, 128, stage=2),
 ) -> Step:
-    original = pretrained.mixtral(texts, Pretraining(steps, seed=seed))
-    matrix = data.tokens(texts, original, Sample(64, 128, seed=seed))
-    seen = calibrate.run(original, matrix, Pass(batch=8, shard=32, stage=2))
-    pruned = naee.prune(seen, keep, Search("layerwise", loss=loss, seed=seed))
-    reports = compare.compare(original, pruned, heldout, Sample(64, 128))
+    original = pretrained.mixtral(texts, trained)
+    matrix = data.tokens(texts, original, calibration.sample)
+    pruned = naee.prune(calibrate.run(original, matrix, calibration.passed), keep, search)
+    reports = compare.reports(original, pruned, heldout, calibration.passed, tokens=matrix)
     return checkpoint.checkpoint_of(pruned).reporting(*reports)
 
 

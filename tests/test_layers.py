@@ -52,7 +52,7 @@ NEVER = {
 SOURCES = sorted([*ROOT.glob("moeflow/**/*.py"), *ROOT.glob("pipelines/*.py")])
 
 
-FLOOR = ("graph", "records", "scores", "moments", "rewrite", "allocate", "reports", "recorded")
+FLOOR = ("graph", "records", "scores", "moments", "rewrite", "allocate", "reports", "recorded", "rare")
 """The shared floor of `moeflow.methods`: what every verb stands on."""
 
 

@@ -1,10 +1,7 @@
-"""The matrix of rank R that changes an expert's outputs least, and the second moments of its tokens that say which one it is.
+"""Second moments of what the matrices of experts see: all that whitening, GPTQ, SparseGPT and Wanda need to know of the tokens.
 
-Shapes are suffixes: T tokens, M outputs and N inputs of a matrix, K = min(M, N), R rank, D model width, F expert width. A batch,
-the experts of a layer, may stand before each of them; tensors stay on their device. With S the second moment of the inputs, the
-optimum is U U' W with U the leading eigenvectors of W S W', which is the second moment of the outputs (Chen et al., DRONE,
-NeurIPS 2021; Wang et al., SVD-LLM, ICLR 2025, reach the same matrix through a Cholesky factor of S). Neither S nor W is ever
-inverted, so that a singular S, of an expert that saw fewer tokens than it has inputs, needs no care.
+Shapes are suffixes: T tokens, N inputs of a matrix, R outputs of a factor, D model width, F expert width. Tensors stay on their
+device.
 """
 
 from collections.abc import Iterator
@@ -63,6 +60,18 @@ def second_moment(x_TN: Tensor, weight_T: Tensor | None = None) -> Tensor:
             rows_TN = rows_TN * weight_T[at : at + TOKENS_AT_ONCE, None].to(rows_TN.dtype)
         total_NN += rows_TN.mT @ rows_TN
     return total_NN
+
+
+@torch.no_grad()
+def moment_behind(a_RN: Tensor, moment_NN: Tensor) -> Tensor:
+    """The second moment [R, R] of what a matrix makes of inputs whose second moment is [N, N]: fp64.
+
+    If there were fewer tokens than R, some outputs are zero on all of them, and rounding leaves sums of squares a little below
+    zero: these count as zero.
+    """
+    moment_RR = a_RN.double() @ moment_NN @ a_RN.double().mT
+    moment_RR.diagonal().clamp_(min=0)
+    return moment_RR
 
 
 @torch.no_grad()

@@ -6,11 +6,26 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
+from moeflow import options
 from moeflow.step import Artifact
 
 
 def read_json(artifact: Artifact, name: str) -> Any:
     return json.loads(artifact.read(name, 0, artifact.size(name)))
+
+
+class Record:
+    """A frozen dataclass that is one file of JSON; a field that has its default is not in the file."""
+
+    FILE: ClassVar[str]
+
+    def write(self, folder: Path) -> None:
+        (folder / self.FILE).write_text(readable(options.plain(self)))
+
+    @classmethod
+    def read(cls, artifact: Artifact) -> Self:
+        record: Self = options.restored(read_json(artifact, cls.FILE), cls)
+        return record
 
 
 @dataclass(frozen=True)
@@ -23,10 +38,6 @@ class ExpertSet:
     """How far the layer's output moves, in the norm that the search minimises."""
     of_output: float
     """The loss as a part of the norm of the output."""
-
-    @classmethod
-    def of(cls, value: Mapping[str, Any]) -> Self:
-        return cls(**{**value, "keep": tuple(value["keep"])})
 
 
 @dataclass(frozen=True)
@@ -43,10 +54,10 @@ class LayerLoss:
 
 
 @dataclass(frozen=True)
-class Choice:
+class Choice(Record):
     """The experts of one layer that stay."""
 
-    FILE: ClassVar[str] = "choice.json"
+    FILE = "choice.json"
 
     layer: int
     experts: int
@@ -63,23 +74,6 @@ class Choice:
     losses: Mapping[str, float] = field(default_factory=dict)
     """The loss of every set that was compared, by its experts joined with commas; empty if another step compared them."""
 
-    def write(self, folder: Path) -> None:
-        value = asdict(self)
-        (folder / self.FILE).write_text(readable(value if self.losses else {k: v for k, v in value.items() if k != "losses"}))
-
-    @classmethod
-    def read(cls, artifact: Artifact) -> Self:
-        value = read_json(artifact, cls.FILE)
-        return cls(
-            **value
-            | {
-                "keep": tuple(value["keep"]),
-                "loss": LayerLoss(**value["loss"]),
-                "runner_up": value["runner_up"] and ExpertSet.of(value["runner_up"]),
-                "baselines": {name: ExpertSet.of(s) for name, s in value["baselines"].items()},
-            }
-        )
-
 
 @dataclass(frozen=True)
 class Sets:
@@ -90,16 +84,12 @@ class Sets:
     baselines: Mapping[str, ExpertSet]
     """The set that each score would keep."""
 
-    @classmethod
-    def of(cls, value: Mapping[str, Any]) -> Self:
-        return cls(tuple(map(ExpertSet.of, value["best"])), {name: ExpertSet.of(s) for name, s in value["baselines"].items()})
-
 
 @dataclass(frozen=True)
-class Candidates:
+class Candidates(Record):
     """The sets of one layer's experts among which a later step chooses."""
 
-    FILE: ClassVar[str] = "candidates.json"
+    FILE = "candidates.json"
 
     layer: int
     experts: int
@@ -119,21 +109,6 @@ class Candidates:
         (sets,) = self.counts.values()
         return sets
 
-    def write(self, folder: Path) -> None:
-        """Indented JSON, one line for each set."""
-        text = json.dumps(asdict(self) | {"counts": "@"}, indent=1)
-        blocks = []
-        for keep, sets in self.counts.items():
-            best = ",\n".join(f"    {json.dumps(asdict(s))}" for s in sets.best)
-            base = ",\n".join(f"    {json.dumps(n)}: {json.dumps(asdict(s))}" for n, s in sets.baselines.items())
-            blocks.append(f'  "{keep}": {{\n   "best": [\n{best}\n   ],\n   "baselines": {{\n{base}\n   }}\n  }}')
-        (folder / self.FILE).write_text(text.replace('"@"', "{\n" + ",\n".join(blocks) + "\n }") + "\n")
-
-    @classmethod
-    def read(cls, artifact: Artifact) -> Self:
-        value = read_json(artifact, cls.FILE)
-        return cls(**value | {"counts": {int(n): Sets.of(sets) for n, sets in value["counts"].items()}})
-
 
 @dataclass(frozen=True)
 class Combination:
@@ -146,24 +121,15 @@ class Combination:
 
 
 @dataclass(frozen=True)
-class Combinations:
+class Combinations(Record):
     """Every combination of the sets of a block of layers."""
 
-    FILE: ClassVar[str] = "block.json"
+    FILE = "block.json"
 
     layers: tuple[int, ...]
     """The layers whose sets are combined."""
     combinations: tuple[Combination, ...]
     """Best first."""
-
-    def write(self, folder: Path) -> None:
-        lines = ",\n".join(json.dumps(asdict(c)) for c in self.combinations)
-        (folder / self.FILE).write_text(f'{{"layers": {json.dumps(self.layers)}, "combinations": [\n{lines}\n]}}\n')
-
-    @classmethod
-    def read(cls, artifact: Artifact) -> Self:
-        value = read_json(artifact, cls.FILE)
-        return cls(tuple(value["layers"]), tuple(Combination(tuple(c["sets"]), c["loss"]) for c in value["combinations"]))
 
 
 @dataclass(frozen=True)
@@ -174,16 +140,12 @@ class Spread:
     """The number of experts of each layer, in the order of the layers."""
     cost: float
 
-    @classmethod
-    def of(cls, value: Mapping[str, Any] | None) -> Self | None:
-        return None if value is None else cls(tuple(value["counts"]), value["cost"])
-
 
 @dataclass(frozen=True)
-class KeptCounts:
+class KeptCounts(Record):
     """How many experts each layer keeps."""
 
-    FILE: ClassVar[str] = "counts.json"
+    FILE = "counts.json"
 
     rule: str
     total: int
@@ -199,33 +161,12 @@ class KeptCounts:
     uniform: Spread | None = None
     """The same number everywhere, where that is legal."""
 
-    def write(self, folder: Path) -> None:
-        left_out = ({"importance"} if self.importance is None else set()) | (
-            {"cost", "runner_up", "uniform"} if self.cost is None else set()
-        )
-        value = {k: v for k, v in asdict(self).items() if k not in left_out}
-        (folder / self.FILE).write_text(json.dumps(value, indent=1) + "\n")
-
-    @classmethod
-    def read(cls, artifact: Artifact) -> Self:
-        value = read_json(artifact, cls.FILE)
-        importance = value.get("importance")
-        return cls(
-            value["rule"],
-            value["total"],
-            {int(i): n for i, n in value["counts"].items()},
-            importance and {int(i): v for i, v in importance.items()},
-            value.get("cost"),
-            Spread.of(value.get("runner_up")),
-            Spread.of(value.get("uniform")),
-        )
-
 
 @dataclass(frozen=True)
-class Importance:
+class Importance(Record):
     """How much each expert of one layer matters."""
 
-    FILE: ClassVar[str] = "importance.json"
+    FILE = "importance.json"
 
     layer: int
     importance: tuple[float, ...]
@@ -233,21 +174,12 @@ class Importance:
     tokens: tuple[int, ...]
     """For each expert, the recorded tokens that the router sends to it."""
 
-    def write(self, folder: Path) -> None:
-        lines = ",\n".join(f" {json.dumps(k)}: {json.dumps(v)}" for k, v in asdict(self).items())
-        (folder / self.FILE).write_text(f"{{\n{lines}\n}}\n")
-
-    @classmethod
-    def read(cls, artifact: Artifact) -> Self:
-        value = read_json(artifact, cls.FILE)
-        return cls(value["layer"], tuple(value["importance"]), tuple(value["tokens"]))
-
 
 @dataclass(frozen=True)
-class Curves:
+class Curves(Record):
     """What each alternative of each layer, alone, costs the whole model."""
 
-    FILE: ClassVar[str] = "curves.json"
+    FILE = "curves.json"
 
     tokens: int
     """The predictions that were compared."""
@@ -258,39 +190,63 @@ class Curves:
     losses: Mapping[int, Mapping[str, float]]
     """The same for the loss, in nats per token."""
 
+
+def readable(value: Mapping[str, Any]) -> str:
+    """Indented JSON in which each list of numbers, and each set of experts with its loss, stands in one line."""
+    return _lines(value, 0) + "\n"
+
+
+def _lines(value: Any, depth: int) -> str:
+    named = isinstance(value, Mapping)
+    if not _height(value) or not value or (_height(value) == 2 and depth > 1 if named else _height(value) == 1):
+        return json.dumps(value)
+    names = [f"{json.dumps(str(name))}: " for name in value] if named else [""] * len(value)
+    inside = (_lines(v, depth + 1) for v in (value.values() if named else value))
+    text = ",\n".join(" " * (depth + 1) + name + line for name, line in zip(names, inside, strict=True))
+    begin, end = "{}" if named else "[]"
+    return f"{begin}\n{text}\n{' ' * depth}{end}"
+
+
+def _height(value: Any) -> int:
+    """How many containers lie within each other."""
+    if not isinstance(value, Mapping | list | tuple):
+        return 0
+    return 1 + max((_height(v) for v in (value.values() if isinstance(value, Mapping) else value)), default=0)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The rank of every expert's matrices, decided for all layers together."""
+
+    FILE: ClassVar[str] = "ranks.json"
+
+    rule: str
+    """How they were decided: "paper" or "global"."""
+    ranks: Mapping[int, Mapping[str, Sequence[int]]]
+    """By layer and matrix ("gate", "up", "down") the rank of each expert; 0: the matrix stays whole. Gate and up of an expert are
+    both whole or both factored."""
+    budget: int | None = None
+    """The bytes that all experts together may take, if the rule goes by bytes."""
+    optimal: bool | None = None
+    """Whether no other ranks within the budget cost less."""
+    cost: float | None = None
+    """What these ranks cost, in the unit of the curves that they were chosen by."""
+    cost_of_the_same_rank_everywhere: float | None = None
+    """What one rank for all matrices would cost within the same budget."""
+
     def write(self, folder: Path) -> None:
-        (folder / self.FILE).write_text(json.dumps(asdict(self), indent=1) + "\n")
+        head = {name: value for name, value in asdict(self).items() if name != "ranks" and value is not None}
+        layers = ",\n".join(
+            f'  "{layer}": {{\n' + ",\n".join(f"   {json.dumps(m)}: {json.dumps(r)}" for m, r in by.items()) + "\n  }"
+            for layer, by in self.ranks.items()
+        )
+        lines = "".join(f" {json.dumps(name)}: {json.dumps(value)},\n" for name, value in head.items())
+        (folder / self.FILE).write_text("{\n" + lines + ' "ranks": {\n' + layers + "\n }\n}\n")
 
     @classmethod
     def read(cls, artifact: Artifact) -> Self:
         value = read_json(artifact, cls.FILE)
-        by_layer = {name: {int(i): by for i, by in value[name].items()} for name in ("curves", "losses")}
-        return cls(**value | by_layer)
-
-
-def readable(choice: Mapping[str, Any]) -> str:
-    """Indented JSON with each list of experts in one line."""
-    lines = []
-    for name, value in choice.items():
-        if isinstance(value, Mapping):
-            inside = ",\n".join(f"  {json.dumps(str(k))}: {json.dumps(v)}" for k, v in value.items())
-            lines.append(f" {json.dumps(name)}: {{\n{inside}\n }}")
-        else:
-            lines.append(f" {json.dumps(name)}: {json.dumps(value)}")
-    return "{\n" + ",\n".join(lines) + "\n}\n"
-
-
-RANKS = "ranks.json"
-DECOMPOSED = "decomposed"
-"""What a layer's spec says of it where a run decides the ranks."""
-
-
-def read_ranks(artifact: Artifact) -> dict[str, Any]:
-    """What a step that decides ranks wrote: per layer and matrix, the rank of each expert, 0 where it stays whole."""
-    return json.loads(artifact.read(RANKS, 0, artifact.size(RANKS)))["ranks"]
-
-
-SPARSE = ("magnitude", "wanda", "sparsegpt")
+        return cls(**value | {"ranks": {int(layer): by for layer, by in value["ranks"].items()}})
 
 
 @dataclass(frozen=True)

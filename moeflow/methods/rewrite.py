@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from moeflow.arch import Config, essential
@@ -33,7 +34,7 @@ def _experts_spec(rest: RestSpec, before: LayerSpec, decision: Mapping[str, Any]
     if keep is None:
         share *= decision["share"]
         least = min(decision["least"], before.least)
-    out = LayerSpec(rest.config, layer, most, table, share, least, before.slimmed)
+    out = replace(before, config=rest.config, experts=most, tensors=table, share=share, fewest=least)
     return Spec(out, reads=out.nbytes, writes=out.nbytes, memory=2 * out.nbytes)
 
 

@@ -58,8 +58,7 @@ class LayerSpec:
 
     Where the run decides how many experts stay or which ranks they get, `share` is the part of the experts' bytes that is expected
     to be there, `experts` and `tensors` are what there is at most, and `fewest` how many experts it leaves at least: with 0 perhaps
-    no MoE block at all. `slimmed`: what was done inside the experts, in words, where their tensors do not tell it; `multiple`: what
-    ranks that the run decides are multiples of.
+    no MoE block at all.
     """
 
     config: Config
@@ -68,8 +67,10 @@ class LayerSpec:
     tensors: TensorTable
     share: float = 1.0
     fewest: int | None = None  # as many as there are
-    slimmed: str = ""
-    multiple: int = 1
+    slimmed_by: str = ""  # how a step of this graph slimmed the experts, in words: their tensors may not tell it
+    sparse: bool = False  # the experts' zeros were made by a step of this graph, and are to stay
+    ranks_decided: bool = False  # the run decides the ranks of the experts' matrices
+    multiple: int = 1  # the ranks that the run decides are multiples of it
 
     @cached_property
     def nbytes(self) -> int:

@@ -6,10 +6,12 @@ A parameter is a pinned source, a text, a plain value, or options (`moeflow.opti
 
 import importlib.util
 import inspect
+import json
+import shutil
 import sys
 import textwrap
 import typing
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -70,35 +72,30 @@ def call(build: Build, given: Iterable[str]) -> Step:
     return made
 
 
-def page(build: Build) -> str:
-    """Every parameter of a pipeline, and every field of its options, with type, default, choices and meaning."""
+def page(build: Build, about: str = "") -> str:
+    """`about` the pipeline, and every parameter and every field of its options, with type, default, choices and meaning."""
     kinds = _kinds(build)
-    rows: list[tuple[str, str, str, str]] = []
+    lines = [about, "", "-p name=value, or -p name.field=value:", ""]
     for name, parameter in inspect.signature(build).parameters.items():
         kind, default = kinds[name], parameter.default
         held = _options(kind)
         if held is None:
-            said = next((text for one, text in MEANING.items() if one in options.members(kind)), _choice(options.choices_of(kind)))
-            rows.append((name, "" if said in MEANING.values() else options.shown(kind), _short(default), said))
+            meaning = next((text for one, text in MEANING.items() if one in options.members(kind)), "")
+            lines += _entry(
+                name, "" if meaning else options.shown(kind), _short(default), meaning or _choice(options.choices_of(kind))
+            )
             continue
-        rows.append((name, "", "absent" if default is None else "", _first(held)))
-        fields = {f.name: f for f in options.described(held)}
-        for field in fields.values():
+        lines += _entry(name, "", "absent" if default is None else "", _first(held))
+        for field in options.described(held):
             now = field.default if default in (None, parameter.empty) else _short(getattr(default, field.name))
-            said = " ".join(part for part in (field.help, _choice(field.choices)) if part)
-            rows.append((f"  {name}.{field.name}", field.type, now, said))
-    return "\n".join(["-p takes:", *_columns(rows)])
+            lines += _entry(f"  {name}.{field.name}", field.type, now, f"{field.help} {_choice(field.choices)}".strip())
+    return "\n".join(lines)
 
 
-def _columns(rows: list[tuple[str, str, str, str]]) -> Iterator[str]:
-    widths = [min(max(len(row[at]) for row in rows), most) for at, most in enumerate((36, 16, 24))]
-    for row in rows:
-        head = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False))
-        if not row[3] or len(head) > 60:
-            yield f"  {head}".rstrip()
-            yield from textwrap.wrap(row[3], 118, initial_indent=" " * 8, subsequent_indent=" " * 8)
-        else:
-            yield from textwrap.wrap(row[3], 118, initial_indent=f"  {head}  ", subsequent_indent=" " * (len(head) + 4))
+def _entry(name: str, kind: str, default: str, meaning: str) -> list[str]:
+    head = f"  {name:<30} {kind:<15} {default}".rstrip()
+    width = min(shutil.get_terminal_size((100, 24)).columns, 120)
+    return [head, *textwrap.wrap(meaning, width, initial_indent=" " * 8, subsequent_indent=" " * 8)]
 
 
 def _first(kind: type) -> str:
@@ -116,6 +113,8 @@ def _short(value: Any) -> str:
         return "required"
     if isinstance(value, Texts):
         value = value.spec
+    if isinstance(value, tuple | list):
+        value = json.dumps(list(value))
     text = "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 

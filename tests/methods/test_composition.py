@@ -11,11 +11,13 @@ import torch
 from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data
+from moeflow.methods.decompose.options import Decomposition
 from moeflow.methods.fewer_active import steps as fewer_active
 from moeflow.methods.graph import Calibration, Model, Pass, Sample
 from moeflow.methods.prune.counts import Counts
 from moeflow.methods.prune.searches import Search
 from moeflow.methods.recipes import moei2, naee, unified
+from moeflow.methods.slim.methods import Slimming
 from moeflow.methods.trim import steps as trim
 from moeflow.store import Store
 from tests import tiny
@@ -32,16 +34,18 @@ def experts(seen: Calibration) -> int:
 METHODS: dict[str, Callable[[Calibration], Model]] = {
     "prune": lambda seen: naee.prune(seen, 6, Search("reap")),
     "prune unevenly": lambda seen: moei2.prune(seen, Counts(experts(seen) - 4, rule="paper", importance="recon")),
-    "decompose": lambda seen: moei2.decompose(seen, ratio=0.3, ranks="uniform", multiple=4),
-    "decompose unevenly": lambda seen: moei2.decompose(seen, ratio=0.3, ranks="paper", importance="recon", multiple=4),
+    "decompose": lambda seen: moei2.decompose(seen, Decomposition(ratio=0.3, ranks="uniform", multiple=4)),
+    "decompose unevenly": lambda seen: moei2.decompose(
+        seen, Decomposition(ratio=0.3, ranks="paper", importance="recon", multiple=4)
+    ),
     "skip": lambda seen: fewer_active.skip(seen, fewer_active.Skipping(1.5)),
     "compressed experts": lambda seen: fewer_active.attach(seen.model),
     "expert drop": lambda seen: trim.trim(seen, trim.Trimming("experts", 2, least=4)),
     "layer drop": lambda seen: trim.trim(seen, trim.Trimming("moe_blocks", 1)),
     "block drop": lambda seen: trim.trim(seen, trim.Trimming("decoder_layers", 1)),
-    "wanda": lambda seen: unified.slim(seen, method="wanda", pattern="0.5", inputs="parallel"),
-    "quantize": lambda seen: unified.slim(seen, method="gptq", bits=8, group=4, inputs="parallel"),
-    "awq": lambda seen: unified.slim(seen, method="awq", **FOUR),
+    "wanda": lambda seen: unified.slim(seen, Slimming(method="wanda", pattern="0.5", inputs="parallel")),
+    "quantize": lambda seen: unified.slim(seen, Slimming(method="gptq", bits=8, group=4, inputs="parallel")),
+    "awq": lambda seen: unified.slim(seen, Slimming(method="awq", **FOUR)),
 }
 SLIM = ("wanda", "quantize", "awq")
 CUT = ("decompose", "decompose unevenly")

@@ -18,6 +18,7 @@ from moeflow.cli import app
 from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data
+from moeflow.methods.decompose.options import Decomposition
 from moeflow.methods.graph import Calibration, Model, Pass, Sample
 from moeflow.methods.prune import genetic
 from moeflow.methods.prune.counts import Counts
@@ -46,7 +47,7 @@ def calibrated(model: Model, folder: Path) -> Calibration:
 def whole(model: Model, folder: Path, *, ratio: float, how: tuple[Counts, Search], cut: dict[str, Any]) -> Step:
     seen = calibrated(model, folder)
     pruned = moei2.prune(seen, *how)
-    small = moei2.decompose(calibrated(pruned, folder), ratio=ratio, **cut)
+    small = moei2.decompose(calibrated(pruned, folder), Decomposition(ratio=ratio, **cut))
     compared = compare.compare(model, small, Texts("nowhere.txt"), Sample(4, 16), Pass(2, 16), tokens=seen.tokens)
     return checkpoint.checkpoint_of(small).reporting(*(r for r in compared if r.name != "evaluate.speed"))
 
@@ -106,7 +107,9 @@ def expert_bytes(folder: Path) -> int:
 @torch.inference_mode()
 def test_full_rank_is_the_model_itself_where_it_is_forced(tmp_path: Path) -> None:
     source, store = tiny.write("mixtral", tmp_path / "model"), running.store_in(tmp_path)
-    target = checkpoint.checkpoint_of(moei2.decompose(calibrated(running.model_in(source), tmp_path), rank=32, force=True))
+    target = checkpoint.checkpoint_of(
+        moei2.decompose(calibrated(running.model_in(source), tmp_path), Decomposition(rank=32, force=True))
+    )
     running.run(store, target)
     ids = torch.arange(3, 30)[None]
     folders = (source, fetched(store, target, tmp_path / "out"))
@@ -120,7 +123,7 @@ def test_bytes_are_within_the_budget_to_one_component(tmp_path: Path) -> None:
     seen = calibrated(model, tmp_path)
     before = expert_bytes(source)
     for ratio in (0.3, 0.55):
-        target = checkpoint.checkpoint_of(moei2.decompose(seen, ratio=ratio))
+        target = checkpoint.checkpoint_of(moei2.decompose(seen, Decomposition(ratio=ratio)))
         running.run(store, target)
         out = fetched(store, target, tmp_path / f"out-{ratio}")
         component = (48 + 32) * 4
@@ -183,8 +186,8 @@ def test_a_layers_own_best_is_what_blocks_of_one_layer_and_of_one_set_choose(tmp
 def test_an_expert_with_too_few_tokens_is_cut_by_its_weights_or_stays_whole_and_it_is_said(tmp_path: Path) -> None:
     source, store = tiny.write("mixtral", tmp_path / "model"), running.store_in(tmp_path)
     seen = calibrated(running.model_in(source), tmp_path)
-    for policy in ("vanilla", "keep"):
-        small = moei2.decompose(seen, ratio=0.3, least=30, policy=policy)
+    for rare in ("weights", "keep"):
+        small = moei2.decompose(seen, Decomposition(ratio=0.3, least=30, rare=rare))
         target = checkpoint.checkpoint_of(small)
         outcome = running.run(store, target)
         told = running.facts_of(store.artifact(target.key).folder(), "decompose.layer")
@@ -192,7 +195,7 @@ def test_an_expert_with_too_few_tokens_is_cut_by_its_weights_or_stays_whole_and_
         few = [e for e in experts if e["tokens"] < 30]
         assert few and len(few) < len(experts)
         # a budget may leave a matrix whole by itself, but never whiten it with too few tokens
-        assert {e["by"] for e in few} == ({"vanilla", "whole"} if policy == "vanilla" else {"whole"})
+        assert {e["by"] for e in few} == ({"vanilla", "whole"} if rare == "weights" else {"whole"})
         assert all(e["by"] in ("whitened", "whole") for e in experts if e not in few)
         notes = [n for step in outcome.steps for n in step.notes]
         assert any("saw fewer than 30 tokens" in n for n in notes)
@@ -225,7 +228,7 @@ def test_a_pruning_that_cannot_work_is_refused_when_the_graph_is_built(given: di
         ({"ratio": 1.0}, "ratio=1.0 of the parameters cannot be removed"),
         ({"ratio": 0.3, "svd": "randomised"}, "svd='randomised' is not known"),
         ({"ratio": 0.3, "ranks": "best"}, "ranks='best' is not known; choose one of uniform, paper, global"),
-        ({"ratio": 0.3, "policy": "drop"}, "policy='drop'"),
+        ({"ratio": 0.3, "rare": "drop"}, "rare='drop' is not known; choose one of weights, keep"),
         ({"rank": 20}, r"rank=20 is above 19.2, where the factors of a \[.*\] matrix are as large as itself"),
         ({"rank": 33, "force": True}, "rank=33 must lie between 1 and 32"),
         ({"rank": 8, "ratio": 0.3}, "give one of them"),
@@ -234,7 +237,7 @@ def test_a_pruning_that_cannot_work_is_refused_when_the_graph_is_built(given: di
         ({"ratio": 0.6, "multiple": 64}, "ratio=0.6 cannot be had with ranks from 1 in multiples of 64; the nearest is 0"),
         ({"ratio": 0.3, "r_min": 0}, "r_min=0 and measured=16384 tokens must be at least 1"),
         ({"ratio": 0.3, "ranks": "paper", "alpha": -3.0}, "alpha=-3.0 must be at least 0"),
-        ({"ratio": 0.3, "ranks": "uniform", "policy": "keep"}, "policy='keep' lets the others pay"),
+        ({"ratio": 0.3, "ranks": "uniform", "rare": "keep"}, "rare='keep' lets the others pay"),
         ({"ratio": 0.3, "svd": "vanilla"}, "ranks='global' goes by what whitening loses"),
         ({"ratio": 0.3, "ranks": "paper", "r_min": 30}, "average rank 13.44 cannot be had"),
     ],
@@ -244,12 +247,14 @@ def test_a_decomposition_that_cannot_work_is_refused_when_the_graph_is_built(
 ) -> None:
     seen = calibrated(running.model_in(tiny.write("mixtral", tmp_path / "model")), tmp_path)
     with pytest.raises(ValueError, match=said):
-        moei2.decompose(seen, **given)
+        moei2.decompose(seen, Decomposition(**given))
 
 
 def test_a_compressed_checkpoint_with_a_damaged_factor_is_refused_before_any_work(tmp_path: Path) -> None:
     source, store = tiny.write("mixtral", tmp_path / "model"), running.store_in(tmp_path)
-    target = checkpoint.checkpoint_of(moei2.decompose(calibrated(running.model_in(source), tmp_path), ratio=0.3, ranks="uniform"))
+    target = checkpoint.checkpoint_of(
+        moei2.decompose(calibrated(running.model_in(source), tmp_path), Decomposition(ratio=0.3, ranks="uniform"))
+    )
     running.run(store, target)
     out = fetched(store, target, tmp_path / "out")
     index = json.loads((out / "model.safetensors.index.json").read_text())
@@ -288,12 +293,14 @@ def test_experts_that_stay_whole_are_paid_for_by_the_others_or_the_nearest_ratio
     seen = calibrated(running.model_in(source), tmp_path)
     before = expert_bytes(source)
     for ranks in ("global", "paper"):
-        few = checkpoint.checkpoint_of(moei2.decompose(seen, ratio=0.2, least=24, policy="keep", ranks=ranks))
+        few = checkpoint.checkpoint_of(moei2.decompose(seen, Decomposition(ratio=0.2, least=24, rare="keep", ranks=ranks)))
         running.run(store, few)
         out = fetched(store, few, tmp_path / ranks)
         assert 0 <= 0.8 * before - expert_bytes(out) < 3 * 8 * 3 * (48 + 32) * 4 * (0.2 if ranks == "paper" else 0.05)
         with pytest.raises(StepFailed, match="the nearest"):
-            running.run(store, checkpoint.checkpoint_of(moei2.decompose(seen, ratio=0.5, least=33, policy="keep", ranks=ranks)))
+            running.run(
+                store, checkpoint.checkpoint_of(moei2.decompose(seen, Decomposition(ratio=0.5, least=33, rare="keep", ranks=ranks)))
+            )
 
 
 def test_a_pruned_graph_whose_counts_a_run_decides_is_not_pruned_again(tmp_path: Path) -> None:
@@ -369,7 +376,7 @@ def test_a_second_shard_of_text_adds_up(tmp_path: Path) -> None:
     for shard in (4, 8):
         seen = calibrate.run(model, matrix, Pass(batch=2, shard=shard, stage=2))
         pruned = moei2.prune(seen, Counts(0.75, rule="uniform"), Search("enumerate"))
-        small = moei2.decompose(seen, ratio=0.3)
+        small = moei2.decompose(seen, Decomposition(ratio=0.3))
         spectra = next(s for s in upstream([small.layers[0]]) if s.name == "decompose.spectra")
         running.run(store, pruned.choices[0], spectra)
         choice = json.loads(store.artifact(pruned.choices[0].key).file("choice.json").read_text())

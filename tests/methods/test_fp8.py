@@ -12,10 +12,12 @@ from transformers import AutoModelForCausalLM
 
 from moeflow.arch import Family
 from moeflow.methods.checkpoint import steps as checkpoint
+from moeflow.methods.decompose.options import Decomposition
 from moeflow.methods.graph import Sample
 from moeflow.methods.prune.counts import Counts
 from moeflow.methods.prune.searches import Search
 from moeflow.methods.recipes import compare, moei2, naee, unified
+from moeflow.methods.slim.methods import Slimming
 from moeflow.methods.trim import steps as trim
 from moeflow.model.checkpoint import Tensors, save
 from moeflow.model.layout import Folder, headers, read_config
@@ -123,9 +125,9 @@ def test_it_is_pruned_by_slicing_and_stays_in_fp8(source: Path, how: str, tmp_pa
 def test_what_needs_weights_is_refused(source: Path, tmp_path: Path) -> None:
     seen = calibrated(model_in(source), tmp_path)
     with pytest.raises(ValueError, match="layer 1 is in FP8; slim the model that it was made of"):
-        unified.slim(seen, method="gptq", group=8, inputs="parallel")
+        unified.slim(seen, Slimming(method="gptq", group=8, inputs="parallel"))
     with pytest.raises(ValueError, match="layer 1 is in FP8; decompose the model"):
-        moei2.decompose(seen, ratio=0.3, ranks="uniform")
+        moei2.decompose(seen, Decomposition(ratio=0.3, ranks="uniform"))
     config = json.loads((source / "config.json").read_text())
     config["quantization_config"]["weight_block_size"] = None
     (source / "config.json").write_text(json.dumps(config))

@@ -207,8 +207,9 @@ def test_fields_that_do_not_fit_are_refused_with_the_way_out(word: str, said: st
 
 def test_a_page_lists_every_field_with_its_type_default_choices_and_documentation() -> None:
     text = page(partial(rounded, weights=Rounding(bits=2)))
-    (line,) = (n for n in text.splitlines() if "weights.bits" in n)
-    assert line.split() == ["weights.bits", "int", "2", "Bits", "of", "a", "weight."]
-    (line,) = (n for n in text.splitlines() if "again.method" in n)
-    assert line.split()[:3] == ["again.method", "choice", "nearest"] and line.endswith("One of nearest, gptq.")
+    lines = text.splitlines()
+    (at,) = (n for n, line in enumerate(lines) if "weights.bits" in line)
+    assert lines[at].split() == ["weights.bits", "int", "2"] and lines[at + 1].strip() == "Bits of a weight."
+    (at,) = (n for n, line in enumerate(lines) if "again.method" in line)
+    assert lines[at].split() == ["again.method", "choice", "nearest"] and lines[at + 1].endswith("One of nearest, gptq.")
     assert "How weights are rounded" in text and "More is said" not in text

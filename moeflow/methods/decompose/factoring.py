@@ -4,74 +4,63 @@ Shapes are suffixes: T tokens, D model width, F expert width, E experts, K the s
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from moeflow.arch import MATRICES, Config, Family
 from moeflow.methods.decompose.lowrank import components, energies, vanilla
-from moeflow.methods.decompose.ranks import check_rank, treatment
+from moeflow.methods.decompose.options import Decomposition
+from moeflow.methods.decompose.ranks import Spectra, check_rank
 from moeflow.methods.moments import Moments, layer_moments
+from moeflow.methods.rare import treatments
 from moeflow.methods.recorded import layer_of, routed_tokens
 from moeflow.model.checkpoint import Tensors, save
-from moeflow.model.layout import Files
+from moeflow.model.layout import LAYER, Files
 from moeflow.model.moe import MLP, LowRank, MoELayer
 from moeflow.step import Context
 
 
 @torch.inference_mode()
 def spectra(
-    context: Context, config: Config, layer_file: Files, seen: Sequence[Files], out: Path,
-    *, layer: int, least: int, policy: str, weighted: bool, shrink: float, dtype: str,
-) -> None:  # fmt: skip
-    """Write the energies of every matrix's components, and what a budget has to know beside them.
+    context: Context, config: Config, given: Files, seen: Sequence[Files], how: Decomposition, *, layer: int, dtype: str
+) -> Spectra:
+    """The energies of every matrix's components, and what a budget has to know beside them.
 
     An expert with too few tokens gets the spectrum of its weights, scaled to what the layer's other experts do to each of their
     tokens: one that nobody reaches costs nothing.
     """
-    tensors = Tensors(layer_file)
+    tensors = Tensors(given)
     moe = layer_of(tensors, config, layer, dtype)
     tokens = routed_tokens(moe, seen)
-    fates = treatment(tokens, least, policy)
-    found: dict[str, list[Tensor | None]] = {m: [None] * moe.num_experts for m in MATRICES}
-    for expert, moments in _moments(moe, seen, weighted):
-        if fates[expert] == "whitened":
+    treated = treatments(tokens, how.least, how.rare, method="whitened", by_weights="vanilla")
+    each: dict[str, list[Tensor | None]] = {m: [None] * moe.num_experts for m in MATRICES}
+    for expert, moments in _moments(moe, seen, how.weighted):
+        if treated[expert] == "whitened":
             for m, w in zip(MATRICES, _matrices(moe.experts[expert]), strict=True):
                 moment: dict[str, Any] = moments.of(m)
-                found[m][expert] = energies(w, shrink=shrink, **moment).cpu()
+                each[m][expert] = energies(w, shrink=how.shrink, **moment).cpu()
         context.progress(expert + 1, moe.num_experts, "experts")
-    result: dict[str, Tensor] = {}
-    for m in MATRICES:
-        spectra_E = found[m]
+    result = {}
+    for at, (m, spectra_E) in enumerate(each.items()):
         known = [e for e, t in enumerate(spectra_E) if t is not None]
-        each = sum(float(t.sum()) for t in spectra_E if t is not None) / max(1, sum(tokens[e] for e in known))
+        per_token = sum(float(t.sum()) for t in spectra_E if t is not None) / max(1, sum(tokens[e] for e in known))
         for e in (e for e, t in enumerate(spectra_E) if t is None):
-            plain_K = energies(_matrices(moe.experts[e])[MATRICES.index(m)]).cpu()
-            spectra_E[e] = plain_K * (each * tokens[e] / max(float(plain_K.sum()), 1e-30))
-        result[f"{m}_EK"] = torch.stack([t for t in spectra_E if t is not None])
+            plain_K = energies(_matrices(moe.experts[e])[at]).cpu()
+            spectra_E[e] = plain_K * (per_token * tokens[e] / max(float(plain_K.sum()), 1e-30))
+        result[m] = torch.stack([t for t in spectra_E if t is not None]).numpy()
     rows, columns = _matrices(moe.experts[0])[0].shape
-    name = Family.of(config).expert(layer, 0)[0]
-    result |= {
-        "tokens_E": torch.tensor(tokens),
-        "whole_E": torch.tensor([int(f == "keep") for f in fates]),
-        "sides": torch.tensor([rows, columns]),
-        "itemsize": torch.tensor(tensors[name].element_size()),
-    }
-    save(result, out)
-
-
-def read_spectra(files: Files) -> dict[str, Any]:
-    """What `spectra` wrote, as numpy arrays."""
-    return {n: t.numpy() for n, t in Tensors(files).items()}
+    itemsize = tensors[Family.of(config).expert(layer, 0)[0]].element_size()
+    whole_E = np.array([int(t == "keep") for t in treated])
+    return Spectra(result, np.array(tokens), whole_E, (rows, columns), itemsize)
 
 
 @torch.inference_mode()
 def rewrite(
-    context: Context, config: Config, given: Files, seen: Sequence[Files], out: Path,
-    *, layer: int, ranks: Mapping[str, Any], svd: str, least: int, policy: str, weighted: bool, shrink: float, force: bool,
-    dtype: str,
+    context: Context, config: Config, given: Files, seen: Sequence[Files], how: Decomposition,
+    *, layer: int, ranks: Mapping[str, Any], dtype: str,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Write the layer's file with factors in place of matrices, and say for every expert what was done with it.
 
@@ -80,32 +69,30 @@ def rewrite(
     family, tensors = Family.of(config), Tensors(given)
     moe = layer_of(tensors, config, layer, dtype)
     tokens = routed_tokens(moe, seen)
-    fates = treatment(tokens, least, policy)
+    treated = treatments(tokens, how.least, how.rare, method=how.svd, by_weights="vanilla")
     by_expert = [{m: int(r[e] if isinstance(r := ranks.get(m, 0), list) else r) for m in MATRICES} for e in range(moe.num_experts)]
     result = dict(tensors)
     report = []
-    needed = svd == "whitened" and any(any(r.values()) for r in by_expert)
-    statistics = _moments(moe, seen, weighted) if needed else ((e, None) for e in range(moe.num_experts))
+    needed = how.svd == "whitened" and any(any(r.values()) for r in by_expert)
+    statistics = _moments(moe, seen, how.weighted) if needed else ((e, None) for e in range(moe.num_experts))
     for expert, moments in statistics:
-        fate = fates[expert] if svd == "whitened" or fates[expert] == "keep" else "vanilla"
-        wanted = by_expert[expert] if fate != "keep" else dict.fromkeys(MATRICES, 0)
+        wanted = by_expert[expert] if treated[expert] != "keep" else dict.fromkeys(MATRICES, 0)
         entry: dict[str, Any] = {"expert": expert, "tokens": tokens[expert], "ranks": wanted, "lost": {}}
         for m, name, w in zip(MATRICES, family.expert(layer, expert), _matrices(moe.experts[expert]), strict=True):
             if not wanted[m]:
                 continue
-            check_rank(wanted[m], *w.shape, force=force)
-            cut, entry["lost"][m] = _cut(w, wanted[m], moments if fate == "whitened" else None, m, shrink)
+            check_rank(wanted[m], *w.shape, force=how.force)
+            cut, entry["lost"][m] = _cut(w, wanted[m], moments if treated[expert] == "whitened" else None, m, how.shrink)
             stored = result.pop(name).dtype
             for factor, tensor in zip(family.factors(name), (cut.out_MR, cut.in_RN), strict=True):
                 result[factor] = tensor.to(stored).cpu()
-        entry["by"] = fate if any(wanted.values()) else "whole"
+        entry["by"] = treated[expert] if any(wanted.values()) else "whole"
         report.append(entry)
         context.progress(expert + 1, moe.num_experts, "experts")
-    few = [e for e, f in enumerate(fates) if f != "whitened" and (svd == "whitened" or f == "keep")]
-    if few:
-        what = "stay whole" if policy == "keep" else "are cut by their weights alone"
-        context.note(f"layer {layer}: experts {few} saw fewer than {max(least, 1)} tokens and {what}")
-    save(result, out)
+    if few := [e for e, by in enumerate(treated) if by != how.svd]:
+        what = "stay whole" if how.rare == "keep" else "are cut by their weights alone"
+        context.note(f"layer {layer}: experts {few} saw fewer than {how.least} tokens and {what}")
+    save(result, context.out / LAYER)
     return report
 
 

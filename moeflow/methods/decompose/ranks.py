@@ -3,18 +3,26 @@
 A rank of 0 means that a matrix is kept whole, as in a checkpoint's format. Sizes are bytes unless said otherwise.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from math import floor, isfinite
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from safetensors.numpy import load_file, save_file
 
-from moeflow.methods.allocate import allocate_curves
+from moeflow.arch import MATRICES
+from moeflow.methods.allocate import allocate_curves, exactly
+from moeflow.methods.decompose.options import Decomposition
+from moeflow.methods.rare import treatments
+from moeflow.methods.records import Importance, Ranks
+from moeflow.step import Artifact
 
-POLICIES = ("vanilla", "keep")
+PARTS = {"gate_up": ("gate", "up"), "down": ("down",)}
+"""What of an expert is whole or factored together, and measured together."""
 
 
 def break_even(rows: int, columns: int) -> float:
@@ -40,16 +48,6 @@ def check_rank(rank: int, rows: int, columns: int, *, force: bool = False) -> No
             f"rank={rank} is above {break_even(rows, columns):.6g}, where the factors of a [{rows}, {columns}] matrix are as "
             "large as itself; keep the matrix whole or force it"
         )
-
-
-def treatment(tokens: Sequence[int], least: int, policy: str = "vanilla") -> list[str]:
-    """What happens to each expert: "whitened" where it saw at least `least` tokens and one at all, else what `policy` says.
-
-    "vanilla": its matrices are decomposed without statistics; "keep": they stay whole.
-    """
-    if policy not in POLICIES:
-        raise ValueError(f"policy={policy!r} for experts with few tokens must be one of {', '.join(POLICIES)}")
-    return ["whitened" if seen >= max(least, 1) else policy for seen in tokens]
 
 
 def paper_ranks(
@@ -88,6 +86,121 @@ def paper_ranks(
     for e in [e for e in order if ranks[e] < high][: total - int(ranks.sum())]:
         ranks[e] += 1
     return [int(r) * multiple for r in ranks]
+
+
+def moved_rank(rows: int, columns: int) -> int:
+    """The rank at which a layer is cut to measure how far that moves the model's predictions: two thirds of break-even."""
+    return max(1, int(break_even(rows, columns) * 2 / 3))
+
+
+def most_rank(r_max: int, rows: int, columns: int) -> int:
+    """The largest rank that saves anything, or the stated one if that is less."""
+    even = int(break_even(rows, columns))
+    return min(r_max, even) if r_max else even
+
+
+def fewest_parameters(rows: int, columns: int, how: Decomposition) -> int:
+    """The parameters of a matrix at the smallest rank that it may have."""
+    return min(-(-how.r_min // how.multiple) * how.multiple * (rows + columns), rows * columns)
+
+
+def layer_ranks(of_layer: Importance, sides: tuple[int, int], how: Decomposition) -> list[int]:
+    """The ranks of a layer's experts by MoE-I²'s formula, the same for an expert's three matrices; 0: the expert stays whole.
+
+    `sides`: (expert width F, model width D). The others of the layer pay for an expert that stays whole. Raises ValueError where
+    they cannot.
+    """
+    even = break_even(*sides)
+    whole = [t == "keep" for t in treatments(of_layer.tokens, how.least, how.rare, method="paper", by_weights="paper")]
+    cut = [v for v, w in zip(of_layer.importance, whole, strict=True) if not w]
+    left = average_rank(how.ratio, *sides) * len(whole) - even * sum(whole)
+    if left < how.r_min * len(cut):
+        nearest = 1 - (even * sum(whole) + how.r_min * len(cut)) / (even * len(whole))
+        raise ValueError(
+            f"{sum(whole)} of the {len(whole)} experts of layer {of_layer.layer} saw fewer than {how.least} tokens and stay whole: "
+            f"the others cannot make up for ratio={how.ratio}; the nearest is {nearest:.4f}, or calibrate on more tokens"
+        )
+    average, r_max = left / max(1, len(cut)), most_rank(how.r_max, *sides)
+    ranks = iter(
+        paper_ranks(cut, average, alpha=how.alpha, r_min=how.r_min, r_max=r_max, multiple=how.multiple) if cut else ()
+    )  # fmt: skip
+    return [0 if w else next(ranks) for w in whole]
+
+
+@dataclass(frozen=True)
+class Spectra:
+    """What each component of each matrix of a layer adds to its expert's outputs on the routed tokens."""
+
+    FILE: ClassVar[str] = "spectra.safetensors"
+
+    energies: dict[str, NDArray[np.float64]]
+    """Per matrix, squared and descending: [E, K], K the smaller side."""
+    tokens_E: NDArray[np.int64]
+    """The recorded tokens that reach each expert."""
+    whole_E: NDArray[np.int64]
+    """1 where an expert stays whole, as too few tokens reach it."""
+    sides: tuple[int, int]
+    """The expert width F and the model width D."""
+    itemsize: int
+    """The bytes of a weight."""
+
+    def write(self, folder: Path) -> None:
+        numbers = {"sides": np.array(self.sides), "itemsize": np.array(self.itemsize)}
+        each = {f"{m}_EK": energy for m, energy in self.energies.items()}
+        tensors = {**each, "tokens_E": self.tokens_E, "whole_E": self.whole_E, **numbers}
+        save_file(tensors, folder / self.FILE, metadata={"format": "pt"})
+
+    @classmethod
+    def read(cls, artifact: Artifact) -> Self:
+        stored = load_file(artifact.file(cls.FILE))
+        rows, columns = (int(n) for n in stored["sides"])
+        energies = {m: stored[f"{m}_EK"] for m in MATRICES}
+        return cls(energies, stored["tokens_E"], stored["whole_E"], (rows, columns), int(stored["itemsize"]))
+
+
+def global_ranks(spectra: Mapping[int, Spectra], moved: Mapping[int, Mapping[str, float]], how: Decomposition) -> Ranks:
+    """The ranks of all matrices of all layers that cost least within the budget that the ratio leaves.
+
+    `moved`: per layer how far the model's predictions move when its gate and up, or its down matrices, are cut; each squared error
+    is weighted by how much of that movement it stands for. Raises ValueError where experts that stay whole leave too little for
+    the others.
+    """
+    items: list[list[Spectrum]] = []
+    owners: list[tuple[int, int, tuple[str, ...]]] = []
+    budget, total, fixed, least, itemsize, same = 1 - how.ratio, 0, 0, 0, 0, 0.0
+    ranks = {layer: {m: [0] * len(seen.tokens_E) for m in MATRICES} for layer, seen in spectra.items()}
+    for layer, seen in spectra.items():
+        rows, columns = seen.sides
+        itemsize, cut = seen.itemsize, moved_rank(rows, columns)
+        for part, matrices in PARTS.items():
+            # those that stay whole were not cut when the movement was measured
+            lost = sum(float(seen.energies[m][seen.whole_E == 0, cut:].sum()) for m in matrices)
+            weight = max(moved[layer][part], 0.0) / max(lost, 1e-30)
+            for expert, whole in enumerate(seen.whole_E):
+                size = rows * columns * itemsize * len(matrices)
+                total += size
+                if whole:
+                    fixed += size
+                    continue
+                least += fewest_parameters(rows, columns, how) * itemsize * len(matrices)
+                shape = (rows, columns) if part == "gate_up" else (columns, rows)
+                items.append([Spectrum(*shape, seen.energies[m][expert], weight) for m in matrices])
+                owners.append((layer, expert, matrices))
+                average = int(average_rank(1 - budget, rows, columns)) // how.multiple * how.multiple
+                same += weight * sum(float(seen.energies[m][expert, average:].sum()) for m in matrices)
+    left = int(total * budget) - fixed
+    if left < least:
+        raise ValueError(
+            f"experts that saw too few tokens stay whole and take {fixed:,} of {int(total * budget):,} bytes: too many for the "
+            f"others; the nearest ratio is {1 - (fixed + least) / total:.4f}, or calibrate on more tokens"
+        )
+    curves, options = choices(items, itemsize=itemsize, multiple=how.multiple, r_min=how.r_min, r_max=how.r_max or None)
+    chosen, cost = allocate_curves(curves, left), 0.0
+    for (layer, expert, matrices), curve, possible, option in zip(owners, curves, options, chosen, strict=True):
+        for matrix, rank in zip(matrices, possible[option], strict=True):
+            ranks[layer][matrix][expert] = rank
+        cost += float(curve[option][1])
+    return Ranks("global", ranks, int(total * budget), exactly(curves, left), cost, same)
 
 
 @dataclass(frozen=True)

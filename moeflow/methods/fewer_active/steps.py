@@ -23,11 +23,11 @@ from moeflow.step import Artifact, Context, Spec, step
 class Skipping:
     """Dynamic skipping: a token leaves out those of its experts whose routing weight is small beside the largest."""
 
-    active: float | None = None
-    """Experts that a token has on average in each layer; none: the paper's rule for two experts a token, a median."""
+    active: float | Literal["median"] = "median"
+    """Experts that a token has on average in each layer; median: the paper's rule for two experts a token."""
 
     def __post_init__(self) -> None:
-        if self.active is not None and self.active < 1:
+        if self.active != "median" and self.active < 1:
             raise ValueError(f"active={self.active:g}: a token has at least one expert")
 
 
@@ -71,7 +71,7 @@ def _compressed_experts_spec(rest: RestSpec, before: LayerSpec, *, layer: int, f
             f"a token gets {most} of the {before.experts} experts of layer {layer}, which leaves none to stand for; drop fewer"
         )
     added = _added(rest.config, before.tensors, layer, form)
-    out = LayerSpec(rest.config, layer, before.experts, {**before.tensors, **added}, slimmed=before.slimmed)
+    out = replace(before, config=rest.config, tensors={**before.tensors, **added})
     return Spec(out, reads=before.headers, writes=file_bytes(added), memory=1 << 26)
 
 
@@ -107,8 +107,8 @@ def skip(calibration: Calibration, how: Skipping = Skipping()) -> Model:
     """The calibrated model with dynamic skipping in each of its MoE layers, as a graph; it passes over no tokens again.
 
     Prune and decompose before: thresholds belong to the model that is served. Raises ValueError if the router gives a token one
-    expert or weighs each by itself, if `how.active` is not below the router's number of experts, and if it is None and that number
-    is more than two.
+    expert or weighs each by itself, if `how.active` is not below the router's number of experts, and if it is a median and that
+    number is more than two.
     """
     model = calibration.model
     check(Family.of(model.config), how)
@@ -126,11 +126,11 @@ def check(family: Family, how: Skipping) -> None:
         )
     if top_k < 2:
         raise ValueError("the router gives each token one expert; none is left to skip")
-    if how.active is None and top_k > 2:
+    if how.active == "median" and top_k > 2:
         raise ValueError(
             f"the router gives each token {top_k} experts, for which there is no rule of a median; say how many stay (1 to {top_k})"
         )
-    if how.active is not None and how.active >= top_k:
+    if how.active != "median" and how.active >= top_k:
         raise ValueError(f"active={how.active:g} experts a token must be at least 1 and fewer than the router's {top_k}")
 
 

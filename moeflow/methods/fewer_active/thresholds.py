@@ -4,7 +4,7 @@ Shapes are suffixes: T tokens, E experts, k experts a token.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,12 +18,12 @@ from moeflow.model.router import Router
 
 @torch.inference_mode()
 def threshold(
-    config: Config, layer_file: Files, shards: Sequence[Files], *, layer: int, rule: str, active: float | None
+    config: Config, layer_file: Files, shards: Sequence[Files], *, layer: int, rule: str, active: float | Literal["median"]
 ) -> tuple[Tensor, dict[str, Any]]:
     """The threshold (a scalar, fp32), and facts about it: the mean of the statistic that is compared with it, the mean number of
     experts that a token then has, and the tokens.
 
-    `active`: the experts that a token has on average; None: the threshold is the median of the statistic.
+    `active`: the experts that a token has on average, or that the threshold is the median of the statistic.
     """
     family = Family.of(config)
     tensors = Tensors(layer_file)
@@ -33,7 +33,7 @@ def threshold(
     router = Router.of(family, logits[0].shape[1], bias_E)
     weights_Tk = torch.cat([by_weight(*router.choose(logits_TE))[0] for logits_TE in logits])
     statistic_Tj = statistic(weights_Tk, rule)
-    value = median(statistic_Tj) if active is None else threshold_for(statistic_Tj, active)
+    value = median(statistic_Tj) if active == "median" else threshold_for(statistic_Tj, active)
     left_Tk = left_out(weights_Tk, rule, value)
     return value, {
         "threshold": float(value),

@@ -5,12 +5,12 @@ Shapes are suffixes: E experts.
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from moeflow import options
 from moeflow.arch import Config
 from moeflow.methods.graph import load
 from moeflow.methods.prune.errors import mask_of
@@ -87,7 +87,7 @@ class _Progress:
         self.context, self.counts = context, counts
         folder = context.resume()
         saved = json.loads((folder / STATE).read_text()) if folder else {"finished": {}, "search": None}
-        self.finished = {int(count): Sets.of(sets) for count, sets in saved["finished"].items()}
+        self.finished = {int(count): options.restored(sets, Sets) for count, sets in saved["finished"].items()}
         self.search: dict[str, Any] | None = saved["search"]
 
     def save_search(self, state: dict[str, Any]) -> None:
@@ -104,7 +104,7 @@ class _Progress:
     def _save(self, search: dict[str, Any] | None) -> None:
         folder = self.context.scratch / "state"
         folder.mkdir(exist_ok=True)
-        finished = {count: asdict(sets) for count, sets in self.finished.items()}
+        finished = {count: options.plain(sets) for count, sets in self.finished.items()}
         (folder / STATE).write_text(json.dumps({"finished": finished, "search": search}))
         self.context.save(folder)
 

@@ -1,18 +1,40 @@
 """A compressed model compared with its original: every report of `moeflow.methods.evaluate`, on each held-out text."""
 
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.checkpoint.steps import checkpoint_of
 from moeflow.methods.data import steps as data
 from moeflow.methods.evaluate.steps import experts_per_token, here, layers, quality, size, speed
 from moeflow.methods.graph import Model, Pass, Sample
-from moeflow.methods.records import SPARSE
 from moeflow.sources import Source, TextEntry, Texts
 from moeflow.step import Step
 
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The text that a compressed model is judged on, beside its original."""
+
+    texts: str
+    """URI[#column[+column]], several joined by commas; each has a report of its own."""
+    sequences: int = 64
+    """Sequences of each text."""
+    length: int = 2048
+    """Tokens of a sequence."""
+
+    @property
+    def sample(self) -> Sample:
+        return Sample(self.sequences, self.length, bos=False)
+
+
 NO_TOKENIZER = "the model has no tokenizer: held-out text is left out, the loss on the token matrix stands for it"
+
+
+def reports(original: Model, compressed: Model, heldout: HeldOut, passed: Pass, *, tokens: Step | None = None) -> tuple[Step, ...]:
+    """`compare` as a pipeline asks for it: with the batch and precision of its calibration, eight batches to a task."""
+    judged = Pass(passed.batch, 8 * passed.batch, dtype=passed.dtype)
+    return compare(original, compressed, Texts(heldout.texts), heldout.sample, judged, tokens=tokens)
 
 
 def compare(
@@ -34,7 +56,7 @@ def compare(
         raise ValueError("the model has no tokenizer, so held-out text cannot become tokens; pass a ready-made matrix (tokens=...)")
     both = checkpoint_of(original), checkpoint_of(compressed)
     chosen = tuple(c for c in compressed.choices if "keep" in c.spec.output)
-    zeros = sorted({s for layer in compressed.layers if (s := layer.spec.output.slimmed).startswith(SPARSE)})
+    zeros = sorted({s.slimmed_by for layer in compressed.layers if (s := layer.spec.output).sparse})
     reports = [size(*both, zeros=zeros), *([layers(chosen)] if chosen else [])]
     for name, matrix, note in matrices:
         states = calibrate.hidden_states(original, matrix, passed)

@@ -14,16 +14,14 @@ from moeflow.methods import rewrite
 from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.calibrate.steps import Alternatives, Forks
 from moeflow.methods.decompose import steps as decompose_
-from moeflow.methods.decompose.ranks import average_rank
-from moeflow.methods.graph import Calibration, Model
+from moeflow.methods.decompose.options import Decomposition
+from moeflow.methods.decompose.ranks import PARTS, average_rank, moved_rank
+from moeflow.methods.graph import Calibration, Model, Pass
 from moeflow.methods.prune import counts as counts_
 from moeflow.methods.prune.counts import Counts
 from moeflow.methods.prune.searches import Search
 from moeflow.methods.prune.steps import block, candidates, counts_exact, counts_paper, importance, importance_lm, pick
 from moeflow.step import Step
-
-MEASURED = 16_384
-"""Tokens on which alternatives are measured through the whole model: each alternative of each layer keeps their hidden states."""
 
 
 def prune(calibration: Calibration, counts: Counts, how: Search = Search("swap")) -> Model:
@@ -42,6 +40,21 @@ def prune(calibration: Calibration, counts: Counts, how: Search = Search("swap")
         return _by_blocks(calibration, decider, candidates, how)
     choices = {i: pick(candidates[i], decider, keep=_known(candidates[i], decider)) for i in legal}
     return model.with_layers(_pruned(calibration, choices), tuple(choices.values()))
+
+
+def compress(
+    model: Model, tokens: Step, passed: Pass, *, counts: Counts, search: Search, removed: float, decomposition: Decomposition
+) -> Model:
+    """The model pruned, and what is left decomposed until `removed` of the experts' parameters are gone, as a graph.
+
+    The ratio of `decomposition` follows from that. Raises ValueError for what cannot work.
+    """
+    pruned = prune(calibrate.run(model, tokens, passed), counts, search)
+    kept = counts.keep
+    if kept > 1:
+        kept = counts_.total_experts(model, counts) / sum(counts_.spec_of(model, i).experts for i in model.moe_layers)
+    how = replace(decomposition, ratio=ratio_left(removed, 1 - kept))
+    return decompose(calibrate.run(pruned, tokens, passed), how)
 
 
 class Sets(Protocol):
@@ -135,119 +148,71 @@ def ratio_left(remove: float, drop: float) -> float:
     return max(0.0, 1 - (1 - remove) / (1 - drop))
 
 
-def decompose(
-    calibration: Calibration, *, ratio: float = 0.0, ranks: str = "global", rank: int = 0, force: bool = False,
-    svd: str = "whitened", importance: str = "lm_loss", alpha: float = 0.15, r_min: int = 1, multiple: int = 1,
-    r_max: int = 0, least: int = 1, policy: str = "vanilla", weighted: bool = True, shrink: float = 0.03,
-    measured: int = MEASURED,
-) -> Model:  # fmt: skip
-    """The calibrated model with its experts' matrices as products of two, as a graph; the model itself where `ratio` is 0.
-
-    `ratio`: the part of the experts' parameters that goes; `ranks`: how what stays is spread, a name of `RANKS`; in the place of
-    both, `rank` for every matrix, where one above break-even has to be forced; `svd`: "vanilla" (the paper) or "whitened";
-    `alpha` and `importance`: the paper's formula; `r_min`, `r_max` (0: break-even) and `multiple`: the least and the largest rank,
-    and what ranks are multiples of; an expert that `least` recorded tokens did not reach is cut by its weights ("vanilla") or stays
-    whole ("keep"), as `policy` says; `weighted`: a token counts as much as the router gives the expert in it; `shrink`: how much of
-    white inputs is mixed into what the tokens say; `measured`: about how many tokens are measured through the whole model. Raises
-    ValueError for what cannot work.
-    """
-    _check(ranks=(ranks, RANKS), importance=(importance, IMPORTANCES))
-    decompose_.check(svd, policy, least, multiple, shrink)
-    model = calibration.model
-    if min(r_min, measured) < 1:
-        raise ValueError(f"r_min={r_min} and measured={measured} tokens must be at least 1")
-    if ranks == "global" and svd == "vanilla" and ratio:
-        raise ValueError("ranks='global' goes by what whitening loses; with svd='vanilla' take ranks='paper' or 'uniform'")
-    if ranks == "uniform" and policy == "keep" and ratio:
-        raise ValueError(
-            "policy='keep' lets the others pay, by ranks that a run decides; take ranks='global', or 'paper' with alpha=0"
-        )
-    if rank < 0 or (rank and ratio):
-        raise ValueError(f"rank={rank} must be at least 0, and stands in the place of ratio={ratio}; give one of them")
-    if not ratio and not rank:
+def decompose(calibration: Calibration, how: Decomposition) -> Model:
+    """The calibrated model with its experts' matrices as products of two, as a graph. Raises ValueError for what cannot work."""
+    _check(importance=(how.importance, IMPORTANCES))
+    model, dtype = calibration.model, calibration.dtype
+    if not how.ratio and not how.rank:
         return model
     layers = model.moe_layers
     for i in layers:
-        average_rank(ratio, *decompose_.sides(counts_.spec_of(model, i)))
-    common: dict[str, Any] = {
-        "svd": svd,
-        "least": least,
-        "policy": policy,
-        "weighted": weighted,
-        "shrink": shrink,
-        "force": force,
-        "dtype": calibration.dtype,
-    }
+        average_rank(how.ratio, *decompose_.sides(model.layers[i].spec.output))
 
-    def rewritten(layer: int, decider: tuple[Step, ...], uniform: dict[str, int]) -> Step:
+    def rewritten(layer: int, ranks: Step | None, uniform: dict[str, int]) -> Step:
         seen = calibration.observed[layer]
         return decompose_.layer(
-            model.essential, model.layers[layer], *decider, *seen, layer=layer, decided=bool(decider), uniform=uniform, **common
+            model.essential, model.layers[layer], seen, ranks, layer=layer, uniform=uniform, how=how.of_a_layer, dtype=dtype
         )
 
-    if rank:
-        return model.with_layers({i: rewritten(i, (), dict.fromkeys(MATRICES, rank)) for i in layers})
-    decider, uniform = RANKS[ranks](
-        calibration, rewritten, ratio=ratio, alpha=alpha, r_min=r_min, r_max=r_max, multiple=multiple, least=least, policy=policy,
-        weighted=weighted, shrink=shrink, measured=measured, importance=importance,
-    )  # fmt: skip
-    return model.with_layers({i: rewritten(i, decider, uniform.get(i, {})) for i in layers})
+    if how.rank:
+        return model.with_layers({i: rewritten(i, None, dict.fromkeys(MATRICES, how.rank)) for i in layers})
+    ranks, uniform = RANKS[how.ranks](calibration, rewritten, how)
+    return model.with_layers({i: rewritten(i, ranks, uniform.get(i, {})) for i in layers})
 
 
-Ranked = tuple[tuple[Step, ...], dict[int, dict[str, int]]]
+Rewritten = Callable[[int, Step | None, dict[str, int]], Step]
+"""A layer of this number with ranks that a step decided, or that are the same for all experts."""
+
+Ranked = tuple[Step | None, dict[int, dict[str, int]]]
 """The step that decides the ranks, or the ranks of each layer where they are known when the graph is built."""
 
 
-def _same_ranks(calibration: Calibration, rewritten: Any, *, ratio: float, multiple: int, r_min: int, **_: Any) -> Ranked:
-    found = {}
+def _same_ranks(calibration: Calibration, rewritten: Rewritten, how: Decomposition) -> Ranked:
+    uniform = {}
     for i in calibration.model.moe_layers:
-        average = average_rank(ratio, *decompose_.sides(counts_.spec_of(calibration.model, i)))
-        rank = max(int(average) // multiple * multiple, 0)
-        if rank < max(r_min, 1):
+        average = average_rank(how.ratio, *decompose_.sides(calibration.model.layers[i].spec.output))
+        rank = int(average) // how.multiple * how.multiple
+        if rank < how.r_min:
             raise ValueError(
-                f"ratio={ratio} leaves rank {average:.4g} in layer {i}, below r_min={r_min} in multiples of {multiple}"
+                f"ratio={how.ratio} leaves rank {average:.4g} in layer {i}, below r_min={how.r_min} in multiples of {how.multiple}"
             )
-        found[i] = {"gate": rank, "up": rank, "down": rank}
-    return (), found
+        uniform[i] = dict.fromkeys(MATRICES, rank)
+    return None, uniform
 
 
-def _ranks_by_importance(
-    calibration: Calibration, rewritten: Any,
-    *, ratio: float, alpha: float, r_min: int, r_max: int, multiple: int, least: int, policy: str, importance: str, measured: int,
-    **_: Any,
-) -> Ranked:  # fmt: skip
+def _ranks_by_importance(calibration: Calibration, rewritten: Rewritten, how: Decomposition) -> Ranked:
     model = calibration.model
-    seen = IMPORTANCES[importance](calibration, model.moe_layers, measured)
-    layers = [{"layer": i, "sides": list(decompose_.sides(counts_.spec_of(model, i)))} for i in seen]
-    limits: dict[str, Any] = {"r_min": r_min, "r_max": r_max, "multiple": multiple}
-    rule: dict[str, Any] = {"ratio": ratio, "alpha": alpha, "least": least, "policy": policy, **limits}
-    return (decompose_.by_importance(*seen.values(), layers=layers, **rule),), {}
+    seen = IMPORTANCES[how.importance](calibration, model.moe_layers, how.measured)
+    sides = {str(i): list(decompose_.sides(model.layers[i].spec.output)) for i in seen}
+    return decompose_.by_importance(tuple(seen.values()), sides=sides, how=how.of_paper_ranks), {}
 
 
-def _ranks_by_spectra(
-    calibration: Calibration, rewritten: Callable[..., Step],
-    *, ratio: float, r_min: int, r_max: int, multiple: int, least: int, policy: str, weighted: bool, shrink: float, measured: int,
-    **_: Any,
-) -> Ranked:  # fmt: skip
-    model, layers = calibration.model, calibration.model.moe_layers
-    spectra = [
-        decompose_.spectra(
-            model.essential, model.layers[i], *calibration.observed[i],
-            layer=i, least=least, policy=policy, weighted=weighted, shrink=shrink, dtype=calibration.dtype,
-        )
+def _ranks_by_spectra(calibration: Calibration, rewritten: Rewritten, how: Decomposition) -> Ranked:
+    model, layers, dtype = calibration.model, calibration.model.moe_layers, calibration.dtype
+    spectra = tuple(
+        decompose_.spectra(model.essential, model.layers[i], calibration.observed[i], layer=i, how=how.of_spectra, dtype=dtype)
         for i in layers
-    ]  # fmt: skip
+    )
     alternatives = {}
     for i in layers:
-        rank = decompose_.moved_rank(*decompose_.sides(counts_.spec_of(model, i)))
-        files = [rewritten(i, (), dict.fromkeys(matrices, rank)) for matrices in decompose_.PARTS.values()]
-        alternatives[i] = Alternatives(Forks("files", tuple(decompose_.PARTS)), tuple(files))
-    curves = calibrate.curves(calibration, alternatives, tokens=measured)
-    rule: dict[str, Any] = {"budget": 1 - ratio, "multiple": multiple, "r_min": r_min, "r_max": r_max}
-    return (decompose_.by_spectra(*spectra, curves, layers=layers, **rule),), {}
+        rank = moved_rank(*decompose_.sides(model.layers[i].spec.output))
+        files = tuple(rewritten(i, None, dict.fromkeys(matrices, rank)) for matrices in PARTS.values())
+        alternatives[i] = Alternatives(Forks("files", tuple(PARTS)), files)
+    curves = calibrate.curves(calibration, alternatives, tokens=how.measured)
+    return decompose_.by_spectra(spectra, curves, layers=layers, how=how.of_global_ranks), {}
 
 
-RANKS: dict[str, Callable[..., Ranked]] = {
+RANKS: dict[str, Callable[[Calibration, Rewritten, Decomposition], Ranked]] = {
     "uniform": _same_ranks,
     "paper": _ranks_by_importance,
     "global": _ranks_by_spectra,

@@ -62,16 +62,6 @@ def _searched(calibration: Calibration, layer: int, seen: tuple[Part, ...], *, k
     return pick(sets, keep=keep)
 
 
-def skipping(name: str) -> Skipping | None:
-    """What `-p skip=` names: "none"; "median", the paper's rule; or a number, how many experts a token has on average."""
-    if name == "none":
-        return None
-    try:
-        return Skipping(None if name == "median" else float(name))
-    except ValueError as error:
-        raise ValueError(f"skip={name!r}: {error}; say none, median, or how many experts a token has on average") from None
-
-
 def skipped(model: Model, tokens: Step, how: Skipping | None, passed: Pass) -> Model:
     """The model that is served: with dynamic skipping, calibrated on these tokens, or as it is."""
     if how is None:

@@ -1,21 +1,22 @@
 """A model fine-tuned on text, towards the text, towards a teacher's predictions, or both. Only graphs are built here."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from moeflow.arch import Config
 from moeflow.methods.calibrate.steps import hidden_states
 from moeflow.methods.checkpoint.steps import checkpoint_of
+from moeflow.methods.data.steps import Examples, examples
 from moeflow.methods.finetune import deepspeed_config
 from moeflow.methods.finetune import steps as finetune
 from moeflow.methods.finetune.memory import Work, fitted
 from moeflow.methods.finetune.recipe import Gang, Recipe
 from moeflow.methods.finetune.targets import trained_in
 from moeflow.methods.graph import Model, Pass
-from moeflow.methods.records import SPARSE
 from moeflow.model.spec import TensorTable, TokensSpec, precision
+from moeflow.sources import Texts
 from moeflow.step import Step
 
 
@@ -26,6 +27,39 @@ class Tuned:
     model: Model
     trained: Step | None
     reports: tuple[Step, ...]
+
+
+@dataclass(frozen=True)
+class FineTuning(Recipe):
+    """A fine-tuning as a person asks for it: what is trained, how, and on which text."""
+
+    text: str = "alpaca"
+    """What is trained on: alpaca, metamathqa, mathinstruct, magicoder, tulu3, or URI#prompt+response, URI#messages, URI#text."""
+    rows: int = 4096
+    """Sequences of the text; it is read again if it is too small."""
+    length: int = 2048
+    """Tokens of a sequence."""
+    bos: bool = True
+    """A beginning-of-sequence token before each example."""
+    deepspeed: str = ""
+    """The path of a DeepSpeed configuration, which overrides recipe and gang."""
+
+    @property
+    def recipe(self) -> Recipe:
+        return Recipe(**{f.name: getattr(self, f.name) for f in fields(Recipe)})
+
+    def data(self, model: Model) -> Step:
+        """The rows in the model's own tokens."""
+        sample = Examples(self.rows, self.length, seed=self.seed, bos=self.bos, repeat=True)
+        return examples(Texts(self.text), model, sample)
+
+
+def tuned(model: Model, original: Model, how: FineTuning | None, gang: Gang, passed: Pass) -> Tuned:
+    """The model fine-tuned as `how` says, or as it is where that is None. A loss that needs a teacher takes `original`."""
+    if how is None:
+        return Tuned(model, None, ())
+    rows, teacher = how.data(original), Pass(passed.batch, dtype=passed.dtype)
+    return tune(model, rows, how.recipe, teacher=original, passed=teacher, gang=gang, deepspeed=how.deepspeed or None)
 
 
 def predicted(original: Model, data: Step, passed: Pass, top: int) -> tuple[Step, ...]:
@@ -40,8 +74,8 @@ def predicted(original: Model, data: Step, passed: Pass, top: int) -> tuple[Step
 
 def tune(
     model: Model,
-    data: Step | Callable[[], Step],
-    how: Recipe | None,
+    data: Step,
+    how: Recipe,
     *,
     teacher: Model | None = None,
     passed: Pass = Pass(),
@@ -49,27 +83,24 @@ def tune(
     gang: Gang | None = None,
     deepspeed: Mapping[str, Any] | str | Path | None = None,
 ) -> Tuned:
-    """The model trained on the rows of `data` (`data.examples`, `data.tokens`); without a recipe the model as it is.
+    """The model trained on the rows of `data` (`data.examples`, `data.tokens`).
 
-    `data` may be a function that makes them, which is not called without a recipe. If the loss needs a teacher, `passed` says how
-    it runs over the data. The loss on each matrix of `validation` decides which state is kept. `deepspeed`, a DeepSpeed
-    configuration or the path of one, overrides recipe and gang. Raises ValueError for what cannot be, before anything runs.
+    If the loss needs a teacher, `passed` says how it runs over the data. The loss on each matrix of `validation` decides which
+    state is kept. `deepspeed`, a DeepSpeed configuration or the path of one, overrides recipe and gang. Raises ValueError for what
+    cannot be, before anything runs.
     """
-    if how is None:
-        return Tuned(model, None, ())
-    rows = data() if callable(data) else data
     matrices = dict(sorted((validation or {}).items()))
-    for name, matrix in {"the data": rows, **matrices}.items():
+    for name, matrix in {"the data": data, **matrices}.items():
         _check_data(name, matrix, model.config)
-    spec: TokensSpec = rows.spec.output
+    spec: TokensSpec = data.spec.output
     recipe, gang = deepspeed_config.merged(deepspeed_config.read(deepspeed), how, gang or Gang(), spec.sequences)
     recipe = recipe.settled(
         rows=spec.sequences,
         dtype=precision(model.config, recipe.dtype),
-        sparse=any(model.layers[i].spec.output.slimmed.startswith(SPARSE) for i in model.moe_layers),
+        sparse=any(model.layers[i].spec.output.sparse for i in model.moe_layers),
         validated=bool(matrices),
     )
-    predictions = _predictions(model, rows, recipe, teacher, passed)
+    predictions = _predictions(model, data, recipe, teacher, passed)
     for i in model.moe_layers:
         model.layers[i].spec.output.check_plain("fine-tune")
     layers = {i: _shapes(layer.spec.output.tensors) for i, layer in enumerate(model.layers)}
@@ -77,7 +108,7 @@ def tune(
     opened = trained_in(model.config, recipe.mode, recipe.targets, layers, rest)
     gang, need = fitted(Work(model.config, layers, rest, opened, recipe, spec.length), gang)
     checkpoint, heldout = checkpoint_of(model), tuple(matrices.values())
-    trained = finetune.train(checkpoint, rows, predictions, heldout, names=list(matrices), recipe=recipe).on(
+    trained = finetune.train(checkpoint, data, predictions, heldout, names=list(matrices), recipe=recipe).on(
         cpus=gang.cpus, gpus=gang.gpus, memory=need.host, processes=gang.processes, device=need.device, settings=gang.settings()
     )
     parts = {i: trained.part(f"layer-{i:03d}/") for i in opened if i is not None}

@@ -3,105 +3,93 @@
 He et al., arXiv 2406.02500, for the first two; that a factor is slimmed like any other matrix is ours. Only graphs are built here.
 """
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from moeflow.methods.calibrate import steps as calibrate
+from moeflow.methods.decompose.options import Decomposition
+from moeflow.methods.finetune.recipe import Gang
 from moeflow.methods.graph import Calibration, Model, Pass
 from moeflow.methods.recipes import moei2
-from moeflow.methods.records import SPARSE
-from moeflow.methods.slim.steps import INPUTS, QUANTIZING, WITHOUT_TOKENS, divided
+from moeflow.methods.recipes.tune import FineTuning, Tuned, tuned
+from moeflow.methods.slim.methods import Slimming
+from moeflow.methods.slim.steps import slimmed
 from moeflow.methods.trim.steps import Trimming
 from moeflow.methods.trim.steps import trim as take_out
-from moeflow.step import Step
+from moeflow.step import Part, Step
+
+TUNE = "tune"
+"""The stage that fine-tunes; it needs no calibration."""
 
 
-def slim(
-    calibration: Calibration, *, method: str, pattern: str = "2:4", bits: int = 4, group: int = 128, symmetric: bool = True,
-    order: bool = False, damp: float = 0.01, block: int = 128, least: int = 1, policy: str = "",
-    shared: bool = False, inputs: str = "parallel", packed: bool = True, tasks: int = 1,
-) -> Model:  # fmt: skip
+def slim(calibration: Calibration, how: Slimming) -> Model:
     """The calibrated model with sparse or quantized experts, as a graph.
 
-    `method`: "magnitude", "wanda" and "sparsegpt" leave zeros of a `pattern` ("0.5", "2:4"); "round_to_nearest", "gptq" and "awq"
-    round to `bits`, one scale for `group` inputs (0: a row), with `order` by activation (GPTQ). `damp` and `block` are those of
-    SparseGPT and GPTQ. An expert that fewer than `least` recorded tokens reach is treated by its weights alone (`policy`
-    "magnitude" or "round_to_nearest", as the method is of one kind or the other) or stays whole ("keep"). `shared`: shared
-    experts are treated, too. `inputs`: "parallel", every layer sees what the dense model gives it, one calibration serves all and
-    layers are treated beside each other; "sequential", what the slimmed layers before it do, and down what slimmed gate and up
-    do. `packed`: quantized experts are written packed, as transformers and vLLM read them; otherwise as the weights that the
-    codes stand for. `tasks`: between how many a layer's experts are divided, with the same result; not for AWQ, whose experts
-    share a scale. Of experts that are low-rank already, GPTQ and rounding treat each factor, the second by what the first, as it
-    has become, gives it; `group` has to divide the ranks. Raises ValueError for what cannot work.
+    With `inputs="parallel"` one calibration serves all layers, which are treated beside each other; with "sequential" each layer
+    sees what the slimmed layers before it give, and down what slimmed gate and up give. Of low-rank experts each factor is treated,
+    the second by what the first, as it has become, gives it; `group` has to divide the ranks. Raises ValueError for what cannot
+    work.
     """
-    if inputs not in INPUTS:
-        raise ValueError(f"inputs={inputs!r} is not known; choose one of {', '.join(INPUTS)}")
-    how = {
-        "method": method,
-        "pattern": pattern if method in SPARSE else "",
-        "bits": bits if method in QUANTIZING else 0,
-        "group": group if method in QUANTIZING else 0,
-        "symmetric": symmetric,
-        "order": order,
-        "damp": damp,
-        "block": block,
-        "least": least,
-        "policy": policy or WITHOUT_TOKENS.get(method, ""),
-        "shared": shared,
-        "chained": inputs == "sequential",
-        "packed": packed and method in QUANTIZING,
-        "dtype": calibration.dtype,
-    }
     model = calibration.model
-    if inputs == "parallel":
-        return model.with_layers(
-            {i: divided(model.essential, model.layers[i], seen, i, how, tasks) for i, seen in calibration.observed.items()}
-        )
-    return _slim_in_sequence(calibration, how, tasks)
 
+    def layer(at: int, given: Step, seen: tuple[Step | Part, ...]) -> Step:
+        return slimmed(model.essential, given, seen, at=at, how=how, dtype=calibration.dtype)
 
-def _slim_in_sequence(calibration: Calibration, how: dict[str, Any], tasks: int) -> Model:
-    model = calibration.model
-    return model.with_layers(
-        calibrate.in_sequence(calibration, lambda i, layer, seen: divided(model.essential, layer, seen, i, how, tasks))
-    )
+    if how.inputs == "sequential":
+        return model.with_layers(calibrate.in_sequence(calibration, layer))
+    return model.with_layers({at: layer(at, model.layers[at], seen) for at, seen in calibration.observed.items()})
 
 
 def compress(
-    model: Model, tokens: Step, *, order: str = "slim,trim", trim: Trimming | None, slim: str = "awq", ratio: float = 0.25,
-    group: int = 128, calibration: Pass, **options: Any,
-) -> Model:  # fmt: skip
-    """The model slimmed, trimmed and decomposed, as a graph; each stage is calibrated on what the one before it left.
+    model: Model, tokens: Step, passed: Pass, *, order: str = "slim,trim",
+    slim: Slimming | None = None, trim: Trimming | None = None, decompose: Decomposition | None = None,
+    tune: FineTuning | None = None, gang: Gang = Gang(),
+) -> Tuned:  # fmt: skip
+    """The model slimmed, trimmed, decomposed and fine-tuned in this `order`, as a graph.
 
-    `order`: stages with commas between them, "slim", "trim" and "decompose"; `trim`: what is taken out, None: nothing; `slim`:
-    "none" or a method of `slim.METHODS`, with `group` and other `options` of `slim.slim`; "decompose" makes `ratio` of the experts'
-    parameters go by low rank, at ranks that are multiples of `group`, or of 32 where that is 0; `calibration`: how
-    each stage is calibrated. Raises ValueError for what cannot work.
+    `order`: stages with commas between them; a stage that is None is left out. `passed`: how each stage is calibrated, on what the
+    one before it left. Raises ValueError for what cannot work.
     """
-    stages: dict[str, tuple[Callable[[Calibration], Model], dict[str, bool]]] = {
-        "decompose": (lambda seen: moei2.decompose(seen, ratio=ratio, multiple=group or 32), {})
-    }
-    if slim != "none":
-        stages["slim"] = (_slimmed(slim, options | {"group": group}), {})
-    if trim is not None:
-        stages["trim"] = (partial(take_out, how=trim), NEEDS[trim.what])
-    for name in order.split(","):
-        if name not in ("slim", "trim", "decompose"):
-            raise ValueError(f"order={order!r}: {name!r} is no stage; write slim,trim or trim,slim or decompose,slim")
-        if name in stages:
-            compressed, needs = stages[name]
-            model = compressed(calibrate.run(model, tokens, calibration, **needs))
-    return model
+    options = {"slim": slim, "trim": trim, "decompose": decompose}
+    names, made = order.split(","), Tuned(model, None, ())
+    if tune is not None and TUNE not in names:
+        raise ValueError(f"order={order!r} has no stage {TUNE!r}; say where the model is fine-tuned, as in order=trim,tune,slim")
+    for name in names:
+        if name == TUNE:
+            then = tuned(made.model, model, tune, gang, passed)
+            made = replace(then, reports=made.reports + then.reports)
+            continue
+        if name not in STAGES:
+            raise ValueError(
+                f"order={order!r}: {name!r} is no stage; write slim,trim or trim,slim or decompose,slim or trim,tune,slim"
+            )
+        if (how := options[name]) is not None:
+            stage = STAGES[name]
+            made = replace(made, model=stage.graph(calibrate.run(made.model, tokens, passed, **stage.needs(how)), how))
+    return made
 
+
+@dataclass(frozen=True)
+class Stage:
+    """One row of the table of stages."""
+
+    graph: Callable[[Calibration, Any], Model]
+    """From a calibration and the stage's options to the compressed model."""
+    needs: Callable[[Any], Mapping[str, bool]]
+    """What it reads of the calibration, by its options: the switches of `calibrate.run`."""
+
+
+STAGES = {
+    "slim": Stage(slim, lambda how: {}),
+    "trim": Stage(take_out, lambda how: NEEDS[how.what]),
+    "decompose": Stage(moei2.decompose, lambda how: {}),
+}
+"""The stages of a compression, by the names that its order gives them."""
 
 NEEDS: dict[str, dict[str, bool]] = {
     "experts": {"inputs": False},
     "moe_blocks": {"inputs": False},
     "decoder_layers": {"inputs": False, "between": True},
 }
-"""What a trimming reads of a calibration (`calibrate.run`): statistics only, and for decoder layers the states before each."""
-
-
-def _slimmed(method: str, options: dict[str, Any]) -> Callable[[Calibration], Model]:
-    return lambda seen: slim(seen, method=method, **options)
+"""What a trimming reads of a calibration: statistics only, and for decoder layers the hidden states before each."""

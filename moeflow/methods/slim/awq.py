@@ -7,7 +7,6 @@ them, so that in exact arithmetic the block, and which experts it chooses, stay 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,8 +16,10 @@ from torch.nn.functional import linear
 from moeflow.methods.moments import second_moment
 from moeflow.methods.slim.grid import Grid
 from moeflow.methods.slim.masks import Inputs, Seen, check_weight, matrices
+from moeflow.methods.slim.methods import Slimming
 from moeflow.methods.slim.quantized import Quantized
 from moeflow.methods.slim.rounding import round_to_nearest, scales
+from moeflow.methods.slim.scaled import ScaledExperts
 from moeflow.model.moe import ACTIVATIONS
 
 POINTS = 20
@@ -29,21 +30,6 @@ MAX_SHRINK = 0.5
 
 TOKENS_AT_ONCE = 4096
 """How many rows run through an expert at once."""
-
-
-@dataclass(frozen=True)
-class Awq:
-    """A layer's experts on a grid, and what has to be done to the rest of the block for it to remain the same.
-
-    `scale_D`: what the norm's weight is divided by and the columns of all it feeds are multiplied by (`fold` does both). The
-    experts have theirs in them, and also `inner_EF`, which divides the rows of up and multiplies the columns of down.
-    """
-
-    gate_EFD: Quantized
-    up_EFD: Quantized
-    down_EDF: Quantized
-    scale_D: Tensor
-    inner_EF: Tensor
 
 
 @torch.no_grad()
@@ -58,7 +44,7 @@ def awq(
     act: str = "silu",
     clip: bool = True,
     scale_dtype: torch.dtype = torch.float32,
-) -> Awq:
+) -> ScaledExperts:
     """The experts of a layer on a grid, by activation-aware scaling (Lin et al., MLSys 2024, section 3.2) and clipping.
 
     `inputs` [T, D] are those of the block, after its norm, and `weights` [T, E] the routing weights, zero for experts not chosen.
@@ -102,7 +88,15 @@ def awq(
         for into, w in zip(made, scaled, strict=True):
             into.append(round_to_nearest(w, grid, scale_dtype=scale_dtype))
     gate, up, down = (Quantized.stacked(parts) for parts in made)
-    return Awq(gate, up, down, scale_D, inner_EF)
+    return ScaledExperts(gate, up, down, scale_D, inner_EF)
+
+
+def treat(
+    gate_EFD: Tensor, up_EFD: Tensor, down_EDF: Tensor, how: Slimming,
+    *, inputs: Tensor, weights: Tensor, act: str, scale_dtype: torch.dtype,
+) -> ScaledExperts:  # fmt: skip
+    """The row of the table of methods."""
+    return awq(gate_EFD, up_EFD, down_EDF, how.grid, inputs=inputs, weights=weights, act=act, scale_dtype=scale_dtype)
 
 
 @torch.no_grad()
@@ -180,17 +174,6 @@ def clipped(
             best_GM1, least_GM1 = torch.where(better, bound_GM1, best_GM1), torch.where(better, error_GM1, least_GM1)
         out_EMN[e] = w_GMg.clamp(-best_GM1, best_GM1).transpose(0, 1).flatten(-2)
     return out_EMN.reshape(w_MN.shape)
-
-
-def fold(norm_D: Tensor, scale_D: Tensor, *fed: Tensor) -> tuple[Tensor, ...]:
-    """The norm's weight [D] divided by the scale and each matrix it feeds, [.., D], multiplied by it, in their own precisions.
-
-    Give *all* that the norm feeds: the router's rows, a shared expert's gate and its gate and up, and experts not in `Awq`. Raises
-    ValueError where the widths differ.
-    """
-    if bad := [tuple(t.shape) for t in (norm_D, *fed) if t.shape[-1] != len(scale_D)]:
-        raise ValueError(f"a scale of {len(scale_D)} inputs cannot be folded into {bad[0]}; give what the same norm feeds")
-    return (norm_D.float() / scale_D).to(norm_D.dtype), *((m.float() * scale_D).to(m.dtype) for m in fed)
 
 
 def _balanced(w_MN: Tensor, grid: Grid, moment_NN: Tensor, x_TN: Tensor, points: int) -> Tensor:

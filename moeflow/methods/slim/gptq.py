@@ -9,6 +9,7 @@ from torch import Tensor
 
 from moeflow.methods.slim.grid import Grid
 from moeflow.methods.slim.masks import Inputs, Seen, check_weight, matrices
+from moeflow.methods.slim.methods import Slimming
 from moeflow.methods.slim.quantized import Quantized
 from moeflow.methods.slim.rounding import scales
 from moeflow.methods.slim.sparsegpt import Block, Column, check_sweep, chunks, factor, sweep, sweep_memory
@@ -60,6 +61,17 @@ def gptq_memory(rows: int, columns: int, at_once: int = 1, *, grid: Grid, order:
     codes = (2 if order else 1) * rows * columns + (4 * rows * columns if order else 0)
     levels = 8 * rows * grid.groups(columns) * (3 if order else 2)
     return sweep_memory(rows, columns, at_once, block, grid.group) + at_once * (codes + levels + 16 * block * rows)
+
+
+def treat(w_MN: Tensor, moment_NN: Tensor, how: Slimming, scale_dtype: torch.dtype) -> Quantized:
+    """The row of the table of methods."""
+    return gptq(
+        w_MN, how.grid, moment=moment_NN, order=how.activation_order, block=how.block, damp=how.damp, scale_dtype=scale_dtype
+    )
+
+
+def memory(rows: int, columns: int, how: Slimming) -> int:
+    return gptq_memory(rows, columns, grid=how.grid, order=how.activation_order, block=how.block)
 
 
 Rows = tuple[Tensor, ...]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from moeflow.methods.moments import second_moment
+from moeflow.methods.slim.methods import Slimming
 from moeflow.methods.slim.pattern import Pattern
 
 Inputs = Tensor | Sequence[Tensor]
@@ -43,6 +44,16 @@ def wanda(w_MN: Tensor, pattern: Pattern | str, *, moment: Tensor | None = None,
     w_EMN, seen = matrices(w_MN), Seen.of(w_MN, moment, inputs, instead="magnitude()", squares=True)
     keep_EMN = torch.stack([_stays(w.float().abs() * seen.squares(e).sqrt().float(), pattern) for e, w in enumerate(w_EMN)])
     return keep_EMN.reshape(w_MN.shape)
+
+
+def drop_by_magnitude(w_MN: Tensor, moment_NN: Tensor | None, how: Slimming, scale_dtype: torch.dtype) -> Tensor:
+    """The row of the table of methods for `magnitude`."""
+    return w_MN * magnitude(w_MN, how.pattern)
+
+
+def drop_by_wanda(w_MN: Tensor, moment_NN: Tensor, how: Slimming, scale_dtype: torch.dtype) -> Tensor:
+    """The row of the table of methods for `wanda`."""
+    return w_MN * wanda(w_MN, how.pattern, moment=moment_NN)
 
 
 def lowest(score: Tensor, count: int) -> Tensor:
@@ -121,13 +132,9 @@ class Seen:
     def squares(self, e: int) -> Tensor:
         """The sum of squares [N] of each input of matrix `e`."""
         one = self.each[e]
-        return (
-            one
-            if self.are == "squares"
-            else one.diagonal()
-            if self.are == "moment"
-            else one.float().square().sum(0, dtype=torch.float64)
-        )
+        if self.are == "tokens":
+            return one.float().square().sum(0, dtype=torch.float64)
+        return (one.diagonal() if self.are == "moment" else one).clamp(min=0)
 
     def moment(self, e: int) -> Tensor:
         """The second moment [N, N] of the inputs of matrix `e`."""
@@ -156,7 +163,7 @@ def _check_seen(one: Tensor, are: str, name: str, instead: str) -> None:
     size_N = one.diagonal() if are == "moment" else total_N
     if not (total_N.isfinite().all() and size_N.isfinite().all()):
         raise ValueError(f"{name}: not finite; look for overflow in the activations")
-    if (size_N < 0).any():
+    if (size_N < -1e-6 * size_N.abs().max()).any():  # below that it is rounding
         raise ValueError(f"{name}: a sum of squares is negative, {float(size_N.min()):g}; compute it again")
     if not size_N.any():
         raise ValueError(

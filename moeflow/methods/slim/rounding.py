@@ -9,6 +9,7 @@ from torch import Tensor
 
 from moeflow.methods.slim.grid import Grid
 from moeflow.methods.slim.masks import check_weight, matrices
+from moeflow.methods.slim.methods import Slimming
 from moeflow.methods.slim.quantized import Quantized
 
 
@@ -30,6 +31,11 @@ def round_to_nearest(w_MN: Tensor, grid: Grid, *, scale_dtype: torch.dtype = tor
         code_MGg += zero_MG[..., None]
     code_MN = code_MGg.clamp_(grid.lowest, grid.highest).to(torch.int8).flatten(-2)
     return Quantized(code_MN, scale_MG.to(scale_dtype), None if zero_MG is None else zero_MG.to(torch.int8), grid)
+
+
+def treat(w_MN: Tensor, moment_NN: Tensor | None, how: Slimming, scale_dtype: torch.dtype) -> Quantized:
+    """The row of the table of methods."""
+    return round_to_nearest(w_MN, how.grid, scale_dtype=scale_dtype)
 
 
 def scales(low: Tensor, high: Tensor, grid: Grid, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor | None]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from moeflow.methods.slim.masks import Inputs, Seen, check_weight, matrices, smallest, smallest_of_few
+from moeflow.methods.slim.methods import Slimming
 from moeflow.methods.slim.pattern import Pattern
 
 INNER = 32
@@ -69,6 +70,15 @@ def sparsegpt(
 def sparsegpt_memory(rows: int, columns: int, at_once: int = 1, *, block: int = 128) -> int:
     """Bytes of working memory beside weights, moments and the result: fp32 throughout, whatever the number of matrices."""
     return sweep_memory(rows, columns, at_once, block) + at_once * 20 * min(block, columns) * rows
+
+
+def treat(w_MN: Tensor, moment_NN: Tensor, how: Slimming, scale_dtype: torch.dtype) -> Tensor:
+    """The row of the table of methods."""
+    return sparsegpt(w_MN, how.pattern, moment=moment_NN, block=how.block, damp=how.damp)
+
+
+def memory(rows: int, columns: int, how: Slimming) -> int:
+    return sparsegpt_memory(rows, columns, block=how.block)
 
 
 @dataclass(frozen=True)

@@ -362,7 +362,8 @@ def _renumber_spec(chosen: Any, candidates: tuple[LayerSpec, ...], *, config: Co
     if any(t != tables[0] for t in tables) or any(c.share != share for c in candidates):
         average = sum(c.expert_bytes * c.share for c in candidates) / len(candidates)
         share = min(average / max(1, biggest.expert_bytes), 0.999)
-    out = LayerSpec(config, to, biggest.experts, tables[largest], share, min(c.least for c in candidates), biggest.slimmed)
+    fewest = min(c.least for c in candidates)
+    out = replace(biggest, config=config, layer=to, tensors=tables[largest], share=share, fewest=fewest)
     return Spec(out, reads=biggest.nbytes, writes=out.nbytes, memory=2 * biggest.nbytes)
 
 

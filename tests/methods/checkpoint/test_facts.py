@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from moeflow.methods.fewer_active.steps import skip
 from moeflow.methods.graph import Calibration, Model
 from moeflow.methods.prune.searches import Search
 from moeflow.methods.recipes import naee, unified
+from moeflow.methods.slim.methods import Slimming
 from moeflow.methods.trim.steps import Trimming, trim
 from moeflow.step import upstream
 from tests import tiny
@@ -26,7 +28,7 @@ def slimmed(tmp_path: Path) -> Calibration:
             weight *= 1e-3
     model.save_pretrained(source)
     seen = calibrated(model_in(source), tmp_path)
-    return calibrated(unified.slim(seen, method="round_to_nearest", bits=8, group=4, inputs="parallel"), tmp_path)
+    return calibrated(unified.slim(seen, Slimming(method="round_to_nearest", bits=8, group=4, inputs="parallel")), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -36,6 +38,7 @@ def slimmed(tmp_path: Path) -> Calibration:
         (lambda seen: naee.prune(seen, 6, Search("reap")), ["rewrite.experts"] * 4),
         (lambda seen: trim(seen, Trimming("decoder_layers", 1)), ["trim.renumber"] * 3),
         (lambda seen: trim(seen, Trimming("moe_blocks", 1)), ["trim.without_moe_block"]),
+        (skip, ["fewer_active.skipping"] * 4),
     ],
 )
 def test_what_follows_a_slimming_does_not_forget_it(

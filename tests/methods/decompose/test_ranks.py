@@ -1,70 +1,11 @@
-"""Ranks and counts out of a common budget: by the paper's formula, by singular values, and exactly for any curves."""
+"""Ranks out of a common budget: by the paper's formula, and by singular values."""
 
 from itertools import product
 
 import numpy as np
 import pytest
 
-from moeflow.methods.allocate import allocate_curves, exactly
-from moeflow.methods.decompose.ranks import Spectrum, allocate, average_rank, break_even, check_rank, paper_ranks, treatment
-
-
-def curves(draw: np.random.Generator, count: int, options: int, unit: int = 1) -> list[list[tuple[int, float]]]:
-    """Neither convex nor monotone, some sizes twice."""
-    return [[(int(draw.integers(0, 9)) * unit, float(draw.normal())) for _ in range(options)] for _ in range(count)]
-
-
-def brute(given: list[list[tuple[int, float]]], budget: int, fill: bool = False) -> float | None:
-    sums = [(sum(o[0] for o in pick), sum(o[1] for o in pick)) for pick in product(*given)]
-    return min((cost for size, cost in sums if (size == budget if fill else size <= budget)), default=None)
-
-
-def spent(given: list[list[tuple[int, float]]], chosen: list[int]) -> tuple[int, float]:
-    picked = [curve[i] for curve, i in zip(given, chosen, strict=True)]
-    return sum(size for size, _ in picked), sum(cost for _, cost in picked)
-
-
-@pytest.mark.parametrize("seed", range(12))
-@pytest.mark.parametrize("fill", [False, True])
-def test_the_exact_allocation_is_the_best_of_all(seed: int, fill: bool) -> None:
-    draw = np.random.default_rng(seed)
-    given = curves(draw, count=5, options=4, unit=1 if seed % 2 else 3072)
-    for budget in sorted({sum(o[0] for o in pick) for pick in product(*given)}):
-        expected = brute(given, budget, fill)
-        size, cost = spent(given, allocate_curves(given, budget, fill=fill))
-        assert (size == budget if fill else size <= budget) and cost == pytest.approx(expected, abs=1e-12)
-
-
-def test_a_budget_that_cannot_be_met_names_the_nearest_that_can() -> None:
-    given = [[(4, 1.0), (8, 0.0)], [(2, 1.0), (10, 0.0)]]
-    with pytest.raises(ValueError, match="a budget of 5 cannot be met; the nearest that can is 6"):
-        allocate_curves(given, 5)
-    for budget, below in ((13, 10), (99, 18)):
-        with pytest.raises(ValueError, match=f"budget of {budget} cannot be met exactly; the nearest below that can is {below}"):
-            allocate_curves(given, budget, fill=True)
-    assert allocate_curves(given, 99) == [1, 1]
-    for broken in ([[(1, float("nan"))]], [[(1.5, 0.0)]], [[(-1, 0.0)]], [[]]):
-        with pytest.raises(ValueError, match="curve 0"):
-            allocate_curves(broken, 5)
-
-
-def test_where_the_table_would_be_too_large_the_envelope_comes_close_and_leaves_nothing_that_helps(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    draw = np.random.default_rng(0)
-    given = [sorted(c) for c in curves(draw, count=60, options=8)]
-    budget = 200
-    best = spent(given, allocate_curves(given, budget))[1]
-    assert exactly(given, budget)
-    monkeypatch.setattr(allocate, "MAX_CELLS", 10)
-    assert not exactly(given, budget)
-    chosen = allocate_curves(given, budget)
-    size, cost = spent(given, chosen)
-    assert size <= budget and best <= cost <= best + 0.01 * abs(best)
-    for curve, i in zip(given, chosen, strict=True):
-        assert all(o[1] >= curve[i][1] for o in curve if size + o[0] - curve[i][0] <= budget)
-    with pytest.raises(ValueError, match="larger unit"):
-        allocate_curves(given, budget, fill=True)
+from moeflow.methods.decompose.ranks import Spectrum, allocate, average_rank, break_even, check_rank, paper_ranks
 
 
 def spectra(draw: np.random.Generator, rows: int, columns: int) -> list[tuple[Spectrum, ...]]:
@@ -158,10 +99,3 @@ def test_a_rank_above_break_even_is_refused_unless_forced() -> None:
             check_rank(rank, 16, 16, force=True)
     with pytest.raises(ValueError, match=r"ratio=1.0 of the parameters"):
         average_rank(1.0, 16, 16)
-
-
-def test_experts_with_few_tokens_are_treated_as_stated() -> None:
-    assert treatment([0, 5, 9], 6) == ["vanilla", "vanilla", "whitened"]
-    assert treatment([0, 5, 9], 0, "keep") == ["keep", "whitened", "whitened"]
-    with pytest.raises(ValueError, match="policy='drop' .* must be one of vanilla, keep"):
-        treatment([1], 1, "drop")

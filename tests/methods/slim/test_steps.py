@@ -9,17 +9,17 @@ import torch
 from safetensors.torch import load_file
 
 from moeflow.arch import Family
-from moeflow.methods import records
 from moeflow.methods.data import steps as data_
+from moeflow.methods.decompose.options import Decomposition
 from moeflow.methods.fewer_active import steps as fewer_active
 from moeflow.methods.finetune.recipe import Gang, Recipe
 from moeflow.methods.graph import Model, Sample
 from moeflow.methods.prune.searches import Search
 from moeflow.methods.recipes import compare, moei2, naee, tune, unified
-from moeflow.methods.slim import steps as slim
 from moeflow.methods.slim.gptq import gptq
 from moeflow.methods.slim.grid import Grid
 from moeflow.methods.slim.masks import wanda
+from moeflow.methods.slim.methods import METHODS, Slimming
 from moeflow.methods.slim.rounding import round_to_nearest
 from moeflow.methods.trim import steps as trim
 from moeflow.model.checkpoint import Tensors, save
@@ -38,7 +38,7 @@ def source(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 def slimmed(source: Path, folder: Path, **how: Any) -> Path:
     seen = calibrated(model_in(source), folder, between=False)
-    return pulled(store_in(folder), unified.slim(seen, **how), folder)
+    return pulled(store_in(folder), unified.slim(seen, Slimming(**how)), folder)
 
 
 @pytest.mark.parametrize("how", [{"method": "gptq", **FOUR}, {"method": "awq", "bits": 8, "group": 0}], ids=["gptq", "awq"])
@@ -68,14 +68,14 @@ def test_packed_experts_load_and_compute_what_their_codes_say(source: Path, how:
     ("method", "source"),
     [
         *(pytest.param("awq", *f.values, marks=f.marks) for f in tiny.families()),
-        *zip(slim.METHODS, tiny.FAMILIES, strict=False),
+        *zip(METHODS, tiny.FAMILIES, strict=False),
         ("gptq", "deepseek_v3"),
     ],
     indirect=["source"],
 )
 def test_what_is_not_an_expert_stays_bit_for_bit(source: Path, method: str, tmp_path: Path) -> None:
     """Routers, gates, norms, attention and embeddings. AWQ moves a scale between a norm and all it feeds: routing stays."""
-    how = {"pattern": "0.5"} if method in records.SPARSE else {**FOUR, "packed": False}
+    how = {"pattern": "0.5"} if method in ("magnitude", "wanda", "sparsegpt") else {**FOUR, "packed": False}
     out = slimmed(source, tmp_path, method=method, inputs="parallel", **how)
     before, after = Tensors(source), Tensors(out)
     family = Family.of(read_config(Folder(source)))
@@ -133,7 +133,7 @@ def test_an_expert_without_tokens_is_treated_as_was_asked_and_never_zeroed(tmp_p
     family = Family.of(read_config(Folder(source)))
     for name, how in {
         "rounded": {"method": "gptq", "packed": False, "least": 10**6, **FOUR},
-        "kept": {"method": "gptq", "packed": False, "least": 10**6, "policy": "keep", **FOUR},
+        "kept": {"method": "gptq", "packed": False, "least": 10**6, "rare": "keep", **FOUR},
         "awq": {"method": "awq", "packed": False, "least": 40, **FOUR},
         "masked": {"method": "sparsegpt", "pattern": "2:4", "least": 10**6},
     }.items():
@@ -164,7 +164,7 @@ def test_scales_are_chosen_as_they_are_stored(tmp_path: Path) -> None:
     """In bf16, also where the calibration ran in fp32: what is loaded is what was weighed."""
     source = tiny.write("mixtral", tmp_path / "model", dtype=torch.bfloat16)
     seen = calibrated(model_in(source), tmp_path, dtype="float32")
-    out = pulled(store_in(tmp_path), unified.slim(seen, method="gptq", inputs="parallel", **FOUR), tmp_path)
+    out = pulled(store_in(tmp_path), unified.slim(seen, Slimming(method="gptq", inputs="parallel", **FOUR)), tmp_path)
     name = Family.of(read_config(Folder(source))).expert(0, 0)[0]
     x, chosen = routed(source, tmp_path, 0)
     found = gptq(Tensors(source)[name].float(), Grid(4, True, 8), inputs=x[chosen[:, 0]], scale_dtype=torch.bfloat16)
@@ -183,7 +183,7 @@ def test_experts_treated_together_become_what_they_do_one_by_one(
     name = Family.of(read_config(Folder(source))).expert(0, 2)[1]
     save({n: t * 0 if n == name else t for n, t in Tensors(source).items()}, next(source.glob("*.safetensors")))
     alone = Tensors(slimmed(source, tmp_path, **how))
-    monkeypatch.setattr("moeflow.methods.slim.experts._together", lambda moe, how: [[0, 1, 2], [3, 4, 5, 6, 7]])
+    monkeypatch.setattr("moeflow.methods.slim.experts.together", lambda now: [[0, 1, 2], [3, 4, 5, 6, 7]])
     (tmp_path / "together").mkdir()
     together = Tensors(slimmed(source, tmp_path / "together", **how))
     for matrix in together:
@@ -205,7 +205,7 @@ def test_a_layer_divided_between_tasks_has_the_same_bytes(how: dict[str, Any], t
 def test_a_layer_that_a_run_left_without_experts_is_divided_too(tmp_path: Path) -> None:
     thin = trim.trim(calibrated(model_in(tiny.write("mixtral", tmp_path / "model")), tmp_path), trim.Trimming("moe_blocks", 1))
     whole, divided = (
-        pulled(store_in(tmp_path), unified.slim(calibrated(thin, tmp_path), method="gptq", tasks=n, **FOUR), tmp_path)
+        pulled(store_in(tmp_path), unified.slim(calibrated(thin, tmp_path), Slimming(method="gptq", tasks=n, **FOUR)), tmp_path)
         for n in (1, 3)
     )
     for name in Folder(whole).names():
@@ -226,7 +226,7 @@ def test_shared_experts_are_treated_where_asked(tmp_path: Path) -> None:
 def test_a_shared_expert_that_awq_keeps_is_scaled_and_stays(tmp_path: Path) -> None:
     source = tiny.write("deepseek_v2", tmp_path / "model")
     how = {"method": "awq", "shared": True, "packed": False, **FOUR}
-    out = slimmed(source, tmp_path, policy="keep", **how)
+    out = slimmed(source, tmp_path, rare="keep", **how)
     assert set(Tensors(out)) == set(Tensors(source))
     assert [e["by"] for e in reports(out)[0]["experts"]][-1] == "keep"
 
@@ -235,7 +235,7 @@ def test_packed_experts_are_pruned_by_slicing_and_trimmed_and_skip(source: Path,
     """Bit for bit: another search, Expert Drop or Layer Drop on a packed model moves codes and scales as they are."""
     store = store_in(tmp_path)
     seen = calibrated(model_in(source), tmp_path)
-    packed = unified.slim(seen, method="round_to_nearest", inputs="parallel", **FOUR)
+    packed = unified.slim(seen, Slimming(method="round_to_nearest", inputs="parallel", **FOUR))
     kept = naee.prune(calibrated(packed, tmp_path), 6, Search("reap"))
     out, whole = pulled(store, kept, tmp_path), pulled(store, packed, tmp_path)
     config = read_config(Folder(out))
@@ -265,7 +265,7 @@ def test_what_was_trimmed_is_slimmed(source: Path, tmp_path: Path) -> None:
     """In the other order: layers that a run has left without experts stay as they are."""
     store = store_in(tmp_path)
     thin = trim.trim(calibrated(model_in(source), tmp_path), trim.Trimming("moe_blocks", 1))
-    out = pulled(store, unified.slim(calibrated(thin, tmp_path), method="gptq", **FOUR), tmp_path)
+    out = pulled(store, unified.slim(calibrated(thin, tmp_path), Slimming(method="gptq", **FOUR)), tmp_path)
     config = read_config(Folder(out))
     assert {"experts": 0, "gone": "moe"} in config["moeflow_layers"]
     close(logits(loaded(out), tmp_path), logits(loaded(plain(out, tmp_path / "plain")), tmp_path))
@@ -274,39 +274,36 @@ def test_what_was_trimmed_is_slimmed(source: Path, tmp_path: Path) -> None:
 def test_what_cannot_be_slimmed_is_refused_in_one_line(tmp_path: Path) -> None:
     model = model_in(tiny.write("mixtral", tmp_path / "model"))
     seen = calibrated(model, tmp_path)
-    packed = unified.slim(seen, method="round_to_nearest", inputs="parallel", **FOUR)
-    sparse = unified.slim(seen, method="magnitude", pattern="0.5", inputs="parallel")
+    packed = unified.slim(seen, Slimming(method="round_to_nearest", inputs="parallel", **FOUR))
+    sparse = unified.slim(seen, Slimming(method="magnitude", pattern="0.5", inputs="parallel"))
     for message, given, how in (
         ("method='prune' is not known; choose one of magnitude, wanda", seen, {"method": "prune"}),
         ("inputs='both' is not known; choose one of parallel, sequential", seen, {"method": "wanda", "inputs": "both"}),
-        (
-            "policy='zero' for experts with fewer than least=1 tokens: with gptq choose round_to_nearest or",
-            seen,
-            {"policy": "zero"},
-        ),
+        ("rare='zero' is not known; choose one of weights, keep", seen, {"rare": "zero"}),
+        ("least=0 tokens must be at least 1", seen, {"least": 0}),
         ("bits=5 must be one of 2, 3, 4, 8", seen, {"bits": 5}),
         ("group=7 does not divide 32 columns", seen, {"group": 7}),
         ("pattern 2:5 asks for columns in groups of 5, which 32 is no multiple of", seen, {"method": "wanda", "pattern": "2:5"}),
         ("pattern 'half' must be the part of zeros", seen, {"method": "wanda", "pattern": "half"}),
         ("damp=1.0 a part of the mean diagonal", seen, {"damp": 1.0}),
         ("zero points of packed experts are read by neither", seen, {"symmetric": False}),
-        ("policy='keep' leaves whole experts beside packed ones", seen, {"policy": "keep"}),
+        ("rare='keep' leaves whole experts beside packed ones", seen, {"rare": "keep"}),
         ("bits=2 of 24 columns of .* fill no whole words", None, {"bits": 2}),
         ("layer 0 is packed in 4 bits, groups of 8; slim the model that it was made of", packed, {}),
         (r"layer 0 is slimmed already \(magnitude 0.5\); slim the model", sparse, {"method": "wanda", "pattern": "2:4"}),
         ("tasks=9: the 8 experts of layer 0 are divided between 1 to 8 tasks", seen, {"tasks": 9}),
         ("tasks=0: the 8 experts of layer 0", seen, {"tasks": 0}),
-        ("those of AWQ, which share a scale, are treated by one", seen, {"method": "awq", "tasks": 2}),
+        ("tasks=2: awq treats all experts of layer 0 at once; give tasks=1", seen, {"method": "awq", "tasks": 2}),
     ):
         if given is None:
             given = calibrated(model_in(tiny.write("olmoe", tmp_path / "olmoe")), tmp_path)
         elif isinstance(given, Model):
             given = calibrated(given, tmp_path)
         with pytest.raises(ValueError, match=message) as refused:
-            unified.slim(given, **({"method": "gptq", "inputs": "parallel", **FOUR} | how))
+            unified.slim(given, Slimming(**({"method": "gptq", "inputs": "parallel", **FOUR} | how)))
         assert "\n" not in str(refused.value)
     with pytest.raises(ValueError, match="layer 0 is packed in 4 bits, groups of 8; decompose the model"):
-        moei2.decompose(calibrated(packed, tmp_path), ratio=0.2, ranks="uniform")
+        moei2.decompose(calibrated(packed, tmp_path), Decomposition(ratio=0.2, ranks="uniform"))
     with pytest.raises(ValueError, match="layer 0 is packed in 4 bits, groups of 8; fine-tune the model"):
         tune.tune(packed, data_.tokens(matrix_of(tmp_path), packed, Sample(8, 16)), Recipe(steps=1, batch=2, rate=1e-3))
 
@@ -319,7 +316,7 @@ def test_what_cannot_be_slimmed_is_refused_in_one_line(tmp_path: Path) -> None:
 def test_zeros_of_experts_stay_zeros_through_training(mode: str, zero: int, tmp_path: Path) -> None:
     """And what is not zero is trained."""
     seen = calibrated(model_in(tiny.write("deepseek_v2", tmp_path / "model")), tmp_path)
-    sparse = unified.slim(seen, method="wanda", pattern="2:4", shared=True, inputs="parallel")
+    sparse = unified.slim(seen, Slimming(method="wanda", pattern="2:4", shared=True, inputs="parallel"))
     data = data_.tokens(matrix_of(tmp_path), sparse, Sample(8, 16))
     how = Recipe(mode=mode, targets=("attention", "experts", "shared"), steps=3, batch=2, rate=1e-2, decay=0.1)
     tuned = tune.tune(sparse, data, how, gang=Gang(zero=zero))
@@ -334,7 +331,7 @@ def test_zeros_of_experts_stay_zeros_through_training(mode: str, zero: int, tmp_
 
 def test_the_report_says_that_zeros_save_nothing_at_rest(tmp_path: Path) -> None:
     seen = calibrated(model_in(tiny.write("mixtral", tmp_path / "model")), tmp_path)
-    sparse = unified.slim(seen, method="wanda", pattern="0.5", inputs="parallel")
+    sparse = unified.slim(seen, Slimming(method="wanda", pattern="0.5", inputs="parallel"))
     store = store_in(tmp_path)
     (size,) = (
         r

@@ -357,4 +357,5 @@ def test_a_trimmed_model_is_trained(tmp_path: Path) -> None:
     tuned = tune.tune(thin, data, Recipe(mode="full", steps=2, batch=2, rate=1e-3))
     out = pulled(store, tuned.model, tmp_path)
     assert read_config(Folder(out))["moeflow_layers"].count({"experts": 0, "gone": "moe"}) == 1
+    assert {done[-1]["mode"] for done in facts_of(out, "finetune.layer").values()} == {"full"}
     assert isinstance(tuned.trained, Step) and torch.isfinite(logits(loaded(out), tmp_path)).all()

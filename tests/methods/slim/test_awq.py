@@ -13,12 +13,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from moeflow.methods.moments import second_moment
-from moeflow.methods.slim.awq import Awq, awq, balance, balance_one, clipped, fold
+from moeflow.methods.slim.awq import awq, balance, balance_one, clipped
 from moeflow.methods.slim.gptq import gptq, gptq_memory
 from moeflow.methods.slim.grid import Grid
 from moeflow.methods.slim.masks import magnitude, wanda
 from moeflow.methods.slim.pattern import Pattern
 from moeflow.methods.slim.rounding import round_to_nearest
+from moeflow.methods.slim.scaled import ScaledExperts, fold
 from moeflow.methods.slim.sparsegpt import sparsegpt, sparsegpt_memory
 
 T, E, D, F = 300, 4, 32, 48
@@ -63,7 +64,7 @@ class Layer:
         shared_TD = linear(silu(linear(x_TD, gate_FD)) * linear(x_TD, up_FD), self.shared_down_DF)
         return self.routed() + linear(x_TD, gate_1D).sigmoid() * shared_TD
 
-    def run(self, **options: Any) -> Awq:
+    def run(self, **options: Any) -> ScaledExperts:
         return awq(self.gate_EFD, self.up_EFD, self.down_EDF, GRID, inputs=self.x(), weights=self.weights(), **options)
 
     def fold(self, scale_D: Tensor) -> None:

@@ -10,11 +10,13 @@ import torch
 
 from moeflow.arch import Family
 from moeflow.methods.checkpoint import steps as checkpoint
+from moeflow.methods.decompose.options import Decomposition
 from moeflow.methods.fewer_active import steps as fewer_active
 from moeflow.methods.prune.searches import Search
 from moeflow.methods.recipes import moei2, naee, unified
 from moeflow.methods.slim.gptq import gptq
 from moeflow.methods.slim.grid import Grid
+from moeflow.methods.slim.methods import Slimming
 from moeflow.methods.slim.rounding import round_to_nearest
 from moeflow.model.checkpoint import Tensors
 from moeflow.model.dense import multiply_out
@@ -41,8 +43,8 @@ def source(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 def test_packed_factors_load_and_compute_what_their_codes_say(source: Path, ranks: str, tmp_path: Path) -> None:
     """By `from_pretrained` and streamed; skipping, another search and a second import go on from there."""
     store, seen = store_in(tmp_path), calibrated(model_in(source), tmp_path)
-    low = moei2.decompose(seen, ratio=0.3, **RANKS[ranks])
-    packed = unified.slim(calibrated(low, tmp_path), method="gptq", **GRIDS[ranks])
+    low = moei2.decompose(seen, Decomposition(ratio=0.3, **RANKS[ranks]))
+    packed = unified.slim(calibrated(low, tmp_path), Slimming(method="gptq", **GRIDS[ranks]))
     out, before = pulled(store, packed, tmp_path), pulled(store, low, tmp_path)
     config = read_config(Folder(out))
     family = Family.of(config)
@@ -73,8 +75,8 @@ def test_packed_factors_load_and_compute_what_their_codes_say(source: Path, rank
 @torch.inference_mode()
 def test_the_second_factor_is_treated_by_what_the_first_gives_it(tmp_path: Path) -> None:
     store, seen = store_in(tmp_path), calibrated(model_in(tiny.write("mixtral", tmp_path / "model")), tmp_path)
-    low = calibrated(moei2.decompose(seen, rank=8), tmp_path)
-    out = pulled(store, unified.slim(low, method="gptq", **FOUR), tmp_path)
+    low = calibrated(moei2.decompose(seen, Decomposition(rank=8)), tmp_path)
+    out = pulled(store, unified.slim(low, Slimming(method="gptq", **FOUR)), tmp_path)
     before = pulled(store, low.model, tmp_path)
     family, was, stored = Family.of(read_config(Folder(out))), Tensors(before), Tensors(out)
     x, chosen = routed(before, tmp_path, 0)
@@ -93,9 +95,9 @@ def test_the_second_factor_is_treated_by_what_the_first_gives_it(tmp_path: Path)
 
 def test_a_task_for_each_share_of_the_experts_has_the_same_bytes(tmp_path: Path) -> None:
     store, seen = store_in(tmp_path), calibrated(model_in(tiny.write("mixtral", tmp_path / "model")), tmp_path)
-    low = calibrated(moei2.decompose(seen, ratio=0.3, **RANKS["decided by a run"]), tmp_path)
+    low = calibrated(moei2.decompose(seen, Decomposition(ratio=0.3, **RANKS["decided by a run"])), tmp_path)
     how = {"method": "gptq", **GRIDS["decided by a run"]}
-    made = [checkpoint.checkpoint_of(unified.slim(low, tasks=tasks, **how)) for tasks in (1, 3)]
+    made = [checkpoint.checkpoint_of(unified.slim(low, Slimming(tasks=tasks, **how))) for tasks in (1, 3)]
     for step in made:
         run(store, step)
     one, three = (store.artifact(step.key) for step in made)
@@ -107,8 +109,11 @@ def test_a_task_for_each_share_of_the_experts_has_the_same_bytes(tmp_path: Path)
 
 def test_factors_that_cannot_be_packed_are_refused_when_the_graph_is_built(tmp_path: Path) -> None:
     seen = calibrated(model_in(tiny.write("mixtral", tmp_path / "model")), tmp_path)
-    decided = moei2.decompose(seen, ratio=0.3, **RANKS["decided by a run"])
-    odd, even = moei2.decompose(seen, rank=6, svd="vanilla"), moei2.decompose(seen, rank=8, svd="vanilla")
+    decided = moei2.decompose(seen, Decomposition(ratio=0.3, **RANKS["decided by a run"]))
+    odd, even = (
+        moei2.decompose(seen, Decomposition(rank=6, svd="vanilla")),
+        moei2.decompose(seen, Decomposition(rank=8, svd="vanilla")),
+    )
     for message, model, how in (
         (
             r"layer 0 are decided by a run, as multiples of 4: at 4 bits in groups of 8 they .* decompose with multiple=8",
@@ -121,9 +126,18 @@ def test_factors_that_cannot_be_packed_are_refused_when_the_graph_is_built(tmp_p
         ("whose factors wanda does not slim", even, {"method": "wanda"}),
     ):
         with pytest.raises(ValueError, match=message) as refused:
-            unified.slim(calibrated(model, tmp_path), **({"method": "gptq", **FOUR} | how))
+            unified.slim(calibrated(model, tmp_path), Slimming(**({"method": "gptq", **FOUR} | how)))
         assert "\n" not in str(refused.value)
-    loose = unified.slim(calibrated(odd, tmp_path), method="gptq", **(FOUR | {"group": 0, "packed": False}))
+    loose = unified.slim(calibrated(odd, tmp_path), Slimming(method="gptq", **(FOUR | {"group": 0, "packed": False})))
     out = pulled(store_in(tmp_path), loose, tmp_path)
     assert "quantization_config" not in json.loads((out / "config.json").read_text())
+    assert torch.isfinite(logits(loaded(out), tmp_path)).all()
+
+
+@pytest.mark.parametrize("method", ["gptq", "round_to_nearest"])
+def test_factors_of_more_components_than_the_expert_saw_tokens_are_slimmed(method: str, tmp_path: Path) -> None:
+    """Rounding leaves sums of squares below zero where the tokens have nothing of a component."""
+    seen = calibrated(model_in(tiny.write("mixtral", tmp_path / "model")), tmp_path, record=8)
+    low = moei2.decompose(seen, Decomposition(rank=16, shrink=0.0))
+    out = pulled(store_in(tmp_path), unified.slim(calibrated(low, tmp_path, record=8), Slimming(method, **FOUR)), tmp_path)
     assert torch.isfinite(logits(loaded(out), tmp_path)).all()

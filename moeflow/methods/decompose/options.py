@@ -1,0 +1,91 @@
+"""The options of a decomposition. No torch."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from moeflow.methods.rare import Rare, check_least
+from moeflow.options import check_choices, only
+
+MEASURED = 16_384
+"""Tokens on which alternatives are measured through the whole model: each alternative of each layer keeps their hidden states."""
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """Experts' matrices as products of two smaller ones. Raises ValueError for what cannot be.
+
+    `ratio` or `rank` says how small; without either of them the model stays as it is.
+    """
+
+    ratio: float = 0.0
+    """The part of the experts' parameters that goes."""
+    rank: int = 0
+    """In the place of ratio: the rank of every matrix."""
+    ranks: Literal["uniform", "paper", "global"] = "global"
+    """How the parameters that stay are spread: the same rank everywhere, MoE-I2's formula, or what costs least in the model."""
+    svd: Literal["vanilla", "whitened"] = "whitened"
+    """What a factored matrix keeps best: its weights (MoE-I2), or its outputs on the expert's tokens."""
+    importance: Literal["recon", "lm_loss"] = "lm_loss"
+    """What an expert's importance is measured by in MoE-I2's formula: the layer's output, or the model's loss."""
+    alpha: float = 0.15
+    """The exponent of importance in MoE-I2's formula; 0 makes all ranks the same."""
+    r_min: int = 1
+    """The smallest rank."""
+    r_max: int = 0
+    """The largest rank; 0: break-even, above which factors are larger than the matrix."""
+    multiple: int = 1
+    """Ranks are multiples of it."""
+    least: int = 1
+    """An expert that fewer recorded tokens reach gets the fallback."""
+    rare: Rare = "weights"
+    """The fallback for experts that too few calibration tokens reach: cut them by their weights alone, or keep them whole."""
+    weighted: bool = True
+    """A token counts as much as the router weighs the expert for it."""
+    shrink: float = 0.03
+    """The part of white inputs that is mixed into the statistics of the tokens, from 0 to 1."""
+    force: bool = False
+    """Allow a rank above break-even."""
+    measured: int = MEASURED
+    """About how many tokens are measured through the whole model, for ranks=global and importance=lm_loss."""
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        check_least(self.least)
+        if self.multiple < 1 or self.r_max < 0:
+            raise ValueError(f"multiple={self.multiple} must be at least 1, and r_max={self.r_max} at least 0")
+        if not 0 <= self.shrink <= 1:
+            raise ValueError(f"shrink={self.shrink} must lie between 0, trusting the tokens alone, and 1")
+        if min(self.r_min, self.measured) < 1:
+            raise ValueError(f"r_min={self.r_min} and measured={self.measured} tokens must be at least 1")
+        if self.alpha < 0:
+            raise ValueError(f"alpha={self.alpha} must be at least 0, where all ranks are the same")
+        if self.ratio and self.ranks == "global" and self.svd == "vanilla":
+            raise ValueError("ranks='global' goes by what whitening loses; with svd='vanilla' take ranks='paper' or 'uniform'")
+        if self.ratio and self.ranks == "uniform" and self.rare == "keep":
+            raise ValueError(
+                "rare='keep' lets the others pay, by ranks that a run decides; take ranks='global', or 'paper' with alpha=0"
+            )
+        if self.rank < 0 or (self.rank and self.ratio):
+            raise ValueError(
+                f"rank={self.rank} must be at least 0, and stands in the place of ratio={self.ratio}; give one of them"
+            )
+
+    @property
+    def of_spectra(self) -> "Decomposition":
+        """What the spectra of a layer depend on."""
+        return only(self, "least", "rare", "weighted", "shrink")
+
+    @property
+    def of_paper_ranks(self) -> "Decomposition":
+        """What ranks by MoE-I2's formula depend on, beside the importances."""
+        return only(self, "ratio", "alpha", "r_min", "r_max", "multiple", "least", "rare")
+
+    @property
+    def of_global_ranks(self) -> "Decomposition":
+        """What ranks by spectra depend on, beside these."""
+        return only(self, "ratio", "r_min", "r_max", "multiple")
+
+    @property
+    def of_a_layer(self) -> "Decomposition":
+        """What the factors of a layer depend on, beside their ranks."""
+        return only(self, "svd", "least", "rare", "force", *(("weighted", "shrink") if self.svd == "whitened" else ()))
