@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from moeflow.arch import Family
 from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.decompose.options import Decomposition
-from moeflow.methods.graph import Pass, Sample
+from moeflow.methods.graph import Sample
 from moeflow.methods.prune.counts import Counts
 from moeflow.methods.prune.searches import Search
 from moeflow.methods.recipes import compare, moei2, naee, unified
@@ -108,7 +108,7 @@ def test_it_is_pruned_by_slicing_and_stays_in_fp8(source: Path, how: str, tmp_pa
                 assert torch.equal(after[a + "_scale_inv"], before[b + "_scale_inv"])
     assert {n for n, t in headers(Folder(out)).items() if t.dtype == "F8_E4M3"}
     target = checkpoint.checkpoint_of(made).reporting(
-        *compare.compare(seen.model, made, matrix_of(tmp_path), Sample(4, 16), Pass(dtype="float32"), tokens=seen.tokens)
+        *compare.compare(seen.model, made, matrix_of(tmp_path), Sample(4, 16), seen.passed, tokens=seen.tokens)
     )
     run(store, target)
     whole = {n: t.float() for n, t in Tensors(out).items()}
