@@ -15,7 +15,7 @@ from torch.nn.functional import linear
 
 from moeflow.methods.moments import second_moment
 from moeflow.methods.slim.grid import Grid
-from moeflow.methods.slim.masks import Inputs, Seen, check_weight, matrices
+from moeflow.methods.slim.masks import Inputs, InputStatistics, check_weight, matrices
 from moeflow.methods.slim.methods import Slimming
 from moeflow.methods.slim.quantized import Quantized
 from moeflow.methods.slim.rounding import round_to_nearest, scales
@@ -132,8 +132,8 @@ def balance_one(w_MN: Tensor, grid: Grid, *, moment: Tensor | None = None, input
     check_weight(w_MN)
     columns = w_MN.shape[-1]
     grid.check(columns)
-    tokens = Seen.of(w_MN, None, inputs, instead="round_to_nearest()")
-    seen = tokens if moment is None else Seen.of(w_MN, moment, None, instead="round_to_nearest()")
+    tokens = InputStatistics.of(w_MN, None, inputs, instead="round_to_nearest()")
+    seen = tokens if moment is None else InputStatistics.of(w_MN, moment, None, instead="round_to_nearest()")
     found = [_balanced(w, grid, seen.moment(e).float(), tokens.each[e], points) for e, w in enumerate(matrices(w_MN))]
     return torch.stack(found).reshape(*w_MN.shape[:-2], columns)
 
@@ -157,7 +157,7 @@ def clipped(
     groups = grid.groups(w_MN.shape[-1])
     if points < 1 or not 0 <= max_shrink <= 1:
         raise ValueError(f"points={points} must be at least 1 and max_shrink={max_shrink} between 0 and 1; 20 and 0.5 are usual")
-    w_EMN, seen = matrices(w_MN), Seen.of(w_MN, moment, inputs, instead="round_to_nearest()")
+    w_EMN, seen = matrices(w_MN), InputStatistics.of(w_MN, moment, inputs, instead="round_to_nearest()")
     out_EMN = torch.empty_like(w_EMN)
     for e, w in enumerate(w_EMN):
         w_GMg = w.float().unflatten(-1, (groups, -1)).transpose(0, 1)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moeflow.methods.slim.grid import Grid
-from moeflow.methods.slim.masks import Inputs, Seen, check_weight, matrices
+from moeflow.methods.slim.masks import Inputs, InputStatistics, check_weight, matrices
 from moeflow.methods.slim.methods import Slimming
 from moeflow.methods.slim.quantized import Quantized
 from moeflow.methods.slim.rounding import scales
@@ -42,7 +42,7 @@ def gptq(
     rows, columns = w_MN.shape[-2:]
     groups = grid.groups(columns)
     check_sweep(block, damp)
-    w_EMN, seen = matrices(w_MN), Seen.of(w_MN, moment, inputs, instead="round_to_nearest()")
+    w_EMN, seen = matrices(w_MN), InputStatistics.of(w_MN, moment, inputs, instead="round_to_nearest()")
     codes_EMN = torch.empty(w_EMN.shape, dtype=torch.int8, device=w_MN.device)
     scale_EMG = torch.empty(len(w_EMN), rows, groups, dtype=scale_dtype, device=w_MN.device)
     zero_EMG = None if grid.symmetric else torch.empty(scale_EMG.shape, dtype=torch.int8, device=w_MN.device)
@@ -123,7 +123,14 @@ class _Levels:
 
 
 def _rounded(
-    w_MN: Tensor, seen: Seen, now: int | slice, grid: Grid, order_N: Tensor | None, block: int, damp: float, dtype: torch.dtype
+    w_MN: Tensor,
+    seen: InputStatistics,
+    now: int | slice,
+    grid: Grid,
+    order_N: Tensor | None,
+    block: int,
+    damp: float,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, _Levels]:
     levels = _Levels(w_MN, grid, order_N, dtype)
     factor_NN = factor(seen, now, damp, order_N)
@@ -153,7 +160,7 @@ def _round(code_BM: Tensor, scale_M: Rows, zero_M: Rows, grid: Grid) -> Column:
     return column
 
 
-def _by_energy(seen: Seen, now: int | slice) -> Tensor:
+def _by_energy(seen: InputStatistics, now: int | slice) -> Tensor:
     each = range(len(seen.each))[now]
     if isinstance(each, range):
         return torch.stack([seen.squares(e).argsort(descending=True) for e in each])

@@ -41,7 +41,7 @@ def wanda(w_MN: Tensor, pattern: Pattern | str, *, moment: Tensor | None = None,
     finite, or are zero because an expert saw no tokens.
     """
     pattern = _checked(w_MN, pattern)
-    w_EMN, seen = matrices(w_MN), Seen.of(w_MN, moment, inputs, instead="magnitude()", squares=True)
+    w_EMN, seen = matrices(w_MN), InputStatistics.of(w_MN, moment, inputs, instead="magnitude()", squares=True)
     keep_EMN = torch.stack([_stays(w.float().abs() * seen.squares(e).sqrt().float(), pattern) for e, w in enumerate(w_EMN)])
     return keep_EMN.reshape(w_MN.shape)
 
@@ -103,25 +103,25 @@ def check_weight(w_MN: Tensor) -> None:
 
 
 @dataclass(frozen=True)
-class Seen:
+class InputStatistics:
     """What each matrix of a batch saw, checked: its second moment [N, N], its inputs' summed squares [N], or the inputs [T, N]."""
 
     each: tuple[Tensor, ...]
     are: str
 
     @staticmethod
-    def of(w_MN: Tensor, moment: Tensor | None, inputs: Inputs | None, *, instead: str, squares: bool = False) -> "Seen":
+    def of(w_MN: Tensor, moment: Tensor | None, inputs: Inputs | None, *, instead: str, squares: bool = False) -> "InputStatistics":
         """Those of the weight's matrices. `instead`: what to use for an expert that saw nothing; `squares`: whether [N] will do."""
         if (moment is None) == (inputs is None):
             raise ValueError(f"give either moment or inputs; without tokens there is {instead}")
         *batch, _, columns = w_MN.shape
         if moment is None:
             assert inputs is not None
-            found, name = Seen(tuple(_tokens(inputs, batch, columns)), "tokens"), "inputs"
+            found, name = InputStatistics(tuple(_tokens(inputs, batch, columns)), "tokens"), "inputs"
         elif squares and tuple(moment.shape) == (*batch, columns):
-            found, name = Seen(tuple(moment.reshape(-1, columns)), "squares"), "moment"
+            found, name = InputStatistics(tuple(moment.reshape(-1, columns)), "squares"), "moment"
         elif tuple(moment.shape) == (*batch, columns, columns):
-            found, name = Seen(tuple(matrices(moment)), "moment"), "moment"
+            found, name = InputStatistics(tuple(matrices(moment)), "moment"), "moment"
         else:
             also = f" or {(*batch, columns)}" if squares else ""
             raise ValueError(f"moment has shape {tuple(moment.shape)}, the weight asks for {(*batch, columns, columns)}{also}")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moeflow.methods.slim.masks import Inputs, Seen, check_weight, matrices, smallest, smallest_of_few
+from moeflow.methods.slim.masks import Inputs, InputStatistics, check_weight, matrices, smallest, smallest_of_few
 from moeflow.methods.slim.methods import Slimming
 from moeflow.methods.slim.pattern import Pattern
 
@@ -53,7 +53,7 @@ def sparsegpt(
     rows, columns = w_MN.shape[-2:]
     pattern.check(columns)
     check_sweep(block, damp)
-    w_EMN, seen = matrices(w_MN), Seen.of(w_MN, moment, inputs, instead="magnitude()")
+    w_EMN, seen = matrices(w_MN), InputStatistics.of(w_MN, moment, inputs, instead="magnitude()")
     out_EMN = torch.empty_like(w_EMN)
     if pattern.of:
         block = max(block // pattern.of, 1) * pattern.of
@@ -148,7 +148,7 @@ def sweep(w_MN: Tensor, factor_NN: Tensor, block: int, ahead: Callable[[int, int
         left_NM[..., start:stop, :] += made.error_BM
 
 
-def factor(seen: Seen, now: int | slice, damp: float, order_N: Tensor | None = None) -> Tensor:
+def factor(seen: InputStatistics, now: int | slice, damp: float, order_N: Tensor | None = None) -> Tensor:
     """The upper triangular R [N, N], fp32, of which R R' is the damped second moment, its columns in this order if one is given.
 
     The moment is divided by its mean over the inputs that were seen. Raises ValueError where that is not positive definite.
@@ -160,7 +160,7 @@ def factor(seen: Seen, now: int | slice, damp: float, order_N: Tensor | None = N
     return _factor(seen, each, damp, order_N)
 
 
-def _factor(seen: Seen, e: int, damp: float, order_N: Tensor | None) -> Tensor:
+def _factor(seen: InputStatistics, e: int, damp: float, order_N: Tensor | None) -> Tensor:
     moment_NN = seen.moment(e)
     diagonal_N = moment_NN.diagonal()
     mean = diagonal_N.sum(dtype=torch.float64) / (diagonal_N != 0).sum()
