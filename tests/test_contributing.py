@@ -44,36 +44,61 @@ def test_there_is_an_example_of_each_kind() -> None:
     assert [e.table for e in EXAMPLES] == ["SCORES", "SUBSET_SEARCHES", "METHODS"]
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=lambda e: e.title)
-def test_a_method_is_one_new_file_and_one_new_row(example: Example, tmp_path: Path) -> None:
-    tree = tmp_path / "tree"
+def tree(folder: Path) -> Path:
+    """A copy of the product under version control."""
     for name in COPIED:
         if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
-            shutil.copy(ROOT / name, tree / name)
-    git(tree, "init", "-q")
-    git(tree, "add", "-A")
-    git(tree, "commit", "-qm", "before")
-    assert not (tree / example.file).exists()
-    (tree / example.file).write_text(example.code)
-    table = tree / example.where
+            shutil.copy(ROOT / name, folder / name)
+    git(folder, "init", "-q")
+    git(folder, "add", "-A")
+    git(folder, "commit", "-qm", "before")
+    return folder
+
+
+def run(folder: Path, command: str, *given: str) -> str:
+    """What the command `moeflow run FILE ...` prints when it is run in this tree."""
+    file, *words = shlex.split(command)
+    words += [w for word in given for w in ("-p", word)]
+    done = subprocess.run(
+        [sys.executable, file, *words, "--store", str(folder.parent / "store")],
+        cwd=folder, env=os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def changed(folder: Path) -> str:
+    """`git diff --stat` of the product's files."""
+    git(folder, "add", "-AN")
+    return git(folder, "diff", "--stat", "--", "moeflow", ":!**/__pycache__/**")
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda e: e.title)
+def test_a_method_is_one_new_file_and_one_new_row(example: Example, tmp_path: Path) -> None:
+    folder = tree(tmp_path / "tree")
+    assert not (folder / example.file).exists()
+    (folder / example.file).write_text(example.code)
+    table = folder / example.where
     before, head, after = table.read_text().partition(f"\n{example.table} = {{\n")
     assert head, f"{example.where} has no table {example.table}"
     table.write_text(before + head + example.row + after)
-
     source, matrix = tiny.write("mixtral", tmp_path / "model"), running.matrix_of(tmp_path)
-    file, *words = shlex.split(example.command)
-    words += [w for given in (f"model={source}", f"tokens={matrix.spec}", *SMALL) for w in ("-p", given)]
-    done = subprocess.run(
-        [sys.executable, file, *words, "--store", str(tmp_path / "store")],
-        cwd=tree, env=os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "expert bytes" in done.stdout
+    printed = run(folder, example.command, f"model={source}", f"tokens={matrix.spec}", *SMALL)
+    assert "expert bytes" in printed
+    assert re.search(r"\b2 files changed\b", changed(folder))
+    assert git(folder, "diff", "--numstat", "--", example.where).split()[:2] == [str(example.row.count("\n")), "0"]
 
-    shutil.rmtree(tree / ".moeflow", ignore_errors=True)
-    git(tree, "add", "-AN")
-    changed = git(tree, "diff", "--stat", "--", "moeflow", ":!**/__pycache__")
-    assert re.search(r"\b2 files changed\b", changed), changed
-    assert git(tree, "diff", "--numstat", "--", example.where).split()[:2] == [str(example.row.count("\n")), "0"]
+
+def test_a_verb_changes_no_file_that_there_is(tmp_path: Path) -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text().partition("A whole verb, small")[2]
+    files = dict(re.findall(r"`(\S+\.py)`\n\n```python\n(.*?)```", text, re.DOTALL))
+    (command,) = re.findall(r"    moeflow run (pipelines/averaged.py .*?)\n", text)
+    folder = tree(tmp_path / "tree")
+    for name, code in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(code)
+    source = tiny.write("mixtral", tmp_path / "model")
+    run(folder, command.replace("FOLDER", shlex.quote(str(source))))
+    assert re.search(r"\b1 file changed\b.* insertions", changed(folder)) and "deletion" not in changed(folder)
