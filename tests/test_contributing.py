@@ -61,10 +61,9 @@ def run(folder: Path, command: str, *given: str) -> str:
     """What the command `moeflow run FILE ...` prints when it is run in this tree."""
     file, *words = shlex.split(command)
     words += [w for word in given for w in ("-p", word)]
-    done = subprocess.run(
-        [sys.executable, file, *words, "--store", str(folder.parent / "store")],
-        cwd=folder, env=os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    command_line = [sys.executable, file, *words, "--store", str(folder.parent / "store")]
+    env = os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command_line, cwd=folder, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
