@@ -53,7 +53,7 @@ def main() -> list[Row]:
         folder = Path(scratch)
         small, deep = tiny.write("mixtral", folder / "small"), tiny.write("mixtral", folder / "deep", num_hidden_layers=LAYERS)
         np.save(folder / "tokens.npy", np.random.default_rng(0).integers(3, 96, (4, 16)))
-        given = ["-p", f"tokens={folder / 'tokens.npy'}", "-p", "batch=2"]
+        given = ["-p", f"tokens={folder / 'tokens.npy'}", "-p", "calibration.batch=2"]
         run = ["run", "pipelines/mixtral.py", "-p", f"model={small}", *given, "--store", str(folder / "store"), "--json"]
         command(*run)
         again, told = command(*run)

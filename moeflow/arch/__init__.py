@@ -2,19 +2,9 @@
 
 from moeflow.arch.family import FAMILIES, Family, Kind
 from moeflow.arch.mixtral import MIXTRAL
-from moeflow.arch.spec import COMPRESSED, LAYERS, MAIN, MATRICES, Arch, Config, essential, layer_of
+from moeflow.arch.spec import COMPRESSED, EMBEDDING, FINAL_NORM, HEAD, LAYERS, MAIN, MATRICES, Arch, Config, essential, layer_of
 
 __all__ = [
-    "COMPRESSED",
-    "FAMILIES",
-    "LAYERS",
-    "MAIN",
-    "MATRICES",
-    "MIXTRAL",
-    "Arch",
-    "Config",
-    "Family",
-    "Kind",
-    "essential",
-    "layer_of",
-]
+    "COMPRESSED", "EMBEDDING", "FAMILIES", "FINAL_NORM", "HEAD", "LAYERS", "MAIN", "MATRICES", "MIXTRAL",
+    "Arch", "Config", "Family", "Kind", "essential", "layer_of",
+]  # fmt: skip

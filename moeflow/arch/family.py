@@ -90,7 +90,43 @@ class Family:
         counts = {k: experts for k in EXPERT_COUNT_KEYS if self.config.get(k) is not None}
         return self.config | counts | {"num_experts_per_tok": self.experts_per_token(experts)}
 
+    def with_fewer_layers(self, drop: int) -> Config:
+        """The configuration of the same model with `drop` decoder layers fewer.
+
+        Raises ValueError if it would depend on which of the layers after the dense first ones are dropped.
+        """
+        config, count, moe = self.config, self.num_layers, self.moe_layers
+        if config.get("use_sliding_window") and 0 < int(config.get("max_window_layers") or 0) < count:
+            raise ValueError(
+                f"max_window_layers={config['max_window_layers']}: attention differs by layer; a layer cannot take another's place"
+            )
+        shorter = config | {"num_hidden_layers": count - drop}
+        for name, value in config.items():
+            if isinstance(value, list) and len(value) == count and name != "mlp_only_layers":
+                if any(v != value[0] for v in value):
+                    raise ValueError(
+                        f"{name} differs by layer: a layer cannot take another's place; drop MoE blocks (Layer Drop) instead"
+                    )
+                shorter[name] = value[: count - drop]
+        if Family(self.arch, shorter).moe_layers != list(range(moe[0], count - drop)):
+            raise ValueError(
+                f"layers {[i for i in range(moe[0], count) if i not in moe]} have no experts, and config.json tells them by "
+                "number: another layer cannot take their place; drop MoE blocks (Layer Drop) instead"
+            )
+        return shorter
+
     # How many experts may stay
+
+    def fewest(self, experts: int) -> int:
+        """The smallest number that passes `check_left` for a layer of `experts`."""
+        return next(n for n in range(1, experts + 1) if self._works_with(n, experts))
+
+    def _works_with(self, keep: int, experts: int) -> bool:
+        try:
+            self.check_left(keep, experts)
+        except ValueError:
+            return False
+        return True
 
     def legal_counts(self, experts: int) -> list[int]:
         """The numbers `keep` that pass `check_keep` for a layer of `experts`, ascending."""
@@ -218,6 +254,10 @@ class Family:
         if inside.startswith(f"{self.arch.attention}."):
             return "attention"
         return "dense" if inside.startswith(f"{self.arch.block}.") else "norm"
+
+    def in_expert(self, name: str) -> bool:
+        """Whether the tensor with this name on disk is part of an expert, routed or shared."""
+        return self.kind(name) in ("experts", "shared")
 
     # Names in memory
 

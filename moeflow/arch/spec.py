@@ -1,4 +1,4 @@
-"""Where a family of checkpoints keeps its experts on disk, and how its router chooses. Data only, without torch."""
+"""The data that describes a family of checkpoints: the names of its tensors, and how its router chooses. No torch."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -6,30 +6,34 @@ from typing import Any, Literal
 Config = dict[str, Any]  # a config.json
 
 EXPERT_COUNT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts")
-"""What config.json may call the number of routed experts. transformers 5 writes other names than the hub had."""
+"""The keys of config.json for the number of routed experts. transformers 5 writes other keys than the hub had."""
 
 
 COMPRESSED = "moeflow_"
-"""Begins the model_type of a checkpoint whose layers differ or have low-rank experts; the family's own follows."""
+"""The beginning of the model_type of a compressed checkpoint, one whose layers differ or that its family's own classes cannot
+compute. The family's model_type follows."""
 
 LAYERS = "moeflow_layers"
-"""The key of such a checkpoint's config.json under which each decoder layer's format stands."""
+"""The key of a compressed checkpoint's config.json for the formats of its decoder layers."""
 
 MAIN = "moeflow_main_experts"
-"""The key of a config.json under which stands how many of a token's experts are computed; the others only weigh vectors."""
+"""The key of config.json for how many of a token's experts are computed; Compressed Experts replace the others."""
 
 MATRICES = ("gate", "up", "down")
 """The matrices of an expert, in the order in which `Family.expert` names them."""
 
 
+EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+"""The tensors outside the decoder layers, named alike in all families. There is no head if it is tied to the embedding."""
+
 WITHOUT_EFFECT = (
     "transformers_version", "_name_or_path", "architectures", "use_cache", "auto_map", "torchscript", "quantization_config",
 )  # fmt: skip
-"""What config.json says without changing what a layer computes: another of these must not make anything run again."""
+"""Keys of config.json that do not change what a layer computes. A new value must not make any step run again."""
 
 
 def essential(config: Config) -> Config:
-    """The configuration as far as it changes what the model computes; what a layer's own tensors tell is left to them."""
+    """The part of the configuration that changes what the model computes, without what each layer's tensors tell by themselves."""
     plain = {k: v for k, v in config.items() if k not in (*WITHOUT_EFFECT, LAYERS)}
     return plain | ({"model_type": str(config["model_type"]).removeprefix(COMPRESSED)} if "model_type" in config else {})
 

@@ -1,9 +1,8 @@
-"""Makes transformers know compressed checkpoints after `import moeflow`, which itself must import neither torch nor transformers.
+"""Teach transformers about compressed checkpoints after `import moeflow`, which must not import torch or transformers itself.
 
-Two delays. A finder waits for the module with transformers' `AutoConfig`, and takes itself away when that is imported. What is
-registered then is a stand-in for each family's configuration, because that module may well be imported in the middle of
-transformers' own modules; the first one that is asked for a configuration imports `moeflow.model.compressed`, which registers the
-real classes.
+This takes two steps. A finder waits until the module of transformers' `AutoConfig` is imported, and then removes itself. It
+registers a stand-in for each family's configuration, because that module may be imported in the middle of transformers' own
+modules. The first stand-in that has to make a configuration imports `moeflow.model.compressed`, which registers the real classes.
 """
 
 import importlib.util
@@ -20,7 +19,7 @@ AUTO = "transformers.models.auto.configuration_auto"
 
 
 def register() -> None:
-    """Register now where transformers is imported already, otherwise as soon as it is."""
+    """Register now if transformers is imported already, otherwise as soon as it is."""
     if AUTO in sys.modules:
         _register(sys.modules[AUTO])
     elif not any(isinstance(finder, _Waiting) for finder in sys.meta_path):
@@ -52,7 +51,7 @@ def _register(auto: ModuleType) -> None:
 
 
 class _StandIn:
-    """Instead of its own instances, makes those of the real class."""
+    """Makes instances of the real class instead of its own."""
 
     model_type: str
 

@@ -1,6 +1,6 @@
-"""Read safetensors tensor by tensor, from a folder or a stored artifact, and turn a layer's file into a `MoELayer`.
+"""Read safetensors files tensor by tensor, from a folder or a stored artifact, and turn a layer's file into a `MoELayer`.
 
-Knows the safetensors format and the families' names; never builds a model and never reads a byte that was not asked for.
+This file knows the safetensors format and the families' names. It builds no model of transformers, and reads only what is needed.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,9 +25,9 @@ AT_ONCE = 1 << 28
 
 
 class Tensors(Mapping[str, Tensor]):
-    """The tensors of all safetensors files of an artifact or folder, each read by its byte range when it is asked for.
+    """The tensors of all safetensors files of an artifact or folder. Each is read, by its byte range, when it is used.
 
-    A packed matrix, or one in FP8, is there under its own name, unpacked when it is read; `info` says what lies in the files.
+    A packed or FP8 matrix has its plain name here and is unpacked when it is read. `info` describes what is in the files.
     """
 
     def __init__(self, files: Files | Path) -> None:
@@ -58,9 +58,9 @@ class Tensors(Mapping[str, Tensor]):
 
 
 def read_moe(tensors: Mapping[str, Tensor], config: Config, layer: int, *, experts: bool = True) -> MoELayer:
-    """The MoE block of one decoder layer, with as many experts as the file has. Raises KeyError where a tensor is missing.
+    """The MoE block of one decoder layer, with as many experts as the file has. Raises KeyError if a tensor is missing.
 
-    Without `experts` it can route, and knows its shared expert; `read_expert` reads the others one by one.
+    With `experts=False` it has only its router and its shared expert; `read_expert` reads the routed experts one by one.
     """
     family = Family.of(config)
     count = experts_in(tensors, config, layer)
@@ -79,7 +79,7 @@ def read_moe(tensors: Mapping[str, Tensor], config: Config, layer: int, *, exper
 
 
 def read_expert(tensors: Mapping[str, Tensor], config: Config, layer: int, expert: int) -> MLP:
-    """One routed expert of a layer. Raises KeyError where a tensor is missing."""
+    """One routed expert of a layer. Raises KeyError if a tensor is missing."""
     return _mlp(tensors, config, Family.of(config).expert(layer, expert))
 
 
@@ -93,28 +93,28 @@ def _mlp(tensors: Mapping[str, Tensor], config: Config, names: Sequence[str]) ->
 
 
 def read_many(files: Files, tensors: Mapping[str, TensorInfo]) -> Iterator[tuple[str, Tensor]]:
-    """These tensors one after the other; neighbours in a file come in one read of at most `AT_ONCE` bytes."""
+    """These tensors one after the other. Tensors that are neighbours in a file are read together, up to `AT_ONCE` bytes."""
     run: list[tuple[str, TensorInfo]] = []
     for name, info in [*sorted(tensors.items(), key=lambda t: (t[1].file, t[1].start)), ("", None)]:
         if run and (
             info is None or info.file != run[-1][1].file or info.start != run[-1][1].stop or info.stop - run[0][1].start > AT_ONCE
         ):
             data = files.read(run[0][1].file, run[0][1].start, run[-1][1].stop)
-            for held, at in run:
+            for tensor, at in run:
                 start = at.start - run[0][1].start
-                yield held, tensor_of(data[start : start + at.nbytes], at)
+                yield tensor, tensor_of(data[start : start + at.nbytes], at)
             run = []
         if info is not None:
             run.append((name, info))
 
 
 def tensor_of(data: bytes, info: TensorInfo) -> Tensor:
-    """The tensor whose bytes these are."""
+    """The tensor with these bytes, and the dtype and shape of `info`."""
     if not data:
         return torch.empty(info.shape, dtype=DTYPES[info.dtype])
     return torch.frombuffer(bytearray(data), dtype=DTYPES[info.dtype]).reshape(info.shape)
 
 
 def save(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write a safetensors file whose bytes depend on the tensors alone."""
+    """Write a safetensors file. Its bytes depend on the tensors alone, not on their order."""
     save_file({n: tensors[n].contiguous() for n in sorted(tensors)}, path, metadata={"format": "pt"})

@@ -1,11 +1,11 @@
-"""What transformers loads when a checkpoint is no longer its family's standard: layers that differ, low-rank experts, or both.
+"""The classes that transformers loads a compressed checkpoint with.
 
-For every family a configuration class (`moeflow_layers` says each layer's format) and a causal language model, whose MoE blocks are
-the family's own for as many experts as each layer has, and whose fused experts are `RoutedExperts` where a layer has low-rank ones,
-skips experts or has Compressed Experts; where experts or whole blocks are gone, `trimmed` says what is left. They are registered
-with transformers by importing this module, which `import moeflow` sees to (`autoload`). Names on disk are the family's, with two
-factors in the place of a low-rank matrix. Nothing is left at random: what is on disk is compared with what the configuration asks
-for before anything is loaded.
+Each family has a configuration class, whose `moeflow_layers` has the format of each layer, and a causal language model. Its MoE
+blocks are the family's own, with the layer's number of experts. If a layer has low-rank experts, skips experts or has Compressed
+Experts, its fused experts are `RoutedExperts`. If it has lost its experts or the whole block, `trimmed` replaces them. Importing
+this module registers the classes with transformers; `import moeflow` arranges that (`autoload`). Names on disk are the family's,
+with two factors instead of a low-rank matrix. Before anything is loaded, the checkpoint is compared with its configuration, so that
+no parameter is left at random.
 """
 
 import copy
@@ -31,27 +31,27 @@ from transformers.utils import cached_file
 from moeflow.arch import COMPRESSED, FAMILIES, LAYERS, MAIN, Arch, Family
 from moeflow.arch.spec import EXPERT_COUNT_KEYS
 from moeflow.model.factors import STACKS, Stack, expert_shapes
+from moeflow.model.fewer_active import CompressedExperts
 from moeflow.model.formats import CLASSES, Format, layer_formats
 from moeflow.model.layout import Folder, read_header
 from moeflow.model.packed import BESIDE, PACKED, SCALE, SHAPE, logical, packed_shapes, unpack
-from moeflow.model.reach import CompressedExperts
 from moeflow.model.routed_experts import experts_of
 from moeflow.model.trimmed import take_out
 
 HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-"""What `from_pretrained` may be told of where a checkpoint is to be had."""
+"""The options of `from_pretrained` that say where the checkpoint comes from."""
 
 SPLIT = ("tp_plan", "tp_size", "distributed_config", "device_mesh")
-"""What makes `from_pretrained` split experts between devices by plans that are written for the families' own modules."""
+"""The options of `from_pretrained` that split experts between devices, by plans written for the families' own modules."""
 
 VECTORS = ".experts.compressed."
-"""Is in the name of every vector of Compressed Experts, on disk and in memory."""
+"""A part of the name of every vector of Compressed Experts, on disk and in memory."""
 
 Shapes = dict[str, tuple[int, ...]]
 
 
 class Compressed:
-    """What a family's causal language model is mixed with: blocks of different sizes, and loading that leaves nothing open."""
+    """The mixin for a family's causal language model: layers of different formats, and loading that checks every tensor."""
 
     _can_compile_fullgraph = False  # rows are counted per expert
     _keep_in_fp32_modules_strict = frozenset({"skip"})  # a threshold is compared with weights in fp32
@@ -68,19 +68,19 @@ class Compressed:
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
-        """As in transformers, which knows no Compressed Experts: those that a checkpoint lacks are made to change nothing."""
+        """As in transformers, but Compressed Experts that the checkpoint lacks are set so that they change nothing."""
         super().initialize_weights()  # type: ignore[misc]
         for module in self.modules():  # type: ignore[attr-defined]
             if isinstance(module, CompressedExperts):
                 for vector in module.parameters():
-                    init.zeros_(vector)  # leaves alone what was loaded
+                    init.zeros_(vector)  # does not touch what was loaded
 
     @classmethod
     def from_pretrained(cls, name: Any, *args: Any, config: Any = None, **options: Any) -> Any:
-        """As in transformers; raises ValueError for any tensor that is missing, left over or of another shape than asked for.
+        """As in transformers, but raises ValueError for a tensor that is missing, left over or of the wrong shape.
 
-        Only Compressed Experts may be missing, all of them: where config.json asks for them and the checkpoint has none, they
-        change nothing.
+        Only Compressed Experts may be missing, and then all of them: if config.json asks for them and the checkpoint has none,
+        they change nothing.
         """
         if split := [k for k in SPLIT if options.get(k) is not None]:
             raise ValueError(f"{split[0]}= splits a family's own experts, and knows none of another form; load without it")
@@ -88,10 +88,10 @@ class Compressed:
         asked = config
         if not isinstance(config, PreTrainedConfig):
             asked = cls.config_class.from_pretrained(config or name, **hub)  # type: ignore[attr-defined]
-        given = options.get("state_dict")
-        held = _shapes_of(_files(name, options.get("variant"), hub)) if given is None else {n: t.shape for n, t in given.items()}
-        packed = packed_shapes(held, asked.to_dict()) if getattr(asked, "quantization_config", None) else {}
-        _compare(cls, asked, {n: packed.get(n, held.get(n, ())) for n in logical(held)}, str(name))
+        state = options.get("state_dict")
+        stored = _shapes_of(_files(name, options.get("variant"), hub)) if state is None else {n: t.shape for n, t in state.items()}
+        packed = packed_shapes(stored, asked.to_dict()) if getattr(asked, "quantization_config", None) else {}
+        _compare(cls, asked, {n: packed.get(n, stored.get(n, ())) for n in logical(stored)}, str(name))
         wanted = options.pop("output_loading_info", False)
         model, info = super().from_pretrained(name, *args, config=config, output_loading_info=True, **options)  # type: ignore[misc]
         left = sorted(str(k) for what in ("missing_keys", "unexpected_keys", "mismatched_keys") for k in info[what])
@@ -109,12 +109,12 @@ def _block(standard: Any, config: Any, format: Format) -> nn.Module:
     block = type(standard)(own)
     block.experts = experts_of(block.experts, format, config.to_dict())
     if not format.own:
-        block.experts.config = config  # where it looks up the implementation, which may be set for the whole model later
+        block.experts.config = config  # it looks up the implementation here, which may be set for the whole model later
     return block
 
 
 class _Load(ConversionOps):
-    """One stack of fused experts, from its pieces on disk."""
+    """Makes one stack of fused experts from its pieces on disk."""
 
     def __init__(self, stack: Stack) -> None:
         self.stack = stack
@@ -131,16 +131,16 @@ class _Load(ConversionOps):
         return _Save(self.stack)
 
 
-def _unpacked(held: dict[str, Any], name: str) -> Any:
-    """Of every expert the matrix of one name. Transformers has unpacked whole ones already; of factors it knows nothing."""
+def _unpacked(tensors: dict[str, Any], name: str) -> Any:
+    """The matrices of one name, of all experts. Transformers has unpacked whole matrices already, but not factors."""
     stem = name.removesuffix(PACKED)
-    if stem + SCALE not in held:
-        return held.pop(name)
-    return [unpack(*one) for one in zip(*(held.pop(stem + end) for end in (PACKED, SCALE, SHAPE)), strict=True)]
+    if stem + SCALE not in tensors:
+        return tensors.pop(name)
+    return [unpack(*one) for one in zip(*(tensors.pop(stem + end) for end in (PACKED, SCALE, SHAPE)), strict=True)]
 
 
 class _Save(_Load):
-    """The pieces on disk of one stack of fused experts, without the padding."""
+    """Makes the pieces on disk from one stack of fused experts, without the padding."""
 
     @torch.no_grad()
     def convert(
@@ -162,10 +162,10 @@ class _Save(_Load):
 
 
 def _conversions(arch: Arch) -> list[Any]:
-    """How a compressed checkpoint's names become those in memory: the family's renamings, and one converter for every stack."""
+    """How the names on disk become those in memory: the family's renamings, and one converter for each stack."""
     renamings = [t for t in get_checkpoint_conversion_mapping(arch.model_type) or [] if isinstance(t, WeightRenaming)]
     converters = []
-    here = f"{arch.block}.experts"  # spelled out, or shared experts would match
+    here = f"{arch.block}.experts"  # with the block, or shared experts would match
     for stack in STACKS:
         names = [stack.on_disk(Family(arch, {}), 0, matrix, "*").partition(".experts.")[2] for matrix in stack.matrices]
         if stack.kind != "whole":
@@ -174,23 +174,25 @@ def _conversions(arch: Arch) -> list[Any]:
     return [*renamings, *converters]
 
 
-def _compare(model_class: Any, config: Any, held: Mapping[str, Sequence[int]], where: str) -> None:
-    """Raise ValueError where the tensors that a checkpoint holds are not those that its configuration asks for."""
+def _compare(model_class: Any, config: Any, stored: Mapping[str, Sequence[int]], where: str) -> None:
+    """Raise ValueError if the tensors of a checkpoint are not those that its configuration asks for."""
     asked, optional, ignored = _asked(model_class, config)
-    if missing := sorted(set(asked) - set(held) - optional):
+    if missing := sorted(set(asked) - set(stored) - optional):
         raise ValueError(f"{where} has no tensor {_some(missing)}, which its config.json asks for; the checkpoint is incomplete")
     vectors = {n for n in asked if VECTORS in n}
-    if vectors & set(held) and (lacking := sorted(vectors - set(held))):
+    if vectors & set(stored) and (lacking := sorted(vectors - set(stored))):
         raise ValueError(f"{where} has Compressed Experts, but no tensor {_some(lacking)}; the checkpoint is incomplete")
-    if extra := sorted(n for n in set(held) - set(asked) if not any(re.search(p, n) for p in ignored)):
+    if extra := sorted(n for n in set(stored) - set(asked) if not any(re.search(p, n) for p in ignored)):
         raise ValueError(f"{where} has {_some(extra)}, which its config.json leaves no place for; correct one of them")
     for name, shape in asked.items():
-        if name in held and tuple(held[name]) != tuple(shape):
-            raise ValueError(f"{name} has shape {tuple(held[name])} where config.json asks for {tuple(shape)}; correct one of them")
+        if name in stored and tuple(stored[name]) != tuple(shape):
+            raise ValueError(
+                f"{name} has shape {tuple(stored[name])} where config.json asks for {tuple(shape)}; correct one of them"
+            )
 
 
 def _asked(model_class: Any, config: Any) -> tuple[Shapes, set[str], Iterable[str]]:
-    """The tensors on disk of a model of this configuration, those of them that may be absent, and patterns that are ignored."""
+    """The shapes of the tensors on disk that a configuration asks for, the names that may be absent, and patterns to ignore."""
     plain = config.to_dict()
     family = Family.of(plain)
     with torch.device("meta"):
@@ -208,11 +210,11 @@ def _asked(model_class: Any, config: Any) -> tuple[Shapes, set[str], Iterable[st
 
 
 def _files(name: Any, variant: str | None, hub: Mapping[str, Any]) -> list[Path]:
-    """A checkpoint's safetensors files, in a folder or from the hub."""
+    """A checkpoint's safetensors files, from a folder or the hub."""
 
     def find(file: str) -> Path | None:
-        found = cached_file(name, file, _raise_exceptions_for_missing_entries=False, **hub)
-        return None if found is None else Path(found)
+        path = cached_file(name, file, _raise_exceptions_for_missing_entries=False, **hub)
+        return None if path is None else Path(path)
 
     dotted = f".{variant}" if variant else ""
     if single := find(f"model{dotted}.safetensors"):
@@ -227,11 +229,11 @@ def _files(name: Any, variant: str | None, hub: Mapping[str, Any]) -> list[Path]
 
 
 def _shapes_of(files: Iterable[Path]) -> Shapes:
-    found: Shapes = {}
+    shapes: Shapes = {}
     for path in files:
         read = functools.partial(Folder(path.parent).read, path.name)
-        found |= {n: t.shape for n, t in read_header(path.name, path.stat().st_size, read).items()}
-    return found
+        shapes |= {n: t.shape for n, t in read_header(path.name, path.stat().st_size, read).items()}
+    return shapes
 
 
 def _some(names: Sequence[str]) -> str:
@@ -239,16 +241,16 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _balancing(family: Any) -> Callable[..., Any]:
-    """The family's forward, with its load-balancing loss taken of every layer by itself where layers differ in their number
-    of experts (its own adds up counts over layers, expert by expert), and averaged (Switch Transformer, arXiv 2101.03961, 2.2).
+    """The family's forward. If layers differ in their number of experts, its load-balancing loss is that of each layer, averaged
+    (Switch Transformer, arXiv 2101.03961, 2.2). The family's own adds up counts over layers, expert by expert.
     """
     loss_of: Any = getattr(importlib.import_module(family.__module__), "load_balancing_loss_func", None)
     signature = inspect.signature(family.forward)
 
     @functools.wraps(family.forward)
     def forward(self: Any, *args: Any, **fields: Any) -> Any:
-        given = signature.bind(self, *args, **fields).arguments
-        asked = given.get("output_router_logits")
+        arguments = signature.bind(self, *args, **fields).arguments
+        asked = arguments.get("output_router_logits")
         asked = self.config.output_router_logits if asked is None else asked
         if not asked:
             return family.forward(self, *args, **fields)
@@ -260,12 +262,12 @@ def _balancing(family: Any) -> Callable[..., Any]:
         logits: list[Tensor] = []
         hooks = [r.register_forward_hook(lambda _, __, out: logits.append(out[0])) for r in routers]
         try:
-            rest = {k: v for k, v in given.items() if k not in ("self", "kwargs")} | given.get("kwargs", {})
+            rest = {k: v for k, v in arguments.items() if k not in ("self", "kwargs")} | arguments.get("kwargs", {})
             out = family.forward(self, **(rest | {"output_router_logits": False, "return_dict": True}))
         finally:
             for hook in hooks:
                 hook.remove()
-        mask, top_k = given.get("attention_mask"), self.num_experts_per_tok
+        mask, top_k = arguments.get("attention_mask"), self.num_experts_per_tok
         each = [loss_of((layer,), n, top_k, mask).to(out.logits.device) for layer, n in zip(logits, counts, strict=True)]
         out.aux_loss, out.router_logits = torch.stack(each).mean(), tuple(logits)
         if out.loss is not None:
@@ -294,10 +296,10 @@ def _register(arch: Arch) -> tuple[Any, Any]:
 
 
 CONFIGS: dict[str, Any] = {}
-"""By `model_type`: MoeflowMixtralConfig and its kin."""
+"""The configuration classes, such as MoeflowMixtralConfig, by `model_type`."""
 MODELS: dict[str, Any] = {}
-"""By `model_type`: MoeflowMixtralForCausalLM and its kin."""
+"""The model classes, such as MoeflowMixtralForCausalLM, by `model_type`."""
 for _arch in FAMILIES:
     _config, _model = _register(_arch)
     CONFIGS[_config.model_type], MODELS[_config.model_type] = _config, _model
-    globals().update({_config.__name__: _config, _model.__name__: _model})  # where pickle looks for them
+    globals().update({_config.__name__: _config, _model.__name__: _model})  # pickle looks for them here

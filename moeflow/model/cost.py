@@ -1,4 +1,4 @@
-"""What one token costs in the model of a config.json, counted from the configuration alone: parameters, operations, cache."""
+"""The cost of one token: parameters, operations and cache, counted from the model's config.json alone."""
 
 from dataclasses import replace
 from math import prod
@@ -8,30 +8,31 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import moeflow  # noqa: F401  makes transformers know compressed checkpoints
-from moeflow.arch import Config, Family
+from moeflow.arch import EMBEDDING, Config, Family
 from moeflow.model.factors import expert_shapes
 from moeflow.model.formats import layer_formats
+from moeflow.model.spec import element_bytes
 
 
 def active_parameters(config: Config) -> int:
-    """The parameters that one token goes through in the model of this config.json, embedding, head and routers included.
+    """The number of parameters that one token uses, embedding, head and routers included.
 
-    Of a layer's experts as many count as a token is computed by, at their mean size; the vectors of Compressed Experts count all.
-    The model is built without weights.
+    As many of a layer's experts count as compute a token, at their mean size. All vectors of Compressed Experts count. The model is
+    built without weights.
     """
     model = _without_weights(config)
     return sum(p.numel() for p in model.parameters()) + _not_computed(model, config)
 
 
 def forward_flops(config: Config, length: int) -> int:
-    """The floating-point operations of a forward pass over one sequence of `length` tokens: two for each weight of each matrix that
-    a token is multiplied with, and those of attention over all pairs of positions, masked or not.
+    """The floating-point operations of a forward pass over one sequence of `length` tokens.
 
-    So counted, Mixtral-8x7B takes 54.4 TFLOPs at 2,048 tokens (He et al., arXiv 2406.02500, Table 3). Norms, activations, the
-    rotary embedding and softmax are left out.
+    Two for each weight of each matrix that a token is multiplied with, and those of attention over all pairs of positions, masked
+    or not. Norms, activations, the rotary embedding and softmax are left out. Counted so, Mixtral-8x7B takes 54.4 TFLOPs at 2,048
+    tokens (He et al., arXiv 2406.02500, Table 3).
     """
     model = _without_weights(config)
-    matrices = sum(p.numel() for n, p in model.named_parameters() if p.dim() > 1 and "embed_tokens" not in n)
+    matrices = sum(p.numel() for n, p in model.named_parameters() if p.dim() > 1 and n != EMBEDDING)
     if config.get("tie_word_embeddings"):
         matrices += model.get_input_embeddings().weight.numel()
     heads, keys, values = _heads(model.config, config)
@@ -40,19 +41,18 @@ def forward_flops(config: Config, length: int) -> int:
 
 
 def cache_bytes(config: Config) -> int:
-    """The bytes that one token takes in the key-value cache of transformers, in the checkpoint's precision."""
+    """The bytes of one token in the key-value cache of transformers, in the checkpoint's precision."""
     hf: Any = AutoConfig.for_model(**_plain(config))
     if config.get("kv_lora_rank"):  # what keys and values are computed from (DeepSeek-V2, arXiv 2405.04434, 2.1)
         width = hf.kv_lora_rank + hf.qk_rope_head_dim
     else:
         heads, keys, values = _heads(hf, config)
         width = int(getattr(hf, "num_key_value_heads", None) or heads) * (keys + values)
-    size = torch.empty(0, dtype=getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "float32"))).element_size()
-    return int(width) * int(config["num_hidden_layers"]) * size
+    return int(width) * int(config["num_hidden_layers"]) * element_bytes(config, "auto")
 
 
 def _heads(hf: Any, config: Config) -> tuple[int, int, int]:
-    """The attention heads of a layer, and the widths of a key and of a value."""
+    """The number of attention heads of a layer, and the widths of a key and a value."""
     heads = int(hf.num_attention_heads)
     if config.get("kv_lora_rank"):  # multi-head latent attention
         return heads, int(hf.qk_nope_head_dim) + int(hf.qk_rope_head_dim), int(hf.v_head_dim)
@@ -70,7 +70,7 @@ def _without_weights(config: Config) -> Any:
 
 
 def _not_computed(model: Any, config: Config) -> int:
-    """How many more (mostly fewer) of the experts' weights a token is multiplied with than the model holds in memory."""
+    """How many of the experts' weights a token is multiplied with, minus how many there are in memory; mostly negative."""
     family, more = Family.of(config), 0
     for at, format in enumerate(layer_formats(config)):
         if format is not None and format.experts:

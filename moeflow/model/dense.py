@@ -1,4 +1,4 @@
-"""A pulled checkpoint with its low-rank matrices multiplied out, for engines that have no kernel for them.
+"""Multiply out the low-rank matrices of a pulled checkpoint, for engines that have no kernel for them.
 
     python -m moeflow.model.dense FOLDER
 
@@ -25,11 +25,11 @@ INDEX = "model.safetensors.index.json"
 
 
 def multiply_out(folder: Path) -> dict[str, Any]:
-    """Rewrite the checkpoint in `folder`, file by file; say how many matrices were multiplied and the bytes before and after.
+    """Rewrite the checkpoint in `folder`, file by file. Returns the number of matrices multiplied and the bytes before and after.
 
-    Where all layers have the same number of experts the result is the family's own standard format; where factors are packed,
-    everything is unpacked. One file's tensors are in memory at a time. Raises ValueError where two factors of a matrix lie in
-    different files, OSError where the disk has no room.
+    If all layers have the same number of experts, the result has the family's own standard format. If factors are packed,
+    everything is unpacked. One file's tensors are in memory at a time. Raises ValueError if the two factors of a matrix lie in
+    different files, OSError if the disk has no room.
     """
     config = read_config(Folder(folder))
     family, tensors = Family.of(config), headers(Folder(folder))
@@ -47,9 +47,9 @@ def multiply_out(folder: Path) -> dict[str, Any]:
     check_room(folder, files, tensors, config)
     weight_map = {n: t.file for n, t in tensors.items()}
     for file in files:
-        held = multiplied_out(Tensors(folder / file))
-        weight_map = {n: f for n, f in weight_map.items() if f != file} | dict.fromkeys(held, file)
-        save(held, folder / f"{file}.new")
+        whole = multiplied_out(Tensors(folder / file))
+        weight_map = {n: f for n, f in weight_map.items() if f != file} | dict.fromkeys(whole, file)
+        save(whole, folder / f"{file}.new")
         os.replace(folder / f"{file}.new", folder / file)
     after = sum(t.nbytes for t in headers(Folder(folder)).values())
     plain = [formats[i].whole if i in formats else None for i in range(family.num_layers)]
@@ -62,7 +62,7 @@ def multiply_out(folder: Path) -> dict[str, Any]:
 
 
 def check_room(folder: Path, files: list[str], tensors: Mapping[str, TensorInfo], config: Config) -> None:
-    """Raise OSError where the disk has no room for one more of these files, at the size that it will have."""
+    """Raise OSError if the disk has no room for the largest of these files at its size after rewriting."""
     size = dict.fromkeys(files, 0)
     shapes = {n: t.shape for n, t in tensors.items()}
     whole = shapes | packed_shapes(shapes, config)

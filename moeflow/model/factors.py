@@ -1,6 +1,7 @@
-"""The matrices of a layer's experts between disk and memory: two factors each on disk, padded stacks in memory, or multiplied out.
+"""A layer's experts on disk and in memory: matrices or pairs of factors on disk, padded stacks in memory; or multiplied out.
 
-Shapes are suffixes: E experts, M rows, N columns, R rank, D model width, F expert width. Knows neither files nor transformers.
+Shapes are suffixes: E experts, M rows, N columns, R rank, D model width, F expert width. This file knows neither files nor
+transformers.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,17 +16,17 @@ from moeflow.model.formats import Format, routing_shapes
 from moeflow.model.moe import LowRank
 
 OUT, IN = ".factor_out", ".factor_in"
-"""What `Family.factors` puts in the place of `.weight`."""
+"""The endings with which `Family.factors` replaces `.weight`."""
 
 RANK_MULTIPLE = 16
-"""Ranks are padded in memory to a multiple of this: what tensor cores and vector units like, and at least what they demand."""
+"""In memory ranks are padded to a multiple of this, which tensor cores and vector units need or run faster with."""
 
 
 @dataclass(frozen=True)
 class Stack:
-    """One parameter of the fused experts, [E, M, N]: of those experts whose matrices are whole, or of the others one factor.
+    """One parameter of the fused experts, [E, M, N]: the whole matrices of some experts, or one factor of the others' matrices.
 
-    The pieces of one expert stand below each other, each padded with zeros to as many rows and columns as the largest.
+    The pieces of one expert lie below each other, each padded with zeros to the rows and columns of the largest.
     """
 
     name: str
@@ -33,28 +34,29 @@ class Stack:
     kind: Literal["whole", "in", "out"]
 
     def experts(self, format: Format) -> list[int]:
-        """The experts that stand in it, ascending."""
+        """The experts in this stack, ascending."""
         return [e for e, rank in enumerate(format.ranks(self.matrices[0])) if (rank == 0) == (self.kind == "whole")]
 
     def on_disk(self, family: Family, layer: int, matrix: str, expert: int | str) -> str:
-        """The name of one piece."""
+        """The name of one piece on disk."""
         name = family.expert(layer, expert)[MATRICES.index(matrix)]
         return name if self.kind == "whole" else family.factors(name)[self.kind == "in"]
 
     def piece_shape(self, format: Format, matrix: str, expert: int, width: int, inner: int) -> tuple[int, int]:
-        """The shape of one piece on disk, in a model of this width whose experts have this width inside."""
+        """The shape of one piece on disk, for a model of width `width` and experts of width `inner`."""
         m, n = (width, inner) if matrix == "down" else (inner, width)
         rank = format.ranks(matrix)[expert]
         return {"whole": (m, n), "in": (rank, n), "out": (m, rank)}[self.kind]
 
     def shape(self, format: Format, width: int, inner: int) -> tuple[int, int, int]:
+        """The shape of the whole stack in memory, padding included."""
         m, n = (width, inner) if self.matrices[0] == "down" else (inner, width)
         rank = padded(max((r for x in self.matrices for r in format.ranks(x)), default=0))
         m, n = {"whole": (m, n), "in": (rank, n), "out": (m, rank)}[self.kind]
         return len(self.experts(format)), len(self.matrices) * m, n
 
     def stacked(self, pieces: Sequence[Sequence[Tensor]]) -> Tensor:
-        """The parameter, from the pieces of each of its matrices in the order of its experts."""
+        """The stack of these pieces: for each of its matrices, one piece per expert."""
         rows, columns = (max(t.shape[d] for part in pieces for t in part) for d in (0, 1))
         rows, columns = {"whole": (rows, columns), "in": (padded(rows), columns), "out": (rows, padded(columns))}[self.kind]
         out_EMN = pieces[0][0].new_zeros(len(pieces[0]), len(pieces) * rows, columns)
@@ -64,11 +66,11 @@ class Stack:
         return out_EMN
 
     def place(self, out_EMN: Tensor, at: int, expert: int, piece_MN: Tensor) -> None:
-        """Write a piece of the matrix number `at` to where it stands for the stack's expert number `expert`."""
+        """Write one piece into the stack: that of its matrix number `at` and its expert number `expert`."""
         self._slot(out_EMN[expert], at, piece_MN.shape).copy_(piece_MN)
 
     def pieces(self, stack_EMN: Tensor, format: Format) -> Iterator[tuple[str, int, Tensor]]:
-        """The pieces without their padding, as (matrix, expert, [M, N])."""
+        """The pieces without their padding, as (matrix, expert, tensor [M, N])."""
         _, m, n = stack_EMN.shape
         for e, expert in enumerate(self.experts(format)):
             for at, matrix in enumerate(self.matrices):
@@ -92,7 +94,7 @@ STACKS = (
 
 
 def stacks(format: Format) -> list[Stack]:
-    """The parameters that the fused experts of such a layer have."""
+    """The stacks that a layer of this format has."""
     return [s for s in STACKS if s.experts(format)]
 
 
@@ -101,7 +103,7 @@ def padded(rank: int) -> int:
 
 
 def expert_shapes(family: Family, format: Format, layer: int, width: int, inner: int) -> dict[str, tuple[int, ...]]:
-    """The names and shapes that the experts of such a layer, and what stands beside them, have on disk."""
+    """The names and shapes on disk of a layer's experts, and of the threshold or vectors stored beside them."""
     return {
         stack.on_disk(family, layer, matrix, e): stack.piece_shape(format, matrix, e, width, inner)
         for stack in stacks(format)
@@ -113,11 +115,11 @@ def expert_shapes(family: Family, format: Format, layer: int, width: int, inner:
 def fused(
     tensors: Mapping[str, Tensor], family: Family, format: Format, layer: int, width: int, inner: int, **where: object
 ) -> dict[str, Tensor]:
-    """The parameters of a layer's fused experts from its tensors on disk, read one at a time, in a place and a precision (`where`).
+    """The stacks of a layer's fused experts by name, made of its tensors on disk, which are read one at a time.
 
-    Raises ValueError where a tensor has another shape than this format asks for at these widths of the model and its experts.
+    `where` is `device=` and `dtype=`. Raises ValueError if a tensor does not have the shape that `piece_shape` says.
     """
-    found = {}
+    stacked = {}
     for stack in stacks(format):
         out_EMN = torch.zeros(stack.shape(format, width, inner), **where)  # type: ignore[call-overload]
         for at, matrix in enumerate(stack.matrices):
@@ -127,14 +129,14 @@ def fused(
                 if tuple(piece_MN.shape) != shape:
                     raise ValueError(f"{name} has shape {tuple(piece_MN.shape)} where config.json asks for {shape}")
                 stack.place(out_EMN, at, e, piece_MN)
-        found[stack.name] = out_EMN
-    return found
+        stacked[stack.name] = out_EMN
+    return stacked
 
 
 def multiplied_out(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors with every pair of factors multiplied (in fp32), under the name of the matrix that it stands for."""
-    held = dict(tensors)
+    """The same tensors with every pair of factors replaced by their product (made in fp32), under the matrix's name."""
+    whole = dict(tensors)
     for name in [n for n in tensors if n.endswith(OUT)]:
         stem = name.removesuffix(OUT)
-        held[stem + ".weight"] = LowRank(held.pop(name), held.pop(stem + IN)).whole()
-    return held
+        whole[stem + ".weight"] = LowRank(whole.pop(name), whole.pop(stem + IN)).whole()
+    return whole

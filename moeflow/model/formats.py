@@ -1,5 +1,5 @@
-"""How the experts of one decoder layer are kept: how many there are, which of their matrices are products of two, what stands
-beside them that lets a token do with fewer of them, and what of the MoE block is gone. No torch."""
+"""The format of one decoder layer: how many experts it has, the ranks of their matrices, whether tokens skip experts or have
+Compressed Experts, and what of the MoE block is gone. No torch."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -9,37 +9,37 @@ from moeflow.arch import COMPRESSED, LAYERS, MAIN, MATRICES, Config, Family
 from moeflow.model.packed import PACKED
 
 Ranks = tuple[int, ...]
-"""Per expert, the rank of one of its matrices; 0 where the matrix is whole."""
+"""The rank of one matrix in each expert; 0 if the matrix is whole."""
 
 CLASSES = "Moeflow"
-"""Begins the names of the classes that transformers loads a compressed checkpoint with; the family's own follows."""
+"""The beginning of the names of the classes that load a compressed checkpoint; the name of the family's class follows."""
 
 
 SKIPS = ("ratio", "tail")
-"""The rules of dynamic skipping, by the name of the threshold that stands beside the experts."""
+"""The rules of dynamic skipping. The threshold has its rule's name."""
 
 FORMS = {"one": ("input",), "three": ("gate", "up", "inner")}
-"""The forms of Compressed Experts, and the vectors that each expert then has."""
+"""The forms of Compressed Experts, and the vectors that each expert has in that form."""
 
 GONE = {"": "all", "experts": "a shared expert and no routed one", "moe": "neither a MoE block nor its norm"}
-"""What may be missing of a MoE block, and how a message calls what is left: without the block, the residual stream passes."""
+"""What may be gone of a MoE block, and how a message names what is left."""
 
 
 @dataclass(frozen=True)
 class Format:
-    """The experts of one layer (0: a dense layer), and per matrix the ranks; no ranks where every matrix is whole.
-
-    `skip`: the rule of `SKIPS` by which a token leaves out experts; `compressed`: the form (`FORMS`) of its Compressed Experts;
-    `gone`: what of the MoE block is not there any more (`GONE`).
-    """
+    """The format of one decoder layer. Ranks are empty if every matrix is whole."""
 
     experts: int
+    """The number of routed experts; 0: a dense layer, or one whose experts are gone."""
     gate: Ranks = ()
     up: Ranks = ()
     down: Ranks = ()
     skip: str = ""
+    """The rule (`SKIPS`) by which a token skips experts."""
     compressed: str = ""
+    """The form (`FORMS`) of its Compressed Experts."""
     gone: str = ""
+    """What of the MoE block is gone (`GONE`)."""
 
     @property
     def low_rank(self) -> bool:
@@ -47,7 +47,7 @@ class Format:
 
     @property
     def own(self) -> bool:
-        """Whether the family's own fused experts cannot compute it."""
+        """Whether the layer needs `RoutedExperts`, because the family's own fused experts cannot compute it."""
         return bool(self.low_rank or self.skip or self.compressed)
 
     @property
@@ -56,11 +56,11 @@ class Format:
         return replace(self, gate=(), up=(), down=())
 
     def ranks(self, matrix: str) -> Ranks:
-        """The rank of `matrix` ("gate", "up" or "down") in each expert, 0 where it is whole."""
+        """The rank of `matrix` ("gate", "up" or "down") in each expert; 0 if it is whole."""
         return getattr(self, matrix) or (0,) * self.experts
 
     def words(self) -> str:
-        """The format in a message."""
+        """The format in words, for a message."""
         low = [f"{m} of ranks {', '.join(map(str, self.ranks(m)))}" for m in MATRICES if self.low_rank]
         beside = [f"skipping by {self.skip}"] * bool(self.skip) + [f"Compressed Experts ({self.compressed})"] * bool(
             self.compressed
@@ -81,14 +81,14 @@ class Format:
 
 
 def format_of(shapes: Mapping[str, Sequence[int]], config: Config, layer: int) -> Format:
-    """The format that a layer's tensors have, from their names and shapes.
+    """The format of a layer, from the names and shapes of its tensors.
 
-    Raises ValueError where an expert lacks a matrix or one of its factors, or where two factors do not fit each other.
+    Raises ValueError if an expert lacks a matrix or a factor, or if two factors do not fit each other.
     """
     family = Family.of(config)
     stem = family.experts(layer)
-    found = {n.removeprefix(stem).split(".")[0] for n in shapes if n.startswith(stem)}
-    numbers = sorted(int(n) for n in found if n.isdigit())
+    parts = {n.removeprefix(stem).split(".")[0] for n in shapes if n.startswith(stem)}
+    numbers = sorted(int(n) for n in parts if n.isdigit())
     if numbers != list(range(len(numbers))):
         lacking = next(i for i, n in enumerate([*numbers, -1]) if i != n)
         raise ValueError(f"layer {layer} has no expert {lacking} but {len(numbers)} others; the checkpoint is incomplete")
@@ -110,15 +110,15 @@ def format_of(shapes: Mapping[str, Sequence[int]], config: Config, layer: int) -
 
 
 def routing_shapes(family: Family, format: Format, layer: int, width: int, inner: int) -> dict[str, tuple[int, ...]]:
-    """The names and shapes of what stands beside a layer's experts: a threshold of skipping, the vectors of Compressed Experts."""
-    found: dict[str, tuple[int, ...]] = {f"{family.experts(layer)}skip.{format.skip}": ()} if format.skip else {}
+    """The names and shapes of what is stored beside a layer's experts: the threshold of skipping, vectors of Compressed Experts."""
+    shapes: dict[str, tuple[int, ...]] = {f"{family.experts(layer)}skip.{format.skip}": ()} if format.skip else {}
     for vector in FORMS.get(format.compressed, ()):
-        found[f"{family.experts(layer)}compressed.{vector}"] = (format.experts, inner if vector == "inner" else width)
-    return found
+        shapes[f"{family.experts(layer)}compressed.{vector}"] = (format.experts, inner if vector == "inner" else width)
+    return shapes
 
 
 def family_config(config: Config) -> Config:
-    """The configuration of the family's own kind behind that of a compressed checkpoint; any other as it is."""
+    """The configuration of the family's own class for the configuration of a compressed checkpoint; any other unchanged."""
     plain = {k: v for k, v in config.items() if k != LAYERS}
     return plain | {"model_type": str(config["model_type"]).removeprefix(COMPRESSED)}
 
@@ -127,22 +127,24 @@ def _rank(shapes: Mapping[str, Sequence[int]], name: str, factors: tuple[str, st
     out, inner = factors
     if name in shapes or name + PACKED in shapes:
         return 0
-    held = {n: shapes[n + end] for n in factors for end in (PACKED, "") if n + end in shapes}
-    if missing := [n for n in factors if n not in held]:
+    stored = {n: shapes[n + end] for n in factors for end in (PACKED, "") if n + end in shapes}
+    if missing := [n for n in factors if n not in stored]:
         absent = name if len(missing) == 2 else missing[0]
         raise ValueError(f"the checkpoint has no tensor {absent}; it is incomplete, or of another family")
-    rank = held[inner][0]
-    fits = len(held[out]) == len(held[inner]) == 2
-    # of packed columns only the words are known
-    if not fits or (held[out][1] * 32 % rank if out not in shapes else held[out][1] != rank):
-        raise ValueError(f"{out} {tuple(held[out])} and {inner} {tuple(held[inner])} do not multiply; the checkpoint is damaged")
+    rank = stored[inner][0]
+    fits = len(stored[out]) == len(stored[inner]) == 2
+    # for packed factors only the number of words in a row is known
+    if not fits or (stored[out][1] * 32 % rank if out not in shapes else stored[out][1] != rank):
+        raise ValueError(
+            f"{out} {tuple(stored[out])} and {inner} {tuple(stored[inner])} do not multiply; the checkpoint is damaged"
+        )
     return int(rank)
 
 
 def layer_formats(config: Config) -> list[Format | None]:
-    """Of each decoder layer, the format that config.json says: of a compressed checkpoint or of the family's own; None: dense.
+    """The format of each decoder layer by config.json, of a compressed checkpoint or not; None for a dense layer.
 
-    Raises ValueError where what a compressed one says cannot be: too few layers, ranks for another number of experts.
+    Raises ValueError if the formats of a compressed checkpoint are impossible, such as ranks for another number of experts.
     """
     family = Family.of(config)
     moe = family.moe_layers
@@ -152,13 +154,13 @@ def layer_formats(config: Config) -> list[Format | None]:
     if len(said) != family.num_layers:
         raise ValueError(f"config.json has {len(said)} entries in {LAYERS!r} for {family.num_layers} layers; write one for each")
     main = family.main_experts
-    found: list[Format | None] = []
+    formats: list[Format | None] = []
     for layer, value in enumerate(said):
         if bool(value) != (layer in moe) or not isinstance(value or {}, Mapping):
             kind = "experts" if layer in moe else "none"
             raise ValueError(f"config.json says {value} of layer {layer} in {LAYERS!r}, where the family has {kind}; correct it")
-        found.append(_checked(Format.from_json(value), layer) if value else None)
-        if format := found[-1]:
+        formats.append(_checked(Format.from_json(value), layer) if value else None)
+        if format := formats[-1]:
             try:
                 if not format.gone:
                     family.check_left(format.experts, format.experts)
@@ -170,14 +172,15 @@ def layer_formats(config: Config) -> list[Format | None]:
                     f"layer {layer} of config.json has Compressed Experts, and {MAIN}={main} of a token's {reach} experts are "
                     f"computed; it must lie between 1 and {reach - 1}"
                 )
-    return found
+    return formats
 
 
 def config_of(config: Config, formats: Sequence[Format | None]) -> Config:
-    """The config.json of the checkpoint whose decoder layers have these formats, made of the one that `config` describes.
+    """The config.json of a checkpoint whose decoder layers have these formats; `config` is that of the model it was made of.
 
-    The family's own, readable without moeflow, where all layers have the same number of whole experts; otherwise the compressed
-    one, whose own number of experts is the largest. Raises ValueError where `formats` does not fit the family's layers.
+    If all layers have the same number of whole experts, it is the family's own, readable without moeflow. Otherwise it is that of a
+    compressed checkpoint, with the largest number of experts under the family's key. Raises ValueError if `formats` does not fit
+    the family's layers.
     """
     family, plain = Family.of(config), family_config(config)
     names = [str(a).removeprefix(CLASSES) for a in config.get("architectures") or ()]

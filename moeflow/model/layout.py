@@ -1,4 +1,4 @@
-"""Where tensors lie in safetensors files, and which of them are a layer's experts: headers and names, no torch."""
+"""The headers of safetensors files, and the names of a layer's tensors when experts are taken out. No torch."""
 
 import json
 import struct
@@ -11,22 +11,22 @@ from typing import Protocol
 from moeflow.arch import Config, Family
 
 LAYER = "layer.safetensors"
-"""A decoder layer's tensors, in the folder of the step that made it."""
+"""The file of a decoder layer's tensors, in the folder of the step that made it."""
 
 ROUTING = "routing.safetensors"
-"""Beside them, what a later step adds for its experts: a threshold of skipping, or Compressed Experts."""
+"""The file beside it for what a later step adds: a threshold of skipping, or Compressed Experts."""
 
 ESSENTIAL = "essential.json"
-"""config.json without what has no effect on what the model computes."""
+"""The file with the part of config.json that changes what the model computes."""
 
 
 def file_for(name: str) -> str:
-    """In which file of a layer's folder the tensor of this name lies."""
+    """The file of a layer's folder that has the tensor with this name."""
     return ROUTING if ".experts.skip." in name or ".experts.compressed." in name else LAYER
 
 
 class Files(Protocol):
-    """What a reader needs of a folder: `moeflow.step.Artifact` has it, and so has `Folder`."""
+    """What a reader needs from a folder. `moeflow.step.Artifact` and `Folder` are such."""
 
     def names(self) -> list[str]: ...
     def size(self, name: str) -> int: ...
@@ -53,7 +53,7 @@ class Folder:
 
 @dataclass(frozen=True)
 class SingleFile:
-    """One file on this machine, whatever it is called, read as the one safetensors file of a folder."""
+    """One file on this machine, with any name, read like a folder with one safetensors file."""
 
     path: Path
 
@@ -69,7 +69,7 @@ class SingleFile:
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies: bytes [start, stop) of `file`."""
+    """One tensor: bytes [start, stop) of `file`."""
 
     file: str
     dtype: str  # as safetensors writes it: "BF16"
@@ -87,9 +87,9 @@ class TensorInfo:
 
 
 def read_header(file: str, size: int, read: Callable[[int, int], bytes]) -> dict[str, TensorInfo]:
-    """The tensors of one safetensors file of `size` bytes, of which `read(start, stop)` gives a range.
+    """The tensors of one safetensors file of `size` bytes; `read(start, stop)` returns a range of its bytes.
 
-    Raises ValueError where the file is cut short or no safetensors file at all.
+    Raises ValueError if the file is truncated or no safetensors file.
     """
     try:
         (length,) = struct.unpack("<Q", read(0, 8))
@@ -111,27 +111,29 @@ def read_header(file: str, size: int, read: Callable[[int, int], bytes]) -> dict
 
 def headers(files: Files) -> dict[str, TensorInfo]:
     """The tensors of all safetensors files of a folder or artifact."""
-    found: dict[str, TensorInfo] = {}
+    tensors: dict[str, TensorInfo] = {}
     for name in (n for n in files.names() if n.endswith(".safetensors")):
-        found |= read_header(name, files.size(name), lambda a, b, name=name: files.read(name, a, b))  # type: ignore[misc]
-    return found
+        tensors |= read_header(name, files.size(name), lambda a, b, name=name: files.read(name, a, b))  # type: ignore[misc]
+    return tensors
 
 
 def read_config(files: Files) -> Config:
-    """The configuration in a folder or artifact: of a checkpoint, or as far as it changes what the model computes."""
+    """The configuration in a folder or artifact: `ESSENTIAL` if there is one, otherwise config.json."""
     name = ESSENTIAL if ESSENTIAL in files.names() else "config.json"
     return json.loads(files.read(name, 0, files.size(name)))
 
 
 def experts_in(names: Iterable[str], config: Config, layer: int) -> int:
-    """The number of routed experts that a layer's tensor names speak of: 0 for a dense layer."""
+    """The number of routed experts in a layer, counted by the names of its tensors; 0 for a dense layer."""
     first = Family.of(config).experts(layer)
     return len({e for n in names if n.startswith(first) and (e := n.removeprefix(first).split(".")[0]).isdigit()})
 
 
 def left(names: Iterable[str], config: Config, layer: int, *, whole: bool = False) -> list[str]:
-    """What remains of a layer without its routed experts: the shared expert where there is one, otherwise no MoE block and no norm
-    before it. `whole`: the block goes with the shared expert."""
+    """The names that remain of a layer without its routed experts. The shared expert stays.
+
+    Without a shared expert, or if `whole`, nothing of the MoE block remains, and neither does the norm before it.
+    """
     family = Family.of(config)
     routed = (family.experts(layer), *family.router_tensors(layer))
     gone = (family.moe(layer), family.norm(layer)) if whole or family.arch.shared is None else routed
@@ -139,9 +141,9 @@ def left(names: Iterable[str], config: Config, layer: int, *, whole: bool = Fals
 
 
 def kept(names: Iterable[str], config: Config, layer: int, experts: list[int]) -> dict[str, tuple[str, bool]]:
-    """How a layer's file is rewritten when only `experts` stay: old name to (new name, whether its rows are sliced).
+    """How a layer's file is rewritten if only `experts` stay: old name to (new name, whether its rows are sliced).
 
-    A name that is not in the answer is dropped. Experts are renumbered from zero in the given order.
+    Names that are not in the result are dropped. Experts are renumbered from zero in the order of `experts`.
     """
     family = Family.of(config)
     first = family.experts(layer)

@@ -1,6 +1,7 @@
-"""One MoE layer as plain tensors, whatever the family, and the arithmetic that every method shares.
+"""One MoE layer of any family as plain tensors, and the arithmetic that all methods share.
 
-Shapes are suffixes: T tokens, D model width, F expert width, E experts, k experts a token. Knows neither files nor transformers.
+Shapes are suffixes: T tokens, D model width, F expert width, E experts, k experts a token, M outputs and N inputs of a matrix, R
+rank. This file knows neither files nor transformers.
 """
 
 from collections.abc import Callable
@@ -17,7 +18,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": silu, "swish": sil
 
 @dataclass(frozen=True)
 class LowRank:
-    """A matrix [M, N] as the product of a tall and a wide one."""
+    """A matrix [M, N] as the product of two factors."""
 
     out_MR: Tensor
     in_RN: Tensor
@@ -38,18 +39,18 @@ Matrix = Tensor | LowRank
 
 
 def apply(matrix: Matrix, x_TN: Tensor) -> Tensor:
-    """What a matrix [M, N] makes of rows [T, N]: [T, M]."""
+    """Rows [T, N] times a matrix [M, N], transposed: [T, M]."""
     return linear(linear(x_TN, matrix.in_RN), matrix.out_MR) if isinstance(matrix, LowRank) else linear(x_TN, matrix)
 
 
 def whole(matrix: Matrix) -> Tensor:
-    """The matrix itself, multiplied out where it is a product."""
+    """The matrix as one tensor, multiplied out if it is low-rank."""
     return matrix.whole() if isinstance(matrix, LowRank) else matrix
 
 
 @dataclass(frozen=True)
 class MLP:
-    """A gated feed-forward block: one expert, or what an expert is shared as."""
+    """A gated feed-forward network: one routed expert, or the shared one."""
 
     gate_FD: Matrix
     up_FD: Matrix
@@ -60,7 +61,7 @@ class MLP:
         return apply(self.down_DF, self.inner(x_TD))
 
     def inner(self, x_TD: Tensor) -> Tensor:
-        """What the last matrix is applied to, [T, F]."""
+        """The input of the down matrix, [T, F]."""
         return ACTIVATIONS[self.act](apply(self.gate_FD, x_TD)) * apply(self.up_FD, x_TD)
 
     def to(self, **where: object) -> "MLP":
@@ -74,6 +75,8 @@ class MLP:
 
 @dataclass(frozen=True)
 class MoELayer:
+    """The MoE block of one decoder layer."""
+
     router: Router
     router_ED: Tensor
     experts: tuple[MLP, ...]
@@ -89,7 +92,7 @@ class MoELayer:
         return sum(e.nbytes for e in self.experts)
 
     def to(self, **where: object) -> "MoELayer":
-        """The same layer elsewhere (`device=`) or in another precision (`dtype=`); the bias of the choice stays fp32."""
+        """The same layer on another device (`device=`) or in another precision (`dtype=`); the router's bias stays fp32."""
 
         def move(t: Tensor | None) -> Tensor | None:
             return None if t is None else t.to(**where)  # type: ignore[call-overload]
@@ -104,7 +107,7 @@ class MoELayer:
         )
 
     def keep(self, experts: list[int]) -> "MoELayer":
-        """The layer that has only these experts, renumbered in this order."""
+        """The layer with only these experts, renumbered in this order."""
         return replace(
             self,
             router=self.router.keep(experts),
@@ -113,24 +116,24 @@ class MoELayer:
         )
 
     def logits(self, x_TD: Tensor) -> Tensor:
-        """Router logits [T, E] in the precision in which the family computes them."""
+        """Router logits [T, E], in the precision in which the family computes them."""
         if self.router.arch.router_fp32:
             return linear(x_TD.float(), self.router_ED.float())
         return linear(x_TD, self.router_ED)
 
     def expert_outputs(self, x_TD: Tensor) -> Tensor:
-        """What every expert would say to every token, routed there or not: [T, E, D]."""
+        """The output of every expert for every token, whether routed there or not: [T, E, D]."""
         return torch.stack([expert(x_TD) for expert in self.experts], dim=1)
 
     def shared_output(self, x_TD: Tensor) -> Tensor | None:
-        """What the shared expert adds to every token, [T, D], or None where the family has none."""
+        """The output of the shared expert for every token, [T, D]; None if the family has none."""
         if self.shared is None:
             return None
         y_TD = self.shared(x_TD)
         return y_TD if self.shared_gate_1D is None else linear(x_TD, self.shared_gate_1D).sigmoid() * y_TD
 
     def routed_output(self, x_TD: Tensor, allowed_E: Tensor | None = None) -> Tensor:
-        """The weighted sum of the chosen experts, [T, D], each run on its own tokens only."""
+        """The weighted sum of the chosen experts' outputs, [T, D]. Each expert runs on its own tokens only."""
         weights_Tk, index_Tk = self.router.choose(self.logits(x_TD), allowed_E)
         out_TD = torch.zeros_like(x_TD, dtype=torch.promote_types(x_TD.dtype, torch.float32))
         for e, expert in enumerate(self.experts):
@@ -140,10 +143,10 @@ class MoELayer:
         return out_TD.to(x_TD.dtype)
 
     def __call__(self, x_TD: Tensor, allowed_E: Tensor | None = None) -> Tensor:
-        """The block's output [T, D], before the residual is added."""
+        """The output of the MoE block [T, D], before the residual is added."""
         out_TD, shared_TD = self.routed_output(x_TD, allowed_E), self.shared_output(x_TD)
         return out_TD if shared_TD is None else out_TD + shared_TD
 
     def weights(self, x_TD: Tensor, allowed_E: Tensor | None = None) -> Tensor:
-        """Routing weights over all experts [T, E], fp32: zero off the top k."""
+        """Routing weights over all experts [T, E], fp32; zero outside the top k."""
         return dense(*self.router.choose(self.logits(x_TD), allowed_E), self.num_experts)

@@ -1,4 +1,4 @@
-"""What is recorded while a MoE layer runs: router logits, sums per expert, and the inputs of some tokens.
+"""Record statistics of an MoE layer while it runs: router logits, sums per expert, and the inputs of some tokens.
 
 Shapes are suffixes: N sequences, L positions, T tokens, D model width, E experts, k experts a token, R recorded tokens. All sums
 are fp64 and additive over shards of tokens.
@@ -17,11 +17,11 @@ from moeflow.model.router import Router
 from moeflow.model.stream import EXPERTS
 
 OBSERVED = "moeflow_observed"
-"""The implementation of fused experts under which a `Recorder` sees every routed expert's output."""
+"""The implementation of fused experts that shows a `Recorder` the output of every routed pair."""
 
 
 def _observed_experts(module: nn.Module, x_TD: Tensor, index_Tk: Tensor, weights_Tk: Tensor) -> Tensor:
-    """Each (token, expert) pair alone, then the weighted sum: bit for bit what the standard implementation computes."""
+    """Compute each (token, expert) pair by itself, then the weighted sum. Equal to the standard implementation bit for bit."""
     tokens, k = index_Tk.shape
     pairs_x = x_TD.repeat_interleave(k, dim=0)
     y = ALL_EXPERTS_FUNCTIONS[EXPERTS](module, pairs_x, index_Tk.reshape(-1, 1), x_TD.new_ones(tokens * k, 1))
@@ -34,10 +34,10 @@ ALL_EXPERTS_FUNCTIONS.register(OBSERVED, _observed_experts)
 
 
 class Recorder:
-    """The statistics of one MoE layer over the tokens of one shard, batch after batch in order.
+    """The statistics of one MoE layer over the tokens of one shard, batch by batch in order.
 
-    `budget`: the inputs of this many tokens are kept, the first ones; behind it, those of the tokens that reach an expert that
-    was seen fewer than `per_expert` times by then, so that rare experts are seen.
+    It keeps the inputs of the first `budget` tokens, and after them those of tokens that are routed to an expert with fewer than
+    `per_expert` tokens so far. With `residual` it also keeps the residual stream before the block for the same tokens.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Recorder:
 
     @contextmanager
     def on(self, layer: nn.Module) -> Iterator[None]:
-        """Record whatever runs through this decoder layer meanwhile."""
+        """Record what runs through this decoder layer inside the `with` statement."""
         norm, block = (layer.get_submodule(name) for name in (self.family.arch.norm, self.family.arch.block))
         router = block.get_submodule(self.family.arch.block_router)
         block.get_submodule("experts").recorder = self  # type: ignore[assignment]
@@ -71,13 +71,13 @@ class Recorder:
                 hook.remove()
 
     def pairs(self, y_TkD: Tensor, index_Tk: Tensor, weights_Tk: Tensor) -> None:
-        """Take in the output of every routed (token, expert) pair."""
+        """Add the outputs of routed (token, expert) pairs to the sums. The index `experts` marks a pair that was skipped."""
         norm_Tk = torch.linalg.vector_norm(y_TkD, dim=-1, dtype=torch.float32).double()
         weights_Tk = weights_Tk.double()
         flat = index_Tk.reshape(-1)
 
         def add(name: str, value_Tk: Tensor) -> None:
-            # one place more than there are experts, for pairs that were left out
+            # one place more than there are experts, for pairs that were skipped
             sum_E = torch.zeros(self.experts + 1, dtype=torch.float64, device=flat.device).index_add_(0, flat, value_Tk.reshape(-1))
             self.sums[name] += sum_E[:-1].cpu()
 
@@ -93,9 +93,9 @@ class Recorder:
         self._now["index"] = index_Tk
 
     def result(self) -> dict[str, Tensor]:
-        """Everything recorded: `logits_TE`, `x_RD` (and `residual_RD`), `position_R` in the shard, `<sum>_E`, and totals.
+        """Everything recorded: `logits_TE`, `x_RD` (and `residual_RD`), `position_R` in the shard, sums `<name>_E`, and totals.
 
-        `sample` rows of the recorded ones are the first tokens in order; the rest are there for their rare experts.
+        The first `sample` rows are the first tokens in order. The other rows are kept for their rare experts.
         """
         suffix = {"logits": "logits_TE", "x": "x_RD", "position": "position_R", "residual": "residual_RD"}
         out = {suffix[n]: torch.cat(rows) for n, rows in self.rows.items()}
@@ -125,7 +125,7 @@ class Recorder:
         self.totals["cos_layer"] += _cosines(before.flatten(0, -2), after.flatten(0, -2))
 
     def _kept(self, tokens: int) -> Tensor:
-        """Which of the batch's tokens are recorded, ascending."""
+        """The tokens of the batch whose inputs are kept, ascending."""
         index_Tk = self._now["index"]
         first = torch.arange(tokens, device=index_Tk.device) < self.budget - self.seen
         if self.per_expert:

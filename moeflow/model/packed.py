@@ -1,8 +1,8 @@
-"""Quantized matrices on disk: as compressed-tensors packs them, codes in words of 32 bits, scales, and the shape of the whole; and
-as DeepSeek-V3 is published, in FP8 with a scale for each block.
+"""Quantized matrices on disk, in two forms.
 
-Names without torch; the tensors themselves are packed and unpacked by the library. Shapes are suffixes: M outputs and N inputs of a
-matrix, G groups of inputs, P words of a row.
+Packed by compressed-tensors: codes in words of 32 bits, scales, and the unpacked shape. In FP8 with a scale for each block, as
+DeepSeek-V3 is published. Torch is imported only to pack and unpack. Shapes are suffixes: M outputs and N inputs of a matrix, G
+groups of inputs, P words of a row, B and C blocks of rows and columns.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,18 +10,18 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from moeflow.arch import Config, Family
+from moeflow.arch import HEAD, Config, Family
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 WHOLE = ".weight"
 PACKED, SCALE, SHAPE, ZERO = "_packed", "_scale", "_shape", "_zero_point"
-"""Behind the name of a matrix, or of a factor of one, those of what stands on disk in its place."""
+"""The endings of the tensors that replace a matrix, or a factor of one, on disk."""
 BESIDE = (SCALE, SHAPE, ZERO)
 BLOCK_SCALE = "_scale_inv"
-"""Behind the name of an FP8 matrix, that of what its blocks are multiplied with (DeepSeek-V3, arXiv 2412.19437, 3.3.2), in spite
-of the name."""
+"""The ending of the scales that the blocks of an FP8 matrix are multiplied with (DeepSeek-V3, arXiv 2412.19437, 3.3.2). They are
+no inverse, in spite of the name."""
 
 METHOD, FORMAT = "compressed-tensors", "pack-quantized"
 Shapes = Mapping[str, Sequence[int]]
@@ -29,7 +29,7 @@ Shapes = Mapping[str, Sequence[int]]
 
 @dataclass(frozen=True)
 class Scheme:
-    """How a checkpoint's matrices are packed: bits a weight, and weights of a row that share a scale (0: all)."""
+    """How matrices are packed: bits of a weight, and how many weights of a row share a scale (0: all)."""
 
     bits: int
     group: int
@@ -39,21 +39,21 @@ class Scheme:
 
 
 def logical(names: Iterable[str]) -> list[str]:
-    """The names of the matrices that these tensors stand for, packed or not."""
-    held = list(names)
-    packed = {n.removesuffix(PACKED) for n in held if n.endswith(PACKED)}
-    beside = {name + end for name in packed for end in BESIDE} | {n + BLOCK_SCALE for n in held}
-    return [n.removesuffix(PACKED) for n in held if n not in beside]
+    """The names of the matrices of these tensors, packed or not."""
+    stored = list(names)
+    packed = {n.removesuffix(PACKED) for n in stored if n.endswith(PACKED)}
+    beside = {name + end for name in packed for end in BESIDE} | {n + BLOCK_SCALE for n in stored}
+    return [n.removesuffix(PACKED) for n in stored if n not in beside]
 
 
 def packed_shapes(shapes: Shapes, config: Config) -> dict[str, tuple[int, int]]:
-    """Of each packed matrix, or factor of one, by its own name, its shape [M, N] when unpacked, told by its neighbours' shapes."""
-    family, found = Family.of(config), {}
+    """The unpacked shape [M, N] of every packed matrix or factor, inferred from its neighbours."""
+    family, unpacked = Family.of(config), {}
 
     def rows(name: str) -> int:
-        """Of a matrix, or of the factor that gives its outputs."""
-        held = (shapes.get(n + end) for n in (name, family.factors(name)[0]) for end in (PACKED, ""))
-        return int(next((shape[0] for shape in held if shape), 0))
+        """The outputs of a matrix, whole or factored."""
+        stored = (shapes.get(n + end) for n in (name, family.factors(name)[0]) for end in (PACKED, ""))
+        return int(next((shape[0] for shape in stored if shape), 0))
 
     for packed, shape in shapes.items():
         if packed.endswith(PACKED):
@@ -62,37 +62,37 @@ def packed_shapes(shapes: Shapes, config: Config) -> dict[str, tuple[int, int]]:
             out, within = family.factors(whole)
             gate = family.gate_beside(whole)
             columns = config["hidden_size"] if gate is None else rows(gate)
-            found[name] = int(shape[0]), rows(within) if name == out else int(columns)
-    return found
+            unpacked[name] = int(shape[0]), rows(within) if name == out else int(columns)
+    return unpacked
 
 
 def numels(shapes: Shapes, config: Config) -> dict[str, int]:
-    """How many weights each of these tensors stands for, by the names of the matrices."""
+    """The number of weights of each matrix, packed or not."""
     whole = packed_shapes(shapes, config)
     return {n: prod(whole.get(n, shapes.get(n, ()))) for n in logical(shapes)}
 
 
 def scheme_of(shapes: Shapes, config: Config) -> Scheme | None:
-    """How the packed ones of these tensors are packed, None where there are none. Raises ValueError where they differ."""
-    found: dict[Scheme, str] = {}
-    single: dict[Scheme, str] = {}  # one scale a row: a group may be as long
+    """How the packed matrices are packed; None if there are none. Raises ValueError if they differ."""
+    schemes: dict[Scheme, str] = {}
+    single: dict[Scheme, str] = {}  # one scale a row, which a group of the row's length has, too
     for name, (_, columns) in packed_shapes(shapes, config).items():
         if name + ZERO in shapes:
             raise ValueError(f"{name} has zero points, with which transformers loads no experts; quantize symmetrically")
         groups = int(shapes[name + SCALE][1])
         scheme = Scheme(round(int(shapes[name + PACKED][1]) * 32 / columns), columns // groups)
-        (found if groups > 1 else single).setdefault(scheme, name)
+        (schemes if groups > 1 else single).setdefault(scheme, name)
     for scheme, name in single.items():
-        if scheme not in found:
-            found.setdefault(replace(scheme, group=0), name)
-    if len(found) > 1:
-        differ = " and ".join(f"{name} {scheme.words()}" for scheme, name in [*found.items()][:2])
+        if scheme not in schemes:
+            schemes.setdefault(replace(scheme, group=0), name)
+    if len(schemes) > 1:
+        differ = " and ".join(f"{name} {scheme.words()}" for scheme, name in [*schemes.items()][:2])
         raise ValueError(f"{differ}: transformers loads experts of one scheme only; quantize all alike")
-    return next(iter(found), None)
+    return next(iter(schemes), None)
 
 
 def check_whole(shapes: Shapes, layer: int, config: Config, experts: int) -> None:
-    """Raise ValueError where some of a layer's experts are packed and others are not: transformers loads no such layer."""
+    """Raise ValueError if some of a layer's experts are packed and others are not: transformers loads no such layer."""
     family = Family.of(config)
     names = [n for e in range(experts) for whole in family.expert(layer, e) for n in (whole, *family.factors(whole))]
     packed = [n for n in names if n + PACKED in shapes]
@@ -101,8 +101,10 @@ def check_whole(shapes: Shapes, layer: int, config: Config, experts: int) -> Non
 
 
 def quantization_config(scheme: Scheme, shapes: Shapes, config: Config) -> dict[str, Any]:
-    """What config.json says of a checkpoint packed so, for transformers and vLLM: what is not packed is ignored by its name."""
+    """The `quantization_config` of a packed checkpoint, for transformers and vLLM. It ignores by name what is not packed."""
     family = Family.of(config)
+    # a head that is tied to the embedding has no tensor, but is a module like any other
+    matrices = [HEAD, *(n for n, s in shapes.items() if _is_matrix(n, s))]
     weights = {
         "num_bits": scheme.bits,
         "type": "int",
@@ -120,8 +122,7 @@ def quantization_config(scheme: Scheme, shapes: Shapes, config: Config) -> dict[
         "global_compression_ratio": None,
         "kv_cache_scheme": None,
         "config_groups": {"group_0": group},
-        # a head that is tied to the embedding has no tensor, and is a module like any other
-        "ignore": sorted({"lm_head"} | {family.pattern(n.removesuffix(WHOLE)) for n, s in shapes.items() if _is_matrix(n, s)}),
+        "ignore": sorted({family.pattern(n.removesuffix(WHOLE)) for n in matrices}),
     }
 
 
@@ -130,7 +131,7 @@ def _is_matrix(name: str, shape: Sequence[int]) -> bool:
 
 
 def pack(codes_MN: "Tensor", scale_MG: "Tensor", bits: int) -> "dict[str, Tensor]":
-    """What stands on disk for signed codes (int8) on a symmetric grid, by the end of its name."""
+    """The tensors on disk, by the endings of their names, for signed codes (int8) on a symmetric grid."""
     import torch
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
@@ -138,7 +139,7 @@ def pack(codes_MN: "Tensor", scale_MG: "Tensor", bits: int) -> "dict[str, Tensor
 
 
 def unpack(packed_MP: "Tensor", scale_MG: "Tensor", shape: "Tensor") -> "Tensor":
-    """The matrix [M, N] that codes on a symmetric grid stand for, in the precision of its scales."""
+    """The matrix [M, N] of packed codes on a symmetric grid, in the precision of its scales."""
     from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 
     rows, columns = (int(n) for n in shape)
@@ -148,9 +149,9 @@ def unpack(packed_MP: "Tensor", scale_MG: "Tensor", shape: "Tensor") -> "Tensor"
 
 
 def unblocked(codes_MN: "Tensor", scale_BC: "Tensor") -> "Tensor":
-    """The matrix [M, N], fp32, that FP8 codes stand for, with a scale [B, C] for each square block of them.
+    """The matrix [M, N], fp32, of FP8 codes with a scale [B, C] for each square block.
 
-    A block's side is the power of two by which the shapes go together, as the last blocks may be cut off; 128 as published.
+    A block's side is the smallest power of two that fits the shapes, since the last blocks may be cut off; 128 as published.
     """
     sides = []
     for size, blocks in zip(codes_MN.shape, scale_BC.shape, strict=True):

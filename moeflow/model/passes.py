@@ -1,6 +1,7 @@
-"""Take hidden states through decoder layers, one layer's weights at a time, and record what is seen on the way.
+"""Run hidden states through decoder layers, one layer's weights at a time, record statistics on the way, and compute logits.
 
-Shapes are suffixes: N sequences, L positions, D model width. Reads inputs and writes files, and knows of no step.
+Shapes are suffixes: N sequences, L positions, T tokens, t some of them, D model width, V vocabulary. This file reads and writes
+files, and knows nothing of steps.
 """
 
 import json
@@ -14,19 +15,23 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from moeflow.arch import Config, Family
+from moeflow.model.alternatives import slices
 from moeflow.model.checkpoint import Tensors
-from moeflow.model.layout import Files
+from moeflow.model.layout import Files, read_config
 from moeflow.model.observe import OBSERVED, Recorder
 from moeflow.model.router import Router
 from moeflow.model.spec import precision
 from moeflow.model.stream import EXPERTS, Stream
+
+TOKENS_AT_ONCE = 1024
+"""Tokens whose logits are in memory together."""
 
 Progress = Callable[[int, int, str], None]
 
 
 @torch.inference_mode()
 def embed(config: Config, rest: Files, ids_NL: Tensor, out: Path, *, dtype: str) -> None:
-    """Write the hidden states of these token ids before the first layer. Raises ValueError for an id beyond the vocabulary."""
+    """Write the hidden states of these token ids before the first layer. Raises ValueError for an id outside the vocabulary."""
     vocabulary = int(config["vocab_size"])
     if len(ids_NL) and not 0 <= int(ids_NL.min()) <= int(ids_NL.max()) < vocabulary:
         raise ValueError(f"token ids reach from {ids_NL.min()} to {ids_NL.max()}, but the model's vocabulary has {vocabulary}")
@@ -39,10 +44,10 @@ def through(
     recorded: Callable[[int], Path] | None = None, before: Callable[[int], Path] | None = None, between: int = 0,
     budget: int = 0, **recording: Any,
 ) -> None:  # fmt: skip
-    """Write the hidden states behind consecutive layers, given as (number, file), running `batch` sequences together.
+    """Run hidden states through consecutive layers (number, file), `batch` sequences together, and write those behind the last.
 
-    With `recorded`, what a `Recorder` (made with `budget` and `recording`) saw in each MoE layer is written to the file it names;
-    with `before`, the hidden states of the first `between` tokens before each layer.
+    `recorded(layer)` is the file for the statistics of an MoE layer; `budget` and `recording` are options of its `Recorder`.
+    `before(layer)` is the file for the hidden states of the first `between` tokens before a layer.
     """
     stream = stream_of(config, dtype, OBSERVED if recorded else EXPERTS)
     states_NLD = load_file(hidden)["hidden_NLD"]
@@ -65,11 +70,31 @@ def through(
 
 
 def stream_of(config: Config, dtype: str, experts: str = EXPERTS) -> Stream:
-    """A model to be run layer by layer, on a GPU where there is one. `dtype` "auto": the checkpoint's own precision."""
+    """A model to run layer by layer, on a GPU if there is one. With `dtype` "auto" it has the checkpoint's own precision."""
     return _stream(json.dumps(config), precision(config, dtype), experts)
 
 
-@lru_cache(2)  # it holds no weights, and every step of a run needs the same
+class Head:
+    """The final norm and the head of a model: from hidden states behind the last layer to logits.
+
+    `rest` holds config.json and their tensors.
+    """
+
+    def __init__(self, rest: Files, dtype: str) -> None:
+        stream, tensors = stream_of(read_config(rest), dtype), Tensors(rest)
+        self.device, self._norm, self._head = stream.device, stream.final_norm(tensors), stream.head(tensors)
+
+    def logits(self, states_TD: Tensor) -> Tensor:
+        """The logits [T, V] of hidden states [T, D], in fp32."""
+        return self._head(self._norm(states_TD[None].to(self.device)))[0].float()
+
+    def by_chunk(self, states_TD: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """The logits [t, V] of at most `TOKENS_AT_ONCE` tokens at a time, in fp32, each with the rows of these tokens."""
+        for rows in slices(len(states_TD), TOKENS_AT_ONCE):
+            yield rows, self.logits(states_TD[rows])
+
+
+@lru_cache(2)  # a stream has no weights, and every step of a run needs the same one
 def _stream(config: str, dtype: str, experts: str) -> Stream:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return Stream(json.loads(config), device=device, dtype=getattr(torch, dtype), experts=experts)

@@ -1,5 +1,4 @@
-"""The fused experts of one layer that the family's own cannot compute: matrices that are products of two, tokens that do with
-fewer experts than the router gives them.
+"""Fused experts that the family's own module cannot compute: with low-rank matrices, skipping, or Compressed Experts.
 
 Shapes are suffixes: T tokens, S routed (token, expert) pairs sorted by expert, E experts, M rows, N columns, R rank, D model
 width, F expert width, k experts a token.
@@ -15,24 +14,24 @@ from torch.nn.functional import grouped_mm, linear
 
 from moeflow.arch import Config, Family
 from moeflow.model.factors import stacks
+from moeflow.model.fewer_active import CompressedExperts, Scales, Skip
 from moeflow.model.formats import Format
-from moeflow.model.reach import CompressedExperts, Scales, Skip
 
 Product = Callable[[Tensor, Tensor], Tensor]
-"""Rows [S, N] times a matrix [M, N], or each times the matrix of its expert out of a stack [E, M, N]."""
+"""Multiplies rows [S, N] with a matrix [M, N], or each row with its expert's matrix in a stack [E, M, N]."""
 
 UPCAST_ROWS = 4
-"""From this many rows, a product in bf16 runs in fp32 on a processor that has no instructions for bf16: 3 to 6 times faster."""
+"""Products in bf16 with at least this many rows run in fp32 on a processor without bf16 instructions: 3 to 6 times faster."""
 
 
 class RoutedExperts(nn.Module):
-    """A layer's routed experts with the call of transformers' own: (x [T, D], index [T, k], weights [T, k]) to [T, D].
+    """A layer's routed experts, called like transformers' own: (x [T, D], index [T, k], weights [T, k]) to [T, D].
 
-    Its parameters are stacks [E, M, N] of equal shape (`factors.Stack`): `gate_up_proj` and `down_proj` of those experts whose
-    matrices are whole, `gate_up_in` and `gate_up_out`, `down_in` and `down_out` of the others, padded with zeros to one rank.
-    Padding takes part in the products and adds nothing; its gradient is zero, because what it is multiplied with is zero.
-    They start as zeros: a loader fills them. `skip` and `compressed`, where the layer has them, say which of a token's experts are
-    computed: the others cost nothing. Where `recorder` is set, it is shown what each routed pair computed.
+    Its parameters are stacks [E, M, N] (`factors.Stack`): `gate_up_proj` and `down_proj` of the experts with whole matrices,
+    `gate_up_in`, `gate_up_out`, `down_in` and `down_out` of the others, padded with zeros to the same rank. The padding takes part
+    in the products but adds nothing; its gradient is zero, because the other factor is zero there. The parameters start as zeros
+    and are filled by a loader. `skip` and `compressed` decide which of a token's experts are computed; the others cost nothing. If
+    `recorder` is set, it is shown the output of each routed pair.
     """
 
     gate_up_proj: Tensor
@@ -64,9 +63,9 @@ class RoutedExperts(nn.Module):
             weights_Tk, index_Tk = self.skip(weights_Tk, index_Tk, self.num_experts)
         tokens, k = index_Tk.shape
         expert_S, order_S = index_Tk.reshape(-1).sort()
-        # counting by comparison needs no word from the GPU, and works where deterministic algorithms are asked for
+        # counting by comparison does not wait for the GPU, and works with deterministic algorithms
         counts_E = (expert_S == torch.arange(self.num_experts, device=expert_S.device)[:, None]).sum(1)
-        if self.skip is not None:  # pairs that are left out stand at the end, and go
+        if self.skip is not None:  # skipped pairs are at the end, and are cut off
             computed = int(counts_E.sum())
             expert_S, order_S = expert_S[:computed], order_S[:computed]
         work = self._together if in_one_kernel(x_TD) else self._one_by_one
@@ -86,10 +85,10 @@ class RoutedExperts(nn.Module):
         return next(p.dtype for p in self.parameters(recurse=False))
 
     def _one_by_one(self, x_TD: Tensor, token_S: Tensor, scales: Scales | None, expert_S: Tensor, counts_E: Tensor) -> Tensor:
-        """Every expert's rows [S, D], one expert after the other: what it works on stays in a processor's cache."""
+        """The outputs [S, D], one expert after the other, which keeps the processor's cache warm."""
         y, start = [], 0
         for matrices, stop in zip(self._matrices(), counts_E.cumsum(0).tolist(), strict=True):
-            # an expert without rows is left out only where no gradient is wanted: with one, its own is zero and not absent
+            # an expert without rows takes part if gradients are computed, so that its gradient is zero and not absent
             if stop > start or torch.is_grad_enabled():
                 token_s = token_S[start:stop]
                 inner_sF = self._inner(_product, *matrices[:2], _inputs(x_TD, token_s, scales))
@@ -98,7 +97,7 @@ class RoutedExperts(nn.Module):
         return torch.cat(y) if y else x_TD.new_empty(0, self.hidden_dim)
 
     def _together(self, x_TD: Tensor, token_S: Tensor, scales: Scales | None, expert_S: Tensor, counts_E: Tensor) -> Tensor:
-        """Every expert's rows [S, D], all experts in one kernel for each product."""
+        """The outputs [S, D], with one kernel for each product of all experts."""
 
         def gate_up(low: bool, offsets_E: Tensor, *inputs_SD: Tensor) -> Tensor:
             first, second = (self.gate_up_in, self.gate_up_out) if low else (self.gate_up_proj, None)
@@ -112,20 +111,24 @@ class RoutedExperts(nn.Module):
         return _either(self.down_low, down, (_scaled(inner_SF, token_S, scales),), expert_S, counts_E)
 
     def _matrices(self) -> Iterator[tuple[Tensor, Tensor | None, Tensor, Tensor | None]]:
-        """Of each expert the matrices that its rows go through: gate and up, their second factor, down, its second factor."""
-        # by attribute, where a sum with trained additions may stand in the parameter's place
-        held = {name: iter(getattr(self, name).unbind()) for name, _ in self.named_parameters(recurse=False)}
+        """The matrices of each expert: gate and up, their second factor, down, its second factor."""
+        # by attribute, because LoRA may replace the parameter by a sum
+        stacked = {name: iter(getattr(self, name).unbind()) for name, _ in self.named_parameters(recurse=False)}
         for gate_up_low, down_low in zip(self.gate_up_low, self.down_low, strict=True):
-            gate_up = (next(held["gate_up_in"]), next(held["gate_up_out"])) if gate_up_low else (next(held["gate_up_proj"]), None)
-            down = (next(held["down_in"]), next(held["down_out"])) if down_low else (next(held["down_proj"]), None)
+            gate_up = (
+                (next(stacked["gate_up_in"]), next(stacked["gate_up_out"]))
+                if gate_up_low
+                else (next(stacked["gate_up_proj"]), None)
+            )
+            down = (next(stacked["down_in"]), next(stacked["down_out"])) if down_low else (next(stacked["down_proj"]), None)
             yield *gate_up, *down
 
     def _inner(self, product: Product, first: Tensor, second: Tensor | None, inputs: tuple[Tensor, ...]) -> Tensor:
-        """What down is applied to, [S, F]; `inputs`: of gate and of up, one tensor where it is the same."""
+        """The input of down, [S, F]; `inputs` are those of gate and of up, or one tensor for both."""
         if len(inputs) == 1:
             both = product(inputs[0], first)
         else:
-            # side by side in one tensor, too: how an activation rounds its last bits depends on how its input lies in memory
+            # in one tensor, too, because how an activation rounds its last bits depends on its input's layout in memory
             both = torch.cat([product(x, w) for x, w in zip(inputs, first.chunk(2, dim=-2), strict=True)], dim=-1)
         gate, up = both.chunk(2, dim=-1)
         if second is not None:
@@ -134,13 +137,13 @@ class RoutedExperts(nn.Module):
 
 
 def experts_of(standard: Any, format: Format, config: Config) -> Any:
-    """A family's fused experts, or what stands in their place where a layer of this format needs it."""
+    """The family's fused experts, or `RoutedExperts` if the layer's format needs them."""
     if not format.own:
         return standard
     family, width, inner = Family.of(config), standard.hidden_dim, standard.intermediate_dim
     compressed = skip = None
     if format.compressed:
-        ordered = family.arch.score == "sparsemixer"  # its weights come from rounds of their own, and say nothing of each other
+        ordered = family.arch.score == "sparsemixer"  # each weight comes from a softmax of its own, so they cannot be compared
         main = family.main_experts
         compressed = CompressedExperts(format.compressed, format.experts, width, inner, main=main, ordered=ordered)
     if format.skip:
@@ -149,7 +152,7 @@ def experts_of(standard: Any, format: Format, config: Config) -> Any:
 
 
 def _inputs(x_TD: Tensor, token_S: Tensor, scales: Scales | None) -> tuple[Tensor, ...]:
-    """What gate and up are applied to; one tensor where it is the same."""
+    """The inputs of gate and up, or one tensor for both."""
     x_SD = x_TD[token_S]
     if scales is None:
         return (x_SD,)
@@ -158,7 +161,7 @@ def _inputs(x_TD: Tensor, token_S: Tensor, scales: Scales | None) -> tuple[Tenso
 
 
 def _scaled(inner_SF: Tensor, token_S: Tensor, scales: Scales | None) -> Tensor:
-    """What down is applied to, scaled where its input has a vector."""
+    """The input of down, scaled if it has a vector."""
     if scales is None or scales.inner is None:
         return inner_SF
     return (inner_SF * scales.inner[token_S]).to(inner_SF.dtype)
@@ -170,7 +173,7 @@ def _outer(product: Product, first: Tensor, second: Tensor | None, x_SF: Tensor)
 
 
 def _either(low: list[bool], work: Callable[..., Tensor], inputs: tuple[Tensor, ...], expert_S: Tensor, counts_E: Tensor) -> Tensor:
-    """Rows of experts with low-rank matrices by themselves, and so those of the others."""
+    """Compute the rows of experts with low-rank matrices and the rows of the others separately."""
     if all(low) or not any(low):
         return work(low[0], _offsets(counts_E), *inputs)
     low_E = torch.tensor(low, device=expert_S.device)
@@ -183,7 +186,7 @@ def _either(low: list[bool], work: Callable[..., Tensor], inputs: tuple[Tensor, 
 
 
 def _grouped(offsets_E: Tensor, x_SN: Tensor, weight_EMN: Tensor) -> Tensor:
-    """Rows sorted by expert, each times the matrix of its own: [S, M]; expert e's rows end before `offsets_E[e]`."""
+    """Rows sorted by expert, each times its expert's matrix: [S, M]. The rows of expert e end before `offsets_E[e]`."""
     return grouped_mm(x_SN, weight_EMN.transpose(-2, -1), offs=offsets_E)
 
 

@@ -1,6 +1,7 @@
-"""How a router turns logits into expert indices and weights, for every family, and for any allowed subset of the experts.
+"""How a router turns logits into expert indices and weights, for every family, and for any subset of the experts.
 
-Shapes are suffixes: T tokens, E experts, k experts a token; leading dimensions broadcast ("..."): many subsets route at once.
+Shapes are suffixes: T tokens, E experts, k experts a token. Leading dimensions ("...") broadcast, so that many subsets can route at
+once.
 """
 
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ from moeflow.arch import Arch, Family
 
 @dataclass(frozen=True)
 class Router:
-    """A family's rule of choice with its numbers filled in; `bias_E` is added to the score by which experts are chosen."""
+    """The rule by which one layer's router chooses experts. `bias_E` is added to the scores for the choice only."""
 
     arch: Arch
     top_k: int
@@ -26,7 +27,7 @@ class Router:
 
     @staticmethod
     def of(family: Family, experts: int, bias_E: Tensor | None = None) -> "Router":
-        """The router of a layer of so many experts."""
+        """The router of a layer with `experts` experts."""
         groups, topk_groups = family.group_limit
         return Router(
             arch=family.arch,
@@ -40,20 +41,20 @@ class Router:
         )
 
     def keep(self, experts: list[int]) -> "Router":
-        """The router of the layer that has only these experts."""
+        """The router of the layer with only these experts."""
         return replace(self, bias_E=None if self.bias_E is None else self.bias_E[experts])
 
     def can_spare(self, experts: int) -> bool:
-        """Whether any one of a layer's `experts` may be forbidden alone and every token still finds its top k."""
+        """Whether any one of a layer's `experts` can be forbidden while every token still gets its top k."""
         least = 2 if self.groups > 1 and self.arch.group_score == "top2" else 1
         left = experts // self.groups - 1
         return left >= least and (self.top_k < experts if self.groups == 1 else left * self.topk_groups >= self.top_k)
 
     def choose(self, logits: Tensor, allowed: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Weights and indices of the chosen experts, both [..., k], fp32 and int64, in no particular order.
+        """Weights [..., k] (fp32) and indices [..., k] (int64) of the chosen experts, in no particular order.
 
-        `logits` [..., E]; `allowed` [..., E] (bool, broadcast against the logits) forbids the others exactly as if their
-        rows were sliced out of the router. Callers see to it that enough are allowed (`Family.check_keep`).
+        `logits` is [..., E]. `allowed` [..., E] (bool, broadcast against the logits) forbids the other experts exactly as if their
+        rows were sliced out of the router. The caller must allow enough of them (`Family.check_keep`).
         """
         logits = logits.float()
         if allowed is not None and self.arch.score != "sigmoid":
@@ -63,7 +64,7 @@ class Router:
         if self.arch.score == "sigmoid":
             value = logits.sigmoid()
             choice = value if self.bias_E is None else value + self.bias_E
-            # a forbidden expert is masked where the router chooses: its bias would survive a mask before the sigmoid
+            # mask after the bias is added: it would survive a mask before the sigmoid
             choice = choice if allowed is None else choice.masked_fill(~allowed, -torch.inf)
             outside = -torch.inf
         else:
@@ -79,11 +80,12 @@ class Router:
         return weights * self.scale, index
 
     def scores(self, logits: Tensor) -> Tensor:
-        """What the router thinks of every expert, chosen or not, [..., E] fp32: softmax, or sigmoid where the family has that."""
+        """The score of every expert, chosen or not, [..., E], fp32: softmax, or sigmoid if the family uses that."""
         return logits.float().sigmoid() if self.arch.score == "sigmoid" else logits.float().softmax(-1)
 
     def _limit_groups(self, choice: Tensor, outside: float) -> Tensor:
-        """Groups rank by their best expert (DeepSeek-V2, arXiv 2405.04434, 2.1.2) or their two best (V3, 2412.19437, 2.1.2)."""
+        """Forbid all but the best groups, ranked by their best expert (DeepSeek-V2, arXiv 2405.04434, 2.1.2) or by their two best
+        (DeepSeek-V3, arXiv 2412.19437, 2.1.2)."""
         by_group = choice.unflatten(-1, (self.groups, -1))
         score = by_group.amax(-1) if self.arch.group_score == "max" else by_group.topk(2, dim=-1).values.sum(-1)
         best = score.topk(self.topk_groups, dim=-1).indices
@@ -91,7 +93,7 @@ class Router:
         return by_group.masked_fill(~inside.unsqueeze(-1), outside).flatten(-2)
 
     def _sparsemixer(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Two experts, each weighted by a softmax over those within the jitter of it (SparseMixer-v2, arXiv 2409.12136)."""
+        """Two experts, each weighted by a softmax over the logits close to its own (SparseMixer-v2, arXiv 2409.12136)."""
         weights, indices = [], []
         scores = logits
         for _ in range(2):
@@ -104,5 +106,5 @@ class Router:
 
 
 def dense(weights: Tensor, index: Tensor, experts: int) -> Tensor:
-    """Routing weights over all experts, [..., E]: zero where an expert was not chosen."""
+    """Routing weights over all experts, [..., E]; zero for an expert that was not chosen."""
     return weights.new_zeros(*weights.shape[:-1], experts).scatter_(-1, index, weights)

@@ -1,4 +1,4 @@
-"""What is known of checkpoints, layers and tokens before they exist: the values that steps' specs pass on. No torch."""
+"""What is known about checkpoints, layers and tokens before they exist: the outputs of steps' specs. No torch."""
 
 import json
 from collections.abc import Mapping
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 
-from moeflow.arch import LAYERS, Config, Family
+from moeflow.arch import EMBEDDING, HEAD, LAYERS, Config, Family
 from moeflow.model.formats import Format, format_of
 from moeflow.model.packed import Scheme, numels, scheme_of
 
@@ -20,7 +20,7 @@ TensorTable = Mapping[str, tuple[str, tuple[int, ...]]]
 
 
 def header_bytes(table: TensorTable) -> int:
-    """The part of a safetensors file that comes before the data."""
+    """The size of a safetensors file's header, the part before the data."""
     return file_bytes(table) - sum(tensor_bytes(*t) for t in table.values())
 
 
@@ -40,7 +40,7 @@ def file_bytes(table: TensorTable) -> int:
 
 
 def precision(config: Config, dtype: str) -> str:
-    """The precision of a run as torch names it: `dtype`, or with "auto" that of the checkpoint."""
+    """The precision of a run by torch's name: `dtype`, or for "auto" that of the checkpoint. Raises ValueError if unknown."""
     name = str(config.get("dtype") or config.get("torch_dtype") or "float32") if dtype == "auto" else dtype
     if name not in NAMES.values():
         raise ValueError(f"dtype={name!r} is not known; choose one of auto, {', '.join(NAMES.values())}")
@@ -78,7 +78,7 @@ class LayerSpec:
 
     @property
     def least(self) -> int:
-        """How many experts there are at least."""
+        """The smallest number of experts that a run may leave."""
         return self.experts if self.fewest is None else min(self.fewest, self.experts)
 
     @property
@@ -93,16 +93,16 @@ class LayerSpec:
 
     @cached_property
     def low_rank(self) -> bool:
-        """Whether any expert is a product already, or a step of the graph may make it one."""
+        """Whether any expert is low-rank already, or a step of the graph may make it so."""
         return self.share < 1 or self.format.low_rank
 
     @cached_property
     def format(self) -> Format:
-        """The format that its tensors have."""
+        """The format of the layer, by its tensors."""
         return format_of({n: shape for n, (_, shape) in self.tensors.items()}, self.config, self.layer)
 
     def check_routing(self, what: str) -> None:
-        """Raise ValueError where this layer's experts, which `what` ("prune") would change, have to stay or may be gone."""
+        """Raise ValueError if this layer's experts must not change, or may be gone; `what` ("prune") would change them."""
         if self.optional:
             raise ValueError(
                 f"whether layer {self.layer} keeps its experts is decided by a run that trims the model; {what} first and trim "
@@ -121,7 +121,7 @@ class LayerSpec:
 
     @cached_property
     def packed(self) -> Scheme | None:
-        """How its experts are packed, None where they are not."""
+        """How its experts are packed; None if they are not."""
         return scheme_of({n: shape for n, (_, shape) in self.tensors.items()}, self.config)
 
     @cached_property
@@ -130,20 +130,20 @@ class LayerSpec:
         return any(dtype.startswith("F8") for dtype, _ in self.tensors.values())
 
     def check_plain(self, what: str) -> None:
-        """Raise ValueError where its experts are packed or in FP8, and `what` ("decompose") needs weights."""
+        """Raise ValueError if its experts are packed or in FP8; `what` ("decompose") needs plain weights."""
         form = f"packed in {self.packed.words()}" if self.packed else "in FP8" if self.fp8 else ""
         if form:
             raise ValueError(f"layer {self.layer} is {form}; {what} the model that it was made of")
 
     @cached_property
     def expert_bytes(self) -> int:
-        """The bytes of the routed experts, all of them."""
+        """The bytes of all routed experts together."""
         stem = Family.of(self.config).experts(self.layer)
         return sum(tensor_bytes(*t) for n, t in self.tensors.items() if n.startswith(stem))
 
     @cached_property
     def expert_numel(self) -> int:
-        """The parameters of the routed experts, all of them."""
+        """The number of parameters of all routed experts together."""
         stem = Family.of(self.config).experts(self.layer)
         each = numels({n: shape for n, (_, shape) in self.tensors.items()}, self.config)
         return sum(number for name, number in each.items() if name.startswith(stem))
@@ -164,7 +164,7 @@ class LayerSpec:
 
 @dataclass(frozen=True)
 class RestSpec:
-    """What a checkpoint holds beside its decoder layers: embedding, final norm, head, and its small files."""
+    """What a checkpoint has beside its decoder layers: embedding, final norm, head, and its small files."""
 
     config: Config
     tensors: TensorTable
@@ -176,9 +176,9 @@ class RestSpec:
 
     @cached_property
     def head_bytes(self) -> int:
-        """The bytes of the final norm and the head, which the embedding may be."""
-        tied = "lm_head.weight" not in self.tensors
-        return sum(tensor_bytes(*t) for n, t in self.tensors.items() if tied or "embed_tokens" not in n)
+        """The bytes of the final norm and the head, which may be the embedding."""
+        tied = HEAD not in self.tensors
+        return sum(tensor_bytes(*t) for n, t in self.tensors.items() if tied or n != EMBEDDING)
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,7 @@ class TokensSpec:
 
 @dataclass(frozen=True)
 class HiddenSpec:
-    """Hidden states of some sequences before one layer."""
+    """The hidden states of some sequences before one layer."""
 
     config: Config
     sequences: int
@@ -223,7 +223,7 @@ class HiddenSpec:
 
 @dataclass(frozen=True)
 class ForkSpec:
-    """Hidden states of the model as it is, and of as many changed ones beside it."""
+    """The hidden states of a model, and those of changed models (forks) on the same tokens."""
 
     hidden: HiddenSpec
     forks: tuple[str, ...]
@@ -235,41 +235,41 @@ class ForkSpec:
 
 @dataclass(frozen=True)
 class ObservedSpec:
-    """What one pass over some sequences left: the hidden states behind its last layer, and what it recorded in each layer."""
+    """The output of one pass over some sequences: hidden states behind the last layer, and statistics of each MoE layer."""
 
     hidden: HiddenSpec
-    recorded: int  # tokens whose MoE inputs are kept, in order from the first
-    rows: int  # with those that are kept for a rare expert, at most
+    recorded: int  # the first tokens, whose MoE inputs are kept
+    rows: int  # the same with the tokens that are kept for a rare expert, at most
     layers: tuple[int, ...]
 
 
 def check_layer(config: Config, layer: int, table: TensorTable) -> int:
-    """The routed experts of a layer, 0 for a dense one. Raises ValueError where config.json contradicts the tensors."""
+    """The number of a layer's routed experts, 0 if it is dense. Raises ValueError if config.json contradicts the tensors."""
     family = Family.of(config)
-    found = format_of({n: shape for n, (_, shape) in table.items()}, config, layer)
+    format = format_of({n: shape for n, (_, shape) in table.items()}, config, layer)
     if LAYERS in config:
         wanted = Format.from_json({"experts": 0} | (config[LAYERS][layer] or {}))
     else:
         wanted = Format(family.num_experts if layer in family.moe_layers else 0)
-    if found != wanted:
+    if format != wanted:
         raise ValueError(
-            f"config.json says that layer {layer} has {wanted.words()}, its tensors say {found.words()}; correct one of them"
+            f"config.json says that layer {layer} has {wanted.words()}, its tensors say {format.words()}; correct one of them"
         )
-    if found.experts:
+    if format.experts:
         width = int(config["hidden_size"])
         for name in family.router_tensors(layer):
             if name not in table:
                 raise ValueError(f"layer {layer} has no tensor {name}; the checkpoint is incomplete, or of another family")
         rows = table[family.router(layer)][1]
-        if rows != (found.experts, width):
+        if rows != (format.experts, width):
             raise ValueError(
-                f"layer {layer}'s router has shape {rows} where config.json asks for {(found.experts, width)}; correct one of them"
+                f"layer {layer}'s router has shape {rows} where config.json asks for {(format.experts, width)}; correct one of them"
             )
-        for name in (n for e in range(found.experts) for n in family.expert(layer, e)):
+        for name in (n for e in range(format.experts) for n in family.expert(layer, e)):
             out, inner = family.factors(name)
             if name not in table and out not in table:
                 continue  # packed: its columns are told by the model's width
             sides = table[name][1] if name in table else (table[out][1][0], table[inner][1][1])
             if width not in sides:
                 raise ValueError(f"{name} has shape {sides}, and config.json says hidden_size={width}; correct one of them")
-    return found.experts
+    return format.experts

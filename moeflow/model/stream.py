@@ -1,7 +1,7 @@
-"""Run a model of transformers one decoder layer at a time: a layer's weights are resident only while it runs.
+"""Run a model of transformers one decoder layer at a time: a layer's weights are in memory only while it runs.
 
-The layers are transformers' own modules, filled from the hub's files; what they compute equals the whole model bit for bit. Of a
-layer that is no longer its family's standard, the fused experts are `RoutedExperts`.
+The layers are transformers' own modules, filled from the hub's files. They compute the same as the whole model, bit for bit. If a
+layer is no longer its family's standard, its fused experts are `RoutedExperts`.
 Shapes are suffixes: N sequences, L positions, D model width, V vocabulary.
 """
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from moeflow.arch import Config, Family
+from moeflow.arch import EMBEDDING, Config, Family
 from moeflow.model.checkpoint import Tensors
 from moeflow.model.factors import fused
 from moeflow.model.formats import Format, family_config, format_of
@@ -21,11 +21,11 @@ from moeflow.model.routed_experts import experts_of
 from moeflow.model.trimmed import take_out
 
 EXPERTS = "grouped_mm"
-"""The implementation of fused experts in transformers that is used throughout: they differ in the last bits."""
+"""The implementation of fused experts in transformers that is used everywhere, since implementations differ in the last bits."""
 
 
 class Stream:
-    """A model that is never whole: its skeleton without weights, and the arguments that its layers are called with."""
+    """A model without weights, which makes its layers one at a time and knows the arguments that they are called with."""
 
     def __init__(self, config: Config, *, device: str = "cpu", dtype: torch.dtype | None = None, experts: str = EXPERTS) -> None:
         self.config, self.device, self.experts = config, torch.device(device), experts
@@ -37,18 +37,18 @@ class Stream:
         self._layer_class = type(self.skeleton.model.layers[0])
         self._norm, self.skeleton.model.norm = self.skeleton.model.norm, nn.Identity()
         self.skeleton.model.layers = nn.ModuleList(_Stub(layer) for layer in self.skeleton.model.layers)
-        # its frequencies are computed, not stored
+        # the rotary embedding has no weights: its frequencies are computed
         self.skeleton.model.rotary_emb = type(self.skeleton.model.rotary_emb)(config=hf).to(self.device)
         self._arguments: dict[tuple[int, int], list[dict[str, Any]]] = {}
 
     def embed(self, rest: Mapping[str, Tensor], ids_NL: Tensor) -> Tensor:
         """Hidden states before the first layer, [N, L, D]."""
-        table_VD = rest["model.embed_tokens.weight"].to(self.device, self.dtype)
+        table_VD = rest[EMBEDDING].to(self.device, self.dtype)
         module = _filled(copy.deepcopy(self.skeleton.model.embed_tokens), {"weight": table_VD}, "model.embed_tokens")
         return module(ids_NL.to(self.device))
 
     def layer(self, tensors: Mapping[str, Tensor], layer: int) -> nn.Module:
-        """One decoder layer with its weights. Raises ValueError where a tensor is missing, left over or of the wrong shape."""
+        """One decoder layer with its weights. Raises ValueError if a tensor is missing, left over or of the wrong shape."""
         info = tensors.info if isinstance(tensors, Tensors) else tensors
         format = format_of({n: tuple(info[n].shape) for n in info}, self.config, layer)
         config = self.family.with_experts(format.experts) if format.experts else self.family.config
@@ -67,7 +67,7 @@ class Stream:
         return _filled(module, values, f"layer {layer}")
 
     def arguments(self, layer: int, hidden_NLD: Tensor) -> dict[str, Any]:
-        """What the model passes to this layer beside the hidden states: mask, positions, rotary embedding."""
+        """The arguments of this layer beside the hidden states: mask, positions, rotary embedding."""
         n, length = hidden_NLD.shape[:2]
         if (n, length) not in self._arguments:
             with torch.no_grad():
@@ -80,10 +80,10 @@ class Stream:
         return _filled(copy.deepcopy(self._norm), values, "model.norm")
 
     def head(self, rest: Mapping[str, Tensor]) -> nn.Module:
-        """From normed hidden states to logits; the embedding serves where the checkpoint ties it to the head."""
+        """The module from normed hidden states to logits; the embedding if the checkpoint ties it to the head."""
         values = {n.removeprefix("lm_head."): rest[n].to(self.device, self.dtype) for n in rest if n.startswith("lm_head.")}
         if "weight" not in values:
-            values["weight"] = rest["model.embed_tokens.weight"].to(self.device, self.dtype)
+            values["weight"] = rest[EMBEDDING].to(self.device, self.dtype)
         return _filled(copy.deepcopy(self.skeleton.lm_head), values, "lm_head")
 
     def _hf_config(self, config: Config) -> PretrainedConfig:
@@ -93,7 +93,7 @@ class Stream:
         return hf
 
     def _in_memory(self, tensors: Mapping[str, Tensor], layer: int, format: Format) -> dict[str, Tensor]:
-        """The hub's tensors but for the experts, under the names they have inside the decoder layer."""
+        """The layer's tensors without the experts, by their names inside the decoder layer in memory."""
         prefix = self.family.prefix(layer)
         whole = {name for e in range(format.experts) for name in self.family.expert(layer, e)}
         experts = whole | {name for w in whole for name in self.family.factors(w)}
@@ -107,7 +107,7 @@ class Stream:
 
 
 class _Stub(nn.Module):
-    """Stands where a decoder layer would, and remembers what it was called with."""
+    """Replaces a decoder layer, and remembers its arguments."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -120,7 +120,7 @@ class _Stub(nn.Module):
 
 
 def _filled(module: nn.Module, values: Mapping[str, Tensor], what: str) -> nn.Module:
-    """A module on meta, now with these tensors: every one it has, and no other."""
+    """The module, made on the meta device, with these tensors. Raises ValueError if they are not exactly those it has."""
     wanted = module.state_dict()
     if missing := sorted(set(wanted) - set(values)):
         raise ValueError(
@@ -138,5 +138,5 @@ def _filled(module: nn.Module, values: Mapping[str, Tensor], what: str) -> nn.Mo
 
 
 def torch_dtype(config: Config) -> torch.dtype:
-    """The precision that config.json names, fp32 where it names none."""
+    """The precision in config.json; fp32 if it has none."""
     return getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float32")

@@ -13,7 +13,7 @@ from typing import Any
 from moeflow.run.gang import take_part, torn
 
 
-class Told:
+class ToParent:
     """A running step's words on their way to the process that started this one."""
 
     def __init__(self, parent: Connection) -> None:
@@ -33,7 +33,7 @@ class Told:
 def main(parent: Connection) -> None:
     packed, store, gang, rank = pickle.loads(parent.recv_bytes())
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    told = Told(parent)
+    told = ToParent(parent)
     try:
         done = take_part(pickle.loads(packed), store, told, gang, rank=rank, local_rank=rank)
     except BaseException as error:  # SystemExit, too: the parent waits for a word

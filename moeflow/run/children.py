@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from moeflow.run.call import Call
-from moeflow.run.gang import GRACE, Gang, PeerLost
+from moeflow.run.gang import GRACE, Attempt, PeerLost
 from moeflow.run.materialize import Done, stored
 from moeflow.run.outcome import WorkerLost, describe
 from moeflow.run.progress import Show
@@ -73,12 +73,12 @@ def run_gang(call: Call, store: Store, shown: Show, retries: int) -> Done:
 
 
 def _together(call: Call, store: Store, shown: Show) -> Done:
-    with _children(call, store, Gang.of(call, store)) as children:
+    with _children(call, store, Attempt.of(call, store)) as children:
         return _finished(children, shown)
 
 
 @contextmanager
-def _children(call: Call, store: Store, gang: Gang) -> Iterator[list[_Child]]:
+def _children(call: Call, store: Store, gang: Attempt) -> Iterator[list[_Child]]:
     """The gang's processes; none is left at the end."""
     children: list[_Child] = []
     with tempfile.TemporaryDirectory(prefix="moeflow-") as logs:
@@ -116,7 +116,7 @@ def _start(rank: int, environment: dict[str, str], log: Path) -> _Child:
     return _Child(rank, process, mine, log)
 
 
-def _environment(call: Call, gang: Gang) -> dict[str, str]:
+def _environment(call: Call, gang: Attempt) -> dict[str, str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

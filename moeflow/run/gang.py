@@ -30,7 +30,7 @@ class PeerLost(Exception):
 
 
 @dataclass(frozen=True)
-class Gang:
+class Attempt:
     """One start of a gang: `attempt` is its name among all starts; `snapshots` what it may continue from, newest first.
 
     They are looked up once, before any process runs, so that all of them continue from the same.
@@ -42,16 +42,16 @@ class Gang:
     other: int = 0  # processes of the gang whose snapshot cannot be resumed by so many; 0 where there is none
 
     @staticmethod
-    def of(call: Call, store: Store) -> "Gang":
+    def of(call: Call, store: Store) -> "Attempt":
         processes, found = call.resources.processes, store.snapshots(call.key)
         mine = tuple(s for s in found if s.processes == processes)
-        return Gang(uuid.uuid4().hex, processes, mine, found[0].processes if found and not mine else 0)
+        return Attempt(uuid.uuid4().hex, processes, mine, found[0].processes if found and not mine else 0)
 
 
 class Member(Running):
     """The Context of one process of a gang. What it saves goes to the store while its step goes on."""
 
-    def __init__(self, call: Call, store: Store, report: Reporter, work: Path, shared: Path, gang: Gang, place: tuple[int, int]):
+    def __init__(self, call: Call, store: Store, report: Reporter, work: Path, shared: Path, gang: Attempt, place: tuple[int, int]):
         super().__init__(call, store, report, work)
         self.rank, self.local_rank = place
         self.processes, self.settings = gang.processes, call.resources.settings
@@ -102,7 +102,7 @@ class Member(Running):
         shutil.rmtree(self._copy)
 
 
-def take_part(call: Call, store: Store, report: Reporter, gang: Gang, *, rank: int, local_rank: int) -> Done | None:
+def take_part(call: Call, store: Store, report: Reporter, gang: Attempt, *, rank: int, local_rank: int) -> Done | None:
     """Run `call` as one process of a gang. Rank 0 stores what it leaves and says so; the others return None.
 
     Raises what the step raises, and StoreError; what was saved before is in the store then.

@@ -3,7 +3,7 @@
 from moeflow.store.artifact import StoredArtifact
 from moeflow.store.blobs import Blobs, Entry, LocalBlobs, S3Blobs, open_blobs
 from moeflow.store.errors import CorruptBlob, MissingSource, NotStored, StoreError
-from moeflow.store.index import Found, Index
+from moeflow.store.index import Index, Listed
 from moeflow.store.manifest import File, Input, Manifest, Record, input_digest, part_digest
 from moeflow.store.store import Committed, Store
 
@@ -13,9 +13,9 @@ __all__ = [
     "CorruptBlob",
     "Entry",
     "File",
-    "Found",
     "Index",
     "Input",
+    "Listed",
     "LocalBlobs",
     "Manifest",
     "MissingSource",

@@ -16,7 +16,7 @@ THREADS = 32
 
 
 @dataclass(frozen=True)
-class Found:
+class Listed:
     """What a listing tells of one artifact."""
 
     digest: str  # of its contents
@@ -26,7 +26,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Index:
-    keys: dict[str, Found] = field(default_factory=dict)
+    keys: dict[str, Listed] = field(default_factory=dict)
     contents: dict[str, str] = field(default_factory=dict)  # recipe on contents -> a key that holds its result
     modified: dict[str, float] = field(default_factory=dict)  # age of the manifests, seconds since the epoch
 
@@ -49,13 +49,13 @@ def read_index(blobs: Blobs, steps: Sequence[str], manifests: Callable[[Iterable
             _, key, about = entry.name.split("/")
             if key in index.modified:
                 content, digest, source, size = about.split("-")
-                _add(index, key, content, Found(digest, source, int(size)))
+                _add(index, key, content, Listed(digest, source, int(size)))
     for key, m in manifests(k for k in index.modified if k not in index.keys).items():
-        _add(index, key, m.content.rpartition("-")[2] or "0", Found(m.digest, m.source[:8] or "0", m.bytes))
+        _add(index, key, m.content.rpartition("-")[2] or "0", Listed(m.digest, m.source[:8] or "0", m.bytes))
     return index
 
 
-def _add(index: Index, key: str, content: str, found: Found) -> None:
+def _add(index: Index, key: str, content: str, found: Listed) -> None:
     index.keys[key] = found
     if content != "0":
         index.contents.setdefault(f"{key.rpartition('-')[0]}-{content}", key)

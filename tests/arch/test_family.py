@@ -60,3 +60,10 @@ def test_the_gate_beside_a_down_matrix_is_that_of_the_same_expert(family: Path) 
     layer = of.moe_layers[-1]
     gate, up, down = of.expert(layer, 3)
     assert (of.gate_beside(gate), of.gate_beside(up), of.gate_beside(down)) == (None, None, gate)
+
+
+def test_the_vectors_of_compressed_experts_are_no_part_of_an_expert_whose_zeros_stay() -> None:
+    of = Family.of({"model_type": "mixtral"})
+    inside = "model.layers.0.mlp.experts."  # in memory
+    assert of.in_expert(of.on_disk(inside + "gate_up_proj")) and of.in_expert(of.expert(0, 1)[2])
+    assert not of.in_expert(of.on_disk(inside + "compressed.gate"))

@@ -41,7 +41,7 @@ def pruned(
     folder = tmp_path_factory.getbasetemp() / "golden"
     store, keep = str(folder / "store"), request.param
     given = {"model": GOLDEN / "model", "tokens": GOLDEN / "tokens.npy", "keep": keep, "search": search}
-    given |= {"loss": "batch-sum", "batch": 2}
+    given |= {"search.loss": "batch-sum", "calibration.batch": 2}
     words = [w for name, value in given.items() for w in ("-p", f"{name}={value}")]
     told = json.loads(moeflow("run", str(PIPELINE), *words, "--store", store, "--json").splitlines()[-1])
     out = folder / f"{search}-{keep}"
@@ -88,7 +88,7 @@ def test_the_pulled_model_has_the_authors_loss_and_logits(pruned: tuple[Path, di
 def test_skipping_has_the_authors_thresholds_and_loss(expected: dict[str, Any], tmp_path: Path) -> None:
     golden = expected["dynamic_skipping"]
     store, out = str(tmp_path / "store"), tmp_path / "model"
-    given = {"model": GOLDEN / "model", "tokens": GOLDEN / "tokens.npy", "keep": 8, "skip": "median", "batch": 2}
+    given = {"model": GOLDEN / "model", "tokens": GOLDEN / "tokens.npy", "keep": 8, "skipping": "median", "calibration.batch": 2}
     words = [w for name, value in given.items() for w in ("-p", f"{name}={value}")]
     told = json.loads(moeflow("run", str(PIPELINE), *words, "--store", store, "--json").splitlines()[-1])
     moeflow("pull", told["key"], str(out), "--store", store)

@@ -6,7 +6,7 @@ import pytest
 
 from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.data import steps as data
-from moeflow.methods.graph import Pass
+from moeflow.methods.graph import Pass, Sample
 from moeflow.methods.recipes import naee
 from moeflow.model.spec import NAMES, ObservedSpec, element_bytes
 from moeflow.step import upstream
@@ -21,7 +21,7 @@ def test_a_number_has_eight_four_or_two_bytes_in_the_precision_of_a_run() -> Non
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
 def test_a_choice_is_planned_to_read_the_recorded_inputs_at_the_size_that_they_have(dtype: str, tmp_path: Path) -> None:
     model = running.model_in(tiny.write("mixtral", tmp_path / "model"))
-    matrix = data.tokens(running.matrix_of(tmp_path), model, sequences=8, length=64)
+    matrix = data.tokens(running.matrix_of(tmp_path), model, Sample(8, 64))
     pruned = naee.prune(calibrate.run(model, matrix, Pass(batch=4, shard=4, dtype=dtype)), keep=6)  # type: ignore[arg-type]
     chosen = [s for s in upstream(pruned.choices) if s.name.startswith("prune.")]
     assert chosen

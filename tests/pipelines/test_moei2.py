@@ -14,20 +14,14 @@ from moeflow.model.layout import Folder, headers, read_config
 from moeflow.run import pipeline
 from moeflow.step import upstream
 from tests import running, tiny
+from tests.pipelines import words
 
 PIPELINES = Path(__file__).parents[2] / "pipelines"
-SMALL = [
-    "sequences=8",
-    "length=16",
-    "batch=2",
-    "record=128",
-    "per_expert=4",
-    "heldout_sequences=2",
-    "population=10",
-    "generations=3",
-    "tune=none",
-]
-OURS = ["counts=exact", "search=swap", "block=1", "svd=whitened", "ranks=global", "multiple=2"]
+SMALL = [*words.SMALL, *words.GENETIC, "tune=none"]
+OURS = [
+    "counts.rule=exact", "search=swap", "search.block=1", "decomposition.svd=whitened", "decomposition.ranks=global",
+    "decomposition.multiple=2",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -70,10 +64,11 @@ def test_the_constants_are_the_papers() -> None:
     for name in ("mixtral_moei2", "qwen15_moe", "deepseek_v2_lite"):
         build = pipeline.load(PIPELINES / f"{name}.py")
         given = {n: p.default for n, p in inspect.signature(build).parameters.items()}
-        assert given["dropped"] == 0.25 and given["alpha"] == 0.15
-        assert (given["population"], given["generations"]) == (100, 50)
-        assert (given["best"], given["block"]) == (3, 3)
-        assert (given["counts"], given["search"], given["svd"], given["ranks"]) == ("paper", "genetic", "vanilla", "paper")
+        counts, search, cut = given["counts"], given["search"], given["decomposition"]
+        assert counts.keep == 0.75 and cut.alpha == 0.15
+        assert (search.population, search.generations) == (100, 50)
+        assert (search.best, search.block) == (3, 3)
+        assert (counts.rule, search.method, cut.svd, cut.ranks) == ("paper", "genetic", "vanilla", "paper")
 
 
 def test_choices_of_a_pipeline_can_be_read_and_diffed(tmp_path: Path) -> None:

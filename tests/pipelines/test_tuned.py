@@ -13,32 +13,30 @@ from moeflow.model.layout import Folder, read_config
 from moeflow.run import pipeline
 from moeflow.step import upstream
 from tests import running, tiny
+from tests.pipelines import words
 
 PIPELINES = Path(__file__).parents[2] / "pipelines"
-MOEI2 = [
-    "sequences=8", "batch=2", "record=128", "per_expert=4", "population=10", "generations=3", "importance=recon", "rows=8",
-    "tuned_batch=4", "epochs=1", "rate=1e-2",
-]  # fmt: skip
-VECTORS = ["rows=8", "batch=4", "epochs=1", "rate=1e-2"]
-DISTILLED = ["train=compressed_experts", "loss=kl"]
+RECON = ["counts.importance=recon", "decomposition.importance=recon"]
+MOEI2 = [*words.TEXT, *words.RECORDED, *words.GENETIC, *RECON]
+DISTILLED = ["tune=compressed_experts", "tune.loss=kl"]
 
 
 @pytest.mark.parametrize(
-    ("name", "family", "words", "changed"),
+    ("name", "family", "given", "changed"),
     [
         ("mixtral_moei2", "mixtral", MOEI2, (".experts.", ".self_attn.")),
-        ("olmoe", "olmoe", VECTORS, (".experts.compressed.", ".mlp.gate.", "embed_tokens")),
-        pytest.param("phimoe", "phimoe", [*VECTORS, *DISTILLED], (".experts.compressed.",), marks=pytest.mark.slow),
+        ("olmoe", "olmoe", [], (".experts.compressed.", ".mlp.gate.", "embed_tokens")),
+        pytest.param("phimoe", "phimoe", DISTILLED, (".experts.compressed.",), marks=pytest.mark.slow),
     ],
 )
 def test_a_pipeline_trains_what_it_says_and_the_result_loads(
-    name: str, family: str, words: list[str], changed: tuple[str, ...], tmp_path: Path
+    name: str, family: str, given: list[str], changed: tuple[str, ...], tmp_path: Path
 ) -> None:
     source, matrix = tiny.write(family, tmp_path / "model"), running.matrix_of(tmp_path).spec
     small = [f"tokens={matrix}"] if name == "mixtral_moei2" else [f"heldout={matrix}"]
     build = pipeline.load(PIPELINES / f"{name}.py")
-    small += [f"model={source}", f"text={matrix}", "length=16", "heldout_sequences=2", "zero=0"]
-    target = running.alone(pipeline.call(build, [*small, *words]))
+    small += [f"model={source}", f"tune.text={matrix}", *words.TUNED, *words.HELD_OUT]
+    target = running.alone(pipeline.call(build, [*small, *given]))
     store = running.store_in(tmp_path)
     running.run(store, target)
     (before,) = {i for s in upstream([target]) if s.name == "finetune.train" for i in s.inputs[:1]}
@@ -47,7 +45,7 @@ def test_a_pipeline_trains_what_it_says_and_the_result_loads(
     different = {n for n in new if not torch.equal(old[n], new[n])}
     for part in changed:
         assert any(part in n for n in different), f"no {part} among {sorted(different)}"
-    if words[-2:] == DISTILLED:
+    if given == DISTILLED:
         assert all(".experts.compressed." in n for n in different)
     if name != "mixtral_moei2":
         assert read_config(Folder(held[1].folder()))[MAIN] == 1

@@ -1,5 +1,6 @@
 """The unified framework's recipes, in both orders, each on a small model of its family."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,12 @@ from moeflow.run import pipeline
 from moeflow.step import Step
 from moeflow.store import Store
 from tests import running, tiny
+from tests.pipelines import words
 
 PIPELINES = Path(__file__).parents[2] / "pipelines"
-SMALL = ["sequences=8", "length=16", "batch=2", "record=128", "per_expert=4", "heldout_sequences=2", "group=8"]
-
-
-LAYERS, BLOCKS, EXPERTS = ["trim=moe_blocks", "dropped=1"], ["trim=decoder_layers", "dropped=1"], ["trim=experts", "dropped=2"]
+SMALL = [*words.SMALL, "slim.group=8", "decompose.multiple=8"]
+LAYERS, BLOCKS = ["trim=moe_blocks", "trim.dropped=1"], ["trim=decoder_layers", "trim.dropped=1"]
+EXPERTS = ["trim=experts", "trim.dropped=2"]
 
 
 @pytest.mark.parametrize(
@@ -55,7 +56,7 @@ def test_a_recipe_runs_on_a_small_model_of_its_family(
 def test_low_rank_experts_are_packed_by_the_recipe_that_we_add(tmp_path: Path) -> None:
     source, matrix = tiny.write("mixtral", tmp_path / "model", intermediate_size=96), running.matrix_of(tmp_path)
     store, out = running.store_in(tmp_path), tmp_path / "out"
-    ours = ["order=decompose,slim", "slim=gptq", "ratio=0.3"]
+    ours = ["order=decompose,slim", "slim=gptq", "decompose=0.3"]
     target = pipeline.call(
         pipeline.load(PIPELINES / "mixtral_unified.py"), [f"model={source}", f"tokens={matrix.spec}", *SMALL, *ours]
     )
@@ -88,13 +89,28 @@ def test_what_is_no_recipe_is_refused_in_one_line(tmp_path: Path) -> None:
     build = pipeline.load(PIPELINES / "mixtral_unified.py")
     for word, message in {
         "order=slim,prune": "'prune' is no stage; write slim,trim or trim,slim",
-        "trim=heads": "trim=heads: choose one of experts, moe_blocks, decoder_layers",
-        "dropped=1.5": "dropped=1.5 moe_blocks is no whole number",
-        "slim=int4": "method='int4' is not known",
+        "trim=heads": "trim.what=heads: choose one of experts, moe_blocks, decoder_layers",
+        "trim.dropped=1.5": "dropped=1.5 moe_blocks is no whole number",
+        "slim=int4": "slim.method=int4: choose one of magnitude, wanda",
         "order=slim,slim": "layer 0 is packed in 4 bits, groups of 8; slim the model",
-        "group=5": "group=5 does not divide 32 columns",
+        "slim.group=5": "group=5 does not divide 32 columns",
+        "tune.rows=8": "order='slim,trim' has no stage 'tune'; say where the model is fine-tuned",
+        "slim.bitz=3": "-p slim has no 'bitz'; did you mean 'bits'?",
     }.items():
         with pytest.raises(ValueError, match=message) as refused:
-            words = [w for w in [*SMALL, "dropped=1"] if w.split("=")[0] != word.split("=")[0]]
-            pipeline.call(build, [f"model={source}", f"tokens={matrix.spec}", *words, word])
+            given = [w for w in [*SMALL, "trim.dropped=1"] if w.split("=")[0] != word.split("=")[0]]
+            pipeline.call(build, [f"model={source}", f"tokens={matrix.spec}", *given, word])
         assert "\n" not in str(refused.value)
+
+
+def test_what_trimming_left_is_fine_tuned_before_it_is_slimmed(tmp_path: Path) -> None:
+    source, matrix = tiny.write("mixtral", tmp_path / "model"), running.matrix_of(tmp_path)
+    store, out = running.store_in(tmp_path), tmp_path / "out"
+    given = [*SMALL, *words.TUNED, *EXPERTS, "order=trim,tune,slim", "tune=experts", f"tune.text={matrix.spec}", "slim=gptq"]
+    build = pipeline.load(PIPELINES / "mixtral_unified.py")
+    target = running.alone(pipeline.call(build, [f"model={source}", f"tokens={matrix.spec}", *given]))
+    running.run(store, target)
+    store.fetch(target.key, out)
+    done = [fact["step"] for fact in json.loads((out / "moeflow.json").read_text())["layers"][0]["done"]]
+    assert done == ["rewrite.experts", "finetune.layer", "slim.layer"]
+    assert "training loss" in running.reports(store, target)

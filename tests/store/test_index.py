@@ -4,7 +4,7 @@ from pathlib import Path
 
 from moto.backends import get_backend
 
-from moeflow.store import Found, Store
+from moeflow.store import Listed, Store
 from tests import servers
 from tests.making import commit, key, record
 
@@ -16,7 +16,7 @@ def test_the_index_tells_contents_source_and_size_without_reading_a_manifest(
     commit(s3_store, tmp_path, "b", step="make", x="1")
     server.requests.clear()
     index = s3_store.index(["make.it"])
-    assert index.keys == {key("a"): Found(made.digest, "01234567", 4)}
+    assert index.keys == {key("a"): Listed(made.digest, "01234567", 4)}
     assert index.contents == {key("content"): key("a")}
     assert {r.method for r in server.requests} == {"GET"} and len(server.requests) == 2
     assert all("list-type=2" in r.path for r in server.requests)
@@ -26,7 +26,7 @@ def test_both_places_give_the_same_index(store: Store, tmp_path: Path) -> None:
     made = commit(store, tmp_path, "a", content=key("content"), x="1234")
     store.alias(key("b"), key("a"), record(content=key("content")))
     index = store.index(["make.it", "other", "make"])
-    assert index.keys == {key("a"): Found(made.digest, "0", 4), key("b"): Found(made.digest, "0", 4)}
+    assert index.keys == {key("a"): Listed(made.digest, "0", 4), key("b"): Listed(made.digest, "0", 4)}
     assert index.contents[key("content")] in (key("a"), key("b"))
     assert store.index(["other", "make", "make.it-0"]).keys == {}
 
@@ -58,5 +58,5 @@ def test_two_thousand_stored_steps_cost_a_few_listings(s3_store: Store, server: 
     server.requests.clear()
     index = s3_store.index(steps)
     assert len(index.keys) == len(index.contents) == 2000
-    assert index.keys[f"step.3-{7:032x}"] == Found(f"{7:032x}", "01234567", 7)
+    assert index.keys[f"step.3-{7:032x}"] == Listed(f"{7:032x}", "01234567", 7)
     assert len(server.requests) == 4, "two pages each of manifests and of markers"

@@ -16,13 +16,11 @@ from moeflow.arch import Config
 from moeflow.methods.records import Curves
 from moeflow.model.alternatives import Alternative, alternative_blocks, slices, watched
 from moeflow.model.checkpoint import Tensors, save, tensor_of
-from moeflow.model.layout import Files, TensorInfo, headers, read_config, read_header
-from moeflow.model.passes import Progress, stream_of
+from moeflow.model.layout import Files, TensorInfo, headers, read_header
+from moeflow.model.passes import Head, Progress, stream_of
 
 BASE = "hidden.safetensors"
 """The states of the model as it is; those of its forks lie in files of their own."""
-
-TOKENS_AT_ONCE = 1024
 
 
 def first_rows(files: Sequence[Files], taken: Sequence[int], out: Path) -> None:
@@ -87,14 +85,7 @@ def _saved(states_NLD: Tensor, path: Path) -> Path:
 @torch.inference_mode()
 def measured(rest: Files, ids: np.ndarray, end: Files, *, dtype: str, progress: Progress) -> Curves:
     """Mean divergence and loss of every fork, and the loss of the model as it is, over the positions that predict a token."""
-    config, tensors = read_config(rest), Tensors(rest)
-    stream = stream_of(config, dtype)
-    norm, head = stream.final_norm(tensors), stream.head(tensors)
-    ids_NL = torch.from_numpy(ids.astype(np.int64))
-
-    def log_probabilities(states_LD: Tensor) -> Tensor:
-        return head(norm(states_LD[None].to(stream.device)))[0].float().log_softmax(-1)
-
+    head, ids_NL = Head(rest, dtype), torch.from_numpy(ids.astype(np.int64))
     names = [n for n in end.names() if n != BASE]
     base_NLD = _states_of(end, BASE)
     curves: dict[int, dict[str, float]] = {}
@@ -104,12 +95,12 @@ def measured(rest: Files, ids: np.ndarray, end: Files, *, dtype: str, progress: 
         fork_NLD = base_NLD if name == BASE else _states_of(end, name)
         sums = torch.zeros(2, dtype=torch.float64)
         for base_LD, fork_LD, ids_L in zip(base_NLD[:, :-1], fork_NLD[:, :-1], ids_NL, strict=True):
-            for rows in slices(len(base_LD), TOKENS_AT_ONCE):
-                log_q = log_probabilities(fork_LD[rows])
-                loss = -log_q.gather(-1, ids_L[1:][rows, None].to(stream.device)).double().sum()
+            for rows, logits in head.by_chunk(fork_LD):
+                log_q = logits.log_softmax(-1)
+                loss = -log_q.gather(-1, ids_L[1:][rows, None].to(head.device)).double().sum()
                 apart = torch.zeros((), dtype=torch.float64)
                 if name != BASE:
-                    log_p = log_probabilities(base_LD[rows])
+                    log_p = head.logits(base_LD[rows]).log_softmax(-1)
                     apart = kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1).double().sum()
                 sums += torch.stack([apart.cpu(), loss.cpu()])
         if name == BASE:

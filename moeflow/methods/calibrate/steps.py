@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from moeflow.arch import EMBEDDING
 from moeflow.methods.graph import HIDDEN, REST, TOKENS, Calibration, Model, Pass, file_before, file_of
 from moeflow.methods.records import Candidates
 from moeflow.model.layout import LAYER, ROUTING, read_config
@@ -162,7 +163,7 @@ def _embed_spec(essential: RestSpec, rest: RestSpec, tokens: TokensSpec, *, firs
             f"sequences of {tokens.length} tokens are longer than the model's {positions} positions; make them shorter"
         )
     out = HiddenSpec(config, count, tokens.length, precision(config, dtype))
-    table = file_bytes({"e": rest.tensors["model.embed_tokens.weight"]})
+    table = file_bytes({"e": rest.tensors[EMBEDDING]})
     return Spec(out, reads=table + tokens.sequences * tokens.length * 4, writes=out.nbytes, memory=3 * table + 2 * out.nbytes)
 
 

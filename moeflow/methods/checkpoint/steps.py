@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moeflow import __version__
-from moeflow.arch import Config, Family, essential
+from moeflow.arch import EMBEDDING, FINAL_NORM, HEAD, Config, Family, essential, layer_of
 from moeflow.methods.graph import INDEX, REST, Model, named_like
 from moeflow.methods.records import Facts, decision
 from moeflow.methods.rewrite import config_text
@@ -152,7 +152,7 @@ def pinned(source: Source, *, mtp: Literal["drop", "keep"] = "drop") -> Model:
     count = family.num_layers
     by_layer: dict[int | None, dict[str, TensorInfo]] = {}
     for name, info in tensors.items():
-        by_layer.setdefault(_layer_of(name), {})[name] = info
+        by_layer.setdefault(layer_of(name), {})[name] = info
     if missing := sorted(set(range(count)) - set(by_layer)):
         raise ValueError(f"config.json says {count} layers, but the checkpoint has no tensor of layer {missing[0]}")
 
@@ -229,10 +229,10 @@ def layer(context: Context, shards: tuple[Artifact, ...], *, config: Config, lay
 def _rest_spec(texts: Any, shards: tuple[Any, ...], *, config: Config, files: list[str], tensors: Table, note: str) -> Spec:
     table: TensorTable = {n: (dtype, tuple(shape)) for n, (_, dtype, shape, _, _) in tensors.items()}
     width, vocabulary = int(config["hidden_size"]), int(config["vocab_size"])
-    name = "model.embed_tokens.weight"
+    name = EMBEDDING
     if name not in table:
         raise ValueError(f"the checkpoint has no tensor {name}; it is incomplete, or of another family")
-    heads = ["model.norm.weight"] + ([] if config.get("tie_word_embeddings") else ["lm_head.weight"])
+    heads = [FINAL_NORM] + ([] if config.get("tie_word_embeddings") else [HEAD])
     if missing := [n for n in heads if n not in table]:
         raise ValueError(f"the checkpoint has no tensor {missing[0]}; it is incomplete, or tie_word_embeddings is wrong")
     if table[name][1] != (vocabulary, width):
@@ -314,9 +314,3 @@ def _inputs(tensors: dict[str, TensorInfo], steps: dict[str, Step]) -> tuple[tup
     shards = sorted({t.file for t in tensors.values()})
     table = {n: [shards.index(t.file), t.dtype, list(t.shape), t.start, t.stop] for n, t in sorted(tensors.items())}
     return tuple(steps[s] for s in shards), table
-
-
-def _layer_of(name: str) -> int | None:
-    if not name.startswith("model.layers."):
-        return None
-    return int(name.split(".")[2])

@@ -13,11 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
 
-from moeflow.model.checkpoint import Tensors
-from moeflow.model.layout import Files, read_config
-from moeflow.model.passes import stream_of
-
-TOKENS_AT_ONCE = 1024
+from moeflow.model.layout import Files
+from moeflow.model.passes import Head
 
 
 @dataclass(frozen=True)
@@ -46,23 +43,17 @@ def compared(
     `first` and `second` hold config.json, final norm and head. The states [n, L, D] of each lie in any number of files. A position
     counts if a token follows it. Raises ValueError if a model has too few or too many sequences.
     """
-    heads = []
-    for rest in (first, second):
-        stream, tensors = stream_of(read_config(rest), dtype), Tensors(rest)
-        heads.append((stream.final_norm(tensors), stream.head(tensors)))
-    device = stream.device
+    one, other = Head(first, dtype), Head(second, dtype)
     ids_NL = torch.from_numpy(ids.astype(np.int64))
     sums = torch.zeros(4, dtype=torch.float64)
     done, total = 0, ids_NL[:, 1:].numel()
     by_sequence: list[float] = []
-    for ids_L, *both in zip(ids_NL, _sequences(first_states), _sequences(second_states), strict=True):
-        target_T = ids_L[1:].to(device)
+    for ids_L, one_LD, other_LD in zip(ids_NL, _sequences(first_states), _sequences(second_states), strict=True):
+        target_T = ids_L[1:].to(one.device)
         before = float(sums[2])
-        for at in range(0, len(target_T), TOKENS_AT_ONCE):
-            rows = slice(at, min(at + TOKENS_AT_ONCE, len(target_T)))
-            logits = [head(norm(h_LD[None, rows].to(device)))[0].float() for h_LD, (norm, head) in zip(both, heads, strict=True)]
-            sums += _sums(logits[0], logits[1], target_T[rows])
-            done += rows.stop - rows.start
+        for (rows, one_TV), (_, other_TV) in zip(one.by_chunk(one_LD[:-1]), other.by_chunk(other_LD[:-1]), strict=True):
+            sums += _sums(one_TV, other_TV, target_T[rows])
+            done += len(one_TV)
         by_sequence.append((float(sums[2]) - before) / max(1, len(target_T)))
         progress(done, total, "tokens")
     first_loss, second_loss, divergence, agreement = (sums / done).tolist()

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from moeflow.arch import Config, Family
 from moeflow.model.checkpoint import Tensors
+from moeflow.model.fewer_active import by_weight, left_out, statistic
 from moeflow.model.layout import Files
-from moeflow.model.reach import by_weight, left_out, statistic
 from moeflow.model.router import Router
 
 

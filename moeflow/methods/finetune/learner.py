@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from moeflow.arch import Config, Family
 from moeflow.methods.finetune import extensions
-from moeflow.methods.finetune.lora import apply, attach, inside_expert, opening
+from moeflow.methods.finetune.lora import apply, attach, opening
 from moeflow.methods.finetune.recipe import Recipe
 from moeflow.methods.finetune.targets import is_trained
 from moeflow.model.factors import STACKS
@@ -97,13 +97,14 @@ def open_parameters(model: nn.Module, config: Config, recipe: Recipe) -> None:
     names = [n for n, p in parameters if is_trained(family, recipe.mode, recipe.targets, family.on_disk(n), _shape(p))]
     if not names:
         raise ValueError(f"mode={recipe.mode!r} trains nothing of this model; it has nothing of that kind")
+    sparse = {n for n in names if recipe.keep_zeros and family.in_expert(family.on_disk(n))}
     if recipe.mode == "lora":
-        attach(model, names, recipe, _openings(model, family, config, names))
+        attach(model, names, recipe, _openings(model, family, config, names), sparse)
     else:
         wanted = set(names)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in wanted)
-            if recipe.keep_zeros and name in wanted and inside_expert(name):
+            if name in sparse:
                 # no gradient, so neither momentum nor decay: what is zero stays zero
                 parameter.register_hook(lambda gradient, w=parameter: gradient * (w != 0))
 

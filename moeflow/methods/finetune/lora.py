@@ -6,7 +6,7 @@ are suffixes: E experts, M rows, N columns, R rank, B blocks of rows.
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -55,10 +55,13 @@ class Addition(nn.Module):
         return torch.add(w, added, alpha=self.scale)
 
 
-def attach(model: nn.Module, names: Iterable[str], recipe: Recipe, openings: Mapping[str, Tensor]) -> None:
+def attach(
+    model: nn.Module, names: Iterable[str], recipe: Recipe, openings: Mapping[str, Tensor], sparse: Container[str] = ()
+) -> None:
     """Freeze the model and give these parameters an addition, of the recipe's rank or that of their smaller side.
 
-    `openings` has what `opening` returns for each padded stack. Works on parameters that ZeRO-3 has divided, too.
+    `openings` has what `opening` returns for each padded stack. The zeros of the parameters in `sparse` stay zero. Works
+    on parameters that ZeRO-3 has divided, too.
     """
     model.requires_grad_(False)
     for name in names:
@@ -70,13 +73,8 @@ def attach(model: nn.Module, names: Iterable[str], recipe: Recipe, openings: Map
             module.add_module(ADDITIONS, nn.ModuleDict())
         module.additions[last] = Addition(
             shape, min(recipe.rank, *shape[-2:]), recipe.scale, name=name, seed=recipe.seed, dtype=weight.dtype,
-            device=weight.device, open_EBMN=openings.get(name), keep_zeros=bool(recipe.keep_zeros) and inside_expert(name),
+            device=weight.device, open_EBMN=openings.get(name), keep_zeros=name in sparse,
         )  # fmt: skip
-
-
-def inside_expert(name: str) -> bool:
-    """Is the parameter or the tensor on disk with this name a matrix of experts, routed or shared?"""
-    return ".experts." in name or ".shared_expert" in name
 
 
 def apply(model: nn.Module) -> None:

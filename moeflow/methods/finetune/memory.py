@@ -10,7 +10,7 @@ from typing import Any
 
 from moeflow.arch import Config, Family
 from moeflow.methods.finetune.recipe import Gang, Recipe, divisors
-from moeflow.methods.finetune.targets import Shapes, kind_of
+from moeflow.methods.finetune.targets import Shapes
 
 MARGIN = 1.1
 BUCKET = 500_000_000
@@ -84,7 +84,7 @@ def bytes_per_token(config: Config, shapes: Shapes, size: int) -> int:
     kinds: dict[str, list[tuple[int, ...]]] = {}
     for name, shape in shapes.items():
         if len(shape) == 2:
-            kinds.setdefault(kind_of(family, name), []).append(tuple(shape))
+            kinds.setdefault(family.kind(name), []).append(tuple(shape))
     attention = 2 * sum(m for m, _ in kinds.get("attention", ())) + 2 * width
     elements = attention + 2 * width
     if experts := kinds.get("experts"):

@@ -13,6 +13,7 @@ from moeflow.methods.graph import HIDDEN
 from moeflow.methods.records import Facts
 from moeflow.methods.reports import row, write_report
 from moeflow.model.spec import CheckpointSpec, HiddenSpec, LayerSpec, RestSpec, TokensSpec, header_bytes
+from moeflow.options import plain
 from moeflow.step import Artifact, Context, Spec, step
 
 PREDICTIONS, TRAINING = "predictions.safetensors", "training.json"
@@ -77,15 +78,15 @@ def train(
     tune(context, checkpoint, data, [p.file(PREDICTIONS) for p in predictions], dict(zip(names, heldout, strict=True)), recipe)
 
 
-def _layer_spec(trained: Any, before: LayerSpec, *, layer: int, mode: str) -> Spec:
+def _layer_spec(trained: Any, before: LayerSpec, *, layer: int, recipe: Recipe) -> Spec:
     return Spec(before, memory=1 << 20)
 
 
 @step("finetune.layer", version=1, spec=_layer_spec)
-def layer(context: Context, trained: Artifact, before: Artifact, *, layer: int, mode: str) -> None:
-    """One decoder layer: its trained files, and the others as they were before. No weight moves."""
+def layer(context: Context, trained: Artifact, before: Artifact, *, layer: int, recipe: Recipe) -> None:
+    """One decoder layer: its trained files, the others as they were before, and its facts. No tensor's bytes move."""
     _linked(context, trained, before)
-    Facts.of(before).and_then("finetune.layer", mode=mode).write(context.out)
+    Facts.of(before).and_then("finetune.layer", **{"mode": recipe.mode, "loss": recipe.loss} | plain(recipe)).write(context.out)
 
 
 def _rest_spec(trained: Any, before: RestSpec) -> Spec:
@@ -103,7 +104,7 @@ def _linked(context: Context, trained: Artifact, before: Artifact) -> None:
     for name, file in new.items():
         context.link(trained, file, name)
     for name in before.names():
-        if name not in new and name != Facts.FILE:
+        if name not in (*new, Facts.FILE):
             context.link(before, name)
 
 

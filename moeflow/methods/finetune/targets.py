@@ -1,6 +1,5 @@
 """Which of a checkpoint's tensors a fine-tuning trains, by their names on disk. No torch."""
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
@@ -23,36 +22,9 @@ BY_MODE = {"experts": "experts", "router": "router", "compressed_experts": "comp
 Shapes = Mapping[str, Sequence[int]]
 
 
-def kind_of(family: Family, name: str) -> str:
-    """The kind of a tensor with this name on disk.
-
-    One of `TARGETS`, "compressed" (the vectors of Compressed Experts), "fixed" (tensors without a gradient), "norm" (any other of
-    a decoder layer) or "rest" (embedding, final norm, head). The names of fused experts in memory begin as on disk, so that they
-    are "experts" too.
-    """
-    match = re.match(r"model\.layers\.(\d+)\.", name)
-    if match is None:
-        return "rest"
-    layer, inside = int(match[1]), name[match.end() :]
-    stem = family.experts(layer)
-    if name.startswith(f"{stem}compressed."):
-        return "compressed"
-    if name.startswith(f"{stem}skip.") or name == family.router_bias(layer):
-        return "fixed"
-    if name.startswith(stem):
-        return "experts"
-    if name == family.router(layer):
-        return "router"
-    if name in (*(family.shared(layer) or ()), family.shared_gate(layer)):
-        return "shared"
-    if inside.startswith("self_attn."):
-        return "attention"
-    return "dense" if inside.startswith("mlp.") else "norm"
-
-
 def is_trained(family: Family, mode: str, targets: Sequence[str], name: str, shape: Sequence[int]) -> bool:
     """Does this mode train the tensor with this name on disk? With LoRA: does it add to it?"""
-    kind = kind_of(family, name)
+    kind = family.kind(name)
     if mode == "full":
         return kind != "fixed"
     if mode == "lora":
@@ -70,10 +42,10 @@ def trained_in(
     family = Family.of(config)
     whole: dict[int | None, Shapes] = {i: layers[i] for i in layers} | {None: rest}
     trained = {i: {n: s for n, s in shapes.items() if is_trained(family, mode, targets, n, s)} for i, shapes in whole.items()}
-    kinds = {kind_of(family, n) for shapes in trained.values() for n in shapes}
+    kinds = {family.kind(n) for shapes in trained.values() for n in shapes}
     for target in targets if mode == "lora" else ():
         if target not in kinds:
-            there = sorted({kind_of(family, n) for s in whole.values() for n in s} & set(TARGETS))
+            there = sorted({family.kind(n) for s in whole.values() for n in s} & set(TARGETS))
             raise ValueError(f"target {target!r} matches no matrix of this {family.arch.model_type}; it has {', '.join(there)}")
     if not kinds:
         way = "attach them first" if mode == "compressed_experts" else "choose another mode"

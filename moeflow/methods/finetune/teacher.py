@@ -14,11 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from moeflow.model.checkpoint import Tensors
-from moeflow.model.layout import Files, read_config
-from moeflow.model.passes import stream_of
-
-TOKENS_AT_ONCE = 1024
+from moeflow.model.layout import Files
+from moeflow.model.passes import Head
 
 
 @torch.inference_mode()
@@ -31,13 +28,12 @@ def write_predictions(
     `log_p_NLK`, and `log_rest_NL`, the logarithm of the probability of all other tokens together (fp32), minus infinity if all
     tokens are kept. `rest` holds config.json, final norm and head.
     """
-    stream, tensors = stream_of(read_config(rest), dtype), Tensors(rest)
-    norm, head = stream.final_norm(tensors), stream.head(tensors)
+    head = Head(rest, dtype)
     states_NLD = load_file(states)["hidden_NLD"]
     n, length = states_NLD.shape[:2]
     kept: dict[str, list[Tensor]] = {"id_NLK": [], "log_p_NLK": [], "log_rest_NL": []}
-    for h_TD in states_NLD.flatten(0, 1).split(TOKENS_AT_ONCE):
-        log_TV = head(norm(h_TD[None].to(stream.device)))[0].float().log_softmax(-1)
+    for _, logits_TV in head.by_chunk(states_NLD.flatten(0, 1)):
+        log_TV = logits_TV.log_softmax(-1)
         log_TK, id_TK = log_TV.topk(top, dim=-1)
         rest_T = log_TV.scatter(-1, id_TK, -torch.inf).logsumexp(-1)
         for name, part in zip(kept, (id_TK.int(), log_TK, rest_T), strict=True):

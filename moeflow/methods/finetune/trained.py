@@ -12,8 +12,8 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from moeflow.arch import Config, Family
-from moeflow.methods.finetune.lora import ADDITIONS, A, B, inside_expert, product
+from moeflow.arch import EMBEDDING, HEAD, Config, Family, layer_of
+from moeflow.methods.finetune.lora import ADDITIONS, A, B, product
 from moeflow.methods.finetune.recipe import Recipe
 from moeflow.model.checkpoint import Tensors, save
 from moeflow.model.factors import STACKS
@@ -21,7 +21,6 @@ from moeflow.model.formats import Format, format_of
 from moeflow.model.layout import Files, file_for
 
 REST = "rest"
-EMBEDDING = "model.embed_tokens.weight"
 
 
 def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -39,8 +38,8 @@ def by_layer(names: Mapping[str, Any]) -> dict[str, list[str]]:
     """Names grouped by decoder layer, "layer-000" and so on; all others under "rest"."""
     groups: dict[str, list[str]] = {}
     for name in names:
-        part = name.split(".")
-        groups.setdefault(f"layer-{int(part[2]):03d}" if name.startswith("model.layers.") else REST, []).append(name)
+        layer = layer_of(name)
+        groups.setdefault(REST if layer is None else f"layer-{layer:03d}", []).append(name)
     return dict(sorted(groups.items()))
 
 
@@ -76,10 +75,10 @@ def write(checkpoint: Files, config: Config, folder: Path, out: Path, recipe: Re
     tensors = Tensors(checkpoint)
     for file in sorted(folder.glob("*.safetensors")):
         layer = None if file.stem == REST else int(file.stem.removeprefix("layer-"))
-        here = [n for n in tensors if _layer_of(n) == layer]
+        here = [n for n in tensors if layer_of(n) == layer]
         changed = tensors_of(load_file(file), tensors, here, config, layer, recipe)
-        if config.get("tie_word_embeddings") and "lm_head.weight" in here and EMBEDDING in changed:
-            changed["lm_head.weight"] = changed[EMBEDDING]
+        if config.get("tie_word_embeddings") and HEAD in here and EMBEDDING in changed:
+            changed[HEAD] = changed[EMBEDDING]
         (out / file.stem).mkdir(parents=True, exist_ok=True)
         for name in sorted({_file_of(n, layer) for n in changed}):
             before = {n: tensors[n] for n in here if _file_of(n, layer) == name}
@@ -104,7 +103,7 @@ def tensors_of(
         plain = name.removesuffix(A)
         value = product(parameter, trained[plain + B], recipe.scale) if adds else parameter
         for disk, piece in _pieces(family, format, layer, plain, value):
-            if adds and recipe.keep_zeros and inside_expert(disk):
+            if adds and recipe.keep_zeros and family.in_expert(disk):
                 piece = piece * (tensors[disk] != 0)
             on_disk[disk] = tensors[disk].float() + piece if adds else piece
     return on_disk
@@ -122,8 +121,3 @@ def _pieces(family: Family, format: Format, layer: int | None, name: str, value:
 
 def _file_of(name: str, layer: int | None) -> str:
     return f"{REST}.safetensors" if layer is None else file_for(name)
-
-
-def _layer_of(name: str) -> int | None:
-    """The decoder layer of a tensor; None for the rest. Multi-token-prediction layers have numbers behind the decoder's."""
-    return int(name.split(".")[2]) if name.startswith("model.layers.") else None

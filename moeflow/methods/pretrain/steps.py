@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from moeflow.arch import MIXTRAL, Config, Family
+from moeflow.arch import EMBEDDING, FINAL_NORM, MIXTRAL, Config, Family
 from moeflow.model.spec import TensorTable, file_bytes
 from moeflow.step import Artifact, Context, Spec, step
 
@@ -69,12 +69,12 @@ def table_of(config: Config) -> TensorTable:
     d, f, v, e = (int(config[k]) for k in ("hidden_size", "intermediate_size", "vocab_size", "num_local_experts"))
     q, kv = (int(config[k]) * int(config["head_dim"]) for k in ("num_attention_heads", "num_key_value_heads"))
     family = Family(MIXTRAL, config)
-    table: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (v, d), "model.norm.weight": (d,)}
+    table: dict[str, tuple[int, ...]] = {EMBEDDING: (v, d), FINAL_NORM: (d,)}
     for i in range(int(config["num_hidden_layers"])):
         prefix = family.prefix(i)
         attention = {"q_proj": (q, d), "k_proj": (kv, d), "v_proj": (kv, d), "o_proj": (d, q)}
-        table |= {f"{prefix}self_attn.{n}.weight": shape for n, shape in attention.items()}
-        table |= {f"{prefix}{n}.weight": (d,) for n in ("input_layernorm", "post_attention_layernorm")}
+        table |= {f"{prefix}{family.arch.attention}.{n}.weight": shape for n, shape in attention.items()}
+        table |= {f"{prefix}{n}.weight": (d,) for n in ("input_layernorm", family.arch.norm)}
         table[family.router(i)] = (e, d)
         for x in range(e):
             table |= dict(zip(family.expert(i, x), ((f, d), (f, d), (d, f)), strict=True))

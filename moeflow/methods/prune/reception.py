@@ -1,6 +1,6 @@
 """Combinations of expert sets over a block of consecutive decoder layers, compared by the block's output (MoE-I², section 3.2).
 
-Shapes are suffixes: N sequences, L positions, D model width.
+Shapes are suffixes: N sequences (n of them at once), L positions, D model width.
 """
 
 from collections.abc import Mapping, Sequence
@@ -55,7 +55,7 @@ def _walk(
     stream: Stream, config: Config, layers: Sequence[tuple[int, Path]], sets: Mapping[int, Sequence[Sequence[int]]],
     start_NLD: Tensor, goal_NLD: Tensor, batch: int,
 ) -> dict[Combination, float]:  # fmt: skip
-    """The squared distance of every combination. Each layer's attention runs once for every distinct prefix."""
+    """The squared distance of every combination. Combinations that begin with the same sets share what those layers compute."""
     nodes: dict[Combination, Tensor] = {(): start_NLD}
     errors: dict[Combination, float] = {}
     for layer, file in layers:
@@ -64,21 +64,21 @@ def _walk(
         last = layer == layers[-1][0]
         alternatives: dict[str, Alternative] = {str(n): Kept(tuple(keep)) for n, keep in enumerate(sets.get(layer, ()))}
         moes = dict(alternative_blocks(tensors, config, layer, alternatives, device=stream.device, dtype=stream.dtype))
-        grown: dict[Combination, Tensor] = {}
+        longer: dict[Combination, Tensor] = {}
         for combination, states_NLD in nodes.items():
             names = [(*combination, int(n)) for n in moes] or [combination]
             for name in names:
-                grown[name] = torch.empty(0) if last else torch.empty_like(states_NLD)
+                longer[name] = torch.empty(0) if last else torch.empty_like(states_NLD)
             for rows in slices(len(states_NLD), batch):
                 h_nLD = states_NLD[rows].to(stream.device)
-                with watched(module, stream.family) as seen:
+                with watched(module, stream.family) as inside:
                     out_nLD = module(h_nLD, **stream.arguments(layer, h_nLD))
-                made = [seen["residual"] + moe(seen["x"].flatten(0, -2)).view(h_nLD.shape) for moe in moes.values()] or [out_nLD]
-                for name, y_nLD in zip(names, made, strict=True):
+                outputs = [inside["residual"] + m(inside["x"].flatten(0, -2)).view(h_nLD.shape) for m in moes.values()] or [out_nLD]
+                for name, y_nLD in zip(names, outputs, strict=True):
                     if last:
-                        apart = y_nLD.double() - goal_NLD[rows].to(stream.device).double()
-                        errors[name] = errors.get(name, 0.0) + float(apart.square().sum())
+                        difference_nLD = y_nLD.double() - goal_NLD[rows].to(stream.device).double()
+                        errors[name] = errors.get(name, 0.0) + float(difference_nLD.square().sum())
                     else:
-                        grown[name][rows] = y_nLD.cpu()
-        nodes = grown
+                        longer[name][rows] = y_nLD.cpu()
+        nodes = longer
     return errors

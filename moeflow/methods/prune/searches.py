@@ -5,7 +5,7 @@ a row below. `moeflow.methods.prune.evaluated` has what such a function is writt
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from moeflow.methods.scores import SCORES
 from moeflow.options import check_choices, only
@@ -38,14 +38,20 @@ LAYERWISE, PROGRESSIVE = "layerwise", "progressive"
 METHODS = (LAYERWISE, PROGRESSIVE, *SUBSET_SEARCHES, *SCORES)
 """Every way to choose: NAEE's two, the searches for the best sets of a layer, and the scores of single experts."""
 
+if TYPE_CHECKING:
+    Name = str
+else:
+    Name = Literal[*METHODS]
+
 
 @dataclass(frozen=True)
 class Search:
     """How the experts that a layer keeps are chosen. Raises ValueError for what cannot be."""
 
-    method: str
+    method: Name
     """layerwise or progressive (NAEE): every subset of each layer, on what the original or the pruned model gives it; enumerate,
-    genetic or swap: the best sets of each layer, among which blocks of layers may choose (MoE-I²); or a score of single experts."""
+    genetic, swap and the like: the best sets of each layer, among which blocks of layers may choose (MoE-I²); the others: the
+    experts of the highest score."""
     loss: Literal["frobenius", "batch-sum"] = "frobenius"
     """What layerwise and progressive minimise: the norm of the change over all tokens (the paper), or the sum of the norms of all
     batches (the authors' code)."""
@@ -70,8 +76,6 @@ class Search:
 
     def __post_init__(self) -> None:
         check_choices(self)
-        if self.method not in METHODS:
-            raise ValueError(f"method={self.method!r} is not known; choose one of {', '.join(METHODS)}")
         if min(self.best, self.block) < 1:
             raise ValueError(f"best={self.best} sets (K) and block={self.block} layers (T) must be at least 1")
         if self.inputs == "progressive" and self.block == 1:

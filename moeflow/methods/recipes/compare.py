@@ -55,7 +55,7 @@ def compare(
     else:
         raise ValueError("the model has no tokenizer, so held-out text cannot become tokens; pass a ready-made matrix (tokens=...)")
     both = checkpoint_of(original), checkpoint_of(compressed)
-    chosen = tuple(c for c in compressed.choices if "keep" in c.spec.output)
+    chosen = tuple(c for c in compressed.choices if "layer" in c.spec.output)
     zeros = sorted({s.slimmed_by for layer in compressed.layers if (s := layer.spec.output).sparse})
     reports = [size(*both, zeros=zeros), *([layers(chosen)] if chosen else [])]
     for name, matrix, note in matrices:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from moeflow.arch import essential
+from moeflow.arch import essential, layer_of
 from moeflow.methods.checkpoint.steps import layer, rest
 from moeflow.methods.graph import Model
 from moeflow.methods.pretrain.steps import TOKENIZER_FILES, WEIGHTS, Pretraining, Shape, table_of, train
@@ -20,7 +20,7 @@ def mixtral(texts: Texts, how: Pretraining = Pretraining(), shape: Shape = Shape
     at = file_bytes(whole) - sum(tensor_bytes(*t) for t in whole.values())
     for name, (dtype, sides) in whole.items():
         size = tensor_bytes(dtype, sides)
-        i = int(name.split(".")[2]) if name.startswith("model.layers.") else None
+        i = layer_of(name)
         tables.setdefault(i, {})[name] = [0, dtype, list(sides), at, at + size]
         at += size
     weights = trained.part(WEIGHTS)

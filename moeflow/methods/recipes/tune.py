@@ -111,12 +111,8 @@ def tune(
     trained = finetune.train(checkpoint, data, predictions, heldout, names=list(matrices), recipe=recipe).on(
         cpus=gang.cpus, gpus=gang.gpus, memory=need.host, processes=gang.processes, device=need.device, settings=gang.settings()
     )
-    changed = {
-        i: finetune.layer(trained.part(f"layer-{i:03d}/"), model.layers[i], layer=i, mode=recipe.mode)
-        for i in opened
-        if i is not None
-    }
-    tuned = model.with_layers(changed)
+    parts = {i: trained.part(f"layer-{i:03d}/") for i in opened if i is not None}
+    tuned = model.with_layers({i: finetune.layer(part, model.layers[i], layer=i, recipe=recipe) for i, part in parts.items()})
     if None in opened:
         tuned = replace(tuned, rest=finetune.rest_of(trained.part("rest/"), model.rest))
     return Tuned(tuned, trained, (finetune.report(trained.part(finetune.TRAINING)),))

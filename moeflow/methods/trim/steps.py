@@ -5,7 +5,7 @@ decides what goes, by what the calibration recorded, and leaves a `trim.json`; o
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -54,7 +54,7 @@ class Trimming:
 
 def trim(calibration: Calibration, how: Trimming) -> Model:
     """The calibrated model without what `how` takes out, as a graph. Raises ValueError for what cannot be."""
-    return TRIMS[how.what](calibration, how)
+    return TRIMS[how.what].graph(calibration, how)
 
 
 def expert_drop(calibration: Calibration, how: Trimming) -> Model:
@@ -81,7 +81,7 @@ def expert_drop(calibration: Calibration, how: Trimming) -> Model:
         least = total = int(keep)
     else:
         most = min(experts.values())
-        legal = next(n for n in range(1, most + 1) if _may_keep(family, n, most))
+        legal = family.fewest(most)
         least = family.top_k if how.least is None else how.least
         # what lies between none and the fewest that a router can work with cannot be reached one expert at a time
         least = max(least, legal if legal > groups else 0)
@@ -134,7 +134,9 @@ def block_drop(calibration: Calibration, how: Trimming) -> Model:
         return model
     if not calibration.between:
         raise ValueError("Block Drop compares hidden states across layers: calibrate with between=True")
-    config, first = _shorter(model, moe, drop), moe[0]
+    if model.extra:
+        raise ValueError("multi-token-prediction layers stand behind the last layer by its number; fetch the model with mtp='drop'")
+    config, first = Family.of(family_config(model.config)).with_fewer_layers(drop), moe[0]
     chosen = choose_decoder_layers(
         tuple(part for parts in calibration.between for part in parts),
         tuple(end.part(HIDDEN) for end in calibration.ends),
@@ -148,45 +150,21 @@ def block_drop(calibration: Calibration, how: Trimming) -> Model:
     return replace(model, config=config, rest=rest, layers=(*model.layers[:first], *moved), choices=(*model.choices, chosen))
 
 
-TRIMS: dict[str, Callable[[Calibration, Trimming], Model]] = {
-    "experts": expert_drop,
-    "moe_blocks": layer_drop,
-    "decoder_layers": block_drop,
+@dataclass(frozen=True)
+class Trim:
+    """One row of the table of what can be taken out."""
+
+    graph: Callable[[Calibration, Trimming], Model]
+    needs: Mapping[str, bool]
+    """What it reads of a calibration: the switches of `calibrate.run`."""
+
+
+TRIMS = {
+    "experts": Trim(expert_drop, {"inputs": False}),
+    "moe_blocks": Trim(layer_drop, {"inputs": False}),
+    "decoder_layers": Trim(block_drop, {"inputs": False, "between": True}),
 }
-"""What takes out what `Trimming.what` names."""
-
-
-def _may_keep(family: Family, keep: int, experts: int) -> bool:
-    try:
-        family.check_left(keep, experts)
-    except ValueError:
-        return False
-    return True
-
-
-def _shorter(model: Model, moe: list[int], drop: int) -> Config:
-    """The configuration of the model with `drop` decoder layers fewer, whichever they are."""
-    config, count = family_config(model.config), len(model.layers)
-    if model.extra:
-        raise ValueError("multi-token-prediction layers stand behind the last layer by its number; fetch the model with mtp='drop'")
-    if config.get("use_sliding_window") and 0 < int(config.get("max_window_layers") or 0) < count:
-        raise ValueError(
-            f"max_window_layers={config['max_window_layers']}: attention differs by layer; a layer cannot take another's place"
-        )
-    shorter = config | {"num_hidden_layers": count - drop}
-    for name, value in config.items():
-        if isinstance(value, list) and len(value) == count and name != "mlp_only_layers":
-            if any(v != value[0] for v in value):
-                raise ValueError(
-                    f"{name} differs by layer: a layer cannot take another's place; drop MoE blocks (Layer Drop) instead"
-                )
-            shorter[name] = value[: count - drop]
-    if Family.of(shorter).moe_layers != list(range(moe[0], count - drop)):
-        raise ValueError(
-            f"layers {[i for i in range(moe[0], count) if i not in moe]} have no experts, and config.json tells them by number: "
-            "another layer cannot take their place; drop MoE blocks (Layer Drop) instead"
-        )
-    return shorter
+"""What `Trimming.what` names: none reads the inputs of MoE blocks."""
 
 
 def _scores_spec(
@@ -228,7 +206,7 @@ def expert_scores(
 def _choose_experts_spec(scores: tuple[Any, ...], *, across: str, keep: int, least: int, groups: int) -> Spec:
     total = sum(s["experts"] for s in scores)
     if across == "model" and keep < least * len(scores):
-        raise ValueError(f"{keep} experts are to stay in all, fewer than least={least} in each of {len(scores)} layers; keep more")
+        raise ValueError(f"{keep} experts are to stay in all, fewer than least={least} in each of {len(scores)} layers; drop fewer")
     stay = keep * len(scores) if across == "layer" else keep
     writes = 300 + 40 * total
     out = {

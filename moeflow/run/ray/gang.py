@@ -18,12 +18,12 @@ import ray
 from ray.exceptions import RayError
 
 from moeflow.run.call import Call
-from moeflow.run.gang import GRACE, Gang, PeerLost, take_part, torn
+from moeflow.run.gang import GRACE, Attempt, PeerLost, take_part, torn
 from moeflow.run.materialize import stored
 from moeflow.run.outcome import WorkerLost, brief, describe
 from moeflow.run.ray.board import Answer
 from moeflow.run.ray.nodes import free_orphans
-from moeflow.run.ray.tasks import Failed, Made, Refused, Told, ask, failed, made
+from moeflow.run.ray.tasks import Failed, Made, Refused, ToBoard, ask, failed, made
 from moeflow.run.ray.travel import packed_error
 from moeflow.run.work import work_folder
 from moeflow.store import Store
@@ -72,7 +72,7 @@ def gang_task(call: Call, store: Store, board: Any, bundle: dict[str, float]) ->
                 if answer == "worn out":
                     raise WorkerLost(str(lost) if lost else "the node ran out of memory") from lost
                 if lost is not None:
-                    Told(board).note(call.key, f"{lost}; it goes on from what was saved")
+                    ToBoard(board).note(call.key, f"{lost}; it goes on from what was saved")
                 try:
                     done = stored(call, store)
                     result = made(done, board) if done else _together(call, store, board, bundle, folder)
@@ -91,7 +91,7 @@ def _together(call: Call, store: Store, board: Any, bundle: dict[str, float], fo
 
     while True:
         free_orphans()
-        gang = Gang.of(call, store)
+        gang = Attempt.of(call, store)
         fit = _trainer(partial(_process, call, store, board, gang), gang.processes, bundle, folder / gang.attempt)
         try:
             with ThreadPoolExecutor(1) as beside:  # in the main thread it would take Ctrl-C away from Ray
@@ -139,14 +139,14 @@ def _trainer(process: Callable[[], Made | None], processes: int, bundle: dict[st
     return fit
 
 
-def _process(call: Call, store: Store, board: Any, gang: Gang) -> Made | None:
+def _process(call: Call, store: Store, board: Any, gang: Attempt) -> Made | None:
     """In a worker of the trainer: one process of the gang."""
     from ray.train import get_context
 
     place = get_context()
     rank, local_rank = place.get_world_rank(), place.get_local_rank()
     try:
-        done = take_part(call, store, Told(board), gang, rank=rank, local_rank=local_rank)
+        done = take_part(call, store, ToBoard(board), gang, rank=rank, local_rank=local_rank)
     except BaseException as error:  # SystemExit, too: the others wait for a word
         said, packed, by_peer = describe(error), packed_error(error), torn(error)
         if by_peer:

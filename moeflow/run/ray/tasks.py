@@ -29,7 +29,7 @@ class Refused:
     """The step did not start, because another had failed."""
 
 
-class Told:
+class ToBoard:
     """A running step's words on their way to the board; nobody waits for them."""
 
     def __init__(self, board: Any) -> None:
@@ -51,7 +51,7 @@ def step_task(call: Call, store: Store, board: Any) -> Made | Failed | Refused:
             return Refused()
         if answer == "worn out":
             raise WorkerLost("the node ran out of memory")
-        return made(materialize(call, store, Told(board)), board)
+        return made(materialize(call, store, ToBoard(board)), board)
     except Exception as error:
         return failed(error, board)
 

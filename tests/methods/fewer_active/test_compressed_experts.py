@@ -21,9 +21,9 @@ from moeflow.methods.graph import Pass, Sample
 from moeflow.methods.recipes import naee
 from moeflow.model.checkpoint import Tensors, read_moe, save
 from moeflow.model.cost import active_parameters
+from moeflow.model.fewer_active import by_weight
 from moeflow.model.layout import Folder, read_config
 from moeflow.model.passes import stream_of
-from moeflow.model.reach import by_weight
 from tests import tiny
 from tests.compressed import compress, ids, load
 from tests.models import attached

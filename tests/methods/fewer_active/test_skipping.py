@@ -21,10 +21,10 @@ from moeflow.methods.graph import HIDDEN, Calibration, Model, Pass, Sample
 from moeflow.methods.recipes import compare, naee
 from moeflow.model import routed_experts
 from moeflow.model.checkpoint import Tensors, read_moe
+from moeflow.model.fewer_active import statistic
 from moeflow.model.layout import Folder, read_config
 from moeflow.model.moe import MoELayer
 from moeflow.model.passes import stream_of
-from moeflow.model.reach import statistic
 from tests import tiny
 from tests.compressed import compress
 from tests.running import array_of, facts_of, matrix_of, model_in, reports, run, store_in
@@ -189,10 +189,10 @@ def test_what_cannot_be_skipped_is_refused_in_one_line(tmp_path: Path) -> None:
         fewer_active.skip(again)
     three = model_in(tiny.write("olmoe", tmp_path / "three"))
     with pytest.raises(ValueError, match="3 experts, for which there is no rule of a median"):
-        naee.skipped(three, seen.tokens, fewer_active.Skipping())
+        naee.skipped(three, seen.tokens, fewer_active.Skipping(), Pass())
     phimoe = model_in(tiny.write("phimoe", tmp_path / "phimoe"))
     with pytest.raises(ValueError, match="a phimoe weighs each of a token's experts by itself"):
-        naee.skipped(phimoe, seen.tokens, fewer_active.Skipping(1.5))
+        naee.skipped(phimoe, seen.tokens, fewer_active.Skipping(1.5), Pass())
     one = model_in(tiny.write("mixtral", tmp_path / "one", num_experts_per_tok=1))
     with pytest.raises(ValueError, match="gives each token one expert; none is left to skip"):
         fewer_active.skip(calibrated(one, tmp_path))

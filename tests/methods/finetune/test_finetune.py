@@ -2,9 +2,9 @@
 
 import io
 import json
-import shutil
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -138,6 +138,9 @@ def test_a_mode_trains_its_own_tensors_and_leaves_layers_without_any(mode: str, 
     changed = {n for n in found if not torch.equal(found[n], before[n])}
     stem = ".mlp.experts." if mode == "experts" else ".mlp.gate.weight"
     assert changed == {n for n in found if stem in n}
+    done = json.loads(store.artifact(checkpoint_.checkpoint_of(tuned.model).key).file("moeflow.json").read_text())
+    assert [entry["layer"] for entry in done["layers"]] == [0, 2]
+    assert all(e["done"][-1].items() >= {"step": "finetune.layer", "mode": mode, "steps": 2}.items() for e in done["layers"])
 
 
 class Killer(Lines):
@@ -311,7 +314,7 @@ def test_a_disk_without_room_for_a_snapshot_is_told_in_a_line(
     model = model_in(mixtral)
     data = data_.tokens(rows, model, Sample(6, 12))
     tuned = tune.tune(model, data, Recipe(mode="router", steps=Gang().save_every + 1, batch=1))
-    monkeypatch.setattr(snapshots.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6, 1000))
+    monkeypatch.setattr(snapshots.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(
         StepFailed, match="no space left on .*; free some, or point MOEFLOW_CACHE / --store to another disk"
     ) as failed:

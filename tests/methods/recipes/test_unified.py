@@ -13,6 +13,7 @@ from moeflow.run import pipeline
 from moeflow.step import Step, upstream
 from tests import running, tiny
 from tests.models import calibrated
+from tests.pipelines.words import SMALL as small_words
 
 PIPELINES = Path(__file__).parents[3] / "pipelines"
 
@@ -35,17 +36,17 @@ def test_a_calibration_for_a_trimming_records_no_input_of_a_moe_block(
     model = running.model_in(tiny.write("mixtral", tmp_path / "model"))
     tokens = calibrated(model, tmp_path).tokens
     small = unified.compress(model, tokens, Pass(batch=2, shard=4, record=64, per_expert=8), order="trim", trim=how)
-    observed = of_name(checkpoint_of(small), "calibrate.observe")
+    observed = of_name(checkpoint_of(small.model), "calibrate.observe")
     assert observed and all(o.params["recording"] == recorded for o in observed)
 
 
 @pytest.mark.parametrize(
     ("words", "name", "params"),
     [
-        (["trim=decoder_layers", "rule=discrete"], "trim.decoder_layers", {"rule": "discrete", "drop": 1}),
+        (["trim=decoder_layers", "trim.rule=discrete"], "trim.decoder_layers", {"rule": "discrete", "drop": 1}),
         (["trim=decoder_layers"], "trim.decoder_layers", {"rule": "consecutive", "drop": 1}),
-        (["trim=experts", "across=layer"], "trim.experts", {"across": "layer", "keep": 7}),
-        (["trim=experts", "criterion=reap"], "trim.scores", {"criterion": "reap"}),
+        (["trim=experts", "trim.across=layer"], "trim.experts", {"across": "layer", "keep": 7}),
+        (["trim=experts", "trim.criterion=reap"], "trim.scores", {"criterion": "reap"}),
         (["trim=moe_blocks"], "trim.moe_blocks", {"drop": 1}),
     ],
 )
@@ -53,7 +54,7 @@ def test_every_way_of_the_paper_to_trim_is_reached_from_the_command_line(
     words: list[str], name: str, params: dict[str, Any], tmp_path: Path
 ) -> None:
     source, matrix = tiny.write("mixtral", tmp_path / "model"), running.matrix_of(tmp_path)
-    small = ["sequences=8", "length=16", "batch=2", "heldout_sequences=2", "order=trim", "dropped=1"]
+    small = [*small_words, "order=trim", "trim.dropped=1"]
     build = pipeline.load(PIPELINES / "mixtral_unified.py")
     target = pipeline.call(build, [f"model={source}", f"tokens={matrix.spec}", *small, *words])
     steps = of_name(target, name)
