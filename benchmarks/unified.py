@@ -39,7 +39,7 @@ def _slim(method: str, **options: Any) -> Stage:
     return partial(unified.slim, how=Slimming(method=method, **({"group": GROUP, "inputs": "parallel"} | options)))
 
 
-AWQ, GPTQ = _slim("awq"), _slim("gptq", inputs="sequential", order=True)
+AWQ, GPTQ = _slim("awq"), _slim("gptq", inputs="sequential", activation_order=True)
 EXPERTS: Stage = partial(trim.trim, how=trim.Trimming("experts", 2, least=2))
 LAYERS: Stage = partial(trim.trim, how=trim.Trimming("moe_blocks", 2))
 BLOCKS: Stage = partial(trim.trim, how=trim.Trimming("decoder_layers", 1))
@@ -51,7 +51,7 @@ def _low_rank(ratio: float) -> Stage:
 
 
 def _grouped(bits: int = 4) -> Stage:
-    return _slim("gptq", inputs="sequential", order=True, bits=bits, group=SMALL)
+    return _slim("gptq", inputs="sequential", activation_order=True, bits=bits, group=SMALL)
 
 
 SINGLE: dict[str, tuple[Stage, ...]] = {
@@ -84,9 +84,9 @@ OURS: dict[str, tuple[Stage, ...]] = {
     "AWQ in sequence": (_slim("awq", inputs="sequential"),),
     "Wanda 2:4 in sequence": (_slim("wanda", pattern="2:4", inputs="sequential"),),
     "SparseGPT 2:4 in sequence": (_slim("sparsegpt", pattern="2:4", inputs="sequential"),),
-    "GPTQ in sequence, 8 bits": (_slim("gptq", inputs="sequential", order=True, bits=8),),
-    "GPTQ in sequence, 3 bits": (_slim("gptq", inputs="sequential", order=True, bits=3),),
-    "GPTQ in sequence, 2 bits": (_slim("gptq", inputs="sequential", order=True, bits=2),),
+    "GPTQ in sequence, 8 bits": (_slim("gptq", inputs="sequential", activation_order=True, bits=8),),
+    "GPTQ in sequence, 3 bits": (_slim("gptq", inputs="sequential", activation_order=True, bits=3),),
+    "GPTQ in sequence, 2 bits": (_slim("gptq", inputs="sequential", activation_order=True, bits=2),),
     "GPTQ in sequence, groups of 32": (_grouped(),),
     "NAEE, 6 of 8": (ENUMERATED,),
     "low rank, whitened, a quarter": (partial(moei2.decompose, how=Decomposition(ratio=0.25)),),
@@ -96,7 +96,7 @@ OURS: dict[str, tuple[Stage, ...]] = {
 
 TOGETHER: dict[str, tuple[Stage, ...]] = {
     "NAEE, 6 of 8, then GPTQ": (ENUMERATED, GPTQ),
-    "NAEE, 6 of 8, then GPTQ, 2 bits": (ENUMERATED, _slim("gptq", inputs="sequential", order=True, bits=2)),
+    "NAEE, 6 of 8, then GPTQ, 2 bits": (ENUMERATED, _slim("gptq", inputs="sequential", activation_order=True, bits=2)),
     "E2/8, then GPTQ": (EXPERTS, GPTQ),
     "low rank, a tenth, then GPTQ, 8 bits": (_low_rank(0.1), _grouped(8)),
     "low rank, a sixteenth, then GPTQ": (_low_rank(1 / 16), _grouped()),
