@@ -113,6 +113,26 @@ def test_a_room_has_steps_without_torch_and_its_steps_are_named_after_it() -> No
     )
 
 
+def functions(path: Path) -> list[ast.FunctionDef]:
+    return [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.FunctionDef)]
+
+
+def test_no_signature_of_a_method_or_a_pipeline_has_more_than_ten_parameters() -> None:
+    for path in (*ROOT.glob("moeflow/methods/**/*.py"), *ROOT.glob("pipelines/*.py")):
+        for f in functions(path):
+            count = sum(map(len, (f.args.posonlyargs, f.args.args, f.args.kwonlyargs))) + bool(f.args.vararg) + bool(f.args.kwarg)
+            assert count <= 10, f"{path}: {f.name} has {count} parameters; make a value of those that belong together"
+
+
+def test_the_inputs_of_a_step_have_names() -> None:
+    for path in ROOT.glob("moeflow/**/*.py"):
+        for f in functions(path):
+            steps = [
+                d for d in f.decorator_list if isinstance(d, ast.Call) and isinstance(d.func, ast.Name) and d.func.id == "step"
+            ]
+            assert not steps or f.args.vararg is None, f"{path}: the step {f.name} takes *{f.args.vararg and f.args.vararg.arg}"
+
+
 def python(code: str) -> str:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
