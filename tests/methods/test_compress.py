@@ -190,7 +190,8 @@ def test_an_expert_with_too_few_tokens_is_cut_by_its_weights_or_stays_whole_and_
         small = moei2.decompose(seen, Decomposition(ratio=0.3, least=30, rare=rare))
         target = checkpoint.checkpoint_of(small)
         outcome = running.run(store, target)
-        told = running.facts_of(store.artifact(target.key).folder(), "decompose.layer")
+        made = store.artifact(target.key)  # whose folder goes with it
+        told = running.facts_of(made.folder(), "decompose.layer")
         experts = [e for (layer,) in told.values() for e in layer["experts"]]
         few = [e for e in experts if e["tokens"] < 30]
         assert few and len(few) < len(experts)
