@@ -1,4 +1,4 @@
-"""The command line: it takes words apart, calls what does the work, and prints. Knows no models and decides nothing.
+"""The command line: parses words, calls what does the work, and prints. Knows no models and decides nothing.
 
 A pipeline file ends with `main(build)`, so `python PIPELINE.py ...` is `moeflow run PIPELINE.py ...`.
 """
@@ -49,7 +49,7 @@ Params = Annotated[
 ]
 Url = Annotated[str, typer.Option("--store", metavar="URL", help="a folder, or s3://bucket/prefix")]
 Name = Annotated[str, typer.Option("--name", help="publish under this name (the pipeline's file name)")]
-RunnerName = Annotated[Runner, typer.Option("--runner", help="auto is ray where RAY_ADDRESS is set, else process")]
+RunnerName = Annotated[Runner, typer.Option("--runner", help="auto is ray if RAY_ADDRESS is set, else process")]
 InFlight = Annotated[int, typer.Option("--in-flight", min=0, help="most steps at once on Ray; 0: what its CPUs allow")]
 Retries = Annotated[int, typer.Option("--retries", min=0, help="how often a step is retried when its worker is lost")]
 Gpus = Annotated[
@@ -59,11 +59,11 @@ Cpus = Annotated[float | None, typer.Option("--cpus", min=1, help="CPUs, and thr
 Json = Annotated[bool, typer.Option("--json", help="machine-readable output")]
 Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
 All = Annotated[bool, typer.Option("--all", help="a line for every step")]
-Ref = Annotated[str, typer.Argument(metavar="REF", help="name@3, name, a label, a key, or how one key begins")]
+Ref = Annotated[str, typer.Argument(metavar="REF", help="name@3, name, a label, a key, or the beginning of one key")]
 
 
 class PipelineCommand(TyperCommand):
-    """A command whose `--help`, behind a pipeline's file, is that pipeline's page."""
+    """A command whose `--help` shows the pipeline's page if a pipeline file is named."""
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
         file = next((word for word in args if word.endswith(".py")), None)
@@ -85,7 +85,7 @@ def plan(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Say what is stored, what would run, what it would read and write, and what cannot work."""
+    """Show what is stored, what would run, what it would read and write, and what cannot work."""
     with asking(debug):
         opened = _open(store)
         target = pipeline.call(pipeline.load(file), param)
@@ -130,13 +130,13 @@ def ls(
 ) -> None:
     """List the versions, newest last, with their labels."""
     with asking(debug):
-        found = sorted(versions.list(_reading(store), name), key=lambda v: v.created)
+        listed = sorted(versions.list(_reading(store), name), key=lambda v: v.created)
     if json:
-        _json([_version(v) for v in found])
+        _json([_version(v) for v in listed])
         return
-    for v in found:
+    for v in listed:
         print(f"{v.ref:<24} {v.created}  {v.key}  {' '.join(v.labels)}".rstrip())
-    if not found:
+    if not listed:
         print(f"no versions{f' of {name}' if name else ''} in {store or STORE}", file=sys.stderr)
 
 
@@ -151,8 +151,8 @@ def show(ref: Ref, store: Url = "", all: All = False, json: Json = False, debug:
     if json:
         about = {"version": _version(version) if version else None, "key": key}
         libraries = lineages.libraries(upstream)
-        found = {"libraries": libraries, "lineage": lineages.as_json(upstream), "reports": [r.json() for r in reports]}
-        _json(about | found)
+        details = {"libraries": libraries, "lineage": lineages.as_json(upstream), "reports": [r.json() for r in reports]}
+        _json(about | details)
         return
     out = report.console()
     plain = not out.is_terminal
@@ -205,7 +205,7 @@ def promote(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Point a label at a version; REF may be the label from then on."""
+    """Point a label at a version; afterwards REF may be the label."""
     with asking(debug):
         version = versions.promote(_open(store), ref, label)
     if json:
@@ -222,7 +222,7 @@ def gc(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """List what no version reaches and is older than the grace period; delete it when told to."""
+    """List what no version reaches and is older than the grace period; with --delete, delete it."""
     with asking(debug):
         opened = _reading(store)
         garbage = garbage_.gc(opened, _seconds(grace))
@@ -244,7 +244,7 @@ def gc(
 
 
 def main(build: Callable[..., Any] | None = None) -> None:
-    """The `moeflow` command; given a pipeline's `build`, what the pipeline's file does when it is run by itself."""
+    """The `moeflow` command; with a pipeline's `build`, the command of that pipeline's file."""
     if build is None:
         app()
         return
@@ -276,7 +276,7 @@ def main(build: Callable[..., Any] | None = None) -> None:
 
 def _run(
     loaded: Callable[[], pipeline.Build],
-    given: list[str],
+    params: list[str],
     url: str,
     name: str,
     runner: Runner,
@@ -287,13 +287,13 @@ def _run(
 ) -> None:
     with asking(debug):
         store = _open(url)
-        prepared = prepare(options.place(pipeline.call(loaded(), given)), store, name=name, runner=runner)
+        prepared = prepare(options.place(pipeline.call(loaded(), params)), store, name=name, runner=runner)
     shown = show_progress(json=json)
     lost = not url and fleeting(Path.cwd())
     if lost:
         shown.say(f"warning: the store {store.url} goes with the Ray cluster; pass --store to keep what this run makes")
     with working(debug):
-        outcome, n = go(prepared, progress=shown, options=options, record={"pipeline": name, "given": given})
+        outcome, n = go(prepared, progress=shown, options=options, record={"pipeline": name, "given": params})
         reports = report.read(store, [s.key for s in prepared.target.reports])
     key = prepared.target.key
     if json:
@@ -317,14 +317,14 @@ def _reports(reports: Sequence[report.Report]) -> None:
 
 
 def _open(url: str) -> Store:
-    """A store that will be written to, checked."""
+    """Open and check a store that will be written to. Raises StoreError."""
     store = Store.open(url or STORE)
     store.check()
     return store
 
 
 def _reading(url: str) -> Store:
-    """A store that must be there already."""
+    """Open a store that must exist. Raises FileNotFoundError."""
     store = Store.open(url or STORE)
     if isinstance(store.blobs, LocalBlobs) and not store.blobs.root.is_dir():
         raise FileNotFoundError(f"there is no store {store.url}; pass --store, or run a pipeline")
@@ -332,12 +332,12 @@ def _reading(url: str) -> Store:
 
 
 def _resolve(store: Store, ref: str) -> tuple[versions.Version | None, str]:
-    """What `ref` means; for a key also a version that published it, the newest, where there is one."""
-    found = versions.resolve(store, ref)
-    if isinstance(found, str):
-        published = [v for v in versions.list(store) if v.key == found]
-        return max(published, key=lambda v: v.created, default=None), found
-    return found, found.key
+    """The version and key that `ref` means; for a key, the newest version that published it, or None."""
+    target = versions.resolve(store, ref)
+    if isinstance(target, str):
+        published = [v for v in versions.list(store) if v.key == target]
+        return max(published, key=lambda v: v.created, default=None), target
+    return target, target.key
 
 
 def _version(v: versions.Version) -> dict[str, Any]:
@@ -346,7 +346,7 @@ def _version(v: versions.Version) -> dict[str, Any]:
 
 
 def _multiplied_out(folder: Path) -> dict[str, Any]:
-    """Multiply the factors in a pulled folder, in a process of its own: this one has not loaded torch."""
+    """Multiply the factors in a pulled folder, in a process of its own, because this one has not loaded torch."""
     words = [sys.executable, "-P", "-m", "moeflow.model.dense", str(folder)]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -356,9 +356,9 @@ def _multiplied_out(folder: Path) -> dict[str, Any]:
 
 
 def _seconds(text: str) -> float:
-    if not (found := re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text)):
+    if not (match := re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text)):
         raise ValueError(f"--grace {text}: write a number and s, m, h or d, as in 7d")
-    return float(found[1]) * UNITS[found[2]]
+    return float(match[1]) * UNITS[match[2]]
 
 
 def _json(value: Any) -> None:
@@ -367,21 +367,21 @@ def _json(value: Any) -> None:
 
 @contextmanager
 def asking(debug: bool) -> Iterator[None]:
-    """What goes wrong inside is the request's fault: exit code 2."""
+    """Errors inside are the request's fault: exit code 2."""
     with _one_line(REQUEST, 2, debug):
         yield
 
 
 @contextmanager
 def working(debug: bool) -> Iterator[None]:
-    """What goes wrong inside is the work's fault: exit code 1."""
+    """Errors inside are the work's fault: exit code 1."""
     with _one_line(WORK, 1, debug):
         yield
 
 
 @contextmanager
 def _one_line(expected: tuple[type[Exception], ...], code: int, debug: bool) -> Iterator[None]:
-    """Turn expected errors, Ctrl-C and `ray job stop` into one line; anything else is a fault of ours."""
+    """Turn expected errors, Ctrl-C and `ray job stop` into one line; any other error is a bug of moeflow."""
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield

@@ -1,7 +1,7 @@
 """Options that travel as one value: frozen dataclasses that a step takes whole and that a person sets field by field.
 
-Choices are `Literal`s, an absent stage is None, and what a field means stands in the string below it. A key holds only the fields
-that differ from their defaults. Standard library only.
+Choices are `Literal`s, an absent stage is None, and the string below a field says what it means. A key holds only the fields that
+differ from their defaults. Standard library only.
 """
 
 import ast
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Described:
-    """One field as a page of help shows it."""
+    """One field as the page of help shows it."""
 
     name: str
     type: str
@@ -35,17 +35,17 @@ class Described:
 
 
 def check_choices(value: Any) -> None:
-    """Raise ValueError where a field of an options value is none of the choices that its `Literal` names."""
+    """Raise ValueError if a field of an options value is none of the choices of its `Literal`."""
     for name, kind in hints_of(value.__class__).items():
-        choices, given = choices_of(kind), getattr(value, name)
-        if choices and given is not None and given not in choices:
-            raise ValueError(f"{name}={given!r} is not known; choose one of {', '.join(map(str, choices))}")
+        choices, choice = choices_of(kind), getattr(value, name)
+        if choices and choice is not None and choice not in choices:
+            raise ValueError(f"{name}={choice!r} is not known; choose one of {', '.join(map(str, choices))}")
 
 
 def plain(value: Any, kind: Any = None) -> Any:
-    """An options value as JSON would return it, without the fields that have their default; any other value as it is.
+    """An options value as plain JSON values, without the fields that have their default; any other value as it is.
 
-    `kind`: the annotation of what holds the value. Where it says float, 1 and 1.0 are the same.
+    `kind`: the annotation of the value. If it says float, 1 and 1.0 are the same.
     """
     if is_dataclass(value) and not isinstance(value, type):
         kinds = hints_of(type(value))
@@ -63,7 +63,7 @@ def plain(value: Any, kind: Any = None) -> Any:
 
 
 def only(value: T, *names: str) -> T:
-    """The same options with every field but these at its default, so that what a step does not read stays out of its key.
+    """The same options with all fields except `names` at their defaults, so that a step's key has only what it reads.
 
     A field without a default stays as it is.
     """
@@ -73,7 +73,7 @@ def only(value: T, *names: str) -> T:
 
 
 def restored(value: Any, kind: Any) -> Any:
-    """The value of this annotated kind that `plain` made this of. Raises what the kind raises."""
+    """The inverse of `plain`: a value of the annotated `kind`. Raises what its type raises."""
     for one in members(kind):
         if is_dataclass(one) and isinstance(value, Mapping):
             kinds = hints_of(typing.cast(type, one))
@@ -98,24 +98,24 @@ def described(kind: type) -> list[Described]:
 
 
 def changed(name: str, kind: type, value: Any, words: Mapping[str, str]) -> Any:
-    """`value` (or, where it is None, one made of defaults) with the fields that `words` name, each word read as its field's kind.
+    """`value`, or one made of defaults if it is None, with the fields in `words`, each word read as its field's type.
 
-    `name` is what the value is called in messages. Raises ValueError for a field that there is not, with the nearest that there is.
+    `name`: what messages call the value. Raises ValueError for a missing or unknown field, with the nearest name.
     """
     kinds = hints_of(kind)
     if strange := [n for n in words if n not in kinds]:
         raise ValueError(f"{name} has no {strange[0]!r}; {nearest(strange[0], kinds)}")
-    given = {n: read(f"{name}.{n}", word, kinds[n]) for n, word in words.items()}
+    changes = {n: read(f"{name}.{n}", word, kinds[n]) for n, word in words.items()}
     if value is not None:
-        return dataclasses.replace(value, **given)
-    lacking = [f.name for f in fields(kind) if default_of(f) is dataclasses.MISSING and f.name not in given]
+        return dataclasses.replace(value, **changes)
+    lacking = [f.name for f in fields(kind) if default_of(f) is dataclasses.MISSING and f.name not in changes]
     if lacking:
         raise ValueError(f"{name} is absent; say {name}.{lacking[0]}=... to have it")
-    return kind(**given)
+    return kind(**changes)
 
 
 def read(name: str, word: str, kind: Any) -> Any:
-    """A word as a value of this kind. Raises ValueError, in one line, where it is none."""
+    """Read a word as a value of this kind. Raises ValueError, in one line, if it is not one."""
     kinds = members(kind)
     if type(None) in kinds and word.lower() in NOTHING:
         return None
@@ -134,10 +134,10 @@ def read(name: str, word: str, kind: Any) -> Any:
         return _number(name, word, int if origin is int else float)
     if origin in (list, tuple, dict):
         try:
-            found = json.loads(word)
+            items = json.loads(word)
         except json.JSONDecodeError as error:
             raise ValueError(f"{name}={word}: write it as JSON, as in [1, 2, 3] ({error})") from None
-        return tuple(found) if origin is tuple else found
+        return tuple(items) if origin is tuple else items
     return word
 
 
@@ -150,19 +150,19 @@ def _number(name: str, word: str, kind: type) -> Any:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Advice for a misspelt name: the one that was probably meant, or all."""
+    """Advice for a misspelt name: the nearest known name, or all."""
     names = list(known)
     close = difflib.get_close_matches(name, names, 1, 0.5)
     return f"did you mean {close[0]!r}?" if close else f"it has {', '.join(names) or 'none'}"
 
 
 def members(kind: Any) -> tuple[Any, ...]:
-    """What a union is of; anything else by itself."""
+    """The members of a union; any other annotation by itself."""
     return typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
 
 
 def choices_of(kind: Any) -> tuple[Any, ...]:
-    """What the `Literal`s of an annotation name."""
+    """The choices of the `Literal`s in an annotation."""
     return tuple(c for one in members(kind) if typing.get_origin(one) is typing.Literal for c in typing.get_args(one))
 
 
@@ -172,7 +172,7 @@ def options_type(kind: Any) -> type | None:
 
 
 def default_of(f: "dataclasses.Field[Any]") -> Any:
-    """A field's default; MISSING where it has none."""
+    """A field's default; MISSING if it has none."""
     return f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
 
 
@@ -185,8 +185,8 @@ def hints_of(kind: Any) -> dict[str, Any]:
 
 @cache
 def docs_of(kind: Any) -> dict[str, str]:
-    """What the strings below the fields of a dataclass, and of those it inherits from, say of them, each in one line."""
-    found: dict[str, str] = {}
+    """The string below each field of a dataclass and of its bases, by field, in one line."""
+    docs: dict[str, str] = {}
     for one in reversed(kind.__mro__):
         if not is_dataclass(one):
             continue
@@ -196,8 +196,8 @@ def docs_of(kind: Any) -> dict[str, str]:
             if not (isinstance(at, ast.AnnAssign) and isinstance(at.target, ast.Name) and isinstance(below, ast.Expr)):
                 continue
             if isinstance(below.value, ast.Constant) and isinstance(below.value.value, str):
-                found[at.target.id] = " ".join(below.value.value.split())
-    return found
+                docs[at.target.id] = " ".join(below.value.value.split())
+    return docs
 
 
 def shown(kind: Any) -> str:

@@ -4,8 +4,8 @@ Calling a function marked with `@step` computes nothing. It returns a `Step`: a 
 before the output exists. What is computed goes into the key; where it runs (GPUs, bucket, cluster) never does. This module
 does no I/O and knows neither Ray, S3 nor torch.
 
-A step's function says by its signature what it reads: positional parameters are inputs, each one artifact, a tuple of them, or one
-that may be absent (None); keyword-only parameters are what it is told, plain values or options (`moeflow.options`).
+The signature of a step's function says what it reads: positional parameters are inputs, each one artifact, a tuple of them, or
+None if absent; keyword-only parameters are plain values or options (`moeflow.options`).
 """
 
 import ast
@@ -24,84 +24,84 @@ from typing import Any, Concatenate, NoReturn, ParamSpec, Protocol
 from moeflow import options
 
 CODE = re.compile(r"[a-z_]\w*(\.\w+)+:\w+")
-"""How a table of methods names the code of a row; see `moeflow.methods.graph.load`."""
+"""How a table of methods refers to the code of a row; see `moeflow.methods.graph.load`."""
 
 
 class Artifact(Protocol):
-    """One input of a running step: a read-only folder whose files arrive on first use."""
+    """One input of a running step: a read-only folder whose files are downloaded on first use."""
 
     @property
     def key(self) -> str:
         """The key of the step that made it."""
 
     def names(self) -> list[str]:
-        """The files it holds, sorted, as paths relative to the folder; reads no file."""
+        """The names of its files, sorted, as paths relative to the folder; reads no file."""
 
     def size(self, name: str) -> int:
-        """The bytes of one file; reads no file."""
+        """The size of one file in bytes; reads no file."""
 
     def file(self, name: str) -> Path:
-        """One file, whole, on this machine. Raises FileNotFoundError, naming the files there are."""
+        """The path of one whole file on this machine. Raises FileNotFoundError, naming the files that exist."""
 
     def read(self, name: str, start: int, stop: int) -> bytes:
-        """The bytes [start, stop) of one file, without moving the rest."""
+        """The bytes [start, stop) of one file, without downloading the rest."""
 
     def folder(self) -> Path:
-        """All files, in one folder on this machine."""
+        """The path of a folder on this machine with all files."""
 
 
 class Context(Protocol):
-    """What a running step is given besides its inputs."""
+    """What a running step gets besides its inputs."""
 
-    out: Path  # its folder to fill, empty at the start; of a gang, what rank 0 leaves in its own is the output
-    scratch: Path  # a folder that goes when the step ends
+    out: Path  # its output folder, empty at the start; in a gang, rank 0's becomes the output
+    scratch: Path  # a folder that is deleted when the step ends
     rank: int  # of this process in its gang; 0 outside one
-    local_rank: int  # among the gang's processes on this machine, as LOCAL_RANK says; 0 outside one
+    local_rank: int  # among the gang's processes on this machine, as in LOCAL_RANK; 0 outside one
     processes: int  # of the gang; 1 outside one
     settings: Mapping[str, Any]  # `Resources.settings`; empty outside a gang
 
     def progress(self, done: int, total: int, unit: str, detail: str = "") -> None:
-        """Say how far the step is, in `unit` ("tokens", "layers", "bytes"); `detail` is shown behind it ("loss 3.214").
+        """Report how far the step is, in `unit` ("tokens", "layers", "bytes"); `detail` is shown after it ("loss 3.214").
 
-        Of a gang, rank 0 is heard; so it is with remarks and links.
+        In a gang only rank 0's progress, notes and links count.
         """
 
     def note(self, text: str) -> None:
-        """A remark for whoever reads the run's output and the artifact's record."""
+        """Add a remark to the run's output and the artifact's record."""
 
     def link(self, artifact: Artifact, name: str, to: str | None = None) -> None:
-        """Put one file of an input into the output, as `to` or under its own name, without moving a byte."""
+        """Put one file of an input into the output, as `to` or under its own name, without copying it."""
 
     def save(self, folder: Path, at: int = 0) -> None:
-        """Keep the files of `folder` as this step's partial state, in place of what was kept before.
+        """Save the files of `folder` as this step's partial state, in place of the previous one.
 
-        In a gang every process calls it, with files whose names no other process uses and with the same `at`, which grows
-        from one call to the next (the optimizer step). It copies the files and returns; they go to the store while the step
-        goes on. Once the files of all processes are there they count, in place of what was kept before. Raises ValueError
-        where `at` does not grow, and StoreError, also for the call before.
+        In a gang every process calls it, with file names that no other process uses and with the same `at` (the optimizer
+        step), which must grow from call to call. It copies the files and returns; they are uploaded while the step goes
+        on, and replace the previous state once those of all processes are stored. Raises ValueError if `at` does not
+        grow, and StoreError, also for the previous call.
         """
 
     def resume(self) -> Path | None:
-        """The partial state that an interrupted run of this very step left, or None.
+        """The folder with the partial state that an interrupted run of this step saved, or None.
 
-        In a gang, a folder with the files of all processes, one for all processes of a machine: to be read, not written to.
-        What a gang of another number of processes left is not resumed.
+        In a gang it has the files of all processes, and the processes of a machine share it: read it, do not write to it.
+        The state of a gang with another number of processes is not resumed.
         """
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What one run of a step may hold, or each process of a gang. Never part of a key. Raises ValueError, TypeError.
+    """What one run of a step, or each process of a gang, may use. Never part of a key. Raises ValueError, TypeError.
 
-    With `processes` a step is a gang: its function runs in so many processes at once, all with the same inputs and
-    parameters. The environment tells each its place, as torch.distributed reads it: RANK, WORLD_SIZE, LOCAL_RANK,
+    With `processes` a step is a gang: its function runs in that many processes at once, all with the same inputs and
+    parameters. The environment gives each its place, as torch.distributed reads it: RANK, WORLD_SIZE, LOCAL_RANK,
     LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT. On a cluster torch.distributed is initialised before the function starts.
     """
 
     cpus: float = 1
-    gpus: float = 0  # for a step that computes on a GPU where there is one
-    memory: int = 0  # bytes; 0 asks for what the step's spec says
-    processes: int = 0  # of a gang; 0: one call on one worker
+    gpus: float = 0  # for a step that computes on a GPU if there is one
+    memory: int = 0  # bytes; 0 means what the step's spec says
+    processes: int = 0  # of a gang; 0 means one call on one worker
     device: int = 0  # bytes that each process of a gang needs on its device, for plans
     settings: Mapping[str, Any] = field(default_factory=dict)  # JSON values that say how a gang runs, as its steps see them
 
@@ -117,17 +117,17 @@ class Resources:
 
 @dataclass(frozen=True)
 class Spec:
-    """What is known of a step's output before it exists: `output` is for the specs of the steps that read it."""
+    """What is known of a step's output before it exists; the specs of the steps that read it get `output`."""
 
     output: Any = None
     reads: int = 0  # bytes read from the inputs
-    writes: int = 0  # bytes of the files it leaves
+    writes: int = 0  # bytes of its output files
     memory: int = 0  # peak bytes resident
     notes: tuple[str, ...] = ()
 
 
 class Promise:
-    """An artifact that does not exist yet, as a graph function hands it on: whoever reads it before it is there is told so."""
+    """An artifact that does not exist yet, as graph functions pass it on; reading it too early raises TypeError."""
 
     @property
     def key(self) -> str:
@@ -154,9 +154,9 @@ class Promise:
 
 @dataclass(frozen=True, eq=False)
 class Part(Promise):
-    """Those files of a step's output whose names begin with `prefix`, as an input of their own.
+    """The files of a step's output whose names begin with `prefix`, as an input of their own.
 
-    A step that reads only a part is not run again when another part of the same output changes.
+    A step that reads only a part is not run again if another part of the same output changes.
     """
 
     step: "Step"
@@ -172,7 +172,7 @@ class Part(Promise):
 
 
 Slots = tuple[tuple[str, int | None], ...]
-"""The names of a step's inputs in their order, each with how many artifacts it is; None: one, not a tuple."""
+"""The names of a step's inputs in order, each with its number of artifacts; None means one that is not in a tuple."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,9 +180,9 @@ class Step(Promise):
     name: str
     version: int
     fn: Callable[..., None]
-    inputs: tuple["Step | Part", ...] = ()  # one after the other
-    slots: Slots = ()  # which of them has which name
-    params: dict[str, Any] = field(default_factory=dict)  # as they stand in the key
+    inputs: tuple["Step | Part", ...] = ()  # all artifacts in order
+    slots: Slots = ()  # the names of the inputs
+    params: dict[str, Any] = field(default_factory=dict)  # as in the key
     resources: Resources = field(default_factory=Resources)
     describe: Callable[..., Spec] | None = None
     reports: tuple["Step", ...] = ()
@@ -193,7 +193,7 @@ class Step(Promise):
 
     @cached_property
     def spec(self) -> Spec:
-        """What the step's `spec` function says; raises what it raises where the combination cannot work."""
+        """The result of the step's `spec` function; raises what that raises if the combination cannot work."""
         if self.describe is None:
             return Spec()
         args, params = arguments(self.fn, self.slots, [i.spec.output for i in self.inputs], self.params)
@@ -205,22 +205,22 @@ class Step(Promise):
         return _source(self.fn)
 
     def content(self, digests: Sequence[str]) -> str:
-        """The key that this recipe has on inputs with these contents, whatever recipes made them (early cutoff)."""
+        """The key of this recipe on inputs with these contents, whatever recipes made them (early cutoff)."""
         return f"{self.name}-{self._digest(list(digests))}"
 
     def on(self, **resources: Any) -> "Step":
-        """The same step, placed elsewhere: the key stays."""
+        """The same step with other resources; the key stays."""
         return self._with(resources=Resources(**resources))
 
     def part(self, prefix: str) -> Part:
         return Part(self, prefix)
 
     def reporting(self, *steps: "Step") -> "Step":
-        """The same step, with steps that describe its output and run beside it: the key stays."""
+        """The same step with reports, steps that describe its output and run with it; the key stays."""
         return self._with(reports=self.reports + steps)
 
     def _with(self, **changes: Any) -> "Step":
-        """A copy with changes that touch neither key nor spec, which are kept: they took time to find."""
+        """A copy with changes that affect neither key nor spec, which are reused because they are slow to compute."""
         made = replace(self, **changes)
         vars(made).update({name: vars(self)[name] for name in ("key", "spec") if name in vars(self)})
         return made
@@ -238,9 +238,9 @@ def step(
 ) -> Callable[[Callable[Concatenate[Context, P], None]], Callable[P, Step]]:
     """Mark `fn(context, input, ..., *, parameter, ...)` as a step.
 
-    Raise `version` whenever the same arguments must give another output. `spec` has the function's own signature but for the
-    context: in the place of each input it receives the `output` of that input's spec. It says what the result will be, raises
-    ValueError where the combination cannot work, and is asked at once.
+    Raise `version` whenever the same arguments must give another output. `spec` has the function's signature without the
+    context, and gets the `output` of each input's spec in place of that input. It says what the result will be, raises
+    ValueError if the combination cannot work, and is called at once.
     """
 
     def mark(fn: Callable[Concatenate[Context, P], None]) -> Callable[P, Step]:
@@ -276,7 +276,7 @@ def _declared(fn: Callable[..., None]) -> tuple[inspect.Signature, dict[str, Any
 
 
 def _inputs(name: str, slot: str, value: Any) -> list[Step | Part] | None:
-    """The steps that are one input; None where it is absent."""
+    """The steps of one input; None if it is absent."""
     several = list(value) if isinstance(value, tuple | list) else [] if value is None else [value]
     for one in several:
         if not isinstance(one, Step | Part):
@@ -285,36 +285,36 @@ def _inputs(name: str, slot: str, value: Any) -> list[Step | Part] | None:
 
 
 def grouped(slots: Slots, values: Sequence[Any]) -> dict[str, Any]:
-    """Values that stand for the inputs one after the other, by the inputs' names: each one value, or a list of them."""
-    found, at = {}, 0
+    """Group values, one per artifact in the order of the inputs, by the inputs' names: one value each, or a list."""
+    groups, at = {}, 0
     for name, count in slots:
-        found[name] = values[at] if count is None else list(values[at : at + count])
+        groups[name] = values[at] if count is None else list(values[at : at + count])
         at += 1 if count is None else count
-    return found
+    return groups
 
 
 def arguments(
     fn: Callable[..., None], slots: Slots, inputs: Sequence[Any], params: Mapping[str, Any]
 ) -> tuple[list[Any], dict[str, Any]]:
-    """What a step's function (behind its context) and its spec are called with: positional and by keyword.
+    """The positional and keyword arguments of a step's function (after its context) and of its spec.
 
-    `inputs`: one value for each artifact. Options are values again.
+    `inputs`: one value for each artifact. Options become values again.
     """
     signature, kinds = _declared(fn)
-    held = grouped(slots, inputs)
+    by_name = grouped(slots, inputs)
     args: list[Any] = []
     for parameter in list(signature.parameters.values())[1:]:
         if parameter.kind is parameter.VAR_POSITIONAL:
-            args += held.get(parameter.name, ())
+            args += by_name.get(parameter.name, ())
         elif parameter.kind is not parameter.KEYWORD_ONLY:
-            value = held.get(parameter.name, None if parameter.default is parameter.empty else parameter.default)
+            value = by_name.get(parameter.name, None if parameter.default is parameter.empty else parameter.default)
             several = isinstance(value, list) or "tuple" in str(kinds.get(parameter.name))
             args.append(tuple(value or ()) if several else value)
     return args, {name: options.restored(value, kinds.get(name)) for name, value in params.items()}
 
 
 def upstream(targets: Iterable[Step]) -> list[Step]:
-    """The targets and every step they need, each once (by key), inputs before what reads them."""
+    """The targets and every step they need, each once (by key), inputs before the steps that read them."""
     order: dict[str, Step] = {}
     stack = [(t, False) for t in reversed(list(targets))]
     while stack:
@@ -330,43 +330,43 @@ def upstream(targets: Iterable[Step]) -> list[Step]:
 
 
 def placed(target: Step, place: Callable[[Resources], Resources]) -> Step:
-    """The same graph with other resources: every key stays."""
+    """The same graph with other resources; all keys stay."""
     made: dict[str, Step] = {}
 
-    def again(given: Step | Part) -> Step | Part:
-        return Part(made[given.step.key], given.prefix) if isinstance(given, Part) else made[given.key]
+    def again(promise: Step | Part) -> Step | Part:
+        return Part(made[promise.step.key], promise.prefix) if isinstance(promise, Part) else made[promise.key]
 
     for s in upstream([target, *target.reports]):
         made[s.key] = s._with(inputs=tuple(map(again, s.inputs)), resources=place(s.resources), reports=())
     return made[target.key]._with(reports=tuple(made[r.key] for r in target.reports))
 
 
-def step_of(given: Step | Part) -> Step:
-    return given.step if isinstance(given, Part) else given
+def step_of(promise: Step | Part) -> Step:
+    return promise.step if isinstance(promise, Part) else promise
 
 
 def canonical(value: Any) -> bytes:
-    """`value` as JSON with one spelling."""
+    """`value` as JSON, with one spelling for equal values."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
 @cache
 def _source(fn: Callable[..., None]) -> str:
-    """A digest of a function's source and of its package's modules which it imports when it runs, and which those import.
+    """A digest of a function's source and of the modules of its package that it imports when it runs, and that those import.
 
     This module is left out. Nothing is imported.
     """
     text = inspect.getsource(fn)
     package, *inside = fn.__module__.split(".")
     root = Path(inspect.getfile(fn)).parents[len(inside) - 1] if inside else None
-    found: dict[Path, str] = {}
+    texts: dict[Path, str] = {}
     stack = [*_imports(textwrap.dedent(text), package, root)] if root else []
     while stack:
         file = stack.pop()
-        if root and file not in found and file != Path(__file__):
-            found[file], imported = _module(file, package, root)
+        if root and file not in texts and file != Path(__file__):
+            texts[file], imported = _module(file, package, root)
             stack.extend(imported)
-    return hashlib.sha256("".join([text, *(found[file] for file in sorted(found))]).encode()).hexdigest()
+    return hashlib.sha256("".join([text, *(texts[file] for file in sorted(texts))]).encode()).hexdigest()
 
 
 @cache
@@ -377,7 +377,7 @@ def _module(file: Path, package: str, root: Path) -> tuple[str, frozenset[Path]]
 
 
 def _imports(text: str, package: str, root: Path) -> frozenset[Path]:
-    """The files of the package that a text imports, or names as the place of code that it loads ("package.module:function")."""
+    """The files of the package that a text imports, or refers to as code to load ("package.module:function")."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
@@ -391,9 +391,9 @@ def _imports(text: str, package: str, root: Path) -> frozenset[Path]:
 
 
 def _plain(name: str, key: str, value: Any, kind: Any = None) -> Any:
-    """A parameter as JSON would return it, so that a function receives exactly what was hashed."""
+    """A parameter as it comes back from JSON, so that the function gets exactly what was hashed."""
     try:
-        found = json.loads(canonical(options.plain(value, kind)))
+        loaded = json.loads(canonical(options.plain(value, kind)))
     except (TypeError, ValueError) as error:
         raise TypeError(
             f"{name}: parameter {key}={value!r} has no stable form ({error}); pass plain JSON values: "
@@ -401,4 +401,4 @@ def _plain(name: str, key: str, value: Any, kind: Any = None) -> Any:
         ) from None
     if isinstance(value, dict) and any(not isinstance(k, str) for k in value):
         raise TypeError(f"{name}: parameter {key}={value!r} has keys that are no strings; pass a list of pairs instead")
-    return found
+    return loaded

@@ -1,4 +1,4 @@
-"""Runners: they take a graph of steps and a store, and leave what is missing in the store.
+"""Runners take a graph of steps and a store, and put into the store what is missing there.
 
 They know neither torch nor models; `ray` is imported only in the folder `ray`.
 """

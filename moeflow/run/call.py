@@ -1,4 +1,4 @@
-"""One step as it travels to a worker: its function, parameters and its inputs' keys, not the graph behind them."""
+"""One step as it is sent to a worker: its function, parameters and its inputs' keys, without the graph behind them."""
 
 import copy
 import importlib
@@ -13,9 +13,9 @@ PACKAGE = __name__.partition(".")[0]
 
 @dataclass(frozen=True)
 class Input:
-    """A stored artifact, or one part of it; `digest` is that of its contents."""
+    """A stored artifact, or one part of it, with the digest of its contents."""
 
-    name: str  # as recipes spell it: the key, and after a slash the part's prefix
+    name: str  # as in recipes: the key, and for a part a slash and its prefix
     digest: str
 
     @property
@@ -29,9 +29,9 @@ class Input:
 
 @dataclass(frozen=True)
 class Call:
-    """Everything that one worker needs to make one step, apart from the store."""
+    """Everything that a worker needs to run one step, apart from the store."""
 
-    code: str | Callable[..., None]  # "module:name" where every worker has the module, else the function itself
+    code: str | Callable[..., None]  # "module:name" if every worker has the module, else the function itself
     name: str
     version: int
     params: dict[str, Any]
@@ -41,11 +41,11 @@ class Call:
     slots: Slots
     resources: Resources
     source: str
-    parts: tuple[str, ...] = ()  # prefixes of the output whose digests are wanted
+    parts: tuple[str, ...] = ()  # prefixes of the output whose digests other steps need
 
     @staticmethod
     def of(step: Step, digests: Sequence[str], *, source: str, parts: Sequence[str] = ()) -> "Call":
-        """`digests` are those of the inputs' contents, in their order."""
+        """`digests`: those of the inputs' contents, in the order of the inputs."""
         inputs = tuple(Input(i.key, digest) for i, digest in zip(step.inputs, digests, strict=True))
         return Call(
             _code(step.fn),
@@ -70,18 +70,18 @@ class Call:
         return function
 
     def arguments(self, inputs: Sequence[Any]) -> tuple[list[Any], dict[str, Any]]:
-        """What the function is called with behind its context, given its input artifacts one after the other."""
+        """The function's arguments after its context; `inputs`: its input artifacts in order."""
         return arguments(self.function, self.slots, inputs, copy.deepcopy(self.params))
 
     @property
     def threads(self) -> int:
-        """How many threads its numerical libraries use: one for each CPU, in every runner, so that bytes agree."""
+        """The number of threads of its numerical libraries: one per CPU, so that every runner computes the same bytes."""
         return max(1, int(self.resources.cpus))
 
 
 def _code(fn: Callable[..., None]) -> str | Callable[..., None]:
-    """`@step` leaves its builder under the function's name, so the function itself is found behind it."""
+    """`@step` puts its builder under the function's name, so workers get the function from the builder."""
     if fn.__module__.partition(".")[0] != PACKAGE:
         return fn
-    found = getattr(importlib.import_module(fn.__module__), fn.__qualname__, None)
-    return f"{fn.__module__}:{fn.__qualname__}" if getattr(found, "__wrapped__", None) is fn else fn
+    builder = getattr(importlib.import_module(fn.__module__), fn.__qualname__, None)
+    return f"{fn.__module__}:{fn.__qualname__}" if getattr(builder, "__wrapped__", None) is fn else fn

@@ -1,6 +1,6 @@
-"""One process of a gang on this machine: `python -m moeflow.run.child FD`, started by `children.py` and never by hand.
+"""One process of a gang on this machine: `python -m moeflow.run.child FD`, started by `children.py`, never by hand.
 
-It is told what to do over the connection `FD`, answers there, and ends when the other end of it closes.
+It receives its work over the connection `FD`, answers there, and ends when the other end closes.
 """
 
 import os
@@ -14,7 +14,7 @@ from moeflow.run.gang import take_part, torn
 
 
 class ToParent:
-    """A running step's words on their way to the process that started this one."""
+    """Sends a running step's progress and notes to the process that started this one."""
 
     def __init__(self, parent: Connection) -> None:
         self._parent, self._lock = parent, threading.Lock()
@@ -33,20 +33,20 @@ class ToParent:
 def main(parent: Connection) -> None:
     packed, store, gang, rank = pickle.loads(parent.recv_bytes())
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    told = ToParent(parent)
+    reporter = ToParent(parent)
     try:
-        done = take_part(pickle.loads(packed), store, told, gang, rank=rank, local_rank=rank)
-    except BaseException as error:  # SystemExit, too: the parent waits for a word
+        done = take_part(pickle.loads(packed), store, reporter, gang, rank=rank, local_rank=rank)
+    except BaseException as error:  # including SystemExit: the parent waits for an answer
         from moeflow.run.ray.travel import packed_error  # here: it imports ray
 
-        told.tell("failed", packed_error(error), torn(error))
-        threading.Event().wait()  # for the end: were it to go now, its peers would only say that they lost it
+        reporter.tell("failed", packed_error(error), torn(error))
+        threading.Event().wait()  # until it is killed: if it ended now, its peers would only report its loss
     else:
-        told.tell("done", done)
+        reporter.tell("done", done)
 
 
 def _end_with(parent: Connection) -> None:
-    """Die when the parent does, even by SIGKILL: nothing else is ever sent."""
+    """End this process when the parent ends, even by SIGKILL: the parent sends nothing else."""
     try:
         parent.recv_bytes()
     except (EOFError, OSError):

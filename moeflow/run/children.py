@@ -1,4 +1,4 @@
-"""A gang on this machine: its processes are children of this one and end with it, whatever ends it."""
+"""A gang on this machine: its processes are children of this one and end with it, however it ends."""
 
 import os
 import pickle
@@ -24,7 +24,7 @@ from moeflow.run.progress import Show
 from moeflow.run.work import THREADS
 from moeflow.store import Store
 
-LOOK = 0.2  # seconds between two looks at whether a child has died
+LOOK = 0.2  # seconds between two checks for dead children
 
 
 @dataclass
@@ -37,7 +37,7 @@ class _Child:
 
     @property
     def died(self) -> str:
-        """How it ended without a word; empty while it lives or has words to be heard, and when it has done its part."""
+        """How it ended without an answer; empty if it is alive, has done its part, or has sent unread messages."""
         code = self.process.poll()
         if code is None or self.done or (not self.connection.closed and self.connection.poll()):
             return ""
@@ -47,15 +47,15 @@ class _Child:
 
     def end(self) -> None:
         if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)  # with what it may have started
+            os.killpg(self.process.pid, signal.SIGKILL)  # with the processes it started
             self.process.wait()
         self.connection.close()
 
 
 def run_gang(call: Call, store: Store, shown: Show, retries: int) -> Done:
-    """Run a call of so many processes; say what is stored. Raises what one of them raises, WorkerLost and StoreError.
+    """Run a call in a gang; return what is stored. Raises what a process raises, WorkerLost and StoreError.
 
-    Where one is lost all start again, from what they saved, at most `retries` times.
+    If a process is lost, all start again from what they saved, at most `retries` times.
     """
     lost: PeerLost | None = None
     for _ in range(retries + 1):
@@ -79,7 +79,7 @@ def _together(call: Call, store: Store, shown: Show) -> Done:
 
 @contextmanager
 def _children(call: Call, store: Store, gang: Attempt) -> Iterator[list[_Child]]:
-    """The gang's processes; none is left at the end."""
+    """Start the gang's processes; kill those that are left at the end."""
     children: list[_Child] = []
     with tempfile.TemporaryDirectory(prefix="moeflow-") as logs:
         try:
@@ -93,7 +93,7 @@ def _children(call: Call, store: Store, gang: Attempt) -> Iterator[list[_Child]]
 
                 packed = pack(call)
             for child in children:
-                with suppress(OSError):  # it has died; its end is seen later
+                with suppress(OSError):  # it has died, as `_finished` will see
                     child.connection.send_bytes(pickle.dumps((packed, store, gang, child.rank)))
             yield children
         finally:
@@ -111,7 +111,7 @@ def _start(rank: int, environment: dict[str, str], log: Path) -> _Child:
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
-            start_new_session=True,  # Ctrl-C on a terminal is for this process to hear
+            start_new_session=True,  # so that Ctrl-C on a terminal reaches only this process
         )
     return _Child(rank, process, mine, log)
 
@@ -123,15 +123,15 @@ def _environment(call: Call, gang: Attempt) -> dict[str, str]:
     size = str(gang.processes)
     place = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     if "lo" in (name for _, name in socket.if_nameindex()):
-        place["GLOO_SOCKET_IFNAME"] = "lo"  # a laptop's own name may lead to an address that nobody answers
+        place["GLOO_SOCKET_IFNAME"] = "lo"  # a laptop's host name may resolve to an address that does not answer
     path = {"PYTHONPATH": os.pathsep.join(sys.path)}
     return {**os.environ, **dict.fromkeys(THREADS, str(call.threads)), **place, **path}
 
 
 def _finished(children: list[_Child], shown: Show) -> Done:
-    """Wait until all have done their part; what rank 0 stored. Raises what one raises, and PeerLost.
+    """Wait until all have done their part; return what rank 0 stored. Raises what a process raises, and PeerLost.
 
-    An error that a peer's end may have caused is believed only when no peer says or does something worse for a while.
+    An error that a peer's end may have caused counts only if no peer dies or reports its own error within GRACE seconds.
     """
     made: Done | None = None
     torn: BaseException | None = None
@@ -159,7 +159,7 @@ def _finished(children: list[_Child], shown: Show) -> Done:
 
 
 def _heard(children: list[_Child]) -> Iterator[tuple[_Child, tuple[Any, ...]]]:
-    """What they say now; nothing after a while in which nobody does."""
+    """The messages they send now; nothing if none comes within LOOK seconds."""
     speaking = {child.connection: child for child in children if not child.connection.closed}
     if not speaking:
         time.sleep(LOOK)

@@ -1,6 +1,6 @@
-"""One process of a gang: what it is given, what it keeps, and whether its end is its own fault or a peer's.
+"""One process of a gang: its context, what it saves, and whether an error is its own fault or a peer's.
 
-Knows neither Ray nor torch, nor who starts the processes: `children.py` does on this machine, `ray/gang.py` on a cluster.
+Knows neither Ray nor torch, nor who starts the processes: `children.py` on this machine, `ray/gang.py` on a cluster.
 """
 
 import fcntl
@@ -20,36 +20,36 @@ from moeflow.run.work import shared_folder, work_folder
 from moeflow.store import Store, StoreError
 from moeflow.store.partial import Snapshot
 
-GRACE = 5.0  # seconds in which a peer's own error or death is waited for, after an error that it may have caused
-# How torch's RuntimeErrors from collectives begin to read when a peer has gone; those of NCCL have types of their own.
+GRACE = 5.0  # seconds to wait for a peer's own error or death, after an error that it may have caused
+# What torch's RuntimeErrors from collectives say when a peer has gone; those of NCCL have types of their own.
 TORN = ("gloo/transport", "Connection closed by peer", "Connection reset by peer", "remote process exited")
 
 
 class PeerLost(Exception):
-    """A process of a gang went away, and its step did not raise: the gang may start again from what was saved."""
+    """A process of a gang was lost, and its step did not raise: the gang may start again from what was saved."""
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """One start of a gang: `attempt` is its name among all starts; `snapshots` what it may continue from, newest first.
+    """One start of a gang: `attempt` is its unique name, `snapshots` are those it may continue from, newest first.
 
-    They are looked up once, before any process runs, so that all of them continue from the same.
+    The snapshots are listed once, before any process runs, so that all processes continue from the same one.
     """
 
     attempt: str
     processes: int
     snapshots: tuple[Snapshot, ...]
-    other: int = 0  # processes of the gang whose snapshot cannot be resumed by so many; 0 where there is none
+    other: int = 0  # processes of a gang whose snapshot this one cannot resume; 0 if there is none
 
     @staticmethod
     def of(call: Call, store: Store) -> "Attempt":
-        processes, found = call.resources.processes, store.snapshots(call.key)
-        mine = tuple(s for s in found if s.processes == processes)
-        return Attempt(uuid.uuid4().hex, processes, mine, found[0].processes if found and not mine else 0)
+        processes, snapshots = call.resources.processes, store.snapshots(call.key)
+        mine = tuple(s for s in snapshots if s.processes == processes)
+        return Attempt(uuid.uuid4().hex, processes, mine, snapshots[0].processes if snapshots and not mine else 0)
 
 
 class Member(Running):
-    """The Context of one process of a gang. What it saves goes to the store while its step goes on."""
+    """The Context of one process of a gang. It uploads what it saves while its step goes on."""
 
     def __init__(self, call: Call, store: Store, report: Reporter, work: Path, shared: Path, gang: Attempt, place: tuple[int, int]):
         super().__init__(call, store, report, work)
@@ -74,25 +74,25 @@ class Member(Running):
             raise ValueError(f"save(at={at}) after at={self._saved}; pass a number that grows, such as the optimizer step")
         self.uploaded()
         self._saved = at
-        shutil.rmtree(self._copy, ignore_errors=True)  # it is there when the disk was full the last time
+        shutil.rmtree(self._copy, ignore_errors=True)  # it exists if the disk was full last time
         shutil.copytree(folder, self._copy)  # because the step may change what it saved, even in place
         self._upload = self._uploads.submit(self._keep, Snapshot(at, self._gang.attempt, self.processes))
 
     def resume(self) -> Path | None:
         if self._gang.other:
-            had, has = count(self._gang.other, "process", "es"), count(self.processes, "process", "es")
-            self.note(f"an interrupted run of {had} cannot be continued by {has}: it starts again")
+            before, now = count(self._gang.other, "process", "es"), count(self.processes, "process", "es")
+            self.note(f"an interrupted run of {before} cannot be continued by {now}: it starts again")
         if not self._gang.snapshots:
             return None
         into = self._shared / "resumed"
         with (self._shared / "fetching").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # the first of this machine's processes fetches for all
+            fcntl.flock(lock, fcntl.LOCK_EX)  # the first of this machine's processes downloads for all
             if not into.exists():
                 self._store.load_partial(self._call.key, into, self._gang.snapshots)
         return into if into.exists() else None
 
     def uploaded(self) -> None:
-        """Wait for what is on its way to the store. Raises what stopped it."""
+        """Wait for the running upload. Raises what stopped it."""
         upload, self._upload = self._upload, None
         if upload is not None:
             upload.result()
@@ -103,11 +103,11 @@ class Member(Running):
 
 
 def take_part(call: Call, store: Store, report: Reporter, gang: Attempt, *, rank: int, local_rank: int) -> Done | None:
-    """Run `call` as one process of a gang. Rank 0 stores what it leaves and says so; the others return None.
+    """Run `call` as one process of a gang. Rank 0 stores its output and returns that; the others return None.
 
-    Raises what the step raises, and StoreError; what was saved before is in the store then.
+    Raises what the step raises, and StoreError; what was saved before that is in the store.
     """
-    function = call.function  # first, so that the libraries it imports are loaded when their threads are limited
+    function = call.function  # first, because a limit on threads reaches only libraries that are loaded
     root = store.cache / "work"
     with shared_folder(root, gang.attempt) as shared, work_folder(root) as work:
         context = Member(call, store, report, work, shared, gang, (rank, local_rank))
@@ -118,7 +118,7 @@ def take_part(call: Call, store: Store, report: Reporter, gang: Attempt, *, rank
 
 @contextmanager
 def _uploading(context: Member) -> Iterator[None]:
-    """See that the last state has reached the store, also when the step raises; that it has not is then a remark."""
+    """Wait until the last state is in the store, also if the step raises; note it if that fails."""
     try:
         yield
     finally:
@@ -129,10 +129,10 @@ def _uploading(context: Member) -> Iterator[None]:
 
 
 def torn(error: BaseException | None) -> bool:
-    """Whether an error says that a peer could not be reached, so that the fault may be the peer's."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
+    """Whether an error says that a peer could not be reached, so that it may be the peer's fault."""
+    visited: set[int] = set()
+    while error is not None and id(error) not in visited:
+        visited.add(id(error))
         name = type(error).__name__
         if name.startswith("Dist") and type(error).__module__.startswith("torch"):  # DistBackendError, DistNetworkError, ...
             return True

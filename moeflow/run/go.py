@@ -1,4 +1,4 @@
-"""One run from the graph to a published version: checked before it starts, on the runner that was asked for."""
+"""One run from the graph to a published version: checked before it starts, then run by the chosen runner."""
 
 import os
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ class Runner(StrEnum):
     ray = "ray"
 
     def chosen(self) -> "Runner":
-        """`ray job submit` sets RAY_ADDRESS, so that a job uses its cluster without being told."""
+        """Resolve `auto`: `ray` if RAY_ADDRESS is set, as in a job that `ray job submit` starts, else `process`."""
         if self is not Runner.auto:
             return self
         return Runner.ray if os.environ.get("RAY_ADDRESS") else Runner.process
@@ -30,7 +30,7 @@ class Runner(StrEnum):
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run that may start: what was listed for its plan serves the runner too."""
+    """A run that may start; the runner reuses the listing that the plan was made from."""
 
     target: Step
     store: Store
@@ -45,7 +45,7 @@ class Prepared:
 
 
 def prepare(target: Step, store: Store, *, name: str, runner: Runner) -> Prepared:
-    """Everything that can be refused before a step starts. Raises CannotRun for the first thing that cannot work."""
+    """Check all that can be checked before a step starts. Raises CannotRun for the first problem."""
     if not versions.NAME.fullmatch(name):
         raise CannotRun(f"name {name!r}: use letters, digits, '.', '_' and '-', beginning with a letter or digit")
     runner = runner.chosen()
@@ -59,10 +59,10 @@ def prepare(target: Step, store: Store, *, name: str, runner: Runner) -> Prepare
 
 
 def go(prepared: Prepared, *, progress: Show, options: Options, record: Mapping[str, Any]) -> tuple[Outcome, int]:
-    """Run what is missing and publish the target; what happened, and the number of the version. Raises StepFailed."""
+    """Run what is missing and publish the target; return the outcome and the version's number. Raises StepFailed."""
     run = in_process.run
     if prepared.runner is Runner.ray and prepared.plan.keys("run"):
-        from moeflow.run.ray import runner as on_ray  # here, because importing ray takes longer than a run that has nothing to do
+        from moeflow.run.ray import runner as on_ray  # here, because importing ray takes longer than a run with nothing to do
 
         run = on_ray.run
     outcome = run(prepared.targets, prepared.store, progress=progress, options=options, index=prepared.index)
@@ -71,5 +71,5 @@ def go(prepared: Prepared, *, progress: Show, options: Options, record: Mapping[
 
 
 def fleeting(folder: Path) -> bool:
-    """Whether a folder belongs to a Ray job's working directory, which goes when the cluster does."""
+    """Whether a folder is in a Ray job's working directory, which is deleted with the cluster."""
     return "working_dir_files" in folder.absolute().parts

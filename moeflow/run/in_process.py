@@ -1,4 +1,4 @@
-"""Run a graph here, one step after another: for tests, laptops, debuggers and single machines."""
+"""Run a graph in this process, one step after another: for tests, laptops, debuggers and single machines."""
 
 from collections.abc import Iterable
 
@@ -21,10 +21,10 @@ def run(
     options: Options | None = None,
     index: Index | None = None,
 ) -> Outcome:
-    """Store the targets and what they need. Raises StepFailed; what had finished stays stored.
+    """Store the targets and what they need. Raises StepFailed; finished steps stay stored.
 
-    Of `options`, the retries are for gangs, whose processes are children of this one and may be lost. `index` is a listing
-    made before, to spare another.
+    Of `options` only the retries count, for gangs, whose processes are children of this one and may be lost. `index`: a
+    listing made before, to save another.
     """
     shown, retries = progress or show(), (options or Options()).retries
     outcome = None

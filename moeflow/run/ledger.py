@@ -1,4 +1,4 @@
-"""What both runners share: the schedule, what came of each step so far, and the words said about it."""
+"""What both runners share: the schedule, the outcome of each step so far, and what is shown about it."""
 
 import time
 from collections.abc import Iterable
@@ -15,7 +15,7 @@ THREADS = 16
 
 
 class Ledger:
-    """Keeps a run's accounts; reads and writes no artifact but those that need no work."""
+    """Tracks a run; writes no artifacts except aliases, which need no work."""
 
     def __init__(self, targets: Iterable[Step], store: Store, show: Show, index: Index | None) -> None:
         self._began = time.monotonic()
@@ -33,7 +33,7 @@ class Ledger:
             self.warn(warning)
 
     def settle(self) -> None:
-        """Decide what can be decided, and store what needs no work."""
+        """Decide what can be decided, and store the aliases."""
         self.schedule.settle()
         while aliases := self.schedule.aliases():
             with ThreadPoolExecutor(THREADS) as pool:
@@ -45,7 +45,7 @@ class Ledger:
             self.schedule.settle()
 
     def done(self, done: Done) -> None:
-        """A step is stored, by this run or meanwhile by another."""
+        """Record that a step is stored, by this run or meanwhile by another."""
         self.left -= 1
         self._done[done.key] = done
         self._show.finish(done.key)

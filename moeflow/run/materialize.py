@@ -1,4 +1,4 @@
-"""Run one step whose inputs are stored, here and now, and store what it leaves. Knows no graph and no cluster."""
+"""Run one step whose inputs are stored, in this process, and store its output. Knows no graph and no cluster."""
 
 import errno
 import shutil
@@ -21,12 +21,12 @@ from moeflow.store import File, Input, Manifest, Record, Store, StoreError, part
 
 LIBRARIES = ("torch", "transformers", "safetensors", "datasets", "numpy", "ray")
 THREADS = 8
-FULL = ("No space left on device", "os error 28")  # how libraries that raise errors of their own say it
-OFTEN = 0.2  # seconds between two words about one step's progress
+FULL = ("No space left on device", "os error 28")  # in the errors of libraries that do not raise OSError
+OFTEN = 0.2  # seconds between two progress reports of a step
 
 
 class Reporter(Protocol):
-    """Where a running step's words go."""
+    """Receives a running step's progress and notes."""
 
     def progress(self, key: str, done: int, total: int, unit: str, detail: str) -> None: ...
 
@@ -35,13 +35,13 @@ class Reporter(Protocol):
 
 @dataclass(frozen=True)
 class Done:
-    """A step that is stored: the digest of its contents and of the parts that were asked for, and what it took."""
+    """A stored step: the digests of its contents and of the requested parts, and what its run took."""
 
     key: str
     digest: str
     parts: dict[str, str] = field(default_factory=dict)
     bytes: int = 0  # of all its files
-    ran: bool = True  # False where it was stored already
+    ran: bool = True  # False if it was stored already
     reads: int = 0
     writes: int = 0
     seconds: float = 0.0
@@ -65,16 +65,16 @@ class Running:
         self.settings: Mapping[str, Any] = {}
         self.kept = False  # whether there may be partial state
         self._call, self._store, self._report = call, store, report
-        self._told = 0.0
+        self._reported = 0.0
         scratch = [work / "inputs" / str(n) for n in range(len(call.inputs))]
         with ThreadPoolExecutor(THREADS) as pool:
-            held = pool.map(lambda i, to: store.artifact(i.name, scratch=to), call.inputs, scratch)
-            self.inputs = [*held]
+            artifacts = pool.map(lambda i, to: store.artifact(i.name, scratch=to), call.inputs, scratch)
+            self.inputs = [*artifacts]
 
     def progress(self, done: int, total: int, unit: str, detail: str = "") -> None:
         now = time.monotonic()
-        if done >= total > 0 or now - self._told >= OFTEN:
-            self._told = now
+        if done >= total > 0 or now - self._reported >= OFTEN:
+            self._reported = now
             self._report.progress(self._call.key, done, total, unit, detail)
 
     def note(self, text: str) -> None:
@@ -83,15 +83,15 @@ class Running:
 
     def link(self, artifact: Artifact, name: str, to: str | None = None) -> None:
         to = to or name
-        held = next((i for i in self.inputs if i is artifact), None)
-        if held is None:
+        source = next((i for i in self.inputs if i is artifact), None)
+        if source is None:
             raise ValueError(f"{artifact.key} is no input of {self._call.name}; only files of inputs can be linked")
-        if name not in held.files:
-            known = ", ".join(held.files) or "no file"
+        if name not in source.files:
+            known = ", ".join(source.files) or "no file"
             raise FileNotFoundError(f"{artifact.key} has no file {name!r} to link; it has: {known}")
         if to in self.links:
             raise FileExistsError(f"the output already links a file as {to!r}; pass another name as `to`")
-        self.links[to] = held.files[name]
+        self.links[to] = source.files[name]
 
     def save(self, folder: Path, at: int = 0) -> None:
         self.kept = True
@@ -102,16 +102,16 @@ class Running:
         if not self._resumed.exists():
             self._resumed.mkdir()
             if not self._store.load_partial(self._call.key, self._resumed):
-                shutil.rmtree(self._resumed)  # it may hold part of a snapshot that was not whole
+                shutil.rmtree(self._resumed)  # it may contain part of an incomplete snapshot
                 return None
         return self._resumed
 
 
 def materialize(call: Call, store: Store, report: Reporter) -> Done:
-    """Run `call` unless it is stored by now; say what is stored. Raises what the step raises, and StoreError."""
+    """Run `call` unless it is stored by now; return what is stored. Raises what the step raises, and StoreError."""
     if (done := stored(call, store)) is not None:
         return done
-    function = call.function  # first, so that the libraries it imports are loaded when their threads are limited
+    function = call.function  # first, because a limit on threads reaches only libraries that are loaded
     with work_folder(store.cache / "work") as work:
         context = Running(call, store, report, work)
         done = commit(call, store, context, carry_out(function, call, store, context))
@@ -121,7 +121,7 @@ def materialize(call: Call, store: Store, report: Reporter) -> Done:
 
 
 def stored(call: Call, store: Store) -> Done | None:
-    """What is there under the call's key by now."""
+    """What is stored under the call's key by now, if anything."""
     if not store.has(call.key):
         return None
     manifest = store.manifest(call.key)
@@ -129,7 +129,7 @@ def stored(call: Call, store: Store) -> Done | None:
 
 
 def carry_out(function: Callable[..., None], call: Call, store: Store, context: Running) -> float:
-    """Run the step's function here and now; the seconds it took. Raises what it raises, and StoreError."""
+    """Run the step's function; return the seconds it took. Raises what it raises, and StoreError."""
     began = time.monotonic()
     with threads(call.threads), _room(store.cache):
         args, params = call.arguments(context.inputs)
@@ -138,7 +138,7 @@ def carry_out(function: Callable[..., None], call: Call, store: Store, context: 
 
 
 def commit(call: Call, store: Store, context: Running, seconds: float) -> Done:
-    """Store what the function left. Raises StoreError."""
+    """Store the function's output. Raises StoreError."""
     reads = sum(i.reads for i in context.inputs)
     writes = sum(p.stat().st_size for p in context.out.rglob("*") if p.is_file())
     record = record_of(call, notes=tuple(context.notes), seconds=seconds, reads=reads)
@@ -148,7 +148,7 @@ def commit(call: Call, store: Store, context: Running, seconds: float) -> Done:
 
 
 def alias(call: Call, of: str, store: Store) -> None:
-    """Store under the call's key what `of` holds; the record says who really made it, with what."""
+    """Store the contents of `of` under the call's key; the record keeps the source and libraries that made them."""
     made = store.manifest(of)
     record = replace(record_of(call, notes=made.notes), source=made.source, libraries=made.libraries)
     store.alias(call.key, of, record)
@@ -156,7 +156,7 @@ def alias(call: Call, of: str, store: Store) -> None:
 
 @contextmanager
 def _room(where: Path) -> Iterator[None]:
-    """Turn a disk under `where` that a step fills into one line, whichever library met it."""
+    """Turn errors of a full disk under `where` into StoreError, whichever library raised them."""
     try:
         yield
     except StoreError:
@@ -169,7 +169,7 @@ def _room(where: Path) -> Iterator[None]:
 
 
 def _parts(call: Call, manifest: Manifest) -> dict[str, str]:
-    """The digests of the parts that others read."""
+    """The digests of the parts that other steps read."""
     return {prefix: part_digest(manifest, prefix) for prefix in call.parts}
 
 
@@ -190,11 +190,11 @@ def record_of(call: Call, *, notes: tuple[str, ...] = (), seconds: float = 0.0, 
 
 @cache
 def libraries() -> Mapping[str, str]:
-    """The versions of what computes, where installed, and of Python."""
-    found = {"python": ".".join(map(str, sys.version_info[:3])), "moeflow": moeflow.__version__}
+    """The versions of Python, moeflow, and of LIBRARIES if they are installed."""
+    versions = {"python": ".".join(map(str, sys.version_info[:3])), "moeflow": moeflow.__version__}
     for name in LIBRARIES:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return versions

@@ -1,7 +1,7 @@
-"""How a run may use the machines it is given. None of it is part of a key.
+"""How a run may use its machines. None of it is part of a key.
 
-Retries and how much is in flight change no byte. Other `gpus` or `cpus` may change the last bits of what is computed, because
-sums are rounded in another order there; the keys stay, and what is stored first is what is used.
+`retries` and `in_flight` change no byte. Other `gpus` or `cpus` may change the last bits of results, because sums are
+rounded in another order; the keys stay the same, and the result that is stored first is used.
 """
 
 from dataclasses import dataclass, replace
@@ -13,9 +13,9 @@ from moeflow.step import Resources, Step, placed
 class Options:
     """`retries`: how often a step is tried again after its worker was lost (a step that raises is not tried again).
 
-    `in_flight`: the most steps that may run or queue in the cluster at once; 0 is what the cluster's CPUs allow.
-    `gpus`, `cpus`: what each step that computes with a model may hold, or each process of a gang that does; where `gpus` is
-    None it is one if the cluster has any now.
+    `in_flight`: the most steps that may run or queue in the cluster at once; 0 means what the cluster's CPUs allow.
+    `gpus`, `cpus`: for each step that computes with a model, or each process of a gang that does; `gpus` None means one if
+    the cluster has any now.
     """
 
     retries: int = 3
@@ -30,12 +30,12 @@ class Options:
             raise ValueError(f"gpus={self.gpus} must not be negative, and cpus={self.cpus} must be at least 1")
 
     def place(self, target: Step) -> Step:
-        """The graph with these resources for the steps that compute with a model; its keys stay."""
+        """The same graph with these resources for the steps that compute with a model; its keys stay the same."""
 
         def there(asked: Resources) -> Resources:
             if not asked.gpus:
                 return asked
-            given = replace(asked, gpus=asked.gpus if self.gpus is None else self.gpus)
-            return given if self.cpus is None else replace(given, cpus=self.cpus)
+            resources = replace(asked, gpus=asked.gpus if self.gpus is None else self.gpus)
+            return resources if self.cpus is None else replace(resources, cpus=self.cpus)
 
         return placed(target, there)

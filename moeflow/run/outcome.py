@@ -1,4 +1,4 @@
-"""What a run did, and how it says that a step failed. Plain values; this module does no I/O."""
+"""What a run did, and how a failed step is reported. Plain values; this module does no I/O."""
 
 import json
 from dataclasses import dataclass, field
@@ -12,22 +12,22 @@ SHOWN = 400  # characters of a step's parameters in a one-line message
 
 
 class CannotRun(ValueError):
-    """A run was refused before a step started, for a reason that the message names with the way out."""
+    """A run was refused before a step started; the message names the reason and the way out."""
 
 
 class ClusterLost(Exception):
-    """The Ray cluster, or the part of it that this run talks to, went away in the middle of the run."""
+    """The Ray cluster, or the part of it that this run talks to, was lost during the run."""
 
 
 class WorkerLost(Exception):
-    """The process or node that ran a step went away, more often than the run's retries allow."""
+    """The process or node that ran a step was lost more often than the run's retries allow."""
 
     def __init__(self, why: str) -> None:
         super().__init__(f"its worker was lost too often ({why}); if memory ran out, say what the step needs with .on(memory=...)")
 
 
 class StepFailed(Exception):
-    """A step raised, or its worker was lost too often: `step` and `cause`. Nothing was stored for it."""
+    """`step` raised `cause`, or its worker was lost too often. Nothing was stored for it."""
 
     def __init__(self, step: Step, cause: BaseException) -> None:
         self.step = step
@@ -40,20 +40,20 @@ class StepFailed(Exception):
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """One step of the graph after the run; bytes and seconds are zero unless it ran here."""
+    """One step of the graph after the run; bytes and seconds are zero unless this run ran it."""
 
     key: str
     name: str
     state: State
-    reads: int = 0  # bytes that it read from its inputs
-    writes: int = 0  # bytes of the files it left, linked ones excluded
+    reads: int = 0  # bytes read from its inputs
+    writes: int = 0  # bytes of its output files, without linked ones
     seconds: float = 0.0
     notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """All steps of the graph, inputs before what reads them, and what was remarked on the way."""
+    """All steps of the graph, inputs before the steps that read them, and the run's warnings."""
 
     steps: tuple[StepOutcome, ...]
     seconds: float
@@ -69,7 +69,7 @@ class Outcome:
 
     @property
     def aliased(self) -> int:
-        """How many steps took over what another recipe had made from inputs with the same contents."""
+        """How many steps reused the result of another recipe on inputs with the same contents."""
         return len(self.keys("same content"))
 
     @property
@@ -91,11 +91,11 @@ def describe(error: BaseException) -> str:
 
 
 def brief(error: BaseException) -> str:
-    """An exception's first line only, for those that tell a story, as Ray's do."""
+    """The first line of an exception, for those with long messages, such as Ray's."""
     return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
 
 
 def shown(params: dict[str, Any]) -> str:
-    """Parameters on one line, shortened to what fits there."""
+    """Parameters on one line, cut off after SHOWN characters."""
     text = json.dumps(params, sort_keys=True)
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}... ({len(text)} characters)"

@@ -1,6 +1,6 @@
-"""A pipeline file as the command line sees it: `build`, its parameters, and the words that people give for them.
+"""A pipeline file as the command line sees it: `build`, its parameters, and the words that set them.
 
-A parameter is a pinned source, a text, a plain value, or options (`moeflow.options`), whose fields are parameters of their own:
+A parameter is a pinned source, a text, a plain value, or options (`moeflow.options`), whose fields are set one by one:
 `-p slim.bits=3`. Knows no model and no method.
 """
 
@@ -27,18 +27,18 @@ MEANING = {
     Source: "a folder, org/name[@revision] on the hub, or s3://bucket/prefix",
     Texts: "URI[#column[+column]][*weight], several joined by commas",
 }
-"""What the words for sources and texts are, for a page of help."""
+"""What to write for sources and texts, for the page of help."""
 
 
 def load(path: Path) -> Build:
-    """The `build` function of a pipeline file. Raises FileNotFoundError, ValueError where the file cannot be one."""
+    """Import a pipeline file and return its `build`. Raises FileNotFoundError, and ValueError if it is no pipeline."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no pipeline {path}; name a file like pipelines/mixtral.py")
     spec = importlib.util.spec_from_file_location(f"moeflow_pipeline_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise ValueError(f"{path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # so that functions defined there can be found, and shipped, by their module
+    sys.modules[spec.name] = module  # so that its functions can be looked up, and sent to workers, by their module
     sys.path.insert(0, str(path.resolve().parent))  # as `python PIPELINE.py` would
     try:
         spec.loader.exec_module(module)
@@ -52,10 +52,10 @@ def load(path: Path) -> Build:
     return build
 
 
-def call(build: Build, given: Iterable[str]) -> Step:
-    """`build` with the parameters that `name=value` and `name.field=value` words give. Raises ValueError where they do not fit."""
+def call(build: Build, assignments: Iterable[str]) -> Step:
+    """Call `build` with parameters from words `name=value` and `name.field=value`. Raises ValueError if they do not fit."""
     parameters, kinds = inspect.signature(build).parameters, _kinds(build)
-    words = _words(given, parameters, kinds)
+    words = _words(assignments, parameters, kinds)
     named_words = {name.partition(".")[0] for name in words}
     if missing := [p.name for p in parameters.values() if p.default is p.empty and p.name not in named_words]:
         raise ValueError(f"the pipeline needs {' '.join(f'-p {name}=...' for name in missing)}")
@@ -73,20 +73,20 @@ def call(build: Build, given: Iterable[str]) -> Step:
 
 
 def page(build: Build, about: str = "") -> str:
-    """`about` the pipeline, and every parameter and every field of its options, with type, default, choices and meaning."""
+    """The page of help: `about`, then all parameters and fields of options with type, default, choices and meaning."""
     kinds = _kinds(build)
     lines = [about, "", "-p name=value, or -p name.field=value:", ""]
     for name, parameter in inspect.signature(build).parameters.items():
         kind, default = kinds[name], parameter.default
-        held = _options(kind)
-        if held is None:
+        options_type = _options(kind)
+        if options_type is None:
             meaning = next((text for one, text in MEANING.items() if one in options.members(kind)), "")
             lines += _entry(
                 name, "" if meaning else options.shown(kind), _short(default), meaning or _choice(options.choices_of(kind))
             )
             continue
-        lines += _entry(name, "", "absent" if default is None else "", _first(held))
-        for field in options.described(held):
+        lines += _entry(name, "", "absent" if default is None else "", _first(options_type))
+        for field in options.described(options_type):
             now = field.default if default in (None, parameter.empty) else _short(getattr(default, field.name))
             lines += _entry(f"  {name}.{field.name}", field.type, now, f"{field.help} {_choice(field.choices)}".strip())
     return "\n".join(lines)
@@ -120,20 +120,20 @@ def _short(value: Any) -> str:
 
 
 def _kinds(build: Build) -> dict[str, Any]:
-    """The annotation of every parameter; where there is none, the type of its default."""
+    """The annotation of every parameter, or the type of its default if there is none."""
     kinds = typing.get_type_hints(build.func if isinstance(build, partial) else build)
     return {name: kinds.get(name, _kind(p.default)) for name, p in inspect.signature(build).parameters.items()}
 
 
-def _words(given: Iterable[str], known: Iterable[str], kinds: dict[str, Any]) -> dict[str, str]:
+def _words(assignments: Iterable[str], known: Iterable[str], kinds: dict[str, Any]) -> dict[str, str]:
     words: dict[str, str] = {}
-    for word in given:
+    for word in assignments:
         name, equals, value = word.partition("=")
         if not equals:
             raise ValueError(f"-p {word}: write -p name=value")
         head, dot, _ = name.partition(".")
         if head not in known:
-            fields = [f"{n}.{f.name}" for n, kind in kinds.items() if (held := _options(kind)) for f in options.described(held)]
+            fields = [f"{n}.{f.name}" for n, kind in kinds.items() if (t := _options(kind)) for f in options.described(t)]
             own = [n for n in fields if n.partition(".")[2] == name]
             advice = f"did you mean {' or '.join(own)}?" if own else options.nearest(name, known)
             raise ValueError(f"-p {word}: the pipeline has no parameter {name!r}; {advice}")
@@ -146,9 +146,9 @@ def _words(given: Iterable[str], known: Iterable[str], kinds: dict[str, Any]) ->
 
 
 def _options(kind: Any) -> type | None:
-    """The options type of a parameter that has fields of its own."""
-    held = options.options_type(kind)
-    return None if held in (Source, Texts) else held
+    """The options type of a parameter whose fields can be set, if there is one."""
+    options_type = options.options_type(kind)
+    return None if options_type in (Source, Texts) else options_type
 
 
 def _kind(default: Any) -> Any:
@@ -156,18 +156,18 @@ def _kind(default: Any) -> Any:
 
 
 def _value(name: str, default: Any, kind: Any, words: dict[str, str]) -> Any:
-    """What a parameter is given: sources and texts are made of words, and fields of options are changed one by one."""
-    word, held = words.get(name), _options(kind)
-    if held is not None:
+    """The value of a parameter: sources and texts are made from words, and fields of options are set one by one."""
+    word, options_type = words.get(name), _options(kind)
+    if options_type is not None:
         inside = {n.partition(".")[2]: w for n, w in words.items() if n.startswith(f"{name}.")}
         if word is not None and word.lower() in options.NOTHING:
             if type(None) not in options.members(kind) or inside:
                 raise ValueError(f"-p {name}={word}: {name} cannot be absent{' and have fields' if inside else ''}")
             return None
-        if word is not None:  # its first field, which says what it is
-            inside = {options.described(held)[0].name: word} | inside
+        if word is not None:  # a word for the parameter itself sets its first field
+            inside = {options.described(options_type)[0].name: word} | inside
         start = None if default is inspect.Parameter.empty else default
-        return options.changed(f"-p {name}", held, start, inside) if inside else start
+        return options.changed(f"-p {name}", options_type, start, inside) if inside else start
     text = word if word is not None else default
     if isinstance(text, str) and Source in options.members(kind):
         return sources.pin(text, kind="model")

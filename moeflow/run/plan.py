@@ -1,4 +1,4 @@
-"""What a run would do, from listings, the steps' specs and the size of the disk. Starts nothing."""
+"""What a run would do, from listings, the steps' specs and the free disk space. Runs nothing."""
 
 import os
 import shutil
@@ -16,24 +16,24 @@ from moeflow.store import Index, LocalBlobs, Store
 
 @dataclass(frozen=True)
 class Capacity:
-    """What the largest single node offers to one step; 0 where it is not known."""
+    """What the largest node offers one step; 0 if it is not known."""
 
     cpus: float = 0
     gpus: float = 0
     memory: int = 0  # bytes
-    alone: bool = False  # whether all processes of a gang must share that node
+    alone: bool = False  # whether all processes of a gang share that node
 
     @staticmethod
     def here() -> "Capacity":
-        """This machine's memory. Its CPUs are no bound: a step in this process takes the threads that it asks for."""
+        """This machine's memory. CPUs are not limited: a step in this process takes the threads that it asks for."""
         return Capacity(memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), alone=True)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One step. Bytes are those it would read and write in this run, so zero for one that does not run.
+    """One step. Bytes are what it would read and write in this run: zero if it does not run.
 
-    Of a gang, memory, CPUs, GPUs and device are those of each of its processes.
+    For a gang, memory, CPUs, GPUs and device are those of each process.
     """
 
     key: str
@@ -45,21 +45,21 @@ class Row:
     memory: int  # peak bytes resident
     cpus: float
     gpus: float
-    processes: int  # of a gang; 0 for a step that is none
+    processes: int  # of a gang; 0 if it is none
     device: int  # bytes on its device
     notes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All steps, inputs before what reads them.
+    """All steps, inputs before the steps that read them.
 
-    A step behind one that runs counts as one that runs, too: whether its inputs' contents are new is known only then.
+    A step that reads the output of a step that runs counts as "run": whether its inputs will be new is not known yet.
     """
 
     rows: tuple[Row, ...]
     warnings: tuple[str, ...]
-    problems: tuple[str, ...]  # why a run cannot work; empty when it can
+    problems: tuple[str, ...]  # why a run cannot work; empty if it can
 
     def keys(self, state: State) -> list[str]:
         return [r.key for r in self.rows if r.state == state]
@@ -74,7 +74,7 @@ class Plan:
 
     @property
     def memory(self) -> int:
-        """Peak bytes of the hungriest step that runs, or of a process of it."""
+        """The most peak bytes of a step that runs, or of one process of a gang."""
         return max((r.memory for r in self.rows if r.state == "run"), default=0)
 
     def json(self) -> dict[str, Any]:
@@ -91,9 +91,9 @@ class Plan:
 
 
 def plan(targets: Iterable[Step], store: Store, *, index: Index | None = None, capacity: Capacity | None = None) -> Plan:
-    """Say what a run of `targets` would do. Requests: a few listings, and manifests of inputs read in part.
+    """Plan a run of `targets`. Requests: a few listings, and the manifests of inputs that are read in part.
 
-    `capacity`: what one node offers, where that is known; without it only a folder store's disk is checked.
+    `capacity`: what one node offers, if known; without it only the disk of a folder store is checked.
     """
     schedule = Schedule(targets, store, index)
     schedule.settle()
@@ -112,7 +112,7 @@ def _row(step: Step, state: State, label: str) -> Row:
 
 
 def _disk(rows: Iterable[Row], store: Store, capacity: Capacity | None) -> list[str]:
-    """A folder must have room for all that is written; a bucket has, but this node holds one step's files at a time."""
+    """A folder needs room for all that is written; a bucket has it, but this node's cache needs room for one step's files."""
     writes = [r.writes for r in rows if r.state == "run"]
     local = isinstance(store.blobs, LocalBlobs)
     if not writes or not (local or capacity):
@@ -130,10 +130,10 @@ def _existing(folder: Path) -> Path:
 
 
 def _nodes(rows: Iterable[Row], capacity: Capacity | None) -> list[str]:
-    """One line for each name of a step that no node could take."""
+    """One line for each step name that no node could run."""
     if capacity is None:
         return []
-    found: dict[str, str] = {}
+    problems: dict[str, str] = {}
     for row in (r for r in rows if r.state == "run"):
         together = max(row.processes, 1) if capacity.alone else 1
         if capacity.memory and row.memory * together > capacity.memory:
@@ -146,5 +146,5 @@ def _nodes(rows: Iterable[Row], capacity: Capacity | None) -> list[str]:
         else:
             continue
         way_out = "take a larger one, or say what it needs with .on()"
-        found.setdefault(row.name, f"{row.label} needs {need} and the largest node has {offer}; {way_out}")
-    return list(found.values())
+        problems.setdefault(row.name, f"{row.label} needs {need} and the largest node has {offer}; {way_out}")
+    return list(problems.values())

@@ -1,4 +1,4 @@
-"""A plan as people read it: a line for each name of a step, or for each step."""
+"""A plan as a table for people: a line for each step name, or for each step."""
 
 from collections import defaultdict
 
@@ -11,7 +11,7 @@ from moeflow.run.words import count, size
 
 
 def plan_table(plan: Plan, *, every: bool = False, plain: bool = False) -> Table:
-    """With `every` a line for each step, else one for each name. Bytes are those of the steps that would run."""
+    """With `every` a line for each step, else for each step name. Bytes are those of the steps that would run."""
     made = Table(box=None if plain else SIMPLE, pad_edge=False)
     made.add_column("step")
     for title in ("run", "stored", "same content", "reads", "writes", "memory"):
@@ -32,10 +32,10 @@ def plan_table(plan: Plan, *, every: bool = False, plain: bool = False) -> Table
 
 
 def plan_lines(plan: Plan) -> list[str]:
-    """The totals, what the steps remark, and what is in the way; a line each."""
-    found = len(plan.keys("stored")) + len(plan.keys("same content"))
+    """The totals, and the steps' notes, warnings and problems; a line each."""
+    stored = len(plan.keys("stored")) + len(plan.keys("same content"))
     lines = [
-        f"{count(len(plan.rows), 'step')}: {len(plan.keys('run')):,} to run, {found:,} stored; reads {size(plan.reads)}"
+        f"{count(len(plan.rows), 'step')}: {len(plan.keys('run')):,} to run, {stored:,} stored; reads {size(plan.reads)}"
         f", writes {size(plan.writes)}, at most {size(plan.memory)} of memory in one step"
     ]
     running = [r for r in plan.rows if r.state == "run"]
@@ -47,6 +47,6 @@ def plan_lines(plan: Plan) -> list[str]:
 
 
 def _gang(row: Row) -> str:
-    """`8 processes, 41.3 GiB on each device`."""
+    """For example `8 processes, 41.3 GiB on each device`."""
     device = f", {size(row.device)} on each device" if row.device else ""
     return count(row.processes, "process", "es") + device

@@ -1,6 +1,6 @@
-"""How a run shows itself: live bars on a terminal, throttled plain lines elsewhere, nothing where JSON is wanted.
+"""How a run shows its progress: live bars on a terminal, throttled plain lines elsewhere, only notes with JSON.
 
-It is told what happens and decides nothing; both runners tell it the same things.
+It shows what a runner reports and decides nothing; both runners report the same.
 """
 
 import sys
@@ -30,10 +30,10 @@ QUIET = 5.0  # seconds between two plain lines of one step
 
 
 class Show(Protocol):
-    """What a runner tells of. Steps go by key."""
+    """Receives what a runner reports. Steps are named by key."""
 
-    def begin(self, steps: Iterable[Step], todo: int, found: int) -> None:
-        """`todo` steps are not stored; `found` are."""
+    def begin(self, steps: Iterable[Step], todo: int, stored: int) -> None:
+        """`todo` steps are not stored; `stored` are."""
 
     def start(self, key: str) -> None: ...
 
@@ -43,20 +43,20 @@ class Show(Protocol):
         """The step is stored."""
 
     def taken(self, keys: list[str]) -> None:
-        """These steps took over what other recipes had made from the same contents."""
+        """These steps reuse what other recipes made from the same contents."""
 
     def note(self, key: str, text: str) -> None:
-        """What a step remarks."""
+        """A remark of a step."""
 
     def say(self, text: str) -> None:
-        """A warning or another word about the run, one line."""
+        """A warning or remark about the run, one line."""
 
     def end(self, outcome: Outcome | None) -> None:
-        """Leave the terminal as it was; an outcome, where there is one, is summed up in a line."""
+        """Restore the terminal; sum up the outcome, if there is one, in a line."""
 
 
 def show(*, json: bool = False, stream: TextIO | None = None) -> Show:
-    """What suits the stream (stderr): bars on a terminal, plain lines otherwise, silence for JSON."""
+    """The display for the stream (stderr): bars on a terminal, plain lines otherwise, only notes for JSON."""
     stream = stream or sys.stderr
     if json:
         return Silent(stream)
@@ -64,12 +64,12 @@ def show(*, json: bool = False, stream: TextIO | None = None) -> Show:
 
 
 class Silent:
-    """Says only what must not be missed: remarks and warnings."""
+    """Shows only remarks and warnings."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
-    def begin(self, steps: Iterable[Step], todo: int, found: int) -> None: ...
+    def begin(self, steps: Iterable[Step], todo: int, stored: int) -> None: ...
 
     def start(self, key: str) -> None: ...
 
@@ -93,7 +93,7 @@ class _Running:
     number: int
     began: float
     said: float
-    first: tuple[float, int] | None = None  # when it first told how far it was, and how far
+    first: tuple[float, int] | None = None  # when it first reported progress, and how far it was
 
 
 @dataclass
@@ -108,15 +108,15 @@ class Lines:
     _todo: int = 0
     _begun: int = 0
 
-    def begin(self, steps: Iterable[Step], todo: int, found: int) -> None:
+    def begin(self, steps: Iterable[Step], todo: int, stored: int) -> None:
         steps = list(steps)
         self._labels, self._todo = labels(steps), todo
         if todo:
-            self._line(f"{count(len(steps), 'step')}: {todo:,} to do, {found:,} stored")
+            self._line(f"{count(len(steps), 'step')}: {todo:,} to do, {stored:,} stored")
 
     def start(self, key: str) -> None:
         now = self.clock()
-        if key not in self._running:  # a step whose worker was lost starts again under its number
+        if key not in self._running:  # a step that starts again keeps its number
             self._begun += 1
             self._running[key] = _Running(self._begun, now, now)
 
@@ -125,7 +125,7 @@ class Lines:
         if step is None:
             return
         if step.first is None:
-            step.first = now, done  # a step that goes on from what was saved does not begin at nothing
+            step.first = now, done  # a resumed step does not begin at zero
         if now - step.said < self.quiet:
             return
         step.said = now
@@ -154,7 +154,7 @@ class Lines:
             self._line(summary(outcome))
 
     def _left(self, first: tuple[float, int], now: float, done: int, total: int) -> list[str]:
-        """The time that is left, once it can be told."""
+        """The time left, once it can be estimated."""
         begun, at = first
         return [f"{clock((total - done) * (now - begun) / (done - at))} left"] if done > at and total else []
 
@@ -186,9 +186,9 @@ class Bars:
         self._running: dict[str, TaskID] = {}
         self._whole: TaskID | None = None
 
-    def begin(self, steps: Iterable[Step], todo: int, found: int) -> None:
+    def begin(self, steps: Iterable[Step], todo: int, stored: int) -> None:
         self._labels = labels(list(steps))
-        self._whole = self._bars.add_task("steps", total=todo, unit=f"steps, {found:,} stored")
+        self._whole = self._bars.add_task("steps", total=todo, unit=f"steps, {stored:,} stored")
         self._bars.start()
 
     def start(self, key: str) -> None:
@@ -210,7 +210,7 @@ class Bars:
         self._advance(len(keys))
 
     def refresh(self) -> None:
-        """Draw now, not a tenth of a second later."""
+        """Draw now instead of a tenth of a second later."""
         self._bars.refresh()
 
     def _advance(self, steps: int) -> None:
@@ -230,7 +230,7 @@ class Bars:
 
 
 class _Amount(ProgressColumn):
-    """How far a step is, and in a second line what it tells beside that."""
+    """How far a step is, and its detail on a second line."""
 
     def render(self, task: Task) -> Text:
         if not task.total:

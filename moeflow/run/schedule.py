@@ -1,7 +1,7 @@
 """What has to be done for a graph, decided from listings.
 
-Which steps are stored, which take over what another recipe made from the same contents, and which must run, in an order
-that respects their inputs. It is the one place that decides, for `plan` as for both runners; it starts nothing itself.
+It decides which steps are stored, which reuse what another recipe made from the same contents, and which must run, in an
+order that respects their inputs. Only this module decides, for `plan` and both runners; it starts nothing itself.
 """
 
 import heapq
@@ -18,14 +18,14 @@ from moeflow.store import Index, Store, part_digest
 
 @dataclass(frozen=True)
 class Alias:
-    """`call` need not run: `of` is the artifact that the same step made from the same contents."""
+    """`call` need not run: the same step made the artifact `of` from the same contents."""
 
     call: Call
     of: str
 
 
 class Schedule:
-    """A graph's states: `settle`, write the `aliases`, run the `ready`, and report each with `present` or `made`."""
+    """The states of a graph: `settle`, write the `aliases`, run the `ready`, and report each with `present` or `made`."""
 
     def __init__(self, targets: Iterable[Step], store: Store, index: Index | None = None) -> None:
         targets = list(targets)
@@ -43,11 +43,11 @@ class Schedule:
         self._absent: dict[str, int] = {}  # by step: how many inputs are not yet stored under their own key
         self._contents = dict(self.index.contents)  # content key -> the stored step that has it
         self._claimed: dict[str, str] = {}  # content key -> the step of this run that will make it
-        self._followers: dict[str, list[Call]] = defaultdict(list)  # that step -> others with the same content key
-        self._homes: dict[str, str] = {}  # by step: the key under which a manifest with its files can be read
+        self._followers: dict[str, list[Call]] = defaultdict(list)  # that step -> other calls with the same content key
+        self._homes: dict[str, str] = {}  # by step: the key whose manifest lists its files
         self._digests: dict[str, str] = {}  # by input name: the digest of its contents
-        self._fresh: list[str] = []  # steps whose inputs' contents have all become known
-        self._decided: dict[str, Call] = {}  # steps to run, while one of their inputs is still absent
+        self._fresh: list[str] = []  # steps to decide: the contents of all inputs are known
+        self._decided: dict[str, Call] = {}  # steps to run that wait for an input to be stored
         self._ready: list[tuple[int, str]] = []
         self._calls: dict[str, Call] = {}
         self._aliases: list[Alias] = []
@@ -55,18 +55,18 @@ class Schedule:
 
     @property
     def states(self) -> dict[str, State]:
-        """Every step's state, in the graph's order; one whose inputs are yet to be made counts as one that runs."""
+        """The state of every step, in the graph's order; "run" if its inputs are not made yet."""
         return {key: self._states.get(key, "run") for key in self.steps}
 
     def relied(self) -> list[str]:
-        """The stored steps that the run itself relies on: targets, and inputs of what is not stored yet.
+        """The stored steps that the run uses: targets, and inputs of steps that are not stored yet.
 
-        Their manifests reach all that is upstream, so that garbage collection keeps it while they are young.
+        Garbage collection keeps everything upstream of them, too, while their manifests are young.
         """
         return [key for key in dict.fromkeys([*self._targets, *self._readers]) if self._states.get(key) == "stored"]
 
     def settle(self) -> None:
-        """Decide all that can be decided now. Requests: the manifests of those inputs of which only a part is read."""
+        """Decide all that can be decided now. Requests: the manifests of inputs that are read in part."""
         while self._fresh:
             wave = [self.steps[key] for key in sorted(self._fresh, key=self._position.__getitem__)]
             self._fresh = []
@@ -75,23 +75,23 @@ class Schedule:
                 self._decide(step)
 
     def aliases(self) -> list[Alias]:
-        """The aliases to be written now, each given once; independent of each other."""
+        """The aliases to write now, in any order; each is returned once."""
         taken, self._aliases = self._aliases, []
         return taken
 
     def ready(self, most: int) -> list[Call]:
-        """At most `most` steps whose inputs are all stored, first in the order of the graph, each given once."""
+        """At most `most` steps whose inputs are all stored, in the order of the graph; each is returned once."""
         return [self._calls[heapq.heappop(self._ready)[1]] for _ in range(min(most, len(self._ready)))]
 
     def present(self, key: str) -> None:
-        """`key` is stored under its own name: steps that read it may start."""
+        """Report that `key` is stored under its own name: steps that read it may start."""
         for reader in self._readers[key]:
             self._absent[reader] -= 1
             if self._absent[reader] == 0 and reader in self._decided:
                 self._push(self._decided.pop(reader))
 
     def made(self, key: str, digest: str, parts: dict[str, str]) -> None:
-        """A step that `ready` gave is stored with these contents (of parts: by prefix)."""
+        """Report that a step from `ready` is stored with these contents; `parts`: their digests by prefix."""
         self._digests.update({f"{key}/{prefix}": part for prefix, part in parts.items()})
         self._contents[self._calls[key].content] = key
         self._known(key, digest, home=key)
@@ -100,13 +100,13 @@ class Schedule:
             self._take_over(follower, key, digest)
 
     def warnings(self) -> list[str]:
-        """What is used although another source of its step made it; one line for each name of a step."""
+        """The results in use that another source of their step made; one line for each step name."""
         others: Counter[str] = Counter()
         for key, state in self._states.items():
             owner = self._homes.get(key, key)
-            found = self.index.keys.get(owner)
+            listed = self.index.keys.get(owner)
             source = self.source(self.steps[key])
-            if state in ("stored", "same content") and found and source and not source.startswith(found.source):
+            if state in ("stored", "same content") and listed and source and not source.startswith(listed.source):
                 others[self.steps[key].name] += 1
         versions = {s.name: s.version for s in self.steps.values()}
         return [
@@ -116,7 +116,7 @@ class Schedule:
         ]
 
     def source(self, step: Step) -> str:
-        """The digest of the step's source, read once per function; empty where there is no source file to read."""
+        """The digest of the step's source, read once per function; empty if there is no source file."""
         if step.fn not in self._sources:
             try:
                 self._sources[step.fn] = step.source
@@ -125,7 +125,7 @@ class Schedule:
         return self._sources[step.fn]
 
     def _needed(self, targets: list[Step]) -> None:
-        """What is stored hides its inputs: only steps that something not yet stored asks for are considered."""
+        """Stored steps need no inputs: only steps that something not yet stored needs are considered."""
         needed: set[str] = set()
         stack = [t for t in targets if t.key not in self.index.keys]
         while stack:
@@ -143,8 +143,8 @@ class Schedule:
                 continue
             inputs = dict.fromkeys(step_of(i).key for i in step.inputs)
             self._unknown[key] = self._absent[key] = len(inputs)
-            for given in inputs:
-                self._readers[given].append(key)
+            for producer in inputs:
+                self._readers[producer].append(key)
             for i in step.inputs:
                 if isinstance(i, Part):
                     self._prefixes[i.step.key].add(i.prefix)
@@ -164,7 +164,7 @@ class Schedule:
                 self._fresh.append(reader)
 
     def _look_up(self, wave: list[Step]) -> None:
-        """The digests of parts, which listings do not tell, from manifests read side by side."""
+        """Read the digests of parts, which listings do not contain, from manifests in parallel."""
         lacking = {i.key: step_of(i).key for step in wave for i in step.inputs if i.key not in self._digests}
         if lacking:
             manifests = self._store.manifests({self._homes[key] for key in lacking.values()})

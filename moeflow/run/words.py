@@ -1,4 +1,4 @@
-"""Numbers, sizes and steps in words that people read. No I/O."""
+"""Numbers, sizes and steps as text for people. No I/O."""
 
 import json
 from collections import defaultdict
@@ -19,28 +19,28 @@ def summary(outcome: Outcome) -> str:
 
 
 def labels(steps: list[Step]) -> dict[str, str]:
-    """By key, a short name: the step's, and those parameters in which it differs from others of the same name."""
+    """A short label for each key: the step's name, and the parameters that differ among the steps of that name."""
     groups: dict[str, list[Step]] = defaultdict(list)
     for step in steps:
         groups[step.name].append(step)
-    found = {}
+    names = {}
     for name, group in groups.items():
         values: dict[str, set[str]] = defaultdict(set)
         for step in group:
             for key, value in step.params.items():
                 values[key].add(json.dumps(value))
-        telling = [key for key, seen in values.items() if len(seen) > 1]
+        telling = [key for key, distinct in values.items() if len(distinct) > 1]
         for step in group:
             words = [word for key in telling if (word := _word(key, step.params.get(key)))]
-            while len(words) > 1 and len(" ".join(words[:3])) > 32:  # what comes last tells least
+            while len(words) > 1 and len(" ".join(words[:3])) > 32:  # the longest word says least
                 words.sort(key=len)
                 words.pop()
-            found[step.key] = " ".join([name, *words[:3]])
-    return found
+            names[step.key] = " ".join([name, *words[:3]])
+    return names
 
 
 def _word(key: str, value: Any) -> str:
-    """A parameter in a label; empty where it is too long to help."""
+    """A parameter in a label; empty if it is too long to help."""
     numbers = isinstance(value, list) and bool(value) and all(type(v) is int for v in value)
     if numbers and value == list(range(value[0], value[-1] + 1)):
         return f"{key} {value[0]}-{value[-1]}" if len(value) > 1 else f"{key} {value[0]}"

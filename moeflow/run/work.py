@@ -1,4 +1,4 @@
-"""Where a running step writes, and with how many threads it computes. Knows no step and no store."""
+"""Where a running step writes, and how many threads it computes with. Knows no step and no store."""
 
 import fcntl
 import os
@@ -15,7 +15,7 @@ THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 @contextmanager
 def work_folder(root: Path) -> Iterator[Path]:
-    """An empty folder below `root` that goes at the end; folders of processes that were killed are swept away."""
+    """An empty folder below `root`, deleted at the end; folders that killed processes left are deleted first."""
     with _door(root):
         _sweep(root)
         folder = Path(tempfile.mkdtemp(prefix="step-", dir=root))
@@ -30,7 +30,7 @@ def work_folder(root: Path) -> Iterator[Path]:
 
 @contextmanager
 def shared_folder(root: Path, name: str) -> Iterator[Path]:
-    """The folder called `name` below `root`: one for all processes that ask for it now, which goes with the last of them."""
+    """The folder called `name` below `root`: shared by all processes that ask for it now, deleted by the last."""
     folder = root / f"step-{name}"
     with _door(root):
         folder.mkdir(exist_ok=True)
@@ -47,7 +47,7 @@ def shared_folder(root: Path, name: str) -> Iterator[Path]:
 
 @contextmanager
 def threads(n: int) -> Iterator[None]:
-    """Numerical libraries use `n` threads here: those loaded by now by a call, others by the environment."""
+    """Make numerical libraries use `n` threads: loaded ones by a call, others by the environment."""
     before = {name: os.environ.get(name) for name in THREADS}
     os.environ.update(dict.fromkeys(THREADS, str(n)))
     try:
@@ -63,7 +63,7 @@ def threads(n: int) -> Iterator[None]:
 
 @contextmanager
 def _door(root: Path) -> Iterator[None]:
-    """One process at a time makes, locks and sweeps folders below `root`: nobody sweeps one that is not yet locked."""
+    """Let one process at a time make, lock and sweep folders below `root`, so that none is swept before it is locked."""
     root.mkdir(parents=True, exist_ok=True)
     with (root / ".lock").open("w") as door:
         fcntl.flock(door, fcntl.LOCK_EX)
@@ -85,7 +85,7 @@ def _sweep(root: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    # The lock file goes last, so that a folder of which only a part was removed is swept by the next who comes.
+    # The lock file is deleted last, so that the next sweep deletes a folder that was only partly removed.
     for entry in folder.iterdir():
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)

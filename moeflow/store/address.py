@@ -1,4 +1,4 @@
-"""The address of a place in S3, taken apart. Makes no requests."""
+"""Parses `s3://` addresses into bucket, prefix and options. Makes no requests."""
 
 from dataclasses import dataclass
 from urllib.parse import parse_qsl, urlsplit
@@ -22,9 +22,9 @@ class Remote:
 def parse_s3(url: str) -> Remote:
     """Bucket, prefix and connection options of `s3://bucket/prefix?endpoint=..&addressing=path&checksum=..&region=..`.
 
-    Raises ValueError on what does not belong there; credentials do not.
+    Raises ValueError for a missing bucket, an unknown option or value, and credentials in the address.
     """
-    # A glob may hold "?" for one character: only what looks like options is taken for them.
+    # A glob may contain "?" as a wildcard: only a part behind "?" that contains "=" is read as options.
     address, mark, query = url.rpartition("?")
     if not mark or "=" not in query:
         address, query = url, ""

@@ -1,4 +1,4 @@
-"""One stored folder as a step reads it: files arrive on first use, ranges without the rest. Knows no recipes."""
+"""A stored folder as a step reads it: files are downloaded on first use, ranges without the rest. Knows no recipes."""
 
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -13,9 +13,9 @@ from moeflow.store.manifest import File, Manifest, part_digest
 
 
 class StoredArtifact:
-    """Implements `moeflow.step.Artifact`. `reads` is how many bytes were asked of it, each file and range once.
+    """Implements `moeflow.step.Artifact`. `reads` counts the bytes that were asked for, each file and range once.
 
-    Whole files are verified against their digests, and stay while the artifact is held; ranges are not verified.
+    Whole files are verified against their digests, and stay on this node while this object lives; ranges are not verified.
     """
 
     def __init__(self, blobs: Blobs, cache: NodeCache, manifest: Manifest, prefix: str = "", scratch: Path | None = None) -> None:
@@ -42,9 +42,9 @@ class StoredArtifact:
     def file(self, name: str) -> Path:
         file = self._file(name)
         self._count(name, 0, file.size)
-        if (lies := self._blobs.local(names.blob(file.sha256))) is not None:
-            verify(lies, file, self._blobs, self.manifest.key)
-            return lies
+        if (path := self._blobs.local(names.blob(file.sha256))) is not None:
+            verify(path, file, self._blobs, self.manifest.key)
+            return path
         return self._cache.hold(self._blobs, file, self._opened / file.sha256, self.manifest.key)
 
     def read(self, name: str, start: int, stop: int) -> bytes:
@@ -52,12 +52,12 @@ class StoredArtifact:
         stop = min(stop, file.size)
         self._count(name, start, stop)
         blob = names.blob(file.sha256)
-        if (lies := self._blobs.local(blob) or self._cache.has(file)) is not None:
+        if (path := self._blobs.local(blob) or self._cache.has(file)) is not None:
             try:
-                with lies.open("rb") as opened:
+                with path.open("rb") as opened:
                     opened.seek(start)
                     return opened.read(max(0, stop - start))
-            except FileNotFoundError:  # given up by the cache between two lines
+            except FileNotFoundError:  # evicted from the cache between two lines
                 pass
         try:
             return self._blobs.read(blob, start, stop)
@@ -74,7 +74,7 @@ class StoredArtifact:
 
         with ThreadPoolExecutor(8) as pool:
             [*pool.map(bring, missing)]
-        self._folder.mkdir(parents=True, exist_ok=True)  # where there are no files
+        self._folder.mkdir(parents=True, exist_ok=True)  # an artifact without files is an empty folder
         return self._folder
 
     @cached_property
@@ -85,7 +85,7 @@ class StoredArtifact:
 
     @cached_property
     def _opened(self) -> Path:
-        self._temporary = self._cache.open()  # goes when the artifact does
+        self._temporary = self._cache.open()  # deleted together with this object
         return Path(self._temporary.name)
 
     def _file(self, name: str) -> File:

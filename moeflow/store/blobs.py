@@ -1,6 +1,6 @@
-"""Named bytes that are written once: what a store asks of the place that holds it.
+"""Named bytes that are written once: the interface between a store and the place that keeps its bytes.
 
-Two places keep this promise: a folder (`local.py`) and a bucket (`s3.py`). Neither knows what the bytes mean.
+It has two implementations: a folder (`local.py`) and a bucket (`s3.py`). Neither knows what the bytes mean.
 """
 
 from collections.abc import Iterable, Iterator
@@ -16,50 +16,50 @@ __all__ = ["Blobs", "Entry", "LocalBlobs", "S3Blobs", "open_blobs"]
 
 
 class Blobs(Protocol):
-    """A frozen value that pickles: workers on other machines open their own connections."""
+    """A frozen value that can be pickled: workers on other machines open their own connections."""
 
     @property
     def url(self) -> str:
-        """Where the bytes are, as `open_blobs` takes it."""
+        """The address of the bytes, as `open_blobs` reads it."""
 
     def exists(self, name: str) -> bool: ...
 
     def stat(self, name: str) -> Entry | None:
-        """Size and age, or None when there is no such name."""
+        """Size and modification time, or None if there is no such name."""
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
-        """The bytes [start, stop). Raises FileNotFoundError."""
+        """Return the bytes [start, stop), without `stop` to the end. Raises FileNotFoundError."""
 
     def download(self, name: str, path: Path) -> None:
-        """A copy at `path`, which its owner may write to. Raises FileNotFoundError, and OSError where `path` lies."""
+        """Copy the bytes to `path`; the caller may change them. Raises FileNotFoundError, and OSError for the disk of `path`."""
 
     def upload(self, path: Path, name: str, *, take: bool = False) -> None:
-        """Put the file there, whole or not at all. With `take` the file may become the blob itself (and read-only)."""
+        """Store the file, whole or not at all. With `take` the file itself may become the blob (and read-only)."""
 
     def create(self, name: str, data: bytes) -> bool:
-        """Write `data` if `name` is free; say whether it was."""
+        """Write `data` if `name` is free; return whether it was."""
 
     def list(self, prefix: str) -> Iterator[Entry]:
-        """Everything whose name begins with `prefix`."""
+        """List everything whose name begins with `prefix`."""
 
     def delete(self, names: Iterable[str]) -> None:
-        """Remove them, in bulk; names that are gone are fine."""
+        """Delete these names in bulk; names that do not exist are ignored."""
 
     def touch(self, name: str) -> None:
-        """Renew the age that garbage collection looks at. Raises FileNotFoundError."""
+        """Set the modification time, which garbage collection reads, to now. Raises FileNotFoundError."""
 
     def local(self, name: str) -> Path | None:
-        """The file itself where it lies on this machine's disk already, else None."""
+        """The path of the blob if it is on a disk of this machine, else None."""
 
     def sweep(self, before: float) -> None:
-        """Give up uploads that were begun before that time (seconds since the epoch) and never finished."""
+        """Delete unfinished uploads that began before that time (seconds since the epoch)."""
 
     def check(self) -> None:
-        """Ask before a run what would fail in the middle of it. Raises StoreError."""
+        """Test before a run what would otherwise fail in the middle of it. Raises StoreError."""
 
 
 def open_blobs(url: str) -> Blobs:
-    """A folder path, or `s3://bucket/prefix?endpoint=..&addressing=path&checksum=when_required&region=..`."""
+    """A folder path, or `s3://bucket/prefix?endpoint=..&addressing=path&checksum=when_required&region=..`. Raises ValueError."""
     if url.startswith("s3://"):
         at = parse_s3(url)
         return S3Blobs(at.bucket, at.prefix, **at.options)

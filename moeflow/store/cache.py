@@ -1,7 +1,7 @@
-"""Blobs on this node's disk: fetched once for all its workers, verified on arrival, the longest unused given up first.
+"""Blobs on this node's disk: downloaded once for all its workers, verified on arrival, least recently used evicted first.
 
-What somebody reads has a second name under `open/`, and what has two names is not given up: it would free nothing. The
-folder may be deleted whenever nothing runs. Knows no keys and no manifests.
+A blob that a step reads has a second hard link under `open/`, and a blob with two links is not evicted: that would free
+nothing. The folder may be deleted while nothing runs. Knows no keys and no manifests.
 """
 
 import fcntl
@@ -24,61 +24,61 @@ from moeflow.store.manifest import File
 
 ELSEWHERE = "point MOEFLOW_CACHE to another disk"
 _lock = Lock()
-_verified: set[tuple[str, int, int, int]] = set()  # files that this process has read and found right
-_open: dict[Path, Path] = {}  # where this process has what it reads, by the `open/` of each cache
-_added: dict[Path, int] = {}  # bytes this process brought into each cache since it last looked at the whole of it
+_verified: set[tuple[str, int, int, int]] = set()  # files that this process has hashed and found intact
+_open: dict[Path, Path] = {}  # this process's folder of open files, by the `open/` of each cache
+_added: dict[Path, int] = {}  # bytes that this process added to each cache since it last measured all of it
 
 
 @dataclass(frozen=True)
 class NodeCache:
     folder: Path
-    limit: int = 0  # bytes; 0 is four fifths of what the disk could give
+    limit: int = 0  # bytes; 0 means four fifths of the disk's free bytes and the cached ones
 
     def link(self, blobs: Blobs, file: File, to: Path, owner: str) -> None:
-        """Make `to` a verified, read-only file with these bytes, of the artifact `owner`. Raises CorruptBlob."""
+        """Make `to` a verified, read-only copy or link of `file` of the artifact `owner`. Raises CorruptBlob, StoreError."""
         to.parent.mkdir(parents=True, exist_ok=True)
         name = names.blob(file.sha256)
-        if (lies := blobs.local(name)) is not None:
-            verify(lies, file, blobs, owner)
-            if not _linked(lies, to):
-                to.symlink_to(lies)
+        if (path := blobs.local(name)) is not None:
+            verify(path, file, blobs, owner)
+            if not _linked(path, to):
+                to.symlink_to(path)
             return
         cached = self.folder / name
         with disk(self.folder, file.size, ELSEWHERE):
             while True:
-                with suppress(FileNotFoundError):  # not there, or given up between two lines
+                with suppress(FileNotFoundError):  # not cached yet, or evicted between two lines
                     os.utime(cached)
                     if not _linked(cached, to):
-                        shutil.copyfile(cached, to)  # a symbolic link would not outlive the blob in the cache
+                        shutil.copyfile(cached, to)  # a symbolic link would break when the blob is evicted
                         to.chmod(0o444)
                     return
                 with self._locked(file.sha256):
                     if not cached.exists():
                         self._bring(blobs, file, cached, owner)
 
-    def hold(self, blobs: Blobs, file: File, held: Path, owner: str) -> Path:
-        """The blob's path, good while `held`, another name of it, is there. Raises CorruptBlob."""
-        self.link(blobs, file, held, owner)
+    def hold(self, blobs: Blobs, file: File, pin: Path, owner: str) -> Path:
+        """The path of the cached blob, which stays while `pin`, a second link to it, exists. Raises CorruptBlob, StoreError."""
+        self.link(blobs, file, pin, owner)
         return self.folder / names.blob(file.sha256)
 
     def has(self, file: File) -> Path | None:
-        """The blob's path when this node holds it."""
+        """The path of the cached blob; None if this node does not have it."""
         cached = self.folder / names.blob(file.sha256)
         return cached if cached.exists() else None
 
     def open(self) -> "tempfile.TemporaryDirectory[str]":
-        """A folder on the cache's disk that goes with the value returned, or once this process has died."""
+        """A folder on the cache's disk, deleted with the returned object, or by `sweep` after this process has died."""
         with disk(self.folder, instead=ELSEWHERE):
             return tempfile.TemporaryDirectory(dir=_mine(self.folder / "open"))
 
     def sweep(self) -> None:
-        """Remove what workers that died have left open."""
+        """Delete the folders of open files of workers that died."""
         for lock in (self.folder / "open").glob("*.lock"):
             with lock.open("w") as file:
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
-                    continue  # whoever opened it lives
+                    continue  # its process is alive
                 shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
                 lock.unlink(missing_ok=True)
 
@@ -96,39 +96,39 @@ class NodeCache:
             half.unlink(missing_ok=True)
 
     def _make_room(self, size: int) -> None:
-        """Give up the longest unused blobs until `size` more bytes fit under the limit."""
+        """Evict the least recently used blobs until `size` more bytes fit under the limit."""
         free = shutil.disk_usage(self.folder).free
         with _lock:
             added = _added.get(self.folder)
             if added is not None and (added + size) * 50 < (self.limit or free):
-                _added[self.folder] = added + size  # too little since the last look to look again
+                _added[self.folder] = added + size  # too little was added to measure again
                 return
             _added[self.folder] = size
         self.sweep()
-        held = sorted(self._held())
-        total = sum(entry[1] for entry in held)
+        cached = sorted(self._cached())
+        total = sum(entry[1] for entry in cached)
         limit = self.limit or (free + total) * 4 // 5
-        for _, bytes_, path in held:
+        for _, bytes_, path in cached:
             if total + size <= limit:
                 break
             with suppress(FileNotFoundError):
-                if path.stat().st_nlink > 1:  # somebody reads it
+                if path.stat().st_nlink > 1:  # a step is reading it
                     continue
             path.unlink(missing_ok=True)
             total -= bytes_
 
-    def _held(self) -> Iterator[tuple[float, int, Path]]:
+    def _cached(self) -> Iterator[tuple[float, int, Path]]:
         stale = time.time() - 86400
         for path in (self.folder / "blobs").glob("*/*"):
             with suppress(FileNotFoundError):
                 about = path.stat()
                 if path.name.startswith(".half-") and about.st_mtime > stale:
-                    continue  # somebody is downloading it
+                    continue  # a worker is downloading it
                 yield about.st_mtime, about.st_size, path
 
     @contextmanager
     def _locked(self, digest: str) -> Iterator[None]:
-        """One download at a time per blob and node. The file system frees the lock of a worker that dies."""
+        """Allow one download of a blob at a time on this node. The system releases the lock of a worker that dies."""
         locks = self.folder / "locks"
         locks.mkdir(parents=True, exist_ok=True)
         with (locks / digest[:3]).open("w") as file:
@@ -137,7 +137,7 @@ class NodeCache:
 
 
 def _mine(opened: Path) -> Path:
-    """This process's folder under `open/`. The lock beside it is given back by the system when the process ends."""
+    """This process's folder under `open/`. The system releases the lock beside it when the process ends."""
     with _lock:
         folder = _open.get(opened)
         if folder is None or not folder.is_dir():  # the cache may have been deleted
@@ -145,36 +145,36 @@ def _mine(opened: Path) -> Path:
             folder.mkdir(parents=True)
             lock = folder.with_suffix(".new")
             fcntl.flock(os.open(lock, os.O_CREAT | os.O_WRONLY, 0o666), fcntl.LOCK_EX)
-            lock.rename(folder.with_suffix(".lock"))  # so that nobody ever finds it unlocked
+            lock.rename(folder.with_suffix(".lock"))  # locked before it gets this name: `sweep` never sees it unlocked
             _open[opened] = folder
         return folder
 
 
 def take(blobs: Blobs, file: File, to: Path, owner: str) -> None:
-    """Copy a blob to `to` and verify what arrived. Raises CorruptBlob."""
+    """Copy a blob to `to` and verify the copy. Raises CorruptBlob."""
     name = names.blob(file.sha256)
     try:
         blobs.download(name, to)
     except FileNotFoundError:
         raise lost(blobs, file, owner) from None
-    if (found := names.sha256(to)) != file.sha256:
-        raise rotten(blobs, file, found, owner)
+    if (digest := names.sha256(to)) != file.sha256:
+        raise rotten(blobs, file, digest, owner)
 
 
 def verify(path: Path, file: File, blobs: Blobs, owner: str) -> None:
-    """Read a blob on this machine, once per process, and see that it is what its name says. Raises CorruptBlob."""
+    """Compare a blob on this machine with its digest, once per process. Raises CorruptBlob."""
     about = path.stat()
-    seen = (file.sha256, about.st_ino, about.st_size, about.st_mtime_ns)
-    if seen in _verified:
+    identity = (file.sha256, about.st_ino, about.st_size, about.st_mtime_ns)
+    if identity in _verified:
         return
-    if (found := names.sha256(path)) != file.sha256:
-        raise rotten(blobs, file, found, owner)
-    _verified.add(seen)
+    if (digest := names.sha256(path)) != file.sha256:
+        raise rotten(blobs, file, digest, owner)
+    _verified.add(identity)
 
 
-def rotten(blobs: Blobs, file: File, found: str, owner: str) -> CorruptBlob:
+def rotten(blobs: Blobs, file: File, digest: str, owner: str) -> CorruptBlob:
     doomed = f"{names.blob(file.sha256)} and {names.manifest(owner)}"
-    return CorruptBlob(f"a file of {owner} holds bytes with digest {found}; delete {doomed} in {blobs.url}, then run again")
+    return CorruptBlob(f"a file of {owner} holds bytes with digest {digest}; delete {doomed} in {blobs.url}, then run again")
 
 
 def lost(blobs: Blobs, file: File, *owners: str) -> CorruptBlob:
@@ -183,7 +183,7 @@ def lost(blobs: Blobs, file: File, *owners: str) -> CorruptBlob:
 
 
 def _linked(path: Path, to: Path) -> bool:
-    """Whether the disks allow `to` to be another name of `path`; one that is there already is the same bytes."""
+    """Hard-link `to` to `path`; False if the disks do not allow it. If `to` exists, it has the same bytes already."""
     try:
         os.link(path, to)
     except FileExistsError:

@@ -1,4 +1,4 @@
-"""What can go wrong with stored bytes, each in one line that ends with the way out. Knows no step and no runner."""
+"""Errors about stored bytes, each with a one-line message that ends with the way out. Knows no step and no runner."""
 
 import errno
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ class StoreError(Exception):
 
 
 class CorruptBlob(StoreError):
-    """The bytes under a digest do not have that digest, or are gone."""
+    """A blob is missing, or its bytes do not have its digest."""
 
 
 class NotStored(KeyError):
@@ -22,11 +22,11 @@ class NotStored(KeyError):
 
 
 class MissingSource(ValueError):
-    """A source that is not there, or that is not what it was when it was pinned."""
+    """A source does not exist, or has changed since it was pinned."""
 
 
 def bytes_text(n: float) -> str:
-    """`n` bytes for people: 1536 is "1.5 KiB"."""
+    """`n` bytes as text for people: 1536 is "1.5 KiB"."""
     for unit in ("bytes", "KiB", "MiB", "GiB"):
         if n < 1024:
             return f"{n:.0f} {unit}" if unit == "bytes" else f"{n:.1f} {unit}"
@@ -36,7 +36,7 @@ def bytes_text(n: float) -> str:
 
 @contextmanager
 def disk(where: Path, need: int = 0, instead: str = "pass another --store") -> Iterator[None]:
-    """Turn a full, read-only or forbidden disk under `where` into one line; `need` bytes were to be written."""
+    """Turn errors of a full, read-only or forbidden disk under `where` into StoreError; `need`: bytes to be written."""
     try:
         yield
     except OSError as error:

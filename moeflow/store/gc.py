@@ -1,7 +1,7 @@
-"""What nothing needs any more: listed first, deleted on request. Knows versions, manifests and blobs, and no pipelines.
+"""Garbage collection: lists what nothing needs any more, and deletes it on request. Knows no pipelines.
 
-Everything that a version reaches stays: its key, its reports, and all that is upstream of them. So does everything
-younger than the grace period, and what that relies on: a run that is under way has no version yet.
+Everything that a version reaches stays: its key, its reports, and everything upstream of them. Everything younger than
+the grace period stays too, with everything upstream, because a running pipeline has no version yet.
 """
 
 import time
@@ -21,18 +21,18 @@ class Garbage:
     grace: float  # seconds
     manifests: tuple[str, ...]  # keys
     blobs: tuple[Entry, ...]
-    partials: tuple[str, ...]  # keys of steps that were interrupted and never taken up again
-    leftovers: tuple[Entry, ...]  # what was written by halves, and markers of what is gone
-    bytes: int  # that deleting it all frees
-    broken: tuple[str, ...] = ()  # keys that stay and whose blobs are gone or cut short: they cannot be read
+    partials: tuple[str, ...]  # keys of interrupted steps that no run resumed
+    leftovers: tuple[Entry, ...]  # unfinished writes, and markers of deleted manifests
+    bytes: int  # freed by deleting it all
+    broken: tuple[str, ...] = ()  # keys that stay but cannot be read: a blob is missing or cut short
 
 
 def gc(store: Store, grace: float = 7 * DAY) -> Garbage:
-    """What could be deleted, by bulk listings. `grace` in seconds; below two days only while nothing runs."""
+    """List what could be deleted. `grace`: seconds, below two days only while nothing runs. Raises ValueError."""
     if grace < 0:
         raise ValueError(f"grace is {grace} seconds; give 0 or more")
     before = time.time() - grace
-    # In this order: what is committed or published between two listings is then seen as needed, never as garbage.
+    # In this order, so that what is committed or published between two listings counts as needed, not as garbage.
     blobs = {e.name: e for e in store.blobs.list("blobs/")}
     markers = [*store.blobs.list("found/")]
     stored = {_key(e.name): e for e in store.blobs.list("manifests/")}
@@ -55,7 +55,7 @@ def gc(store: Store, grace: float = 7 * DAY) -> Garbage:
 
 
 def delete(store: Store, garbage: Garbage) -> Garbage:
-    """Delete what was listed and is garbage still; what that was. Raises StoreError."""
+    """Delete what is in `garbage` and still is garbage; return what was deleted. Raises StoreError."""
     now = gc(store, garbage.grace)
     dead = {*garbage.manifests} & {*now.manifests}
     blobs, leftovers = _both(garbage.blobs, now.blobs), _both(garbage.leftovers, now.leftovers)

@@ -1,4 +1,4 @@
-"""Where moeflow keeps on this machine what it can have again: MOEFLOW_CACHE, or `~/.cache/moeflow`."""
+"""The folder on this machine for what can be fetched or computed again: MOEFLOW_CACHE, or `~/.cache/moeflow`."""
 
 import os
 from pathlib import Path

@@ -1,7 +1,7 @@
-"""A snapshot of what is stored, from listings: a plan of thousands of steps asks for a few pages, for no single step.
+"""A snapshot of what is stored, from listings: a plan of thousands of steps makes a few requests, none per step.
 
-Manifests are the authority. Markers are empty objects whose names say what a manifest would; a manifest without one
-(its writer died in between) is read.
+Manifests are the authority. Markers are empty objects whose names repeat what a plan needs of a manifest; a manifest
+without a marker (its writer died between the two) is read.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -17,7 +17,7 @@ THREADS = 32
 
 @dataclass(frozen=True)
 class Listed:
-    """What a listing tells of one artifact."""
+    """What a listing says about one artifact."""
 
     digest: str  # of its contents
     source: str  # first 8 hex digits of the digest of the function that made it
@@ -27,8 +27,8 @@ class Listed:
 @dataclass(frozen=True)
 class Index:
     keys: dict[str, Listed] = field(default_factory=dict)
-    contents: dict[str, str] = field(default_factory=dict)  # recipe on contents -> a key that holds its result
-    modified: dict[str, float] = field(default_factory=dict)  # age of the manifests, seconds since the epoch
+    contents: dict[str, str] = field(default_factory=dict)  # content key -> a step's key that holds its result
+    modified: dict[str, float] = field(default_factory=dict)  # by key: when the manifest was written, seconds since the epoch
 
 
 def read_index(blobs: Blobs, steps: Sequence[str], manifests: Callable[[Iterable[str]], dict[str, Manifest]]) -> Index:
@@ -36,7 +36,7 @@ def read_index(blobs: Blobs, steps: Sequence[str], manifests: Callable[[Iterable
         return [*blobs.list(prefix)]
 
     with ThreadPoolExecutor(THREADS) as pool:
-        # all steps of a verb at once ("calibrate."): a request takes longer than the names that come beside the wanted ones
+        # list all steps of a verb at once ("calibrate."): another request takes longer than reading names that are not wanted
         verbs = sorted({s.partition(".")[0] + ("." if "." in s else "-") for s in steps})
         stored = pool.map(listed, [f"manifests/{v}" for v in verbs])
         marked = pool.map(listed, [f"found/{v}" for v in verbs])
@@ -55,7 +55,7 @@ def read_index(blobs: Blobs, steps: Sequence[str], manifests: Callable[[Iterable
     return index
 
 
-def _add(index: Index, key: str, content: str, found: Listed) -> None:
-    index.keys[key] = found
+def _add(index: Index, key: str, content: str, listed: Listed) -> None:
+    index.keys[key] = listed
     if content != "0":
         index.contents.setdefault(f"{key.rpartition('-')[0]}-{content}", key)

@@ -1,4 +1,4 @@
-"""Named bytes in a folder: whole files only, taken over by hard link where that is possible. Knows no manifests."""
+"""Named bytes in a folder: whole files, hard-linked instead of copied if possible. Knows no manifests."""
 
 import errno
 import os
@@ -30,12 +30,12 @@ class LocalBlobs:
     def stat(self, name: str) -> Entry | None:
         try:
             with disk(self.root):
-                found = (self.root / name).stat()
+                about = (self.root / name).stat()
         except (FileNotFoundError, NotADirectoryError):
             return None
-        if not stat.S_ISREG(found.st_mode):
+        if not stat.S_ISREG(about.st_mode):
             return None
-        return Entry(name, found.st_size, found.st_mtime)
+        return Entry(name, about.st_size, about.st_mtime)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
         with disk(self.root), (self.root / name).open("rb") as file:
@@ -49,11 +49,11 @@ class LocalBlobs:
         with disk(self.root, path.stat().st_size):
             half = self._half()
             try:
-                # A file with other names, or behind a symbolic link, belongs to somebody else as well: copy it.
+                # A file with other hard links, or behind a symbolic link, may be used elsewhere too: copy it.
                 if not (take and not path.is_symlink() and path.stat().st_nlink == 1 and _linked(path, half)):
                     shutil.copyfile(path, half)
                 half.chmod(0o444)
-                os.utime(half)  # its age as a blob begins now
+                os.utime(half)  # garbage collection counts its age from now
                 target = self.root / name
                 _beneath(target, lambda: half.replace(target))
             finally:
@@ -83,7 +83,7 @@ class LocalBlobs:
                 path = self.root / name
                 path.unlink(missing_ok=True)
                 if path.parent != self.root:
-                    with suppress(OSError):  # not empty, or filled by somebody else meanwhile
+                    with suppress(OSError):  # not empty, or filled by another process meanwhile
                         path.parent.rmdir()
 
     def touch(self, name: str) -> None:
@@ -112,17 +112,17 @@ class LocalBlobs:
             raise
 
     def _half(self) -> Path:
-        """A free name, on the same disk, for what is not whole yet."""
+        """A new path, on the same disk, for a file that is not complete yet."""
         folder = self.root / "halves"
         folder.mkdir(parents=True, exist_ok=True)
         return folder / uuid.uuid4().hex
 
     def _walk(self, folder: str, stem: str) -> Iterator[Entry]:
         try:
-            found = sorted(os.scandir(self.root / folder), key=lambda e: e.name)
+            entries = sorted(os.scandir(self.root / folder), key=lambda e: e.name)
         except (FileNotFoundError, NotADirectoryError):
             return
-        for entry in found:
+        for entry in entries:
             if not entry.name.startswith(stem):
                 continue
             name = f"{folder}/{entry.name}" if folder else entry.name
@@ -135,7 +135,7 @@ class LocalBlobs:
 
 
 def _beneath(target: Path, put: Callable[[], object]) -> None:
-    """Put something at `target`, whose folder another process may be removing because it has just become empty."""
+    """Create `target` by calling `put`; try again if another process deletes its folder because that is empty."""
     for _ in range(8):
         target.parent.mkdir(parents=True, exist_ok=True)
         with suppress(FileNotFoundError):

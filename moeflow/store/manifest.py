@@ -1,4 +1,4 @@
-"""What is written about an artifact: its files by digest, and how it came to be. Does no I/O."""
+"""What is recorded about an artifact: its files by digest, and how it was made. Does no I/O."""
 
 import json
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ Bytes = bytes  # the class below has a property of that name
 
 @dataclass(frozen=True)
 class File:
-    """One file of an artifact; the bytes are the blob of that digest."""
+    """One file of an artifact; its bytes are the blob with this digest."""
 
     sha256: str
     size: int  # bytes
@@ -22,12 +22,12 @@ class File:
 @dataclass(frozen=True)
 class Input:
     key: str  # of a step, or "step/prefix" for a part
-    digest: str  # of the contents it had
+    digest: str  # of its contents
 
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """How an artifact came to be, as far as its runner knows."""
+    """How an artifact was made, as far as its runner knows."""
 
     step: str
     version: int
@@ -38,7 +38,7 @@ class Record:
     libraries: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     seconds: float = 0
-    reads: int = 0  # bytes asked of the inputs
+    reads: int = 0  # bytes read from the inputs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,17 +46,17 @@ class Manifest(Record):
     key: str
     files: Mapping[str, File]
     created: str  # UTC, ISO 8601
-    same_as: str = ""  # the key whose files these are, when nothing was computed
+    same_as: str = ""  # the key that has the same files, if nothing was computed
     writer: str = ""  # a random word, so that no two writers write the same bytes
 
     @cached_property
     def digest(self) -> str:
-        """Of the contents, whatever recipe made them."""
+        """The digest of the contents, whatever recipe made them."""
         return part_digest(self, "")
 
     @cached_property
     def bytes(self) -> int:
-        """Bytes of all files."""
+        """The bytes of all files."""
         return sum(f.size for f in self.files.values())
 
     def dump(self) -> Bytes:
@@ -64,7 +64,7 @@ class Manifest(Record):
 
     @staticmethod
     def load(data: Bytes) -> "Manifest":
-        """Raises ValueError where a file's name would leave the artifact's folder."""
+        """Read what `dump` wrote. Raises ValueError if a file's name would leave the artifact's folder."""
         raw = json.loads(data)
         known = {f.name: raw[f.name] for f in fields(Manifest) if f.name in raw}
         files = {}
@@ -77,10 +77,10 @@ class Manifest(Record):
 
 
 def part_digest(manifest: Manifest, prefix: str) -> str:
-    """The digest of those files whose names begin with `prefix`: what an input that is a part has as its contents."""
+    """The digest of the files whose names begin with `prefix`: the contents of an input that is a part."""
     return digest_of({name: file.sha256 for name, file in manifest.files.items() if name.startswith(prefix)})
 
 
 def input_digest(key: str, manifest: Manifest) -> str:
-    """The contents of the input `key`, which may be "step/prefix"; `manifest` is the step's."""
+    """The digest of the contents of the input `key`, which may be "step/prefix"; `manifest` is the step's."""
     return part_digest(manifest, split_part(key)[1])

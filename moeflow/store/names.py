@@ -1,4 +1,4 @@
-"""The names under which a store keeps things, and the digests they are made of. Makes no requests."""
+"""The names of a store's objects, and the digests in them. Makes no requests."""
 
 import hashlib
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ def manifest(key: str) -> str:
 
 
 def marker(key: str, content: str, digest: str, source: str, size: int) -> str:
-    """An empty object that tells a bulk listing what it would else have to read manifests for."""
+    """The name of an empty object, which tells a listing what is in the manifest without reading that."""
     return f"found/{key}/{content.rpartition('-')[2] or '0'}-{digest}-{source[:8] or '0'}-{size}"
 
 
@@ -41,6 +41,6 @@ def sha256(path: Path) -> str:
 
 
 def split_part(key: str) -> tuple[str, str]:
-    """The step's key and the prefix of `key` or `key/prefix`."""
+    """Split `key` or `key/prefix` into the step's key and the prefix."""
     step, _, prefix = key.partition("/")
     return step, prefix

@@ -1,7 +1,7 @@
-"""Named bytes in a bucket, through boto3: one request for what is small, parts side by side for what is large.
+"""Named bytes in a bucket, through boto3: one request for small objects, parallel parts for large ones.
 
-S3-compatible servers differ, so nothing here relies on more than PutObject with If-None-Match for what must be written
-once; digests are the store's own. Knows no keys and no manifests.
+S3-compatible servers differ, so the only special request is PutObject with If-None-Match, for what must be written once;
+digests are the store's own. Knows no keys and no manifests.
 """
 
 import os
@@ -62,12 +62,12 @@ class S3Blobs:
 
     @property
     def url(self) -> str:
-        given = {"endpoint": self.endpoint, "region": self.region}
+        options = {"endpoint": self.endpoint, "region": self.region}
         if self.addressing != "auto":
-            given["addressing"] = self.addressing
+            options["addressing"] = self.addressing
         if self.checksum != "when_required":
-            given["checksum"] = self.checksum
-        query = urlencode({k: v for k, v in given.items() if v}, safe=":/")
+            options["checksum"] = self.checksum
+        query = urlencode({k: v for k, v in options.items() if v}, safe=":/")
         return self._where + (f"?{query}" if query else "")
 
     def exists(self, name: str) -> bool:
@@ -76,10 +76,10 @@ class S3Blobs:
     def stat(self, name: str) -> Entry | None:
         try:
             with said(self._where):
-                found = self._s3.head_object(Bucket=self.bucket, Key=self._at(name))
+                head = self._s3.head_object(Bucket=self.bucket, Key=self._at(name))
         except FileNotFoundError:
             return None
-        return Entry(name, found["ContentLength"], found["LastModified"].timestamp())
+        return Entry(name, head["ContentLength"], head["LastModified"].timestamp())
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
         if stop is not None and stop <= start:
@@ -112,7 +112,7 @@ class S3Blobs:
                 return True
             except Refused as refused:
                 if refused.code in TAKEN:
-                    # When an answer was lost, boto3 asked again and may have met its own first write.
+                    # If an answer was lost, boto3 has repeated the request and may have met its own first write.
                     return refused.asked_again and self.read(name) == data
                 time.sleep(0.05 * 2**attempt)  # 409: somebody else is writing this name right now
         raise StoreError(f"{self._where}: {name} is being written by somebody else all the time; run again later")
@@ -122,8 +122,8 @@ class S3Blobs:
         with said(self._where):
             pages = self._s3.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=self._at(prefix))
             for page in pages:
-                for found in page.get("Contents", ()):
-                    yield Entry(found["Key"][skip:], found["Size"], found["LastModified"].timestamp())
+                for item in page.get("Contents", ()):
+                    yield Entry(item["Key"][skip:], item["Size"], item["LastModified"].timestamp())
 
     def delete(self, names: Iterable[str]) -> None:
         rest = iter(names)
@@ -132,7 +132,7 @@ class S3Blobs:
                 try:
                     asked = {"Objects": [{"Key": k} for k in chunk], "Quiet": True}
                     failed = self._s3.delete_objects(Bucket=self.bucket, Delete=asked).get("Errors", [])
-                except ClientError as error:  # some servers have no bulk delete, or want a checksum boto3 left behind
+                except ClientError as error:  # some servers have no bulk delete, or want a checksum that boto3 omits
                     if _code(error) not in ("NotImplemented", "MissingContentMD5", "InvalidRequest", "InvalidDigest"):
                         raise
                     failed = []
@@ -148,7 +148,7 @@ class S3Blobs:
     def touch(self, name: str) -> None:
         here = {"Bucket": self.bucket, "Key": self._at(name)}
         with said(self._where):
-            # A copy onto itself is refused unless something changes; the time of the touch is what does.
+            # S3 refuses to copy an object onto itself unless something changes: here the time in its metadata.
             extra = {"MetadataDirective": "REPLACE", "Metadata": {"touched": str(int(time.time()))}}
             self._s3.copy(here, self.bucket, self._at(name), ExtraArgs=extra)
 
@@ -188,8 +188,8 @@ _TRANSFER = TransferConfig(multipart_threshold=PART, multipart_chunksize=PART, m
 
 
 def client(endpoint: str = "", addressing: str = "auto", checksum: str = "when_required", region: str = "") -> Any:
-    """The one client of this process for these options: clients do not pickle, and making one is slow."""
-    with _making:  # sessions are not made safely by several threads at once
+    """This process's client for these options, made once: clients cannot be pickled, and making one is slow."""
+    with _making:  # several threads cannot safely make sessions at once
         return _client(os.getpid(), endpoint, addressing, checksum, region)  # connections do not survive a fork
 
 
@@ -211,16 +211,16 @@ def _client(process: int, endpoint: str, addressing: str, checksum: str, region:
     return session.client("s3", endpoint_url=endpoint or None, region_name=where, config=config)
 
 
-def _when(told: str) -> datetime:
-    """boto3's own reading of times takes three quarters of the time that a long listing costs."""
+def _when(text: str) -> datetime:
+    """Parse a time; boto3's own parser takes three quarters of the time of a long listing."""
     try:
-        return datetime.fromisoformat(told)
-    except (TypeError, ValueError):  # not as listings say it
-        return parse_timestamp(told)
+        return datetime.fromisoformat(text)
+    except (TypeError, ValueError):  # not in the format of listings
+        return parse_timestamp(text)
 
 
 def download(s3: Any, at: Mapping[str, str], path: Path, part: int = PART) -> None:
-    """Write one object to `path`: one request when it fits in `part` bytes, else further parts side by side."""
+    """Write one object to `path`: in one request if it fits in `part` bytes, else the rest in parallel parts."""
     with path.open("wb") as file:
         try:
             total = _slice(s3, at, file.fileno(), 0, part, 0, _ignore)
@@ -242,19 +242,19 @@ def pour(
     origin: int | None = None,
     part: int = PART,
 ) -> None:
-    """Write the bytes [start, stop) of an object to the open file `to`, whose first byte is the object's `origin`."""
+    """Write the bytes [start, stop) of an object to the open file `to`, whose first byte is the object's byte `origin`."""
     first = start if origin is None else origin
     with ThreadPoolExecutor(4) as pool:
         [*pool.map(lambda a: _slice(s3, at, to, a, min(a + part, stop), first, grow), range(start, stop, part))]
 
 
 def read_body(s3: Any, asked: Mapping[str, str]) -> bytes:
-    """One object, or the range asked for. boto3 repeats a request that fails, but not an answer that breaks off."""
+    """Read one object, or the requested range. boto3 repeats a failed request, but not an answer that breaks off."""
     return _again(lambda: s3.get_object(**asked)["Body"].read())
 
 
 def _slice(s3: Any, at: Mapping[str, str], to: int, start: int, stop: int, origin: int, grow: Callable[[int], None]) -> int:
-    """Write one range; the size of the whole object."""
+    """Write one range; return the size of the whole object in bytes."""
     done = start
 
     def once() -> int:
@@ -298,17 +298,17 @@ def _code(error: ClientError) -> str:
 
 @contextmanager
 def said(where: str) -> Iterator[None]:
-    """Turn what boto3 raises into one line about `where`; a name that is not there becomes FileNotFoundError."""
+    """Turn boto3's errors into StoreError, Refused, or FileNotFoundError for a missing name, in one line about `where`."""
     try:
         yield
     except ClientError as error:
-        code, told = _code(error), error.response.get("Error", {}).get("Message", "")
+        code, message = _code(error), error.response.get("Error", {}).get("Message", "")
         status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
         bucket = where.removeprefix("s3://").partition("/")[0]
         if code == "NoSuchBucket" or (code == "404" and error.operation_name == "HeadBucket"):
             raise StoreError(f"{where}: there is no bucket {bucket!r}; create it or name another in --store") from error
         if code in ABSENT:
-            raise FileNotFoundError(f"{where}: {told or code}") from error
+            raise FileNotFoundError(f"{where}: {message or code}") from error
         if code in TAKEN or code in BUSY:
             again = error.response.get("ResponseMetadata", {}).get("RetryAttempts", 0) > 0
             raise Refused(code, again) from error
@@ -320,7 +320,7 @@ def said(where: str) -> Iterator[None]:
             raise StoreError(
                 f"{where}: no permission for {error.operation_name} ({code}); grant read, write, list and delete on this prefix"
             ) from error
-        line = told.splitlines()[0] if told else str(status)
+        line = message.splitlines()[0] if message else str(status)
         raise StoreError(
             f"{where}: {error.operation_name} failed with {code}: {line}; if it lasts, check the "
             "server and the addressing= and checksum= options"

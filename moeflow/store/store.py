@@ -1,8 +1,8 @@
 """Immutable folders by key, on a disk or in S3.
 
-A key leads to a manifest, the manifest to blobs, and a blob is named by the SHA-256 of its bytes, so what a step leaves
-untouched is stored once. The manifest is written last, by a conditional create: an artifact is whole or absent, and the
-first writer wins. The store knows records of steps, never the steps or how they are run.
+A key leads to a manifest, the manifest to blobs, and a blob is named by the SHA-256 of its bytes, so files that a step
+leaves unchanged are stored once. The manifest is written last, by a conditional create: an artifact is whole or absent, and the
+first writer wins. The store knows records of steps, but neither steps nor runners.
 """
 
 import json
@@ -28,13 +28,13 @@ from moeflow.store.names import split_part
 from moeflow.store.partial import Snapshot
 
 THREADS = 32
-RENEW = 86400  # seconds: what is older is touched when it is relied upon, so that garbage collection sees it used
+RENEW = 86400  # seconds: a run touches what it uses if it is older, so that garbage collection sees that it is used
 
 
 @dataclass(frozen=True)
 class Committed:
-    digest: str  # of the artifact that stands, whoever wrote it
-    first: bool  # whether this writer did
+    digest: str  # of the stored artifact, whoever wrote it
+    first: bool  # whether this writer wrote it
     bytes_written: int  # bytes of blobs that were not stored yet
     bytes: int  # bytes of all files
 
@@ -42,18 +42,18 @@ class Committed:
 @dataclass(frozen=True)
 class Store:
     blobs: Blobs
-    given_cache: Path | None = None  # None is the usual place, found on the node that asks: this value travels to workers
-    cache_limit: int = 0  # bytes; 0 is four fifths of what the disk could give
+    given_cache: Path | None = None  # None: the usual folder of the node that asks, because this value travels to workers
+    cache_limit: int = 0  # bytes; 0 means four fifths of the disk's free bytes and the cached ones
 
     @staticmethod
     def open(url: str, cache: str | Path | None = None) -> "Store":
-        """The store at a folder or an `s3://` address. Makes no request. Raises ValueError."""
+        """Open the store at a folder or an `s3://` address. Makes no request. Raises ValueError."""
         blobs = open_blobs(str(url))
         return Store(blobs, None if cache is None else Path(cache).expanduser().absolute())
 
     @property
     def cache(self) -> Path:
-        """A folder on this node; safe to delete whenever nothing runs."""
+        """The cache folder on this node; it may be deleted while nothing runs."""
         if self.given_cache is not None:
             return self.given_cache
         return self.blobs.root / "cache" if isinstance(self.blobs, LocalBlobs) else home()
@@ -67,20 +67,20 @@ class Store:
         return NodeCache(self.cache, self.cache_limit)
 
     def check(self) -> None:
-        """Fail now where a run would fail in its middle. Raises StoreError."""
+        """Fail now if a run would fail in the middle. Raises StoreError."""
         self.blobs.check()
         with disk(self.cache, instead=ELSEWHERE):
             self.cache.mkdir(parents=True, exist_ok=True)
 
     def index(self, steps: Iterable[str]) -> Index:
-        """What is stored of the steps with these names, by a few listings."""
+        """What is stored of the steps with these names, in a few listing requests."""
         return read_index(self.blobs, sorted(set(steps)), self.manifests)
 
     def has(self, key: str) -> bool:
         return self.blobs.exists(names.manifest(split_part(key)[0]))
 
     def manifest(self, key: str) -> Manifest:
-        """Raises NotStored, which is a KeyError, and CorruptBlob."""
+        """Read the manifest of `key`. Raises NotStored, which is a KeyError, and CorruptBlob."""
         step = split_part(key)[0]
         try:
             return Manifest.load(self.blobs.read(names.manifest(step)))
@@ -90,7 +90,7 @@ class Store:
             raise NotStored(f"{step} is not stored in {self.url}; run the pipeline that makes it, or see `moeflow ls`") from None
 
     def manifests(self, keys: Iterable[str]) -> dict[str, Manifest]:
-        """The manifests of those that are stored, many at a time; the others are left out."""
+        """Read many manifests in parallel; keys that are not stored are left out."""
 
         def read(key: str) -> Manifest | None:
             try:
@@ -103,10 +103,10 @@ class Store:
             return {k: m for k, m in zip(asked, pool.map(read, asked), strict=True) if m is not None}
 
     def commit(self, key: str, folder: Path, *, record: Record, links: Mapping[str, File] | None = None) -> Committed:
-        """Store the files of `folder`, and those of other artifacts under the names of `links`, as `key`.
+        """Store the files of `folder`, and the files of other artifacts in `links` by their new names, as `key`.
 
-        On a disk the files may become the blobs themselves: from here on `folder` may be deleted but not written to.
-        Raises StoreError; then nothing is stored under `key`.
+        On a disk the files themselves may become blobs: afterwards `folder` may be deleted but not written to.
+        Raises ValueError and StoreError; then nothing is stored under `key`.
         """
         paths = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if _is_file(p)}
         if both := sorted(paths.keys() & (links or {}).keys()):
@@ -122,26 +122,26 @@ class Store:
         return self._write(key, dict(sorted({**mine, **(links or {})}.items())), record, written, "")
 
     def alias(self, key: str, of: str, record: Record) -> Committed:
-        """Store what `of` holds under `key` as well, moving no bytes: the recipe differs, the contents cannot."""
-        found = self.manifest(of)
+        """Store the contents of `of` under `key` as well, without copying: the recipe differs, the contents do not."""
+        original = self.manifest(of)
         self._renew(names.manifest(of))
-        return self._write(key, found.files, record, 0, found.same_as or of)
+        return self._write(key, original.files, record, 0, original.same_as or of)
 
     def renew(self, keys: Iterable[str], index: Index) -> None:
-        """Tell garbage collection that a run relies on these, one request for each that is old."""
+        """Tell garbage collection that a run uses these keys, with one request for each old one."""
         old = [k for k in keys if index.modified.get(k, time.time()) < time.time() - RENEW]
         with ThreadPoolExecutor(THREADS) as pool:
             [*pool.map(lambda k: self.blobs.touch(names.manifest(k)), old)]
 
     def artifact(self, key: str, prefix: str = "", scratch: Path | None = None) -> StoredArtifact:
-        """What is stored under `key` (or "key/prefix"), as a step reads it; `folder()` fills `scratch` where given."""
+        """The artifact `key` (or "key/prefix") as a step reads it; `folder()` fills `scratch` if not None. Raises NotStored."""
         step, inside = split_part(key)
         return StoredArtifact(self.blobs, self.node, self.manifest(step), prefix or inside, scratch)
 
     def fetch(self, key: str, into: Path) -> None:
-        """Copy everything to the folder `into`, whole or not at all, verified; the copies are the caller's to change.
+        """Copy all files to the folder `into`, all or none, and verify them; the caller may change the copies.
 
-        Raises NotStored, CorruptBlob, StoreError, and FileExistsError where `into` holds something.
+        Raises NotStored, CorruptBlob, StoreError, and FileExistsError if `into` is not empty.
         """
         manifest, prefix = self.manifest(key), split_part(key)[1]
         if into.is_file() or (into.is_dir() and any(into.iterdir())):
@@ -160,9 +160,9 @@ class Store:
                 shutil.rmtree(half, ignore_errors=True)
 
     def save_partial(self, key: str, folder: Path, snapshot: Snapshot | None = None, rank: int = 0) -> None:
-        """Keep a copy of `folder` for an interrupted run of `key` to continue from, in place of an earlier one.
+        """Save a copy of `folder`, in place of an earlier one, so that an interrupted run of `key` can continue.
 
-        With `snapshot` it is the part that process `rank` of a gang has in it, and `folder` is not to be written to any more.
+        With `snapshot` it is the part of process `rank` of a gang, and the caller must not write to `folder` afterwards.
         """
         if snapshot is None:
             partial.save(self.blobs, key, folder)
@@ -170,13 +170,13 @@ class Store:
             partial.save_part(self.blobs, key, folder, snapshot, rank)
 
     def snapshots(self, key: str) -> list[Snapshot]:
-        """The partial states of `key` that gangs left whole, newest first."""
+        """The complete partial states that gangs saved for `key`, newest first."""
         return partial.snapshots(self.blobs, key)
 
     def load_partial(self, key: str, into: Path, snapshots: Iterable[Snapshot] | None = None) -> bool:
-        """Put the newest partial state of `key` into the folder `into`. False when there is none.
+        """Copy the newest partial state of `key` to the folder `into`; return False if there is none.
 
-        With `snapshots`, the first of them that is whole still, with the parts of all processes.
+        With `snapshots`, copy the first of them that is still complete, with the parts of all processes.
         """
         if snapshots is None:
             return partial.load(self.blobs, key, into)
@@ -186,28 +186,28 @@ class Store:
         partial.drop(self.blobs, key)
 
     def _put(self, file: File, path: Path) -> int:
-        """Store one blob unless it is; the bytes written."""
+        """Store one blob unless it is stored; return the bytes written."""
         name = names.blob(file.sha256)
-        found = self.blobs.stat(name)
-        if found is not None and found.size == file.size:  # else it was cut short: write it again
-            if found.modified < time.time() - RENEW:
+        entry = self.blobs.stat(name)
+        if entry is not None and entry.size == file.size:  # else it was cut short: write it again
+            if entry.modified < time.time() - RENEW:
                 self.blobs.touch(name)
             return 0
         self.blobs.upload(path, name, take=True)
         return file.size
 
     def _rely(self, file: File, record: Record) -> None:
-        """See that a linked blob is there, and keep it from garbage collection. Raises CorruptBlob."""
+        """Check that a linked blob is stored, and protect it from garbage collection. Raises CorruptBlob."""
         if not self._renew(names.blob(file.sha256)):
             above = self.manifests(split_part(i.key)[0] for i in record.inputs)
             raise lost(self.blobs, file, *(k for k, m in above.items() if file in m.files.values()))
 
     def _renew(self, name: str) -> bool:
-        """Touch what is old; False when there is no such name."""
-        found = self.blobs.stat(name)
-        if found is not None and found.modified < time.time() - RENEW:
+        """Touch `name` if it is old; return False if it does not exist."""
+        entry = self.blobs.stat(name)
+        if entry is not None and entry.modified < time.time() - RENEW:
             self.blobs.touch(name)
-        return found is not None
+        return entry is not None
 
     def _write(self, key: str, files: Mapping[str, File], record: Record, written: int, same_as: str) -> Committed:
         about = {f.name: getattr(record, f.name) for f in fields(Record)}
@@ -222,18 +222,18 @@ class Store:
 
     def _copy(self, to: Path, file: File, owner: str) -> None:
         to.parent.mkdir(parents=True, exist_ok=True)
-        lies = self.blobs.local(names.blob(file.sha256)) or self.node.has(file)
-        if lies is None:
+        local = self.blobs.local(names.blob(file.sha256)) or self.node.has(file)
+        if local is None:
             take(self.blobs, file, to, owner)
             return
         with ThreadPoolExecutor(1) as beside:  # copying waits for the disk, hashing for the processor
-            verified = beside.submit(verify, lies, file, self.blobs, owner)
-            shutil.copyfile(lies, to)
+            verified = beside.submit(verify, local, file, self.blobs, owner)
+            shutil.copyfile(local, to)
             verified.result()
 
 
 def _is_file(path: Path) -> bool:
-    """False for folders. Raises ValueError for what would be lost: links to folders or to nothing, pipes."""
+    """Whether `path` is a file, not a folder. Raises ValueError for links to folders or to nothing and for pipes."""
     if path.is_file():
         return True
     if path.is_dir() and not path.is_symlink():

@@ -1,6 +1,6 @@
-"""Names that people use: `name@1`, `name@2`, ... and labels that point at them: small records, never changed.
+"""Names that people use: `name@1`, `name@2`, ... and labels that point at them: small records that never change.
 
-Knows artifacts by key; what a name means for a pipeline is its caller's business.
+Knows artifacts by key; what a name means to a pipeline is the caller's business.
 """
 
 import json
@@ -39,9 +39,9 @@ class Version:
 
 
 def publish(store: Store, name: str, key: str, *, record: Mapping[str, Any] | None = None, reports: Sequence[str] = ()) -> int:
-    """Make `key` the newest version of `name`; the number of it. Publishing what is newest already changes nothing.
+    """Make `key` the newest version of `name`; return its number. If it is the newest already, nothing changes.
 
-    `record` is kept as it is; a list of keys under "reports" in it joins `reports`. Raises ValueError, NotStored.
+    `record` is stored as it is; keys under "reports" in it are added to `reports`. Raises ValueError, NotStored.
     """
     _named(name)
     record = dict(record or {})
@@ -58,9 +58,9 @@ def publish(store: Store, name: str, key: str, *, record: Mapping[str, Any] | No
 
 
 def resolve(store: Store, ref: str) -> Version | str:
-    """The version or key that `ref` means: "name@3", "name" (its newest), a label, a key, or how one key alone begins.
+    """The version or key that `ref` means: "name@3", "name" (its newest), a label, a key, or the beginning of one key.
 
-    Raises NotStored, and ValueError where several keys begin so.
+    Raises NotStored, and ValueError if several keys begin with `ref`.
     """
     name, at, number = ref.partition("@")
     if at:
@@ -74,32 +74,32 @@ def resolve(store: Store, ref: str) -> Version | str:
         if numbers := _numbers(store, f"labels/{ref}/"):
             labelled = json.loads(store.blobs.read(_label(ref, max(numbers))))
             return _read(store, labelled["name"], labelled["n"])
-    found = [e.name.removeprefix("manifests/").removesuffix(".json") for e in _few(store, f"manifests/{ref}")]
-    if len(found) == 1 or ref in found:
-        return ref if ref in found else found[0]
-    if found:
-        raise ValueError(f"{ref!r} is how several keys begin: {', '.join(found[:4])}...; write more of the key")
+    keys = [e.name.removeprefix("manifests/").removesuffix(".json") for e in _few(store, f"manifests/{ref}")]
+    if len(keys) == 1 or ref in keys:
+        return ref if ref in keys else keys[0]
+    if keys:
+        raise ValueError(f"{ref!r} is how several keys begin: {', '.join(keys[:4])}...; write more of the key")
     raise NotStored(f"{ref!r} is no version, label or key in {store.url}; see `moeflow ls`")
 
 
 def key_of(store: Store, ref: str) -> str:
     """The key that `ref` means, as in `resolve`."""
-    found = resolve(store, ref)
-    return found if isinstance(found, str) else found.key
+    target = resolve(store, ref)
+    return target if isinstance(target, str) else target.key
 
 
 def list(store: Store, name: str = "") -> tuple[Version, ...]:
-    """All versions, or those of one name, with the labels that point at them; by name, oldest first."""
+    """All versions, or those of one name, with the labels that point at them; sorted by name, oldest first."""
     entries = [e.name for e in store.blobs.list(f"versions/{name}/" if name else "versions/")]
     labels = labelled(store)
     with ThreadPoolExecutor(THREADS) as pool:
-        found = [*pool.map(lambda e: _parse(store.blobs.read(e)), entries)]
-    found.sort(key=lambda v: (v.name, v.n))
-    return tuple(replace(v, labels=tuple(k for k, at in labels.items() if at == v.ref)) for v in found)
+        published = [*pool.map(lambda e: _parse(store.blobs.read(e)), entries)]
+    published.sort(key=lambda v: (v.name, v.n))
+    return tuple(replace(v, labels=tuple(k for k, at in labels.items() if at == v.ref)) for v in published)
 
 
 def labelled(store: Store) -> dict[str, str]:
-    """The labels, and the `name@n` that each points at now."""
+    """The `name@n` that each label points at now."""
     newest: dict[str, str] = {}
     for entry in sorted(e.name for e in store.blobs.list("labels/")):
         newest[entry.split("/")[1]] = entry
@@ -108,7 +108,7 @@ def labelled(store: Store) -> dict[str, str]:
 
 
 def promote(store: Store, ref: str, label: str) -> Version:
-    """Point `label` at a version; where it pointed before stays in its records. Raises ValueError, NotStored."""
+    """Point `label` at a version; its records keep where it pointed before. Raises ValueError, NotStored."""
     _named(label)
     version = resolve(store, ref)
     if isinstance(version, str):
@@ -133,14 +133,14 @@ def lineage(store: Store, key: str) -> dict[str, Manifest]:
 
 
 def reach(store: Store, keys: Iterable[str]) -> dict[str, Manifest]:
-    """The manifests of `keys` and of all their inputs, level by level; those that are gone are left out."""
-    found: dict[str, Manifest] = {}
+    """The manifests of `keys` and of everything upstream, level by level; missing ones are left out."""
+    manifests: dict[str, Manifest] = {}
     level = [split_part(k)[0] for k in keys]
     while level:
-        found |= store.manifests(level)
-        tried = {*found, *level}
-        level = [*dict.fromkeys(u for k in level if k in found for u in _above(found[k]) if u not in tried)]
-    return found
+        manifests |= store.manifests(level)
+        tried = {*manifests, *level}
+        level = [*dict.fromkeys(u for k in level if k in manifests for u in _above(manifests[k]) if u not in tried)]
+    return manifests
 
 
 def _above(manifest: Manifest) -> list_[str]:

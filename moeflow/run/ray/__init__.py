@@ -1,1 +1,1 @@
-"""The runner on a Ray cluster, and all else that imports `ray`."""
+"""The runner on a Ray cluster, and everything else that imports `ray`."""

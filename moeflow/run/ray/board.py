@@ -1,4 +1,4 @@
-"""The actor that all tasks of a run on Ray talk to: it lets steps start until one fails, and collects words."""
+"""The actor that all tasks of a run on Ray talk to: it lets steps start until one fails, and collects events."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ Answer = Literal["yes", "closed", "worn out"]
 
 @dataclass(frozen=True)
 class Event:
-    """Something a step told: `start`, `progress` (done, total, the unit as text, and a detail), `note` (text) or `done`."""
+    """Something a step reported: `start`, `progress` (done, total, the unit as text, a detail), `note` (text) or `done`."""
 
     kind: Literal["start", "progress", "note", "done"]
     key: str
@@ -22,7 +22,7 @@ class Event:
 
 
 class Board:
-    """Holds no CPU. Of progress only the newest is kept for each step."""
+    """Holds no CPU. Keeps only the newest progress of each step."""
 
     def __init__(self, retries: int) -> None:
         self._open = True
@@ -34,7 +34,7 @@ class Board:
     def may_start(self, key: str) -> Answer:
         """Whether the step may start: not after `close`, and not more often than the retries allow.
 
-        Ray counts retries, too, but not those after it killed a worker because memory ran out: it makes those for ever.
+        Ray counts retries, too, but not those after it killed a worker because memory ran out: it repeats those for ever.
         """
         if not self._open:
             return "closed"
@@ -45,11 +45,11 @@ class Board:
         return "yes"
 
     def is_open(self) -> bool:
-        """Whether a step that has not begun may still do so."""
+        """Whether steps may still start."""
         return self._open
 
     def close(self) -> None:
-        """From now on nothing starts."""
+        """Let no more steps start."""
         self._open = False
 
     def tell(self, event: Event) -> None:
@@ -59,7 +59,7 @@ class Board:
             self._events.append(event)
 
     def news(self) -> list[Event]:
-        """What was told since the last call."""
+        """The events since the last call."""
         news = [*self._events, *self._progress.values()]
         self._events, self._progress = [], {}
         return news

@@ -1,7 +1,7 @@
-"""A gang on a Ray cluster: one task that holds nothing drives a `TorchTrainer`, whose workers are the gang's processes.
+"""A gang on a Ray cluster: one task without resources drives a `TorchTrainer`, whose workers are the gang's processes.
 
-Ray Train places and starts them, and initialises torch.distributed. What an error means, what is tried again and from where
-it goes on is decided here: a step that raises is not tried again, a gang that lost a process or a node is.
+Ray Train places and starts them, and initialises torch.distributed. This module decides what an error means and
+what is tried again, from where: a step that raises is not, a gang that lost a process or a node is.
 """
 
 import logging
@@ -28,14 +28,14 @@ from moeflow.run.ray.travel import packed_error
 from moeflow.run.work import work_folder
 from moeflow.store import Store
 
-QUIETLY = {  # read by Ray Train where the trainer is made, and in its workers
+QUIETLY = {  # Ray Train reads these where the trainer is made, and in its workers
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
-# Each starts processes or moves the workers elsewhere, for what no gang uses. What the first would clean up without a
-# dashboard, too, is done by `free_orphans`.
+# Each starts processes or moves the workers elsewhere, for features that no gang uses. What the first cleans up,
+# `free_orphans` does, even without a dashboard.
 UNUSED = {
     "PlacementGroupCleanerCallback",
     "DatasetsCallback",
@@ -43,11 +43,11 @@ UNUSED = {
     "ControllerMetricsCallback",
     "WorkerMetricsCallback",
 }
-PATIENCE = 7200  # seconds that torch.distributed waits for a peer, which may be fetching a large state
+PATIENCE = 7200  # seconds that torch.distributed waits for a peer, which may be downloading a large state
 
 
 class Raised(Exception):
-    """What a step raised in one of its processes, on its way through Ray Train; `torn`: a peer's end may have caused it."""
+    """Carries what a step raised in a process through Ray Train; `torn`: a peer's end may have caused it."""
 
     def __init__(self, said: str, packed: bytes, torn: bool) -> None:
         super().__init__(said, packed, torn)
@@ -59,7 +59,7 @@ class Raised(Exception):
 
 @ray.remote
 def gang_task(call: Call, store: Store, board: Any, bundle: dict[str, float]) -> Made | Failed | Refused:
-    """Drive a gang, each of whose processes holds `bundle`. It goes on from what was saved as often as the board allows."""
+    """Drive a gang with `bundle` for each process. It resumes from what was saved as often as the board allows."""
     logging.getLogger("ray.train").setLevel(logging.CRITICAL)
     os.environ.update(QUIETLY)
     lost: PeerLost | None = None
@@ -86,7 +86,7 @@ def gang_task(call: Call, store: Store, board: Any, bundle: dict[str, float]) ->
 
 
 def _together(call: Call, store: Store, board: Any, bundle: dict[str, float], folder: Path) -> Made | Refused:
-    """One start of the gang, once there is room for it. Raises what the step raises, and PeerLost."""
+    """Start the gang once, when there is room for it. Raises what the step raises, and PeerLost."""
     from ray.train import ControllerError, TrainingFailedError, WorkerGroupError  # here: the driver need not wait for them
 
     while True:
@@ -95,21 +95,21 @@ def _together(call: Call, store: Store, board: Any, bundle: dict[str, float], fo
         fit = _trainer(partial(_process, call, store, board, gang), gang.processes, bundle, folder / gang.attempt)
         try:
             with ThreadPoolExecutor(1) as beside:  # in the main thread it would take Ctrl-C away from Ray
-                found: Made = beside.submit(fit).result()
-            return found
+                result: Made = beside.submit(fit).result()
+            return result
         except WorkerGroupError as error:
             judge(error.worker_failures)
         except ControllerError as error:
             if type(error.controller_failure).__name__ != "WorkerGroupStartupTimeoutError":
                 raise PeerLost(brief(error.controller_failure)) from error
-            if not ask(board.is_open.remote()):  # there was no room, and another step has failed meanwhile
+            if not ask(board.is_open.remote()):  # there was no room, and another step failed meanwhile
                 return Refused()
         except (TrainingFailedError, RayError) as error:
             raise PeerLost(brief(error)) from error
 
 
 def _trainer(process: Callable[[], Made | None], processes: int, bundle: dict[str, float], folder: Path) -> Callable[[], Made]:
-    """What runs `process` in so many workers of a new `TorchTrainer`, and returns what the first of them does."""
+    """A function that runs `process` in that many workers of a new `TorchTrainer` and returns the first one's result."""
     import ray.train
     import ray.train.torch
 
@@ -133,30 +133,30 @@ def _trainer(process: Callable[[], Made | None], processes: int, bundle: dict[st
     )
 
     def fit() -> Made:
-        found: Made = trainer.fit().return_value
-        return found
+        result: Made = trainer.fit().return_value
+        return result
 
     return fit
 
 
 def _process(call: Call, store: Store, board: Any, gang: Attempt) -> Made | None:
-    """In a worker of the trainer: one process of the gang."""
+    """Run one process of the gang, in a worker of the trainer."""
     from ray.train import get_context
 
     place = get_context()
     rank, local_rank = place.get_world_rank(), place.get_local_rank()
     try:
         done = take_part(call, store, ToBoard(board), gang, rank=rank, local_rank=local_rank)
-    except BaseException as error:  # SystemExit, too: the others wait for a word
+    except BaseException as error:  # including SystemExit: the others wait for an answer
         said, packed, by_peer = describe(error), packed_error(error), torn(error)
         if by_peer:
-            time.sleep(GRACE)  # in which the peer's own error or death is seen
+            time.sleep(GRACE)  # time for the peer's own error or death to be seen
         raise Raised(said, packed, by_peer) from None
     return made(done, board) if done else None
 
 
 def judge(failures: dict[int, Exception]) -> None:
-    """Raise what the step raised, or PeerLost where a process went away: then an error of another may come from that."""
+    """Raise what the step raised, or PeerLost if a process was lost, because that may have caused the other errors."""
     gone = {rank: error for rank, error in failures.items() if not isinstance(error, Raised)}
     if gone:
         causes = {rank: getattr(error, "health_check_failure", error) for rank, error in gone.items()}

@@ -1,4 +1,4 @@
-"""What a Ray cluster's nodes offer and hold: where a step would find its inputs, and whether any could take it."""
+"""What a Ray cluster's nodes offer and hold: which has a step's inputs, and whether any can run the step."""
 
 import sys
 from collections import Counter
@@ -14,23 +14,23 @@ from moeflow.store import LocalBlobs, Store
 
 
 class Nodes:
-    """Remembers which node made or read what, so that a stage's layers are brought to few nodes."""
+    """Remembers which node made or read what, so that a stage's layers are downloaded to few nodes."""
 
     def __init__(self, store: Store, sizes: dict[str, int]) -> None:
         """`sizes`: bytes of stored artifacts, by key."""
-        # A store that lies on a shared disk has no node that is nearer to it.
+        # A store on a shared disk is equally near to all nodes.
         self._matters = not isinstance(store.blobs, LocalBlobs)
         self._sizes = dict(sizes)
         self._holders: dict[str, str] = {}  # input name -> node that has it in its cache
 
     def holds(self, call: Call, node: str, made: int) -> None:
-        """`node` ran `call`, which left `made` bytes."""
+        """Record that `node` ran `call`, which stored `made` bytes."""
         self._sizes[call.key] = made
         for i in call.inputs:
             self._holders[i.name] = node
 
     def near(self, call: Call) -> NodeAffinitySchedulingStrategy | str:
-        """Where to run `call`: on the node that holds most bytes of what it reads, elsewhere when that is busy."""
+        """Where to run `call`: on the node that has most bytes of its inputs, or elsewhere if that is busy."""
         votes: Counter[str] = Counter()
         for i in call.inputs if self._matters else ():
             if node := self._holders.get(i.name):
@@ -41,7 +41,7 @@ class Nodes:
 
 
 def demand(step: Step, *, gpus: bool = True) -> dict[str, float]:
-    """What a step, or each process of a gang, asks of a node, in Ray's words; without `gpus` it makes do with CPUs."""
+    """What a step, or each process of a gang, asks of a node, by Ray's names; without `gpus` it uses only CPUs."""
     asked = {
         "CPU": step.resources.cpus,
         "GPU": step.resources.gpus if gpus else 0,
@@ -51,12 +51,12 @@ def demand(step: Step, *, gpus: bool = True) -> dict[str, float]:
 
 
 def offers() -> list[dict[str, float]]:
-    """The resources of each node that is up, in Ray's words."""
+    """The resources of each node that is up, by Ray's names."""
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def too_large(step: Step, offers: list[dict[str, float]], *, gpus: bool = True) -> str:
-    """Why these nodes could not run the step, nor all of a gang's processes at once; empty when they could."""
+    """Why these nodes cannot run the step, or all of a gang's processes at once; empty if they can."""
     asked, processes = demand(step, gpus=gpus), step.resources.processes
     room = sum(_fits(asked, offer) for offer in offers)
     if room >= max(processes, 1):
@@ -69,13 +69,13 @@ def too_large(step: Step, offers: list[dict[str, float]], *, gpus: bool = True) 
 
 
 def _fits(asked: dict[str, float], offer: dict[str, float]) -> int:
-    """How often one node could hold what is asked, if it were empty; a large number where nothing is."""
+    """How many times one empty node has what is asked; a large number if nothing is asked."""
     return min((int(offer.get(name, 0) / value + 1e-9) for name, value in asked.items()), default=sys.maxsize)
 
 
 def free_orphans() -> None:
-    """Give back the room of gangs of this driver whose controller has died: Ray would keep it until the driver ends."""
-    # here, because they are Ray's own affairs: where another version has moved them, only gangs are to fail
+    """Release the resources of this driver's gangs whose controller died: Ray would keep them until the driver ends."""
+    # here, because they are Ray's internals: if another version moved them, only gangs should fail
     from ray import ActorID
     from ray._private.state import state
     from ray.core.generated import gcs_pb2
@@ -83,7 +83,7 @@ def free_orphans() -> None:
 
     job = ray.get_runtime_context().get_job_id()
     table: Any = gcs_pb2.PlacementGroupTableData  # type: ignore[attr-defined]
-    for data in state._connect_and_get_accessor().get_placement_group_table():  # the public table does not tell the creator
+    for data in state._connect_and_get_accessor().get_placement_group_table():  # the public table lacks the creator
         group = table.FromString(data)
         ours = group.creator_job_id.hex() == job and not ActorID(group.creator_actor_id).is_nil()
         if ours and group.creator_actor_dead and group.state != table.REMOVED:

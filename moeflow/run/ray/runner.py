@@ -1,6 +1,6 @@
-"""Run a graph on a Ray cluster: one step is one task, under the step's name, and a gang's task drives its processes.
+"""Run a graph on a Ray cluster: one step is one task, named after the step, and a gang's task drives its processes.
 
-Only calls and keys travel through Ray, bytes through the store, so that a lost node costs the steps it was running. The
+Only calls and keys go through Ray, bytes go through the store, so a lost node costs only the steps it was running. The
 cluster is not touched before a step has to run. Knows neither torch nor models.
 """
 
@@ -31,8 +31,8 @@ from moeflow.run.ray.travel import take_along
 from moeflow.step import Step
 from moeflow.store import Index, LocalBlobs, Store
 
-HEARTBEAT = 0.2  # seconds between two looks at the board
-LOOK = 5.0  # seconds between two looks at the size of the cluster
+HEARTBEAT = 0.2  # seconds between two requests to the board
+LOOK = 5.0  # seconds between two counts of the cluster's CPUs
 
 
 def run(
@@ -43,11 +43,11 @@ def run(
     options: Options | None = None,
     index: Index | None = None,
 ) -> Outcome:
-    """Store the targets and what they need. Raises StepFailed; what had finished or was running then is stored.
+    """Store the targets and what they need. Raises StepFailed; steps that were finished or running are stored.
 
-    Uses the Ray that is up in this process, else joins RAY_ADDRESS, else starts one on this machine for as long as it
-    takes. Raises CannotRun where that one could never run a step or does not start, and where RAY_ADDRESS leads nowhere;
-    ClusterLost where the cluster goes away in the middle.
+    Uses the Ray that is up in this process, else joins RAY_ADDRESS, else starts one on this machine for this run. Raises
+    CannotRun if that one does not start or could never run a step, or if no Ray answers at RAY_ADDRESS; ClusterLost if
+    the cluster is lost during the run.
     """
     shown, options = progress or show(), options or Options()
     outcome = None
@@ -69,7 +69,7 @@ def run(
 
 @contextmanager
 def connected() -> Iterator[bool]:
-    """Ray is up inside, and what was not up before is down after; says whether the cluster is this process's own."""
+    """Connect to Ray, and disconnect at the end if this connected; yield whether the cluster is this process's own."""
     if ray.is_initialized():
         yield False
         return
@@ -79,7 +79,7 @@ def connected() -> Iterator[bool]:
             f"RAY_ADDRESS={address} is a job server, which cannot run steps by itself; submit the pipeline to it with "
             "`ray job submit --working-dir . -- python PIPELINE.py`, or unset RAY_ADDRESS"
         )
-    # Without address="local" Ray would try to join a head that died and left its address behind.
+    # Without address="local" Ray would try to join a dead head that left its address behind.
     quietly: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     stop = signal.getsignal(signal.SIGTERM)
     start = partial(ray.init, address=address or "local", include_dashboard=None if address else False, **quietly)
@@ -89,12 +89,12 @@ def connected() -> Iterator[bool]:
         except Exception as error:  # Ray raises anything here, plain Exception included
             if "timed out during startup" not in str(error):
                 raise
-            ray.shutdown()  # it waits for half a minute, which a machine with much else to do may need twice
+            ray.shutdown()  # it waits for half a minute, which a busy machine may need twice
             start()
     except Exception as error:
         raise CannotRun(_unstarted(address, error)) from error
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, stop)  # Ray takes it, and ends the process without a word of ours
+        signal.signal(signal.SIGTERM, stop)  # Ray's own handler ends the process without our message
     try:
         yield not address
     finally:
@@ -102,19 +102,19 @@ def connected() -> Iterator[bool]:
 
 
 class _Drive:
-    """The driver's loop: it submits what may run, waits, and passes on what the board hears."""
+    """The driver's loop: it submits what may run, waits, and shows the board's events."""
 
     def __init__(self, ledger: Ledger, store: Store, shown: Show, options: Options, *, own: bool) -> None:
         self._ledger, self._store, self._shown, self._options = ledger, store, shown, options
         self._running: dict[Any, Call] = {}
         self._failure: StepFailed | None = None
         self._cpus, self._looked = 0, -LOOK  # the cluster's CPUs, and when they were counted
-        self._nodes = Nodes(store, {key: found.bytes for key, found in ledger.schedule.index.keys.items()})
-        # A cluster that has no GPU computes on CPUs, unless GPUs were asked for: an autoscaler may bring them.
+        self._nodes = Nodes(store, {key: listed.bytes for key, listed in ledger.schedule.index.keys.items()})
+        # A cluster without GPUs computes on CPUs, unless GPUs were asked for: an autoscaler may add them.
         self._gpus = options.gpus is not None or any(offer.get("GPU") for offer in offers())
         self._check(own)
         free_orphans()
-        # On the driver's own node, which the run cannot outlive, is what holds no CPU and must not get lost.
+        # The board and the gangs' tasks hold no CPU and must not get lost: they run on the driver's own node.
         self._here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         # Without task events: the dashboard is for steps, and the board is asked several times a second.
         self._board = RemoteBoard.options(
@@ -125,15 +125,15 @@ class _Drive:
         return self
 
     def __exit__(self, *why: object) -> None:
-        """Leave nothing behind: on Ctrl-C too, what runs is cancelled and what waits never starts."""
+        """Leave nothing behind, on Ctrl-C too: running steps are cancelled and waiting ones never start."""
         if self._running:
-            ray.wait([self._board.close.remote()], timeout=1)  # heard before the board goes
+            ray.wait([self._board.close.remote()], timeout=1)  # must arrive before the board is killed
             for ref in self._running:
                 ray.cancel(ref, force=True)
         ray.kill(self._board)
 
     def loop(self) -> None:
-        """Raises StepFailed once all that was running at the first failure has finished."""
+        """Run all steps. Raises StepFailed when the steps that ran at the first failure have finished."""
         while True:
             if self._failure is None:
                 for call in self._ledger.schedule.ready(self._room()):
@@ -151,7 +151,7 @@ class _Drive:
         assert self._ledger.left == 0, "steps are left although none failed"
 
     def _check(self, own: bool) -> None:
-        """A step that no node can take would wait for ever: refused here, unless an autoscaler might bring the node."""
+        """Refuse a step that no node can run, which would wait for ever; only warn if an autoscaler might add the node."""
         if (there := machines()) > 1 and isinstance(self._store.blobs, LocalBlobs):
             self._ledger.warn(
                 f"the store {self._store.url} is a folder and the cluster has {there} machines: all of them must see "
@@ -171,7 +171,7 @@ class _Drive:
             self._ledger.warn(f"{problem}; it waits until such a node joins the cluster")
 
     def _room(self) -> int:
-        """How many more steps may run or queue. A queue keeps CPUs busy, and shows an autoscaler what is wanted."""
+        """How many more steps may run or queue. A queue keeps CPUs busy, and shows an autoscaler what is needed."""
         if (most := self._options.in_flight) == 0:
             if time.monotonic() - self._looked > LOOK:
                 self._looked, self._cpus = time.monotonic(), int(ray.cluster_resources().get("CPU", 0))
@@ -215,7 +215,7 @@ class _Drive:
                 self._ledger.done(result.done)
 
     def _fail(self, call: Call, cause: BaseException) -> None:
-        """The first failure is raised in the end; steps that were running then may add theirs to what is shown."""
+        """Keep the first failure, to raise it at the end; show those of steps that were running then."""
         ray.get(self._board.close.remote())
         failure = StepFailed(self._ledger.schedule.steps[call.key], cause)
         failure.__cause__ = cause

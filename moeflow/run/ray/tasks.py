@@ -1,4 +1,4 @@
-"""What Ray runs on a worker for one step, and the answers that it gives. The board is asked first, and hears the words."""
+"""What Ray runs on a worker for one step, and its answers. It asks the board first, and reports to it."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,7 @@ from moeflow.store import Store
 @dataclass(frozen=True)
 class Made:
     done: Done
-    node: str  # where
+    node: str  # where it ran
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,11 @@ class Failed:
 
 @dataclass(frozen=True)
 class Refused:
-    """The step did not start, because another had failed."""
+    """The step did not start, because another one failed."""
 
 
 class ToBoard:
-    """A running step's words on their way to the board; nobody waits for them."""
+    """Sends a running step's progress and notes to the board, without waiting."""
 
     def __init__(self, board: Any) -> None:
         self._board = board
@@ -44,7 +44,7 @@ class ToBoard:
 
 @ray.remote
 def step_task(call: Call, store: Store, board: Any) -> Made | Failed | Refused:
-    """A failure closes the board before anybody else hears of it, so that nothing starts after it."""
+    """Run one step. A failure closes the board before it is reported, so that nothing starts after it."""
     try:
         answer: Answer = ask(board.may_start.remote(call.key))
         if answer == "closed":
@@ -58,16 +58,16 @@ def step_task(call: Call, store: Store, board: Any) -> Made | Failed | Refused:
 
 def made(done: Done, board: Any) -> Made:
     """The answer of the worker that stored a step."""
-    ask(board.tell.remote(Event("done", done.key)))  # after which all that it told before has arrived
+    ask(board.tell.remote(Event("done", done.key)))  # when this returns, all its earlier events have arrived
     return Made(done, ray.get_runtime_context().get_node_id())
 
 
 def failed(error: BaseException, board: Any) -> Failed:
-    """The answer of one that could not."""
+    """Close the board; the answer of a worker whose step failed."""
     ask(board.close.remote())
     return Failed(portable(error))
 
 
 def ask(ref: Any) -> Any:
-    """What the board says. `ray.get` in a task would give its CPUs away meanwhile, and not wait to have them back."""
+    """Wait for the board's answer. `ray.get` in a task would release its CPUs meanwhile, and not wait to get them back."""
     return ref.future().result()

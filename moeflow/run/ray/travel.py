@@ -1,4 +1,4 @@
-"""What cannot travel between processes by name: functions that workers do not have, and errors of any kind."""
+"""Pickles what cannot be sent between processes by name: functions that workers do not have, and errors of any kind."""
 
 import sys
 import traceback
@@ -9,7 +9,7 @@ from moeflow.run.call import Call
 
 
 def take_along(call: Call) -> None:
-    """A function that is not moeflow's own travels with the module around it: workers may not have that module."""
+    """Pickle a function outside moeflow together with its module, because workers may not have that module."""
     if not isinstance(call.code, str):
         module = sys.modules.get(call.code.__module__)
         if module is not None and module.__name__ != "__main__":
@@ -17,13 +17,13 @@ def take_along(call: Call) -> None:
 
 
 def packed(call: Call) -> bytes:
-    """The call as bytes that `pickle` reads. Raises TypeError or AttributeError where what it refers to cannot travel."""
+    """The call as bytes that `pickle` reads. Raises TypeError or AttributeError if something in it cannot be pickled."""
     take_along(call)
     return cloudpickle.dumps(call)
 
 
 def portable(error: BaseException) -> Exception:
-    """The error itself if it survives the journey, else its words; so for what would end the process that receives it."""
+    """The error itself if it can be pickled; else, and for SystemExit and the like, a RuntimeError with its text."""
     if not isinstance(error, Exception):
         return RuntimeError(f"the step ended its process: {type(error).__name__} {error}".rstrip())
     try:
@@ -34,6 +34,6 @@ def portable(error: BaseException) -> Exception:
 
 
 def packed_error(error: BaseException) -> bytes:
-    """The error as bytes that `pickle` reads, with its traceback as a note: what is pickled has none."""
+    """The error as bytes that `pickle` reads, with its traceback as a note, because pickling drops it."""
     error.add_note("".join(traceback.format_exception(error)))
     return cloudpickle.dumps(portable(error))
