@@ -131,7 +131,7 @@ def read(name: str, word: str, kind: Any) -> Any:
             raise ValueError(f"{name}={word}: say true or false")
         return TRUTH[word.lower()]
     if origin in (int, float):
-        return _number(name, word, int if origin is int else float)
+        return _number(name, word, int if origin is int else float, choices)
     if origin in (list, tuple, dict):
         try:
             items = json.loads(word)
@@ -141,12 +141,13 @@ def read(name: str, word: str, kind: Any) -> Any:
     return word
 
 
-def _number(name: str, word: str, kind: type) -> Any:
+def _number(name: str, word: str, kind: type, choices: Iterable[str]) -> Any:
     try:
         return kind(word)
     except ValueError:
         said = "a whole number" if kind is int else "a number"
-        raise ValueError(f"{name}={word}: it must be {said}") from None
+        others = f", or one of {', '.join(choices)}" if choices else ""
+        raise ValueError(f"{name}={word}: it must be {said}{others}") from None
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

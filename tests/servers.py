@@ -11,7 +11,7 @@ import logging
 import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Lock, Thread
@@ -49,6 +49,9 @@ class Proxy:
     fault: Callable[[str, str], Fault | None] = lambda method, path: None
     drop: set[str] = field(default_factory=set)  # request headers, lower case
     lock: Lock = field(default_factory=Lock)
+    conditional: Lock = field(
+        default_factory=Lock
+    )  # a real server decides on conditional requests one by one, moto's threads do not
 
     def count(self, method: str = "", path: str = "") -> int:
         return sum(r.method.startswith(method) and path in r.path for r in self.requests)
@@ -96,9 +99,11 @@ def proxy(target: str, latency: float = 0.0) -> Iterator[Proxy]:
             upstream = http.client.HTTPConnection(where.hostname or "", where.port, timeout=60)
             headers = {k: v for k, v in self.headers.items() if k.lower() not in {*HOP, *seen.drop, "expect"}}
             headers["Content-Length"] = str(len(body))
-            upstream.request(self.command, self.path, body, headers)
-            got = upstream.getresponse()
-            answer = got.read()
+            alone = seen.conditional if {"if-match", "if-none-match"} & {k.lower() for k in headers} else nullcontext()
+            with alone:
+                upstream.request(self.command, self.path, body, headers)
+                got = upstream.getresponse()
+                answer = got.read()
             kept = {k: v for k, v in got.getheaders() if k.lower() not in HOP}
             upstream.close()
             if fault.lose:

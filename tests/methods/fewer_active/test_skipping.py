@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from moeflow import options
 from moeflow.arch import Family
 from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.checkpoint import steps as checkpoint
@@ -177,10 +178,10 @@ def test_what_cannot_be_skipped_is_refused_in_one_line(tmp_path: Path) -> None:
     seen = calibrated(model, tmp_path)
     with pytest.raises(ValueError, match="active=2 experts a token must be at least 1 and fewer than the router's 2"):
         fewer_active.skip(seen, fewer_active.Skipping(2))
-    with pytest.raises(ValueError, match="skip='half': .* say none, median, or how many"):
-        naee.skipping("half")
+    with pytest.raises(ValueError, match="skipping.active=half: it must be a number, or one of median"):
+        options.changed("skipping", fewer_active.Skipping, None, {"active": "half"})
     with pytest.raises(ValueError, match="active=0: a token has at least one expert"):
-        naee.skipping("0")
+        options.changed("skipping", fewer_active.Skipping, None, {"active": "0"})
     made = fewer_active.skip(seen)
     again = calibrated(made, tmp_path)
     with pytest.raises(ValueError, match="layer 0 skips experts by a threshold .* prune the model without it"):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from moeflow.arch import MIXTRAL, Config
+from moeflow.arch import Config, Family
 from moeflow.methods.finetune.memory import bytes_per_token
 from moeflow.methods.finetune.recipe import Gang, Recipe
 from moeflow.methods.graph import Model
@@ -26,13 +26,14 @@ MIXTRAL_8X7B: Config = {
 
 def _layer(*, layer: int) -> Spec:
     d, f, kv = 4096, 14336, 1024
-    prefix = MIXTRAL.prefix(layer)
+    family = Family.of(MIXTRAL_8X7B)
+    prefix = family.prefix(layer)
     sides = {"q_proj": (d, d), "k_proj": (kv, d), "v_proj": (kv, d), "o_proj": (d, d)}
     table = {f"{prefix}self_attn.{name}.weight": shape for name, shape in sides.items()}
     table |= {f"{prefix}{name}.weight": (d,) for name in ("input_layernorm", "post_attention_layernorm")}
-    table[MIXTRAL.router.format(layer=layer)] = (8, d)
+    table[family.router(layer)] = (8, d)
     for e in range(8):
-        table |= dict(zip(MIXTRAL.expert(layer, e), ((f, d), (f, d), (d, f)), strict=True))
+        table |= dict(zip(family.expert(layer, e), ((f, d), (f, d), (d, f)), strict=True))
     return Spec(LayerSpec(MIXTRAL_8X7B, layer, 8, {name: ("BF16", shape) for name, shape in table.items()}))
 
 
