@@ -2,13 +2,17 @@
 
     ray job submit --working-dir . -- python pipelines/mixtral_unified.py --store s3://bucket/prefix --gpus 1
 
-The paper's recipes (Table 3): as it stands L8/32 + AWQ, its headline; `-p trim=decoder_layers -p trim.dropped=5` for B5/32 + AWQ
-(`-p trim.rule=discrete` is the authors' own setting), and `-p trim=experts -p trim.dropped=2` for E2/8 + AWQ, two experts a layer
-on average. 128 sequences of 2,048 tokens of C4; 4 bits in groups of 128. The paper quantizes first; `-p order=trim,slim` is the
-other way. `-p slim=gptq`, `sparsegpt`, `wanda` and so on take another method, `-p slim=none` or `-p trim=none` none.
-`-p slim.inputs=sequential` calibrates each layer behind the slimmed ones before it, one after the other; `-p slim=gptq -p
-slim.activation_order=true` rounds first what the strongest inputs see; `-p slim=gptq -p slim.tasks=8` divides the experts of each
-layer between eight tasks. `-p order=trim,tune,slim -p tune=full` fine-tunes what trimming left.
+The paper's settings (Table 3; L8/32: 8 of 32 MoE blocks dropped, B5/32: 5 of 32 decoder layers, E2/8: 2 of 8 experts of a
+layer). Without options: L8/32 + AWQ, the paper's main result. B5/32 + AWQ with the authors' own rule: `-p trim=decoder_layers
+-p trim.dropped=5 -p trim.rule=discrete`; without `trim.rule` adjacent layers are dropped. E2/8 + AWQ: `-p trim=experts -p
+trim.dropped=2`, two experts of a layer on average across the model. 128 sequences of 2,048 tokens of C4; 4 bits in groups of
+128.
+
+The paper quantizes first; `-p order=trim,slim` trims first. `-p slim=gptq`, `sparsegpt`, `wanda` and so on take another method;
+`-p slim=none` skips slimming, `-p trim=none` skips trimming. `-p slim.inputs=sequential` calibrates each layer behind the
+slimmed layers before it. `-p slim=gptq -p slim.activation_order=true` quantizes first the columns whose inputs have most energy
+(act-order), `-p slim.tasks=8` splits each layer's experts over eight Ray tasks, with the same result. `-p order=trim,tune,slim
+-p tune=full` fine-tunes the trimmed model before it is quantized.
 
 What moeflow puts beside it: `-p order=decompose,slim -p decompose=0.25 -p slim=gptq` makes the experts low-rank and packs their
 factors: closer to the original than fewer bits at the same bytes (benchmarks/RESULTS.md).

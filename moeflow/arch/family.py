@@ -118,12 +118,12 @@ class Family:
     # How many experts may stay
 
     def fewest(self, experts: int) -> int:
-        """The smallest number that passes `check_left` for a layer of `experts`."""
+        """The smallest number that passes `check_router` for a layer of `experts`."""
         return next(n for n in range(1, experts + 1) if self._works_with(n, experts))
 
     def _works_with(self, keep: int, experts: int) -> bool:
         try:
-            self.check_left(keep, experts)
+            self.check_router(keep, experts)
         except ValueError:
             return False
         return True
@@ -147,7 +147,7 @@ class Family:
         experts, top_k = experts or self.num_experts, self.top_k
         if not top_k <= keep <= experts:
             raise ValueError(f"keep={keep} must lie between top_k={top_k} and the layer's {experts} experts")
-        self.check_left(keep, experts)
+        self.check_router(keep, experts)
         n_group, topk_group = self.group_limit
         if (each := keep // n_group) * topk_group < top_k:
             need = max(self._least(), -(-top_k // topk_group)) * n_group
@@ -156,7 +156,7 @@ class Family:
                 f"of them cannot reach its top_k={top_k}; keep at least {need}"
             )
 
-    def check_left(self, keep: int, experts: int) -> None:
+    def check_router(self, keep: int, experts: int) -> None:
         """Raise ValueError if the router cannot work with `keep` of a layer's `experts`, even for a token that gets fewer than
         top k."""
         n_group, _ = self.group_limit

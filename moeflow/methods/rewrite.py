@@ -7,7 +7,7 @@ from typing import Any
 
 from moeflow.arch import Config, essential
 from moeflow.methods.records import Facts, kept_experts
-from moeflow.model.layout import ESSENTIAL, LAYER, TensorInfo, experts_in, headers, kept, left, read_config
+from moeflow.model.layout import ESSENTIAL, LAYER, TensorInfo, experts_in, headers, kept, names_without_experts, read_config
 from moeflow.model.spec import LayerSpec, RestSpec
 from moeflow.step import Artifact, Context, Spec, step
 
@@ -79,7 +79,7 @@ def rewrite(
 
 def experts_kept(names: Iterable[str], config: Config, layer: int, experts: list[int]) -> dict[str, tuple[str, bool]]:
     """How a layer's file is rewritten if only `experts` stay, perhaps none (`layout.kept`)."""
-    return kept(names, config, layer, experts) if experts else {n: (n, False) for n in left(names, config, layer)}
+    return kept(names, config, layer, experts) if experts else {n: (n, False) for n in names_without_experts(names, config, layer)}
 
 
 def link_all(context: Context, folder: Artifact, but: Sequence[str] = ()) -> None:

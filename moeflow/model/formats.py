@@ -163,7 +163,7 @@ def layer_formats(config: Config) -> list[Format | None]:
         if format := formats[-1]:
             try:
                 if not format.gone:
-                    family.check_left(format.experts, format.experts)
+                    family.check_router(format.experts, format.experts)
             except ValueError as error:
                 raise ValueError(f"layer {layer} of config.json cannot have {format.experts} experts: {error}") from None
             reach = family.experts_per_token(format.experts)

@@ -129,7 +129,7 @@ def experts_in(names: Iterable[str], config: Config, layer: int) -> int:
     return len({e for n in names if n.startswith(first) and (e := n.removeprefix(first).split(".")[0]).isdigit()})
 
 
-def left(names: Iterable[str], config: Config, layer: int, *, whole: bool = False) -> list[str]:
+def names_without_experts(names: Iterable[str], config: Config, layer: int, *, whole: bool = False) -> list[str]:
     """The names that remain of a layer without its routed experts. The shared expert stays.
 
     Without a shared expert, or if `whole`, nothing of the MoE block remains, and neither does the norm before it.

@@ -15,7 +15,7 @@ from moeflow.methods.recipes import moei2
 from moeflow.methods.recipes.tune import FineTuning, Tuned, tuned
 from moeflow.methods.slim.methods import Slimming
 from moeflow.methods.slim.steps import slimmed
-from moeflow.methods.trim.steps import TRIMS, Trimming
+from moeflow.methods.trim.steps import TRIM_KINDS, Trimming
 from moeflow.methods.trim.steps import trim as take_out
 from moeflow.step import Part, Step
 
@@ -82,7 +82,7 @@ class Stage:
 
 STAGES = {
     "slim": Stage(slim, lambda how: {}),
-    "trim": Stage(take_out, lambda how: TRIMS[how.what].needs),
+    "trim": Stage(take_out, lambda how: TRIM_KINDS[how.what].needs),
     "decompose": Stage(moei2.decompose, lambda how: {}),
 }
 """The stages of a compression, by the names that its order gives them."""

@@ -15,7 +15,7 @@ from moeflow.methods.graph import HIDDEN, Calibration, Model, load
 from moeflow.methods.records import Facts, TrimmedExperts, TrimmedLayers, read_json
 from moeflow.methods.scores import SCORES, check_score
 from moeflow.model.formats import family_config
-from moeflow.model.layout import headers, left, read_config
+from moeflow.model.layout import headers, names_without_experts, read_config
 from moeflow.model.spec import LayerSpec, ObservedSpec, RestSpec
 from moeflow.options import check_choices
 from moeflow.step import Artifact, Context, Spec, step
@@ -54,7 +54,7 @@ class Trimming:
 
 def trim(calibration: Calibration, how: Trimming) -> Model:
     """The calibrated model without what `how` takes out, as a graph. Raises ValueError for what cannot be."""
-    return TRIMS[how.what].graph(calibration, how)
+    return TRIM_KINDS[how.what].graph(calibration, how)
 
 
 def expert_drop(calibration: Calibration, how: Trimming) -> Model:
@@ -77,13 +77,13 @@ def expert_drop(calibration: Calibration, how: Trimming) -> Model:
         if keep != int(keep):
             raise ValueError(f"dropped={how.dropped:g} leaves {keep:g} experts in each layer, no whole number; rank across='model'")
         for i in layers:
-            family.check_left(int(keep), model.layers[i].spec.output.least)
+            family.check_router(int(keep), model.layers[i].spec.output.least)
         least = total = int(keep)
     else:
         most = min(experts.values())
         legal = family.fewest(most)
         least = family.top_k if how.least is None else how.least
-        # what lies between none and the fewest that a router can work with cannot be reached one expert at a time
+        # experts go one at a time and could stop at a count that the router cannot run with, such as one for SparseMixer
         least = max(least, legal if legal > groups else 0)
         total = -(-round(keep * len(layers)) // groups) * groups
     scores = tuple(
@@ -103,8 +103,9 @@ def expert_drop(calibration: Calibration, how: Trimming) -> Model:
 def layer_drop(calibration: Calibration, how: Trimming) -> Model:
     """The model without the MoE blocks, and the norms before them, of some layers, as a graph (section 4.2, Layer Drop).
 
-    Those blocks go that turn the residual stream least: the mean cosine between it before and after norm and block is highest, over
-    all calibration tokens. Dense layers keep theirs. Raises ValueError where there are not more MoE layers than that.
+    It drops the blocks that change the direction of the residual stream least: those with the highest mean cosine between the
+    stream before the norm and after the block, over all calibration tokens. Dense layers keep theirs. Raises ValueError if there
+    are not more MoE layers than that.
     """
     model, layers, drop = calibration.model, calibration.model.moe_layers, int(how.dropped)
     if drop >= len(layers):
@@ -151,7 +152,7 @@ def block_drop(calibration: Calibration, how: Trimming) -> Model:
 
 
 @dataclass(frozen=True)
-class Trim:
+class TrimKind:
     """One row of the table of what can be taken out."""
 
     graph: Callable[[Calibration, Trimming], Model]
@@ -159,10 +160,10 @@ class Trim:
     """What it reads of a calibration: the switches of `calibrate.run`."""
 
 
-TRIMS = {
-    "experts": Trim(expert_drop, {"inputs": False}),
-    "moe_blocks": Trim(layer_drop, {"inputs": False}),
-    "decoder_layers": Trim(block_drop, {"inputs": False, "between": True}),
+TRIM_KINDS = {
+    "experts": TrimKind(expert_drop, {"inputs": False}),
+    "moe_blocks": TrimKind(layer_drop, {"inputs": False}),
+    "decoder_layers": TrimKind(block_drop, {"inputs": False, "between": True}),
 }
 """What `Trimming.what` names: none reads the inputs of MoE blocks."""
 
@@ -185,8 +186,9 @@ def expert_scores(
 ) -> None:  # fmt: skip
     """The score of each expert of one layer, as `scores.json`; the experts with the lowest scores go first.
 
-    `observed`: what each shard of tokens recorded in this layer. "router_score" is the mean over tokens of the router's score of an
-    expert; in the families where the authors' code does so, of its routing weight where it is chosen, and of zero elsewhere.
+    `observed`: what each shard of tokens recorded in this layer. "router_score" is, by family (`Arch.drop_score`), "all": the router's
+    score of the expert, averaged over all tokens; or "chosen", as the authors' code has it for DeepSeek: its routing weight, zero
+    for tokens that are not routed to it, averaged over all tokens.
     """
     from moeflow.methods.recorded import add_stats, layer_of
     from moeflow.model.checkpoint import Tensors
@@ -299,11 +301,11 @@ def choose_decoder_layers(
     context: Context, before: tuple[Artifact, ...], behind: tuple[Artifact, ...],
     *, first: int, drop: int, rule: Literal["discrete", "consecutive"], tokens: int,
 ) -> None:  # fmt: skip
-    """The `drop` decoder layers from `first` on that turn the hidden states least, by mean cosine over tokens (section 4.3).
+    """Choose the `drop` decoder layers with the highest mean cosine over tokens, among the layers numbered `first` and higher (4.3).
 
-    "discrete": each layer by the cosine between the states before and behind it; "consecutive": adjacent layers by that across
-    all of them. `before`: the states of every shard before the first layer, then before the next; `behind`: those of every shard
-    behind the last. The first `tokens` of each are compared.
+    "discrete": each layer by the cosine between its input and its output; "consecutive": runs of `drop` adjacent layers by the cosine
+    between the input of the first and the output of the last. `before`: the inputs of the layers, layer by layer, all shards of
+    each; `behind`: the outputs of the last layer, all shards. The first `tokens` of each are compared.
     """
 
     from moeflow.methods.trim.similarity import across
@@ -327,7 +329,7 @@ def without_moe_block(context: Context, config: Artifact, layer_files: Artifact,
         rewrite.link_all(context, layer_files)
         return
     tensors = headers(layer_files)
-    names = left(tensors, read_config(config), layer, whole=True)
+    names = names_without_experts(tensors, read_config(config), layer, whole=True)
     rewrite.rewrite(context, layer_files, tensors, {n: (n, False) for n in names}, [])
     Facts.of(layer_files).and_then("trim.without_moe_block").write(context.out)
 
