@@ -186,9 +186,9 @@ def expert_scores(
 ) -> None:  # fmt: skip
     """The score of each expert of one layer, as `scores.json`; the experts with the lowest scores go first.
 
-    `observed`: what each shard of tokens recorded in this layer. "router_score" is, by family (`Arch.drop_score`), "all": the router's
-    score of the expert, averaged over all tokens; or "chosen", as the authors' code has it for DeepSeek: its routing weight, zero
-    for tokens that are not routed to it, averaged over all tokens.
+    `observed`: what each shard of tokens recorded in this layer. "router_score" is, by family (`Arch.drop_score`), the
+    router's score of the expert, averaged over all tokens; or, as in the authors' code for DeepSeek, its routing weight, zero for
+    tokens that are not routed to it, averaged over all tokens.
     """
     from moeflow.methods.recorded import add_stats, layer_of
     from moeflow.model.checkpoint import Tensors
@@ -301,11 +301,11 @@ def choose_decoder_layers(
     context: Context, before: tuple[Artifact, ...], behind: tuple[Artifact, ...],
     *, first: int, drop: int, rule: Literal["discrete", "consecutive"], tokens: int,
 ) -> None:  # fmt: skip
-    """Choose the `drop` decoder layers with the highest mean cosine over tokens, among the layers numbered `first` and higher (4.3).
+    """Choose the `drop` decoder layers with the highest mean cosine over tokens, among those numbered `first` and higher.
 
-    "discrete": each layer by the cosine between its input and its output; "consecutive": runs of `drop` adjacent layers by the cosine
-    between the input of the first and the output of the last. `before`: the inputs of the layers, layer by layer, all shards of
-    each; `behind`: the outputs of the last layer, all shards. The first `tokens` of each are compared.
+    Section 4.3. "discrete": each layer by the cosine between its input and its output; "consecutive": runs of `drop` adjacent
+    layers by the cosine between the input of the first and the output of the last. `before`: the inputs of the layers, layer by
+    layer, all shards of each; `behind`: the outputs of the last layer, all shards. The first `tokens` of each are compared.
     """
 
     from moeflow.methods.trim.similarity import across
