@@ -82,12 +82,6 @@ def resolve(store: Store, ref: str) -> Version | str:
     raise NotStored(f"{ref!r} is no version, label or key in {store.url}; see `moeflow ls`")
 
 
-def key_of(store: Store, ref: str) -> str:
-    """The key that `ref` means, as in `resolve`."""
-    target = resolve(store, ref)
-    return target if isinstance(target, str) else target.key
-
-
 def list(store: Store, name: str = "") -> tuple[Version, ...]:
     """All versions, or those of one name, with the labels that point at them; sorted by name, oldest first."""
     entries = [e.name for e in store.blobs.list(f"versions/{name}/" if name else "versions/")]

@@ -152,14 +152,6 @@ def energies(
     return torch.linalg.eigvalsh(core_KL @ core_KL.mT).flip(-1).clamp(min=0)
 
 
-@torch.no_grad()
-def output_error(w_MN: Tensor, other: Tensor | LowRank, input_moment_NN: Tensor) -> Tensor:
-    """The root of the summed squared change of the outputs over the moment's tokens where `other` stands for the matrix, fp64."""
-    other_MN = other.out_MR.double() @ other.in_RN.double() if isinstance(other, LowRank) else other.double()
-    change_MN = w_MN.double() - other_MN
-    return ((change_MN @ input_moment_NN.double()) * change_MN).sum((-2, -1)).clamp(min=0).sqrt()
-
-
 def _sandwich(a_KN: Tensor, s_NN: Tensor) -> Tensor:
     """A S A' of a symmetric S: its blocks below the diagonal and half of those on it, then the transpose of all that added."""
     half_KK = a_KN.new_zeros(*a_KN.shape[:-1], a_KN.shape[-2])

@@ -41,11 +41,6 @@ class Pattern:
     def __str__(self) -> str:
         return f"{self.keep}:{self.of}" if self.of else f"{self.ratio:g}"
 
-    @property
-    def sparsity(self) -> float:
-        """The part of the weights that is zero."""
-        return 1 - self.keep / self.of if self.of else self.ratio
-
     def check(self, columns: int) -> None:
         """Raise ValueError where a matrix with so many inputs cannot have this pattern."""
         if self.of and columns % self.of:

@@ -7,13 +7,21 @@ import torch
 from torch import Tensor
 
 from moeflow.arch import MIXTRAL
-from moeflow.methods.decompose.lowrank import components, energies, output_error, vanilla, whitened
+from moeflow.methods.decompose.lowrank import components, energies, vanilla, whitened
 from moeflow.methods.moments import Moments, expert_moments, layer_moments, second_moment
-from moeflow.model.moe import MLP, MoELayer
+from moeflow.model.moe import MLP, LowRank, MoELayer
 from moeflow.model.router import Router
 
 SHAPES = [(20, 36), (36, 20), (24, 24)]
 KINDS = ["inputs", "outputs"]
+
+
+@torch.no_grad()
+def output_error(w_MN: Tensor, other: Tensor | LowRank, input_moment_NN: Tensor) -> Tensor:
+    """The root of the summed squared change of the outputs over the moment's tokens where `other` stands for the matrix, fp64."""
+    other_MN = other.out_MR.double() @ other.in_RN.double() if isinstance(other, LowRank) else other.double()
+    change_MN = w_MN.double() - other_MN
+    return ((change_MN @ input_moment_NN.double()) * change_MN).sum((-2, -1)).clamp(min=0).sqrt()
 
 
 def tokens(columns: int, count: int = 200, seed: int = 1, dtype: torch.dtype = torch.float64) -> Tensor:

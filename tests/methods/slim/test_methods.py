@@ -132,12 +132,13 @@ def test_the_pattern_holds(pattern: str) -> None:
     w_EMN, inputs = batch()
     parsed = Pattern.parse(pattern)
     assert str(parsed) == pattern and Pattern.parse(parsed) is parsed
+    stay = parsed.keep / parsed.of if parsed.of else 1 - parsed.ratio
     masks = [magnitude(w_EMN, pattern), wanda(w_EMN, pattern, inputs=inputs), sparsegpt(w_EMN, pattern, inputs=inputs) != 0]
     for stays_EMN in masks:
         if parsed.of:
             assert (stays_EMN.unflatten(-1, (-1, parsed.of)).sum(-1) == parsed.keep).all()
-        assert float(stays_EMN.double().mean()) == pytest.approx(1 - parsed.sparsity, abs=0.001)
-    assert (masks[1].sum(-1) == N * (1 - parsed.sparsity)).all()
+        assert float(stays_EMN.double().mean()) == pytest.approx(stay, abs=0.001)
+    assert (masks[1].sum(-1) == N * stay).all()
     inputs_error = [sum(error(w_EMN[e], w_EMN[e] * m[e], inputs[e]) for e in range(E)) for m in masks[:2]]
     made_EMN = sparsegpt(w_EMN, pattern, inputs=inputs)
     best = sum(error(w_EMN[e], made_EMN[e], inputs[e]) for e in range(E))
