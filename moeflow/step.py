@@ -301,15 +301,16 @@ def arguments(
     `inputs`: one value for each artifact. Options become values again.
     """
     signature, kinds = _declared(fn)
-    by_name = grouped(slots, inputs)
+    by_name, counts = grouped(slots, inputs), dict(slots)
     args: list[Any] = []
     for parameter in list(signature.parameters.values())[1:]:
+        name = parameter.name
         if parameter.kind is parameter.VAR_POSITIONAL:
-            args += by_name.get(parameter.name, ())
-        elif parameter.kind is not parameter.KEYWORD_ONLY:
-            value = by_name.get(parameter.name, None if parameter.default is parameter.empty else parameter.default)
-            several = isinstance(value, list) or "tuple" in str(kinds.get(parameter.name))
-            args.append(tuple(value or ()) if several else value)
+            args += by_name.get(name, ())
+        elif parameter.kind is not parameter.KEYWORD_ONLY and name in counts:
+            args.append(by_name[name] if counts[name] is None else tuple(by_name[name]))
+        elif parameter.kind is not parameter.KEYWORD_ONLY:  # absent
+            args.append(() if typing.get_origin(kinds.get(name)) is tuple else None)
     return args, {name: options.restored(value, kinds.get(name)) for name, value in params.items()}
 
 
