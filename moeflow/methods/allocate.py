@@ -1,7 +1,4 @@
-"""Which rank each matrix gets, and, more generally, what each part of a model gets out of a common budget. Numbers, no torch.
-
-A rank of 0 means that a matrix is kept whole, as in a checkpoint's format. Sizes are bytes unless said otherwise.
-"""
+"""Division of a budget between the parts of a model, given what each costs at each size. Numbers, no torch."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -13,15 +10,15 @@ from numpy.typing import ArrayLike, NDArray
 MAX_CELLS = 1 << 26
 """The most cells of the table of an exact allocation: one per curve and reachable size."""
 MAX_UPDATES = 1_000_000_000
-"""The most updates of its cells: some seconds."""
+"""The most updates of the table's cells, which take some seconds."""
 
 
 def allocate_curves(curves: Sequence[ArrayLike], budget: int, *, fill: bool = False) -> list[int]:
-    """One option of each curve, so that the sum of sizes is at most `budget` and the sum of costs least: the options' indices.
+    """Choose one option of each curve, so that sizes sum to at most `budget` and the sum of costs is least: the options' indices.
 
-    A curve is its options (size, cost) in any order and of any shape; sizes are integers (experts, parameters or bytes). Exact,
-    by dynamic programming over the sizes in their greatest common unit, equal costs going to the smaller sum. Only where that
-    table would be too large (`exactly` says so) along the curves' lower convex envelopes; what that leaves is given to single
+    A curve is a list of options (size, cost) in any order and of any shape; sizes are integers (experts, parameters or bytes).
+    Exact, by dynamic programming over the sizes in their greatest common unit; among equal costs the smaller sum wins. If the table
+    would be too large (see `exactly`), it follows the curves' lower convex envelopes instead, and then gives what is left to single
     options while one that costs less still fits. With `fill` the sizes sum to the budget exactly. Raises ValueError with the
     nearest budget that can be met.
     """
@@ -38,7 +35,7 @@ def allocate_curves(curves: Sequence[ArrayLike], budget: int, *, fill: bool = Fa
 
 
 def exactly(curves: Sequence[ArrayLike], budget: int) -> bool:
-    """Whether `allocate_curves` finds the optimum of these curves, or goes along their envelopes since the table is too large."""
+    """Whether `allocate_curves` finds the optimum of these curves, rather than follow envelopes because the table is too large."""
     options = [_checked(curve, i) for i, curve in enumerate(curves)]
     return _affordable(options, _table(options, budget, sum(int(size.min()) for size, _ in options))[1])
 
@@ -61,7 +58,7 @@ def _affordable(options: list[Options], cells: int) -> bool:
 
 
 def _table(options: list[Options], budget: int, least: int) -> tuple[int, int]:
-    """The common unit of all differences of sizes, and how many sums of sizes from the least up are to be looked at."""
+    """The common unit of all differences of sizes, and the number of sums of sizes, from the least up, in the table."""
     unit = gcd(*(int(np.gcd.reduce(size - size.min())) for size, _ in options)) or 1
     most = sum(int(size.max()) for size, _ in options)
     return unit, (min(budget, most) - least) // unit + 1
@@ -105,7 +102,7 @@ def _by_envelope(options: list[Options], budget: int) -> list[int]:
         for a, b in pairwise(hull):
             more = int(size[b] - size[a])
             segments.append(((cost[b] - cost[a]) / more, i, b, more))
-    # along one curve the slopes only flatten, so that this order never jumps over a point of it
+    # along one curve the slopes only flatten, so this order never skips one of its points
     full: set[int] = set()
     for _, i, option, more in sorted(segments, key=lambda s: s[0]):
         if i not in full and more <= left:

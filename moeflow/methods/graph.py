@@ -1,4 +1,4 @@
-"""What graph functions hand to each other: a model, and a calibration of it. No step of its own, no torch."""
+"""What graph functions pass to each other: a model, and its calibration. No steps, no torch."""
 
 import fnmatch
 import importlib
@@ -18,14 +18,14 @@ TOKENS, LEARNED = "tokens.npy", "learned.npy"
 
 @dataclass(frozen=True)
 class Model:
-    """A checkpoint as a graph: one step per decoder layer, one for the rest, and their configuration, known already."""
+    """A checkpoint as a graph: one step per decoder layer, one for the rest, and the configuration, which is known already."""
 
     config: Config
     rest: Step
-    texts: Step | Part  # where the tokenizer's files are
+    texts: Step | Part  # holds the tokenizer's files
     layers: tuple[Step, ...]
-    extra: tuple[Step, ...] = ()  # multi-token-prediction layers that are kept as they are
-    choices: tuple[Step, ...] = ()  # what was decided on the way here
+    extra: tuple[Step, ...] = ()  # multi-token-prediction layers, which do not change
+    choices: tuple[Step, ...] = ()  # the decisions made so far
 
     @property
     def has_tokenizer(self) -> bool:
@@ -33,42 +33,42 @@ class Model:
 
     @property
     def essential(self) -> Part:
-        """The configuration as an input: only what changes what the model computes."""
+        """The configuration as an input, reduced to what changes the model's outputs."""
         return self.rest.part(ESSENTIAL)
 
     @property
     def moe_layers(self) -> list[int]:
-        """The decoder layers that have routed experts, or may have where a run decides that."""
+        """The decoder layers that have routed experts, or may have them once a run decides."""
         return [i for i in Family.of(self.config).moe_layers if self.layers[i].spec.output.experts]
 
     @property
     def does_with_fewer(self) -> bool:
-        """Whether tokens are computed by fewer experts than the router gives them: skipping, or Compressed Experts."""
+        """Whether fewer experts compute a token than the router chooses: skipping, or Compressed Experts."""
         formats = [self.layers[i].spec.output.format for i in self.moe_layers]
         return any(f.skip or f.compressed for f in formats)
 
     def with_layers(self, layers: dict[int, Step], choices: tuple[Step, ...] = ()) -> "Model":
-        """The same model with other files for some layers; how many experts these have is theirs to say."""
+        """The same model with some layers replaced; each new layer says how many experts it has."""
         changed = tuple(layers.get(i, layer) for i, layer in enumerate(self.layers))
         return replace(self, layers=changed, choices=self.choices + choices)
 
 
 @dataclass(frozen=True)
 class Sample:
-    """How much text is read, and how it is cut into sequences. Raises ValueError for what cannot be."""
+    """How much text is read, and how it is cut into sequences. Raises ValueError for impossible options."""
 
     sequences: int = 128
-    """Sequences of the token matrix."""
+    """Sequences in the token matrix."""
     length: int = 2048
-    """Tokens of a sequence."""
+    """Tokens per sequence."""
     seed: int = 0
-    """Shuffles the documents."""
+    """The seed that shuffles the documents."""
     bos: bool = True
-    """A beginning-of-sequence token before each document."""
+    """Put a beginning-of-sequence token before each document."""
     eos: bool = False
-    """An end-of-sequence token behind each document."""
+    """Put an end-of-sequence token after each document."""
     group: int = 0
-    """Documents joined at a time; what does not fill a sequence at a group's end is dropped (NAEE's code: 1000). 0: all."""
+    """Documents joined at a time; an incomplete sequence at a group's end is dropped (NAEE's code: 1000). 0: all."""
 
     def __post_init__(self) -> None:
         if self.sequences < 1 or self.length < 2 or self.group < 0:
@@ -80,18 +80,18 @@ class Sample:
 
 @dataclass(frozen=True)
 class Pass:
-    """How a model is run over text, and what is recorded on the way. Raises ValueError for what cannot be."""
+    """How a model is run over text, and what is recorded on the way. Raises ValueError for impossible options."""
 
     batch: int = 8
     """Sequences that run together."""
     shard: int = 0
-    """Sequences of one task, a multiple of batch; 0: four batches."""
+    """Sequences per task, a multiple of batch; 0: four batches."""
     stage: int = 8
-    """Consecutive layers of one task."""
+    """Consecutive layers per task."""
     record: int | None = None
-    """Tokens whose MoE inputs are kept, of all shards together; none: all."""
+    """Tokens whose MoE inputs are kept, all shards together; none: all."""
     per_expert: int = 0
-    """Tokens kept beyond them for each expert and shard, where an expert has got fewer."""
+    """Also keep tokens until every expert has this many in each shard."""
     dtype: Literal["auto", "float64", "float32", "float16", "bfloat16"] = "auto"
     """The precision of the run; auto: the checkpoint's own."""
 
@@ -112,7 +112,7 @@ class Pass:
 
 @dataclass(frozen=True)
 class Calibrating(Pass, Sample):
-    """The text that a model is calibrated on, and how it is run over it: what a person sets as one value."""
+    """The text on which a model is calibrated, and how the model is run over it, set as one value."""
 
     def __post_init__(self) -> None:
         Sample.__post_init__(self)
@@ -138,8 +138,8 @@ class Calibration:
     ends: tuple[Step, ...]  # per shard: hidden states behind the last layer
     states: dict[int, tuple[Step, ...]]  # per layer that begins a stage: hidden states before it
     observed: dict[int, tuple[Part, ...]]  # per MoE layer: one part for each shard
-    recorded: int  # tokens of each shard whose MoE inputs are kept, at most
-    between: tuple[tuple[Part, ...], ...] = ()  # per layer, where asked for: the hidden states before it of the recorded tokens
+    recorded: int  # at most so many tokens of each shard have their MoE inputs kept
+    between: tuple[tuple[Part, ...], ...] = ()  # per layer, if asked for: the recorded tokens' hidden states before it
 
     @property
     def batch(self) -> int:
@@ -151,7 +151,7 @@ class Calibration:
 
 
 def load(code: str) -> Any:
-    """The function that a row of a table of methods names as "module:function"; imports its module."""
+    """Import and return the function that a row of a table of methods names as "module:function"."""
     module, _, name = code.partition(":")
     return getattr(importlib.import_module(module), name)
 
@@ -165,5 +165,5 @@ def file_before(layer: int) -> str:
 
 
 def named_like(name: str, patterns: tuple[str, ...]) -> bool:
-    """Whether a file's name fits one of the patterns, whatever the case of its letters."""
+    """Whether a file's name matches one of the lower-case patterns, ignoring its own case."""
     return any(fnmatch.fnmatch(name.lower(), p) for p in patterns)

@@ -1,4 +1,4 @@
-"""Second moments of what the matrices of experts see: all that whitening, GPTQ, SparseGPT and Wanda need to know of the tokens.
+"""Second moments of the inputs of experts' matrices: all that whitening, GPTQ, SparseGPT and Wanda need to know of the tokens.
 
 Shapes are suffixes: T tokens, N inputs of a matrix, R outputs of a factor, D model width, F expert width. Tensors stay on their
 device.
@@ -13,14 +13,14 @@ from torch import Tensor
 from moeflow.model.moe import MLP, MoELayer
 
 TOKENS_AT_ONCE = 4096
-"""How many rows are multiplied in the tokens' own precision, fp32 at least, before the sum goes on in fp64."""
+"""How many rows are multiplied in the tokens' own precision, at least fp32, before the product is added to an fp64 sum."""
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Second moments of what one expert's matrices see over its routed tokens: sums in fp64, so that those of two shards add.
+    """Second moments for one expert's matrices over its routed tokens: sums in fp64, so those of two shards can be added.
 
-    `input_DD`: of the inputs of gate and up. Of down, the smaller: `output_DD`, of its outputs, or `inner_FF`, of its inputs.
+    `input_DD`: of the inputs of gate and up. For down the smaller of `output_DD`, of its outputs, and `inner_FF`, of its inputs.
     """
 
     tokens: int
@@ -40,7 +40,7 @@ class Moments:
         )
 
     def of(self, matrix: str) -> dict[str, Tensor]:
-        """The moment of "gate", "up" or "down" as the argument under which `whitened`, `components` and `energies` take it."""
+        """The moment of "gate", "up" or "down" as a keyword argument of `whitened`, `components` and `energies`."""
         if matrix != "down":
             return {"input_moment_NN": self.input_DD}
         if self.output_DD is not None:
@@ -51,7 +51,7 @@ class Moments:
 
 @torch.no_grad()
 def second_moment(x_TN: Tensor, weight_T: Tensor | None = None) -> Tensor:
-    """The sum over tokens of the outer product of a row with itself, each row times its weight first: fp64 [N, N]."""
+    """The sum over tokens of each row's outer product with itself, the row first multiplied by its weight: fp64 [N, N]."""
     total_NN = torch.zeros(x_TN.shape[-1], x_TN.shape[-1], dtype=torch.float64, device=x_TN.device)
     for at in range(0, len(x_TN), TOKENS_AT_ONCE):
         rows_TN = x_TN[at : at + TOKENS_AT_ONCE]
@@ -64,10 +64,10 @@ def second_moment(x_TN: Tensor, weight_T: Tensor | None = None) -> Tensor:
 
 @torch.no_grad()
 def moment_behind(a_RN: Tensor, moment_NN: Tensor) -> Tensor:
-    """The second moment [R, R] of what a matrix makes of inputs whose second moment is [N, N]: fp64.
+    """The second moment [R, R], fp64, of a matrix's outputs, from the second moment [N, N] of its inputs.
 
-    If there were fewer tokens than R, some outputs are zero on all of them, and rounding leaves sums of squares a little below
-    zero: these count as zero.
+    With fewer tokens than R, some outputs are zero on all tokens, and rounding can leave sums of squares slightly below zero: they
+    are set to zero.
     """
     moment_RR = a_RN.double() @ moment_NN @ a_RN.double().mT
     moment_RR.diagonal().clamp_(min=0)
@@ -76,9 +76,9 @@ def moment_behind(a_RN: Tensor, moment_NN: Tensor) -> Tensor:
 
 @torch.no_grad()
 def expert_moments(expert: MLP, x_TD: Tensor, weight_T: Tensor | None = None) -> Moments:
-    """The moments of one expert over the tokens routed to it, weighted by their routing weights where these are given.
+    """The moments of one expert over the tokens routed to it, weighted by their routing weights if these are given.
 
-    With weights the error of the down matrix is that of the layer's output; without, each token counts alike.
+    With weights, the error of the down matrix is that of the layer's output; without, every token counts the same.
     """
     width, inner = x_TD.shape[-1], expert.up_FD.shape[0] if isinstance(expert.up_FD, Tensor) else expert.up_FD.out_MR.shape[0]
     down = torch.zeros(min(width, inner), min(width, inner), dtype=torch.float64, device=x_TD.device)
@@ -92,7 +92,7 @@ def expert_moments(expert: MLP, x_TD: Tensor, weight_T: Tensor | None = None) ->
 
 @torch.no_grad()
 def layer_moments(moe: MoELayer, x_TD: Tensor, *, weighted: bool = True) -> Iterator[Moments]:
-    """The moments of each expert of a layer in turn, over the tokens that the layer's router sends there."""
+    """The moments of each expert of a layer in turn, over the tokens that the layer's router sends to it."""
     weights_Tk, index_Tk = moe.router.choose(moe.logits(x_TD))
     for e, expert in enumerate(moe.experts):
         token, slot = torch.where(index_Tk == e)

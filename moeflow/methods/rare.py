@@ -1,4 +1,4 @@
-"""Experts that too few calibration tokens reach: one rule for every method that goes by an expert's tokens. No torch."""
+"""Experts that too few calibration tokens reach: one rule for every method that uses an expert's tokens. No torch."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -8,20 +8,20 @@ Rare = Literal["weights", "keep"]
 
 
 def check_least(least: int) -> None:
-    """Raise ValueError where no number of tokens is that small."""
+    """Raise ValueError if `least` is below 1 token."""
     if least < 1:
         raise ValueError(f"least={least} tokens must be at least 1: an expert that no token reaches has no statistics")
 
 
 def enough(tokens: int, least: int) -> bool:
-    """Whether so many tokens are enough to go by."""
+    """Whether this many tokens are at least `least`."""
     return tokens >= least
 
 
 def treatments(tokens: Sequence[int], least: int, rare: str, *, method: str, by_weights: str) -> list[str]:
-    """How each expert is treated, by the number of tokens that reach it: by `method` if these are at least `least`.
+    """How each expert is treated: by `method` if at least `least` tokens reach it.
 
-    Any other expert is treated by `by_weights`, or is left whole ("keep") if `rare` says so.
+    Any other expert is treated by `by_weights` or, if `rare` is "keep", is left whole ("keep").
     """
     fallback = "keep" if rare == "keep" else by_weights
     return [method if enough(number, least) else fallback for number in tokens]

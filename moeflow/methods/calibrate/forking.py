@@ -1,4 +1,4 @@
-"""Take the hidden states of a model and its forks through decoder layers, and compare where they end: the tensor side of `sweep`.
+"""Run the hidden states of a model and its forks through decoder layers, and compare the ends: the tensor side of `curves`.
 
 Shapes are suffixes: N sequences, L positions, T tokens, D model width, V vocabulary.
 """
@@ -20,11 +20,11 @@ from moeflow.model.layout import Files, TensorInfo, headers, read_header
 from moeflow.model.passes import Head, Progress, stream_of
 
 BASE = "hidden.safetensors"
-"""The states of the model as it is; those of its forks lie in files of their own."""
+"""The file with the states of the unchanged model; each fork has a file of its own."""
 
 
 def first_rows(files: Sequence[Files], taken: Sequence[int], out: Path) -> None:
-    """Write the hidden states of the first sequences of several files, `taken` of each, as one."""
+    """Write the hidden states of the first sequences of several files, `taken` of each, to one file."""
     parts = []
     for file, count in zip(files, taken, strict=True):
         info = headers(file)["hidden_NLD"]
@@ -41,8 +41,8 @@ def through(
 ) -> None:  # fmt: skip
     """Write the states behind consecutive layers, given as (number, file, alternatives by the name of their fork).
 
-    `given`: the files of the states before them, by the names under which they are written to the folder `out`. The states of two
-    forks at a time are in memory, however many there are.
+    `given`: the files of the states before them, by the names under which they are written to the folder `out`. Only two forks'
+    states are in memory at a time.
     """
     stream = stream_of(config, dtype)
     states = dict(given)
@@ -84,7 +84,7 @@ def _saved(states_NLD: Tensor, path: Path) -> Path:
 
 @torch.inference_mode()
 def measured(rest: Files, ids: np.ndarray, end: Files, *, dtype: str, progress: Progress) -> Curves:
-    """Mean divergence and loss of every fork, and the loss of the model as it is, over the positions that predict a token."""
+    """The mean divergence and loss of every fork, and the unchanged model's loss, over the positions that predict a token: nats."""
     head, ids_NL = Head(rest, dtype), torch.from_numpy(ids.astype(np.int64))
     names = [n for n in end.names() if n != BASE]
     base_NLD = _states_of(end, BASE)

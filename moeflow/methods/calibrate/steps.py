@@ -1,8 +1,8 @@
 """Run a model over text once, stage by stage, and record what every later decision needs.
 
-The unit of work is (token shard x stage of consecutive layers): `advance` brings hidden states through a stage, `observe` does so
-and records on the way. One decoder layer's weights are resident at a time. `curves` measures what a layer's alternatives cost the
-whole model: one pass that forks at every layer, once for each alternative, so that the checkpoint is read once for each shard.
+The unit of work is one token shard and one stage of consecutive layers: `advance` runs hidden states through a stage, and `observe`
+also records on the way. One decoder layer's weights are in memory at a time. `curves` measures what a layer's alternatives cost the
+whole model: one pass forks at every layer, once for each alternative, so the checkpoint is read once for each shard.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -30,26 +30,26 @@ from moeflow.model.spec import (
 from moeflow.step import Artifact, Context, Part, Spec, Step, step
 
 STAGE_OF_FORKS = 4
-"""Consecutive layers of one task that measures alternatives."""
+"""Consecutive layers per task when alternatives are measured."""
 
 
 @dataclass(frozen=True)
 class Recording:
-    """What one shard's pass leaves of each layer, beside the router's statistics of all tokens."""
+    """What one shard's pass keeps of each layer, besides the router's statistics of all tokens."""
 
     inputs: int
-    """Tokens, from the first, whose inputs of the MoE block are kept."""
+    """The number of tokens, from the first, whose MoE inputs are kept."""
     per_expert: int = 0
-    """Tokens kept beyond them for each expert that has got fewer."""
+    """Also keep tokens until every expert has this many."""
     between: int = 0
-    """Tokens, from the first, whose hidden states before every layer are kept."""
+    """The number of tokens, from the first, whose hidden states before every layer are kept."""
 
 
 def run(model: Model, tokens: Step, passed: Pass = Pass(), *, inputs: bool = True, between: bool = False) -> Calibration:
     """Calibrate `model` on a token matrix, as a graph.
 
-    `inputs`: whether the inputs of the MoE blocks are kept, of as many tokens as `passed` says; without them a calibration holds
-    statistics of the routers only. `between`: whether the hidden states before every layer are kept, of the same tokens.
+    `inputs`: whether to keep the MoE inputs of as many tokens as `passed` says; without them a calibration holds router statistics
+    only. `between`: whether to keep the hidden states before every layer, for the same tokens.
     """
     starts = _embedded(model, tokens, passed)
     tokens_of_shard = passed.sequences_of_shard * tokens.spec.output.length
@@ -75,7 +75,7 @@ def run(model: Model, tokens: Step, passed: Pass = Pass(), *, inputs: bool = Tru
 
 
 def hidden_states(model: Model, tokens: Step, passed: Pass = Pass()) -> tuple[Step, ...]:
-    """The hidden states of `tokens` behind the last layer of `model`, shard by shard, recording nothing."""
+    """The hidden states of `tokens` behind the last layer of `model`, shard by shard; nothing is recorded."""
     ends = []
     for hidden in _embedded(model, tokens, passed):
         for first, layers in _stages(model, passed.stage):
@@ -85,9 +85,9 @@ def hidden_states(model: Model, tokens: Step, passed: Pass = Pass()) -> tuple[St
 
 
 def states_before(calibration: Calibration, layer: int) -> tuple[Step, ...]:
-    """The hidden states of every shard before `layer` (or behind the last), as the calibrated model has them.
+    """The hidden states of every shard before `layer` (or behind the last), in the calibrated model.
 
-    The calibration's own where a stage begins there; otherwise run from the stage's beginning.
+    If a stage begins there, they are the calibration's own; otherwise they are run from the stage's beginning.
     """
     if layer == len(calibration.model.layers):
         return calibration.ends
@@ -96,7 +96,7 @@ def states_before(calibration: Calibration, layer: int) -> tuple[Step, ...]:
 
 
 def advanced(calibration: Calibration, states: tuple[Step, ...], layers: Sequence[Step], first: int, stop: int) -> tuple[Step, ...]:
-    """The states of every shard before layer `first` taken through these layers up to `stop`."""
+    """The states of every shard before layer `first`, run through these layers up to `stop`."""
     if first == stop:
         return states
     model, passed = calibration.model, calibration.passed
@@ -106,13 +106,13 @@ def advanced(calibration: Calibration, states: tuple[Step, ...], layers: Sequenc
 
 
 Rewrite = Callable[[int, Step, tuple[Part, ...]], Step]
-"""What makes of a layer (its number, its file, what every shard recorded in it) the file that stands in its place."""
+"""Takes a layer's number, its file and what every shard recorded in it; returns the file that replaces it."""
 
 
 def in_sequence(calibration: Calibration, rewrite: Rewrite) -> dict[int, Step]:
-    """Rewrite the MoE layers one after the other, each observed behind those that are rewritten already.
+    """Rewrite the MoE layers one after the other; each is observed behind the layers that are already rewritten.
 
-    NAEE calls it progressive pruning (Table 6 of the paper); GPTQ and SparseGPT treat a model like this.
+    NAEE calls this progressive pruning (Table 6 of the paper); GPTQ and SparseGPT treat a model this way.
     """
     model, passed = calibration.model, calibration.passed
     rewritten: dict[int, Step] = {}
@@ -136,7 +136,7 @@ def in_sequence(calibration: Calibration, rewrite: Rewrite) -> dict[int, Step]:
 
 
 def _stages(model: Model, size: int) -> list[tuple[int, tuple[Step, ...]]]:
-    """The model's layers in stages of `size`: the number of the first, and all of them."""
+    """The model's layers in stages of `size`: for each, the first layer's number and all its layers."""
     return [(first, model.layers[first : first + size]) for first in range(0, len(model.layers), size)]
 
 
@@ -151,7 +151,7 @@ def _embedded(model: Model, tokens: Step, passed: Pass) -> list[Step]:
 
 
 def _weights(layer: Artifact) -> Path:
-    """A layer's file, or the folder of its files where there are several."""
+    """A layer's file, or the folder of its files if there are several."""
     return layer.folder() if ROUTING in layer.names() else layer.file(LAYER)
 
 
@@ -169,7 +169,7 @@ def _embed_spec(essential: RestSpec, rest: RestSpec, tokens: TokensSpec, *, firs
 
 @step("calibrate.embed", version=1, spec=_embed_spec, gpus=1)
 def embed(context: Context, config: Artifact, rest: Artifact, tokens: Artifact, *, first: int, count: int, dtype: str) -> None:
-    """The hidden states [N, L, D] of `count` sequences from the `first` on, before the first layer."""
+    """The hidden states [N, L, D] of `count` sequences, from sequence `first` on, before the first layer."""
     import torch
 
     from moeflow.model import passes
@@ -179,7 +179,7 @@ def embed(context: Context, config: Artifact, rest: Artifact, tokens: Artifact, 
 
 
 def _pass_spec(hidden: Any, layers: tuple[LayerSpec, ...]) -> tuple[HiddenSpec, int, int]:
-    """The hidden states, the bytes that are read with the layers, and the peak memory."""
+    """The hidden states, the bytes to read with the layers, and the peak memory."""
     states = _states(hidden)
     reads = states.nbytes + sum(layer.nbytes for layer in layers)
     # the largest layer twice (file and fused experts), the hidden states, and a batch's activations
@@ -196,7 +196,7 @@ def _advance_spec(config: RestSpec, hidden: Any, layers: tuple[LayerSpec, ...], 
 def advance(
     context: Context, config: Artifact, hidden: Artifact, layers: tuple[Artifact, ...], *, first: int, batch: int, dtype: str
 ) -> None:
-    """The hidden states behind consecutive layers, of which `first` is the number of the first."""
+    """The hidden states behind consecutive layers; `first` is the number of the first layer."""
     from moeflow.model import passes
 
     passes.through(
@@ -228,7 +228,7 @@ def observe(
     context: Context, config: Artifact, hidden: Artifact, layers: tuple[Artifact, ...],
     *, first: int, recording: Recording, batch: int, dtype: str,
 ) -> None:  # fmt: skip
-    """`advance`, and beside the hidden states one file per MoE layer with what a `Recorder` saw in it.
+    """Do what `advance` does, and also write one file per MoE layer with what a `Recorder` saw in it.
 
     If trimming removed a layer's experts, its file holds only the token count. With `recording.between` there is also a file per
     layer with the hidden states before it, as `hidden_RD`.
@@ -248,9 +248,9 @@ class Forks:
     """The alternatives of one layer: where they come from, and their names."""
 
     kind: Literal["sets", "each", "files"]
-    """The best sets of a layer's candidates, each expert left out, or other files of the layer."""
+    """The best sets of a layer's candidates, the layer without one of its experts, or other files of the layer."""
     names: tuple[str, ...]
-    """The count that a set keeps; the expert that is left out; or what each file is called."""
+    """The name of each: the count that a set keeps, the expert that is left out, or a file's name."""
 
 
 @dataclass(frozen=True)
@@ -262,7 +262,7 @@ class Alternatives:
 
 
 def curves(calibration: Calibration, alternatives: Mapping[int, Alternatives], *, tokens: int) -> Step:
-    """Measure every alternative of every layer alone, on about `tokens` of the calibration tokens, as many from every shard."""
+    """Measure every alternative of every layer alone, on about `tokens` calibration tokens, equally many from every shard."""
     model, passed = calibration.model, calibration.passed
     length = calibration.tokens.spec.output.length
     sizes = [_states(s.spec.output).sequences for s in calibration.starts]
@@ -294,7 +294,7 @@ def _start_spec(starts: tuple[Any, ...], *, taken: list[int]) -> Spec:
 
 @step("calibrate.start", version=1, spec=_start_spec)
 def start(context: Context, starts: tuple[Artifact, ...], *, taken: list[int]) -> None:
-    """The hidden states of the first sequences of every shard, `taken` of each, before the first layer, as one file."""
+    """The hidden states, before the first layer, of the first sequences of every shard, `taken` of each, as one file."""
     from moeflow.methods.calibrate import forking
 
     forking.first_rows(starts, taken, context.out / HIDDEN)
@@ -317,9 +317,9 @@ def forks(
     candidates: tuple[Artifact, ...], files: tuple[Artifact, ...],
     *, first: int, alternatives: list[Forks | None], batch: int, dtype: str,
 ) -> None:  # fmt: skip
-    """The hidden states behind consecutive layers, of the model as it is and of every fork that began before or begins here.
+    """The hidden states behind consecutive layers: of the unchanged model, and of every fork that began before or begins here.
 
-    One file each. `candidates` and `files` hold the alternatives of those layers whose kind asks for them, in the layers' order.
+    One file each. `candidates` and `files` hold the alternatives of the layers that need them, in the layers' order.
     """
     from moeflow.methods.calibrate import forking
     from moeflow.model.alternatives import Alternative, Kept, Without
@@ -343,7 +343,7 @@ def forks(
 
 
 def fork(layer: int, name: str) -> str:
-    """The file with a fork's hidden states."""
+    """The name of the file with a fork's hidden states."""
     return f"fork.{layer}.{name}.safetensors"
 
 
@@ -358,9 +358,9 @@ def _measure_spec(rest: RestSpec, matrix: TokensSpec, end: ForkSpec, *, rows: li
 
 @step("calibrate.curves", version=1, spec=_measure_spec, gpus=1)
 def measure(context: Context, rest: Artifact, matrix: Artifact, end: Artifact, *, rows: list[list[int]], dtype: str) -> None:
-    """How far the predictions of every fork are from the unchanged model's, and its loss, in nats per token, as `curves.json`.
+    """Measure how far every fork's predictions are from the unchanged model's, and its loss, in nats per token: `curves.json`.
 
-    `rows`: which sequences of the token matrix the states are of, as runs of (first, count).
+    `rows`: the sequences of the token matrix that the states belong to, as runs of (first, count).
     """
     from moeflow.methods.calibrate import forking
 

@@ -1,4 +1,4 @@
-"""A layer's experts cut to their ranks, and the spectra that say what a rank costs: the tensor side of `decompose`.
+"""Cuts a layer's experts to their ranks, and computes the spectra that say what a rank costs: the tensor side of `decompose`.
 
 Shapes are suffixes: T tokens, D model width, F expert width, E experts, K the smaller side of a matrix.
 """
@@ -27,10 +27,10 @@ from moeflow.step import Context
 def spectra(
     context: Context, config: Config, given: Files, seen: Sequence[Files], how: Decomposition, *, layer: int, dtype: str
 ) -> Spectra:
-    """The energies of every matrix's components, and what a budget has to know beside them.
+    """The energies of every matrix's components, and what else a budget of ranks needs.
 
-    An expert with too few tokens gets the spectrum of its weights, scaled to what the layer's other experts do to each of their
-    tokens: one that nobody reaches costs nothing.
+    An expert with too few tokens gets the spectrum of its weights, scaled to the energy per token of the layer's other experts; an
+    expert without tokens costs nothing.
     """
     tensors = Tensors(given)
     moe = layer_of(tensors, config, layer, dtype)
@@ -62,7 +62,7 @@ def rewrite(
     context: Context, config: Config, given: Files, seen: Sequence[Files], how: Decomposition,
     *, layer: int, ranks: Mapping[str, Any], dtype: str,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Write the layer's file with factors in place of matrices, and say for every expert what was done with it.
+    """Write the layer's file with factors in place of matrices, and return for every expert what was done.
 
     `ranks`: per matrix one rank, or one for each expert; 0 leaves it whole. Raises ValueError for a rank above break-even.
     """
@@ -97,7 +97,7 @@ def rewrite(
 
 
 def _cut(w_MN: Tensor, rank: int, moments: Moments | None, matrix: str, shrink: float) -> tuple[LowRank, float]:
-    """The factors, and the part of the squared norm (of outputs, or of the weights themselves) that went."""
+    """The factors, and the lost part of the squared norm: that of the outputs or, without moments, of the weights."""
     w_MN = w_MN.float()
     if moments is None:
         cut = vanilla(w_MN, rank)
@@ -109,7 +109,7 @@ def _cut(w_MN: Tensor, rank: int, moments: Moments | None, matrix: str, shrink: 
 
 
 def _moments(moe: MoELayer, seen: Sequence[Files], weighted: bool) -> Iterator[tuple[int, Moments]]:
-    """The second moments of one expert after the other, over what all shards recorded."""
+    """The second moments of each expert in turn, over the tokens that all shards recorded."""
     shards = [Tensors(s)["x_RD"].to(moe.router_ED.device, moe.router_ED.dtype) for s in seen]
     yield from enumerate(layer_moments(moe, torch.cat(shards), weighted=weighted))
 

@@ -1,10 +1,10 @@
-"""The matrix of rank R that changes an expert's outputs least, and the second moments of its tokens that say which one it is.
+"""The matrix of rank R that changes an expert's outputs least, given the second moments of the expert's tokens.
 
-Shapes are suffixes: T tokens, M outputs and N inputs of a matrix, K = min(M, N), R rank, D model width, F expert width. A batch,
-the experts of a layer, may stand before each of them; tensors stay on their device. With S the second moment of the inputs, the
-optimum is U U' W with U the leading eigenvectors of W S W', which is the second moment of the outputs (Chen et al., DRONE,
-NeurIPS 2021; Wang et al., SVD-LLM, ICLR 2025, reach the same matrix through a Cholesky factor of S). Neither S nor W is ever
-inverted, so that a singular S, of an expert that saw fewer tokens than it has inputs, needs no care.
+Shapes are suffixes: T tokens, M outputs and N inputs of a matrix, K = min(M, N), R rank, D model width, F expert width. Batch
+dimensions, such as a layer's experts, may come first; tensors stay on their device. With S the second moment of the inputs, the
+optimum is U U' W, where U holds the leading eigenvectors of W S W', the second moment of the outputs (Chen et al., DRONE, NeurIPS
+2021; Wang et al., SVD-LLM, ICLR 2025, reach the same matrix through a Cholesky factor of S). Neither S nor W is ever inverted, so a
+singular S, from an expert with fewer tokens than inputs, needs no care.
 """
 
 from collections.abc import Callable
@@ -16,18 +16,18 @@ from torch import Tensor
 from moeflow.model.moe import LowRank
 
 NOISE = 1e-4
-"""Where an eigenvalue at the cut is a smaller part of the largest, fp32 does not tell it from its neighbours: fp64 does."""
+"""If an eigenvalue at the cut is a smaller part of the largest, fp32 cannot tell it from its neighbours, and fp64 is used."""
 
 BLOCK = 512
-"""How many columns of a symmetric matrix are taken at once."""
+"""How many columns of a symmetric matrix are processed at once."""
 
 
 @dataclass(frozen=True)
 class Components:
-    """A matrix as a sum of components, from the one that matters most to its outputs down, to be cut at any rank.
+    """A matrix as a sum of components, in descending order of what they add to its outputs, to be cut at any rank.
 
-    `energy_K`, fp64: what each component adds to the squared norm of the outputs over the tokens of the moment (sums over
-    tokens where the moment is a sum). The others are the matrix in an orthonormal frame and that frame's best basis.
+    `energy_K`, fp64: what each component adds to the squared norm of the outputs over the moment's tokens (a sum over tokens if the
+    moment is a sum). The other fields are the matrix in an orthonormal frame and that frame's best basis.
     """
 
     energy_K: Tensor
@@ -37,14 +37,14 @@ class Components:
     dtype: torch.dtype
 
     def truncated(self, rank: int) -> LowRank:
-        """The best matrix of this rank as factors [M, R] and [R, N] whose columns and rows have equal norms."""
+        """The best matrix of this rank, as factors [M, R] and [R, N] whose columns and rows have equal norms."""
         _check_range(rank, self.energy_K.shape[-1])
         out_KR = self.basis_KK[..., :rank]
         in_RN = out_KR.mT @ self.core_KN
         return _balanced(out_KR if self.frame_MK is None else self.frame_MK @ out_KR, in_RN, self.dtype)
 
     def error(self, rank: int) -> Tensor:
-        """The root of the summed squared change of the outputs at this rank, fp64: the root of the discarded energies."""
+        """The root of the summed squared change of the outputs at this rank, fp64: the root of the discarded energies' sum."""
         return self.energy_K[..., rank:].sum(-1).sqrt()
 
     def __getitem__(self, index: int) -> "Components":
@@ -62,13 +62,13 @@ def components(
     shrink: float = 0.0,
     rank: int | None = None,
 ) -> Components:
-    """The components of a matrix under the second moment of its inputs or, where that is at hand, of its outputs.
+    """The components of a matrix under the second moment of its inputs or of its outputs.
 
-    Works on the smaller side (where M > N, on the R of W = Q R), in fp32 or the matrix's own precision if higher, and again in
-    fp64 where fp32 would not tell apart what `rank` (by default break-even) cuts. `shrink` adds that part of the moment's weight
-    spread evenly over all directions, as if inputs were white: for experts with few tokens. A negative eigenvalue within
-    rounding counts as zero. Raises ValueError where a moment does not fit the matrix, is not finite, not symmetric or zero, or
-    has a negative direction that the matrix sees.
+    Works on the smaller side (if M > N, on the R of W = Q R), in fp32 or the matrix's own precision if higher, and again in fp64 if
+    fp32 cannot resolve the cut at `rank` (by default break-even). `shrink` adds that part of the moment's weight, spread evenly
+    over all directions as if inputs were white; this helps experts with few tokens. A negative eigenvalue within rounding counts as
+    zero. Raises ValueError if a moment does not fit the matrix, is not finite, not symmetric or zero, or has a negative direction
+    that the matrix sees.
     """
     if (input_moment_NN is None) == (output_moment_MM is None):
         raise ValueError("give either input_moment_NN or output_moment_MM; without tokens there is vanilla()")
@@ -96,7 +96,7 @@ def components(
 
     def solve(w_MN: Tensor, moment: Tensor) -> tuple[Tensor, ...]:
         if w_MN.dim() > 2 and w_MN.device.type == "cpu":
-            # LAPACK knows no batches, and one matrix after the other stays in the cache
+            # LAPACK has no batches, and one matrix at a time stays in the cache
             return tuple(torch.stack(part) for part in zip(*map(solve, w_MN, moment), strict=True))
         if rows <= columns:
             return torch.linalg.eigh(gram(w_MN, None, moment))
@@ -118,7 +118,7 @@ def whitened(
     output_moment_MM: Tensor | None = None,
     shrink: float = 0.0,
 ) -> LowRank:
-    """The matrix of this rank whose outputs differ least, in summed squares, over the tokens of the moment; see `components`."""
+    """The matrix of this rank whose outputs differ least, in summed squares, over the moment's tokens; see `components`."""
     _check_range(rank, min(w_MN.shape[-2:]))
     found = components(w_MN, input_moment_NN=input_moment_NN, output_moment_MM=output_moment_MM, shrink=shrink, rank=rank)
     return found.truncated(rank)
@@ -145,7 +145,7 @@ def energies(
     output_moment_MM: Tensor | None = None,
     shrink: float = 0.0,
 ) -> Tensor:
-    """The squared singular values, descending, fp64 [K]: of what `components` cuts or, without a moment, of the matrix itself."""
+    """The squared singular values, descending, fp64 [K]: those that `components` cuts or, without a moment, the matrix's own."""
     if input_moment_NN is not None or output_moment_MM is not None:
         return components(w_MN, input_moment_NN=input_moment_NN, output_moment_MM=output_moment_MM, shrink=shrink).energy_K
     core_KL = (w_MN if w_MN.shape[-2] <= w_MN.shape[-1] else w_MN.mT).double()
@@ -153,7 +153,7 @@ def energies(
 
 
 def _sandwich(a_KN: Tensor, s_NN: Tensor) -> Tensor:
-    """A S A' of a symmetric S: its blocks below the diagonal and half of those on it, then the transpose of all that added."""
+    """A S A' for a symmetric S: the blocks below the diagonal and half of those on it, plus the transpose of that sum."""
     half_KK = a_KN.new_zeros(*a_KN.shape[:-1], a_KN.shape[-2])
     for at in range(0, a_KN.shape[-1], BLOCK):
         now = slice(at, at + BLOCK)
@@ -179,7 +179,7 @@ def _in_fp64_where_needed(
 
 
 def _balanced(out_MR: Tensor, in_RN: Tensor, dtype: torch.dtype) -> LowRank:
-    """Both factors with the same norms per component, so that neither training nor a narrow format favours one."""
+    """Give both factors the same norms per component, so that neither training nor a low-precision format favours one."""
     out_R, in_R = torch.linalg.vector_norm(out_MR, dim=-2), torch.linalg.vector_norm(in_RN, dim=-1)
     scale_R = (in_R / out_R).sqrt().nan_to_num(1.0, 1.0)
     scale_R = torch.where(scale_R > 0, scale_R, torch.ones_like(scale_R))
@@ -196,7 +196,7 @@ def _largest(x_NN: Tensor) -> Tensor:
 
 
 def _which(bad: Tensor) -> str:
-    """Which matrices of a batch, as the end of a message's subject."""
+    """The matrices of a batch that are bad, as the end of a message's subject."""
     return "" if bad.dim() == 0 else f" of matrix {', '.join(str(i) for i in bad.nonzero().squeeze(-1).tolist())}"
 
 

@@ -7,26 +7,26 @@ from moeflow.methods.rare import Rare, check_least
 from moeflow.options import check_choices, only
 
 MEASURED = 16_384
-"""Tokens on which alternatives are measured through the whole model: each alternative of each layer keeps their hidden states."""
+"""Tokens on which alternatives are measured through the whole model; each alternative of each layer keeps their hidden states."""
 
 
 @dataclass(frozen=True)
 class Decomposition:
-    """Experts' matrices as products of two smaller ones. Raises ValueError for what cannot be.
+    """Experts' matrices as products of two smaller ones. Raises ValueError for impossible options.
 
-    `ratio` or `rank` says how small; without either of them the model stays as it is.
+    `ratio` or `rank` says how small; without either of them the model does not change.
     """
 
     ratio: float = 0.0
-    """The part of the experts' parameters that goes."""
+    """The part of the experts' parameters that is removed."""
     rank: int = 0
-    """In the place of ratio: the rank of every matrix."""
+    """The rank of every matrix, instead of ratio."""
     ranks: Literal["uniform", "paper", "global"] = "global"
-    """How the parameters that stay are spread: the same rank everywhere, MoE-I2's formula, or what costs least in the model."""
+    """How the remaining parameters are spread: the same rank everywhere, MoE-I2's formula, or what costs least in the model."""
     svd: Literal["vanilla", "whitened"] = "whitened"
-    """What a factored matrix keeps best: its weights (MoE-I2), or its outputs on the expert's tokens."""
+    """What a factored matrix preserves best: its weights (MoE-I2), or its outputs on the expert's tokens."""
     importance: Literal["recon", "lm_loss"] = "lm_loss"
-    """What an expert's importance is measured by in MoE-I2's formula: the layer's output, or the model's loss."""
+    """How MoE-I2's formula measures an expert's importance: by the layer's output, or by the model's loss."""
     alpha: float = 0.15
     """The exponent of importance in MoE-I2's formula; 0 makes all ranks the same."""
     r_min: int = 1
@@ -40,13 +40,13 @@ class Decomposition:
     rare: Rare = "weights"
     """The fallback for experts that too few calibration tokens reach: cut them by their weights alone, or keep them whole."""
     weighted: bool = True
-    """A token counts as much as the router weighs the expert for it."""
+    """Weight each token by its routing weight for the expert."""
     shrink: float = 0.03
-    """The part of white inputs that is mixed into the statistics of the tokens, from 0 to 1."""
+    """The part of white inputs that is mixed into the tokens' statistics, from 0 to 1."""
     force: bool = False
     """Allow a rank above break-even."""
     measured: int = MEASURED
-    """About how many tokens are measured through the whole model, for ranks=global and importance=lm_loss."""
+    """Approximate number of tokens measured through the whole model, for ranks=global and importance=lm_loss."""
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -72,20 +72,20 @@ class Decomposition:
 
     @property
     def of_spectra(self) -> "Decomposition":
-        """What the spectra of a layer depend on."""
+        """The options that a layer's spectra depend on."""
         return only(self, "least", "rare", "weighted", "shrink")
 
     @property
     def of_paper_ranks(self) -> "Decomposition":
-        """What ranks by MoE-I2's formula depend on, beside the importances."""
+        """The options that ranks by MoE-I2's formula depend on, besides the importances."""
         return only(self, "ratio", "alpha", "r_min", "r_max", "multiple", "least", "rare")
 
     @property
     def of_global_ranks(self) -> "Decomposition":
-        """What ranks by spectra depend on, beside these."""
+        """The options that ranks by spectra depend on, besides the spectra's own."""
         return only(self, "ratio", "r_min", "r_max", "multiple")
 
     @property
     def of_a_layer(self) -> "Decomposition":
-        """What the factors of a layer depend on, beside their ranks."""
+        """The options that a layer's factors depend on, besides their ranks."""
         return only(self, "svd", "least", "rare", "force", *(("weighted", "shrink") if self.svd == "whitened" else ()))

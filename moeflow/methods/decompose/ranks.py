@@ -1,6 +1,6 @@
-"""Which rank each matrix gets, and, more generally, what each part of a model gets out of a common budget. Numbers, no torch.
+"""The rank of each matrix, by MoE-I2's formula or by what costs least within a common budget. Numbers, no torch.
 
-A rank of 0 means that a matrix is kept whole, as in a checkpoint's format. Sizes are bytes unless said otherwise.
+Rank 0 means that a matrix stays whole, as in a checkpoint's format. Sizes are bytes unless said otherwise.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,23 +22,23 @@ from moeflow.methods.records import Importance, Ranks
 from moeflow.step import Artifact
 
 PARTS = {"gate_up": ("gate", "up"), "down": ("down",)}
-"""What of an expert is whole or factored together, and measured together."""
+"""The parts of an expert whose matrices are whole or factored together, and measured together."""
 
 
 def break_even(rows: int, columns: int) -> float:
-    """The rank at which two factors of a matrix are as large as the matrix: above it nothing is saved."""
+    """The rank at which a matrix's two factors are as large as the matrix; above it nothing is saved."""
     return rows * columns / (rows + columns)
 
 
 def average_rank(ratio: float, rows: int, columns: int) -> float:
-    """The rank that removes this part of a matrix's parameters, between 0 and 1 (Yang et al., MoE-I2, EMNLP Findings 2024)."""
+    """The rank that removes this part, 0 to below 1, of a matrix's parameters (Yang et al., MoE-I2, EMNLP Findings 2024)."""
     if not 0 <= ratio < 1:
         raise ValueError(f"ratio={ratio} of the parameters cannot be removed; give a number from 0 to below 1")
     return (1 - ratio) * break_even(rows, columns)
 
 
 def check_rank(rank: int, rows: int, columns: int, *, force: bool = False) -> None:
-    """Raise ValueError where a matrix cannot have this rank or, unless forced, where its factors would be larger than itself."""
+    """Raise ValueError if a matrix cannot have this rank or, unless forced, if its factors would be larger than itself."""
     if not 1 <= rank <= min(rows, columns):
         raise ValueError(
             f"rank={rank} must lie between 1 and {min(rows, columns)}, the smaller side of a [{rows}, {columns}] matrix"
@@ -62,16 +62,16 @@ def paper_ranks(
 ) -> list[int]:
     """The ranks of a layer's experts by importance I: (I + epsilon)^alpha over its sum, times the sum of ranks (MoE-I2, 2024).
 
-    They sum to `average` times the number of experts, rounded down to the multiple, exactly: what clipping to [r_min, r_max]
-    takes or gives is shared by the others in proportion, and what rounding down leaves goes to the largest remainders. An
-    importance below zero counts as zero. Raises ValueError where the sum cannot be reached.
+    The ranks sum exactly to `average` times the number of experts, rounded down to the multiple. The experts that are not clipped
+    to [r_min, r_max] share in proportion what clipping takes or gives; what rounding down leaves goes to the largest remainders. A
+    negative importance counts as zero. Raises ValueError if the sum cannot be reached.
     """
     if not all(isfinite(i) for i in importance):
         raise ValueError(f"importance {list(importance)} must be finite; the calibration overflowed")
     if multiple < 1 or r_min < 1 or epsilon <= 0:
         raise ValueError(f"r_min={r_min} and multiple={multiple} must be at least 1, and epsilon={epsilon} above 0")
     low, high, count = -(-r_min // multiple), r_max // multiple, len(importance)
-    # a ratio that divides must not lose its last rank to rounding
+    # an average that is a simple fraction must not lose a rank to rounding
     total = floor(Fraction(average).limit_denominator(10**9) * count / multiple)
     if not low * count <= total <= high * count or low > high:
         nearest = min(max(total, low * count), high * count) / count * multiple
@@ -89,26 +89,26 @@ def paper_ranks(
 
 
 def moved_rank(rows: int, columns: int) -> int:
-    """The rank at which a layer is cut to measure how far that moves the model's predictions: two thirds of break-even."""
+    """The rank to which a layer is cut to measure how far the model's predictions move: two thirds of break-even."""
     return max(1, int(break_even(rows, columns) * 2 / 3))
 
 
 def most_rank(r_max: int, rows: int, columns: int) -> int:
-    """The largest rank that saves anything, or the stated one if that is less."""
+    """The largest rank that saves anything, or `r_max` if that is smaller."""
     even = int(break_even(rows, columns))
     return min(r_max, even) if r_max else even
 
 
 def fewest_parameters(rows: int, columns: int, how: Decomposition) -> int:
-    """The parameters of a matrix at the smallest rank that it may have."""
+    """The number of parameters of a matrix at its smallest allowed rank."""
     return min(-(-how.r_min // how.multiple) * how.multiple * (rows + columns), rows * columns)
 
 
 def layer_ranks(of_layer: Importance, sides: tuple[int, int], how: Decomposition) -> list[int]:
-    """The ranks of a layer's experts by MoE-I²'s formula, the same for an expert's three matrices; 0: the expert stays whole.
+    """The ranks of a layer's experts by MoE-I²'s formula, one for all three matrices of an expert; 0: the expert stays whole.
 
-    `sides`: (expert width F, model width D). The others of the layer pay for an expert that stays whole. Raises ValueError where
-    they cannot.
+    `sides`: (expert width F, model width D). If experts stay whole, the layer's others get lower ranks to make up for them. Raises
+    ValueError if that is not possible.
     """
     even = break_even(*sides)
     whole = [t == "keep" for t in treatments(of_layer.tokens, how.least, how.rare, method="paper", by_weights="paper")]
@@ -129,20 +129,20 @@ def layer_ranks(of_layer: Importance, sides: tuple[int, int], how: Decomposition
 
 @dataclass(frozen=True)
 class Spectra:
-    """What each component of each matrix of a layer adds to its expert's outputs on the routed tokens."""
+    """How much each component of a layer's matrices adds to the expert's outputs on its routed tokens."""
 
     FILE: ClassVar[str] = "spectra.safetensors"
 
     energies: dict[str, NDArray[np.float64]]
     """Per matrix, squared and descending: [E, K], K the smaller side."""
     tokens_E: NDArray[np.int64]
-    """The recorded tokens that reach each expert."""
+    """The number of recorded tokens that reach each expert."""
     whole_E: NDArray[np.int64]
-    """1 where an expert stays whole, as too few tokens reach it."""
+    """1 for an expert that stays whole because too few tokens reach it."""
     sides: tuple[int, int]
     """The expert width F and the model width D."""
     itemsize: int
-    """The bytes of a weight."""
+    """Bytes per weight."""
 
     def write(self, folder: Path) -> None:
         numbers = {"sides": np.array(self.sides), "itemsize": np.array(self.itemsize)}
@@ -161,9 +161,8 @@ class Spectra:
 def global_ranks(spectra: Mapping[int, Spectra], moved: Mapping[int, Mapping[str, float]], how: Decomposition) -> Ranks:
     """The ranks of all matrices of all layers that cost least within the budget that the ratio leaves.
 
-    `moved`: per layer how far the model's predictions move when its gate and up, or its down matrices, are cut; each squared error
-    is weighted by how much of that movement it stands for. Raises ValueError where experts that stay whole leave too little for
-    the others.
+    `moved`: per layer, how far the model's predictions move when its gate and up, or its down matrices, are cut; squared errors are
+    weighted so that they add up to that movement. Raises ValueError if experts that stay whole leave too little for the others.
     """
     items: list[list[Spectrum]] = []
     owners: list[tuple[int, int, tuple[str, ...]]] = []
@@ -173,7 +172,7 @@ def global_ranks(spectra: Mapping[int, Spectra], moved: Mapping[int, Mapping[str
         rows, columns = seen.sides
         itemsize, cut = seen.itemsize, moved_rank(rows, columns)
         for part, matrices in PARTS.items():
-            # those that stay whole were not cut when the movement was measured
+            # experts that stay whole were not cut when the movement was measured
             lost = sum(float(seen.energies[m][seen.whole_E == 0, cut:].sum()) for m in matrices)
             weight = max(moved[layer][part], 0.0) / max(lost, 1e-30)
             for expert, whole in enumerate(seen.whole_E):
@@ -205,7 +204,7 @@ def global_ranks(spectra: Mapping[int, Spectra], moved: Mapping[int, Mapping[str
 
 @dataclass(frozen=True)
 class Spectrum:
-    """One matrix that may be cut: its shape, the squared error that each component's loss adds, descending, and its weight."""
+    """One matrix that may be cut: its shape, the squared error that each lost component adds, descending, and its weight."""
 
     rows: int
     columns: int
@@ -223,13 +222,13 @@ def choices(
     whole: bool = True,
     force: bool = False,
 ) -> tuple[list[NDArray[np.float64]], list[list[tuple[int, ...]]]]:
-    """Of each item the curve of its options (bytes, weighted error), and the ranks behind each.
+    """For each item, the curve of its options (bytes, weighted error) and the ranks of each option.
 
-    An item is one matrix, or several of one shape that are all whole or all factored, as gate and up of an expert are. Within an
-    item components go by their gain.
+    An item is one matrix, or several of one shape that are all whole or all factored, such as gate and up of an expert. Within an
+    item, components are added in the order of their gain.
 
     Ranks are multiples of `multiple` from r_min to r_max, and at most break-even unless forced; `itemsize` is the bytes of a
-    weight; `whole` lets an item stay as it is. Raises ValueError where nothing is left to choose.
+    weight; `whole` lets an item stay as it is. Raises ValueError if nothing is left to choose.
     """
     if multiple < 1 or r_min < 1:
         raise ValueError(f"r_min={r_min} and multiple={multiple} must be at least 1")
@@ -238,7 +237,7 @@ def choices(
 
 
 def _clipped_shares(share: NDArray[np.float64], total: int, low: int, high: int) -> NDArray[np.float64]:
-    """`total` in proportion to the shares where that lies between `low` and `high`, found by bisection on the factor."""
+    """`total` divided in proportion to the shares, each clipped to [`low`, `high`]; the factor is found by bisection."""
     below, above = 0.0, high / float(share.min())
     for _ in range(200):
         factor = (below + above) / 2
@@ -249,7 +248,7 @@ def _clipped_shares(share: NDArray[np.float64], total: int, low: int, high: int)
 def _item(
     spectra: Sequence[Spectrum], itemsize: int, multiple: int, r_min: int, r_max: int | None, whole: bool, force: bool
 ) -> tuple[NDArray[np.float64], list[tuple[int, ...]]]:
-    """The curve of an item's options and the ranks behind each."""
+    """The curve of an item's options, and the ranks of each option."""
     rows, columns = spectra[0].rows, spectra[0].columns
     if any((s.rows, s.columns) != (rows, columns) for s in spectra):
         raise ValueError(f"matrices {[(s.rows, s.columns) for s in spectra]} of one item must have one shape; give them apart")

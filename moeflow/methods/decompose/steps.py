@@ -1,7 +1,7 @@
 """Experts as products of two smaller matrices: their spectra, the ranks that a budget allows, and the rewritten layers.
 
-MoE-I² (Yang et al., EMNLP Findings 2024, arXiv 2411.01016), section 3.3, and beyond it: `svd="whitened"` keeps an expert's outputs
-on its routed tokens, where the paper's `svd="vanilla"` keeps its weights.
+MoE-I² (Yang et al., EMNLP Findings 2024, arXiv 2411.01016), section 3.3, and beyond it: `svd="whitened"` preserves an expert's
+outputs on its routed tokens, where the paper's `svd="vanilla"` preserves its weights.
 """
 
 from collections.abc import Mapping
@@ -27,8 +27,8 @@ from moeflow.step import Artifact, Context, Spec, step
 
 
 def sides(given: LayerSpec) -> tuple[int, int]:
-    """(expert width F, model width D) of a layer's experts, none of which is factored yet. Raises ValueError where one is, and
-    where the layer skips experts or has compressed ones."""
+    """(expert width F, model width D) of a layer's experts. Raises ValueError if the experts are factored or slimmed already, or if
+    the layer skips experts or has compressed ones."""
     given.check_routing("decompose")
     given.check_plain("decompose")
     if given.slimmed_by or given.ranks_decided:
@@ -60,9 +60,9 @@ def _spectra_spec(
 def spectra(
     context: Context, config: Artifact, given: Artifact, seen: tuple[Artifact, ...], *, layer: int, how: Decomposition, dtype: str
 ) -> None:
-    """What each component of each matrix adds to its expert's outputs on the routed tokens, squared; see `ranks.Spectra`.
+    """How much each component of a matrix adds to its expert's outputs on the routed tokens, squared; see `ranks.Spectra`.
 
-    `seen`: what each shard of tokens showed in this layer.
+    `seen`: what each shard of tokens recorded in this layer.
     """
 
     from moeflow.methods.decompose import factoring
@@ -81,9 +81,9 @@ def _paper_spec(importances: tuple[Any, ...], *, sides: dict[str, list[int]], ho
 
 @step("decompose.ranks_paper", version=2, spec=_paper_spec)
 def by_importance(context: Context, importances: tuple[Artifact, ...], *, sides: dict[str, list[int]], how: Decomposition) -> None:
-    """The record `Ranks` by MoE-I²'s formula, from the importances of every layer's experts; see `ranks.layer_ranks`.
+    """The record `Ranks` by MoE-I²'s formula, from the importance of every expert of every layer; see `ranks.layer_ranks`.
 
-    `sides`: per layer the widths of its experts and of the model.
+    `sides`: per layer the expert width F and the model width D.
     """
     ranks: dict[int, dict[str, list[int]]] = {}
     for of_layer in map(Importance.read, importances):
@@ -112,9 +112,9 @@ def _global_spec(spectra: tuple[Any, ...], curves: Any, *, layers: list[int], ho
 
 @step("decompose.ranks_global", version=2, spec=_global_spec)
 def by_spectra(context: Context, spectra: tuple[Artifact, ...], curves: Artifact, *, layers: list[int], how: Decomposition) -> None:
-    """The record `Ranks` of what costs least in the whole model; see `ranks.global_ranks`.
+    """The record `Ranks` with the ranks that cost least in the whole model; see `ranks.global_ranks`.
 
-    `spectra`: those of each of `layers`; `curves`: how far the model's predictions move when a layer's gate and up, or its down
+    `spectra`: one for each of `layers`; `curves`: how far the model's predictions move when a layer's gate and up, or its down
     matrices, are cut.
     """
     each = {layer: Spectra.read(artifact) for layer, artifact in zip(layers, spectra, strict=True)}
@@ -143,7 +143,7 @@ def _layer_spec(
 
 
 def _cut(given: LayerSpec, uniform: Mapping[str, int]) -> TensorTable:
-    """A layer's tensors where each matrix of every expert has its uniform rank."""
+    """A layer's tensors after each matrix of every expert is cut to its uniform rank."""
     family, table = Family.of(given.config), dict(given.tensors)
     for expert in range(given.experts):
         for matrix, name in zip(MATRICES, family.expert(given.layer, expert), strict=True):
@@ -159,10 +159,10 @@ def layer(
     context: Context, config: Artifact, given: Artifact, seen: tuple[Artifact, ...], ranks: Artifact | None = None,
     *, layer: int, uniform: dict[str, int], how: Decomposition, dtype: str,
 ) -> None:  # fmt: skip
-    """One layer's file with its experts' matrices as products of two, everything else bit for bit, and `facts.json`.
+    """One layer's file with its experts' matrices as products of two, everything else bit for bit the same, and `facts.json`.
 
-    `seen`: what each shard of tokens showed in this layer. The ranks are those that a step decided or, without it, those of
-    `uniform`, one for all experts, per matrix. `facts.json` says for each expert what was done with it.
+    `seen`: what each shard of tokens recorded in this layer. The ranks come from the record `ranks` or, without it, from `uniform`:
+    one rank per matrix for all experts. `facts.json` says for each expert what was done with it.
     """
 
     from moeflow.methods.decompose import factoring

@@ -1,9 +1,9 @@
-"""Scaling up the inputs that matter most before rounding, and cutting ranges that a grid is better without (AWQ), for experts.
+"""Scaling of experts' inputs before rounding, so that those that matter most lose least, and clipping of ranges (AWQ).
 
-Shapes are suffixes: T tokens, E experts, D model width, F expert width, M outputs and N inputs of a matrix, G groups of g inputs,
-R points of a search. Plain tensors; knows neither routers nor model classes. What a norm feeds is balanced as a whole: its weight
-is divided by the scale, and the columns of *every* matrix it feeds are multiplied, the router's rows and a shared expert's among
-them, so that in exact arithmetic the block, and which experts it chooses, stay what they were.
+Shapes are suffixes: T tokens, E experts, D model width, F expert width, M outputs and N inputs of a matrix, G groups of g inputs, R
+points of a search. Tensors are plain; nothing here knows routers or model classes. Everything that a norm feeds is scaled together:
+the norm's weight is divided by the scale, and the columns of *every* matrix that it feeds, including the router and a shared
+expert's, are multiplied by it. In exact arithmetic the block's outputs and its routing stay the same.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,10 +23,10 @@ from moeflow.methods.slim.scaled import ScaledExperts
 from moeflow.model.moe import ACTIVATIONS
 
 POINTS = 20
-"""How many exponents are tried, and into how many parts a group's range is cut when it is clipped."""
+"""How many exponents the scale search tries, and into how many steps clipping divides a group's range."""
 
 MAX_SHRINK = 0.5
-"""The part of a group's range that clipping may take."""
+"""The largest part of a group's range that clipping may remove."""
 
 TOKENS_AT_ONCE = 4096
 """How many rows run through an expert at once."""
@@ -45,12 +45,12 @@ def awq(
     clip: bool = True,
     scale_dtype: torch.dtype = torch.float32,
 ) -> ScaledExperts:
-    """The experts of a layer on a grid, by activation-aware scaling (Lin et al., MLSys 2024, section 3.2) and clipping.
+    """Put a layer's experts on a grid by activation-aware scaling (Lin et al., MLSys 2024, section 3.2) and clipping.
 
-    `inputs` [T, D] are those of the block, after its norm, and `weights` [T, E] the routing weights, zero for experts not chosen.
-    gate and up of all experts share one scale, chosen by the error of the layer's output; each down has its own, chosen by that of
-    its outputs. An expert without tokens takes no part in the error, and is rounded to nearest with the shared scale. Raises
-    ValueError where shapes do not fit, a group does not divide a width, numbers are not finite or no token chose any expert.
+    `inputs` [T, D] are the block's inputs, after its norm; `weights` [T, E] are the routing weights, zero for experts not chosen.
+    gate and up of all experts share one scale, chosen by the error of the layer's output; each down has its own, chosen by the
+    error of its own outputs. An expert without tokens does not count in the error, and is rounded to nearest with the shared scale.
+    Raises ValueError if shapes do not fit, a group does not divide a width, numbers are not finite or no token chose any expert.
     """
     experts, inner = _check_layer(gate_EFD, up_EFD, down_EDF, grid, inputs, weights, act)
     tokens = [weights[:, e].nonzero().squeeze(-1) for e in range(experts)]
@@ -95,7 +95,7 @@ def treat(
     gate_EFD: Tensor, up_EFD: Tensor, down_EDF: Tensor, how: Slimming,
     *, inputs: Tensor, weights: Tensor, act: str, scale_dtype: torch.dtype,
 ) -> ScaledExperts:  # fmt: skip
-    """The row of the table of methods."""
+    """AWQ's function in the table of methods."""
     return awq(gate_EFD, up_EFD, down_EDF, how.grid, inputs=inputs, weights=weights, act=act, scale_dtype=scale_dtype)
 
 
@@ -103,12 +103,12 @@ def treat(
 def balance(
     weights: Sequence[Tensor], grid: Grid, *, inputs: Tensor, outputs: Callable[[Sequence[Tensor]], Tensor], points: int = POINTS
 ) -> Tensor:
-    """The scale [N] of the inputs that matrices share, such that what `outputs` makes of their rounded forms changes least.
+    """The scale [N] of inputs that several matrices share, chosen so that rounding changes the result of `outputs` least.
 
-    `weights` are the matrices [M, N] to be rounded, `inputs` [.., N] what they see, and `outputs` computes with other matrices in
-    their place, each of which is rounded, in fp32, when it is asked for. The scale is mean|x|^r / mean|w|^(1-r), |w| relative to
-    its group's largest, at least 1e-4 and divided by the root of its largest times its smallest; r is tried at `points` points
-    from 0 (Lin et al., MLSys 2024, section 3.2, as released). Raises ValueError where shapes do not fit or no error is finite.
+    `weights` are the matrices [M, N] to round and `inputs` [.., N] their inputs. `outputs` computes with the matrices that it is
+    given; each is rounded, in fp32, when it is read. The scale is mean|x|^r / mean|w|^(1-r), with |w| relative to its group's
+    largest, clamped to at least 1e-4, then divided by the root of its largest times its smallest; `points` values of r from 0 are
+    tried (Lin et al., MLSys 2024, section 3.2, as released). Raises ValueError if shapes do not fit or no error is finite.
     """
     for w_MN in weights:
         check_weight(w_MN)
@@ -124,10 +124,10 @@ def balance(
 
 @torch.no_grad()
 def balance_one(w_MN: Tensor, grid: Grid, *, moment: Tensor | None = None, inputs: Inputs, points: int = POINTS) -> Tensor:
-    """The scale [N] of the inputs of one matrix, such that its own outputs change least where it is rounded; see `balance`.
+    """The scale [N] of one matrix's inputs, chosen so that rounding changes the matrix's own outputs least; see `balance`.
 
-    The error is taken from the second moment [N, N] of the inputs, which is computed where it is not given. Of a batch, each
-    matrix has its own. Raises ValueError where statistics do not fit, are not finite or are zero.
+    The error comes from the second moment [N, N] of the inputs, which is computed if it is not given. In a batch, each matrix has
+    its own. Raises ValueError if statistics do not fit, are not finite or are zero.
     """
     check_weight(w_MN)
     columns = w_MN.shape[-1]
@@ -148,10 +148,10 @@ def clipped(
     points: int = POINTS,
     max_shrink: float = MAX_SHRINK,
 ) -> Tensor:
-    """The weight [M, N], each group of a row cut to the part of its range whose rounding changes the group's outputs least.
+    """The weight [M, N] with each group of a row clipped to the range whose rounding changes the group's outputs least.
 
-    Ranges are tried in steps of one in `points` down to 1 - `max_shrink`, as AWQ's released code does with a sample of tokens
-    (Lin et al., MLSys 2024); the second moment stands for all of them. Raises ValueError where statistics do not fit or are zero.
+    The ranges shrink in steps of 1 / `points`, down to 1 - `max_shrink`. AWQ's released code tries them on a sample of tokens (Lin
+    et al., MLSys 2024); here the second moment stands for all tokens. Raises ValueError if statistics do not fit or are zero.
     """
     check_weight(w_MN)
     groups = grid.groups(w_MN.shape[-1])
@@ -207,7 +207,7 @@ def _best(scale_RN: Tensor, error: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 class _Rounded(Sequence[Tensor]):
-    """The rounded forms of matrices, of which only those in use are there."""
+    """The rounded forms of matrices, each computed when it is read."""
 
     def __init__(self, weights: Sequence[Tensor], scale_N: Tensor, grid: Grid) -> None:
         self.weights, self.scale_N, self.grid = weights, scale_N, grid
@@ -223,7 +223,7 @@ class _Rounded(Sequence[Tensor]):
 
 
 def _rounded(w_MN: Tensor, scale_N: Tensor, grid: Grid) -> Tensor:
-    """What the scaled matrix is once rounded, seen by inputs that are not scaled: fp32."""
+    """The matrix scaled, rounded and divided by the scale again: fp32 [M, N]."""
     groups = grid.groups(w_MN.shape[-1])
     return _nearest((w_MN.float() * scale_N).unflatten(-1, (groups, -1)), grid).flatten(-2).div_(scale_N)
 

@@ -1,4 +1,4 @@
-"""A layer's experts made sparse or quantized, from the tokens that were recorded: the tensor side of `slim.layer`.
+"""Makes a layer's experts sparse or quantized, using the recorded tokens: the tensor side of `slim.layer`.
 
 Shapes are suffixes: T tokens, D model width, F expert width, E experts, M rows and N columns of a matrix, R rank.
 """
@@ -29,7 +29,7 @@ from moeflow.model.router import dense
 from moeflow.step import Context
 
 WORKING = 8 << 30
-"""Bytes that experts which are treated together on a GPU may take beside their weights."""
+"""Bytes of working memory, beside the weights, for experts that a GPU treats together."""
 
 Treated = Tensor | Quantized
 FIELDS = {"gate": "gate_FD", "up": "up_FD", "down": "down_DF"}
@@ -40,13 +40,13 @@ def rewrite(
     context: Context, config: Config, given: Any, seen: Sequence[Files], how: Slimming,
     *, layer: int, part: int, parts: int, dtype: str,
 ) -> list[dict[str, Any]] | None:  # fmt: skip
-    """Write the layer's file with slimmed experts and say for each, and for the shared one, what was done and lost.
+    """Write the layer's file with slimmed experts, and return for each, and for the shared one, what was done and lost.
 
-    A layer that a run has left without experts is linked as it is, and the answer is None.
+    If trimming removed the layer's experts, the layer is linked as it is, and None is returned.
 
-    One of several parts treats its share of the experts only; the first also writes what is not an expert, and the shared one.
+    With several parts, each treats its share of the experts; the first also writes everything else, and treats the shared expert.
 
-    Lost is the squared change of a matrix's outputs on the expert's tokens, as a part of their squared norm.
+    Lost is the squared change of a matrix's outputs on the expert's tokens, relative to their squared norm.
     """
     family, tensors = Family.of(config), Tensors(given)
     if family.router(layer) not in tensors:
@@ -81,7 +81,7 @@ def rewrite(
 
 
 def join(parts: Sequence[Files], out: Path) -> None:
-    """Write the layer's file that parts of it make."""
+    """Join the parts of a layer's file into one."""
     here = [{n: t for n, t in headers(part).items() if t.file == LAYER} for part in parts]
     save({n: t for part, info in zip(parts, here, strict=True) for n, t in read_many(part, info)}, out)
 
@@ -96,16 +96,16 @@ class Layer:
         self.shared, self.count = self._moe.shared, len(self._moe.router_ED)
         self.chosen = list(range(self.count))
         self.low_rank = format_of({n: tensors.info[n].shape for n in tensors}, config, number).low_rank
-        self.stored = DTYPES[tensors.info[self.names(0)[0]].dtype]  # of weights and scales: scales are such as it holds
+        self.stored = DTYPES[tensors.info[self.names(0)[0]].dtype]  # the dtype of weights and scales in the file
         self.out: dict[str, Tensor] = {}
 
     def names(self, e: int) -> list[str]:
-        """The matrices of an expert that are in the file, or their factors."""
+        """The names of an expert's matrices in the file, or of their factors."""
         names = [n for whole in self.matrices(e) for n in (whole, *self.family.factors(whole))]
         return [n for n in names if n in self.tensors]
 
     def matrices(self, e: int) -> tuple[str, str, str]:
-        """What the matrices of an expert are called when whole."""
+        """The names of an expert's gate, up and down matrices when they are whole."""
         return self.family.expert(self.number, e)
 
     def weights(self, x_TD: Tensor) -> Tensor:
@@ -116,7 +116,7 @@ class Layer:
         return read_expert(self.tensors, self.config, self.number, e).to(**self.placed)
 
     def all(self) -> dict[str, Tensor]:
-        """Each matrix of all experts, [E, M, N]."""
+        """Each matrix of all experts, stacked: [E, M, N]."""
         first = self.expert(0)
         stacked = {m: _matrix(first, m).new_empty(self.count, *_matrix(first, m).shape) for m in MATRICES}
         for e in range(self.count):
@@ -126,9 +126,9 @@ class Layer:
         return stacked
 
     def treat(self, w_MN: Tensor, moment_NN: Tensor | None) -> Treated:
-        """A matrix, or a batch of them, slimmed; by the weights alone if there is no second moment of its inputs.
+        """Slim a matrix or a batch of them; without the second moment of the inputs, by the weights alone.
 
-        Inputs that were zero on every token count as white ones.
+        If all inputs of a matrix were zero on every token, an identity moment stands in.
         """
         if moment_NN is None:
             return load(METHODS[self.how.row.fallback].code)(w_MN, None, self.how, self.stored)
@@ -138,7 +138,7 @@ class Layer:
         return load(self.how.row.code)(w_MN, moment_NN, self.how, self.stored)
 
     def put(self, name: str, made: Treated) -> Tensor:
-        """Write what a matrix has become, and give it, in fp32, as it is read again."""
+        """Add a slimmed matrix to the output, and return it in fp32 as it will be read back."""
         now_MN = _whole(made, self.stored)
         if self.how.packs and isinstance(made, Quantized):
             written = {name + end: t for end, t in pack(made.codes_MN.cpu(), made.scale_MG.cpu(), made.grid.bits).items()}
@@ -149,12 +149,12 @@ class Layer:
         return now_MN.float()
 
     def keep(self, e: int) -> None:
-        """Write an expert as it is."""
+        """Add an expert to the output unchanged."""
         self.out |= {n: self.tensors[n] for n in self.names(e)}
 
     def reserve(self, done: int) -> None:
-        """Make room for what the other experts will become, shaped like what one has become: between what is in use only for a
-        while it would leave holes, and a layer would take half as much memory again."""
+        """Allocate the output of the other experts at once, shaped like that of expert `done`: piecemeal, between short-lived
+        tensors, it would leave holes, and a layer would take half as much memory again."""
         stem = f"{self.family.experts(self.number)}{done}."
         made = {n.removeprefix(stem): t for n, t in self.out.items() if n.startswith(stem)}
         for e in self.chosen:
@@ -167,7 +167,7 @@ class Layer:
 
 
 def _experts(now: Layer, x_TD: Tensor, weights_TE: Tensor) -> Iterator[dict[str, Any]]:
-    """Treat the experts one after the other on a CPU, elsewhere as many together as memory allows."""
+    """Treat the experts one by one on a CPU, elsewhere as many together as memory allows."""
     for group in together(now):
         tokens = {e: weights_TE[:, e].nonzero().squeeze(-1) for e in group}
         many = [e for e in group if enough(len(tokens[e]), now.how.least)]
@@ -182,7 +182,7 @@ def _experts(now: Layer, x_TD: Tensor, weights_TE: Tensor) -> Iterator[dict[str,
 
 
 def together(now: Layer) -> list[list[int]]:
-    """Which experts are treated together: on a GPU as many as memory allows, otherwise each by itself."""
+    """The experts that are treated together: on a GPU as many as memory allows, otherwise one at a time."""
     if now.placed["device"] == "cpu" or not now.how.row.memory or now.low_rank:
         return [[e] for e in now.chosen]
     rows, columns = _matrix(now.expert(0), "gate").shape
@@ -193,7 +193,7 @@ def together(now: Layer) -> list[list[int]]:
 
 
 def _batch(now: Layer, chosen: list[int], x_eTD: list[Tensor]) -> Iterator[dict[str, Any]]:
-    """Treat experts that have tokens enough together, matrix by matrix."""
+    """Treat experts with enough tokens together, matrix by matrix."""
     experts = [now.expert(e) for e in chosen]
     moment_EDD = torch.stack([second_moment(x) for x in x_eTD])
     made = {m: now.treat(torch.stack([_matrix(e, m) for e in experts]), moment_EDD) for m in ("gate", "up")}
@@ -211,7 +211,7 @@ def _batch(now: Layer, chosen: list[int], x_eTD: list[Tensor]) -> Iterator[dict[
 
 
 def _one(now: Layer, names: tuple[str, str, str], expert: MLP, x_TD: Tensor | None) -> dict[str, Any]:
-    """Treat one expert, by its weights alone if there are no tokens of it to go by."""
+    """Treat one expert; without tokens, by its weights alone."""
     if x_TD is None and now.how.rare == "keep":
         return {"by": "keep", "lost": {}}
     moment_DD = None if x_TD is None else second_moment(x_TD)
@@ -229,8 +229,8 @@ def _one(now: Layer, names: tuple[str, str, str], expert: MLP, x_TD: Tensor | No
 
 
 def _slimmed(now: Layer, name: str, matrix: Matrix, moment_NN: Tensor | None) -> Matrix:
-    """Write what a matrix becomes, or both that it is a product of: the one that sees the inputs, and then the other, by what the
-    first, as it has become, gives it."""
+    """Slim a matrix and write it. If it is low-rank, slim the factor that sees the inputs, then the other by the outputs of the
+    slimmed first."""
     if isinstance(matrix, Tensor):
         return now.put(name, now.treat(matrix, moment_NN))
     out, within = now.family.factors(name)
@@ -240,7 +240,7 @@ def _slimmed(now: Layer, name: str, matrix: Matrix, moment_NN: Tensor | None) ->
 
 
 def _shared(now: Layer, x_TD: Tensor) -> dict[str, Any]:
-    """Treat the shared expert, which all tokens reach; by its weights alone if a scale has gone into its columns."""
+    """Treat the shared expert, which every token reaches. If its columns have been scaled, go by its weights alone."""
     names = now.family.shared(now.number)
     assert names is not None and now.shared is not None
     shared, x_sD = now.shared, x_TD if now.how.row.needs != "tokens" else None
@@ -255,7 +255,7 @@ def _shared(now: Layer, x_TD: Tensor) -> dict[str, Any]:
 
 
 def _all_at_once(now: Layer, x_TD: Tensor, weights_TE: Tensor) -> list[dict[str, Any]]:
-    """All experts of a layer, and the scale of its inputs folded into the norm and everything else that the norm feeds."""
+    """Treat all experts of a layer, and fold the scale of its inputs into the norm and everything else that the norm feeds."""
     how, family, number = now.how, now.family, now.number
     counts = (weights_TE > 0).sum(0).tolist()
     treated_by = treatments(counts, how.least, how.rare, method=how.method, by_weights=how.row.fallback)
@@ -281,7 +281,7 @@ def _all_at_once(now: Layer, x_TD: Tensor, weights_TE: Tensor) -> list[dict[str,
         scaled = (gate_EFD[e] * made.scale_D, up_EFD[e] * made.scale_D / made.inner_EF[e, :, None], down_EDF[e] * made.inner_EF[e])
         rounded = (made.gate_EFD[e], made.up_EFD[e], made.down_EDF[e])
         for at, (m, name) in enumerate(zip(MATRICES, now.matrices(e), strict=True)):
-            if treated_by[e] == "keep":  # but for the scale
+            if treated_by[e] == "keep":  # scaled, not rounded
                 now.put(name, scaled[at])
                 continue
             moment_NN = moment_FF if m == "down" else moment_DD
@@ -291,7 +291,7 @@ def _all_at_once(now: Layer, x_TD: Tensor, weights_TE: Tensor) -> list[dict[str,
 
 
 def _lost(w_MN: Tensor, now_MN: Tensor, moment_NN: Tensor | None) -> float:
-    """The part of a matrix's outputs that went, or of itself where nothing is known of its inputs."""
+    """The squared change of a matrix's outputs relative to their squared norm; without a moment, that of its weights."""
     change_MN, w_MN = now_MN.double() - w_MN.double(), w_MN.double()
     if moment_NN is None:
         return float(change_MN.square().sum() / w_MN.square().sum().clamp(min=1e-30))
@@ -305,7 +305,7 @@ def _matrix(expert: MLP, matrix: str) -> Tensor:
 
 
 def _with(expert: MLP, matrices: Mapping[str, Matrix]) -> MLP:
-    """The expert with other matrices, in the precision that it has."""
+    """The expert with some matrices replaced, in its own dtype."""
     own: dict[str, Matrix] = {m: getattr(expert, field) for m, field in FIELDS.items()}
     dtype = next(m.in_RN if isinstance(m, LowRank) else m for m in own.values()).dtype
     gate_FD, up_FD, down_DF = (matrices.get(m, own[m]).to(dtype=dtype) for m in MATRICES)

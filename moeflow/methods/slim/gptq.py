@@ -1,4 +1,4 @@
-"""Rounding column by column, where the columns that follow make up for the error (GPTQ).
+"""Rounding column by column, where the following columns compensate for the error (GPTQ).
 
 Shapes are suffixes: E matrices of a batch, the experts of a layer, M outputs and N inputs of a matrix, G groups of inputs, B
 columns of a block. Tensors stay on their device. The sweep over the columns is `sparsegpt`'s.
@@ -28,15 +28,15 @@ def gptq(
     scale_dtype: torch.dtype = torch.float32,
     at_once: int | None = None,
 ) -> Quantized:
-    """The weight [M, N] on a grid, each column rounded once it has made up for those before it (Frantar et al., ICLR 2023).
+    """Round the weight [M, N] column by column; later columns compensate for earlier errors (Frantar et al., ICLR 2023).
 
     `moment` is the sum over tokens of the inputs' outer products, [N, N], in any unit; or give the inputs. `damp` times its mean
-    diagonal is added to the diagonal (section 3.3). `order` takes the inputs with most energy first. The scales of groups follow
-    the weights as they are when the block starts in which the group does, as in the authors' code; with `order` they follow the
-    weights as given, so that a group remains what a kernel takes it for. They are such as `scale_dtype` can hold. An input that
-    was never seen is rounded to nearest. `at_once` matrices of a batch are treated together: by default one on the CPU, elsewhere
-    what BUDGET allows; memory is that of the result and `gptq_memory`. Raises ValueError where the groups do not divide the
-    columns, or statistics do not fit, are not finite, or are zero because an expert saw no tokens.
+    diagonal is added to the diagonal (section 3.3). `order` rounds the inputs with the most energy first. A group's scales come
+    from the updated weights at the start of the block in which the group starts, as in the authors' code; with `order` they come
+    from the weights as given, so that a group is still consecutive inputs, as kernels expect. Scales are rounded to `scale_dtype`.
+    An input that was never seen is rounded to nearest. `at_once` matrices of a batch are treated together: by default one on the
+    CPU, elsewhere what BUDGET allows; memory is that of the result plus `gptq_memory`. Raises ValueError if groups do not divide
+    the columns, or if statistics do not fit, are not finite, or are zero because an expert saw no tokens.
     """
     check_weight(w_MN)
     rows, columns = w_MN.shape[-2:]
@@ -57,14 +57,14 @@ def gptq(
 
 
 def gptq_memory(rows: int, columns: int, at_once: int = 1, *, grid: Grid, order: bool = False, block: int = 128) -> int:
-    """Bytes of working memory beside weights, moments and the result: fp32 but for codes, whatever the number of matrices."""
+    """Bytes of working memory for `at_once` matrices, beside weights, moments and the result: fp32 except for the codes."""
     codes = (2 if order else 1) * rows * columns + (4 * rows * columns if order else 0)
     levels = 8 * rows * grid.groups(columns) * (3 if order else 2)
     return sweep_memory(rows, columns, at_once, block, grid.group) + at_once * (codes + levels + 16 * block * rows)
 
 
 def treat(w_MN: Tensor, moment_NN: Tensor, how: Slimming, scale_dtype: torch.dtype) -> Quantized:
-    """The row of the table of methods."""
+    """GPTQ's function in the table of methods."""
     return gptq(
         w_MN, how.grid, moment=moment_NN, order=how.activation_order, block=how.block, damp=how.damp, scale_dtype=scale_dtype
     )
@@ -78,7 +78,7 @@ Rows = tuple[Tensor, ...]
 
 
 class _Levels:
-    """The scales and zero points [G, M] of a matrix on its way, and which of them each column of a block has."""
+    """The scales and zero points [G, M] of a matrix that is being rounded, and which of them each column of a block uses."""
 
     def __init__(self, w_MN: Tensor, grid: Grid, order_N: Tensor | None, dtype: torch.dtype) -> None:
         self.grid, self.dtype, self.order_N = grid, dtype, order_N
@@ -92,24 +92,24 @@ class _Levels:
             self._set(0, groups, w_MN.mT)
 
     def ahead(self, start: int, stop: int) -> int:
-        """The end of the last group that starts among these columns, if its scale is to follow the updated weights."""
+        """The end of the last group that starts among these columns, if its scale follows the updated weights; otherwise 0."""
         return 0 if self.first else -(-stop // self.size) * self.size if stop > -(-start // self.size) * self.size else 0
 
     def enter(self, b: Block) -> None:
-        """Find the scales of the groups that start in this block."""
+        """Compute the scales of the groups that start in this block."""
         low, end = -(-b.start // self.size), self.ahead(b.start, b.stop) // self.size
         if end > low:
             self._set(low, end, b.weight_SM[..., low * self.size - b.start : end * self.size - b.start, :])
 
     def of(self, b: Block) -> tuple[Rows, Rows]:
-        """The scale and the zero point, [M] each, of every column of the block; no zero points where symmetric."""
+        """The scale and the zero point, [M] each, of every column of the block; a symmetric grid has no zero points."""
         index = torch.arange(b.start, b.stop) if self.order_N is None else self.order_N[..., b.start : b.stop]
         return self._rows(self.scale_GM, index // self.size), self._rows(self.zero_GM, index // self.size)
 
     def _rows(self, level_GM: Tensor | None, index_B: Tensor) -> Rows:
         if level_GM is None:
             return ()
-        if index_B.dim() > 1:  # each matrix has an order of its own
+        if index_B.dim() > 1:  # each matrix has its own order
             return level_GM.take_along_dim(index_B[..., None], dim=-2).unbind(-2)
         rows = level_GM.unbind(-2)
         return tuple(rows[g] for g in index_B.tolist())

@@ -1,4 +1,4 @@
-"""The grid on which a matrix is rounded, as a value that a step's parameters can carry. Knows no tensors."""
+"""The grid to which a matrix is rounded, as a value that can be a step's parameter. No torch."""
 
 from dataclasses import dataclass
 
@@ -7,10 +7,10 @@ BITS = (2, 3, 4, 8)
 
 @dataclass(frozen=True)
 class Grid:
-    """`bits` a weight, with one scale for `group` consecutive inputs of a row, or for the whole row where that is 0.
+    """`bits` per weight, with one scale for `group` consecutive inputs of a row, or for the whole row if `group` is 0.
 
-    A symmetric grid has its zero in the middle; the other stores a zero point beside each scale. Raises ValueError for other bits
-    and for a negative group.
+    A symmetric grid is centred on zero; an asymmetric one stores a zero point beside each scale. Raises ValueError for bits that
+    are not in BITS and for a negative group.
     """
 
     bits: int = 4
@@ -35,21 +35,21 @@ class Grid:
 
     @property
     def levels(self) -> int:
-        """How many steps lie between the smallest and the largest code."""
+        """The number of steps from the smallest to the largest code."""
         return self.highest - self.lowest
 
     def check(self, columns: int) -> None:
-        """Raise ValueError where a matrix with so many inputs does not fall into groups."""
+        """Raise ValueError if groups do not divide this number of inputs."""
         if self.group and columns % self.group:
             raise ValueError(f"group={self.group} does not divide {columns} columns; give a divisor, or 0 for one scale a row")
 
     def groups(self, columns: int) -> int:
-        """How many scales a row has. Raises ValueError where the groups do not divide it."""
+        """The number of scales of a row. Raises ValueError if groups do not divide the columns."""
         self.check(columns)
         return columns // self.group if self.group else 1
 
     def nbytes(self, rows: int, columns: int, *, scale_bytes: int = 2) -> int:
-        """Bytes of a packed matrix: codes and zero points in words of 32 bits, without gaps, and its scales."""
+        """Bytes of a packed matrix: codes and zero points, packed into 32-bit words without gaps, and scales."""
         groups = self.groups(columns)
         codes = rows * _words(columns * self.bits)
         return codes + rows * groups * scale_bytes + (0 if self.symmetric else groups * _words(rows * self.bits))

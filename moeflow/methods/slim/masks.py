@@ -1,4 +1,4 @@
-"""Which weights stay, by their size (magnitude) or by their size times that of their inputs (Wanda), and what inputs a matrix saw.
+"""Masks of the weights that stay, by magnitude or by magnitude times input norm (Wanda), and statistics of the inputs.
 
 Shapes are suffixes: T tokens, E matrices of a batch, the experts of a layer, M outputs and N inputs of a matrix. Tensors stay on
 their device.
@@ -16,15 +16,15 @@ from moeflow.methods.slim.methods import Slimming
 from moeflow.methods.slim.pattern import Pattern
 
 Inputs = Tensor | Sequence[Tensor]
-"""Rows of inputs [.., T, N] of each matrix of the batch, or one tensor [T, N] for each where they saw different numbers."""
+"""The inputs [.., T, N] of every matrix of the batch, or one tensor [T, N] for each if their numbers of tokens differ."""
 
 
 @torch.no_grad()
 def magnitude(w_MN: Tensor, pattern: Pattern | str) -> Tensor:
-    """A mask [M, N], True where a weight stays: the largest of each matrix or, N:M, of each group of inputs of a row.
+    """A mask [M, N], True where a weight stays: the largest of the matrix or, with N:M, of each group of inputs of a row.
 
-    A ratio drops its part of each matrix, rounded down (Han et al., Learning both Weights and Connections, NeurIPS 2015, section
-    3). Of equal weights the first goes first. Raises ValueError for a pattern that does not divide the columns.
+    A ratio drops that part of each matrix, rounded down (Han et al., Learning both Weights and Connections, NeurIPS 2015, section
+    3). Among equal weights the first is dropped first. Raises ValueError if the pattern does not divide the columns.
     """
     pattern = _checked(w_MN, pattern)
     keep_EMN = torch.stack([_stays(size_MN, pattern, rows=False) for size_MN in matrices(w_MN).abs()])
@@ -33,12 +33,12 @@ def magnitude(w_MN: Tensor, pattern: Pattern | str) -> Tensor:
 
 @torch.no_grad()
 def wanda(w_MN: Tensor, pattern: Pattern | str, *, moment: Tensor | None = None, inputs: Inputs | None = None) -> Tensor:
-    """A mask [M, N], True where a weight stays: those whose size times their input's norm is largest in their row.
+    """A mask [M, N], True where a weight stays: the largest of each row by magnitude times input norm.
 
     Sun et al., A Simple and Effective Pruning Approach for Large Language Models, ICLR 2024, section 3. `moment` is the sum over
-    tokens of the inputs' squares, [N], or of their outer products, [N, N], in any unit; or give the inputs. A ratio drops its part
-    of each row, rounded down; of equal scores the first goes first. Raises ValueError where the statistics do not fit, are not
-    finite, or are zero because an expert saw no tokens.
+    tokens of the inputs' squares, [N], or of their outer products, [N, N], in any unit; or give the inputs. A ratio drops that part
+    of each row, rounded down; among equal scores the first is dropped first. Raises ValueError if the pattern does not divide the
+    columns, or if statistics do not fit, are not finite, or are zero because an expert saw no tokens.
     """
     pattern = _checked(w_MN, pattern)
     w_EMN, seen = matrices(w_MN), InputStatistics.of(w_MN, moment, inputs, instead="magnitude()", squares=True)
@@ -47,17 +47,17 @@ def wanda(w_MN: Tensor, pattern: Pattern | str, *, moment: Tensor | None = None,
 
 
 def drop_by_magnitude(w_MN: Tensor, moment_NN: Tensor | None, how: Slimming, scale_dtype: torch.dtype) -> Tensor:
-    """The row of the table of methods for `magnitude`."""
+    """The function of `magnitude` in the table of methods."""
     return w_MN * magnitude(w_MN, how.pattern)
 
 
 def drop_by_wanda(w_MN: Tensor, moment_NN: Tensor, how: Slimming, scale_dtype: torch.dtype) -> Tensor:
-    """The row of the table of methods for `wanda`."""
+    """The function of `wanda` in the table of methods."""
     return w_MN * wanda(w_MN, how.pattern, moment=moment_NN)
 
 
 def lowest(score: Tensor, count: int) -> Tensor:
-    """True for exactly `count` smallest of each row [.., K]; of equal ones the first."""
+    """True for exactly the `count` smallest of each row [.., K]; among equal ones the first."""
     if count == 0:
         return torch.zeros_like(score, dtype=torch.bool)
     bound = smallest(score, count)[..., None]
@@ -69,14 +69,14 @@ def lowest(score: Tensor, count: int) -> Tensor:
 
 
 def smallest(score: Tensor, count: int) -> Tensor:
-    """The `count`-th smallest of each row [.., K], from 1; numpy's selection is ten times as fast as torch's on the CPU."""
+    """The `count`-th smallest of each row [.., K], from 1. On the CPU numpy's selection is ten times as fast as torch's."""
     if score.device.type == "cpu" and score.dtype in (torch.float32, torch.float64):
         return torch.from_numpy(np.partition(score.numpy(), count - 1, axis=-1)[..., count - 1 : count]).squeeze(-1)
     return score.kthvalue(count, dim=-1).values
 
 
 def smallest_of_few(score_mX: Tensor, count: int) -> Tensor:
-    """True for exactly `count` smallest along the last dimension but one, where that is short; of equal ones the first."""
+    """True for exactly the `count` smallest along the second last dimension, which is short; among equal ones the first."""
     rank_mX = torch.zeros(score_mX.shape, dtype=torch.float32, device=score_mX.device)
     score_X, rank_X = score_mX.unbind(-2), rank_mX.unbind(-2)
     before_X = torch.empty_like(rank_X[0])
@@ -90,12 +90,12 @@ def smallest_of_few(score_mX: Tensor, count: int) -> Tensor:
 
 
 def matrices(w_MN: Tensor) -> Tensor:
-    """The batch in front as one dimension: [E, M, N]."""
+    """The matrices with all batch dimensions merged into one: [E, M, N]."""
     return w_MN.reshape(-1, *w_MN.shape[-2:])
 
 
 def check_weight(w_MN: Tensor) -> None:
-    """Raise ValueError for what is no finite matrix, or batch of them, of floating numbers."""
+    """Raise ValueError unless this is a finite floating-point matrix, or a batch of them."""
     if w_MN.dim() < 2 or not w_MN.numel() or not w_MN.is_floating_point():
         raise ValueError(f"the weight is {w_MN.dtype} of shape {tuple(w_MN.shape)}; give floating numbers [.., rows, columns]")
     if bad := [str(e) for e, w in enumerate(matrices(w_MN)) if not torch.stack(torch.aminmax(w)).isfinite().all()]:
@@ -104,14 +104,14 @@ def check_weight(w_MN: Tensor) -> None:
 
 @dataclass(frozen=True)
 class InputStatistics:
-    """What each matrix of a batch saw, checked: its second moment [N, N], its inputs' summed squares [N], or the inputs [T, N]."""
+    """Checked statistics of each matrix's inputs: their second moment [N, N], their summed squares [N], or the inputs [T, N]."""
 
     each: tuple[Tensor, ...]
     are: str
 
     @staticmethod
     def of(w_MN: Tensor, moment: Tensor | None, inputs: Inputs | None, *, instead: str, squares: bool = False) -> "InputStatistics":
-        """Those of the weight's matrices. `instead`: what to use for an expert that saw nothing; `squares`: whether [N] will do."""
+        """The statistics of the weight's matrices. `instead`: what an error recommends; `squares`: whether [N] will do."""
         if (moment is None) == (inputs is None):
             raise ValueError(f"give either moment or inputs; without tokens there is {instead}")
         *batch, _, columns = w_MN.shape
@@ -130,7 +130,7 @@ class InputStatistics:
         return found
 
     def squares(self, e: int) -> Tensor:
-        """The sum of squares [N] of each input of matrix `e`."""
+        """The summed squares [N] of the inputs of matrix `e`."""
         one = self.each[e]
         if self.are == "tokens":
             return one.float().square().sum(0, dtype=torch.float64)
@@ -163,7 +163,7 @@ def _check_seen(one: Tensor, are: str, name: str, instead: str) -> None:
     size_N = one.diagonal() if are == "moment" else total_N
     if not (total_N.isfinite().all() and size_N.isfinite().all()):
         raise ValueError(f"{name}: not finite; look for overflow in the activations")
-    if (size_N < -1e-6 * size_N.abs().max()).any():  # below that it is rounding
+    if (size_N < -1e-6 * size_N.abs().max()).any():  # smaller ones are rounding errors
         raise ValueError(f"{name}: a sum of squares is negative, {float(size_N.min()):g}; compute it again")
     if not size_N.any():
         raise ValueError(

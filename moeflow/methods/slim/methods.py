@@ -1,4 +1,4 @@
-"""Every method that makes an expert's weights sparse or rounds them, a row each, and the options of Expert Slimming. No torch."""
+"""The table of methods that make experts' weights sparse or quantized, and the options of Expert Slimming. No torch."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,21 +14,20 @@ class Method:
     """One row of the table of methods."""
 
     kind: type[Pattern] | type[Grid]
-    """What it makes of a matrix: zeros of a pattern, or codes on a grid."""
+    """What it puts into a matrix: zeros in a pattern, or codes on a grid."""
     needs: Literal["weights", "moments", "tokens"]
-    """What it needs of a calibration: nothing beside the weights, the second moment of each matrix's inputs, or all tokens of the
-    layer at once."""
+    """What it needs of a calibration: nothing, the second moment of each matrix's inputs, or all tokens of the layer at once."""
     fallback: str
-    """The row that treats an expert by its weights alone, if too few calibration tokens reach it."""
+    """The method that treats an expert by its weights alone if too few calibration tokens reach it."""
     code: str
-    """Its function: `treat(weight_MN, moment_NN, how, scale_dtype)` gives the slimmed matrix, of a batch of matrices a batch. If it
-    needs all tokens: `treat(gate_EFD, up_EFD, down_EDF, how, inputs=, weights=, act=, scale_dtype=)` gives `ScaledExperts`."""
+    """Its function: `treat(weight_MN, moment_NN, how, scale_dtype)` returns the slimmed matrix, or a batch for a batch. If it needs
+    all tokens: `treat(gate_EFD, up_EFD, down_EDF, how, inputs=, weights=, act=, scale_dtype=)` returns `ScaledExperts`."""
     takes: tuple[str, ...] = ()
-    """The fields of `Slimming` that it reads beside those of its pattern or grid."""
+    """The fields of `Slimming` that it reads, besides those of its pattern or grid."""
     factors: bool = False
     """Whether it also treats the factors of low-rank experts."""
     memory: str = ""
-    """A function of rows, columns and how: the bytes that it works in for one matrix. With it a GPU treats experts together."""
+    """A function of rows, columns and how: the bytes of working memory for one matrix. With it a GPU treats experts together."""
 
     @property
     def quantizes(self) -> bool:
@@ -67,36 +66,36 @@ else:
 
 @dataclass(frozen=True)
 class Slimming:
-    """Expert Slimming: the weights inside the experts become sparse, or are quantized. Raises ValueError for what cannot be."""
+    """Expert Slimming: the weights inside the experts become sparse or are quantized. Raises ValueError for impossible options."""
 
     method: Name
-    """The first three leave zeros of a pattern, the others round to codes of some bits."""
+    """The first three set weights to zero in a pattern; the others quantize them."""
     pattern: str = "2:4"
-    """The zeros: a part of all weights (0.5), or N:M, at most N of every M inputs of a row (2:4)."""
+    """The weights that become zero: a part of all (0.5), or N:M, which keeps at most N of every M inputs of a row (2:4)."""
     bits: int = 4
-    """The bits of a code: 2, 3, 4 or 8."""
+    """Bits per weight: 2, 3, 4 or 8."""
     group: int = 128
-    """The inputs of a row that share one scale; 0: the whole row."""
+    """Inputs of a row that share one scale; 0: the whole row."""
     symmetric: bool = True
-    """A grid around zero; false adds a zero point to each scale, which needs packed=false."""
+    """A grid centred on zero; false adds a zero point to each scale, which needs packed=false."""
     activation_order: bool = False
-    """GPTQ rounds the columns whose inputs have most energy first (its act-order)."""
+    """GPTQ first rounds the columns whose inputs have the most energy (its act-order)."""
     damp: float = 0.01
-    """What SparseGPT and GPTQ add to the second moment's diagonal, as a part of its mean."""
+    """What SparseGPT and GPTQ add to the second moment's diagonal, as a fraction of its mean."""
     block: int = 128
-    """The columns that SparseGPT and GPTQ treat before they update all that follow."""
+    """Columns that SparseGPT and GPTQ treat before they update all the following ones."""
     least: int = 1
     """An expert that fewer recorded tokens reach gets the fallback."""
     rare: Rare = "weights"
     """The fallback for experts that too few calibration tokens reach: treat them by their weights alone, or keep them whole."""
     shared: bool = False
-    """Treat the shared experts, too."""
+    """Also treat the shared experts."""
     inputs: Literal["parallel", "sequential"] = "parallel"
-    """What a layer sees: the inputs that the given model has there, or those behind the slimmed layers before it."""
+    """The model that a layer's inputs come from: the given one, or the one with all earlier layers slimmed."""
     packed: bool = True
-    """Write codes and scales as transformers and vLLM read them; false writes the weights that they stand for."""
+    """Write codes and scales as transformers and vLLM read them; false writes the dequantized weights."""
     tasks: int = 1
-    """The tasks between which a layer's experts are divided; the result is the same."""
+    """Tasks that share the experts of a layer; the result is the same for any number."""
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -127,7 +126,7 @@ class Slimming:
 
     @property
     def grid(self) -> Grid:
-        """The grid of a method that rounds."""
+        """The grid of a method that quantizes."""
         return Grid(self.bits, self.symmetric, self.group)
 
     @property
@@ -137,16 +136,16 @@ class Slimming:
 
     @property
     def words(self) -> str:
-        """The method and how much is left, for reports."""
+        """The method and its bits or pattern, for reports."""
         return f"{self.method} {self.bits} bits" if self.row.quantizes else f"{self.method} {self.pattern}"
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What is told of a slimmed layer: the method, and every field that it reads, but for how it is packed."""
+        """What `facts.json` says of a slimmed layer: the method, and every field that it reads except `packed`."""
         names = (*OF_A_KIND[self.row.kind], *self.row.takes)
         return {"method": self.method, **{name: getattr(self, name) for name in names if name != "packed"}}
 
     @property
     def of_a_layer(self) -> "Slimming":
-        """The same options without what changes no byte of a layer: how the work is divided, and what the method does not read."""
+        """The options that change a layer's bytes: without how the work is divided, and without what the method does not read."""
         return only(self, "least", "rare", "shared", "inputs", *OF_A_KIND[self.row.kind], *self.row.takes)

@@ -1,4 +1,4 @@
-"""Which weights of a matrix may be zero, as a value that a step's parameters can carry. Knows no tensors."""
+"""Which weights of a matrix become zero, as a value that can be a step's parameter. No torch."""
 
 from dataclasses import dataclass
 from math import isfinite
@@ -6,10 +6,10 @@ from math import isfinite
 
 @dataclass(frozen=True)
 class Pattern:
-    """Either `ratio`, the part of the weights that goes, wherever they stand, or at most `keep` of every `of` inputs of a row.
+    """Either a `ratio` of all weights is dropped, or at most `keep` of every `of` inputs of a row stay.
 
-    "0.5" is half of the weights, "2:4" at most two of four consecutive inputs (Mishra et al., Accelerating Sparse Deep Neural
-    Networks, 2021, section 3). Raises ValueError where the numbers say nothing that can be done.
+    "0.5" drops half of the weights, "2:4" keeps at most two of four consecutive inputs (Mishra et al., Accelerating Sparse Deep
+    Neural Networks, 2021, section 3). Raises ValueError if the numbers make no pattern.
     """
 
     ratio: float = 0.0
@@ -27,7 +27,7 @@ class Pattern:
 
     @staticmethod
     def parse(text: "str | float | Pattern") -> "Pattern":
-        """The pattern that "0.5", 0.5 or "2:4" names; a pattern is itself. Raises ValueError for anything else."""
+        """The pattern for "0.5", 0.5 or "2:4"; a `Pattern` is returned as it is. Raises ValueError for anything else."""
         if isinstance(text, Pattern):
             return text
         keep, colon, of = str(text).partition(":")
@@ -42,7 +42,7 @@ class Pattern:
         return f"{self.keep}:{self.of}" if self.of else f"{self.ratio:g}"
 
     def check(self, columns: int) -> None:
-        """Raise ValueError where a matrix with so many inputs cannot have this pattern."""
+        """Raise ValueError if a matrix with this many inputs cannot have the pattern."""
         if self.of and columns % self.of:
             raise ValueError(
                 f"pattern {self} asks for columns in groups of {self.of}, which {columns} is no multiple of; give a ratio"

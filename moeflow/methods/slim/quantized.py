@@ -1,6 +1,6 @@
-"""A matrix on a grid: its codes, scales and zero points.
+"""A quantized matrix: its codes, scales and zero points.
 
-Shapes are suffixes: M outputs and N inputs of a matrix, G groups of inputs. A batch, the experts of a layer, may stand before them.
+Shapes are suffixes: M outputs and N inputs of a matrix, G groups of inputs. Batch dimensions, a layer's experts, may come first.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from moeflow.methods.slim.grid import Grid
 
 @dataclass(frozen=True)
 class Quantized:
-    """Codes, int8 and signed whatever the bits; scales in the precision in which they are stored; int8 zero points or None."""
+    """Codes, int8 and signed for any number of bits; scales in the dtype in which they are stored; int8 zero points or None."""
 
     codes_MN: Tensor
     scale_MG: Tensor
@@ -23,7 +23,7 @@ class Quantized:
     grid: Grid
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weights [M, N] that these stand for, scale times (code minus zero point), multiplied in fp32."""
+        """The weights [M, N] that the codes stand for: scale times (code minus zero point), multiplied in fp32."""
         shift_MGg = self.codes_MN.float().unflatten(-1, (self.scale_MG.shape[-1], -1))
         if self.zero_MG is not None:
             shift_MGg -= self.zero_MG[..., None]
@@ -31,19 +31,19 @@ class Quantized:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the packed form, of all matrices of the batch."""
+        """Bytes of all matrices of the batch in packed form."""
         *batch, rows, columns = self.codes_MN.shape
         return prod(batch) * self.grid.nbytes(rows, columns, scale_bytes=self.scale_MG.element_size())
 
     @staticmethod
     def stacked(parts: "Sequence[Quantized]") -> "Quantized":
-        """Matrices of one shape and grid as a batch, [E, M, N]."""
+        """Stack matrices of one shape and grid into a batch [E, M, N]."""
         zeros = [part.zero_MG for part in parts if part.zero_MG is not None]
         codes, scales = [part.codes_MN for part in parts], [part.scale_MG for part in parts]
         return Quantized(torch.stack(codes), torch.stack(scales), torch.stack(zeros) if zeros else None, parts[0].grid)
 
     def reshaped(self, *batch: int) -> "Quantized":
-        """The same matrices with their batch in this shape."""
+        """The same matrices with batch dimensions of this shape."""
 
         def shaped(t: Tensor) -> Tensor:
             return t.reshape(*batch, *t.shape[-2:])

@@ -1,7 +1,7 @@
-"""Rounding to the nearest point of a grid, whose scales follow from the smallest and the largest weight that share one.
+"""Rounding to the nearest point of a grid, whose scales come from the smallest and the largest weight of each group.
 
-Shapes are suffixes: M outputs and N inputs of a matrix, G groups of inputs, g inputs of a group. A batch, the experts of a layer,
-may stand before them; tensors stay on their device.
+Shapes are suffixes: M outputs and N inputs of a matrix, G groups of inputs, g inputs of a group. Batch dimensions, such as a
+layer's experts, may come first; tensors stay on their device.
 """
 
 import torch
@@ -15,13 +15,13 @@ from moeflow.methods.slim.quantized import Quantized
 
 @torch.no_grad()
 def round_to_nearest(w_MN: Tensor, grid: Grid, *, scale_dtype: torch.dtype = torch.float32) -> Quantized:
-    """Each weight [M, N] at its nearest code, with scales that `scale_dtype` can hold.
+    """Round each weight [M, N] to its nearest code, with scales rounded to `scale_dtype`.
 
-    Raises ValueError where the groups do not divide the columns or a weight is not finite.
+    Raises ValueError if groups do not divide the columns or a weight is not finite.
     """
     check_weight(w_MN)
     groups = grid.groups(w_MN.shape[-1])
-    if w_MN.dim() > 2:  # one after the other, so that one alone is there in fp32
+    if w_MN.dim() > 2:  # one by one, so that only one at a time is in fp32
         each = [round_to_nearest(w, grid, scale_dtype=scale_dtype) for w in matrices(w_MN)]
         return Quantized.stacked(each).reshaped(*w_MN.shape[:-2])
     w_MGg = w_MN.float().unflatten(-1, (groups, -1))
@@ -34,16 +34,16 @@ def round_to_nearest(w_MN: Tensor, grid: Grid, *, scale_dtype: torch.dtype = tor
 
 
 def treat(w_MN: Tensor, moment_NN: Tensor | None, how: Slimming, scale_dtype: torch.dtype) -> Quantized:
-    """The row of the table of methods."""
+    """The function of `round_to_nearest` in the table of methods."""
     return round_to_nearest(w_MN, how.grid, scale_dtype=scale_dtype)
 
 
 def scales(low: Tensor, high: Tensor, grid: Grid, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor | None]:
-    """The scale, and unless symmetric the signed zero point, of weights between `low` and `high`; all fp32 and of one shape.
+    """The scale of weights between `low` and `high`, and unless symmetric the signed zero point; all fp32 and of one shape.
 
-    Zero is always on the grid; weights that are all zero get the range from -1 to 1. As in GPTQ's reference implementation
-    (Frantar et al., ICLR 2023), but for a symmetric group without a negative weight, whose range that cuts in half. The scale is
-    one that `dtype` holds. Raises ValueError where `dtype` cannot hold one so large.
+    Zero is always on the grid; weights that are all zero get the range from -1 to 1. This follows GPTQ's reference implementation
+    (Frantar et al., ICLR 2023), which however halves the range of a symmetric group without negative weights. The scale is rounded
+    to `dtype`. Raises ValueError if it is too large for `dtype`.
     """
     low, high = low.clamp(max=0), high.clamp(min=0)
     if grid.symmetric:

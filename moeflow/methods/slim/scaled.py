@@ -1,4 +1,4 @@
-"""Experts whose inputs were scaled before they were rounded, and how the rest of the block takes the scale back.
+"""Experts whose inputs were scaled before rounding, and folding of the scale into the rest of the block.
 
 Shapes are suffixes: E experts, D model width, F expert width.
 """
@@ -12,10 +12,10 @@ from moeflow.methods.slim.quantized import Quantized
 
 @dataclass(frozen=True)
 class ScaledExperts:
-    """A layer's experts on a grid, and what has to be done to the rest of the block for it to remain the same.
+    """A layer's experts on a grid, and the scales that keep the block's outputs the same.
 
-    `scale_D`: what the norm's weight is divided by and the columns of all it feeds are multiplied by (`fold` does both). The
-    experts have theirs in them, and also `inner_EF`, which divides the rows of up and multiplies the columns of down.
+    `scale_D` divides the norm's weight and multiplies the columns of all that the norm feeds (`fold` does both). The experts
+    already contain it, and also `inner_EF`, which divides the rows of up and multiplies the columns of down.
     """
 
     gate_EFD: Quantized
@@ -26,10 +26,10 @@ class ScaledExperts:
 
 
 def fold(norm_D: Tensor, scale_D: Tensor, *fed: Tensor) -> tuple[Tensor, ...]:
-    """The norm's weight [D] divided by the scale and each matrix it feeds, [.., D], multiplied by it, in their own precisions.
+    """Divide the norm's weight [D] by the scale and multiply each matrix that it feeds, [.., D], by it, in their own dtypes.
 
-    Give *all* that the norm feeds: the router's rows, a shared expert's gate and its gate and up, and experts that were not scaled
-    yet. Raises ValueError where the widths differ.
+    Give *all* that the norm feeds: the router, a shared expert's own gate, its gate and up matrices, and experts that are not
+    scaled yet. Raises ValueError if the widths differ.
     """
     if bad := [tuple(t.shape) for t in (norm_D, *fed) if t.shape[-1] != len(scale_D)]:
         raise ValueError(f"a scale of {len(scale_D)} inputs cannot be folded into {bad[0]}; give what the same norm feeds")

@@ -1,11 +1,11 @@
-"""Pruning column by column, where the columns that follow make up for what was lost (SparseGPT); and the sweep that GPTQ shares.
+"""Pruning column by column, where the following columns compensate for the error (SparseGPT), and the sweep that GPTQ shares.
 
 Shapes are suffixes: M outputs and N inputs of a matrix, B columns of a block, S those and some that follow, X any columns, E
 matrices at once. The sweep works on transposed weights, so that a column is a contiguous row; tensors stay on their device.
 
-The second moment H of the inputs, plus a little on its diagonal, is R R' with R upper triangular. The errors E of the columns
-before a block of columns b are made up for by E R[:, b] inverse(R[b, b]), and the inverse of the whole H, which the papers'
-implementations factor once more, is never formed: U = inverse(R) is the factor of it, and a block needs only inverse(R[b, b]).
+The second moment H of the inputs, plus a little on its diagonal, is R R' with R upper triangular. To compensate for the errors E of
+the columns before a block b, the sweep adds E R[:, b] inverse(R[b, b]). The papers' implementations also factor inverse(H); here it
+is never formed, since its factor is inverse(R) and a block needs only inverse(R[b, b]).
 """
 
 from collections.abc import Callable, Iterator
@@ -19,13 +19,13 @@ from moeflow.methods.slim.methods import Slimming
 from moeflow.methods.slim.pattern import Pattern
 
 INNER = 32
-"""How many columns are treated before what they change in the rest of their block is made up for at once."""
+"""How many columns are treated before the rest of their block is updated for their errors."""
 
 BUDGET = 2 << 30
-"""Bytes of working memory for which matrices are taken at once, off the CPU; one always is."""
+"""Bytes of working memory for matrices treated together on a GPU; one matrix is always treated."""
 
 Column = Callable[[int, Tensor, Tensor], None]
-"""What happens to a column [M] of a block: given its index there and its weights, writes the error made into the third."""
+"""Treats a column [M] of a block: takes its index there and its weights, and writes its error into the third argument."""
 
 
 @torch.no_grad()
@@ -39,13 +39,13 @@ def sparsegpt(
     damp: float = 0.01,
     at_once: int | None = None,
 ) -> Tensor:
-    """The weight [M, N] with zeros of this pattern, the rest changed to make up for them (Frantar & Alistarh, ICML 2023, 3.1-3.4).
+    """The weight [M, N] with zeros in this pattern, the rest changed to compensate (Frantar & Alistarh, ICML 2023, 3.1-3.4).
 
     `moment` is the sum over tokens of the inputs' outer products, [N, N], in any unit; or give the inputs. `damp` times its mean
-    diagonal is added to the diagonal. A ratio is met, as in the authors' code, in each block of columns over all rows, but for one
-    weight more. An input that was never seen costs nothing to prune, so goes first, and what stays of it stays as it was.
+    diagonal is added to the diagonal. As in the authors' code, a ratio applies to each block of columns over all rows, and one more
+    weight goes. An input that was never seen costs nothing to prune, so it goes first; its remaining weights do not change.
     `at_once` matrices of a batch are treated together: by default one on the CPU, elsewhere what BUDGET allows; memory is that of
-    the result and `sparsegpt_memory`. Raises ValueError where the pattern does not divide the columns, or statistics do not fit,
+    the result plus `sparsegpt_memory`. Raises ValueError if the pattern does not divide the columns, or if statistics do not fit,
     are not finite, or are zero because an expert saw no tokens.
     """
     check_weight(w_MN)
@@ -68,12 +68,12 @@ def sparsegpt(
 
 
 def sparsegpt_memory(rows: int, columns: int, at_once: int = 1, *, block: int = 128) -> int:
-    """Bytes of working memory beside weights, moments and the result: fp32 throughout, whatever the number of matrices."""
+    """Bytes of working memory for `at_once` matrices, beside weights, moments and the result: fp32 throughout."""
     return sweep_memory(rows, columns, at_once, block) + at_once * 20 * min(block, columns) * rows
 
 
 def treat(w_MN: Tensor, moment_NN: Tensor, how: Slimming, scale_dtype: torch.dtype) -> Tensor:
-    """The row of the table of methods."""
+    """SparseGPT's function in the table of methods."""
     return sparsegpt(w_MN, how.pattern, moment=moment_NN, block=how.block, damp=how.damp)
 
 
@@ -83,7 +83,7 @@ def memory(rows: int, columns: int, how: Slimming) -> int:
 
 @dataclass(frozen=True)
 class Block:
-    """Columns `start` to `stop` as they are after the columns before, transposed, and those of `weight_SM` that follow them."""
+    """Columns `start` to `stop`, transposed and updated for the columns before them; `weight_SM` also has some that follow."""
 
     start: int
     stop: int
@@ -97,13 +97,13 @@ class Block:
         return self.stop - self.start
 
     def score(self, at: int, to: int) -> Tensor:
-        """What setting each weight of columns `at` to `to` of the block to zero would cost, all else adapted: [X, M]."""
+        """The cost [X, M] of setting each weight of the block's columns `at` to `to` to zero, with all else adapted."""
         return (self.weight_SM[..., at:to, :] / self.diagonal_B[..., at:to, None]).square_()
 
     def treat(self, column: Column, group: int = 1) -> None:
-        """Treat one column after the other, each with the weights that make up for the errors before it.
+        """Treat the columns one by one, each updated for the errors of those before it.
 
-        The columns of a group all have theirs up to the group when its first is treated.
+        When the first column of a group is treated, all its columns are updated for the errors before the group.
         """
         weight_M, error_M = self.weight_SM.unbind(-2), self.error_BM.unbind(-2)
         inner = max(INNER // group, 1) * group
@@ -124,9 +124,9 @@ class Block:
 
 
 def sweep(w_MN: Tensor, factor_NN: Tensor, block: int, ahead: Callable[[int, int], int] | None = None) -> Iterator[Block]:
-    """The blocks of one matrix, or of a batch [E, M, N], from left to right; each is to be treated before the next is asked for.
+    """The blocks of one matrix, or of a batch [E, M, N], from left to right. Treat each before asking for the next.
 
-    `ahead(start, stop)` says up to which column the weights of a block are wanted, where that is beyond its own.
+    `ahead(start, stop)` returns the column up to which a block needs weights, if that is beyond its own.
     """
     rows, columns = w_MN.shape[-2:]
     left_NM = w_MN.float().mT.contiguous() if w_MN.dtype != torch.float32 else w_MN.mT.clone(memory_format=torch.contiguous_format)
@@ -143,15 +143,15 @@ def sweep(w_MN: Tensor, factor_NN: Tensor, block: int, ahead: Callable[[int, int
         couple_BB = (inverse_SS[..., :size, :size] / diagonal_B[..., None]).mT.contiguous()
         made = Block(start, stop, weight_SM, diagonal_B, couple_BB, weight_SM.new_empty(*weight_SM.shape[:-2], size, rows))
         yield made
-        # from here on these columns hold how far they are from their first values
+        # from here on these columns hold their first values minus their final ones
         left_NM[..., start:stop, :] -= weight_SM[..., :size, :]
         left_NM[..., start:stop, :] += made.error_BM
 
 
 def factor(seen: InputStatistics, now: int | slice, damp: float, order_N: Tensor | None = None) -> Tensor:
-    """The upper triangular R [N, N], fp32, of which R R' is the damped second moment, its columns in this order if one is given.
+    """The upper triangular R [N, N], fp32, for which R R' is the damped second moment, its columns in this order if one is given.
 
-    The moment is divided by its mean over the inputs that were seen. Raises ValueError where that is not positive definite.
+    The moment is divided by its mean diagonal over the inputs that were seen. Raises ValueError if it is not positive definite.
     """
     each = range(len(seen.each))[now]
     if isinstance(each, range):
@@ -177,7 +177,7 @@ def _factor(seen: InputStatistics, e: int, damp: float, order_N: Tensor | None) 
 
 
 def sweep_memory(rows: int, columns: int, at_once: int, block: int, ahead: int = 0) -> int:
-    """Bytes that a sweep needs: the weights in fp32, the moment on its way to its factor, and one block with what follows it."""
+    """Bytes that a sweep needs: the weights in fp32, the moment while it is factored, and one block with what follows it."""
     span = min(block + ahead, columns)
     moment = 24 * columns * columns
     working = 4 * rows * columns + 4 * span * (2 * rows + 3 * span + columns) + 12 * span * rows
@@ -185,7 +185,7 @@ def sweep_memory(rows: int, columns: int, at_once: int, block: int, ahead: int =
 
 
 def chunks(w_EMN: Tensor, at_once: int | None, bytes_of_one: int) -> Iterator[int | slice]:
-    """Which matrices are treated at once: one by one on the CPU, where each stays in the cache and there is no launch to save."""
+    """The matrices to treat at once: one by one on the CPU, where each stays in the cache and there is no launch to save."""
     if at_once is not None and at_once < 1:
         raise ValueError(f"at_once={at_once} must be at least 1 matrix")
     if at_once is None:
@@ -197,7 +197,7 @@ def chunks(w_EMN: Tensor, at_once: int | None, bytes_of_one: int) -> Iterator[in
 
 
 def check_sweep(block: int, damp: float) -> None:
-    """Raise ValueError where no sweep can be made with these."""
+    """Raise ValueError if no sweep is possible with these values."""
     if block < 1:
         raise ValueError(f"block={block} must be at least 1 column; 128 is usual")
     if not 0 < damp < float("inf"):

@@ -1,8 +1,8 @@
 """Expert Slimming: the weights inside the experts become sparse or are quantized.
 
 He et al., Demystifying the Compression of Mixture-of-Experts Through a Unified Framework (arXiv 2406.02500), section 3. Routers,
-gates of shared experts, norms and everything outside the MoE blocks keep computing what they do; AWQ moves a scale between a norm
-and all that it feeds, the router among them.
+gates of shared experts, norms and everything outside the MoE blocks compute the same as before; AWQ moves a scale between a norm
+and all that it feeds, including the router.
 """
 
 from dataclasses import replace
@@ -20,7 +20,7 @@ from moeflow.step import Artifact, Context, Part, Spec, Step, step
 
 
 def slimmed(rest: Step | Part, given: Step, seen: tuple[Step | Part, ...], *, at: int, how: Slimming, dtype: str) -> Step:
-    """Layer `at`, slimmed by one task or several, as a graph. Raises ValueError for a number of tasks that cannot be."""
+    """The graph that slims layer `at` in one task or several. Raises ValueError for an impossible number of tasks."""
     most = given.spec.output.experts
     if how.tasks != 1 and how.row.needs == "tokens":
         raise ValueError(f"tasks={how.tasks}: {how.method} treats all experts of layer {at} at once; give tasks=1")
@@ -69,7 +69,7 @@ def _layer_spec(
     tokens = sum(s.rows for s in seen) * columns * size
     gate = family.expert(layer, 0)[0]
     rows = next(given.tensors[n][1][0] for n in (gate, family.factors(gate)[0]) if n in given.tensors)
-    # what is written, the tokens, and the moments, factor and working copy of one expert; or all experts, and their codes
+    # the output, the tokens, and the moments, factor and working copy of one expert, or all experts and their codes
     together = 3 * given.experts * rows * columns * (size + 3) if how.row.needs == "tokens" else 0
     share = out.nbytes // parts
     memory = share + together + 3 * tokens + 60 * max(rows, columns) ** 2 + 24 * rows * columns + (1 << 29)
@@ -97,10 +97,10 @@ def layer(
     context: Context, config: Artifact, given: Artifact, seen: tuple[Artifact, ...],
     *, layer: int, part: int, parts: int, how: Slimming, dtype: str,
 ) -> None:  # fmt: skip
-    """One layer's file with slimmed experts, and `facts.json`, which says for every expert by what it was treated and what it lost.
+    """One layer's file with slimmed experts, and `facts.json`, which says for every expert how it was treated and what it lost.
 
-    `seen`: what each shard of tokens showed in this layer. Of several `parts` each has its share of the experts, and the first
-    everything else. If a run has left the layer without experts, it stays what it is.
+    `seen`: what each shard of tokens recorded in this layer. With several `parts`, each treats its share of the experts, and the
+    first also writes everything else. If trimming removed the layer's experts, the layer is unchanged.
     """
 
     from moeflow.methods.slim import experts
@@ -111,7 +111,7 @@ def layer(
     facts = Facts.of(given)
     if report is not None:
         facts = facts.and_then("slim.layer", **how.facts, experts=report)
-    if report is not None or part:  # otherwise the layer is what it was
+    if report is not None or part:  # otherwise the layer is unchanged
         facts.write(context.out)
 
 
@@ -122,7 +122,7 @@ def _joined_spec(parts: tuple[LayerSpec, ...]) -> Spec:
 
 @step("slim.joined", version=1, spec=_joined_spec)
 def joined(context: Context, parts: tuple[Artifact, ...]) -> None:
-    """One layer's file and report from those of its parts."""
+    """One layer's file and report, joined from its parts."""
 
     from moeflow.methods.slim import experts
 
