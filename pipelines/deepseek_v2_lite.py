@@ -2,11 +2,11 @@
 
     ray job submit --working-dir . -- python pipelines/deepseek_v2_lite.py --store s3://bucket/prefix --gpus 1
 
-The constants are the paper's, as in `mixtral_moei2.py`: a quarter of the 64 experts of a layer goes on average, shared experts
-and the dense first layer never; 53.98 % of the routed experts' parameters are gone in the end.
+The constants are the paper's, as in `mixtral_moei2.py`: a quarter of a layer's 64 experts is dropped on average, no shared expert
+and nothing of the dense first layer; 53.98 % of the routed experts' parameters go in the end.
 
-Every expert of every layer is left out once to see what the model loses (`importance`): on 4,096 tokens, since the hidden states of
-all of these models are stored. `-p counts.importance=recon -p decomposition.importance=recon` looks at the layers' own outputs and
+Each expert of each layer is left out once to measure what the model loses (`importance`), on 4,096 tokens, since the hidden states
+of all these models are stored. `-p counts.importance=recon -p decomposition.importance=recon` looks at the layers' own outputs and
 stores none.
 """
 

@@ -1,8 +1,8 @@
-"""DeepSeek-V2-Lite by the unified framework (He et al., arXiv 2406.02500): its structure is trimmed, its experts are quantized.
+"""DeepSeek-V2-Lite by the unified framework (He et al., arXiv 2406.02500): trim its structure, quantize its experts.
 
     ray job submit --working-dir . -- python pipelines/deepseek_v2_lite_unified.py --store s3://bucket/prefix --gpus 1
 
-The constants are those that the paper takes for DeepSeek-MoE-16B, as in `mixtral_unified.py`: four MoE blocks go, 4 bits in groups
+The constants are the paper's for DeepSeek-MoE-16B, with the options of `mixtral_unified.py`: drop four MoE blocks, 4 bits in groups
 of 64. `-p trim=decoder_layers` drops decoder layers instead, and `-p trim=experts -p trim.dropped=16` a quarter of the experts.
 """
 

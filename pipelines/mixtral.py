@@ -1,11 +1,11 @@
-"""Mixtral 8x7B, the experts that matter least taken out of every layer (Lu et al., "Not All Experts are Equal", ACL 2024).
+"""Drop the least important experts of every layer of Mixtral 8x7B (Lu et al., "Not All Experts are Equal", ACL 2024).
 
     ray job submit --working-dir . -- python pipelines/mixtral.py --store s3://bucket/prefix --gpus 1 -p keep=6
 
 The constants are the paper's: 128 sequences of 2,048 tokens of C4 in batches of 8, documents packed in groups of 1,000 with a
 beginning-of-sequence token each, the checkpoint's own precision (bf16), every layer searched on its own.
 
-`-p skipping=median` adds the paper's dynamic skipping, calibrated on the pruned model: about half of the tokens then go through one
+`-p skipping=median` adds the paper's dynamic skipping, calibrated on the pruned model: about half of the tokens then use one
 expert; `-p skipping=1.7` sets how many experts a token has on average. `-p tune=lora` fine-tunes what is left.
 """
 

@@ -2,10 +2,10 @@
 
     ray job submit --working-dir . -- python pipelines/mixtral_moei2.py --store s3://bucket/prefix --gpus 1
 
-The constants are the paper's: a quarter of the experts goes, layer by layer as their importance says, found by a genetic search
-(population 100, 50 generations) and chosen in blocks of T=3 layers among K=3 sets each; what remains is cut to about half of the
-experts' parameters by singular values, at ranks by importance with alpha 0.15. 2,048 sequences of 2,048 tokens of C4. Then LoRA on
-Alpaca; the paper's rank, rate and epochs were not at hand, so those here are usual ones. `-p tune=none` leaves it out.
+The constants are the paper's: a quarter of the experts is dropped, spread over layers by importance, found by a genetic search
+(population 100, 50 generations) and chosen in blocks of T=3 layers among K=3 sets each; the rest is cut to about half of the
+experts' parameters by SVD, with ranks by importance at alpha 0.15. 2,048 sequences of 2,048 tokens of C4. Then LoRA on Alpaca; the
+paper's rank, rate and epochs were not at hand, so those here are usual ones. `-p tune=none` leaves it out.
 
 What moeflow puts beside it: `-p counts.rule=exact -p search=swap -p search.block=1 -p decomposition.svd=whitened
 -p decomposition.ranks=global`.

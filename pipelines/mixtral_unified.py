@@ -1,4 +1,4 @@
-"""Mixtral 8x7B by the unified framework (He et al., arXiv 2406.02500): its structure is trimmed, and its experts are quantized.
+"""Mixtral 8x7B by the unified framework (He et al., arXiv 2406.02500): trim its structure, quantize its experts.
 
     ray job submit --working-dir . -- python pipelines/mixtral_unified.py --store s3://bucket/prefix --gpus 1
 
@@ -8,11 +8,11 @@ layer). Without options: L8/32 + AWQ, the paper's main result. B5/32 + AWQ with 
 trim.dropped=2`, two experts of a layer on average across the model. 128 sequences of 2,048 tokens of C4; 4 bits in groups of
 128.
 
-The paper quantizes first; `-p order=trim,slim` trims first. `-p slim=gptq`, `sparsegpt`, `wanda` and so on take another method;
-`-p slim=none` skips slimming, `-p trim=none` skips trimming. `-p slim.inputs=sequential` calibrates each layer behind the
-slimmed layers before it. `-p slim=gptq -p slim.activation_order=true` quantizes first the columns whose inputs have most energy
-(act-order), `-p slim.tasks=8` splits each layer's experts over eight Ray tasks, with the same result. `-p order=trim,tune,slim
--p tune=full` fine-tunes the trimmed model before it is quantized.
+The paper quantizes first; `-p order=trim,slim` trims first. `-p slim=gptq`, `sparsegpt`, `wanda` and so on take another method; `-p
+slim=none` skips slimming, `-p trim=none` skips trimming. `-p slim.inputs=sequential` calibrates each layer behind the slimmed
+layers before it. `-p slim=gptq -p slim.activation_order=true` quantizes the columns with the most input energy first (act-order),
+`-p slim.tasks=8` splits each layer's experts over eight Ray tasks, with the same result. `-p order=trim,tune,slim -p tune=full`
+fine-tunes the trimmed model before it is quantized.
 
 What moeflow puts beside it: `-p order=decompose,slim -p decompose=0.25 -p slim=gptq` makes the experts low-rank and packs their
 factors: closer to the original than fewer bits at the same bytes (benchmarks/RESULTS.md).

@@ -2,7 +2,7 @@
 
     ray job submit --working-dir . -- python pipelines/olmoe.py --store s3://bucket/prefix -p gang.processes=8
 
-The constants are the paper's: half of a token's experts are computed, three vectors stand for each of the others, and everything is
+The constants are the paper's: half of a token's experts are computed, three vectors stand in for each of the others, and all is
 trained together: AdamW at 2e-5 with a cosine and 3 % of warm-up, 128 sequences of 4,096 tokens a step, two epochs. The paper trains
 on one text for each task; `-p tune.text=magicoder` or `tulu3` are its others. Active parameters fall from 1.28 B to 879 M, counted
 from the configuration; the paper prints 878 M.

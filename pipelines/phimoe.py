@@ -1,9 +1,9 @@
-"""Phi-3.5-MoE with Compressed Experts (He et al., EMNLP Findings 2025, arXiv 2503.00634): one expert a token in the place of two.
+"""Phi-3.5-MoE with Compressed Experts (He et al., EMNLP Findings 2025, arXiv 2503.00634): one expert a token instead of two.
 
     ray job submit --working-dir . -- python pipelines/phimoe.py --store s3://bucket/prefix -p gang.processes=16
 
 The constants are the paper's, as in `olmoe.py`, with a rate of 1e-5. Active parameters fall from 6.64 B to 4.12 B, counted from the
-configuration; the paper prints 7.45 and 4.93 B, which is what they would be without grouped-query attention.
+configuration; the paper prints 7.45 and 4.93 B, which is the count without grouped-query attention.
 """
 
 from functools import partial

@@ -2,12 +2,12 @@
 
     ray job submit --working-dir . -- python pipelines/qwen15_moe.py --store s3://bucket/prefix --gpus 1
 
-The constants are the paper's, as in `mixtral_moei2.py`: a quarter of the 60 experts of a layer goes on average, the shared one
-never; what remains is cut to about half of the routed experts' parameters.
+The constants are the paper's, as in `mixtral_moei2.py`: on average a quarter of a layer's 60 experts is dropped, the shared one
+always stays, and the rest is cut to about half of the routed experts' parameters.
 
-Every expert of every layer is left out once to see what the model loses (`importance`): on 4,096 tokens, since the hidden states of
-all of these models are stored. `-p counts.importance=recon -p decomposition.importance=recon` looks at the layers' own outputs and
-stores none. Its tokenizer has no beginning-of-sequence token.
+Each expert of each layer is left out once to measure what the model loses (`importance`), on 4,096 tokens, since the hidden states
+of all these models are stored. `-p counts.importance=recon -p decomposition.importance=recon` looks at the layers' own outputs and
+stores none. The tokenizer has no beginning-of-sequence token.
 """
 
 from functools import partial

@@ -1,9 +1,9 @@
-"""Qwen1.5-MoE-A2.7B by the unified framework (He et al., arXiv 2406.02500): its structure is trimmed, its experts are quantized.
+"""Qwen1.5-MoE-A2.7B by the unified framework (He et al., arXiv 2406.02500): trim its structure, quantize its experts.
 
     ray job submit --working-dir . -- python pipelines/qwen15_moe_unified.py --store s3://bucket/prefix --gpus 1
 
-As in `mixtral_unified.py`, with the numbers that the paper takes for a fine-grained model (DeepSeek-MoE-16B): four MoE blocks go, 4
-bits in groups of 64. Its tokenizer has no beginning-of-sequence token.
+Like `mixtral_unified.py`, with the paper's numbers for a fine-grained model (DeepSeek-MoE-16B): drop four MoE blocks, 4 bits in
+groups of 64. The model's tokenizer has no beginning-of-sequence token.
 """
 
 from functools import partial

@@ -1,8 +1,8 @@
-"""The whole of moeflow in minutes on a laptop: train a small Mixtral on Python's own sources, then take half its experts out.
+"""The whole of moeflow in minutes on a laptop: train a small Mixtral on Python's own sources, then drop a quarter of its experts.
 
     make demo
 
-The same graph as `mixtral.py`, on a model that a step of the graph trains.
+The graph is that of `mixtral.py`, on a model that one of its steps trains.
 """
 
 from moeflow.cli import main

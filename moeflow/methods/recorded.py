@@ -1,4 +1,4 @@
-"""What a calibration recorded of one layer, read back: statistics added over shards, inputs, and the layer itself.
+"""Read what a calibration recorded in one layer: statistics added over shards, inputs, and the layer itself.
 
 Shapes are suffixes: T tokens, R recorded tokens, D model width, E experts, k experts a token.
 """
@@ -18,9 +18,9 @@ from moeflow.model.spec import precision
 
 
 def add_stats(shards: Sequence[Tensors], names: Iterable[str] = ()) -> dict[str, Tensor]:
-    """The named statistics of one layer over all its shards; without names, all that the scores need.
+    """Add one layer's named statistics over all its shards; without names, all that the scores need.
 
-    Sums are added; of "max_E", the largest value of each expert, the largest is taken.
+    Sums are added; "max_E", each expert's largest value, becomes the maximum over shards.
     """
     wanted = tuple(names) or sorted({name for score in SCORES.values() for name in score.needs})
     together = {name: torch.stack([s[name] for s in shards]) for name in wanted}
@@ -28,18 +28,18 @@ def add_stats(shards: Sequence[Tensors], names: Iterable[str] = ()) -> dict[str,
 
 
 def counted(shards: Sequence[Files]) -> float:
-    """How many of the layer's experts compute a token of these shards, on average."""
+    """The mean number of the layer's experts that compute a token of these shards."""
     stats = add_stats([Tensors(s) for s in shards], ("count_E", "tokens"))
     return float(stats["count_E"].sum() / stats["tokens"])
 
 
 def layer_of(tensors: Tensors, config: Config, layer: int, dtype: str) -> MoELayer:
-    """One layer's MoE block in the precision of the run, on a GPU where there is one."""
+    """One layer's MoE block in the precision of the run, on a GPU if there is one."""
     return read_moe(tensors, config, layer).to(**placement(config, dtype))
 
 
 def placement(config: Config, dtype: str) -> dict[str, Any]:
-    """The `device` and `dtype` of the run's tensors: a GPU where there is one, and the precision of the run."""
+    """The `device` and `dtype` of the run's tensors: a GPU if there is one, and the precision of the run."""
     return {"device": "cuda" if torch.cuda.is_available() else "cpu", "dtype": getattr(torch, precision(config, dtype))}
 
 

@@ -1,4 +1,4 @@
-"""What steps leave for the next decision: small JSON files that a person can read and diff, each written and read here."""
+"""Records of decisions and measurements: small JSON files that people can read and diff, all written and read here."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ def read_json(artifact: Artifact, name: str) -> Any:
 
 
 class Record:
-    """A frozen dataclass that is one file of JSON; a field that has its default is not in the file."""
+    """A frozen dataclass stored as one JSON file; fields at their default are left out of the file."""
 
     FILE: ClassVar[str]
 
@@ -37,18 +37,18 @@ class ExpertSet:
     loss: float
     """How far the layer's output moves, in the norm that the search minimises."""
     of_output: float
-    """The loss as a part of the norm of the output."""
+    """The loss as a fraction of the output's norm."""
 
 
 @dataclass(frozen=True)
 class LayerLoss:
-    """What the chosen set of a layer costs."""
+    """The loss of a layer's chosen set."""
 
     kind: str
     """frobenius: the norm over all tokens; batch-sum: the sum of the norms of all batches."""
     value: float
     of_output: float
-    """The value as a part of the same norm of the output."""
+    """The value as a fraction of the same norm of the output."""
     tokens: int
     """The tokens that it was measured on."""
 
@@ -61,18 +61,18 @@ class Choice(Record):
 
     layer: int
     experts: int
-    """How many the layer had."""
+    """How many experts the layer had."""
     keep: tuple[int, ...]
-    """Those that stay, ascending."""
+    """The experts that stay, ascending."""
     criterion: str
     """The search, or the score, that chose them."""
     loss: LayerLoss
     runner_up: ExpertSet | None
-    """The second best set, if the search looked at one."""
+    """The second best set, if the search evaluated one."""
     baselines: Mapping[str, ExpertSet]
     """The set that each score would keep."""
     losses: Mapping[str, float] = field(default_factory=dict)
-    """The loss of every set that was compared, by its experts joined with commas; empty if another step compared them."""
+    """The loss of every compared set, keyed by its experts joined with commas; empty if another step compared them."""
 
 
 @dataclass(frozen=True)
@@ -87,13 +87,13 @@ class Sets:
 
 @dataclass(frozen=True)
 class Candidates(Record):
-    """The sets of one layer's experts among which a later step chooses."""
+    """Sets of one layer's experts, from which a later step chooses."""
 
     FILE = "candidates.json"
 
     layer: int
     experts: int
-    """How many the layer has."""
+    """How many experts the layer has."""
     method: str
     """The search that found them."""
     tokens: int
@@ -101,7 +101,7 @@ class Candidates(Record):
     norm: float
     """The norm of the layer's output on these tokens."""
     counts: Mapping[int, Sets]
-    """For each number of experts that may stay, the sets of so many."""
+    """The sets for each number of experts that may stay."""
 
     @property
     def only(self) -> Sets:
@@ -115,9 +115,9 @@ class Combination:
     """One set of each layer of a block."""
 
     sets: tuple[int, ...]
-    """For each layer the place of its set among the layer's best."""
+    """For each layer, the index of its set among the layer's best."""
     loss: float
-    """The norm of the change of the block's output."""
+    """The norm of the change in the block's output."""
 
 
 @dataclass(frozen=True)
@@ -153,13 +153,13 @@ class KeptCounts(Record):
     counts: Mapping[int, int]
     """The number of experts of each layer."""
     importance: Mapping[int, float] | None = None
-    """The importance of each layer, if the counts go by that."""
+    """The importance of each layer, if that decided the counts."""
     cost: float | None = None
-    """The sum of the measured costs, if the counts go by those."""
+    """The sum of the measured costs, if those decided the counts."""
     runner_up: Spread | None = None
-    """The best other spread that moves one step from one layer to another."""
+    """The best spread that differs by moving one step from one layer to another."""
     uniform: Spread | None = None
-    """The same number everywhere, where that is legal."""
+    """The same number in every layer, if that is legal."""
 
 
 @dataclass(frozen=True)
@@ -177,12 +177,12 @@ class Importance(Record):
 
 @dataclass(frozen=True)
 class Curves(Record):
-    """What each alternative of each layer, alone, costs the whole model."""
+    """How much each alternative of each layer, on its own, costs the whole model."""
 
     FILE = "curves.json"
 
     tokens: int
-    """The predictions that were compared."""
+    """The number of predictions that were compared."""
     loss: float
     """The loss of the unchanged model, in nats per token."""
     curves: Mapping[int, Mapping[str, float]]
@@ -192,7 +192,7 @@ class Curves(Record):
 
 
 def readable(value: Mapping[str, Any]) -> str:
-    """Indented JSON in which each list of numbers, and each set of experts with its loss, stands in one line."""
+    """Indented JSON with each list of numbers, and each set of experts with its loss, on one line."""
     return _lines(value, 0) + "\n"
 
 
@@ -208,7 +208,7 @@ def _lines(value: Any, depth: int) -> str:
 
 
 def _height(value: Any) -> int:
-    """How many containers lie within each other."""
+    """How deeply containers are nested."""
     if not isinstance(value, Mapping | list | tuple):
         return 0
     return 1 + max((_height(v) for v in (value.values() if isinstance(value, Mapping) else value)), default=0)
@@ -223,16 +223,16 @@ class Ranks:
     rule: str
     """How they were decided: "paper" or "global"."""
     ranks: Mapping[int, Mapping[str, Sequence[int]]]
-    """By layer and matrix ("gate", "up", "down") the rank of each expert; 0: the matrix stays whole. Gate and up of an expert are
+    """By layer and matrix ("gate", "up", "down"), the rank of each expert; 0: the matrix stays whole. An expert's gate and up are
     both whole or both factored."""
     budget: int | None = None
-    """The bytes that all experts together may take, if the rule goes by bytes."""
+    """The bytes that all experts together may take, if the budget is in bytes."""
     optimal: bool | None = None
-    """Whether no other ranks within the budget cost less."""
+    """True if no other ranks within the budget cost less."""
     cost: float | None = None
-    """What these ranks cost, in the unit of the curves that they were chosen by."""
+    """The cost of these ranks, in the unit of the curves that decided them."""
     cost_of_the_same_rank_everywhere: float | None = None
-    """What one rank for all matrices would cost within the same budget."""
+    """The cost of one rank for all matrices within the same budget."""
 
     def write(self, folder: Path) -> None:
         head = {name: value for name, value in asdict(self).items() if name != "ranks" and value is not None}
@@ -254,18 +254,17 @@ class Facts:
     """What was done to one decoder layer: `facts.json` in its folder.
 
     Every step that rewrites a layer takes the layer's facts along and adds its own. A step that leaves a layer's files as they are
-    adds nothing. Facts say what became of the layer; why it was chosen stands in the records of the decisions.
+    adds nothing. Facts say what was done; the records of the decisions say why.
     """
 
     FILE: ClassVar[str] = "facts.json"
 
     done: tuple[Mapping[str, Any], ...] = ()
-    """One entry for each step, the earliest first: `step`, the step's name, and what it did. Experts have the numbers that they had
-    when the step began."""
+    """One entry per step, earliest first: `step`, its name, and what it did. Experts have the indices from before the step."""
 
     @classmethod
     def of(cls, layer_files: Artifact) -> Self:
-        """The facts of a layer; none where nothing was done to it."""
+        """The facts of a layer; empty if nothing was done to it."""
         return cls(tuple(read_json(layer_files, cls.FILE))) if cls.FILE in layer_files.names() else cls()
 
     def and_then(self, step: str, **fact: Any) -> Self:
@@ -276,7 +275,7 @@ class Facts:
 
 
 def readable_lines(fact: Mapping[str, Any]) -> str:
-    """A JSON object with each of its fields, and each entry of a list of objects, in one line."""
+    """A JSON object with each field, and each entry of a list of objects, on one line."""
     lines = []
     for name, value in fact.items():
         text = json.dumps(value)
@@ -287,7 +286,7 @@ def readable_lines(fact: Mapping[str, Any]) -> str:
 
 
 def decision(artifact: Artifact) -> dict[str, Any]:
-    """What a step decided, as its one JSON file says it, without the losses of everything that it weighed."""
+    """What a step decided, from its one JSON file, without the losses of everything that it compared."""
     (name,) = (n for n in artifact.names() if n.endswith(".json"))
     return {k: v for k, v in read_json(artifact, name).items() if k != "losses"}
 
@@ -299,9 +298,9 @@ class TrimmedExperts:
     FILE: ClassVar[str] = "trim.json"
 
     criterion: str
-    """The score by which the experts were ranked."""
+    """The score that ranked the experts."""
     keep: Mapping[int, Sequence[int]]
-    """By layer, the experts that stay, ascending; none where the layer loses them all."""
+    """By layer, the experts that stay, ascending; empty if the layer loses all."""
     scores: Mapping[int, Sequence[float]]
     """By layer, the score of each expert."""
 
@@ -325,11 +324,11 @@ class TrimmedLayers:
 
     trim: Literal["moe_blocks", "decoder_layers"]
     drop: Sequence[int]
-    """The layers, ascending, by the numbers that they had before."""
+    """The layers, ascending, by their old indices."""
     similarity: Mapping[int, float]
-    """By layer, the mean cosine between the states before and behind its MoE block, or the `gap` decoder layers from it on."""
+    """By layer, the mean cosine between the states before and behind its MoE block, or the `gap` decoder layers starting at it."""
     rule: Literal["discrete", "consecutive"] = "discrete"
-    """Each layer by its own similarity, or adjacent layers by that across all of them."""
+    """discrete: each layer by its own similarity; consecutive: adjacent layers by the similarity across all of them."""
     gap: int = 1
     """The number of adjacent decoder layers across which the cosines were taken."""
 
@@ -343,7 +342,7 @@ class TrimmedLayers:
 
 
 def kept_experts(decision: Artifact, layer: int) -> list[int]:
-    """The experts of a layer that stay, ascending, by the decision of a search or of a trimming."""
+    """The experts of a layer that stay, ascending, from the decision of a search or of a trimming."""
     keep = Choice.read(decision).keep if Choice.FILE in decision.names() else TrimmedExperts.read(decision).keep[layer]
     return list(keep)
 

@@ -1,4 +1,4 @@
-"""How measurements are stored: `report.json`, with rows of original against compressed, which `moeflow.report` shows."""
+"""How measurements are stored: `report.json`, with rows that compare original and compressed, which `moeflow.report` shows."""
 
 import json
 from typing import Any
@@ -9,7 +9,7 @@ REPORT = "report.json"
 
 
 def row(name: str, original: float | None, compressed: float | None, unit: str) -> dict[str, Any]:
-    """One line of a report; None for a model that was not measured."""
+    """One row of a report; a model that was not measured has None."""
     return {"name": name, "original": original, "compressed": compressed, "unit": unit}
 
 

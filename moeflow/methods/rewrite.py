@@ -1,4 +1,4 @@
-"""What every rewriting step stands on: a layer's file with the experts that stay, and a model with another configuration."""
+"""Helpers of all steps that rewrite: a layer's file with the experts that stay, and a model with another configuration."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -44,8 +44,8 @@ def experts(
 ) -> None:
     """One layer's files with the experts that a `decision` keeps, renumbered from zero, and the router's rows for them.
 
-    All else stays bit for bit, and only what stays is read. If no expert stays, the shared expert does, with its gate and the norm
-    before it; if the family has none, nothing of the MoE block does. `keep`: how many stay, if the graph knows it already.
+    All else stays bit for bit, and only what stays is read. If no expert stays, the shared expert still does, with its gate and the
+    norm before it; a family without one loses the whole MoE block. `keep`: how many stay, if the graph already knows.
     """
     chosen = kept_experts(decision, layer)
     if keep is not None and len(chosen) != keep:
@@ -66,7 +66,7 @@ def rewrite(
     names: Mapping[str, tuple[str, bool]],
     rows: list[int],
 ) -> None:
-    """Write a layer's file with the tensors that `names` lists under their new names, of some only these rows (`layout.kept`)."""
+    """Write a layer's file with the tensors in `names`, renamed, and some cut to these rows (`layout.kept`)."""
     from moeflow.model import checkpoint
 
     written: dict[str, Any] = {}
@@ -78,19 +78,19 @@ def rewrite(
 
 
 def experts_kept(names: Iterable[str], config: Config, layer: int, experts: list[int]) -> dict[str, tuple[str, bool]]:
-    """How a layer's file is rewritten if only `experts` stay, perhaps none (`layout.kept`)."""
+    """How to rewrite a layer's file if only `experts` stay, perhaps none (`layout.kept`)."""
     return kept(names, config, layer, experts) if experts else {n: (n, False) for n in names_without_experts(names, config, layer)}
 
 
 def link_all(context: Context, folder: Artifact, but: Sequence[str] = ()) -> None:
-    """Put the files of an input into the output, except those that the step writes itself."""
+    """Link an input's files into the output, except those that the step writes itself."""
     for name in folder.names():
         if name not in but:
             context.link(folder, name)
 
 
 def config_text(config: Config) -> str:
-    """A config.json, as every step writes it."""
+    """The text of a config.json, as every step writes it."""
     return json.dumps(config, indent=2) + "\n"
 
 
@@ -101,7 +101,7 @@ def _configured_spec(given: RestSpec, *, config: Config) -> Spec:
 
 @step("rewrite.configured", version=1, spec=_configured_spec)
 def configured(context: Context, given: Artifact, *, config: Config) -> None:
-    """What is no decoder layer, with another configuration."""
+    """All but the decoder layers, with another configuration."""
     for name in given.names():
         if name not in (ESSENTIAL, "config.json"):
             context.link(given, name)

@@ -1,7 +1,7 @@
-"""A checkpoint in and out: one file per decoder layer and one for the rest, and the folder that is assembled from them.
+"""Read and write checkpoints: split one into a file per decoder layer and one for the rest, and assemble a folder from them.
 
-Hub shards straddle layers, so a fine-tune that touched one layer would look like a new model; layer files do not. Assembling lists
-blobs and moves none.
+Hub shards straddle layers, so a fine-tune of one layer would change several; layer files do not. Assembling lists blobs and moves
+none.
 """
 
 import json
@@ -52,12 +52,12 @@ def assemble(
     *,
     config: Config,
 ) -> None:
-    """A checkpoint folder: layer files, index, config.json and what travels with it.
+    """Write a checkpoint folder: layer files, index, config.json, and the small files that belong to it.
 
-    It is in the family's own standard if all layers keep the same number of experts and every matrix is whole; otherwise in
-    moeflow's, which `moeflow.model.compressed` loads. `layers`: those of the decoder, in order; `prediction_layers`: those behind
-    them; `choices`: what was decided on the way here. `moeflow.json` holds these, and for each layer what was done to it, in order.
-    No weight is read or written: the folder lists the blobs that the layers already are.
+    It has the family's own format if all layers keep the same number of experts and every matrix is whole; otherwise moeflow's,
+    which `moeflow.model.compressed` loads. `layers`: the decoder's, in order; `prediction_layers`: those behind them; `choices`:
+    the decisions that led here. `moeflow.json` has these, and what was done to each layer, in order. No weight is read or written:
+    the folder lists the layers' existing blobs.
     """
     every = (*layers, *prediction_layers)
     tables = [headers(artifact) for artifact in (*every, rest)]
@@ -92,7 +92,7 @@ def assemble(
 
 
 def _packing(tables: Sequence[Shapes], experts: Sequence[int], config: Config) -> dict[str, Any]:
-    """What config.json says of packed matrices; nothing where there are none."""
+    """The entries of config.json that describe packed matrices; empty if there are none."""
     for layer, (table, count) in enumerate(zip(tables, experts, strict=False)):
         check_whole(table, layer, config, count)
     shapes = {n: shape for table in tables for n, shape in table.items()}
@@ -120,18 +120,18 @@ TRAVELLING = (
     "notice*",
     "use_policy*",
 )
-"""The files that travel with every checkpoint beside its weights and config.json, whatever the case of their letters."""
+"""The files that every checkpoint keeps besides its weights and config.json, in lower or upper case."""
 THREADS = 16  # headers that are read at once
 
 Table = dict[str, list[Any]]
-"""Tensor name to [which input, dtype, shape, first byte, last byte + 1]."""
+"""Tensor name to [index of the input, dtype, shape, first byte, last byte + 1]."""
 
 
 def pinned(source: Source, *, mtp: Literal["drop", "keep"] = "drop") -> Model:
     """The checkpoint at a pinned source (a folder, a hub repository at a commit, an `s3://` prefix).
 
-    Reads config.json, the index and the safetensors headers, nothing else. `mtp` says what becomes of the
-    multi-token-prediction layers of DeepSeek-V3, which stand behind the decoder layers: "drop", or "keep" them untouched.
+    Reads config.json, the index and the safetensors headers, nothing else. `mtp`: "drop" the multi-token-prediction layers of
+    DeepSeek-V3, which are behind the decoder layers, or "keep" them unchanged.
 
     Raises ValueError for an unknown family, a checkpoint packed in a way that moeflow does not read, an index that names a missing
     tensor, a truncated file, and a config.json that contradicts the tensors.
@@ -142,11 +142,11 @@ def pinned(source: Source, *, mtp: Literal["drop", "keep"] = "drop") -> Model:
     family = Family.of(config)
     if lacking := [k for k in ("num_hidden_layers", "num_experts_per_tok", "hidden_size", "vocab_size") if k not in config]:
         raise ValueError(f"config.json at {source.uri} lacks {', '.join(lacking)}; fetch the checkpoint again")
-    layer_formats(config)  # whatever it says of its layers has to be readable
+    layer_formats(config)  # raises if its entries for layers are not readable
     tensors = _tensors(source)
     if packing := config.get("quantization_config"):
         _check_packing(packing, tensors, config, source.uri)
-        if packing["quant_method"] == METHOD:  # written again from what then is packed
+        if packing["quant_method"] == METHOD:  # written again for what is packed then
             config.pop("quantization_config")
     steps = {name: source.file(name) for name in sorted({t.file for t in tensors.values()})}
     count = family.num_layers
@@ -186,8 +186,8 @@ def pinned(source: Source, *, mtp: Literal["drop", "keep"] = "drop") -> Model:
 
 
 def _check_packing(packing: dict[str, Any], tensors: dict[str, TensorInfo], config: Config, uri: str) -> None:
-    """Raise ValueError where a checkpoint is packed otherwise than its experts by compressed-tensors, as moeflow writes it, or in
-    FP8 with square blocks, as DeepSeek-V3 is published."""
+    """Raise ValueError unless the packing is compressed-tensors of the experts, as moeflow writes it, or FP8 with square blocks, as
+    DeepSeek-V3 is published."""
     method, form = packing.get("quant_method", "unknown"), packing.get("format")
     shapes = {n: t.shape for n, t in tensors.items()}
     if method == "fp8":
@@ -218,9 +218,9 @@ def _layer_spec(shards: tuple[Any, ...], *, config: Config, layer: int, tensors:
 
 @step("checkpoint.layer", version=1, spec=_layer_spec)
 def layer(context: Context, shards: tuple[Artifact, ...], *, config: Config, layer: int, tensors: Table) -> None:
-    """One decoder layer as `layer.safetensors`, under the hub's names; what stands beside its experts in `routing.safetensors`.
+    """Write one decoder layer: `layer.safetensors`, under the hub's names, and what routing adds to it: `routing.safetensors`.
 
-    Raises ValueError where a weight is NaN or infinite.
+    Raises ValueError if a weight is NaN or infinite.
     """
     for file in sorted({file_for(n) for n in tensors}):
         _gather(context, shards, {n: t for n, t in tensors.items() if file_for(n) == file}, context.out / file)
@@ -247,7 +247,7 @@ def _rest_spec(texts: Any, shards: tuple[Any, ...], *, config: Config, files: li
 def rest(
     context: Context, texts: Artifact, shards: tuple[Artifact, ...], *, config: Config, files: list[str], tensors: Table, note: str
 ) -> None:
-    """What is no decoder layer: `rest.safetensors`, config.json, and the small files that travel with the checkpoint."""
+    """Write all but the decoder layers: `rest.safetensors`, config.json, and the small files that belong to the checkpoint."""
     _gather(context, shards, tensors, context.out / REST)
     (context.out / "config.json").write_text(config_text(config))
     (context.out / ESSENTIAL).write_text(config_text(essential(config)))
@@ -266,7 +266,7 @@ def _gather(context: Context, shards: tuple[Artifact, ...], tensors: Table, path
         (file,) = (n for n in shard.names() if n.endswith(".safetensors"))
         here = {n: TensorInfo(file, t[1], tuple(t[2]), t[3], t[4]) for n, t in tensors.items() if t[0] == at}
         for name, tensor in checkpoint.read_many(shard, here):
-            # FP8 knows no infinity, and torch does not look for its NaN
+            # FP8 has no infinity, and torch cannot check it for NaN
             if tensor.is_floating_point() and not (tensor.float() if tensor.itemsize == 1 else tensor).isfinite().all():
                 raise ValueError(f"{name} holds NaN or infinite weights; the checkpoint is damaged, fetch or train it again")
             found[name] = tensor
@@ -303,14 +303,14 @@ def _tensors(source: Source) -> dict[str, TensorInfo]:
 def _json(source: Source, name: str) -> dict[str, Any]:
     try:
         return json.loads(source.text(name))
-    except ValueError as error:  # a source that lacks it says so itself, as a ValueError, too
+    except ValueError as error:  # if the source lacks the file, it raises a clear ValueError itself
         if isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
             raise ValueError(f"{name} at {source.uri} is cut short or no JSON ({error}); fetch it again") from None
         raise
 
 
 def _inputs(tensors: dict[str, TensorInfo], steps: dict[str, Step]) -> tuple[tuple[Step, ...], Table]:
-    """The shards that hold these tensors, and where in them."""
+    """The shards that contain these tensors, and the place of each tensor."""
     shards = sorted({t.file for t in tensors.values()})
     table = {n: [shards.index(t.file), t.dtype, list(t.shape), t.start, t.stop] for n, t in sorted(tensors.items())}
     return tuple(steps[s] for s in shards), table

@@ -1,7 +1,7 @@
 """An example for fine-tuning as tokens: an instruction with its response, or a conversation with the assistant's turns.
 
-Every token is either read (prompts) or learned (responses). The tokens before a response are exactly those that the model gets
-when it is asked. This file knows no files and no matrices.
+Every token is either read (prompts) or learned (responses). The tokens before a response are exactly those that the model gets when
+it is asked. This module handles no files and no matrices.
 """
 
 import re
@@ -10,14 +10,14 @@ from typing import Any
 from moeflow.methods.data.packing import Piece, words
 
 Segments = list[tuple[str, bool]]
-"""A text in consecutive segments, each with a flag: is it learned?"""
+"""A text as consecutive segments, each with a flag: is it learned?"""
 
 INSTRUCTION = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
     "Write a response that appropriately completes the request."
 )
-GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # a template's own mark around what the assistant says
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # a template's own mark around the assistant's words
 ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
 
 
@@ -26,9 +26,9 @@ class LeftOut(Exception):
 
 
 def segments_of(tokenizer: Any, row: dict[str, Any], format: str, where: str) -> list[Segments]:
-    """One example, by its columns, as a text or several; `format` is one of `Examples`, `where` names the files in messages.
+    """One example, a row of columns, as one text or several; `format` is one of `Examples`; errors name the files by `where`.
 
-    Raises LeftOut, and ValueError for a column that holds something else.
+    Raises LeftOut if it has nothing to learn, and ValueError if a column has the wrong type.
     """
     if format == "chat" and len(row) == 1:
         ((column, value),) = row.items()
@@ -58,7 +58,7 @@ def instruction(task: str, *inputs: str) -> str:
 def messages_of(value: Any, column: str, where: str) -> list[dict[str, Any]]:
     """A conversation as messages with `role` and `content`, also from ShareGPT's `from` and `value`.
 
-    Raises ValueError for what is no list of messages.
+    Raises ValueError if it is not a list of messages.
     """
     if not isinstance(value, list) or not all(isinstance(m, dict) and (m.get("role") or m.get("from")) for m in value):
         raise ValueError(
@@ -73,9 +73,9 @@ def chat(tokenizer: Any, messages: list[dict[str, Any]]) -> list[Segments]:
 
     If the template marks the assistant's words with `{% generation %}`, the marks decide. Otherwise the messages before a turn are
     rendered as the question for it (`add_generation_prompt`), and the turn is what follows, up to the token that ends it. Some
-    templates drop the reasoning of earlier turns, so that the whole conversation does not begin with such a question; then every
-    turn becomes a text of its own, as it was when it was the last turn. What the assistant says before the first question is read,
-    and what follows its last turn is dropped.
+    templates drop the reasoning of earlier turns, so the whole conversation does not begin with such a question; then every turn
+    becomes its own text, as it was when it was the last turn. The assistant's words before the first question are only read, and
+    everything after its last turn is dropped.
 
     Raises LeftOut if the assistant says nothing, and if the template refuses the conversation.
     """
@@ -92,7 +92,7 @@ def chat(tokenizer: Any, messages: list[dict[str, Any]]) -> list[Segments]:
         turns = [_turn(tokenizer, messages[: i + 1]) for i in answers]
     except jinja2.TemplateSyntaxError:
         raise
-    except (jinja2.TemplateError, TypeError) as error:  # what a template raises of itself, and what it stumbles over
+    except (jinja2.TemplateError, TypeError) as error:  # raised by a template on purpose, or by accident
         raise LeftOut(f"conversations that the chat template refuses ({' '.join(str(error).split())})") from error
     if not all(whole.startswith(before + turn) for before, turn, _ in turns):
         return [[(before, False), (turn, True), (rest, False)] for before, turn, rest in turns]
@@ -102,8 +102,8 @@ def chat(tokenizer: Any, messages: list[dict[str, Any]]) -> list[Segments]:
 def encoded(tokenizer: Any, segments: Segments) -> Piece:
     """The tokens of consecutive segments, and 1 for each token of a learned segment.
 
-    The text is tokenized as a whole, except where a token would straddle two segments: there the tokenizer starts anew. So the
-    segments that are read become the tokens that the model gets when it is asked.
+    The text is tokenized as a whole, except that it starts anew at segment borders that a token would straddle. So prompts
+    become the tokens that the model gets when it is asked.
     """
     ids: list[int] = []
     learned: list[int] = []
@@ -143,7 +143,7 @@ def _marked(tokenizer: Any, messages: list[dict[str, Any]]) -> Segments:
 
 
 def _cut(text: str, spans: list[tuple[int, int]]) -> Segments:
-    """The text in segments; the characters of these spans are learned."""
+    """Cut the text into segments; the characters in these spans are learned."""
     segments: Segments = []
     at = 0
     for start, end in spans:

@@ -1,6 +1,6 @@
 """Documents into rows of tokens: texts are read, joined, cut to one length and mixed by weight.
 
-This file knows neither the format of an example nor a model. Suffixes: N sequences, L tokens each.
+This module knows no example formats and no models. Suffixes: N sequences, L tokens each.
 """
 
 import os
@@ -18,10 +18,10 @@ from moeflow.methods.graph import Sample
 from moeflow.step import Artifact, Context
 
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text", ".py": "text", ".md": "text", ".csv": "csv"}
-"""Which reader of `datasets` a file needs, by its ending (before .gz, .zst and the like)."""
+"""The reader of `datasets` for each file ending (before .gz, .zst and the like)."""
 
 Files = list[tuple[str, Path]]
-"""The files of a text: each name at its source, and the path here."""
+"""The files of a text: each one's name at its source, and its local path."""
 
 Piece = tuple[list[int], list[int]]
 """The tokens of a document, and for each token 1 if it is learned and 0 if it is only read."""
@@ -32,21 +32,21 @@ Row = tuple[np.ndarray, np.ndarray]
 
 @dataclass(frozen=True)
 class Portion:
-    """One text of a mixture, as the key of a step sees it: where the text lies is no part of it."""
+    """One text of a mixture, as it enters a step's key: without the text's location."""
 
     weight: float
-    """Its part of the rows; the weights of all texts sum to one."""
+    """Its fraction of the rows; the weights of all texts sum to one."""
     inputs: int
-    """How many of the step's texts, one after the other, hold its files."""
+    """How many consecutive inputs of the step hold its files."""
     columns: tuple[str, ...] = ()
-    """The columns that are read; none: "text", or the column that the reader takes by itself."""
+    """The columns to read; none: "text", or the reader's default column."""
     format: str = ""
-    """What the columns are, for fine-tuning: "text", "instruction" or "chat"."""
+    """What the columns mean for fine-tuning: "text", "instruction" or "chat"."""
 
 
 @dataclass
 class Reading:
-    """A text that is being read: the pieces of one document after the other, and why documents were left out."""
+    """A text that is being read: the pieces of each document in turn, and why documents were left out."""
 
     documents: Iterator[list[Piece]]
     left_out: Counter[str] = field(default_factory=Counter)  # "examples without a response": how many
@@ -60,10 +60,10 @@ def fill(
     sample: Sample,
     otherwise: str = "give more text, fewer sequences or another weight",
 ) -> tuple[np.ndarray, np.ndarray, list[dict[str, Any]]]:
-    """Rows of every text by its weight, spread evenly: tokens_NL int32, learned_NL uint8, and a record of each text.
+    """Fill rows from every text by its weight, spread evenly: tokens_NL int32, learned_NL uint8, and a record of each text.
 
     `read` opens one text. A row without learned tokens is skipped; its first token does not count, because nothing predicts it.
-    Raises ValueError if there is too little text, with the number of tokens that are missing and `otherwise`, the way out.
+    Raises ValueError if there is too little text; the message has the number of missing tokens and `otherwise`, the way out.
     """
     shares = _shares([part.weight for part in mix], sample.sequences)
     parts, records, done, inputs = [], [], 0, iter(texts)
@@ -103,14 +103,14 @@ def fill(
 
 def table(context: Context, files: Files, columns: Sequence[str]) -> Any:
     """The columns of a text's files as one `datasets.Dataset`. Raises ValueError if a file lacks a column."""
-    os.environ.setdefault("HF_DATASETS_OFFLINE", "1")  # the files are here already
+    os.environ.setdefault("HF_DATASETS_OFFLINE", "1")  # the files are local already
     from datasets import concatenate_datasets, load_dataset
     from datasets.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     by_reader: dict[str, list[str]] = {}
     folder = Path(tempfile.mkdtemp(dir=context.scratch))
-    for i, (name, path) in enumerate(files):  # readers go by the ending of a file's name, and blobs have none
+    for i, (name, path) in enumerate(files):  # readers choose by a file's ending, and blobs have none
         link = folder / f"{i:05d}-{os.path.basename(name)}"
         link.symlink_to(path)
         by_reader.setdefault(reader(name), []).append(str(link))
@@ -133,7 +133,7 @@ def words(value: Any, column: str, where: str) -> str:
 
 
 def edges(tokenizer: Any, *, bos: bool, eos: bool) -> tuple[list[int], list[int]]:
-    """The tokens before and behind every document. Raises ValueError if the tokenizer has no such token."""
+    """The tokens before and after every document. Raises ValueError if the tokenizer lacks one that is asked for."""
     if bos and tokenizer.bos_token_id is None:
         raise ValueError("the tokenizer has no beginning-of-sequence token; pass bos=False")
     if eos and tokenizer.eos_token_id is None:
@@ -153,7 +153,7 @@ def reader(name: str) -> str:
 
 
 def named(files: Files) -> str:
-    """A text in a message: its first file, and how many more there are."""
+    """A text's name for messages: its first file, and how many more there are."""
     return files[0][0] + (f" and {len(files) - 1} more files" if files[1:] else "")
 
 
@@ -182,6 +182,6 @@ def _shares(weights: list[float], total: int) -> list[int]:
 
 
 def _interleaved(parts: list[list[Row]]) -> list[Row]:
-    """All rows, those of each part spread evenly, so that any run of rows holds the mixture."""
+    """All rows, with each part's spread evenly, so that any run of rows has the mixture."""
     placed = [((i + 0.5) / len(rows), p, row) for p, rows in enumerate(parts) for i, row in enumerate(rows)]
     return [row for _, _, row in sorted(placed, key=lambda at: at[:2])]

@@ -1,4 +1,4 @@
-"""Text into a matrix of token ids, `tokens.npy`, int32 [sequences, length]; for fine-tuning with a mask of what is learned."""
+"""Turn text into token ids, `tokens.npy`, int32 [sequences, length]; for fine-tuning, with a mask of the learned tokens."""
 
 import io
 import json
@@ -19,12 +19,12 @@ from moeflow.sources import Source, TextEntry, Texts
 from moeflow.step import Artifact, Context, Spec, Step, step
 
 MESSAGES = ("messages", "conversations")  # columns that hold a conversation
-LARGE = 64 << 20  # bytes from which a file is fetched by a step of its own
+LARGE = 64 << 20  # a file of at least this many bytes is fetched by its own step
 
 
 @dataclass(frozen=True)
 class Examples(Sample):
-    """How much text is read for fine-tuning, and what its columns mean. Raises ValueError for what cannot be.
+    """How much text is read for fine-tuning, and what its columns mean. Raises ValueError for invalid options.
 
     The formats are:
 
@@ -38,11 +38,11 @@ class Examples(Sample):
     """
 
     eos: bool = True
-    """An end-of-sequence token behind each document, which is learned."""
+    """Put an end-of-sequence token after each document; it is learned."""
     format: Literal["auto", "text", "instruction", "chat"] = "auto"
-    """What the columns of a text are; auto: as the data set's name or its columns say."""
+    """What a text's columns mean; auto: follow the data set's name or its columns."""
     repeat: bool = False
-    """A text that is too small is read again, each time in another order."""
+    """Read a text that is too small again, each time in another order."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -50,7 +50,7 @@ class Examples(Sample):
 
 
 def tokens(texts: Texts, model: Model, sample: Sample) -> Step:
-    """The token matrix of these texts in the model's own tokens. A ready-made `.npy` matrix is taken whole, as it is.
+    """Build the token matrix of these texts with the model's own tokenizer. A ready-made `.npy` matrix is used unchanged.
 
     Documents are shuffled, tokenized one by one, joined, and cut into sequences. Several texts are mixed by weight: each gives its
     share of the sequences, spread evenly over the matrix. Raises ValueError for texts that cannot be read, and for sequences longer
@@ -64,11 +64,11 @@ def tokens(texts: Texts, model: Model, sample: Sample) -> Step:
 
 
 def examples(texts: Texts, model: Model, sample: Examples) -> Step:
-    """The token matrix of these texts in the model's own tokens, with a mask of the tokens that are learned.
+    """Build the token matrix of these texts with the model's own tokenizer, and a mask of the learned tokens.
 
-    Examples are shuffled, joined and cut; one that does not fit into a row goes on in the next row, and so does its mask. Rows in
-    which nothing is learned are skipped. Examples without a prompt or a response are left out, as are those that the chat template
-    refuses; the artifact says how many. Several texts are mixed by weight, as in `tokens`. A ready-made `.npy` matrix is taken
+    Examples are shuffled, joined and cut; one that does not fit into a row continues in the next row, and so does its mask. Rows
+    without learned tokens are skipped. Examples without a prompt or a response are left out, as are those that the chat template
+    refuses; the artifact says how many. Several texts are mixed by weight, as in `tokens`. A ready-made `.npy` matrix is used
     whole, without a mask. Raises ValueError for columns that do not fit the format, and for rows that this model cannot read.
     """
     if texts.is_tokens:
@@ -81,7 +81,7 @@ def examples(texts: Texts, model: Model, sample: Examples) -> Step:
 
 
 def _with_format(part: Portion, entry: TextEntry, format: str) -> Portion:
-    """The portion with its format and its columns spelled out."""
+    """The portion with explicit format and columns."""
     columns = entry.columns
     if format == "auto":
         by_columns = "chat" if len(columns) == 1 and columns[0] in MESSAGES else "instruction" if columns[1:] else "text"
@@ -95,7 +95,7 @@ def _with_format(part: Portion, entry: TextEntry, format: str) -> Portion:
 
 
 def gathered(texts: Texts, model: Model, *, chat: bool = False) -> tuple[tuple[Step, ...], tuple[Portion, ...]]:
-    """The steps that bring the texts, and each text's portion of the mixture.
+    """The steps that fetch the texts, and each text's portion of the mixture.
 
     Raises ValueError if the model has no tokenizer, if no reader knows a file, and if a text holds conversations without `chat`.
     """
@@ -107,7 +107,7 @@ def gathered(texts: Texts, model: Model, *, chat: bool = False) -> tuple[tuple[S
         raise ValueError("the weights of the texts must sum to more than 0")
     for entry in entries:
         for file in entry.source.files:
-            reader(file.name)  # refuse here what no reader knows
+            reader(file.name)  # refuses files that no reader knows
         if entry.format == "chat" and not chat:
             raise ValueError(f"{entry.source.uri} holds conversations, not text; name a column of text (URI#column)")
     parts = [_fetched(e.source) for e in entries]
@@ -116,14 +116,14 @@ def gathered(texts: Texts, model: Model, *, chat: bool = False) -> tuple[tuple[S
 
 
 def _fetched(source: Source) -> list[Step]:
-    """The steps that bring a text: one per large file, so that its download resumes, and one for all small ones."""
+    """The steps that fetch a text: one per large file, so that its download can resume, and one for all small files."""
     large = [f.name for f in source.files if f.size > LARGE]
     small = [f.name for f in source.files if f.size <= LARGE]
     return [source.file(name) for name in large] + ([source.group(small)] if small else [])
 
 
 def _npy_shape(source: Source) -> list[int]:
-    """The shape of a matrix by its header. Raises ValueError if it is no token matrix."""
+    """The shape of a matrix, from its header. Raises ValueError if it is not a token matrix."""
     name = source.files[0].name
     try:
         head = io.BytesIO(source.read(name, 0, min(source.files[0].size, 4096)))
@@ -144,7 +144,7 @@ def _matrix_spec(file: Any, *, shape: list[int]) -> Spec:
 
 @step("data.matrix", version=1, spec=_matrix_spec)
 def matrix(context: Context, file: Artifact, *, shape: list[int]) -> None:
-    """A ready-made matrix of token ids as int32. Raises ValueError if it has another shape now, and for ids that are no int32."""
+    """A ready-made matrix of token ids as int32. Raises ValueError if its shape has changed, and for ids outside int32."""
     ids = np.load(file.file(file.names()[0]), allow_pickle=False)
     if list(ids.shape) != shape:
         raise ValueError(f"the matrix has shape {ids.shape}, not {tuple(shape)}; it changed, run again")
@@ -169,9 +169,9 @@ def sample_tokens(
     context: Context, config: Artifact, tokenizer_from: Artifact, texts: tuple[Artifact, ...],
     *, mix: tuple[Portion, ...], sample: Sample,
 ) -> None:  # fmt: skip
-    """`tokens.npy`, and `tokens.json`, which says how many sequences and documents each text gave.
+    """Write `tokens.npy`, and `tokens.json`, which says how many sequences and documents came from each text.
 
-    Raises ValueError if a column is missing or there is too little text, and says how much is missing.
+    Raises ValueError if a column is missing, or if there is too little text; the message says how much is missing.
     """
     tokenizer = tokenizer_in(context, config, tokenizer_from)
     first, last = edges(tokenizer, bos=sample.bos, eos=sample.eos)
@@ -201,8 +201,8 @@ def sample_examples(
 ) -> None:  # fmt: skip
     """`tokens.npy` int32 [sequences, length]; `learned.npy` uint8, 1 where that token counts in the loss; `tokens.json`.
 
-    The mask stands at the token's own position; a training shifts both by one. `tokens.json` says how many sequences and examples
-    each text gave, and what was left out. Raises ValueError if a column is missing or of another kind, if the tokenizer lacks a
+    The mask is at the token's own position; training shifts both by one. `tokens.json` says how many sequences and examples came
+    from each text, and what was left out. Raises ValueError if a column is missing or has the wrong type, if the tokenizer lacks a
     chat template that a text needs, and if there is too little text.
     """
     tokenizer = tokenizer_in(context, config, tokenizer_from)
@@ -216,13 +216,13 @@ def sample_examples(
 
     def pieces(files: Files, part: Portion, left_out: Counter[str]) -> Iterator[list[Piece]]:
         dataset = table(context, files, part.columns)
-        for turn in range(sample.sequences * sample.length if sample.repeat else 1):  # every turn gives at least one token
+        for turn in range(sample.sequences * sample.length if sample.repeat else 1):  # every turn yields at least one token
             used = 0
             for row in dataset.shuffle(seed=sample.seed + turn):
                 try:
                     segments = segments_of(tokenizer, row, part.format, named(files))
                 except LeftOut as why:
-                    left_out[str(why)] += turn == 0  # each once, however often the text is read
+                    left_out[str(why)] += turn == 0  # counted once, however often the text is read
                     continue
                 used += 1
                 yield [framed(*encoded(tokenizer, text), part.format) for text in segments]
@@ -246,7 +246,7 @@ def sample_examples(
 
 
 def tokenizer_in(context: Context, config: Artifact, files: Artifact) -> Any:
-    """The tokenizer, with its chat template, among the files that travel with a checkpoint."""
+    """Load the tokenizer, with its chat template, from a checkpoint's small files."""
     from transformers import AutoTokenizer
 
     folder = context.scratch / "tokenizer"

@@ -28,7 +28,7 @@ class Comparison:
     divergence: float
     """The KL divergence of the second model from the first, in nats."""
     agreement: float
-    """The part of the positions on which both predict the same token."""
+    """The fraction of positions at which both predict the same token."""
     by_sequence: list[float]
     """The divergence of each sequence."""
 
@@ -40,8 +40,8 @@ def compared(
 ) -> Comparison:  # fmt: skip
     """Compare the predictions of two models for the tokens `ids` [N, L].
 
-    `first` and `second` hold config.json, final norm and head. The states [n, L, D] of each lie in any number of files. A position
-    counts if a token follows it. Raises ValueError if a model has too few or too many sequences.
+    `first` and `second` hold config.json, final norm and head. The states [n, L, D] of each may be in any number of files. A
+    position counts if a token follows it. Raises ValueError if a model has too few or too many sequences.
     """
     one, other = Head(first, dtype), Head(second, dtype)
     ids_NL = torch.from_numpy(ids.astype(np.int64))

@@ -1,6 +1,6 @@
-"""A compressed model measured beside its original: size, quality, speed. Each step leaves a `report.json`.
+"""Measure a compressed model beside its original: size, quality, speed. Each step writes `report.json`.
 
-Both models are streamed layer by layer. Only the speed is measured on whole models, and left out if they do not fit into memory.
+Both models are streamed layer by layer. Only speed is measured on whole models; it is left out if they do not fit into memory.
 """
 
 import os
@@ -31,9 +31,9 @@ def _layers_spec(chosen: tuple[Any, ...]) -> Spec:
 
 @step("evaluate.layers", version=1, spec=_layers_spec)
 def layers(context: Context, chosen: tuple[Artifact, ...]) -> None:
-    """The relative error of a MoE layer's output, averaged over layers: with the experts as chosen, and by each baseline.
+    """The relative error of a MoE layer's output, averaged over layers, for the chosen experts and for each baseline's.
 
-    If the choice was made by one of the baselines, the first row repeats that one.
+    If one of the baselines made the choice, the first row repeats it.
     """
     choices = [Choice.read(c) for c in chosen]
     parts = {"as chosen": [c.loss.of_output for c in choices]}
@@ -50,9 +50,9 @@ def _size_spec(original: CheckpointSpec, compressed: CheckpointSpec, *, zeros: l
 def size(context: Context, original: Artifact, compressed: Artifact, *, zeros: list[str]) -> None:
     """Parameters, bytes on disk (of the model and of its routed experts), experts per MoE layer, and operations.
 
-    All are counted from the files' headers. Active parameters are those that compute one token, with embedding and head: of each
-    layer as many experts as the router gives a token, at their mean size. What dynamic skipping saves depends on the text, so that
-    it is not in them (see `experts_per_token`). Operations are those of a forward pass over `LENGTH` tokens. `zeros` names the
+    All are counted from the files' headers. Active parameters are those that compute one token, with embedding and head; each layer
+    has as many experts as the router gives a token, at their mean size. They leave out what dynamic skipping saves, because that
+    depends on the text (see `experts_per_token`). Operations are those of a forward pass over `LENGTH` tokens. `zeros` names the
     methods that made experts sparse: zeros between other weights save no bytes and no operations, and the report says so.
     """
     from moeflow.model.cost import active_parameters, cache_bytes, forward_flops
@@ -87,7 +87,7 @@ def _experts_spec(rest: RestSpec, observed: tuple[ObservedSpec, ...], *, layers:
 
 @step("evaluate.experts_per_token", version=1, spec=_experts_spec)
 def experts_per_token(context: Context, config: Artifact, observed: tuple[Artifact, ...], *, layers: list[int], name: str) -> None:
-    """How many experts compute a token of held-out text: the mean over all MoE layers, that of each layer, and the sum.
+    """How many experts compute a token of held-out text: the mean over MoE layers, each layer's mean, and the sum.
 
     `observed` is what one pass of the compressed model recorded: all shards of the first of `layers`, then all of the next.
     """
@@ -119,11 +119,11 @@ def quality(
     context: Context, original: Artifact, compressed: Artifact, matrix: Artifact, original_states: tuple[Artifact, ...],
     compressed_states: tuple[Artifact, ...], *, name: str, note: str, dtype: str,
 ) -> None:  # fmt: skip
-    """Perplexity of both models on a token matrix, and the KL divergence and top-1 agreement of the second with the first.
+    """Perplexity of both models on a token matrix, the compressed model's KL divergence from the original, and top-1 agreement.
 
     The states are the hidden states behind each model's last layer, shard by shard. The KL divergence is that of the compressed
-    model from the original, in nats per token, over the positions that predict a token. The report also has it for every sequence,
-    so that two reports on one text can be compared pair by pair.
+    model from the original, in nats per token, over the positions that predict a token. The report also has it per sequence, so
+    that two reports on one text can be compared pair by pair.
     """
     from moeflow.methods.evaluate.divergence import compared
 
@@ -163,15 +163,15 @@ def _named(path: Path, what: str) -> str:
 
 def _speed_spec(original: CheckpointSpec, compressed: CheckpointSpec, *, machine: Any, length: int) -> Spec:
     both = sum(c.nbytes + c.others for c in (original, compressed))
-    return Spec(reads=both, writes=560)  # no memory is asked for: the step leaves the speed out if too little is free
+    return Spec(reads=both, writes=560)  # asks for no memory: the step leaves the speed out if too little is free
 
 
 @step("evaluate.speed", version=1, spec=_speed_spec, gpus=1)
 def speed(context: Context, original: Artifact, compressed: Artifact, *, machine: dict[str, Any], length: int) -> None:
     """Tokens per second of prefill (one sequence of `length`) and decode (one token at a time behind it), and resident bytes.
 
-    The figures are medians of alternating rounds after a warm-up. They are facts about a machine, so `machine` is a parameter. If
-    both models do not fit into memory at once, the report says so and has no figures.
+    The figures are medians of alternating rounds after a warm-up. They depend on the machine, so `machine` is a parameter. If both
+    models do not fit into memory at once, the report has no figures and says so.
     """
     from moeflow.methods.evaluate.timing import DECODED, ROUNDS, device_and_memory, measure
 

@@ -18,7 +18,7 @@ Pair = tuple[float, float]
 
 
 def device_and_memory() -> tuple[str, int]:
-    """The device that models run on here, and its free bytes."""
+    """The device that models run on in this process, and its free bytes."""
     if torch.cuda.is_available():
         return "cuda", torch.cuda.mem_get_info()[0]
     return "cpu", psutil.virtual_memory().available

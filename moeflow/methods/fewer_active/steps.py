@@ -1,7 +1,7 @@
 """Fewer active experts per token: dynamic skipping and Compressed Experts.
 
 NAEE (Lu et al., ACL 2024, arXiv 2402.14800), section 3.3 and appendix A.2, and Compressed Experts (He et al., EMNLP Findings 2025,
-arXiv 2503.00634). Thresholds follow from what a calibration recorded; vectors begin as ones that change nothing, and are trained.
+arXiv 2503.00634). Thresholds follow from what a calibration recorded; vectors start at one, which changes nothing, and are trained.
 """
 
 from dataclasses import dataclass, replace
@@ -21,10 +21,10 @@ from moeflow.step import Artifact, Context, Spec, step
 
 @dataclass(frozen=True)
 class Skipping:
-    """Dynamic skipping: a token leaves out those of its experts whose routing weight is small beside the largest."""
+    """Dynamic skipping: a token skips those of its experts whose routing weight is small relative to its largest."""
 
     active: float | Literal["median"] = "median"
-    """Experts that a token has on average in each layer; median: the paper's rule for two experts a token."""
+    """The mean number of experts per token in each layer; median: the paper's rule for two experts a token."""
 
     def __post_init__(self) -> None:
         if self.active != "median" and self.active < 1:
@@ -33,22 +33,22 @@ class Skipping:
 
 @dataclass(frozen=True)
 class CompressedExperts:
-    """Compressed Experts: a token is computed by some of its experts, and vectors stand for the others."""
+    """Compressed Experts: some of a token's experts compute it, and vectors stand in for the others."""
 
     main: int | None = None
-    """Experts that compute a token; none: half of those that the router gives it."""
+    """How many experts compute a token; none: half of those that the router chooses."""
     form: Literal["three", "one"] = "three"
-    """Vectors of an expert: three, for the inputs of gate, up and down (the authors' code), or one for gate and up (the paper)."""
+    """Vectors per expert: three, for the inputs of gate, up and down (the authors' code), or one for gate and up (the paper)."""
 
     def __post_init__(self) -> None:
         check_choices(self)
 
 
 def attach(model: Model, how: CompressedExperts = CompressedExperts()) -> Model:
-    """The model with Compressed Experts in every MoE layer, as a graph.
+    """Build the graph of the model with Compressed Experts in every MoE layer.
 
-    Before it is trained it computes what the model computes that takes each token's first `how.main` experts, with the weights that
-    they have among all k. Raises ValueError if k is 1, and if `how.main` is not between 1 and k-1.
+    Before training, its output is that of the model with only each token's first `how.main` experts, at the weights that they have
+    among all k. Raises ValueError if k is 1, and if `how.main` is not between 1 and k-1.
     """
     family = Family.of(model.config)
     top_k = family.top_k
@@ -79,7 +79,7 @@ def _compressed_experts_spec(rest: RestSpec, before: LayerSpec, *, layer: int, f
 def compressed_experts(
     context: Context, config: Artifact, layer_files: Artifact, *, layer: int, form: Literal["three", "one"]
 ) -> None:
-    """One layer's files, and beside them its experts' vectors (`routing.safetensors`), as differences from one: zeros."""
+    """One layer's files, plus its experts' vectors in `routing.safetensors`, stored as differences from one: zeros."""
     import torch
 
     from moeflow.model.checkpoint import DTYPES, save
@@ -92,7 +92,7 @@ def compressed_experts(
 
 
 def _added(config: Config, tensors: TensorTable, layer: int, form: str) -> TensorTable:
-    """The vectors of a layer: names, in the precision of its experts, and shapes."""
+    """The names, shapes and dtype (that of its experts) of a layer's vectors."""
     family = Family.of(config)
     experts = format_of({n: shape for n, (_, shape) in tensors.items()}, config, layer).experts
     name = family.expert(layer, 0)[0]
@@ -104,11 +104,11 @@ def _added(config: Config, tensors: TensorTable, layer: int, form: str) -> Tenso
 
 
 def skip(calibration: Calibration, how: Skipping = Skipping()) -> Model:
-    """The calibrated model with dynamic skipping in each of its MoE layers, as a graph; it passes over no tokens again.
+    """Build the graph of the calibrated model with dynamic skipping in each MoE layer, without another pass over tokens.
 
-    Prune and decompose before: thresholds belong to the model that is served. Raises ValueError if the router gives a token one
-    expert or weighs each by itself, if `how.active` is not below the router's number of experts, and if it is a median and that
-    number is more than two.
+    Prune and decompose first: thresholds belong to the model that is served. Raises ValueError if the router gives a token one
+    expert or weighs each by itself, if `how.active` is not below the router's number of experts per token, and if it is "median"
+    and that number is more than two.
     """
     model = calibration.model
     check(Family.of(model.config), how)
@@ -117,7 +117,7 @@ def skip(calibration: Calibration, how: Skipping = Skipping()) -> Model:
 
 
 def check(family: Family, how: Skipping) -> None:
-    """Raise ValueError if the family's router does not allow to skip experts like this."""
+    """Raise ValueError if experts cannot be skipped like this with the family's router."""
     top_k = family.top_k
     if family.arch.score == "sparsemixer":
         raise ValueError(
@@ -135,7 +135,7 @@ def check(family: Family, how: Skipping) -> None:
 
 
 def _rule(family: Family) -> str:
-    """What the weights of a token's experts are compared by: the paper's for two experts a token, ours for more."""
+    """The rule that compares the weights of a token's experts: the paper's for two experts a token, ours for more."""
     return "ratio" if family.top_k == 2 else "tail"
 
 
@@ -155,7 +155,7 @@ def _skipping_spec(rest: RestSpec, before: LayerSpec, observed: tuple[ObservedSp
 def skipping(
     context: Context, config: Artifact, layer_files: Artifact, observed: tuple[Artifact, ...], *, layer: int, how: Skipping
 ) -> None:
-    """One layer's files, and beside them its threshold (`routing.safetensors`). `observed`: what each shard recorded in it."""
+    """One layer's files, plus its threshold in `routing.safetensors`. `observed`: what each shard recorded in it."""
     from moeflow.methods.fewer_active.thresholds import threshold
     from moeflow.model.checkpoint import save
 

@@ -20,10 +20,9 @@ from moeflow.model.router import Router
 def threshold(
     config: Config, layer_file: Files, shards: Sequence[Files], *, layer: int, rule: str, active: float | Literal["median"]
 ) -> tuple[Tensor, dict[str, Any]]:
-    """The threshold (a scalar, fp32), and facts about it: the mean of the statistic that is compared with it, the mean number of
-    experts that a token then has, and the tokens.
+    """The threshold (a scalar, fp32), and facts about it: the statistic's mean, the mean experts per token, the tokens.
 
-    `active`: the experts that a token has on average, or that the threshold is the median of the statistic.
+    `active`: the mean number of experts per token, or "median": the threshold is the median of the statistic.
     """
     family = Family.of(config)
     tensors = Tensors(layer_file)
@@ -44,17 +43,17 @@ def threshold(
 
 
 def median(values: Tensor) -> Tensor:
-    """The middle value, or the mean of both: torch's own takes the lower one."""
+    """The middle value, or the mean of the two middle values; torch's own median takes the lower one."""
     ordered = values.flatten().sort().values
     return (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
 
 
 def threshold_for(statistic_Tj: Tensor, active: float) -> Tensor:
-    """The threshold by which `active` experts of a token stay on average, given the statistic of its experts behind the first.
+    """The threshold at which a token keeps `active` experts on average, from the statistic of its experts after the first.
 
-    The statistic falls from one expert of a token to its next, so that a token's experts stay up to the first below the threshold:
-    their number is that of the values above it. The threshold lies between two values, so that rounding the weights differently
-    moves few tokens over it, and none in fp32.
+    The statistic falls from each expert of a token to the next, so a token keeps its experts up to the first below the threshold:
+    one per value above it. The threshold lies midway between two values, so a different rounding of the weights moves few tokens
+    across it, and none in fp32.
     """
     values = statistic_Tj.flatten().sort(descending=True).values
     stay = min(round((active - 1) * len(statistic_Tj)), len(values) - 1)

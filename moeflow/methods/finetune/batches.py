@@ -1,4 +1,4 @@
-"""Which sequences an optimizer step takes, and which of them each process: the same for any number of processes. No torch.
+"""The sequences of each optimizer step, the same for any number of processes, and each process's share of them. No torch.
 
 Shapes are suffixes: N sequences, n some of them, L positions.
 """
@@ -15,14 +15,14 @@ from moeflow.step import Artifact
 
 @dataclass(frozen=True)
 class Rows:
-    """A matrix of token ids [N, L], and 1 for each token that is learned."""
+    """A matrix of token ids [N, L], and a mask of the learned tokens."""
 
     ids_NL: Any
     learned_NL: Any
 
     @staticmethod
     def of(artifact: Artifact) -> "Rows":
-        """The rows of an artifact; without `learned.npy` every token is learned. Raises ValueError if none is."""
+        """Read the rows of an artifact; without `learned.npy` every token is learned. Raises ValueError if no token is."""
         ids_NL = np.load(artifact.file(TOKENS), mmap_mode="r")
         if LEARNED in artifact.names():
             learned_NL = np.load(artifact.file(LEARNED), mmap_mode="r")
@@ -46,16 +46,16 @@ class Rows:
 
     @cached_property
     def counts_N(self) -> np.ndarray:
-        """The number of learned tokens of each sequence; nothing predicts its first token."""
+        """The number of learned tokens in each sequence, without its first token, which nothing predicts."""
         return np.count_nonzero(self.learned_NL[:, 1:], axis=1)
 
     def at(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The ids [n, L], and for each token behind the first whether it is learned, bool [n, L-1]."""
+        """The ids [n, L], and a mask of the learned tokens after each first one, bool [n, L-1]."""
         return np.asarray(self.ids_NL[rows], dtype=np.int64), np.asarray(self.learned_NL[rows])[:, 1:] != 0
 
 
 def batch_of(step: int, batch: int, count: int, seed: int) -> np.ndarray:
-    """The rows of one optimizer step. All rows come once, in an order drawn from the seed, then all again in another order."""
+    """The rows of one optimizer step. Every row comes once, in an order drawn from the seed, then again in another order."""
     first = step * batch
     epochs = range(first // count, (first + batch - 1) // count + 1)
     order = np.concatenate([np.random.default_rng([seed, epoch]).permutation(count) for epoch in epochs])

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 WINDOW = 10
-"""Steps whose mean loss tells whether a training diverges."""
+"""A training diverges by the mean loss of this many steps."""
 
 RISE, FACTOR = 1.0, 2.0
 """A training diverges if that mean is this many nats above its lowest value so far, and this many times that value."""
@@ -17,9 +17,9 @@ class Curve:
     """The course of one training, as in `training.json`; the numbers of step i are at index i - 1."""
 
     trained: int
-    """Parameters that are trained."""
+    """The number of trained parameters."""
     losses: list[float] = field(default_factory=list)
-    """The mean loss of each step's batch before the step, in nats per token, over all tokens to be predicted."""
+    """The mean loss of each step's batch before the step, in nats per token, over all tokens to predict."""
     rates: list[float] = field(default_factory=list)
     """The learning rate of each step."""
     speeds: list[float] = field(default_factory=list)
@@ -27,7 +27,7 @@ class Curve:
     validations: list[dict[str, Any]] = field(default_factory=list)
     """For each validation: the steps before it, the loss on each held-out text, and their mean."""
     best: int = 0
-    """The number of steps behind which the parameters are kept."""
+    """The step after which the kept parameters were taken."""
     seconds: float = 0.0
     """The time of the training, over all attempts."""
 
@@ -55,7 +55,7 @@ class Curve:
             )
 
     def validated(self, steps: int, losses: Mapping[str, float], *, kept: int) -> bool:
-        """Add a validation. Is it the best so far? Raises ValueError if a loss is not finite."""
+        """Add a validation; returns whether it is the best so far. Raises ValueError if a loss is not finite."""
         for name, loss in losses.items():
             if not math.isfinite(loss):
                 raise ValueError(f"the loss on {name} behind step {steps} is {loss}; {state_of(kept)}")
@@ -81,6 +81,6 @@ class Curve:
 
 
 def state_of(step: int) -> str:
-    """The end of a message: what is kept of an earlier step, and what to change."""
+    """The end of an error message: which earlier step was kept, and what to change."""
     state = f"the state of step {step} is kept, and running again goes on from it" if step else "no state was saved before"
     return f"{state}; lower the rate, lengthen the warm-up, or clip the gradient"

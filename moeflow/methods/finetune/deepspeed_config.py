@@ -1,7 +1,7 @@
-"""A DeepSpeed configuration, translated into a recipe and a gang and back. No torch.
+"""Translate a DeepSpeed configuration into a recipe and a gang, and back. No torch.
 
-The settings that change the result go into the recipe, and so into the key; the others go into the gang. DeepSpeed gets a
-configuration that is made of both again, so that two spellings of one run have one key.
+The settings that change the result go into the recipe, and so into the key; the others go into the gang. The configuration that
+DeepSpeed gets is made from both again, so two spellings of one run have one key.
 """
 
 import json
@@ -17,14 +17,14 @@ HOW = (
     "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "disable_allgather", "steps_per_print", "wall_clock_breakdown",
     "memory_breakdown", "dump_state", "comms_logger", "flops_profiler", "timers",
 )  # fmt: skip
-"""Settings that DeepSpeed gets as they are: they say where and how it computes."""
+"""Settings passed to DeepSpeed unchanged: they say where and how it computes."""
 
 OPTIMIZER = {"lr": "rate", "betas": "betas", "eps": "epsilon", "weight_decay": "decay"}
-"""DeepSpeed's names of an optimizer's parameters, and the recipe's."""
+"""DeepSpeed's names of optimizer parameters, mapped to the recipe's."""
 
 
 def read(configuration: Mapping[str, Any] | str | Path | None) -> dict[str, Any]:
-    """The configuration itself, or that in a file, without what is "auto" or null. Raises ValueError if it is no JSON object."""
+    """Read a configuration or its file, without "auto" and null values. Raises ValueError if it is not a JSON object."""
     if isinstance(configuration, str | Path):
         try:
             settings = json.loads(Path(configuration).read_text())
@@ -37,9 +37,9 @@ def read(configuration: Mapping[str, Any] | str | Path | None) -> dict[str, Any]
 
 
 def merged(configuration: Mapping[str, Any], recipe: Recipe, gang: Gang, rows: int) -> tuple[Recipe, Gang]:
-    """The recipe, for so many rows of data, and the gang, both changed to what the configuration says.
+    """Apply the configuration to the recipe, for this many rows of data, and to the gang.
 
-    Raises ValueError for settings that are not known or contradict each other.
+    Raises ValueError for settings that are unknown or contradict each other.
     """
     left = dict(configuration)
     recipe = replace(recipe, **_optimizer(left.pop("optimizer", {})))
@@ -71,7 +71,7 @@ def merged(configuration: Mapping[str, Any], recipe: Recipe, gang: Gang, rows: i
 def used(recipe: Recipe, gang: Gang, length: int) -> dict[str, Any]:
     """The configuration that DeepSpeed gets for sequences of this length. Raises ValueError if gang and batch do not fit.
 
-    In bf16 ZeRO 0 becomes 1, because DeepSpeed has another optimizer for 0, and so another result.
+    In bf16 ZeRO 0 becomes 1, because DeepSpeed's optimizer for 0 is another, with other results.
     """
     gang.check(recipe.batch)
     micro = gang.micro_of(recipe.batch, length)
@@ -132,7 +132,7 @@ def _schedule(scheduler: Mapping[str, Any], recipe: Recipe, rows: int) -> dict[s
 
 
 def _batches(left: dict[str, Any], recipe: Recipe, gang: Gang) -> tuple[Recipe, Gang]:
-    """Recipe and gang with the batch sizes in `left`, which are taken out of it."""
+    """Set the batch sizes of recipe and gang from `left`, and remove them from it."""
     micro = int(left.pop("train_micro_batch_size_per_gpu", 0))
     accumulated = int(left.pop("gradient_accumulation_steps", 0))
     whole = int(left.pop("train_batch_size", 0))
@@ -159,7 +159,7 @@ def _batches(left: dict[str, Any], recipe: Recipe, gang: Gang) -> tuple[Recipe, 
 
 
 def _plain(value: Any) -> Any:
-    """The same without "auto", which transformers' Trainer takes for a value that is set elsewhere, and without null."""
+    """The value without null, and without "auto", by which transformers' Trainer means a value that is set elsewhere."""
     if isinstance(value, Mapping):
         return {k: _plain(v) for k, v in value.items() if v != "auto" and v is not None}
     return value

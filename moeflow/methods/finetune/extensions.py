@@ -1,7 +1,7 @@
-"""The parts of DeepSpeed that are compiled on first use: once per Python environment, by one process at a time.
+"""Compile the extensions of DeepSpeed on first use: once per Python environment, in one process at a time.
 
-In torch one process compiles, and the others wait until it removes a file; if it is killed, they wait for ever. So each process
-first takes a lock that ends with it. A file that is still there then was left by a dead process, and is removed.
+In torch one process compiles, and the others wait until it removes a file; if it is killed, they wait forever. So each process
+first takes a lock that is released when it dies. A file that is still there then is a dead process's, and is removed.
 """
 
 import fcntl
@@ -18,13 +18,13 @@ COMMUNICATION, ADAM = "ShareMemCommBuilder", "CPUAdamBuilder"
 def load(*builders: str) -> None:
     """Load these extensions into this process, before DeepSpeed needs them.
 
-    They lie in a folder of this Python environment below TORCH_EXTENSIONS_DIR (by default torch's own cache), and the variable is
-    set to that folder. Another environment's headers would make torch compile them again, and no other program compiles there.
+    They are in this Python environment's folder below TORCH_EXTENSIONS_DIR (by default torch's own cache), and the variable is set
+    to that folder. Another environment's headers would make torch compile them again, and no other program uses the folder.
     """
     from deepspeed.accelerator import get_accelerator
     from torch.utils.cpp_extension import get_default_build_root
 
-    if shutil.which("ninja") is None:  # it compiles them, and lies beside this Python
+    if shutil.which("ninja") is None:  # it compiles them, and is installed beside this Python
         os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     place = "moeflow-" + hashlib.sha256(f"{sys.prefix} {sys.version}".encode()).hexdigest()[:12]
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())

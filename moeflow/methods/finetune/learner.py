@@ -1,6 +1,6 @@
-"""A model in memory, loaded from a checkpoint, frozen except for what is trained, and handed to DeepSpeed.
+"""Load a checkpoint's model into memory, freeze all but what is trained, and hand it to DeepSpeed.
 
-Every process of a gang makes its own. This file knows nothing of data and losses.
+Every process of a gang makes its own. This module knows nothing about data and losses.
 """
 
 import gc
@@ -27,7 +27,7 @@ from moeflow.model.formats import layer_formats
 
 @contextmanager
 def distributed(local_rank: int, *, gpus: float, offload: bool = False) -> Iterator[torch.device]:
-    """Initialise torch.distributed between the gang's processes unless it is initialised already; yields this process's device.
+    """Initialise torch.distributed for the gang's processes unless that is done already; yields this process's device.
 
     The device is a CPU if there is no GPU or `gpus` is 0. A step that runs outside a gang is a gang of one.
     """
@@ -56,15 +56,15 @@ def distributed(local_rank: int, *, gpus: float, offload: bool = False) -> Itera
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Hide what DeepSpeed prints about what it compiles and loads."""
+    """Hide what DeepSpeed prints when it compiles and loads extensions."""
     with redirect_stdout(io.StringIO()):
         yield
 
 
 def load(folder: Path, recipe: Recipe, config: dict[str, Any], device: torch.device, *, checkpointing: bool) -> Any:
-    """The model of a checkpoint's folder, frozen except for what the recipe trains; `config` is DeepSpeed's configuration.
+    """Load the model in a checkpoint's folder, frozen except for what the recipe trains; `config` is DeepSpeed's configuration.
 
-    Under ZeRO-3 rank 0 alone reads the checkpoint, and divides it tensor by tensor while it is loaded.
+    Under ZeRO-3 only rank 0 reads the checkpoint, and it is divided tensor by tensor while it loads.
     """
     from transformers import AutoModelForCausalLM
     from transformers.integrations import HfDeepSpeedConfig
@@ -79,11 +79,11 @@ def load(folder: Path, recipe: Recipe, config: dict[str, Any], device: torch.dev
         dtype = getattr(torch, recipe.dtype)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa", **where)
     del keep
-    # on a CPU a loop over experts is twice as fast, forward and backward; on a GPU their kernels are
+    # on a CPU a loop over experts is twice as fast, forward and backward; on a GPU the grouped kernels are faster
     model.config._experts_implementation = "grouped_mm" if device.type == "cuda" else "eager"
     model.config.use_cache = False
     open_parameters(model, model.config.to_dict(), recipe)
-    if divided:  # it frees a module's weights too early if no gradient flows through the module's inputs
+    if divided:  # DeepSpeed frees a module's weights too early if no gradient flows through its inputs
         model.enable_input_require_grads()
     if checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
@@ -105,12 +105,12 @@ def open_parameters(model: nn.Module, config: Config, recipe: Recipe) -> None:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in wanted)
             if name in sparse:
-                # no gradient, so neither momentum nor decay: what is zero stays zero
+                # no gradient, so neither momentum nor decay: zeros stay zero
                 parameter.register_hook(lambda gradient, w=parameter: gradient * (w != 0))
 
 
 def engine_of(model: Any, config: dict[str, Any], *, decay: float) -> Any:
-    """DeepSpeed's engine for the parameters that are trained; weight decay applies to matrices, not to vectors."""
+    """DeepSpeed's engine for the trained parameters; weight decay applies to matrices, not to vectors."""
     import deepspeed
     from deepspeed.utils.z3_leaf_module import set_z3_leaf_module
 
@@ -124,7 +124,7 @@ def engine_of(model: Any, config: dict[str, Any], *, decay: float) -> Any:
     exact = {name: buffer.clone() for name, buffer in model.named_buffers() if buffer.is_floating_point()}
     with quiet():
         engine, *_ = deepspeed.initialize(model=model, model_parameters=[g for g in groups if g["params"]], config=config)
-    for name, buffer in exact.items():  # in bf16 it rounds frequencies, biases and thresholds, too
+    for name, buffer in exact.items():  # in bf16 DeepSpeed also rounds frequencies, biases and thresholds
         path, _, last = name.rpartition(".")
         model.get_submodule(path)._buffers[last] = buffer.to(engine.device)
     apply(model)
@@ -133,10 +133,10 @@ def engine_of(model: Any, config: dict[str, Any], *, decay: float) -> Any:
 
 
 def learning(model: Any, on: bool) -> None:
-    """Switch the model between training and evaluation, except for its routers, which always choose as in use.
+    """Switch the model between training and evaluation; its routers always stay in evaluation mode.
 
-    In training some families' routers draw at random (Phi-MoE's) or disturb their inputs. That is meant for pre-training, and
-    would differ from process to process.
+    In training mode some families' routers sample (Phi-MoE's) or add noise to their inputs. That is meant for pre-training, and
+    would differ between processes.
     """
     model.train(on)
     for block in _blocks(model):
@@ -151,7 +151,7 @@ def _blocks(model: Any) -> list[nn.Module]:
 
 
 def _openings(model: nn.Module, family: Family, config: Config, names: list[str]) -> dict[str, Tensor]:
-    """`opening` of each of these parameters that is a padded stack."""
+    """The `opening` of each of these parameters that is a padded stack."""
     openings = {}
     formats, stacks = layer_formats(config), {s.name: s for s in STACKS}
     for name in names:

@@ -1,4 +1,4 @@
-"""The training loop of a fine-tuning, as each process of a gang runs it, with torch.distributed and DeepSpeed.
+"""The training loop of a fine-tuning, which each process of a gang runs, with torch.distributed and DeepSpeed.
 
 Shapes are suffixes: N sequences, n some of them, L positions.
 """
@@ -45,7 +45,7 @@ class Tuning:
         self.snapshots = Snapshots(context, self.engine, recipe, self.gang)
 
     def run(self) -> Path:
-        """Train from the last snapshot on. Returns the folder in which rank 0 has the trained parameters."""
+        """Train from the last snapshot on. Returns the folder where rank 0 has stored the trained parameters."""
         self.curve = self.snapshots.resumed(self.curve)
         began = time.monotonic() - self.curve.seconds
         if not self.curve.validations:
@@ -78,7 +78,7 @@ class Tuning:
         weight = self.context.processes * len(batches) / total
         loss = 0.0
         for at, part in enumerate(batches):
-            # if the configuration has dropout, it is the same at every attempt
+            # makes dropout, if the configuration has any, the same at every attempt
             torch.manual_seed(int(np.random.default_rng([self.recipe.seed, step, self.context.rank, at]).integers(2**63)))
             summed = self._forward(part)
             self.engine.backward(summed * weight)
@@ -98,7 +98,7 @@ class Tuning:
 
     @torch.no_grad()
     def _validate(self, done: int) -> None:
-        """Take the mean loss on each held-out text; keep the trained parameters if they are the best so far."""
+        """Measure the mean loss on each held-out text; keep the trained parameters if they are the best so far."""
         if not self.heldout:
             return
         learning(self.engine.module, False)
@@ -108,7 +108,7 @@ class Tuning:
             collect(self.engine.module, self.snapshots.best, writes=self.context.rank == 0)
 
     def _mean(self, rows: Rows) -> float:
-        """The mean loss over all tokens of a held-out text. Every process runs as many batches, a few of them for nothing."""
+        """The mean loss over all tokens of a held-out text. Every process runs the same number of batches; a few do not count."""
         mine = np.arange(len(rows))[self.context.rank :: self.context.processes]
         most = math.ceil(math.ceil(len(rows) / self.context.processes) / self.micro)
         total = 0.0

@@ -1,4 +1,4 @@
-"""LoRA: low-rank additions to a model's matrices, and to the stacks of its fused experts, are trained instead of the matrices.
+"""LoRA: train low-rank additions to a model's matrices, and to the stacks of its fused experts, instead of the matrices.
 
 Hu et al., ICLR 2022, arXiv 2106.09685: W + alpha / rank * B A. The product is added to the parameter itself, so that linear layers,
 routers and fused experts in any kernel need no code of their own. The sum is made anew in each forward pass of a module. Shapes
@@ -27,8 +27,8 @@ class Addition(nn.Module):
     """Adds the product of two factors to a matrix [M, N], or to a stack [E, M, N] of matrices.
 
     `b` starts at zero. `a` is drawn uniformly within 1 / sqrt(N) from a generator seeded with `seed` and `name`, so that every
-    process and every resumed run draws the same. `open_EBMN` is 1 in a stack's matrices and 0 in their padding, in a shape that
-    broadcasts over the stack's B blocks of M rows. `keep_zeros`: nothing is added where the matrix is zero.
+    process and every resumed run draws the same. `open_EBMN` is 1 in a stack's matrices and 0 in their padding, and broadcasts over
+    the stack's B blocks of M rows. `keep_zeros`: add nothing where the matrix is zero.
     """
 
     def __init__(
@@ -58,10 +58,10 @@ class Addition(nn.Module):
 def attach(
     model: nn.Module, names: Iterable[str], recipe: Recipe, openings: Mapping[str, Tensor], sparse: Container[str] = ()
 ) -> None:
-    """Freeze the model and give these parameters an addition, of the recipe's rank or that of their smaller side.
+    """Freeze the model and give these parameters additions, of the recipe's rank or of their smaller side if that is less.
 
-    `openings` has what `opening` returns for each padded stack. The zeros of the parameters in `sparse` stay zero. Works
-    on parameters that ZeRO-3 has divided, too.
+    `openings` has the result of `opening` for each padded stack. The zeros of the parameters in `sparse` stay zero. Also works on
+    parameters that ZeRO-3 has divided.
     """
     model.requires_grad_(False)
     for name in names:
@@ -78,7 +78,7 @@ def attach(
 
 
 def apply(model: nn.Module) -> None:
-    """Make every forward pass use the sums from now on. Call it after DeepSpeed's hooks are there, which gather the parameters."""
+    """Make every forward pass use the sums from now on. Call it after DeepSpeed has added its hooks, which gather parameters."""
     for module in model.modules():
         if ADDITIONS in dict(module.named_children()):
             module.register_forward_pre_hook(_begin)
@@ -86,7 +86,7 @@ def apply(model: nn.Module) -> None:
 
 
 def opening(stack: Stack, format: Format, rows: int, columns: int) -> Tensor | None:
-    """1 where a stack of factors [E, rows, columns] is no padding, else 0, per expert, block and row or column.
+    """A mask per expert, block and row or column of a stack of factors [E, rows, columns]: 1, but 0 in the padding.
 
     None for a stack of whole matrices, which has no padding.
     """
@@ -99,12 +99,12 @@ def opening(stack: Stack, format: Format, rows: int, columns: int) -> Tensor | N
 
 
 def product(a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """What two trained factors add to their matrix, in fp32; a stack's padding holds no meaningful numbers."""
+    """What two trained factors add to their matrix, in fp32; the numbers in a stack's padding are meaningless."""
     return (b.float() @ a.float()) * scale
 
 
 def _begin(module: Any, _: Any) -> None:
-    """Make the sums once per forward pass, in the place of the parameters: fused experts read theirs again and again."""
+    """Replace the parameters by the sums once per forward pass, because fused experts read theirs again and again."""
     for name, addition in module.additions.items():
         module.__dict__[name] = addition(module._parameters[name])
 

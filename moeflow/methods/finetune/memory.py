@@ -1,4 +1,4 @@
-"""How much memory a fine-tuning needs on each device, from configurations alone, and what to do if that is too much. No torch.
+"""How much memory a fine-tuning needs per device, from configurations alone, and what to do if it is too much. No torch.
 
 It is an estimate of the peak of an optimizer step; 10 % are added for fragmentation and libraries.
 """
@@ -14,12 +14,12 @@ from moeflow.methods.finetune.targets import Shapes
 
 MARGIN = 1.1
 BUCKET = 500_000_000
-"""Elements that DeepSpeed's ZeRO 1 and 2 collect before they send them, by default."""
+"""The default number of elements that DeepSpeed's ZeRO 1 and 2 collect before sending."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """What decides the memory of a fine-tuning: the shapes of all tensors, layer by layer, and of those that are `trained`."""
+    """What decides a fine-tuning's memory: the shapes of all tensors, layer by layer, and of those that are `trained`."""
 
     config: Config
     layers: Mapping[int, Shapes]
@@ -43,8 +43,8 @@ def need_of(work: Work, gang: Gang) -> Need:
 
     In mixed precision a trained parameter takes 16 bytes (weight 2, gradient 2, fp32 copy and Adam's moments 12), in fp32 as many
     (4, 4, 8; with ZeRO 1 and 2, which copy the weights, 4 more). ZeRO divides them (Rajbhandari et al., SC 2020, arXiv 1910.02054,
-    section 5); bf16 is trained with ZeRO 1 at least. Then there are two whole layers of divided weights, the activations of all
-    layers or, with checkpointing, of one, the sums that LoRA makes in a forward pass, and the logits.
+    section 5); bf16 is trained with ZeRO 1 at least. Added to this are two whole layers if weights are divided, the activations of
+    all layers (of one, with checkpointing), the sums that LoRA makes in a forward pass, and the logits.
     """
     recipe, n = work.recipe, gang.processes
     size = 2 if recipe.dtype == "bfloat16" else 4
@@ -78,7 +78,7 @@ def need_of(work: Work, gang: Gang) -> Need:
 def bytes_per_token(config: Config, shapes: Shapes, size: int) -> int:
     """The bytes of activations that a decoder layer with these tensors keeps per token for the backward pass.
 
-    They are each matrix's input, and its output if that is transformed, for every expert that is computed; norms keep fp32.
+    They are each matrix's input, and its output if that is transformed, for every computed expert; norms keep fp32.
     """
     family, width = Family.of(config), int(config["hidden_size"])
     kinds: dict[str, list[tuple[int, ...]]] = {}
@@ -99,7 +99,7 @@ def bytes_per_token(config: Config, shapes: Shapes, size: int) -> int:
 def fitted(work: Work, gang: Gang) -> tuple[Gang, Need]:
     """The gang with the largest micro-batch that fits its devices, and the memory that it needs.
 
-    Raises ValueError if the devices' memory is known and too small, and says what would fit.
+    Raises ValueError if the devices' memory is known and too small; the message says what would fit.
     """
     need = need_of(work, gang)
     if not gang.device_memory:
@@ -115,14 +115,14 @@ def fitted(work: Work, gang: Gang) -> tuple[Gang, Need]:
 
 
 def _micros(work: Work, gang: Gang) -> Iterable[Gang]:
-    """Gangs with ever smaller micro-batches, unless the gang says the size."""
+    """Gangs with smaller and smaller micro-batches; only this gang if it sets the size."""
     if gang.micro:
         return [gang]
     return [replace(gang, micro=d) for d in reversed(divisors(work.recipe.batch // gang.processes))]
 
 
 def _way(work: Work, gang: Gang) -> str:
-    """The smallest change that would make it fit, in words."""
+    """Words for the smallest change that would make it fit."""
     least = replace(gang, micro=gang.micro or 1)
     changes: dict[str, Any] = {}
     for name, value in {"zero": 3, "checkpointing": True, "micro": 1, "offload": True}.items():

@@ -9,57 +9,57 @@ from moeflow.methods.finetune.targets import TARGETS, Mode, Target
 from moeflow.options import check_choices, default_of
 
 TOKENS_AT_ONCE = 16_384
-"""Tokens of a micro-batch if nothing else decides: rather many for a large model, and more only cost memory."""
+"""Tokens of a micro-batch if nothing else decides: plenty for a large model; more would only cost memory."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What one fine-tuning computes. Raises ValueError for what cannot be."""
+    """What one fine-tuning computes. Raises ValueError for invalid options."""
 
     mode: Mode = "lora"
     """What is trained: low-rank additions to the targets, everything, experts, routers, or the vectors of Compressed Experts."""
     loss: Literal["lm", "kl", "both"] = "lm"
     """Predict the text, predict what a teacher predicts (KL divergence; with mode router this is Router-KD), or both."""
     mix: float = 0.5
-    """The part of the KL divergence in the loss, if the loss is both."""
+    """The weight of the KL divergence in the loss, if the loss is both."""
     top: int = 64
-    """The likeliest tokens of each position that are kept of the teacher's predictions."""
+    """How many likeliest tokens the teacher's predictions keep at each position."""
     targets: tuple[Target, ...] = ("attention", "experts")
-    """What LoRA is added to: of attention, router, experts, shared, dense."""
+    """What LoRA is added to: any of attention, router, experts, shared, dense."""
     rank: int = 16
     """The rank of LoRA's additions."""
     alpha: float | None = None
-    """Additions are weighed by alpha / rank; none: alpha is twice the rank."""
+    """Additions are scaled by alpha / rank; none: alpha is twice the rank."""
     epochs: float = 1.0
-    """How often every row is seen."""
+    """How often every row is used."""
     steps: int = 0
-    """Optimizer steps, in the place of epochs; 0: as many as the epochs need."""
+    """Optimizer steps, instead of epochs; 0: as many as the epochs need."""
     batch: int = 64
     """Sequences of one optimizer step, over all processes."""
     rate: float = 1e-4
     """The highest learning rate of AdamW."""
     warmup: float = 0.03
-    """The part of the steps over which the rate rises from zero; then it falls along a cosine."""
+    """The fraction of the steps over which the rate rises from zero; then it falls along a cosine."""
     floor: float = 0.0
-    """The rate at the end, as a part of the highest."""
+    """The final rate, as a fraction of the highest."""
     decay: float = 0.0
-    """AdamW's weight decay, of matrices only."""
+    """AdamW's weight decay, for matrices only."""
     clip: float = 1.0
-    """The largest norm that the gradient may have; 0: any."""
+    """The norm to which the gradient is clipped; 0: it is not clipped."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's decay rates of the two moments."""
     epsilon: float = 1e-8
     """AdamW's epsilon."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """The precision of the training (in bfloat16 a copy in fp32 is trained); auto: the checkpoint's own."""
+    """The precision of the training (bfloat16 trains a copy in fp32); auto: the checkpoint's own."""
     every: int = 0
     """Optimizer steps between two validations; 0: only before the first and after the last."""
     keep: Literal["best", "last"] = "best"
     """Which state is kept: the one with the lowest mean validation loss, or the last."""
     keep_zeros: bool | None = None
-    """Weights of experts that are zero stay zero; none: if the experts were made sparse."""
+    """Keep experts' zero weights at zero; none: if the experts were made sparse."""
     seed: int = 0
-    """Draws the order of the rows and LoRA's first factors."""
+    """The seed of the rows' order and LoRA's first factors."""
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -89,12 +89,12 @@ class Recipe:
 
     @property
     def divergence(self) -> float:
-        """The part of the KL divergence in the loss; the loss on the text is the rest."""
+        """The weight of the KL divergence in the loss; the loss on the text has the rest."""
         return {"lm": 0.0, "kl": 1.0, "both": self.mix}[self.loss]
 
     @property
     def scale(self) -> float:
-        """What LoRA's additions are multiplied by."""
+        """The factor that LoRA's additions are multiplied by."""
         return 2.0 if self.alpha is None else self.alpha / self.rank
 
     @property
@@ -103,16 +103,16 @@ class Recipe:
         return round(self.warmup * self.steps)
 
     def steps_of(self, rows: int) -> int:
-        """The optimizer steps for so many rows of data. Raises ValueError if there is none."""
+        """The optimizer steps for this many rows of data. Raises ValueError if there is none."""
         steps = self.steps or round(self.epochs * rows / self.batch)
         if not steps:
             raise ValueError(f"epochs={self.epochs:g} of {rows} rows in batches of {self.batch} make no step; say steps=1")
         return steps
 
     def settled(self, *, rows: int, dtype: str, sparse: bool, validated: bool) -> "Recipe":
-        """The same recipe with nothing left open, and with defaults in fields that have no effect: one training has one key.
+        """The recipe with all choices made and fields without effect at their defaults: one training has one key.
 
-        `rows` of data; `dtype` of the training; are the experts `sparse`? Is there text to be `validated` on?
+        `rows` of data; `dtype` of the training; `sparse`: experts are sparse; `validated`: there is validation text.
         """
         if dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype={dtype!r}: a model is trained in one of float32, bfloat16, whatever its checkpoint has")
@@ -145,27 +145,27 @@ class Recipe:
 class Gang:
     """How and where a fine-tuning runs. Never part of a key, since it changes only the order in which numbers are added.
 
-    In bf16 their number rounds, too: DeepSpeed adds a process's gradients of several micro-batches in bf16.
+    In bf16 the number of micro-batches matters too: DeepSpeed adds their gradients in bf16.
     """
 
     processes: int = 1
     """Processes that divide the work."""
     gpus: float = 1.0
-    """GPUs of each process; on a cluster without GPUs it has CPUs alone."""
+    """GPUs of each process; on a cluster without GPUs it uses only CPUs."""
     cpus: float = 1.0
     """CPUs of each process."""
     zero: Literal[0, 1, 2, 3] = 2
     """What ZeRO divides between the processes: nothing, the optimizer's state, gradients too, weights too."""
     micro: int = 0
-    """Sequences that a process takes at once; 0: as many as device_memory holds, or as make 16,384 tokens."""
+    """Sequences that a process takes at once; 0: as many as fit into device_memory, or as make 16,384 tokens."""
     offload: bool = False
-    """The optimizer's state lies in main memory."""
+    """Keep the optimizer's state in main memory."""
     checkpointing: bool = False
-    """A layer's activations are computed again in the backward pass, to save memory."""
+    """Compute a layer's activations again in the backward pass, to save memory."""
     save_every: int = 50
     """Optimizer steps between two snapshots, from which an interrupted run continues."""
     device_memory: float = 0
-    """Bytes of each process's device; 0: not known, and nothing is refused."""
+    """Memory of each process's device, in bytes; 0: unknown, and nothing is refused."""
     deepspeed: dict[str, Any] = field(default_factory=dict)
     """Further settings of a DeepSpeed configuration, as DeepSpeed spells them."""
 
@@ -198,7 +198,7 @@ class Gang:
         return self.micro or max(fitting, default=1)
 
     def settings(self) -> dict[str, Any]:
-        """What the running step has to know, as `Resources.settings`."""
+        """The settings that the running step needs, as `Resources.settings`."""
         return {
             "zero": self.zero, "micro": self.micro, "offload": self.offload, "checkpointing": self.checkpointing,
             "save_every": self.save_every, "gpus": self.gpus, "deepspeed": self.deepspeed,

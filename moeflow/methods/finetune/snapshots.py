@@ -29,7 +29,7 @@ class Snapshots:
         self.folder = context.scratch / "state"
         self.best = self.folder / "best"
         self.folder.mkdir()
-        # a snapshot can only be read with the same; that of another number of processes is not resumed at all
+        # only the same layout can read a snapshot; one of another number of processes is never resumed
         self.layout = {"zero": gang.zero, "offload": gang.offload}
 
     def resumed(self, fresh: Curve) -> Curve:
@@ -42,7 +42,7 @@ class Snapshots:
         if mine["steps"] != curve.steps:
             raise RuntimeError(f"rank {self.context.rank} has the state of step {mine['steps']}, and rank 0 that of {curve.steps}")
         if mine["layout"] != self.layout:
-            self.base = mine["at"]  # what is saved from here on must be newer than the snapshot that cannot be read
+            self.base = mine["at"]  # later snapshots must have higher numbers than the unreadable one
             self.context.note(f"a snapshot of {mine['layout']} cannot be read with {self.layout}; the training starts again")
             return fresh
         with quiet():
@@ -54,7 +54,7 @@ class Snapshots:
         return curve
 
     def save(self, curve: Curve) -> None:
-        """Keep the state behind the curve's last step. Raises ValueError if it is not finite, OSError if the disk is full."""
+        """Save the state after the curve's last step. Raises ValueError if it is not finite, OSError if the disk is full."""
         if not self.at:
             self._check_room(curve.trained)
         self.check(curve)

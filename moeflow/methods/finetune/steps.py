@@ -1,7 +1,7 @@
 """Fine-tuning with DeepSpeed as a step like any other: a model and text go in, the trained layers come out.
 
-The `Recipe` is part of the key. The `Gang` is not: how many processes there are, where they run, and what DeepSpeed divides between
-them. A teacher's predictions are artifacts, so that the teacher is never in memory beside its student.
+The `Recipe` is part of the key. The `Gang` is not: it says how many processes there are, where they run, and what DeepSpeed divides
+between them. A teacher's predictions are artifacts, so that the teacher is never in memory beside its student.
 """
 
 import json
@@ -46,7 +46,7 @@ def _predictions_spec(rest: RestSpec, hidden: Any, *, top: int, dtype: str) -> S
 
 @step("finetune.predictions", version=1, spec=_predictions_spec, gpus=1)
 def predictions(context: Context, rest: Artifact, hidden: Artifact, *, top: int, dtype: str) -> None:
-    """A model's predictions from the hidden states behind its last layer: `predictions.safetensors`."""
+    """Compute a model's predictions from the hidden states behind its last layer; writes `predictions.safetensors`."""
     from moeflow.methods.finetune.teacher import write_predictions
 
     write_predictions(rest, hidden.file(HIDDEN), context.out / PREDICTIONS, top=top, dtype=dtype, progress=context.progress)
@@ -57,7 +57,7 @@ def _train_spec(
     *, names: list[str], recipe: Recipe,
 ) -> Spec:  # fmt: skip
     reads = checkpoint.nbytes + checkpoint.others + 5 * data.tokens
-    # a layer in which something is trained is written whole, except for what stands beside its experts
+    # a layer with trained tensors is written whole, except for its routing file
     writes = checkpoint.headers if recipe.mode == "compressed_experts" else checkpoint.nbytes
     return Spec({"bytes": 80 * recipe.steps + 2000}, reads=reads, writes=writes, memory=checkpoint.nbytes)
 
@@ -67,9 +67,9 @@ def train(
     context: Context, checkpoint: Artifact, data: Artifact, predictions: tuple[Artifact, ...] = (),
     heldout: tuple[Artifact, ...] = (), *, names: list[str], recipe: Recipe,
 ) -> None:  # fmt: skip
-    """The trained layers of a checkpoint: `layer-000/layer.safetensors` and so on, whole, under the hub's names, and `rest/`.
+    """Train a checkpoint; writes its trained layers, `layer-000/layer.safetensors` and so on, under the hub's names, and `rest/`.
 
-    Beside them `training.json`, the course of the training (`curve.Curve`), and `deepspeed.json`, DeepSpeed's configuration.
+    Also writes `training.json`, the course of the training (`curve.Curve`), and `deepspeed.json`, DeepSpeed's configuration.
     `predictions` are a teacher's on the data, shard by shard; `names` are those of the held-out token matrices. Runs in each
     process of a gang, and outside one. Raises ValueError if no token is learned, and if the training diverges.
     """
@@ -84,7 +84,7 @@ def _layer_spec(trained: Any, before: LayerSpec, *, layer: int, recipe: Recipe) 
 
 @step("finetune.layer", version=1, spec=_layer_spec)
 def layer(context: Context, trained: Artifact, before: Artifact, *, layer: int, recipe: Recipe) -> None:
-    """One decoder layer: its trained files, the others as they were before, and its facts. No tensor's bytes move."""
+    """One decoder layer: its trained files, its other files unchanged, and its facts. No tensor is copied."""
     _linked(context, trained, before)
     Facts.of(before).and_then("finetune.layer", **{"mode": recipe.mode, "loss": recipe.loss} | plain(recipe)).write(context.out)
 
@@ -95,7 +95,7 @@ def _rest_spec(trained: Any, before: RestSpec) -> Spec:
 
 @step("finetune.rest", version=1, spec=_rest_spec)
 def rest_of(context: Context, trained: Artifact, before: Artifact) -> None:
-    """Embedding, final norm and head as they were trained, and the small files as they were before. No byte moves."""
+    """The trained embedding, final norm and head, and the small files unchanged. Nothing is copied."""
     _linked(context, trained, before)
 
 
@@ -114,7 +114,7 @@ def _report_spec(trained: Any) -> Spec:
 
 @step("finetune.report", version=1, spec=_report_spec)
 def report(context: Context, trained: Artifact) -> None:
-    """What the training did to the loss: of its first and last batch, and on each held-out text before it and as it was kept."""
+    """Report the loss on the first and last batch, and on each held-out text before the training and for the kept state."""
     curve = json.loads(trained.read(TRAINING, 0, trained.size(TRAINING)))
     rows = [row("training loss", curve["losses"][0], curve["losses"][-1], "nats/token")]
     if curve["validations"]:

@@ -23,7 +23,7 @@ Shapes = Mapping[str, Sequence[int]]
 
 
 def is_trained(family: Family, mode: str, targets: Sequence[str], name: str, shape: Sequence[int]) -> bool:
-    """Does this mode train the tensor with this name on disk? With LoRA: does it add to it?"""
+    """Does this mode train the tensor with this name on disk, or, with LoRA, add to it?"""
     kind = family.kind(name)
     if mode == "full":
         return kind != "fixed"
@@ -37,7 +37,7 @@ def trained_in(
 ) -> dict[int | None, Shapes]:
     """The shapes of the trained tensors of each decoder layer, by number, and of the rest (None); no entry for layers without any.
 
-    Raises ValueError if the model has nothing that this mode or one of the targets trains, and names what it has.
+    Raises ValueError if the model has nothing that this mode or one of the targets trains; the message names what it has.
     """
     family = Family.of(config)
     whole: dict[int | None, Shapes] = {i: layers[i] for i in layers} | {None: rest}

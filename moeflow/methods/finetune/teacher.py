@@ -24,7 +24,7 @@ def write_predictions(
 ) -> None:
     """Write a model's predictions from its hidden states [N, L, D] behind the last layer.
 
-    The file has for every position the `top` likeliest next tokens `id_NLK` (int32), the logarithms of their probabilities
+    For every position the file has the `top` likeliest next tokens `id_NLK` (int32), the logarithms of their probabilities
     `log_p_NLK`, and `log_rest_NL`, the logarithm of the probability of all other tokens together (fp32), minus infinity if all
     tokens are kept. `rest` holds config.json, final norm and head.
     """
@@ -43,7 +43,7 @@ def write_predictions(
 
 
 class Predictions:
-    """The files of `write_predictions`, of any number of sequences each, read row by row."""
+    """Reads the files of `write_predictions`, with any number of sequences each, row by row."""
 
     def __init__(self, files: Sequence[Path]) -> None:
         self._files: list[Any] = [safe_open(file, "pt") for file in files]
@@ -64,7 +64,7 @@ class Predictions:
 def divergence(logits_TV: Tensor, id_TK: Tensor, log_p_TK: Tensor, log_rest_T: Tensor) -> Tensor:
     """KL(p || q) from a teacher's predictions p to a model's logits, in nats, [T], fp32.
 
-    All tokens but the teacher's likeliest count as one token. So the result is a lower bound of the divergence, and exact if the
+    All tokens but the teacher's likeliest count as one, so the result is a lower bound of the divergence; it is exact if the
     teacher's whole vocabulary is kept.
     """
     log_q_TV = logits_TV.float().log_softmax(-1)
@@ -78,7 +78,7 @@ def divergence(logits_TV: Tensor, id_TK: Tensor, log_p_TK: Tensor, log_rest_T: T
 def loss_sum(
     logits_nLV: Tensor, ids_nL: Tensor, learned_nL: Tensor, taught: tuple[Tensor, Tensor, Tensor] | None, mix: float
 ) -> Tensor:
-    """The loss summed over the learned tokens: `mix` times the divergence from the teacher, and the rest language modelling."""
+    """The loss summed over the learned tokens: `mix` of the divergence from the teacher, the rest language modelling."""
     logits_TV = logits_nLV[:, :-1][learned_nL].float()
     lm = cross_entropy(logits_TV, ids_nL[:, 1:][learned_nL], reduction="sum")
     return lm if taught is None else mix * divergence(logits_TV, *taught).sum() + (1 - mix) * lm

@@ -1,7 +1,7 @@
-"""Trained parameters, from memory to disk: first as they are in memory, then as layer files under the hub's names.
+"""Write trained parameters to disk: first as they are in memory, then as layer files under the hub's names.
 
-All processes do the first together, parameter by parameter, because each may hold only a part. Rank 0 does the second from files
-alone, one decoder layer at a time. Shapes are suffixes: E experts, M rows, N columns.
+All processes do the first together, parameter by parameter, because each may have only a part. Rank 0 does the second from these
+files, one decoder layer at a time. Shapes are suffixes: E experts, M rows, N columns.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -24,7 +24,7 @@ REST = "rest"
 
 
 def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The trained parameters by name; LoRA's factors have their matrix's name with the endings `lora.A` and `lora.B`."""
+    """The trained parameters by name; LoRA's factors are named after their matrix, with the endings `lora.A` and `lora.B`."""
     trained = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -44,7 +44,7 @@ def by_layer(names: Mapping[str, Any]) -> dict[str, list[str]]:
 
 
 def collect(model: nn.Module, folder: Path, *, writes: bool) -> None:
-    """Gather the trained parameters one at a time; the process that `writes` leaves a file per layer. All processes call it."""
+    """Gather the trained parameters one at a time; the process that `writes` stores a file per layer. All processes call it."""
     trained = parameters_of(model)
     for part, names in by_layer(trained).items():
         tensors: dict[str, Tensor] = {}
@@ -69,8 +69,8 @@ def gathered(parameter: Any) -> AbstractContextManager[Any]:
 def write(checkpoint: Files, config: Config, folder: Path, out: Path, recipe: Recipe) -> Iterator[str]:
     """Write `layer-000/layer.safetensors` and so on, and `rest/rest.safetensors`, from what `collect` left in `folder`.
 
-    A file is written if something in it was trained: whole, under the hub's names, in the checkpoint's own precision, with LoRA's
-    additions multiplied and added in fp32. Yields the name of each layer when it is written.
+    A file is written, whole, if something in it was trained: under the hub's names, in the checkpoint's own precision, with LoRA's
+    additions multiplied and added in fp32. Yields the name of each layer once it is written.
     """
     tensors = Tensors(checkpoint)
     for file in sorted(folder.glob("*.safetensors")):
@@ -89,7 +89,7 @@ def write(checkpoint: Files, config: Config, folder: Path, out: Path, recipe: Re
 def tensors_of(
     trained: Mapping[str, Tensor], tensors: Tensors, names: Iterable[str], config: Config, layer: int | None, recipe: Recipe
 ) -> dict[str, Tensor]:
-    """Trained parameters as tensors on disk; LoRA's additions are added, in fp32, to the tensors that are there.
+    """Trained parameters as tensors on disk; LoRA's additions are added, in fp32, to the existing tensors.
 
     `names` are those of the layer's tensors on disk, or of the rest's.
     """
@@ -110,7 +110,7 @@ def tensors_of(
 
 
 def _pieces(family: Family, format: Format, layer: int | None, name: str, value: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """One parameter under its name on disk, or the matrices of a stack of experts under theirs."""
+    """One parameter with its name on disk, or each matrix of a stack of experts with its own."""
     stack = next((s for s in STACKS if name == f"{family.prefix(layer or 0)}{family.arch.block}.experts.{s.name}"), None)
     if stack is None or layer is None:
         yield family.on_disk(name), value

@@ -15,7 +15,7 @@ from moeflow.methods.pretrain.steps import Pretraining
 from moeflow.step import Context
 
 SAVED_EVERY = 50
-"""Optimizer steps between two partial states, from which an interrupted training continues."""
+"""Optimizer steps between two saved states, from which an interrupted training continues."""
 
 
 def train_mixtral(context: Context, files: list[Path], config: Config, how: Pretraining) -> None:
@@ -28,7 +28,7 @@ def train_mixtral(context: Context, files: list[Path], config: Config, how: Pret
         raise ValueError(f"the texts give {len(ids_T):,} tokens; a sequence needs {length + 1:,}")
     torch.manual_seed(how.seed)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)).train()
-    model.config._experts_implementation = "eager"  # twice as fast as the others on a CPU, forward and backward
+    model.config._experts_implementation = "eager"  # on a CPU twice as fast as the others, forward and backward
     optimizer = torch.optim.AdamW(model.parameters(), lr=how.rate, betas=(0.9, 0.95), weight_decay=0.1)
     warm = max(1, steps // 20)
     schedule = torch.optim.lr_scheduler.LambdaLR(

@@ -1,4 +1,4 @@
-"""Train a small Mixtral from scratch on some text, for demonstrations and tests: a model that has learned something."""
+"""Train a small Mixtral from scratch on some text, for demonstrations and tests that need a model that has learned something."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -22,9 +22,9 @@ class Shape:
     layers: int = 4
     """Decoder layers."""
     heads: int = 4
-    """Attention heads; half as many keys and values."""
+    """Attention heads; there are half as many key-value heads."""
     experts: int = 8
-    """Experts of a layer, of which a token is computed by two."""
+    """Experts per layer; two of them compute each token."""
     vocabulary: int = 1024
     """Tokens of the vocabulary."""
 
@@ -43,7 +43,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Pretraining:
-    """How a small Mixtral is trained. Raises ValueError for what cannot be."""
+    """How a small Mixtral is trained. Raises ValueError for invalid options."""
 
     steps: int = 300
     """Optimizer steps."""
@@ -54,7 +54,7 @@ class Pretraining:
     rate: float = 3e-3
     """The highest learning rate."""
     seed: int = 0
-    """Draws the weights and the batches."""
+    """The seed of the weights and the batches."""
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.batch < 1 or not 0 < self.rate < 1:
@@ -65,7 +65,7 @@ class Pretraining:
 
 
 def table_of(config: Config) -> TensorTable:
-    """The tensors of a Mixtral of this configuration under the hub's names, in the order in which they lie in its file."""
+    """The tensors of a Mixtral of this configuration, by the hub's names, in the order of its file."""
     d, f, v, e = (int(config[k]) for k in ("hidden_size", "intermediate_size", "vocab_size", "num_local_experts"))
     q, kv = (int(config[k]) * int(config["head_dim"]) for k in ("num_attention_heads", "num_key_value_heads"))
     family = Family(MIXTRAL, config)
@@ -90,8 +90,8 @@ def _train_spec(texts: tuple[Any, ...], *, config: Config, how: Pretraining) -> 
 
 @step("pretrain.mixtral", version=1, spec=_train_spec, cpus=2)
 def train(context: Context, texts: tuple[Artifact, ...], *, config: Config, how: Pretraining) -> None:
-    """A byte-level BPE tokenizer and a Mixtral trained on the texts with AdamW; an interrupted training continues."""
+    """Train a byte-level BPE tokenizer, and a Mixtral with AdamW, on the texts; an interrupted training continues."""
     from moeflow.methods.pretrain.mixtral import train_mixtral
 
     train_mixtral(context, [text.file(name) for text in texts for name in text.names()], config, how)
-    (context.out / "config.json").unlink()  # the configuration is a parameter, and the steps behind this one write it
+    (context.out / "config.json").unlink()  # the configuration is a parameter, and later steps write it

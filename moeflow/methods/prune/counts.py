@@ -1,4 +1,4 @@
-"""How many experts each layer keeps, out of one budget for the whole model: the paper's rule, or exactly, from measured curves.
+"""How many experts each layer keeps, out of one budget for the whole model: by the paper's rule, or exactly from measured curves.
 
 Counts obey the router (top-k, the same number in every group), an optional list of counts that serving kernels accept, and
 divisibility by a planned expert-parallel size. No torch.
@@ -18,26 +18,26 @@ from moeflow.options import check_choices
 
 @dataclass(frozen=True)
 class Counts:
-    """How many experts stay, and how they are spread over the layers. Raises ValueError for what cannot be."""
+    """How many experts stay, and how they are spread over the layers. Raises ValueError for invalid options."""
 
     keep: float
-    """What stays in the experts of all layers: a part of what there is, up to 1, or an amount above 1."""
+    """How much of all layers' experts stays: a fraction up to 1, or an absolute amount above 1."""
     unit: Literal["experts", "parameters", "bytes"] = "experts"
-    """What keep is an amount of."""
+    """The unit of keep."""
     rule: Literal["uniform", "paper", "exact"] = "exact"
-    """uniform: the same number in each layer; paper: by importance, as MoE-I² says; exact: the least sum of measured costs."""
+    """uniform: the same number in each layer; paper: by importance, as in MoE-I²; exact: the least sum of measured costs."""
     importance: Literal["recon", "lm_loss"] = "lm_loss"
-    """What an expert's importance is for the paper's rule: the change of its layer's output, or of the model's loss, without it."""
+    """The importance of an expert in the paper's rule: how much its layer's output, or the model's loss, changes without it."""
     legal: tuple[int, ...] = ()
-    """The numbers of experts that serving kernels accept; any, if empty."""
+    """The numbers of experts that serving kernels accept; empty: any."""
     divisor: int = 1
     """The planned expert-parallel size: each number of experts is a multiple of it."""
     protected: tuple[tuple[int, int], ...] = ()
-    """Experts that have to stay, as pairs of a layer's and an expert's number."""
+    """Experts that must stay, as pairs (layer, expert)."""
     grid: int = 8
-    """The most numbers of experts that the exact rule measures in a layer; between them it interpolates."""
+    """The exact rule measures at most this many counts per layer, and interpolates between them."""
     measured: int = 16_384
-    """About how many calibration tokens run through the whole model for each alternative; their hidden states are kept."""
+    """Roughly how many calibration tokens run through the whole model for each alternative; their hidden states are kept."""
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -56,7 +56,7 @@ class Counts:
 
 
 def total_experts(model: Model, counts: Counts) -> int:
-    """How many experts the whole model may keep. Raises ValueError where nothing or more than there is would stay."""
+    """How many experts the whole model may keep. Raises ValueError if that is none, or more than it has."""
     amount, unit = counts.keep, counts.unit
     layers = [spec_of(model, i) for i in model.moe_layers]
     everything = sum(layer.experts for layer in layers)
@@ -76,10 +76,10 @@ def total_experts(model: Model, counts: Counts) -> int:
 
 
 def legal_counts(model: Model, counts: Counts) -> dict[int, list[int]]:
-    """For every MoE layer the numbers of experts that it may keep, ascending.
+    """The numbers of experts that each MoE layer may keep, ascending.
 
-    Raises ValueError where a layer has none, where an expert is protected that no layer has, and where a step has yet to decide how
-    many experts a layer has.
+    Raises ValueError if a layer has no legal count, if a protected expert does not exist, and if a layer's number of experts is not
+    known before a step has run.
     """
     family, allowed = Family.of(model.config), {}
     if strange := sorted({i for i, _ in counts.protected} - set(model.moe_layers)):
@@ -107,7 +107,7 @@ def legal_counts(model: Model, counts: Counts) -> dict[int, list[int]]:
 
 
 def check_total(total: int, legal: Mapping[int, Sequence[int]]) -> None:
-    """Raise ValueError, with the nearest totals that can be met, where no legal counts add up to `total`."""
+    """Raise ValueError if no legal counts add up to `total`; the message has the nearest totals that work."""
     reachable = 1  # bit n: n experts in all
     for counts in legal.values():
         reachable = sum_of_shifts(reachable, counts)
@@ -119,7 +119,7 @@ def check_total(total: int, legal: Mapping[int, Sequence[int]]) -> None:
 
 
 def sum_of_shifts(bits: int, shifts: Sequence[int]) -> int:
-    """The union of `bits` moved up by each of `shifts`."""
+    """The union of `bits` shifted left by each of `shifts`."""
     union = 0
     for by in shifts:
         union |= bits << by
@@ -131,7 +131,7 @@ def spec_of(model: Model, layer: int) -> LayerSpec:
 
 
 def shares(weights: Mapping[int, float], caps: Mapping[int, int], amount: float) -> dict[int, float]:
-    """`amount` in proportion to `weights`, none above its cap: what a cap cuts off goes to the others."""
+    """Divide `amount` in proportion to `weights`, with no share above its cap; what a cap cuts off goes to the others."""
     parts = {i: 0.0 for i in weights}
     while amount > 1e-9 and (open_ := [i for i in weights if parts[i] < caps[i] - 1e-9]):
         whole, rest = sum(weights[i] for i in open_), amount
@@ -143,7 +143,7 @@ def shares(weights: Mapping[int, float], caps: Mapping[int, int], amount: float)
 
 
 def neighbours(counts: Mapping[int, int], legal: Mapping[int, Collection[int]]) -> Iterator[dict[int, int]]:
-    """The same total with one layer a legal step lower and another as much higher."""
+    """All counts with the same total in which one layer is a legal step lower and another is higher by as much."""
     for i, n in counts.items():
         lower = [m for m in legal[i] if m < n]
         for j in counts:
@@ -163,7 +163,7 @@ def between(points: Sequence[tuple[int, float]], at: int) -> float:
 
 
 def fit(curves: Mapping[int, Mapping[int, float]], total: int) -> dict[int, int]:
-    """Of each curve {count: cost} one count, so that they add up to `total` exactly and cost least together."""
+    """Pick one count from each curve {count: cost}, so that the counts add up to `total` exactly and cost least together."""
     layers = list(curves)
     options = [sorted(curves[i].items()) for i in layers]
     picked = allocate_curves(options, total, fill=True)

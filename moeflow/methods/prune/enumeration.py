@@ -1,4 +1,4 @@
-"""The choice of one layer's experts by NAEE, every subset compared, or by a score (Lu et al., ACL 2024, section 3.2).
+"""Choose one layer's experts by comparing every subset, as NAEE does (Lu et al., ACL 2024, section 3.2), or by a score.
 
 Shapes are suffixes: T tokens, D model width, E experts, S subsets, B batches.
 """
@@ -24,11 +24,11 @@ def weigh(
     context: Context, config: Config, layer_file: Files, shards: Sequence[Files], originals: Sequence[Files],
     *, layer: int, keep: int, how: Search, batch_tokens: int | None, dtype: str,
 ) -> Choice:  # fmt: skip
-    """The choice for one layer, with the loss of the chosen set, of the runner-up and of the sets that the scores would keep.
+    """Choose one layer's experts; returns the losses of the chosen set, of the runner-up and of the set that each score would keep.
 
     `shards`: what each shard of tokens recorded in this layer; `originals`: what the same tokens recorded there in the original
-    model; if given, the original layer's output on those is the target. Every `batch_tokens` tokens are a batch, or all of a
-    shard where it is None. Raises ValueError where an output is NaN or infinite.
+    model. With `originals`, the original layer's output on them is the target. A batch has `batch_tokens` tokens, or a whole shard
+    if that is None. Raises ValueError if an output is NaN or infinite.
     """
     moe = layer_of(Tensors(layer_file), config, layer, dtype)
     device, precise = moe.router_ED.device, moe.router_ED.dtype

@@ -1,4 +1,4 @@
-"""What keeping a subset of a layer's experts costs, exactly, for many subsets at once.
+"""The exact error of keeping only a subset of a layer's experts, for many subsets at once.
 
 Shapes are suffixes: T tokens, D model width, E experts, S subsets. Lu et al., "Not All Experts are Equal", ACL 2024, section 3.2.
 """
@@ -13,11 +13,11 @@ from moeflow.model.moe import MoELayer
 from moeflow.model.router import dense
 
 ELEMENTS_AT_ONCE = 1 << 24
-"""Bounds the largest intermediate tensors of a chunk of tokens."""
+"""The most elements in the largest intermediate tensors of a chunk of tokens."""
 
 
 def mask_of(subsets: Sequence[Subset], experts: int, device: torch.device | str = "cpu") -> Tensor:
-    """Which experts each subset allows, bool [S, E]."""
+    """The experts that each subset allows, bool [S, E]."""
     mask_SE = torch.zeros(len(subsets), experts, dtype=torch.bool)
     for s, subset in enumerate(subsets):
         mask_SE[s, list(subset)] = True
@@ -26,11 +26,11 @@ def mask_of(subsets: Sequence[Subset], experts: int, device: torch.device | str 
 
 @torch.inference_mode()
 def squared_errors(moe: MoELayer, x_TD: Tensor, mask_SE: Tensor, target_TD: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The squared error of the layer's output over these tokens for every subset, fp64 [S], and the output's own square, [].
+    """The squared error of the layer's output for every subset, summed over tokens, fp64 [S], and the output's squared norm [].
 
-    Every expert runs once per token; the error of a subset is then the quadratic form c' G c of the experts' Gram matrix G with
-    c the change of the routing weights, which is exact. With a `target_TD` (what the block should give: the original model's
-    output on the same tokens) the target enters the Gram matrix as one more vector with coefficient -1.
+    Every expert runs once per token. The error of a subset is then exactly c' G c, where G is the Gram matrix of the experts'
+    outputs and c the change of the routing weights. `target_TD` is what the block should output: the original model's output on the
+    same tokens. It enters the Gram matrix as one more vector with coefficient -1.
     """
     experts, subsets = moe.num_experts, len(mask_SE)
     error_S = torch.zeros(subsets, dtype=torch.float64, device=x_TD.device)
@@ -61,7 +61,7 @@ def squared_errors(moe: MoELayer, x_TD: Tensor, mask_SE: Tensor, target_TD: Tens
 
 @torch.inference_mode()
 def squared_errors_direct(moe: MoELayer, x_TD: Tensor, mask_SE: Tensor, target_TD: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The same by running the layer once per subset, routed experts only: cheaper for a few subsets of many experts."""
+    """The same, by running the layer's routed experts once per subset: cheaper for a few subsets of many experts."""
     error_S = torch.zeros(len(mask_SE), dtype=torch.float64, device=x_TD.device)
     norm = torch.zeros((), dtype=torch.float64, device=x_TD.device)
     step = max(1, ELEMENTS_AT_ONCE // x_TD.shape[1])

@@ -1,4 +1,4 @@
-"""What a search over subsets has evaluated: many subsets at a time, each once. And the search that evaluates all.
+"""The losses of the subsets that a search has evaluated, each once, many at a time; and the search that evaluates all.
 
 Shapes are suffixes: E experts, S subsets.
 """
@@ -15,11 +15,11 @@ Evaluate = Callable[[Tensor], Tensor]
 """The losses [S] of the subsets that a mask (bool [S, E]) allows: a `Weighed` layer, or any function."""
 
 AT_ONCE = 1024
-"""How many subsets are evaluated together where all are known beforehand."""
+"""How many subsets are evaluated together if all are known beforehand."""
 
 
 class Evaluated:
-    """The loss of every subset that was evaluated. With `memoise` off, a subset that comes again is evaluated again."""
+    """The loss of every subset that was evaluated. With `memoise` off, a repeated subset is evaluated again."""
 
     def __init__(
         self, evaluate: Evaluate, experts: int, known: Iterable[tuple[Subset, float]] = (), *, memoise: bool = True
@@ -28,7 +28,7 @@ class Evaluated:
         self.loss = dict(known)
 
     def losses(self, subsets: Sequence[Subset]) -> list[float]:
-        """The losses of subsets of kept experts, all of one size. Raises ValueError where one is no number."""
+        """The losses of subsets of kept experts, all of one size. Raises ValueError if a loss is NaN or infinite."""
         new = [s for s in dict.fromkeys(subsets) if s not in self.loss] if self.memoise else subsets
         if new:
             mask_SE = torch.zeros(len(new), self.experts, dtype=torch.bool).scatter_(1, torch.tensor(new), True)
@@ -39,7 +39,7 @@ class Evaluated:
         return [self.loss[s] for s in subsets]
 
     def best(self, count: int, keep: int) -> list[tuple[Subset, float]]:
-        """The best subsets of `keep` experts so far, best first; of equals the one whose experts come first."""
+        """The best subsets of `keep` experts so far, best first; ties go to the lexically smaller subset."""
         sized = [(subset, loss) for subset, loss in self.loss.items() if len(subset) == keep]
         return sorted(sized, key=lambda one: (one[1], one[0]))[:count]
 
@@ -53,5 +53,5 @@ def enumerate_all(evaluate: Evaluate, subsets: Subsets, best: int = 1) -> list[t
 
 
 def search(evaluate: Evaluate, subsets: Subsets, how: Search, *, layer: int) -> list[tuple[Subset, float]]:
-    """`enumerate_all`, as the table of searches names it."""
+    """`enumerate_all`, with the signature of a search."""
     return enumerate_all(evaluate, subsets, how.best)

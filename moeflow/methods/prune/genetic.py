@@ -1,6 +1,6 @@
 """Genetic search over the experts of one layer: MoE-I2 (Yang et al., Findings of EMNLP 2024), inter-expert pruning.
 
-It gets losses only from a function of masks. What the paper leaves open is decided in `search`.
+It only calls a function from masks to losses. `search` decides what the paper leaves open.
 """
 
 from collections.abc import Callable
@@ -12,10 +12,10 @@ from moeflow.methods.prune.searches import Search
 from moeflow.methods.prune.subsets import Subset, Subsets, without
 
 TRIES = 3
-"""How many more experts of a child are exchanged where it was evaluated before; then it may come again."""
+"""How many more experts are exchanged in a child that was evaluated before; then a repeat is accepted."""
 
 State = dict[str, Any]
-"""A search between two generations, as JSON holds it."""
+"""The state of a search between two generations, as JSON."""
 
 
 def search(
@@ -31,12 +31,12 @@ def search(
     """The best subsets of kept experts that a genetic search finds, with their losses, best first.
 
     An individual is the set of dropped experts. The best share `how.parents` of a generation stays and has children: a child drops
-    a random part of what two different parents drop together and, with the probability `how.mutation`, one of these experts is
+    a random part of the union of what two different parents drop and, with probability `how.mutation`, one of these experts is
     exchanged for another. The members of a generation differ, and a child that was evaluated before is exchanged further. The first
-    generation is drawn at random. Where there are no more subsets than the population, all are evaluated instead.
+    generation is drawn at random. If the population could hold all subsets, all are evaluated.
 
-    Every generation draws from its own (seed, layer, generation). `save` gets the state after every generation; a search that gets
-    it back as `resume` goes on to the same result. Raises ValueError where `resume` is another search's.
+    Every generation has its own random seed (seed, layer, generation). `save` gets the state after every generation; a search that
+    gets it back as `resume` continues to the same result. Raises ValueError if `resume` comes from another search.
     """
     experts, population = subsets.experts, how.population
     if subsets.count <= population:
@@ -92,14 +92,14 @@ def _next(random: Random, parents: list[Subset], how: Search, pools: list[list[i
 
 
 def _cross(random: Random, one: Subset, other: Subset, pools: list[list[int]]) -> Subset:
-    """As many as each parent drops, of those that either drops, group by group."""
+    """Draw as many experts as each parent drops from those that either drops, group by group."""
     union = set(one) | set(other)
     drop = len(one) // len(pools)
     return tuple(sorted(e for pool in pools for e in random.sample([e for e in pool if e in union], drop)))
 
 
 def _exchange(random: Random, dropped: Subset, pools: list[list[int]]) -> Subset:
-    """One dropped expert stays and another of its group is dropped instead."""
+    """Exchange one dropped expert for a kept one of the same group."""
     gone = set(dropped)
     out = random.choice([e for pool in pools if not gone.issuperset(pool) for e in pool if e in gone])
     pool = next(pool for pool in pools if out in pool)

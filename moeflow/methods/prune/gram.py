@@ -1,8 +1,8 @@
-"""One MoE layer on fixed tokens, prepared once so that any subset of its experts is then evaluated exactly and quickly.
+"""One MoE layer on fixed tokens, prepared once, so that any subset of its experts can be evaluated exactly and quickly.
 
-Shapes are suffixes: T tokens, D model width, E experts, S subsets, V the vectors of a token (the experts' outputs and, where there
-is one, the target). The error of a subset is the quadratic form c' G c of each token's Gram matrix G with c the change of its
-routing weights (Lu et al., ACL 2024, section 3.2, gives the distance; the identity is ours).
+Shapes are suffixes: T tokens, D model width, E experts, S subsets, V the vectors of a token (the experts' outputs and the target,
+if any). The error of a subset is the sum of c' G c over tokens, where G is the token's Gram matrix and c the change of its routing
+weights (the distance is from Lu et al., ACL 2024, section 3.2; the identity is ours).
 """
 
 from collections.abc import Iterable
@@ -20,12 +20,12 @@ MAX_BYTES = 2 << 30
 """The most bytes that the Gram matrices of one layer may take."""
 
 PREPARED_AT_ONCE = 1 << 24
-"""The most elements of the expert outputs of a chunk of tokens."""
+"""The most elements in the expert outputs of a chunk of tokens."""
 
 
 @dataclass(frozen=True)
 class Routed:
-    """Tokens whose router chooses again for every subset: routers with groups, and SparseMixer."""
+    """Tokens that must be routed anew for every subset: the router has groups, or is SparseMixer."""
 
     router: Router
     logits_TE: Tensor
@@ -51,11 +51,11 @@ class Routed:
 
 @dataclass(frozen=True)
 class Weighed:
-    """How much any subset of a layer's experts changes its output, on the tokens that were prepared.
+    """Computes how much any subset of a layer's experts changes its output on the prepared tokens.
 
-    A call with a mask of allowed experts (bool [S, E]) gives the Frobenius distance of the layer's output from the target, fp64
-    [S]. Gram matrices are kept in fp32: a squared error is right to about 1e-6 of itself, or to 1e-7 of the squared norm of the
-    output where that is more. Where a token's scores tie, the expert with the lower number is chosen.
+    A call with a mask of allowed experts (bool [S, E]) returns the Frobenius distance of the layer's output from the target, fp64
+    [S]. Gram matrices are kept in fp32: a squared error is accurate to about 1e-6 of itself or 1e-7 of the output's squared norm,
+    whichever is more. If a token's scores tie, the expert with the lower number is chosen.
     """
 
     pieces: tuple[Ranked | Routed, ...]
@@ -64,7 +64,7 @@ class Weighed:
     drop_at_most: int
     norm: Tensor  # the squared norm of the target, fp64 []
     tokens: int
-    left_out: int  # tokens for which `max_bytes` had no room
+    left_out: int  # tokens that did not fit into `max_bytes`
 
     @staticmethod
     @torch.inference_mode()
@@ -74,9 +74,9 @@ class Weighed:
     ) -> "Weighed":  # fmt: skip
         """Prepare `moe` on batches of its inputs x_TD, against its own output or, batch by batch, against target_TD.
 
-        Subsets may drop `drop_at_most` experts (all but top_k of them by default): each expert then runs only on the tokens that
-        can come to it. The last tokens are left out where the Gram matrices would be larger than `max_bytes`; `room` says for how
-        many there is room. Raises ValueError where there is room for none, or `drop_at_most` is out of its range.
+        Subsets may drop `drop_at_most` experts (by default all but top_k), so each expert runs only on the tokens that can reach
+        it. The last tokens are left out if the Gram matrices would exceed `max_bytes`; `room` says how many fit. Raises ValueError
+        if none fits, or if `drop_at_most` is out of range.
         """
         experts, top_k = moe.num_experts, moe.router.top_k
         most = experts - top_k
@@ -110,7 +110,7 @@ class Weighed:
 
     @torch.inference_mode()
     def squared_errors(self, mask_SE: Tensor) -> Tensor:
-        """The squared errors of subsets, fp64 [S]. Raises ValueError where one drops more than was prepared for."""
+        """The squared errors of subsets, fp64 [S]. Raises ValueError if one drops more experts than was prepared for."""
         mask_SE = mask_SE.to(self.norm.device)
         dropped = int((~mask_SE).sum(1).max()) if len(mask_SE) else 0
         if mask_SE.shape[1] != self.experts or dropped > self.drop_at_most:
@@ -125,10 +125,10 @@ class Weighed:
 
     @torch.inference_mode()
     def neighbours(self, mask_E: Tensor, legal_EN: Tensor) -> Tensor:
-        """The distances of all subsets one exchange or one removal away from the kept ones, fp64 [E, E + 1].
+        """The distances of all subsets that are one exchange or removal away from the kept experts, fp64 [E, E + 1].
 
         Row a, column b: the kept expert a is dropped and the dropped b comes back; last column: a is dropped and none comes back.
-        Only what is `legal_EN` (bool, [E, E + 1]) is evaluated; the rest is infinite.
+        Only the entries in `legal_EN` (bool [E, E + 1]) are evaluated; all others are infinite.
         """
         mask_E, legal_EN = mask_E.to(self.norm.device), legal_EN.to(self.norm.device)
         legal_EN = legal_EN & mask_E[:, None] & ~torch.cat([mask_E, mask_E.new_zeros(1)])
@@ -148,20 +148,20 @@ class Weighed:
 
 
 def room(moe: MoELayer, drop_at_most: int, max_bytes: int = MAX_BYTES, *, targeted: bool = False) -> int:
-    """For how many tokens the Gram matrices of `moe` take `max_bytes` at most."""
+    """The number of tokens whose Gram matrices of `moe` fit into `max_bytes`."""
     experts = moe.num_experts
     vectors = (experts if _chooses_again(moe.router) else min(experts, moe.router.top_k + drop_at_most)) + targeted
-    # with the order, the values and the base beside the matrix, and all logits
+    # the matrix; the order, values and base; and all logits
     return max_bytes // (4 * vectors * vectors + 16 * vectors + 4 * experts)
 
 
 def _chooses_again(router: Router) -> bool:
-    """Whether a subset may change more than which experts are the first k in the router's order."""
+    """Must a token be routed anew for every subset, because the router does not just take its first k allowed experts?"""
     return router.groups > 1 or router.arch.score == "sparsemixer"
 
 
 def _moved(mask_E: Tensor, out_S: Tensor, into_S: Tensor) -> Tensor:
-    """The mask with one expert of each `out_S` fewer and of each `into_S` more, none where that is E: [S, E]."""
+    """S copies of the mask, bool [S, E]: each loses expert `out_S` and gains expert `into_S`, or none if that is E."""
     mask_SN = torch.cat([mask_E, mask_E.new_zeros(1)]).repeat(len(out_S), 1)
     return mask_SN.scatter_(1, out_S[:, None], False).scatter_(1, into_S[:, None], True)[:, :-1]
 
@@ -181,7 +181,7 @@ def _prepared(moe: MoELayer, x_TD: Tensor, target_TD: Tensor | None, drop_at_mos
 
 
 def _routed(moe: MoELayer, x_TD: Tensor, logits_TE: Tensor, goal_TD: Tensor | None) -> tuple[Routed, Tensor]:
-    """These tokens as `Routed`, and the square of the full layer's routed output, fp64."""
+    """These tokens as `Routed`, and the squared norm of the full layer's routed output, fp64."""
     vectors_TVD = moe.expert_outputs(x_TD).double()
     full_TE = dense(*moe.router.choose(logits_TE), moe.num_experts)
     norm = torch.bmm(full_TE.double()[:, None], vectors_TVD).square().sum()

@@ -1,8 +1,8 @@
-"""What any subset of experts costs, for routers that take the first k allowed experts in an order that no subset changes.
+"""The error of any subset of experts, for routers that take the first k allowed experts in an order that no subset changes.
 
 Softmax and sigmoid routers without groups. Shapes are suffixes: T tokens (t of them at once), D model width, E experts, S subsets,
-k experts a token, V the vectors of a token: the outputs of the first experts in its order, and the target where there is one;
-C kept and P dropped experts, N the dropped ones and "none"; M pairs of a token and an expert that may enter, q = k + 1.
+k experts a token, V the vectors of a token: the outputs of the first experts in its order, and the target, if any; C kept and P
+dropped experts, N the dropped ones and "none"; M pairs of a token and an expert that may enter, q = k + 1.
 """
 
 from dataclasses import dataclass
@@ -14,13 +14,13 @@ from torch.nn.functional import pad
 from moeflow.model.moe import MoELayer
 
 ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 25}
-"""The most elements of an intermediate tensor: what a core's cache holds, or what keeps a GPU busy."""
+"""The most elements of an intermediate tensor: enough for a core's cache, or to keep a GPU busy."""
 
 STEEPEST = 80.0
-"""The most that the logits of a token's first and last expert may differ by: the exponential in fp32 is still a normal number."""
+"""The largest difference between the logits of a token's first and last expert whose exponential is a normal number in fp32."""
 
 SMALLEST = 1e-37
-"""The least sum of weights that is divided by: sigmoids that are all zero in fp32 must not become NaN."""
+"""The smallest divisor for weights, so that sigmoids that are all zero in fp32 do not become NaN."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Ranked:
     """The Gram matrix of each token's first experts, in the order in which its router prefers them.
 
     The weight of a chosen expert is `scale` * v / (sum of v over `over`), where v is its `value`. The layer's error is the sum of
-    the vectors, each times its weight less its `base`.
+    the vectors, each multiplied by its weight minus its `base`.
     """
 
     top_k: int
@@ -48,7 +48,7 @@ class Ranked:
     def squared_errors(self, mask_SE: Tensor) -> Tensor:
         """The summed squared error of every subset, fp64 [S]."""
         subsets, vectors = len(mask_SE), self.order_TV.shape[1]
-        # one row more, for the target, which is never allowed
+        # one more row, for the target, which is never allowed
         mask_ES = torch.cat([mask_SE.mT, mask_SE.new_zeros(1, subsets)]).float()
         before_VV = mask_ES.new_ones(vectors, vectors).tril()
         error_S = torch.zeros(subsets, dtype=torch.float64, device=mask_SE.device)
@@ -70,14 +70,14 @@ class Ranked:
         return error_S
 
     def neighbours(self, mask_E: Tensor, *, exchanges: bool = True) -> Tensor:
-        """The summed squared errors of all subsets one exchange (where asked for) or one removal away, fp64 [E, E + 1].
+        """The summed squared errors of all subsets that are one removal or (with `exchanges`) one exchange away, fp64 [E, E + 1].
 
         Row a, column b: the kept expert a is dropped, and the dropped b comes back; last column: a is dropped, and none comes back.
         Other entries are 0.
 
-        A token's choice q_1..q_k changes in few ways: q_i leaves, and the first allowed expert behind q_k enters, or a dropped one
-        that the router prefers to that. Few tokens have more than a few of these, so that all exchanges together cost about as much
-        as evaluating a few subsets.
+        A token's choice q_1..q_k changes in few ways: q_i leaves, and either the next allowed expert after q_k enters, or a dropped
+        one that the router prefers to it. Most tokens have few of these, so all exchanges together cost about as much as a few
+        subsets.
         """
         experts = len(mask_E)
         kept_C, dropped_P = mask_E.nonzero()[:, 0], (~mask_E & exchanges).nonzero()[:, 0]
@@ -104,7 +104,7 @@ class Ranked:
         may_tV = next_tV | (~allowed_tV & (rank_tV <= k)) if len(dropped_P) else next_tV
         token_M, enter_M = may_tV.nonzero().unbind(1)
 
-        # the choice as it is; and, for each expert that may enter, the choice without each of the chosen in turn
+        # the present choice; and, for each expert that may enter, the choice without each chosen expert in turn
         token_t = torch.arange(len(slot_tk), device=mask_E.device)
         square_t1, cross_t1 = self._forms(rows, token_t, slot_tk, base_tV, torch.ones(1, k, device=mask_E.device))
         seat_Mq = torch.cat([slot_tk[token_M], enter_M[:, None]], 1)
@@ -114,31 +114,32 @@ class Ranked:
         next_M, ahead_M = next_tV[token_M, enter_M], rank_tV[token_M, enter_M] < k
 
         def table(old_t1: Tensor, new_Mk: Tensor) -> Tensor:
-            """The value that every exchange gives, [t, C, N]."""
+            """The value after every exchange, [t, C, N]."""
             table_tCN = old_t1[..., None].expand(-1, len(kept_C), len(dropped_P) + 1).clone()
-            # a chosen expert leaves: the next enters, whatever comes back
+            # a chosen expert leaves, and the next enters, whichever comes back
             table_tCN[token_M[next_M, None], row_Mk[next_M]] = new_Mk[next_M][..., None]
-            # an expert leaves that was not chosen: what comes back pushes out the last of the choice
+            # an expert that was not chosen leaves: the one that comes back pushes out the last chosen one
             table_tCN[token_M[ahead_M], :, column_M1[ahead_M, 0]] = new_Mk[ahead_M, -1, None]
             table_tCN[token_M[~next_M, None], row_Mk[~next_M], column_M1[~next_M]] = new_Mk[~next_M]
             return table_tCN
 
         if self.over != "allowed":
             old_t1, new_Mk = square_t1 - 2 * cross_t1, square_Mk - 2 * cross_Mk
-            # changes are added, so that fp32 is enough and an error that does not change stays exactly the same
+            # changes are summed, so fp32 is enough, and an unchanged error stays exactly the same
             change_tCN = table(torch.zeros_like(old_t1, dtype=torch.float32), (new_Mk - old_t1[token_M]).float())
             return change_tCN.sum(0).double() + old_t1.sum() + rest
         value_tC = self.value_TE[rows][:, kept_C].double()
         come_tN = pad(self.value_TE[rows][:, dropped_P].double(), (0, 1))
-        # the sum without the expert that leaves, added up instead of subtracted: its value may be nearly the whole sum
+        # the sum without the leaving expert, added up and not subtracted, since its value may be nearly the whole sum
         before_tC, behind_tC = (pad(t.cumsum(1)[:, :-1], (1, 0)) for t in (value_tC, value_tC.flip(1)))
         over_tCN = (before_tC + behind_tC.flip(1))[..., None] + come_tN[:, None]
         return ((table(square_t1, square_Mk) / over_tCN - 2 * table(cross_t1, cross_Mk)) / over_tCN).sum(0) + rest
 
     def _forms(self, rows: slice, token_M: Tensor, seat_Mq: Tensor, base_tV: Tensor, stay_kq: Tensor) -> tuple[Tensor, Tensor]:
-        """The square of the weighted sum of the experts in these seats, and its product with the base, both fp64 [M, k].
+        """The squared norm of the weighted sum of the experts in these seats, and its product with the base, both fp64 [M, k].
 
-        There are k cases; in each, the experts that `stay` share the weight. Weights over all allowed experts are not yet divided.
+        In each of the k cases, the experts that `stay` share the weight. If weights are over all allowed experts, they are not
+        divided yet.
         """
         gram_Mqq = self.gram_TVV[rows][token_M[:, None, None], seat_Mq[:, :, None], seat_Mq[:, None]].double()
         weight_Mkq = self.value_TV[rows][token_M[:, None], seat_Mq].double()[:, None] * stay_kq
@@ -155,10 +156,10 @@ class Ranked:
 def ranked(
     moe: MoELayer, x_TD: Tensor, logits_TE: Tensor, goal_TD: Tensor | None, drop_at_most: int
 ) -> tuple[Ranked, Tensor] | None:
-    """These tokens as `Ranked`, and the square of the target (fp64), or None where exponentials would not be numbers.
+    """These tokens as `Ranked`, and the target's squared norm (fp64); None if the exponentials would leave fp32's range.
 
-    `goal_TD`: the target for the routed experts; where it is None, the full layer's own routed output. Each expert runs only on the
-    tokens that may come to it when `drop_at_most` experts are missing.
+    `goal_TD`: the target for the routed experts; None: the full layer's own routed output. Each expert runs only on the tokens that
+    can reach it when `drop_at_most` experts are missing.
     """
     router, experts = moe.router, moe.num_experts
     k, depth = router.top_k, min(experts, router.top_k + drop_at_most)
@@ -169,7 +170,7 @@ def ranked(
     else:
         value_TE, choice_TE = (logits_TE.float() - logits_TE.float().amax(1, keepdim=True)).exp(), logits_TE.float()
         over = "chosen" if router.normalize else "allowed"
-    # an order that ties do not leave to chance
+    # stable, so that ties have a fixed order
     sorted_TV, order_TV = (t[:, :depth] for t in choice_TE.sort(dim=1, descending=True, stable=True))
     if router.arch.score != "sigmoid" and len(sorted_TV) and float((sorted_TV[:, 0] - sorted_TV[:, -1]).max()) > STEEPEST:
         return None

@@ -1,4 +1,4 @@
-"""Combinations of expert sets over a block of consecutive decoder layers, compared by the block's output (MoE-I², section 3.2).
+"""Compare combinations of expert sets over consecutive decoder layers by the output of the last (MoE-I², section 3.2).
 
 Shapes are suffixes: N sequences (n of them at once), L positions, D model width.
 """
@@ -17,7 +17,7 @@ from moeflow.model.passes import Progress, stream_of
 from moeflow.model.stream import Stream
 
 Combination = tuple[int, ...]
-"""For each searched layer, which of its sets."""
+"""The index of each searched layer's set."""
 
 
 @torch.inference_mode()
@@ -27,8 +27,8 @@ def losses(
 ) -> dict[Combination, float]:  # fmt: skip
     """The Frobenius distance of the block's output from the original's for every combination of `sets`, over all tokens.
 
-    `before` and `behind`: hidden states before the block, and the original model's behind it, shard by shard. Without `behind` the
-    output of the block with all its experts is the target.
+    `before`: the hidden states before the block, shard by shard; `behind`: the original model's behind it. Without `behind`, the
+    target is the output of the block with all its experts.
     """
     stream = stream_of(config, dtype)
     total: dict[Combination, float] = {}
@@ -55,7 +55,7 @@ def _walk(
     stream: Stream, config: Config, layers: Sequence[tuple[int, Path]], sets: Mapping[int, Sequence[Sequence[int]]],
     start_NLD: Tensor, goal_NLD: Tensor, batch: int,
 ) -> dict[Combination, float]:  # fmt: skip
-    """The squared distance of every combination. Combinations that begin with the same sets share what those layers compute."""
+    """The squared distance of every combination. Combinations that begin with the same sets share those layers' work."""
     nodes: dict[Combination, Tensor] = {(): start_NLD}
     errors: dict[Combination, float] = {}
     for layer, file in layers:

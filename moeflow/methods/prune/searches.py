@@ -1,7 +1,7 @@
 """How the experts that a layer keeps are chosen: the options, and the table of searches over subsets. No torch.
 
-Adding a search: a file beside this one with a function (evaluate, subsets, how, *, layer) -> [(subset, loss), ...], best first, and
-a row below. `moeflow.methods.prune.evaluated` has what such a function is written with.
+To add a search, write a function (evaluate, subsets, how, *, layer) -> [(subset, loss), ...], best first, in a file beside this
+one, and add a row below. `moeflow.methods.prune.evaluated` has helpers for it.
 """
 
 from dataclasses import dataclass
@@ -16,11 +16,11 @@ class SubsetSearch:
     """One search over the subsets of a layer's experts."""
 
     options: tuple[str, ...]
-    """The fields of `Search` that it takes beside best and seed."""
+    """The fields of `Search` that it reads besides best and seed."""
     begins: bool
-    """Whether it takes subsets to begin at, as `begin`."""
+    """Does it take subsets to begin at, as `begin`?"""
     resumes: bool
-    """Whether it can go on from a state that it saved: it takes `save` and `resume`."""
+    """Can it continue from a saved state? Then it takes `save` and `resume`."""
     code: str
     """The function, as module:name."""
 
@@ -36,7 +36,7 @@ SUBSET_SEARCHES = {
 
 LAYERWISE, PROGRESSIVE = "layerwise", "progressive"
 METHODS = (LAYERWISE, PROGRESSIVE, *SUBSET_SEARCHES, *SCORES)
-"""Every way to choose: NAEE's two, the searches for the best sets of a layer, and the scores of single experts."""
+"""All methods: NAEE's two, the searches for the best sets of a layer, and the scores of single experts."""
 
 if TYPE_CHECKING:
     Name = str
@@ -46,23 +46,23 @@ else:
 
 @dataclass(frozen=True)
 class Search:
-    """How the experts that a layer keeps are chosen. Raises ValueError for what cannot be."""
+    """How the experts that a layer keeps are chosen. Raises ValueError for invalid options."""
 
     method: Name
-    """layerwise or progressive (NAEE): every subset of each layer, on what the original or the pruned model gives it; enumerate,
-    genetic, swap and the like: the best sets of each layer, among which blocks of layers may choose (MoE-I²); the others: the
-    experts of the highest score."""
+    """layerwise or progressive (NAEE): compare every subset of each layer, on inputs from the original or the pruned model;
+    enumerate, genetic, swap: find the best sets of each layer, among which blocks of layers may choose (MoE-I²); the others: keep
+    the experts with the highest score."""
     loss: Literal["frobenius", "batch-sum"] = "frobenius"
     """What layerwise and progressive minimise: the norm of the change over all tokens (the paper), or the sum of the norms of all
     batches (the authors' code)."""
     seed: int = 0
-    """Of whatever is drawn at random."""
+    """The seed of all random draws."""
     best: int = 3
-    """Sets of each layer that enumerate, genetic and swap keep (MoE-I²'s K)."""
+    """How many sets enumerate, genetic and swap keep for each layer (MoE-I²'s K)."""
     block: int = 1
-    """MoE layers that choose together among their sets (MoE-I²'s T); 1: each layer takes its best."""
+    """How many MoE layers choose together among their sets (MoE-I²'s T); 1: each layer takes its best."""
     inputs: Literal["original", "progressive"] = "original"
-    """What a block is given: the original model's hidden states, or those behind the layers that are pruned already."""
+    """A block's input: the original model's hidden states, or those behind the layers pruned so far."""
     population: int = 100
     """Members of a generation of the genetic search (the paper's)."""
     generations: int = 50
@@ -70,9 +70,9 @@ class Search:
     parents: float = 0.2
     """The share of a generation that stays and has children."""
     mutation: float = 0.3
-    """The probability that a child drops one other expert than its parents."""
+    """The probability that one of a child's dropped experts is exchanged for another."""
     starts: int = 8
-    """Subsets from which the swap search descends."""
+    """How many subsets the swap search descends from."""
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -98,22 +98,22 @@ class Search:
 
     @property
     def survivors(self) -> int:
-        """How many of a generation stay and have children."""
+        """How many members of a generation stay and have children."""
         return round(self.population * self.parents)
 
     def for_choice(self) -> "Search":
-        """What one layer's choice by NAEE or by a score depends on; all else has its default, so that no key holds it."""
+        """Only the options that one layer's choice by NAEE or a score depends on; the others are reset, so that no key has them."""
         method = ENUMERATE if self.method in (LAYERWISE, PROGRESSIVE) else self.method
         return Search(method, loss=self.loss, seed=self.seed)
 
     def for_candidates(self) -> "Search":
-        """What the search for one layer's sets depends on; all else has its default, so that no key holds it."""
+        """Only the options that the search for one layer's sets depends on; the others are reset, so that no key has them."""
         taken = ("best", "seed", *check_search(self.method).options)
         return only(self, *taken)
 
 
 def check_search(method: str) -> SubsetSearch:
-    """The row of a search for the best sets of a layer. Raises ValueError, with the known ones, where there is none."""
+    """The row of this search for the best sets of a layer. Raises ValueError, naming the known ones, if there is none."""
     if method not in SUBSET_SEARCHES:
         raise ValueError(
             f"method={method!r} finds no sets among which layers could choose; choose one of {', '.join(SUBSET_SEARCHES)}"

@@ -1,7 +1,7 @@
 """Pruning: which experts of a layer stay, chosen layer by layer, by counts out of one budget, or in blocks of layers.
 
 NAEE (Lu et al., ACL 2024, arXiv 2402.14800) and MoE-I² (Yang et al., EMNLP Findings 2024, arXiv 2411.01016), section 3. `at` is the
-number of the layer that a step reads; `seen` is what each shard of tokens recorded in it.
+index of the layer that a step reads; `seen` is what each shard of tokens recorded in it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -41,7 +41,7 @@ def _check_enumeration(subsets: Subsets) -> None:
 
 
 def _input_bytes(rest: RestSpec, seen: Sequence[ObservedSpec], dtype: str) -> int:
-    """The bytes of the MoE inputs that were recorded."""
+    """The bytes of the recorded MoE inputs."""
     return sum(s.rows for s in seen) * int(rest.config["hidden_size"]) * element_bytes(rest.config, dtype)
 
 
@@ -76,10 +76,10 @@ def choose(
     context: Context, config: Artifact, layer: Artifact, seen: tuple[Artifact, ...], originals: tuple[Artifact, ...] = (),
     *, at: int, keep: int, how: Search, batch_tokens: int | None, dtype: str,
 ) -> None:  # fmt: skip
-    """The `keep` experts of one layer that stay, by enumeration or by a score, as a `Choice`.
+    """Choose the `keep` experts of one layer that stay, by enumeration or by a score; writes a `Choice`.
 
-    `originals`: for the same tokens, what the original model recorded in the layer, where `seen` comes from behind layers that are
-    pruned already; the original layer's output is then the target. `batch_tokens`: the tokens of a batch, for loss="batch-sum".
+    `originals`: what the original model recorded in the layer for the same tokens, if `seen` comes from a model whose earlier
+    layers are pruned; the target is then the original layer's output. `batch_tokens`: the tokens of a batch, for loss="batch-sum".
     """
     from moeflow.methods.prune.enumeration import weigh
 
@@ -112,10 +112,10 @@ def candidates(
     context: Context, config: Artifact, layer: Artifact, seen: tuple[Artifact, ...], counts: Artifact | None = None,
     *, at: int, keep: list[int], protected: list[int], how: Search, dtype: str,
 ) -> None:  # fmt: skip
-    """The best sets of one layer's experts for each number of experts in `keep`, and those of the scores, as `Candidates`.
+    """Find the best sets of one layer's experts for each count in `keep`, and those of the scores; writes `Candidates`.
 
-    `counts`: the numbers of experts of all layers; if given, only the one of this layer is searched, and it is one of `keep`. The
-    `protected` experts stay. A long search saves its state, and an interrupted one goes on from it.
+    `counts`: the numbers of experts of all layers; with it, only this layer's count is searched, which is one of `keep`. The
+    `protected` experts stay. A long search saves its state, from which an interrupted one continues.
     """
     from moeflow.methods.prune.subset_search import search_counts
 
@@ -135,9 +135,9 @@ def _importance_spec(rest: RestSpec, layer: LayerSpec, seen: tuple[ObservedSpec,
 
 @step("prune.importance", version=2, spec=_importance_spec, gpus=1)
 def importance(context: Context, config: Artifact, layer: Artifact, seen: tuple[Artifact, ...], *, at: int, dtype: str) -> None:
-    """How much the layer's output changes, as a part of it, when one expert is left out, for each expert, as `Importance`.
+    """For each expert, the relative change of the layer's output without it; writes `Importance`.
 
-    Exact, by the Gram identity. In a layer whose router needs all its experts every importance is zero.
+    Exact, by the Gram identity. If a layer's router needs all its experts, every importance is zero.
     """
     from moeflow.methods.prune.subset_search import importance_of
 
@@ -150,10 +150,10 @@ def _importance_lm_spec(curves: Mapping[str, Any], recon: Mapping[str, Any]) -> 
 
 @step("prune.importance_lm", version=2, spec=_importance_lm_spec)
 def importance_lm(context: Context, curves: Artifact, recon: Artifact) -> None:
-    """How much the model's loss grows when one expert of a layer is left out, for each expert, as `Importance`.
+    """For each expert of a layer, how much the model's loss grows without it; writes `Importance`.
 
-    `curves`: the loss without each expert, of all layers; `recon`: the importance in this layer by its own output, which knows how
-    many tokens each expert got.
+    `curves`: the loss without each expert, for all layers; `recon`: the importance in this layer by its own output, from which the
+    number of tokens of each expert is taken.
     """
     measured, own = Curves.read(curves), Importance.read(recon)
     without = measured.losses.get(own.layer, {})
@@ -177,8 +177,8 @@ def counts_paper(
     """How many experts each layer keeps by the paper's rule (MoE-I², section 3.1), as `KeptCounts`.
 
     The more important a layer, the fewer experts it loses; its importance is the sum of its experts'. The paper leaves open how
-    importance becomes a count: here a layer's share of the experts that go is proportional to one over its importance, as far as it
-    has experts to give, rounded to `legal` counts that add up to `total` with the least squared deviation.
+    importance becomes a count. Here a layer's share of the dropped experts is proportional to one over its importance, capped by
+    what it can lose, and rounded to `legal` counts that add up to `total` with the least squared deviation.
     """
     layers = {i.layer: sum(i.importance) for i in map(Importance.read, importances)}
     least = {i: min(legal[str(i)]) for i in layers}
@@ -194,9 +194,9 @@ def _counts_exact_spec(curves: Mapping[str, Any], *, legal: dict[str, list[int]]
 
 @step("prune.counts_exact", version=2, spec=_counts_exact_spec)
 def counts_exact(context: Context, curves: Artifact, *, legal: dict[str, list[int]], experts: dict[str, int], total: int) -> None:
-    """The `legal` counts that add up to `total` and cost least together, by the measured curve of each layer, as `KeptCounts`.
+    """The `legal` counts that add up to `total` at the least cost, by each layer's measured curve; writes `KeptCounts`.
 
-    Found by dynamic programming. Between measured counts a curve is a straight line; with all of a layer's experts it is zero.
+    Solved by dynamic programming. A curve is linear between measured counts, and zero if the layer keeps all its experts.
     """
     measured = Curves.read(curves).curves
     costs: dict[int, dict[int, float]] = {}
@@ -231,7 +231,7 @@ def _block_spec(
     reads = (
         len(before) * sum(layer.nbytes for layer in layers) + sum(c["bytes"] for c in candidates) + sum(s.nbytes for s in states)
     )
-    resident = sum(best**t for t in range(max(1, len(candidates)))) + 2  # hidden states of so many prefixes
+    resident = sum(best**t for t in range(max(1, len(candidates)))) + 2  # prefixes whose hidden states are in memory
     memory = 3 * max(layer.nbytes for layer in layers) + resident * max(s.nbytes for s in states)
     writes = 200 + count * (60 + 8 * len(candidates))
     return Spec({"bytes": writes}, reads=reads, writes=writes, memory=memory)
@@ -242,11 +242,11 @@ def block(
     context: Context, config: Artifact, layers: tuple[Artifact, ...], candidates: tuple[Artifact, ...],
     before: tuple[Artifact, ...], behind: tuple[Artifact, ...] = (), *, first: int, best: int, batch: int, dtype: str,
 ) -> None:  # fmt: skip
-    """The loss of every combination of the `best` sets of the layers that have candidates, as `Combinations`.
+    """The loss of every combination of the `best` sets of the layers with candidates; writes `Combinations`.
 
-    `layers`: consecutive layers from number `first` on; `candidates`: of those with experts, in order; `before`: the hidden states
-    before the block, shard by shard; `behind`: the original's hidden states behind it, shard by shard: the target,
-    if given; otherwise the output of the block with all its experts is.
+    `layers`: consecutive layers from `first` on; `candidates`: those of the layers with experts, in order; `before`: the hidden
+    states before the block, shard by shard; `behind`: the original's hidden states behind it, which are the target. Without
+    `behind`, the target is the output of the block with all its experts.
     """
     from moeflow.methods.prune import reception
 
@@ -278,9 +278,9 @@ def _pick_spec(
 def pick(
     context: Context, candidates: Artifact, counts: Artifact | None = None, block: Artifact | None = None, *, keep: int | None
 ) -> None:
-    """One of a layer's candidates, as a `Choice`: the best, or that of the best combination of its `block`.
+    """Pick one of a layer's candidates: the best, or the one in the best combination of its `block`; writes a `Choice`.
 
-    `keep`: how many experts stay, if that is known when the graph is built; otherwise `counts` says it.
+    `keep`: how many experts stay, if that is known when the graph is built; None: `counts` says it.
     """
     of_layer, rank = Candidates.read(candidates), 0
     if block is not None:

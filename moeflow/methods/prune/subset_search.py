@@ -1,4 +1,4 @@
-"""The best sets of one layer's experts, by any search, and the importance of its experts, on what a calibration recorded.
+"""The best sets of one layer's experts by any search, and its experts' importance, on a calibration's recorded tokens.
 
 Shapes are suffixes: E experts.
 """
@@ -33,10 +33,10 @@ def search_counts(
     context: Context, config: Config, layer_file: Files, shards: Sequence[Files],
     *, layer: int, keep: Sequence[int], protected: Sequence[int], how: Search, dtype: str,
 ) -> Candidates:  # fmt: skip
-    """The best sets of each number of experts in `keep`, and the sets that the scores would keep, with their losses.
+    """The best sets for each number of experts in `keep`, and the sets that the scores would keep, with their losses.
 
-    A search that takes subsets to begin at gets those of the scores, except the random one, unless experts are `protected`. What is
-    finished is saved, and so is the state of a search that can go on from it. Raises ValueError where a loss is no number.
+    A search that takes subsets to begin at gets those of the scores, except the random one, unless experts are `protected`. Saves
+    finished counts, and the state of a search that can resume. Raises ValueError if a loss is NaN or infinite.
     """
     moe = layer_of(Tensors(layer_file), config, layer, dtype)
     row, experts = check_search(how.method), moe.num_experts
@@ -69,7 +69,7 @@ def search_counts(
 def importance_of(
     context: Context, config: Config, layer_file: Files, shards: Sequence[Files], *, layer: int, dtype: str
 ) -> Importance:
-    """For each expert, the change of the layer's output without it, as a part of that output."""
+    """For each expert, the relative change of the layer's output without it."""
     moe = layer_of(Tensors(layer_file), config, layer, dtype)
     experts, tokens = moe.num_experts, tuple(routed_tokens(moe, shards))
     if not moe.router.can_spare(experts):
@@ -81,7 +81,7 @@ def importance_of(
 
 
 class _Progress:
-    """The sets of the counts that are finished, and the state of the search that is not, saved so that another run goes on."""
+    """The sets of the finished counts and the state of the running search, saved so that another run can continue."""
 
     def __init__(self, context: Context, counts: int) -> None:
         self.context, self.counts = context, counts
@@ -91,7 +91,7 @@ class _Progress:
         self.search: dict[str, Any] | None = saved["search"]
 
     def save_search(self, state: dict[str, Any]) -> None:
-        """Keep the state of the present search, every tenth generation: one is cheap."""
+        """Save the state of the running search, every tenth generation only, because generations are cheap."""
         self.context.progress(state["generation"] + 1, 0, "generations")
         if state["generation"] % 10 == 9:
             self._save(state)
@@ -110,7 +110,7 @@ class _Progress:
 
 
 def _weighed(context: Context, moe: MoELayer, shards: Sequence[Files], *, drop_at_most: int) -> tuple[Weighed, dict[str, Tensor]]:
-    """The layer prepared on as many tokens of each shard as there is room for, and the shards' added statistics."""
+    """The layer, prepared on as many tokens of each shard as fit, and the statistics summed over the shards."""
     recorded = [Tensors(s) for s in shards]
     each = room(moe, drop_at_most) // len(recorded)
     inputs = (sample_of(s)[:each].to(moe.router_ED.device, moe.router_ED.dtype) for s in recorded)

@@ -14,9 +14,9 @@ Subset = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Subsets:
-    """Every way to keep `keep` of a layer's experts: as many in each group of its router, and the protected ones always.
+    """Every way to keep `keep` of a layer's experts: the same number in each router group, and always the protected ones.
 
-    Raises ValueError where there is none.
+    Raises ValueError if there is none.
     """
 
     experts: int
@@ -51,7 +51,7 @@ class Subsets:
 
     @property
     def dropped(self) -> int:
-        """How many experts of each group go."""
+        """How many experts of each group are dropped."""
         return (self.experts - self.keep) // self.groups
 
     @property
@@ -61,17 +61,17 @@ class Subsets:
     def __iter__(self) -> Iterator[Subset]:
         """Every subset, its experts ascending.
 
-        The authors' code of NAEE goes through the dropped sets in lexical order and keeps the first of equals; so does this.
+        Dropped sets come in lexical order, as in the NAEE authors' code, which keeps the first of equals.
         """
         for parts in product(*(list(combinations(pool, self.dropped)) for pool in self.pools)):
             yield without(self.experts, (e for part in parts for e in part))
 
     def draw(self, random: Random) -> Subset:
-        """One of the subsets, each as likely as another."""
+        """Draw one of the subsets uniformly."""
         return without(self.experts, (e for pool in self.pools for e in random.sample(pool, self.dropped)))
 
     def check(self, subset: Subset) -> None:
-        """Raise ValueError for a subset that is none of these."""
+        """Raise ValueError if this is not one of the subsets."""
         size = self.experts // self.groups
         each = self.keep // self.groups
         kept = [sum(e // size == g for e in subset) for g in range(self.groups)]
@@ -87,6 +87,6 @@ class Subsets:
 
 
 def without(experts: int, dropped: Iterable[int]) -> Subset:
-    """The experts that stay where these are dropped, and the other way round."""
+    """The experts that stay if these are dropped, and the other way round."""
     gone = set(dropped)
     return tuple(e for e in range(experts) if e not in gone)

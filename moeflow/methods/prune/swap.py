@@ -1,4 +1,4 @@
-"""Swap search over the experts of one layer: steepest descent over single exchanges of a kept for a dropped expert.
+"""Swap search over the experts of one layer: steepest descent, exchanging one kept for one dropped expert at a time.
 
 Shapes are suffixes: E experts, N experts and "none", S subsets.
 """
@@ -20,11 +20,10 @@ def search(
 ) -> list[tuple[Subset, float]]:
     """The best subsets of kept experts that a descent from several subsets finds, with their losses, best first.
 
-    Every step makes the one exchange of a kept for a dropped expert that lowers the loss most, until none does. There are
-    `how.starts` descents: from the subsets to `begin` at (the best by a score, say), from the one that is left when the cheapest
-    expert goes again and again, and from random ones. Where `evaluate` is a `Weighed` layer, a step costs about as much as
-    evaluating a few subsets; any other function is asked for every neighbour. Raises ValueError for a subset to begin at that is
-    none of `subsets`.
+    Each step makes the exchange of a kept for a dropped expert that lowers the loss most, until none does. There are `how.starts`
+    descents: from the subsets in `begin` (the best by a score, say), from the one left after repeatedly dropping the cheapest
+    expert, and from random ones. If `evaluate` is a `Weighed` layer, a step costs about as much as evaluating a few subsets; any
+    other function is called for every neighbour. Raises ValueError if a subset in `begin` is not one of `subsets`.
     """
     if subsets.count <= how.starts:
         return enumerate_all(evaluate, subsets, how.best)
@@ -44,7 +43,7 @@ def search(
 
 
 class Neighbours:
-    """The subsets that are one exchange, or one removal, away from another."""
+    """The subsets that are one exchange or one removal away from a subset."""
 
     def __init__(self, evaluate: Evaluate, subsets: Subsets) -> None:
         experts = subsets.experts
@@ -60,7 +59,7 @@ class Neighbours:
         self.group_E, self.free_E = group_E, free_E
 
     def losses(self, subset: Subset, legal_EN: Tensor) -> Tensor:
-        """The losses of the neighbours that are `legal_EN`, fp64 [E, N]; infinite elsewhere."""
+        """The losses of the neighbours in `legal_EN`, fp64 [E, N]; infinite elsewhere."""
         mask_E = torch.zeros(self.experts, dtype=torch.bool)
         mask_E[list(subset)] = True
         if isinstance(self.evaluate, Weighed):
@@ -79,7 +78,7 @@ class Neighbours:
         return tuple(sorted((set(subset) - {out}) | ({into} if into < self.experts else set())))
 
     def descend(self, subset: Subset) -> Subset:
-        """The subset that no exchange improves, reached from this one by making the best exchange each time."""
+        """Make the best exchange again and again, until none improves the subset."""
         loss = self.evaluated.losses([subset])[0]
         while subset not in self.passed:
             self.passed.add(subset)
@@ -88,14 +87,14 @@ class Neighbours:
             if not float(loss_EN.flatten()[move]) < loss:
                 break
             there = self.moved(subset, *divmod(move, self.experts + 1))
-            # the loss of an exchange adds up rounding errors: the subset's own decides
+            # rounding errors add up in an exchange's loss, so the subset's own loss decides
             if not (new := self.evaluated.losses([there])[0]) < loss:
                 break
             subset, loss = there, new
         return subset
 
     def eliminate(self, subset: Subset) -> Subset:
-        """What is left of the subset when the expert that costs least goes, again and again, from every group in turn."""
+        """Drop the cheapest expert again and again, from every group in turn; returns what is left."""
         while len(subset) > self.keep:
             counts = torch.bincount(self.group_E[list(subset)], minlength=self.groups)
             legal_EN = torch.zeros_like(self.exchange_EN)
@@ -105,7 +104,7 @@ class Neighbours:
         return subset
 
     def evaluate_nearest(self, subset: Subset, count: int) -> None:
-        """Evaluate the best `count` exchanges of a subset: most runners-up are there."""
+        """Evaluate the best `count` exchanges of a subset, since most runners-up are among them."""
         loss_EN = self.losses(subset, self.exchange_EN)
         moves = loss_EN.flatten().argsort()[:count].tolist()
         self.evaluated.losses([self.moved(subset, *divmod(m, self.experts + 1)) for m in moves if loss_EN.flatten()[m] < torch.inf])

@@ -1,4 +1,4 @@
-"""A compressed model compared with its original: every report of `moeflow.methods.evaluate`, on each held-out text."""
+"""Compare a compressed model with its original: every report of `moeflow.methods.evaluate`, on each held-out text."""
 
 import re
 from dataclasses import dataclass, replace
@@ -14,10 +14,10 @@ from moeflow.step import Step
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The text that a compressed model is judged on, beside its original."""
+    """The text on which a compressed model and its original are compared."""
 
     texts: str
-    """URI[#column[+column]], several joined by commas; each has a report of its own."""
+    """URI[#column[+column]], several joined by commas; each gets its own report."""
     sequences: int = 64
     """Sequences of each text."""
     length: int = 2048
@@ -32,7 +32,7 @@ NO_TOKENIZER = "the model has no tokenizer: held-out text is left out, the loss 
 
 
 def reports(original: Model, compressed: Model, heldout: HeldOut, passed: Pass, *, tokens: Step | None = None) -> tuple[Step, ...]:
-    """`compare` as a pipeline asks for it: with the batch and precision of its calibration, eight batches to a task."""
+    """`compare` for a pipeline: with the batch size and precision of its calibration, eight batches to a task."""
     judged = Pass(passed.batch, 8 * passed.batch, dtype=passed.dtype)
     return compare(original, compressed, Texts(heldout.texts), heldout.sample, judged, tokens=tokens)
 
@@ -40,11 +40,11 @@ def reports(original: Model, compressed: Model, heldout: HeldOut, passed: Pass, 
 def compare(
     original: Model, compressed: Model, heldout: Texts, sample: Sample, passed: Pass = Pass(shard=64), *, tokens: Step | None = None
 ) -> tuple[Step, ...]:
-    """Reports on `compressed` beside `original`: size, quality on each held-out text, speed.
+    """Report on `compressed` beside `original`: size, quality on each held-out text, speed.
 
     `sample` says how much of each text is read, without a beginning-of-sequence token, and `passed` how both models run over it;
-    nothing is recorded. A model without a tokenizer cannot read text: then the matrix `tokens` stands for it, and the report says
-    so. Raises ValueError if that is missing.
+    nothing is recorded. A model without a tokenizer is evaluated on the matrix `tokens` instead, and the report says so. Raises
+    ValueError if that is missing.
     """
     if original.has_tokenizer:
         sample = replace(sample, bos=False)
@@ -74,7 +74,7 @@ def compare(
 
 
 def _names(entries: tuple[TextEntry, ...]) -> list[str]:
-    """What each text is called in reports: its file, with its columns or its address if two would have one name."""
+    """The name of each text in reports: its file, with its columns or its address if two names would be equal."""
     names = [_name(e.source) for e in entries]
     for more in ([f" ({'+'.join(e.columns)})" * bool(e.columns) for e in entries], [f" ({e.source.uri})" for e in entries]):
         names = [f"{name}{m}" if names.count(name) > 1 else name for name, m in zip(names, more, strict=True)]
@@ -82,7 +82,7 @@ def _names(entries: tuple[TextEntry, ...]) -> list[str]:
 
 
 def _name(source: Source) -> str:
-    """A text's file, with its folder if that says more ("wikitext-2-raw-v1/test")."""
+    """The name of a text's file, with its folder if that says more ("wikitext-2-raw-v1/test")."""
     path = (source.files[0].name if len(source.files) == 1 else source.uri).rstrip("/").removeprefix("python:")
     stem = re.sub(r"-\d+-of-\d+$", "", path.rsplit("/", 1)[-1].split("?")[0].split(".")[0])
     return f"{path.split('/')[-2]}/{stem}" if stem in ("train", "test", "validation") and "/" in path else stem

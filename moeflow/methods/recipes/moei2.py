@@ -1,6 +1,6 @@
-"""Whole-model compressions by MoE-I²: how many experts each layer keeps and which, and then at which ranks their matrices are kept.
+"""Whole-model compressions by MoE-I²: how many experts each layer keeps, and which, and then the ranks of their matrices.
 
-Yang et al., EMNLP Findings 2024, arXiv 2411.01016, and what moeflow puts beside each of its decisions. Only graphs are built here.
+Yang et al., EMNLP Findings 2024, arXiv 2411.01016, and moeflow's alternative to each of its decisions. Only builds graphs.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,10 +25,10 @@ from moeflow.step import Step
 
 
 def prune(calibration: Calibration, counts: Counts, how: Search = Search("swap")) -> Model:
-    """The model with fewer experts in its layers, as a graph.
+    """Build the graph that drops experts.
 
-    `counts` says how many experts each layer keeps, `how` by which search its sets are found, and whether blocks of layers choose
-    among them together (MoE-I²'s K and T). Raises ValueError for what cannot work, with the nearest that can.
+    `counts` says how many experts each layer keeps; `how` says which search finds its sets, and whether blocks of layers choose
+    among them together (MoE-I²'s K and T). Raises ValueError for counts that cannot work, with the nearest that can.
     """
     model = calibration.model
     legal = counts_.legal_counts(model, counts)
@@ -45,9 +45,9 @@ def prune(calibration: Calibration, counts: Counts, how: Search = Search("swap")
 def compress(
     model: Model, tokens: Step, passed: Pass, *, counts: Counts, search: Search, removed: float, decomposition: Decomposition
 ) -> Model:
-    """The model pruned, and what is left decomposed until `removed` of the experts' parameters are gone, as a graph.
+    """Build the graph that prunes the model, and decomposes the rest until `removed` of the experts' parameters are gone.
 
-    The ratio of `decomposition` follows from that. Raises ValueError for what cannot work.
+    The ratio of `decomposition` follows from that. Raises ValueError for options that cannot work.
     """
     pruned = prune(calibrate.run(model, tokens, passed), counts, search)
     kept = counts.keep
@@ -58,7 +58,7 @@ def compress(
 
 
 class Sets(Protocol):
-    """The step that searches a layer's sets for each number of experts in `keep`, or for the one that a step decides."""
+    """Make the step that searches a layer's sets for each count in `keep`, or for the one that a step decides."""
 
     def __call__(self, layer: int, keep: Sequence[int], decider: Step | None = None, *, best: int | None = None) -> Step: ...
 
@@ -135,13 +135,13 @@ def _lm_loss(calibration: Calibration, layers: Sequence[int], measured: int) -> 
 
 
 IMPORTANCES: dict[str, Callable[[Calibration, Sequence[int], int], dict[int, Step]]] = {"recon": _recon, "lm_loss": _lm_loss}
-"""What an expert's importance may be, by name: of (calibration, layers, measured tokens), one step per layer."""
+"""The measures of an expert's importance, by name: functions of (calibration, layers, measured tokens) to one step per layer."""
 
 
 def ratio_left(remove: float, drop: float) -> float:
-    """The part of the remaining experts' parameters that has to go where `drop` of the experts went and `remove` of all shall.
+    """The fraction of the remaining parameters to remove, if `drop` of the experts are dropped and `remove` of all should go.
 
-    Raises ValueError where dropping alone removes more.
+    Raises ValueError if dropping alone removes more.
     """
     if not 0 <= drop < 1 or not drop <= remove + 1e-12 or remove >= 1:
         raise ValueError(f"remove={remove} of the experts' parameters must lie between drop={drop}, of the experts, and 1")
@@ -149,7 +149,7 @@ def ratio_left(remove: float, drop: float) -> float:
 
 
 def decompose(calibration: Calibration, how: Decomposition) -> Model:
-    """The calibrated model with its experts' matrices as products of two, as a graph. Raises ValueError for what cannot work."""
+    """Build the graph that factors each of the experts' matrices into two. Raises ValueError for options that cannot work."""
     _check(importance=(how.importance, IMPORTANCES))
     model, dtype = calibration.model, calibration.dtype
     if not how.ratio and not how.rank:
@@ -171,10 +171,10 @@ def decompose(calibration: Calibration, how: Decomposition) -> Model:
 
 
 Rewritten = Callable[[int, Step | None, dict[str, int]], Step]
-"""A layer of this number with ranks that a step decided, or that are the same for all experts."""
+"""Rewrites the layer of this index with the ranks that a step decided, or with the same for all experts."""
 
 Ranked = tuple[Step | None, dict[int, dict[str, int]]]
-"""The step that decides the ranks, or the ranks of each layer where they are known when the graph is built."""
+"""The step that decides the ranks, or each layer's ranks if they are known when the graph is built."""
 
 
 def _same_ranks(calibration: Calibration, rewritten: Rewritten, how: Decomposition) -> Ranked:
@@ -259,7 +259,7 @@ def _known(candidates: Step, decider: Step | None) -> int | None:
 
 
 def _thinned(counts: list[int], most: int) -> list[int]:
-    """At most `most` of these counts, evenly, with the first and the last."""
+    """At most `most` of these counts, evenly spaced, with the first and the last."""
     if len(counts) <= most:
         return counts
     if most == 1:

@@ -1,6 +1,6 @@
-"""Whole-model pruning by NAEE (Lu et al., ACL 2024, arXiv 2402.14800), and by the searches and scores that stand beside it.
+"""Whole-model pruning by NAEE (Lu et al., ACL 2024, arXiv 2402.14800), and by the other searches and scores.
 
-Only graphs are built here.
+Only builds graphs.
 """
 
 from moeflow.arch import Family
@@ -14,11 +14,11 @@ from moeflow.step import Part, Step
 
 
 def prune(calibration: Calibration, keep: int, how: Search = Search(LAYERWISE)) -> Model:
-    """The model with `keep` experts in every layer.
+    """Build the graph of the model with `keep` experts in every layer.
 
-    With the method "layerwise" every layer is pruned alone: the subset stays that changes the layer's output least (section 3.2).
-    With "progressive" they are pruned one after the other, each on what the pruned layers below give it, against the original's
-    output (Table 6). With another search every layer keeps the best set that it finds, with a score the experts that score highest.
+    The method "layerwise" prunes every layer alone: it keeps the subset that changes the layer's output least (section 3.2).
+    "progressive" prunes one layer after the other, on the outputs of the pruned layers before it, against the original's output
+    (Table 6). Any other search keeps the best set that it finds in every layer, and a score keeps the highest experts.
     """
     if how.method == PROGRESSIVE:
         return _progressive(calibration, keep, how)

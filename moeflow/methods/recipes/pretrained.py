@@ -1,4 +1,4 @@
-"""A small Mixtral that a graph trains itself, for demonstrations and tests; a model like any other."""
+"""A small Mixtral that the graph itself trains, for demonstrations and tests; used like any other model."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""A model fine-tuned on text, towards the text, towards a teacher's predictions, or both. Only graphs are built here."""
+"""Fine-tune a model on text, towards the text, a teacher's predictions, or both. Only builds graphs."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -31,10 +31,10 @@ class Tuned:
 
 @dataclass(frozen=True)
 class FineTuning(Recipe):
-    """A fine-tuning as a person asks for it: what is trained, how, and on which text."""
+    """The options of a fine-tuning: what is trained, how, and on which text."""
 
     text: str = "alpaca"
-    """What is trained on: alpaca, metamathqa, mathinstruct, magicoder, tulu3, or URI#prompt+response, URI#messages, URI#text."""
+    """The training text: alpaca, metamathqa, mathinstruct, magicoder, tulu3, or URI#prompt+response, URI#messages, URI#text."""
     rows: int = 4096
     """Sequences of the text; it is read again if it is too small."""
     length: int = 2048
@@ -55,7 +55,7 @@ class FineTuning(Recipe):
 
 
 def tuned(model: Model, original: Model, how: FineTuning | None, gang: Gang, passed: Pass) -> Tuned:
-    """The model fine-tuned as `how` says, or as it is where that is None. A loss that needs a teacher takes `original`."""
+    """Fine-tune the model as `how` says, or leave it as it is if that is None. `original` is the teacher, if the loss needs one."""
     if how is None:
         return Tuned(model, None, ())
     rows, teacher = how.data(original), Pass(passed.batch, dtype=passed.dtype)
@@ -65,7 +65,7 @@ def tuned(model: Model, original: Model, how: FineTuning | None, gang: Gang, pas
 def predicted(original: Model, data: Step, passed: Pass, top: int) -> tuple[Step, ...]:
     """The predictions of `original` for the tokens of `data`, one step per shard: a teacher for distillation.
 
-    Of each position the `top` likeliest tokens are kept, at 8 bytes each, and all others as one. The teacher is streamed layer by
+    Each position keeps its `top` likeliest tokens, at 8 bytes each, and the sum of all others. The teacher is streamed layer by
     layer, so it may be larger than any machine's memory.
     """
     ends = hidden_states(original, data, passed)
@@ -83,11 +83,11 @@ def tune(
     gang: Gang | None = None,
     deepspeed: Mapping[str, Any] | str | Path | None = None,
 ) -> Tuned:
-    """The model trained on the rows of `data` (`data.examples`, `data.tokens`).
+    """Train the model on the rows of `data` (`data.examples`, `data.tokens`).
 
     If the loss needs a teacher, `passed` says how it runs over the data. The loss on each matrix of `validation` decides which
-    state is kept. `deepspeed`, a DeepSpeed configuration or the path of one, overrides recipe and gang. Raises ValueError for what
-    cannot be, before anything runs.
+    state is kept. `deepspeed`, a DeepSpeed configuration or the path of one, overrides recipe and gang. Raises ValueError for
+    options that cannot work, before anything runs.
     """
     matrices = dict(sorted((validation or {}).items()))
     for name, matrix in {"the data": data, **matrices}.items():
@@ -119,7 +119,7 @@ def tune(
 
 
 def _predictions(model: Model, data: Step, recipe: Recipe, teacher: Model | None, passed: Pass) -> tuple[Step, ...]:
-    """The teacher's predictions if the loss needs them. Raises ValueError if there is no teacher, or one of another tokenizer."""
+    """The teacher's predictions if the loss needs them. Raises ValueError if there is none, or it has another tokenizer."""
     if not recipe.divergence:
         return ()
     if teacher is None:

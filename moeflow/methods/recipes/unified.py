@@ -1,6 +1,6 @@
-"""Slimming, trimming and low-rank experts in any order, each on a calibration of what the one before it left.
+"""Slimming, trimming and low-rank experts in any order, each calibrated on the result of the one before.
 
-He et al., arXiv 2406.02500, for the first two; that a factor is slimmed like any other matrix is ours. Only graphs are built here.
+He et al., arXiv 2406.02500, for the first two; slimming a factor like any other matrix is ours. Only builds graphs.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,16 +20,15 @@ from moeflow.methods.trim.steps import trim as take_out
 from moeflow.step import Part, Step
 
 TUNE = "tune"
-"""The stage that fine-tunes; it needs no calibration."""
+"""The name of the stage that fine-tunes; it needs no calibration."""
 
 
 def slim(calibration: Calibration, how: Slimming) -> Model:
-    """The calibrated model with sparse or quantized experts, as a graph.
+    """Build the graph of the calibrated model with sparse or quantized experts.
 
-    With `inputs="parallel"` one calibration serves all layers, which are treated beside each other; with "sequential" each layer
-    sees what the slimmed layers before it give, and down what slimmed gate and up give. Of low-rank experts each factor is treated,
-    the second by what the first, as it has become, gives it; `group` has to divide the ranks. Raises ValueError for what cannot
-    work.
+    With `inputs="parallel"` one calibration serves all layers, which are slimmed in parallel; with "sequential" each layer sees the
+    output of the slimmed layers before it, and down that of slimmed gate and up. In low-rank experts each factor is slimmed, the
+    second on the output of the slimmed first; `group` must divide the ranks. Raises ValueError for options that cannot work.
     """
     model = calibration.model
 
@@ -46,10 +45,10 @@ def compress(
     slim: Slimming | None = None, trim: Trimming | None = None, decompose: Decomposition | None = None,
     tune: FineTuning | None = None, gang: Gang = Gang(),
 ) -> Tuned:  # fmt: skip
-    """The model slimmed, trimmed, decomposed and fine-tuned in this `order`, as a graph.
+    """Build the graph that slims, trims, decomposes and fine-tunes the model in this `order`.
 
-    `order`: stages with commas between them; a stage that is None is left out. `passed`: how each stage is calibrated, on what the
-    one before it left. Raises ValueError for what cannot work.
+    `order`: stages separated by commas; a stage whose options are None is left out. `passed`: how each stage is calibrated, on the
+    result of the one before. Raises ValueError for options that cannot work.
     """
     options = {"slim": slim, "trim": trim, "decompose": decompose}
     names, made = order.split(","), Tuned(model, None, ())
@@ -77,7 +76,7 @@ class Stage:
     graph: Callable[[Calibration, Any], Model]
     """From a calibration and the stage's options to the compressed model."""
     needs: Callable[[Any], Mapping[str, bool]]
-    """What it reads of the calibration, by its options: the switches of `calibrate.run`."""
+    """What the stage with these options reads from the calibration, as switches of `calibrate.run`."""
 
 
 STAGES = {
@@ -85,4 +84,4 @@ STAGES = {
     "trim": Stage(take_out, lambda how: TRIM_KINDS[how.what].needs),
     "decompose": Stage(moei2.decompose, lambda how: {}),
 }
-"""The stages of a compression, by the names that its order gives them."""
+"""The stages of a compression, by their names in its order."""

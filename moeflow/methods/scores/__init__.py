@@ -1,6 +1,6 @@
-"""The scores by which single experts are kept. Each costs nothing beside a calibration. No torch.
+"""The scores that rank single experts. None costs more than a calibration. No torch.
 
-Adding one: a file beside this one with a function (layer, statistics, seed) -> score_E, and a row below.
+To add one, write a function (layer, statistics, seed) -> score_E in a file beside this one, and add a row below.
 """
 
 from dataclasses import dataclass
@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Score:
-    """One score of single experts; the experts of the highest score stay."""
+    """One score of single experts; the experts with the highest scores stay."""
 
     needs: tuple[str, ...]
-    """What the score reads of a calibration: sums over tokens, by the names that `moeflow.model.observe.Recorder` gives them."""
+    """What the score reads from a calibration: sums over tokens, by their names in `moeflow.model.observe.Recorder`."""
     weights: bool
-    """Whether the score reads the layer's weights; if not, its function may get None for the layer."""
+    """Does the score read the layer's weights? If not, its function may get None for the layer."""
     code: str
     """The function, as module:name."""
 
@@ -28,6 +28,6 @@ SCORES = {
 
 
 def check_score(name: str) -> None:
-    """Raise ValueError, with the known scores, for the name of none."""
+    """Raise ValueError, naming the known scores, if there is no such score."""
     if name not in SCORES:
         raise ValueError(f"criterion={name!r} is not known; choose one of {', '.join(SCORES)}")

@@ -1,6 +1,6 @@
-"""The scores of single experts, from a layer's summed statistics or from its weights, and which experts they keep.
+"""The scores of single experts, from a layer's summed statistics or its weights, and the experts that they keep.
 
-Shapes are suffixes: E experts. `layer` is None where the score's row says that it reads no weights.
+Shapes are suffixes: E experts. `layer` is None if the score's row says that it reads no weights.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from moeflow.methods.scores import SCORES
 from moeflow.model.moe import MoELayer, whole
 
 Stats = Mapping[str, Tensor]
-"""Sums over calibration tokens, as `moeflow.model.observe.Recorder` leaves them, added over shards."""
+"""Sums over calibration tokens from `moeflow.model.observe.Recorder`, added over shards."""
 
 
 def random_order(layer: None, stats: Stats, seed: int) -> Tensor:
@@ -46,7 +46,7 @@ def aimer(layer: MoELayer, stats: Stats, seed: int) -> Tensor:
 
 
 def best_by_score(score_E: Tensor, keep: int, groups: int = 1) -> list[int]:
-    """The `keep` experts with the highest score, ascending, the same number in every group; the lower number wins a tie."""
+    """The `keep` experts with the highest scores, ascending, the same number in every group; the lower index wins a tie."""
     size = len(score_E) // groups
     kept: list[int] = []
     for g in range(groups):

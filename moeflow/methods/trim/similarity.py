@@ -1,4 +1,4 @@
-"""How little consecutive decoder layers turn the hidden states: cosines between states some layers apart, on recorded tokens.
+"""How similar hidden states are that lie some decoder layers apart: mean cosines on recorded tokens.
 
 Shapes are suffixes: N sequences, L positions, R recorded tokens, D model width.
 """
@@ -20,8 +20,8 @@ def across(
 ) -> list[float]:
     """The mean cosine between the states before layer i and before layer i + `gap`, for every i (He et al., arXiv 2406.02500, 4.3).
 
-    `before`: the states of all shards before each layer, layer after layer; `behind`: those of all shards behind the last layer. Of
-    each shard the first `tokens` are compared. Cosines are fp32, their sum fp64. `gap` + 1 states of one shard are in memory at a
+    `before`: the states of all shards before each layer, layer after layer; `behind`: those of all shards behind the last layer.
+    The first `tokens` of each shard are compared. Cosines are fp32, their sum fp64. Memory holds `gap` + 1 states of one shard at a
     time.
     """
     files, shards = [*before, *behind], len(behind)

@@ -1,7 +1,7 @@
 """Expert Trimming: a model with fewer experts, without the MoE blocks of some layers, or without whole decoder layers.
 
 He et al., Demystifying the Compression of Mixture-of-Experts Through a Unified Framework (arXiv 2406.02500), section 4. One step
-decides what goes, by what the calibration recorded, and leaves a `trim.json`; others take it out.
+decides what goes, from what the calibration recorded, and writes `trim.json`; others take it out.
 """
 
 import json
@@ -25,22 +25,22 @@ SCORED = "scores.json"
 
 @dataclass(frozen=True)
 class Trimming:
-    """What is taken out of a model, and how much. Raises ValueError for what cannot be."""
+    """What is taken out of a model, and how much. Raises ValueError for invalid options."""
 
     what: Literal["experts", "moe_blocks", "decoder_layers"]
     """Experts (Expert Drop), MoE blocks with the norm before them (Layer Drop), or whole decoder layers (Block Drop)."""
     dropped: float
-    """How many MoE blocks or decoder layers go, or how many experts of each layer; these on average across the model."""
+    """How many MoE blocks or decoder layers go, or how many experts per layer, on average across the model."""
     across: Literal["model", "layer"] = "model"
-    """Experts are ranked together across the model, or each layer's by themselves."""
+    """Rank all experts of the model together, or those of each layer separately."""
     criterion: str = "router_score"
     """The score that ranks experts: random, frequency, router_score (the authors'), reap or aimer."""
     least: int | None = None
-    """Experts that stay in every layer, if they are ranked across the model; none: as many as the router gives a token."""
+    """The fewest experts that may stay in a layer, if ranked across the model; none: as many as the router gives a token."""
     rule: Literal["discrete", "consecutive"] = "consecutive"
-    """Decoder layers go each by its own similarity (the authors' setting for Mixtral), or as adjacent ones."""
+    """Drop decoder layers by their own similarities (the authors' setting for Mixtral), or adjacent ones together."""
     seed: int = 0
-    """Seed of the criterion random."""
+    """The seed of the criterion random."""
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -53,14 +53,14 @@ class Trimming:
 
 
 def trim(calibration: Calibration, how: Trimming) -> Model:
-    """The calibrated model without what `how` takes out, as a graph. Raises ValueError for what cannot be."""
+    """Build the graph of the calibrated model without what `how` takes out. Raises ValueError for invalid options."""
     return TRIM_KINDS[how.what].graph(calibration, how)
 
 
 def expert_drop(calibration: Calibration, how: Trimming) -> Model:
-    """The model without the experts of the lowest score, as a graph (section 4.1, Expert Drop).
+    """Build the graph of the model without the experts that score lowest (section 4.1, Expert Drop).
 
-    Where fewer than top-k experts stay, a token gets those. A layer that loses all its experts keeps its shared expert, or nothing.
+    If fewer than top-k experts stay, a token gets all of them. A layer that loses all experts keeps its shared expert, if any.
     Raises ValueError for counts that the router cannot work with.
     """
     model = calibration.model
@@ -101,11 +101,11 @@ def expert_drop(calibration: Calibration, how: Trimming) -> Model:
 
 
 def layer_drop(calibration: Calibration, how: Trimming) -> Model:
-    """The model without the MoE blocks, and the norms before them, of some layers, as a graph (section 4.2, Layer Drop).
+    """Build the graph of the model without some layers' MoE blocks and the norms before them (section 4.2, Layer Drop).
 
     It drops the blocks that change the direction of the residual stream least: those with the highest mean cosine between the
-    stream before the norm and after the block, over all calibration tokens. Dense layers keep theirs. Raises ValueError if there
-    are not more MoE layers than that.
+    stream before the norm and after the block, over all calibration tokens. Dense layers stay. Raises ValueError if no MoE layer
+    would be left.
     """
     model, layers, drop = calibration.model, calibration.model.moe_layers, int(how.dropped)
     if drop >= len(layers):
@@ -118,11 +118,11 @@ def layer_drop(calibration: Calibration, how: Trimming) -> Model:
 
 
 def block_drop(calibration: Calibration, how: Trimming) -> Model:
-    """The model with fewer decoder layers, renumbered, as a graph (section 4.3, Block Drop).
+    """Build the graph of the model with fewer decoder layers, renumbered (section 4.3, Block Drop).
 
     The rule "discrete" takes the layers with the highest mean cosine between the hidden states before and behind one layer,
-    "consecutive" the adjacent ones with the highest across all of them. Cosines are of the recorded tokens of a calibration with
-    `between=True`. Dense layers at the beginning stay. The result is the family's own kind of model. Raises ValueError where the
+    "consecutive" the adjacent ones with the highest across all of them. Cosines are taken on the recorded tokens of a calibration
+    with `between=True`. Dense layers at the beginning stay. The result is an ordinary model of the family. Raises ValueError if the
     configuration would depend on which layers are left.
     """
     model, count, drop = calibration.model, len(calibration.model.layers), int(how.dropped)
@@ -157,7 +157,7 @@ class TrimKind:
 
     graph: Callable[[Calibration, Trimming], Model]
     needs: Mapping[str, bool]
-    """What it reads of a calibration: the switches of `calibrate.run`."""
+    """What it reads from a calibration, as switches of `calibrate.run`."""
 
 
 TRIM_KINDS = {
@@ -165,7 +165,7 @@ TRIM_KINDS = {
     "moe_blocks": TrimKind(layer_drop, {"inputs": False}),
     "decoder_layers": TrimKind(block_drop, {"inputs": False, "between": True}),
 }
-"""What `Trimming.what` names: none reads the inputs of MoE blocks."""
+"""The values of `Trimming.what`; none reads the inputs of MoE blocks."""
 
 
 def _scores_spec(
@@ -224,11 +224,11 @@ def _choose_experts_spec(scores: tuple[Any, ...], *, across: str, keep: int, lea
 def choose_experts(
     context: Context, scores: tuple[Artifact, ...], *, across: Literal["model", "layer"], keep: int, least: int, groups: int
 ) -> None:
-    """The experts that stay, as `trim.json`: those of the highest scores (section 4.1).
+    """Choose the experts that stay, those with the highest scores (section 4.1); writes `trim.json`.
 
-    Across the "model" `keep` experts stay in all, `least` of them in each layer; across the "layer" `keep` in each. Where a router
-    ranks its experts in groups, which must stay of one size, the lowest of every group go together, by their mean. Raises
-    ValueError where a run before this one has left fewer than are to stay.
+    Across the "model", `keep` experts stay in total and at least `least` in each layer; across the "layer", `keep` stay in each. If
+    a router has groups, whose sizes must stay equal, the lowest experts of all groups go together, by their mean score. Raises
+    ValueError if an earlier step has left fewer than should stay.
     """
     read = [read_json(s, SCORED) for s in scores]
     by_layer = {s["layer"]: s["scores"] for s in read}
@@ -245,14 +245,14 @@ def choose_experts(
         if not 0 <= drop <= len(order) * groups:
             raise ValueError(f"{keep} experts are to stay in all, and a run before has left {drop + keep}; keep fewer")
         lowest = [layer for _, layer, _ in order[: drop // groups]]
-        gone = {layer: lowest.count(layer) for layer in sets}  # a layer's sets stand in the order of their scores
+        gone = {layer: lowest.count(layer) for layer in sets}  # a layer's sets are sorted by score
     stay = {layer: sorted(e for _, experts in ranked[gone[layer] :] for e in experts) for layer, ranked in sets.items()}
     TrimmedExperts(read[0]["criterion"], stay, by_layer).write(context.out)
 
 
 def _sets(values: Sequence[float], groups: int) -> list[tuple[float, list[int]]]:
-    """The mean score and the numbers of the experts that can go together, one of each group, lowest first; of equal scores the
-    expert with the higher number goes first."""
+    """The sets of experts that go together, one from each group, as (mean score, indices), lowest first; in a tie, the expert with
+    the higher index goes first."""
     size = len(values) // groups
     ranked = [sorted(range(g * size, (g + 1) * size), key=lambda e: (values[e], -e)) for g in range(groups)]
     return [(sum(values[e] for e in experts) / groups, list(experts)) for experts in zip(*ranked, strict=True)]
@@ -265,10 +265,10 @@ def _choose_moe_blocks_spec(observed: tuple[ObservedSpec, ...], *, layers: list[
 
 @step("trim.moe_blocks", version=1, spec=_choose_moe_blocks_spec)
 def choose_moe_blocks(context: Context, observed: tuple[Artifact, ...], *, layers: list[int], drop: int) -> None:
-    """The layers whose MoE block and norm turn the residual stream least, by the mean cosine over all tokens (section 4.2).
+    """Choose the layers whose MoE block and norm turn the residual stream least, by mean cosine over all tokens (section 4.2).
 
-    `observed`: what every shard recorded in the first of `layers`, then in the next. Raises ValueError where a run before this one
-    has left fewer MoE blocks than are to go.
+    `observed`: what every shard recorded in the first of `layers`, then in the next. Raises ValueError if an earlier step has left
+    fewer MoE blocks than should go.
     """
     from moeflow.model.checkpoint import Tensors
 
@@ -349,9 +349,9 @@ def _renumber_spec(chosen: Any, candidates: tuple[LayerSpec, ...], *, config: Co
 
 @step("trim.renumber", version=2, spec=_renumber_spec)
 def renumber(context: Context, chosen: Artifact, candidates: tuple[Artifact, ...], *, config: Config, first: int, to: int) -> None:
-    """The files of layer `to` of the shorter model: those of the layer that takes this place, under its new number.
+    """The files of layer `to` of the shorter model: those of the old layer that takes this place, under its new number.
 
-    `candidates`: the layers that may take it, from the old layer `first` on.
+    `candidates`: the layers that may take the place, from the old layer `first` on.
     """
     from moeflow.model import checkpoint
 
