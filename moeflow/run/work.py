@@ -81,7 +81,8 @@ def _sweep(root: Path) -> None:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 continue
-            _remove(folder)
+            with suppress(FileNotFoundError):  # its owner deleted it between our opening the lock file and having the lock
+                _remove(folder)
 
 
 def _remove(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 import fcntl
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -175,3 +176,18 @@ def test_a_function_of_moeflows_own_travels_by_name() -> None:
 def test_the_lock_of_a_work_folder_is_held_while_it_is_used(tmp_path: Path) -> None:
     with work_folder(tmp_path) as folder, (folder / ".lock").open("rb+") as lock, pytest.raises(BlockingIOError):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_a_folder_that_its_owner_deletes_during_a_sweep_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other, flock = tmp_path / "step-other", fcntl.flock
+    other.mkdir()
+    (other / ".lock").touch()
+
+    def once_gone(file: Any, how: int) -> None:
+        if how == fcntl.LOCK_EX | fcntl.LOCK_NB:
+            shutil.rmtree(other)
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", once_gone)
+    with work_folder(tmp_path) as folder:
+        assert folder.is_dir() and not other.exists()
