@@ -103,6 +103,19 @@ def test_what_is_no_recipe_is_refused_in_one_line(tmp_path: Path) -> None:
         assert "\n" not in str(refused.value)
 
 
+@torch.inference_mode()
+def test_gptq_by_activation_order_and_grids_with_zero_points_are_reached_from_the_command_line(tmp_path: Path) -> None:
+    source, matrix = tiny.write("mixtral", tmp_path / "model"), running.matrix_of(tmp_path)
+    build, store = pipeline.load(PIPELINES / "mixtral_unified.py"), running.store_in(tmp_path)
+    given = [f"model={source}", f"tokens={matrix.spec}", *SMALL, "order=slim", "slim=gptq"]
+    keys = set()
+    for more in ([], ["slim.activation_order=true"], ["slim.symmetric=false", "slim.packed=false"]):
+        target = pipeline.call(build, [*given, *more])
+        running.run(store, target)
+        keys.add(store.manifest(target.key).digest)
+    assert len(keys) == 3
+
+
 def test_what_trimming_left_is_fine_tuned_before_it_is_slimmed(tmp_path: Path) -> None:
     source, matrix = tiny.write("mixtral", tmp_path / "model"), running.matrix_of(tmp_path)
     store, out = running.store_in(tmp_path), tmp_path / "out"
