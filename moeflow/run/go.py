@@ -1,7 +1,7 @@
 """One run from the graph to a published version: checked before it starts, then run by the chosen runner."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -12,8 +12,10 @@ from moeflow.run.options import Options
 from moeflow.run.outcome import CannotRun, Outcome
 from moeflow.run.plan import Capacity, Plan, plan
 from moeflow.run.progress import Show
+from moeflow.run.words import count
 from moeflow.step import Step, upstream
-from moeflow.store import Index, Store, versions
+from moeflow.store import CorruptBlob, Index, Store, repair, versions
+from moeflow.store.repair import Damage
 
 
 class Runner(StrEnum):
@@ -65,9 +67,49 @@ def go(prepared: Prepared, *, progress: Show, options: Options, record: Mapping[
         from moeflow.run.ray import runner as on_ray  # here, because importing ray takes longer than a run with nothing to do
 
         run = on_ray.run
-    outcome = run(prepared.targets, prepared.store, progress=progress, options=options, index=prepared.index)
+    outcome = _mending(
+        prepared.store,
+        progress,
+        lambda index: run(prepared.targets, prepared.store, progress=progress, options=options, index=index),
+        prepared.index,
+    )
     reports = [s.key for s in prepared.target.reports]
     return outcome, versions.publish(prepared.store, prepared.name, prepared.target.key, reports=reports, record=record)
+
+
+def _mending(store: Store, progress: Show, attempt: Callable[[Index | None], Outcome], index: Index) -> Outcome:
+    """Run; where a step reads damaged bytes, drop them with everything computed from them, and run again.
+
+    Raises StepFailed, also if the same bytes are damaged a second time.
+    """
+    known: Index | None = index
+    dropped: set[str] = set()
+    while True:
+        try:
+            return attempt(known)
+        except (CorruptBlob, StepFailed) as error:
+            damaged = _damaged(error)
+            if damaged is None or damaged.name in dropped:
+                raise
+            dropped.add(damaged.name)
+            damage = repair.drop(store, {damaged.name: damaged.why})
+            progress.say(f"warning: {damaged.why}; {dropped_text(damage)}, to be computed again")
+            known = None
+
+
+def _damaged(error: BaseException | None) -> CorruptBlob | None:
+    """The damaged blob or manifest behind an error, if that is its cause."""
+    while error is not None:
+        if isinstance(error, CorruptBlob):
+            return error if error.name else None
+        error = error.cause if isinstance(error, StepFailed) else error.__cause__
+    return None
+
+
+def dropped_text(damage: Damage) -> str:
+    """What went with damaged bytes, in words."""
+    refs = ", ".join(v.ref for v in damage.versions)
+    return f"dropped with {count(len(damage.keys), 'result')} that rest on it" + (f", and so {refs}" if refs else "")
 
 
 def fleeting(folder: Path) -> bool:

@@ -6,16 +6,16 @@ from functools import cached_property
 from pathlib import Path
 from threading import Lock
 
-from moeflow.store import names
+from moeflow.store import checked, names
 from moeflow.store.blobs import Blobs
-from moeflow.store.cache import NodeCache, lost, verify
+from moeflow.store.cache import NodeCache, lost
 from moeflow.store.manifest import File, Manifest, part_digest
 
 
 class StoredArtifact:
     """Implements `moeflow.step.Artifact`. `reads` counts the bytes that were asked for, each file and range once.
 
-    Whole files are verified against their digests, and stay on this node while this object lives; ranges are not verified.
+    What is read is verified, whole files and ranges. Files stay on this node while this object lives.
     """
 
     def __init__(self, blobs: Blobs, cache: NodeCache, manifest: Manifest, prefix: str = "", scratch: Path | None = None) -> None:
@@ -43,26 +43,32 @@ class StoredArtifact:
         file = self._file(name)
         self._count(name, 0, file.size)
         if (path := self._blobs.local(names.blob(file.sha256))) is not None:
-            verify(path, file, self._blobs, self.manifest.key)
+            checked.whole(path, file)
             return path
-        return self._cache.hold(self._blobs, file, self._opened / file.sha256, self.manifest.key)
+        return self._cache.hold(self._blobs, file, self._opened / file.sha256)
 
     def read(self, name: str, start: int, stop: int) -> bytes:
         file = self._file(name)
         stop = min(stop, file.size)
         self._count(name, start, stop)
+        if start >= stop:
+            return b""
         blob = names.blob(file.sha256)
-        if (path := self._blobs.local(blob) or self._cache.has(file)) is not None:
-            try:
-                with path.open("rb") as opened:
-                    opened.seek(start)
-                    return opened.read(max(0, stop - start))
-            except FileNotFoundError:  # evicted from the cache between two lines
-                pass
+        if (path := self._blobs.local(blob)) is not None:
+            return checked.piece(path, file, start, stop)
+        if (cached := self._cache.read(file, start, stop)) is not None:
+            return cached
+        if not file.chunks:  # written by a version that kept no digests of chunks: only the whole file can be verified
+            with self.file(name).open("rb") as opened:
+                opened.seek(start)
+                return opened.read(stop - start)
+        first, last = checked.spanned(file, start, stop)
         try:
-            return self._blobs.read(blob, start, stop)
+            span = self._blobs.read(blob, first, last)
         except FileNotFoundError:
-            raise lost(self._blobs, file, self.manifest.key) from None
+            raise lost(self._blobs, file) from None
+        checked.compare(file, first, last, span)
+        return span[start - first : stop - first]
 
     def folder(self) -> Path:
         missing = [(n, f) for n, f in self.files.items() if not (self._folder / n).exists()]
@@ -70,7 +76,7 @@ class StoredArtifact:
             self._count(name, 0, file.size)
 
         def bring(item: tuple[str, File]) -> None:
-            self._cache.link(self._blobs, item[1], self._folder / item[0], self.manifest.key)
+            self._cache.link(self._blobs, item[1], self._folder / item[0])
 
         with ThreadPoolExecutor(8) as pool:
             [*pool.map(bring, missing)]

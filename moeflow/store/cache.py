@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 
-from moeflow.store import names
+from moeflow.store import checked, names
 from moeflow.store.blobs import Blobs
 from moeflow.store.errors import CorruptBlob, disk
 from moeflow.store.local import NO_LINK
@@ -24,7 +24,6 @@ from moeflow.store.manifest import File
 
 ELSEWHERE = "point MOEFLOW_CACHE to another disk"
 _lock = Lock()
-_verified: set[tuple[str, int, int, int]] = set()  # files that this process has hashed and found intact
 _open: dict[Path, Path] = {}  # this process's folder of open files, by the `open/` of each cache
 _added: dict[Path, int] = {}  # bytes that this process added to each cache since it last measured all of it
 
@@ -34,12 +33,12 @@ class NodeCache:
     folder: Path
     limit: int = 0  # bytes; 0 means four fifths of the disk's free bytes and the cached ones
 
-    def link(self, blobs: Blobs, file: File, to: Path, owner: str) -> None:
-        """Make `to` a verified, read-only copy or link of `file` of the artifact `owner`. Raises CorruptBlob, StoreError."""
+    def link(self, blobs: Blobs, file: File, to: Path) -> None:
+        """Make `to` a verified, read-only copy or link of `file`. Raises CorruptBlob, StoreError."""
         to.parent.mkdir(parents=True, exist_ok=True)
         name = names.blob(file.sha256)
         if (path := blobs.local(name)) is not None:
-            verify(path, file, blobs, owner)
+            checked.whole(path, file)
             if not _linked(path, to):
                 to.symlink_to(path)
             return
@@ -47,6 +46,7 @@ class NodeCache:
         with disk(self.folder, file.size, ELSEWHERE):
             while True:
                 with suppress(FileNotFoundError):  # not cached yet, or evicted between two lines
+                    self._check(file)
                     os.utime(cached)
                     if not _linked(cached, to):
                         shutil.copyfile(cached, to)  # a symbolic link would break when the blob is evicted
@@ -54,17 +54,29 @@ class NodeCache:
                     return
                 with self._locked(file.sha256):
                     if not cached.exists():
-                        self._bring(blobs, file, cached, owner)
+                        self._bring(blobs, file, cached)
 
-    def hold(self, blobs: Blobs, file: File, pin: Path, owner: str) -> Path:
+    def hold(self, blobs: Blobs, file: File, pin: Path) -> Path:
         """The path of the cached blob, which stays while `pin`, a second link to it, exists. Raises CorruptBlob, StoreError."""
-        self.link(blobs, file, pin, owner)
+        self.link(blobs, file, pin)
         return self.folder / names.blob(file.sha256)
 
     def has(self, file: File) -> Path | None:
-        """The path of the cached blob; None if this node does not have it."""
+        """The path of the cached blob, verified; None if this node does not have it."""
+        with suppress(FileNotFoundError):
+            return self._check(file)
+        return None
+
+    def read(self, file: File, start: int, stop: int) -> bytes | None:
+        """The verified bytes [start, stop) of the cached blob; None if this node does not have it."""
         cached = self.folder / names.blob(file.sha256)
-        return cached if cached.exists() else None
+        try:
+            return checked.piece(cached, file, start, stop)
+        except FileNotFoundError:
+            return None
+        except CorruptBlob:
+            cached.unlink(missing_ok=True)  # the store may still have the right bytes
+            return None
 
     def open(self) -> "tempfile.TemporaryDirectory[str]":
         """A folder on the cache's disk, deleted with the returned object, or by `sweep` after this process has died."""
@@ -82,14 +94,24 @@ class NodeCache:
                 shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
                 lock.unlink(missing_ok=True)
 
-    def _bring(self, blobs: Blobs, file: File, cached: Path, owner: str) -> None:
+    def _check(self, file: File) -> Path:
+        """The path of the cached blob; if it holds other bytes it is deleted. Raises FileNotFoundError."""
+        cached = self.folder / names.blob(file.sha256)
+        try:
+            checked.whole(cached, file)
+        except CorruptBlob as error:
+            cached.unlink(missing_ok=True)
+            raise FileNotFoundError(str(cached)) from error
+        return cached
+
+    def _bring(self, blobs: Blobs, file: File, cached: Path) -> None:
         self._make_room(file.size)
         cached.parent.mkdir(parents=True, exist_ok=True)
         handle, path = tempfile.mkstemp(dir=cached.parent, prefix=".half-")
         os.close(handle)
         half = Path(path)
         try:
-            take(blobs, file, half, owner)
+            take(blobs, file, half)
             half.chmod(0o444)
             half.replace(cached)
         finally:
@@ -150,36 +172,17 @@ def _mine(opened: Path) -> Path:
         return folder
 
 
-def take(blobs: Blobs, file: File, to: Path, owner: str) -> None:
+def take(blobs: Blobs, file: File, to: Path) -> None:
     """Copy a blob to `to` and verify the copy. Raises CorruptBlob."""
-    name = names.blob(file.sha256)
     try:
-        blobs.download(name, to)
+        blobs.download(names.blob(file.sha256), to)
     except FileNotFoundError:
-        raise lost(blobs, file, owner) from None
-    if (digest := names.sha256(to)) != file.sha256:
-        raise rotten(blobs, file, digest, owner)
+        raise lost(blobs, file) from None
+    checked.whole(to, file)
 
 
-def verify(path: Path, file: File, blobs: Blobs, owner: str) -> None:
-    """Compare a blob on this machine with its digest, once per process. Raises CorruptBlob."""
-    about = path.stat()
-    identity = (file.sha256, about.st_ino, about.st_size, about.st_mtime_ns)
-    if identity in _verified:
-        return
-    if (digest := names.sha256(path)) != file.sha256:
-        raise rotten(blobs, file, digest, owner)
-    _verified.add(identity)
-
-
-def rotten(blobs: Blobs, file: File, digest: str, owner: str) -> CorruptBlob:
-    doomed = f"{names.blob(file.sha256)} and {names.manifest(owner)}"
-    return CorruptBlob(f"a file of {owner} holds bytes with digest {digest}; delete {doomed} in {blobs.url}, then run again")
-
-
-def lost(blobs: Blobs, file: File, *owners: str) -> CorruptBlob:
-    doomed = " and ".join(names.manifest(o) for o in owners) or "the manifests that name it"
-    return CorruptBlob(f"{names.blob(file.sha256)} is gone from {blobs.url}; delete {doomed} there, then run again")
+def lost(blobs: Blobs, file: File) -> CorruptBlob:
+    return checked.corrupt(file, f"is gone from {blobs.url}")
 
 
 def _linked(path: Path, to: Path) -> bool:

@@ -11,7 +11,15 @@ class StoreError(Exception):
 
 
 class CorruptBlob(StoreError):
-    """A blob is missing, or its bytes do not have its digest."""
+    """A blob or a manifest is missing, or its bytes are not those that were written. `name` is its name in the store."""
+
+    def __init__(self, why: str, name: str = "") -> None:
+        super().__init__(why, name)  # both, so that it can be pickled
+        self.why, self.name = why, name
+
+    def __str__(self) -> str:
+        way_out = "; run again, or `moeflow verify --all --repair`, to drop it with everything computed from it"
+        return self.why + (way_out if self.name else "")
 
 
 class NotStored(KeyError):

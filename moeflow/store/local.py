@@ -52,6 +52,7 @@ class LocalBlobs:
                 # A file with other hard links, or behind a symbolic link, may be used elsewhere too: copy it.
                 if not (take and not path.is_symlink() and path.stat().st_nlink == 1 and _linked(path, half)):
                     shutil.copyfile(path, half)
+                _flush(half)  # or a manifest could outlive, after a power failure, the bytes that it names
                 half.chmod(0o444)
                 os.utime(half)  # garbage collection counts its age from now
                 target = self.root / name
@@ -142,6 +143,15 @@ def _beneath(target: Path, put: Callable[[], object]) -> None:
             put()
             return
     put()
+
+
+def _flush(path: Path) -> None:
+    """Wait until the disk holds the file's bytes."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 def _linked(path: Path, at: Path) -> bool:

@@ -1,6 +1,7 @@
 """What is recorded about an artifact: its files by digest, and how it was made. Does no I/O."""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
@@ -8,6 +9,8 @@ from typing import Any
 
 from moeflow.store.names import digest_of, split_part
 
+CHUNK = 1 << 20  # bytes of a file that have a digest of their own
+WIDTH = 16  # hexadecimal digits of that digest
 Bytes = bytes  # the class below has a property of that name
 
 
@@ -17,6 +20,7 @@ class File:
 
     sha256: str
     size: int  # bytes
+    chunks: str = ""  # the digests of its chunks, one after another; see checked.py
 
 
 @dataclass(frozen=True)
@@ -64,16 +68,28 @@ class Manifest(Record):
 
     @staticmethod
     def load(data: Bytes) -> "Manifest":
-        """Read what `dump` wrote. Raises ValueError if a file's name would leave the artifact's folder."""
+        """Read what `dump` wrote. Raises ValueError, KeyError, TypeError or AttributeError if it is something else."""
         raw = json.loads(data)
         known = {f.name: raw[f.name] for f in fields(Manifest) if f.name in raw}
-        files = {}
-        for name, file in raw["files"].items():
-            if name.startswith("/") or ".." in name.split("/"):
-                raise ValueError(f"manifest {raw['key']}: file name {name!r} leaves the folder; do not use this store")
-            files[name] = File(**file)
+        files = {name: _file(name, File(**file)) for name, file in raw["files"].items()}
         inputs = tuple(Input(**i) for i in raw["inputs"])
-        return Manifest(**known | {"files": files, "inputs": inputs, "notes": tuple(raw["notes"])})
+        manifest = Manifest(**known | {"files": files, "inputs": inputs, "notes": tuple(raw["notes"])})
+        if raw["digest"] != manifest.digest:
+            raise ValueError(f"its digest is {raw['digest']!r}, that of its files {manifest.digest}")
+        return manifest
+
+
+def _file(name: str, file: File) -> File:
+    """The file as it is. Raises ValueError if its name leaves the artifact's folder or a figure is not one."""
+    if not name or name.startswith("/") or {"", ".", ".."} & {*name.split("/")} or "\0" in name:
+        raise ValueError(f"the file name {name!r} leaves the folder")
+    if not re.fullmatch(r"[0-9a-f]{64}", file.sha256):
+        raise ValueError(f"file {name!r}: sha256 is {file.sha256!r}, not 64 hexadecimal digits")
+    if type(file.size) is not int or file.size < 0:
+        raise ValueError(f"file {name!r}: size is {file.size!r}, not a number of bytes")
+    if file.chunks and not re.fullmatch(rf"[0-9a-f]{{{WIDTH * -(-file.size // CHUNK)}}}", file.chunks):
+        raise ValueError(f"file {name!r}: chunks are not 16 hexadecimal digits for each mebibyte")
+    return file
 
 
 def part_digest(manifest: Manifest, prefix: str) -> str:

@@ -15,10 +15,10 @@ from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
 
-from moeflow.store import names, partial
+from moeflow.store import checked, names, partial
 from moeflow.store.artifact import StoredArtifact
 from moeflow.store.blobs import Blobs, open_blobs
-from moeflow.store.cache import ELSEWHERE, NodeCache, lost, take, verify
+from moeflow.store.cache import ELSEWHERE, NodeCache, lost, take
 from moeflow.store.errors import CorruptBlob, NotStored, disk
 from moeflow.store.home import home
 from moeflow.store.index import Index, read_index
@@ -84,8 +84,9 @@ class Store:
         step = split_part(key)[0]
         try:
             return Manifest.load(self.blobs.read(names.manifest(step)))
-        except json.JSONDecodeError as error:
-            raise CorruptBlob(f"{names.manifest(step)} in {self.url} is cut short; delete it and run again") from error
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            why = "is cut short" if isinstance(error, json.JSONDecodeError) else f"is damaged ({error})"
+            raise CorruptBlob(f"{names.manifest(step)} in {self.url} {why}", names.manifest(step)) from error
         except FileNotFoundError:
             raise NotStored(f"{step} is not stored in {self.url}; run the pipeline that makes it, or see `moeflow ls`") from None
 
@@ -112,13 +113,12 @@ class Store:
         if both := sorted(paths.keys() & (links or {}).keys()):
             raise ValueError(f"{key}: {both[0]} is both written and linked; do one of them")
         with ThreadPoolExecutor(4) as pool:
-            digests = [*pool.map(names.sha256, paths.values())]
-        mine = {n: File(d, p.stat().st_size) for (n, p), d in zip(paths.items(), digests, strict=True)}
+            mine = dict(zip(paths, pool.map(checked.file_of, paths.values()), strict=True))
         new = {f.sha256: (f, paths[n]) for n, f in mine.items()}
         old = {f.sha256: f for f in (links or {}).values() if f.sha256 not in new}
         with ThreadPoolExecutor(8) as pool:
             written = sum(pool.map(lambda item: self._put(*item), new.values()))
-            [*pool.map(lambda f: self._rely(f, record), old.values())]
+            [*pool.map(self._rely, old.values())]
         return self._write(key, dict(sorted({**mine, **(links or {})}.items())), record, written, "")
 
     def alias(self, key: str, of: str, record: Record) -> Committed:
@@ -152,7 +152,7 @@ class Store:
             try:
                 with ThreadPoolExecutor(4) as pool:
                     files = [(half / n, f) for n, f in manifest.files.items() if n.startswith(prefix)]
-                    [*pool.map(lambda item: self._copy(item[0], item[1], manifest.key), files)]
+                    [*pool.map(lambda item: self._copy(*item), files)]
                 if into.is_dir():
                     into.rmdir()
                 half.replace(into)
@@ -189,18 +189,25 @@ class Store:
         """Store one blob unless it is stored; return the bytes written."""
         name = names.blob(file.sha256)
         entry = self.blobs.stat(name)
-        if entry is not None and entry.size == file.size:  # else it was cut short: write it again
+        if entry is not None and entry.size == file.size and self._intact(file):  # else it was damaged: write it again
             if entry.modified < time.time() - RENEW:
                 self.blobs.touch(name)
             return 0
         self.blobs.upload(path, name, take=True)
         return file.size
 
-    def _rely(self, file: File, record: Record) -> None:
+    def _intact(self, file: File) -> bool:
+        """Whether a stored blob holds the right bytes; one that is not on this machine is believed to."""
+        path = self.blobs.local(names.blob(file.sha256))
+        try:
+            return path is None or checked.whole(path, file) is None
+        except (CorruptBlob, FileNotFoundError):
+            return False
+
+    def _rely(self, file: File) -> None:
         """Check that a linked blob is stored, and protect it from garbage collection. Raises CorruptBlob."""
         if not self._renew(names.blob(file.sha256)):
-            above = self.manifests(split_part(i.key)[0] for i in record.inputs)
-            raise lost(self.blobs, file, *(k for k, m in above.items() if file in m.files.values()))
+            raise lost(self.blobs, file)
 
     def _renew(self, name: str) -> bool:
         """Touch `name` if it is old; return False if it does not exist."""
@@ -220,16 +227,13 @@ class Store:
         self.blobs.create(marker, b"")
         return Committed(manifest.digest, first, written, manifest.bytes)
 
-    def _copy(self, to: Path, file: File, owner: str) -> None:
+    def _copy(self, to: Path, file: File) -> None:
         to.parent.mkdir(parents=True, exist_ok=True)
         local = self.blobs.local(names.blob(file.sha256)) or self.node.has(file)
         if local is None:
-            take(self.blobs, file, to, owner)
-            return
-        with ThreadPoolExecutor(1) as beside:  # copying waits for the disk, hashing for the processor
-            verified = beside.submit(verify, local, file, self.blobs, owner)
-            shutil.copyfile(local, to)
-            verified.result()
+            take(self.blobs, file, to)
+        else:
+            checked.copy(local, file, to)
 
 
 def _is_file(path: Path) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from moeflow.store import CorruptBlob, File, Manifest, NotStored, Store, StoreError, part_digest
+from moeflow.store import CorruptBlob, File, Manifest, NotStored, Store, StoreError, part_digest, repair
 from moeflow.store import names as store_names
 from tests import servers
 from tests.making import commit, folder, key, read, record
@@ -82,11 +82,11 @@ def test_a_name_that_is_written_and_linked_is_refused(store: Store, tmp_path: Pa
         commit(store, tmp_path, "k", links={"x": File("0" * 64, 1)}, x="1")
 
 
-def test_linking_a_blob_that_is_gone_names_what_to_delete(store: Store, tmp_path: Path) -> None:
+def test_linking_a_blob_that_is_gone_names_it(store: Store, tmp_path: Path) -> None:
     commit(store, tmp_path, "in", x="1")
     file = store.artifact(key("in")).files["x"]
     store.blobs.delete([store_names.blob(file.sha256)])
-    with pytest.raises(CorruptBlob, match=f"is gone from .*; delete manifests/{key('in')}.json there, then run again"):
+    with pytest.raises(CorruptBlob, match=f"{store_names.blob(file.sha256)} is gone from .*; run again, or `moeflow verify"):
         commit(store, tmp_path, "out", inputs=(key("in"),), links={"x": file})
     assert not store.has(key("out"))
 
@@ -182,17 +182,17 @@ def test_pull_into_a_folder_that_holds_something_is_refused(store: Store, tmp_pa
         store.fetch(key("k"), folder(tmp_path / "full", y="2"))
 
 
-def test_rotten_bytes_are_refused_and_the_message_mends_the_store(store: Store, tmp_path: Path) -> None:
+def test_rotten_bytes_are_refused_and_dropping_them_mends_the_store(store: Store, tmp_path: Path) -> None:
     commit(store, tmp_path, "k", x="right")
     blob = store_names.blob(store.manifest(key("k")).files["x"].sha256)
     store.blobs.delete([blob])
     store.blobs.create(blob, b"wrong")
     artifact = store.artifact(key("k"))
     for ask in (lambda: artifact.file("x"), artifact.folder, lambda: store.fetch(key("k"), tmp_path / "out")):
-        with pytest.raises(CorruptBlob, match=f"; delete {blob} and manifests/{key('k')}.json in .*, then run again"):
+        with pytest.raises(CorruptBlob, match=f"{blob} holds bytes with digest .*; run again, or `moeflow verify --all --repair`"):
             ask()
     assert not (tmp_path / "out").exists()
-    store.blobs.delete([blob, f"manifests/{key('k')}.json"])
+    assert repair.drop(store, {blob: "rotten"}).keys == (key("k"),)
     assert key("k") not in store.index(["make.it"]).keys
     shutil.rmtree(tmp_path / "made")
     assert commit(store, tmp_path, "k", x="right").first
@@ -219,7 +219,7 @@ def test_a_blob_that_is_gone_is_said_to_be(store: Store, tmp_path: Path) -> None
 
 def test_a_manifest_that_was_cut_short_says_so(store: Store) -> None:
     store.blobs.create(f"manifests/{key('k')}.json", b'{"key"')
-    with pytest.raises(CorruptBlob, match=f"manifests/{key('k')}.json in .* is cut short; delete it and run again"):
+    with pytest.raises(CorruptBlob, match=f"manifests/{key('k')}.json in .* is cut short; run again, or `moeflow verify --all --repair`"):
         store.manifest(key("k"))
 
 
@@ -234,7 +234,7 @@ def test_a_manifest_whose_names_leave_the_folder_is_refused(store: Store, tmp_pa
     commit(store, tmp_path, "k", x="1")
     spoilt = store.blobs.read(f"manifests/{key('k')}.json").replace(b'"x"', b'"../../x"')
     store.blobs.create(f"manifests/{key('evil')}.json", spoilt)
-    with pytest.raises(ValueError, match="leaves the folder"):
+    with pytest.raises(CorruptBlob, match="leaves the folder"):
         store.artifact(key("evil"))
 
 
