@@ -58,7 +58,7 @@ def test_run_publishes_shows_the_reports_and_says_where_it_lies(cli: Cli, tmp_pa
 
 def test_run_as_json_ends_with_one_line(cli: Cli) -> None:
     found = last_json(cli("run", PIPELINE, "--json"))
-    assert 0 < found.pop("seconds") < 600
+    assert found.pop("seconds") > 0
     assert found.pop("key").startswith("toy.total-")
     assert found == {"name": "toy_pipeline", "version": 1, "steps": {"run": 8, "stored": 0}}
     again = last_json(cli("run", PIPELINE, "--json"))

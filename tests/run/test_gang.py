@@ -11,7 +11,7 @@ from threading import Thread
 import psutil
 import pytest
 
-from moeflow.run import Options, StepFailed, in_process
+from moeflow.run import Options, StepFailed, children, in_process
 from moeflow.run.gang import PeerLost, torn
 from moeflow.run.progress import Lines
 from moeflow.run.ray.gang import Raised, judge
@@ -20,7 +20,7 @@ from moeflow.step import Step
 from moeflow.store import Store
 from moeflow.store.partial import Snapshot
 from tests.run import gangs, toy
-from tests.run.cluster import ROOT, descendants, title, two_nodes, until
+from tests.run.cluster import PATIENCE, ROOT, descendants, title, two_nodes, until
 
 
 def read(store: Store, step: Step) -> dict[str, str]:
@@ -68,7 +68,10 @@ def test_a_process_lost_more_often_than_retries_allow_fails_the_step(store: Stor
     assert "\n" not in str(failed.value)
 
 
-def test_what_one_process_raises_is_the_error_and_not_that_others_lost_it(store: Store, trace: Path) -> None:
+def test_what_one_process_raises_is_the_error_and_not_that_others_lost_it(
+    store: Store, trace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(children, "GRACE", PATIENCE)
     with pytest.raises(StepFailed, match="gang.raise failed: ArithmeticError: a bad expert on rank 1 ") as failed:
         in_process.run([gangs.raise_(rank=1, trace=str(trace)).on(processes=2)], store)
     assert isinstance(failed.value.cause, ArithmeticError) and "\n" not in str(failed.value)
@@ -126,11 +129,11 @@ def test_a_killed_and_an_interrupted_driver_leave_no_process_and_the_next_run_co
         driver = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         until(lambda: trace.exists() and len(lines(trace)) == 2 * runs, "the gang did not start")  # noqa: B023
         until(lambda: [s for s in store.snapshots(target.key) if s.at >= 1], "nothing was kept")
-        children = psutil.Process(driver.pid).children()
-        assert len(children) == 2
+        processes = psutil.Process(driver.pid).children()
+        assert len(processes) == 2
         driver.send_signal(stop)
-        _, errors = driver.communicate(timeout=60)
-        until(lambda: not any(c.is_running() and c.status() != "zombie" for c in children), "processes were left")  # noqa: B023
+        _, errors = driver.communicate(timeout=PATIENCE)
+        until(lambda: not any(p.is_running() and p.status() != "zombie" for p in processes), "processes were left")  # noqa: B023
     assert driver.returncode == 1 and errors.splitlines()[-1].startswith("error: interrupted")
     release.touch()
     in_process.run([target], store)

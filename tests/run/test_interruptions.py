@@ -14,7 +14,7 @@ from moeflow.run import in_process
 from moeflow.run.pipeline import call, load
 from moeflow.step import upstream
 from moeflow.store import Store
-from tests.run.cluster import ROOT, title, until
+from tests.run.cluster import PATIENCE, ROOT, title, until
 
 PIPELINE = Path(__file__).with_name("slow_pipeline.py")
 
@@ -70,7 +70,7 @@ def test_an_interrupted_run_says_so_in_one_line_and_the_next_continues(driver: D
     until(driver.began, "no slow step began")
     processes = [process.pid, *(p.pid for p in psutil.Process(process.pid).children(recursive=True))]
     process.send_signal(signal_)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 1
     assert "Traceback" not in errors
     assert errors.splitlines()[-1].startswith("error: interrupted") and "next run continues" in errors.splitlines()[-1]

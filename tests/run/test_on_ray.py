@@ -37,19 +37,18 @@ def test_independent_steps_run_beside_each_other(store: Store, tmp_path: Path) -
 
 @pytest.mark.usefixtures("local_ray")
 def test_no_more_steps_are_in_flight_than_stated(store: Store, trace: Path) -> None:
-    steps = [toy.span(n=n, trace=str(trace), seconds=0.1).on(cpus=0.25) for n in range(12)]
+    steps = [toy.span(n=n, trace=str(trace)).on(cpus=0.25) for n in range(12)]
     on_ray.run(steps, store, options=Options(in_flight=2))
     assert most_at_once(trace) <= 2
     trace.write_text("")
-    # each longer than a worker takes to start
-    more = [toy.span(n=n, trace=str(trace), seconds=3).on(cpus=0.25) for n in range(100, 106)]
+    more = [toy.span(n=n, trace=str(trace), beside=3).on(cpus=0.25) for n in range(100, 106)]
     on_ray.run(more, store, options=Options(in_flight=8))
     assert 2 < most_at_once(trace) <= 8, "the bound, and not something else, held the others back"
 
 
 @pytest.mark.usefixtures("local_ray")
 def test_steps_demand_their_cpus(store: Store, trace: Path) -> None:
-    steps = [toy.span(n=n, trace=str(trace), seconds=0.1).on(cpus=2) for n in range(4)]
+    steps = [toy.span(n=n, trace=str(trace)).on(cpus=2) for n in range(4)]
     on_ray.run(steps, store)
     assert most_at_once(trace) == 1
 

@@ -14,10 +14,10 @@ from tests.making import folder, read
 from tests.sources.running import Running, run
 
 
-def old(path: Path) -> Path:
+def old(path: Path, seconds: float = 3600) -> Path:
     """The same, an hour old: digests of what has just been written are not remembered."""
     for p in [path, *path.rglob("*")]:
-        os.utime(p, (time.time() - 3600,) * 2)
+        os.utime(p, (time.time() - seconds,) * 2)
     return path
 
 
@@ -113,7 +113,7 @@ def test_a_folder_that_did_not_change_is_pinned_without_being_read(model: Path) 
 
 
 def test_what_was_written_a_moment_ago_is_read_again(tmp_path: Path) -> None:
-    at = folder(tmp_path / "d", **{"x.txt": "one"})
+    at = old(folder(tmp_path / "d", **{"x.txt": "one"}), seconds=-3600)  # young, however long this takes
     first = pin(str(at), kind="data")
     about = (at / "x.txt").stat()
     (at / "x.txt").write_text("two")
