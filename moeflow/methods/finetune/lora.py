@@ -39,13 +39,13 @@ class Addition(nn.Module):
         super().__init__()
         self.open: Tensor | None
         *experts, m, n = shape_of(weight)
-        rank, like = min(recipe.rank, m, n), {"dtype": weight.dtype, "device": weight.device}
+        rank = min(recipe.rank, m, n)
         start = int.from_bytes(hashlib.sha256(f"{recipe.seed}/{name}".encode()).digest()[:7])
         drawn = torch.rand(*experts, rank, n, generator=torch.Generator().manual_seed(start))
-        self.a = nn.Parameter(((2 * drawn - 1) * n**-0.5).to(**like))
-        self.b = nn.Parameter(torch.zeros(*experts, m, rank, **like))
+        self.a = nn.Parameter(((2 * drawn - 1) * n**-0.5).to(weight))
+        self.b = nn.Parameter(weight.new_zeros(*experts, m, rank))
         self.scale, self.keep_zeros = recipe.scale, keep_zeros
-        self.register_buffer("open", None if open_EBMN is None else open_EBMN.to(**like), persistent=False)
+        self.register_buffer("open", None if open_EBMN is None else open_EBMN.to(weight), persistent=False)
 
     def forward(self, w: Tensor) -> Tensor:
         added = self.b @ self.a

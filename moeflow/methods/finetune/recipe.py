@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from moeflow.methods.finetune.targets import TARGETS, Mode, Target
 from moeflow.options import check_choices, only
@@ -118,7 +118,7 @@ class Recipe:
             self,
             steps=steps,
             warmup=round(self.warmup * steps) / steps,
-            dtype=dtype,
+            dtype=cast(Any, dtype),
             every=self.every if validated and self.every != steps else 0,
             keep=self.keep if validated else "last",
             keep_zeros=sparse if self.keep_zeros is None else self.keep_zeros,
