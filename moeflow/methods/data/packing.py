@@ -84,8 +84,9 @@ def fill(
             context.note(f"{named(files)}: {remark}")
         done += len(rows)
         parts.append(rows)
-        record = {"files": [os.path.basename(n) for n, _ in files], "columns": list(part.columns), "format": part.format}
-        record |= {"sequences": share, "documents": used, "left_out": dict(left_out.most_common(9)), "skipped": skipped}
+        record: dict[str, Any] = {"files": [os.path.basename(n) for n, _ in files], "columns": list(part.columns)}
+        record |= {"format": part.format, "sequences": share, "documents": used}
+        record |= {"left_out": dict(left_out.most_common(9)), "skipped": skipped}
         records.append({k: v for k, v in record.items() if v or k not in ("format", "left_out", "skipped")})
     ids, learned = zip(*_interleaved(parts), strict=True)
     np.save(context.out / TOKENS, np.stack(ids))

@@ -183,7 +183,7 @@ def speed(context: Context, original: Artifact, compressed: Artifact, *, machine
     positions = int(read_config(original).get("max_position_embeddings") or length + DECODED)
     length = min(length, positions - DECODED)
     note = ""
-    figures: dict[str, tuple[float, ...]] = {}
+    figures: dict[str, Any] = dict.fromkeys(FIGURES, (None, None))
     facts: dict[str, Any] = {}
     if need * 1.2 > free:
         note = f"speed is left out: both models need {need:,} bytes at once, and {free:,} are free on {device}"
@@ -192,5 +192,5 @@ def speed(context: Context, original: Artifact, compressed: Artifact, *, machine
     else:
         figures = measure([original.folder(), compressed.folder()], device, length, context.progress)
         facts = {"machine": here(), "asked_on": machine, "sequence": length, "rounds": ROUNDS}
-    rows = [row(name, *figures.get(name, (None, None)), unit) for name, unit in FIGURES.items()]
+    rows = [row(name, first, second, FIGURES[name]) for name, (first, second) in figures.items()]
     write_report(context, "speed", rows, note=note, **facts)
