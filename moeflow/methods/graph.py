@@ -141,9 +141,9 @@ class Calibration:
     recorded: int  # at most so many tokens of each shard have their MoE inputs kept
     between: tuple[tuple[Part, ...], ...] = ()  # per layer, if asked for: the recorded tokens' hidden states before it
 
-    @property
-    def batch(self) -> int:
-        return self.passed.batch
+    def of(self, layer: int) -> tuple[Part, Step, tuple[Part, ...]]:
+        """What a step reads that decides on one layer: configuration, the layer's file, and what every shard recorded in it."""
+        return self.model.essential, self.model.layers[layer], self.observed[layer]
 
     @property
     def dtype(self) -> str:

@@ -63,8 +63,8 @@ def test_the_constants_are_the_papers() -> None:
     """25 % of the experts, population 100, 50 generations, K=3, T=3, alpha 0.15."""
     for name in ("mixtral_moei2", "qwen15_moe", "deepseek_v2_lite"):
         build = pipeline.load(PIPELINES / f"{name}.py")
-        given = {n: p.default for n, p in inspect.signature(build).parameters.items()}
-        counts, search, cut = given["counts"], given["search"], given["decomposition"]
+        defaults = {n: p.default for n, p in inspect.signature(build).parameters.items()}
+        counts, search, cut = defaults["counts"], defaults["search"], defaults["decomposition"]
         assert counts.keep == 0.75 and cut.alpha == 0.15
         assert (search.population, search.generations) == (100, 50)
         assert (search.best, search.block) == (3, 3)

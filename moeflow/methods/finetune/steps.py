@@ -118,4 +118,4 @@ def report(context: Context, trained: Artifact) -> None:
         rows += [row(f"loss while tuning ({name})", loss, kept[name], "nats/token") for name, loss in before.items()]
     note = f"{curve.trained:,} parameters trained in {curve.seconds:,.0f} s; the state behind step {curve.best} is kept"
     facts = {"trained_parameters": curve.trained, "seconds": curve.seconds, "steps": curve.steps, "kept_step": curve.best}
-    write_report(context, "fine-tuning", rows, notes=[note], **facts)
+    write_report(context, "fine-tuning", rows, note=note, **facts)

@@ -13,7 +13,7 @@ from torch import Tensor
 from moeflow.arch import MATRICES, Config, Family
 from moeflow.methods.graph import load
 from moeflow.methods.moments import moment_behind, second_moment
-from moeflow.methods.rare import enough, treatments
+from moeflow.methods.rare import treatments
 from moeflow.methods.recorded import placement
 from moeflow.methods.records import Facts
 from moeflow.methods.rewrite import link_all
@@ -170,7 +170,7 @@ def _experts(now: Layer, x_TD: Tensor, weights_TE: Tensor) -> Iterator[dict[str,
     """Treat the experts one by one on a CPU, elsewhere as many together as memory allows."""
     for group in together(now):
         tokens = {e: weights_TE[:, e].nonzero().squeeze(-1) for e in group}
-        many = [e for e in group if enough(len(tokens[e]), now.how.least)]
+        many = [e for e in group if len(tokens[e]) >= now.how.least]
         if len(many) > 1:
             yield from _batch(now, many, [x_TD[tokens[e]] for e in many])
             group = [e for e in group if e not in many]
@@ -259,7 +259,7 @@ def _all_at_once(now: Layer, x_TD: Tensor, weights_TE: Tensor) -> list[dict[str,
     how, family, number = now.how, now.family, now.number
     counts = (weights_TE > 0).sum(0).tolist()
     treated_by = treatments(counts, how.least, how.rare, method=how.method, by_weights=how.row.fallback)
-    counted_TE = weights_TE * torch.tensor([enough(n, how.least) for n in counts], device=weights_TE.device)
+    counted_TE = weights_TE * torch.tensor([n >= how.least for n in counts], device=weights_TE.device)
     experts = now.all()
     gate_EFD, up_EFD, down_EDF = (experts[m] for m in MATRICES)
     act = now.expert(0).act
