@@ -91,7 +91,8 @@ def format_of(shapes: Shapes, config: Config, layer: int) -> Format:
         lacking = next(i for i, n in enumerate([*numbers, -1]) if i != n)
         raise ValueError(f"layer {layer} has no expert {lacking} but {len(numbers)} others; the checkpoint is incomplete")
     ranks = [[_rank(shapes, name, family.factors(name)) for name in family.expert(layer, e)] for e in numbers]
-    gate, up, down = zip(*ranks, strict=True) if any(map(any, ranks)) else ((), (), ())
+    low_rank = any(map(any, ranks))
+    gate, up, down = (tuple(of_expert[m] for of_expert in ranks if low_rank) for m in range(len(MATRICES)))
     skip = next((s for s in SKIPS if f"{stem}skip.{s}" in shapes), "")
     compressed = next((f for f, vectors in FORMS.items() if f"{stem}compressed.{vectors[0]}" in shapes), "")
     gone = ""
