@@ -156,14 +156,6 @@ def load(code: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
-def file_of(layer: int) -> str:
-    return f"layer-{layer:03d}.safetensors"
-
-
-def file_before(layer: int) -> str:
-    return f"before-{layer:03d}.safetensors"
-
-
 def named_like(name: str, patterns: tuple[str, ...]) -> bool:
     """Whether a file's name matches one of the lower-case patterns, ignoring its own case."""
     return any(fnmatch.fnmatch(name.lower(), p) for p in patterns)

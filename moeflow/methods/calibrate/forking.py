@@ -113,5 +113,5 @@ def measured(rest: Files, ids: np.ndarray, end: Files, *, dtype: str, progress: 
 
 
 def _states_of(end: Files, name: str) -> Tensor:
-    info = read_header(name, end.size(name), lambda a, b: end.read(name, a, b))["hidden_NLD"]
+    info = read_header(name, end.size(name), end.read)["hidden_NLD"]
     return tensor_of(end.read(name, info.start, info.stop), info)

@@ -13,14 +13,15 @@ from typing import Any, Literal
 import numpy as np
 
 from moeflow.arch import EMBEDDING
-from moeflow.methods.graph import HIDDEN, REST, TOKENS, Calibration, Model, Pass, file_before, file_of
+from moeflow.methods.graph import HIDDEN, REST, TOKENS, Calibration, Model, Pass
 from moeflow.methods.records import Candidates
-from moeflow.model.layout import LAYER, ROUTING, read_config
+from moeflow.model.layout import LAYER, ROUTING, file_before, file_of, read_config
 from moeflow.model.spec import (
     ForkSpec,
     HiddenSpec,
     LayerSpec,
     ObservedSpec,
+    Recording,
     RestSpec,
     TokensSpec,
     file_bytes,
@@ -31,18 +32,6 @@ from moeflow.step import Artifact, Context, Part, Spec, Step, step
 
 STAGE_OF_FORKS = 4
 """Consecutive layers per task when alternatives are measured."""
-
-
-@dataclass(frozen=True)
-class Recording:
-    """What one shard's pass keeps of each layer, besides the router's statistics of all tokens."""
-
-    inputs: int
-    """The number of tokens, from the first, whose MoE inputs are kept."""
-    per_expert: int = 0
-    """Also keep tokens until every expert has this many."""
-    between: int = 0
-    """The number of tokens, from the first, whose hidden states before every layer are kept."""
 
 
 def run(model: Model, tokens: Step, passed: Pass = Pass(), *, inputs: bool = True, between: bool = False) -> Calibration:
@@ -232,9 +221,7 @@ def observe(
 
     passes.through(
         read_config(config), hidden.file(HIDDEN), _numbered(layers, first), context.out / HIDDEN,
-        batch=batch, dtype=dtype, progress=context.progress,
-        recorded=lambda i: context.out / file_of(i), before=(lambda i: context.out / file_before(i)) if recording.between else None,
-        between=recording.between, budget=recording.inputs, per_expert=recording.per_expert,
+        batch=batch, dtype=dtype, progress=context.progress, recording=recording,
     )  # fmt: skip
 
 

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moeflow import __version__
-from moeflow.arch import EMBEDDING, FINAL_NORM, HEAD, Config, Family, essential, layer_of
+from moeflow.arch import EMBEDDING, FINAL_NORM, HEAD, Config, Family, essential, family_config, layer_of
 from moeflow.methods.graph import INDEX, REST, Model, named_like
 from moeflow.methods.records import Facts, decision, read_json
 from moeflow.methods.rewrite import config_files, link_all, readable, write_config
-from moeflow.model.formats import config_of, family_config, format_of, layer_formats
+from moeflow.model.formats import config_of, format_of, layer_formats
 from moeflow.model.layout import ESSENTIAL, TensorInfo, file_for, headers, read_header
 from moeflow.model.packed import BLOCK_SCALE, FORMAT, METHOD, PACKED, Shapes, check_whole, quantization_config, scheme_of
 from moeflow.model.spec import CheckpointSpec, LayerSpec, RestSpec, TensorTable, check_layer, file_bytes, header_bytes, tensor_bytes
@@ -270,7 +270,7 @@ def _tensors(source: Source) -> dict[str, TensorInfo]:
     if absent := [s for s in shards if s not in sizes]:
         raise ValueError(f"{INDEX} names {absent[0]}, which {source.uri} does not hold; fetch the checkpoint again")
     with ThreadPoolExecutor(THREADS) as pool:
-        headers = list(pool.map(lambda s: read_header(s, sizes[s], lambda a, b: source.read(s, a, b)), shards))
+        headers = list(pool.map(lambda s: read_header(s, sizes[s], source.read), shards))
     tensors: dict[str, TensorInfo] = {}
     for shard, header in zip(shards, headers, strict=True):
         tensors |= {n: t for n, t in header.items() if index is None or index.get(n) == shard}

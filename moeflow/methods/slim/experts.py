@@ -104,7 +104,7 @@ class Layer:
         names = [n for whole in self.matrices(e) for n in (whole, *self.family.factors(whole))]
         return [n for n in names if n in self.tensors]
 
-    def matrices(self, e: int) -> tuple[str, str, str]:
+    def matrices(self, e: int) -> tuple[str, ...]:
         """The names of an expert's gate, up and down matrices when they are whole."""
         return self.family.expert(self.number, e)
 
@@ -210,7 +210,7 @@ def _batch(now: Layer, chosen: list[int], x_eTD: list[Tensor]) -> Iterator[dict[
         yield {"expert": e, "tokens": len(x_eTD[i]), "by": now.how.method, "lost": lost}
 
 
-def _one(now: Layer, names: tuple[str, str, str], expert: MLP, x_TD: Tensor | None) -> dict[str, Any]:
+def _one(now: Layer, names: tuple[str, ...], expert: MLP, x_TD: Tensor | None) -> dict[str, Any]:
     """Treat one expert; without tokens, by its weights alone."""
     if x_TD is None and now.how.rare == "keep":
         return {"by": "keep", "lost": {}}

@@ -9,12 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from moeflow.arch import Config, Family
+from moeflow.arch import Config, Family, family_config
 from moeflow.methods import rewrite
 from moeflow.methods.graph import HIDDEN, Calibration, Model, load
 from moeflow.methods.records import Facts, TrimmedExperts, TrimmedLayers, read_json
 from moeflow.methods.scores import SCORES, check_score
-from moeflow.model.formats import family_config
 from moeflow.model.layout import headers, names_without_experts, read_config
 from moeflow.model.spec import LayerSpec, ObservedSpec, RestSpec
 from moeflow.options import check_choices
