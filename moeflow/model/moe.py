@@ -64,13 +64,18 @@ class MLP:
         """The input of the down matrix, [T, F]."""
         return ACTIVATIONS[self.act](apply(self.gate_FD, x_TD)) * apply(self.up_FD, x_TD)
 
+    @property
+    def matrices(self) -> tuple[Matrix, Matrix, Matrix]:
+        """gate, up and down."""
+        return self.gate_FD, self.up_FD, self.down_DF
+
     def to(self, **where: object) -> "MLP":
-        gate_FD, up_FD, down_DF = (m.to(**where) for m in (self.gate_FD, self.up_FD, self.down_DF))  # type: ignore[call-overload]
+        gate_FD, up_FD, down_DF = (m.to(**where) for m in self.matrices)  # type: ignore[call-overload]
         return MLP(gate_FD, up_FD, down_DF, self.act)
 
     @property
     def nbytes(self) -> int:
-        return sum(m.nbytes for m in (self.gate_FD, self.up_FD, self.down_DF))
+        return sum(m.nbytes for m in self.matrices)
 
 
 @dataclass(frozen=True)
