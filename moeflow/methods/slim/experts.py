@@ -233,7 +233,8 @@ def _shared(now: Layer, x_TD: Tensor) -> dict[str, Any]:
         return {"by": "keep", "lost": {}}
     before = [now.out.pop(name) for name in names]
     if scaled:
-        shared = MLP(*(t.to(x_TD.device, x_TD.dtype) for t in before), act=shared.act)
+        gate_FD, up_FD, down_DF = (t.to(x_TD.device, x_TD.dtype) for t in before)
+        shared = MLP(gate_FD, up_FD, down_DF, shared.act)
     (done,) = _treat(now, [names], [shared], None if scaled else [x_TD])
     return done
 
@@ -288,7 +289,7 @@ def _stacked(each: list[Tensor]) -> Tensor:
 
 def _with(expert: MLP, at: int, matrix: Matrix) -> MLP:
     """The expert with one of its matrices replaced, in its own dtype."""
-    own = expert.matrices[at]
-    matrices = list(expert.matrices)
+    own, matrices = expert.matrices[at], list(expert.matrices)
     matrices[at] = matrix.to(dtype=(own.in_RN if isinstance(own, LowRank) else own).dtype)
-    return MLP(*matrices, act=expert.act)
+    gate_FD, up_FD, down_DF = matrices
+    return MLP(gate_FD, up_FD, down_DF, expert.act)
