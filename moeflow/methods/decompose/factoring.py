@@ -40,7 +40,7 @@ def spectra(
     for expert, moments in _moments(moe, observed, how.weighted):
         if treated[expert] == "whitened":
             for m, w in zip(MATRICES, _matrices(moe.experts[expert]), strict=True):
-                moment: dict[str, Any] = moments.of(m)
+                moment: dict[str, Any] = moments[m]
                 each[m][expert] = components(w, shrink=how.shrink, **moment).energy_K.cpu()
         context.progress(expert + 1, moe.num_experts, "experts")
     result = {}
@@ -100,7 +100,7 @@ def _cut(w_MN: Tensor, rank: int, moments: Moments | None, matrix: str, shrink: 
     if moments is None:
         cut = vanilla(w_MN, rank)
         return cut, float((w_MN - cut.whole()).square().sum() / w_MN.square().sum().clamp(min=1e-30))
-    moment: dict[str, Any] = moments.of(matrix)
+    moment: dict[str, Any] = moments[matrix]
     parts = components(w_MN, rank=rank, shrink=shrink, **moment)
     total = float(parts.energy_K.sum())
     return parts.truncated(rank), float(parts.error(rank)) ** 2 / total if total else 0.0

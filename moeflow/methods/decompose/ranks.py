@@ -189,7 +189,7 @@ def global_ranks(spectra: Mapping[int, Spectra], moved: Mapping[int, Mapping[str
         for matrix, rank in zip(matrices, options[option], strict=True):
             ranks[layer][matrix][expert] = rank
         cost += float(curve[option][1])
-    return Ranks("global", ranks, budget, exactly(curves, left), cost, same)
+    return Ranks("global", budget, exactly(curves, left), cost, same, ranks=ranks)
 
 
 def choices(

@@ -13,7 +13,7 @@ from torch import Tensor
 from moeflow.arch import MATRICES, Config, Family
 from moeflow.methods.graph import load
 from moeflow.methods.moments import moment_behind, second_moment
-from moeflow.methods.rare import enough, treatments
+from moeflow.methods.rare import treatments
 from moeflow.methods.recorded import placement
 from moeflow.methods.records import Facts
 from moeflow.methods.rewrite import link_all
@@ -32,7 +32,7 @@ WORKING = {"cpu": 0, "cuda": 8 << 30}
 """Bytes of working memory, beside the weights, for experts that are treated together, by device; one expert is always treated."""
 
 Treated = Tensor | Quantized
-Names = tuple[str, str, str]
+Names = tuple[str, ...]
 
 
 @torch.inference_mode()
@@ -167,7 +167,7 @@ def _experts(now: Layer, chosen: Sequence[int], x_TD: Tensor, weights_TE: Tensor
     at_once = _at_once(now)
     for group in (chosen[i : i + at_once] for i in range(0, len(chosen), at_once)):
         tokens = {e: weights_TE[:, e].nonzero().squeeze(-1) for e in group}
-        many = [e for e in group if enough(len(tokens[e]), now.how.least)]
+        many = [e for e in group if len(tokens[e]) >= now.how.least]
         done: dict[int, dict[str, Any]] = {}
         if many:
             x_eTD = [x_TD[tokens[e]] for e in many]
@@ -244,7 +244,7 @@ def _all_at_once(now: Layer, x_TD: Tensor, weights_TE: Tensor) -> list[dict[str,
     how, family, number = now.how, now.family, now.number
     counts = (weights_TE > 0).sum(0).tolist()
     treated_by = treatments(counts, how.least, how.rare, method=how.method, by_weights=how.row.fallback)
-    counted_TE = weights_TE * torch.tensor([enough(n, how.least) for n in counts], device=weights_TE.device)
+    counted_TE = weights_TE * torch.tensor([n >= how.least for n in counts], device=weights_TE.device)
     gate_EFD, up_EFD, down_EDF = now.all()
     act = now.expert(0).act
     made: ScaledExperts = load(how.row.code)(

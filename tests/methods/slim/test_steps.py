@@ -375,7 +375,9 @@ def test_the_report_says_that_zeros_save_nothing_at_rest(tmp_path: Path) -> None
     store = store_in(tmp_path)
     (size,) = (
         r
-        for r in compare.compare(calibration.model, sparse, matrix_of(tmp_path), Sample(2, 16), tokens=calibration.tokens)
+        for r in compare.reports(
+            calibration.model, sparse, compare.HeldOut("", 2, 16), calibration.passed, tokens=calibration.tokens
+        )
         if r.name == "evaluate.size"
     )
     run(store, size)
