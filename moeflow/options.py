@@ -1,7 +1,7 @@
 """Options that travel as one value: frozen dataclasses that a step takes whole and that a person sets field by field.
 
-Choices are `Literal`s, an absent stage is None, and the string below a field says what it means. A key holds only the fields that
-differ from their defaults. Standard library only.
+Choices are `Literal`s, or the names of a table (`Annotated[str, TABLE]`), an absent stage is None, and the string below a field
+says what it means. A key holds only the fields that differ from their defaults. Standard library only.
 """
 
 import ast
@@ -40,6 +40,13 @@ def check_choices(value: Any) -> None:
         choices, choice = choices_of(kind), getattr(value, name)
         if choices and choice is not None and choice not in choices:
             raise ValueError(f"{name}={choice!r} is not known; choose one of {', '.join(map(str, choices))}")
+
+
+def check_at_least(value: Any, **bounds: float) -> None:
+    """Raise ValueError if a field of an options value is below its bound."""
+    for name, bound in bounds.items():
+        if getattr(value, name) < bound:
+            raise ValueError(f"{name}={getattr(value, name)} must be at least {bound}")
 
 
 def plain(value: Any, kind: Any = None) -> Any:
@@ -179,9 +186,10 @@ def default_of(f: "dataclasses.Field[Any]") -> Any:
 
 @cache
 def hints_of(kind: Any) -> dict[str, Any]:
-    """The resolved annotations of an options type's fields."""
-    kinds = typing.get_type_hints(kind)
-    return {f.name: kinds[f.name] for f in fields(kind)}
+    """The resolved annotations of an options type's fields; one of the names of a table is a `Literal` of them."""
+    kinds = typing.get_type_hints(kind, include_extras=True)
+    named = {n: typing.Literal[*k.__metadata__[0]] for n, k in kinds.items() if typing.get_origin(k) is typing.Annotated}
+    return {f.name: (kinds | named)[f.name] for f in fields(kind)}
 
 
 @cache

@@ -1,7 +1,7 @@
 """Second moments of the inputs of experts' matrices: all that whitening, GPTQ, SparseGPT and Wanda need to know of the tokens.
 
-Shapes are suffixes: T tokens, N inputs of a matrix, R outputs of a factor, D model width, F expert width. Tensors stay on their
-device.
+Shapes are suffixes: T tokens, E matrices of a batch, M outputs and N inputs of a matrix, R outputs of a factor, D model width, F
+expert width. Tensors stay on their device.
 """
 
 from collections.abc import Iterator
@@ -14,10 +14,56 @@ from moeflow.model.moe import MLP, MoELayer
 TOKENS_AT_ONCE = 4096
 """How many rows are multiplied in the tokens' own precision, at least fp32, before the product is added to an fp64 sum."""
 
+COLUMNS_AT_ONCE = 512
+"""How many columns of a symmetric matrix are processed at once."""
 
 Moments = dict[str, dict[str, Tensor]]
-"""For an expert's "gate", "up" and "down", a second moment over its routed tokens, as a keyword argument of `whitened`,
-`components` and `energies`: of the matrix's inputs, or of down's outputs if they are not wider; sums in fp64."""
+"""For an expert's "gate", "up" and "down", a second moment over its routed tokens, as a keyword argument of `components`:
+of the matrix's inputs, or of down's outputs if they are not wider; sums in fp64."""
+
+
+def matrices(w_MN: Tensor) -> Tensor:
+    """The matrices with all batch dimensions merged into one: [E, M, N]."""
+    return w_MN.reshape(-1, *w_MN.shape[-2:])
+
+
+def check_weight(w_MN: Tensor) -> None:
+    """Raise ValueError if this matrix, or one of a batch, is not finite."""
+    if bad := [e for e, one in enumerate(matrices(w_MN)) if not _largest(one).isfinite()]:
+        raise ValueError(f"the weight{_which(w_MN, *bad)} is not finite; the checkpoint is damaged")
+
+
+def check_moment(moment_NN: Tensor, shape: tuple[int, ...], name: str, instead: str) -> None:
+    """Raise ValueError unless this is a second moment, or a batch of them, of this shape.
+
+    `name`: what messages call it; `instead`: the function that they recommend, which needs no tokens.
+    """
+    if tuple(moment_NN.shape) != shape:
+        raise ValueError(f"{name} has shape {tuple(moment_NN.shape)}, the matrix asks for {shape}")
+    for e, one_NN in enumerate(matrices(moment_NN)):
+        subject, largest = name + _which(moment_NN, e), _largest(one_NN)
+        if not largest.isfinite():
+            raise ValueError(f"{subject} is not finite; look for overflow in the activations of its tokens")
+        if largest == 0:
+            raise ValueError(
+                f"{subject} is zero: no tokens were seen; calibrate on more text, take {instead}() or keep the matrix whole"
+            )
+        for i in range(0, len(one_NN), COLUMNS_AT_ONCE):
+            now = slice(i, i + COLUMNS_AT_ONCE)
+            if _largest(one_NN[now, i:] - one_NN[i:, now].mT) > 1e-4 * largest:
+                raise ValueError(f"{subject} is not symmetric; a second moment is the sum of x x'")
+        if one_NN.diagonal().amin() < -1e-6 * largest:  # smaller ones are rounding errors
+            raise ValueError(f"{subject} has a negative diagonal, which no second moment has; compute it again")
+
+
+def _which(x_MN: Tensor, *indices: int) -> str:
+    """These matrices of a batch, as the end of a message's subject."""
+    return "" if x_MN.dim() == 2 else f" of matrix {', '.join(map(str, indices))}"
+
+
+def _largest(x_MN: Tensor) -> Tensor:
+    """The largest absolute element, without a copy of the matrix."""
+    return torch.maximum(x_MN.amax(), -x_MN.amin())
 
 
 @torch.no_grad()

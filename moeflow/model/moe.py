@@ -61,6 +61,11 @@ class MLP:
         """The input of the down matrix, [T, F]."""
         return ACTIVATIONS[self.act](apply(self.gate_FD, x_TD)) * apply(self.up_FD, x_TD)
 
+    @property
+    def matrices(self) -> tuple[Matrix, Matrix, Matrix]:
+        """gate, up and down."""
+        return self.gate_FD, self.up_FD, self.down_DF
+
     def to(self, **where: Any) -> "MLP":
         return MLP(self.gate_FD.to(**where), self.up_FD.to(**where), self.down_DF.to(**where), self.act)
 

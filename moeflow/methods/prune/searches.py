@@ -5,10 +5,10 @@ one, and add a row below. `moeflow.methods.prune.evaluated` has helpers for it.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Annotated, Literal
 
 from moeflow.methods.scores import SCORES
-from moeflow.options import check_choices, only
+from moeflow.options import check_at_least, check_choices, only
 
 
 @dataclass(frozen=True)
@@ -38,17 +38,12 @@ LAYERWISE, PROGRESSIVE = "layerwise", "progressive"
 METHODS = (LAYERWISE, PROGRESSIVE, *SUBSET_SEARCHES, *SCORES)
 """All methods: NAEE's two, the searches for the best sets of a layer, and the scores of single experts."""
 
-if TYPE_CHECKING:
-    Name = str
-else:
-    Name = Literal[*METHODS]
-
 
 @dataclass(frozen=True)
 class Search:
     """How the experts that a layer keeps are chosen. Raises ValueError for invalid options."""
 
-    method: Name
+    method: Annotated[str, METHODS]
     """layerwise or progressive (NAEE): compare every subset of each layer, on inputs from the original or the pruned model;
     enumerate, genetic, swap: find the best sets of each layer, among which blocks of layers may choose (MoE-I²); the others: keep
     the experts with the highest score."""
@@ -80,13 +75,7 @@ class Search:
             raise ValueError(f"best={self.best} sets (K) and block={self.block} layers (T) must be at least 1")
         if self.inputs == "progressive" and self.block == 1:
             raise ValueError("inputs='progressive' is for blocks that choose together; give block=2 or more")
-        for name, value, least in (
-            ("population", self.population, 2),
-            ("generations", self.generations, 1),
-            ("starts", self.starts, 1),
-        ):
-            if value < least:
-                raise ValueError(f"{name}={value} must be at least {least}")
+        check_at_least(self, population=2, generations=1, starts=1)
         if not 0 < self.parents < 1:
             raise ValueError(f"parents={self.parents} is the share of a generation that has children and must lie between 0 and 1")
         if not 2 <= self.survivors < self.population:
