@@ -16,7 +16,7 @@ DEEPSEEK_V2 = Arch(
     groups=True,
     group_score="max",
     router_fp32=True,
-    drop_score="chosen",
+    drop_score="routing_weight",
     **NAMES,
 )
 
@@ -27,7 +27,7 @@ DEEPSEEK_V3 = Arch(
     groups=True,
     group_score="top2",
     router_fp32=True,
-    drop_score="chosen",
+    drop_score="routing_weight",
     router_bias=MLP + ".gate.e_score_correction_bias",
     **NAMES,
 )

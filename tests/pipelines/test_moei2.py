@@ -19,7 +19,7 @@ from tests.pipelines import words
 PIPELINES = Path(__file__).parents[2] / "pipelines"
 SMALL = [*words.SMALL, *words.GENETIC, "tune=none"]
 OURS = [
-    "counts.rule=exact", "search=swap", "search.block=1", "decomposition.svd=whitened", "decomposition.ranks=global",
+    "counts.rule=exact", "search=swap", "search.span=1", "decomposition.svd=whitened", "decomposition.ranks=global",
     "decomposition.multiple=2",
 ]  # fmt: skip
 
@@ -67,7 +67,7 @@ def test_the_constants_are_the_papers() -> None:
         counts, search, cut = given["counts"], given["search"], given["decomposition"]
         assert counts.keep == 0.75 and cut.alpha == 0.15
         assert (search.population, search.generations) == (100, 50)
-        assert (search.best, search.block) == (3, 3)
+        assert (search.best, search.span) == (3, 3)
         assert (counts.rule, search.method, cut.svd, cut.ranks) == ("paper", "genetic", "vanilla", "paper")
 
 

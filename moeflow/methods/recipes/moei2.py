@@ -20,14 +20,14 @@ from moeflow.methods.graph import Calibration, Model, Pass
 from moeflow.methods.prune import counts as counts_
 from moeflow.methods.prune.counts import Counts
 from moeflow.methods.prune.searches import Search
-from moeflow.methods.prune.steps import block, candidates, counts_exact, counts_paper, importance, importance_lm, pick
+from moeflow.methods.prune.steps import candidates, combinations, counts_exact, counts_paper, importance, importance_lm, pick
 from moeflow.step import Step
 
 
 def prune(calibration: Calibration, counts: Counts, how: Search = Search("swap")) -> Model:
     """Build the graph that drops experts.
 
-    `counts` says how many experts each layer keeps; `how` says which search finds its sets, and whether blocks of layers choose
+    `counts` says how many experts each layer keeps; `how` says which search finds its sets, and whether spans of layers choose
     among them together (MoE-I²'s K and T). Raises ValueError for counts that cannot work, with the nearest that can.
     """
     model = calibration.model
@@ -36,8 +36,8 @@ def prune(calibration: Calibration, counts: Counts, how: Search = Search("swap")
     counts_.check_total(total, legal)
     sets = partial(_sets, calibration, counts, how.for_candidates())
     decider, candidates = RULES[counts.rule](calibration, counts, legal, total, sets)
-    if how.block > 1:
-        return _by_blocks(calibration, decider, candidates, how)
+    if how.span > 1:
+        return _by_spans(calibration, decider, candidates, how)
     choices = {i: pick(candidates[i], decider, keep=_known(candidates[i], decider)) for i in legal}
     return model.with_layers(_pruned(calibration, choices), tuple(choices.values()))
 
@@ -220,22 +220,22 @@ RANKS: dict[str, Callable[[Calibration, Rewritten, Decomposition], Ranked]] = {
 """Every way to spread a budget of parameters over matrices, by name."""
 
 
-def _by_blocks(calibration: Calibration, decider: Step | None, candidates: Mapping[int, Step], how: Search) -> Model:
-    """Choose among every layer's sets block by block (the KT-Reception Field)."""
+def _by_spans(calibration: Calibration, decider: Step | None, candidates: Mapping[int, Step], how: Search) -> Model:
+    """Choose among every layer's sets span by span (the KT-Reception Field)."""
     model, order = calibration.model, list(candidates)
     choices: dict[int, Step] = {}
     pruned = model
     states, at_layer = calibrate.states_before(calibration, order[0]), order[0]
     behind: tuple[Step, ...] = ()
-    for at in range(0, len(order), how.block):
-        searched = order[at : at + how.block]
+    for at in range(0, len(order), how.span):
+        searched = order[at : at + how.span]
         first, last = searched[0], searched[-1]
         if how.inputs == "original":
             before = calibrate.states_before(calibration, first)
         else:
             before = states = calibrate.advanced(calibration, states, pruned.layers, at_layer, first)
             behind, at_layer = calibrate.states_before(calibration, last + 1), first
-        together = block(
+        together = combinations(
             model.essential, model.layers[first : last + 1], tuple(candidates[i] for i in searched), before, behind,
             first=first, best=how.best, batch=calibration.batch, dtype=calibration.dtype,
         )  # fmt: skip
