@@ -176,7 +176,7 @@ class _Bench:
         model = self.original
         for stage in stages:
             model = stage(self._calibrated(model))
-        compared = compare.compare(self.original, model, Texts(HELDOUT), Sample(HELDOUT_SEQUENCES, LENGTH), HELDOUT_PASS)
+        compared = compare.reports(self.original, model, compare.HeldOut(HELDOUT, HELDOUT_SEQUENCES, LENGTH), HELDOUT_PASS)
         reports = [r for r in compared if r.name in ("evaluate.size", "evaluate.quality", "evaluate.speed")]
         in_process.run([checkpoint.checkpoint_of(model), *reports], self.store)
         rows = {row["name"]: row for report in reports for row in self._rows(report)}

@@ -5,7 +5,6 @@ device.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,37 +15,9 @@ TOKENS_AT_ONCE = 4096
 """How many rows are multiplied in the tokens' own precision, at least fp32, before the product is added to an fp64 sum."""
 
 
-@dataclass(frozen=True)
-class Moments:
-    """Second moments for one expert's matrices over its routed tokens: sums in fp64, so those of two shards can be added.
-
-    `input_DD`: of the inputs of gate and up. For down the smaller of `output_DD`, of its outputs, and `inner_FF`, of its inputs.
-    """
-
-    tokens: int
-    input_DD: Tensor
-    output_DD: Tensor | None = None
-    inner_FF: Tensor | None = None
-
-    def __add__(self, other: "Moments") -> "Moments":
-        def both(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-            return None if a is None or b is None else a + b
-
-        return Moments(
-            self.tokens + other.tokens,
-            self.input_DD + other.input_DD,
-            both(self.output_DD, other.output_DD),
-            both(self.inner_FF, other.inner_FF),
-        )
-
-    def of(self, matrix: str) -> dict[str, Tensor]:
-        """The moment of "gate", "up" or "down" as a keyword argument of `whitened`, `components` and `energies`."""
-        if matrix != "down":
-            return {"input_moment_NN": self.input_DD}
-        if self.output_DD is not None:
-            return {"output_moment_MM": self.output_DD}
-        assert self.inner_FF is not None
-        return {"input_moment_NN": self.inner_FF}
+Moments = dict[str, dict[str, Tensor]]
+"""For an expert's "gate", "up" and "down", a second moment over its routed tokens, as a keyword argument of `whitened`,
+`components` and `energies`: of the matrix's inputs, or of down's outputs if they are not wider; sums in fp64."""
 
 
 @torch.no_grad()
@@ -76,18 +47,18 @@ def moment_behind(a_RN: Tensor, moment_NN: Tensor) -> Tensor:
 
 @torch.no_grad()
 def expert_moments(expert: MLP, x_TD: Tensor, weight_T: Tensor | None = None) -> Moments:
-    """The moments of one expert over the tokens routed to it, weighted by their routing weights if these are given.
+    """The moments of one expert over the tokens routed to it, weighted by their routing weights unless these are None.
 
     With weights, the error of the down matrix is that of the layer's output; without, every token counts the same.
     """
     width, inner = x_TD.shape[-1], expert.up_FD.shape[0] if isinstance(expert.up_FD, Tensor) else expert.up_FD.out_MR.shape[0]
-    down = torch.zeros(min(width, inner), min(width, inner), dtype=torch.float64, device=x_TD.device)
+    down_NN = torch.zeros(min(width, inner), min(width, inner), dtype=torch.float64, device=x_TD.device)
     for at in range(0, len(x_TD), TOKENS_AT_ONCE):
         x_tD = x_TD[at : at + TOKENS_AT_ONCE]
         weight_t = None if weight_T is None else weight_T[at : at + TOKENS_AT_ONCE]
-        down += second_moment(expert(x_tD) if width <= inner else expert.inner(x_tD), weight_t)
-    input_DD = second_moment(x_TD, weight_T)
-    return Moments(len(x_TD), input_DD, **{"output_DD" if width <= inner else "inner_FF": down})
+        down_NN += second_moment(expert(x_tD) if width <= inner else expert.inner(x_tD), weight_t)
+    inputs = {"input_moment_NN": second_moment(x_TD, weight_T)}
+    return {"gate": inputs, "up": inputs, "down": {"output_moment_MM" if width <= inner else "input_moment_NN": down_NN}}
 
 
 @torch.no_grad()

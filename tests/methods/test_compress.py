@@ -29,7 +29,6 @@ from moeflow.model.formats import Format, format_of
 from moeflow.model.layout import Folder, headers, read_config
 from moeflow.run.outcome import StepFailed
 from moeflow.run.plan import plan
-from moeflow.sources import Texts
 from moeflow.step import Step, upstream
 from moeflow.store import Store
 from tests import running, tiny
@@ -48,7 +47,7 @@ def whole(model: Model, folder: Path, *, ratio: float, how: tuple[Counts, Search
     seen = calibrated(model, folder)
     pruned = moei2.prune(seen, *how)
     small = moei2.decompose(calibrated(pruned, folder), Decomposition(ratio=ratio, **cut))
-    compared = compare.compare(model, small, Texts("nowhere.txt"), Sample(4, 16), Pass(2, 16), tokens=seen.tokens)
+    compared = compare.reports(model, small, compare.HeldOut("nowhere.txt", 4, 16), Pass(2), tokens=seen.tokens)
     return checkpoint.checkpoint_of(small).reporting(*(r for r in compared if r.name != "evaluate.speed"))
 
 

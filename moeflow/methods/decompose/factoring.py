@@ -40,7 +40,7 @@ def spectra(
     for expert, moments in _moments(moe, seen, how.weighted):
         if treated[expert] == "whitened":
             for m, w in zip(MATRICES, _matrices(moe.experts[expert]), strict=True):
-                moment: dict[str, Any] = moments.of(m)
+                moment: dict[str, Any] = moments[m]
                 each[m][expert] = energies(w, shrink=how.shrink, **moment).cpu()
         context.progress(expert + 1, moe.num_experts, "experts")
     result = {}
@@ -102,7 +102,7 @@ def _cut(w_MN: Tensor, rank: int, moments: Moments | None, matrix: str, shrink: 
     if moments is None:
         cut = vanilla(w_MN, rank)
         return cut, float((w_MN - cut.whole()).square().sum() / w_MN.square().sum().clamp(min=1e-30))
-    moment: dict[str, Any] = moments.of(matrix)
+    moment: dict[str, Any] = moments[matrix]
     found = components(w_MN, rank=rank, shrink=shrink, **moment)
     total = float(found.energy_K.sum())
     return found.truncated(rank), float(found.error(rank)) ** 2 / total if total else 0.0

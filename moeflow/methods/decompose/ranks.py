@@ -199,7 +199,7 @@ def global_ranks(spectra: Mapping[int, Spectra], moved: Mapping[int, Mapping[str
         for matrix, rank in zip(matrices, possible[option], strict=True):
             ranks[layer][matrix][expert] = rank
         cost += float(curve[option][1])
-    return Ranks("global", ranks, int(total * budget), exactly(curves, left), cost, same)
+    return Ranks("global", int(total * budget), exactly(curves, left), cost, same, ranks=ranks)
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,7 @@ def by_importance(context: Context, importances: tuple[Artifact, ...], *, sides:
     for of_layer in map(Importance.read, importances):
         rows, columns = sides[str(of_layer.layer)]
         ranks[of_layer.layer] = dict.fromkeys(MATRICES, layer_ranks(of_layer, (rows, columns), how))
-    Ranks("paper", ranks).write(context.out)
+    Ranks("paper", ranks=ranks).write(context.out)
 
 
 def _global_spec(spectra: tuple[Any, ...], curves: Any, *, layers: list[int], how: Decomposition) -> Spec:

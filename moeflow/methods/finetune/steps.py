@@ -124,4 +124,4 @@ def report(context: Context, trained: Artifact) -> None:
     facts = {"trained_parameters": curve["trained"], "seconds": curve["seconds"]}
     facts |= {"steps": len(curve["losses"]), "kept_step": curve["best"]}
     note = f"{curve['trained']:,} parameters trained in {curve['seconds']:,.0f} s; the state behind step {curve['best']} is kept"
-    write_report(context, "fine-tuning", rows, notes=[note], **facts)
+    write_report(context, "fine-tuning", rows, note=note, **facts)

@@ -44,7 +44,7 @@ def _choose_spec(
     *, at: int, keep: int, how: Search, batch_tokens: int | None, dtype: str,
 ) -> Spec:  # fmt: skip
     family = Family.of(rest.config)
-    family.check_keep(keep)
+    family.check_keep(keep, family.num_experts)
     subsets = Subsets(layer.experts, keep, family.group_limit[0])
     exact = how.method == ENUMERATE
     if exact:

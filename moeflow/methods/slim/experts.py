@@ -13,7 +13,7 @@ from torch import Tensor
 from moeflow.arch import MATRICES, Config, Family
 from moeflow.methods.graph import load
 from moeflow.methods.moments import moment_behind, second_moment
-from moeflow.methods.rare import enough, treatments
+from moeflow.methods.rare import treatments
 from moeflow.methods.recorded import placement
 from moeflow.methods.records import Facts
 from moeflow.methods.rewrite import link_all
@@ -104,7 +104,7 @@ class Layer:
         names = [n for whole in self.matrices(e) for n in (whole, *self.family.factors(whole))]
         return [n for n in names if n in self.tensors]
 
-    def matrices(self, e: int) -> tuple[str, str, str]:
+    def matrices(self, e: int) -> tuple[str, ...]:
         """The names of an expert's gate, up and down matrices when they are whole."""
         return self.family.expert(self.number, e)
 
@@ -170,7 +170,7 @@ def _experts(now: Layer, x_TD: Tensor, weights_TE: Tensor) -> Iterator[dict[str,
     """Treat the experts one by one on a CPU, elsewhere as many together as memory allows."""
     for group in together(now):
         tokens = {e: weights_TE[:, e].nonzero().squeeze(-1) for e in group}
-        many = [e for e in group if enough(len(tokens[e]), now.how.least)]
+        many = [e for e in group if len(tokens[e]) >= now.how.least]
         if len(many) > 1:
             yield from _batch(now, many, [x_TD[tokens[e]] for e in many])
             group = [e for e in group if e not in many]
@@ -210,7 +210,7 @@ def _batch(now: Layer, chosen: list[int], x_eTD: list[Tensor]) -> Iterator[dict[
         yield {"expert": e, "tokens": len(x_eTD[i]), "by": now.how.method, "lost": lost}
 
 
-def _one(now: Layer, names: tuple[str, str, str], expert: MLP, x_TD: Tensor | None) -> dict[str, Any]:
+def _one(now: Layer, names: tuple[str, ...], expert: MLP, x_TD: Tensor | None) -> dict[str, Any]:
     """Treat one expert; without tokens, by its weights alone."""
     if x_TD is None and now.how.rare == "keep":
         return {"by": "keep", "lost": {}}
@@ -259,7 +259,7 @@ def _all_at_once(now: Layer, x_TD: Tensor, weights_TE: Tensor) -> list[dict[str,
     how, family, number = now.how, now.family, now.number
     counts = (weights_TE > 0).sum(0).tolist()
     treated_by = treatments(counts, how.least, how.rare, method=how.method, by_weights=how.row.fallback)
-    counted_TE = weights_TE * torch.tensor([enough(n, how.least) for n in counts], device=weights_TE.device)
+    counted_TE = weights_TE * torch.tensor([n >= how.least for n in counts], device=weights_TE.device)
     experts = now.all()
     gate_EFD, up_EFD, down_EDF = (experts[m] for m in MATRICES)
     act = now.expert(0).act

@@ -10,12 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from moeflow.arch import Config, Family
+from moeflow.arch import Config, Family, family_config
 from moeflow.methods import rewrite
 from moeflow.methods.graph import HIDDEN, Calibration, Model, load
 from moeflow.methods.records import Facts, TrimmedExperts, TrimmedLayers, read_json
 from moeflow.methods.scores import DROP_SCORES
-from moeflow.model.formats import family_config
 from moeflow.model.layout import headers, names_without_experts, read_config
 from moeflow.model.spec import LayerSpec, ObservedSpec, RestSpec
 from moeflow.options import check_choices
@@ -91,12 +90,8 @@ def expert_drop(calibration: Calibration, how: Trimming) -> Model:
         total = -(-round(keep * len(layers)) // groups) * groups
     criterion = family.arch.drop_score if how.criterion == "router_score" else how.criterion
     scores = tuple(
-        expert_scores(
-            model.essential, model.layers[i], calibration.observed[i],
-            layer=i, criterion=criterion, seed=how.seed, dtype=calibration.dtype,
-        )
-        for i in layers
-    )  # fmt: skip
+        expert_scores(*calibration.of(i), layer=i, criterion=criterion, seed=how.seed, dtype=calibration.dtype) for i in layers
+    )
     chosen = choose_experts(scores, across=how.across, keep=total, least=least, groups=groups)
     stay = chosen.spec.output["keep"]
     return model.with_layers(
@@ -229,7 +224,9 @@ def choose_experts(
             raise ValueError(f"{keep} experts are to stay in all, and a run before has left {drop + keep}; keep fewer")
         gone = Counter(layer for _, layer in order[: drop // groups])  # a layer's sets are sorted by score
     stay = {layer: sorted(e for _, experts in ranked[gone[layer] :] for e in experts) for layer, ranked in sets.items()}
-    TrimmedExperts(read[0]["criterion"], stay, by_layer).write(context.out)
+    others = {layer: [e for e in range(len(by_layer[layer])) if e not in kept] for layer, kept in stay.items()}
+    rounded = {layer: [round(v, 8) for v in values] for layer, values in by_layer.items()}
+    TrimmedExperts("experts", read[0]["criterion"], stay, others, rounded).write(context.out)
 
 
 def _sets(values: Sequence[float], groups: int) -> list[tuple[float, list[int]]]:
@@ -263,7 +260,7 @@ def choose_moe_blocks(context: Context, observed: tuple[Artifact, ...], *, layer
     if drop > len(similarity):
         raise ValueError(f"dropped={drop} MoE blocks are to go, and a run before has left {len(similarity)}; drop fewer")
     order = sorted(similarity, key=lambda i: (-similarity[i], -i))
-    TrimmedLayers("moe_blocks", sorted(order[:drop]), similarity).write(context.out)
+    TrimmedLayers("moe_blocks", sorted(order[:drop]), similarity, "discrete", gap=1).write(context.out)
 
 
 def _choose_decoder_layers_spec(

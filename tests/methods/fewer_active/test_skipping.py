@@ -58,7 +58,7 @@ def served(smaller: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     seen = calibrated(model, folder, record=0)
     made = fewer_active.skip(seen, fewer_active.Skipping(ACTIVE))
     target = checkpoint.checkpoint_of(made).reporting(
-        *compare.compare(model, made, matrix_of(folder), Sample(8, 16), Pass(4, 32), tokens=seen.tokens)
+        *compare.reports(model, made, compare.HeldOut("", 8, 16), Pass(4), tokens=seen.tokens)
     )
     ends = calibrate.run(made, seen.tokens, Pass(batch=4, shard=4, stage=2, record=0)).ends
     run(store, target, *ends)

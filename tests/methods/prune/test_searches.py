@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.genetic import planted
-from moeflow.arch.deepseek import DEEPSEEK_V2
+from moeflow.arch.families import DEEPSEEK_V2
 from moeflow.methods.graph import load
 from moeflow.methods.prune import genetic, swap
 from moeflow.methods.prune.evaluated import Evaluate, Evaluated, enumerate_all

@@ -369,7 +369,7 @@ def test_the_report_says_that_zeros_save_nothing_at_rest(tmp_path: Path) -> None
     store = store_in(tmp_path)
     (size,) = (
         r
-        for r in compare.compare(seen.model, sparse, matrix_of(tmp_path), Sample(2, 16), tokens=seen.tokens)
+        for r in compare.reports(seen.model, sparse, compare.HeldOut("", 2, 16), seen.passed, tokens=seen.tokens)
         if r.name == "evaluate.size"
     )
     run(store, size)
