@@ -60,9 +60,9 @@ def _naee(calibration: Calibration, matrix: Step, removed: float, seed: int) -> 
 
 
 def _moei2(calibration: Calibration, matrix: Step, removed: float, seed: int, *, share: float) -> Model:
-    """The paper: counts by importance, genetic search, blocks of three layers among three sets; then vanilla, by importance."""
+    """The paper: counts by importance, genetic search, spans of three layers among three sets; then vanilla, by importance."""
     dropped = share * removed
-    pruned = moei2.prune(calibration, Counts(1 - dropped, rule="paper"), Search("genetic", best=3, block=3, seed=seed))
+    pruned = moei2.prune(calibration, Counts(1 - dropped, rule="paper"), Search("genetic", best=3, span=3, seed=seed))
     ratio = moei2.ratio_left(removed, dropped)
     return moei2.decompose(_run(pruned, matrix), Decomposition(ratio=ratio, ranks="paper", svd="vanilla")) if ratio else pruned
 

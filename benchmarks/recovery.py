@@ -120,7 +120,7 @@ def _pruned(bench: Recovery) -> tuple[list[Row], str]:
 
 def _low_rank(bench: Recovery) -> tuple[list[Row], str]:
     counts = Counts(0.75, rule="paper", importance="recon")
-    pruned = moei2.prune(bench.calibration, counts, Search("genetic", best=3, block=3, generations=20))
+    pruned = moei2.prune(bench.calibration, counts, Search("genetic", best=3, span=3, generations=20))
     again = calibrate.run(pruned, bench.matrix, PASS)
     ratio = moei2.ratio_left(0.5, 0.25)
     vanilla = moei2.decompose(again, Decomposition(ratio=ratio, ranks="paper", svd="vanilla", importance="recon"))

@@ -46,7 +46,7 @@ _DEEPSEEK: dict[str, Any] = _QWEN | {
     "shared": _matrices(_MLP + ".shared_experts"),
     "groups": True,
     "router_fp32": True,
-    "drop_score": "chosen",
+    "drop_score": "routing_weight",
 }
 
 DEEPSEEK_V2 = Arch(model_type="deepseek_v2", normalize="never", group_score="max", **_DEEPSEEK)

@@ -48,7 +48,7 @@ class Arch:
     groups: bool = False  # n_group and topk_group limit the choice
     group_score: Literal["max", "top2"] = "max"
     router_fp32: bool = False  # router logits are computed in fp32, whatever the model's precision
-    drop_score: Literal["all", "chosen"] = "all"  # Expert Drop's mean over all tokens: of router scores, or of routing weights
+    drop_score: str = "router_score"  # by which the authors of Expert Drop rank experts: a row of `DROP_SCORES`
     memory: tuple[tuple[str, str], ...] = ()  # (on disk, in memory): beginnings of names inside a decoder layer that differ
     block: str = "mlp"  # the module of the MoE block, or of a dense MLP, inside a decoder layer in memory
     block_router: str = "gate"  # the module of the router inside that block in memory

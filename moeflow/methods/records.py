@@ -41,6 +41,11 @@ class ExpertSet:
     of_output: float
     """The loss as a fraction of the output's norm."""
 
+    @classmethod
+    def of(cls, keep: tuple[int, ...], loss: float, norm: float) -> Self:
+        """This set, whose loss is taken relative to the output's `norm`."""
+        return cls(keep, loss, loss / norm if norm else 0.0)
+
 
 @dataclass(frozen=True)
 class LayerLoss:
@@ -114,19 +119,19 @@ class Candidates(Record):
 
 @dataclass(frozen=True)
 class Combination:
-    """One set of each layer of a block."""
+    """One set of each layer of a span."""
 
     sets: tuple[int, ...]
     """For each layer, the index of its set among the layer's best."""
     loss: float
-    """The norm of the change in the block's output."""
+    """The norm of the change in the span's output."""
 
 
 @dataclass(frozen=True)
 class Combinations(Record):
-    """Every combination of the sets of a block of layers."""
+    """Every combination of the sets of a span of layers."""
 
-    FILE = "block.json"
+    FILE = "span.json"
 
     layers: tuple[int, ...]
     """The layers whose sets are combined."""

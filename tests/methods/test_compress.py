@@ -35,7 +35,7 @@ from tests import running, tiny
 
 OURS = (Counts(0.75), Search("swap"))
 COUNTS = {f.name for f in fields(Counts)}
-PAPER = (Counts(0.75, rule="paper"), Search("genetic", best=2, block=2, inputs="progressive"))
+PAPER = (Counts(0.75, rule="paper"), Search("genetic", best=2, span=2, inputs="progressive"))
 
 
 def calibrated(model: Model, folder: Path) -> Calibration:
@@ -166,7 +166,7 @@ def test_a_compressed_checkpoint_is_a_source_like_any_other(tmp_path: Path) -> N
         running.model_in(out)
 
 
-def test_a_layers_own_best_is_what_blocks_of_one_layer_and_of_one_set_choose(tmp_path: Path) -> None:
+def test_a_layers_own_best_is_what_spans_of_one_layer_and_of_one_set_choose(tmp_path: Path) -> None:
     source, store = tiny.write("mixtral", tmp_path / "model"), running.store_in(tmp_path)
     seen = calibrated(running.model_in(source), tmp_path)
 
@@ -176,10 +176,10 @@ def test_a_layers_own_best_is_what_blocks_of_one_layer_and_of_one_set_choose(tmp
         made = [json.loads(store.artifact(c.key).file("choice.json").read_text()) for c in pruned.choices]
         return {c["layer"]: c["keep"] for c in made}
 
-    best = chosen(best=1, block=1)
-    assert chosen(best=3, block=1) == best  # T=1
-    assert chosen(best=1, block=2) == best  # K=1
-    assert chosen(best=3, block=3) != best  # and the block does choose otherwise
+    best = chosen(best=1, span=1)
+    assert chosen(best=3, span=1) == best  # T=1
+    assert chosen(best=1, span=2) == best  # K=1
+    assert chosen(best=3, span=3) != best  # and the span does choose otherwise
 
 
 def test_an_expert_with_too_few_tokens_is_cut_by_its_weights_or_stays_whole_and_it_is_said(tmp_path: Path) -> None:
@@ -208,7 +208,7 @@ def test_an_expert_with_too_few_tokens_is_cut_by_its_weights_or_stays_whole_and_
         ({"keep": 0.1}, "no legal counts add up to 2 experts; nearest: 6"),
         ({"rule": "best"}, "rule='best' is not known; choose one of uniform, paper, exact"),
         ({"method": "layerwise"}, "method='layerwise' finds no sets .*; choose one of enumerate, genetic, swap"),
-        ({"best": 200, "block": 3}, "are 8,000,000 combinations, over 10,000; lower K or T"),
+        ({"best": 200, "span": 3}, "are 8,000,000 combinations, over 10,000; lower K or T"),
         ({"protected": ((0, 9),)}, "must be different experts between 0 and 7"),
         ({"protected": ((5, 1),)}, "protected names 5, which is no layer with experts"),
         ({"protected": ((5, 1, 2),)}, "must be pairs of a layer and an expert"),

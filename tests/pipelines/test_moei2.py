@@ -20,7 +20,7 @@ from tests.pipelines import words
 PIPELINES = Path(__file__).parents[2] / "pipelines"
 SMALL = [*words.SMALL, *words.GENETIC, "tune=none"]
 OURS = [
-    "counts.rule=exact", "search=swap", "search.block=1", "decomposition.svd=whitened", "decomposition.ranks=global",
+    "counts.rule=exact", "search=swap", "search.span=1", "decomposition.svd=whitened", "decomposition.ranks=global",
     "decomposition.multiple=2",
 ]  # fmt: skip
 
@@ -68,7 +68,7 @@ def test_the_constants_are_the_papers() -> None:
         counts, search, cut = defaults["counts"], defaults["search"], defaults["decomposition"]
         assert counts.keep == 0.75 and cut.alpha == 0.15
         assert (search.population, search.generations) == (100, 50)
-        assert (search.best, search.block) == (3, 3)
+        assert (search.best, search.span) == (3, 3)
         assert (counts.rule, search.method, cut.svd, cut.ranks) == ("paper", "genetic", "vanilla", "paper")
 
 
@@ -85,7 +85,7 @@ def test_choices_of_a_pipeline_can_be_read_and_diffed(tmp_path: Path) -> None:
     for name, file in {
         "prune.candidates": "candidates.json",
         "prune.counts_paper": "counts.json",
-        "prune.block": "block.json",
+        "prune.span": "span.json",
         "decompose.ranks_paper": "ranks.json",
         "prune.importance": "importance.json",
     }.items():

@@ -19,22 +19,22 @@ from moeflow.methods.graph import Calibration, Model, Pass
 from moeflow.methods.prune import counts as counts_
 from moeflow.methods.prune.counts import Counts
 from moeflow.methods.prune.searches import Search
-from moeflow.methods.prune.steps import block, candidates, counts_exact, counts_paper, importance, importance_lm, pick
+from moeflow.methods.prune.steps import candidates, combinations, counts_exact, counts_paper, importance, importance_lm, pick
 from moeflow.step import Step
 
 
 def prune(calibration: Calibration, counts: Counts, how: Search = Search("swap")) -> Model:
     """Build the graph that drops experts.
 
-    `counts` says how many experts each layer keeps; `how` says which search finds its sets, and whether blocks of layers choose
+    `counts` says how many experts each layer keeps; `how` says which search finds its sets, and whether spans of layers choose
     among them together (MoE-I²'s K and T). Raises ValueError for counts that cannot work, with the nearest that can.
     """
     model = calibration.model
     legal, total = counts_.legal_counts(model, counts), counts_.total_experts(model, counts)
     counts_.check_total(total, legal)
     decider, candidates = RULES[counts.rule](Budget(calibration, counts, how.for_candidates(), legal, total))
-    if how.block > 1:
-        return _by_blocks(calibration, decider, candidates, how)
+    if how.span > 1:
+        return _by_spans(calibration, decider, candidates, how)
     return rewrite.pruned(model, _picked(candidates, decider))
 
 
@@ -214,20 +214,20 @@ RANKS: dict[str, Callable[[Calibration, Decomposition, Sides], Ranked]] = {
 """Every way to spread a budget of parameters over matrices, by name."""
 
 
-def _by_blocks(calibration: Calibration, decider: Step | None, candidates: Mapping[int, Step], how: Search) -> Model:
-    """Choose among every layer's sets block by block (the KT-Reception Field)."""
+def _by_spans(calibration: Calibration, decider: Step | None, candidates: Mapping[int, Step], how: Search) -> Model:
+    """Choose among every layer's sets span by span (the KT-Reception Field)."""
     order, pruned = list(candidates), calibration.model
     states, at_layer = calibrate.states_before(calibration, order[0]), order[0]
     behind: tuple[Step, ...] = ()
-    for at in range(0, len(order), how.block):
-        searched = {i: candidates[i] for i in order[at : at + how.block]}
+    for at in range(0, len(order), how.span):
+        searched = {i: candidates[i] for i in order[at : at + how.span]}
         first, last = min(searched), max(searched)
         if how.inputs == "original":
             before = calibrate.states_before(calibration, first)
         else:
             before = states = calibrate.advanced(calibration, states, pruned.layers, at_layer, first)
             behind, at_layer = calibrate.states_before(calibration, last + 1), first
-        together = block(
+        together = combinations(
             pruned.essential, pruned.layers[first : last + 1], tuple(searched.values()), before, behind,
             first=first, best=how.best, batch=calibration.passed.batch, dtype=calibration.dtype,
         )  # fmt: skip
@@ -235,10 +235,10 @@ def _by_blocks(calibration: Calibration, decider: Step | None, candidates: Mappi
     return pruned
 
 
-def _picked(candidates: Mapping[int, Step], decider: Step | None, block: Step | None = None) -> dict[int, Step]:
-    """Each layer's choice among its candidates: the best, or the one in the best combination of its block."""
+def _picked(candidates: Mapping[int, Step], decider: Step | None, together: Step | None = None) -> dict[int, Step]:
+    """Each layer's choice among its candidates: the best, or the one in the best combination of its span."""
     known = {i: None if decider else sets.spec.output["counts"][0] for i, sets in candidates.items()}
-    return {i: pick(sets, decider, block, keep=known[i]) for i, sets in candidates.items()}
+    return {i: pick(sets, decider, together, keep=known[i]) for i, sets in candidates.items()}
 
 
 def _thinned(counts: list[int], most: int) -> list[int]:
