@@ -70,9 +70,6 @@ class S3Blobs:
         query = urlencode({k: v for k, v in options.items() if v}, safe=":/")
         return self._where + (f"?{query}" if query else "")
 
-    def exists(self, name: str) -> bool:
-        return self.stat(name) is not None
-
     def stat(self, name: str) -> Entry | None:
         try:
             with said(self._where):

@@ -17,7 +17,7 @@ from moeflow.run.progress import Lines
 from moeflow.run.ray.gang import Raised, judge
 from moeflow.run.ray.travel import packed_error
 from moeflow.step import Step
-from moeflow.store import Store
+from moeflow.store import Store, partial
 from moeflow.store.partial import Snapshot
 from tests.run import gangs, toy
 from tests.run.cluster import ROOT, descendants, title, two_nodes, until
@@ -108,7 +108,7 @@ def keep_parts(store: Store, step: Step, folder: Path, *, at: int) -> None:
         state = folder / f"state-{rank}"
         state.mkdir()
         (state / f"rank-{rank}").write_text(str(at))
-        store.save_partial(step.key, state, Snapshot(at, "a", 2), rank)
+        partial.save_part(store, step.key, state, Snapshot(at, "a", 2), rank)
 
 
 def test_a_state_must_have_a_number_that_grows(store: Store) -> None:
@@ -125,7 +125,7 @@ def test_a_killed_and_an_interrupted_driver_leave_no_process_and_the_next_run_co
     for stop, runs in ((signal.SIGKILL, 1), (signal.SIGINT, 2)):
         driver = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         until(lambda: trace.exists() and len(lines(trace)) == 2 * runs, "the gang did not start")  # noqa: B023
-        until(lambda: [s for s in store.snapshots(target.key) if s.at >= 1], "nothing was kept")
+        until(lambda: [s for s in partial.snapshots(store, target.key) if s.at >= 1], "nothing was kept")
         children = psutil.Process(driver.pid).children()
         assert len(children) == 2
         driver.send_signal(stop)
@@ -182,7 +182,7 @@ def test_on_two_nodes_a_gang_survives_a_lost_driver_and_a_lost_node(store: Store
     )
     with two_nodes() as nodes:
         driver = nodes.drive([sys.executable, "-c", code])
-        until(lambda: [s for s in store.snapshots(target.key) if s.at >= 2], "nothing was kept")
+        until(lambda: [s for s in partial.snapshots(store, target.key) if s.at >= 2], "nothing was kept")
         driver.send_signal(signal.SIGKILL)
         driver.wait()
         until(lambda: not trainers(), "a trainer outlived its driver")

@@ -20,7 +20,7 @@ def blobs(store: Store) -> Blobs:
 def test_bytes_come_back_whole_and_by_range(blobs: Blobs, tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"0123456789")
     blobs.upload(tmp_path / "x", "a/x")
-    assert blobs.exists("a/x") and not blobs.exists("a/y") and not blobs.exists("a")
+    assert blobs.stat("a/x") and not blobs.stat("a/y") and not blobs.stat("a")
     assert blobs.read("a/x") == b"0123456789"
     assert (blobs.read("a/x", 2, 5), blobs.read("a/x", 8), blobs.read("a/x", 8, 99)) == (b"234", b"89", b"89")
     assert (blobs.read("a/x", 5, 5), blobs.read("a/x", 99, 100)) == (b"", b"")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from moeflow.store import Store, versions
+from moeflow.store import Store, partial, versions
 from moeflow.store import names as store_names
 from moeflow.store.gc import delete, gc
 from tests.making import commit, folder, key
@@ -91,15 +91,15 @@ def test_a_commit_that_relies_on_an_old_blob_saves_it(disk: Store, tmp_path: Pat
 
 
 def test_partial_state_that_nobody_takes_up_and_halves_are_garbage(disk: Store, tmp_path: Path) -> None:
-    disk.save_partial(key("gone"), folder(tmp_path / "state", x="state"))
+    partial.save(disk, key("gone"), folder(tmp_path / "state", x="state"))
     folder(tmp_path / "store" / "halves", abc="cut short")
     assert gc(disk, WEEK).partials == () and gc(disk, WEEK).leftovers == ()
     age(disk)
-    disk.save_partial(key("going"), tmp_path / "state")
+    partial.save(disk, key("going"), tmp_path / "state")
     found = gc(disk, WEEK)
     assert found.partials == (key("gone"),) and [e.name for e in found.leftovers] == ["halves/abc"]
     delete(disk, found)
-    assert not disk.load_partial(key("gone"), tmp_path / "a") and disk.load_partial(key("going"), tmp_path / "b")
+    assert not partial.load(disk, key("gone"), tmp_path / "a") and partial.load(disk, key("going"), tmp_path / "b")
 
 
 def test_what_stays_but_cannot_be_read_is_named(disk: Store) -> None:

@@ -29,7 +29,7 @@ from moeflow.model.checkpoint import Tensors
 from moeflow.run import StepFailed, in_process
 from moeflow.run.progress import Lines
 from moeflow.step import Artifact, Context, Spec, step
-from moeflow.store import Store
+from moeflow.store import Store, partial
 from tests import tiny
 from tests.compressed import compress
 from tests.running import alone, array_of, matrix_of, model_in, run, store_in
@@ -151,7 +151,7 @@ class Killer(Lines):
         self.store, self.key, self.killed = store, key, False
 
     def progress(self, key: str, done: int, total: int, unit: str, detail: str = "") -> None:
-        if not self.killed and self.store.snapshots(self.key):
+        if not self.killed and partial.snapshots(self.store, self.key):
             with suppress(psutil.NoSuchProcess):  # then the next word comes from its successor, or from none
                 children = [p for p in psutil.Process().children() if "moeflow.run.child" in p.cmdline()]
                 children[-1].kill()
@@ -301,9 +301,9 @@ def test_a_training_that_overflows_stops_with_the_step_and_keeps_the_state_befor
     said = "a trained parameter is not finite behind step 2; the state of step 1 is kept, and running again .*; lower the rate"
     with pytest.raises(StepFailed, match=said):
         run(store, tuned.trained)
-    (newest, *_) = store.snapshots(tuned.trained.key)
+    (newest, *_) = partial.snapshots(store, tuned.trained.key)
     assert newest.at == 1
-    assert store.load_partial(tuned.trained.key, tmp_path / "kept", (newest,))
+    assert partial.load_parts(store, tuned.trained.key, (newest,), tmp_path / "kept")
     state = torch.load(tmp_path / "kept/engine/mp_rank_00_model_states.pt", weights_only=False)
     assert all(t.isfinite().all() for t in state["module"].values())
 
