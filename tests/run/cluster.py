@@ -109,7 +109,7 @@ def title(process: psutil.Process) -> str:
 def until(happens: Callable[[], Any], otherwise: str, patience: float = PATIENCE) -> Any:
     """What `happens` returns as soon as that is true. Fails with `otherwise` when it does not come true."""
     end = time.monotonic() + patience
-    while not (found := happens()):
+    while not (result := happens()):
         assert time.monotonic() < end, f"{otherwise} in {patience} s"
         time.sleep(0.05)
-    return found
+    return result

@@ -24,8 +24,8 @@ from tests.run.cluster import ROOT, descendants, title, two_nodes, until
 
 
 def read(store: Store, step: Step) -> dict[str, str]:
-    held = store.artifact(step.key)
-    return {name: held.file(name).read_text().strip() for name in held.names()}
+    artifact = store.artifact(step.key)
+    return {name: artifact.file(name).read_text().strip() for name in artifact.names()}
 
 
 def lines(trace: Path) -> list[str]:
@@ -50,9 +50,9 @@ def test_one_process_and_two_leave_the_same_bytes_under_the_same_key(store: Stor
 
 
 def test_a_killed_process_is_replaced_and_the_gang_goes_on_from_what_it_kept(store: Store, trace: Path, tmp_path: Path) -> None:
-    told = (tmp_path / "told").open("w+")
+    lines = (tmp_path / "told").open("w+")
     target = gangs.sum_(toy.number(n=1), to=5, die_at=3, marker=str(tmp_path / "died"), trace=str(trace)).on(processes=2)
-    outcome = in_process.run([target], store, progress=Lines(told, quiet=0))
+    outcome = in_process.run([target], store, progress=Lines(lines, quiet=0))
     assert read(store, target)["sum"] == "55" and outcome.steps[-1].notes == ("summed up to 5",)
     begun = [int(line.rpartition(" ")[2]) for line in lines(trace)]
     assert begun[0] == begun[2] == 0 and begun[1] == begun[3] >= 2, "both went on from the same step"
@@ -173,7 +173,7 @@ def test_on_two_nodes_a_gang_survives_a_lost_driver_and_a_lost_node(store: Store
     """One process on each; the bytes are those of one process on this machine."""
     from moeflow.run.ray import runner as on_ray
 
-    go, told = tmp_path / "go", (tmp_path / "told").open("w+")
+    go, lines = tmp_path / "go", (tmp_path / "told").open("w+")
     params = {"to": 6, "hold": 3, "until": str(go), "trace": str(trace)}
     target = gangs.sum_(toy.number(n=3), **params).on(processes=2)
     code = (
@@ -187,7 +187,7 @@ def test_on_two_nodes_a_gang_survives_a_lost_driver_and_a_lost_node(store: Store
         driver.wait()
         until(lambda: not trainers(), "a trainer outlived its driver")
         assert not store.has(target.key)
-        again = Thread(target=lambda: on_ray.run([target], store, progress=Lines(told)))
+        again = Thread(target=lambda: on_ray.run([target], store, progress=Lines(lines)))
         again.start()
         until(lambda: len(lines(trace)) == 4, "the gang did not start again")
         nodes.lose()

@@ -81,8 +81,8 @@ def test_a_run_whose_board_is_lost_says_so_in_one_line(store: Store, monkeypatch
         def options(self, **options: object) -> "Lost":
             return self
 
-        def remote(self, *given: object) -> object:
-            board = RemoteBoard.remote(*given)
+        def remote(self, *arguments: object) -> object:
+            board = RemoteBoard.remote(*arguments)
             ray.kill(board)
             return board
 

@@ -43,9 +43,9 @@ def test_three_shards_by_three_stages_survive_a_lost_worker_and_a_lost_driver(tm
         driver.wait()
         assert not store.has(target.key)
         before = stored()
-        told, said = nodes.drive(command).communicate(timeout=300)
-        assert told, said
-    outcome = json.loads(told.splitlines()[-1])
+        printed, said = nodes.drive(command).communicate(timeout=300)
+        assert printed, said
+    outcome = json.loads(printed.splitlines()[-1])
     assert outcome["key"] == target.key and outcome["version"] == 1
     assert outcome["steps"]["stored"] >= before > 0
 

@@ -137,8 +137,8 @@ def test_a_large_file_is_uploaded_in_parts(s3_store: Store, server: servers.Prox
         file.truncate(s3_module.PART + 1)
     s3_store.blobs.upload(tmp_path / "x", "x")
     assert server.count("PUT", "partNumber=") == 2
-    found = s3_store.blobs.stat("x")
-    assert found is not None and found.size == s3_module.PART + 1
+    entry = s3_store.blobs.stat("x")
+    assert entry is not None and entry.size == s3_module.PART + 1
     s3_store.blobs.download("x", tmp_path / "y")
     assert (tmp_path / "y").read_bytes() == (tmp_path / "x").read_bytes()
 

@@ -40,12 +40,12 @@ def stored(store: Store) -> set[str]:
 
 def test_what_a_version_reaches_is_never_garbage(disk: Store) -> None:
     age(disk)
-    found = gc(disk, WEEK)
-    assert found.manifests == (key("experiment"),)
-    assert [e.size for e in found.blobs] == [len("experiment")] and found.bytes == len("experiment")
+    garbage = gc(disk, WEEK)
+    assert garbage.manifests == (key("experiment"),)
+    assert [e.size for e in garbage.blobs] == [len("experiment")] and garbage.bytes == len("experiment")
     assert stored(disk) == {key(w) for w in ("model", "choice", "out", "report", "experiment")}
-    deleted = delete(disk, found)
-    assert (deleted.manifests, deleted.bytes) == (found.manifests, found.bytes)
+    deleted = delete(disk, garbage)
+    assert (deleted.manifests, deleted.bytes) == (garbage.manifests, garbage.bytes)
     assert stored(disk) == {key(w) for w in ("model", "choice", "out", "report")}
     for word in ("model", "choice", "out", "report"):
         assert disk.artifact(key(word)).file("x").read_text() == word
@@ -96,9 +96,9 @@ def test_partial_state_that_nobody_takes_up_and_halves_are_garbage(disk: Store, 
     assert gc(disk, WEEK).partials == () and gc(disk, WEEK).leftovers == ()
     age(disk)
     partial.save(disk, key("going"), tmp_path / "state")
-    found = gc(disk, WEEK)
-    assert found.partials == (key("gone"),) and [e.name for e in found.leftovers] == ["halves/abc"]
-    delete(disk, found)
+    garbage = gc(disk, WEEK)
+    assert garbage.partials == (key("gone"),) and [e.name for e in garbage.leftovers] == ["halves/abc"]
+    delete(disk, garbage)
     assert not partial.load(disk, key("gone"), tmp_path / "a") and partial.load(disk, key("going"), tmp_path / "b")
 
 
@@ -114,9 +114,9 @@ def test_in_s3_it_is_the_same(s3_store: Store, tmp_path: Path) -> None:
     versions.publish(s3_store, "tiny", key("kept"))
     assert gc(s3_store).manifests == ()
     time.sleep(1.1)  # S3 tells time in seconds
-    found = gc(s3_store, 0)
-    assert found.manifests == (key("dropped"),) and found.bytes == len("dropped")
-    delete(s3_store, found)
+    garbage = gc(s3_store, 0)
+    assert garbage.manifests == (key("dropped"),) and garbage.bytes == len("dropped")
+    delete(s3_store, garbage)
     assert stored(s3_store) == {key("kept")}
     assert s3_store.artifact(key("kept")).file("x").read_text() == "kept"
 

@@ -87,8 +87,8 @@ def test_older_parts_go_when_a_newer_snapshot_is_whole(store: Store, tmp_path: P
     for at in range(1, 6):
         for rank in (0, 1):
             part(store, tmp_path, Snapshot(at, "a", 2), rank, **{f"n{rank}": str(at), f"same{rank}": "same"})
-    found = partial.snapshots(store, key("k"))
-    assert found[0].at == 5 and len(found) <= 2
+    complete = partial.snapshots(store, key("k"))
+    assert complete[0].at == 5 and len(complete) <= 2
     assert gang(store, tmp_path / "back") == {"n0": "5", "n1": "5", "same0": "same", "same1": "same"}
     left = [e.name for e in store.blobs.list("partial/")]
     assert len([n for n in left if "/00001/" in n]) == 3, "a part, and its two files"
