@@ -27,7 +27,7 @@ from moeflow import report
 from moeflow.report import lineage as lineages
 from moeflow.run import CannotRun, ClusterLost, Options, StepFailed, pipeline
 from moeflow.run import plan as plans
-from moeflow.run.go import Runner, fleeting, go, prepare
+from moeflow.run.go import Runner, go, prepare
 from moeflow.run.outcome import describe
 from moeflow.run.plan_table import plan_lines, plan_table
 from moeflow.run.progress import show as show_progress
@@ -147,7 +147,7 @@ def run(
         target = options.place(pipeline.call(pipeline.load(file), param))
         prepared = prepare(target, opened, name=name, runner=runner)
     shown = show_progress(json=json)
-    lost = not store and fleeting(Path.cwd())
+    lost = not store and "working_dir_files" in Path.cwd().parts  # of a Ray job, which is deleted with the cluster
     if lost:
         shown.say(f"warning: the store {opened.url} goes with the Ray cluster; pass --store to keep what this run makes")
     with working():

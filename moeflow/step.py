@@ -133,23 +133,10 @@ class Promise:
     def key(self) -> str:
         raise NotImplementedError
 
-    def _early(self) -> NoReturn:
+    def _early(self, *_: Any, **__: Any) -> NoReturn:
         raise TypeError(f"{self.key} is a promise: its files are there when the graph has run, for the steps that take it as input")
 
-    def names(self) -> list[str]:
-        self._early()
-
-    def size(self, name: str) -> int:
-        self._early()
-
-    def file(self, name: str) -> Path:
-        self._early()
-
-    def read(self, name: str, start: int, stop: int) -> bytes:
-        self._early()
-
-    def folder(self) -> Path:
-        self._early()
+    names = size = file = read = folder = _early
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,7 +4,6 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from pathlib import Path
 from typing import Any
 
 from moeflow.run import in_process
@@ -71,8 +70,3 @@ def go(prepared: Prepared, *, progress: Show, options: Options, record: Mapping[
     outcome = run(prepared.targets, prepared.store, progress=progress, options=options, index=prepared.index)
     reports = [s.key for s in prepared.target.reports]
     return outcome, versions.publish(prepared.store, prepared.name, prepared.target.key, reports=reports, record=record)
-
-
-def fleeting(folder: Path) -> bool:
-    """Whether a folder is in a Ray job's working directory, which is deleted with the cluster."""
-    return "working_dir_files" in folder.absolute().parts

@@ -66,14 +66,7 @@ def call(build: Build, assignments: Iterable[str]) -> Step:
     named_words = {name.partition(".")[0] for name in words}
     if missing := [p.name for p in parameters.values() if p.default is p.empty and p.name not in named_words]:
         raise ValueError(f"the pipeline needs {' '.join(f'-p {name}=...' for name in missing)}")
-    positional, named = [], {}
-    for name, parameter in parameters.items():
-        value = _value(name, parameter.default, kinds[name], words)
-        if parameter.kind is parameter.KEYWORD_ONLY:
-            named[name] = value
-        else:
-            positional.append(value)
-    made = build(*positional, **named)
+    made = build(**{name: _value(name, p.default, kinds[name], words) for name, p in parameters.items()})
     if not isinstance(made, Step):
         raise ValueError(f"build returned {type(made).__name__}, and a pipeline returns the Step to publish")
     return made
