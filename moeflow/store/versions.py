@@ -48,7 +48,14 @@ def publish(store: Store, name: str, key: str, *, record: Mapping[str, Any] | No
         n = _newest(store, f"versions/{name}/")
         if n and (newest := _read(store, name, n)).key == key and {*newest.reports} == {*reports}:
             return n
-        about = {"name": name, "n": n + 1, "key": key, "created": _now(), "reports": [*reports], "record": dict(record or {})}
+        about = {
+            "name": name,
+            "n": n + 1,
+            "key": key,
+            "created": _now(),
+            "reports": [*dict.fromkeys(reports)],
+            "record": record or {},
+        }
         if store.blobs.create(_version(name, n + 1), json.dumps(about, indent=1).encode()):
             return n + 1
 

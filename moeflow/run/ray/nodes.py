@@ -91,11 +91,6 @@ def free_orphans() -> None:
             remove_placement_group(PlacementGroup(PlacementGroupID(group.placement_group_id)))
 
 
-def machines() -> int:
-    """How many machines the cluster has."""
-    return len({node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]})
-
-
 def _said(amounts: dict[str, float]) -> str:
     words = {"CPU": "{:g} CPUs", "GPU": "{:g} GPUs"}
     return ", ".join(f"{size(v)} of memory" if k == "memory" else words[k].format(v) for k, v in amounts.items())

@@ -25,7 +25,7 @@ from moeflow.run.outcome import CannotRun, ClusterLost, Outcome, StepFailed, Wor
 from moeflow.run.progress import Show
 from moeflow.run.ray.board import Event, RemoteBoard
 from moeflow.run.ray.gang import gang_task
-from moeflow.run.ray.nodes import Nodes, demand, free_orphans, machines, offers, too_large
+from moeflow.run.ray.nodes import Nodes, demand, free_orphans, offers, too_large
 from moeflow.run.ray.tasks import Failed, Made, step_task
 from moeflow.run.ray.travel import take_along
 from moeflow.step import Step
@@ -147,7 +147,8 @@ class _Drive:
 
     def _check(self, own: bool) -> None:
         """Refuse a step that no node can run, which would wait for ever; only warn if an autoscaler might add the node."""
-        if (there := machines()) > 1 and isinstance(self._store.blobs, LocalBlobs):
+        there = len({node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]})
+        if there > 1 and isinstance(self._store.blobs, LocalBlobs):
             self._ledger.warn(
                 f"the store {self._store.url} is a folder and the cluster has {there} machines: all of them must see "
                 "that folder, or pass --store s3://bucket/prefix"
