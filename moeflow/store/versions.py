@@ -42,20 +42,14 @@ def publish(store: Store, name: str, key: str, *, record: Mapping[str, Any] | No
     Raises ValueError, NotStored.
     """
     check_name(name)
+    reports = [*dict.fromkeys(reports)]
     if not store.has(key):
         raise NotStored(f"{key} is not stored in {store.url}, so it cannot be published as {name}")
     while True:
         n = _newest(store, f"versions/{name}/")
         if n and (newest := _read(store, name, n)).key == key and {*newest.reports} == {*reports}:
             return n
-        about = {
-            "name": name,
-            "n": n + 1,
-            "key": key,
-            "created": _now(),
-            "reports": [*dict.fromkeys(reports)],
-            "record": record or {},
-        }
+        about = {"name": name, "n": n + 1, "key": key, "created": _now(), "reports": reports, "record": record or {}}
         if store.blobs.create(_version(name, n + 1), json.dumps(about, indent=1).encode()):
             return n + 1
 
