@@ -97,11 +97,11 @@ def restored(value: Any, kind: Any) -> Any:
 
 def described(kind: type) -> list[Described]:
     """The fields of an options type."""
-    kinds, docs = hints_of(kind), docs_of(kind)
-    return [
-        Described(f.name, shown(kinds[f.name]), _default(f), tuple(map(str, choices_of(kinds[f.name]))), docs.get(f.name, ""))
-        for f in fields(kind)
-    ]
+    kinds, docs, rows = hints_of(kind), docs_of(kind), []
+    for f in fields(kind):
+        choices = tuple(map(str, choices_of(kinds[f.name])))
+        rows.append(Described(f.name, shown(kinds[f.name]), word_of(default_of(f)), choices, docs.get(f.name, "")))
+    return rows
 
 
 def changed(name: str, kind: type, value: Any, words: Mapping[str, str]) -> Any:
@@ -225,14 +225,14 @@ def shown(kind: Any) -> str:
     return " or ".join(dict.fromkeys(words))
 
 
-def _default(f: "dataclasses.Field[Any]") -> str:
-    default = default_of(f)
-    if default is dataclasses.MISSING:
+def word_of(value: Any) -> str:
+    """A default as the page of help shows it; empty if there is none."""
+    if value is dataclasses.MISSING:
         return ""
-    if default is None:
+    if value is None:
         return "none"
-    if isinstance(default, bool):
-        return str(default).lower()
-    if isinstance(default, tuple | list):
-        return json.dumps(list(default))
-    return f"{default:g}" if isinstance(default, float) else str(default)
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple | list):
+        return json.dumps(list(value))
+    return f"{value:g}" if isinstance(value, float) else str(value)

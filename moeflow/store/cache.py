@@ -19,12 +19,11 @@ from threading import Lock
 from moeflow.store import names
 from moeflow.store.blobs import Blobs
 from moeflow.store.errors import CorruptBlob, disk
-from moeflow.store.local import NO_LINK
+from moeflow.store.local import linked
 from moeflow.store.manifest import File
 
 ELSEWHERE = "point MOEFLOW_CACHE to another disk"
 _lock = Lock()
-_verified: set[tuple[str, int, int, int]] = set()  # files that this process has hashed and found intact
 _open: dict[Path, Path] = {}  # this process's folder of open files, by the `open/` of each cache
 _added: dict[Path, int] = {}  # bytes that this process added to each cache since it last measured all of it
 
@@ -40,7 +39,7 @@ class NodeCache:
         name = names.blob(file.sha256)
         if (path := blobs.local(name)) is not None:
             verify(path, file, blobs, owner)
-            if not _linked(path, to):
+            if not linked(path, to):
                 to.symlink_to(path)
             return
         cached = self.folder / name
@@ -48,7 +47,7 @@ class NodeCache:
             while True:
                 with suppress(FileNotFoundError):  # not cached yet, or evicted between two lines
                     os.utime(cached)
-                    if not _linked(cached, to):
+                    if not linked(cached, to):
                         shutil.copyfile(cached, to)  # a symbolic link would break when the blob is evicted
                         to.chmod(0o444)
                     return
@@ -163,13 +162,8 @@ def take(blobs: Blobs, file: File, to: Path, owner: str) -> None:
 
 def verify(path: Path, file: File, blobs: Blobs, owner: str) -> None:
     """Compare a blob on this machine with its digest, once per process. Raises CorruptBlob."""
-    about = path.stat()
-    identity = (file.sha256, about.st_ino, about.st_size, about.st_mtime_ns)
-    if identity in _verified:
-        return
-    if (digest := names.sha256(path)) != file.sha256:
+    if (digest := names.sha256_once(path)) != file.sha256:
         raise rotten(blobs, file, digest, owner)
-    _verified.add(identity)
 
 
 def rotten(blobs: Blobs, file: File, digest: str, owner: str) -> CorruptBlob:
@@ -180,16 +174,3 @@ def rotten(blobs: Blobs, file: File, digest: str, owner: str) -> CorruptBlob:
 def lost(blobs: Blobs, file: File, *owners: str) -> CorruptBlob:
     doomed = " and ".join(names.manifest(o) for o in owners) or "the manifests that name it"
     return CorruptBlob(f"{names.blob(file.sha256)} is gone from {blobs.url}; delete {doomed} there, then run again")
-
-
-def _linked(path: Path, to: Path) -> bool:
-    """Hard-link `to` to `path`; False if the disks do not allow it. If `to` exists, it has the same bytes already."""
-    try:
-        os.link(path, to)
-    except FileExistsError:
-        return True
-    except OSError as error:
-        if error.errno in NO_LINK:
-            return False
-        raise
-    return True

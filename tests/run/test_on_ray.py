@@ -80,8 +80,8 @@ def test_a_run_whose_board_is_lost_says_so_in_one_line(store: Store, monkeypatch
         def options(self, **options: object) -> "Lost":
             return self
 
-        def remote(self, *given: object) -> object:
-            board = RemoteBoard.remote(*given)
+        def remote(self, *arguments: object) -> object:
+            board = RemoteBoard.remote(*arguments)
             ray.kill(board)
             return board
 
@@ -94,7 +94,7 @@ def test_a_run_whose_board_is_lost_says_so_in_one_line(store: Store, monkeypatch
 def test_a_step_prefers_the_node_that_holds_most_of_what_it_reads(tmp_path: Path) -> None:
     large, small = toy.number(n=1), toy.number(n=2)
     readers = [toy.total(large, small), toy.half(small), toy.half(large)]
-    both, one, other = (Call.of(s, ["0"] * len(s.inputs), source="") for s in readers)
+    both, one, other = (Call.of(s, ["0"] * len(s.inputs)) for s in readers)
     bucket = Store(S3Blobs("bucket", "prefix"), tmp_path)
     nodes = Nodes(bucket, {large.key: 1000, small.key: 10})
     assert nodes.near(both) == "DEFAULT"

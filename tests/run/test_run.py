@@ -176,9 +176,9 @@ def test_linked_files_move_no_bytes(run: Callable, store: Store) -> None:
     parts = [toy.number(n=n, size=1000 + n) for n in (1, 2)]
     graph = toy.assemble(*parts)
     run(parts, store)
-    held = {e.name for e in store.blobs.list("blobs/")}
+    before = {e.name for e in store.blobs.list("blobs/")}
     outcome = run([graph], store)
-    added = {e.name for e in store.blobs.list("blobs/")} - held
+    added = {e.name for e in store.blobs.list("blobs/")} - before
     assert len(added) == 1, "only the index that the step wrote itself"
     (ran,) = (s for s in outcome.steps if s.state == "run")
     assert (ran.reads, ran.writes) == (0, 1)

@@ -41,9 +41,9 @@ def test_three_shards_by_three_stages_survive_a_lost_worker_and_a_lost_driver(tm
         driver.wait()
         assert not store.has(target.key)
         release.touch()
-        output, errors = nodes.drive(command).communicate(timeout=2 * PATIENCE)
-        assert output, errors
-    outcome = json.loads(output.splitlines()[-1])
+        printed, said = nodes.drive(command).communicate(timeout=2 * PATIENCE)
+        assert printed, said
+    outcome = json.loads(printed.splitlines()[-1])
     assert outcome["key"] == target.key and outcome["version"] == 1
     assert outcome["steps"]["stored"] >= 6
 

@@ -169,8 +169,8 @@ def threads(context: Context, *, tag: str = "") -> None:
     import numpy  # noqa: F401  # loads a BLAS
     from threadpoolctl import threadpool_info
 
-    found = sorted({info["num_threads"] for info in threadpool_info()})
-    (context.out / "n").write_text(f"{found} {os.environ['OMP_NUM_THREADS']}")
+    threads = sorted({info["num_threads"] for info in threadpool_info()})
+    (context.out / "n").write_text(f"{threads} {os.environ['OMP_NUM_THREADS']}")
 
 
 @step("toy.talk", version=1)

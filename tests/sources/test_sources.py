@@ -76,11 +76,11 @@ def test_one_large_file_and_several_small_ones_are_steps(model: Path, tmp_path: 
     assert small.key == source.group(["config.json", "additional_chat_templates/tool.jinja", "tokenizer.json"]).key
     fetched = run(large, tmp_path / "1")
     assert (fetched.out / "model-00001-of-00001.safetensors").read_bytes() == b"weights" * 1000
-    assert fetched.told[-1] == (7000, 7000, "bytes")
+    assert fetched.reported[-1] == (7000, 7000, "bytes")
     fetched = run(small, tmp_path / "2")
     assert {*read(fetched.out)} == {"tokenizer.json", "config.json", "additional_chat_templates/tool.jinja"}
     total = small.spec.writes
-    assert fetched.told[-1] == (total, total, "bytes")
+    assert fetched.reported[-1] == (total, total, "bytes")
 
 
 def test_a_pickle_checkpoint_is_refused_with_the_way_to_convert_it(tmp_path: Path) -> None:

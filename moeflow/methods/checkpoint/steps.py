@@ -132,7 +132,7 @@ def pinned(source: Source, *, mtp: Literal["drop", "keep"] = "drop") -> Model:
     if missing := sorted(set(range(count)) - set(by_layer)):
         raise ValueError(f"config.json says {count} layers, but the checkpoint has no tensor of layer {missing[0]}")
 
-    history = source.file(HISTORY) if source.has(HISTORY) else None
+    history = source.file(HISTORY) if HISTORY in source.names() else None
 
     def layer_step(i: int) -> Step:
         shards, table = _inputs(by_layer[i], steps)

@@ -5,20 +5,19 @@ import signal
 from dataclasses import dataclass
 from pathlib import Path
 
-from moeflow.store import Store
-from moeflow.store.partial import Snapshot
+from moeflow.store import LocalBlobs
 
 
 @dataclass(frozen=True)
-class DyingStore(Store):
-    """Kills the process of rank 1, once, instead of storing its part of the snapshot at step `die_at`."""
+class DyingBlobs(LocalBlobs):
+    """Kills the process of rank 1, once, when it completes its part of the snapshot at step `die_at`."""
 
     die_at: int = 0
     marker: Path = Path()
     """The file that says that it has done so."""
 
-    def save_partial(self, key: str, folder: Path, snapshot: Snapshot | None = None, rank: int = 0) -> None:
-        if snapshot is not None and (snapshot.at, rank) == (self.die_at, 1) and not self.marker.exists():
+    def create(self, name: str, data: bytes) -> bool:
+        if f"/{1:05d}/{self.die_at:020d}-of-" in name and not self.marker.exists():
             self.marker.touch()
             os.kill(os.getpid(), signal.SIGKILL)
-        super().save_partial(key, folder, snapshot, rank)
+        return super().create(name, data)

@@ -1,6 +1,7 @@
 """Fine-tuning: what is trained is what a plain loop trains, what is stored is what was trained, and all else is untouched."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,10 +26,10 @@ from moeflow.methods.recipes.tune import Tuned
 from moeflow.model.checkpoint import Tensors
 from moeflow.run import StepFailed
 from moeflow.step import Artifact, Context, Spec, step
-from moeflow.store import Store
+from moeflow.store import Store, partial
 from tests import tiny
 from tests.compressed import compress
-from tests.methods.finetune.dying import DyingStore
+from tests.methods.finetune.dying import DyingBlobs
 from tests.running import alone, array_of, matrix_of, model_in, run, store_in
 
 STEPS, BATCH, RATE = 4, 4, 1e-2
@@ -154,7 +155,7 @@ def test_processes_divide_the_work_and_one_that_is_killed_changes_nothing(mixtra
         trained = tune.tune(model, data, how, validation={"same": data}, gang=gang).trained
         store = store_in(tmp_path / name)
         if name == "killed":  # by then both have stored their parts of the snapshot at step 2
-            store = DyingStore(store.blobs, store.given_cache, die_at=6, marker=tmp_path / "died")
+            store = replace(store, blobs=DyingBlobs(Path(store.url), die_at=6, marker=tmp_path / "died"))
         outcome = run(store, alone(trained) if name == "one" else trained)
         course = json.loads(store.artifact(trained.key).file("training.json").read_text())
         results[name] = trained.key, course, store.artifact(trained.key).file("layer-002/layer.safetensors").read_bytes()
@@ -283,9 +284,9 @@ def test_a_training_that_overflows_stops_with_the_step_and_keeps_the_state_befor
     said = "a trained parameter is not finite behind step 2; the state of step 1 is kept, and running again .*; lower the rate"
     with pytest.raises(StepFailed, match=said):
         run(store, tuned.trained)
-    (newest, *_) = store.snapshots(tuned.trained.key)
+    (newest, *_) = partial.snapshots(store, tuned.trained.key)
     assert newest.at == 1
-    assert store.load_partial(tuned.trained.key, tmp_path / "kept", (newest,))
+    assert partial.load_parts(store, tuned.trained.key, (newest,), tmp_path / "kept")
     state = torch.load(tmp_path / "kept/engine/mp_rank_00_model_states.pt", weights_only=False)
     assert all(t.isfinite().all() for t in state["module"].values())
 
