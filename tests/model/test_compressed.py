@@ -298,6 +298,7 @@ def test_import_moeflow_is_all_that_loading_needs(mixtral: Path, tmp_path: Path)
     assert printed == ["1", "MoeflowMixtralForCausalLM"]  # and neither torch nor transformers before they are asked for
 
 
+@pytest.mark.slow
 def test_import_moeflow_may_come_after_transformers() -> None:
     code = (
         "from transformers import CONFIG_MAPPING, AutoConfig\n"
@@ -308,6 +309,7 @@ def test_import_moeflow_may_come_after_transformers() -> None:
     assert python("-c", code) == ["False", "MoeflowMixtralConfig"]
 
 
+@pytest.mark.slow
 def test_partitioned_loading_reads_the_same_refuses_the_same_and_trains(tmp_path: Path) -> None:
     """Under ZeRO-3 on two processes, where transformers itself does not look for tensors left over."""
     folders = []

@@ -74,6 +74,7 @@ def test_a_step_too_large_for_a_ray_of_ones_own_is_refused_before_anything_start
     assert not ray.is_initialized()
 
 
+@pytest.mark.slow
 def test_a_lost_worker_and_a_lost_node_leave_the_same_bytes_as_an_undisturbed_run(store: Store, tmp_path: Path) -> None:
     def graph(release: Path) -> Step:
         shards = [toy.slow(n=n, until=str(release)) for n in range(3)]

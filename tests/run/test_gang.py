@@ -40,6 +40,7 @@ def one_and_two(store: Store, other: Store) -> Step:
     return target
 
 
+@pytest.mark.slow
 def test_one_process_and_two_leave_the_same_bytes_under_the_same_key(store: Store, tmp_path: Path) -> None:
     other = Store.open(str(tmp_path / "other"))
     target = one_and_two(store, other)

@@ -148,7 +148,6 @@ def test_processes_divide_the_work_and_one_that_is_killed_changes_nothing(mixtra
     results = {}
     for name, gang in {
         "one": Gang(),
-        "two": Gang(processes=2, zero=1, micro=1, save_every=100),
         "divided": Gang(processes=2, zero=3, checkpointing=True, save_every=2),
         "killed": Gang(processes=2, zero=3, checkpointing=True, save_every=2),
     }.items():
@@ -162,8 +161,7 @@ def test_processes_divide_the_work_and_one_that_is_killed_changes_nothing(mixtra
         notes = [n for s in outcome.steps for n in s.notes]
         assert any(n.startswith("goes on behind step") for n in notes) == (name == "killed")
     assert len({key for key, _, _ in results.values()}) == 1
-    one, two, divided, killed = (results[n][1] for n in ("one", "two", "divided", "killed"))
-    assert two["losses"] == pytest.approx(one["losses"], rel=1e-3)
+    one, divided, killed = (results[n][1] for n in ("one", "divided", "killed"))
     assert divided["losses"] == pytest.approx(one["losses"], rel=1e-3)
     assert killed["losses"] == divided["losses"] and killed["validations"] == divided["validations"]
     assert results["killed"][2] == results["divided"][2]
@@ -275,6 +273,7 @@ def test_a_router_learns_from_the_original_what_pruning_took(mixtral: Path, stor
     assert losses[-1] < 0.9 * losses[0]
 
 
+@pytest.mark.slow
 def test_a_training_that_overflows_stops_with_the_step_and_keeps_the_state_before(mixtral: Path, rows: Any, tmp_path: Path) -> None:
     model = model_in(mixtral)
     data = data_.tokens(rows, model, Sample(6, 12))
