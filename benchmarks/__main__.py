@@ -49,16 +49,16 @@ def section(name: str, rows: list[Row], table: str = "") -> str:
 def main(names: list[str]) -> int:
     old = RESULTS.read_text().split("\n## ")[1:] if RESULTS.exists() else []
     sections = {text.split("\n", 1)[0]: f"## {text.rstrip()}\n" for text in old}
-    held = True
+    holds = True
     for name in names or ALL:
         print(f"{name} ...", file=sys.stderr, flush=True)
-        found = importlib.import_module(f"benchmarks.{name}").main()
-        rows, table = found if isinstance(found, tuple) else (found, "")
+        result = importlib.import_module(f"benchmarks.{name}").main()
+        rows, table = result if isinstance(result, tuple) else (result, "")
         sections[name] = section(name, rows, table)
         print(sections[name], flush=True)
-        held &= all(row.held for row in rows)
+        holds &= all(row.holds for row in rows)
         RESULTS.write_text("\n".join([HEAD, *(sections[n] for n in ALL if n in sections)]))
-    return 0 if held else 1
+    return 0 if holds else 1
 
 
 if __name__ == "__main__":

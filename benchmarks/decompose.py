@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.rows import Row
-from moeflow.methods.decompose.lowrank import whitened
+from moeflow.methods.decompose.lowrank import components
 from moeflow.methods.decompose.ranks import break_even
 from moeflow.model.moe import LowRank
 
@@ -24,6 +24,11 @@ def moment(columns: int) -> Tensor:
     """The second moment [N, N] of inputs of which a few hundred directions are up to a thousand times stronger than the rest."""
     strong_NL = torch.randn(columns, 256) * torch.logspace(1.5, 0, 256)
     return strong_NL @ strong_NL.mT / columns + torch.diag(torch.rand(columns) + 0.5)
+
+
+def whitened(w_MN: Tensor, rank: int, **moment: Tensor) -> LowRank:
+    """The matrix of this rank whose outputs differ least over the moment's tokens."""
+    return components(w_MN, rank=rank, **moment).truncated(rank)
 
 
 def timed(work: Callable[[], T]) -> tuple[float, T]:

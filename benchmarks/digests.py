@@ -36,7 +36,7 @@ GENETIC = ["search.population=10", "search.generations=3"]
 MOEI2 = [*TRAINED, *RECORD, *GENETIC, "counts.measured=512", "decomposition.measured=512", "tune=none"]
 UNIFIED = [*TRAINED, *RECORD, "slim.group=32", "decompose.multiple=32"]
 OURS = [
-    "counts.rule=exact", "search=swap", "search.block=1", "decomposition.svd=whitened", "decomposition.ranks=global",
+    "counts.rule=exact", "search=swap", "search.span=1", "decomposition.svd=whitened", "decomposition.ranks=global",
 ]  # fmt: skip
 SMALL = ["calibration.sequences=8", "calibration.length=16", "calibration.batch=2", "heldout.sequences=2", "heldout.length=16"]
 SMALL += ["calibration.record=128", "calibration.per_expert=4"]

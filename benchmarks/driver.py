@@ -53,21 +53,21 @@ def main() -> list[Row]:
         folder = Path(scratch)
         small, deep = tiny.write("mixtral", folder / "small"), tiny.write("mixtral", folder / "deep", num_hidden_layers=LAYERS)
         np.save(folder / "tokens.npy", np.random.default_rng(0).integers(3, 96, (4, 16)))
-        given = ["-p", f"tokens={folder / 'tokens.npy'}", "-p", "calibration.batch=2"]
-        run = ["run", "pipelines/mixtral.py", "-p", f"model={small}", *given, "--store", str(folder / "store"), "--json"]
+        params = ["-p", f"tokens={folder / 'tokens.npy'}", "-p", "calibration.batch=2"]
+        run = ["run", "pipelines/mixtral.py", "-p", f"model={small}", *params, "--store", str(folder / "store"), "--json"]
         command(*run)
-        again, told = command(*run)
-        if json.loads(told)["steps"]["run"]:
-            raise AssertionError(f"a second run computed something: {told}")
+        again, output = command(*run)
+        if json.loads(output)["steps"]["run"]:
+            raise AssertionError(f"a second run computed something: {output}")
         with servers.s3_server() as url, servers.proxy(url) as proxy:
             s3.client(url).create_bucket(Bucket="bench")
-            plan = ["plan", "pipelines/mixtral.py", "-p", f"model={deep}", "-p", "search=progressive", *given, "--json"]
-            _, told = command(*plan, "--store", f"s3://bench/x?endpoint={url}")
-            keys = [row["key"] for row in json.loads(told)["rows"]]
+            plan = ["plan", "pipelines/mixtral.py", "-p", f"model={deep}", "-p", "search=progressive", *params, "--json"]
+            _, output = command(*plan, "--store", f"s3://bench/x?endpoint={url}")
+            keys = [row["key"] for row in json.loads(output)["rows"]]
             pretend("bench", "x", keys)
             proxy.latency = LATENCY
-            took, told = command(*plan, "--store", f"s3://bench/x?endpoint={proxy.url}")
-            steps = json.loads(told)["steps"]["stored"]
+            took, output = command(*plan, "--store", f"s3://bench/x?endpoint={proxy.url}")
+            steps = json.loads(output)["steps"]["stored"]
             if steps != len(keys):
                 raise AssertionError(f"{steps} of {len(keys)} steps were found stored")
     return [

@@ -51,28 +51,28 @@ TARGETS = {0.25: 0.75, 0.5: 0.85}
 Method = Callable[[Calibration, Step, float, int], Model]
 
 
-def _by_score(name: str, seen: Calibration, matrix: Step, removed: float, seed: int) -> Model:
-    return naee.prune(seen, round(8 * (1 - removed)), Search(name, seed=seed))
+def _by_score(name: str, calibration: Calibration, matrix: Step, removed: float, seed: int) -> Model:
+    return naee.prune(calibration, round(8 * (1 - removed)), Search(name, seed=seed))
 
 
-def _naee(seen: Calibration, matrix: Step, removed: float, seed: int) -> Model:
-    return naee.prune(seen, keep=round(8 * (1 - removed)))
+def _naee(calibration: Calibration, matrix: Step, removed: float, seed: int) -> Model:
+    return naee.prune(calibration, keep=round(8 * (1 - removed)))
 
 
-def _moei2(seen: Calibration, matrix: Step, removed: float, seed: int, *, share: float) -> Model:
-    """The paper: counts by importance, genetic search, blocks of three layers among three sets; then vanilla, by importance."""
+def _moei2(calibration: Calibration, matrix: Step, removed: float, seed: int, *, share: float) -> Model:
+    """The paper: counts by importance, genetic search, spans of three layers among three sets; then vanilla, by importance."""
     dropped = share * removed
-    pruned = moei2.prune(seen, Counts(1 - dropped, rule="paper"), Search("genetic", best=3, block=3, seed=seed))
+    pruned = moei2.prune(calibration, Counts(1 - dropped, rule="paper"), Search("genetic", best=3, span=3, seed=seed))
     ratio = moei2.ratio_left(removed, dropped)
     return moei2.decompose(_run(pruned, matrix), Decomposition(ratio=ratio, ranks="paper", svd="vanilla")) if ratio else pruned
 
 
-def _ours(seen: Calibration, matrix: Step, removed: float, seed: int, *, share: float) -> Model:
+def _ours(calibration: Calibration, matrix: Step, removed: float, seed: int, *, share: float) -> Model:
     """Exact allocation by measured divergence, swap search; then whitened, at ranks that one budget gives all matrices."""
     dropped = share * removed
-    pruned = moei2.prune(seen, Counts(1 - dropped), Search("swap", seed=seed)) if dropped else seen.model
+    pruned = moei2.prune(calibration, Counts(1 - dropped), Search("swap", seed=seed)) if dropped else calibration.model
     ratio = moei2.ratio_left(removed, dropped)
-    again = _run(pruned, matrix) if dropped else seen
+    again = _run(pruned, matrix) if dropped else calibration
     return moei2.decompose(again, Decomposition(ratio=ratio)) if ratio else pruned
 
 
@@ -108,10 +108,10 @@ def main() -> tuple[list[Row], str]:
                 for name, method in METHODS.items():
                     if seed and name not in (UNIFORM, COMPARED[0]):
                         continue
-                    found = _measured(store, original, method, removed, seed)
-                    apart.setdefault(name, []).append(found["apart"])
+                    measured = _measured(store, original, method, removed, seed)
+                    apart.setdefault(name, []).append(measured["apart"])
                     if seed == 0:
-                        lines.append(_line(removed, name, found))
+                        lines.append(_line(removed, name, measured))
             for name in COMPARED:
                 for seed in range(len(apart[name])):
                     ratio, low, high = _interval(apart[name][seed], apart[UNIFORM][seed])
@@ -126,9 +126,9 @@ def _run(model: Model, matrix: Step) -> Calibration:
 
 def _measured(store: Store, original: Model, method: Method, removed: float, seed: int) -> dict[str, Any]:
     matrix = data.tokens(Texts(CALIBRATION), original, Sample(SEQUENCES, LENGTH, seed=seed))
-    seen = _run(original, matrix)
-    small = method(seen, matrix, removed, seed)
-    compared = compare.compare(original, small, Texts(HELDOUT), Sample(HELDOUT_SEQUENCES, LENGTH), HELDOUT_PASS)
+    calibration = _run(original, matrix)
+    small = method(calibration, matrix, removed, seed)
+    compared = compare.reports(original, small, compare.HeldOut(HELDOUT, HELDOUT_SEQUENCES, LENGTH), HELDOUT_PASS)
     reports = [r for r in compared if r.name in ("evaluate.size", "evaluate.quality")]
     in_process.run([checkpoint.checkpoint_of(small), *reports], store)
     read = [json.loads(store.artifact(r.key).file("report.json").read_text()) for r in reports]
@@ -140,10 +140,10 @@ def _measured(store: Store, original: Model, method: Method, removed: float, see
     }
 
 
-def _line(removed: float, name: str, found: dict[str, Any]) -> str:
-    means = [float(a.mean()) for a in found["apart"]]
-    words = [f"{p:.1f}" for p in found["perplexity"]] + [f"{m:.4f}" for m in [*means, sum(means) / len(means)]]
-    return f"| {removed:.0%} | {name} | {found['removed']:.1%} | {' | '.join(words)} |"
+def _line(removed: float, name: str, measured: dict[str, Any]) -> str:
+    means = [float(a.mean()) for a in measured["apart"]]
+    words = [f"{p:.1f}" for p in measured["perplexity"]] + [f"{m:.4f}" for m in [*means, sum(means) / len(means)]]
+    return f"| {removed:.0%} | {name} | {measured['removed']:.1%} | {' | '.join(words)} |"
 
 
 def _interval(ours: list[np.ndarray], theirs: list[np.ndarray]) -> tuple[float, float, float]:

@@ -72,7 +72,7 @@ class Recovery:
         self.store = store
         self.original = checkpoint.pinned(pin(str(SHARED / "models" / "mixtral-21m"), kind="model"))
         self.matrix = data.tokens(Texts(CALIBRATION), self.original, Sample(SEQUENCES, LENGTH))
-        self.seen: Calibration = calibrate.run(self.original, self.matrix, PASS)
+        self.calibration: Calibration = calibrate.run(self.original, self.matrix, PASS)
         self.data = data.tokens(Texts(CALIBRATION), self.original, Sample(ROWS, LENGTH, seed=1))
         self.validation = {
             kind: data.tokens(Texts(name), self.original, Sample(12, LENGTH, seed=2)) for kind, name in VALIDATION.items()
@@ -84,7 +84,7 @@ class Recovery:
         return tune.tune(model, self.data, how, **teacher, validation=self.validation, gang=GANG)
 
     def measured(self, model: Model, tuned: tune.Tuned | None = None) -> Found:
-        reports = compare.compare(self.original, model, Texts(HELDOUT), Sample(HELDOUT_SEQUENCES, LENGTH), HELDOUT_PASS)
+        reports = compare.reports(self.original, model, compare.HeldOut(HELDOUT, HELDOUT_SEQUENCES, LENGTH), HELDOUT_PASS)
         wanted = [r for r in reports if r.name in ("evaluate.quality", "evaluate.experts_per_token")]
         in_process.run([checkpoint.checkpoint_of(model), *wanted], self.store)
         rows = [row for r in wanted for row in self._read(r, "report.json")["rows"]]
@@ -107,20 +107,20 @@ def main() -> tuple[list[Row], str]:
         bench = Recovery(Store.open(os.environ.get("MOEFLOW_BENCH_STORE", folder)))
         rows, tables = [], []
         for part in (_pruned, _low_rank, _fewer):
-            found, table = part(bench)
-            rows += found
+            claims, table = part(bench)
+            rows += claims
             tables.append(table)
     return rows, "\n\n".join(tables)
 
 
 def _pruned(bench: Recovery) -> tuple[list[Row], str]:
-    pruned = naee.prune(bench.seen, keep=4)
+    pruned = naee.prune(bench.calibration, keep=4)
     return _recovered(bench, "4 of 8 experts (NAEE)", pruned, TUNINGS | LONGER, target=True)
 
 
 def _low_rank(bench: Recovery) -> tuple[list[Row], str]:
     counts = Counts(0.75, rule="paper", importance="recon")
-    pruned = moei2.prune(bench.seen, counts, Search("genetic", best=3, block=3, generations=20))
+    pruned = moei2.prune(bench.calibration, counts, Search("genetic", best=3, span=3, generations=20))
     again = calibrate.run(pruned, bench.matrix, PASS)
     ratio = moei2.ratio_left(0.5, 0.25)
     vanilla = moei2.decompose(again, Decomposition(ratio=ratio, ranks="paper", svd="vanilla", importance="recon"))
@@ -148,13 +148,13 @@ def _recovered(
     for name, options in tunings.items():
         tuned = bench.tuned(model, **options)
         after = bench.measured(tuned.model, tuned)
-        told = after.training or {}
-        minutes, gone = told["seconds"] / 60, 1 - after.mean / before.mean
+        training = after.training or {}
+        minutes, gone = training["seconds"] / 60, 1 - after.mean / before.mean
         gone_of[name] = (gone, minutes)
-        course = " ".join(f"{v['mean']:.3f}" for v in told["validations"])
+        course = " ".join(f"{v['mean']:.3f}" for v in training["validations"])
         lines.append(
-            f"| {name} | {told['trained']:,} | {minutes:.1f} | {' | '.join(f'{k:.4f}' for k in after.kl)} | {after.mean:.4f} "
-            f"| {gone:.1%} | {gone / minutes:.1%} | {1000 * gone / told['trained']:.3%} | {course} |"
+            f"| {name} | {training['trained']:,} | {minutes:.1f} | {' | '.join(f'{k:.4f}' for k in after.kl)} | {after.mean:.4f} "
+            f"| {gone:.1%} | {gone / minutes:.1%} | {1000 * gone / training['trained']:.3%} | {course} |"
         )
         rows.append(Row(f"{what}, {name}: KL after against before", after.mean / before.mean, "at most", 1.0, "times"))
     if target:
@@ -171,8 +171,11 @@ def _fewer(bench: Recovery) -> tuple[list[Row], str]:
     attached = fewer_active.attach(original, fewer_active.CompressedExperts(main=1))
     models: dict[str, Model | tune.Tuned] = {
         "top-2, the original": original,
-        "skipping, median": fewer_active.skip(bench.seen),
-        **{f"skipping, {active} experts": fewer_active.skip(bench.seen, fewer_active.Skipping(active)) for active in (1.75, 1.25)},
+        "skipping, median": fewer_active.skip(bench.calibration),
+        **{
+            f"skipping, {active} experts": fewer_active.skip(bench.calibration, fewer_active.Skipping(active))
+            for active in (1.75, 1.25)
+        },
         "top-1": top1,
         "Compressed Experts as they begin": attached,
         "Compressed Experts, trained alone": bench.tuned(attached, mode="compressed_experts", loss="kl", rate=2e-2),
@@ -180,10 +183,10 @@ def _fewer(bench: Recovery) -> tuple[list[Row], str]:
         "Compressed Experts, everything trained": bench.tuned(attached, mode="full", loss="kl", rate=5e-4),
     }
     lines = [f"| | products | perplexity: {' | '.join(KINDS)} | KL |", "|---" * (3 + len(KINDS)) + "|"]
-    found = {}
+    results = {}
     for name, made in models.items():
         model, tuned = (made.model, made) if isinstance(made, tune.Tuned) else (made, None)
-        one = found[name] = bench.measured(model, tuned)
+        one = results[name] = bench.measured(model, tuned)
         lines.append(f"| {name} | {one.products:.2f} | {' | '.join(f'{p:.1f}' for p in one.perplexity)} | {one.mean:.4f} |")
     pairs = {
         "skipping, 1.25 experts": "top-1",
@@ -191,6 +194,6 @@ def _fewer(bench: Recovery) -> tuple[list[Row], str]:
         "Compressed Experts, everything trained": "top-1, everything trained",
     }
     return [
-        Row(f"KL of {name} against {other}", found[name].mean / found[other].mean, "at most", 1.0, "times")
+        Row(f"KL of {name} against {other}", results[name].mean / results[other].mean, "at most", 1.0, "times")
         for name, other in pairs.items()
     ], "\n".join(lines)

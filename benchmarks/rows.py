@@ -15,8 +15,8 @@ class Row:
     unit: str
 
     @property
-    def held(self) -> bool:
+    def holds(self) -> bool:
         return self.value >= self.target if self.bound == "at least" else self.value <= self.target
 
     def line(self) -> str:
-        return f"| {self.name} | {self.value:.3g} {self.unit} | {self.bound} {self.target:g} | {'yes' if self.held else 'NO'} |"
+        return f"| {self.name} | {self.value:.3g} {self.unit} | {self.bound} {self.target:g} | {'yes' if self.holds else 'NO'} |"

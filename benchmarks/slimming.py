@@ -1,7 +1,7 @@
 """GPTQ and SparseGPT on the experts of one layer beside the loop of the papers' released implementations.
 
 Eight matrices of 4096×1024, fp32, one thread, with the second moments of inputs of which a few hundred directions are much
-stronger than the rest; blocks of 128 columns, damp 0.01. The reference takes one matrix after the other, forms and factors the
+stronger than the rest; stripes of 128 columns, damp 0.01. The reference takes one matrix after the other, forms and factors the
 inverse of its moment, and treats a row-major weight column by column; it ends with what codes stand for, ours with codes and
 scales. Best of two rounds in turn, after one of ours that does not count. Both compute the same: what differs is said in the rows.
 """
@@ -17,11 +17,12 @@ from torch import Tensor
 from benchmarks.rows import Row
 from moeflow.methods.slim.gptq import gptq
 from moeflow.methods.slim.grid import Grid
+from moeflow.methods.slim.methods import Slimming
 from moeflow.methods.slim.quantized import Quantized
 from moeflow.methods.slim.sparsegpt import sparsegpt
 
 E, M, N = 8, 4096, 1024
-BLOCK, DAMP, ROUNDS = 128, 0.01, 2
+COLUMNS, DAMP, ROUNDS = 128, 0.01, 2
 GRID = Grid(bits=4, symmetric=True, group=128)
 
 
@@ -45,11 +46,11 @@ def by_columns(
     enter: Callable[[int, Tensor, Tensor], None],
     column: Callable[[int, Tensor, Tensor, Tensor], Tensor],
 ) -> Tensor:
-    """The loop both share: `enter` sees the weights and a block's factor as it starts, `column` makes of a column what stays."""
+    """The loop both share: `enter` sees the weights and a stripe's factor as it starts, `column` makes of a column what stays."""
     w_MN, factor_NN = w_MN.clone(), inverse_factor(moment_NN)
     out_MN, losses_MN = torch.zeros_like(w_MN), torch.zeros_like(w_MN)
-    for start in range(0, w_MN.shape[1], BLOCK):
-        stop = min(start + BLOCK, w_MN.shape[1])
+    for start in range(0, w_MN.shape[1], COLUMNS):
+        stop = min(start + COLUMNS, w_MN.shape[1])
         now_MB = w_MN[:, start:stop].clone()
         kept_MB, error_MB, loss_MB = (torch.zeros_like(now_MB) for _ in range(3))
         own_BB = factor_NN[start:stop, start:stop]
@@ -89,7 +90,7 @@ def reference_gptq(w_MN: Tensor, moment_NN: Tensor) -> Tensor:
 
 
 def reference_sparsegpt(w_MN: Tensor, moment_NN: Tensor, keep: int = 0, of: int = 0, ratio: float = 0.0) -> Tensor:
-    """A ratio of zeros in each block, or `keep` of every `of` columns."""
+    """A ratio of zeros in each stripe, or `keep` of every `of` columns."""
     drop_MB = torch.empty(0)
 
     def enter(start: int, w_MN: Tensor, own_BB: Tensor) -> None:
@@ -153,12 +154,14 @@ def main(threads: int = 1) -> list[Row]:
         return lambda: torch.stack([reference(w, s) for w, s in zip(w_EMN, moment_ENN, strict=True)])
 
     gptq_name, rows = f"GPTQ, {GRID.bits} bits in groups of {GRID.group}", []
-    options: dict[str, Any] = {"moment": moment_ENN, "block": BLOCK, "damp": DAMP}
-    rows += compared(gptq_name, lambda: gptq(w_EMN, GRID, **options), each(reference_gptq), w_EMN, moment_ENN)
+    how = partial(Slimming, columns=COLUMNS, damp=DAMP)
+    four = how("gptq", bits=GRID.bits, group=GRID.group)
+    rows += compared(gptq_name, lambda: gptq(w_EMN, moment_ENN, four), each(reference_gptq), w_EMN, moment_ENN)
     for name, pattern, same in (
         ("SparseGPT, 2:4", "2:4", partial(reference_sparsegpt, keep=2, of=4)),
         ("SparseGPT, half of the weights", "0.5", partial(reference_sparsegpt, ratio=0.5)),
     ):
-        rows += compared(name, partial(sparsegpt, w_EMN, pattern, **options), each(same), w_EMN, moment_ENN)
+        ours = partial(sparsegpt, w_EMN, moment_ENN, how("sparsegpt", pattern=pattern))
+        rows += compared(name, ours, each(same), w_EMN, moment_ENN)
     torch.set_num_threads(before)
     return rows

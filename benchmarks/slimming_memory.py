@@ -56,8 +56,8 @@ def step_in(folder: Path, way: str) -> Step:
     """The step that slims the only layer."""
     model = checkpoint.pinned(pin(str(folder / "model"), kind="model"))
     matrix = data.tokens(Texts(str(folder / "tokens.npy")), model, Sample(SEQUENCES, LENGTH))
-    seen = calibrate.run(model, matrix, Pass(batch=4, shard=SEQUENCES, dtype="float32"))
-    (layer,) = unified.slim(seen, Slimming(inputs="parallel", **WAYS[way])).layers
+    calibration = calibrate.run(model, matrix, Pass(batch=4, shard=SEQUENCES, dtype="float32"))
+    (layer,) = unified.slim(calibration, Slimming(inputs="parallel", **WAYS[way])).layers
     return layer
 
 
@@ -83,10 +83,10 @@ def main() -> list[Row]:
             write(folder, experts)
             _child("prepare", folder)
             for way in WAYS:
-                told = _child(way, folder)
-                beyond[way, experts] = told["peak"] - told["weights"]
-                what = f"{way}: peak memory for {experts} experts, of the {told['planned'] / 2**30:.2f} GiB that are planned"
-                rows.append(Row(what, told["peak"] / told["planned"], "at most", 1, "times"))
+                usage = _child(way, folder)
+                beyond[way, experts] = usage["peak"] - usage["weights"]
+                what = f"{way}: peak memory for {experts} experts, of the {usage['planned'] / 2**30:.2f} GiB that are planned"
+                rows.append(Row(what, usage["peak"] / usage["planned"], "at most", 1, "times"))
     for way in WAYS:
         if way != AWQ:
             what = f"{way}: memory beyond the layer's weights, {MANY} experts against {FEW}"
@@ -97,8 +97,8 @@ def main() -> list[Row]:
 def _child(what: str, folder: Path) -> dict[str, int]:
     command = [sys.executable, "-m", "benchmarks.slimming_memory", what, str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    told: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
-    return told
+    usage: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
+    return usage
 
 
 if __name__ == "__main__":

@@ -72,10 +72,10 @@ def listing() -> Row:
             [*pool.map(put, range(KEYS))]
         store = Store.open(f"s3://bench/x?endpoint={proxy.url}", cache)
         proxy.latency = LATENCY
-        found = []
-        took = seconds(lambda: found.append(store.index(names)))
-        if len(found[0].keys) != KEYS:
-            raise AssertionError(f"the index holds {len(found[0].keys)} of {KEYS} keys")
+        indexes = []
+        took = seconds(lambda: indexes.append(store.index(names)))
+        if len(indexes[0].keys) != KEYS:
+            raise AssertionError(f"the index holds {len(indexes[0].keys)} of {KEYS} keys")
     return Row("index of 2,000 stored steps, S3 with 30 ms added to every request", took, "at most", 5, "s")
 
 

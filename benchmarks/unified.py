@@ -111,7 +111,7 @@ AGAINST = (*SINGLE, "GPTQ in sequence, by activation", "GPTQ in sequence, 3 bits
 
 
 @dataclass(frozen=True)
-class Found:
+class Result:
     """A checkpoint's bytes without the embedding, its speeds as multiples of the original's, and what it does to held-out text."""
 
     nbytes: float
@@ -126,25 +126,25 @@ class Found:
 
 
 def main() -> tuple[list[Row], str]:
-    """Rows for the claims, and the table. Raises FileNotFoundError where the model or the texts are absent."""
+    """Rows for the claims, and the table. Raises FileNotResultError where the model or the texts are absent."""
     with tempfile.TemporaryDirectory() as folder:
         bench = _Bench(Store.open(os.environ.get("MOEFLOW_BENCH_STORE", folder)))
-        found = {name: bench.measured(stages) for name, stages in (SINGLE | COMBINED | OURS | TOGETHER).items()}
+        results = {name: bench.measured(stages) for name, stages in (SINGLE | COMBINED | OURS | TOGETHER).items()}
         whole = bench.whole
     rows = []
     for name in AGAINST:
-        rivals = {n: f for n, f in found.items() if n in TOGETHER and f.nbytes <= found[name].nbytes}
+        rivals = {n: f for n, f in results.items() if n in TOGETHER and f.nbytes <= results[name].nbytes}
         best = min(rivals, key=lambda n: rivals[n].mean)
-        what = f"KL of ours ({best}) against {name}, at {rivals[best].nbytes / found[name].nbytes:.2f} times its bytes"
-        rows.append(Row(what, rivals[best].mean / found[name].mean, "at most", 1.0, "times"))
+        what = f"KL of ours ({best}) against {name}, at {rivals[best].nbytes / results[name].nbytes:.2f} times its bytes"
+        rows.append(Row(what, rivals[best].mean / results[name].mean, "at most", 1.0, "times"))
     twice = [n for n in SINGLE if f"{n} in sequence" in OURS]
-    ratio = math.prod(found[n].mean / found[f"{n} in sequence"].mean for n in twice) ** (1 / len(twice))
+    ratio = math.prod(results[n].mean / results[f"{n} in sequence"].mean for n in twice) ** (1 / len(twice))
     what = f"KL on dense inputs, the default, against in sequence (geometric mean of {', '.join(twice)})"
     rows.append(Row(what, ratio, "at most", 1.0, "times"))
-    return rows, _table(found, whole)
+    return rows, _table(results, whole)
 
 
-def _table(found: dict[str, Found], whole: float) -> str:
+def _table(results: dict[str, Result], whole: float) -> str:
     lines = [
         "| method | bytes | prefill | decode | perplexity: "
         + " | ".join(KINDS)
@@ -153,8 +153,8 @@ def _table(found: dict[str, Found], whole: float) -> str:
         + " | mean | frontier |",
         "|" + "---|" * 12,
     ]
-    for name, f in found.items():
-        ahead = not any(o.nbytes <= f.nbytes and o.mean < f.mean for o in found.values())
+    for name, f in results.items():
+        ahead = not any(o.nbytes <= f.nbytes and o.mean < f.mean for o in results.values())
         figures = " | ".join([*(f"{p:.1f}" for p in f.perplexity), *(f"{k:.4f}" for k in (*f.kl, f.mean))])
         lines.append(
             f"| {name} | {f.nbytes / whole:.1%} | {f.prefill:.2f} | {f.decode:.2f} | {figures} | {'yes' if ahead else ''} |"
@@ -169,21 +169,20 @@ class _Bench:
         self.store = store
         self.original = checkpoint.pinned(pin(str(SHARED / "models" / "mixtral-21m"), kind="model"))
         self.matrix = data.tokens(Texts(CALIBRATION), self.original, Sample(SEQUENCES, LENGTH))
-        self.seen = self._calibrated(self.original)
         self.whole = 0.0
 
-    def measured(self, stages: tuple[Stage, ...]) -> Found:
+    def measured(self, stages: tuple[Stage, ...]) -> Result:
         model = self.original
         for stage in stages:
             model = stage(self._calibrated(model))
-        compared = compare.compare(self.original, model, Texts(HELDOUT), Sample(HELDOUT_SEQUENCES, LENGTH), HELDOUT_PASS)
+        compared = compare.reports(self.original, model, compare.HeldOut(HELDOUT, HELDOUT_SEQUENCES, LENGTH), HELDOUT_PASS)
         reports = [r for r in compared if r.name in ("evaluate.size", "evaluate.quality", "evaluate.speed")]
         in_process.run([checkpoint.checkpoint_of(model), *reports], self.store)
         rows = {row["name"]: row for report in reports for row in self._rows(report)}
         embedding = self.original.config["vocab_size"] * self.original.config["hidden_size"] * 2
         self.whole = rows["bytes"]["original"] - embedding
         kinds = [n.removeprefix("KL to the original ") for n in rows if n.startswith("KL to the original")]
-        return Found(
+        return Result(
             rows["bytes"]["compressed"] - embedding,
             *(rows[n]["compressed"] / rows[n]["original"] for n in ("prefill", "decode")),
             [rows[f"perplexity {k}"]["compressed"] for k in kinds],

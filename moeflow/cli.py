@@ -3,6 +3,7 @@
 A pipeline file ends with `main(build)`, so `python PIPELINE.py ...` is `moeflow run PIPELINE.py ...`.
 """
 
+import ast
 import inspect
 import json as json_
 import re
@@ -12,7 +13,10 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
+from dataclasses import asdict
+from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,13 +27,14 @@ from moeflow import report
 from moeflow.report import lineage as lineages
 from moeflow.run import CannotRun, ClusterLost, Options, StepFailed, pipeline
 from moeflow.run import plan as plans
-from moeflow.run.go import Runner, fleeting, go, prepare
+from moeflow.run.go import Runner, go, prepare
 from moeflow.run.outcome import describe
 from moeflow.run.plan_table import plan_lines, plan_table
 from moeflow.run.progress import show as show_progress
 from moeflow.run.words import count, size
 from moeflow.store import LocalBlobs, NotStored, Store, StoreError, versions
 from moeflow.store import gc as garbage_
+from moeflow.store import repair as repair_
 
 STORE = ".moeflow/store"
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -62,20 +67,43 @@ All = Annotated[bool, typer.Option("--all", help="a line for every step")]
 Ref = Annotated[str, typer.Argument(metavar="REF", help="name@3, name, a label, a key, or the beginning of one key")]
 
 
+_debug = ContextVar("debug", default=False)
+
+
 class PipelineCommand(TyperCommand):
     """A command whose `--help` shows the pipeline's page if a pipeline file is named."""
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
-        file = next((word for word in args if word.endswith(".py")), None)
+        file = next((Path(word) for word in args if word.endswith(".py")), None)
         if "--help" in args and file is not None:
-            with asking("--debug" in args):
-                build = pipeline.load(Path(file))
-            print(pipeline.page(build, inspect.getdoc(sys.modules[f"moeflow_pipeline_{Path(file).stem}"]) or ""))
+            _debug.set("--debug" in args)
+            with asking():
+                build = pipeline.load(file)
+            print(pipeline.page(build, ast.get_docstring(ast.parse(file.read_text())) or ""))
+            print(f"\nThe options --store, --runner and so on are those of: moeflow {self.name} --help")
             ctx.exit()
         return super().parse_args(ctx, args)
 
 
-@app.command(cls=PipelineCommand)
+def command(**options: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Make a function a command of `moeflow`; every command takes `--debug` too."""
+
+    def add(function: Callable[..., None]) -> Callable[..., None]:
+        @wraps(function)
+        def with_debug(*, debug: bool, **arguments: Any) -> None:
+            _debug.set(debug)
+            function(**arguments)
+
+        signature = inspect.signature(function)
+        debug = inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Debug)
+        with_debug.__signature__ = signature.replace(parameters=[*signature.parameters.values(), debug])  # type: ignore[attr-defined]
+        app.command(**options)(with_debug)
+        return function
+
+    return add
+
+
+@command(cls=PipelineCommand)
 def plan(
     file: File,
     param: Params = [],  # noqa: B006
@@ -83,14 +111,12 @@ def plan(
     runner: RunnerName = Runner.auto,
     all: All = False,
     json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """Show what is stored, what would run, what it would read and write, and what cannot work."""
-    with asking(debug):
+    with asking():
         opened = _open(store)
         target = pipeline.call(pipeline.load(file), param)
-        capacity = plans.Capacity.here() if runner.chosen() is Runner.process else None
-        planned = plans.plan([target, *target.reports], opened, capacity=capacity)
+        planned = plans.plan([target, *target.reports], opened, memory=runner.memory)
     if json:
         _json({"key": target.key, **planned.json()})
     else:
@@ -102,7 +128,7 @@ def plan(
         raise typer.Exit(2)
 
 
-@app.command(cls=PipelineCommand)
+@command(cls=PipelineCommand)
 def run(
     file: File,
     param: Params = [],  # noqa: B006
@@ -114,22 +140,37 @@ def run(
     gpus: Gpus = None,
     cpus: Cpus = None,
     json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """Run what is not stored yet, publish the result as NAME@N, and show what its reports say."""
-    options = Options(retries, in_flight, gpus, cpus)
-    _run(lambda: pipeline.load(file), param, store, name or file.stem, runner, options, json=json, debug=debug)
+    options, name = Options(retries, in_flight, gpus, cpus), name or file.stem
+    with asking():
+        opened = _open(store)
+        target = options.place(pipeline.call(pipeline.load(file), param))
+        prepared = prepare(target, opened, name=name, runner=runner)
+    shown = show_progress(json=json)
+    lost = not store and "working_dir_files" in Path.cwd().parts  # of a Ray job, which is deleted with the cluster
+    if lost:
+        shown.say(f"warning: the store {opened.url} goes with the Ray cluster; pass --store to keep what this run makes")
+    with working():
+        outcome, n = go(prepared, progress=shown, options=options, record={"pipeline": name, "given": param})
+        reports = report.read(opened, [s.key for s in target.reports])
+    if json:
+        steps = {"run": len(outcome.ran), "stored": outcome.reused}
+        _json({"key": target.key, "name": name, "version": n, "steps": steps, "seconds": round(outcome.seconds, 3)})
+        return
+    _reports(reports)
+    where = f" --store {shlex.quote(opened.url)}" if store or lost else ""
+    print(f"{name}@{n}  {target.key}\nin {opened.url}; to use it: moeflow pull {name}@{n} DIR{where}")
 
 
-@app.command()
+@command()
 def ls(
     name: Annotated[str, typer.Argument(help="only versions of this name")] = "",
     store: Url = "",
     json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """List the versions, newest last, with their labels."""
-    with asking(debug):
+    with asking():
         listed = sorted(versions.list(_reading(store), name), key=lambda v: v.created)
     if json:
         _json([_version(v) for v in listed])
@@ -140,10 +181,10 @@ def ls(
         print(f"no versions{f' of {name}' if name else ''} in {store or STORE}", file=sys.stderr)
 
 
-@app.command()
-def show(ref: Ref, store: Url = "", all: All = False, json: Json = False, debug: Debug = False) -> None:
+@command()
+def show(ref: Ref, store: Url = "", all: All = False, json: Json = False) -> None:
     """Show a version: parameters, everything upstream, library versions, source digests and reports."""
-    with asking(debug):
+    with asking():
         opened = _reading(store)
         version, key = _resolve(opened, ref)
         upstream = versions.lineage(opened, key)
@@ -151,8 +192,8 @@ def show(ref: Ref, store: Url = "", all: All = False, json: Json = False, debug:
     if json:
         about = {"version": _version(version) if version else None, "key": key}
         libraries = lineages.libraries(upstream)
-        details = {"libraries": libraries, "lineage": lineages.as_json(upstream), "reports": [r.json() for r in reports]}
-        _json(about | details)
+        lineage = [json_.loads(m.dump()) for m in upstream.values()]
+        _json(about | {"libraries": libraries, "lineage": lineage, "reports": [asdict(r) for r in reports]})
         return
     out = report.console()
     plain = not out.is_terminal
@@ -164,23 +205,22 @@ def show(ref: Ref, store: Url = "", all: All = False, json: Json = False, debug:
     _reports(reports)
 
 
-@app.command()
+@command()
 def pull(
     ref: Ref,
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="a new or empty folder")],
     dense: Annotated[bool, typer.Option("--dense", help="multiply low-rank matrices out, for engines without a kernel")] = False,
     store: Url = "",
     json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """Copy a version's files into a folder that transformers loads; the copies are yours to change."""
-    with asking(debug):
+    with asking():
         opened = _reading(store)
         _, key = _resolve(opened, ref)
         if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
             raise FileExistsError(f"{folder} is not empty; name a folder that does not exist yet")
         manifest = opened.manifest(key)
-    with working(debug):
+    with working():
         opened.fetch(key, folder)
         made = _multiplied_out(folder) if dense else {}
     if json:
@@ -197,16 +237,15 @@ def pull(
         print("no matrix is low-rank: there was nothing to multiply out")
 
 
-@app.command()
+@command()
 def promote(
     ref: Ref,
     label: Annotated[str, typer.Argument(help="a word like production")],
     store: Url = "",
     json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """Point a label at a version; afterwards REF may be the label."""
-    with asking(debug):
+    with asking():
         version = versions.promote(_open(store), ref, label)
     if json:
         _json({"label": label, "ref": version.ref, "key": version.key})
@@ -214,19 +253,18 @@ def promote(
         print(f"{label} is {version.ref}, {version.key}")
 
 
-@app.command()
+@command()
 def gc(
     delete: Annotated[bool, typer.Option("--delete", help="delete what is listed")] = False,
     grace: Annotated[str, typer.Option("--grace", help="spare what is younger: 7d, 12h, 30m, 0s")] = "7d",
     store: Url = "",
     json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """List what no version reaches and is older than the grace period; with --delete, delete it."""
-    with asking(debug):
+    with asking():
         opened = _reading(store)
         garbage = garbage_.gc(opened, _seconds(grace))
-    with working(debug):
+    with working():
         gone = garbage_.delete(opened, garbage) if delete else garbage
     if json:
         about = {"deleted": delete, "manifests": list(gone.manifests), "partials": list(gone.partials)}
@@ -243,67 +281,47 @@ def gc(
         print(f"warning: {key} cannot be read: a blob is gone or cut short; run its pipeline again", file=sys.stderr)
 
 
-def main(build: Callable[..., Any] | None = None) -> None:
-    """The `moeflow` command; with a pipeline's `build`, the command of that pipeline's file."""
-    if build is None:
-        app()
-        return
-    stem = Path(sys.argv[0]).stem
-
-    def itself(
-        param: Params = [],  # noqa: B006
-        store: Url = "",
-        name: Name = "",
-        runner: RunnerName = Runner.auto,
-        in_flight: InFlight = 0,
-        retries: Retries = 3,
-        gpus: Gpus = None,
-        cpus: Cpus = None,
-        json: Json = False,
-        debug: Debug = False,
-    ) -> None:
-        options = Options(retries, in_flight, gpus, cpus)
-        _run(lambda: build, param, store, name or stem, runner, options, json=json, debug=debug)
-
-    if "--help" in sys.argv:
-        print(pipeline.page(build, inspect.getdoc(sys.modules["__main__"]) or ""))
-        print("\nThe options --store, --name, --runner, --gpus and so on are those of: moeflow run --help")
-        return
-    alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    alone.command()(itself)
-    alone()
-
-
-def _run(
-    loaded: Callable[[], pipeline.Build],
-    params: list[str],
-    url: str,
-    name: str,
-    runner: Runner,
-    options: Options,
-    *,
-    json: bool,
-    debug: bool,
+@command()
+def verify(
+    ref: Annotated[str, typer.Argument(metavar="[REF]", help="a version or key, with everything that it was made from")] = "",
+    all: Annotated[bool, typer.Option("--all", help="everything that the store holds")] = False,
+    repair: Annotated[bool, typer.Option("--repair", help="drop what is damaged with everything that rests on it")] = False,
+    store: Url = "",
+    json: Json = False,
 ) -> None:
-    with asking(debug):
-        store = _open(url)
-        prepared = prepare(options.place(pipeline.call(loaded(), params)), store, name=name, runner=runner)
-    shown = show_progress(json=json)
-    lost = not url and fleeting(Path.cwd())
-    if lost:
-        shown.say(f"warning: the store {store.url} goes with the Ray cluster; pass --store to keep what this run makes")
-    with working(debug):
-        outcome, n = go(prepared, progress=shown, options=options, record={"pipeline": name, "given": params})
-        reports = report.read(store, [s.key for s in prepared.target.reports])
-    key = prepared.target.key
+    """Compare every byte of a version, or of the store, with what was written. Exit code 1 if any is damaged and not dropped."""
+    with asking():
+        if bool(ref) == all:
+            raise ValueError("name a version or key, or say --all")
+        opened = _reading(store)
+        version, key = _resolve(opened, ref) if ref else (None, "")
+    with working():
+        damage = repair_.inspect(opened, key, version.reports if version else ())
+        if repair and damage.names:
+            repair_.drop(opened, damage.names)
+    refs = [v.ref for v in damage.versions]
     if json:
-        steps = {"run": len(outcome.ran), "stored": outcome.found}
-        seconds = round(outcome.seconds, 3)
-        _json({"key": key, "name": name, "version": n, "steps": steps, "seconds": seconds})
-        return
-    _reports(reports)
-    where = f" --store {shlex.quote(store.url)}" if url or lost else ""
-    print(f"{name}@{n}  {key}\nin {store.url}; to use it: moeflow pull {name}@{n} DIR{where}")
+        about = {"files": damage.files, "bytes": damage.bytes, "damaged": dict(damage.names), "keys": list(damage.keys)}
+        _json(about | {"versions": refs, "orphans": len(damage.orphans), "dropped": bool(repair and damage.names)})
+    else:
+        for line in [*damage.names.values(), *(f"{key} rests on what is damaged" for key in damage.keys)]:
+            print(line)
+        read = f"{count(damage.files, 'file')}, {size(damage.bytes)}"
+        print(f"{read}: {count(len(damage.names), 'object')} damaged" if damage.names else f"{read}: all as they were written")
+        if damage.orphans:
+            unused = size(sum(e.size for e in damage.orphans))
+            print(f"{count(len(damage.orphans), 'blob')}, {unused}, that nothing names; see `moeflow gc`")
+        if damage.names:
+            print("dropped: the next run computes them again" if repair else "to drop them, and compute them again: --repair")
+        for v in damage.versions:
+            print(f"{v.ref} rests on them: run its pipeline, {v.record.get('pipeline', v.name)}, again")
+    if damage.names and not repair:
+        raise typer.Exit(1)
+
+
+def main(build: Callable[..., Any] | None = None) -> None:
+    """The `moeflow` command; with a pipeline's `build`, `moeflow run` with the file that is running."""
+    app(None if build is None else ["run", *sys.argv])
 
 
 def _reports(reports: Sequence[report.Report]) -> None:
@@ -365,38 +383,34 @@ def _json(value: Any) -> None:
     print(json_.dumps(value), flush=True)
 
 
-@contextmanager
-def asking(debug: bool) -> Iterator[None]:
+def asking() -> AbstractContextManager[None]:
     """Errors inside are the request's fault: exit code 2."""
-    with _one_line(REQUEST, 2, debug):
-        yield
+    return _one_line(REQUEST, 2)
 
 
-@contextmanager
-def working(debug: bool) -> Iterator[None]:
+def working() -> AbstractContextManager[None]:
     """Errors inside are the work's fault: exit code 1."""
-    with _one_line(WORK, 1, debug):
-        yield
+    return _one_line(WORK, 1)
 
 
 @contextmanager
-def _one_line(expected: tuple[type[Exception], ...], code: int, debug: bool) -> Iterator[None]:
+def _one_line(expected: tuple[type[Exception], ...], code: int) -> Iterator[None]:
     """Turn expected errors, Ctrl-C and `ray job stop` into one line; any other error is a bug of moeflow."""
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     except KeyboardInterrupt:
-        _complain("interrupted; what had finished is stored, and the next run continues there", debug)
+        _complain("interrupted; what had finished is stored, and the next run continues there")
         raise typer.Exit(1) from None
     except expected as error:
         plainly = isinstance(error, (*WORK, ValueError)) and str(error)
-        _complain(" ".join(str(error).split()) if plainly else describe(error), debug)
+        _complain(" ".join(str(error).split()) if plainly else describe(error))
         raise typer.Exit(2 if isinstance(error, CannotRun) else code) from None
     finally:
         signal.signal(signal.SIGTERM, previous)
 
 
-def _complain(line: str, debug: bool) -> None:
-    if debug:
+def _complain(line: str) -> None:
+    if _debug.get():
         traceback.print_exc()
     print(f"error: {line}", file=sys.stderr, flush=True)

@@ -1,7 +1,7 @@
 """Options that travel as one value: frozen dataclasses that a step takes whole and that a person sets field by field.
 
-Choices are `Literal`s, an absent stage is None, and the string below a field says what it means. A key holds only the fields that
-differ from their defaults. Standard library only.
+Choices are `Literal`s, or the names of a table (`Annotated[str, TABLE]`), an absent stage is None, and the string below a field
+says what it means. A key holds only the fields that differ from their defaults. Standard library only.
 """
 
 import ast
@@ -40,6 +40,13 @@ def check_choices(value: Any) -> None:
         choices, choice = choices_of(kind), getattr(value, name)
         if choices and choice is not None and choice not in choices:
             raise ValueError(f"{name}={choice!r} is not known; choose one of {', '.join(map(str, choices))}")
+
+
+def check_at_least(value: Any, **bounds: float) -> None:
+    """Raise ValueError if a field of an options value is below its bound."""
+    for name, bound in bounds.items():
+        if getattr(value, name) < bound:
+            raise ValueError(f"{name}={getattr(value, name)} must be at least {bound}")
 
 
 def plain(value: Any, kind: Any = None) -> Any:
@@ -90,11 +97,11 @@ def restored(value: Any, kind: Any) -> Any:
 
 def described(kind: type) -> list[Described]:
     """The fields of an options type."""
-    kinds, docs = hints_of(kind), docs_of(kind)
-    return [
-        Described(f.name, shown(kinds[f.name]), _default(f), tuple(map(str, choices_of(kinds[f.name]))), docs.get(f.name, ""))
-        for f in fields(kind)
-    ]
+    kinds, docs, rows = hints_of(kind), docs_of(kind), []
+    for f in fields(kind):
+        choices = tuple(map(str, choices_of(kinds[f.name])))
+        rows.append(Described(f.name, shown(kinds[f.name]), word_of(default_of(f)), choices, docs.get(f.name, "")))
+    return rows
 
 
 def changed(name: str, kind: type, value: Any, words: Mapping[str, str]) -> Any:
@@ -179,9 +186,10 @@ def default_of(f: "dataclasses.Field[Any]") -> Any:
 
 @cache
 def hints_of(kind: Any) -> dict[str, Any]:
-    """The resolved annotations of an options type's fields."""
-    kinds = typing.get_type_hints(kind)
-    return {f.name: kinds[f.name] for f in fields(kind)}
+    """The resolved annotations of an options type's fields; one of the names of a table is a `Literal` of them."""
+    kinds = typing.get_type_hints(kind, include_extras=True)
+    named = {n: typing.Literal[*k.__metadata__[0]] for n, k in kinds.items() if typing.get_origin(k) is typing.Annotated}
+    return {f.name: (kinds | named)[f.name] for f in fields(kind)}
 
 
 @cache
@@ -217,14 +225,14 @@ def shown(kind: Any) -> str:
     return " or ".join(dict.fromkeys(words))
 
 
-def _default(f: "dataclasses.Field[Any]") -> str:
-    default = default_of(f)
-    if default is dataclasses.MISSING:
+def word_of(value: Any) -> str:
+    """A default as the page of help shows it; empty if there is none."""
+    if value is dataclasses.MISSING:
         return ""
-    if default is None:
+    if value is None:
         return "none"
-    if isinstance(default, bool):
-        return str(default).lower()
-    if isinstance(default, tuple | list):
-        return json.dumps(list(default))
-    return f"{default:g}" if isinstance(default, float) else str(default)
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple | list):
+        return json.dumps(list(value))
+    return f"{value:g}" if isinstance(value, float) else str(value)

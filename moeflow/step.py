@@ -23,8 +23,8 @@ from typing import Any, Concatenate, NoReturn, ParamSpec, Protocol
 
 from moeflow import options
 
-CODE = re.compile(r"[a-z_]\w*(\.\w+)+:\w+")
-"""How a table of methods refers to the code of a row; see `moeflow.methods.graph.load`."""
+CODE = re.compile(r"[a-z_]\w*(\.\w+)+:\w+")  # how a table of methods refers to a row's code; see `moeflow.methods.graph.load`
+P = ParamSpec("P")
 
 
 class Artifact(Protocol):
@@ -93,9 +93,9 @@ class Context(Protocol):
 class Resources:
     """What one run of a step, or each process of a gang, may use. Never part of a key. Raises ValueError, TypeError.
 
-    With `processes` a step is a gang: its function runs in that many processes at once, all with the same inputs and
-    parameters. The environment gives each its place, as torch.distributed reads it: RANK, WORLD_SIZE, LOCAL_RANK,
-    LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT. On a cluster torch.distributed is initialised before the function starts.
+    With `processes` a step is a gang: its function runs in that many processes at once, all with the same inputs and parameters.
+    The environment gives each its place as torch.distributed reads it: RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE,
+    MASTER_ADDR and MASTER_PORT. On a cluster torch.distributed is initialised before the function starts.
     """
 
     cpus: float = 1
@@ -133,23 +133,10 @@ class Promise:
     def key(self) -> str:
         raise NotImplementedError
 
-    def _early(self) -> NoReturn:
+    def _early(self, *_: Any, **__: Any) -> NoReturn:
         raise TypeError(f"{self.key} is a promise: its files are there when the graph has run, for the steps that take it as input")
 
-    def names(self) -> list[str]:
-        self._early()
-
-    def size(self, name: str) -> int:
-        self._early()
-
-    def file(self, name: str) -> Path:
-        self._early()
-
-    def read(self, name: str, start: int, stop: int) -> bytes:
-        self._early()
-
-    def folder(self) -> Path:
-        self._early()
+    names = size = file = read = folder = _early
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,9 +186,9 @@ class Step(Promise):
         args, params = arguments(self.fn, self.slots, [i.spec.output for i in self.inputs], self.params)
         return self.describe(*args, **params)
 
-    @cached_property
+    @property
     def source(self) -> str:
-        """A digest of the function's source: recorded, compared and warned about, never part of the key."""
+        """A digest of the function's source, empty without a file: recorded, compared and warned about, never part of the key."""
         return _source(self.fn)
 
     def content(self, digests: Sequence[str]) -> str:
@@ -228,9 +215,6 @@ class Step(Promise):
     def _digest(self, inputs: list[str]) -> str:
         recipe = {"step": self.name, "version": self.version, "params": self.params, "inputs": grouped(self.slots, inputs)}
         return hashlib.sha256(b"moeflow.step/2\n" + canonical(recipe)).hexdigest()[:32]
-
-
-P = ParamSpec("P")
 
 
 def step(
@@ -278,9 +262,8 @@ def _declared(fn: Callable[..., None]) -> tuple[inspect.Signature, dict[str, Any
 def _inputs(name: str, slot: str, value: Any) -> list[Step | Part] | None:
     """The steps of one input; None if it is absent."""
     several = list(value) if isinstance(value, tuple | list) else [] if value is None else [value]
-    for one in several:
-        if not isinstance(one, Step | Part):
-            raise TypeError(f"{name}: the input {slot} is made of steps, parameters go by keyword; got {one!r}")
+    if strangers := [one for one in several if not isinstance(one, Step | Part)]:
+        raise TypeError(f"{name}: the input {slot} is made of steps, parameters go by keyword; got {strangers[0]!r}")
     return several or None
 
 
@@ -303,13 +286,14 @@ def arguments(
     signature, kinds = _declared(fn)
     by_name, counts = grouped(slots, inputs), dict(slots)
     args: list[Any] = []
-    for parameter in list(signature.parameters.values())[1:]:
-        name = parameter.name
+    for name, parameter in list(signature.parameters.items())[1:]:
+        if parameter.kind is parameter.KEYWORD_ONLY:
+            break
         if parameter.kind is parameter.VAR_POSITIONAL:
             args += by_name.get(name, ())
-        elif parameter.kind is not parameter.KEYWORD_ONLY and name in counts:
+        elif name in counts:
             args.append(by_name[name] if counts[name] is None else tuple(by_name[name]))
-        elif parameter.kind is not parameter.KEYWORD_ONLY:  # absent
+        else:  # absent
             args.append(() if typing.get_origin(kinds.get(name)) is tuple else None)
     return args, {name: options.restored(value, kinds.get(name)) for name, value in params.items()}
 
@@ -320,13 +304,11 @@ def upstream(targets: Iterable[Step]) -> list[Step]:
     stack = [(t, False) for t in reversed(list(targets))]
     while stack:
         current, expanded = stack.pop()
-        if current.key in order:
-            continue
         if expanded:
-            order[current.key] = current
-            continue
-        stack.append((current, True))
-        stack.extend((step_of(i), False) for i in reversed(current.inputs))
+            order.setdefault(current.key, current)
+        elif current.key not in order:
+            stack.append((current, True))
+            stack.extend((step_of(i), False) for i in reversed(current.inputs))
     return list(order.values())
 
 
@@ -355,9 +337,12 @@ def canonical(value: Any) -> bytes:
 def _source(fn: Callable[..., None]) -> str:
     """A digest of a function's source and of the modules of its package that it imports when it runs, and that those import.
 
-    This module is left out. Nothing is imported.
+    This module is left out. Nothing is imported. Empty if the function comes from no file.
     """
-    text = inspect.getsource(fn)
+    try:
+        text = inspect.getsource(fn)
+    except OSError:
+        return ""
     package, *inside = fn.__module__.split(".")
     root = Path(inspect.getfile(fn)).parents[len(inside) - 1] if inside else None
     texts: dict[Path, str] = {}
@@ -365,18 +350,15 @@ def _source(fn: Callable[..., None]) -> str:
     while stack:
         file = stack.pop()
         if root and file not in texts and file != Path(__file__):
-            texts[file], imported = _module(file, package, root)
-            stack.extend(imported)
+            texts[file] = _text(file)
+            stack.extend(_imports(texts[file], package, root))
     return hashlib.sha256("".join([text, *(texts[file] for file in sorted(texts))]).encode()).hexdigest()
 
 
+_text = cache(Path.read_text)
+
+
 @cache
-def _module(file: Path, package: str, root: Path) -> tuple[str, frozenset[Path]]:
-    """A module's text, and the files of its package that it imports."""
-    text = file.read_text()
-    return text, _imports(text, package, root)
-
-
 def _imports(text: str, package: str, root: Path) -> frozenset[Path]:
     """The files of the package that a text imports, or refers to as code to load ("package.module:function")."""
     names: set[str] = set()

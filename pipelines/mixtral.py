@@ -43,8 +43,8 @@ def build(
 ) -> Step:
     original = checkpoint.pinned(model)
     matrix = data.tokens(tokens, original, calibration.sample)
-    seen = calibrate.run(original, matrix, calibration.passed)
-    pruned = naee.prune(seen, keep, search)
+    calibrated = calibrate.run(original, matrix, calibration.passed)
+    pruned = naee.prune(calibrated, keep, search)
     tuned = tuning.tuned(pruned, original, tune, gang, calibration.passed)
     served = naee.skipped(tuned.model, matrix, skipping, calibration.passed)
     reports = compare.reports(original, served, heldout, calibration.passed, tokens=matrix)

@@ -3,11 +3,11 @@
     ray job submit --working-dir . -- python pipelines/mixtral_moei2.py --store s3://bucket/prefix --gpus 1
 
 The constants are the paper's: a quarter of the experts is dropped, spread over layers by importance, found by a genetic search
-(population 100, 50 generations) and chosen in blocks of T=3 layers among K=3 sets each; the rest is cut to about half of the
+(population 100, 50 generations) and chosen in spans of T=3 layers among K=3 sets each; the rest is cut to about half of the
 experts' parameters by SVD, with ranks by importance at alpha 0.15. 2,048 sequences of 2,048 tokens of C4. Then LoRA on Alpaca; the
 paper's rank, rate and epochs were not at hand, so those here are usual ones. `-p tune=none` leaves it out.
 
-What moeflow puts beside it: `-p counts.rule=exact -p search=swap -p search.block=1 -p decomposition.svd=whitened
+What moeflow puts beside it: `-p counts.rule=exact -p search=swap -p search.span=1 -p decomposition.svd=whitened
 -p decomposition.ranks=global`.
 """
 
@@ -36,7 +36,7 @@ def build(
     heldout: HeldOut = HeldOut(WIKITEXT2),
     removed: float = 0.5,
     counts: Counts = Counts(0.75, rule="paper"),
-    search: Search = Search("genetic", block=3, seed=42),
+    search: Search = Search("genetic", span=3, seed=42),
     decomposition: Decomposition = Decomposition(svd="vanilla", ranks="paper"),
     tune: FineTuning | None = FineTuning(epochs=2, batch=64, rank=8, seed=42),
     gang: Gang = Gang(zero=3, checkpointing=True),

@@ -25,15 +25,17 @@ from moeflow.methods.recipes.tune import FineTuning
 from moeflow.sources import Source
 from moeflow.step import Step
 
+TUNE = FineTuning(
+    "full", epochs=2, batch=128, rate=2e-5, warmup=0.03, text="mathinstruct", rows=12_800, length=4096, bos=False, seed=42
+)
+
 
 def build(
     model: Source = "allenai/OLMoE-1B-7B-0924",
     *,
     heldout: HeldOut = HeldOut(WIKITEXT2, length=4096),
     vectors: CompressedExperts = CompressedExperts(),
-    tune: FineTuning = FineTuning(
-        "full", epochs=2, batch=128, rate=2e-5, warmup=0.03, text="mathinstruct", rows=12_800, length=4096, bos=False, seed=42
-    ),
+    tune: FineTuning = TUNE,
     gang: Gang = Gang(zero=3, checkpointing=True),
     passed: Pass = Pass(),
 ) -> Step:

@@ -6,20 +6,15 @@ The constants are the paper's, as in `olmoe.py`, with a rate of 1e-5. Active par
 configuration; the paper prints 7.45 and 4.93 B, which is the count without grouped-query attention.
 """
 
+from dataclasses import replace
 from functools import partial
 
+from olmoe import TUNE
 from olmoe import build as compressed
 
 from moeflow.cli import main
-from moeflow.methods.recipes.tune import FineTuning
 
-build = partial(
-    compressed,
-    model="microsoft/Phi-3.5-MoE-instruct",
-    tune=FineTuning(
-        "full", epochs=2, batch=128, rate=1e-5, warmup=0.03, text="mathinstruct", rows=12_800, length=4096, bos=False, seed=42
-    ),
-)
+build = partial(compressed, model="microsoft/Phi-3.5-MoE-instruct", tune=replace(TUNE, rate=1e-5))
 
 if __name__ == "__main__":
     main(build)

@@ -14,6 +14,7 @@ from tests import servers, tiny
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, where transformers looks for it, warns that it sees no GPU
+os.environ.setdefault("RAY_raylet_start_wait_time_s", "240")  # seconds; a busy machine needs more than the usual 30
 
 
 LONGEST = ("test_finetune", "test_gang", "test_survival", "test_clusters", "test_interruptions")

@@ -63,7 +63,7 @@ def graph(model: Model, matrix: Texts, *, keep: int = 5, how: str = "layerwise")
     """The checkpoint of a model pruned to `keep` experts per layer, with the reports that compare it with the original."""
     seen = calibrate.run(model, data.tokens(matrix, model, Sample(8, 16)), Pass(batch=4, shard=4, stage=2))
     pruned = naee.prune(seen, keep, Search(how))
-    reports = compare.compare(model, pruned, Texts("nowhere.txt"), Sample(4, 16), Pass(4, 32), tokens=seen.tokens)
+    reports = compare.reports(model, pruned, compare.HeldOut("nowhere.txt", 4, 16), Pass(4), tokens=seen.tokens)
     return checkpoint.checkpoint_of(pruned).reporting(*reports)
 
 

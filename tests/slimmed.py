@@ -1,6 +1,7 @@
-"""What a slimmed checkpoint says of itself, multiplied out, and which tokens its experts were given."""
+"""What a slimmed checkpoint says of itself, multiplied out, which tokens its experts were given, and the methods on a grid."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from moeflow.arch import Family
+from moeflow.methods.moments import second_moment
+from moeflow.methods.slim.gptq import gptq
+from moeflow.methods.slim.grid import Grid
+from moeflow.methods.slim.methods import Slimming
+from moeflow.methods.slim.quantized import Quantized
+from moeflow.methods.slim.rounding import round_to_nearest
 from moeflow.model.checkpoint import save
 from moeflow.model.layout import Folder, read_config
 from moeflow.model.packed import PACKED, SCALE, SHAPE
@@ -16,6 +23,30 @@ from tests.models import loaded, logits
 from tests.running import facts_of
 
 FOUR: dict[str, Any] = {"bits": 4, "group": 8}
+
+
+def moments(inputs: Tensor | Sequence[Tensor]) -> Tensor:
+    """The second moments [.., N, N] of inputs [.., T, N], whose numbers of tokens may differ."""
+    if isinstance(inputs, Tensor) and inputs.dim() == 2:
+        return second_moment(inputs)
+    return torch.stack([moments(x) for x in inputs])
+
+
+def on(grid: Grid, method: str = "gptq", **more: Any) -> Slimming:
+    """The options of a method that quantizes to this grid."""
+    return Slimming(method, bits=grid.bits, symmetric=grid.symmetric, group=grid.group, packed=False, **more)
+
+
+def compensated(
+    w_MN: Tensor, grid: Grid, inputs: Tensor | Sequence[Tensor], scale_dtype: torch.dtype = torch.float32, **more: Any
+) -> Quantized:
+    """The weights rounded by GPTQ."""
+    return gptq(w_MN, moments(inputs), on(grid, **more), scale_dtype)
+
+
+def nearest(w_MN: Tensor, grid: Grid, scale_dtype: torch.dtype = torch.float32) -> Quantized:
+    """The weights rounded to nearest."""
+    return round_to_nearest(w_MN, None, on(grid, "round_to_nearest"), scale_dtype)
 
 
 def reports(folder: Path) -> list[dict[str, Any]]:
@@ -45,10 +76,10 @@ def plain(folder: Path, out: Path) -> Path:
 def routed(source: Path, folder: Path, layer: int) -> tuple[Tensor, Tensor]:
     """The inputs [T, D] of a layer's MoE block in the whole model, and which experts each token goes to [T, E]."""
     model, family = loaded(source), Family.of(read_config(Folder(source)))
-    found: dict[str, Tensor] = {}
+    hooked: dict[str, Tensor] = {}
     block = model.model.layers[layer].get_submodule(family.arch.block)
-    block.register_forward_pre_hook(lambda _, x: found.update(x=x[0].flatten(0, 1)))
-    block.experts.register_forward_pre_hook(lambda _, x: found.update(index=x[1]))
+    block.register_forward_pre_hook(lambda _, x: hooked.update(x=x[0].flatten(0, 1)))
+    block.experts.register_forward_pre_hook(lambda _, x: hooked.update(index=x[1]))
     logits(model, folder)
-    chosen = torch.zeros(len(found["x"]), 8, dtype=torch.bool).scatter(1, found["index"], True)
-    return found["x"], chosen
+    chosen = torch.zeros(len(hooked["x"]), 8, dtype=torch.bool).scatter(1, hooked["index"], True)
+    return hooked["x"], chosen

@@ -14,6 +14,6 @@ def test_every_benchmark_is_there(name: str) -> None:
 
 
 def test_a_claim_holds_on_the_right_side_of_its_bound() -> None:
-    assert Row("faster", 13.1, "at least", 13, "times").held and not Row("faster", 12.9, "at least", 13, "times").held
-    assert Row("slower", 1.2, "at most", 1.3, "times").held and not Row("slower", 1.4, "at most", 1.3, "times").held
+    assert Row("faster", 13.1, "at least", 13, "times").holds and not Row("faster", 12.9, "at least", 13, "times").holds
+    assert Row("slower", 1.2, "at most", 1.3, "times").holds and not Row("slower", 1.4, "at most", 1.3, "times").holds
     assert Row("slower", 1.4, "at most", 1.3, "times").line() == "| slower | 1.4 times | at most 1.3 | NO |"

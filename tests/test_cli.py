@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from moeflow.cli import app
-from moeflow.store import Store, versions
+from moeflow.store import Store, names, versions
 
 PIPELINE = Path(__file__).with_name("toy_pipeline.py")
 ROOT = Path(__file__).parents[1]
@@ -57,18 +57,18 @@ def test_run_publishes_shows_the_reports_and_says_where_it_lies(cli: Cli, tmp_pa
 
 
 def test_run_as_json_ends_with_one_line(cli: Cli) -> None:
-    found = last_json(cli("run", PIPELINE, "--json"))
-    assert 0 < found.pop("seconds") < 600
-    assert found.pop("key").startswith("toy.total-")
-    assert found == {"name": "toy_pipeline", "version": 1, "steps": {"run": 8, "stored": 0}}
+    printed = last_json(cli("run", PIPELINE, "--json"))
+    assert printed.pop("seconds") > 0
+    assert printed.pop("key").startswith("toy.total-")
+    assert printed == {"name": "toy_pipeline", "version": 1, "steps": {"run": 8, "stored": 0}}
     again = last_json(cli("run", PIPELINE, "--json"))
     assert (again["version"], again["steps"]) == (1, {"run": 0, "stored": 8})
 
 
 def test_another_parameter_makes_another_version(cli: Cli) -> None:
     cli("run", PIPELINE, "--name", "small")
-    found = last_json(cli("run", PIPELINE, "--name", "small", "-p", "numbers=4", "--json"))
-    assert (found["name"], found["version"], found["steps"]) == ("small", 2, {"run": 3, "stored": 7})
+    printed = last_json(cli("run", PIPELINE, "--name", "small", "-p", "numbers=4", "--json"))
+    assert (printed["name"], printed["version"], printed["steps"]) == ("small", 2, {"run": 3, "stored": 7})
 
 
 def test_a_pipeline_file_run_by_itself_is_the_same_thing(cli: Cli, tmp_path: Path) -> None:
@@ -153,8 +153,8 @@ def test_ls_lists_versions_newest_last_with_labels(cli: Cli) -> None:
     lines = cli("ls").stdout.splitlines()
     assert [line.split()[0] for line in lines] == ["toy_pipeline@1", "toy_pipeline@2"]
     assert lines[0].endswith("production") and not lines[1].endswith("production")
-    found = last_json(cli("ls", "--json"))
-    assert [(v["ref"], v["labels"]) for v in found] == [("toy_pipeline@1", ["production"]), ("toy_pipeline@2", [])]
+    printed = last_json(cli("ls", "--json"))
+    assert [(v["ref"], v["labels"]) for v in printed] == [("toy_pipeline@1", ["production"]), ("toy_pipeline@2", [])]
     assert last_json(cli("ls", "other", "--json")) == []
 
 
@@ -165,10 +165,10 @@ def test_show_tells_lineage_parameters_libraries_sources_and_reports(cli: Cli) -
     assert "toy.number" in shown and "toy.half" in shown and "numpy" in shown and "12.5" in shown
     source = Store.open(".moeflow/store").manifest(key).source
     assert source[:8] in shown
-    found = last_json(cli("show", key, "--json"))
-    assert found["key"] == key and found["version"]["ref"] == "toy_pipeline@1"
-    assert len(found["lineage"]) == 7 and found["reports"][0]["rows"][0]["name"] == "perplexity"
-    assert all(m["key"] in cli("show", "toy_pipeline", "--all").stdout for m in found["lineage"])
+    printed = last_json(cli("show", key, "--json"))
+    assert printed["key"] == key and printed["version"]["ref"] == "toy_pipeline@1"
+    assert len(printed["lineage"]) == 7 and printed["reports"][0]["rows"][0]["name"] == "perplexity"
+    assert all(m["key"] in cli("show", "toy_pipeline", "--all").stdout for m in printed["lineage"])
 
 
 def test_show_takes_labels_and_beginnings_of_keys(cli: Cli) -> None:
@@ -180,8 +180,8 @@ def test_show_takes_labels_and_beginnings_of_keys(cli: Cli) -> None:
 
 def test_pull_copies_and_refuses_a_folder_that_holds_something(cli: Cli, tmp_path: Path) -> None:
     key = last_json(cli("run", PIPELINE, "--json"))["key"]
-    found = last_json(cli("pull", key, "out", "--json"))
-    assert (found["key"], found["files"], found["bytes"]) == (key, 1, 8)
+    printed = last_json(cli("pull", key, "out", "--json"))
+    assert (printed["key"], printed["files"], printed["bytes"]) == (key, 1, 8)
     mine = tmp_path / "out" / "n"
     assert mine.read_text().strip() == "30"
     mine.write_text("spoilt")
@@ -207,12 +207,35 @@ def test_gc_lists_before_it_deletes_and_spares_what_a_version_reaches(cli: Cli) 
     assert "nothing to delete" in cli("gc", "--grace", "0s").stdout
 
 
+def test_verify_tells_what_is_damaged_and_repair_drops_it(cli: Cli) -> None:
+    cli("run", PIPELINE)
+    assert "all as they were written" in cli("verify", "--all").stdout
+    assert cli("verify", "toy_pipeline").exit_code == 0
+    store = Store.open(".moeflow/store")
+    key = next(k for k in store.index(["toy.number"]).keys)
+    blob = names.blob(store.manifest(key).files["n"].sha256)
+    store.blobs.delete([blob])
+    told = cli("verify", "toy_pipeline")
+    assert told.exit_code == 1 and blob in told.stdout and "toy_pipeline@1 rests on them" in told.stdout
+    assert last_json(cli("verify", "--all", "--json"))["damaged"].keys() == {blob} and store.has(key)
+    assert cli("verify", "--all", "--repair").exit_code == 0 and not store.has(key)
+    assert last_json(cli("run", PIPELINE, "--json"))["steps"]["run"] > 1
+    assert cli("verify", "--all").exit_code == 0
+
+
+def test_verify_wants_a_version_or_all(cli: Cli) -> None:
+    cli("run", PIPELINE)
+    for words in (["verify"], ["verify", "toy_pipeline", "--all"]):
+        result = cli(*words)
+        assert result.exit_code == 2 and "name a version or key, or say --all" in error(result)
+
+
 def test_promote_moves_a_label(cli: Cli) -> None:
     cli("run", PIPELINE)
     cli("run", PIPELINE, "-p", "size=9")
     cli("promote", "toy_pipeline@1", "production")
-    found = last_json(cli("promote", "toy_pipeline@2", "production", "--json"))
-    assert (found["label"], found["ref"]) == ("production", "toy_pipeline@2")
+    printed = last_json(cli("promote", "toy_pipeline@2", "production", "--json"))
+    assert (printed["label"], printed["ref"]) == ("production", "toy_pipeline@2")
     assert versions.labelled(Store.open(".moeflow/store")) == {"production": "toy_pipeline@2"}
 
 

@@ -37,11 +37,11 @@ class More(Slimming):
     """Between how many tasks."""
 
 
-def told(*, how: Slimming | None) -> Spec:
+def spec_of(*, how: Slimming | None) -> Spec:
     return Spec(how)
 
 
-@step("test.slim", version=1, spec=told)
+@step("test.slim", version=1, spec=spec_of)
 def slim(context: Context, *, how: Slimming | None) -> None: ...
 
 

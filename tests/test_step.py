@@ -158,8 +158,8 @@ def test_the_recorded_source_covers_the_modules_that_a_step_imports_when_it_runs
         "from moeflow.methods.recipes import naee, pretrained\n"
         "text = Texts('python:stdlib/abc.py')\n"
         "model = pretrained.mixtral(text)\n"
-        "seen = calibrate.run(model, data.tokens(text, model, Sample(8, 16)))\n"
-        "print(naee.prune(seen, keep=6).choices[0].source)"
+        "observed = calibrate.run(model, data.tokens(text, model, Sample(8, 16)))\n"
+        "print(naee.prune(observed, keep=6).choices[0].source)"
     )
 
     def source_where_one_file_differs(changed: str) -> str:
@@ -167,11 +167,11 @@ def test_the_recorded_source_covers_the_modules_that_a_step_imports_when_it_runs
         shutil.copytree(Path(__file__).parents[1] / "moeflow", root / "moeflow", ignore=shutil.ignore_patterns("__pycache__"))
         with (root / "moeflow" / changed).open("a") as file:
             file.write("# changed\n")
-        found = subprocess.run(
+        done = subprocess.run(
             [sys.executable, "-c", code], cwd=root, env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True
         )
-        assert found.returncode == 0, found.stderr.decode()
-        return found.stdout.decode().strip()
+        assert done.returncode == 0, done.stderr.decode()
+        return done.stdout.decode().strip()
 
     as_it_is = source_where_one_file_differs("cli.py")
     assert len(as_it_is) == 64 and source_where_one_file_differs("step.py") == as_it_is

@@ -1,18 +1,31 @@
 """A family bound to one config.json: its numbers, and the names of its tensors."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from moeflow.arch.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
-from moeflow.arch.mixtral import MIXTRAL, PHIMOE
-from moeflow.arch.qwen_moe import OLMOE, QWEN2_MOE, QWEN3_MOE
-from moeflow.arch.spec import COMPRESSED, EXPERT_COUNT_KEYS, MAIN, Arch, Config, layer_of
-
-FAMILIES = (MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE, PHIMOE, DEEPSEEK_V2, DEEPSEEK_V3)
+from moeflow.arch.families import FAMILIES
+from moeflow.arch.spec import COMPRESSED, EXPERT_COUNT_KEYS, LAYERS, MAIN, Arch, Config, layer_of
 
 Kind = Literal["attention", "router", "experts", "shared", "dense", "compressed", "fixed", "norm", "rest"]
 """What a tensor is part of. "compressed": the vectors of Compressed Experts; "fixed": what has no gradient, the threshold of
 skipping and the router's bias; "norm": a norm of a decoder layer; "rest": embedding, final norm and head."""
+
+WITHOUT_EFFECT = (
+    "transformers_version", "_name_or_path", "architectures", "use_cache", "auto_map", "torchscript", "quantization_config",
+)  # fmt: skip
+"""Keys of config.json that do not change what a layer computes. A new value must not make any step run again."""
+
+
+def family_config(config: Config) -> Config:
+    """The configuration of the family's own class for the configuration of a compressed checkpoint; any other unchanged."""
+    plain = {k: v for k, v in config.items() if k != LAYERS}
+    return plain | {"model_type": str(config["model_type"]).removeprefix(COMPRESSED)}
+
+
+def essential(config: Config) -> Config:
+    """The part of the configuration that changes what the model computes, without what each layer's tensors tell by themselves."""
+    return {k: v for k, v in family_config(config).items() if k not in WITHOUT_EFFECT}
 
 
 @dataclass(frozen=True)
@@ -119,32 +132,15 @@ class Family:
 
     def fewest(self, experts: int) -> int:
         """The smallest number that passes `check_router` for a layer of `experts`."""
-        return next(n for n in range(1, experts + 1) if self._works_with(n, experts))
-
-    def _works_with(self, keep: int, experts: int) -> bool:
-        try:
-            self.check_router(keep, experts)
-        except ValueError:
-            return False
-        return True
+        return next(n for n in range(1, experts + 1) if _passes(self.check_router, n, experts))
 
     def legal_counts(self, experts: int) -> list[int]:
         """The numbers `keep` that pass `check_keep` for a layer of `experts`, ascending."""
-        counts = []
-        for keep in range(1, experts + 1):
-            try:
-                self.check_keep(keep, experts)
-            except ValueError:
-                continue
-            counts.append(keep)
-        return counts
+        return [n for n in range(1, experts + 1) if _passes(self.check_keep, n, experts)]
 
-    def check_keep(self, keep: int, experts: int | None = None) -> None:
-        """Raise ValueError if a router with `keep` of a layer's `experts` cannot give a token its top k.
-
-        `experts` is `num_experts` by default.
-        """
-        experts, top_k = experts or self.num_experts, self.top_k
+    def check_keep(self, keep: int, experts: int) -> None:
+        """Raise ValueError if a router with `keep` of a layer's `experts` cannot give a token its top k."""
+        top_k = self.top_k
         if not top_k <= keep <= experts:
             raise ValueError(f"keep={keep} must lie between top_k={top_k} and the layer's {experts} experts")
         self.check_router(keep, experts)
@@ -195,12 +191,11 @@ class Family:
 
     def experts(self, layer: int) -> str:
         """The beginning of the names of a layer's routed experts, and of what moeflow stores beside them."""
-        return self.arch.gate.format(layer=layer, expert="\0").partition("\0")[0]
+        return self.arch.experts[0].format(layer=layer, expert="\0").partition("\0")[0]
 
-    def expert(self, layer: int, expert: int | str) -> tuple[str, str, str]:
+    def expert(self, layer: int, expert: int | str) -> tuple[str, ...]:
         """The names of one expert's gate, up and down matrices."""
-        gate, up, down = (t.format(layer=layer, expert=expert) for t in (self.arch.gate, self.arch.up, self.arch.down))
-        return gate, up, down
+        return tuple(name.format(layer=layer, expert=expert) for name in self.arch.experts)
 
     def factors(self, name: str) -> tuple[str, str]:
         """The names of the two factors, [M, R] and [R, N], that replace the matrix `name` [M, N] if it has rank R."""
@@ -218,12 +213,9 @@ class Family:
         """The names of the router's tensors; each has one row per expert."""
         return [name for name in (self.router(layer), self.router_bias(layer)) if name is not None]
 
-    def shared(self, layer: int) -> tuple[str, str, str] | None:
-        """The names of the shared expert's gate, up and down matrices; None if the family has no shared expert."""
-        if self.arch.shared is None:
-            return None
-        gate, up, down = (t.format(layer=layer) for t in self.arch.shared)
-        return gate, up, down
+    def shared(self, layer: int) -> tuple[str, ...]:
+        """The names of the shared expert's gate, up and down matrices; empty if the family has no shared expert."""
+        return tuple(name.format(layer=layer) for name in self.arch.shared)
 
     def shared_gate(self, layer: int) -> str | None:
         """The name of the matrix [1, D] that weighs the shared expert's output; None if the family has none."""
@@ -231,7 +223,7 @@ class Family:
 
     def gate_beside(self, name: str) -> str | None:
         """The name of the gate matrix of the same expert if `name` is a down matrix, else None."""
-        gate, down = (template.split(".")[-2] for template in (self.arch.gate, self.arch.down))
+        gate, _, down = (template.split(".")[-2] for template in self.arch.experts)
         stem, _, matrix = name.removesuffix(".weight").rpartition(".")
         return f"{stem}.{gate}.weight" if matrix == down else None
 
@@ -249,7 +241,7 @@ class Family:
             return "experts"
         if name == self.router(layer):
             return "router"
-        if name in (*(self.shared(layer) or ()), self.shared_gate(layer)):
+        if name in (*self.shared(layer), self.shared_gate(layer)):
             return "shared"
         if inside.startswith(f"{self.arch.attention}."):
             return "attention"
@@ -281,8 +273,9 @@ class Family:
     @property
     def shared_modules(self) -> tuple[str, ...]:
         """The modules inside the MoE block that are left without routed experts: the shared expert, and its gate if it has one."""
-        matrices, gate = self.arch.shared, self.arch.shared_gate
-        return (*((matrices[0].split(".")[-3],) if matrices else ()), *((gate.split(".")[-2],) if gate else ()))
+        gate = self.shared_gate(0)
+        names = (*self.shared(0)[:1], *([gate] if gate else ()))
+        return tuple(name.removeprefix(self.moe(0)).split(".")[0] for name in names)
 
     def pattern(self, module: str) -> str:
         """An entry of `ignore` in a quantization_config for a module with this name on disk.
@@ -301,3 +294,11 @@ class Family:
         if module + ".weight" == self.router(layer):
             return f"re:.*{either[:-1]}[.](gate|router)$"
         return f"re:.*[.]{inside}$" if layer in self.moe_layers else module
+
+
+def _passes(check: Callable[[int, int], None], keep: int, experts: int) -> bool:
+    try:
+        check(keep, experts)
+    except ValueError:
+        return False
+    return True

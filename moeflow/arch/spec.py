@@ -8,7 +8,6 @@ Config = dict[str, Any]  # a config.json
 EXPERT_COUNT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts")
 """The keys of config.json for the number of routed experts. transformers 5 writes other keys than the hub had."""
 
-
 COMPRESSED = "moeflow_"
 """The beginning of the model_type of a compressed checkpoint, one whose layers differ or that its family's own classes cannot
 compute. The family's model_type follows."""
@@ -22,20 +21,8 @@ MAIN = "moeflow_main_experts"
 MATRICES = ("gate", "up", "down")
 """The matrices of an expert, in the order in which `Family.expert` names them."""
 
-
 EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 """The tensors outside the decoder layers, named alike in all families. There is no head if it is tied to the embedding."""
-
-WITHOUT_EFFECT = (
-    "transformers_version", "_name_or_path", "architectures", "use_cache", "auto_map", "torchscript", "quantization_config",
-)  # fmt: skip
-"""Keys of config.json that do not change what a layer computes. A new value must not make any step run again."""
-
-
-def essential(config: Config) -> Config:
-    """The part of the configuration that changes what the model computes, without what each layer's tensors tell by themselves."""
-    plain = {k: v for k, v in config.items() if k not in (*WITHOUT_EFFECT, LAYERS)}
-    return plain | ({"model_type": str(config["model_type"]).removeprefix(COMPRESSED)} if "model_type" in config else {})
 
 
 def layer_of(name: str) -> int | None:
@@ -53,17 +40,15 @@ class Arch:
     model_type: str
     router: str  # [E, D]: one row per expert
     router_bias: str | None = None  # [E]: added for the choice only
-    gate: str  # [F, D]
-    up: str  # [F, D]
-    down: str  # [D, F]
-    shared: tuple[str, str, str] | None = None  # gate, up and down of the expert that sees every token
+    experts: tuple[str, ...]  # gate [F, D], up [F, D] and down [D, F] of an expert
+    shared: tuple[str, ...] = ()  # the same of the expert that sees every token
     shared_gate: str | None = None  # [1, D]: its output times the sigmoid of this
     score: Literal["softmax", "sigmoid", "sparsemixer"] = "softmax"
     normalize: Literal["always", "never", "norm_topk_prob"] = "norm_topk_prob"
     groups: bool = False  # n_group and topk_group limit the choice
     group_score: Literal["max", "top2"] = "max"
     router_fp32: bool = False  # router logits are computed in fp32, whatever the model's precision
-    drop_score: Literal["all", "chosen"] = "all"  # Expert Drop's mean over all tokens: of router scores, or of routing weights
+    drop_score: str = "router_score"  # by which the authors of Expert Drop rank experts: a row of `DROP_SCORES`
     memory: tuple[tuple[str, str], ...] = ()  # (on disk, in memory): beginnings of names inside a decoder layer that differ
     block: str = "mlp"  # the module of the MoE block, or of a dense MLP, inside a decoder layer in memory
     block_router: str = "gate"  # the module of the router inside that block in memory

@@ -141,9 +141,9 @@ class Calibration:
     recorded: int  # at most so many tokens of each shard have their MoE inputs kept
     between: tuple[tuple[Part, ...], ...] = ()  # per layer, if asked for: the recorded tokens' hidden states before it
 
-    @property
-    def batch(self) -> int:
-        return self.passed.batch
+    def of(self, layer: int) -> tuple[Part, Step, tuple[Part, ...]]:
+        """What a step reads that decides on one layer: configuration, the layer's file, and what every shard recorded in it."""
+        return self.model.essential, self.model.layers[layer], self.observed[layer]
 
     @property
     def dtype(self) -> str:
@@ -154,14 +154,6 @@ def load(code: str) -> Any:
     """Import and return the function that a row of a table of methods names as "module:function"."""
     module, _, name = code.partition(":")
     return getattr(importlib.import_module(module), name)
-
-
-def file_of(layer: int) -> str:
-    return f"layer-{layer:03d}.safetensors"
-
-
-def file_before(layer: int) -> str:
-    return f"before-{layer:03d}.safetensors"
 
 
 def named_like(name: str, patterns: tuple[str, ...]) -> bool:

@@ -1,11 +1,10 @@
 """Second moments of the inputs of experts' matrices: all that whitening, GPTQ, SparseGPT and Wanda need to know of the tokens.
 
-Shapes are suffixes: T tokens, N inputs of a matrix, R outputs of a factor, D model width, F expert width. Tensors stay on their
-device.
+Shapes are suffixes: T tokens, E matrices of a batch, M outputs and N inputs of a matrix, R outputs of a factor, D model width, F
+expert width. Tensors stay on their device.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,38 +14,56 @@ from moeflow.model.moe import MLP, MoELayer
 TOKENS_AT_ONCE = 4096
 """How many rows are multiplied in the tokens' own precision, at least fp32, before the product is added to an fp64 sum."""
 
+COLUMNS_AT_ONCE = 512
+"""How many columns of a symmetric matrix are processed at once."""
 
-@dataclass(frozen=True)
-class Moments:
-    """Second moments for one expert's matrices over its routed tokens: sums in fp64, so those of two shards can be added.
+Moments = dict[str, dict[str, Tensor]]
+"""For an expert's "gate", "up" and "down", a second moment over its routed tokens, as a keyword argument of `components`:
+of the matrix's inputs, or of down's outputs if they are not wider; sums in fp64."""
 
-    `input_DD`: of the inputs of gate and up. For down the smaller of `output_DD`, of its outputs, and `inner_FF`, of its inputs.
+
+def matrices(w_MN: Tensor) -> Tensor:
+    """The matrices with all batch dimensions merged into one: [E, M, N]."""
+    return w_MN.reshape(-1, *w_MN.shape[-2:])
+
+
+def check_weight(w_MN: Tensor) -> None:
+    """Raise ValueError if this matrix, or one of a batch, is not finite."""
+    if bad := [e for e, one in enumerate(matrices(w_MN)) if not _largest(one).isfinite()]:
+        raise ValueError(f"the weight{_which(w_MN, *bad)} is not finite; the checkpoint is damaged")
+
+
+def check_moment(moment_NN: Tensor, shape: tuple[int, ...], name: str, instead: str) -> None:
+    """Raise ValueError unless this is a second moment, or a batch of them, of this shape.
+
+    `name`: what messages call it; `instead`: the function that they recommend, which needs no tokens.
     """
+    if tuple(moment_NN.shape) != shape:
+        raise ValueError(f"{name} has shape {tuple(moment_NN.shape)}, the matrix asks for {shape}")
+    for e, one_NN in enumerate(matrices(moment_NN)):
+        subject, largest = name + _which(moment_NN, e), _largest(one_NN)
+        if not largest.isfinite():
+            raise ValueError(f"{subject} is not finite; look for overflow in the activations of its tokens")
+        if largest == 0:
+            raise ValueError(
+                f"{subject} is zero: no tokens were seen; calibrate on more text, take {instead}() or keep the matrix whole"
+            )
+        for i in range(0, len(one_NN), COLUMNS_AT_ONCE):
+            now = slice(i, i + COLUMNS_AT_ONCE)
+            if _largest(one_NN[now, i:] - one_NN[i:, now].mT) > 1e-4 * largest:
+                raise ValueError(f"{subject} is not symmetric; a second moment is the sum of x x'")
+        if one_NN.diagonal().amin() < -1e-6 * largest:  # smaller ones are rounding errors
+            raise ValueError(f"{subject} has a negative diagonal, which no second moment has; compute it again")
 
-    tokens: int
-    input_DD: Tensor
-    output_DD: Tensor | None = None
-    inner_FF: Tensor | None = None
 
-    def __add__(self, other: "Moments") -> "Moments":
-        def both(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-            return None if a is None or b is None else a + b
+def _which(x_MN: Tensor, *indices: int) -> str:
+    """These matrices of a batch, as the end of a message's subject."""
+    return "" if x_MN.dim() == 2 else f" of matrix {', '.join(map(str, indices))}"
 
-        return Moments(
-            self.tokens + other.tokens,
-            self.input_DD + other.input_DD,
-            both(self.output_DD, other.output_DD),
-            both(self.inner_FF, other.inner_FF),
-        )
 
-    def of(self, matrix: str) -> dict[str, Tensor]:
-        """The moment of "gate", "up" or "down" as a keyword argument of `whitened`, `components` and `energies`."""
-        if matrix != "down":
-            return {"input_moment_NN": self.input_DD}
-        if self.output_DD is not None:
-            return {"output_moment_MM": self.output_DD}
-        assert self.inner_FF is not None
-        return {"input_moment_NN": self.inner_FF}
+def _largest(x_MN: Tensor) -> Tensor:
+    """The largest absolute element, without a copy of the matrix."""
+    return torch.maximum(x_MN.amax(), -x_MN.amin())
 
 
 @torch.no_grad()
@@ -76,18 +93,18 @@ def moment_behind(a_RN: Tensor, moment_NN: Tensor) -> Tensor:
 
 @torch.no_grad()
 def expert_moments(expert: MLP, x_TD: Tensor, weight_T: Tensor | None = None) -> Moments:
-    """The moments of one expert over the tokens routed to it, weighted by their routing weights if these are given.
+    """The moments of one expert over the tokens routed to it, weighted by their routing weights unless these are None.
 
     With weights, the error of the down matrix is that of the layer's output; without, every token counts the same.
     """
     width, inner = x_TD.shape[-1], expert.up_FD.shape[0] if isinstance(expert.up_FD, Tensor) else expert.up_FD.out_MR.shape[0]
-    down = torch.zeros(min(width, inner), min(width, inner), dtype=torch.float64, device=x_TD.device)
+    down_NN = torch.zeros(min(width, inner), min(width, inner), dtype=torch.float64, device=x_TD.device)
     for at in range(0, len(x_TD), TOKENS_AT_ONCE):
         x_tD = x_TD[at : at + TOKENS_AT_ONCE]
         weight_t = None if weight_T is None else weight_T[at : at + TOKENS_AT_ONCE]
-        down += second_moment(expert(x_tD) if width <= inner else expert.inner(x_tD), weight_t)
-    input_DD = second_moment(x_TD, weight_T)
-    return Moments(len(x_TD), input_DD, **{"output_DD" if width <= inner else "inner_FF": down})
+        down_NN += second_moment(expert(x_tD) if width <= inner else expert.inner(x_tD), weight_t)
+    inputs = {"input_moment_NN": second_moment(x_TD, weight_T)}
+    return {"gate": inputs, "up": inputs, "down": {"output_moment_MM" if width <= inner else "input_moment_NN": down_NN}}
 
 
 @torch.no_grad()

@@ -13,15 +13,10 @@ def check_least(least: int) -> None:
         raise ValueError(f"least={least} tokens must be at least 1: an expert that no token reaches has no statistics")
 
 
-def enough(tokens: int, least: int) -> bool:
-    """Whether this many tokens are at least `least`."""
-    return tokens >= least
-
-
 def treatments(tokens: Sequence[int], least: int, rare: str, *, method: str, by_weights: str) -> list[str]:
     """How each expert is treated: by `method` if at least `least` tokens reach it.
 
     Any other expert is treated by `by_weights` or, if `rare` is "keep", is left whole ("keep").
     """
     fallback = "keep" if rare == "keep" else by_weights
-    return [method if enough(number, least) else fallback for number in tokens]
+    return [method if number >= least else fallback for number in tokens]

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -18,9 +18,11 @@ class Record:
     """A frozen dataclass stored as one JSON file; fields at their default are left out of the file."""
 
     FILE: ClassVar[str]
+    LEVELS: ClassVar[int] = 2
+    """So many levels are spread over lines; below them a dictionary of lists stands on one."""
 
     def write(self, folder: Path) -> None:
-        (folder / self.FILE).write_text(readable(options.plain(self)))
+        (folder / self.FILE).write_text(_lines(options.plain(self), 0, self.LEVELS) + "\n")
 
     @classmethod
     def read(cls, artifact: Artifact) -> Self:
@@ -38,6 +40,11 @@ class ExpertSet:
     """How far the layer's output moves, in the norm that the search minimises."""
     of_output: float
     """The loss as a fraction of the output's norm."""
+
+    @classmethod
+    def of(cls, keep: tuple[int, ...], loss: float, norm: float) -> Self:
+        """This set, whose loss is taken relative to the output's `norm`."""
+        return cls(keep, loss, loss / norm if norm else 0.0)
 
 
 @dataclass(frozen=True)
@@ -112,19 +119,19 @@ class Candidates(Record):
 
 @dataclass(frozen=True)
 class Combination:
-    """One set of each layer of a block."""
+    """One set of each layer of a span."""
 
     sets: tuple[int, ...]
     """For each layer, the index of its set among the layer's best."""
     loss: float
-    """The norm of the change in the block's output."""
+    """The norm of the change in the span's output."""
 
 
 @dataclass(frozen=True)
 class Combinations(Record):
-    """Every combination of the sets of a block of layers."""
+    """Every combination of the sets of a span of layers."""
 
-    FILE = "block.json"
+    FILE = "span.json"
 
     layers: tuple[int, ...]
     """The layers whose sets are combined."""
@@ -191,17 +198,69 @@ class Curves(Record):
     """The same for the loss, in nats per token."""
 
 
-def readable(value: Mapping[str, Any]) -> str:
-    """Indented JSON with each list of numbers, and each set of experts with its loss, on one line."""
-    return _lines(value, 0) + "\n"
+@dataclass(frozen=True)
+class Ranks(Record):
+    """The rank of every expert's matrices, decided for all layers together."""
+
+    FILE = "ranks.json"
+    LEVELS = 3
+
+    rule: str
+    """How they were decided: "paper" or "global"."""
+    budget: int | None = None
+    """The bytes that all experts together may take, if the budget is in bytes."""
+    optimal: bool | None = None
+    """True if no other ranks within the budget cost less."""
+    cost: float | None = None
+    """The cost of these ranks, in the unit of the curves that decided them."""
+    cost_of_the_same_rank_everywhere: float | None = None
+    """The cost of one rank for all matrices within the same budget."""
+    ranks: Mapping[int, Mapping[str, Sequence[int]]] = field(kw_only=True)
+    """By layer and matrix ("gate", "up", "down"), the rank of each expert; 0: the matrix stays whole. An expert's gate and up are
+    both whole or both factored."""
 
 
-def _lines(value: Any, depth: int) -> str:
-    named = isinstance(value, Mapping)
-    if not _height(value) or not value or (_height(value) == 2 and depth > 1 if named else _height(value) == 1):
+@dataclass(frozen=True)
+class TrimmedExperts(Record):
+    """Which experts of each layer go, and which stay."""
+
+    FILE = "trim.json"
+
+    trim: Literal["experts"]
+    criterion: str
+    """The score that ranked the experts."""
+    keep: Mapping[int, Sequence[int]]
+    """By layer, the experts that stay, ascending; empty if the layer loses all."""
+    drop: Mapping[int, Sequence[int]]
+    """By layer, the others."""
+    scores: Mapping[int, Sequence[float]]
+    """By layer, the score of each expert."""
+
+
+@dataclass(frozen=True)
+class TrimmedLayers(Record):
+    """Which layers lose their MoE block (Layer Drop), or go as a whole (Block Drop)."""
+
+    FILE = "trim.json"
+
+    trim: Literal["moe_blocks", "decoder_layers"]
+    drop: Sequence[int]
+    """The layers, ascending, by their old indices."""
+    similarity: Mapping[int, float]
+    """By layer, the mean cosine between the states before and behind its MoE block, or the `gap` decoder layers starting at it."""
+    rule: Literal["discrete", "consecutive"]
+    """discrete: each layer by its own similarity; consecutive: adjacent layers by the similarity across all of them."""
+    gap: int
+    """The number of adjacent decoder layers across which the cosines were taken."""
+
+
+def _lines(value: Any, depth: int, levels: int) -> str:
+    """Indented JSON with each list of numbers, and below so many levels each dictionary of lists, on one line."""
+    named, height = isinstance(value, Mapping), _height(value)
+    if not value or (height == 2 and depth >= levels if named else height < 2):
         return json.dumps(value)
     names = [f"{json.dumps(str(name))}: " for name in value] if named else [""] * len(value)
-    inside = (_lines(v, depth + 1) for v in (value.values() if named else value))
+    inside = (_lines(v, depth + 1, levels) for v in (value.values() if named else value))
     text = ",\n".join(" " * (depth + 1) + name + line for name, line in zip(names, inside, strict=True))
     begin, end = "{}" if named else "[]"
     return f"{begin}\n{text}\n{' ' * depth}{end}"
@@ -212,41 +271,6 @@ def _height(value: Any) -> int:
     if not isinstance(value, Mapping | list | tuple):
         return 0
     return 1 + max((_height(v) for v in (value.values() if isinstance(value, Mapping) else value)), default=0)
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """The rank of every expert's matrices, decided for all layers together."""
-
-    FILE: ClassVar[str] = "ranks.json"
-
-    rule: str
-    """How they were decided: "paper" or "global"."""
-    ranks: Mapping[int, Mapping[str, Sequence[int]]]
-    """By layer and matrix ("gate", "up", "down"), the rank of each expert; 0: the matrix stays whole. An expert's gate and up are
-    both whole or both factored."""
-    budget: int | None = None
-    """The bytes that all experts together may take, if the budget is in bytes."""
-    optimal: bool | None = None
-    """True if no other ranks within the budget cost less."""
-    cost: float | None = None
-    """The cost of these ranks, in the unit of the curves that decided them."""
-    cost_of_the_same_rank_everywhere: float | None = None
-    """The cost of one rank for all matrices within the same budget."""
-
-    def write(self, folder: Path) -> None:
-        head = {name: value for name, value in asdict(self).items() if name != "ranks" and value is not None}
-        layers = ",\n".join(
-            f'  "{layer}": {{\n' + ",\n".join(f"   {json.dumps(m)}: {json.dumps(r)}" for m, r in by.items()) + "\n  }"
-            for layer, by in self.ranks.items()
-        )
-        lines = "".join(f" {json.dumps(name)}: {json.dumps(value)},\n" for name, value in head.items())
-        (folder / self.FILE).write_text("{\n" + lines + ' "ranks": {\n' + layers + "\n }\n}\n")
-
-    @classmethod
-    def read(cls, artifact: Artifact) -> Self:
-        value = read_json(artifact, cls.FILE)
-        return cls(**value | {"ranks": {int(layer): by for layer, by in value["ranks"].items()}})
 
 
 @dataclass(frozen=True)
@@ -291,61 +315,7 @@ def decision(artifact: Artifact) -> dict[str, Any]:
     return {k: v for k, v in read_json(artifact, name).items() if k != "losses"}
 
 
-@dataclass(frozen=True)
-class TrimmedExperts:
-    """Which experts of each layer go, and which stay: `trim.json` of an Expert Drop."""
-
-    FILE: ClassVar[str] = "trim.json"
-
-    criterion: str
-    """The score that ranked the experts."""
-    keep: Mapping[int, Sequence[int]]
-    """By layer, the experts that stay, ascending; empty if the layer loses all."""
-    scores: Mapping[int, Sequence[float]]
-    """By layer, the score of each expert."""
-
-    @classmethod
-    def read(cls, artifact: Artifact) -> Self:
-        value = read_json(artifact, cls.FILE)
-        return cls(value["criterion"], _by_layer(value["keep"]), _by_layer(value["scores"]))
-
-    def write(self, folder: Path) -> None:
-        gone = {i: [e for e in range(len(self.scores[i])) if e not in keep] for i, keep in self.keep.items()}
-        scores = {i: [round(v, 8) for v in values] for i, values in self.scores.items()}
-        text = readable({"trim": "experts", "criterion": self.criterion, "keep": self.keep, "drop": gone, "scores": scores})
-        (folder / self.FILE).write_text(text)
-
-
-@dataclass(frozen=True)
-class TrimmedLayers:
-    """Which layers lose their MoE block (Layer Drop), or go as a whole (Block Drop): `trim.json`."""
-
-    FILE: ClassVar[str] = "trim.json"
-
-    trim: Literal["moe_blocks", "decoder_layers"]
-    drop: Sequence[int]
-    """The layers, ascending, by their old indices."""
-    similarity: Mapping[int, float]
-    """By layer, the mean cosine between the states before and behind its MoE block, or the `gap` decoder layers starting at it."""
-    rule: Literal["discrete", "consecutive"] = "discrete"
-    """discrete: each layer by its own similarity; consecutive: adjacent layers by the similarity across all of them."""
-    gap: int = 1
-    """The number of adjacent decoder layers across which the cosines were taken."""
-
-    @classmethod
-    def read(cls, artifact: Artifact) -> Self:
-        value = read_json(artifact, cls.FILE)
-        return cls(**value | {"similarity": _by_layer(value["similarity"])})
-
-    def write(self, folder: Path) -> None:
-        (folder / self.FILE).write_text(readable(vars(self)))
-
-
 def kept_experts(decision: Artifact, layer: int) -> list[int]:
     """The experts of a layer that stay, ascending, from the decision of a search or of a trimming."""
     keep = Choice.read(decision).keep if Choice.FILE in decision.names() else TrimmedExperts.read(decision).keep[layer]
     return list(keep)
-
-
-def _by_layer(value: Mapping[str, Any]) -> dict[int, Any]:
-    return {int(layer): of_layer for layer, of_layer in value.items()}

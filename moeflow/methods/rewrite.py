@@ -3,13 +3,15 @@
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from moeflow.arch import Config, essential
+from moeflow.methods.graph import Model
 from moeflow.methods.records import Facts, kept_experts
 from moeflow.model.layout import ESSENTIAL, LAYER, TensorInfo, experts_in, headers, kept, names_without_experts, read_config
 from moeflow.model.spec import LayerSpec, RestSpec
-from moeflow.step import Artifact, Context, Spec, step
+from moeflow.step import Artifact, Context, Spec, Step, step
 
 
 def _experts_spec(rest: RestSpec, before: LayerSpec, decision: Mapping[str, Any], *, layer: int, keep: int | None) -> Spec:
@@ -19,11 +21,9 @@ def _experts_spec(rest: RestSpec, before: LayerSpec, decision: Mapping[str, Any]
             f"keep={keep}: layer {layer} has between {before.least} and {before.experts} experts, as a run decides; keep at most "
             f"{before.least}, or take the result of that run as the model"
         )
-    if decision.get("layer", layer) != layer or decision["keep"] != keep:
-        raise ValueError(
-            f"the decision is for layer {decision.get('layer', layer)} and keeps {decision['keep']} experts, not for layer {layer} "
-            f"and {keep}"
-        )
+    of, stay = decision.get("layer", layer), decision["keep"]
+    if (of, stay) != (layer, keep):
+        raise ValueError(f"the decision is for layer {of} and keeps {stay} experts, not for layer {layer} and {keep}")
     most = before.experts if keep is None else keep
     names = experts_kept(before.tensors, rest.config, layer, list(range(most)))
     table = {}
@@ -32,8 +32,7 @@ def _experts_spec(rest: RestSpec, before: LayerSpec, decision: Mapping[str, Any]
         table[new] = (dtype, (most, *shape[1:]) if sliced else shape)
     share, least = before.share, None
     if keep is None:
-        share *= decision["share"]
-        least = min(decision["least"], before.least)
+        share, least = share * decision["share"], min(decision["least"], before.least)
     out = replace(before, config=rest.config, experts=most, tensors=table, share=share, fewest=least)
     return Spec(out, reads=out.nbytes, writes=out.nbytes, memory=2 * out.nbytes)
 
@@ -59,13 +58,19 @@ def experts(
     Facts.of(layer_files).and_then("rewrite.experts", experts=before, keep=chosen).write(context.out)
 
 
+def pruned(model: Model, choices: Mapping[int, Step]) -> Model:
+    """The model with the experts that the choice of each of these layers keeps, as a graph."""
+    layers = {
+        i: experts(model.essential, model.layers[i], choice, layer=i, keep=choice.spec.output["keep"])
+        for i, choice in choices.items()
+    }
+    return model.with_layers(layers, tuple(choices.values()))
+
+
 def rewrite(
-    context: Context,
-    layer_files: Artifact,
-    tensors: Mapping[str, TensorInfo],
-    names: Mapping[str, tuple[str, bool]],
+    context: Context, layer_files: Artifact, tensors: Mapping[str, TensorInfo], names: Mapping[str, tuple[str, bool]],
     rows: list[int],
-) -> None:
+) -> None:  # fmt: skip
     """Write a layer's file with the tensors in `names`, renamed, and some cut to these rows (`layout.kept`)."""
     from moeflow.model import checkpoint
 
@@ -89,21 +94,28 @@ def link_all(context: Context, folder: Artifact, but: Sequence[str] = ()) -> Non
             context.link(folder, name)
 
 
-def config_text(config: Config) -> str:
-    """The text of a config.json, as every step writes it."""
-    return json.dumps(config, indent=2) + "\n"
+def readable(value: Mapping[str, Any]) -> str:
+    """A value as the text of a JSON file of a checkpoint."""
+    return json.dumps(value, indent=2) + "\n"
 
 
-def _configured_spec(given: RestSpec, *, config: Config) -> Spec:
-    out = RestSpec(config, given.tensors, given.files)
-    return Spec(out, reads=0, writes=len(config_text(config)) + len(config_text(essential(config))), memory=1 << 24)
+def config_files(config: Config) -> dict[str, str]:
+    """The texts of config.json, and of the file with the part of it that changes what the model computes."""
+    return {"config.json": readable(config), ESSENTIAL: readable(essential(config))}
+
+
+def write_config(config: Config, folder: Path) -> None:
+    for name, text in config_files(config).items():
+        (folder / name).write_text(text)
+
+
+def _configured_spec(rest: RestSpec, *, config: Config) -> Spec:
+    out = RestSpec(config, rest.tensors, rest.files)
+    return Spec(out, reads=0, writes=sum(map(len, config_files(config).values())), memory=1 << 24)
 
 
 @step("rewrite.configured", version=1, spec=_configured_spec)
 def configured(context: Context, given: Artifact, *, config: Config) -> None:
     """All but the decoder layers, with another configuration."""
-    for name in given.names():
-        if name not in (ESSENTIAL, "config.json"):
-            context.link(given, name)
-    (context.out / "config.json").write_text(config_text(config))
-    (context.out / ESSENTIAL).write_text(config_text(essential(config)))
+    link_all(context, given, but=tuple(config_files(config)))
+    write_config(config, context.out)

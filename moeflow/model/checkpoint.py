@@ -73,7 +73,7 @@ def read_moe(tensors: Mapping[str, Tensor], config: Config, layer: int, *, exper
         router=Router.of(family, count, None if bias is None else tensors[bias].float()),
         router_ED=router_ED,
         experts=tuple(read_expert(tensors, config, layer, e) for e in range(count if experts else 0)),
-        shared=None if shared is None else _mlp(tensors, config, shared),
+        shared=_mlp(tensors, config, shared) if shared else None,
         shared_gate_1D=None if shared_gate is None else tensors[shared_gate],
     )
 

@@ -32,7 +32,7 @@ from moeflow.arch import COMPRESSED, FAMILIES, LAYERS, MAIN, Arch, Family
 from moeflow.arch.spec import EXPERT_COUNT_KEYS
 from moeflow.model.factors import STACKS, Stack, expert_shapes
 from moeflow.model.fewer_active import CompressedExperts
-from moeflow.model.formats import CLASSES, Format, layer_formats
+from moeflow.model.formats import CLASSES, Format, check_tensors, layer_formats, some
 from moeflow.model.layout import Folder, read_header
 from moeflow.model.packed import BESIDE, PACKED, SCALE, SHAPE, logical, packed_shapes, unpack
 from moeflow.model.routed_experts import experts_of
@@ -46,8 +46,6 @@ SPLIT = ("tp_plan", "tp_size", "distributed_config", "device_mesh")
 
 VECTORS = ".experts.compressed."
 """A part of the name of every vector of Compressed Experts, on disk and in memory."""
-
-Shapes = dict[str, tuple[int, ...]]
 
 
 class Compressed:
@@ -96,7 +94,7 @@ class Compressed:
         model, info = super().from_pretrained(name, *args, config=config, output_loading_info=True, **options)  # type: ignore[misc]
         left = sorted(str(k) for what in ("missing_keys", "unexpected_keys", "mismatched_keys") for k in info[what])
         if left := [k for k in left if VECTORS not in k]:
-            raise ValueError(f"{name} was not loaded whole: {_some(left)}; its tensors and its config.json do not fit each other")
+            raise ValueError(f"{name} was not loaded whole: {some(left)}; its tensors and its config.json do not fit each other")
         return (model, info) if wanted else model
 
 
@@ -176,28 +174,23 @@ def _conversions(arch: Arch) -> list[Any]:
 
 def _compare(model_class: Any, config: Any, stored: Mapping[str, Sequence[int]], where: str) -> None:
     """Raise ValueError if the tensors of a checkpoint are not those that its configuration asks for."""
-    asked, optional, ignored = _asked(model_class, config)
-    if missing := sorted(set(asked) - set(stored) - optional):
-        raise ValueError(f"{where} has no tensor {_some(missing)}, which its config.json asks for; the checkpoint is incomplete")
+    asked, tied, ignored = _asked(model_class, config)
     vectors = {n for n in asked if VECTORS in n}
-    if vectors & set(stored) and (lacking := sorted(vectors - set(stored))):
-        raise ValueError(f"{where} has Compressed Experts, but no tensor {_some(lacking)}; the checkpoint is incomplete")
-    if extra := sorted(n for n in set(stored) - set(asked) if not any(re.search(p, n) for p in ignored)):
-        raise ValueError(f"{where} has {_some(extra)}, which its config.json leaves no place for; correct one of them")
-    for name, shape in asked.items():
-        if name in stored and tuple(stored[name]) != tuple(shape):
-            raise ValueError(
-                f"{name} has shape {tuple(stored[name])} where config.json asks for {tuple(shape)}; correct one of them"
-            )
+    optional = tied if vectors & set(stored) else tied | vectors
+    check_tensors(
+        where,
+        {n: shape for n, shape in asked.items() if n in stored or n not in optional},
+        {n: shape for n, shape in stored.items() if n in asked or not any(re.search(p, n) for p in ignored)},
+    )
 
 
-def _asked(model_class: Any, config: Any) -> tuple[Shapes, set[str], Iterable[str]]:
-    """The shapes of the tensors on disk that a configuration asks for, the names that may be absent, and patterns to ignore."""
+def _asked(model_class: Any, config: Any) -> tuple[dict[str, Sequence[int]], set[str], Iterable[str]]:
+    """The shapes of the tensors on disk that a configuration asks for, the names of tied ones, and patterns of names to ignore."""
     plain = config.to_dict()
     family = Family.of(plain)
     with torch.device("meta"):
         model = model_class(copy.deepcopy(config))
-    asked: Shapes = {}
+    asked: dict[str, Sequence[int]] = {}
     for name, tensor in model.state_dict().items():
         if f".{family.arch.block}.experts." not in name:
             asked[family.on_disk(name)] = tuple(tensor.shape)
@@ -205,8 +198,7 @@ def _asked(model_class: Any, config: Any) -> tuple[Shapes, set[str], Iterable[st
         if format is not None and format.experts:
             experts = model.model.layers[layer].get_submodule(family.arch.block).experts
             asked |= expert_shapes(family, format, layer, experts.hidden_dim, experts.intermediate_dim)
-    optional = set(model.all_tied_weights_keys) | {n for n in asked if VECTORS in n}
-    return asked, optional, model._keys_to_ignore_on_load_unexpected
+    return asked, set(model.all_tied_weights_keys), model._keys_to_ignore_on_load_unexpected
 
 
 def _files(name: Any, variant: str | None, hub: Mapping[str, Any]) -> list[Path]:
@@ -224,20 +216,16 @@ def _files(name: Any, variant: str | None, hub: Mapping[str, Any]) -> list[Path]
         raise ValueError(f"{name} has no model{dotted}.safetensors; a compressed checkpoint is kept in that format only")
     parts = {n: find(n) for n in sorted(set(json.loads(index.read_text())["weight_map"].values()))}
     if absent := [n for n, path in parts.items() if path is None]:
-        raise ValueError(f"{name} has no {_some(absent)}, which its index names; the checkpoint is incomplete")
+        raise ValueError(f"{name} has no {some(absent)}, which its index names; the checkpoint is incomplete")
     return [path for path in parts.values() if path is not None]
 
 
-def _shapes_of(files: Iterable[Path]) -> Shapes:
-    shapes: Shapes = {}
+def _shapes_of(files: Iterable[Path]) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {}
     for path in files:
-        read = functools.partial(Folder(path.parent).read, path.name)
-        shapes |= {n: t.shape for n, t in read_header(path.name, path.stat().st_size, read).items()}
+        tensors = read_header(path.name, path.stat().st_size, Folder(path.parent).read)
+        shapes |= {n: t.shape for n, t in tensors.items()}
     return shapes
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def _balancing(family: Any) -> Callable[..., Any]:

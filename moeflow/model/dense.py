@@ -10,13 +10,14 @@ import os
 import shutil
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from moeflow.arch import MATRICES, Config, Family
+from moeflow.arch import MATRICES, Config, Family, family_config
 from moeflow.model.checkpoint import Tensors, save
 from moeflow.model.factors import IN, OUT, multiplied_out
-from moeflow.model.formats import config_of, family_config, format_of
+from moeflow.model.formats import config_of, format_of
 from moeflow.model.layout import Folder, TensorInfo, headers, read_config
 from moeflow.model.packed import PACKED, SCALE, logical, packed_shapes
 from moeflow.model.spec import tensor_bytes
@@ -35,8 +36,6 @@ def multiply_out(folder: Path) -> dict[str, Any]:
     family, tensors = Family.of(config), headers(Folder(folder))
     shapes = {n: t.shape for n, t in tensors.items()}
     formats = {i: format_of(shapes, config, i) for i in family.moe_layers}
-    before = sum(t.nbytes for t in tensors.values())
-    cut = {i: sum(r > 0 for m in MATRICES for r in f.ranks(m)) for i, f in formats.items() if f.low_rank}
     packed = any(n.endswith(OUT + PACKED) for n in tensors)
     files = sorted({t.file for n, t in tensors.items() if n.endswith((OUT, PACKED) if packed else OUT)})
     for name, info in tensors.items():
@@ -45,20 +44,20 @@ def multiply_out(folder: Path) -> dict[str, Any]:
                 f"{name} lies in {info.file} and its other factor in another file; pull the checkpoint from its store again"
             )
     check_room(folder, files, tensors, config)
-    weight_map = {n: t.file for n, t in tensors.items()}
     for file in files:
-        whole = multiplied_out(Tensors(folder / file))
-        weight_map = {n: f for n, f in weight_map.items() if f != file} | dict.fromkeys(whole, file)
-        save(whole, folder / f"{file}.new")
+        save(multiplied_out(Tensors(folder / file)), folder / f"{file}.new")
         os.replace(folder / f"{file}.new", folder / file)
-    after = sum(t.nbytes for t in headers(Folder(folder)).values())
-    plain = [formats[i].whole if i in formats else None for i in range(family.num_layers)]
+    whole = headers(Folder(folder))
+    before, after = (sum(t.nbytes for t in table.values()) for table in (tensors, whole))
+    plain = [replace(formats[i], gate=(), up=(), down=()) if i in formats else None for i in range(family.num_layers)]
     if packed:
         config.pop("quantization_config")
     write(folder / "config.json", config_of(family_config(config), plain))
     if (folder / INDEX).exists():
-        write(folder / INDEX, {"metadata": {"total_size": after}, "weight_map": dict(sorted(weight_map.items()))})
-    return {"matrices": sum(cut.values()), "before": before, "after": after}
+        weight_map = {name: whole[name].file for name in sorted(whole)}
+        write(folder / INDEX, {"metadata": {"total_size": after}, "weight_map": weight_map})
+    matrices = sum(rank > 0 for f in formats.values() for m in MATRICES for rank in f.ranks(m))
+    return {"matrices": matrices, "before": before, "after": after}
 
 
 def check_room(folder: Path, files: list[str], tensors: Mapping[str, TensorInfo], config: Config) -> None:

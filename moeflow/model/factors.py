@@ -45,42 +45,41 @@ class Stack:
     def piece_shape(self, format: Format, matrix: str, expert: int, width: int, inner: int) -> tuple[int, int]:
         """The shape of one piece on disk, for a model of width `width` and experts of width `inner`."""
         m, n = (width, inner) if matrix == "down" else (inner, width)
-        rank = format.ranks(matrix)[expert]
-        return {"whole": (m, n), "in": (rank, n), "out": (m, rank)}[self.kind]
+        return self._sides(m, n, format.ranks(matrix)[expert])
 
     def shape(self, format: Format, width: int, inner: int) -> tuple[int, int, int]:
         """The shape of the whole stack in memory, padding included."""
         m, n = (width, inner) if self.matrices[0] == "down" else (inner, width)
         rank = padded(max((r for x in self.matrices for r in format.ranks(x)), default=0))
-        m, n = {"whole": (m, n), "in": (rank, n), "out": (m, rank)}[self.kind]
+        m, n = self._sides(m, n, rank)
         return len(self.experts(format)), len(self.matrices) * m, n
 
     def stacked(self, pieces: Sequence[Sequence[Tensor]]) -> Tensor:
         """The stack of these pieces: for each of its matrices, one piece per expert."""
         rows, columns = (max(t.shape[d] for part in pieces for t in part) for d in (0, 1))
-        rows, columns = {"whole": (rows, columns), "in": (padded(rows), columns), "out": (rows, padded(columns))}[self.kind]
+        rows, columns = self._sides(rows, columns, padded(rows if self.kind == "in" else columns))
         out_EMN = pieces[0][0].new_zeros(len(pieces[0]), len(pieces) * rows, columns)
         for at, part in enumerate(pieces):
             for e, piece_MN in enumerate(part):
-                self.place(out_EMN, at, e, piece_MN)
+                self.slot(out_EMN, at, e, piece_MN.shape).copy_(piece_MN)
         return out_EMN
 
-    def place(self, out_EMN: Tensor, at: int, expert: int, piece_MN: Tensor) -> None:
-        """Write one piece into the stack: that of its matrix number `at` and its expert number `expert`."""
-        self._slot(out_EMN[expert], at, piece_MN.shape).copy_(piece_MN)
+    def slot(self, stack_EMN: Tensor, at: int, expert: int, shape: Sequence[int]) -> Tensor:
+        """The place in the stack of a piece of this shape: that of its matrix number `at` and its expert number `expert`."""
+        start = at * (stack_EMN.shape[1] // len(self.matrices))
+        return stack_EMN[expert, start : start + shape[0], : shape[1]]
 
     def pieces(self, stack_EMN: Tensor, format: Format) -> Iterator[tuple[str, int, Tensor]]:
         """The pieces without their padding, as (matrix, expert, tensor [M, N])."""
         _, m, n = stack_EMN.shape
         for e, expert in enumerate(self.experts(format)):
             for at, matrix in enumerate(self.matrices):
-                rank, rows = format.ranks(matrix)[expert], m // len(self.matrices)
-                shape = {"whole": (rows, n), "in": (rank, n), "out": (rows, rank)}[self.kind]
-                yield matrix, expert, self._slot(stack_EMN[e], at, shape)
+                shape = self._sides(m // len(self.matrices), n, format.ranks(matrix)[expert])
+                yield matrix, expert, self.slot(stack_EMN, at, e, shape)
 
-    def _slot(self, expert_MN: Tensor, at: int, shape: Sequence[int]) -> Tensor:
-        start = at * (expert_MN.shape[0] // len(self.matrices))
-        return expert_MN[start : start + shape[0], : shape[1]]
+    def _sides(self, m: int, n: int, rank: int) -> tuple[int, int]:
+        """The shape of one piece of a matrix [M, N]."""
+        return {"whole": (m, n), "in": (rank, n), "out": (m, rank)}[self.kind]
 
 
 STACKS = (
@@ -128,7 +127,7 @@ def fused(
                 piece_MN, shape = tensors[name], stack.piece_shape(format, matrix, expert, width, inner)
                 if tuple(piece_MN.shape) != shape:
                     raise ValueError(f"{name} has shape {tuple(piece_MN.shape)} where config.json asks for {shape}")
-                stack.place(out_EMN, at, e, piece_MN)
+                stack.slot(out_EMN, at, e, shape).copy_(piece_MN)
         stacked[stack.name] = out_EMN
     return stacked
 

@@ -2,18 +2,17 @@
 Compressed Experts, and what of the MoE block is gone. No torch."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-from moeflow.arch import COMPRESSED, LAYERS, MAIN, MATRICES, Config, Family
-from moeflow.model.packed import PACKED
+from moeflow.arch import COMPRESSED, LAYERS, MAIN, MATRICES, Config, Family, family_config
+from moeflow.model.packed import PACKED, Shapes
 
 Ranks = tuple[int, ...]
 """The rank of one matrix in each expert; 0 if the matrix is whole."""
 
 CLASSES = "Moeflow"
 """The beginning of the names of the classes that load a compressed checkpoint; the name of the family's class follows."""
-
 
 SKIPS = ("ratio", "tail")
 """The rules of dynamic skipping. The threshold has its rule's name."""
@@ -23,6 +22,9 @@ FORMS = {"one": ("input",), "three": ("gate", "up", "inner")}
 
 GONE = {"": "all", "experts": "a shared expert and no routed one", "moe": "neither a MoE block nor its norm"}
 """What may be gone of a MoE block, and how a message names what is left."""
+
+BESIDE = ("skip", "compressed", "gone")
+"""The fields of `Format` beside counts and ranks, absent from config.json where they are empty."""
 
 
 @dataclass(frozen=True)
@@ -50,37 +52,33 @@ class Format:
         """Whether the layer needs `RoutedExperts`, because the family's own fused experts cannot compute it."""
         return bool(self.low_rank or self.skip or self.compressed)
 
-    @property
-    def whole(self) -> "Format":
-        """The same with its matrices multiplied out."""
-        return replace(self, gate=(), up=(), down=())
-
     def ranks(self, matrix: str) -> Ranks:
         """The rank of `matrix` ("gate", "up" or "down") in each expert; 0 if it is whole."""
         return getattr(self, matrix) or (0,) * self.experts
 
     def words(self) -> str:
         """The format in words, for a message."""
-        low = [f"{m} of ranks {', '.join(map(str, self.ranks(m)))}" for m in MATRICES if self.low_rank]
-        beside = [f"skipping by {self.skip}"] * bool(self.skip) + [f"Compressed Experts ({self.compressed})"] * bool(
-            self.compressed
-        )
-        return GONE[self.gone] if self.gone else ", ".join([f"{self.experts} experts", *low, *beside])
+        if self.gone:
+            return GONE[self.gone]
+        words = [f"{self.experts} experts"]
+        words += [f"{m} of ranks {', '.join(map(str, self.ranks(m)))}" for m in MATRICES if self.low_rank]
+        words += [f"skipping by {self.skip}"] if self.skip else []
+        words += [f"Compressed Experts ({self.compressed})"] if self.compressed else []
+        return ", ".join(words)
 
     def to_json(self) -> dict[str, Any]:
         ranks = {m: list(self.ranks(m)) for m in MATRICES}
-        beside = {name: value for name in ("skip", "compressed", "gone") if (value := getattr(self, name))}
+        beside = {name: value for name in BESIDE if (value := getattr(self, name))}
         return {"experts": self.experts} | ({"ranks": ranks} if self.low_rank else {}) | beside
 
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> "Format":
         ranks = value.get("ranks", {})
         gate, up, down = (tuple(ranks.get(m, ())) for m in MATRICES)
-        beside = (str(value.get(name, "")) for name in ("skip", "compressed", "gone"))
-        return Format(int(value["experts"]), gate, up, down, *beside)
+        return Format(int(value["experts"]), gate, up, down, *(str(value.get(name, "")) for name in BESIDE))
 
 
-def format_of(shapes: Mapping[str, Sequence[int]], config: Config, layer: int) -> Format:
+def format_of(shapes: Shapes, config: Config, layer: int) -> Format:
     """The format of a layer, from the names and shapes of its tensors.
 
     Raises ValueError if an expert lacks a matrix or a factor, or if two factors do not fit each other.
@@ -92,21 +90,18 @@ def format_of(shapes: Mapping[str, Sequence[int]], config: Config, layer: int) -
     if numbers != list(range(len(numbers))):
         lacking = next(i for i, n in enumerate([*numbers, -1]) if i != n)
         raise ValueError(f"layer {layer} has no expert {lacking} but {len(numbers)} others; the checkpoint is incomplete")
-    ranks: dict[str, list[int]] = {m: [] for m in MATRICES}
-    for expert in numbers:
-        for matrix, name in zip(MATRICES, family.expert(layer, expert), strict=True):
-            ranks[matrix].append(_rank(shapes, name, family.factors(name)))
-    beside: dict[str, Any] = {
-        "skip": next((s for s in SKIPS if f"{stem}skip.{s}" in shapes), ""),
-        "compressed": next((f for f, vectors in FORMS.items() if f"{stem}compressed.{vectors[0]}" in shapes), ""),
-    }
-    if any(any(r) for r in ranks.values()):
-        beside |= {m: tuple(r) for m, r in ranks.items()}
+    ranks = [[_rank(shapes, name, family.factors(name)) for name in family.expert(layer, e)] for e in numbers]
+    low_rank = any(map(any, ranks))
+    gate, up, down = (tuple(of_expert[m] for of_expert in ranks if low_rank) for m in range(len(MATRICES)))
+    skip = next((s for s in SKIPS if f"{stem}skip.{s}" in shapes), "")
+    compressed = next((f for f, vectors in FORMS.items() if f"{stem}compressed.{vectors[0]}" in shapes), "")
+    gone = ""
     if not numbers and layer in family.moe_layers and family.router(layer) not in shapes:
-        shared = family.shared(layer)
-        alone = shared is not None and shared[0] in shapes
-        beside["gone"] = "experts" if alone else "moe" if not any(n.startswith(family.norm(layer)) for n in shapes) else ""
-    return Format(len(numbers), **beside)
+        if any(name in shapes for name in family.shared(layer)[:1]):
+            gone = "experts"
+        elif not any(n.startswith(family.norm(layer)) for n in shapes):
+            gone = "moe"
+    return Format(len(numbers), gate, up, down, skip, compressed, gone)
 
 
 def routing_shapes(family: Family, format: Format, layer: int, width: int, inner: int) -> dict[str, tuple[int, ...]]:
@@ -117,13 +112,28 @@ def routing_shapes(family: Family, format: Format, layer: int, width: int, inner
     return shapes
 
 
-def family_config(config: Config) -> Config:
-    """The configuration of the family's own class for the configuration of a compressed checkpoint; any other unchanged."""
-    plain = {k: v for k, v in config.items() if k != LAYERS}
-    return plain | {"model_type": str(config["model_type"]).removeprefix(COMPRESSED)}
+def check_tensors(where: str, asked: Shapes, stored: Shapes) -> None:
+    """Raise ValueError if the stored tensors are not exactly those that the configuration asks for, in names and shapes."""
+    if missing := sorted(set(asked) - set(stored)):
+        raise ValueError(
+            f"{where} has no tensor {some(missing)}, which its config.json asks for; the checkpoint is incomplete, or of another "
+            "family"
+        )
+    if extra := sorted(set(stored) - set(asked)):
+        raise ValueError(f"{where} has {some(extra)}, which its config.json leaves no place for; correct one of them")
+    for name, shape in asked.items():
+        if tuple(stored[name]) != tuple(shape):
+            raise ValueError(
+                f"{where}: {name} has shape {tuple(stored[name])} where config.json asks for {tuple(shape)}; correct one of them"
+            )
 
 
-def _rank(shapes: Mapping[str, Sequence[int]], name: str, factors: tuple[str, str]) -> int:
+def some(names: Sequence[str]) -> str:
+    """The first four names, and how many more there are."""
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def _rank(shapes: Shapes, name: str, factors: tuple[str, str]) -> int:
     out, inner = factors
     if name in shapes or name + PACKED in shapes:
         return 0
@@ -150,28 +160,15 @@ def layer_formats(config: Config) -> list[Format | None]:
     moe = family.moe_layers
     if not str(config["model_type"]).startswith(COMPRESSED):
         return [Format(family.num_experts) if i in moe else None for i in range(family.num_layers)]
-    said = config.get(LAYERS) or []
-    if len(said) != family.num_layers:
-        raise ValueError(f"config.json has {len(said)} entries in {LAYERS!r} for {family.num_layers} layers; write one for each")
-    main = family.main_experts
+    entries = config.get(LAYERS) or []
+    if len(entries) != family.num_layers:
+        raise ValueError(f"config.json has {len(entries)} entries in {LAYERS!r} for {family.num_layers} layers; write one for each")
     formats: list[Format | None] = []
-    for layer, value in enumerate(said):
+    for layer, value in enumerate(entries):
         if bool(value) != (layer in moe) or not isinstance(value or {}, Mapping):
             kind = "experts" if layer in moe else "none"
             raise ValueError(f"config.json says {value} of layer {layer} in {LAYERS!r}, where the family has {kind}; correct it")
-        formats.append(_checked(Format.from_json(value), layer) if value else None)
-        if format := formats[-1]:
-            try:
-                if not format.gone:
-                    family.check_router(format.experts, format.experts)
-            except ValueError as error:
-                raise ValueError(f"layer {layer} of config.json cannot have {format.experts} experts: {error}") from None
-            reach = family.experts_per_token(format.experts)
-            if format.compressed and not 1 <= main < reach:
-                raise ValueError(
-                    f"layer {layer} of config.json has Compressed Experts, and {MAIN}={main} of a token's {reach} experts are "
-                    f"computed; it must lie between 1 and {reach - 1}"
-                )
+        formats.append(_checked(Format.from_json(value), family, layer) if value else None)
     return formats
 
 
@@ -196,7 +193,7 @@ def config_of(config: Config, formats: Sequence[Format | None]) -> Config:
     return new
 
 
-def _checked(format: Format, layer: int) -> Format:
+def _checked(format: Format, family: Family, layer: int) -> Format:
     gate, up, down = (format.ranks(m) for m in MATRICES)
     if any(len(r) != format.experts or min(r, default=0) < 0 for r in (gate, up, down)):
         raise ValueError(f"config.json needs {format.experts} ranks (0: whole) of each matrix in layer {layer}; correct {LAYERS!r}")
@@ -211,5 +208,16 @@ def _checked(format: Format, layer: int) -> Format:
         raise ValueError(
             f"config.json says skip={format.skip!r} and compressed={format.compressed!r} of layer {layer}; known are "
             f"{', '.join(SKIPS)}, and {', '.join(FORMS)}"
+        )
+    try:
+        if not format.gone:
+            family.check_router(format.experts, format.experts)
+    except ValueError as error:
+        raise ValueError(f"layer {layer} of config.json cannot have {format.experts} experts: {error}") from None
+    main, reach = family.main_experts, family.experts_per_token(format.experts)
+    if format.compressed and not 1 <= main < reach:
+        raise ValueError(
+            f"layer {layer} of config.json has Compressed Experts, and {MAIN}={main} of a token's {reach} experts are "
+            f"computed; it must lie between 1 and {reach - 1}"
         )
     return format

@@ -4,7 +4,6 @@ import json
 import struct
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Protocol
 
@@ -18,6 +17,16 @@ ROUTING = "routing.safetensors"
 
 ESSENTIAL = "essential.json"
 """The file with the part of config.json that changes what the model computes."""
+
+
+def file_of(layer: int) -> str:
+    """The file of what a pass recorded in an MoE layer."""
+    return f"layer-{layer:03d}.safetensors"
+
+
+def file_before(layer: int) -> str:
+    """The file of the hidden states before a layer that a pass recorded."""
+    return f"before-{layer:03d}.safetensors"
 
 
 def file_for(name: str) -> str:
@@ -81,28 +90,24 @@ class TensorInfo:
     def nbytes(self) -> int:
         return self.stop - self.start
 
-    @property
-    def numel(self) -> int:
-        return prod(self.shape)
 
-
-def read_header(file: str, size: int, read: Callable[[int, int], bytes]) -> dict[str, TensorInfo]:
-    """The tensors of one safetensors file of `size` bytes; `read(start, stop)` returns a range of its bytes.
+def read_header(file: str, size: int, read: Callable[[str, int, int], bytes]) -> dict[str, TensorInfo]:
+    """The tensors of one safetensors file of `size` bytes; `read(file, start, stop)` returns a range of its bytes.
 
     Raises ValueError if the file is truncated or no safetensors file.
     """
     try:
-        (length,) = struct.unpack("<Q", read(0, 8))
+        (length,) = struct.unpack("<Q", read(file, 0, 8))
         if length + 8 > size:
             raise ValueError
-        header = json.loads(read(8, 8 + length))
+        header = json.loads(read(file, 8, 8 + length))
     except (ValueError, struct.error):
         raise ValueError(f"{file} ({size:,} bytes) is truncated or no safetensors file; fetch it again") from None
+    header.pop("__metadata__", None)
     tensors = {}
     for name, entry in header.items():
-        if name != "__metadata__":
-            start, stop = (8 + length + at for at in entry["data_offsets"])
-            tensors[name] = TensorInfo(file, entry["dtype"], tuple(entry["shape"]), start, stop)
+        start, stop = (8 + length + at for at in entry["data_offsets"])
+        tensors[name] = TensorInfo(file, entry["dtype"], tuple(entry["shape"]), start, stop)
     end = max((t.stop for t in tensors.values()), default=8 + length)
     if end > size:
         raise ValueError(f"{file} is truncated: it holds {size:,} of {end:,} bytes; fetch it again")
@@ -113,7 +118,7 @@ def headers(files: Files) -> dict[str, TensorInfo]:
     """The tensors of all safetensors files of a folder or artifact."""
     tensors: dict[str, TensorInfo] = {}
     for name in (n for n in files.names() if n.endswith(".safetensors")):
-        tensors |= read_header(name, files.size(name), lambda a, b, name=name: files.read(name, a, b))  # type: ignore[misc]
+        tensors |= read_header(name, files.size(name), files.read)
     return tensors
 
 
@@ -136,7 +141,7 @@ def names_without_experts(names: Iterable[str], config: Config, layer: int, *, w
     """
     family = Family.of(config)
     routed = (family.experts(layer), *family.router_tensors(layer))
-    gone = (family.moe(layer), family.norm(layer)) if whole or family.arch.shared is None else routed
+    gone = (family.moe(layer), family.norm(layer)) if whole or not family.arch.shared else routed
     return [n for n in names if not n.startswith(gone)]
 
 

@@ -6,6 +6,7 @@ rank. This file knows neither files nor transformers.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,12 +24,8 @@ class LowRank:
     out_MR: Tensor
     in_RN: Tensor
 
-    @property
-    def nbytes(self) -> int:
-        return self.out_MR.nbytes + self.in_RN.nbytes
-
-    def to(self, **where: object) -> "LowRank":
-        return LowRank(self.out_MR.to(**where), self.in_RN.to(**where))  # type: ignore[call-overload]
+    def to(self, **where: Any) -> "LowRank":
+        return LowRank(self.out_MR.to(**where), self.in_RN.to(**where))
 
     def whole(self) -> Tensor:
         """The product [M, N], multiplied in fp32."""
@@ -64,13 +61,13 @@ class MLP:
         """The input of the down matrix, [T, F]."""
         return ACTIVATIONS[self.act](apply(self.gate_FD, x_TD)) * apply(self.up_FD, x_TD)
 
-    def to(self, **where: object) -> "MLP":
-        gate_FD, up_FD, down_DF = (m.to(**where) for m in (self.gate_FD, self.up_FD, self.down_DF))  # type: ignore[call-overload]
-        return MLP(gate_FD, up_FD, down_DF, self.act)
-
     @property
-    def nbytes(self) -> int:
-        return sum(m.nbytes for m in (self.gate_FD, self.up_FD, self.down_DF))
+    def matrices(self) -> tuple[Matrix, Matrix, Matrix]:
+        """gate, up and down."""
+        return self.gate_FD, self.up_FD, self.down_DF
+
+    def to(self, **where: Any) -> "MLP":
+        return MLP(self.gate_FD.to(**where), self.up_FD.to(**where), self.down_DF.to(**where), self.act)
 
 
 @dataclass(frozen=True)
@@ -87,23 +84,15 @@ class MoELayer:
     def num_experts(self) -> int:
         return len(self.experts)
 
-    @property
-    def nbytes(self) -> int:
-        return sum(e.nbytes for e in self.experts)
-
-    def to(self, **where: object) -> "MoELayer":
+    def to(self, **where: Any) -> "MoELayer":
         """The same layer on another device (`device=`) or in another precision (`dtype=`); the router's bias stays fp32."""
-
-        def move(t: Tensor | None) -> Tensor | None:
-            return None if t is None else t.to(**where)  # type: ignore[call-overload]
-
         bias_E = self.router.bias_E
         return MoELayer(
-            router=replace(self.router, bias_E=None if bias_E is None else bias_E.to(device=where.get("device"))),  # type: ignore[call-overload]
-            router_ED=self.router_ED.to(**where),  # type: ignore[call-overload]
+            router=replace(self.router, bias_E=None if bias_E is None else bias_E.to(device=where.get("device"))),
+            router_ED=self.router_ED.to(**where),
             experts=tuple(e.to(**where) for e in self.experts),
             shared=None if self.shared is None else self.shared.to(**where),
-            shared_gate_1D=move(self.shared_gate_1D),
+            shared_gate_1D=None if self.shared_gate_1D is None else self.shared_gate_1D.to(**where),
         )
 
     def keep(self, experts: list[int]) -> "MoELayer":

@@ -14,6 +14,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moeflow.arch import Family
 from moeflow.model.router import Router
+from moeflow.model.spec import Recording
 from moeflow.model.stream import EXPERTS
 
 OBSERVED = "moeflow_observed"
@@ -36,20 +37,17 @@ ALL_EXPERTS_FUNCTIONS.register(OBSERVED, _observed_experts)
 class Recorder:
     """The statistics of one MoE layer over the tokens of one shard, batch by batch in order.
 
-    It keeps the inputs of the first `budget` tokens, and after them those of tokens that are routed to an expert with fewer than
-    `per_expert` tokens so far. With `residual` it also keeps the residual stream before the block for the same tokens.
+    It keeps the inputs of the first `recording.inputs` tokens, and after them those of tokens that are routed to an expert with
+    fewer than `recording.per_expert` tokens so far.
     """
 
-    def __init__(
-        self, family: Family, router: Router, experts: int, *, budget: int, per_expert: int = 0, residual: bool = False
-    ) -> None:
-        self.family, self.router, self.experts = family, router, experts
-        self.budget, self.per_expert, self.keep_residual = budget, per_expert, residual
-        self.seen = 0
-        self.sums = {n: torch.zeros(experts, dtype=torch.float64) for n in ("count", "weight", "score", "norm", "reap", "reap_sq")}
-        self.sums["max"] = torch.zeros(experts, dtype=torch.float64)
+    def __init__(self, family: Family, router: Router, experts: int, recording: Recording) -> None:
+        self.family, self.router, self.experts, self.recording = family, router, experts, recording
+        self.tokens = 0
+        sums = ("count", "weight", "score", "norm", "reap", "reap_sq", "max")
+        self.sums = {name: torch.zeros(experts, dtype=torch.float64) for name in sums}
         self.totals = {n: torch.zeros((), dtype=torch.float64) for n in ("output_sq", "cos_block", "cos_layer")}
-        self.rows: dict[str, list[Tensor]] = {n: [] for n in ("logits", "x", "position") + (("residual",) if residual else ())}
+        self.rows: dict[str, list[Tensor]] = {"logits_TE": [], "x_RD": [], "position_R": []}
         self._now: dict[str, Tensor] = {}
 
     @contextmanager
@@ -75,11 +73,11 @@ class Recorder:
         norm_Tk = torch.linalg.vector_norm(y_TkD, dim=-1, dtype=torch.float32).double()
         weights_Tk = weights_Tk.double()
         flat = index_Tk.reshape(-1)
+        # one place more than there are experts, for pairs that were skipped
+        zeros = torch.zeros(self.experts + 1, dtype=torch.float64, device=flat.device)
 
         def add(name: str, value_Tk: Tensor) -> None:
-            # one place more than there are experts, for pairs that were skipped
-            sum_E = torch.zeros(self.experts + 1, dtype=torch.float64, device=flat.device).index_add_(0, flat, value_Tk.reshape(-1))
-            self.sums[name] += sum_E[:-1].cpu()
+            self.sums[name] += zeros.index_add(0, flat, value_Tk.reshape(-1))[:-1].cpu()
 
         reap_Tk = weights_Tk * norm_Tk
         add("count", torch.ones_like(norm_Tk))
@@ -87,39 +85,37 @@ class Recorder:
         add("norm", norm_Tk)
         add("reap", reap_Tk)
         add("reap_sq", reap_Tk.square())
-        largest = torch.zeros(self.experts + 1, dtype=torch.float64, device=flat.device)
-        largest.scatter_reduce_(0, flat, reap_Tk.reshape(-1), "amax")
+        largest = zeros.scatter_reduce(0, flat, reap_Tk.reshape(-1), "amax")
         self.sums["max"] = torch.maximum(self.sums["max"], largest[:-1].cpu())
         self._now["index"] = index_Tk
 
     def result(self) -> dict[str, Tensor]:
-        """Everything recorded: `logits_TE`, `x_RD` (and `residual_RD`), `position_R` in the shard, sums `<name>_E`, and totals.
+        """Everything recorded: `logits_TE`, `x_RD`, `position_R` in the shard, sums `<name>_E`, and totals.
 
         The first `sample` rows are the first tokens in order. The other rows are kept for their rare experts.
         """
-        suffix = {"logits": "logits_TE", "x": "x_RD", "position": "position_R", "residual": "residual_RD"}
-        out = {suffix[n]: torch.cat(rows) for n, rows in self.rows.items()}
-        out |= {f"{n}_E": t for n, t in self.sums.items()} | dict(self.totals)
-        out["tokens"] = torch.tensor(self.seen)
-        out["sample"] = torch.tensor(min(self.seen, self.budget))
-        return out
+        counts = {"tokens": self.tokens, "sample": min(self.tokens, self.recording.inputs)}
+        return (
+            {name: torch.cat(rows) for name, rows in self.rows.items()}
+            | {f"{name}_E": sums for name, sums in self.sums.items()}
+            | self.totals
+            | {name: torch.tensor(count) for name, count in counts.items()}
+        )
 
     def _hold(self, name: str, value: Tensor) -> None:
         self._now[name] = value.flatten(0, -2)
 
     def _block(self, x_NLD: Tensor, out_NLD: Tensor) -> None:
-        x_TD, out_TD, residual_TD = x_NLD.flatten(0, -2), out_NLD.flatten(0, -2), self._now["residual"]
-        logits_TE = self._now["logits"]
+        x_TD, out_TD = x_NLD.flatten(0, -2), out_NLD.flatten(0, -2)
+        residual_TD, logits_TE = self._now["residual"], self._now["logits"]
         self.sums["score"] += self.router.scores(logits_TE).sum(0, dtype=torch.float64).cpu()
         self.totals["output_sq"] += out_TD.float().square().sum(dtype=torch.float64).cpu()
         self.totals["cos_block"] += _cosines(residual_TD, residual_TD + out_TD)
-        self.rows["logits"].append(logits_TE.float().cpu())
+        self.rows["logits_TE"].append(logits_TE.float().cpu())
         keep = self._kept(len(x_TD))
-        self.rows["position"].append(keep.cpu() + self.seen)
-        self.rows["x"].append(x_TD[keep].cpu())
-        if self.keep_residual:
-            self.rows["residual"].append(residual_TD[keep].cpu())
-        self.seen += len(x_TD)
+        self.rows["position_R"].append(keep.cpu() + self.tokens)
+        self.rows["x_RD"].append(x_TD[keep].cpu())
+        self.tokens += len(x_TD)
 
     def _layer(self, before: Tensor, after: Tensor) -> None:
         self.totals["cos_layer"] += _cosines(before.flatten(0, -2), after.flatten(0, -2))
@@ -127,12 +123,12 @@ class Recorder:
     def _kept(self, tokens: int) -> Tensor:
         """The tokens of the batch whose inputs are kept, ascending."""
         index_Tk = self._now["index"]
-        first = torch.arange(tokens, device=index_Tk.device) < self.budget - self.seen
-        if self.per_expert:
+        first = torch.arange(tokens, device=index_Tk.device) < self.recording.inputs - self.tokens
+        if self.recording.per_expert:
             chosen_TE = index_Tk.new_zeros(tokens, self.experts + 1).scatter_(1, index_Tk, 1)[:, :-1]
             before_E = (self.sums["count"].to(chosen_TE.device) - chosen_TE.sum(0)).long()
             nth_TE = before_E + chosen_TE.cumsum(0)  # how often each expert was chosen, this token counted
-            first |= ((nth_TE <= self.per_expert) & (chosen_TE == 1)).any(1)
+            first |= ((nth_TE <= self.recording.per_expert) & (chosen_TE == 1)).any(1)
         return first.nonzero().squeeze(1)
 
 

@@ -7,7 +7,7 @@ groups of inputs, P words of a row, B and C blocks of rows and columns.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import prod
+from math import ceil, prod
 from typing import TYPE_CHECKING, Any
 
 from moeflow.arch import HEAD, Config, Family
@@ -104,7 +104,7 @@ def quantization_config(scheme: Scheme, shapes: Shapes, config: Config) -> dict[
     """The `quantization_config` of a packed checkpoint, for transformers and vLLM. It ignores by name what is not packed."""
     family = Family.of(config)
     # a head that is tied to the embedding has no tensor, but is a module like any other
-    matrices = [HEAD, *(n for n, s in shapes.items() if _is_matrix(n, s))]
+    matrices = [HEAD, *(n for n, shape in shapes.items() if n.endswith(WHOLE) and len(shape) == 2)]
     weights = {
         "num_bits": scheme.bits,
         "type": "int",
@@ -124,10 +124,6 @@ def quantization_config(scheme: Scheme, shapes: Shapes, config: Config) -> dict[
         "config_groups": {"group_0": group},
         "ignore": sorted({family.pattern(n.removesuffix(WHOLE)) for n in matrices}),
     }
-
-
-def _is_matrix(name: str, shape: Sequence[int]) -> bool:
-    return name.endswith(WHOLE) and len(shape) == 2
 
 
 def pack(codes_MN: "Tensor", scale_MG: "Tensor", bits: int) -> "dict[str, Tensor]":
@@ -153,11 +149,7 @@ def unblocked(codes_MN: "Tensor", scale_BC: "Tensor") -> "Tensor":
 
     A block's side is the smallest power of two that fits the shapes, since the last blocks may be cut off; 128 as published.
     """
-    sides = []
-    for size, blocks in zip(codes_MN.shape, scale_BC.shape, strict=True):
-        side = 1
-        while side * blocks < size:
-            side *= 2
-        sides.append(side)
-    scale_MN = scale_BC.float().repeat_interleave(sides[0], 0).repeat_interleave(sides[1], 1)
+    fitting = (ceil(size / blocks) for size, blocks in zip(codes_MN.shape, scale_BC.shape, strict=True))
+    rows, columns = (1 << (side - 1).bit_length() for side in fitting)
+    scale_MN = scale_BC.float().repeat_interleave(rows, 0).repeat_interleave(columns, 1)
     return codes_MN.float() * scale_MN[: codes_MN.shape[0], : codes_MN.shape[1]]

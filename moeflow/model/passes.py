@@ -6,21 +6,21 @@ files, and knows nothing of steps.
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from moeflow.arch import Config, Family
+from moeflow.arch import Config
 from moeflow.model.alternatives import slices
 from moeflow.model.checkpoint import Tensors
-from moeflow.model.layout import Files, read_config
+from moeflow.model.layout import Files, file_before, file_of, read_config
 from moeflow.model.observe import OBSERVED, Recorder
 from moeflow.model.router import Router
-from moeflow.model.spec import precision
+from moeflow.model.spec import Recording
 from moeflow.model.stream import EXPERTS, Stream
 
 TOKENS_AT_ONCE = 1024
@@ -40,38 +40,38 @@ def embed(config: Config, rest: Files, ids_NL: Tensor, out: Path, *, dtype: str)
 
 @torch.inference_mode()
 def through(
-    config: Config, hidden: Path, layers: Sequence[tuple[int, Path]], out: Path, *, batch: int, dtype: str, progress: Progress,
-    recorded: Callable[[int], Path] | None = None, before: Callable[[int], Path] | None = None, between: int = 0,
-    budget: int = 0, **recording: Any,
+    config: Config, hidden: Path, layers: Sequence[tuple[int, Path]], out: Path,
+    *, batch: int, dtype: str, progress: Progress, recording: Recording | None = None,
 ) -> None:  # fmt: skip
     """Run hidden states through consecutive layers (number, file), `batch` sequences together, and write those behind the last.
 
-    `recorded(layer)` is the file for the statistics of an MoE layer; `budget` and `recording` are options of its `Recorder`.
-    `before(layer)` is the file for the hidden states of the first `between` tokens before a layer.
+    With `recording` there is a file beside `out` for the statistics of each MoE layer (`file_of`), and one for the hidden states
+    before each layer if some are kept (`file_before`).
     """
-    stream = stream_of(config, dtype, OBSERVED if recorded else EXPERTS)
+    stream = stream_of(config, dtype, OBSERVED if recording else EXPERTS)
     states_NLD = load_file(hidden)["hidden_NLD"]
     n, length = states_NLD.shape[:2]
     for at, (layer, file) in enumerate(layers):
         tensors = Tensors(file)
         module = stream.layer(tensors, layer)
-        recorder = _recorder(stream, tensors, layer, budget=budget, **recording) if recorded else None
-        if before:
-            save_file({"hidden_RD": states_NLD.flatten(0, 1)[:between].clone()}, before(layer))
-        for done, part_nLD in _batches(states_NLD, batch):
-            part_nLD.copy_(_forward(stream, module, layer, part_nLD, recorder))
-            progress((at * n + done) * length, len(layers) * n * length, "token layers")
-        if recorded and recorder is not None:
-            save_file(recorder.result(), recorded(layer))
-        elif recorded and layer in stream.family.moe_layers:
-            save_file({"tokens": torch.tensor(n * length)}, recorded(layer))  # its experts are gone
+        recorder = _recorder(stream, tensors, layer, recording) if recording else None
+        if recording and recording.between:
+            save_file({"hidden_RD": states_NLD.flatten(0, 1)[: recording.between].clone()}, out.with_name(file_before(layer)))
+        for rows in slices(n, batch):
+            h_nLD = states_NLD[rows].to(stream.device)
+            with recorder.on(module) if recorder else nullcontext():
+                states_NLD[rows] = module(h_nLD, **stream.arguments(layer, h_nLD)).cpu()
+            progress((at * n + rows.stop) * length, len(layers) * n * length, "token layers")
+        if recording and layer in stream.family.moe_layers:
+            gone = {"tokens": torch.tensor(n * length)}  # its experts are
+            save_file(recorder.result() if recorder else gone, out.with_name(file_of(layer)))
         del module
     save_file({"hidden_NLD": states_NLD}, out)
 
 
 def stream_of(config: Config, dtype: str, experts: str = EXPERTS) -> Stream:
     """A model to run layer by layer, on a GPU if there is one. With `dtype` "auto" it has the checkpoint's own precision."""
-    return _stream(json.dumps(config), precision(config, dtype), experts)
+    return _stream(json.dumps(config), dtype, experts)
 
 
 class Head:
@@ -97,31 +97,15 @@ class Head:
 @lru_cache(2)  # a stream has no weights, and every step of a run needs the same one
 def _stream(config: str, dtype: str, experts: str) -> Stream:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Stream(json.loads(config), device=device, dtype=getattr(torch, dtype), experts=experts)
+    return Stream(json.loads(config), device=device, dtype=dtype, experts=experts)
 
 
-def _recorder(stream: Stream, tensors: Tensors, layer: int, **recording: Any) -> Recorder | None:
-    family = Family.of(stream.config)
+def _recorder(stream: Stream, tensors: Tensors, layer: int, recording: Recording) -> Recorder | None:
+    family = stream.family
     router = tensors.info.get(family.router(layer))
     if router is None:
         return None
     bias = family.router_bias(layer)
     bias_E = None if bias is None else tensors[bias].to(stream.device).float()
     experts = router.shape[0]
-    return Recorder(family, Router.of(family, experts, bias_E), experts, **recording)
-
-
-def _batches(states_NLD: Tensor, batch: int) -> Iterator[tuple[int, Tensor]]:
-    done = 0
-    for part_nLD in states_NLD.split(batch):
-        done += len(part_nLD)
-        yield done, part_nLD
-
-
-def _forward(stream: Stream, module: nn.Module, layer: int, part_nLD: Tensor, recorder: Recorder | None) -> Tensor:
-    h_nLD = part_nLD.to(stream.device)
-    arguments = stream.arguments(layer, h_nLD)
-    if recorder is None:
-        return module(h_nLD, **arguments)
-    with recorder.on(module):
-        return module(h_nLD, **arguments)
+    return Recorder(family, Router.of(family, experts, bias_E), experts, recording)

@@ -34,12 +34,6 @@ class RoutedExperts(nn.Module):
     `recorder` is set, it is shown the output of each routed pair.
     """
 
-    gate_up_proj: Tensor
-    gate_up_in: Tensor
-    gate_up_out: Tensor
-    down_proj: Tensor
-    down_in: Tensor
-    down_out: Tensor
     act_fn: Callable[[Tensor], Tensor]
 
     def __init__(
@@ -69,7 +63,8 @@ class RoutedExperts(nn.Module):
             computed = int(counts_E.sum())
             expert_S, order_S = expert_S[:computed], order_S[:computed]
         work = self._together if in_one_kernel(x_TD) else self._one_by_one
-        y_SD = work(x_TD.to(self._dtype), order_S // k, scales, expert_S, counts_E)
+        dtype = next(p.dtype for p in self.parameters(recurse=False))
+        y_SD = work(x_TD.to(dtype), order_S // k, scales, expert_S, counts_E)
         if len(order_S) < tokens * k:
             y_TkD = y_SD.new_zeros(tokens * k, y_SD.shape[1]).index_copy(0, order_S, y_SD).view(tokens, k, -1)
         else:
@@ -79,10 +74,6 @@ class RoutedExperts(nn.Module):
         if self.recorder is not None:
             self.recorder.pairs(y_TkD, index_Tk, weights_Tk)
         return (y_TkD * weights_Tk.unsqueeze(-1)).sum(dim=1).to(x_TD.dtype)
-
-    @property
-    def _dtype(self) -> torch.dtype:
-        return next(p.dtype for p in self.parameters(recurse=False))
 
     def _one_by_one(self, x_TD: Tensor, token_S: Tensor, scales: Scales | None, expert_S: Tensor, counts_E: Tensor) -> Tensor:
         """The outputs [S, D], one expert after the other, which keeps the processor's cache warm."""
@@ -100,12 +91,10 @@ class RoutedExperts(nn.Module):
         """The outputs [S, D], with one kernel for each product of all experts."""
 
         def gate_up(low: bool, offsets_E: Tensor, *inputs_SD: Tensor) -> Tensor:
-            first, second = (self.gate_up_in, self.gate_up_out) if low else (self.gate_up_proj, None)
-            return self._inner(partial(_grouped, offsets_E), first, second, inputs_SD)
+            return self._inner(partial(_grouped, offsets_E), *self._factors("gate_up", low), inputs_SD)
 
         def down(low: bool, offsets_E: Tensor, x_SF: Tensor) -> Tensor:
-            first, second = (self.down_in, self.down_out) if low else (self.down_proj, None)
-            return _outer(partial(_grouped, offsets_E), first, second, x_SF)
+            return _outer(partial(_grouped, offsets_E), *self._factors("down", low), x_SF)
 
         inner_SF = _either(self.gate_up_low, gate_up, _inputs(x_TD, token_S, scales), expert_S, counts_E)
         return _either(self.down_low, down, (_scaled(inner_SF, token_S, scales),), expert_S, counts_E)
@@ -114,14 +103,16 @@ class RoutedExperts(nn.Module):
         """The matrices of each expert: gate and up, their second factor, down, its second factor."""
         # by attribute, because LoRA may replace the parameter by a sum
         stacked = {name: iter(getattr(self, name).unbind()) for name, _ in self.named_parameters(recurse=False)}
+
+        def factors(stem: str, low: bool) -> tuple[Tensor, Tensor | None]:
+            return (next(stacked[f"{stem}_in"]), next(stacked[f"{stem}_out"])) if low else (next(stacked[f"{stem}_proj"]), None)
+
         for gate_up_low, down_low in zip(self.gate_up_low, self.down_low, strict=True):
-            gate_up = (
-                (next(stacked["gate_up_in"]), next(stacked["gate_up_out"]))
-                if gate_up_low
-                else (next(stacked["gate_up_proj"]), None)
-            )
-            down = (next(stacked["down_in"]), next(stacked["down_out"])) if down_low else (next(stacked["down_proj"]), None)
-            yield *gate_up, *down
+            yield *factors("gate_up", gate_up_low), *factors("down", down_low)
+
+    def _factors(self, stem: str, low: bool) -> tuple[Tensor, Tensor | None]:
+        """The stack of the whole matrices, or the two stacks of the factors of the others."""
+        return (getattr(self, f"{stem}_in"), getattr(self, f"{stem}_out")) if low else (getattr(self, f"{stem}_proj"), None)
 
     def _inner(self, product: Product, first: Tensor, second: Tensor | None, inputs: tuple[Tensor, ...]) -> Tensor:
         """The input of down, [S, F]; `inputs` are those of gate and of up, or one tensor for both."""

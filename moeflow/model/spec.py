@@ -13,10 +13,15 @@ from moeflow.model.packed import Scheme, numels, scheme_of
 BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
 }  # fmt: skip
-NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+PRECISIONS = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+"""The precisions that a model runs in, by torch's names, and the bytes of a number."""
 
 TensorTable = Mapping[str, tuple[str, tuple[int, ...]]]
 """Name to (safetensors dtype, shape)."""
+
+
+def shapes_of(table: TensorTable) -> dict[str, tuple[int, ...]]:
+    return {name: shape for name, (_, shape) in table.items()}
 
 
 def header_bytes(table: TensorTable) -> int:
@@ -42,14 +47,14 @@ def file_bytes(table: TensorTable) -> int:
 def precision(config: Config, dtype: str) -> str:
     """The precision of a run by torch's name: `dtype`, or for "auto" that of the checkpoint. Raises ValueError if unknown."""
     name = str(config.get("dtype") or config.get("torch_dtype") or "float32") if dtype == "auto" else dtype
-    if name not in NAMES.values():
-        raise ValueError(f"dtype={name!r} is not known; choose one of auto, {', '.join(NAMES.values())}")
+    if name not in PRECISIONS:
+        raise ValueError(f"dtype={name!r} is not known; choose one of auto, {', '.join(PRECISIONS)}")
     return name
 
 
 def element_bytes(config: Config, dtype: str) -> int:
     """The bytes of one number in the precision of a run; see `precision`."""
-    return next(BYTES[short] for short, name in NAMES.items() if name == precision(config, dtype))
+    return PRECISIONS[precision(config, dtype)]
 
 
 @dataclass(frozen=True)
@@ -74,17 +79,12 @@ class LayerSpec:
 
     @cached_property
     def nbytes(self) -> int:
-        return file_bytes(self.tensors) - round((1 - self.share) * self.expert_bytes)
+        return file_bytes(self.tensors) - self._taken_out
 
     @property
     def least(self) -> int:
         """The smallest number of experts that a run may leave."""
         return self.experts if self.fewest is None else min(self.fewest, self.experts)
-
-    @property
-    def optional(self) -> bool:
-        """Whether a run may leave the layer without experts."""
-        return self.experts > 0 and not self.least
 
     @cached_property
     def headers(self) -> int:
@@ -99,11 +99,11 @@ class LayerSpec:
     @cached_property
     def format(self) -> Format:
         """The format of the layer, by its tensors."""
-        return format_of({n: shape for n, (_, shape) in self.tensors.items()}, self.config, self.layer)
+        return format_of(shapes_of(self.tensors), self.config, self.layer)
 
     def check_routing(self, what: str) -> None:
         """Raise ValueError if this layer's experts must not change, or may be gone; `what` ("prune") would change them."""
-        if self.optional:
+        if self.experts and not self.least:
             raise ValueError(
                 f"whether layer {self.layer} keeps its experts is decided by a run that trims the model; {what} first and trim "
                 "then, or take the trimmed checkpoint as the model"
@@ -122,7 +122,7 @@ class LayerSpec:
     @cached_property
     def packed(self) -> Scheme | None:
         """How its experts are packed; None if they are not."""
-        return scheme_of({n: shape for n, (_, shape) in self.tensors.items()}, self.config)
+        return scheme_of(shapes_of(self.tensors), self.config)
 
     @cached_property
     def fp8(self) -> bool:
@@ -138,28 +138,32 @@ class LayerSpec:
     @cached_property
     def expert_bytes(self) -> int:
         """The bytes of all routed experts together."""
-        stem = Family.of(self.config).experts(self.layer)
-        return sum(tensor_bytes(*t) for n, t in self.tensors.items() if n.startswith(stem))
+        return self._bytes_of(Family.of(self.config).experts(self.layer))
 
     @cached_property
     def expert_numel(self) -> int:
         """The number of parameters of all routed experts together."""
         stem = Family.of(self.config).experts(self.layer)
-        each = numels({n: shape for n, (_, shape) in self.tensors.items()}, self.config)
-        return sum(number for name, number in each.items() if name.startswith(stem))
+        numel = numels(shapes_of(self.tensors), self.config)
+        return sum(number for name, number in numel.items() if name.startswith(stem))
 
     @cached_property
     def block_bytes(self) -> int:
         """The bytes of the MoE block's tensors."""
-        block = Family.of(self.config).moe(self.layer)
-        return sum(tensor_bytes(*t) for n, t in self.tensors.items() if n.startswith(block)) - round(
-            (1 - self.share) * self.expert_bytes
-        )
+        return self._bytes_of(Family.of(self.config).moe(self.layer)) - self._taken_out
 
     @cached_property
     def numel(self) -> int:
-        whole = sum(numels({n: t[1] for n, t in self.tensors.items()}, self.config).values())
+        whole = sum(numels(shapes_of(self.tensors), self.config).values())
         return round(whole * self.nbytes / file_bytes(self.tensors))
+
+    @property
+    def _taken_out(self) -> int:
+        """The bytes of the experts that the run is expected to take out."""
+        return round((1 - self.share) * self.expert_bytes)
+
+    def _bytes_of(self, stem: str) -> int:
+        return sum(tensor_bytes(*t) for n, t in self.tensors.items() if n.startswith(stem))
 
 
 @dataclass(frozen=True)
@@ -234,6 +238,18 @@ class ForkSpec:
 
 
 @dataclass(frozen=True)
+class Recording:
+    """What one shard's pass keeps of each layer, besides the router's statistics of all tokens."""
+
+    inputs: int
+    """The number of tokens, from the first, whose MoE inputs are kept."""
+    per_expert: int = 0
+    """Also keep tokens until every expert has this many."""
+    between: int = 0
+    """The number of tokens, from the first, whose hidden states before every layer are kept."""
+
+
+@dataclass(frozen=True)
 class ObservedSpec:
     """The output of one pass over some sequences: hidden states behind the last layer, and statistics of each MoE layer."""
 
@@ -246,7 +262,7 @@ class ObservedSpec:
 def check_layer(config: Config, layer: int, table: TensorTable) -> int:
     """The number of a layer's routed experts, 0 if it is dense. Raises ValueError if config.json contradicts the tensors."""
     family = Family.of(config)
-    format = format_of({n: shape for n, (_, shape) in table.items()}, config, layer)
+    format = format_of(shapes_of(table), config, layer)
     if LAYERS in config:
         wanted = Format.from_json({"experts": 0} | (config[LAYERS][layer] or {}))
     else:
@@ -268,7 +284,7 @@ def check_layer(config: Config, layer: int, table: TensorTable) -> int:
         for name in (n for e in range(format.experts) for n in family.expert(layer, e)):
             out, inner = family.factors(name)
             if name not in table and out not in table:
-                continue  # packed: its columns are told by the model's width
+                continue  # packed: the model's width is taken for its columns
             sides = table[name][1] if name in table else (table[out][1][0], table[inner][1][1])
             if width not in sides:
                 raise ValueError(f"{name} has shape {sides}, and config.json says hidden_size={width}; correct one of them")

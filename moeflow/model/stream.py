@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from moeflow.arch import EMBEDDING, Config, Family
+from moeflow.arch import Config, Family, family_config
 from moeflow.model.checkpoint import Tensors
 from moeflow.model.factors import fused
-from moeflow.model.formats import Format, family_config, format_of
+from moeflow.model.formats import Format, check_tensors, format_of
 from moeflow.model.routed_experts import experts_of
+from moeflow.model.spec import precision
 from moeflow.model.trimmed import take_out
 
 EXPERTS = "grouped_mm"
@@ -27,10 +28,10 @@ EXPERTS = "grouped_mm"
 class Stream:
     """A model without weights, which makes its layers one at a time and knows the arguments that they are called with."""
 
-    def __init__(self, config: Config, *, device: str = "cpu", dtype: torch.dtype | None = None, experts: str = EXPERTS) -> None:
+    def __init__(self, config: Config, *, device: str = "cpu", dtype: str = "auto", experts: str = EXPERTS) -> None:
         self.config, self.device, self.experts = config, torch.device(device), experts
         self.family = Family.of(family_config(config))
-        self.dtype = dtype or torch_dtype(config)
+        self.dtype: torch.dtype = getattr(torch, precision(config, dtype))
         hf = self._hf_config(self.family.config)
         with torch.device("meta"):
             self.skeleton = AutoModelForCausalLM.from_config(hf, attn_implementation="sdpa").eval()
@@ -43,9 +44,8 @@ class Stream:
 
     def embed(self, rest: Mapping[str, Tensor], ids_NL: Tensor) -> Tensor:
         """Hidden states before the first layer, [N, L, D]."""
-        table_VD = rest[EMBEDDING].to(self.device, self.dtype)
-        module = _filled(copy.deepcopy(self.skeleton.model.embed_tokens), {"weight": table_VD}, "model.embed_tokens")
-        return module(ids_NL.to(self.device))
+        table = self._below("model.embed_tokens", rest)
+        return _filled(copy.deepcopy(self.skeleton.model.embed_tokens), table, "model.embed_tokens")(ids_NL.to(self.device))
 
     def layer(self, tensors: Mapping[str, Tensor], layer: int) -> nn.Module:
         """One decoder layer with its weights. Raises ValueError if a tensor is missing, left over or of the wrong shape."""
@@ -72,19 +72,23 @@ class Stream:
         if (n, length) not in self._arguments:
             with torch.no_grad():
                 self.skeleton.model(inputs_embeds=hidden_NLD, use_cache=False)
-            self._arguments = {(n, length): [stub.seen for stub in self.skeleton.model.layers]}
+            self._arguments = {(n, length): [stub.arguments for stub in self.skeleton.model.layers]}
         return self._arguments[n, length][layer]
 
     def final_norm(self, rest: Mapping[str, Tensor]) -> nn.Module:
-        values = {n.removeprefix("model.norm."): rest[n].to(self.device, self.dtype) for n in rest if n.startswith("model.norm.")}
-        return _filled(copy.deepcopy(self._norm), values, "model.norm")
+        return _filled(copy.deepcopy(self._norm), self._below("model.norm", rest), "model.norm")
 
     def head(self, rest: Mapping[str, Tensor]) -> nn.Module:
         """The module from normed hidden states to logits; the embedding if the checkpoint ties it to the head."""
-        values = {n.removeprefix("lm_head."): rest[n].to(self.device, self.dtype) for n in rest if n.startswith("lm_head.")}
+        values = self._below("lm_head", rest)
         if "weight" not in values:
-            values["weight"] = rest[EMBEDDING].to(self.device, self.dtype)
+            values |= self._below("model.embed_tokens", rest)
         return _filled(copy.deepcopy(self.skeleton.lm_head), values, "lm_head")
+
+    def _below(self, module: str, rest: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of a module outside the decoder layers, by their names inside it."""
+        names = [n for n in rest if n.startswith(f"{module}.")]
+        return {n.removeprefix(f"{module}."): rest[n].to(self.device, self.dtype) for n in names}
 
     def _hf_config(self, config: Config) -> PretrainedConfig:
         hf = AutoConfig.for_model(**config)
@@ -95,8 +99,8 @@ class Stream:
     def _in_memory(self, tensors: Mapping[str, Tensor], layer: int, format: Format) -> dict[str, Tensor]:
         """The layer's tensors without the experts, by their names inside the decoder layer in memory."""
         prefix = self.family.prefix(layer)
-        whole = {name for e in range(format.experts) for name in self.family.expert(layer, e)}
-        experts = whole | {name for w in whole for name in self.family.factors(w)}
+        whole = [name for e in range(format.experts) for name in self.family.expert(layer, e)]
+        experts = {n for name in whole for n in (name, *self.family.factors(name))}
 
         def moved(name: str) -> Tensor:
             tensor = tensors[name]
@@ -112,31 +116,16 @@ class _Stub(nn.Module):
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         self.attention_type = getattr(layer, "attention_type", None)
-        self.seen: dict[str, Any] = {}
+        self.arguments: dict[str, Any] = {}
 
     def forward(self, hidden_states: Tensor, **arguments: Any) -> Tensor:
-        self.seen = arguments
+        self.arguments = arguments
         return hidden_states
 
 
 def _filled(module: nn.Module, values: Mapping[str, Tensor], what: str) -> nn.Module:
     """The module, made on the meta device, with these tensors. Raises ValueError if they are not exactly those it has."""
-    wanted = module.state_dict()
-    if missing := sorted(set(wanted) - set(values)):
-        raise ValueError(
-            f"{what}: the checkpoint has no tensor for {', '.join(missing[:4])}; it is incomplete, or of another family"
-        )
-    if extra := sorted(set(values) - set(wanted)):
-        raise ValueError(f"{what}: the checkpoint has {', '.join(extra[:4])}, which the configuration leaves no place for")
-    for name, tensor in values.items():
-        if tensor.shape != wanted[name].shape:
-            raise ValueError(
-                f"{what}: {name} has shape {tuple(tensor.shape)} where config.json asks for {tuple(wanted[name].shape)}"
-            )
+    asked, stored = ({n: t.shape for n, t in tensors.items()} for tensors in (module.state_dict(), values))
+    check_tensors(what, asked, stored)
     module.load_state_dict(dict(values), assign=True)
     return module.requires_grad_(False)
-
-
-def torch_dtype(config: Config) -> torch.dtype:
-    """The precision in config.json; fp32 if it has none."""
-    return getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float32")

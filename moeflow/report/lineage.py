@@ -3,7 +3,6 @@
 import json
 from collections import defaultdict
 from collections.abc import Mapping
-from typing import Any
 
 from rich.box import SIMPLE
 from rich.table import Table
@@ -19,9 +18,10 @@ def facts(manifest: Manifest, version: Version | None) -> list[str]:
     lines = [f"{version.ref}  {' '.join(version.labels)}".rstrip()] if version else []
     lines.append(f"key        {manifest.key}")
     lines.append(f"step       {manifest.step}, version {manifest.version}")
-    params = [f"{name} = {_short(value)}" for name, value in manifest.params.items()]
+    params = [f"{name} = {_cut(json.dumps(value, sort_keys=True))}" for name, value in manifest.params.items()]
     lines += [f"{'parameters' if n == 0 else '':<11}{param}" for n, param in enumerate(params)]
-    lines.append(f"contents   {manifest.digest}, {_files(manifest)}, {bytes_text(manifest.bytes)}")
+    files = f"{len(manifest.files):,} file{'s' * (len(manifest.files) != 1)}"
+    lines.append(f"contents   {manifest.digest}, {files}, {bytes_text(manifest.bytes)}")
     lines.append(f"made       {manifest.created} in {manifest.seconds:.1f} s")
     if manifest.same_as:
         lines.append(f"same as    {manifest.same_as}")
@@ -38,9 +38,8 @@ def steps(lineage: Mapping[str, Manifest], *, every: bool = False, plain: bool =
     for (name, version, key), group in groups.items():
         keys = key or (group[0].key if len(group) == 1 else f"{len(group):,}")
         size, seconds = bytes_text(sum(m.bytes for m in group)), f"{sum(m.seconds for m in group):.1f}"
-        rows.append(
-            (name, str(version), keys, size, seconds, " ".join(sorted({m.source[:8] for m in group})), _cut(_params(group), 64))
-        )
+        sources = " ".join(sorted({m.source[:8] for m in group}))
+        rows.append((name, str(version), keys, size, seconds, sources, _cut(_params(group), 64)))
     made = Table(box=None if plain else SIMPLE, pad_edge=False)
     for at, title in enumerate(("step", "version", "key" if every else "keys", "bytes", "seconds", "source")):
         widest = max(len(title), *(len(row[at]) for row in rows))
@@ -60,11 +59,6 @@ def libraries(lineage: Mapping[str, Manifest]) -> dict[str, list[str]]:
     return {name: sorted(versions) for name, versions in sorted(used.items())}
 
 
-def as_json(lineage: Mapping[str, Manifest]) -> list[dict[str, Any]]:
-    """The manifest of every key upstream."""
-    return [json.loads(m.dump()) for m in lineage.values()]
-
-
 def _params(group: list[Manifest]) -> str:
     """The parameters that are the same in the whole group, and the names of those that differ."""
     same: list[tuple[str, str]] = []
@@ -72,21 +66,9 @@ def _params(group: list[Manifest]) -> str:
     for name in dict.fromkeys(n for m in group for n in m.params):
         values = {json.dumps(m.params.get(name), sort_keys=True) for m in group}
         (same if len(values) == 1 else differ).append((name, next(iter(values))))
-    words = [f"{name}={_short_text(text)}" for name, text in same] + [f"{name}=..." for name, _ in differ]
+    words = [f"{name}={_cut(text)}" for name, text in same] + [f"{name}=..." for name, _ in differ]
     return " ".join(words)
 
 
-def _short(value: Any) -> str:
-    return _short_text(json.dumps(value, sort_keys=True))
-
-
-def _short_text(text: str) -> str:
-    return _cut(text, 100)
-
-
-def _cut(text: str, length: int) -> str:
+def _cut(text: str, length: int = 100) -> str:
     return text if len(text) <= length else f"{text[: length - 3]}..."
-
-
-def _files(manifest: Manifest) -> str:
-    return f"{len(manifest.files):,} file{'s' * (len(manifest.files) != 1)}"

@@ -28,15 +28,6 @@ class Report:
     rows: tuple[dict[str, Any], ...]
     notes: tuple[str, ...]
 
-    def json(self) -> dict[str, Any]:
-        return {
-            "key": self.key,
-            "kind": self.kind,
-            "columns": list(self.columns),
-            "rows": list(self.rows),
-            "notes": list(self.notes),
-        }
-
 
 def read(store: Store, keys: Iterable[str]) -> tuple[Report, ...]:
     """The reports of these steps, in this order; a step without one is skipped. Raises NotStored."""
@@ -45,15 +36,8 @@ def read(store: Store, keys: Iterable[str]) -> tuple[Report, ...]:
         artifact = store.artifact(key)
         if FILE in artifact.names():
             raw = json.loads(artifact.file(FILE).read_text())
-            reports.append(
-                Report(
-                    key,
-                    raw.get("kind", ""),
-                    tuple(raw.get("columns", ())),
-                    tuple(raw.get("rows", ())),
-                    tuple(raw.get("notes", ())),
-                )
-            )
+            columns, rows, notes = (tuple(raw.get(name, ())) for name in ("columns", "rows", "notes"))
+            reports.append(Report(key, raw.get("kind", ""), columns, rows, notes))
     return tuple(reports)
 
 

@@ -4,6 +4,6 @@ They know neither torch nor models; `ray` is imported only in the folder `ray`.
 """
 
 from moeflow.run.options import Options
-from moeflow.run.outcome import CannotRun, ClusterLost, Outcome, StepFailed, StepOutcome
+from moeflow.run.outcome import CannotRun, ClusterLost, Outcome, StepFailed
 
-__all__ = ["CannotRun", "ClusterLost", "Options", "Outcome", "StepFailed", "StepOutcome"]
+__all__ = ["CannotRun", "ClusterLost", "Options", "Outcome", "StepFailed"]

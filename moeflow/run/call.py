@@ -7,24 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from moeflow.step import Resources, Slots, Step, arguments
+from moeflow.store import Input, Record
 
 PACKAGE = __name__.partition(".")[0]
-
-
-@dataclass(frozen=True)
-class Input:
-    """A stored artifact, or one part of it, with the digest of its contents."""
-
-    name: str  # as in recipes: the key, and for a part a slash and its prefix
-    digest: str
-
-    @property
-    def key(self) -> str:
-        return self.name.partition("/")[0]
-
-    @property
-    def prefix(self) -> str:
-        return self.name.partition("/")[2]
 
 
 @dataclass(frozen=True)
@@ -32,34 +17,25 @@ class Call:
     """Everything that a worker needs to run one step, apart from the store."""
 
     code: str | Callable[..., None]  # "module:name" if every worker has the module, else the function itself
-    name: str
-    version: int
-    params: dict[str, Any]
     key: str
-    content: str
-    inputs: tuple[Input, ...]
+    record: Record  # what is known before it runs
     slots: Slots
     resources: Resources
-    source: str
     parts: tuple[str, ...] = ()  # prefixes of the output whose digests other steps need
 
     @staticmethod
-    def of(step: Step, digests: Sequence[str], *, source: str, parts: Sequence[str] = ()) -> "Call":
+    def of(step: Step, digests: Sequence[str], parts: Sequence[str] = ()) -> "Call":
         """`digests`: those of the inputs' contents, in the order of the inputs."""
         inputs = tuple(Input(i.key, digest) for i, digest in zip(step.inputs, digests, strict=True))
-        return Call(
-            _code(step.fn),
-            step.name,
-            step.version,
-            step.params,
-            step.key,
-            step.content(digests),
-            inputs,
-            step.slots,
-            step.resources,
-            source,
-            tuple(parts),
+        record = Record(
+            step=step.name,
+            version=step.version,
+            params=step.params,
+            inputs=inputs,
+            content=step.content(digests),
+            source=step.source,
         )
+        return Call(_code(step.fn), step.key, record, step.slots, step.resources, tuple(parts))
 
     @property
     def function(self) -> Callable[..., None]:
@@ -71,7 +47,7 @@ class Call:
 
     def arguments(self, inputs: Sequence[Any]) -> tuple[list[Any], dict[str, Any]]:
         """The function's arguments after its context; `inputs`: its input artifacts in order."""
-        return arguments(self.function, self.slots, inputs, copy.deepcopy(self.params))
+        return arguments(self.function, self.slots, inputs, copy.deepcopy(self.record.params))
 
     @property
     def threads(self) -> int:

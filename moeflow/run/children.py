@@ -22,7 +22,7 @@ from moeflow.run.materialize import Done, stored
 from moeflow.run.outcome import WorkerLost, describe
 from moeflow.run.progress import Show
 from moeflow.run.work import THREADS
-from moeflow.store import Store
+from moeflow.store import Store, partial
 
 LOOK = 0.2  # seconds between two checks for dead children
 
@@ -63,18 +63,15 @@ def run_gang(call: Call, store: Store, shown: Show, retries: int) -> Done:
             shown.note(call.key, f"{lost}; it goes on from what was saved")
             shown.start(call.key)
         try:
-            done = stored(call, store) or _together(call, store, shown)
+            if (done := stored(call, store)) is None:
+                with _children(call, store, Attempt.of(call, store)) as children:
+                    done = _finished(children, shown)
         except PeerLost as error:
             lost = error
         else:
-            store.drop_partial(call.key)
+            partial.drop(store, call.key)
             return done
     raise WorkerLost(str(lost)) from lost
-
-
-def _together(call: Call, store: Store, shown: Show) -> Done:
-    with _children(call, store, Attempt.of(call, store)) as children:
-        return _finished(children, shown)
 
 
 @contextmanager
@@ -137,7 +134,7 @@ def _finished(children: list[_Child], shown: Show) -> Done:
     torn: BaseException | None = None
     patience = 0.0
     while not all(child.done for child in children):
-        for child, (kind, *what) in _heard(children):
+        for child, (kind, *what) in _messages(children):
             if kind == "progress":
                 shown.progress(*what)
             elif kind == "note":
@@ -158,7 +155,7 @@ def _finished(children: list[_Child], shown: Show) -> Done:
     return made
 
 
-def _heard(children: list[_Child]) -> Iterator[tuple[_Child, tuple[Any, ...]]]:
+def _messages(children: list[_Child]) -> Iterator[tuple[_Child, tuple[Any, ...]]]:
     """The messages they send now; nothing if none comes within LOOK seconds."""
     speaking = {child.connection: child for child in children if not child.connection.closed}
     if not speaking:

@@ -6,9 +6,7 @@ Knows neither Ray nor torch, nor who starts the processes: `children.py` on this
 import fcntl
 import shutil
 import uuid
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +15,7 @@ from moeflow.run.materialize import Done, Reporter, Running, carry_out, commit
 from moeflow.run.outcome import describe
 from moeflow.run.words import count
 from moeflow.run.work import shared_folder, work_folder
-from moeflow.store import Store, StoreError
+from moeflow.store import Store, StoreError, partial
 from moeflow.store.partial import Snapshot
 
 GRACE = 5.0  # seconds to wait for a peer's own error or death, after an error that it may have caused
@@ -43,7 +41,7 @@ class Attempt:
 
     @staticmethod
     def of(call: Call, store: Store) -> "Attempt":
-        processes, snapshots = call.resources.processes, store.snapshots(call.key)
+        processes, snapshots = call.resources.processes, partial.snapshots(store, call.key)
         mine = tuple(s for s in snapshots if s.processes == processes)
         return Attempt(uuid.uuid4().hex, processes, mine, snapshots[0].processes if snapshots and not mine else 0)
 
@@ -88,7 +86,7 @@ class Member(Running):
         with (self._shared / "fetching").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # the first of this machine's processes downloads for all
             if not into.exists():
-                self._store.load_partial(self._call.key, into, self._gang.snapshots)
+                partial.load_parts(self._store, self._call.key, self._gang.snapshots, into)
         return into if into.exists() else None
 
     def uploaded(self) -> None:
@@ -97,8 +95,15 @@ class Member(Running):
         if upload is not None:
             upload.result()
 
+    def end(self) -> None:
+        """Wait until the last state is in the store; note it if that fails."""
+        try:
+            self.uploaded()
+        except (StoreError, OSError) as error:
+            self.note(f"its last state was not kept: {describe(error)}")
+
     def _keep(self, snapshot: Snapshot) -> None:
-        self._store.save_partial(self._call.key, self._copy, snapshot, self.rank)
+        partial.save_part(self._store, self._call.key, self._copy, snapshot, self.rank)
         shutil.rmtree(self._copy)
 
 
@@ -111,21 +116,11 @@ def take_part(call: Call, store: Store, report: Reporter, gang: Attempt, *, rank
     root = store.cache / "work"
     with shared_folder(root, gang.attempt) as shared, work_folder(root) as work:
         context = Member(call, store, report, work, shared, gang, (rank, local_rank))
-        with _uploading(context):
-            seconds = carry_out(function, call, store, context)
-        return commit(call, store, context, seconds) if rank == 0 else None
-
-
-@contextmanager
-def _uploading(context: Member) -> Iterator[None]:
-    """Wait until the last state is in the store, also if the step raises; note it if that fails."""
-    try:
-        yield
-    finally:
         try:
-            context.uploaded()
-        except (StoreError, OSError) as error:
-            context.note(f"its last state was not kept: {describe(error)}")
+            seconds = carry_out(function, call, store, context)
+        finally:
+            context.end()
+        return commit(call, store, context, seconds) if rank == 0 else None
 
 
 def torn(error: BaseException | None) -> bool:

@@ -4,13 +4,12 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from pathlib import Path
 from typing import Any
 
 from moeflow.run import in_process
 from moeflow.run.options import Options
-from moeflow.run.outcome import CannotRun, Outcome
-from moeflow.run.plan import Capacity, Plan, plan
+from moeflow.run.outcome import CannotRun, Outcome, StepFailed
+from moeflow.run.plan import Plan, plan
 from moeflow.run.progress import Show
 from moeflow.run.words import count
 from moeflow.step import Step, upstream
@@ -28,6 +27,11 @@ class Runner(StrEnum):
         if self is not Runner.auto:
             return self
         return Runner.ray if os.environ.get("RAY_ADDRESS") else Runner.process
+
+    @property
+    def memory(self) -> int | None:
+        """The bytes of this machine's memory if steps run here; None if they run on a cluster."""
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if self.chosen() is Runner.process else None
 
 
 @dataclass(frozen=True)
@@ -47,14 +51,12 @@ class Prepared:
 
 
 def prepare(target: Step, store: Store, *, name: str, runner: Runner) -> Prepared:
-    """Check all that can be checked before a step starts. Raises CannotRun for the first problem."""
-    if not versions.NAME.fullmatch(name):
-        raise CannotRun(f"name {name!r}: use letters, digits, '.', '_' and '-', beginning with a letter or digit")
+    """Check all that can be checked before a step starts. Raises ValueError for the name, CannotRun for the first problem."""
+    versions.check_name(name)
     runner = runner.chosen()
     targets = [target, *target.reports]
     index = store.index({s.name for s in upstream(targets)})
-    capacity = Capacity.here() if runner is Runner.process else None
-    planned = plan(targets, store, index=index, capacity=capacity)
+    planned = plan(targets, store, index=index, memory=runner.memory)
     if planned.problems:
         raise CannotRun(planned.problems[0])
     return Prepared(target, store, name, runner, index, planned)
@@ -110,8 +112,3 @@ def dropped_text(damage: Damage) -> str:
     """What went with damaged bytes, in words."""
     refs = ", ".join(v.ref for v in damage.versions)
     return f"dropped with {count(len(damage.keys), 'result')} that rest on it" + (f", and so {refs}" if refs else "")
-
-
-def fleeting(folder: Path) -> bool:
-    """Whether a folder is in a Ray job's working directory, which is deleted with the cluster."""
-    return "working_dir_files" in folder.absolute().parts

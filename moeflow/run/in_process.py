@@ -2,13 +2,12 @@
 
 from collections.abc import Iterable
 
-from moeflow.run.call import Call
 from moeflow.run.children import run_gang
-from moeflow.run.ledger import Ledger
-from moeflow.run.materialize import Done, materialize
+from moeflow.run.ledger import Ledger, follow
+from moeflow.run.materialize import materialize
 from moeflow.run.options import Options
 from moeflow.run.outcome import Outcome, StepFailed
-from moeflow.run.progress import Show, show
+from moeflow.run.progress import Show
 from moeflow.step import Step
 from moeflow.store import Index, Store
 
@@ -26,26 +25,18 @@ def run(
     Of `options` only the retries count, for gangs, whose processes are children of this one and may be lost. `index`: a
     listing made before, to save another.
     """
-    shown, retries = progress or show(), (options or Options()).retries
-    outcome = None
-    try:
-        ledger = Ledger(targets, store, shown, index)
-        ledger.settle()
+    retries = (options or Options()).retries
+
+    def execute(ledger: Ledger) -> None:
         while calls := ledger.schedule.ready(1):
             (call,) = calls
-            shown.start(call.key)
+            ledger.show.start(call.key)
             try:
-                done = _made(call, store, shown, retries)
+                gang = call.resources.processes > 0
+                done = run_gang(call, store, ledger.show, retries) if gang else materialize(call, store, ledger.show)
             except Exception as error:
                 raise StepFailed(ledger.schedule.steps[call.key], error) from error
             ledger.done(done)
             ledger.settle()
-        assert ledger.left == 0, "steps are left although none failed"
-        outcome = ledger.outcome()
-    finally:
-        shown.end(outcome)
-    return outcome
 
-
-def _made(call: Call, store: Store, shown: Show, retries: int) -> Done:
-    return run_gang(call, store, shown, retries) if call.resources.processes else materialize(call, store, shown)
+    return follow(targets, store, execute, progress, index)

@@ -17,7 +17,7 @@ import moeflow
 from moeflow.run.call import Call
 from moeflow.run.work import threads, work_folder
 from moeflow.step import Artifact
-from moeflow.store import File, Input, Manifest, Record, Store, StoreError, part_digest
+from moeflow.store import File, Manifest, NotStored, Store, StoreError, part_digest, partial
 
 LIBRARIES = ("torch", "transformers", "safetensors", "datasets", "numpy", "ray")
 THREADS = 8
@@ -66,10 +66,10 @@ class Running:
         self.kept = False  # whether there may be partial state
         self._call, self._store, self._report = call, store, report
         self._reported = 0.0
-        scratch = [work / "inputs" / str(n) for n in range(len(call.inputs))]
+        inputs = call.record.inputs
+        scratch = [work / "inputs" / str(n) for n in range(len(inputs))]
         with ThreadPoolExecutor(THREADS) as pool:
-            artifacts = pool.map(lambda i, to: store.artifact(i.name, scratch=to), call.inputs, scratch)
-            self.inputs = [*artifacts]
+            self.inputs = [*pool.map(lambda i, to: store.artifact(i.key, scratch=to), inputs, scratch)]
 
     def progress(self, done: int, total: int, unit: str, detail: str = "") -> None:
         now = time.monotonic()
@@ -85,7 +85,7 @@ class Running:
         to = to or name
         source = next((i for i in self.inputs if i is artifact), None)
         if source is None:
-            raise ValueError(f"{artifact.key} is no input of {self._call.name}; only files of inputs can be linked")
+            raise ValueError(f"{artifact.key} is no input of {self._call.record.step}; only files of inputs can be linked")
         if name not in source.files:
             known = ", ".join(source.files) or "no file"
             raise FileNotFoundError(f"{artifact.key} has no file {name!r} to link; it has: {known}")
@@ -95,13 +95,13 @@ class Running:
 
     def save(self, folder: Path, at: int = 0) -> None:
         self.kept = True
-        self._store.save_partial(self._call.key, folder)
+        partial.save(self._store, self._call.key, folder)
 
     def resume(self) -> Path | None:
         self.kept = True
         if not self._resumed.exists():
             self._resumed.mkdir()
-            if not self._store.load_partial(self._call.key, self._resumed):
+            if not partial.load(self._store, self._call.key, self._resumed):
                 shutil.rmtree(self._resumed)  # it may contain part of an incomplete snapshot
                 return None
         return self._resumed
@@ -116,15 +116,16 @@ def materialize(call: Call, store: Store, report: Reporter) -> Done:
         context = Running(call, store, report, work)
         done = commit(call, store, context, carry_out(function, call, store, context))
         if context.kept:
-            store.drop_partial(call.key)
+            partial.drop(store, call.key)
     return done
 
 
 def stored(call: Call, store: Store) -> Done | None:
     """What is stored under the call's key by now, if anything."""
-    if not store.has(call.key):
+    try:
+        manifest = store.manifest(call.key)
+    except NotStored:
         return None
-    manifest = store.manifest(call.key)
     return Done(call.key, manifest.digest, _parts(call, manifest), manifest.bytes, ran=False)
 
 
@@ -139,19 +140,18 @@ def carry_out(function: Callable[..., None], call: Call, store: Store, context: 
 
 def commit(call: Call, store: Store, context: Running, seconds: float) -> Done:
     """Store the function's output. Raises StoreError."""
-    reads = sum(i.reads for i in context.inputs)
+    reads, notes = sum(i.reads for i in context.inputs), tuple(context.notes)
     writes = sum(p.stat().st_size for p in context.out.rglob("*") if p.is_file())
-    record = record_of(call, notes=tuple(context.notes), seconds=seconds, reads=reads)
+    record = replace(call.record, libraries=libraries(), notes=notes, seconds=seconds, reads=reads)
     made = store.commit(call.key, context.out, record=record, links=context.links)
     parts = _parts(call, store.manifest(call.key)) if call.parts else {}
-    return Done(call.key, made.digest, parts, made.bytes, True, reads, writes, seconds, record.notes)
+    return Done(call.key, made.digest, parts, made.bytes, True, reads, writes, seconds, notes)
 
 
 def alias(call: Call, of: str, store: Store) -> None:
     """Store the contents of `of` under the call's key; the record keeps the source and libraries that made them."""
     made = store.manifest(of)
-    record = replace(record_of(call, notes=made.notes), source=made.source, libraries=made.libraries)
-    store.alias(call.key, of, record)
+    store.alias(call.key, of, replace(call.record, notes=made.notes, source=made.source, libraries=made.libraries))
 
 
 @contextmanager
@@ -171,21 +171,6 @@ def _room(where: Path) -> Iterator[None]:
 def _parts(call: Call, manifest: Manifest) -> dict[str, str]:
     """The digests of the parts that other steps read."""
     return {prefix: part_digest(manifest, prefix) for prefix in call.parts}
-
-
-def record_of(call: Call, *, notes: tuple[str, ...] = (), seconds: float = 0.0, reads: int = 0) -> Record:
-    return Record(
-        step=call.name,
-        version=call.version,
-        params=call.params,
-        inputs=tuple(Input(i.name, i.digest) for i in call.inputs),
-        content=call.content,
-        source=call.source,
-        libraries=dict(libraries()),
-        notes=notes,
-        seconds=seconds,
-        reads=reads,
-    )
 
 
 @cache

@@ -1,7 +1,7 @@
 """What a run did, and how a failed step is reported. Plain values; this module does no I/O."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from moeflow.step import Step
@@ -57,7 +57,7 @@ class Outcome:
 
     steps: tuple[StepOutcome, ...]
     seconds: float
-    warnings: tuple[str, ...] = field(default=())
+    warnings: tuple[str, ...] = ()
 
     def keys(self, state: State) -> list[str]:
         return [s.key for s in self.steps if s.state == state]
@@ -78,7 +78,7 @@ class Outcome:
         return len(self.keys("stored"))
 
     @property
-    def found(self) -> int:
+    def reused(self) -> int:
         """How many steps were not computed because their result was in the store."""
         return self.stored + self.aliased
 

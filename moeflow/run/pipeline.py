@@ -6,7 +6,6 @@ A parameter is a pinned source, a text, a plain value, or options (`moeflow.opti
 
 import importlib.util
 import inspect
-import json
 import shutil
 import sys
 import textwrap
@@ -14,6 +13,7 @@ import typing
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from moeflow import options, sources
@@ -34,6 +34,16 @@ def load(path: Path) -> Build:
     """Import a pipeline file and return its `build`. Raises FileNotFoundError, and ValueError if it is no pipeline."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no pipeline {path}; name a file like pipelines/mixtral.py")
+    module = sys.modules["__main__"]
+    if Path(getattr(module, "__file__", None) or "").resolve() != path.resolve():  # else it is running already
+        module = _imported(path)
+    build = getattr(module, "build", None)
+    if not callable(build):
+        raise ValueError(f"{path} defines no function `build`; a pipeline is build(model, *, keep=6, ...) -> Step")
+    return build
+
+
+def _imported(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"moeflow_pipeline_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise ValueError(f"{path} is not a Python file")
@@ -46,10 +56,7 @@ def load(path: Path) -> Build:
         raise ValueError(f"{path} does not load: {describe(error)}") from error
     finally:
         sys.path.remove(str(path.resolve().parent))
-    build = getattr(module, "build", None)
-    if not callable(build):
-        raise ValueError(f"{path} defines no function `build`; a pipeline is build(model, *, keep=6, ...) -> Step")
-    return build
+    return module
 
 
 def call(build: Build, assignments: Iterable[str]) -> Step:
@@ -59,14 +66,7 @@ def call(build: Build, assignments: Iterable[str]) -> Step:
     named_words = {name.partition(".")[0] for name in words}
     if missing := [p.name for p in parameters.values() if p.default is p.empty and p.name not in named_words]:
         raise ValueError(f"the pipeline needs {' '.join(f'-p {name}=...' for name in missing)}")
-    positional, named = [], {}
-    for name, parameter in parameters.items():
-        value = _value(name, parameter.default, kinds[name], words)
-        if parameter.kind is parameter.KEYWORD_ONLY:
-            named[name] = value
-        else:
-            positional.append(value)
-    made = build(*positional, **named)
+    made = build(**{name: _value(name, p.default, kinds[name], words) for name, p in parameters.items()})
     if not isinstance(made, Step):
         raise ValueError(f"build returned {type(made).__name__}, and a pipeline returns the Step to publish")
     return made
@@ -111,18 +111,15 @@ def _choice(choices: Iterable[Any]) -> str:
 def _short(value: Any) -> str:
     if value is inspect.Parameter.empty:
         return "required"
-    if isinstance(value, Texts):
-        value = value.spec
-    if isinstance(value, tuple | list):
-        value = json.dumps(list(value))
-    text = "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    text = value.spec if isinstance(value, Texts) else options.word_of(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _kinds(build: Build) -> dict[str, Any]:
     """The annotation of every parameter, or the type of its default if there is none."""
     kinds = typing.get_type_hints(build.func if isinstance(build, partial) else build)
-    return {name: kinds.get(name, _kind(p.default)) for name, p in inspect.signature(build).parameters.items()}
+    parameters = inspect.signature(build).parameters.items()
+    return {name: kinds.get(name, str if p.default in (p.empty, None) else type(p.default)) for name, p in parameters}
 
 
 def _words(assignments: Iterable[str], known: Iterable[str], kinds: dict[str, Any]) -> dict[str, str]:
@@ -149,10 +146,6 @@ def _options(kind: Any) -> type | None:
     """The options type of a parameter whose fields can be set, if there is one."""
     options_type = options.options_type(kind)
     return None if options_type in (Source, Texts) else options_type
-
-
-def _kind(default: Any) -> Any:
-    return type(default) if default not in (inspect.Parameter.empty, None) else str
 
 
 def _value(name: str, default: Any, kind: Any, words: dict[str, str]) -> Any:

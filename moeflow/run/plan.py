@@ -1,6 +1,5 @@
 """What a run would do, from listings, the steps' specs and the free disk space. Runs nothing."""
 
-import os
 import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -12,21 +11,6 @@ from moeflow.run.schedule import Schedule
 from moeflow.run.words import count, labels, size
 from moeflow.step import Step
 from moeflow.store import Index, LocalBlobs, Store
-
-
-@dataclass(frozen=True)
-class Capacity:
-    """What the largest node offers one step; 0 if it is not known."""
-
-    cpus: float = 0
-    gpus: float = 0
-    memory: int = 0  # bytes
-    alone: bool = False  # whether all processes of a gang share that node
-
-    @staticmethod
-    def here() -> "Capacity":
-        """This machine's memory. CPUs are not limited: a step in this process takes the threads that it asks for."""
-        return Capacity(memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), alone=True)
 
 
 @dataclass(frozen=True)
@@ -90,16 +74,17 @@ class Plan:
         }
 
 
-def plan(targets: Iterable[Step], store: Store, *, index: Index | None = None, capacity: Capacity | None = None) -> Plan:
+def plan(targets: Iterable[Step], store: Store, *, index: Index | None = None, memory: int | None = None) -> Plan:
     """Plan a run of `targets`. Requests: a few listings, and the manifests of inputs that are read in part.
 
-    `capacity`: what one node offers, if known; without it only the disk of a folder store is checked.
+    `memory`: bytes of this machine, if the steps run here; without it only the disk of a folder store is checked. CPUs are
+    not limited: a step in this process takes the threads that it asks for.
     """
     schedule = Schedule(targets, store, index)
     schedule.settle()
     names, states = labels(list(schedule.steps.values())), schedule.states
     rows = tuple(_row(step, states[key], names[key]) for key, step in schedule.steps.items())
-    problems = [*_disk(rows, store, capacity), *_nodes(rows, capacity)]
+    problems = [*_disk(rows, store, here=memory is not None), *([] if memory is None else _memory(rows, memory))]
     return Plan(rows, tuple(schedule.warnings()), tuple(problems))
 
 
@@ -111,11 +96,11 @@ def _row(step: Step, state: State, label: str) -> Row:
     return Row(step.key, step.name, label, state, reads, writes, *needs, spec.notes)
 
 
-def _disk(rows: Iterable[Row], store: Store, capacity: Capacity | None) -> list[str]:
+def _disk(rows: Iterable[Row], store: Store, *, here: bool) -> list[str]:
     """A folder needs room for all that is written; a bucket has it, but this node's cache needs room for one step's files."""
     writes = [r.writes for r in rows if r.state == "run"]
     local = isinstance(store.blobs, LocalBlobs)
-    if not writes or not (local or capacity):
+    if not writes or not (local or here):
         return []
     folder = Path(store.url) if local else store.cache
     need, free = sum(writes) if local else max(writes), shutil.disk_usage(_existing(folder)).free
@@ -129,22 +114,14 @@ def _existing(folder: Path) -> Path:
     return next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
 
 
-def _nodes(rows: Iterable[Row], capacity: Capacity | None) -> list[str]:
-    """One line for each step name that no node could run."""
-    if capacity is None:
-        return []
+def _memory(rows: Iterable[Row], memory: int) -> list[str]:
+    """One line for each step name whose process, or whose gang's processes together, this machine cannot hold."""
     problems: dict[str, str] = {}
     for row in (r for r in rows if r.state == "run"):
-        together = max(row.processes, 1) if capacity.alone else 1
-        if capacity.memory and row.memory * together > capacity.memory:
-            need, offer = size(row.memory * together), size(capacity.memory)
-            need += f" for its {count(row.processes, 'process', 'es')}" if together > 1 else ""
-        elif capacity.cpus and row.cpus > capacity.cpus:
-            need, offer = count(int(row.cpus), "CPU"), f"{capacity.cpus:g}"
-        elif capacity.gpus and row.gpus > capacity.gpus:
-            need, offer = count(int(row.gpus), "GPU"), f"{capacity.gpus:g}"
-        else:
-            continue
-        way_out = "take a larger one, or say what it needs with .on()"
-        problems.setdefault(row.name, f"{row.label} needs {need} and the largest node has {offer}; {way_out}")
+        need = row.memory * max(row.processes, 1)
+        if need > memory:
+            gang = f" for its {count(row.processes, 'process', 'es')}" if row.processes > 1 else ""
+            advice = "take a larger one, or say what it needs with .on()"
+            problem = f"{row.label} needs {size(need)}{gang} and the largest node has {size(memory)}; {advice}"
+            problems.setdefault(row.name, problem)
     return list(problems.values())

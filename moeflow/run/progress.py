@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Protocol, TextIO
+from typing import TextIO
 
 from rich.console import Console
 from rich.progress import (
@@ -29,8 +29,8 @@ from moeflow.step import Step
 QUIET = 5.0  # seconds between two plain lines of one step
 
 
-class Show(Protocol):
-    """Receives what a runner reports. Steps are named by key."""
+class Show:
+    """Receives what a runner reports, and shows nothing of it. Steps are named by key."""
 
     def begin(self, steps: Iterable[Step], todo: int, stored: int) -> None:
         """`todo` steps are not stored; `stored` are."""
@@ -63,29 +63,17 @@ def show(*, json: bool = False, stream: TextIO | None = None) -> Show:
     return Bars(stream) if stream.isatty() else Lines(stream)
 
 
-class Silent:
+class Silent(Show):
     """Shows only remarks and warnings."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
-
-    def begin(self, steps: Iterable[Step], todo: int, stored: int) -> None: ...
-
-    def start(self, key: str) -> None: ...
-
-    def progress(self, key: str, done: int, total: int, unit: str, detail: str = "") -> None: ...
-
-    def finish(self, key: str) -> None: ...
-
-    def taken(self, keys: list[str]) -> None: ...
 
     def note(self, key: str, text: str) -> None:
         self.say(f"{key.rpartition('-')[0]}: {text}")
 
     def say(self, text: str) -> None:
         print(text, file=self._stream, flush=True)
-
-    def end(self, outcome: Outcome | None) -> None: ...
 
 
 @dataclass
@@ -97,7 +85,7 @@ class _Running:
 
 
 @dataclass
-class Lines:
+class Lines(Show):
     """Plain lines, as in `[ 3/12] calibrate.stage layers 0-7  4,096/8,192 tokens  00:12`."""
 
     stream: TextIO
@@ -112,7 +100,7 @@ class Lines:
         steps = list(steps)
         self._labels, self._todo = labels(steps), todo
         if todo:
-            self._line(f"{count(len(steps), 'step')}: {todo:,} to do, {stored:,} stored")
+            self.say(f"{count(len(steps), 'step')}: {todo:,} to do, {stored:,} stored")
 
     def start(self, key: str) -> None:
         now = self.clock()
@@ -131,32 +119,30 @@ class Lines:
         step.said = now
         words = [amount(done, total, unit), clock(now - step.began)]
         if detail:
-            words[1:] = [detail, words[1], *self._left(step.first, now, done, total)]
-        self._line("  ".join([f"{self._head(step.number)} {self._label(key)}", *words]))
+            words.insert(1, detail)
+            begun, at = step.first
+            if done > at and total:  # else the time left cannot be estimated yet
+                words.append(f"{clock((total - done) * (now - begun) / (done - at))} left")
+        self.say("  ".join([f"{self._head(step.number)} {self._label(key)}", *words]))
 
     def finish(self, key: str) -> None:
         if (step := self._running.pop(key, None)) is not None:
-            self._line(f"{self._head(step.number)} {self._label(key)}  done  {clock(self.clock() - step.began)}")
+            self.say(f"{self._head(step.number)} {self._label(key)}  done  {clock(self.clock() - step.began)}")
 
     def taken(self, keys: list[str]) -> None:
         self._begun += len(keys)
         who = self._label(keys[0]) if len(keys) == 1 else f"{count(len(keys), 'step')}, {self._label(keys[0])} first"
-        self._line(f"{self._head(self._begun)} {who}  same content as stored")
+        self.say(f"{self._head(self._begun)} {who}  same content as stored")
 
     def note(self, key: str, text: str) -> None:
-        self._line(f"{self._label(key)}: {text}")
+        self.say(f"{self._label(key)}: {text}")
 
     def say(self, text: str) -> None:
-        self._line(text)
+        print(text, file=self.stream, flush=True)
 
     def end(self, outcome: Outcome | None) -> None:
         if outcome is not None:
-            self._line(summary(outcome))
-
-    def _left(self, first: tuple[float, int], now: float, done: int, total: int) -> list[str]:
-        """The time left, once it can be estimated."""
-        begun, at = first
-        return [f"{clock((total - done) * (now - begun) / (done - at))} left"] if done > at and total else []
+            self.say(summary(outcome))
 
     def _head(self, number: int) -> str:
         return f"[{number:>{len(str(self._todo))}}/{self._todo}]"
@@ -164,11 +150,8 @@ class Lines:
     def _label(self, key: str) -> str:
         return self._labels.get(key, key)
 
-    def _line(self, text: str) -> None:
-        print(text, file=self.stream, flush=True)
 
-
-class Bars:
+class Bars(Show):
     """One bar for the steps, and one for each running step in its own unit, with the time left."""
 
     def __init__(self, stream: TextIO) -> None:

@@ -6,7 +6,7 @@ order that respects their inputs. Only this module decides, for `plan` and both 
 
 import heapq
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from moeflow.run.call import Call
@@ -32,7 +32,6 @@ class Schedule:
         self.steps = {s.key: s for s in upstream(targets)}
         self.index = index or store.index(sorted({s.name for s in self.steps.values()}))
         self._store = store
-        self._sources: dict[Callable[..., None], str] = {}
         self._states: dict[str, State] = {}
         self._targets = [t.key for t in targets]
         self._needed(targets)
@@ -93,7 +92,7 @@ class Schedule:
     def made(self, key: str, digest: str, parts: dict[str, str]) -> None:
         """Report that a step from `ready` is stored with these contents; `parts`: their digests by prefix."""
         self._digests.update({f"{key}/{prefix}": part for prefix, part in parts.items()})
-        self._contents[self._calls[key].content] = key
+        self._contents[self._calls[key].record.content] = key
         self._known(key, digest, home=key)
         self.present(key)
         for follower in self._followers.pop(key, []):
@@ -105,7 +104,7 @@ class Schedule:
         for key, state in self._states.items():
             owner = self._homes.get(key, key)
             listed = self.index.keys.get(owner)
-            source = self.source(self.steps[key])
+            source = self.steps[key].source
             if state in ("stored", "same content") and listed and source and not source.startswith(listed.source):
                 others[self.steps[key].name] += 1
         versions = {s.name: s.version for s in self.steps.values()}
@@ -114,15 +113,6 @@ class Schedule:
             "and are used as they are; raise its version if the same arguments must now give another output"
             for name, n in sorted(others.items())
         ]
-
-    def source(self, step: Step) -> str:
-        """The digest of the step's source, read once per function; empty if there is no source file."""
-        if step.fn not in self._sources:
-            try:
-                self._sources[step.fn] = step.source
-            except OSError:
-                self._sources[step.fn] = ""
-        return self._sources[step.fn]
 
     def _needed(self, targets: list[Step]) -> None:
         """Stored steps need no inputs: only steps that something not yet stored needs are considered."""
@@ -173,16 +163,17 @@ class Schedule:
 
     def _decide(self, step: Step) -> None:
         digests = [self._digests[i.key] for i in step.inputs]
-        call = Call.of(step, digests, source=self.source(step), parts=sorted(self._prefixes[step.key]))
+        call = Call.of(step, digests, sorted(self._prefixes[step.key]))
         self._calls[step.key] = call
-        owner = self._contents.get(call.content)
+        content = call.record.content
+        owner = self._contents.get(content)
         if owner is not None and owner != step.key:
-            self._take_over(call, owner, self._digest_of(owner))
-        elif call.content in self._claimed:
+            self._take_over(call, owner, self._digests.get(owner) or self.index.keys[owner].digest)
+        elif content in self._claimed:
             self._states[step.key] = "same content"
-            self._followers[self._claimed[call.content]].append(call)
+            self._followers[self._claimed[content]].append(call)
         else:
-            self._claimed[call.content] = step.key
+            self._claimed[content] = step.key
             self._states[step.key] = "run"
             if self._absent[step.key] == 0:
                 self._push(call)
@@ -193,9 +184,6 @@ class Schedule:
         self._states[call.key] = "same content"
         self._aliases.append(Alias(call, owner))
         self._known(call.key, digest, home=owner)
-
-    def _digest_of(self, owner: str) -> str:
-        return self._digests[owner] if owner in self._digests else self.index.keys[owner].digest
 
     def _push(self, call: Call) -> None:
         heapq.heappush(self._ready, (self._position[call.key], call.key))

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
-from moeflow.sources.places import Grow, Kind, Pinned, SourceFile, changed, chosen
+from moeflow.sources.places import Grow, Kind, Pinned, SourceFile, changed, chosen, copy
 from moeflow.store import names
 from moeflow.store.errors import MissingSource
 from moeflow.store.home import home
@@ -23,6 +23,7 @@ from moeflow.store.home import home
 BY_PARTS = False
 STDLIB = "python:stdlib"
 RACY = 2.0  # seconds: a younger file may change again without a new modification time
+NOTES = "digests.json"
 REMEMBERED = 50_000  # digests
 WILD = set("*?[")
 
@@ -48,11 +49,7 @@ def read(uri: str, file: SourceFile, start: int, stop: int) -> bytes:
 
 def bring(uri: str, file: SourceFile, to: Path, grow: Grow, start: int, stop: int) -> None:
     path, digest = _path(uri, file), hashlib.sha256()
-    with path.open("rb") as opened, to.open("wb") as out:
-        while chunk := opened.read(4 << 20):
-            digest.update(chunk)
-            out.write(chunk)
-            grow(len(chunk))
+    copy(path, to, grow, digest.update)
     if f"sha256:{digest.hexdigest()}" != file.pin:
         raise changed(str(path), file.pin, f"sha256:{digest.hexdigest()}")
 
@@ -101,13 +98,9 @@ def _path(uri: str, file: SourceFile) -> Path:
     return path
 
 
-def _notes() -> Path:
-    return home() / "digests.json"
-
-
 def _remembered() -> dict[str, str]:
     try:
-        digests = json.loads(_notes().read_bytes())
+        digests = json.loads((home() / NOTES).read_bytes())
     except (OSError, ValueError):  # none yet, or cut short: every digest can be computed again
         return {}
     return digests if isinstance(digests, dict) else {}
@@ -115,7 +108,7 @@ def _remembered() -> dict[str, str]:
 
 def _remember(learnt: dict[str, str]) -> None:
     kept = dict([*(_remembered() | learnt).items()][-REMEMBERED:])
-    notes = _notes()
+    notes = home() / NOTES
     with suppress(OSError):  # if the home cannot be written to, the files are read again next time
         notes.parent.mkdir(parents=True, exist_ok=True)
         handle, half = tempfile.mkstemp(dir=notes.parent)

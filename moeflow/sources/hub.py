@@ -23,6 +23,7 @@ from huggingface_hub import (
     get_session,
     hf_hub_download,
     hf_hub_url,
+    snapshot_download,
     try_to_load_from_cache,
 )
 from huggingface_hub.errors import (
@@ -39,7 +40,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, tqdm
 
-from moeflow.sources.places import Grow, Kind, Pinned, SourceFile, changed, chosen
+from moeflow.sources.places import Grow, Kind, Pinned, SourceFile, changed, chosen, copy
 from moeflow.store.errors import MissingSource
 from moeflow.store.home import home
 
@@ -47,6 +48,14 @@ BY_PARTS = False
 FORM = re.compile(r"hf://(?P<type>models|datasets)/(?P<repo>[^/@]+/[^/@]+)(@(?P<revision>[^/]+))?(/(?P<glob>.+))?")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 AWAY = (OfflineModeIsEnabled, ConnectionError, LocalEntryNotFoundError, TimeoutError)
+
+MISSING: dict[type[Exception], str] = {  # what the hub's answers mean, the narrower ones first
+    GatedRepoError: "its owners ask who downloads it; accept on its page and set HF_TOKEN",
+    RepositoryNotFoundError: "no such folder here and no such repository on the hub, or a private one; "
+    "check the name, and set HF_TOKEN if it is private",
+    RevisionNotFoundError: "the repository has no such revision; name a branch, a tag or a commit",
+    RemoteEntryNotFoundError: "the repository has no such file; check the name",
+}
 
 
 def pin(uri: str, kind: Kind) -> Pinned:
@@ -57,17 +66,16 @@ def pin(uri: str, kind: Kind) -> Pinned:
     except _Away as away:
         commit, sizes = _cached(repo, type_, revision, uri, str(away))
     if not glob:
-        found = chosen(sizes, kind, uri)
-    elif not (found := sorted(n for n in sizes if fnmatch.fnmatchcase(n, glob))):
+        files = chosen(sizes, kind, uri)
+    elif not (files := sorted(n for n in sizes if fnmatch.fnmatchcase(n, glob))):
         inside = [n for n in sizes if n.startswith(f"{glob.rstrip('/')}/")]
         if not inside:
             raise MissingSource(f"{uri}: no file matches {glob!r}; there are {', '.join(sorted(sizes)[:10])}, ...")
-        found = chosen(inside, kind, uri)
-    canonical = f"hf://{type_}s/{repo}@{commit}"
-    missing = [n for n in found if sizes[n] is None]
+        files = chosen(inside, kind, uri)
+    missing = [n for n in files if sizes[n] is None]
     with _in_words(uri), ThreadPoolExecutor(8) as pool:
         sizes.update(zip(missing, pool.map(lambda n: _headers(repo, type_, commit, n)[1], missing), strict=True))
-    return Pinned(canonical, commit, tuple(SourceFile(n, sizes[n] or 0, commit) for n in found))
+    return Pinned(f"hf://{type_}s/{repo}@{commit}", commit, tuple(SourceFile(n, sizes[n] or 0, commit) for n in files))
 
 
 def _asked(repo: str, type_: str, revision: str, glob: str) -> tuple[str, dict[str, int | None]]:
@@ -90,8 +98,8 @@ def _headers(repo: str, type_: str, revision: str, name: str) -> tuple[str, int]
 
 def read(uri: str, file: SourceFile, start: int, stop: int) -> bytes:
     repo, type_, commit, _ = _parts(uri)
-    if (held := _held(repo, type_, commit, file)) is not None:
-        with held.open("rb") as opened:
+    if (cached := _in_cache(repo, type_, commit, file)) is not None:
+        with cached.open("rb") as opened:
             opened.seek(start)
             return opened.read(max(0, stop - start))
     if (stop := min(stop, file.size)) <= start:
@@ -110,23 +118,14 @@ def read(uri: str, file: SourceFile, start: int, stop: int) -> bytes:
 
 def bring(uri: str, file: SourceFile, to: Path, grow: Grow, start: int, stop: int) -> None:
     repo, type_, commit, _ = _parts(uri)
-    if (held := _held(repo, type_, commit, file)) is not None:
-        _copy(held, file, to, f"{uri}/{file.name}", grow)
+    if (cached := _in_cache(repo, type_, commit, file)) is not None:
+        _copy(cached, file, to, f"{uri}/{file.name}", grow)
         return
     folder = home() / "hub" / hashlib.sha256(f"{uri}/{file.name}".encode()).hexdigest()[:32]
     try:
         with _in_words(f"{uri}/{file.name}"):
-            path = Path(
-                hf_hub_download(
-                    repo,
-                    file.name,
-                    repo_type=type_,
-                    revision=commit,
-                    cache_dir=folder,
-                    endpoint=_endpoint(),
-                    tqdm_class=_progress(grow),
-                )
-            )
+            at: dict[str, Any] = {"repo_type": type_, "revision": commit, "cache_dir": folder, "endpoint": _endpoint()}
+            path = Path(hf_hub_download(repo, file.name, **at, tqdm_class=_progress(grow)))
     except _Away as away:
         raise MissingSource(f"{uri}/{file.name}: {away}; run again when the hub can be reached") from away
     _copy(path, file, to, f"{uri}/{file.name}", lambda n: None)
@@ -138,44 +137,35 @@ def _copy(path: Path, file: SourceFile, to: Path, what: str, grow: Grow) -> None
     name, size = path.resolve().name, path.stat().st_size
     sha256, git = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
     known = sha256 if re.fullmatch(r"[0-9a-f]{64}", name) else git if COMMIT.fullmatch(name) else None
-    with path.open("rb") as opened, to.open("wb") as out:
-        while chunk := opened.read(4 << 20):
-            if known is not None:
-                known.update(chunk)
-            out.write(chunk)
-            grow(len(chunk))
+    copy(path, to, grow, known.update if known else len)
     if size != file.size:
         raise changed(what, f"{file.size} bytes", f"{size} bytes")
     if known is not None and known.hexdigest() != name:
         raise MissingSource(f"{what}: {path} holds other bytes than it should; delete it and run again")
 
 
-def _held(repo: str, type_: str, commit: str, file: SourceFile) -> Path | None:
+def _in_cache(repo: str, type_: str, commit: str, file: SourceFile) -> Path | None:
     """The file in the user's hub cache, or None if it is not there or not whole."""
-    found = try_to_load_from_cache(repo, file.name, cache_dir=_cache(), revision=commit, repo_type=type_)
-    return Path(found) if isinstance(found, str) and os.path.getsize(found) == file.size else None
+    path = try_to_load_from_cache(repo, file.name, cache_dir=_cache(), revision=commit, repo_type=type_)
+    return Path(path) if isinstance(path, str) and os.path.getsize(path) == file.size else None
 
 
 def _cached(repo: str, type_: str, revision: str, uri: str, why: str) -> tuple[str, dict[str, int | None]]:
     """The commit of `revision` by the hub's cache, and the files that are in the cache, with their sizes."""
-    folder = _cache() / f"{type_}s--{repo.replace('/', '--')}"
-    commit = revision
-    if not COMMIT.fullmatch(revision):
-        with suppress(FileNotFoundError):
-            commit = (folder / "refs" / revision).read_text().strip()
-    snapshot = folder / "snapshots" / commit
-    if not snapshot.is_dir():
-        raise MissingSource(f"{uri}: {why}, and the hub's cache holds no {revision} of it; go online or give a folder")
-    return commit, {p.relative_to(snapshot).as_posix(): p.stat().st_size for p in snapshot.rglob("*") if p.is_file()}
+    try:
+        snapshot = Path(snapshot_download(repo, repo_type=type_, revision=revision, cache_dir=_cache(), local_files_only=True))
+    except LocalEntryNotFoundError:
+        raise MissingSource(f"{uri}: {why}, and the hub's cache holds no {revision} of it; go online or give a folder") from None
+    return snapshot.name, {p.relative_to(snapshot).as_posix(): p.stat().st_size for p in snapshot.rglob("*") if p.is_file()}
 
 
 def _parts(uri: str) -> tuple[str, str, str, str]:
     """Repository, type, revision (a branch, a tag or a commit) and glob. Raises ValueError for another form of address."""
-    found = FORM.fullmatch(uri)
-    if found is None:
+    match = FORM.fullmatch(uri)
+    if match is None:
         raise ValueError(f"{uri!r}: write hf://datasets/org/name[@revision][/glob] or org/name[@revision] for a model")
-    revision = unquote(found["revision"] or "main")
-    return found["repo"], found["type"].removesuffix("s"), revision, found["glob"] or ""
+    revision = unquote(match["revision"] or "main")
+    return match["repo"], match["type"].removesuffix("s"), revision, match["glob"] or ""
 
 
 def _cache() -> Path:
@@ -209,19 +199,10 @@ def _in_words(what: str) -> Iterator[None]:
     """Turn the hub's errors about `what` into MissingSource, in one line with the way out, or _Away."""
     try:
         yield
-    except GatedRepoError as error:
-        raise MissingSource(f"{what}: its owners ask who downloads it; accept on its page and set HF_TOKEN") from error
-    except RepositoryNotFoundError as error:
-        raise MissingSource(
-            f"{what}: no such folder here and no such repository on the hub, or a private one; "
-            "check the name, and set HF_TOKEN if it is private"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise MissingSource(f"{what}: the repository has no such revision; name a branch, a tag or a commit") from error
+    except tuple(MISSING) as error:
+        raise MissingSource(f"{what}: {next(text for kind, text in MISSING.items() if isinstance(error, kind))}") from error
     except HFValidationError as error:
-        raise MissingSource(f"{what}: {str(error).splitlines()[0]}; write org/name[@revision]") from error
-    except RemoteEntryNotFoundError as error:
-        raise MissingSource(f"{what}: the repository has no such file; check the name") from error
+        raise MissingSource(f"{what}: {_line(error)}; write org/name[@revision]") from error
     except AWAY as error:
         raise _Away(f"the hub cannot be asked ({_line(error)})") from error
     except HfHubHTTPError as error:

@@ -27,7 +27,7 @@ class SourceFile:
 
 @dataclass(frozen=True)
 class Pinned:
-    uri: str  # one spelling per place, and the commit where there is one
+    uri: str  # one spelling: absolute folder, s3://bucket/prefix?.., hf://models/org/name@commit, python:stdlib
     revision: str  # the commit on the hub, else ""
     files: tuple[SourceFile, ...]
 
@@ -54,12 +54,12 @@ def chosen(names: Iterable[str], kind: Kind, where: str) -> list[str]:
     """
     names = sorted(n for n in names if not any(part.startswith(".") for part in n.split("/")))
     if kind == "data":
-        if not (found := [n for n in names if n.endswith(DATA_SUFFIXES)]):
+        if not (texts := [n for n in names if n.endswith(DATA_SUFFIXES)]):
             raise MissingSource(f"{where} holds no text; know {', '.join(DATA_SUFFIXES)}")
-        return found
-    found = [n for n in names if _of_model(PurePosixPath(n))]
-    if any(n.endswith(".safetensors") for n in found):
-        return found
+        return texts
+    files = [n for n in names if _of_model(PurePosixPath(n))]
+    if any(n.endswith(".safetensors") for n in files):
+        return files
     if pickles := [n for n in names if n.endswith(PICKLES) and "/" not in n]:
         raise MissingSource(
             f"{where} holds its weights only as a pickle ({pickles[0]}), which can run code when read; convert it once "
@@ -68,8 +68,17 @@ def chosen(names: Iterable[str], kind: Kind, where: str) -> list[str]:
     raise MissingSource(f"{where} holds no *.safetensors; give the folder of a checkpoint")
 
 
-def changed(what: str, pin: str, found: str) -> MissingSource:
-    return MissingSource(f"{what} has changed since it was pinned (was {pin}, is {found}); run again to pin it anew")
+def changed(what: str, pin: str, now: str) -> MissingSource:
+    return MissingSource(f"{what} has changed since it was pinned (was {pin}, is {now}); run again to pin it anew")
+
+
+def copy(path: Path, to: Path, grow: Grow, update: Callable[[bytes], object]) -> None:
+    """Copy a file; `update` is called with its bytes on the way, piece by piece."""
+    with path.open("rb") as opened, to.open("wb") as out:
+        while chunk := opened.read(4 << 20):
+            update(chunk)
+            out.write(chunk)
+            grow(len(chunk))
 
 
 def _of_model(name: PurePosixPath) -> bool:

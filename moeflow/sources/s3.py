@@ -2,6 +2,8 @@
 
 import fnmatch
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -24,21 +26,21 @@ def pin(uri: str, kind: Kind) -> Pinned:
     with _asked(uri):
         objects = _listed(s3.client(**at.options), at.bucket, fixed)
     if not wild and at.prefix in objects:
-        root = at.prefix.rpartition("/")[0]
-        found = [at.prefix.rpartition("/")[2]]
+        root, _, name = at.prefix.rpartition("/")
+        files = [name]
     else:
         root = fixed.rpartition("/")[0] if wild else at.prefix
         above = f"{root}/" if root else ""
         inside = {k.removeprefix(above): k for k in objects if k.startswith(above)}
         if wild:
-            found = sorted(n for n, k in inside.items() if fnmatch.fnmatchcase(k, at.prefix))
+            files = sorted(n for n, k in inside.items() if fnmatch.fnmatchcase(k, at.prefix))
         else:
-            found = chosen(inside, kind, uri) if inside else []
-    if not found:
+            files = chosen(inside, kind, uri) if inside else []
+    if not files:
         raise MissingSource(f"{uri}: there are no such objects; check bucket and prefix")
     query = urlencode({k: v for k, v in sorted(at.options.items()) if v}, safe=":/")
     canonical = f"s3://{at.bucket}/{root}".rstrip("/") + (f"?{query}" if query else "")
-    return Pinned(canonical, "", tuple(SourceFile(n, *objects[f"{root}/{n}" if root else n]) for n in found))
+    return Pinned(canonical, "", tuple(SourceFile(n, *objects[f"{root}/{n}" if root else n]) for n in files))
 
 
 def read(uri: str, file: SourceFile, start: int, stop: int) -> bytes:
@@ -83,23 +85,16 @@ def _object(uri: str, file: SourceFile) -> tuple[Any, dict[str, str]]:
     return s3.client(**at.options), asked | ({"VersionId": version} if version else {})
 
 
-class _asked:
-    """Turns S3's errors into MissingSource, in one line with the source's name."""
-
-    def __init__(self, uri: str, file: SourceFile | None = None) -> None:
-        self._uri, self._file = uri, file
-        self._said = s3.said(uri.partition("?")[0])
-
-    def __enter__(self) -> None:
-        self._said.__enter__()
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> bool | None:
-        what = f"{self._uri}: {self._file.name}" if self._file else self._uri
-        try:
-            return self._said.__exit__(kind, error, trace)
-        except s3.Refused:
-            raise MissingSource(f"{what} has changed since it was pinned; run again to pin it anew") from error
-        except FileNotFoundError:
-            raise MissingSource(f"{what} is gone since it was pinned; put it back, or run again without it") from error
-        except StoreError as told:
-            raise MissingSource(str(told).replace("name another in --store", "check the address")) from error
+@contextmanager
+def _asked(uri: str, file: SourceFile | None = None) -> Iterator[None]:
+    """Turn S3's errors into MissingSource, in one line with the source's name."""
+    what = f"{uri}: {file.name}" if file else uri
+    try:
+        with s3.said(uri.partition("?")[0]):
+            yield
+    except s3.Refused as error:
+        raise MissingSource(f"{what} has changed since it was pinned; run again to pin it anew") from error
+    except FileNotFoundError as error:
+        raise MissingSource(f"{what} is gone since it was pinned; put it back, or run again without it") from error
+    except StoreError as error:
+        raise MissingSource(str(error).replace("name another in --store", "check the address")) from error

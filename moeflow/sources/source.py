@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moeflow.sources import steps
-from moeflow.sources.places import Kind, SourceFile
+from moeflow.sources.places import Kind, Pinned, SourceFile
 from moeflow.sources.where import hub_uri, place_of
 from moeflow.step import Step
 from moeflow.store.errors import MissingSource
@@ -18,18 +18,11 @@ REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@.+)?")
 
 
 @dataclass(frozen=True)
-class Source:
-    """A pinned model or text: its place, and its files with their pins."""
-
-    uri: str  # one spelling: absolute folder, s3://bucket/prefix?.., hf://models/org/name@commit, python:stdlib
-    revision: str  # the commit on the hub, else ""
-    files: tuple[SourceFile, ...]  # by name
+class Source(Pinned):
+    """A pinned model or text: its place, and its files with their pins, by name."""
 
     def names(self) -> list[str]:
         return [f.name for f in self.files]
-
-    def has(self, name: str) -> bool:
-        return any(f.name == name for f in self.files)
 
     def find(self, name: str) -> SourceFile:
         """The file with this name. Raises MissingSource, naming the files there are."""

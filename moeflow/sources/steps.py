@@ -79,8 +79,8 @@ def in_parts(
             with path.open("rb") as piece:
                 copyfileobj(piece, out, 4 << 20)
             path.unlink()  # so that the whole never lies here twice
-    if (found := to.stat().st_size) != size:
-        raise MissingSource(f"{to.name} came to {found} bytes instead of {size}; run again")
+    if (arrived := to.stat().st_size) != size:
+        raise MissingSource(f"{to.name} came to {arrived} bytes instead of {size}; run again")
 
 
 def _counter(context: Context, total: int) -> Callable[[int], None]:

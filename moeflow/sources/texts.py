@@ -83,8 +83,8 @@ class Texts:
 
 def _parse(part: str, spec: str) -> tuple[str, tuple[str, ...], float, str]:
     weight = 1.0
-    if found := WEIGHT.search(part):
-        weight, part = float(found[1]), part[: found.start()]
+    if match := WEIGHT.search(part):
+        weight, part = float(match[1]), part[: match.start()]
     uri, _, columns = part.partition("#")
     if not uri:
         raise ValueError(f"texts {spec!r}: an entry names no source; write URI[#column[+column]][*weight], ...")

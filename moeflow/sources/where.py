@@ -24,7 +24,7 @@ def place_of(uri: str) -> Place:
     return cast(Place, import_module(module))  # a module is the place: huggingface_hub takes long to import
 
 
-def hub_uri(given: str) -> str:
+def hub_uri(name: str) -> str:
     """The address of a model on the hub that is named `org/name[@revision]`."""
-    repo, _, revision = given.partition("@")
+    repo, _, revision = name.partition("@")
     return f"hf://models/{repo}" + (f"@{quote(revision, safe='')}" if revision else "")

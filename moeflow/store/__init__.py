@@ -1,17 +1,15 @@
 """Immutable folders by key, on a disk or in S3, and the names people give them."""
 
-from moeflow.store.artifact import StoredArtifact
-from moeflow.store.blobs import Blobs, Entry, LocalBlobs, S3Blobs, open_blobs
+from moeflow.store.blobs import Blobs, LocalBlobs, S3Blobs, open_blobs
 from moeflow.store.errors import CorruptBlob, MissingSource, NotStored, StoreError
 from moeflow.store.index import Index, Listed
-from moeflow.store.manifest import File, Input, Manifest, Record, input_digest, part_digest
+from moeflow.store.manifest import File, Input, Manifest, Record, part_digest
 from moeflow.store.store import Committed, Store
 
 __all__ = [
     "Blobs",
     "Committed",
     "CorruptBlob",
-    "Entry",
     "File",
     "Index",
     "Input",
@@ -24,8 +22,6 @@ __all__ = [
     "S3Blobs",
     "Store",
     "StoreError",
-    "StoredArtifact",
-    "input_digest",
     "open_blobs",
     "part_digest",
 ]

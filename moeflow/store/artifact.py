@@ -9,7 +9,7 @@ from threading import Lock
 from moeflow.store import checked, names
 from moeflow.store.blobs import Blobs
 from moeflow.store.cache import NodeCache, lost
-from moeflow.store.manifest import File, Manifest, part_digest
+from moeflow.store.manifest import File, Manifest
 
 
 class StoredArtifact:
@@ -28,10 +28,6 @@ class StoredArtifact:
     @property
     def key(self) -> str:
         return f"{self.manifest.key}/{self.prefix}" if self.prefix else self.manifest.key
-
-    @cached_property
-    def digest(self) -> str:
-        return part_digest(self.manifest, self.prefix)
 
     def names(self) -> list[str]:
         return [*self.files]
@@ -71,23 +67,17 @@ class StoredArtifact:
         return span[start - first : stop - first]
 
     def folder(self) -> Path:
-        missing = [(n, f) for n, f in self.files.items() if not (self._folder / n).exists()]
+        missing = {self._folder / n: f for n, f in self.files.items() if not (self._folder / n).exists()}
         for name, file in self.files.items():
             self._count(name, 0, file.size)
-
-        def bring(item: tuple[str, File]) -> None:
-            self._cache.link(self._blobs, item[1], self._folder / item[0])
-
         with ThreadPoolExecutor(8) as pool:
-            [*pool.map(bring, missing)]
+            [*pool.map(lambda to: self._cache.link(self._blobs, missing[to], to), missing)]
         self._folder.mkdir(parents=True, exist_ok=True)  # an artifact without files is an empty folder
         return self._folder
 
-    @cached_property
+    @property
     def _folder(self) -> Path:
-        if self._scratch is not None:
-            return self._scratch
-        return self._opened / "folder"
+        return self._scratch or self._opened / "folder"
 
     @cached_property
     def _opened(self) -> Path:

@@ -22,8 +22,6 @@ class Blobs(Protocol):
     def url(self) -> str:
         """The address of the bytes, as `open_blobs` reads it."""
 
-    def exists(self, name: str) -> bool: ...
-
     def stat(self, name: str) -> Entry | None:
         """Size and modification time, or None if there is no such name."""
 

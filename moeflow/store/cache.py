@@ -19,7 +19,7 @@ from threading import Lock
 from moeflow.store import checked, names
 from moeflow.store.blobs import Blobs
 from moeflow.store.errors import CorruptBlob, disk
-from moeflow.store.local import NO_LINK
+from moeflow.store.local import linked
 from moeflow.store.manifest import File
 
 ELSEWHERE = "point MOEFLOW_CACHE to another disk"
@@ -39,7 +39,7 @@ class NodeCache:
         name = names.blob(file.sha256)
         if (path := blobs.local(name)) is not None:
             checked.whole(path, file)
-            if not _linked(path, to):
+            if not linked(path, to):
                 to.symlink_to(path)
             return
         cached = self.folder / name
@@ -48,7 +48,7 @@ class NodeCache:
                 with suppress(FileNotFoundError):  # not cached yet, or evicted between two lines
                     self._check(file)
                     os.utime(cached)
-                    if not _linked(cached, to):
+                    if not linked(cached, to):
                         shutil.copyfile(cached, to)  # a symbolic link would break when the blob is evicted
                         to.chmod(0o444)
                     return
@@ -183,16 +183,3 @@ def take(blobs: Blobs, file: File, to: Path) -> None:
 
 def lost(blobs: Blobs, file: File) -> CorruptBlob:
     return checked.corrupt(file, f"is gone from {blobs.url}")
-
-
-def _linked(path: Path, to: Path) -> bool:
-    """Hard-link `to` to `path`; False if the disks do not allow it. If `to` exists, it has the same bytes already."""
-    try:
-        os.link(path, to)
-    except FileExistsError:
-        return True
-    except OSError as error:
-        if error.errno in NO_LINK:
-            return False
-        raise
-    return True

@@ -1,7 +1,7 @@
 """Bytes are compared with what was written before anyone gets them: whole files by SHA-256, ranges by the chunks that they touch.
 
-A chunk is a mebibyte of a file; its fast 64-bit digest stands in the manifest. A file on this machine is hashed once per process, what
-arrives over the network every time. Knows no keys.
+A chunk is a mebibyte of a file; its fast 64-bit digest stands in the manifest. A file on this machine is hashed once per
+process, what arrives over the network every time. Knows no keys.
 """
 
 import hashlib
@@ -36,12 +36,8 @@ def whole(path: Path, file: File) -> None:
     about = path.stat()
     if about.st_size != file.size:
         raise corrupt(file, f"has {about.st_size} bytes instead of {file.size}")
-    identity = (file.sha256, about.st_ino, about.st_size, about.st_mtime_ns)
-    if identity in _intact and _chunks(file) <= _intact[identity]:
-        return
-    if (digest := names.sha256(path)) != file.sha256:
+    if (digest := names.sha256_once(path)) != file.sha256:
         raise corrupt(file, f"holds bytes with digest {digest}")
-    _know(identity, _chunks(file))
 
 
 def copy(path: Path, file: File, to: Path) -> None:
@@ -107,10 +103,6 @@ def _exactly(opened: int, start: int, stop: int) -> bytes:
 
 def _touched(start: int, stop: int) -> set[int]:
     return {*range(start // CHUNK, -(-stop // CHUNK))}
-
-
-def _chunks(file: File) -> set[int]:
-    return _touched(0, file.size)
 
 
 def _know(identity: Identity, chunks: set[int]) -> None:

@@ -35,7 +35,7 @@ def gc(store: Store, grace: float = 7 * DAY) -> Garbage:
     # In this order, so that what is committed or published between two listings counts as needed, not as garbage.
     blobs = {e.name: e for e in store.blobs.list("blobs/")}
     markers = [*store.blobs.list("found/")]
-    stored = {_key(e.name): e for e in store.blobs.list("manifests/")}
+    stored = {names.key_of(e.name): e for e in store.blobs.list("manifests/")}
     published = [k for v in versions.list(store) for k in (v.key, *v.reports)]
     young = [k for k, e in stored.items() if e.modified >= before]
     kept = versions.reach(store, [*published, *young])
@@ -70,10 +70,6 @@ def delete(store: Store, garbage: Garbage) -> Garbage:
     total = sum(e.size for e in (*blobs, *leftovers, *partial))
     gone = tuple(sorted(dead)), blobs, tuple(sorted(stale)), leftovers
     return Garbage(garbage.grace, *gone, total, now.broken)
-
-
-def _key(name: str) -> str:
-    return name.removeprefix("manifests/").removesuffix(".json")
 
 
 def _both(listed: Iterable[Entry], now: Iterable[Entry]) -> tuple[Entry, ...]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from moeflow.store.blobs import Blobs
 from moeflow.store.manifest import Manifest
-from moeflow.store.names import Entry
+from moeflow.store.names import key_of
 
 THREADS = 32
 
@@ -32,17 +32,14 @@ class Index:
 
 
 def read_index(blobs: Blobs, steps: Sequence[str], manifests: Callable[[Iterable[str]], dict[str, Manifest]]) -> Index:
-    def listed(prefix: str) -> list[Entry]:
-        return [*blobs.list(prefix)]
-
+    """`manifests`: reads those of many keys."""
     with ThreadPoolExecutor(THREADS) as pool:
         # list all steps of a verb at once ("calibrate."): another request takes longer than reading names that are not wanted
         verbs = sorted({s.partition(".")[0] + ("." if "." in s else "-") for s in steps})
-        stored = pool.map(listed, [f"manifests/{v}" for v in verbs])
-        marked = pool.map(listed, [f"found/{v}" for v in verbs])
+        stored, marked = (pool.map(lambda p: [*blobs.list(p)], [f"{kind}/{v}" for v in verbs]) for kind in ("manifests", "found"))
         index, wanted = Index(), set(steps)
         for entry in (e for page in stored for e in page):
-            key = entry.name.removeprefix("manifests/").removesuffix(".json")
+            key = key_of(entry.name)
             if key.rpartition("-")[0] in wanted:
                 index.modified[key] = entry.modified
         for entry in (e for page in marked for e in page):

@@ -6,7 +6,7 @@ import shutil
 import stat
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,9 +23,6 @@ class LocalBlobs:
     @property
     def url(self) -> str:
         return str(self.root)
-
-    def exists(self, name: str) -> bool:
-        return self.stat(name) is not None
 
     def stat(self, name: str) -> Entry | None:
         try:
@@ -46,32 +43,25 @@ class LocalBlobs:
         shutil.copyfile(self.root / name, path)
 
     def upload(self, path: Path, name: str, *, take: bool = False) -> None:
-        with disk(self.root, path.stat().st_size):
-            half = self._half()
-            try:
-                # A file with other hard links, or behind a symbolic link, may be used elsewhere too: copy it.
-                if not (take and not path.is_symlink() and path.stat().st_nlink == 1 and _linked(path, half)):
-                    shutil.copyfile(path, half)
-                _flush(half)  # or a manifest could outlive, after a power failure, the bytes that it names
-                half.chmod(0o444)
-                os.utime(half)  # garbage collection counts its age from now
-                target = self.root / name
-                _beneath(target, lambda: half.replace(target))
-            finally:
-                half.unlink(missing_ok=True)
+        target = self.root / name
+        with self._half(path.stat().st_size) as half:
+            # A file with other hard links, or behind a symbolic link, may be used elsewhere too: copy it.
+            if not (take and not path.is_symlink() and path.stat().st_nlink == 1 and linked(path, half)):
+                shutil.copyfile(path, half)
+            _flush(half)  # or a manifest could outlive, after a power failure, the bytes that it names
+            half.chmod(0o444)
+            os.utime(half)  # garbage collection counts its age from now
+            _beneath(target, lambda: half.replace(target))
 
     def create(self, name: str, data: bytes) -> bool:
-        with disk(self.root, len(data)):
-            half = self._half()
-            target = self.root / name
+        target = self.root / name
+        with self._half(len(data)) as half:
             try:
                 half.write_bytes(data)
                 _beneath(target, lambda: os.link(half, target))  # unlike replace, link refuses a name that is taken
             except FileExistsError:
                 return False
-            finally:
-                half.unlink(missing_ok=True)
-            return True
+        return True
 
     def list(self, prefix: str) -> Iterator[Entry]:
         above, _, stem = prefix.rpartition("/")
@@ -112,11 +102,16 @@ class LocalBlobs:
                 raise StoreError(f"the disk under {self.root} knows no hard links; use another folder or S3") from error
             raise
 
-    def _half(self) -> Path:
-        """A new path, on the same disk, for a file that is not complete yet."""
-        folder = self.root / "halves"
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder / uuid.uuid4().hex
+    @contextmanager
+    def _half(self, size: int) -> Iterator[Path]:
+        """A new path, on the same disk, for a file of `size` bytes that is not complete yet; what is left there is deleted."""
+        with disk(self.root, size):
+            half = self.root / "halves" / uuid.uuid4().hex
+            half.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                yield half
+            finally:
+                half.unlink(missing_ok=True)
 
     def _walk(self, folder: str, stem: str) -> Iterator[Entry]:
         try:
@@ -154,9 +149,12 @@ def _flush(path: Path) -> None:
         os.close(opened)
 
 
-def _linked(path: Path, at: Path) -> bool:
+def linked(path: Path, to: Path) -> bool:
+    """Hard-link `to` to `path`; False if the disks do not allow it. If `to` exists, it has the same bytes already."""
     try:
-        os.link(path, at)
+        os.link(path, to)
+    except FileExistsError:
+        return True
     except OSError as error:
         if error.errno in NO_LINK:
             return False

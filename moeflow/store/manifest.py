@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
-from moeflow.store.names import digest_of, split_part
+from moeflow.store.names import digest_of
 
 CHUNK = 1 << 20  # bytes of a file that have a digest of their own
 WIDTH = 16  # hexadecimal digits of that digest
@@ -95,8 +95,3 @@ def _file(name: str, file: File) -> File:
 def part_digest(manifest: Manifest, prefix: str) -> str:
     """The digest of the files whose names begin with `prefix`: the contents of an input that is a part."""
     return digest_of({name: file.sha256 for name, file in manifest.files.items() if name.startswith(prefix)})
-
-
-def input_digest(key: str, manifest: Manifest) -> str:
-    """The digest of the contents of the input `key`, which may be "step/prefix"; `manifest` is the step's."""
-    return part_digest(manifest, split_part(key)[1])

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from moeflow.step import canonical
 
+_digests: dict[tuple[str, int, int, int], str] = {}  # of files that this process has read
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -25,6 +27,11 @@ def manifest(key: str) -> str:
     return f"manifests/{key}.json"
 
 
+def key_of(name: str) -> str:
+    """The key whose manifest has this name."""
+    return name.removeprefix("manifests/").removesuffix(".json")
+
+
 def marker(key: str, content: str, digest: str, source: str, size: int) -> str:
     """The name of an empty object, which tells a listing what is in the manifest without reading that."""
     return f"found/{key}/{content.rpartition('-')[2] or '0'}-{digest}-{source[:8] or '0'}-{size}"
@@ -38,6 +45,15 @@ def digest_of(files: Mapping[str, str]) -> str:
 def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_once(path: Path) -> str:
+    """The SHA-256 of a file, which this process reads again only if size, modification time or inode have changed."""
+    about = path.stat()
+    identity = (str(path), about.st_ino, about.st_size, about.st_mtime_ns)
+    if identity not in _digests:
+        _digests[identity] = sha256(path)
+    return _digests[identity]
 
 
 def split_part(key: str) -> tuple[str, str]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -25,6 +25,8 @@ class Damage:
     keys: tuple[str, ...] = ()  # of the artifacts that contain them, and of all that was computed from those
     versions: tuple[Version, ...] = ()  # that are, or whose reports are, among these keys
     orphans: tuple[Entry, ...] = ()  # blobs that no manifest names; `gc` deletes them
+    files: int = field(default=0, compare=False)  # that were read
+    bytes: int = field(default=0, compare=False)
 
 
 def inspect(store: Store, key: str = "", reports: Iterable[str] = ()) -> Damage:
@@ -51,7 +53,8 @@ def inspect(store: Store, key: str = "", reports: Iterable[str] = ()) -> Damage:
     damaged |= {name: why for name, why in reasons.items() if why}
     known = {names.blob(f.sha256) for m in manifests.values() for f in m.files.values()}
     orphans = () if key else tuple(e for n, e in blobs.items() if n not in known)
-    return _damage(store, manifests, damaged, orphans)
+    damage = _damage(store, manifests, damaged, orphans)
+    return replace(damage, files=len(files), bytes=sum(f.size for f in files.values()))
 
 
 def drop(store: Store, damaged: Mapping[str, str]) -> Damage:
@@ -82,9 +85,7 @@ def _all(store: Store) -> tuple[dict[str, Manifest], dict[str, str]]:
     return manifests, damaged
 
 
-def _damage(
-    store: Store, manifests: Mapping[str, Manifest], damaged: Mapping[str, str], orphans: tuple[Entry, ...] = ()
-) -> Damage:
+def _damage(store: Store, manifests: Mapping[str, Manifest], damaged: Mapping[str, str], orphans: tuple[Entry, ...] = ()) -> Damage:
     keys = {n.removeprefix("manifests/").removesuffix(".json") for n in damaged if n.startswith("manifests/")}
     keys |= {k for k, m in manifests.items() if any(names.blob(f.sha256) in damaged for f in m.files.values())}
     while below := {k for k, m in manifests.items() if k not in keys and any(split_part(i.key)[0] in keys for i in m.inputs)}:

@@ -62,16 +62,10 @@ class S3Blobs:
 
     @property
     def url(self) -> str:
-        options = {"endpoint": self.endpoint, "region": self.region}
-        if self.addressing != "auto":
-            options["addressing"] = self.addressing
-        if self.checksum != "when_required":
-            options["checksum"] = self.checksum
-        query = urlencode({k: v for k, v in options.items() if v}, safe=":/")
+        names = ("endpoint", "region", "addressing", "checksum")
+        changed = {n: getattr(self, n) for n in names if getattr(self, n) != getattr(S3Blobs, n)}
+        query = urlencode(changed, safe=":/")
         return self._where + (f"?{query}" if query else "")
-
-    def exists(self, name: str) -> bool:
-        return self.stat(name) is not None
 
     def stat(self, name: str) -> Entry | None:
         try:
@@ -313,18 +307,14 @@ def said(where: str) -> Iterator[None]:
             again = error.response.get("ResponseMetadata", {}).get("RetryAttempts", 0) > 0
             raise Refused(code, again) from error
         if code in STRANGERS:
-            raise StoreError(
-                f"{where}: the credentials are not accepted ({code}); check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and the clock"
-            ) from error
-        if code in ("AccessDenied", "403", "Forbidden", "AllAccessDisabled") or status == 403:
-            raise StoreError(
-                f"{where}: no permission for {error.operation_name} ({code}); grant read, write, list and delete on this prefix"
-            ) from error
-        line = message.splitlines()[0] if message else str(status)
-        raise StoreError(
-            f"{where}: {error.operation_name} failed with {code}: {line}; if it lasts, check the "
-            "server and the addressing= and checksum= options"
-        ) from error
+            why = f"the credentials are not accepted ({code}); check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and the clock"
+        elif code in ("AccessDenied", "403", "Forbidden", "AllAccessDisabled") or status == 403:
+            why = f"no permission for {error.operation_name} ({code}); grant read, write, list and delete on this prefix"
+        else:
+            line = message.splitlines()[0] if message else str(status)
+            advice = "if it lasts, check the server and the addressing= and checksum= options"
+            why = f"{error.operation_name} failed with {code}: {line}; {advice}"
+        raise StoreError(f"{where}: {why}") from error
     except (NoCredentialsError, PartialCredentialsError) as error:
         raise StoreError(
             f"{where}: no credentials were found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or use a profile or a role"

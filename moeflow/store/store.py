@@ -9,13 +9,14 @@ import json
 import shutil
 import time
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
 
-from moeflow.store import checked, names, partial
+from moeflow.store import checked, names
 from moeflow.store.artifact import StoredArtifact
 from moeflow.store.blobs import Blobs, open_blobs
 from moeflow.store.cache import ELSEWHERE, NodeCache, lost, take
@@ -24,8 +25,7 @@ from moeflow.store.home import home
 from moeflow.store.index import Index, read_index
 from moeflow.store.local import LocalBlobs
 from moeflow.store.manifest import File, Manifest, Record
-from moeflow.store.names import split_part
-from moeflow.store.partial import Snapshot
+from moeflow.store.names import Entry, split_part
 
 THREADS = 32
 RENEW = 86400  # seconds: a run touches what it uses if it is older, so that garbage collection sees that it is used
@@ -42,7 +42,7 @@ class Committed:
 @dataclass(frozen=True)
 class Store:
     blobs: Blobs
-    given_cache: Path | None = None  # None: the usual folder of the node that asks, because this value travels to workers
+    own_cache: Path | None = None  # None: the usual folder of the node that asks, because this value travels to workers
     cache_limit: int = 0  # bytes; 0 means four fifths of the disk's free bytes and the cached ones
 
     @staticmethod
@@ -54,8 +54,8 @@ class Store:
     @property
     def cache(self) -> Path:
         """The cache folder on this node; it may be deleted while nothing runs."""
-        if self.given_cache is not None:
-            return self.given_cache
+        if self.own_cache is not None:
+            return self.own_cache
         return self.blobs.root / "cache" if isinstance(self.blobs, LocalBlobs) else home()
 
     @property
@@ -77,7 +77,7 @@ class Store:
         return read_index(self.blobs, sorted(set(steps)), self.manifests)
 
     def has(self, key: str) -> bool:
-        return self.blobs.exists(names.manifest(split_part(key)[0]))
+        return self.blobs.stat(names.manifest(split_part(key)[0])) is not None
 
     def manifest(self, key: str) -> Manifest:
         """Read the manifest of `key`. Raises NotStored, which is a KeyError, and CorruptBlob."""
@@ -124,7 +124,7 @@ class Store:
     def alias(self, key: str, of: str, record: Record) -> Committed:
         """Store the contents of `of` under `key` as well, without copying: the recipe differs, the contents do not."""
         original = self.manifest(of)
-        self._renew(names.manifest(of))
+        self._renewed(names.manifest(of))
         return self._write(key, original.files, record, 0, original.same_as or of)
 
     def renew(self, keys: Iterable[str], index: Index) -> None:
@@ -146,52 +146,15 @@ class Store:
         manifest, prefix = self.manifest(key), split_part(key)[1]
         if into.is_file() or (into.is_dir() and any(into.iterdir())):
             raise FileExistsError(f"{into} is not empty; name a folder that does not exist yet")
-        half = into.absolute().with_name(f".{into.name}.{uuid.uuid4().hex[:8]}.half")
-        with disk(into.parent, manifest.bytes, "name a folder elsewhere"):
-            half.mkdir(parents=True)
-            try:
-                with ThreadPoolExecutor(4) as pool:
-                    files = [(half / n, f) for n, f in manifest.files.items() if n.startswith(prefix)]
-                    [*pool.map(lambda item: self._copy(*item), files)]
-                if into.is_dir():
-                    into.rmdir()
-                half.replace(into)
-            finally:
-                shutil.rmtree(half, ignore_errors=True)
-
-    def save_partial(self, key: str, folder: Path, snapshot: Snapshot | None = None, rank: int = 0) -> None:
-        """Save a copy of `folder`, in place of an earlier one, so that an interrupted run of `key` can continue.
-
-        With `snapshot` it is the part of process `rank` of a gang, and the caller must not write to `folder` afterwards.
-        """
-        if snapshot is None:
-            partial.save(self.blobs, key, folder)
-        else:
-            partial.save_part(self.blobs, key, folder, snapshot, rank)
-
-    def snapshots(self, key: str) -> list[Snapshot]:
-        """The complete partial states that gangs saved for `key`, newest first."""
-        return partial.snapshots(self.blobs, key)
-
-    def load_partial(self, key: str, into: Path, snapshots: Iterable[Snapshot] | None = None) -> bool:
-        """Copy the newest partial state of `key` to the folder `into`; return False if there is none.
-
-        With `snapshots`, copy the first of them that is still complete, with the parts of all processes.
-        """
-        if snapshots is None:
-            return partial.load(self.blobs, key, into)
-        return partial.load_parts(self.blobs, key, snapshots, into)
-
-    def drop_partial(self, key: str) -> None:
-        partial.drop(self.blobs, key)
+        with arriving(into, manifest.bytes, "name a folder elsewhere") as half, ThreadPoolExecutor(4) as pool:
+            files = [(half / n, f) for n, f in manifest.files.items() if n.startswith(prefix)]
+            [*pool.map(lambda item: self._copy(*item), files)]
 
     def _put(self, file: File, path: Path) -> int:
         """Store one blob unless it is stored; return the bytes written."""
         name = names.blob(file.sha256)
-        entry = self.blobs.stat(name)
+        entry = self._renewed(name)
         if entry is not None and entry.size == file.size and self._intact(file):  # else it was damaged: write it again
-            if entry.modified < time.time() - RENEW:
-                self.blobs.touch(name)
             return 0
         self.blobs.upload(path, name, take=True)
         return file.size
@@ -200,21 +163,23 @@ class Store:
         """Whether a stored blob holds the right bytes; one that is not on this machine is believed to."""
         path = self.blobs.local(names.blob(file.sha256))
         try:
-            return path is None or checked.whole(path, file) is None
+            if path is not None:
+                checked.whole(path, file)
         except (CorruptBlob, FileNotFoundError):
             return False
+        return True
 
     def _rely(self, file: File) -> None:
         """Check that a linked blob is stored, and protect it from garbage collection. Raises CorruptBlob."""
-        if not self._renew(names.blob(file.sha256)):
+        if self._renewed(names.blob(file.sha256)) is None:
             raise lost(self.blobs, file)
 
-    def _renew(self, name: str) -> bool:
-        """Touch `name` if it is old; return False if it does not exist."""
+    def _renewed(self, name: str) -> Entry | None:
+        """Touch `name` if it is old; return what was listed of it, None if it does not exist."""
         entry = self.blobs.stat(name)
         if entry is not None and entry.modified < time.time() - RENEW:
             self.blobs.touch(name)
-        return entry is not None
+        return entry
 
     def _write(self, key: str, files: Mapping[str, File], record: Record, written: int, same_as: str) -> Committed:
         about = {f.name: getattr(record, f.name) for f in fields(Record)}
@@ -234,6 +199,21 @@ class Store:
             take(self.blobs, file, to)
         else:
             checked.copy(local, file, to)
+
+
+@contextmanager
+def arriving(into: Path, need: int = 0, instead: str = "pass another --store") -> Iterator[Path]:
+    """A folder to fill, which takes the place of `into` at the end, all or nothing. Raises StoreError as `disk` does."""
+    half = into.absolute().with_name(f".{into.name}.{uuid.uuid4().hex[:8]}.half")
+    with disk(into.parent, need, instead):
+        half.mkdir(parents=True)
+        try:
+            yield half
+            if into.is_dir():
+                into.rmdir()
+            half.replace(into)
+        finally:
+            shutil.rmtree(half, ignore_errors=True)
 
 
 def _is_file(path: Path) -> bool:

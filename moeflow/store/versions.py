@@ -5,7 +5,6 @@ Knows artifacts by key; what a name means to a pipeline is the caller's business
 
 import json
 import re
-from builtins import list as list_
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -20,7 +19,6 @@ from moeflow.store.names import split_part
 from moeflow.store.store import THREADS, Store
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-KEY = re.compile(r".+-[0-9a-f]{32}")
 
 
 @dataclass(frozen=True)
@@ -41,18 +39,17 @@ class Version:
 def publish(store: Store, name: str, key: str, *, record: Mapping[str, Any] | None = None, reports: Sequence[str] = ()) -> int:
     """Make `key` the newest version of `name`; return its number. If it is the newest already, nothing changes.
 
-    `record` is stored as it is; keys under "reports" in it are added to `reports`. Raises ValueError, NotStored.
+    Raises ValueError, NotStored.
     """
-    _named(name)
-    record = dict(record or {})
-    reports = [*dict.fromkeys([*reports, *record.get("reports", ())])]
+    check_name(name)
+    reports = [*dict.fromkeys(reports)]
     if not store.has(key):
         raise NotStored(f"{key} is not stored in {store.url}, so it cannot be published as {name}")
     while True:
-        n = max(_numbers(store, f"versions/{name}/"), default=0)
+        n = _newest(store, f"versions/{name}/")
         if n and (newest := _read(store, name, n)).key == key and {*newest.reports} == {*reports}:
             return n
-        about = {"name": name, "n": n + 1, "key": key, "created": _now(), "reports": reports, "record": record}
+        about = {"name": name, "n": n + 1, "key": key, "created": _now(), "reports": reports, "record": record or {}}
         if store.blobs.create(_version(name, n + 1), json.dumps(about, indent=1).encode()):
             return n + 1
 
@@ -66,15 +63,15 @@ def resolve(store: Store, ref: str) -> Version | str:
     if at:
         if not number.isdigit():
             raise ValueError(f"{ref!r}: a version is a number, as in {name}@1; see `moeflow ls`")
-        _named(name)
+        check_name(name)
         return _read(store, name, int(number))
     if NAME.fullmatch(ref):
-        if numbers := _numbers(store, f"versions/{ref}/"):
-            return _read(store, ref, max(numbers))
-        if numbers := _numbers(store, f"labels/{ref}/"):
-            labelled = json.loads(store.blobs.read(_label(ref, max(numbers))))
+        if n := _newest(store, f"versions/{ref}/"):
+            return _read(store, ref, n)
+        if n := _newest(store, f"labels/{ref}/"):
+            labelled = json.loads(store.blobs.read(_label(ref, n)))
             return _read(store, labelled["name"], labelled["n"])
-    keys = [e.name.removeprefix("manifests/").removesuffix(".json") for e in _few(store, f"manifests/{ref}")]
+    keys = [names.key_of(e.name) for e in islice(store.blobs.list(f"manifests/{ref}"), 5)]
     if len(keys) == 1 or ref in keys:
         return ref if ref in keys else keys[0]
     if keys:
@@ -103,14 +100,14 @@ def labelled(store: Store) -> dict[str, str]:
 
 def promote(store: Store, ref: str, label: str) -> Version:
     """Point `label` at a version; its records keep where it pointed before. Raises ValueError, NotStored."""
-    _named(label)
+    check_name(label)
     version = resolve(store, ref)
     if isinstance(version, str):
         raise ValueError(f"{ref!r} is a key; only versions are promoted: publish it by running with --name")
-    if _numbers(store, f"versions/{label}/"):
+    if _newest(store, f"versions/{label}/"):
         raise ValueError(f"{label!r} is the name of versions; choose another label")
     while True:
-        n = max(_numbers(store, f"labels/{label}/"), default=0)
+        n = _newest(store, f"labels/{label}/")
         if n:
             now = json.loads(store.blobs.read(_label(label, n)))
             if (now["name"], now["n"]) == (version.name, version.n):
@@ -133,28 +130,22 @@ def reach(store: Store, keys: Iterable[str]) -> dict[str, Manifest]:
     while level:
         manifests |= store.manifests(level)
         tried = {*manifests, *level}
-        level = [*dict.fromkeys(u for k in level if k in manifests for u in _above(manifests[k]) if u not in tried)]
+        above = (split_part(i.key)[0] for k in level if k in manifests for i in manifests[k].inputs)
+        level = [*dict.fromkeys(k for k in above if k not in tried)]
     return manifests
 
 
-def _above(manifest: Manifest) -> list_[str]:
-    return [split_part(i.key)[0] for i in manifest.inputs]
-
-
-def _few(store: Store, prefix: str) -> list_[names.Entry]:
-    return [*islice(store.blobs.list(prefix), 5)]
-
-
-def _numbers(store: Store, prefix: str) -> list_[int]:
-    return [int(e.name.removeprefix(prefix).removesuffix(".json")) for e in store.blobs.list(prefix)]
+def _newest(store: Store, prefix: str) -> int:
+    """The highest number below `prefix`; 0 if there is none."""
+    return max((int(e.name.removeprefix(prefix).removesuffix(".json")) for e in store.blobs.list(prefix)), default=0)
 
 
 def _read(store: Store, name: str, n: int) -> Version:
     try:
         return _parse(store.blobs.read(_version(name, n)))
     except FileNotFoundError:
-        there = sorted(_numbers(store, f"versions/{name}/"))
-        known = f"the newest is {name}@{there[-1]}" if there else f"there is no version of {name}; see `moeflow ls`"
+        newest = _newest(store, f"versions/{name}/")
+        known = f"the newest is {name}@{newest}" if newest else f"there is no version of {name}; see `moeflow ls`"
         raise NotStored(f"{name}@{n} is not in {store.url}; {known}") from None
 
 
@@ -171,7 +162,8 @@ def _label(label: str, n: int) -> str:
     return f"labels/{label}/{n:06d}.json"
 
 
-def _named(name: str) -> None:
+def check_name(name: str) -> None:
+    """Raise ValueError unless versions can have this name."""
     if not NAME.fullmatch(name):
         raise ValueError(f"name {name!r}: use at most 128 letters, digits, '.', '_', '-', not beginning with a sign")
 

@@ -29,14 +29,13 @@ from moeflow.model.formats import Format, format_of
 from moeflow.model.layout import Folder, headers, read_config
 from moeflow.run.outcome import StepFailed
 from moeflow.run.plan import plan
-from moeflow.sources import Texts
 from moeflow.step import Step, upstream
 from moeflow.store import Store
 from tests import running, tiny
 
 OURS = (Counts(0.75), Search("swap"))
 COUNTS = {f.name for f in fields(Counts)}
-PAPER = (Counts(0.75, rule="paper"), Search("genetic", best=2, block=2, inputs="progressive"))
+PAPER = (Counts(0.75, rule="paper"), Search("genetic", best=2, span=2, inputs="progressive"))
 
 
 def calibrated(model: Model, folder: Path) -> Calibration:
@@ -48,7 +47,7 @@ def whole(model: Model, folder: Path, *, ratio: float, how: tuple[Counts, Search
     seen = calibrated(model, folder)
     pruned = moei2.prune(seen, *how)
     small = moei2.decompose(calibrated(pruned, folder), Decomposition(ratio=ratio, **cut))
-    compared = compare.compare(model, small, Texts("nowhere.txt"), Sample(4, 16), Pass(2, 16), tokens=seen.tokens)
+    compared = compare.reports(model, small, compare.HeldOut("nowhere.txt", 4, 16), Pass(2), tokens=seen.tokens)
     return checkpoint.checkpoint_of(small).reporting(*(r for r in compared if r.name != "evaluate.speed"))
 
 
@@ -167,7 +166,7 @@ def test_a_compressed_checkpoint_is_a_source_like_any_other(tmp_path: Path) -> N
         running.model_in(out)
 
 
-def test_a_layers_own_best_is_what_blocks_of_one_layer_and_of_one_set_choose(tmp_path: Path) -> None:
+def test_a_layers_own_best_is_what_spans_of_one_layer_and_of_one_set_choose(tmp_path: Path) -> None:
     source, store = tiny.write("mixtral", tmp_path / "model"), running.store_in(tmp_path)
     seen = calibrated(running.model_in(source), tmp_path)
 
@@ -177,10 +176,10 @@ def test_a_layers_own_best_is_what_blocks_of_one_layer_and_of_one_set_choose(tmp
         made = [json.loads(store.artifact(c.key).file("choice.json").read_text()) for c in pruned.choices]
         return {c["layer"]: c["keep"] for c in made}
 
-    best = chosen(best=1, block=1)
-    assert chosen(best=3, block=1) == best  # T=1
-    assert chosen(best=1, block=2) == best  # K=1
-    assert chosen(best=3, block=3) != best  # and the block does choose otherwise
+    best = chosen(best=1, span=1)
+    assert chosen(best=3, span=1) == best  # T=1
+    assert chosen(best=1, span=2) == best  # K=1
+    assert chosen(best=3, span=3) != best  # and the span does choose otherwise
 
 
 def test_an_expert_with_too_few_tokens_is_cut_by_its_weights_or_stays_whole_and_it_is_said(tmp_path: Path) -> None:
@@ -209,7 +208,7 @@ def test_an_expert_with_too_few_tokens_is_cut_by_its_weights_or_stays_whole_and_
         ({"keep": 0.1}, "no legal counts add up to 2 experts; nearest: 6"),
         ({"rule": "best"}, "rule='best' is not known; choose one of uniform, paper, exact"),
         ({"method": "layerwise"}, "method='layerwise' finds no sets .*; choose one of enumerate, genetic, swap"),
-        ({"best": 200, "block": 3}, "are 8,000,000 combinations, over 10,000; lower K or T"),
+        ({"best": 200, "span": 3}, "are 8,000,000 combinations, over 10,000; lower K or T"),
         ({"protected": ((0, 9),)}, "must be different experts between 0 and 7"),
         ({"protected": ((5, 1),)}, "protected names 5, which is no layer with experts"),
         ({"protected": ((5, 1, 2),)}, "must be pairs of a layer and an expert"),
@@ -236,7 +235,7 @@ def test_a_pruning_that_cannot_work_is_refused_when_the_graph_is_built(given: di
         ({"ratio": 0.97, "ranks": "uniform"}, "leaves rank 0.576 in layer 0, below r_min=1"),
         ({"ratio": 0.99}, "ratio=0.99 cannot be had with ranks from 1 in multiples of 1; the nearest is 0.9479"),
         ({"ratio": 0.6, "multiple": 64}, "ratio=0.6 cannot be had with ranks from 1 in multiples of 64; the nearest is 0"),
-        ({"ratio": 0.3, "r_min": 0}, "r_min=0 and measured=16384 tokens must be at least 1"),
+        ({"ratio": 0.3, "r_min": 0}, "r_min=0 must be at least 1"),
         ({"ratio": 0.3, "ranks": "paper", "alpha": -3.0}, "alpha=-3.0 must be at least 0"),
         ({"ratio": 0.3, "ranks": "uniform", "rare": "keep"}, "rare='keep' lets the others pay"),
         ({"ratio": 0.3, "svd": "vanilla"}, "ranks='global' goes by what whitening loses"),

@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM
 from moeflow.arch import Family
 from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.decompose.options import Decomposition
-from moeflow.methods.graph import Sample
 from moeflow.methods.prune.counts import Counts
 from moeflow.methods.prune.searches import Search
 from moeflow.methods.recipes import compare, moei2, naee, unified
@@ -23,7 +22,7 @@ from moeflow.model.checkpoint import Tensors, save
 from moeflow.model.layout import Folder, headers, read_config
 from tests import tiny
 from tests.models import calibrated, ids_of, loaded, logits, pulled
-from tests.running import matrix_of, model_in, reports, run, store_in
+from tests.running import model_in, reports, run, store_in
 
 
 @pytest.fixture
@@ -108,7 +107,7 @@ def test_it_is_pruned_by_slicing_and_stays_in_fp8(source: Path, how: str, tmp_pa
                 assert torch.equal(after[a + "_scale_inv"], before[b + "_scale_inv"])
     assert {n for n, t in headers(Folder(out)).items() if t.dtype == "F8_E4M3"}
     target = checkpoint.checkpoint_of(made).reporting(
-        *compare.compare(seen.model, made, matrix_of(tmp_path), Sample(4, 16), seen.passed, tokens=seen.tokens)
+        *compare.reports(seen.model, made, compare.HeldOut("", 4, 16), seen.passed, tokens=seen.tokens)
     )
     run(store, target)
     whole = {n: t.float() for n, t in Tensors(out).items()}

@@ -32,8 +32,8 @@ def pruned(family: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     store = running.store_in(folder)
     model = running.model_in(family)
     matrix = data.tokens(running.matrix_of(folder), model, Sample(8, 16))
-    seen = calibrate.run(model, matrix, Pass(batch=4, shard=4, stage=2))
-    target = checkpoint.checkpoint_of(naee.prune(seen, keep=KEEP))
+    calibration = calibrate.run(model, matrix, Pass(batch=4, shard=4, stage=2))
+    target = checkpoint.checkpoint_of(naee.prune(calibration, keep=KEEP))
     running.run(store, target)
     store.fetch(target.key, folder / "out")
     return family, folder / "out", {i: c["keep"] for i, c in running.choices(store, target).items()}
@@ -117,9 +117,9 @@ def test_too_few_experts_are_refused_when_the_graph_is_built(name: str, keep: in
     from tests import tiny
 
     model = running.model_in(tiny.write(name, tmp_path / "model"))
-    seen = calibrate.run(model, data.tokens(running.matrix_of(tmp_path), model, Sample(8, 16)), Pass(batch=4, shard=4))
+    calibration = calibrate.run(model, data.tokens(running.matrix_of(tmp_path), model, Sample(8, 16)), Pass(batch=4, shard=4))
     with pytest.raises(ValueError, match=says):
-        naee.prune(seen, keep=keep)
+        naee.prune(calibration, keep=keep)
 
 
 def test_grouped_routers_keep_the_same_number_in_every_group(tmp_path: Path) -> None:

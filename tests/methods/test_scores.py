@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from moeflow.methods.graph import load
-from moeflow.methods.scores import SCORES, check_score
+from moeflow.methods.prune.searches import Search
+from moeflow.methods.scores import DROP_SCORES, SCORES
 from moeflow.methods.scores.functions import aimer, baselines, best_by_score, reap
 from moeflow.model.moe import MLP, MoELayer
 from tests.layers import layer
@@ -28,16 +29,18 @@ def test_aimer_prefers_the_expert_whose_weights_are_less_even() -> None:
     assert float(score_E[0]) == pytest.approx(-1.0) and score_E[1] > score_E[0]
 
 
-@pytest.mark.parametrize("name", SCORES)
+@pytest.mark.parametrize("name", DROP_SCORES)
 def test_a_row_of_the_table_names_all_that_its_score_reads(name: str) -> None:
-    score, moe = SCORES[name], layer(8)
-    recorded = {"count_E": torch.arange(8.0), "score_E": torch.rand(8), "reap_E": torch.rand(8), "tokens": torch.tensor(20.0)}
+    score, moe = DROP_SCORES[name], layer(8)
+    recorded = {n: torch.rand(8) for n in ("score_E", "weight_E", "reap_E")}
+    recorded |= {"count_E": torch.arange(8.0), "tokens": torch.tensor(20.0)}
     needed = {n: recorded[n] for n in score.needs}
     score_E = load(score.code)(moe if score.weights else None, needed, 3)
     assert score_E.shape == (8,) and torch.equal(score_E, load(score.code)(moe, recorded, 3))
-    assert baselines(moe, recorded, 3, 5)[name] == tuple(best_by_score(score_E, 5))
+    if name in SCORES:
+        assert baselines(moe, recorded, 3, 5)[name] == tuple(best_by_score(score_E, 5))
 
 
 def test_an_unknown_score_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="criterion='luck' is not known; choose one of random, frequency, .*, aimer"):
-        check_score("luck")
+    with pytest.raises(ValueError, match="method='luck' is not known; choose one of .*random, frequency, .*, aimer"):
+        Search("luck")

@@ -26,16 +26,16 @@ from tests import running, tiny
 def test_a_forks_divergence_and_loss_are_those_of_the_model_with_that_layer_changed(family: Path, tmp_path: Path) -> None:
     model, store = running.model_in(family), running.store_in(tmp_path)
     matrix = running.matrix_of(tmp_path)
-    seen = calibrate.run(model, data.tokens(matrix, model, Sample(8, 16)), Pass(batch=2, shard=4, stage=2))
+    calibration = calibrate.run(model, data.tokens(matrix, model, Sample(8, 16)), Pass(batch=2, shard=4, stage=2))
     last, keep = model.moe_layers[-1], 6
-    pruned = moei2.prune(seen, Counts(keep / 8, rule="uniform"), Search("enumerate"))
-    found = {
+    pruned = moei2.prune(calibration, Counts(keep / 8, rule="uniform"), Search("enumerate"))
+    searched = {
         i: next(s for s in upstream([c]) if s.name == "prune.candidates")
         for i, c in zip(model.moe_layers, pruned.choices, strict=True)
     }
-    alternatives = {i: Alternatives(Forks("sets", (str(keep),)), (found[i],)) for i in found}
+    alternatives = {i: Alternatives(Forks("sets", (str(keep),)), (searched[i],)) for i in searched}
     each = {last: Alternatives(Forks("each", tuple(map(str, range(8)))))}
-    sets, single = (calibrate.curves(seen, a, tokens=128) for a in (alternatives, each))
+    sets, single = (calibrate.curves(calibration, a, tokens=128) for a in (alternatives, each))
     running.run(store, sets, single, pruned.layers[last])
     measured = json.loads(store.artifact(sets.key).file("curves.json").read_text())
     one_gone = json.loads(store.artifact(single.key).file("curves.json").read_text())
@@ -76,29 +76,33 @@ def test_a_forks_divergence_and_loss_are_those_of_the_model_with_that_layer_chan
 def test_a_sweep_reads_the_checkpoint_once_whatever_the_shards_and_takes_as_many_tokens_as_told(tmp_path: Path) -> None:
     source, store = tiny.write("mixtral", tmp_path / "model"), running.store_in(tmp_path)
     model = running.model_in(source)
-    seen = calibrate.run(model, data.tokens(running.matrix_of(tmp_path), model, Sample(8, 16)), Pass(batch=2, shard=4, stage=1))
-    pruned = moei2.prune(seen, Counts(0.5, grid=3, measured=64))
+    calibration = calibrate.run(
+        model, data.tokens(running.matrix_of(tmp_path), model, Sample(8, 16)), Pass(batch=2, shard=4, stage=1)
+    )
+    pruned = moei2.prune(calibration, Counts(0.5, grid=3, measured=64))
     forks = [s for s in upstream([pruned.choices[0]]) if s.name == "calibrate.forks"]
     read = [step_of(i).key for s in forks for i in s.inputs]
     assert all(read.count(layer.key) == 1 for layer in model.layers)
     running.run(store, *pruned.choices)
     curves = next(s for s in upstream([pruned.choices[0]]) if s.name == "calibrate.curves")
-    told = json.loads(store.artifact(curves.key).file("curves.json").read_text())
-    assert told["tokens"] == 4 * 15  # two sequences of 16 from each of two shards, and the last token predicts nothing
-    found = told["curves"]
-    assert {i: sorted(c) for i, c in found.items()} == {str(i): ["2", "5", "7"] for i in range(3)}  # three of 2 to 7, evenly
+    record = json.loads(store.artifact(curves.key).file("curves.json").read_text())
+    assert record["tokens"] == 4 * 15  # two sequences of 16 from each of two shards, and the last token predicts nothing
+    measured = record["curves"]
+    assert {i: sorted(c) for i, c in measured.items()} == {str(i): ["2", "5", "7"] for i in range(3)}  # three of 2 to 7, evenly
     assert legal_counts(model, Counts(0.5))[0] == [2, 3, 4, 5, 6, 7, 8]
-    for curve in found.values():
+    for curve in measured.values():
         assert curve["2"] > curve["7"] > 0
 
 
 def test_sets_that_are_judged_on_do_not_enter_the_counts(tmp_path: Path) -> None:
     """The held-out text is nowhere upstream of what is decided."""
     model = running.model_in(tiny.write("mixtral", tmp_path / "model"))
-    seen = calibrate.run(model, data.tokens(running.matrix_of(tmp_path), model, Sample(8, 16)), Pass(batch=2, shard=4, stage=2))
-    pruned = moei2.prune(seen, Counts(0.75))
+    calibration = calibrate.run(
+        model, data.tokens(running.matrix_of(tmp_path), model, Sample(8, 16)), Pass(batch=2, shard=4, stage=2)
+    )
+    pruned = moei2.prune(calibration, Counts(0.75))
     heldout = data.tokens(running.matrix_of(tmp_path, seed=1), model, Sample(8, 16))
     ends = calibrate.hidden_states(pruned, heldout, Pass(batch=2, shard=4))
     judged = {s.key for s in upstream(ends) if s.name == "data.matrix"}
     decided = {s.key for s in upstream([checkpoint.checkpoint_of(pruned)]) if s.name == "data.matrix"}
-    assert judged >= {heldout.key} and decided == {seen.tokens.key}
+    assert judged >= {heldout.key} and decided == {calibration.tokens.key}

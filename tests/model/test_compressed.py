@@ -19,9 +19,10 @@ from moeflow.model import compressed, passes, routed_experts
 from moeflow.model.checkpoint import Tensors, read_moe, save
 from moeflow.model.factors import multiplied_out
 from moeflow.model.formats import Format, config_of, layer_formats
-from moeflow.model.layout import Folder, read_config
+from moeflow.model.layout import Folder, file_of, read_config
 from moeflow.model.moe import MoELayer
 from moeflow.model.routed_experts import RoutedExperts
+from moeflow.model.spec import Recording
 from tests import tiny
 from tests.compressed import KEPT, compress, ids, load, ranks_of, reference_layer, write
 
@@ -102,7 +103,7 @@ def test_training_leaves_the_padding_at_zero(smaller: Path) -> None:
     loss.backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
     family = Family.of(model.config.to_dict())
-    found = 0
+    stacks = 0
     for layer, format in zip(model.model.layers, layer_formats(model.config.to_dict()), strict=True):
         if format is not None and format.low_rank:
             experts = layer.get_submodule(family.arch.block).experts
@@ -112,23 +113,23 @@ def test_training_leaves_the_padding_at_zero(smaller: Path) -> None:
                     for _, _, piece_MN in stack.pieces(inside, format):
                         piece_MN.fill_(True)
                     assert parameter.grad[~inside].count_nonzero() == 0 and parameter.grad[inside].count_nonzero() > 0
-                    found += 1
-    assert found == 10 or found == 6  # all low-rank and mixed; only mixed
+                    stacks += 1
+    assert stacks in (6, 10)  # all low-rank and mixed; only mixed
 
 
 @pytest.mark.parametrize("family", tiny.families(without=("deepseek_v2", "deepseek_v3")), indirect=True)  # they have no such loss
 def test_the_load_balancing_loss_is_taken_of_each_layer_by_itself(smaller: Path) -> None:
     model = load(smaller)
     family = Family.of(model.config.to_dict())
-    plain, seen = model(ids(), labels=ids()).loss, []
+    plain, outputs = model(ids(), labels=ids()).loss, []
     routers = [
-        m.register_forward_hook(lambda _, __, out: seen.append(out))
+        m.register_forward_hook(lambda _, __, out: outputs.append(out))
         for n, m in model.named_modules()
         if n.endswith(f"mlp.{family.arch.block_router}")
     ]
     out = model(ids(), labels=ids(), output_router_logits=True)
     expected = []
-    for (logits, _, index), _ in zip(seen, routers, strict=True):
+    for (logits, _, index), _ in zip(outputs, routers, strict=True):
         share_E = (
             torch.nn.functional.one_hot(logits.softmax(-1).topk(index.shape[1]).indices, logits.shape[1]).float().mean(0).sum(0)
         )
@@ -151,28 +152,25 @@ def test_streaming_is_the_whole_model_bit_for_bit_and_recording_changes_nothing(
     passes.embed(config, Folder(tmp_path), ids(), tmp_path / "start", dtype="float32")
     run = dict(batch=2, dtype="float32", progress=lambda *_: None)
     passes.through(config, tmp_path / "start", layers, tmp_path / "plain", **run)
-    passes.through(
-        config, tmp_path / "start", layers, tmp_path / "seen", recorded=lambda i: tmp_path / f"seen-{i}", budget=10**6, **run
-    )
+    passes.through(config, tmp_path / "start", layers, tmp_path / "observed", recording=Recording(10**6), **run)
     model, last = load(smaller), []
     model.model.layers[-1].register_forward_hook(lambda m, args, out: last.append(out))
     model(ids(), use_cache=False)
     assert torch.equal(load_file(tmp_path / "plain")["hidden_NLD"], last[0])
-    assert torch.equal(load_file(tmp_path / "seen")["hidden_NLD"], last[0])
+    assert torch.equal(load_file(tmp_path / "observed")["hidden_NLD"], last[0])
     for layer in family.moe_layers:
-        seen, moe = load_file(tmp_path / f"seen-{layer}"), read_moe(tensors, config, layer)
-        weights_TE = moe.weights(seen["x_RD"]).double()
-        norm_TE = moe.expert_outputs(seen["x_RD"]).norm(dim=-1).double()
-        torch.testing.assert_close(seen["reap_E"], (weights_TE * norm_TE).sum(0), rtol=2e-4, atol=2e-4)
-        assert len(seen["count_E"]) == len(KEPT[layer])
+        recorded, moe = load_file(tmp_path / file_of(layer)), read_moe(tensors, config, layer)
+        weights_TE = moe.weights(recorded["x_RD"]).double()
+        norm_TE = moe.expert_outputs(recorded["x_RD"]).norm(dim=-1).double()
+        torch.testing.assert_close(recorded["reap_E"], (weights_TE * norm_TE).sum(0), rtol=2e-4, atol=2e-4)
+        assert len(recorded["count_E"]) == len(KEPT[layer])
 
 
 @torch.inference_mode()
 def test_multiplied_out_it_needs_no_low_rank_experts(smaller: Path, tmp_path: Path) -> None:
     config, tensors = read_config(Folder(smaller)), Tensors(smaller)
-    found = multiplied_out(tensors)
     formats = [None if f is None else Format(f.experts) for f in layer_formats(config)]
-    write(found, config_of(config, formats), tmp_path)
+    write(multiplied_out(tensors), config_of(config, formats), tmp_path)
     model = load(tmp_path)
     assert not any(isinstance(m, RoutedExperts) for m in model.modules())
     torch.testing.assert_close(model(ids()).logits, load(smaller)(ids()).logits, rtol=2e-4, atol=2e-4)
@@ -189,7 +187,7 @@ def test_layers_of_one_size_and_whole_matrices_are_the_familys_own_format(family
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_all_expertsin_one_kernel_compute_what_each_alone_does(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_experts_in_one_kernel_compute_what_each_alone_does(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """The way on a GPU, run here on the processor; also with an expert that no token reaches, and with a single token."""
     ranks = zip(*(ranks_of(2, e) for e in range(8)), strict=True)
     experts = RoutedExperts(Format(8, *ranks), 32, 48, torch.nn.functional.silu).to(dtype)
@@ -199,15 +197,15 @@ def test_all_expertsin_one_kernel_compute_what_each_alone_does(dtype: torch.dtyp
     for tokens in (1, 40):
         x_TD = torch.randn(tokens, 32, generator=generator).to(dtype)
         index_Tk = torch.rand(tokens, 7, generator=generator).topk(2).indices  # never expert 7
-        found = []
+        results = []
         for one in (False, True):
             monkeypatch.setattr(routed_experts, "in_one_kernel", lambda _, one=one: one)
             experts.zero_grad()
             y_TD = experts(x_TD, index_Tk, torch.full((tokens, 2), 0.5))
             y_TD.float().square().sum().backward()
-            found.append([y_TD, *(p.grad for p in experts.parameters())])
+            results.append([y_TD, *(p.grad for p in experts.parameters())])
         tight = {"rtol": 1e-4, "atol": 1e-4} if dtype is torch.float32 else {"rtol": 0.05, "atol": 0.2}
-        for one, other in zip(*found, strict=True):
+        for one, other in zip(*results, strict=True):
             torch.testing.assert_close(one, other, **tight)
 
 
@@ -229,14 +227,14 @@ A = "model.layers.2.block_sparse_moe.experts"
         ),
     ],
 )
-@pytest.mark.parametrize("given", ["folder", "state_dict"])
+@pytest.mark.parametrize("source", ["folder", "state_dict"])
 def test_a_tensor_missing_left_over_or_of_another_shape_is_an_error(
-    change: Any, says: str, given: str, mixtral: Path, tmp_path: Path
+    change: Any, says: str, source: str, mixtral: Path, tmp_path: Path
 ) -> None:
     tensors, config = dict(Tensors(mixtral)), read_config(Folder(mixtral))
     change(tensors)
     with pytest.raises(ValueError, match=says) as error:
-        if given == "folder":
+        if source == "folder":
             write(tensors, config, tmp_path)
             load(tmp_path)
         else:
@@ -288,7 +286,7 @@ def test_import_moeflow_is_all_that_loading_needs(mixtral: Path, tmp_path: Path)
         (tmp_path / file.name).write_bytes(file.read_bytes())
     words = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
     PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path)
-    told = python(
+    printed = python(
         "-c",
         "import moeflow, sys\n"
         "print(*{'torch', 'transformers'} & set(sys.modules))\n"
@@ -297,9 +295,10 @@ def test_import_moeflow_is_all_that_loading_needs(mixtral: Path, tmp_path: Path)
         f"print(*AutoTokenizer.from_pretrained({str(tmp_path)!r})('b')['input_ids'])\n"
         f"print(type(AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})).__name__)",
     )
-    assert told == ["1", "MoeflowMixtralForCausalLM"]  # and neither torch nor transformers before they are asked for
+    assert printed == ["1", "MoeflowMixtralForCausalLM"]  # and neither torch nor transformers before they are asked for
 
 
+@pytest.mark.slow
 def test_import_moeflow_may_come_after_transformers() -> None:
     code = (
         "from transformers import CONFIG_MAPPING, AutoConfig\n"
@@ -310,6 +309,7 @@ def test_import_moeflow_may_come_after_transformers() -> None:
     assert python("-c", code) == ["False", "MoeflowMixtralConfig"]
 
 
+@pytest.mark.slow
 def test_partitioned_loading_reads_the_same_refuses_the_same_and_trains(tmp_path: Path) -> None:
     """Under ZeRO-3 on two processes, where transformers itself does not look for tensors left over."""
     folders = []
@@ -319,6 +319,6 @@ def test_partitioned_loading_reads_the_same_refuses_the_same_and_trains(tmp_path
         write(dict(Tensors(good)) | {"model.surprise": torch.zeros(1)}, read_config(Folder(good)), surplus)
         folders += [str(good), str(surplus)]
     script = str(Path(__file__).with_name("zero3_loading.py"))
-    told = python("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, *folders)
-    said = " ".join(told)  # two processes may write into one line
+    words = python("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, *folders)
+    said = " ".join(words)  # two processes may write into one line
     assert [said.count(word) for word in ("equal", "refused", "trained")] == [4, 4, 4]

@@ -47,5 +47,5 @@ def test_the_cache_is_what_transformers_keeps(family: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(family).eval()
     with torch.inference_mode():
         cache = model(torch.arange(3, 13)[None], use_cache=True).past_key_values
-    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    assert held == 10 * cache_bytes(read_config(Folder(family)))
+    kept = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert kept == 10 * cache_bytes(read_config(Folder(family)))

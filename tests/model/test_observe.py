@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 from moeflow.arch import Family
 from moeflow.model import passes
 from moeflow.model.checkpoint import Tensors, read_moe, save
-from moeflow.model.layout import Folder, read_config
+from moeflow.model.layout import Folder, file_of, read_config
+from moeflow.model.spec import Recording
 from tests import tiny
 
 LAYERS = 3
@@ -29,14 +30,14 @@ def split(folder: Path, out: Path) -> list[tuple[int, Path]]:
     return [(i, out / f"layer-{i}.safetensors") for i in range(LAYERS)]
 
 
-def calibrated(folder: Path, out: Path, ids_NL: Tensor, batch: int = 2, **recording: Any) -> dict[int, dict[str, Tensor]]:
+def calibrated(folder: Path, out: Path, ids_NL: Tensor, recording: Recording = Recording(10**9)) -> dict[int, dict[str, Tensor]]:
     config, layers = read_config(Folder(folder)), split(folder, out)
     passes.embed(config, Folder(out / "rest"), ids_NL, out / "start.safetensors", dtype="float32")
     passes.through(
-        config, out / "start.safetensors", layers, out / "end.safetensors", batch=batch, dtype="float32",
-        progress=lambda *_: None, recorded=lambda i: out / f"seen-{i}.safetensors", **({"budget": 10**9} | recording),
+        config, out / "start.safetensors", layers, out / "end.safetensors", batch=2, dtype="float32",
+        progress=lambda *_: None, recording=recording,
     )  # fmt: skip
-    return {i: load_file(out / f"seen-{i}.safetensors") for i in Family.of(config).moe_layers}
+    return {i: load_file(out / file_of(i)) for i in Family.of(config).moe_layers}
 
 
 def ids(n: int = 6, length: int = 20) -> Tensor:
@@ -47,19 +48,19 @@ def ids(n: int = 6, length: int = 20) -> Tensor:
 def test_recording_changes_no_bit_of_the_hidden_states(family: Path, tmp_path: Path) -> None:
     calibrated(family, tmp_path, ids())
     model = AutoModelForCausalLM.from_pretrained(family).eval()
-    seen: list[Tensor] = []
-    model.model.layers[-1].register_forward_hook(lambda m, args, out: seen.append(out))
+    ends: list[Tensor] = []
+    model.model.layers[-1].register_forward_hook(lambda m, args, out: ends.append(out))
     for part in ids().split(2):
         model(part, use_cache=False)
-    assert torch.equal(load_file(tmp_path / "end.safetensors")["hidden_NLD"], torch.cat(seen))
+    assert torch.equal(load_file(tmp_path / "end.safetensors")["hidden_NLD"], torch.cat(ends))
 
 
 @torch.inference_mode()
 def test_what_is_recorded_is_what_the_whole_model_does(family: Path, tmp_path: Path) -> None:
-    found = calibrated(family, tmp_path, ids(), residual=True)
+    recorded = calibrated(family, tmp_path, ids())
     config = read_config(Folder(family))
     model = AutoModelForCausalLM.from_pretrained(family).eval()
-    for i, mine in found.items():
+    for i, mine in recorded.items():
         layer = model.model.layers[i]
         taken: dict[str, Tensor] = {}
         hooks = [
@@ -78,7 +79,6 @@ def test_what_is_recorded_is_what_the_whole_model_does(family: Path, tmp_path: P
         routed_TE = torch.zeros_like(weights_TE).scatter_(1, moe.router.choose(moe.logits(x_TD))[1], 1.0)
         expected = {
             "x_RD": x_TD,
-            "residual_RD": taken["residual"],
             "position_R": torch.arange(len(x_TD)),
             "logits_TE": moe.logits(x_TD).float(),
             "count_E": routed_TE.sum(0),
@@ -114,7 +114,7 @@ def test_sums_of_two_shards_are_the_sums_of_one_run(tmp_path: Path) -> None:
 def test_beyond_the_budget_only_tokens_of_rare_experts_are_kept(tmp_path: Path) -> None:
     folder = tiny.write("olmoe", tmp_path / "model")
     whole = calibrated(folder, tmp_path / "whole", ids())
-    capped = calibrated(folder, tmp_path / "capped", ids(), budget=30, per_expert=12)
+    capped = calibrated(folder, tmp_path / "capped", ids(), Recording(30, per_expert=12))
     for i, mine in capped.items():
         position_R = mine["position_R"]
         assert int(mine["sample"]) == 30 and torch.equal(position_R[:30], torch.arange(30))
@@ -130,8 +130,8 @@ def test_beyond_the_budget_only_tokens_of_rare_experts_are_kept(tmp_path: Path) 
     "change, says",
     [
         (lambda t: t | {"model.layers.0.mlp.gate.weight": t["model.layers.0.mlp.gate.weight"][:-1]}, "gate.weight has shape"),
-        (lambda t: {n: v for n, v in t.items() if "q_proj" not in n}, "no tensor for self_attn.q_proj.weight"),
-        (lambda t: t | {"model.layers.0.surprise": torch.zeros(1)}, "has surprise, which the configuration leaves no place for"),
+        (lambda t: {n: v for n, v in t.items() if "q_proj" not in n}, "no tensor self_attn.q_proj.weight"),
+        (lambda t: t | {"model.layers.0.surprise": torch.zeros(1)}, "has surprise, which its config.json leaves no place for"),
     ],
 )
 def test_a_layer_that_does_not_fit_its_configuration_is_refused(change: Any, says: str, tmp_path: Path) -> None:

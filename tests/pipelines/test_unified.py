@@ -98,8 +98,8 @@ def test_what_is_no_recipe_is_refused_in_one_line(tmp_path: Path) -> None:
         "slim.bitz=3": "-p slim has no 'bitz'; did you mean 'bits'?",
     }.items():
         with pytest.raises(ValueError, match=message) as refused:
-            given = [w for w in [*SMALL, "trim.dropped=1"] if w.split("=")[0] != word.split("=")[0]]
-            pipeline.call(build, [f"model={source}", f"tokens={matrix.spec}", *given, word])
+            arguments = [w for w in [*SMALL, "trim.dropped=1"] if w.split("=")[0] != word.split("=")[0]]
+            pipeline.call(build, [f"model={source}", f"tokens={matrix.spec}", *arguments, word])
         assert "\n" not in str(refused.value)
 
 
@@ -107,10 +107,10 @@ def test_what_is_no_recipe_is_refused_in_one_line(tmp_path: Path) -> None:
 def test_gptq_by_activation_order_and_grids_with_zero_points_are_reached_from_the_command_line(tmp_path: Path) -> None:
     source, matrix = tiny.write("mixtral", tmp_path / "model"), running.matrix_of(tmp_path)
     build, store = pipeline.load(PIPELINES / "mixtral_unified.py"), running.store_in(tmp_path)
-    given = [f"model={source}", f"tokens={matrix.spec}", *SMALL, "order=slim", "slim=gptq"]
+    arguments = [f"model={source}", f"tokens={matrix.spec}", *SMALL, "order=slim", "slim=gptq"]
     keys = set()
     for more in ([], ["slim.activation_order=true"], ["slim.symmetric=false", "slim.packed=false"]):
-        target = pipeline.call(build, [*given, *more])
+        target = pipeline.call(build, [*arguments, *more])
         running.run(store, target)
         keys.add(store.manifest(target.key).digest)
     assert len(keys) == 3
@@ -119,9 +119,9 @@ def test_gptq_by_activation_order_and_grids_with_zero_points_are_reached_from_th
 def test_what_trimming_left_is_fine_tuned_before_it_is_slimmed(tmp_path: Path) -> None:
     source, matrix = tiny.write("mixtral", tmp_path / "model"), running.matrix_of(tmp_path)
     store, out = running.store_in(tmp_path), tmp_path / "out"
-    given = [*SMALL, *words.TUNED, *EXPERTS, "order=trim,tune,slim", "tune=experts", f"tune.text={matrix.spec}", "slim=gptq"]
+    arguments = [*SMALL, *words.TUNED, *EXPERTS, "order=trim,tune,slim", "tune=experts", f"tune.text={matrix.spec}", "slim=gptq"]
     build = pipeline.load(PIPELINES / "mixtral_unified.py")
-    target = running.alone(pipeline.call(build, [f"model={source}", f"tokens={matrix.spec}", *given]))
+    target = running.alone(pipeline.call(build, [f"model={source}", f"tokens={matrix.spec}", *arguments]))
     running.run(store, target)
     store.fetch(target.key, out)
     done = [fact["step"] for fact in json.loads((out / "moeflow.json").read_text())["layers"][0]["done"]]

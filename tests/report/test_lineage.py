@@ -1,6 +1,7 @@
 """What is said of an artifact and of all that is upstream of it."""
 
 import io
+import json
 from pathlib import Path
 
 import pytest
@@ -38,24 +39,24 @@ def test_a_version_is_described_a_fact_a_line(store: Store) -> None:
 def test_upstream_is_a_line_for_each_name_or_for_each_key(store: Store) -> None:
     target = toy.total(*(toy.number(n=n) for n in range(5)))
     in_process.run([target], store)
-    found = versions.lineage(store, target.key)
-    grouped, whole = text(lineage.steps(found, plain=True)), text(lineage.steps(found, every=True, plain=True))
+    upstream = versions.lineage(store, target.key)
+    grouped, whole = text(lineage.steps(upstream, plain=True)), text(lineage.steps(upstream, every=True, plain=True))
     assert len(grouped.splitlines()) == 3 and len(whole.splitlines()) == 7
     assert "n=..." in grouped and "size=8" in grouped
-    assert all(key in whole for key in found)
+    assert all(key in whole for key in upstream)
     assert target.source[:8] in grouped
 
 
 def test_library_versions_are_those_of_everything_upstream(store: Store) -> None:
     target = toy.total(toy.number(n=1))
     in_process.run([target], store)
-    found = lineage.libraries(versions.lineage(store, target.key))
-    assert len(found["python"]) == 1 and "numpy" in found
+    libraries = lineage.libraries(versions.lineage(store, target.key))
+    assert len(libraries["python"]) == 1 and "numpy" in libraries
 
 
-def test_lineage_as_json_holds_every_key(store: Store) -> None:
+def test_a_lineage_holds_the_manifest_of_every_key(store: Store) -> None:
     target = toy.total(*(toy.number(n=n) for n in range(3)))
     in_process.run([target], store)
-    found = lineage.as_json(versions.lineage(store, target.key))
-    assert {m["key"] for m in found} == {target.key, *(i.key for i in target.inputs)}
-    assert all({"params", "libraries", "source", "inputs", "files"} <= m.keys() for m in found)
+    manifests = [json.loads(m.dump()) for m in versions.lineage(store, target.key).values()]
+    assert {m["key"] for m in manifests} == {target.key, *(i.key for i in target.inputs)}
+    assert all({"params", "libraries", "source", "inputs", "files"} <= m.keys() for m in manifests)

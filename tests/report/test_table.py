@@ -1,6 +1,8 @@
 """Stored reports as one table."""
 
 import io
+import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -56,9 +58,9 @@ def test_what_was_not_measured_is_a_dash(store: Store) -> None:
 def test_reports_with_other_columns_share_the_table(store: Store) -> None:
     one = report("quality", ("perplexity", 1.5, 2.5, ""))
     two = report("criteria", ("loss", 3.5, 4.5, ""), columns=["random", "frequency"])
-    found = cells(store, one, two)
-    assert found[0] == ["original", "compressed", "random", "frequency"]
-    assert found[2] == ["loss", "-", "-", "3.5", "4.5"]
+    rows = cells(store, one, two)
+    assert rows[0] == ["original", "compressed", "random", "frequency"]
+    assert rows[2] == ["loss", "-", "-", "3.5", "4.5"]
 
 
 def test_a_step_without_a_report_is_passed_over(store: Store) -> None:
@@ -70,8 +72,8 @@ def test_a_step_without_a_report_is_passed_over(store: Store) -> None:
 def test_a_report_as_json_is_what_was_stored(store: Store) -> None:
     made = report("quality", ("perplexity", 1.5, 2.5, ""), notes=("on 64 sequences",))
     in_process.run([made], store)
-    (found,) = read(store, [made.key])
-    assert found.json() == {"key": made.key, **made.params["report"]}
+    (stored,) = read(store, [made.key])
+    assert json.loads(json.dumps(asdict(stored))) == {"key": made.key, **made.params["report"]}
 
 
 def test_a_pipe_gets_plain_text_in_one_piece(store: Store) -> None:

@@ -52,7 +52,13 @@ class Nodes:
 
     def lose(self) -> None:
         """The second node goes at once, with all that runs there."""
+        (raylet,) = self._second.all_processes["raylet"]
+        workers = psutil.Process(raylet.process.pid).children(recursive=True)
         self._cluster.remove_node(self._second, allow_graceful=False)
+        for worker in workers:  # they would end by themselves, only later
+            with suppress(psutil.NoSuchProcess):
+                worker.kill()
+        psutil.wait_procs(workers, PATIENCE)
 
     def replace(self) -> None:
         """A new second node."""
@@ -109,7 +115,7 @@ def title(process: psutil.Process) -> str:
 def until(happens: Callable[[], Any], otherwise: str, patience: float = PATIENCE) -> Any:
     """What `happens` returns as soon as that is true. Fails with `otherwise` when it does not come true."""
     end = time.monotonic() + patience
-    while not (found := happens()):
+    while not (result := happens()):
         assert time.monotonic() < end, f"{otherwise} in {patience} s"
         time.sleep(0.05)
-    return found
+    return result

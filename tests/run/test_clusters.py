@@ -1,6 +1,5 @@
 """Clusters that are joined, started or lost by a run; each test has its own."""
 
-import time
 from pathlib import Path
 from threading import Thread
 
@@ -75,9 +74,10 @@ def test_a_step_too_large_for_a_ray_of_ones_own_is_refused_before_anything_start
     assert not ray.is_initialized()
 
 
+@pytest.mark.slow
 def test_a_lost_worker_and_a_lost_node_leave_the_same_bytes_as_an_undisturbed_run(store: Store, tmp_path: Path) -> None:
     def graph(release: Path) -> Step:
-        shards = [toy.slow(n=n, seconds=0.5, until=str(release)) for n in range(3)]
+        shards = [toy.slow(n=n, until=str(release)) for n in range(3)]
         stages = [toy.half(toy.half(s)) for s in shards]
         return toy.total(*stages)
 
@@ -90,7 +90,6 @@ def test_a_lost_worker_and_a_lost_node_leave_the_same_bytes_as_an_undisturbed_ru
         until(lambda: killed not in nodes.workers("toy.slow") and len(nodes.workers("toy.slow")) == 2, "no retry")
         nodes.lose()
         nodes.replace()
-        time.sleep(0.5)
         release.touch()
         running.join()
         assert store.has(target.key)

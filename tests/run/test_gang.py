@@ -11,21 +11,21 @@ from threading import Thread
 import psutil
 import pytest
 
-from moeflow.run import Options, StepFailed, in_process
+from moeflow.run import Options, StepFailed, children, in_process
 from moeflow.run.gang import PeerLost, torn
 from moeflow.run.progress import Lines
 from moeflow.run.ray.gang import Raised, judge
 from moeflow.run.ray.travel import packed_error
 from moeflow.step import Step
-from moeflow.store import Store
+from moeflow.store import Store, partial
 from moeflow.store.partial import Snapshot
 from tests.run import gangs, toy
-from tests.run.cluster import ROOT, descendants, title, two_nodes, until
+from tests.run.cluster import PATIENCE, ROOT, descendants, title, two_nodes, until
 
 
 def read(store: Store, step: Step) -> dict[str, str]:
-    held = store.artifact(step.key)
-    return {name: held.file(name).read_text().strip() for name in held.names()}
+    artifact = store.artifact(step.key)
+    return {name: artifact.file(name).read_text().strip() for name in artifact.names()}
 
 
 def lines(trace: Path) -> list[str]:
@@ -40,6 +40,7 @@ def one_and_two(store: Store, other: Store) -> Step:
     return target
 
 
+@pytest.mark.slow
 def test_one_process_and_two_leave_the_same_bytes_under_the_same_key(store: Store, tmp_path: Path) -> None:
     other = Store.open(str(tmp_path / "other"))
     target = one_and_two(store, other)
@@ -50,9 +51,9 @@ def test_one_process_and_two_leave_the_same_bytes_under_the_same_key(store: Stor
 
 
 def test_a_killed_process_is_replaced_and_the_gang_goes_on_from_what_it_kept(store: Store, trace: Path, tmp_path: Path) -> None:
-    told = (tmp_path / "told").open("w+")
+    lines = (tmp_path / "told").open("w+")
     target = gangs.sum_(toy.number(n=1), to=5, die_at=3, marker=str(tmp_path / "died"), trace=str(trace)).on(processes=2)
-    outcome = in_process.run([target], store, progress=Lines(told, quiet=0))
+    outcome = in_process.run([target], store, progress=Lines(lines, quiet=0))
     assert read(store, target)["sum"] == "55" and outcome.steps[-1].notes == ("summed up to 5",)
     begun = [int(line.rpartition(" ")[2]) for line in lines(trace)]
     assert begun[0] == begun[2] == 0 and begun[1] == begun[3] >= 2, "both went on from the same step"
@@ -68,7 +69,10 @@ def test_a_process_lost_more_often_than_retries_allow_fails_the_step(store: Stor
     assert "\n" not in str(failed.value)
 
 
-def test_what_one_process_raises_is_the_error_and_not_that_others_lost_it(store: Store, trace: Path) -> None:
+def test_what_one_process_raises_is_the_error_and_not_that_others_lost_it(
+    store: Store, trace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(children, "GRACE", PATIENCE)
     with pytest.raises(StepFailed, match="gang.raise failed: ArithmeticError: a bad expert on rank 1 ") as failed:
         in_process.run([gangs.raise_(rank=1, trace=str(trace)).on(processes=2)], store)
     assert isinstance(failed.value.cause, ArithmeticError) and "\n" not in str(failed.value)
@@ -108,7 +112,7 @@ def keep_parts(store: Store, step: Step, folder: Path, *, at: int) -> None:
         state = folder / f"state-{rank}"
         state.mkdir()
         (state / f"rank-{rank}").write_text(str(at))
-        store.save_partial(step.key, state, Snapshot(at, "a", 2), rank)
+        partial.save_part(store, step.key, state, Snapshot(at, "a", 2), rank)
 
 
 def test_a_state_must_have_a_number_that_grows(store: Store) -> None:
@@ -125,12 +129,12 @@ def test_a_killed_and_an_interrupted_driver_leave_no_process_and_the_next_run_co
     for stop, runs in ((signal.SIGKILL, 1), (signal.SIGINT, 2)):
         driver = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         until(lambda: trace.exists() and len(lines(trace)) == 2 * runs, "the gang did not start")  # noqa: B023
-        until(lambda: [s for s in store.snapshots(target.key) if s.at >= 1], "nothing was kept")
-        children = psutil.Process(driver.pid).children()
-        assert len(children) == 2
+        until(lambda: [s for s in partial.snapshots(store, target.key) if s.at >= 1], "nothing was kept")
+        processes = psutil.Process(driver.pid).children()
+        assert len(processes) == 2
         driver.send_signal(stop)
-        _, errors = driver.communicate(timeout=60)
-        until(lambda: not any(c.is_running() and c.status() != "zombie" for c in children), "processes were left")  # noqa: B023
+        _, errors = driver.communicate(timeout=PATIENCE)
+        until(lambda: not any(p.is_running() and p.status() != "zombie" for p in processes), "processes were left")  # noqa: B023
     assert driver.returncode == 1 and errors.splitlines()[-1].startswith("error: interrupted")
     release.touch()
     in_process.run([target], store)
@@ -173,7 +177,7 @@ def test_on_two_nodes_a_gang_survives_a_lost_driver_and_a_lost_node(store: Store
     """One process on each; the bytes are those of one process on this machine."""
     from moeflow.run.ray import runner as on_ray
 
-    go, told = tmp_path / "go", (tmp_path / "told").open("w+")
+    go, lines = tmp_path / "go", (tmp_path / "told").open("w+")
     params = {"to": 6, "hold": 3, "until": str(go), "trace": str(trace)}
     target = gangs.sum_(toy.number(n=3), **params).on(processes=2)
     code = (
@@ -182,12 +186,12 @@ def test_on_two_nodes_a_gang_survives_a_lost_driver_and_a_lost_node(store: Store
     )
     with two_nodes() as nodes:
         driver = nodes.drive([sys.executable, "-c", code])
-        until(lambda: [s for s in store.snapshots(target.key) if s.at >= 2], "nothing was kept")
+        until(lambda: [s for s in partial.snapshots(store, target.key) if s.at >= 2], "nothing was kept")
         driver.send_signal(signal.SIGKILL)
         driver.wait()
         until(lambda: not trainers(), "a trainer outlived its driver")
         assert not store.has(target.key)
-        again = Thread(target=lambda: on_ray.run([target], store, progress=Lines(told)))
+        again = Thread(target=lambda: on_ray.run([target], store, progress=Lines(lines)))
         again.start()
         until(lambda: len(lines(trace)) == 4, "the gang did not start again")
         nodes.lose()

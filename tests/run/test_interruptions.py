@@ -14,7 +14,7 @@ from moeflow.run import in_process
 from moeflow.run.pipeline import call, load
 from moeflow.step import upstream
 from moeflow.store import Store
-from tests.run.cluster import ROOT, title, until
+from tests.run.cluster import PATIENCE, ROOT, title, until
 
 PIPELINE = Path(__file__).with_name("slow_pipeline.py")
 
@@ -25,8 +25,8 @@ class Driver:
     def __init__(self, folder: Path, runner: str) -> None:
         self.release, self.trace = folder / "release", folder / "trace"
         self.url = str(folder / "store")
-        self.given = [f"until={self.release}", f"trace={self.trace}"]
-        params = [word for g in self.given for word in ("-p", g)]
+        self.words = [f"until={self.release}", f"trace={self.trace}"]
+        params = [word for w in self.words for word in ("-p", w)]
         self._command = [sys.executable, str(PIPELINE), "--store", self.url, *params, "--runner"]
         self._runner = runner
         self._env = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -51,11 +51,11 @@ class Driver:
         return self.trace.read_text().splitlines().count(line)
 
     def digests(self, url: str) -> dict[str, str]:
-        keys = [s.key for s in upstream([call(load(PIPELINE), self.given)])]
+        keys = [s.key for s in upstream([call(load(PIPELINE), self.words)])]
         return {key: m.digest for key, m in Store.open(url).manifests(keys).items()}
 
     def undisturbed(self, url: str) -> dict[str, str]:
-        in_process.run([call(load(PIPELINE), self.given)], Store.open(url))
+        in_process.run([call(load(PIPELINE), self.words)], Store.open(url))
         return self.digests(url)
 
 
@@ -70,7 +70,7 @@ def test_an_interrupted_run_says_so_in_one_line_and_the_next_continues(driver: D
     until(driver.began, "no slow step began")
     processes = [process.pid, *(p.pid for p in psutil.Process(process.pid).children(recursive=True))]
     process.send_signal(signal_)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 1
     assert "Traceback" not in errors
     assert errors.splitlines()[-1].startswith("error: interrupted") and "next run continues" in errors.splitlines()[-1]

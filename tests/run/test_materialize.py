@@ -15,7 +15,7 @@ from moeflow.run import StepFailed, in_process
 from moeflow.run.call import Call
 from moeflow.run.work import shared_folder, work_folder
 from moeflow.step import Context, Step, step
-from moeflow.store import Store, StoreError
+from moeflow.store import Store, StoreError, partial
 from tests.run import toy
 
 
@@ -78,7 +78,7 @@ def test_linking_what_is_no_input_is_refused(store: Store) -> None:
 def test_partial_state_that_is_not_whole_is_not_resumed(store: Store, tmp_path: Path) -> None:
     (tmp_path / "state").mkdir()
     (tmp_path / "state" / "n").write_text("7")
-    store.save_partial(resumes().key, tmp_path / "state")
+    partial.save(store, resumes().key, tmp_path / "state")
     files = [e.name for e in store.blobs.list(f"partial/{resumes().key}/files/")]
     store.blobs.delete(files)
     in_process.run([resumes()], store)
@@ -111,7 +111,7 @@ def test_resuming_twice_gives_the_same_state(store: Store, tmp_path: Path) -> No
     graph = resumes()
     (tmp_path / "state").mkdir()
     (tmp_path / "state" / "n").write_text("7")
-    store.save_partial(graph.key, tmp_path / "state")
+    partial.save(store, graph.key, tmp_path / "state")
     in_process.run([graph], store)
     first, second, state = store.artifact(graph.key).file("n").read_text().split()
     assert first == second and state == "7"
@@ -159,7 +159,7 @@ def test_a_call_carries_no_graph() -> None:
         for _ in range(depth):
             end = toy.total(end)
         last = toy.total(end)
-        return Call.of(last, ["0" * 32], source="")
+        return Call.of(last, ["0" * 32])
 
     assert len(cloudpickle.dumps(call(300))) == len(cloudpickle.dumps(call(1)))
 
@@ -168,7 +168,7 @@ def test_a_function_of_moeflows_own_travels_by_name() -> None:
     from moeflow.sources import steps
 
     own = next(v for v in vars(steps).values() if getattr(v, "__wrapped__", None) and v.__module__ == steps.__name__)
-    made = Call.of(Step("toy.own", 1, own.__wrapped__), [], source="")
+    made = Call.of(Step("toy.own", 1, own.__wrapped__), [])
     assert made.code == f"moeflow.sources.steps:{own.__name__}"
     assert pickle.loads(pickle.dumps(made)).function is own.__wrapped__
 

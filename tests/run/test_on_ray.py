@@ -37,19 +37,18 @@ def test_independent_steps_run_beside_each_other(store: Store, tmp_path: Path) -
 
 @pytest.mark.usefixtures("local_ray")
 def test_no_more_steps_are_in_flight_than_stated(store: Store, trace: Path) -> None:
-    steps = [toy.span(n=n, trace=str(trace), seconds=0.1).on(cpus=0.25) for n in range(12)]
+    steps = [toy.span(n=n, trace=str(trace)).on(cpus=0.25) for n in range(12)]
     on_ray.run(steps, store, options=Options(in_flight=2))
     assert most_at_once(trace) <= 2
     trace.write_text("")
-    # each longer than a worker takes to start
-    more = [toy.span(n=n, trace=str(trace), seconds=3).on(cpus=0.25) for n in range(100, 106)]
+    more = [toy.span(n=n, trace=str(trace), beside=3).on(cpus=0.25) for n in range(100, 106)]
     on_ray.run(more, store, options=Options(in_flight=8))
     assert 2 < most_at_once(trace) <= 8, "the bound, and not something else, held the others back"
 
 
 @pytest.mark.usefixtures("local_ray")
 def test_steps_demand_their_cpus(store: Store, trace: Path) -> None:
-    steps = [toy.span(n=n, trace=str(trace), seconds=0.1).on(cpus=2) for n in range(4)]
+    steps = [toy.span(n=n, trace=str(trace)).on(cpus=2) for n in range(4)]
     on_ray.run(steps, store)
     assert most_at_once(trace) == 1
 
@@ -81,8 +80,8 @@ def test_a_run_whose_board_is_lost_says_so_in_one_line(store: Store, monkeypatch
         def options(self, **options: object) -> "Lost":
             return self
 
-        def remote(self, *given: object) -> object:
-            board = RemoteBoard.remote(*given)
+        def remote(self, *arguments: object) -> object:
+            board = RemoteBoard.remote(*arguments)
             ray.kill(board)
             return board
 
@@ -95,7 +94,7 @@ def test_a_run_whose_board_is_lost_says_so_in_one_line(store: Store, monkeypatch
 def test_a_step_prefers_the_node_that_holds_most_of_what_it_reads(tmp_path: Path) -> None:
     large, small = toy.number(n=1), toy.number(n=2)
     readers = [toy.total(large, small), toy.half(small), toy.half(large)]
-    both, one, other = (Call.of(s, ["0"] * len(s.inputs), source="") for s in readers)
+    both, one, other = (Call.of(s, ["0"] * len(s.inputs)) for s in readers)
     bucket = Store(S3Blobs("bucket", "prefix"), tmp_path)
     nodes = Nodes(bucket, {large.key: 1000, small.key: 10})
     assert nodes.near(both) == "DEFAULT"

@@ -18,7 +18,7 @@ from moeflow.store import Store
 from tests.run import toy
 
 
-def seen(build: Callable[..., Step], *words: str) -> dict[str, Any]:
+def received(build: Callable[..., Step], *words: str) -> dict[str, Any]:
     """What build() received, by way of the step it made."""
     return call(build, words).params
 
@@ -38,13 +38,13 @@ def build(
 
 
 def test_defaults_stand() -> None:
-    assert seen(build)["values"] == ["a", 6, 0.5, False, None, "layerwise", None, 3]
+    assert received(build)["values"] == ["a", 6, 0.5, False, None, "layerwise", None, 3]
 
 
 def test_words_are_read_as_annotations_and_defaults_say() -> None:
     words = ["keep=4", "rate=1e-3", "on=true", "maybe=7", "search=progressive", "layers=[1, 2]", "untyped=9", "first=b=c"]
-    assert seen(build, *words)["values"] == ["b=c", 4, 0.001, True, 7, "progressive", [1, 2], 9]
-    assert seen(build, "maybe=none")["values"][4] is None
+    assert received(build, *words)["values"] == ["b=c", 4, 0.001, True, 7, "progressive", [1, 2], 9]
+    assert received(build, "maybe=none")["values"][4] is None
 
 
 @pytest.mark.parametrize(
@@ -181,11 +181,11 @@ def rounded(*, weights: Rounding = Rounding(), again: Rounding | None = None, bi
 
 
 def test_a_field_of_options_is_a_parameter_of_its_own() -> None:
-    assert seen(rounded)["values"] == [{}, None, 3]
-    assert seen(rounded, "weights.bits=8", "weights.damp=1")["values"] == [{"bits": 8, "damp": 1.0}, None, 3]
-    assert seen(rounded, "weights=gptq", "weights.bits=2")["values"] == [{"method": "gptq", "bits": 2}, None, 3]
-    assert seen(rounded, "again.bits=8")["values"] == [{}, {"bits": 8}, 3]
-    assert seen(partial(rounded, again=Rounding(bits=2)), "again=none")["values"] == [{}, None, 3]
+    assert received(rounded)["values"] == [{}, None, 3]
+    assert received(rounded, "weights.bits=8", "weights.damp=1")["values"] == [{"bits": 8, "damp": 1.0}, None, 3]
+    assert received(rounded, "weights=gptq", "weights.bits=2")["values"] == [{"method": "gptq", "bits": 2}, None, 3]
+    assert received(rounded, "again.bits=8")["values"] == [{}, {"bits": 8}, 3]
+    assert received(partial(rounded, again=Rounding(bits=2)), "again=none")["values"] == [{}, None, 3]
 
 
 @pytest.mark.parametrize(

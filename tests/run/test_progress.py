@@ -21,7 +21,7 @@ class Clock:
         return self.now
 
 
-def told(stream: io.StringIO) -> list[str]:
+def lines_of(stream: io.StringIO) -> list[str]:
     return stream.getvalue().splitlines()
 
 
@@ -37,8 +37,8 @@ def test_plain_lines_say_step_amount_and_time() -> None:
     time.now = 12.4
     lines.progress(steps[2].key, 4096, 8192, "tokens")
     lines.finish(steps[2].key)
-    assert told(stream)[0] == "12 steps: 12 to do, 0 stored"
-    assert told(stream)[-2:] == ["[ 3/12] toy.count to 2  4,096/8,192 tokens  00:12", "[ 3/12] toy.count to 2  done  00:12"]
+    assert lines_of(stream)[0] == "12 steps: 12 to do, 0 stored"
+    assert lines_of(stream)[-2:] == ["[ 3/12] toy.count to 2  4,096/8,192 tokens  00:12", "[ 3/12] toy.count to 2  done  00:12"]
 
 
 def test_a_step_that_tells_details_is_shown_with_them_and_the_time_left() -> None:
@@ -49,8 +49,8 @@ def test_a_step_that_tells_details_is_shown_with_them_and_the_time_left() -> Non
     lines.start(step.key)
     for time.now, done in ((10.0, 4000), (70.0, 7000)):  # it goes on from 4,000
         lines.progress(step.key, done, 10_000, "tokens", "loss 3.214  50 tokens/s")
-    assert told(stream)[-2] == "[1/1] toy.count  4,000/10,000 tokens  loss 3.214  50 tokens/s  00:10"
-    assert told(stream)[-1] == "[1/1] toy.count  7,000/10,000 tokens  loss 3.214  50 tokens/s  01:10  01:00 left"
+    assert lines_of(stream)[-2] == "[1/1] toy.count  4,000/10,000 tokens  loss 3.214  50 tokens/s  00:10"
+    assert lines_of(stream)[-1] == "[1/1] toy.count  7,000/10,000 tokens  loss 3.214  50 tokens/s  01:10  01:00 left"
 
 
 def test_plain_lines_are_few() -> None:
@@ -62,7 +62,7 @@ def test_plain_lines_are_few() -> None:
     for n in range(1000):
         time.now += 0.1
         lines.progress(step.key, n, 1000, "numbers")
-    assert len(told(stream)) <= 1 + 100 / 5
+    assert len(lines_of(stream)) <= 1 + 100 / 5
 
 
 def test_a_step_that_starts_again_keeps_its_number() -> None:
@@ -73,14 +73,14 @@ def test_a_step_that_starts_again_keeps_its_number() -> None:
     lines.start(step.key)
     lines.start(step.key)
     lines.finish(step.key)
-    assert told(stream)[-1].startswith("[1/1] toy.count")
+    assert lines_of(stream)[-1].startswith("[1/1] toy.count")
 
 
 def test_the_last_line_sums_up() -> None:
     stream = io.StringIO()
     steps = [StepOutcome(str(n), "toy.count", "run" if n < 10 else "stored") for n in range(12)]
     Lines(stream).end(Outcome(tuple(steps), 34.12))
-    assert told(stream) == ["12 steps: 10 run, 2 stored, 34.1 s"]
+    assert lines_of(stream) == ["12 steps: 10 run, 2 stored, 34.1 s"]
 
 
 def test_bars_show_steps_and_the_running_step_in_its_unit() -> None:
@@ -110,10 +110,10 @@ def test_json_output_is_not_disturbed_but_warnings_are_told() -> None:
     silent.finish("toy.count-1")
     silent.taken(["toy.count-2"])
     silent.end(None)
-    assert told(stream) == []
+    assert lines_of(stream) == []
     silent.say("warning: this")
     silent.note("toy.count-1", "that")
-    assert told(stream) == ["warning: this", "toy.count: that"]
+    assert lines_of(stream) == ["warning: this", "toy.count: that"]
 
 
 def test_the_stream_decides_how_progress_looks() -> None:
@@ -125,9 +125,9 @@ def test_the_stream_decides_how_progress_looks() -> None:
 def test_labels_name_what_steps_differ_in() -> None:
     shards = [toy.shards(values=[0, 1, 2, 3]), toy.shards(values=[4, 5, 6, 7]), toy.shards(values=[8])]
     others = [toy.number(n=1), toy.number(n=2), toy.half(toy.number(n=1))]
-    found = labels([*shards, *others])
-    assert [found[s.key] for s in shards] == ["toy.shards values 0-3", "toy.shards values 4-7", "toy.shards values 8"]
-    assert [found[s.key] for s in others] == ["toy.number n 1", "toy.number n 2", "toy.half"]
+    names = labels([*shards, *others])
+    assert [names[s.key] for s in shards] == ["toy.shards values 0-3", "toy.shards values 4-7", "toy.shards values 8"]
+    assert [names[s.key] for s in others] == ["toy.number n 1", "toy.number n 2", "toy.half"]
 
 
 def test_amounts_and_times_are_for_people() -> None:

@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,12 @@ def log(path: str, line: str) -> None:
     if path:
         with open(path, "a") as file:
             file.write(line + "\n")
+
+
+def wait(happens: Callable[[], bool]) -> None:
+    """Return as soon as that is true."""
+    while not happens():
+        time.sleep(0.02)
 
 
 def sized(*inputs: int | None, size: int = 8, **_: Any) -> Spec:
@@ -52,6 +59,20 @@ def fail(context: Context, *parts: Any, message: str = "no such expert", trace: 
     raise ArithmeticError(message)
 
 
+class Sent(ArithmeticError):
+    """An error that makes a file when it is sent to the driver; by then no other step may start."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        Path(self.args[1]).touch()
+        return Sent, self.args
+
+
+@step("toy.fail_and_send", version=1)
+def fail_and_send(context: Context, *, sent: str, trace: str) -> None:
+    log(trace, "fail")
+    raise Sent("no such expert", sent)
+
+
 class Unpicklable(Exception):
     def __init__(self, one: str, two: str) -> None:
         super().__init__(f"{one} and {two}")
@@ -63,22 +84,20 @@ def odd(context: Context) -> None:
 
 
 @step("toy.span", version=1)
-def span(context: Context, *, n: int, trace: str, seconds: float = 0.2) -> None:
+def span(context: Context, *, n: int, trace: str, beside: int = 1) -> None:
+    """Takes a tenth of a second, and ends only when `beside` such steps have begun."""
     log(trace, "+1")
-    time.sleep(seconds)
+    time.sleep(0.1)
+    wait(lambda: Path(trace).read_text().count("+1") >= beside)
     log(trace, "-1")
     (context.out / "n").write_text(str(n))
 
 
 @step("toy.meet", version=1)
-def meet(context: Context, *, me: str, other: str, folder: str, seconds: float = 60) -> None:
+def meet(context: Context, *, me: str, other: str, folder: str) -> None:
     """Ends only when both of two such steps run at the same time."""
     (Path(folder) / me).touch()
-    end = time.monotonic() + seconds
-    while not (Path(folder) / other).exists():
-        if time.monotonic() > end:
-            raise TimeoutError(f"{other} did not run beside {me}")
-        time.sleep(0.02)
+    wait((Path(folder) / other).exists)
     (context.out / "met").write_text(other)
 
 
@@ -150,8 +169,8 @@ def threads(context: Context, *, tag: str = "") -> None:
     import numpy  # noqa: F401  # loads a BLAS
     from threadpoolctl import threadpool_info
 
-    found = sorted({info["num_threads"] for info in threadpool_info()})
-    (context.out / "n").write_text(f"{found} {os.environ['OMP_NUM_THREADS']}")
+    threads = sorted({info["num_threads"] for info in threadpool_info()})
+    (context.out / "n").write_text(f"{threads} {os.environ['OMP_NUM_THREADS']}")
 
 
 @step("toy.talk", version=1)
@@ -163,11 +182,17 @@ def talk(context: Context, *, tokens: int) -> None:
 
 
 @step("toy.slow", version=1, spec=sized)
-def slow(context: Context, *parts: Any, n: int, until: str, size: int = 8, seconds: float = 0, trace: str = "") -> None:
-    """A number that takes at least `seconds`, and until the file `until` is there."""
+def slow(context: Context, *parts: Any, n: int, until: str, size: int = 8, trace: str = "") -> None:
+    """A number that takes until the file `until` is there."""
     log(trace, f"begin {n}")
-    end = time.monotonic() + seconds
-    while time.monotonic() < end or not Path(until).exists():
-        time.sleep(0.02)
+    wait(Path(until).exists)
     log(trace, f"end {n}")
     (context.out / "n").write_text(str(4 * n).rjust(size))
+
+
+@step("toy.gate", version=1, spec=lambda before, until: Spec(before))
+def gate(context: Context, before: Any, *, until: str) -> None:
+    """Its input, as soon as the file `until` is there."""
+    wait(Path(until).exists)
+    for name in before.names():
+        context.link(before, name)

@@ -11,12 +11,12 @@ class Running:
     def __init__(self, at: Path, kept: Path | None = None) -> None:
         self.out, self.scratch, self.kept = at / "out", at / "scratch", kept
         self.saved: list[list[str]] = []
-        self.told: list[tuple[int, int, str]] = []
+        self.reported: list[tuple[int, int, str]] = []
         for path in (self.out, self.scratch):
             path.mkdir(parents=True)
 
     def progress(self, done: int, total: int, unit: str) -> None:
-        self.told.append((done, total, unit))
+        self.reported.append((done, total, unit))
 
     def note(self, text: str) -> None:
         raise AssertionError(text)

@@ -14,10 +14,10 @@ from tests.making import folder, read
 from tests.sources.running import Running, run
 
 
-def old(path: Path) -> Path:
+def old(path: Path, seconds: float = 3600) -> Path:
     """The same, an hour old: digests of what has just been written are not remembered."""
     for p in [path, *path.rglob("*")]:
-        os.utime(p, (time.time() - 3600,) * 2)
+        os.utime(p, (time.time() - seconds,) * 2)
     return path
 
 
@@ -76,11 +76,11 @@ def test_one_large_file_and_several_small_ones_are_steps(model: Path, tmp_path: 
     assert small.key == source.group(["config.json", "additional_chat_templates/tool.jinja", "tokenizer.json"]).key
     fetched = run(large, tmp_path / "1")
     assert (fetched.out / "model-00001-of-00001.safetensors").read_bytes() == b"weights" * 1000
-    assert fetched.told[-1] == (7000, 7000, "bytes")
+    assert fetched.reported[-1] == (7000, 7000, "bytes")
     fetched = run(small, tmp_path / "2")
     assert {*read(fetched.out)} == {"tokenizer.json", "config.json", "additional_chat_templates/tool.jinja"}
     total = small.spec.writes
-    assert fetched.told[-1] == (total, total, "bytes")
+    assert fetched.reported[-1] == (total, total, "bytes")
 
 
 def test_a_pickle_checkpoint_is_refused_with_the_way_to_convert_it(tmp_path: Path) -> None:
@@ -113,7 +113,7 @@ def test_a_folder_that_did_not_change_is_pinned_without_being_read(model: Path) 
 
 
 def test_what_was_written_a_moment_ago_is_read_again(tmp_path: Path) -> None:
-    at = folder(tmp_path / "d", **{"x.txt": "one"})
+    at = old(folder(tmp_path / "d", **{"x.txt": "one"}), seconds=-3600)  # young, however long this takes
     first = pin(str(at), kind="data")
     about = (at / "x.txt").stat()
     (at / "x.txt").write_text("two")

@@ -87,7 +87,7 @@ def test_files_arrive_as_they_were_at_the_commit_and_no_second_copy_stays(hub: s
     hub.put("models/org/tiny", FILES | {"config.json": b"changed"})
     fetched = run(source.file("model.safetensors"), tmp_path / "1")
     assert (fetched.out / "model.safetensors").read_bytes() == WEIGHTS
-    assert fetched.told[-1] == (7000, 7000, "bytes")
+    assert fetched.reported[-1] == (7000, 7000, "bytes")
     small = run(source.group(["config.json"]), tmp_path / "2")
     assert (small.out / "config.json").read_bytes() == FILES["config.json"]
     kept = [p for p in (tmp_path / "own").rglob("*") if p.is_file() and p.stat().st_size > 1000]

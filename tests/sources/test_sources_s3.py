@@ -55,7 +55,7 @@ def test_files_arrive_whole_with_progress(uri: str, tmp_path: Path) -> None:
     source = pin(uri, kind="model")
     fetched = run(source.file("model.safetensors"), tmp_path / "1")
     assert (fetched.out / "model.safetensors").read_bytes() == b"weights" * 1000
-    assert fetched.told[-1] == (7000, 7000, "bytes")
+    assert fetched.reported[-1] == (7000, 7000, "bytes")
     assert read(run(source.group(["config.json"]), tmp_path / "2").out) == {"config.json": "{}"}
 
 

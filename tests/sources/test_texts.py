@@ -69,15 +69,15 @@ def test_a_string_that_names_no_texts_is_refused_at_once(spec: str, says: str) -
 
 
 def test_a_known_data_set_is_its_files_on_the_hub_with_their_columns_and_format(hub: servers.Hub) -> None:
-    found = {name: Texts(f"{name}*2").entries() for name in NAMED}
-    assert {name: (len(e.source.files), e.columns, e.format, e.weight) for name, (e,) in found.items()} == {
+    entries = {name: Texts(f"{name}*2").entries() for name in NAMED}
+    assert {name: (len(e.source.files), e.columns, e.format, e.weight) for name, (e,) in entries.items()} == {
         "alpaca": (2, ("instruction", "input", "output"), "instruction", 2.0),
         "metamathqa": (1, ("query", "response"), "instruction", 2.0),
         "mathinstruct": (1, ("instruction", "output"), "instruction", 2.0),
         "magicoder": (1, ("instruction", "response"), "instruction", 2.0),
         "tulu3": (2, ("messages",), "chat", 2.0),
     }
-    for name, (entry,) in found.items():
+    for name, (entry,) in entries.items():
         assert entry.source.uri == f"{NAMED[name].uri.partition('@')[0]}@{entry.source.revision}", "pinned to a commit"
         assert not {"README.md", "data/test.parquet"} & set(entry.source.names())
 

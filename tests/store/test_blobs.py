@@ -20,7 +20,7 @@ def blobs(store: Store) -> Blobs:
 def test_bytes_come_back_whole_and_by_range(blobs: Blobs, tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"0123456789")
     blobs.upload(tmp_path / "x", "a/x")
-    assert blobs.exists("a/x") and not blobs.exists("a/y") and not blobs.exists("a")
+    assert blobs.stat("a/x") and not blobs.stat("a/y") and not blobs.stat("a")
     assert blobs.read("a/x") == b"0123456789"
     assert (blobs.read("a/x", 2, 5), blobs.read("a/x", 8), blobs.read("a/x", 8, 99)) == (b"234", b"89", b"89")
     assert (blobs.read("a/x", 5, 5), blobs.read("a/x", 99, 100)) == (b"", b"")
@@ -137,8 +137,8 @@ def test_a_large_file_is_uploaded_in_parts(s3_store: Store, server: servers.Prox
         file.truncate(s3_module.PART + 1)
     s3_store.blobs.upload(tmp_path / "x", "x")
     assert server.count("PUT", "partNumber=") == 2
-    found = s3_store.blobs.stat("x")
-    assert found is not None and found.size == s3_module.PART + 1
+    entry = s3_store.blobs.stat("x")
+    assert entry is not None and entry.size == s3_module.PART + 1
     s3_store.blobs.download("x", tmp_path / "y")
     assert (tmp_path / "y").read_bytes() == (tmp_path / "x").read_bytes()
 

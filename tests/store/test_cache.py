@@ -14,7 +14,7 @@ from tests import servers
 from tests.making import ask, commit, hold_and_die, key, read
 
 
-def held(store: Store) -> set[str]:
+def cached(store: Store) -> set[str]:
     return {p.name for p in (store.cache / "blobs").glob("*/*")}
 
 
@@ -50,7 +50,7 @@ def test_what_arrives_wrong_is_refused_and_not_kept(s3_store: Store, tmp_path: P
     s3_store.blobs.create(blob, b"wrong")
     with pytest.raises(CorruptBlob, match="holds bytes with digest"):
         s3_store.artifact(key("k")).file("x")
-    assert held(s3_store) == set()
+    assert cached(s3_store) == set()
 
 
 def test_the_longest_unused_blobs_are_given_up_at_the_limit(s3_store: Store, tmp_path: Path) -> None:
@@ -62,7 +62,7 @@ def test_the_longest_unused_blobs_are_given_up_at_the_limit(s3_store: Store, tmp
             os.utime(store.cache / store_names.blob(sha(store, word)), (1000 + i, 1000 + i))
     store.artifact(key("a")).file("x")  # used again: now b is the longest unused
     store.artifact(key("c")).file("x")
-    assert held(store) == {sha(store, "a"), sha(store, "c")}
+    assert cached(store) == {sha(store, "a"), sha(store, "c")}
 
 
 def test_what_a_step_holds_is_not_given_up(s3_store: Store, tmp_path: Path) -> None:
@@ -75,7 +75,7 @@ def test_what_a_step_holds_is_not_given_up(s3_store: Store, tmp_path: Path) -> N
     assert path.read_text() == "a" * 100 and artifact.read("x", 0, 3) == b"aaa"
     del artifact
     store.artifact(key("c")).file("x")
-    assert held(store) == {sha(store, "c")}
+    assert cached(store) == {sha(store, "c")}
 
 
 def test_what_a_worker_held_when_it_died_is_given_up(s3_store: Store, tmp_path: Path) -> None:
@@ -85,9 +85,9 @@ def test_what_a_worker_held_when_it_died_is_given_up(s3_store: Store, tmp_path: 
     worker = multiprocessing.get_context("spawn").Process(target=hold_and_die, args=(store, key("a")))
     worker.start()
     worker.join()
-    assert worker.exitcode == -signal.SIGKILL and held(store) == {sha(store, "a")}
+    assert worker.exitcode == -signal.SIGKILL and cached(store) == {sha(store, "a")}
     store.artifact(key("b")).file("x")
-    assert held(store) == {sha(store, "b")}
+    assert cached(store) == {sha(store, "b")}
 
 
 def test_a_file_larger_than_the_limit_is_still_read(s3_store: Store, tmp_path: Path) -> None:
@@ -131,4 +131,4 @@ def test_a_full_cache_disk_is_one_line_that_says_where(s3_store: Store, tiny_dis
     commit(store, tmp_path, "k", x=b"1" * (2 << 20))
     with pytest.raises(StoreError, match=r"no space left on .*cache.*; free 2.0 MiB or point MOEFLOW_CACHE to another"):
         store.artifact(key("k")).file("x")
-    assert held(store) == set()
+    assert cached(store) == set()

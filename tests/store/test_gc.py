@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from moeflow.store import Store, versions
+from moeflow.store import Store, partial, versions
 from moeflow.store import names as store_names
 from moeflow.store.gc import delete, gc
 from tests.making import commit, folder, key
@@ -40,12 +40,12 @@ def stored(store: Store) -> set[str]:
 
 def test_what_a_version_reaches_is_never_garbage(disk: Store) -> None:
     age(disk)
-    found = gc(disk, WEEK)
-    assert found.manifests == (key("experiment"),)
-    assert [e.size for e in found.blobs] == [len("experiment")] and found.bytes == len("experiment")
+    garbage = gc(disk, WEEK)
+    assert garbage.manifests == (key("experiment"),)
+    assert [e.size for e in garbage.blobs] == [len("experiment")] and garbage.bytes == len("experiment")
     assert stored(disk) == {key(w) for w in ("model", "choice", "out", "report", "experiment")}
-    deleted = delete(disk, found)
-    assert (deleted.manifests, deleted.bytes) == (found.manifests, found.bytes)
+    deleted = delete(disk, garbage)
+    assert (deleted.manifests, deleted.bytes) == (garbage.manifests, garbage.bytes)
     assert stored(disk) == {key(w) for w in ("model", "choice", "out", "report")}
     for word in ("model", "choice", "out", "report"):
         assert disk.artifact(key(word)).file("x").read_text() == word
@@ -91,15 +91,15 @@ def test_a_commit_that_relies_on_an_old_blob_saves_it(disk: Store, tmp_path: Pat
 
 
 def test_partial_state_that_nobody_takes_up_and_halves_are_garbage(disk: Store, tmp_path: Path) -> None:
-    disk.save_partial(key("gone"), folder(tmp_path / "state", x="state"))
+    partial.save(disk, key("gone"), folder(tmp_path / "state", x="state"))
     folder(tmp_path / "store" / "halves", abc="cut short")
     assert gc(disk, WEEK).partials == () and gc(disk, WEEK).leftovers == ()
     age(disk)
-    disk.save_partial(key("going"), tmp_path / "state")
-    found = gc(disk, WEEK)
-    assert found.partials == (key("gone"),) and [e.name for e in found.leftovers] == ["halves/abc"]
-    delete(disk, found)
-    assert not disk.load_partial(key("gone"), tmp_path / "a") and disk.load_partial(key("going"), tmp_path / "b")
+    partial.save(disk, key("going"), tmp_path / "state")
+    garbage = gc(disk, WEEK)
+    assert garbage.partials == (key("gone"),) and [e.name for e in garbage.leftovers] == ["halves/abc"]
+    delete(disk, garbage)
+    assert not partial.load(disk, key("gone"), tmp_path / "a") and partial.load(disk, key("going"), tmp_path / "b")
 
 
 def test_what_stays_but_cannot_be_read_is_named(disk: Store) -> None:
@@ -114,9 +114,9 @@ def test_in_s3_it_is_the_same(s3_store: Store, tmp_path: Path) -> None:
     versions.publish(s3_store, "tiny", key("kept"))
     assert gc(s3_store).manifests == ()
     time.sleep(1.1)  # S3 tells time in seconds
-    found = gc(s3_store, 0)
-    assert found.manifests == (key("dropped"),) and found.bytes == len("dropped")
-    delete(s3_store, found)
+    garbage = gc(s3_store, 0)
+    assert garbage.manifests == (key("dropped"),) and garbage.bytes == len("dropped")
+    delete(s3_store, garbage)
     assert stored(s3_store) == {key("kept")}
     assert s3_store.artifact(key("kept")).file("x").read_text() == "kept"
 

@@ -34,7 +34,7 @@ def test_versions_count_up_and_the_newest_is_not_published_twice(filled: Store) 
 
 
 def test_another_report_makes_another_version(filled: Store) -> None:
-    assert versions.publish(filled, "tiny", key("a"), record={"reports": [key("b")]}) == 1
+    assert versions.publish(filled, "tiny", key("a"), reports=[key("b")]) == 1
     assert versions.publish(filled, "tiny", key("a"), reports=[key("b")]) == 1
     assert versions.publish(filled, "tiny", key("a"), reports=[key("b"), key("c")]) == 2
     assert versions.list(filled, "tiny")[1].reports == (key("b"), key("c"))
@@ -53,8 +53,8 @@ def test_a_reference_is_a_version_a_name_a_label_a_key_or_how_one_key_begins(fil
     assert [key_of(filled, r) for r in ("tiny@1", "tiny", "best", key("c"), key("c")[:-1] + "3")] == [
         key("a"), key("b"), key("a"), key("c"), key("c")
     ]  # fmt: skip
-    found = versions.resolve(filled, "tiny")
-    assert isinstance(found, versions.Version) and (found.ref, found.key) == ("tiny@2", key("b"))
+    version = versions.resolve(filled, "tiny")
+    assert isinstance(version, versions.Version) and (version.ref, version.key) == ("tiny@2", key("b"))
     assert versions.resolve(filled, key("c")) == key("c")
 
 
@@ -106,8 +106,8 @@ def test_lineage_is_everything_upstream_once_with_its_parameters(store: Store, t
     commit(store, tmp_path, "layer", inputs=(key("model") + "/layer0",), x="2")
     commit(store, tmp_path, "out", inputs=(key("layer"), key("model")), x="3")
     commit(store, tmp_path, "other", x="4")
-    found = versions.lineage(store, key("out"))
-    assert [*found] == [key("out"), key("layer"), key("model")]
-    assert found[key("layer")].inputs[0].key == key("model") + "/layer0"
+    version = versions.lineage(store, key("out"))
+    assert [*version] == [key("out"), key("layer"), key("model")]
+    assert version[key("layer")].inputs[0].key == key("model") + "/layer0"
     with pytest.raises(NotStored):
         versions.lineage(store, key("none"))

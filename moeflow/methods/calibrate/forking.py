@@ -36,20 +36,20 @@ def first_rows(files: Sequence[Files], taken: Sequence[int], out: Path) -> None:
 
 @torch.inference_mode()
 def through(
-    config: Config, given: Mapping[str, Path], stages: Sequence[tuple[int, Path, Mapping[str, Alternative]]], out: Path,
+    config: Config, before: Mapping[str, Path], stages: Sequence[tuple[int, Path, Mapping[str, Alternative]]], out: Path,
     *, batch: int, dtype: str, progress: Progress,
 ) -> None:  # fmt: skip
-    """Write the states behind consecutive layers, given as (number, file, alternatives by the name of their fork).
+    """Write the states behind consecutive layers: `stages` of (number, file, alternatives by the name of their fork).
 
-    `given`: the files of the states before them, by the names under which they are written to the folder `out`. Only two forks'
+    `before`: the files of the states before them, by the names under which they are written to the folder `out`. Only two forks'
     states are in memory at a time.
     """
     stream = stream_of(config, dtype)
-    states = dict(given)
+    states = dict(before)
     for at, (layer, file, alternatives) in enumerate(stages):
         tensors = Tensors(file)
         module = stream.layer(tensors, layer)
-        for done, name in enumerate(n for n in given if n != BASE):
+        for done, name in enumerate([n for n in states if n != BASE]):
             states_NLD = load_file(states[name])["hidden_NLD"]
             for part_nLD in states_NLD.split(batch):
                 h_nLD = part_nLD.to(stream.device)
@@ -57,24 +57,22 @@ def through(
             states[name] = _saved(states_NLD, out / name)
             progress(at * len(states) + done + 1, len(stages) * len(states), "forks")
         base_NLD = load_file(states[BASE])["hidden_NLD"]
-        x_NLD, residual_NLD = (torch.empty_like(base_NLD) if alternatives else None for _ in range(2))
+        x_NLD, residual_NLD = torch.empty_like(base_NLD), torch.empty_like(base_NLD)
         for rows in slices(len(base_NLD), batch):
             h_nLD = base_NLD[rows].to(stream.device)
-            with watched(module, stream.family) as seen:
+            with watched(module, stream.family) as block:
                 base_NLD[rows] = module(h_nLD, **stream.arguments(layer, h_nLD)).cpu()
-            if x_NLD is not None and residual_NLD is not None:
-                x_NLD[rows], residual_NLD[rows] = seen["x"].cpu(), seen["residual"].cpu()
+            if alternatives:
+                x_NLD[rows], residual_NLD[rows] = block["x"].cpu(), block["residual"].cpu()
         states[BASE] = _saved(base_NLD, out / BASE)
         del module
         begun = alternative_blocks(tensors, config, layer, alternatives, device=stream.device, dtype=stream.dtype)
         for name, moe in begun:
-            assert x_NLD is not None and residual_NLD is not None
             for rows in slices(len(base_NLD), batch):
                 x_nLD = x_NLD[rows].to(stream.device)
                 y_nLD = moe(x_nLD.flatten(0, -2)).view(x_nLD.shape)
                 base_NLD[rows] = (residual_NLD[rows].to(stream.device) + y_nLD).cpu()
             states[name] = _saved(base_NLD, out / name)
-        given = states
 
 
 def _saved(states_NLD: Tensor, path: Path) -> Path:
@@ -90,7 +88,7 @@ def measured(rest: Files, ids: np.ndarray, end: Files, *, dtype: str, progress: 
     base_NLD = _states_of(end, BASE)
     curves: dict[int, dict[str, float]] = {}
     losses: dict[int, dict[str, float]] = {}
-    plain, seen = 0.0, ids_NL[:, 1:].numel()
+    plain, tokens = 0.0, ids_NL[:, 1:].numel()
     for done, name in enumerate([BASE, *names]):
         fork_NLD = base_NLD if name == BASE else _states_of(end, name)
         sums = torch.zeros(2, dtype=torch.float64)
@@ -104,14 +102,16 @@ def measured(rest: Files, ids: np.ndarray, end: Files, *, dtype: str, progress: 
                     apart = kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1).double().sum()
                 sums += torch.stack([apart.cpu(), loss.cpu()])
         if name == BASE:
-            plain = float(sums[1]) / seen
+            plain = float(sums[1]) / tokens
         else:
             _, layer, alternative = name.removesuffix(".safetensors").split(".", 2)
-            curves.setdefault(int(layer), {})[alternative], losses.setdefault(int(layer), {})[alternative] = (sums / seen).tolist()
+            divergence, mean_loss = (sums / tokens).tolist()
+            curves.setdefault(int(layer), {})[alternative] = divergence
+            losses.setdefault(int(layer), {})[alternative] = mean_loss
         progress(done + 1, len(names) + 1, "forks")
-    return Curves(seen, plain, curves, losses)
+    return Curves(tokens, plain, curves, losses)
 
 
 def _states_of(end: Files, name: str) -> Tensor:
-    info = read_header(name, end.size(name), lambda a, b: end.read(name, a, b))["hidden_NLD"]
+    info = read_header(name, end.size(name), end.read)["hidden_NLD"]
     return tensor_of(end.read(name, info.start, info.stop), info)

@@ -13,14 +13,15 @@ from typing import Any, Literal
 import numpy as np
 
 from moeflow.arch import EMBEDDING
-from moeflow.methods.graph import HIDDEN, REST, TOKENS, Calibration, Model, Pass, file_before, file_of
+from moeflow.methods.graph import HIDDEN, REST, TOKENS, Calibration, Model, Pass
 from moeflow.methods.records import Candidates
-from moeflow.model.layout import LAYER, ROUTING, read_config
+from moeflow.model.layout import LAYER, ROUTING, file_before, file_of, read_config
 from moeflow.model.spec import (
     ForkSpec,
     HiddenSpec,
     LayerSpec,
     ObservedSpec,
+    Recording,
     RestSpec,
     TokensSpec,
     file_bytes,
@@ -33,55 +34,36 @@ STAGE_OF_FORKS = 4
 """Consecutive layers per task when alternatives are measured."""
 
 
-@dataclass(frozen=True)
-class Recording:
-    """What one shard's pass keeps of each layer, besides the router's statistics of all tokens."""
-
-    inputs: int
-    """The number of tokens, from the first, whose MoE inputs are kept."""
-    per_expert: int = 0
-    """Also keep tokens until every expert has this many."""
-    between: int = 0
-    """The number of tokens, from the first, whose hidden states before every layer are kept."""
-
-
 def run(model: Model, tokens: Step, passed: Pass = Pass(), *, inputs: bool = True, between: bool = False) -> Calibration:
     """Calibrate `model` on a token matrix, as a graph.
 
     `inputs`: whether to keep the MoE inputs of as many tokens as `passed` says; without them a calibration holds router statistics
     only. `between`: whether to keep the hidden states before every layer, for the same tokens.
     """
-    starts = _embedded(model, tokens, passed)
+    hidden = starts = _embedded(model, tokens, passed)
     tokens_of_shard = passed.sequences_of_shard * tokens.spec.output.length
     each = tokens_of_shard if passed.record is None else -(-passed.record // len(starts))
     recording = Recording(each if inputs else 0, passed.per_expert if inputs else 0, each if between else 0)
-    observed: dict[int, tuple[Part, ...]] = {i: () for i in model.moe_layers}
+    moe_layers = model.moe_layers
     states: dict[int, tuple[Step, ...]] = {}
-    before: list[list[Part]] = [[] for _ in model.layers]
-    ends = []
-    for hidden in starts:
-        for first, layers in _stages(model, passed.stage):
-            states[first] = (*states.get(first, ()), hidden)
-            hidden = observe(
-                model.essential, hidden, layers, first=first, recording=recording, batch=passed.batch, dtype=passed.dtype
-            )
-            for i in range(first, first + len(layers)):
-                before[i].append(hidden.part(file_before(i)))
-                if i in observed:
-                    observed[i] += (hidden.part(file_of(i)),)
-        ends.append(hidden)
-    kept = tuple(map(tuple, before)) if between else ()
-    return Calibration(model, tokens, passed, tuple(starts), tuple(ends), states, observed, each, kept)
+    observed: dict[int, tuple[Part, ...]] = {}
+    before: list[tuple[Part, ...]] = []
+    for first, layers in _stages(model, passed.stage):
+        states[first] = hidden
+        hidden = _behind(model, passed, hidden, first, layers, recording)
+        for i in range(first, first + len(layers)):
+            before.append(tuple(h.part(file_before(i)) for h in hidden))
+            if i in moe_layers:
+                observed[i] = tuple(h.part(file_of(i)) for h in hidden)
+    return Calibration(model, tokens, passed, starts, hidden, states, observed, each, tuple(before) if between else ())
 
 
 def hidden_states(model: Model, tokens: Step, passed: Pass = Pass()) -> tuple[Step, ...]:
     """The hidden states of `tokens` behind the last layer of `model`, shard by shard; nothing is recorded."""
-    ends = []
-    for hidden in _embedded(model, tokens, passed):
-        for first, layers in _stages(model, passed.stage):
-            hidden = advance(model.essential, hidden, layers, first=first, batch=passed.batch, dtype=passed.dtype)
-        ends.append(hidden)
-    return tuple(ends)
+    hidden = _embedded(model, tokens, passed)
+    for first, layers in _stages(model, passed.stage):
+        hidden = _behind(model, passed, hidden, first, layers)
+    return hidden
 
 
 def states_before(calibration: Calibration, layer: int) -> tuple[Step, ...]:
@@ -99,10 +81,7 @@ def advanced(calibration: Calibration, states: tuple[Step, ...], layers: Sequenc
     """The states of every shard before layer `first`, run through these layers up to `stop`."""
     if first == stop:
         return states
-    model, passed = calibration.model, calibration.passed
-    return tuple(
-        advance(model.essential, h, tuple(layers[first:stop]), first=first, batch=passed.batch, dtype=passed.dtype) for h in states
-    )
+    return _behind(calibration.model, calibration.passed, states, first, tuple(layers[first:stop]))
 
 
 Rewrite = Callable[[int, Step, tuple[Part, ...]], Step]
@@ -116,22 +95,17 @@ def in_sequence(calibration: Calibration, rewrite: Rewrite) -> dict[int, Step]:
     """
     model, passed = calibration.model, calibration.passed
     rewritten: dict[int, Step] = {}
-    hidden: tuple[Step, ...] = calibration.starts
+    hidden = calibration.starts
     last = max(calibration.observed, default=-1)
     for i, layer in enumerate(model.layers[: last + 1]):
         if i in calibration.observed:
             recorded = calibration.observed[i]
             if rewritten:
-                recorded = tuple(
-                    observe(
-                        model.essential, h, (layer,),
-                        first=i, recording=Recording(calibration.recorded), batch=passed.batch, dtype=passed.dtype,
-                    ).part(file_of(i))
-                    for h in hidden
-                )  # fmt: skip
+                again = _behind(model, passed, hidden, i, (layer,), Recording(calibration.recorded))
+                recorded = tuple(h.part(file_of(i)) for h in again)
             layer = rewritten[i] = rewrite(i, layer, recorded)
         if i < last:
-            hidden = tuple(advance(model.essential, h, (layer,), first=i, batch=passed.batch, dtype=passed.dtype) for h in hidden)
+            hidden = _behind(model, passed, hidden, i, (layer,))
     return rewritten
 
 
@@ -140,19 +114,29 @@ def _stages(model: Model, size: int) -> list[tuple[int, tuple[Step, ...]]]:
     return [(first, model.layers[first : first + size]) for first in range(0, len(model.layers), size)]
 
 
-def _embedded(model: Model, tokens: Step, passed: Pass) -> list[Step]:
+def _embedded(model: Model, tokens: Step, passed: Pass) -> tuple[Step, ...]:
     """The hidden states of every shard before the first layer."""
     count, size = tokens.spec.output.sequences, passed.sequences_of_shard
     rest = model.rest.part(REST)
-    return [
+    return tuple(
         embed(model.essential, rest, tokens, first=first, count=min(size, count - first), dtype=passed.dtype)
         for first in range(0, count, size)
-    ]
+    )
 
 
-def _weights(layer: Artifact) -> Path:
-    """A layer's file, or the folder of its files if there are several."""
-    return layer.folder() if ROUTING in layer.names() else layer.file(LAYER)
+def _behind(
+    model: Model, passed: Pass, states: tuple[Step, ...], first: int, layers: tuple[Step, ...], recording: Recording | None = None
+) -> tuple[Step, ...]:
+    """The states of every shard, run through these layers from `first` on; with a `recording`, each is recorded on the way."""
+    how: dict[str, Any] = {"first": first, "batch": passed.batch, "dtype": passed.dtype}
+    if recording is None:
+        return tuple(advance(model.essential, hidden, layers, **how) for hidden in states)
+    return tuple(observe(model.essential, hidden, layers, recording=recording, **how) for hidden in states)
+
+
+def _numbered(layers: tuple[Artifact, ...], first: int) -> list[tuple[int, Path]]:
+    """The number of each layer, and its file, or the folder of its files if there are several."""
+    return list(enumerate((a.folder() if ROUTING in a.names() else a.file(LAYER) for a in layers), first))
 
 
 def _embed_spec(essential: RestSpec, rest: RestSpec, tokens: TokensSpec, *, first: int, count: int, dtype: str) -> Spec:
@@ -200,7 +184,7 @@ def advance(
     from moeflow.model import passes
 
     passes.through(
-        read_config(config), hidden.file(HIDDEN), [(i, _weights(f)) for i, f in enumerate(layers, first)], context.out / HIDDEN,
+        read_config(config), hidden.file(HIDDEN), _numbered(layers, first), context.out / HIDDEN,
         batch=batch, dtype=dtype, progress=context.progress,
     )  # fmt: skip
 
@@ -236,10 +220,8 @@ def observe(
     from moeflow.model import passes
 
     passes.through(
-        read_config(config), hidden.file(HIDDEN), [(i, _weights(f)) for i, f in enumerate(layers, first)], context.out / HIDDEN,
-        batch=batch, dtype=dtype, progress=context.progress,
-        recorded=lambda i: context.out / file_of(i), before=(lambda i: context.out / file_before(i)) if recording.between else None,
-        between=recording.between, budget=recording.inputs, per_expert=recording.per_expert,
+        read_config(config), hidden.file(HIDDEN), _numbered(layers, first), context.out / HIDDEN,
+        batch=batch, dtype=dtype, progress=context.progress, recording=recording,
     )  # fmt: skip
 
 

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moeflow import __version__
-from moeflow.arch import EMBEDDING, FINAL_NORM, HEAD, Config, Family, essential, layer_of
+from moeflow.arch import EMBEDDING, FINAL_NORM, HEAD, Config, Family, essential, family_config, layer_of
 from moeflow.methods.graph import INDEX, REST, Model, named_like
-from moeflow.methods.records import Facts, decision
-from moeflow.methods.rewrite import config_text
-from moeflow.model.formats import config_of, family_config, format_of, layer_formats
+from moeflow.methods.records import Facts, decision, read_json
+from moeflow.methods.rewrite import config_files, link_all, readable, write_config
+from moeflow.model.formats import config_of, format_of, layer_formats
 from moeflow.model.layout import ESSENTIAL, TensorInfo, file_for, headers, read_header
 from moeflow.model.packed import BLOCK_SCALE, FORMAT, METHOD, PACKED, Shapes, check_whole, quantization_config, scheme_of
 from moeflow.model.spec import CheckpointSpec, LayerSpec, RestSpec, TensorTable, check_layer, file_bytes, header_bytes, tensor_bytes
@@ -24,13 +24,9 @@ from moeflow.step import Artifact, Context, Spec, Step, step
 
 
 def _assemble_spec(
-    rest: RestSpec,
-    layers: tuple[LayerSpec, ...],
-    prediction_layers: tuple[LayerSpec, ...],
-    choices: tuple[Any, ...],
-    *,
-    config: Config,
-) -> Spec:
+    rest: RestSpec, layers: tuple[LayerSpec, ...], prediction_layers: tuple[LayerSpec, ...], choices: tuple[Any, ...],
+    *, config: Config,
+) -> Spec:  # fmt: skip
     layers += prediction_layers
     tables = [layer.tensors for layer in layers] + [rest.tensors]
     _packing([{n: shape for n, (_, shape) in table.items()} for table in tables], [layer.experts for layer in layers], config)
@@ -44,14 +40,9 @@ def _assemble_spec(
 
 @step("checkpoint.assemble", version=1, spec=_assemble_spec)
 def assemble(
-    context: Context,
-    rest: Artifact,
-    layers: tuple[Artifact, ...],
-    prediction_layers: tuple[Artifact, ...] = (),
-    choices: tuple[Artifact, ...] = (),
-    *,
-    config: Config,
-) -> None:
+    context: Context, rest: Artifact, layers: tuple[Artifact, ...], prediction_layers: tuple[Artifact, ...] = (),
+    choices: tuple[Artifact, ...] = (), *, config: Config,
+) -> None:  # fmt: skip
     """Write a checkpoint folder: layer files, index, config.json, and the small files that belong to it.
 
     It has the family's own format if all layers keep the same number of experts and every matrix is whole; otherwise moeflow's,
@@ -75,20 +66,14 @@ def assemble(
         context.link(artifact, name, target)
         weight_map |= dict.fromkeys(tensors, target)
         total += sum(t.nbytes for t in tensors.values())
-    _write_json(context.out / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+    (context.out / INDEX).write_text(readable({"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}))
     decoder = [f if f.experts or f.gone else None for f in formats[: len(layers)]]
     packing = _packing([{n: t.shape for n, t in table.items()} for table in tables], [f.experts for f in formats], config)
-    _write_json(context.out / "config.json", config_of(family_config(config), decoder) | packing)
-    for name in rest.names():
-        if name not in (REST, ESSENTIAL, "config.json"):
-            context.link(rest, name)
-    facts = [Facts.of(artifact) for artifact in every]
-    history = {
-        "moeflow": __version__,
-        "choices": [decision(c) for c in choices],
-        "layers": [{"layer": i, "done": fact.done} for i, fact in enumerate(facts) if fact.done],
-    }
-    _write_json(context.out / "moeflow.json", history)
+    (context.out / "config.json").write_text(readable(config_of(family_config(config), decoder) | packing))
+    link_all(context, rest, but=(REST, ESSENTIAL, "config.json"))
+    done = [{"layer": i, "done": facts.done} for i, facts in enumerate(map(Facts.of, every)) if facts.done]
+    history = {"moeflow": __version__, "choices": [decision(c) for c in choices], "layers": done}
+    (context.out / HISTORY).write_text(readable(history))
 
 
 def _packing(tables: Sequence[Shapes], experts: Sequence[int], config: Config) -> dict[str, Any]:
@@ -105,22 +90,13 @@ def checkpoint_of(model: Model) -> Step:
     return assemble(model.rest, model.layers, model.extra, model.choices, config=model.config)
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")
-
-
-TOKENIZER = ("tokenizer*", "vocab*", "merges*", "special_tokens*", "added_tokens*", "*.model", "*.tiktoken")
 TRAVELLING = (
-    *TOKENIZER,
-    "*.jinja",
-    "chat_template*",
-    "generation_config.json",
-    "licen[cs]e*",
-    "copying*",
-    "notice*",
-    "use_policy*",
-)
+    "tokenizer*", "vocab*", "merges*", "special_tokens*", "added_tokens*", "*.model", "*.tiktoken", "*.jinja", "chat_template*",
+    "generation_config.json", "licen[cs]e*", "copying*", "notice*", "use_policy*",
+)  # fmt: skip
 """The files that every checkpoint keeps besides its weights and config.json, in lower or upper case."""
+HISTORY = "moeflow.json"
+"""The file of an assembled checkpoint that says what was decided, and what was done to each layer."""
 THREADS = 16  # headers that are read at once
 
 Table = dict[str, list[Any]]
@@ -156,24 +132,23 @@ def pinned(source: Source, *, mtp: Literal["drop", "keep"] = "drop") -> Model:
     if missing := sorted(set(range(count)) - set(by_layer)):
         raise ValueError(f"config.json says {count} layers, but the checkpoint has no tensor of layer {missing[0]}")
 
+    history = source.file(HISTORY) if HISTORY in source.names() else None
+
     def layer_step(i: int) -> Step:
         shards, table = _inputs(by_layer[i], steps)
         if i < count:
             check_layer(config, i, {n: (t.dtype, t.shape) for n, t in by_layer[i].items()})
-        return layer(shards, config=essential(config), layer=i, tensors=table)
+        return layer(shards, history, config=essential(config), layer=i, tensors=table)
 
     behind = sorted(i for i in by_layer if i is not None and i >= count)
-    known_mtp = int(config.get("num_nextn_predict_layers") or 0)
-    if behind[known_mtp:]:
+    if behind[int(config.get("num_nextn_predict_layers") or 0) :]:
         raise ValueError(f"the checkpoint has tensors of layer {behind[-1]}, but config.json says {count} layers")
     shards, table = _inputs(by_layer.get(None, {}), steps)
     small = sorted(f.name for f in source.files if named_like(f.name, TRAVELLING))
     texts = source.group(small or ["config.json"])
-    note = (
-        f"multi-token-prediction layers {behind} are dropped (mtp='keep' keeps them as they are)"
-        if behind and mtp == "drop"
-        else ""
-    )
+    note = ""
+    if mtp == "drop" and behind:
+        note = f"multi-token-prediction layers {behind} are dropped (mtp='keep' keeps them as they are)"
     if mtp == "drop" and "num_nextn_predict_layers" in config:
         config = config | {"num_nextn_predict_layers": 0}
     return Model(
@@ -207,7 +182,7 @@ def _check_packing(packing: dict[str, Any], tensors: dict[str, TensorInfo], conf
         raise ValueError(f"{uri} has packed {others[0]}; moeflow reads packed experts only: dequantize the rest to bf16 first")
 
 
-def _layer_spec(shards: tuple[Any, ...], *, config: Config, layer: int, tensors: Table) -> Spec:
+def _layer_spec(shards: tuple[Any, ...], history: Any, *, config: Config, layer: int, tensors: Table) -> Spec:
     table: TensorTable = {n: (dtype, tuple(shape)) for n, (_, dtype, shape, _, _) in tensors.items()}
     behind = layer >= int(config["num_hidden_layers"])  # a prediction layer is kept as it is, whatever it holds
     experts = format_of({n: shape for n, (_, shape) in table.items()}, config, layer).experts
@@ -217,29 +192,34 @@ def _layer_spec(shards: tuple[Any, ...], *, config: Config, layer: int, tensors:
 
 
 @step("checkpoint.layer", version=1, spec=_layer_spec)
-def layer(context: Context, shards: tuple[Artifact, ...], *, config: Config, layer: int, tensors: Table) -> None:
+def layer(
+    context: Context, shards: tuple[Artifact, ...], history: Artifact | None = None, *, config: Config, layer: int, tensors: Table
+) -> None:
     """Write one decoder layer: `layer.safetensors`, under the hub's names, and what routing adds to it: `routing.safetensors`.
 
+    `history`: the `moeflow.json` of a checkpoint that moeflow wrote; the layer's facts begin with what it says of this layer.
     Raises ValueError if a weight is NaN or infinite.
     """
     for file in sorted({file_for(n) for n in tensors}):
         _gather(context, shards, {n: t for n, t in tensors.items() if file_for(n) == file}, context.out / file)
+    for entry in read_json(history, HISTORY).get("layers", ()) if history else ():
+        if entry["layer"] == layer:
+            Facts(tuple(entry["done"])).write(context.out)
 
 
 def _rest_spec(texts: Any, shards: tuple[Any, ...], *, config: Config, files: list[str], tensors: Table, note: str) -> Spec:
     table: TensorTable = {n: (dtype, tuple(shape)) for n, (_, dtype, shape, _, _) in tensors.items()}
     width, vocabulary = int(config["hidden_size"]), int(config["vocab_size"])
-    name = EMBEDDING
-    if name not in table:
-        raise ValueError(f"the checkpoint has no tensor {name}; it is incomplete, or of another family")
+    if EMBEDDING not in table:
+        raise ValueError(f"the checkpoint has no tensor {EMBEDDING}; it is incomplete, or of another family")
     heads = [FINAL_NORM] + ([] if config.get("tie_word_embeddings") else [HEAD])
     if missing := [n for n in heads if n not in table]:
         raise ValueError(f"the checkpoint has no tensor {missing[0]}; it is incomplete, or tie_word_embeddings is wrong")
-    if table[name][1] != (vocabulary, width):
-        raise ValueError(f"{name} has shape {table[name][1]} where config.json asks for {(vocabulary, width)}; correct one of them")
+    if (shape := table[EMBEDDING][1]) != (vocabulary, width):
+        raise ValueError(f"{EMBEDDING} has shape {shape} where config.json asks for {(vocabulary, width)}; correct one of them")
     out = RestSpec(config, table, {n: texts["files"][n] for n in files})
     moved = sum(tensor_bytes(*t) for t in table.values())
-    size = len(config_text(config)) + len(config_text(essential(config)))
+    size = sum(map(len, config_files(config).values()))
     return Spec(out, reads=moved, writes=file_bytes(table) + size, memory=2 * moved, notes=(note,) if note else ())
 
 
@@ -249,8 +229,7 @@ def rest(
 ) -> None:
     """Write all but the decoder layers: `rest.safetensors`, config.json, and the small files that belong to the checkpoint."""
     _gather(context, shards, tensors, context.out / REST)
-    (context.out / "config.json").write_text(config_text(config))
-    (context.out / ESSENTIAL).write_text(config_text(essential(config)))
+    write_config(config, context.out)
     if note:
         context.note(note)
     for name in files:
@@ -260,7 +239,7 @@ def rest(
 def _gather(context: Context, shards: tuple[Artifact, ...], tensors: Table, path: Path) -> None:
     from moeflow.model import checkpoint
 
-    found, done = {}, 0
+    gathered, done = {}, 0
     total = sum(stop - start for _, _, _, start, stop in tensors.values())
     for at, shard in enumerate(shards):
         (file,) = (n for n in shard.names() if n.endswith(".safetensors"))
@@ -269,10 +248,10 @@ def _gather(context: Context, shards: tuple[Artifact, ...], tensors: Table, path
             # FP8 has no infinity, and torch cannot check it for NaN
             if tensor.is_floating_point() and not (tensor.float() if tensor.itemsize == 1 else tensor).isfinite().all():
                 raise ValueError(f"{name} holds NaN or infinite weights; the checkpoint is damaged, fetch or train it again")
-            found[name] = tensor
+            gathered[name] = tensor
             done += tensor.nbytes
             context.progress(done, total, "bytes")
-    checkpoint.save(found, path)
+    checkpoint.save(gathered, path)
 
 
 def _tensors(source: Source) -> dict[str, TensorInfo]:
@@ -291,22 +270,21 @@ def _tensors(source: Source) -> dict[str, TensorInfo]:
     if absent := [s for s in shards if s not in sizes]:
         raise ValueError(f"{INDEX} names {absent[0]}, which {source.uri} does not hold; fetch the checkpoint again")
     with ThreadPoolExecutor(THREADS) as pool:
-        headers = list(pool.map(lambda s: read_header(s, sizes[s], lambda a, b: source.read(s, a, b)), shards))
-    found: dict[str, TensorInfo] = {}
+        headers = list(pool.map(lambda s: read_header(s, sizes[s], source.read), shards))
+    tensors: dict[str, TensorInfo] = {}
     for shard, header in zip(shards, headers, strict=True):
-        found |= {n: t for n, t in header.items() if index is None or index.get(n) == shard}
-    if index is not None and (missing := sorted(set(index) - set(found))):
+        tensors |= {n: t for n, t in header.items() if index is None or index.get(n) == shard}
+    if index is not None and (missing := sorted(set(index) - set(tensors))):
         raise ValueError(f"{INDEX} names {missing[0]} in {index[missing[0]]}, which does not hold it; fetch the checkpoint again")
-    return found
+    return tensors
 
 
 def _json(source: Source, name: str) -> dict[str, Any]:
+    text = source.read(name)  # if the source lacks the file, it raises a clear ValueError itself
     try:
-        return json.loads(source.text(name))
-    except ValueError as error:  # if the source lacks the file, it raises a clear ValueError itself
-        if isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
-            raise ValueError(f"{name} at {source.uri} is cut short or no JSON ({error}); fetch it again") from None
-        raise
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{name} at {source.uri} is cut short or no JSON ({error}); fetch it again") from None
 
 
 def _inputs(tensors: dict[str, TensorInfo], steps: dict[str, Step]) -> tuple[tuple[Step, ...], Table]:

@@ -3,22 +3,24 @@
 This module knows no example formats and no models. Suffixes: N sequences, L tokens each.
 """
 
+import json
 import os
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import islice
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from moeflow.methods.graph import Sample
-from moeflow.step import Artifact, Context
+from moeflow.methods.graph import TOKENS, Sample
+from moeflow.step import Context
 
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text", ".py": "text", ".md": "text", ".csv": "csv"}
-"""The reader of `datasets` for each file ending (before .gz, .zst and the like)."""
+"""The reader of `datasets` for each file ending."""
+PACKED = (".gz", ".zst", ".xz", ".bz2")
+"""The endings of packed files, behind those."""
 
 Files = list[tuple[str, Path]]
 """The files of a text: each one's name at its source, and its local path."""
@@ -36,52 +38,42 @@ class Portion:
 
     weight: float
     """Its fraction of the rows; the weights of all texts sum to one."""
-    inputs: int
-    """How many consecutive inputs of the step hold its files."""
     columns: tuple[str, ...] = ()
     """The columns to read; none: "text", or the reader's default column."""
     format: str = ""
     """What the columns mean for fine-tuning: "text", "instruction" or "chat"."""
 
 
-@dataclass
-class Reading:
-    """A text that is being read: the pieces of each document in turn, and why documents were left out."""
-
-    documents: Iterator[list[Piece]]
-    left_out: Counter[str] = field(default_factory=Counter)  # "examples without a response": how many
+Documents = Callable[[Files, Portion, Counter[str]], Iterator[list[Piece]]]
+"""Reads a text: the pieces of each document in turn. It counts what it leaves out by reason: "examples without a response"."""
 
 
 def fill(
-    context: Context,
-    texts: tuple[Artifact, ...],
-    mix: tuple[Portion, ...],
-    read: Callable[[Files, Portion], Reading],
-    sample: Sample,
+    context: Context, texts: Sequence[Files], mix: tuple[Portion, ...], documents: Documents, sample: Sample,
     otherwise: str = "give more text, fewer sequences or another weight",
-) -> tuple[np.ndarray, np.ndarray, list[dict[str, Any]]]:
-    """Fill rows from every text by its weight, spread evenly: tokens_NL int32, learned_NL uint8, and a record of each text.
+) -> np.ndarray:  # fmt: skip
+    """Fill rows from every text by its weight, spread evenly. Write `tokens.npy` and `tokens.json`; return learned_NL, uint8.
 
-    `read` opens one text. A row without learned tokens is skipped; its first token does not count, because nothing predicts it.
-    Raises ValueError if there is too little text; the message has the number of missing tokens and `otherwise`, the way out.
+    `tokens.npy`: int32 [N, L]; `tokens.json`: what came from each text, and what was left out. A row without learned tokens is
+    skipped; its first token does not count, because nothing predicts it. Raises ValueError if there is too little text; the message
+    has the number of missing tokens and `otherwise`, the way out.
     """
     shares = _shares([part.weight for part in mix], sample.sequences)
-    parts, records, done, inputs = [], [], 0, iter(texts)
-    for part, share in zip(mix, shares, strict=True):
-        files = [(name, text.file(name)) for text in islice(inputs, part.inputs) for name in text.names()]
-        reading = read(files, part)
+    parts, records, done = [], [], 0
+    for files, part, share in zip(texts, mix, shares, strict=True):
+        left_out: Counter[str] = Counter()
         rows: list[Row] = []
-        documents = skipped = 0
-        for row, used in _packed(reading.documents, sample.length, sample.group):
+        used = skipped = 0
+        for row, count in _packed(documents(files, part, left_out), sample.length, sample.group):
             if len(rows) == share:
                 break
             if not row[1][1:].any():
                 skipped += 1
                 continue
             rows.append(row)
-            documents = used
+            used = count
             context.progress(done + len(rows), sample.sequences, "sequences")
-        remarks = [f"{why}: {n:,} left out" for why, n in reading.left_out.most_common(3)]
+        remarks = [f"{why}: {n:,} left out" for why, n in left_out.most_common(3)]
         remarks += [f"sequences in which nothing is learned: {skipped:,} left out"] * bool(skipped)
         if len(rows) < share:
             raise ValueError(
@@ -93,12 +85,13 @@ def fill(
         done += len(rows)
         parts.append(rows)
         record: dict[str, Any] = {"files": [os.path.basename(n) for n, _ in files], "columns": list(part.columns)}
-        record |= {"format": part.format} if part.format else {}
-        record |= {"sequences": share, "documents": documents}
-        record |= {k: v for k, v in {"left_out": dict(reading.left_out.most_common(9)), "skipped": skipped}.items() if v}
-        records.append(record)
-    rows = _interleaved(parts)
-    return np.stack([ids for ids, _ in rows]), np.stack([learned for _, learned in rows]), records
+        record |= {"format": part.format, "sequences": share, "documents": used}
+        record |= {"left_out": dict(left_out.most_common(9)), "skipped": skipped}
+        records.append({k: v for k, v in record.items() if v or k not in ("format", "left_out", "skipped")})
+    ids, learned = zip(*_interleaved(parts), strict=True)
+    np.save(context.out / TOKENS, np.stack(ids))
+    (context.out / "tokens.json").write_text(json.dumps(records, indent=1) + "\n")
+    return np.stack(learned)
 
 
 def table(context: Context, files: Files, columns: Sequence[str]) -> Any:
@@ -143,10 +136,7 @@ def edges(tokenizer: Any, *, bos: bool, eos: bool) -> tuple[list[int], list[int]
 
 def reader(name: str) -> str:
     """The reader of `datasets` for this file. Raises ValueError if none can read it."""
-    stem = name
-    for packed in (".gz", ".zst", ".xz", ".bz2"):
-        stem = stem.removesuffix(packed)
-    ending = os.path.splitext(stem)[1]
+    ending = next((s for s in reversed(Path(name).suffixes) if s not in PACKED), "")
     if ending not in READERS:
         raise ValueError(f"{name} is no text that can be read; known endings: {', '.join(READERS)}")
     return READERS[ending]

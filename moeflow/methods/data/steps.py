@@ -5,13 +5,15 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 
-from moeflow.methods.data.conversations import LeftOut, encoded, segments_of
-from moeflow.methods.data.packing import Files, Piece, Portion, Reading, edges, fill, named, reader, table, words
+from moeflow.methods.data.conversations import LeftOut, encoded, segments_of, tokenized
+from moeflow.methods.data.packing import Files, Piece, Portion, edges, fill, named, reader, table, words
 from moeflow.methods.graph import LEARNED, TOKENS, Model, Sample
+from moeflow.methods.rewrite import link_all
 from moeflow.model.layout import read_config
 from moeflow.model.spec import RestSpec, TokensSpec
 from moeflow.options import check_choices
@@ -59,8 +61,8 @@ def tokens(texts: Texts, model: Model, sample: Sample) -> Step:
     if texts.is_tokens:
         (entry,) = texts.entries()
         return matrix(entry.source.file(entry.source.files[0].name), shape=_npy_shape(entry.source))
-    files, mix = gathered(texts, model)
-    return sample_tokens(model.essential, model.texts, files, mix=mix, sample=sample)
+    fetched, mix = _fetched(texts, model)
+    return sample_tokens(model.essential, model.texts, fetched, mix=mix, sample=sample)
 
 
 def examples(texts: Texts, model: Model, sample: Examples) -> Step:
@@ -75,14 +77,32 @@ def examples(texts: Texts, model: Model, sample: Examples) -> Step:
         if sample.format in ("instruction", "chat"):
             raise ValueError(f"format={sample.format!r} needs text, and a ready-made matrix of tokens is none; leave format away")
         return tokens(texts, model, sample)
-    files, mix = gathered(texts, model, chat=sample.format != "text")
-    mix = tuple(_with_format(part, entry, sample.format) for part, entry in zip(mix, texts.entries(), strict=True))
-    return sample_examples(model.essential, model.texts, files, mix=mix, sample=replace(sample, format="auto"))
+    fetched, mix = _fetched(texts, model, sample.format)
+    return sample_examples(model.essential, model.texts, fetched, mix=mix, sample=replace(sample, format="auto"))
 
 
-def _with_format(part: Portion, entry: TextEntry, format: str) -> Portion:
-    """The portion with explicit format and columns."""
+def _fetched(texts: Texts, model: Model, format: str = "") -> tuple[tuple[Step, ...], tuple[Portion, ...]]:
+    """For each text the step that has its files, and its portion of the mixture; `format` is one of `Examples`, or none.
+
+    Raises ValueError if the model has no tokenizer, if no reader knows a file, and if conversations would be read as plain text.
+    """
+    if not model.has_tokenizer:
+        raise ValueError("the model has no tokenizer, so text cannot become tokens; pass a ready-made matrix (tokens=FILE.npy)")
+    entries = texts.entries()
+    total = sum(e.weight for e in entries)
+    for entry in entries:
+        for file in entry.source.files:
+            reader(file.name)  # refuses files that no reader knows
+        if entry.format == "chat" and format in ("", "text"):
+            raise ValueError(f"{entry.source.uri} holds conversations, not text; name a column of text (URI#column)")
+    return tuple(_whole(e.source) for e in entries), tuple(_portion(e, e.weight / total, format) for e in entries)
+
+
+def _portion(entry: TextEntry, weight: float, format: str) -> Portion:
+    """A text's portion; with a format, "auto" and absent columns are replaced by what they stand for."""
     columns = entry.columns
+    if not format:
+        return Portion(weight, columns)
     if format == "auto":
         by_columns = "chat" if len(columns) == 1 and columns[0] in MESSAGES else "instruction" if columns[1:] else "text"
         format = entry.format or by_columns
@@ -91,35 +111,31 @@ def _with_format(part: Portion, entry: TextEntry, format: str) -> Portion:
             f"{entry.source.uri}: an instruction needs the column of a prompt and that of the response, but it names "
             f"{', '.join(columns) or 'none'}; write URI#query+response"
         )
-    return replace(part, format=format, columns=columns or (MESSAGES[0] if format == "chat" else "text",))
+    return Portion(weight, columns or (MESSAGES[0] if format == "chat" else "text",), format)
 
 
-def gathered(texts: Texts, model: Model, *, chat: bool = False) -> tuple[tuple[Step, ...], tuple[Portion, ...]]:
-    """The steps that fetch the texts, and each text's portion of the mixture.
-
-    Raises ValueError if the model has no tokenizer, if no reader knows a file, and if a text holds conversations without `chat`.
-    """
-    if not model.has_tokenizer:
-        raise ValueError("the model has no tokenizer, so text cannot become tokens; pass a ready-made matrix (tokens=FILE.npy)")
-    entries = texts.entries()
-    total = sum(e.weight for e in entries)
-    if total <= 0:
-        raise ValueError("the weights of the texts must sum to more than 0")
-    for entry in entries:
-        for file in entry.source.files:
-            reader(file.name)  # refuses files that no reader knows
-        if entry.format == "chat" and not chat:
-            raise ValueError(f"{entry.source.uri} holds conversations, not text; name a column of text (URI#column)")
-    parts = [_fetched(e.source) for e in entries]
-    mix = tuple(Portion(e.weight / total, len(steps), e.columns) for e, steps in zip(entries, parts, strict=True))
-    return tuple(s for steps in parts for s in steps), mix
-
-
-def _fetched(source: Source) -> list[Step]:
-    """The steps that fetch a text: one per large file, so that its download can resume, and one for all small files."""
+def _whole(source: Source) -> Step:
+    """The step with all files of a text: each large file is fetched by its own step, so that its download can resume."""
     large = [f.name for f in source.files if f.size > LARGE]
     small = [f.name for f in source.files if f.size <= LARGE]
-    return [source.file(name) for name in large] + ([source.group(small)] if small else [])
+    parts = [source.file(name) for name in large] + ([source.group(small)] if small else [])
+    return parts[0] if len(parts) == 1 else text(tuple(parts))
+
+
+def _text_spec(parts: tuple[Any, ...]) -> Spec:
+    return Spec({"files": {name: size for part in parts for name, size in part["files"].items()}})
+
+
+@step("data.text", version=1, spec=_text_spec)
+def text(context: Context, parts: tuple[Artifact, ...]) -> None:
+    """All files of one text, fetched by several steps, in one folder; no bytes are moved."""
+    for part in parts:
+        link_all(context, part)
+
+
+def _files(text: Artifact) -> Files:
+    """The files of a text in the order in which they are read: large ones first, then the small ones, each by name."""
+    return [(name, text.file(name)) for name in sorted(text.names(), key=lambda name: (text.size(name) <= LARGE, name))]
 
 
 def _npy_shape(source: Source) -> list[int]:
@@ -176,25 +192,16 @@ def sample_tokens(
     tokenizer = tokenizer_in(context, config, tokenizer_from)
     first, last = edges(tokenizer, bos=sample.bos, eos=sample.eos)
 
-    def pieces(files: Files, columns: Sequence[str]) -> Iterator[list[Piece]]:
-        for row in table(context, files, columns).shuffle(seed=sample.seed):
-            text = " ".join(words(v, c, named(files)) for c, v in row.items() if v is not None)
-            ids = [*first, *tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], *last]
+    def documents(files: Files, part: Portion, left_out: Counter[str]) -> Iterator[list[Piece]]:
+        for row in table(context, files, part.columns or ("text",)).shuffle(seed=sample.seed):
+            document = " ".join(words(v, c, named(files)) for c, v in row.items() if v is not None)
+            ids = [*first, *tokenized(tokenizer, document), *last]
             yield [(ids, [1] * len(ids))]
 
-    def read(files: Files, part: Portion) -> Reading:
-        return Reading(pieces(files, part.columns or ("text",)))
-
-    tokens_NL, _, record = fill(context, texts, mix, read, sample)
-    np.save(context.out / TOKENS, tokens_NL)
-    (context.out / "tokens.json").write_text(json.dumps(record, indent=1) + "\n")
+    fill(context, [_files(t) for t in texts], mix, documents, sample)
 
 
-def _examples_spec(rest: RestSpec, tokenizer: Any, texts: tuple[Any, ...], *, mix: Sequence[Portion], sample: Examples) -> Spec:
-    return _rows_spec(rest, tokenizer, texts, mix=mix, sample=sample, masked=True)
-
-
-@step("data.examples", version=1, spec=_examples_spec)
+@step("data.examples", version=1, spec=partial(_rows_spec, masked=True))
 def sample_examples(
     context: Context, config: Artifact, tokenizer_from: Artifact, texts: tuple[Artifact, ...],
     *, mix: tuple[Portion, ...], sample: Examples,
@@ -214,7 +221,7 @@ def sample_examples(
         )
     first, last = edges(tokenizer, bos=sample.bos, eos=sample.eos) if formats - {"chat"} else ([], [])
 
-    def pieces(files: Files, part: Portion, left_out: Counter[str]) -> Iterator[list[Piece]]:
+    def documents(files: Files, part: Portion, left_out: Counter[str]) -> Iterator[list[Piece]]:
         dataset = table(context, files, part.columns)
         for turn in range(sample.sequences * sample.length if sample.repeat else 1):  # every turn yields at least one token
             used = 0
@@ -234,15 +241,8 @@ def sample_examples(
             return ids, learned
         return [*first, *ids, *last], [int(format == "text")] * len(first) + learned + [1] * len(last)
 
-    def read(files: Files, part: Portion) -> Reading:
-        left_out: Counter[str] = Counter()
-        return Reading(pieces(files, part, left_out), left_out)
-
     otherwise = "give more text, fewer sequences or another weight, or read it again (repeat=True)"
-    tokens_NL, learned_NL, record = fill(context, texts, mix, read, sample, otherwise)
-    np.save(context.out / TOKENS, tokens_NL)
-    np.save(context.out / LEARNED, learned_NL)
-    (context.out / "tokens.json").write_text(json.dumps(record, indent=1) + "\n")
+    np.save(context.out / LEARNED, fill(context, [_files(t) for t in texts], mix, documents, sample, otherwise))
 
 
 def tokenizer_in(context: Context, config: Artifact, files: Artifact) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor
 from moeflow.arch import MATRICES, Config, Family
 from moeflow.methods.decompose.lowrank import components, energies, vanilla
 from moeflow.methods.decompose.options import Decomposition
-from moeflow.methods.decompose.ranks import Spectra, check_rank
+from moeflow.methods.decompose.ranks import Spectra
 from moeflow.methods.moments import Moments, layer_moments
 from moeflow.methods.rare import treatments
 from moeflow.methods.recorded import layer_of, routed_tokens
@@ -25,32 +25,31 @@ from moeflow.step import Context
 
 @torch.inference_mode()
 def spectra(
-    context: Context, config: Config, given: Files, seen: Sequence[Files], how: Decomposition, *, layer: int, dtype: str
+    context: Context, config: Config, before: Files, observed: Sequence[Files], how: Decomposition, *, layer: int, dtype: str
 ) -> Spectra:
     """The energies of every matrix's components, and what else a budget of ranks needs.
 
     An expert with too few tokens gets the spectrum of its weights, scaled to the energy per token of the layer's other experts; an
     expert without tokens costs nothing.
     """
-    tensors = Tensors(given)
+    tensors = Tensors(before)
     moe = layer_of(tensors, config, layer, dtype)
-    tokens = routed_tokens(moe, seen)
+    tokens = routed_tokens(moe, observed)
     treated = treatments(tokens, how.least, how.rare, method="whitened", by_weights="vanilla")
-    each: dict[str, list[Tensor | None]] = {m: [None] * moe.num_experts for m in MATRICES}
-    for expert, moments in _moments(moe, seen, how.weighted):
+    each: dict[str, dict[int, Tensor]] = {m: {} for m in MATRICES}
+    for expert, moments in _moments(moe, observed, how.weighted):
         if treated[expert] == "whitened":
             for m, w in zip(MATRICES, _matrices(moe.experts[expert]), strict=True):
-                moment: dict[str, Any] = moments.of(m)
-                each[m][expert] = energies(w, shrink=how.shrink, **moment).cpu()
+                moment: dict[str, Any] = moments[m]
+                each[m][expert] = components(w, shrink=how.shrink, **moment).energy_K.cpu()
         context.progress(expert + 1, moe.num_experts, "experts")
     result = {}
-    for at, (m, spectra_E) in enumerate(each.items()):
-        known = [e for e, t in enumerate(spectra_E) if t is not None]
-        per_token = sum(float(t.sum()) for t in spectra_E if t is not None) / max(1, sum(tokens[e] for e in known))
-        for e in (e for e, t in enumerate(spectra_E) if t is None):
+    for at, (m, by_expert) in enumerate(each.items()):
+        per_token = sum(float(energy_K.sum()) for energy_K in by_expert.values()) / max(1, sum(tokens[e] for e in by_expert))
+        for e in set(range(moe.num_experts)) - set(by_expert):
             plain_K = energies(_matrices(moe.experts[e])[at]).cpu()
-            spectra_E[e] = plain_K * (per_token * tokens[e] / max(float(plain_K.sum()), 1e-30))
-        result[m] = torch.stack([t for t in spectra_E if t is not None]).numpy()
+            by_expert[e] = plain_K * (per_token * tokens[e] / max(float(plain_K.sum()), 1e-30))
+        result[m] = torch.stack([by_expert[e] for e in range(moe.num_experts)]).numpy()
     rows, columns = _matrices(moe.experts[0])[0].shape
     itemsize = tensors[Family.of(config).expert(layer, 0)[0]].element_size()
     whole_E = np.array([int(t == "keep") for t in treated])
@@ -59,29 +58,28 @@ def spectra(
 
 @torch.inference_mode()
 def rewrite(
-    context: Context, config: Config, given: Files, seen: Sequence[Files], how: Decomposition,
+    context: Context, config: Config, before: Files, observed: Sequence[Files], how: Decomposition,
     *, layer: int, ranks: Mapping[str, Any], dtype: str,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Write the layer's file with factors in place of matrices, and return for every expert what was done.
 
-    `ranks`: per matrix one rank, or one for each expert; 0 leaves it whole. Raises ValueError for a rank above break-even.
+    `ranks`: per matrix one rank, or one for each expert; 0 leaves it whole.
     """
-    family, tensors = Family.of(config), Tensors(given)
+    family, tensors = Family.of(config), Tensors(before)
     moe = layer_of(tensors, config, layer, dtype)
-    tokens = routed_tokens(moe, seen)
+    tokens = routed_tokens(moe, observed)
     treated = treatments(tokens, how.least, how.rare, method=how.svd, by_weights="vanilla")
     by_expert = [{m: int(r[e] if isinstance(r := ranks.get(m, 0), list) else r) for m in MATRICES} for e in range(moe.num_experts)]
     result = dict(tensors)
     report = []
     needed = how.svd == "whitened" and any(any(r.values()) for r in by_expert)
-    statistics = _moments(moe, seen, how.weighted) if needed else ((e, None) for e in range(moe.num_experts))
+    statistics = _moments(moe, observed, how.weighted) if needed else ((e, None) for e in range(moe.num_experts))
     for expert, moments in statistics:
         wanted = by_expert[expert] if treated[expert] != "keep" else dict.fromkeys(MATRICES, 0)
         entry: dict[str, Any] = {"expert": expert, "tokens": tokens[expert], "ranks": wanted, "lost": {}}
         for m, name, w in zip(MATRICES, family.expert(layer, expert), _matrices(moe.experts[expert]), strict=True):
             if not wanted[m]:
                 continue
-            check_rank(wanted[m], *w.shape, force=how.force)
             cut, entry["lost"][m] = _cut(w, wanted[m], moments if treated[expert] == "whitened" else None, m, how.shrink)
             stored = result.pop(name).dtype
             for factor, tensor in zip(family.factors(name), (cut.out_MR, cut.in_RN), strict=True):
@@ -102,19 +100,18 @@ def _cut(w_MN: Tensor, rank: int, moments: Moments | None, matrix: str, shrink: 
     if moments is None:
         cut = vanilla(w_MN, rank)
         return cut, float((w_MN - cut.whole()).square().sum() / w_MN.square().sum().clamp(min=1e-30))
-    moment: dict[str, Any] = moments.of(matrix)
-    found = components(w_MN, rank=rank, shrink=shrink, **moment)
-    total = float(found.energy_K.sum())
-    return found.truncated(rank), float(found.error(rank)) ** 2 / total if total else 0.0
+    moment: dict[str, Any] = moments[matrix]
+    parts = components(w_MN, rank=rank, shrink=shrink, **moment)
+    total = float(parts.energy_K.sum())
+    return parts.truncated(rank), float(parts.error(rank)) ** 2 / total if total else 0.0
 
 
-def _moments(moe: MoELayer, seen: Sequence[Files], weighted: bool) -> Iterator[tuple[int, Moments]]:
+def _moments(moe: MoELayer, observed: Sequence[Files], weighted: bool) -> Iterator[tuple[int, Moments]]:
     """The second moments of each expert in turn, over the tokens that all shards recorded."""
-    shards = [Tensors(s)["x_RD"].to(moe.router_ED.device, moe.router_ED.dtype) for s in seen]
+    shards = [Tensors(shard)["x_RD"].to(moe.router_ED.device, moe.router_ED.dtype) for shard in observed]
     yield from enumerate(layer_moments(moe, torch.cat(shards), weighted=weighted))
 
 
-def _matrices(expert: MLP) -> tuple[Tensor, Tensor, Tensor]:
-    gate, up, down = expert.gate_FD, expert.up_FD, expert.down_DF
-    assert isinstance(gate, Tensor) and isinstance(up, Tensor) and isinstance(down, Tensor)
-    return gate, up, down
+def _matrices(expert: MLP) -> list[Tensor]:
+    """gate, up and down of an expert that is not low-rank yet."""
+    return [matrix for matrix in expert.matrices if isinstance(matrix, Tensor)]

@@ -13,13 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moeflow.methods.moments import COLUMNS_AT_ONCE, check_moment, check_weight
 from moeflow.model.moe import LowRank
 
 NOISE = 1e-4
 """If an eigenvalue at the cut is a smaller part of the largest, fp32 cannot tell it from its neighbours, and fp64 is used."""
-
-BLOCK = 512
-"""How many columns of a symmetric matrix are processed at once."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +45,6 @@ class Components:
         """The root of the summed squared change of the outputs at this rank, fp64: the root of the discarded energies' sum."""
         return self.energy_K[..., rank:].sum(-1).sqrt()
 
-    def __getitem__(self, index: int) -> "Components":
-        """The components of one matrix of the batch."""
-        frame = None if self.frame_MK is None else self.frame_MK[index]
-        return Components(self.energy_K[index], self.basis_KK[index], self.core_KN[index], frame, self.dtype)
-
 
 @torch.no_grad()
 def components(
@@ -67,20 +60,15 @@ def components(
     Works on the smaller side (if M > N, on the R of W = Q R), in fp32 or the matrix's own precision if higher, and again in fp64 if
     fp32 cannot resolve the cut at `rank` (by default break-even). `shrink` adds that part of the moment's weight, spread evenly
     over all directions as if inputs were white; this helps experts with few tokens. A negative eigenvalue within rounding counts as
-    zero. Raises ValueError if a moment does not fit the matrix, is not finite, not symmetric or zero, or has a negative direction
-    that the matrix sees.
+    zero. Raises ValueError for a bad moment (`check_moment`), and for one with a negative direction that the matrix sees.
     """
-    if (input_moment_NN is None) == (output_moment_MM is None):
-        raise ValueError("give either input_moment_NN or output_moment_MM; without tokens there is vanilla()")
-    if shrink < 0:
-        raise ValueError(f"shrink={shrink} is negative; 0 trusts the moment, 1 mixes in as much of white inputs")
     rows, columns = w_MN.shape[-2:]
     moment, name, side = (
         (input_moment_NN, "input_moment_NN", columns) if output_moment_MM is None else (output_moment_MM, "output_moment_MM", rows)
     )
-    assert moment is not None
-    _check_finite(w_MN)
-    _check_moment(moment, name, (*w_MN.shape[:-2], side, side))
+    assert moment is not None, "give the moment of the inputs or that of the outputs; without tokens there is vanilla()"
+    check_weight(w_MN)
+    check_moment(moment, (*w_MN.shape[:-2], side, side), name, "vanilla")
     cut = rank or int(rows * columns / (rows + columns))
 
     def gram(core_KN: Tensor, frame_MK: Tensor | None, moment: Tensor) -> Tensor:
@@ -110,20 +98,6 @@ def components(
     return Components(value_K.double().flip(-1).clamp(min=0), basis_KK.flip(-1), core_KN, frame_MK, w_MN.dtype)
 
 
-def whitened(
-    w_MN: Tensor,
-    rank: int,
-    *,
-    input_moment_NN: Tensor | None = None,
-    output_moment_MM: Tensor | None = None,
-    shrink: float = 0.0,
-) -> LowRank:
-    """The matrix of this rank whose outputs differ least, in summed squares, over the moment's tokens; see `components`."""
-    _check_range(rank, min(w_MN.shape[-2:]))
-    found = components(w_MN, input_moment_NN=input_moment_NN, output_moment_MM=output_moment_MM, shrink=shrink, rank=rank)
-    return found.truncated(rank)
-
-
 @torch.no_grad()
 def vanilla(w_MN: Tensor, rank: int) -> LowRank:
     """The truncated singular value decomposition (Yang et al., MoE-I2, EMNLP Findings 2024), by the smaller Gram matrix in fp64."""
@@ -131,33 +105,25 @@ def vanilla(w_MN: Tensor, rank: int) -> LowRank:
     if w_MN.shape[-2] > w_MN.shape[-1]:
         flipped = vanilla(w_MN.mT, rank)
         return LowRank(flipped.in_RN.mT.contiguous(), flipped.out_MR.mT.contiguous())
-    _check_finite(w_MN)
+    check_weight(w_MN)
     wide_MN = w_MN.double()
     out_MR = torch.linalg.eigh(wide_MN @ wide_MN.mT)[1].flip(-1)[..., :rank]
     return _balanced(out_MR, out_MR.mT @ wide_MN, w_MN.dtype)
 
 
 @torch.no_grad()
-def energies(
-    w_MN: Tensor,
-    *,
-    input_moment_NN: Tensor | None = None,
-    output_moment_MM: Tensor | None = None,
-    shrink: float = 0.0,
-) -> Tensor:
-    """The squared singular values, descending, fp64 [K]: those that `components` cuts or, without a moment, the matrix's own."""
-    if input_moment_NN is not None or output_moment_MM is not None:
-        return components(w_MN, input_moment_NN=input_moment_NN, output_moment_MM=output_moment_MM, shrink=shrink).energy_K
+def energies(w_MN: Tensor) -> Tensor:
+    """The squared singular values of a matrix, descending, fp64 [K]."""
     core_KL = (w_MN if w_MN.shape[-2] <= w_MN.shape[-1] else w_MN.mT).double()
     return torch.linalg.eigvalsh(core_KL @ core_KL.mT).flip(-1).clamp(min=0)
 
 
 def _sandwich(a_KN: Tensor, s_NN: Tensor) -> Tensor:
-    """A S A' for a symmetric S: the blocks below the diagonal and half of those on it, plus the transpose of that sum."""
+    """A S A' for a symmetric S: the tiles below the diagonal and half of those on it, plus the transpose of that sum."""
     half_KK = a_KN.new_zeros(*a_KN.shape[:-1], a_KN.shape[-2])
-    for at in range(0, a_KN.shape[-1], BLOCK):
-        now = slice(at, at + BLOCK)
-        left_Kn = a_KN[..., now] @ s_NN[..., now, now] / 2 + a_KN[..., at + BLOCK :] @ s_NN[..., at + BLOCK :, now]
+    for at in range(0, a_KN.shape[-1], COLUMNS_AT_ONCE):
+        now, behind = slice(at, at + COLUMNS_AT_ONCE), slice(at + COLUMNS_AT_ONCE, None)
+        left_Kn = a_KN[..., now] @ s_NN[..., now, now] / 2 + a_KN[..., behind] @ s_NN[..., behind, now]
         half_KK += left_Kn @ a_KN[..., now].mT
     return half_KK + half_KK.mT
 
@@ -165,17 +131,15 @@ def _sandwich(a_KN: Tensor, s_NN: Tensor) -> Tensor:
 def _in_fp64_where_needed(
     solve: Callable[[Tensor, Tensor], tuple[Tensor, ...]], w_MN: Tensor, moment: Tensor, dtype: torch.dtype, cut: int
 ) -> tuple[Tensor, ...]:
-    found = solve(w_MN.to(dtype), moment.to(dtype))
-    value_K = found[0]
+    solved = solve(w_MN.to(dtype), moment.to(dtype))
     if dtype == torch.float64 or cut >= min(w_MN.shape[-2:]):
-        return found
+        return solved
+    value_K = solved[0]
     steep = value_K[..., -cut - 1] < NOISE * value_K[..., -1]
-    if not steep.any():
-        return found
-    again = solve(w_MN[steep].double(), moment[steep].double())
-    for old, new in zip(found, again, strict=True):
-        old[steep] = new.to(dtype)
-    return found
+    if steep.any():
+        for old, new in zip(solved, solve(w_MN[steep].double(), moment[steep].double()), strict=True):
+            old[steep] = new.to(dtype)
+    return solved
 
 
 def _balanced(out_MR: Tensor, in_RN: Tensor, dtype: torch.dtype) -> LowRank:
@@ -190,47 +154,15 @@ def _trace(x_NN: Tensor) -> Tensor:
     return x_NN.diagonal(dim1=-2, dim2=-1).sum(-1)
 
 
-def _largest(x_NN: Tensor) -> Tensor:
-    """The largest absolute element, without a copy of the matrix."""
-    return torch.maximum(x_NN.amax((-2, -1)), -x_NN.amin((-2, -1)))
-
-
-def _which(bad: Tensor) -> str:
-    """The matrices of a batch that are bad, as the end of a message's subject."""
-    return "" if bad.dim() == 0 else f" of matrix {', '.join(str(i) for i in bad.nonzero().squeeze(-1).tolist())}"
-
-
 def _check_range(rank: int, most: int) -> None:
     if not 1 <= rank <= most:
         raise ValueError(f"rank={rank} must lie between 1 and the smaller side of the matrix, {most}")
 
 
-def _check_finite(w_MN: Tensor) -> None:
-    if (bad := ~_largest(w_MN).isfinite()).any():
-        raise ValueError(f"the weight{_which(bad)} is not finite; the checkpoint is damaged")
-
-
-def _check_moment(moment: Tensor, name: str, shape: tuple[int, ...]) -> None:
-    if tuple(moment.shape) != shape:
-        raise ValueError(f"{name} has shape {tuple(moment.shape)}, the matrix asks for {shape}")
-    diagonal = moment.diagonal(dim1=-2, dim2=-1)
-    largest = _largest(moment)
-    if (bad := ~largest.isfinite()).any():
-        raise ValueError(f"{name}{_which(bad)} is not finite; look for overflow in the activations of its tokens")
-    if (bad := largest == 0).any():
-        raise ValueError(f"{name}{_which(bad)} is zero: no tokens were seen; take vanilla() or keep the matrix whole")
-    starts = range(0, moment.shape[-1], BLOCK)
-    apart = [_largest(moment[..., i : i + BLOCK, i:] - moment[..., i:, i : i + BLOCK].mT) for i in starts]
-    if (bad := torch.stack(apart).amax(0) > 1e-4 * largest).any():
-        raise ValueError(f"{name}{_which(bad)} is not symmetric; a second moment is the sum of x x'")
-    if (bad := diagonal.amin(-1) < -1e-6 * largest).any():
-        raise ValueError(f"{name}{_which(bad)} has a negative diagonal, which no second moment has; compute it again")
-
-
 def _check_positive(value_K: Tensor, name: str, tolerance: float) -> None:
-    if (bad := value_K.amin(-1) < -tolerance * value_K.amax(-1)).any():
+    if (value_K.amin(-1) < -tolerance * value_K.amax(-1)).any():
         low = float((value_K.amin(-1) / value_K.amax(-1)).min())
         raise ValueError(
-            f"{name}{_which(bad)} is not positive semidefinite: an eigenvalue is {low:.2g} of the largest, rounding explains "
+            f"{name} is not positive semidefinite: an eigenvalue is {low:.2g} of the largest, rounding explains "
             f"{-tolerance:g}; compute it again in fp64"
         )

@@ -4,10 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moeflow.methods.rare import Rare, check_least
-from moeflow.options import check_choices, only
-
-MEASURED = 16_384
-"""Tokens on which alternatives are measured through the whole model; each alternative of each layer keeps their hidden states."""
+from moeflow.options import check_at_least, check_choices, only
 
 
 @dataclass(frozen=True)
@@ -45,30 +42,24 @@ class Decomposition:
     """The part of white inputs that is mixed into the tokens' statistics, from 0 to 1."""
     force: bool = False
     """Allow a rank above break-even."""
-    measured: int = MEASURED
-    """Approximate number of tokens measured through the whole model, for ranks=global and importance=lm_loss."""
+    measured: int = 16_384
+    """Approximate number of tokens measured through the whole model, for ranks=global and importance=lm_loss; for each alternative
+    of each layer their hidden states are kept."""
 
     def __post_init__(self) -> None:
         check_choices(self)
         check_least(self.least)
-        if self.multiple < 1 or self.r_max < 0:
-            raise ValueError(f"multiple={self.multiple} must be at least 1, and r_max={self.r_max} at least 0")
+        check_at_least(self, multiple=1, r_max=0, r_min=1, measured=1, alpha=0, rank=0)
         if not 0 <= self.shrink <= 1:
             raise ValueError(f"shrink={self.shrink} must lie between 0, trusting the tokens alone, and 1")
-        if min(self.r_min, self.measured) < 1:
-            raise ValueError(f"r_min={self.r_min} and measured={self.measured} tokens must be at least 1")
-        if self.alpha < 0:
-            raise ValueError(f"alpha={self.alpha} must be at least 0, where all ranks are the same")
         if self.ratio and self.ranks == "global" and self.svd == "vanilla":
             raise ValueError("ranks='global' goes by what whitening loses; with svd='vanilla' take ranks='paper' or 'uniform'")
         if self.ratio and self.ranks == "uniform" and self.rare == "keep":
             raise ValueError(
                 "rare='keep' lets the others pay, by ranks that a run decides; take ranks='global', or 'paper' with alpha=0"
             )
-        if self.rank < 0 or (self.rank and self.ratio):
-            raise ValueError(
-                f"rank={self.rank} must be at least 0, and stands in the place of ratio={self.ratio}; give one of them"
-            )
+        if self.rank and self.ratio:
+            raise ValueError(f"rank={self.rank} stands in the place of ratio={self.ratio}; give one of them")
 
     @property
     def of_spectra(self) -> "Decomposition":

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import ClassVar, Self
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 from moeflow.arch import MATRICES
@@ -23,6 +23,9 @@ from moeflow.step import Artifact
 
 PARTS = {"gate_up": ("gate", "up"), "down": ("down",)}
 """The parts of an expert whose matrices are whole or factored together, and measured together."""
+
+EPSILON = 1e-12
+"""What MoE-I2's formula adds to an importance, so that none is zero."""
 
 
 def break_even(rows: int, columns: int) -> float:
@@ -50,36 +53,26 @@ def check_rank(rank: int, rows: int, columns: int, *, force: bool = False) -> No
         )
 
 
-def paper_ranks(
-    importance: Sequence[float],
-    average: float,
-    *,
-    alpha: float = 0.15,
-    epsilon: float = 1e-12,
-    r_min: int = 1,
-    r_max: int,
-    multiple: int = 1,
-) -> list[int]:
-    """The ranks of a layer's experts by importance I: (I + epsilon)^alpha over its sum, times the sum of ranks (MoE-I2, 2024).
+def paper_ranks(importance: Sequence[float], average: float, most: int, how: Decomposition) -> list[int]:
+    """The ranks of a layer's experts by importance I: (I + EPSILON)^alpha over its sum, times the sum of ranks (MoE-I2, 2024).
 
     The ranks sum exactly to `average` times the number of experts, rounded down to the multiple. The experts that are not clipped
-    to [r_min, r_max] share in proportion what clipping takes or gives; what rounding down leaves goes to the largest remainders. A
+    to [r_min, `most`] share in proportion what clipping takes or gives; what rounding down leaves goes to the largest remainders. A
     negative importance counts as zero. Raises ValueError if the sum cannot be reached.
     """
     if not all(isfinite(i) for i in importance):
         raise ValueError(f"importance {list(importance)} must be finite; the calibration overflowed")
-    if multiple < 1 or r_min < 1 or epsilon <= 0:
-        raise ValueError(f"r_min={r_min} and multiple={multiple} must be at least 1, and epsilon={epsilon} above 0")
-    low, high, count = -(-r_min // multiple), r_max // multiple, len(importance)
+    multiple, count = how.multiple, len(importance)
+    low, high = -(-how.r_min // multiple), most // multiple
     # an average that is a simple fraction must not lose a rank to rounding
     total = floor(Fraction(average).limit_denominator(10**9) * count / multiple)
     if not low * count <= total <= high * count or low > high:
         nearest = min(max(total, low * count), high * count) / count * multiple
         way_out = f"the nearest is {nearest:.6g}" if low <= high else "there is none"
         raise ValueError(
-            f"average rank {average:.6g} cannot be had with ranks from {r_min} to {r_max} in multiples of {multiple}; {way_out}"
+            f"average rank {average:.6g} cannot be had with ranks from {how.r_min} to {most} in multiples of {multiple}; {way_out}"
         )
-    share = (np.maximum(np.asarray(importance, dtype=np.float64), 0.0) + epsilon) ** alpha
+    share = (np.maximum(np.asarray(importance, dtype=np.float64), 0.0) + EPSILON) ** how.alpha
     exact = _clipped_shares(share, total, low, high)
     ranks = np.floor(exact + 1e-9).astype(int)
     order = sorted(range(count), key=lambda e: (ranks[e] - exact[e], e))
@@ -93,10 +86,10 @@ def moved_rank(rows: int, columns: int) -> int:
     return max(1, int(break_even(rows, columns) * 2 / 3))
 
 
-def most_rank(r_max: int, rows: int, columns: int) -> int:
+def most_rank(rows: int, columns: int, how: Decomposition) -> int:
     """The largest rank that saves anything, or `r_max` if that is smaller."""
     even = int(break_even(rows, columns))
-    return min(r_max, even) if r_max else even
+    return min(how.r_max, even) if how.r_max else even
 
 
 def fewest_parameters(rows: int, columns: int, how: Decomposition) -> int:
@@ -120,10 +113,7 @@ def layer_ranks(of_layer: Importance, sides: tuple[int, int], how: Decomposition
             f"{sum(whole)} of the {len(whole)} experts of layer {of_layer.layer} saw fewer than {how.least} tokens and stay whole: "
             f"the others cannot make up for ratio={how.ratio}; the nearest is {nearest:.4f}, or calibrate on more tokens"
         )
-    average, r_max = left / max(1, len(cut)), most_rank(how.r_max, *sides)
-    ranks = iter(
-        paper_ranks(cut, average, alpha=how.alpha, r_min=how.r_min, r_max=r_max, multiple=how.multiple) if cut else ()
-    )  # fmt: skip
+    ranks = iter(paper_ranks(cut, left / len(cut), most_rank(*sides, how), how) if cut else ())
     return [0 if w else next(ranks) for w in whole]
 
 
@@ -164,76 +154,77 @@ def global_ranks(spectra: Mapping[int, Spectra], moved: Mapping[int, Mapping[str
     `moved`: per layer, how far the model's predictions move when its gate and up, or its down matrices, are cut; squared errors are
     weighted so that they add up to that movement. Raises ValueError if experts that stay whole leave too little for the others.
     """
-    items: list[list[Spectrum]] = []
-    owners: list[tuple[int, int, tuple[str, ...]]] = []
-    budget, total, fixed, least, itemsize, same = 1 - how.ratio, 0, 0, 0, 0, 0.0
-    ranks = {layer: {m: [0] * len(seen.tokens_E) for m in MATRICES} for layer, seen in spectra.items()}
-    for layer, seen in spectra.items():
-        rows, columns = seen.sides
-        itemsize, cut = seen.itemsize, moved_rank(rows, columns)
+    curves: list[NDArray[np.float64]] = []
+    owners: list[tuple[int, int, tuple[str, ...], list[tuple[int, ...]]]] = []
+    total, fixed, least, same = 0, 0, 0, 0.0
+    ranks = {layer: {m: [0] * len(of_layer.tokens_E) for m in MATRICES} for layer, of_layer in spectra.items()}
+    for layer, of_layer in spectra.items():
+        rows, columns = of_layer.sides
+        cut, average = moved_rank(rows, columns), int(average_rank(how.ratio, rows, columns)) // how.multiple * how.multiple
         for part, matrices in PARTS.items():
             # experts that stay whole were not cut when the movement was measured
-            lost = sum(float(seen.energies[m][seen.whole_E == 0, cut:].sum()) for m in matrices)
+            lost = sum(float(of_layer.energies[m][of_layer.whole_E == 0, cut:].sum()) for m in matrices)
             weight = max(moved[layer][part], 0.0) / max(lost, 1e-30)
-            for expert, whole in enumerate(seen.whole_E):
-                size = rows * columns * itemsize * len(matrices)
-                total += size
+            size = of_layer.itemsize * len(matrices)
+            for expert, whole in enumerate(of_layer.whole_E):
+                total += rows * columns * size
                 if whole:
-                    fixed += size
+                    fixed += rows * columns * size
                     continue
-                least += fewest_parameters(rows, columns, how) * itemsize * len(matrices)
-                shape = (rows, columns) if part == "gate_up" else (columns, rows)
-                items.append([Spectrum(*shape, seen.energies[m][expert], weight) for m in matrices])
-                owners.append((layer, expert, matrices))
-                average = int(average_rank(1 - budget, rows, columns)) // how.multiple * how.multiple
-                same += weight * sum(float(seen.energies[m][expert, average:].sum()) for m in matrices)
-    left = int(total * budget) - fixed
+                least += fewest_parameters(rows, columns, how) * size
+                energies = [of_layer.energies[m][expert] for m in matrices]
+                curve, options = choices(energies, weight, of_layer.sides, of_layer.itemsize, how)
+                curves.append(curve)
+                owners.append((layer, expert, matrices, options))
+                same += weight * sum(float(energy_K[average:].sum()) for energy_K in energies)
+    budget = int(total * (1 - how.ratio))
+    left = budget - fixed
     if left < least:
         raise ValueError(
-            f"experts that saw too few tokens stay whole and take {fixed:,} of {int(total * budget):,} bytes: too many for the "
-            f"others; the nearest ratio is {1 - (fixed + least) / total:.4f}, or calibrate on more tokens"
+            f"experts that saw too few tokens stay whole and take {fixed:,} of {budget:,} bytes: too many for the others; the "
+            f"nearest ratio is {1 - (fixed + least) / total:.4f}, or calibrate on more tokens"
         )
-    curves, options = choices(items, itemsize=itemsize, multiple=how.multiple, r_min=how.r_min, r_max=how.r_max or None)
-    chosen, cost = allocate_curves(curves, left), 0.0
-    for (layer, expert, matrices), curve, possible, option in zip(owners, curves, options, chosen, strict=True):
-        for matrix, rank in zip(matrices, possible[option], strict=True):
+    cost = 0.0
+    for (layer, expert, matrices, options), curve, option in zip(owners, curves, allocate_curves(curves, left), strict=True):
+        for matrix, rank in zip(matrices, options[option], strict=True):
             ranks[layer][matrix][expert] = rank
         cost += float(curve[option][1])
-    return Ranks("global", ranks, int(total * budget), exactly(curves, left), cost, same)
-
-
-@dataclass(frozen=True)
-class Spectrum:
-    """One matrix that may be cut: its shape, the squared error that each lost component adds, descending, and its weight."""
-
-    rows: int
-    columns: int
-    energies: ArrayLike
-    weight: float = 1.0
+    return Ranks("global", budget, exactly(curves, left), cost, same, ranks=ranks)
 
 
 def choices(
-    items: Sequence[Sequence[Spectrum]],
-    *,
-    itemsize: int = 2,
-    multiple: int = 1,
-    r_min: int = 1,
-    r_max: int | None = None,
-    whole: bool = True,
-    force: bool = False,
-) -> tuple[list[NDArray[np.float64]], list[list[tuple[int, ...]]]]:
-    """For each item, the curve of its options (bytes, weighted error) and the ranks of each option.
+    energies: Sequence[NDArray[np.float64]], weight: float, sides: tuple[int, int], itemsize: int, how: Decomposition
+) -> tuple[NDArray[np.float64], list[tuple[int, ...]]]:
+    """The curve of an item's options (bytes, weighted error), and the ranks of each option; the last leaves the item whole.
 
-    An item is one matrix, or several of one shape that are all whole or all factored, such as gate and up of an expert. Within an
-    item, components are added in the order of their gain.
-
-    Ranks are multiples of `multiple` from r_min to r_max, and at most break-even unless forced; `itemsize` is the bytes of a
-    weight; `whole` lets an item stay as it is. Raises ValueError if nothing is left to choose.
+    An item is one matrix, or several of one shape that are all whole or all factored, such as gate and up of an expert. `energies`
+    are the squared errors [K] that each lost component of a matrix adds. Components are added in the order of their gain. Ranks are
+    multiples of `multiple` from r_min to r_max, and at most break-even; `itemsize` is the bytes of a weight.
     """
-    if multiple < 1 or r_min < 1:
-        raise ValueError(f"r_min={r_min} and multiple={multiple} must be at least 1")
-    built = [_item(spectra, itemsize, multiple, r_min, r_max, whole, force) for spectra in items]
-    return [curve for curve, _ in built], [ranks for _, ranks in built]
+    rows, columns = sides
+    multiple, count = how.multiple, len(energies)
+    low, high = -(-how.r_min // multiple), most_rank(rows, columns, how) // multiple
+    sizes: list[int] = []
+    costs: list[float] = []
+    ranks: list[tuple[int, ...]] = []
+    if low <= high:
+        # error left after each number of steps, of `multiple` components; a step never gains more than the one before it
+        falling = [np.sort(energy_K)[::-1] * weight for energy_K in energies]
+        tails = [np.append(np.cumsum(e[::-1])[::-1], 0.0)[: high * multiple + 1 : multiple] for e in falling]
+        gains = sorted((-(t[n] - t[n + 1]), k, n) for k, t in enumerate(tails) for n in range(low, high))
+        now = [low] * count
+        cost, step = sum(float(t[low]) for t in tails), multiple * (rows + columns) * itemsize
+        for gain, k, _ in [(0.0, -1, 0), *gains]:
+            if k >= 0:
+                now[k] += 1
+                cost += gain
+            sizes.append(sum(now) * step)
+            costs.append(max(cost, 0.0))
+            ranks.append(tuple(n * multiple for n in now))
+    sizes.append(rows * columns * itemsize * count)
+    costs.append(0.0)
+    ranks.append((0,) * count)
+    return np.column_stack([np.asarray(sizes, dtype=np.float64), costs]), ranks
 
 
 def _clipped_shares(share: NDArray[np.float64], total: int, low: int, high: int) -> NDArray[np.float64]:
@@ -243,46 +234,3 @@ def _clipped_shares(share: NDArray[np.float64], total: int, low: int, high: int)
         factor = (below + above) / 2
         below, above = (factor, above) if np.clip(share * factor, low, high).sum() < total else (below, factor)
     return np.clip(share * above, low, high)
-
-
-def _item(
-    spectra: Sequence[Spectrum], itemsize: int, multiple: int, r_min: int, r_max: int | None, whole: bool, force: bool
-) -> tuple[NDArray[np.float64], list[tuple[int, ...]]]:
-    """The curve of an item's options, and the ranks of each option."""
-    rows, columns = spectra[0].rows, spectra[0].columns
-    if any((s.rows, s.columns) != (rows, columns) for s in spectra):
-        raise ValueError(f"matrices {[(s.rows, s.columns) for s in spectra]} of one item must have one shape; give them apart")
-    smaller = min(rows, columns)
-    top = min(smaller, smaller if r_max is None else r_max, smaller if force else rows * columns // (rows + columns))
-    low, high = -(-r_min // multiple), top // multiple
-    energies = []
-    for s in spectra:
-        energy = np.asarray(s.energies, dtype=np.float64)
-        if energy.shape != (smaller,) or not np.isfinite(energy).all() or (energy < 0).any() or s.weight < 0:
-            raise ValueError(f"a [{rows}, {columns}] matrix needs {smaller} finite energies and a weight, none negative")
-        energies.append(np.sort(energy)[::-1] * s.weight)
-    sizes: list[int] = []
-    costs: list[float] = []
-    ranks: list[tuple[int, ...]] = []
-    if low <= high:
-        # error left after each number of blocks of components; a block never gains more than the one before it
-        tails = [np.append(np.cumsum(e[::-1])[::-1], 0.0)[: high * multiple + 1 : multiple] for e in energies]
-        gains = sorted((-(t[b] - t[b + 1]), k, b) for k, t in enumerate(tails) for b in range(low, high))
-        now = [low] * len(spectra)
-        cost, block = sum(float(t[low]) for t in tails), multiple * (rows + columns) * itemsize
-        for gain, k, _ in [(0.0, -1, 0), *gains]:
-            if k >= 0:
-                now[k] += 1
-                cost += gain
-            sizes.append(sum(now) * block)
-            costs.append(max(cost, 0.0))
-            ranks.append(tuple(n * multiple for n in now))
-    if whole:
-        sizes.append(rows * columns * itemsize * len(spectra))
-        costs.append(0.0)
-        ranks.append((0,) * len(spectra))
-    if not ranks:
-        raise ValueError(
-            f"no rank from {r_min} to {top} is a multiple of {multiple}; lower the multiple or let matrices stay whole"
-        )
-    return np.column_stack([np.asarray(sizes, dtype=np.float64), costs]), ranks

@@ -26,34 +26,34 @@ from moeflow.model.spec import LayerSpec, ObservedSpec, RestSpec, TensorTable, e
 from moeflow.step import Artifact, Context, Spec, step
 
 
-def sides(given: LayerSpec) -> tuple[int, int]:
+def sides(before: LayerSpec) -> tuple[int, int]:
     """(expert width F, model width D) of a layer's experts. Raises ValueError if the experts are factored or slimmed already, or if
     the layer skips experts or has compressed ones."""
-    given.check_routing("decompose")
-    given.check_plain("decompose")
-    if given.slimmed_by or given.ranks_decided:
-        how = given.slimmed_by or "ranks decided by a run"
-        raise ValueError(f"layer {given.layer} is slimmed or decomposed already ({how}); decompose the model before")
-    name = Family.of(given.config).expert(given.layer, 0)[0]
-    if name not in given.tensors:
-        raise ValueError(f"{name} is not there: layer {given.layer} has no experts, or they are factored already")
-    rows, columns = given.tensors[name][1]
+    before.check_routing("decompose")
+    before.check_plain("decompose")
+    if before.slimmed_by or before.ranks_decided:
+        how = before.slimmed_by or "ranks decided by a run"
+        raise ValueError(f"layer {before.layer} is slimmed or decomposed already ({how}); decompose the model before")
+    name = Family.of(before.config).expert(before.layer, 0)[0]
+    if name not in before.tensors:
+        raise ValueError(f"{name} is not there: layer {before.layer} has no experts, or they are factored already")
+    rows, columns = before.tensors[name][1]
     return int(rows), int(columns)
 
 
-def _recorded_bytes(config: Any, seen: tuple[ObservedSpec, ...], dtype: str) -> int:
-    return sum(s.rows for s in seen) * int(config["hidden_size"]) * element_bytes(config, dtype)
+def _recorded_bytes(config: Any, observed: tuple[ObservedSpec, ...], dtype: str) -> int:
+    return sum(shard.rows for shard in observed) * int(config["hidden_size"]) * element_bytes(config, dtype)
 
 
 def _spectra_spec(
-    rest: RestSpec, given: LayerSpec, seen: tuple[ObservedSpec, ...], *, layer: int, how: Decomposition, dtype: str
+    rest: RestSpec, before: LayerSpec, observed: tuple[ObservedSpec, ...], *, layer: int, how: Decomposition, dtype: str
 ) -> Spec:
-    rows, columns = sides(given)
-    recorded = _recorded_bytes(rest.config, seen, dtype)
-    writes = 500 + given.experts * (3 * 8 * min(rows, columns) + 8)
-    out = {"layer": layer, "bytes": writes, "experts": given.experts, "sides": [rows, columns]}
-    memory = 4 * given.nbytes + 2 * recorded + (2 << 30)
-    return Spec(out, reads=given.headers + given.block_bytes + recorded, writes=writes, memory=memory)
+    rows, columns = sides(before)
+    recorded = _recorded_bytes(rest.config, observed, dtype)
+    writes = 500 + before.experts * (3 * 8 * min(rows, columns) + 8)
+    out = {"layer": layer, "bytes": writes, "experts": before.experts, "sides": [rows, columns]}
+    memory = 4 * before.nbytes + 2 * recorded + (2 << 30)
+    return Spec(out, reads=before.headers + before.block_bytes + recorded, writes=writes, memory=memory)
 
 
 @step("decompose.spectra", version=2, spec=_spectra_spec, gpus=1)
@@ -72,8 +72,7 @@ def spectra(
 
 def _paper_spec(importances: tuple[Any, ...], *, sides: dict[str, list[int]], how: Decomposition) -> Spec:
     for rows, columns in sides.values():
-        average, r_max = average_rank(how.ratio, rows, columns), most_rank(how.r_max, rows, columns)
-        paper_ranks([1.0], average, alpha=how.alpha, r_min=how.r_min, r_max=r_max, multiple=how.multiple)
+        paper_ranks([1.0], average_rank(how.ratio, rows, columns), most_rank(rows, columns, how), how)
     writes = 300 + 30 * sum(i["experts"] for i in importances)
     out = {"share": 1 - how.ratio, "multiple": how.multiple, "bytes": writes}
     return Spec(out, reads=sum(i["bytes"] for i in importances), writes=writes)
@@ -89,7 +88,7 @@ def by_importance(context: Context, importances: tuple[Artifact, ...], *, sides:
     for of_layer in map(Importance.read, importances):
         rows, columns = sides[str(of_layer.layer)]
         ranks[of_layer.layer] = dict.fromkeys(MATRICES, layer_ranks(of_layer, (rows, columns), how))
-    Ranks("paper", ranks).write(context.out)
+    Ranks("paper", ranks=ranks).write(context.out)
 
 
 def _global_spec(spectra: tuple[Any, ...], curves: Any, *, layers: list[int], how: Decomposition) -> Spec:
@@ -122,31 +121,27 @@ def by_spectra(context: Context, spectra: tuple[Artifact, ...], curves: Artifact
 
 
 def _layer_spec(
-    rest: RestSpec, given: LayerSpec, seen: tuple[ObservedSpec, ...], ranks: Any = None,
+    rest: RestSpec, before: LayerSpec, observed: tuple[ObservedSpec, ...], ranks: Any = None,
     *, layer: int, uniform: dict[str, int], how: Decomposition, dtype: str,
 ) -> Spec:  # fmt: skip
-    rows, columns = sides(given)
+    rows, columns = sides(before)
     for matrix, rank in uniform.items():
-        if matrix not in MATRICES:
-            raise ValueError(f"uniform={uniform} names {matrix!r}; the matrices are {', '.join(MATRICES)}")
         if rank:
             check_rank(rank, *((rows, columns) if matrix != "down" else (columns, rows)), force=how.force)
-    if bool(uniform.get("gate")) != bool(uniform.get("up")):
-        raise ValueError(f"uniform={uniform}: gate and up of an expert are both whole or both factored")
     if ranks:
-        out = replace(given, share=given.share * ranks["share"], ranks_decided=True, multiple=ranks["multiple"])
+        out = replace(before, share=before.share * ranks["share"], ranks_decided=True, multiple=ranks["multiple"])
     else:
-        out = replace(given, tensors=_cut(given, uniform))
-    recorded = _recorded_bytes(rest.config, seen, dtype)
-    memory = 4 * given.nbytes + 2 * recorded + (2 << 30)
-    return Spec(out, reads=given.nbytes + recorded, writes=out.nbytes + 200 + 90 * given.experts, memory=memory)
+        out = replace(before, tensors=_cut(before, uniform))
+    recorded = _recorded_bytes(rest.config, observed, dtype)
+    memory = 4 * before.nbytes + 2 * recorded + (2 << 30)
+    return Spec(out, reads=before.nbytes + recorded, writes=out.nbytes + 200 + 90 * before.experts, memory=memory)
 
 
-def _cut(given: LayerSpec, uniform: Mapping[str, int]) -> TensorTable:
+def _cut(before: LayerSpec, uniform: Mapping[str, int]) -> TensorTable:
     """A layer's tensors after each matrix of every expert is cut to its uniform rank."""
-    family, table = Family.of(given.config), dict(given.tensors)
-    for expert in range(given.experts):
-        for matrix, name in zip(MATRICES, family.expert(given.layer, expert), strict=True):
+    family, table = Family.of(before.config), dict(before.tensors)
+    for expert in range(before.experts):
+        for matrix, name in zip(MATRICES, family.expert(before.layer, expert), strict=True):
             if rank := uniform.get(matrix, 0):
                 dtype, (rows, columns) = table.pop(name)
                 out, inner = family.factors(name)

@@ -77,8 +77,8 @@ def size(context: Context, original: Artifact, compressed: Artifact, *, zeros: l
         )
     units = {"bytes": "B", "expert bytes": "B", f"operations at {LENGTH:,} tokens": "TFLOPs", "cache bytes a token": "B"}
     rows = [row(n, value, counts[1][n], units.get(n, "")) for n, value in counts[0].items()]
-    notes = [f"zeros of {', '.join(zeros)} are stored as weights: they save no bytes at rest"] if zeros else []
-    write_report(context, "size", rows, notes=notes)
+    note = f"zeros of {', '.join(zeros)} are stored as weights: they save no bytes at rest" if zeros else ""
+    write_report(context, "size", rows, note=note)
 
 
 def _experts_spec(rest: RestSpec, observed: tuple[ObservedSpec, ...], *, layers: list[int], name: str) -> Spec:
@@ -138,8 +138,7 @@ def quality(
         row(f"KL to the original ({name})", 0.0, result.divergence, "nats/token"),
         row(f"top-1 agreement ({name})", 1.0, result.agreement, ""),
     ]
-    notes = [note] if note else []
-    write_report(context, "quality", rows, notes=notes, tokens=result.tokens, text=name, divergence_of_sequences=result.by_sequence)
+    write_report(context, "quality", rows, note=note, tokens=result.tokens, text=name, divergence_of_sequences=result.by_sequence)
 
 
 def here() -> dict[str, Any]:
@@ -161,6 +160,10 @@ def _named(path: Path, what: str) -> str:
     return next((value.strip() for name, _, value in lines if name.strip() == what), "")
 
 
+FIGURES = {"prefill": "tokens/s", "decode": "tokens/s", "resident bytes": "B"}
+"""What `timing.measure` measures, with units."""
+
+
 def _speed_spec(original: CheckpointSpec, compressed: CheckpointSpec, *, machine: Any, length: int) -> Spec:
     both = sum(c.nbytes + c.others for c in (original, compressed))
     return Spec(reads=both, writes=560)  # asks for no memory: the step leaves the speed out if too little is free
@@ -175,19 +178,19 @@ def speed(context: Context, original: Artifact, compressed: Artifact, *, machine
     """
     from moeflow.methods.evaluate.timing import DECODED, ROUNDS, device_and_memory, measure
 
-    names, units = ("prefill", "decode", "resident bytes"), ("tokens/s", "tokens/s", "B")
     need = sum(a.size(n) for a in (original, compressed) for n in a.names() if n.endswith(".safetensors"))
     device, free = device_and_memory()
     positions = int(read_config(original).get("max_position_embeddings") or length + DECODED)
     length = min(length, positions - DECODED)
     note = ""
+    figures: dict[str, Any] = dict.fromkeys(FIGURES, (None, None))
+    facts: dict[str, Any] = {}
     if need * 1.2 > free:
         note = f"speed is left out: both models need {need:,} bytes at once, and {free:,} are free on {device}"
     elif length < 1:
         note = f"speed is left out: the model's {positions} positions leave none before the {DECODED} that are decoded"
-    if note:
-        write_report(context, "speed", [row(n, None, None, u) for n, u in zip(names, units, strict=True)], notes=[note])
-        return
-    figures = measure([original.folder(), compressed.folder()], device, length, context.progress)
-    rows = [row(n, *figure, u) for n, figure, u in zip(names, figures, units, strict=True)]
-    write_report(context, "speed", rows, machine=here(), asked_on=machine, sequence=length, rounds=ROUNDS)
+    else:
+        figures = measure([original.folder(), compressed.folder()], device, length, context.progress)
+        facts = {"machine": here(), "asked_on": machine, "sequence": length, "rounds": ROUNDS}
+    rows = [row(name, first, second, FIGURES[name]) for name, (first, second) in figures.items()]
+    write_report(context, "speed", rows, note=note, **facts)

@@ -85,10 +85,10 @@ def compressed_experts(
     from moeflow.model.checkpoint import DTYPES, save
 
     link_all(context, layer_files, but=(Facts.FILE,))
-    read = read_config(config)
-    added = _added(read, {n: (t.dtype, t.shape) for n, t in headers(layer_files).items()}, layer, form)
+    values = read_config(config)
+    added = _added(values, {n: (t.dtype, t.shape) for n, t in headers(layer_files).items()}, layer, form)
     save({n: torch.zeros(shape, dtype=DTYPES[dtype]) for n, (dtype, shape) in added.items()}, context.out / ROUTING)
-    Facts.of(layer_files).and_then("fewer_active.compressed_experts", form=form, main=read[MAIN]).write(context.out)
+    Facts.of(layer_files).and_then("fewer_active.compressed_experts", form=form, main=values[MAIN]).write(context.out)
 
 
 def _added(config: Config, tensors: TensorTable, layer: int, form: str) -> TensorTable:
@@ -97,8 +97,8 @@ def _added(config: Config, tensors: TensorTable, layer: int, form: str) -> Tenso
     experts = format_of({n: shape for n, (_, shape) in tensors.items()}, config, layer).experts
     name = family.expert(layer, 0)[0]
     gate = next(n for n in (name, family.factors(name)[0]) if n in tensors or n + PACKED in tensors)
-    dtype, shape = tensors.get(gate) or tensors[gate + PACKED]
-    dtype = tensors[gate + SCALE][0] if gate not in tensors else "BF16" if dtype.startswith("F8") else dtype
+    dtype, shape = tensors.get(gate) or (tensors[gate + SCALE][0], tensors[gate + PACKED][1])
+    dtype = "BF16" if dtype.startswith("F8") else dtype
     shapes = routing_shapes(family, Format(experts, compressed=form), layer, int(config["hidden_size"]), shape[0])
     return {n: (dtype, s) for n, s in shapes.items()}
 
@@ -135,7 +135,7 @@ def check(family: Family, how: Skipping) -> None:
 
 
 def _rule(family: Family) -> str:
-    """The rule that compares the weights of a token's experts: the paper's for two experts a token, ours for more."""
+    """How the weights of a token's experts are compared: the paper's rule for two experts a token, ours for more."""
     return "ratio" if family.top_k == 2 else "tail"
 
 
@@ -160,9 +160,8 @@ def skipping(
     from moeflow.model.checkpoint import save
 
     link_all(context, layer_files, but=(Facts.FILE,))
-    read = read_config(config)
-    family = Family.of(read)
+    family = Family.of(read_config(config))
     rule = _rule(family)
-    value, about = threshold(read, layer_files, observed, layer=layer, rule=rule, active=how.active)
+    value, about = threshold(family, layer_files, observed, layer=layer, rule=rule, active=how.active)
     save({f"{family.experts(layer)}skip.{rule}": value}, context.out / ROUTING)
     Facts.of(layer_files).and_then("fewer_active.skipping", rule=rule, **about).write(context.out)

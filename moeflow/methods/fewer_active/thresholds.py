@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from moeflow.arch import Config, Family
+from moeflow.arch import Family
 from moeflow.model.checkpoint import Tensors
 from moeflow.model.fewer_active import by_weight, left_out, statistic
 from moeflow.model.layout import Files
@@ -18,28 +18,22 @@ from moeflow.model.router import Router
 
 @torch.inference_mode()
 def threshold(
-    config: Config, layer_file: Files, shards: Sequence[Files], *, layer: int, rule: str, active: float | Literal["median"]
+    family: Family, layer_files: Files, shards: Sequence[Files], *, layer: int, rule: str, active: float | Literal["median"]
 ) -> tuple[Tensor, dict[str, Any]]:
     """The threshold (a scalar, fp32), and facts about it: the statistic's mean, the mean experts per token, the tokens.
 
     `active`: the mean number of experts per token, or "median": the threshold is the median of the statistic.
     """
-    family = Family.of(config)
-    tensors = Tensors(layer_file)
     bias = family.router_bias(layer)
-    bias_E = None if bias is None else tensors[bias].float()
+    bias_E = None if bias is None else Tensors(layer_files)[bias].float()
     logits = [Tensors(s)["logits_TE"] for s in shards]
     router = Router.of(family, logits[0].shape[1], bias_E)
     weights_Tk = torch.cat([by_weight(*router.choose(logits_TE))[0] for logits_TE in logits])
     statistic_Tj = statistic(weights_Tk, rule)
     value = median(statistic_Tj) if active == "median" else threshold_for(statistic_Tj, active)
-    left_Tk = left_out(weights_Tk, rule, value)
-    return value, {
-        "threshold": float(value),
-        "mean": float(statistic_Tj.double().mean()),
-        "active": float((~left_Tk).double().sum(-1).mean()),
-        "tokens": len(weights_Tk),
-    }
+    stay_Tk = ~left_out(weights_Tk, rule, value)
+    mean, stay = float(statistic_Tj.double().mean()), float(stay_Tk.double().sum(-1).mean())
+    return value, {"threshold": float(value), "mean": mean, "active": stay, "tokens": len(weights_Tk)}
 
 
 def median(values: Tensor) -> Tensor:

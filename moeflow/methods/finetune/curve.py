@@ -2,14 +2,12 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 WINDOW = 10
-"""A training diverges by the mean loss of this many steps."""
-
 RISE, FACTOR = 1.0, 2.0
-"""A training diverges if that mean is this many nats above its lowest value so far, and this many times that value."""
+"""A training diverges if the mean loss of WINDOW steps is RISE nats above its lowest value so far, and FACTOR times that value."""
 
 
 @dataclass
@@ -35,11 +33,16 @@ class Curve:
     def steps(self) -> int:
         return len(self.losses)
 
-    def add(self, loss: float, rate: float, speed: float, *, kept: int) -> None:
-        """Add an optimizer step. Raises ValueError if its loss is not finite or the training diverges.
+    @property
+    def best_validation(self) -> dict[str, Any]:
+        """The validation of the kept parameters."""
+        return next(v for v in self.validations if v["steps"] == self.best)
 
-        It diverges if the mean loss of the last `WINDOW` steps is twice its lowest value, or the first step's loss, and one nat
-        more. `kept` is the step of the newest snapshot.
+    def add(self, loss: float, rate: float, speed: float, *, kept: int) -> None:
+        """Add an optimizer step; `kept` is the step of the newest snapshot.
+
+        Raises ValueError if the loss is not finite, or the training diverges: the mean of the last `WINDOW` losses is twice its
+        lowest value, or the first loss, and one nat more.
         """
         self.losses.append(loss)
         self.rates.append(rate)
@@ -68,16 +71,10 @@ class Curve:
 
     def summary(self) -> str:
         """The course in one line."""
-        kept = "" if self.best == self.steps else f"; the state behind step {self.best} is kept"
-        course = f"{self.trained:,} parameters trained in {self.steps} steps"
-        course += f": loss {self.losses[0]:.3f} to {self.losses[-1]:.3f}"
+        course = f"{self.trained:,} parameters trained in {self.steps} steps: loss {self.losses[0]:.3f} to {self.losses[-1]:.3f}"
         if self.validations:
-            last = next(v["mean"] for v in self.validations if v["steps"] == self.best)
-            course += f", on held-out text {self.validations[0]['mean']:.3f} to {last:.3f}"
-        return course + kept
-
-    def json(self) -> dict[str, Any]:
-        return asdict(self)
+            course += f", on held-out text {self.validations[0]['mean']:.3f} to {self.best_validation['mean']:.3f}"
+        return course if self.best == self.steps else f"{course}; the state behind step {self.best} is kept"
 
 
 def state_of(step: int) -> str:

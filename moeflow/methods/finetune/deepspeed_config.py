@@ -22,18 +22,21 @@ HOW = (
 OPTIMIZER = {"lr": "rate", "betas": "betas", "eps": "epsilon", "weight_decay": "decay"}
 """DeepSpeed's names of optimizer parameters, mapped to the recipe's."""
 
+SCHEDULER = ("total_num_steps", "warmup_num_steps", "cos_min_ratio", "warmup_type", "warmup_min_ratio")
+"""DeepSpeed's names of scheduler parameters."""
+
 
 def read(configuration: Mapping[str, Any] | str | Path | None) -> dict[str, Any]:
     """Read a configuration or its file, without "auto" and null values. Raises ValueError if it is not a JSON object."""
-    if isinstance(configuration, str | Path):
-        try:
-            settings = json.loads(Path(configuration).read_text())
-        except ValueError as error:
-            raise ValueError(f"{configuration} is no JSON ({error}); a DeepSpeed configuration is one JSON object") from None
-        if not isinstance(settings, dict):
-            raise ValueError(f"{configuration} holds a {type(settings).__name__}; a DeepSpeed configuration is one JSON object")
-        configuration = settings
-    return _plain(dict(configuration or {}))
+    text = Path(configuration).read_text() if isinstance(configuration, str | Path) else json.dumps(configuration or {})
+    try:
+        # transformers' Trainer writes "auto" for a value that is set elsewhere
+        settings = json.loads(text, object_hook=lambda part: {k: v for k, v in part.items() if v not in ("auto", None)})
+    except ValueError as error:
+        raise ValueError(f"{configuration} is no JSON ({error}); a DeepSpeed configuration is one JSON object") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"{configuration} holds a {type(settings).__name__}; a DeepSpeed configuration is one JSON object")
+    return settings
 
 
 def merged(configuration: Mapping[str, Any], recipe: Recipe, gang: Gang, rows: int) -> tuple[Recipe, Gang]:
@@ -42,26 +45,25 @@ def merged(configuration: Mapping[str, Any], recipe: Recipe, gang: Gang, rows: i
     Raises ValueError for settings that are unknown or contradict each other.
     """
     left = dict(configuration)
-    recipe = replace(recipe, **_optimizer(left.pop("optimizer", {})))
+    changes = _optimizer(left.pop("optimizer", {}))
     if "gradient_clipping" in left:
-        recipe = replace(recipe, clip=float(left.pop("gradient_clipping")))
+        changes["clip"] = float(left.pop("gradient_clipping"))
     if left.pop("fp16", {}).get("enabled"):
         raise ValueError("fp16.enabled: fp16 skips steps when it overflows; train in bf16 (bf16.enabled) or fp32")
     bf16 = left.pop("bf16", {}) or left.pop("bfloat16", {})
     if more := sorted(set(bf16) - {"enabled"}):
         raise ValueError(f"bf16.{more[0]} is not known here; leave it out (known: enabled)")
     if "enabled" in bf16:
-        recipe = replace(recipe, dtype="bfloat16" if bf16["enabled"] else "float32")
-    recipe, gang = _batches(left, recipe, gang)
+        changes["dtype"] = "bfloat16" if bf16["enabled"] else "float32"
+    recipe, gang = _batches(left, replace(recipe, **changes), gang)
     recipe = replace(recipe, **_schedule(left.pop("scheduler", {}), recipe, rows))
     zero = dict(left.pop("zero_optimization", {}))
     if lossy := sorted(name for name in zero if name.startswith("zero_quantized") and zero[name]):
         raise ValueError(f"zero_optimization.{lossy[0]} changes what is computed, and is not known here; leave it out")
-    device = zero.get("offload_optimizer", {}).get("device")
-    if device not in (None, "cpu", "none"):
+    device = zero.get("offload_optimizer", {}).get("device", "cpu" if gang.offload else "none")
+    if device not in ("cpu", "none"):
         raise ValueError(f"zero_optimization.offload_optimizer.device={device!r} is not known here; choose 'cpu' or 'none'")
-    offload = gang.offload if device is None else device == "cpu"
-    gang = replace(gang, zero=cast(Any, int(zero.pop("stage", gang.zero))), offload=offload)
+    gang = replace(gang, zero=cast(Any, int(zero.pop("stage", gang.zero))), offload=device == "cpu")
     if unknown := sorted(set(left) - set(HOW)):
         raise ValueError(f"the DeepSpeed configuration's {unknown[0]!r} is not known here; leave it out (known: HOW in {__name__})")
     how = left | ({"zero_optimization": zero} if zero else {})
@@ -117,15 +119,14 @@ def _schedule(scheduler: Mapping[str, Any], recipe: Recipe, rows: int) -> dict[s
         raise ValueError(
             f"scheduler.type={kind!r} is not known here: rates rise in a line and fall as a cosine; choose WarmupCosineLR"
         )
-    params = dict(scheduler.get("params", {}))
-    if params.pop("warmup_type", "log") != "linear" or params.pop("warmup_min_ratio", 0.0):
+    params = scheduler.get("params", {})
+    if params.get("warmup_type", "log") != "linear" or params.get("warmup_min_ratio", 0.0):
         raise ValueError("scheduler.params: the warm-up is a line from zero; say warmup_type='linear' and no warmup_min_ratio")
-    steps = int(params.pop("total_num_steps", 0)) or recipe.steps_of(rows)
-    warm = int(params.pop("warmup_num_steps", round(recipe.warmup * steps)))
-    floor = float(params.pop("cos_min_ratio", 1e-4))
-    if unknown := sorted(params):
-        known = "total_num_steps, warmup_num_steps, cos_min_ratio"
-        raise ValueError(f"scheduler.params.{unknown[0]} is not known here; known: {known}")
+    if unknown := sorted(set(params) - set(SCHEDULER)):
+        raise ValueError(f"scheduler.params.{unknown[0]} is not known here; known: {', '.join(SCHEDULER)}")
+    steps = int(params.get("total_num_steps", 0)) or recipe.steps_of(rows)
+    warm = int(params.get("warmup_num_steps", round(recipe.warmup * steps)))
+    floor = float(params.get("cos_min_ratio", 1e-4))
     if warm >= steps:
         raise ValueError(f"a warm-up of {warm} steps must be shorter than the {steps} steps of the training")
     return {"steps": steps, "warmup": warm / steps, "floor": floor, "every": recipe.every if recipe.every < steps else 0}
@@ -133,9 +134,8 @@ def _schedule(scheduler: Mapping[str, Any], recipe: Recipe, rows: int) -> dict[s
 
 def _batches(left: dict[str, Any], recipe: Recipe, gang: Gang) -> tuple[Recipe, Gang]:
     """Set the batch sizes of recipe and gang from `left`, and remove them from it."""
-    micro = int(left.pop("train_micro_batch_size_per_gpu", 0))
-    accumulated = int(left.pop("gradient_accumulation_steps", 0))
-    whole = int(left.pop("train_batch_size", 0))
+    names = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size")
+    micro, accumulated, whole = (int(left.pop(name, 0)) for name in names)
     if micro and accumulated:
         product = micro * accumulated * gang.processes
         if whole and whole != product:
@@ -146,20 +146,13 @@ def _batches(left: dict[str, Any], recipe: Recipe, gang: Gang) -> tuple[Recipe, 
         whole = product
     recipe = replace(recipe, batch=whole or recipe.batch)
     if accumulated and not micro:
-        if recipe.batch % (accumulated * gang.processes):
-            step = accumulated * gang.processes
+        step = accumulated * gang.processes
+        micro, left_over = divmod(recipe.batch, step)
+        if left_over:
             raise ValueError(
                 f"a batch of {recipe.batch} cannot be divided between {gang.processes} processes with gradient_accumulation_steps="
-                f"{accumulated}; nearest: {max(step, recipe.batch - recipe.batch % step)}"
+                f"{accumulated}; nearest: {max(step, recipe.batch - left_over)}"
             )
-        micro = recipe.batch // (accumulated * gang.processes)
     gang = replace(gang, micro=micro or gang.micro)
     gang.check(recipe.batch)
     return recipe, gang
-
-
-def _plain(value: Any) -> Any:
-    """The value without null, and without "auto", by which transformers' Trainer means a value that is set elsewhere."""
-    if isinstance(value, Mapping):
-        return {k: _plain(v) for k, v in value.items() if v != "auto" and v is not None}
-    return value

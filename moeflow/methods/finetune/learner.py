@@ -9,19 +9,18 @@ import logging
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from moeflow.arch import Config, Family
+from moeflow.arch import Family
 from moeflow.methods.finetune import extensions
-from moeflow.methods.finetune.lora import apply, attach, opening
+from moeflow.methods.finetune.lora import apply, attach, shape_of
 from moeflow.methods.finetune.recipe import Recipe
 from moeflow.methods.finetune.targets import is_trained
-from moeflow.model.factors import STACKS
 from moeflow.model.formats import layer_formats
 
 
@@ -37,13 +36,15 @@ def distributed(local_rank: int, *, gpus: float, offload: bool = False) -> Itera
         torch.cuda.set_device(device)
     else:
         os.environ["DS_ACCELERATOR"] = "cpu"
-    if "RANK" not in os.environ and not torch.distributed.is_initialized():
-        alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
-        os.environ.update({name: str(value) for name, value in alone.items()})
+    ours = not torch.distributed.is_initialized()
+    if "RANK" not in os.environ and ours:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     import deepspeed
 
-    ours = not torch.distributed.is_initialized()
     with quiet():
         extensions.load(*([] if on_gpu else [extensions.COMMUNICATION]), *([extensions.ADAM] if offload else []))
         deepspeed.init_distributed("nccl" if on_gpu else "gloo")
@@ -54,11 +55,9 @@ def distributed(local_rank: int, *, gpus: float, offload: bool = False) -> Itera
             deepspeed.comm.destroy_process_group()
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
+def quiet() -> AbstractContextManager[Any]:
     """Hide what DeepSpeed prints when it compiles and loads extensions."""
-    with redirect_stdout(io.StringIO()):
-        yield
+    return redirect_stdout(io.StringIO())
 
 
 def load(folder: Path, recipe: Recipe, config: dict[str, Any], device: torch.device, *, checkpointing: bool) -> Any:
@@ -71,18 +70,16 @@ def load(folder: Path, recipe: Recipe, config: dict[str, Any], device: torch.dev
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-
     divided = config["zero_optimization"]["stage"] == 3
     keep = HfDeepSpeedConfig(config) if divided else None  # transformers looks for it while it is referenced
     where = {} if divided or device.type == "cpu" else {"device_map": {"": device}}
     with quiet():
-        dtype = getattr(torch, recipe.dtype)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa", **where)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=recipe.dtype, attn_implementation="sdpa", **where)
     del keep
     # on a CPU a loop over experts is twice as fast, forward and backward; on a GPU the grouped kernels are faster
     model.config._experts_implementation = "grouped_mm" if device.type == "cuda" else "eager"
     model.config.use_cache = False
-    open_parameters(model, model.config.to_dict(), recipe)
+    open_parameters(model, recipe)
     if divided:  # DeepSpeed frees a module's weights too early if no gradient flows through its inputs
         model.enable_input_require_grads()
     if checkpointing:
@@ -90,23 +87,21 @@ def load(folder: Path, recipe: Recipe, config: dict[str, Any], device: torch.dev
     return model
 
 
-def open_parameters(model: nn.Module, config: Config, recipe: Recipe) -> None:
-    """Freeze everything but what the recipe trains, or attach LoRA's additions. Raises ValueError if nothing is trained."""
-    family = Family.of(config)
-    parameters = model.named_parameters()
-    names = [n for n, p in parameters if is_trained(family, recipe.mode, recipe.targets, family.on_disk(n), _shape(p))]
-    if not names:
-        raise ValueError(f"mode={recipe.mode!r} trains nothing of this model; it has nothing of that kind")
-    sparse = {n for n in names if recipe.keep_zeros and family.in_expert(family.on_disk(n))}
+def open_parameters(model: Any, recipe: Recipe) -> None:
+    """Freeze everything but what the recipe trains, or attach LoRA's additions."""
+    family = Family.of(model.config.to_dict())
+    parameters = dict(model.named_parameters())
+    disk = {n: family.on_disk(n) for n in parameters}
+    trained = [n for n, p in parameters.items() if is_trained(family, recipe.mode, recipe.targets, disk[n], shape_of(p))]
     if recipe.mode == "lora":
-        attach(model, names, recipe, _openings(model, family, config, names), sparse)
-    else:
-        wanted = set(names)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name in wanted)
-            if name in sparse:
-                # no gradient, so neither momentum nor decay: zeros stay zero
-                parameter.register_hook(lambda gradient, w=parameter: gradient * (w != 0))
+        attach(model, trained, recipe)
+        return
+    model.requires_grad_(False)
+    for name in trained:
+        weight = parameters[name].requires_grad_(True)
+        if recipe.keep_zeros and family.in_expert(disk[name]):
+            # no gradient, so neither momentum nor decay: zeros stay zero
+            weight.register_hook(lambda gradient, w=weight: gradient * (w != 0))
 
 
 def engine_of(model: Any, config: dict[str, Any], *, decay: float) -> Any:
@@ -118,8 +113,8 @@ def engine_of(model: Any, config: dict[str, Any], *, decay: float) -> Any:
         set_z3_leaf_module(block, True)
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
-        {"params": [p for p in trained if len(_shape(p)) > 1], "weight_decay": decay},
-        {"params": [p for p in trained if len(_shape(p)) < 2], "weight_decay": 0.0},
+        {"params": [p for p in trained if len(shape_of(p)) > 1], "weight_decay": decay},
+        {"params": [p for p in trained if len(shape_of(p)) < 2], "weight_decay": 0.0},
     ]
     exact = {name: buffer.clone() for name, buffer in model.named_buffers() if buffer.is_floating_point()}
     with quiet():
@@ -148,28 +143,3 @@ def _blocks(model: Any) -> list[nn.Module]:
     config = model.config.to_dict()
     formats, block = layer_formats(config), Family.of(config).arch.block
     return [layer.get_submodule(block) for layer, format in zip(model.model.layers, formats, strict=True) if format is not None]
-
-
-def _openings(model: nn.Module, family: Family, config: Config, names: list[str]) -> dict[str, Tensor]:
-    """The `opening` of each of these parameters that is a padded stack."""
-    openings = {}
-    formats, stacks = layer_formats(config), {s.name: s for s in STACKS}
-    for name in names:
-        path, _, last = name.rpartition(".")
-        if path.endswith(f"{family.arch.block}.experts") and last in stacks:
-            format = formats[int(name.split(".")[2])]
-            assert format is not None
-            one = opening(stacks[last], format, *_shape(model.get_parameter(name))[-2:])
-            if one is not None:
-                openings[name] = one
-    return openings
-
-
-def _shape(parameter: Any) -> tuple[int, ...]:
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

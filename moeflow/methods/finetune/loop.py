@@ -7,6 +7,7 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +20,11 @@ from moeflow.methods.finetune.deepspeed_config import used
 from moeflow.methods.finetune.learner import distributed, engine_of, learning, load
 from moeflow.methods.finetune.recipe import Gang, Recipe
 from moeflow.methods.finetune.snapshots import Snapshots
+from moeflow.methods.finetune.steps import TRAINING
 from moeflow.methods.finetune.teacher import Predictions, loss_sum
 from moeflow.methods.finetune.trained import collect, parameters_of, write
 from moeflow.model.layout import Folder, read_config
 from moeflow.step import Artifact, Context
-
-TRAINING, CONFIGURATION = "training.json", "deepspeed.json"
 
 
 class Tuning:
@@ -32,17 +32,16 @@ class Tuning:
 
     def __init__(
         self, context: Context, folder: Path, rows: Rows, teacher: Predictions | None, heldout: Mapping[str, Rows], recipe: Recipe,
-        device: torch.device,
+        gang: Gang, device: torch.device,
     ) -> None:  # fmt: skip
-        self.context, self.recipe, self.device = context, recipe, device
+        self.context, self.recipe, self.gang, self.device = context, recipe, gang, device
         self.rows, self.teacher, self.heldout = rows, teacher, heldout
-        self.gang = Gang.of(context.settings, context.processes)
-        self.config = used(recipe, self.gang, rows.length)
+        self.config = used(recipe, gang, rows.length)
         self.micro = int(self.config["train_micro_batch_size_per_gpu"])
-        model = load(folder, recipe, self.config, device, checkpointing=self.gang.checkpointing)
+        model = load(folder, recipe, self.config, device, checkpointing=gang.checkpointing)
         self.engine = engine_of(model, self.config, decay=recipe.decay)
         self.curve = Curve(sum(getattr(p, "ds_numel", p.numel()) for p in parameters_of(model).values()))
-        self.snapshots = Snapshots(context, self.engine, recipe, self.gang)
+        self.snapshots = Snapshots(context, self.engine, gang)
 
     def run(self) -> Path:
         """Train from the last snapshot on. Returns the folder where rank 0 has stored the trained parameters."""
@@ -80,7 +79,7 @@ class Tuning:
         for at, part in enumerate(batches):
             # makes dropout, if the configuration has any, the same at every attempt
             torch.manual_seed(int(np.random.default_rng([self.recipe.seed, step, self.context.rank, at]).integers(2**63)))
-            summed = self._forward(part)
+            summed = self._loss(self.rows, part, self.teacher)
             self.engine.backward(summed * weight)
             self.engine.step()
             loss += summed.item()
@@ -91,10 +90,12 @@ class Tuning:
         detail = f"loss {loss:.3f}  {speed:,.0f} tokens/s  lr {rate:.1e}"
         self.context.progress((step + 1) * tokens, self.recipe.steps * tokens, "tokens", detail)
 
-    def _forward(self, rows: np.ndarray) -> Tensor:
-        ids_nL, learned_nL = (torch.from_numpy(part).to(self.device) for part in self.rows.at(rows))
-        teacher = None if self.teacher is None else self.teacher.of(rows, learned_nL)
-        return loss_sum(self.engine(input_ids=ids_nL, use_cache=False).logits, ids_nL, learned_nL, teacher, self.recipe.divergence)
+    def _loss(self, rows: Rows, part: np.ndarray, teacher: Predictions | None = None) -> Tensor:
+        """The loss of a micro-batch of these rows, summed over its learned tokens."""
+        ids_nL, learned_nL = (torch.from_numpy(p).to(self.device) for p in rows.at(part))
+        taught = None if teacher is None else teacher.of(part, learned_nL)
+        logits_nLV = self.engine(input_ids=ids_nL, use_cache=False).logits
+        return loss_sum(logits_nLV, ids_nL, learned_nL, taught, self.recipe.divergence)
 
     @torch.no_grad()
     def _validate(self, done: int) -> None:
@@ -114,9 +115,8 @@ class Tuning:
         total = 0.0
         for at in range(0, most * self.micro, self.micro):
             part = mine[at : at + self.micro]
-            ids_nL, learned_nL = (torch.from_numpy(p).to(self.device) for p in rows.at(part if len(part) else np.array([0])))
-            summed = loss_sum(self.engine(input_ids=ids_nL, use_cache=False).logits, ids_nL, learned_nL, None, 0.0)
-            total += summed.item() if len(part) else 0.0
+            summed = self._loss(rows, part if len(part) else np.array([0])).item()
+            total += summed if len(part) else 0.0
         return self._sum(total) / int(rows.counts_N.sum())
 
     def _sum(self, value: float) -> float:
@@ -130,17 +130,17 @@ def tune(
 ) -> None:
     """Train, and write the trained layers, `training.json` and `deepspeed.json` into the step's folder."""
     folder = checkpoint.folder()
-    gang = Gang.of(context.settings, context.processes)
+    gang = Gang(context.processes, **context.settings)
     with distributed(context.local_rank, gpus=gang.gpus, offload=gang.offload) as device:
         if recipe.dtype == "bfloat16" and device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2":
             context.note("this processor has no instructions for bf16: dtype='float32' trains ten times as fast here")
         rows, texts = Rows.of(data), {name: Rows.of(matrix) for name, matrix in heldout.items()}
-        tuning = Tuning(context, folder, rows, Predictions(teacher) if teacher else None, texts, recipe, device)
+        tuning = Tuning(context, folder, rows, Predictions(teacher) if teacher else None, texts, recipe, gang, device)
         trained = tuning.run()
     if context.rank == 0:
         files = sorted(trained.glob("*.safetensors"))
         for done, _ in enumerate(write(Folder(folder), read_config(Folder(folder)), trained, context.out, recipe), 1):
             context.progress(done, len(files), "layers")
-        (context.out / TRAINING).write_text(json.dumps(tuning.curve.json()) + "\n")
-        (context.out / CONFIGURATION).write_text(json.dumps(tuning.config, indent=1) + "\n")
+        (context.out / TRAINING).write_text(json.dumps(asdict(tuning.curve)) + "\n")
+        (context.out / "deepspeed.json").write_text(json.dumps(tuning.config, indent=1) + "\n")
         context.note(tuning.curve.summary())

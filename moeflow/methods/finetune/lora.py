@@ -6,15 +6,16 @@ are suffixes: E experts, M rows, N columns, R rank, B blocks of rows.
 """
 
 import hashlib
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from moeflow.arch import Family
 from moeflow.methods.finetune.recipe import Recipe
-from moeflow.model.factors import Stack
-from moeflow.model.formats import Format
+from moeflow.model.factors import STACKS, Stack
+from moeflow.model.formats import Format, layer_formats
 
 A, B = ".lora_a", ".lora_b"
 """The names of a matrix's two factors: the matrix's own name with these endings."""
@@ -24,26 +25,27 @@ ADDITIONS = "additions"
 
 
 class Addition(nn.Module):
-    """Adds the product of two factors to a matrix [M, N], or to a stack [E, M, N] of matrices.
+    """Adds the product of two factors to `weight`, a matrix [M, N] or a stack [E, M, N], which ZeRO-3 may have divided.
 
-    `b` starts at zero. `a` is drawn uniformly within 1 / sqrt(N) from a generator seeded with `seed` and `name`, so that every
-    process and every resumed run draws the same. `open_EBMN` is 1 in a stack's matrices and 0 in their padding, and broadcasts over
-    the stack's B blocks of M rows. `keep_zeros`: add nothing where the matrix is zero.
+    The rank is the recipe's, or the smaller side if that is less. `b` starts at zero. `a` is drawn uniformly within 1 / sqrt(N)
+    from a generator seeded with the recipe's seed and `name`, so that every process and every resumed run draws the same.
+    `open_EBMN` is 1 in a stack's matrices and 0 in their padding, and broadcasts over the stack's B blocks of M rows. `keep_zeros`:
+    add nothing where the matrix is zero.
     """
 
     def __init__(
-        self, shape: Iterable[int], rank: int, scale: float, *, name: str, seed: int, dtype: torch.dtype, device: torch.device,
-        open_EBMN: Tensor | None = None, keep_zeros: bool = False,
-    ) -> None:  # fmt: skip
+        self, weight: Tensor, name: str, recipe: Recipe, *, open_EBMN: Tensor | None = None, keep_zeros: bool = False
+    ) -> None:
         super().__init__()
         self.open: Tensor | None
-        *experts, m, n = shape
-        start = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:7])
+        *experts, m, n = shape_of(weight)
+        rank = min(recipe.rank, m, n)
+        start = int.from_bytes(hashlib.sha256(f"{recipe.seed}/{name}".encode()).digest()[:7])
         drawn = torch.rand(*experts, rank, n, generator=torch.Generator().manual_seed(start))
-        self.a = nn.Parameter(((2 * drawn - 1) * n**-0.5).to(device, dtype))
-        self.b = nn.Parameter(torch.zeros(*experts, m, rank, dtype=dtype, device=device))
-        self.scale, self.keep_zeros = scale, keep_zeros
-        self.register_buffer("open", None if open_EBMN is None else open_EBMN.to(device, dtype), persistent=False)
+        self.a = nn.Parameter(((2 * drawn - 1) * n**-0.5).to(weight))
+        self.b = nn.Parameter(weight.new_zeros(*experts, m, rank))
+        self.scale, self.keep_zeros = recipe.scale, keep_zeros
+        self.register_buffer("open", None if open_EBMN is None else open_EBMN.to(weight), persistent=False)
 
     def forward(self, w: Tensor) -> Tensor:
         added = self.b @ self.a
@@ -55,26 +57,23 @@ class Addition(nn.Module):
         return torch.add(w, added, alpha=self.scale)
 
 
-def attach(
-    model: nn.Module, names: Iterable[str], recipe: Recipe, openings: Mapping[str, Tensor], sparse: Container[str] = ()
-) -> None:
-    """Freeze the model and give these parameters additions, of the recipe's rank or of their smaller side if that is less.
-
-    `openings` has the result of `opening` for each padded stack. The zeros of the parameters in `sparse` stay zero. Also works on
-    parameters that ZeRO-3 has divided.
-    """
+def attach(model: Any, names: Iterable[str], recipe: Recipe) -> None:
+    """Freeze a model of transformers and give these parameters additions."""
     model.requires_grad_(False)
+    config = model.config.to_dict()
+    family, formats, stacks = Family.of(config), layer_formats(config), {s.name: s for s in STACKS}
     for name in names:
         path, _, last = name.rpartition(".")
-        module: Any = model.get_submodule(path)
-        weight = getattr(module, last)
-        shape = tuple(getattr(weight, "ds_shape", weight.shape))
+        module = model.get_submodule(path)
+        weight, open_EBMN = getattr(module, last), None
+        if path.endswith(f"{family.arch.block}.experts") and last in stacks:
+            format = formats[int(name.split(".")[2])]
+            assert format is not None
+            open_EBMN = opening(stacks[last], format, *shape_of(weight)[-2:])
         if ADDITIONS not in dict(module.named_children()):
             module.add_module(ADDITIONS, nn.ModuleDict())
-        module.additions[last] = Addition(
-            shape, min(recipe.rank, *shape[-2:]), recipe.scale, name=name, seed=recipe.seed, dtype=weight.dtype,
-            device=weight.device, open_EBMN=openings.get(name), keep_zeros=name in sparse,
-        )  # fmt: skip
+        keep_zeros = bool(recipe.keep_zeros) and family.in_expert(family.on_disk(name))
+        module.additions[last] = Addition(weight, name, recipe, open_EBMN=open_EBMN, keep_zeros=keep_zeros)
 
 
 def apply(model: nn.Module) -> None:
@@ -96,6 +95,11 @@ def opening(stack: Stack, format: Format, rows: int, columns: int) -> Tensor | N
     ranks = [[format.ranks(matrix)[e] for matrix in stack.matrices] for e in stack.experts(format)]
     open_EBR = (torch.arange(side) < torch.tensor(ranks)[..., None]).float()
     return open_EBR[..., None] if stack.kind == "in" else open_EBR[..., None, :]
+
+
+def shape_of(parameter: Any) -> tuple[int, ...]:
+    """The shape of a parameter, also if ZeRO-3 has divided it."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def product(a: Tensor, b: Tensor, scale: float) -> Tensor:

@@ -3,7 +3,7 @@
 It is an estimate of the peak of an optimizer step; 10 % are added for fragmentation and libraries.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -48,17 +48,18 @@ def need_of(work: Work, gang: Gang) -> Need:
     """
     recipe, n = work.recipe, gang.processes
     size = 2 if recipe.dtype == "bfloat16" else 4
-    largest = max(map(_numel, work.layers.values()))
     lora = recipe.mode == "lora"
-    trained = sum(_added(s, recipe.rank) if lora else _numel(s) for s in work.trained.values())
-    whole = sum(map(_numel, work.layers.values())) + _numel(work.rest)
-    touched = [_numel(shapes) for shapes in work.trained.values()]
+    layers, touched = ([_numel(s) for s in shapes.values()] for shapes in (work.layers, work.trained))
+    largest, whole = max(layers), sum(layers) + _numel(work.rest)
+    # LoRA's factors of a matrix [M, N] have R (M + N) numbers
+    factors = (min(recipe.rank, *s[-2:]) * sum(s[-2:]) for shapes in work.trained.values() for s in shapes.values())
+    trained = sum(factors) if lora else sum(touched)
     zero = max(gang.zero, 1) if size == 2 else gang.zero
     state = (12 if size == 2 or zero in (1, 2) else 8) * trained // (n if zero else 1)
     gradients = size * trained // (n if zero > 1 else 1)
     tokens = gang.micro_of(recipe.batch, work.length) * work.length
     each = [tokens * bytes_per_token(work.config, shapes, size) for shapes in work.layers.values()]
-    made = [0] if not lora else [size * numel for numel in touched]
+    made = [size * numel if lora else 0 for numel in touched]
     width, vocabulary = int(work.config["hidden_size"]), int(work.config["vocab_size"])
     parts = {
         "weights": size * (whole + lora * trained) // (n if zero == 3 else 1),
@@ -85,12 +86,11 @@ def bytes_per_token(config: Config, shapes: Shapes, size: int) -> int:
     for name, shape in shapes.items():
         if len(shape) == 2:
             kinds.setdefault(family.kind(name), []).append(tuple(shape))
-    attention = 2 * sum(m for m, _ in kinds.get("attention", ())) + 2 * width
-    elements = attention + 2 * width
+    elements = 2 * sum(m for m, _ in kinds.get("attention", ())) + 4 * width
     if experts := kinds.get("experts"):
-        each = kinds["router"][0][0]
-        inner = sum(m for m, _ in experts) // each  # rows of one expert's matrices: twice its width and the model's
-        elements += family.main_experts * (2 * inner + width) + 4 * each
+        count = kinds["router"][0][0]
+        inner = sum(m for m, _ in experts) // count  # rows of one expert's matrices: twice its width and the model's
+        elements += family.main_experts * (2 * inner + width) + 4 * count
     for kind in ("shared", "dense"):
         elements += 2 * sum(m for m, _ in kinds.get(kind, ())) + (width if kind in kinds else 0)
     return size * elements + 2 * 4 * width
@@ -101,24 +101,18 @@ def fitted(work: Work, gang: Gang) -> tuple[Gang, Need]:
 
     Raises ValueError if the devices' memory is known and too small; the message says what would fit.
     """
-    need = need_of(work, gang)
     if not gang.device_memory:
-        return gang, need
-    for tried in _micros(work, gang):
-        if (need := need_of(work, tried)).device <= gang.device_memory:
-            return tried, need
+        return gang, need_of(work, gang)
+    micros = [gang.micro] if gang.micro else divisors(work.recipe.batch // gang.processes)
+    for micro in reversed(micros):
+        fitting = replace(gang, micro=micro)
+        if (need := need_of(work, fitting)).device <= gang.device_memory:
+            return fitting, need
     parts = ", ".join(f"{what} {_gb(size)}" for what, size in need.parts.items() if size >= 0.05e9) or "in parts below 0.1 GB"
     raise ValueError(
         f"training needs {_gb(need.device)} on each of {gang.processes} devices, which have {_gb(gang.device_memory)} ({parts}); "
         + _way(work, gang)
     )
-
-
-def _micros(work: Work, gang: Gang) -> Iterable[Gang]:
-    """Gangs with smaller and smaller micro-batches; only this gang if it sets the size."""
-    if gang.micro:
-        return [gang]
-    return [replace(gang, micro=d) for d in reversed(divisors(work.recipe.batch // gang.processes))]
 
 
 def _way(work: Work, gang: Gang) -> str:
@@ -138,11 +132,6 @@ def _way(work: Work, gang: Gang) -> str:
 
 def _numel(shapes: Shapes) -> int:
     return sum(prod(shape) for shape in shapes.values())
-
-
-def _added(shapes: Shapes, rank: int) -> int:
-    """The parameters of LoRA's factors for these matrices."""
-    return sum(min(rank, *shape[-2:]) * (shape[-1] + shape[-2]) for shape in shapes.values())
 
 
 def _gb(size: float) -> str:

@@ -1,12 +1,11 @@
 """What a fine-tuning computes and how it is run: `Recipe` is part of the key of its step, `Gang` never is. No torch."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from moeflow.methods.finetune.targets import TARGETS, Mode, Target
-from moeflow.options import check_choices, default_of
+from moeflow.options import check_choices, only
 
 TOKENS_AT_ONCE = 16_384
 """Tokens of a micro-batch if nothing else decides: plenty for a large model; more would only cost memory."""
@@ -72,14 +71,12 @@ class Recipe:
             raise ValueError(f"rate={self.rate} must lie between 0 and 1; 1e-5 to 1e-3 are usual")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup={self.warmup} is a part of the steps, from 0 to below 1")
-        if self.loss == "both" and not 0 < self.mix < 1:
-            raise ValueError(f"mix={self.mix}: of both losses each has a part, so it lies between 0 and 1; or choose loss=lm or kl")
         if not 0 <= self.floor <= 1:
             raise ValueError(f"floor={self.floor} must lie between 0 and 1")
+        if self.loss == "both" and not 0 < self.mix < 1:
+            raise ValueError(f"mix={self.mix}: of both losses each has a part, so it lies between 0 and 1; or choose loss=lm or kl")
         if self.decay < 0 or self.clip < 0 or self.epsilon <= 0:
-            raise ValueError(
-                f"decay={self.decay} and clip={self.clip} must not be negative, and epsilon={self.epsilon} not 0 either"
-            )
+            raise ValueError(f"decay={self.decay}, clip={self.clip}: none may be negative, and epsilon={self.epsilon} not 0 either")
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
             raise ValueError(f"betas={list(self.betas)} must be two numbers from 0 to below 1; (0.9, 0.999) are usual")
         if self.every < 0 or (self.steps and self.every > self.steps):
@@ -117,21 +114,21 @@ class Recipe:
         if dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype={dtype!r}: a model is trained in one of float32, bfloat16, whatever its checkpoint has")
         steps = self.steps_of(rows)
-        fixed: dict[str, Any] = {
-            "steps": steps,
-            "warmup": round(self.warmup * steps) / steps,
-            "dtype": dtype,
-            "every": self.every if validated and self.every != steps else 0,
-            "keep": self.keep if validated else "last",
-            "keep_zeros": sparse if self.keep_zeros is None else self.keep_zeros,
-        }
-        unused = ["epochs"]
-        unused += ["mix"] if self.loss != "both" else []
-        unused += ["top"] if self.loss == "lm" else []
-        unused += ["targets", "rank", "alpha"] if self.mode != "lora" else ["alpha"] if self.scale == 2 else []
-        if self.mode == "lora":
-            fixed["targets"] = tuple(t for t in TARGETS if t in self.targets)
-        return replace(self, **fixed, **{f.name: default_of(f) for f in fields(self) if f.name in unused})
+        settled = replace(
+            self,
+            steps=steps,
+            warmup=round(self.warmup * steps) / steps,
+            dtype=cast(Any, dtype),
+            every=self.every if validated and self.every != steps else 0,
+            keep=self.keep if validated else "last",
+            keep_zeros=sparse if self.keep_zeros is None else self.keep_zeros,
+            targets=tuple(t for t in TARGETS if t in self.targets),
+        )
+        unused = {"epochs"}
+        unused |= {"mix"} if self.loss != "both" else set()
+        unused |= {"top"} if self.loss == "lm" else set()
+        unused |= {"targets", "rank", "alpha"} if self.mode != "lora" else {"alpha"} if self.scale == 2 else set()
+        return only(settled, *({f.name for f in fields(self)} - unused))
 
     def rate_at(self, step: int) -> float:
         """The learning rate of the optimizer step with this number, from 0 on."""
@@ -181,12 +178,11 @@ class Gang:
 
     def check(self, batch: int) -> None:
         """Raise ValueError if this gang cannot take `batch` sequences in one optimizer step."""
-        if batch % self.processes:
-            low = batch - batch % self.processes
-            near = f"{low} or {low + self.processes}" if low else f"{self.processes}"
+        each, left = divmod(batch, self.processes)
+        if left:
+            near = f"{batch - left} or {batch - left + self.processes}" if each else f"{self.processes}"
             raise ValueError(f"batch={batch} cannot be divided between {self.processes} processes; nearest: {near}")
-        if self.micro and (batch // self.processes) % self.micro:
-            each = batch // self.processes
+        if self.micro and each % self.micro:
             raise ValueError(
                 f"micro={self.micro} does not divide the {each} sequences of each process (batch={batch} over {self.processes}); "
                 f"nearest: {min(divisors(each), key=lambda d: (abs(d - self.micro), d))}"
@@ -198,16 +194,8 @@ class Gang:
         return self.micro or max(fitting, default=1)
 
     def settings(self) -> dict[str, Any]:
-        """The settings that the running step needs, as `Resources.settings`."""
-        return {
-            "zero": self.zero, "micro": self.micro, "offload": self.offload, "checkpointing": self.checkpointing,
-            "save_every": self.save_every, "gpus": self.gpus, "deepspeed": self.deepspeed,
-        }  # fmt: skip
-
-    @staticmethod
-    def of(settings: Mapping[str, Any], processes: int) -> "Gang":
-        """The gang that a running step is part of; a step without settings gets the defaults."""
-        return replace(Gang(processes=processes), **settings)
+        """The settings that the running step needs, as `Resources.settings`; it makes its `Gang` of them again."""
+        return {name: value for name, value in vars(self).items() if name not in ("processes", "cpus", "device_memory")}
 
 
 def divisors(n: int) -> list[int]:

@@ -3,13 +3,14 @@
 import errno
 import json
 import shutil
+from dataclasses import asdict
 from typing import Any
 
 import torch
 
 from moeflow.methods.finetune.curve import Curve, state_of
 from moeflow.methods.finetune.learner import quiet
-from moeflow.methods.finetune.recipe import Gang, Recipe
+from moeflow.methods.finetune.recipe import Gang
 from moeflow.methods.finetune.trained import parameters_of
 from moeflow.step import Context
 
@@ -24,8 +25,8 @@ class Snapshots:
     rank 0 keeps the parameters of the best step.
     """
 
-    def __init__(self, context: Context, engine: Any, recipe: Recipe, gang: Gang) -> None:
-        self.context, self.engine, self.recipe, self.at, self.base = context, engine, recipe, 0, 0
+    def __init__(self, context: Context, engine: Any, gang: Gang) -> None:
+        self.context, self.engine, self.at, self.base = context, engine, 0, 0
         self.folder = context.scratch / "state"
         self.best = self.folder / "best"
         self.folder.mkdir()
@@ -34,8 +35,7 @@ class Snapshots:
 
     def resumed(self, fresh: Curve) -> Curve:
         """Continue from the newest snapshot if there is one that fits. Returns the curve up to there, or else `fresh`."""
-        kept = self.context.resume()
-        if kept is None:
+        if (kept := self.context.resume()) is None:
             return fresh
         mine = json.loads((kept / f"rank-{self.context.rank}.json").read_text())
         curve = Curve(**json.loads((kept / CURVE).read_text()))
@@ -56,7 +56,11 @@ class Snapshots:
     def save(self, curve: Curve) -> None:
         """Save the state after the curve's last step. Raises ValueError if it is not finite, OSError if the disk is full."""
         if not self.at:
-            self._check_room(curve.trained)
+            # the weights, their fp32 copy and Adam's moments, and a copy of all for the store
+            divided = self.context.processes if self.layout["zero"] else 1
+            need, free = 2 * (4 + 12 / divided) * curve.trained, shutil.disk_usage(self.folder).free
+            if need > free:
+                raise OSError(errno.ENOSPC, f"a snapshot needs {need:,.0f} bytes, and {free:,} are free", str(self.folder))
         self.check(curve)
         with quiet():
             self.engine.save_checkpoint(str(self.folder), tag=TAG, save_latest=False, exclude_frozen_parameters=True)
@@ -66,7 +70,7 @@ class Snapshots:
         mine = {"steps": curve.steps, "at": number, "layout": self.layout}
         (self.folder / f"rank-{self.context.rank}.json").write_text(json.dumps(mine))
         if self.context.rank == 0:
-            (self.folder / CURVE).write_text(json.dumps(curve.json()))
+            (self.folder / CURVE).write_text(json.dumps(asdict(curve)))
         self.context.save(self.folder, at=number)
         self.at = curve.steps
 
@@ -77,11 +81,3 @@ class Snapshots:
         torch.distributed.all_reduce(good, op=torch.distributed.ReduceOp.MIN)
         if not good:
             raise ValueError(f"a trained parameter is not finite behind step {curve.steps}; {state_of(self.at)}")
-
-    def _check_room(self, trained: int) -> None:
-        """Raise OSError if a snapshot (weights, fp32 copy, Adam's moments) and its copy for the store do not fit on the disk."""
-        divided = self.context.processes if self.layout["zero"] else 1
-        need = 2 * (4 * trained + 12 * trained // divided)
-        free = shutil.disk_usage(self.folder).free
-        if need > free:
-            raise OSError(errno.ENOSPC, f"a snapshot needs {need:,} bytes, and {free:,} are free", str(self.folder))

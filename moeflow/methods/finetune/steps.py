@@ -4,13 +4,13 @@ The `Recipe` is part of the key. The `Gang` is not: it says how many processes t
 between them. A teacher's predictions are artifacts, so that the teacher is never in memory beside its student.
 """
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
+from moeflow.methods.finetune.curve import Curve
 from moeflow.methods.finetune.recipe import Recipe
 from moeflow.methods.graph import HIDDEN
-from moeflow.methods.records import Facts
+from moeflow.methods.records import Facts, read_json
 from moeflow.methods.reports import row, write_report
 from moeflow.model.spec import CheckpointSpec, HiddenSpec, LayerSpec, RestSpec, TokensSpec, header_bytes
 from moeflow.options import plain
@@ -78,22 +78,18 @@ def train(
     tune(context, checkpoint, data, [p.file(PREDICTIONS) for p in predictions], dict(zip(names, heldout, strict=True)), recipe)
 
 
-def _layer_spec(trained: Any, before: LayerSpec, *, layer: int, recipe: Recipe) -> Spec:
+def _linked_spec(trained: Any, before: LayerSpec | RestSpec, **_: Any) -> Spec:
     return Spec(before, memory=1 << 20)
 
 
-@step("finetune.layer", version=1, spec=_layer_spec)
+@step("finetune.layer", version=1, spec=_linked_spec)
 def layer(context: Context, trained: Artifact, before: Artifact, *, layer: int, recipe: Recipe) -> None:
     """One decoder layer: its trained files, its other files unchanged, and its facts. No tensor is copied."""
     _linked(context, trained, before)
     Facts.of(before).and_then("finetune.layer", **{"mode": recipe.mode, "loss": recipe.loss} | plain(recipe)).write(context.out)
 
 
-def _rest_spec(trained: Any, before: RestSpec) -> Spec:
-    return Spec(before, memory=1 << 20)
-
-
-@step("finetune.rest", version=1, spec=_rest_spec)
+@step("finetune.rest", version=1, spec=_linked_spec)
 def rest_of(context: Context, trained: Artifact, before: Artifact) -> None:
     """The trained embedding, final norm and head, and the small files unchanged. Nothing is copied."""
     _linked(context, trained, before)
@@ -115,13 +111,11 @@ def _report_spec(trained: Any) -> Spec:
 @step("finetune.report", version=1, spec=_report_spec)
 def report(context: Context, trained: Artifact) -> None:
     """Report the loss on the first and last batch, and on each held-out text before the training and for the kept state."""
-    curve = json.loads(trained.read(TRAINING, 0, trained.size(TRAINING)))
-    rows = [row("training loss", curve["losses"][0], curve["losses"][-1], "nats/token")]
-    if curve["validations"]:
-        first, kept = curve["validations"][0], next(v for v in curve["validations"] if v["steps"] == curve["best"])
-        both = {name: (first["losses"][name], kept["losses"][name]) for name in first["losses"]}
-        rows += [row(f"loss while tuning ({name})", *losses, "nats/token") for name, losses in both.items()]
-    facts = {"trained_parameters": curve["trained"], "seconds": curve["seconds"]}
-    facts |= {"steps": len(curve["losses"]), "kept_step": curve["best"]}
-    note = f"{curve['trained']:,} parameters trained in {curve['seconds']:,.0f} s; the state behind step {curve['best']} is kept"
-    write_report(context, "fine-tuning", rows, notes=[note], **facts)
+    curve = Curve(**read_json(trained, TRAINING))
+    rows = [row("training loss", curve.losses[0], curve.losses[-1], "nats/token")]
+    if curve.validations:
+        before, kept = curve.validations[0]["losses"], curve.best_validation["losses"]
+        rows += [row(f"loss while tuning ({name})", loss, kept[name], "nats/token") for name, loss in before.items()]
+    note = f"{curve.trained:,} parameters trained in {curve.seconds:,.0f} s; the state behind step {curve.best} is kept"
+    facts = {"trained_parameters": curve.trained, "seconds": curve.seconds, "steps": curve.steps, "kept_step": curve.best}
+    write_report(context, "fine-tuning", rows, note=note, **facts)

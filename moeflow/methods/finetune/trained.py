@@ -5,9 +5,7 @@ files, one decoder layer at a time. Shapes are suffixes: E experts, M rows, N co
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -15,12 +13,11 @@ from torch import Tensor, nn
 from moeflow.arch import EMBEDDING, HEAD, Config, Family, layer_of
 from moeflow.methods.finetune.lora import ADDITIONS, A, B, product
 from moeflow.methods.finetune.recipe import Recipe
+from moeflow.methods.graph import REST
 from moeflow.model.checkpoint import Tensors, save
 from moeflow.model.factors import STACKS
 from moeflow.model.formats import Format, format_of
 from moeflow.model.layout import Files, file_for
-
-REST = "rest"
 
 
 def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -34,36 +31,27 @@ def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
     return trained
 
 
-def by_layer(names: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Names grouped by decoder layer, "layer-000" and so on; all others under "rest"."""
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        layer = layer_of(name)
-        groups.setdefault(REST if layer is None else f"layer-{layer:03d}", []).append(name)
-    return dict(sorted(groups.items()))
+def part_of(name: str) -> str:
+    """The part of the model that a tensor belongs to: "layer-000" and so on, or "rest"."""
+    layer = layer_of(name)
+    return "rest" if layer is None else f"layer-{layer:03d}"
 
 
 def collect(model: nn.Module, folder: Path, *, writes: bool) -> None:
     """Gather the trained parameters one at a time; the process that `writes` stores a file per layer. All processes call it."""
+    from deepspeed.runtime.zero import GatheredParameters
+
     trained = parameters_of(model)
-    for part, names in by_layer(trained).items():
+    for part in sorted(set(map(part_of, trained))):
         tensors: dict[str, Tensor] = {}
-        for name in names:
-            with gathered(trained[name]):
-                if writes:
-                    tensors[name] = trained[name].detach().to("cpu", copy=True)
+        for name, parameter in trained.items():
+            if part_of(name) == part:
+                with GatheredParameters([parameter]):  # a no-op unless ZeRO-3 has divided it
+                    if writes:
+                        tensors[name] = parameter.detach().to("cpu", copy=True)
         if writes:
             folder.mkdir(parents=True, exist_ok=True)
             save(tensors, folder / f"{part}.safetensors")
-
-
-def gathered(parameter: Any) -> AbstractContextManager[Any]:
-    """A context in which a parameter that ZeRO-3 has divided is whole."""
-    if not hasattr(parameter, "ds_id"):
-        return nullcontext()
-    from deepspeed.runtime.zero import GatheredParameters
-
-    return GatheredParameters([parameter])
 
 
 def write(checkpoint: Files, config: Config, folder: Path, out: Path, recipe: Recipe) -> Iterator[str]:
@@ -74,26 +62,25 @@ def write(checkpoint: Files, config: Config, folder: Path, out: Path, recipe: Re
     """
     tensors = Tensors(checkpoint)
     for file in sorted(folder.glob("*.safetensors")):
-        layer = None if file.stem == REST else int(file.stem.removeprefix("layer-"))
-        here = [n for n in tensors if layer_of(n) == layer]
-        changed = tensors_of(load_file(file), tensors, here, config, layer, recipe)
-        if config.get("tie_word_embeddings") and HEAD in here and EMBEDDING in changed:
+        files = {n: REST if file.stem == "rest" else file_for(n) for n in tensors if part_of(n) == file.stem}
+        changed = tensors_of(load_file(file), tensors, files, config, recipe)
+        if config.get("tie_word_embeddings") and HEAD in files and EMBEDDING in changed:
             changed[HEAD] = changed[EMBEDDING]
         (out / file.stem).mkdir(parents=True, exist_ok=True)
-        for name in sorted({_file_of(n, layer) for n in changed}):
-            before = {n: tensors[n] for n in here if _file_of(n, layer) == name}
+        for name in sorted({files[n] for n in changed if n in files}):
+            before = {n: tensors[n] for n in files if files[n] == name}
             save(before | {n: t.to(before[n].dtype) for n, t in changed.items() if n in before}, out / file.stem / name)
         yield file.stem
 
 
 def tensors_of(
-    trained: Mapping[str, Tensor], tensors: Tensors, names: Iterable[str], config: Config, layer: int | None, recipe: Recipe
+    trained: Mapping[str, Tensor], tensors: Tensors, names: Iterable[str], config: Config, recipe: Recipe
 ) -> dict[str, Tensor]:
     """Trained parameters as tensors on disk; LoRA's additions are added, in fp32, to the existing tensors.
 
     `names` are those of the layer's tensors on disk, or of the rest's.
     """
-    family = Family.of(config)
+    family, layer = Family.of(config), layer_of(next(iter(trained)))
     format = Format(0) if layer is None else format_of({n: tensors.info[n].shape for n in names}, config, layer)
     on_disk: dict[str, Tensor] = {}
     for name, parameter in trained.items():
@@ -117,7 +104,3 @@ def _pieces(family: Family, format: Format, layer: int | None, name: str, value:
     else:
         for matrix, expert, piece_MN in stack.pieces(value, format):
             yield stack.on_disk(family, layer, matrix, expert), piece_MN
-
-
-def _file_of(name: str, layer: int | None) -> str:
-    return f"{REST}.safetensors" if layer is None else file_for(name)

@@ -6,7 +6,9 @@ divisibility by a planned expert-parallel size. No torch.
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from itertools import pairwise
+from operator import or_
 from typing import Literal
 
 from moeflow.arch import Family
@@ -49,7 +51,6 @@ class Counts:
             )
         if any(len(pair) != 2 for pair in self.protected):
             raise ValueError(f"protected={list(self.protected)} must be pairs of a layer and an expert, as in [[0, 3], [2, 7]]")
-        object.__setattr__(self, "protected", tuple((int(i), int(e)) for i, e in self.protected))
 
     def protected_in(self, layer: int) -> list[int]:
         return [e for i, e in self.protected if i == layer]
@@ -110,20 +111,12 @@ def check_total(total: int, legal: Mapping[int, Sequence[int]]) -> None:
     """Raise ValueError if no legal counts add up to `total`; the message has the nearest totals that work."""
     reachable = 1  # bit n: n experts in all
     for counts in legal.values():
-        reachable = sum_of_shifts(reachable, counts)
+        reachable = reduce(or_, (reachable << n for n in counts))
     if reachable >> total & 1:
         return
     sums = [n for n in range(reachable.bit_length()) if reachable >> n & 1]
     below, above = [n for n in sums if n < total][-1:], [n for n in sums if n > total][:1]
     raise ValueError(f"no legal counts add up to {total} experts; nearest: {' or '.join(map(str, below + above))}")
-
-
-def sum_of_shifts(bits: int, shifts: Sequence[int]) -> int:
-    """The union of `bits` shifted left by each of `shifts`."""
-    union = 0
-    for by in shifts:
-        union |= bits << by
-    return union
 
 
 def spec_of(model: Model, layer: int) -> LayerSpec:
@@ -145,26 +138,22 @@ def shares(weights: Mapping[int, float], caps: Mapping[int, int], amount: float)
 def neighbours(counts: Mapping[int, int], legal: Mapping[int, Collection[int]]) -> Iterator[dict[int, int]]:
     """All counts with the same total in which one layer is a legal step lower and another is higher by as much."""
     for i, n in counts.items():
-        lower = [m for m in legal[i] if m < n]
+        lower = max((m for m in legal[i] if m < n), default=n)
         for j in counts:
-            up = counts[j] + n - max(lower, default=n)
-            if lower and j != i and up in legal[j]:
-                yield dict(counts) | {i: max(lower), j: up}
+            if lower < n and j != i and counts[j] + n - lower in legal[j]:
+                yield dict(counts) | {i: lower, j: counts[j] + n - lower}
 
 
 def between(points: Sequence[tuple[int, float]], at: int) -> float:
-    """The piecewise linear curve through `points`, flat beyond its ends."""
+    """The piecewise linear curve through `points` up to the last, flat before the first."""
     if at <= points[0][0]:
         return points[0][1]
-    for (x0, y0), (x1, y1) in pairwise(points):
-        if x0 <= at <= x1:
-            return y0 + (y1 - y0) * (at - x0) / (x1 - x0)
-    return points[-1][1]
+    (x0, y0), (x1, y1) = next(pair for pair in pairwise(points) if at <= pair[1][0])
+    return y0 + (y1 - y0) * (at - x0) / (x1 - x0)
 
 
 def fit(curves: Mapping[int, Mapping[int, float]], total: int) -> dict[int, int]:
     """Pick one count from each curve {count: cost}, so that the counts add up to `total` exactly and cost least together."""
-    layers = list(curves)
-    options = [sorted(curves[i].items()) for i in layers]
+    options = [sorted(curve.items()) for curve in curves.values()]
     picked = allocate_curves(options, total, fill=True)
-    return {i: options[at][index][0] for at, (i, index) in enumerate(zip(layers, picked, strict=True))}
+    return {i: curve[index][0] for i, curve, index in zip(curves, options, picked, strict=True)}

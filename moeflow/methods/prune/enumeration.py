@@ -3,17 +3,18 @@
 Shapes are suffixes: T tokens, D model width, E experts, S subsets, B batches.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from moeflow.arch import Config
 from moeflow.methods.prune.errors import mask_of, squared_errors, squared_errors_direct
 from moeflow.methods.prune.searches import ENUMERATE, Search
-from moeflow.methods.prune.subsets import Subset, Subsets
+from moeflow.methods.prune.subsets import Subsets
 from moeflow.methods.recorded import add_stats, layer_of, sample_of
 from moeflow.methods.records import Choice, ExpertSet, LayerLoss
 from moeflow.methods.scores.functions import baselines
+from moeflow.model.alternatives import slices
 from moeflow.model.checkpoint import Tensors
 from moeflow.model.layout import Files
 from moeflow.step import Context
@@ -31,8 +32,7 @@ def weigh(
     if that is None. Raises ValueError if an output is NaN or infinite.
     """
     moe = layer_of(Tensors(layer_file), config, layer, dtype)
-    device, precise = moe.router_ED.device, moe.router_ED.dtype
-    experts = moe.num_experts
+    device, precise, experts = moe.router_ED.device, moe.router_ED.dtype, moe.num_experts
     recorded = [Tensors(s) for s in shards]
     by_score = baselines(moe, add_stats(recorded), how.seed + layer, keep)
     exact = how.method == ENUMERATE
@@ -43,7 +43,7 @@ def weigh(
     for at, shard in enumerate(recorded):
         x_TD = sample_of(shard)
         goal_TD = sample_of(Tensors(originals[at])) if originals else None
-        for rows in _batches(len(x_TD), batch_tokens or len(x_TD)):
+        for rows in slices(len(x_TD), batch_tokens or len(x_TD)):
             target_tD = None if goal_TD is None else moe(goal_TD[rows].to(device, precise))
             error_S, out_sq = evaluate(moe, x_TD[rows].to(device, precise), mask_SE, target_tD)
             errors_B.append(error_S.cpu())
@@ -55,26 +55,11 @@ def weigh(
     loss_S = errors_BS.sqrt().sum(0) if how.loss == "batch-sum" else errors_BS.sum(0).sqrt()
     if not loss_S.isfinite().all():
         raise ValueError(f"layer {layer} gives outputs that are NaN or infinite; compute in another precision (dtype=float32)")
-    losses = dict(zip(subsets, loss_S.tolist(), strict=True))
-    picked = min(losses, key=lambda s: losses[s]) if exact else by_score[how.method]
-    others = sorted((s for s in losses if s != picked), key=lambda s: losses[s])
     norm = norms if how.loss == "batch-sum" else square**0.5
-
-    def entry(subset: Subset) -> ExpertSet:
-        return ExpertSet(subset, losses[subset], losses[subset] / norm if norm else 0.0)
-
-    return Choice(
-        layer,
-        experts,
-        picked,
-        how.method,
-        LayerLoss(how.loss, losses[picked], entry(picked).of_output, tokens),
-        entry(others[0]) if others and exact else None,
-        {name: entry(subset) for name, subset in by_score.items()},
-        {",".join(map(str, s)): v for s, v in losses.items()},
-    )
-
-
-def _batches(rows: int, size: int) -> Iterator[slice]:
-    for at in range(0, rows, size):
-        yield slice(at, at + size)
+    sets = {subset: ExpertSet.of(subset, loss, norm) for subset, loss in zip(subsets, loss_S.tolist(), strict=True)}
+    picked = min(sets.values(), key=lambda s: s.loss) if exact else sets[by_score[how.method]]
+    runner_up = min((s for s in sets.values() if s is not picked), key=lambda s: s.loss, default=None) if exact else None
+    loss = LayerLoss(how.loss, picked.loss, picked.of_output, tokens)
+    by_name = {name: sets[subset] for name, subset in by_score.items()}
+    losses = {",".join(map(str, s.keep)): s.loss for s in sets.values()}
+    return Choice(layer, experts, picked.keep, how.method, loss, runner_up, by_name, losses)

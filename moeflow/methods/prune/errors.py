@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moeflow.methods.prune.subsets import Subset
+from moeflow.model.alternatives import slices
 from moeflow.model.moe import MoELayer
 from moeflow.model.router import dense
 
@@ -17,11 +18,8 @@ ELEMENTS_AT_ONCE = 1 << 24
 
 
 def mask_of(subsets: Sequence[Subset], experts: int, device: torch.device | str = "cpu") -> Tensor:
-    """The experts that each subset allows, bool [S, E]."""
-    mask_SE = torch.zeros(len(subsets), experts, dtype=torch.bool)
-    for s, subset in enumerate(subsets):
-        mask_SE[s, list(subset)] = True
-    return mask_SE.to(device)
+    """The experts that each subset allows, bool [S, E]; all subsets have the same size."""
+    return torch.zeros(len(subsets), experts, dtype=torch.bool).scatter_(1, torch.tensor(subsets), True).to(device)
 
 
 @torch.inference_mode()
@@ -29,15 +27,14 @@ def squared_errors(moe: MoELayer, x_TD: Tensor, mask_SE: Tensor, target_TD: Tens
     """The squared error of the layer's output for every subset, summed over tokens, fp64 [S], and the output's squared norm [].
 
     Every expert runs once per token. The error of a subset is then exactly c' G c, where G is the Gram matrix of the experts'
-    outputs and c the change of the routing weights. `target_TD` is what the block should output: the original model's output on the
+    outputs and c the change of the routing weights. `target_TD` is what the layer should output: the original model's output on the
     same tokens. It enters the Gram matrix as one more vector with coefficient -1.
     """
     experts, subsets = moe.num_experts, len(mask_SE)
     error_S = torch.zeros(subsets, dtype=torch.float64, device=x_TD.device)
     norm = torch.zeros((), dtype=torch.float64, device=x_TD.device)
-    step = max(1, min(1024, ELEMENTS_AT_ONCE // (experts * max(subsets, x_TD.shape[1]))))
-    for at in range(0, len(x_TD), step):
-        x_tD = x_TD[at : at + step]
+    for rows in slices(len(x_TD), max(1, min(1024, ELEMENTS_AT_ONCE // (experts * max(subsets, x_TD.shape[1]))))):
+        x_tD = x_TD[rows]
         logits_tE = moe.logits(x_tD)
         y_tED = moe.expert_outputs(x_tD).double()
         c_StE = dense(*moe.router.choose(logits_tE, mask_SE[:, None, :]), experts).double()
@@ -48,7 +45,7 @@ def squared_errors(moe: MoELayer, x_TD: Tensor, mask_SE: Tensor, target_TD: Tens
             out_tD = torch.einsum("te,ted->td", full_tE, y_tED)
             out_tD = out_tD if shared_tD is None else out_tD + shared_tD.double()
         else:
-            out_tD = target_TD[at : at + step].double()
+            out_tD = target_TD[rows].double()
             rest_tD = out_tD if shared_tD is None else out_tD - shared_tD.double()
             vectors_tVD = torch.cat([y_tED, rest_tD[:, None]], dim=1)
             c_StV = torch.cat([c_StE, -torch.ones_like(c_StE[..., :1])], dim=-1)
@@ -64,10 +61,9 @@ def squared_errors_direct(moe: MoELayer, x_TD: Tensor, mask_SE: Tensor, target_T
     """The same, by running the layer's routed experts once per subset: cheaper for a few subsets of many experts."""
     error_S = torch.zeros(len(mask_SE), dtype=torch.float64, device=x_TD.device)
     norm = torch.zeros((), dtype=torch.float64, device=x_TD.device)
-    step = max(1, ELEMENTS_AT_ONCE // x_TD.shape[1])
-    for at in range(0, len(x_TD), step):
-        x_tD = x_TD[at : at + step]
-        goal_tD = (moe(x_tD) if target_TD is None else target_TD[at : at + step]).double()
+    for rows in slices(len(x_TD), max(1, ELEMENTS_AT_ONCE // x_TD.shape[1])):
+        x_tD = x_TD[rows]
+        goal_tD = (moe(x_tD) if target_TD is None else target_TD[rows]).double()
         error_S += torch.stack([(moe(x_tD, allowed_E).double() - goal_tD).square().sum() for allowed_E in mask_SE])
         norm += goal_tD.square().sum()
     return error_S, norm

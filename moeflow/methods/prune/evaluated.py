@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
+from moeflow.methods.prune.errors import mask_of
 from moeflow.methods.prune.searches import Search
 from moeflow.methods.prune.subsets import Subset, Subsets
 
@@ -31,8 +32,7 @@ class Evaluated:
         """The losses of subsets of kept experts, all of one size. Raises ValueError if a loss is NaN or infinite."""
         new = [s for s in dict.fromkeys(subsets) if s not in self.loss] if self.memoise else subsets
         if new:
-            mask_SE = torch.zeros(len(new), self.experts, dtype=torch.bool).scatter_(1, torch.tensor(new), True)
-            losses = self.evaluate(mask_SE).tolist()
+            losses = self.evaluate(mask_of(new, self.experts)).tolist()
             if any(not -torch.inf < loss < torch.inf for loss in losses):
                 raise ValueError("a subset's loss is NaN or infinite; compute in another precision (dtype=float32)")
             self.loss.update(zip(new, losses, strict=True))
@@ -44,14 +44,9 @@ class Evaluated:
         return sorted(sized, key=lambda one: (one[1], one[0]))[:count]
 
 
-def enumerate_all(evaluate: Evaluate, subsets: Subsets, best: int = 1) -> list[tuple[Subset, float]]:
-    """The `best` of all subsets, with their losses, best first (Lu et al., ACL 2024, section 3.2)."""
+def enumerate_all(evaluate: Evaluate, subsets: Subsets, how: Search, *, layer: int) -> list[tuple[Subset, float]]:
+    """The `how.best` of all subsets, with their losses, best first (Lu et al., ACL 2024, section 3.2)."""
     evaluated, every = Evaluated(evaluate, subsets.experts), list(subsets)
     for at in range(0, len(every), AT_ONCE):
         evaluated.losses(every[at : at + AT_ONCE])
-    return evaluated.best(best, subsets.keep)
-
-
-def search(evaluate: Evaluate, subsets: Subsets, how: Search, *, layer: int) -> list[tuple[Subset, float]]:
-    """`enumerate_all`, with the signature of a search."""
-    return enumerate_all(evaluate, subsets, how.best)
+    return evaluated.best(how.best, subsets.keep)

@@ -19,15 +19,9 @@ State = dict[str, Any]
 
 
 def search(
-    evaluate: Evaluate,
-    subsets: Subsets,
-    how: Search,
-    *,
-    layer: int = 0,
-    memoise: bool = True,
-    save: Callable[[State], None] | None = None,
-    resume: State | None = None,
-) -> list[tuple[Subset, float]]:
+    evaluate: Evaluate, subsets: Subsets, how: Search,
+    *, layer: int = 0, memoise: bool = True, save: Callable[[State], None] | None = None, resume: State | None = None,
+) -> list[tuple[Subset, float]]:  # fmt: skip
     """The best subsets of kept experts that a genetic search finds, with their losses, best first.
 
     An individual is the set of dropped experts. The best share `how.parents` of a generation stays and has children: a child drops
@@ -40,22 +34,21 @@ def search(
     """
     experts, population = subsets.experts, how.population
     if subsets.count <= population:
-        return enumerate_all(evaluate, subsets, how.best)
+        return enumerate_all(evaluate, subsets, how, layer=layer)
     recipe = {
         "experts": experts, "keep": subsets.keep, "groups": subsets.groups, "protected": sorted(subsets.protected),
         "seed": how.seed, "layer": layer, "population": population, "parents": how.parents, "mutation": how.mutation,
     }  # fmt: skip
-    if resume is not None and resume["recipe"] != recipe:
-        differs = {k: (resume["recipe"].get(k), v) for k, v in recipe.items() if resume["recipe"].get(k) != v}
+    state = resume or {"recipe": recipe, "generation": -1, "people": [], "losses": []}
+    if differs := {k: (state["recipe"].get(k), v) for k, v in recipe.items() if state["recipe"].get(k) != v}:
         raise ValueError(f"the state to resume from is another search's (there, here): {differs}; start anew")
-    pools = subsets.pools
-    known = [] if resume is None else [(without(experts, dropped), loss) for dropped, loss in resume["losses"]]
+    known = [(without(experts, dropped), loss) for dropped, loss in state["losses"]]
     evaluated = Evaluated(evaluate, experts, known, memoise=memoise)
-    people: list[Subset] = [] if resume is None else [tuple(p) for p in resume["people"]]
-    for generation in range(0 if resume is None else resume["generation"] + 1, how.generations):
+    people: list[Subset] = [tuple(p) for p in state["people"]]
+    for generation in range(state["generation"] + 1, how.generations):
         random = Random(f"{how.seed}/{layer}/{generation}")
         if generation:
-            people = _next(random, people, how, pools, {without(experts, kept) for kept in evaluated.loss})
+            people = _next(random, people, how, subsets.pools, {without(experts, kept) for kept in evaluated.loss})
         else:
             people = _first(random, population, subsets)
         losses = evaluated.losses([without(experts, dropped) for dropped in people])

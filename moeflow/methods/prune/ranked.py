@@ -1,16 +1,18 @@
 """The error of any subset of experts, for routers that take the first k allowed experts in an order that no subset changes.
 
 Softmax and sigmoid routers without groups. Shapes are suffixes: T tokens (t of them at once), D model width, E experts, S subsets,
-k experts a token, V the vectors of a token: the outputs of the first experts in its order, and the target, if any; C kept and P
-dropped experts, N the dropped ones and "none"; M pairs of a token and an expert that may enter, q = k + 1.
+k experts a token, V the first experts in a token's order; C kept and P dropped experts, N the dropped ones and "none"; M pairs of a
+token and an expert that may enter, q = k + 1.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from moeflow.model.alternatives import slices
 from moeflow.model.moe import MoELayer
 
 ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 25}
@@ -23,38 +25,35 @@ SMALLEST = 1e-37
 """The smallest divisor for weights, so that sigmoids that are all zero in fp32 do not become NaN."""
 
 
+def chunks(tokens: Tensor, each: int) -> Iterator[slice]:
+    """Divide the rows of `tokens` so that intermediate tensors with `each` elements a row have at most `ELEMENTS`."""
+    return slices(len(tokens), max(1, ELEMENTS[tokens.device.type] // each))
+
+
 @dataclass(frozen=True)
 class Ranked:
     """The Gram matrix of each token's first experts, in the order in which its router prefers them.
 
     The weight of a chosen expert is `scale` * v / (sum of v over `over`), where v is its `value`. The layer's error is the sum of
-    the vectors, each multiplied by its weight minus its `base`.
+    the experts' outputs, each multiplied by its weight minus its `base`.
     """
 
     top_k: int
     scale: float
     over: str  # "chosen", "allowed" or "nothing"
-    depth: int  # how many of the V are experts
-    order_TV: Tensor  # the expert's number; E for the target
+    order_TV: Tensor  # the expert's number
     value_TV: Tensor
-    base_TV: Tensor
+    base_TV: Tensor  # its weight in the full layer
     gram_TVV: Tensor
     value_TE: Tensor  # of all experts, by number; without columns unless `over` is "allowed"
-
-    @property
-    def nbytes(self) -> int:
-        return sum(t.nbytes for t in (self.order_TV, self.value_TV, self.base_TV, self.gram_TVV, self.value_TE))
 
     def squared_errors(self, mask_SE: Tensor) -> Tensor:
         """The summed squared error of every subset, fp64 [S]."""
         subsets, vectors = len(mask_SE), self.order_TV.shape[1]
-        # one more row, for the target, which is never allowed
-        mask_ES = torch.cat([mask_SE.mT, mask_SE.new_zeros(1, subsets)]).float()
+        mask_ES = mask_SE.mT.float()
         before_VV = mask_ES.new_ones(vectors, vectors).tril()
         error_S = torch.zeros(subsets, dtype=torch.float64, device=mask_SE.device)
-        step = self._step(vectors * subsets)
-        for at in range(0, len(self.order_TV), step):
-            rows = slice(at, at + step)
+        for rows in chunks(self.order_TV, vectors * subsets):
             order_tV = self.order_TV[rows]
             c_tVS = mask_ES.index_select(0, order_tV.flatten()).view(*order_tV.shape, subsets)
             rank_tVS = torch.bmm(before_VV.expand(len(order_tV), -1, -1), c_tVS)
@@ -62,7 +61,7 @@ class Ranked:
             if self.over == "chosen":
                 c_tVS.mul_(self.scale / c_tVS.sum(1, keepdim=True).clamp(min=SMALLEST))
             elif self.over == "allowed":
-                c_tVS.mul_(self.scale / (self.value_TE[rows] @ mask_ES[:-1])[:, None])
+                c_tVS.mul_(self.scale / (self.value_TE[rows] @ mask_ES)[:, None])
             else:
                 c_tVS.mul_(self.scale)
             c_tVS.sub_(self.base_TV[rows, :, None])
@@ -85,16 +84,15 @@ class Ranked:
         place_E[kept_C] = torch.arange(len(kept_C), device=mask_E.device)
         place_E[dropped_P] = torch.arange(len(dropped_P), device=mask_E.device)
         error_CN = torch.zeros(len(kept_C), len(dropped_P) + 1, dtype=torch.float64, device=mask_E.device)
-        step = self._step(error_CN.numel())
-        for at in range(0, len(self.order_TV), step):
-            error_CN += self._neighbours(slice(at, at + step), mask_E, kept_C, dropped_P, place_E)
+        for rows in chunks(self.order_TV, error_CN.numel()):
+            error_CN += self._neighbours(rows, mask_E, kept_C, dropped_P, place_E)
         error_EN = torch.zeros(experts, experts + 1, dtype=torch.float64, device=mask_E.device)
         columns_N = torch.cat([dropped_P, dropped_P.new_tensor([experts])])
         error_EN[kept_C[:, None], columns_N] = error_CN
         return error_EN
 
     def _neighbours(self, rows: slice, mask_E: Tensor, kept_C: Tensor, dropped_P: Tensor, place_E: Tensor) -> Tensor:
-        k, order_tV = self.top_k, self.order_TV[rows, : self.depth]
+        k, order_tV = self.top_k, self.order_TV[rows]
         base_tV = torch.bmm(self.gram_TVV[rows], self.base_TV[rows, :, None])[..., 0].double()
         rest = (self.base_TV[rows] * base_tV).sum()
         allowed_tV = mask_E[order_tV]
@@ -149,17 +147,11 @@ class Ranked:
         cross_Mk = (weight_Mkq * base_tV[token_M[:, None], seat_Mq][:, None]).sum(2)
         return (torch.bmm(weight_Mkq, gram_Mqq) * weight_Mkq).sum(2), cross_Mk
 
-    def _step(self, each: int) -> int:
-        return max(1, ELEMENTS[self.order_TV.device.type] // each)
 
+def ranked(moe: MoELayer, x_TD: Tensor, logits_TE: Tensor, drop_at_most: int) -> tuple[Ranked, Tensor] | None:
+    """These tokens as `Ranked`, and the squared norm of the routed output, fp64 []; None if exponentials would leave fp32's range.
 
-def ranked(
-    moe: MoELayer, x_TD: Tensor, logits_TE: Tensor, goal_TD: Tensor | None, drop_at_most: int
-) -> tuple[Ranked, Tensor] | None:
-    """These tokens as `Ranked`, and the target's squared norm (fp64); None if the exponentials would leave fp32's range.
-
-    `goal_TD`: the target for the routed experts; None: the full layer's own routed output. Each expert runs only on the tokens that
-    can reach it when `drop_at_most` experts are missing.
+    Each expert runs only on the tokens that can reach it when `drop_at_most` experts are missing.
     """
     router, experts = moe.router, moe.num_experts
     k, depth = router.top_k, min(experts, router.top_k + drop_at_most)
@@ -180,24 +172,15 @@ def ranked(
         token, slot = torch.where(order_TV == e)
         if len(token):
             out_TVD[token, slot] = expert(x_TD[token])
-    vectors_TVD = out_TVD.double()
+    out_TVD = out_TVD.double()
     weight_Tk = value_TV[:, :k].double() * router.scale
     if over == "chosen":
         weight_Tk /= value_TV[:, :k].double().sum(1, keepdim=True).clamp(min=SMALLEST)
     elif over == "allowed":
         weight_Tk /= value_TE.double().sum(1, keepdim=True)
-    if goal_TD is None:
-        base_TV = torch.zeros_like(value_TV)
-        base_TV[:, :k] = weight_Tk.float()
-        norm = torch.bmm(weight_Tk[:, None], vectors_TVD[:, :k]).square().sum()
-    else:
-        vectors_TVD = torch.cat([vectors_TVD, goal_TD.double()[:, None]], 1)
-        order_TV = torch.cat([order_TV, torch.full_like(order_TV[:, :1], experts)], 1)
-        value_TV = torch.cat([value_TV, torch.zeros_like(value_TV[:, :1])], 1)
-        base_TV = torch.zeros_like(value_TV)
-        base_TV[:, -1] = 1
-        norm = goal_TD.double().square().sum()
-    gram_TVV = torch.bmm(vectors_TVD, vectors_TVD.mT).float()
+    base_TV = torch.zeros_like(value_TV)
+    base_TV[:, :k] = weight_Tk.float()
+    norm = torch.bmm(weight_Tk[:, None], out_TVD[:, :k]).square().sum()
+    gram_TVV = torch.bmm(out_TVD, out_TVD.mT).float()
     value_TE = value_TE if over == "allowed" else value_TE[:, :0].clone()
-    piece = Ranked(k, router.scale, over, depth, order_TV, value_TV.contiguous(), base_TV, gram_TVV, value_TE)
-    return piece, norm
+    return Ranked(k, router.scale, over, order_TV, value_TV.contiguous(), base_TV, gram_TVV, value_TE), norm

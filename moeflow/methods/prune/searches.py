@@ -5,10 +5,10 @@ one, and add a row below. `moeflow.methods.prune.evaluated` has helpers for it.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Annotated, Literal
 
 from moeflow.methods.scores import SCORES
-from moeflow.options import check_choices, only
+from moeflow.options import check_at_least, check_choices, only
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class SubsetSearch:
 
 ENUMERATE = "enumerate"
 SUBSET_SEARCHES = {
-    ENUMERATE: SubsetSearch((), False, False, "moeflow.methods.prune.evaluated:search"),
+    ENUMERATE: SubsetSearch((), False, False, "moeflow.methods.prune.evaluated:enumerate_all"),
     "genetic": SubsetSearch(
         ("population", "generations", "parents", "mutation"), False, True, "moeflow.methods.prune.genetic:search"
     ),
@@ -38,19 +38,14 @@ LAYERWISE, PROGRESSIVE = "layerwise", "progressive"
 METHODS = (LAYERWISE, PROGRESSIVE, *SUBSET_SEARCHES, *SCORES)
 """All methods: NAEE's two, the searches for the best sets of a layer, and the scores of single experts."""
 
-if TYPE_CHECKING:
-    Name = str
-else:
-    Name = Literal[*METHODS]
-
 
 @dataclass(frozen=True)
 class Search:
     """How the experts that a layer keeps are chosen. Raises ValueError for invalid options."""
 
-    method: Name
+    method: Annotated[str, METHODS]
     """layerwise or progressive (NAEE): compare every subset of each layer, on inputs from the original or the pruned model;
-    enumerate, genetic, swap: find the best sets of each layer, among which blocks of layers may choose (MoE-I²); the others: keep
+    enumerate, genetic, swap: find the best sets of each layer, among which spans of layers may choose (MoE-I²); the others: keep
     the experts with the highest score."""
     loss: Literal["frobenius", "batch-sum"] = "frobenius"
     """What layerwise and progressive minimise: the norm of the change over all tokens (the paper), or the sum of the norms of all
@@ -59,10 +54,10 @@ class Search:
     """The seed of all random draws."""
     best: int = 3
     """How many sets enumerate, genetic and swap keep for each layer (MoE-I²'s K)."""
-    block: int = 1
-    """How many MoE layers choose together among their sets (MoE-I²'s T); 1: each layer takes its best."""
+    span: int = 1
+    """How many consecutive MoE layers choose together among their sets (MoE-I²'s T); 1: each layer takes its best."""
     inputs: Literal["original", "progressive"] = "original"
-    """A block's input: the original model's hidden states, or those behind the layers pruned so far."""
+    """A span's input: the original model's hidden states, or those behind the layers pruned so far."""
     population: int = 100
     """Members of a generation of the genetic search (the paper's)."""
     generations: int = 50
@@ -76,17 +71,11 @@ class Search:
 
     def __post_init__(self) -> None:
         check_choices(self)
-        if min(self.best, self.block) < 1:
-            raise ValueError(f"best={self.best} sets (K) and block={self.block} layers (T) must be at least 1")
-        if self.inputs == "progressive" and self.block == 1:
-            raise ValueError("inputs='progressive' is for blocks that choose together; give block=2 or more")
-        for name, value, least in (
-            ("population", self.population, 2),
-            ("generations", self.generations, 1),
-            ("starts", self.starts, 1),
-        ):
-            if value < least:
-                raise ValueError(f"{name}={value} must be at least {least}")
+        if min(self.best, self.span) < 1:
+            raise ValueError(f"best={self.best} sets (K) and span={self.span} layers (T) must be at least 1")
+        if self.inputs == "progressive" and self.span == 1:
+            raise ValueError("inputs='progressive' is for spans of layers that choose together; give span=2 or more")
+        check_at_least(self, population=2, generations=1, starts=1)
         if not 0 < self.parents < 1:
             raise ValueError(f"parents={self.parents} is the share of a generation that has children and must lie between 0 and 1")
         if not 2 <= self.survivors < self.population:
@@ -107,15 +96,9 @@ class Search:
         return Search(method, loss=self.loss, seed=self.seed)
 
     def for_candidates(self) -> "Search":
-        """Only the options that the search for one layer's sets depends on; the others are reset, so that no key has them."""
-        taken = ("best", "seed", *check_search(self.method).options)
-        return only(self, *taken)
-
-
-def check_search(method: str) -> SubsetSearch:
-    """The row of this search for the best sets of a layer. Raises ValueError, naming the known ones, if there is none."""
-    if method not in SUBSET_SEARCHES:
-        raise ValueError(
-            f"method={method!r} finds no sets among which layers could choose; choose one of {', '.join(SUBSET_SEARCHES)}"
-        )
-    return SUBSET_SEARCHES[method]
+        """Only the options that the search for one layer's sets depends on. Raises ValueError for a method that finds no sets."""
+        if self.method not in SUBSET_SEARCHES:
+            raise ValueError(
+                f"method={self.method!r} finds no sets among which layers could choose; choose one of {', '.join(SUBSET_SEARCHES)}"
+            )
+        return only(self, "best", "seed", *SUBSET_SEARCHES[self.method].options)

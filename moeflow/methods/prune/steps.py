@@ -1,7 +1,7 @@
-"""Pruning: which experts of a layer stay, chosen layer by layer, by counts out of one budget, or in blocks of layers.
+"""Pruning: which experts of a layer stay, chosen layer by layer, by counts out of one budget, or by several layers together.
 
 NAEE (Lu et al., ACL 2024, arXiv 2402.14800) and MoE-I² (Yang et al., EMNLP Findings 2024, arXiv 2411.01016), section 3. `at` is the
-index of the layer that a step reads; `seen` is what each shard of tokens recorded in it.
+index of the layer that a step reads; its input `seen` is what each shard of tokens recorded in it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,21 +9,11 @@ from typing import Any
 
 from moeflow.arch import Family
 from moeflow.methods.graph import HIDDEN
-from moeflow.methods.prune.counts import between, check_total, fit, neighbours, shares
-from moeflow.methods.prune.searches import ENUMERATE, SUBSET_SEARCHES, Search, check_search
+from moeflow.methods.prune.counts import between, fit, neighbours, shares
+from moeflow.methods.prune.searches import ENUMERATE, SUBSET_SEARCHES, Search
 from moeflow.methods.prune.subsets import MAX_SUBSETS, Subsets
-from moeflow.methods.records import (
-    Candidates,
-    Choice,
-    Combination,
-    Combinations,
-    Curves,
-    Importance,
-    KeptCounts,
-    LayerLoss,
-    Spread,
-)
-from moeflow.methods.scores import SCORES, check_score
+from moeflow.methods.records import Candidates, Choice, Combination, Combinations, Curves, Importance, KeptCounts, LayerLoss, Spread
+from moeflow.methods.scores import SCORES
 from moeflow.model.layout import LAYER, read_config
 from moeflow.model.spec import HiddenSpec, LayerSpec, ObservedSpec, RestSpec, element_bytes
 from moeflow.step import Artifact, Context, Spec, step
@@ -40,33 +30,31 @@ def _check_enumeration(subsets: Subsets) -> None:
         )
 
 
-def _input_bytes(rest: RestSpec, seen: Sequence[ObservedSpec], dtype: str) -> int:
+def _input_bytes(rest: RestSpec, observed: Sequence[ObservedSpec], dtype: str) -> int:
     """The bytes of the recorded MoE inputs."""
-    return sum(s.rows for s in seen) * int(rest.config["hidden_size"]) * element_bytes(rest.config, dtype)
+    return sum(o.rows for o in observed) * int(rest.config["hidden_size"]) * element_bytes(rest.config, dtype)
 
 
-def _statistics_bytes(layer: LayerSpec, seen: Sequence[ObservedSpec]) -> int:
-    return len(seen) * (1400 + 7 * 8 * layer.experts)
+def _statistics_bytes(layer: LayerSpec, observed: Sequence[ObservedSpec]) -> int:
+    return len(observed) * (1400 + 7 * 8 * layer.experts)
 
 
 def _choose_spec(
-    rest: RestSpec, layer: LayerSpec, seen: tuple[ObservedSpec, ...], originals: tuple[ObservedSpec, ...],
+    rest: RestSpec, layer: LayerSpec, observed: tuple[ObservedSpec, ...], originals: tuple[ObservedSpec, ...],
     *, at: int, keep: int, how: Search, batch_tokens: int | None, dtype: str,
 ) -> Spec:  # fmt: skip
     family = Family.of(rest.config)
-    family.check_keep(keep)
+    family.check_keep(keep, family.num_experts)
     subsets = Subsets(layer.experts, keep, family.group_limit[0])
     exact = how.method == ENUMERATE
     if exact:
         _check_enumeration(subsets)
-    else:
-        check_score(how.method)
-    every = (*seen, *originals)
-    if how.loss == "batch-sum" and any(s.recorded < s.hidden.sequences * s.hidden.length for s in every):
+    every = (*observed, *originals)
+    if how.loss == "batch-sum" and any(o.recorded < o.hidden.sequences * o.hidden.length for o in every):
         raise ValueError("loss='batch-sum' sums over whole batches and needs the inputs of all tokens: calibrate with record=None")
     reads = layer.headers + layer.block_bytes + _input_bytes(rest, every, dtype) + _statistics_bytes(layer, every)
     # the layer twice, the largest shard's inputs and targets twice, and the intermediate tensors of a chunk of tokens in fp64
-    memory = 2 * layer.nbytes + 4 * max(_input_bytes(rest, [s], dtype) for s in every) + (1 << 30)
+    memory = 2 * layer.nbytes + 4 * max(_input_bytes(rest, [o], dtype) for o in every) + (1 << 30)
     writes = 1500 + (subsets.count if exact else 0) * (26 + 3 * keep)
     return Spec({"layer": at, "keep": keep, "bytes": writes}, reads=reads, writes=writes, memory=memory)
 
@@ -83,24 +71,22 @@ def choose(
     """
     from moeflow.methods.prune.enumeration import weigh
 
-    choice = weigh(
+    weigh(
         context, read_config(config), layer, seen, originals, layer=at, keep=keep, how=how, batch_tokens=batch_tokens, dtype=dtype
-    )
-    choice.write(context.out)
+    ).write(context.out)
 
 
 def _candidates_spec(
-    rest: RestSpec, layer: LayerSpec, seen: tuple[ObservedSpec, ...], counts: Mapping[str, Any] | None,
+    rest: RestSpec, layer: LayerSpec, observed: tuple[ObservedSpec, ...], counts: Mapping[str, Any] | None,
     *, at: int, keep: list[int], protected: list[int], how: Search, dtype: str,
 ) -> Spec:  # fmt: skip
     family = Family.of(rest.config)
-    check_search(how.method)
     for count in keep:
         family.check_keep(count, layer.experts)
         subsets = Subsets(layer.experts, count, family.group_limit[0], tuple(protected))
         if how.method == ENUMERATE:
             _check_enumeration(subsets)
-    reads = layer.headers + layer.block_bytes + _input_bytes(rest, seen, dtype) + _statistics_bytes(layer, seen)
+    reads = layer.headers + layer.block_bytes + _input_bytes(rest, observed, dtype) + _statistics_bytes(layer, observed)
     sets = (len(keep) if counts is None else 1) * (how.best + 1 + len(SCORES))
     writes = 300 + sets * (70 + 4 * layer.experts)
     out = {"layer": at, "counts": keep, "experts": layer.experts, "bytes": writes}
@@ -119,15 +105,14 @@ def candidates(
     """
     from moeflow.methods.prune.subset_search import search_counts
 
-    sets = search_counts(
-        context, read_config(config), layer, seen,
-        layer=at, keep=keep if counts is None else [KeptCounts.read(counts).counts[at]], protected=protected, how=how, dtype=dtype,
-    )  # fmt: skip
+    if counts is not None:
+        keep = [KeptCounts.read(counts).counts[at]]
+    sets = search_counts(context, read_config(config), layer, seen, layer=at, keep=keep, protected=protected, how=how, dtype=dtype)
     sets.write(context.out)
 
 
-def _importance_spec(rest: RestSpec, layer: LayerSpec, seen: tuple[ObservedSpec, ...], *, at: int, dtype: str) -> Spec:
-    reads = layer.headers + layer.block_bytes + _input_bytes(rest, seen, dtype)
+def _importance_spec(rest: RestSpec, layer: LayerSpec, observed: tuple[ObservedSpec, ...], *, at: int, dtype: str) -> Spec:
+    reads = layer.headers + layer.block_bytes + _input_bytes(rest, observed, dtype)
     writes = 80 + 32 * layer.experts
     out = {"layer": at, "experts": layer.experts, "bytes": writes}
     return Spec(out, reads=reads, writes=writes, memory=2 * layer.nbytes + (3 << 30))
@@ -161,16 +146,13 @@ def importance_lm(context: Context, curves: Artifact, recon: Artifact) -> None:
     Importance(own.layer, tuple(growth), own.tokens).write(context.out)
 
 
-def _counts_spec(reads: int, legal: Mapping[str, list[int]], experts: Mapping[str, int], total: int) -> Spec:
-    check_total(total, {int(i): counts for i, counts in legal.items()})
+def _counts_spec(measured: Any, *, legal: dict[str, list[int]], experts: dict[str, int], total: int) -> Spec:
+    """`measured`: the importance of each layer's experts, or the curves of all layers."""
+    reads = sum(m["bytes"] for m in (measured if isinstance(measured, tuple) else (measured,)))
     return Spec({"total": total, "share": total / sum(experts.values())}, reads=reads, writes=500 + 60 * len(legal))
 
 
-def _counts_paper_spec(importances: tuple[Any, ...], *, legal: dict[str, list[int]], experts: dict[str, int], total: int) -> Spec:
-    return _counts_spec(sum(i["bytes"] for i in importances), legal, experts, total)
-
-
-@step("prune.counts_paper", version=2, spec=_counts_paper_spec)
+@step("prune.counts_paper", version=2, spec=_counts_spec)
 def counts_paper(
     context: Context, importances: tuple[Artifact, ...], *, legal: dict[str, list[int]], experts: dict[str, int], total: int
 ) -> None:
@@ -181,18 +163,14 @@ def counts_paper(
     what it can lose, and rounded to `legal` counts that add up to `total` with the least squared deviation.
     """
     layers = {i.layer: sum(i.importance) for i in map(Importance.read, importances)}
-    least = {i: min(legal[str(i)]) for i in layers}
     inverse = {i: 1 / (v + 1e-12) for i, v in layers.items()}
-    gone = shares(inverse, {i: experts[str(i)] - least[i] for i in layers}, sum(experts.values()) - total)
+    caps = {i: experts[str(i)] - min(legal[str(i)]) for i in layers}
+    gone = shares(inverse, caps, sum(experts.values()) - total)
     deviation = {i: {n: (experts[str(i)] - gone[i] - n) ** 2 for n in legal[str(i)]} for i in layers}
     KeptCounts("paper", total, fit(deviation, total), importance=layers).write(context.out)
 
 
-def _counts_exact_spec(curves: Mapping[str, Any], *, legal: dict[str, list[int]], experts: dict[str, int], total: int) -> Spec:
-    return _counts_spec(curves["bytes"], legal, experts, total)
-
-
-@step("prune.counts_exact", version=2, spec=_counts_exact_spec)
+@step("prune.counts_exact", version=2, spec=_counts_spec)
 def counts_exact(context: Context, curves: Artifact, *, legal: dict[str, list[int]], experts: dict[str, int], total: int) -> None:
     """The `legal` counts that add up to `total` at the least cost, by each layer's measured curve; writes `KeptCounts`.
 
@@ -200,24 +178,21 @@ def counts_exact(context: Context, curves: Artifact, *, legal: dict[str, list[in
     """
     measured = Curves.read(curves).curves
     costs: dict[int, dict[int, float]] = {}
-    for i, counts in ((int(i), counts) for i, counts in legal.items()):
-        points = sorted(({int(n): v for n, v in measured.get(i, {}).items()} | {experts[str(i)]: 0.0}).items())
-        costs[i] = {n: between(points, n) for n in counts}
+    for i, counts in legal.items():
+        points = [*sorted((int(n), cost) for n, cost in measured.get(int(i), {}).items()), (experts[i], 0.0)]
+        costs[int(i)] = {n: between(points, n) for n in counts}
     chosen = fit(costs, total)
 
     def spread(counts: Mapping[int, int]) -> Spread:
         return Spread(tuple(counts.values()), sum(costs[i][n] for i, n in counts.items()))
 
-    others = sorted(map(spread, neighbours(chosen, costs)), key=lambda other: other.cost)
+    runner_up = min(map(spread, neighbours(chosen, costs)), key=lambda other: other.cost, default=None)
     same = dict.fromkeys(chosen, total // len(chosen))
-    everywhere = total == sum(same.values()) and all(n in costs[i] for i, n in same.items())
-    KeptCounts(
-        "exact", total, chosen,
-        cost=spread(chosen).cost, runner_up=others[0] if others else None, uniform=spread(same) if everywhere else None,
-    ).write(context.out)  # fmt: skip
+    uniform = spread(same) if total == sum(same.values()) and all(n in costs[i] for i, n in same.items()) else None
+    KeptCounts("exact", total, chosen, cost=spread(chosen).cost, runner_up=runner_up, uniform=uniform).write(context.out)
 
 
-def _block_spec(
+def _combinations_spec(
     rest: RestSpec, layers: tuple[LayerSpec, ...], candidates: tuple[Mapping[str, Any], ...], before: tuple[Any, ...],
     behind: tuple[Any, ...], *, first: int, best: int, batch: int, dtype: str,
 ) -> Spec:  # fmt: skip
@@ -237,16 +212,16 @@ def _block_spec(
     return Spec({"bytes": writes}, reads=reads, writes=writes, memory=memory)
 
 
-@step("prune.block", version=2, spec=_block_spec, gpus=1)
-def block(
+@step("prune.span", version=2, spec=_combinations_spec, gpus=1)
+def combinations(
     context: Context, config: Artifact, layers: tuple[Artifact, ...], candidates: tuple[Artifact, ...],
     before: tuple[Artifact, ...], behind: tuple[Artifact, ...] = (), *, first: int, best: int, batch: int, dtype: str,
 ) -> None:  # fmt: skip
     """The loss of every combination of the `best` sets of the layers with candidates; writes `Combinations`.
 
     `layers`: consecutive layers from `first` on; `candidates`: those of the layers with experts, in order; `before`: the hidden
-    states before the block, shard by shard; `behind`: the original's hidden states behind it, which are the target. Without
-    `behind`, the target is the output of the block with all its experts.
+    states before the first layer, shard by shard; `behind`: the original's hidden states behind the last, which are the target.
+    Without `behind`, the target is the output of these layers with all their experts.
     """
     from moeflow.methods.prune import reception
 
@@ -262,40 +237,29 @@ def block(
 
 
 def _pick_spec(
-    candidates: Mapping[str, Any], counts: Mapping[str, Any] | None, block: Mapping[str, Any] | None, *, keep: int | None
+    candidates: Mapping[str, Any], counts: Mapping[str, Any] | None, together: Mapping[str, Any] | None, *, keep: int | None
 ) -> Spec:
-    layer, searched = candidates["layer"], candidates["counts"]
-    if (keep is None) == (counts is None):
-        raise ValueError(f"layer {layer}: say how many experts stay by keep, or by a step that decides counts; keep={keep}")
-    if keep is not None and keep not in searched:
-        raise ValueError(f"the candidates of layer {layer} are for {searched} experts, not for {keep}")
-    reads = candidates["bytes"] + sum(d.get("bytes", 200) for d in (counts, block) if d)
-    out = {"layer": layer, "keep": keep, "share": counts["share"] if counts else 1.0, "least": min(searched), "bytes": 1500}
+    reads = candidates["bytes"] + sum(d.get("bytes", 200) for d in (counts, together) if d)
+    share, least = counts["share"] if counts else 1.0, min(candidates["counts"])
+    out = {"layer": candidates["layer"], "keep": keep, "share": share, "least": least, "bytes": 1500}
     return Spec(out, reads=reads, writes=1500)
 
 
 @step("prune.pick", version=2, spec=_pick_spec)
 def pick(
-    context: Context, candidates: Artifact, counts: Artifact | None = None, block: Artifact | None = None, *, keep: int | None
+    context: Context, candidates: Artifact, counts: Artifact | None = None, span: Artifact | None = None, *, keep: int | None
 ) -> None:
-    """Pick one of a layer's candidates: the best, or the one in the best combination of its `block`; writes a `Choice`.
+    """Pick one of a layer's candidates: the best or, with `span`, the one in the best combination of its span; writes a `Choice`.
 
     `keep`: how many experts stay, if that is known when the graph is built; None: `counts` says it.
     """
     of_layer, rank = Candidates.read(candidates), 0
-    if block is not None:
-        decided = Combinations.read(block)
-        rank = decided.combinations[0].sets[decided.layers.index(of_layer.layer)]
+    if span is not None:
+        together = Combinations.read(span)
+        rank = together.combinations[0].sets[together.layers.index(of_layer.layer)]
     if counts is not None:
         keep = KeptCounts.read(counts).counts[of_layer.layer]
     sets = of_layer.only if keep is None else of_layer.counts[keep]
-    picked, others = sets.best[rank], [s for i, s in enumerate(sets.best) if i != rank]
-    Choice(
-        of_layer.layer,
-        of_layer.experts,
-        picked.keep,
-        of_layer.method,
-        LayerLoss("frobenius", picked.loss, picked.of_output, of_layer.tokens),
-        others[0] if others else None,
-        sets.baselines,
-    ).write(context.out)
+    picked, runner_up = sets.best[rank], next((s for i, s in enumerate(sets.best) if i != rank), None)
+    loss = LayerLoss("frobenius", picked.loss, picked.of_output, of_layer.tokens)
+    Choice(of_layer.layer, of_layer.experts, picked.keep, of_layer.method, loss, runner_up, sets.baselines).write(context.out)

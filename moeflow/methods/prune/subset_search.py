@@ -8,15 +8,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from moeflow import options
 from moeflow.arch import Config
 from moeflow.methods.graph import load
 from moeflow.methods.prune.errors import mask_of
 from moeflow.methods.prune.gram import Weighed, room
-from moeflow.methods.prune.searches import Search, check_search
-from moeflow.methods.prune.subsets import Subset, Subsets, without
+from moeflow.methods.prune.searches import SUBSET_SEARCHES, Search
+from moeflow.methods.prune.subsets import Subsets, without
 from moeflow.methods.recorded import add_stats, layer_of, routed_tokens, sample_of
 from moeflow.methods.records import Candidates, ExpertSet, Importance, Sets
 from moeflow.methods.scores.functions import baselines
@@ -39,29 +38,22 @@ def search_counts(
     finished counts, and the state of a search that can resume. Raises ValueError if a loss is NaN or infinite.
     """
     moe = layer_of(Tensors(layer_file), config, layer, dtype)
-    row, experts = check_search(how.method), moe.num_experts
-    weighed, stats = _weighed(context, moe, shards, drop_at_most=experts - min(keep))
+    row, experts, stats = SUBSET_SEARCHES[how.method], moe.num_experts, add_stats([Tensors(s) for s in shards])
+    weighed = _weighed(context, moe, shards, drop_at_most=experts - min(keep))
     norm = float(weighed.norm) ** 0.5
     progress = _Progress(context, len(keep))
     for count in keep:
         if count in progress.finished:
             continue
         by_score = baselines(moe, stats, how.seed + layer, count)
-        more: dict[str, Any] = {}
+        more: dict[str, Any] = {"save": progress.save_search, "resume": progress.search} if row.resumes else {}
         if row.begins and not protected:
             more["begin"] = [subset for name, subset in by_score.items() if name != "random"]
-        if row.resumes:
-            more |= {"save": progress.save_search, "resume": progress.search}
         subsets = Subsets(experts, count, moe.router.groups, tuple(protected))
         best = load(row.code)(weighed, subsets, how, layer=layer, **more)
         losses = weighed(mask_of(list(by_score.values()), experts, weighed.norm.device)).tolist()
-        progress.finish(
-            count,
-            Sets(
-                tuple(_entry(subset, loss, norm) for subset, loss in best),
-                {name: _entry(subset, loss, norm) for (name, subset), loss in zip(by_score.items(), losses, strict=True)},
-            ),
-        )
+        scored = {name: ExpertSet.of(subset, loss, norm) for (name, subset), loss in zip(by_score.items(), losses, strict=True)}
+        progress.finish(count, Sets(tuple(ExpertSet.of(subset, loss, norm) for subset, loss in best), scored))
     return Candidates(layer, experts, how.method, weighed.tokens, norm, {count: progress.finished[count] for count in keep})
 
 
@@ -74,10 +66,10 @@ def importance_of(
     experts, tokens = moe.num_experts, tuple(routed_tokens(moe, shards))
     if not moe.router.can_spare(experts):
         return Importance(layer, (0.0,) * experts, tokens)
-    weighed, _ = _weighed(context, moe, shards, drop_at_most=1)
+    weighed = _weighed(context, moe, shards, drop_at_most=1)
     mask_EE = mask_of([without(experts, [e]) for e in range(experts)], experts, weighed.norm.device)
     norm = float(weighed.norm) ** 0.5
-    return Importance(layer, tuple(float(loss) / norm if norm else 0.0 for loss in weighed(mask_EE)), tokens)
+    return Importance(layer, tuple(loss / norm if norm else 0.0 for loss in weighed(mask_EE).tolist()), tokens)
 
 
 class _Progress:
@@ -109,17 +101,12 @@ class _Progress:
         self.context.save(folder)
 
 
-def _weighed(context: Context, moe: MoELayer, shards: Sequence[Files], *, drop_at_most: int) -> tuple[Weighed, dict[str, Tensor]]:
-    """The layer, prepared on as many tokens of each shard as fit, and the statistics summed over the shards."""
+def _weighed(context: Context, moe: MoELayer, shards: Sequence[Files], *, drop_at_most: int) -> Weighed:
+    """The layer, prepared on as many tokens of each shard as fit."""
     recorded = [Tensors(s) for s in shards]
     each = room(moe, drop_at_most) // len(recorded)
     inputs = (sample_of(s)[:each].to(moe.router_ED.device, moe.router_ED.dtype) for s in recorded)
     weighed = Weighed.of(moe, inputs, drop_at_most=drop_at_most)
-    left = sum(max(0, int(s["sample"]) - each) for s in recorded)
-    if left:
+    if left := sum(max(0, int(s["sample"]) - each) for s in recorded):
         context.note(f"weighed on {weighed.tokens:,} tokens: there was no room for {left:,} more")
-    return weighed, add_stats(recorded)
-
-
-def _entry(subset: Subset, loss: float, norm: float) -> ExpertSet:
-    return ExpertSet(subset, loss, loss / norm if norm else 0.0)
+    return weighed

@@ -72,17 +72,12 @@ class Subsets:
 
     def check(self, subset: Subset) -> None:
         """Raise ValueError if this is not one of the subsets."""
-        size = self.experts // self.groups
-        each = self.keep // self.groups
-        kept = [sum(e // size == g for e in subset) for g in range(self.groups)]
-        if (
-            len(set(subset)) != len(subset)
-            or kept != [self.keep // self.groups] * self.groups
-            or not set(self.protected) <= set(subset)
-        ):
+        dropped = without(self.experts, subset)
+        equally = all(sum(e in pool for e in dropped) == self.dropped for pool in self.pools)
+        if len(subset) != self.keep or len(dropped) != self.experts - self.keep or not equally:
             raise ValueError(
-                f"the subset {list(subset)} does not keep {self.keep} of {self.experts} experts, {each} in each of {self.groups} "
-                f"groups and the protected {list(self.protected)} among them"
+                f"the subset {list(subset)} does not keep {self.keep} of {self.experts} experts, {self.keep // self.groups} in "
+                f"each of {self.groups} groups and the protected {list(self.protected)} among them"
             )
 
 

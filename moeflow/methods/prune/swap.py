@@ -8,7 +8,9 @@ from random import Random
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
+from moeflow.methods.prune.errors import mask_of
 from moeflow.methods.prune.evaluated import AT_ONCE, Evaluate, Evaluated, enumerate_all
 from moeflow.methods.prune.gram import Weighed
 from moeflow.methods.prune.searches import Search
@@ -26,7 +28,7 @@ def search(
     other function is called for every neighbour. Raises ValueError if a subset in `begin` is not one of `subsets`.
     """
     if subsets.count <= how.starts:
-        return enumerate_all(evaluate, subsets, how.best)
+        return enumerate_all(evaluate, subsets, how, layer=layer)
     neighbours = Neighbours(evaluate, subsets)
     random = Random(f"{how.seed}/{layer}")
     starts = [tuple(sorted(subset)) for subset in begin][: how.starts]
@@ -43,41 +45,34 @@ def search(
 
 
 class Neighbours:
-    """The subsets that are one exchange or one removal away from a subset."""
+    """The subsets that are one exchange or one removal away from a subset. A move is the index of an entry of a table [E, N]."""
 
     def __init__(self, evaluate: Evaluate, subsets: Subsets) -> None:
-        experts = subsets.experts
-        self.evaluate, self.experts, self.groups, self.keep = evaluate, experts, subsets.groups, subsets.keep
-        self.evaluated = Evaluated(evaluate, experts)
+        self.evaluate, self.subsets, self.experts = evaluate, subsets, subsets.experts
+        self.evaluated = Evaluated(evaluate, self.experts)
         self.passed: set[Subset] = set()
-        group_E = torch.arange(experts) // (experts // subsets.groups)
-        free_E = torch.ones(experts, dtype=torch.bool)
-        free_E[list(subsets.protected)] = False
-        self.exchange_EN = torch.cat(
-            [(group_E[:, None] == group_E) & free_E[:, None], torch.zeros(experts, 1, dtype=torch.bool)], 1
-        )
-        self.group_E, self.free_E = group_E, free_E
+        self.group_E = torch.arange(self.experts) // (self.experts // subsets.groups)
+        self.free_E = torch.ones(self.experts, dtype=torch.bool)
+        self.free_E[list(subsets.protected)] = False
+        self.exchange_EN = pad((self.group_E[:, None] == self.group_E) & self.free_E[:, None], (0, 1))
 
     def losses(self, subset: Subset, legal_EN: Tensor) -> Tensor:
         """The losses of the neighbours in `legal_EN`, fp64 [E, N]; infinite elsewhere."""
-        mask_E = torch.zeros(self.experts, dtype=torch.bool)
-        mask_E[list(subset)] = True
+        mask_E = mask_of([subset], self.experts)[0]
         if isinstance(self.evaluate, Weighed):
             return self.evaluate.neighbours(mask_E, legal_EN).cpu()
-        legal_EN = legal_EN & mask_E[:, None] & ~torch.cat([mask_E, mask_E.new_zeros(1)])
-        moves = legal_EN.nonzero().tolist()
+        moves = (legal_EN & mask_E[:, None] & ~pad(mask_E, (0, 1))).flatten().nonzero()[:, 0]
         loss_EN = torch.full(legal_EN.shape, torch.inf, dtype=torch.float64)
-        for at in range(0, len(moves), AT_ONCE):
-            part = moves[at : at + AT_ONCE]
-            losses = self.evaluated.losses([self.moved(subset, a, b) for a, b in part])
-            for (a, b), loss in zip(part, losses, strict=True):
-                loss_EN[a, b] = loss
+        for part in moves.split(AT_ONCE):
+            losses = self.evaluated.losses([self.moved(subset, move) for move in part.tolist()])
+            loss_EN.view(-1)[part] = torch.tensor(losses, dtype=torch.float64)
         return loss_EN
 
-    def moved(self, subset: Subset, out: int, into: int) -> Subset:
-        return tuple(sorted((set(subset) - {out}) | ({into} if into < self.experts else set())))
+    def moved(self, subset: Subset, move: int) -> Subset:
+        out, into = divmod(move, self.experts + 1)
+        return tuple(sorted({*subset, into} - {out, self.experts}))
 
-    def descend(self, subset: Subset) -> Subset:
+    def descend(self, subset: Subset) -> None:
         """Make the best exchange again and again, until none improves the subset."""
         loss = self.evaluated.losses([subset])[0]
         while subset not in self.passed:
@@ -86,25 +81,22 @@ class Neighbours:
             move = int(loss_EN.argmin())
             if not float(loss_EN.flatten()[move]) < loss:
                 break
-            there = self.moved(subset, *divmod(move, self.experts + 1))
+            there = self.moved(subset, move)
             # rounding errors add up in an exchange's loss, so the subset's own loss decides
             if not (new := self.evaluated.losses([there])[0]) < loss:
                 break
             subset, loss = there, new
-        return subset
 
     def eliminate(self, subset: Subset) -> Subset:
         """Drop the cheapest expert again and again, from every group in turn; returns what is left."""
-        while len(subset) > self.keep:
-            counts = torch.bincount(self.group_E[list(subset)], minlength=self.groups)
+        while len(subset) > self.subsets.keep:
+            counts = torch.bincount(self.group_E[list(subset)], minlength=self.subsets.groups)
             legal_EN = torch.zeros_like(self.exchange_EN)
             legal_EN[:, -1] = self.free_E & (counts == counts.max())[self.group_E]
-            loss_EN = self.losses(subset, legal_EN)
-            subset = self.moved(subset, int(loss_EN[:, -1].argmin()), self.experts)
+            subset = self.moved(subset, int(self.losses(subset, legal_EN).argmin()))
         return subset
 
     def evaluate_nearest(self, subset: Subset, count: int) -> None:
         """Evaluate the best `count` exchanges of a subset, since most runners-up are among them."""
-        loss_EN = self.losses(subset, self.exchange_EN)
-        moves = loss_EN.flatten().argsort()[:count].tolist()
-        self.evaluated.losses([self.moved(subset, *divmod(m, self.experts + 1)) for m in moves if loss_EN.flatten()[m] < torch.inf])
+        loss, moves = self.losses(subset, self.exchange_EN).flatten().sort()
+        self.evaluated.losses([self.moved(subset, m) for m in moves[:count][loss[:count].isfinite()].tolist()])

@@ -1,7 +1,7 @@
 """Compare a compressed model with its original: every report of `moeflow.methods.evaluate`, on each held-out text."""
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.checkpoint.steps import checkpoint_of
@@ -14,7 +14,7 @@ from moeflow.step import Step
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The text on which a compressed model and its original are compared."""
+    """The text on which a compressed model and its original are compared, without beginning-of-sequence tokens."""
 
     texts: str
     """URI[#column[+column]], several joined by commas; each gets its own report."""
@@ -23,33 +23,22 @@ class HeldOut:
     length: int = 2048
     """Tokens of a sequence."""
 
-    @property
-    def sample(self) -> Sample:
-        return Sample(self.sequences, self.length, bos=False)
-
 
 NO_TOKENIZER = "the model has no tokenizer: held-out text is left out, the loss on the token matrix stands for it"
 
 
 def reports(original: Model, compressed: Model, heldout: HeldOut, passed: Pass, *, tokens: Step | None = None) -> tuple[Step, ...]:
-    """`compare` for a pipeline: with the batch size and precision of its calibration, eight batches to a task."""
-    judged = Pass(passed.batch, 8 * passed.batch, dtype=passed.dtype)
-    return compare(original, compressed, Texts(heldout.texts), heldout.sample, judged, tokens=tokens)
-
-
-def compare(
-    original: Model, compressed: Model, heldout: Texts, sample: Sample, passed: Pass = Pass(shard=64), *, tokens: Step | None = None
-) -> tuple[Step, ...]:
     """Report on `compressed` beside `original`: size, quality on each held-out text, speed.
 
-    `sample` says how much of each text is read, without a beginning-of-sequence token, and `passed` how both models run over it;
-    nothing is recorded. A model without a tokenizer is evaluated on the matrix `tokens` instead, and the report says so. Raises
-    ValueError if that is missing.
+    `passed`: the pass of the calibration, of which batch size and precision are taken; eight batches go to a task, and nothing is
+    recorded. A model without a tokenizer is evaluated on the matrix `tokens` instead, and the report says so. Raises ValueError if
+    that is missing.
     """
+    passed = Pass(passed.batch, 8 * passed.batch, dtype=passed.dtype)
     if original.has_tokenizer:
-        sample = replace(sample, bos=False)
-        texts = zip(_names(heldout.entries()), heldout.each(), strict=True)
-        matrices = [(name, data.tokens(text, original, sample), "") for name, text in texts]
+        texts, sample = Texts(heldout.texts), Sample(heldout.sequences, heldout.length, bos=False)
+        named = zip(_names(texts.entries()), texts.each(), strict=True)
+        matrices = [(name, data.tokens(text, original, sample), "") for name, text in named]
     elif tokens is not None:
         matrices = [("token matrix", tokens, NO_TOKENIZER)]
     else:
@@ -60,17 +49,14 @@ def compare(
     reports = [size(*both, zeros=zeros), *([layers(chosen)] if chosen else [])]
     for name, matrix, note in matrices:
         states = calibrate.hidden_states(original, matrix, passed)
-        counts: list[Step] = []
-        if compressed.does_with_fewer:
-            run = calibrate.run(compressed, matrix, passed, inputs=False)
-            compressed_states, observed = run.ends, tuple(part for parts in run.observed.values() for part in parts)
-            counts = [experts_per_token(original.essential, observed, layers=list(run.observed), name=name)]
-        else:
-            compressed_states = calibrate.hidden_states(compressed, matrix, passed)
+        run = calibrate.run(compressed, matrix, passed, inputs=False) if compressed.does_with_fewer else None
+        compressed_states = run.ends if run else calibrate.hidden_states(compressed, matrix, passed)
         heads = original.rest, compressed.rest
         reports.append(quality(*heads, matrix, states, compressed_states, name=name, note=note, dtype=passed.dtype))
-        reports += counts
-    return (*reports, speed(*both, machine=here(), length=sample.length))
+        if run:
+            observed = tuple(part for parts in run.observed.values() for part in parts)
+            reports.append(experts_per_token(original.essential, observed, layers=list(run.observed), name=name))
+    return (*reports, speed(*both, machine=here(), length=heldout.length))
 
 
 def _names(entries: tuple[TextEntry, ...]) -> list[str]:

@@ -4,10 +4,9 @@ Yang et al., EMNLP Findings 2024, arXiv 2411.01016, and moeflow's alternative to
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
 from math import ceil
-from typing import Any, Protocol
+from typing import Any
 
 from moeflow.arch import MATRICES, Family
 from moeflow.methods import rewrite
@@ -20,26 +19,23 @@ from moeflow.methods.graph import Calibration, Model, Pass
 from moeflow.methods.prune import counts as counts_
 from moeflow.methods.prune.counts import Counts
 from moeflow.methods.prune.searches import Search
-from moeflow.methods.prune.steps import block, candidates, counts_exact, counts_paper, importance, importance_lm, pick
+from moeflow.methods.prune.steps import candidates, combinations, counts_exact, counts_paper, importance, importance_lm, pick
 from moeflow.step import Step
 
 
 def prune(calibration: Calibration, counts: Counts, how: Search = Search("swap")) -> Model:
     """Build the graph that drops experts.
 
-    `counts` says how many experts each layer keeps; `how` says which search finds its sets, and whether blocks of layers choose
+    `counts` says how many experts each layer keeps; `how` says which search finds its sets, and whether spans of layers choose
     among them together (MoE-I²'s K and T). Raises ValueError for counts that cannot work, with the nearest that can.
     """
     model = calibration.model
-    legal = counts_.legal_counts(model, counts)
-    total = counts_.total_experts(model, counts)
+    legal, total = counts_.legal_counts(model, counts), counts_.total_experts(model, counts)
     counts_.check_total(total, legal)
-    sets = partial(_sets, calibration, counts, how.for_candidates())
-    decider, candidates = RULES[counts.rule](calibration, counts, legal, total, sets)
-    if how.block > 1:
-        return _by_blocks(calibration, decider, candidates, how)
-    choices = {i: pick(candidates[i], decider, keep=_known(candidates[i], decider)) for i in legal}
-    return model.with_layers(_pruned(calibration, choices), tuple(choices.values()))
+    decider, candidates = RULES[counts.rule](Budget(calibration, counts, how.for_candidates(), legal, total))
+    if how.span > 1:
+        return _by_spans(calibration, decider, candidates, how)
+    return rewrite.pruned(model, _picked(candidates, decider))
 
 
 def compress(
@@ -57,29 +53,43 @@ def compress(
     return decompose(calibrate.run(pruned, tokens, passed), how)
 
 
-class Sets(Protocol):
-    """Make the step that searches a layer's sets for each count in `keep`, or for the one that a step decides."""
-
-    def __call__(self, layer: int, keep: Sequence[int], decider: Step | None = None, *, best: int | None = None) -> Step: ...
-
-
-def _sets(
-    calibration: Calibration, counts: Counts, how: Search, layer: int, keep: Sequence[int], decider: Step | None = None,
-    *, best: int | None = None,
-) -> Step:  # fmt: skip
-    model = calibration.model
-    return candidates(
-        model.essential, model.layers[layer], calibration.observed[layer], decider,
-        at=layer, keep=list(keep), protected=counts.protected_in(layer), how=replace(how, best=best or how.best),
-        dtype=calibration.dtype,
-    )  # fmt: skip
-
-
 Searched = tuple[Step | None, dict[int, Step]]
 """The step that decides the counts, if one does, and every layer's candidates."""
 
 
-def _uniform(calibration: Calibration, counts: Counts, legal: Mapping[int, list[int]], total: int, sets: Sets) -> Searched:
+@dataclass(frozen=True)
+class Budget:
+    """How many experts of a calibrated model stay in all, and how the sets of each layer are searched."""
+
+    calibration: Calibration
+    counts: Counts
+    how: Search
+    legal: Mapping[int, list[int]]
+    """The numbers of experts that each layer may keep."""
+    total: int
+
+    def sets(self, layer: int, keep: list[int], decider: Step | None = None, *, best: int | None = None) -> Step:
+        """The step that searches a layer's sets for each count in `keep`, or for the one that a step decides."""
+        how, protected = replace(self.how, best=best or self.how.best), self.counts.protected_in(layer)
+        dtype = self.calibration.dtype
+        return candidates(*self.calibration.of(layer), decider, at=layer, keep=keep, protected=protected, how=how, dtype=dtype)
+
+    def searched(self, decider: Step) -> Searched:
+        return decider, {i: self.sets(i, numbers, decider) for i, numbers in self.legal.items()}
+
+    @property
+    def experts(self) -> dict[int, int]:
+        return {i: counts_.spec_of(self.calibration.model, i).experts for i in self.legal}
+
+    @property
+    def limits(self) -> dict[str, Any]:
+        """The parameters of the steps that decide counts."""
+        legal, experts = ({str(i): value for i, value in of.items()} for of in (self.legal, self.experts))
+        return {"legal": legal, "experts": experts, "total": self.total}
+
+
+def _uniform(budget: Budget) -> Searched:
+    legal, total = budget.legal, budget.total
     each, left = divmod(total, len(legal))
     if left or any(each not in numbers for numbers in legal.values()):
         shared = sorted(set.intersection(*map(set, legal.values())))
@@ -90,39 +100,28 @@ def _uniform(calibration: Calibration, counts: Counts, legal: Mapping[int, list[
             f"{total} experts are not the same legal number in each of {len(legal)} layers; nearest: "
             f"{' or '.join(str(n * len(legal)) for n in sorted(nearest))}"
         )
-    return None, {i: sets(i, [each]) for i in legal}
+    return None, {i: budget.sets(i, [each]) for i in legal}
 
 
-def _paper(calibration: Calibration, counts: Counts, legal: Mapping[int, list[int]], total: int, sets: Sets) -> Searched:
-    importances = IMPORTANCES[counts.importance](calibration, list(legal), counts.measured)
-    decider = counts_paper(tuple(importances.values()), **_limits(calibration, legal), total=total)
-    return decider, {i: sets(i, legal[i], decider) for i in legal}
+def _paper(budget: Budget) -> Searched:
+    importances = IMPORTANCES[budget.counts.importance](budget.calibration, list(budget.legal), budget.counts.measured)
+    return budget.searched(counts_paper(tuple(importances.values()), **budget.limits))
 
 
-def _exact(calibration: Calibration, counts: Counts, legal: Mapping[int, list[int]], total: int, sets: Sets) -> Searched:
-    limits = _limits(calibration, legal)
-    grids = {i: _thinned([n for n in numbers if n < limits["experts"][str(i)]], counts.grid) for i, numbers in legal.items()}
-    alternatives = {i: Alternatives(Forks("sets", tuple(map(str, n))), (sets(i, n, best=1),)) for i, n in grids.items() if n}
-    decider = counts_exact(calibrate.curves(calibration, alternatives, tokens=counts.measured), **limits, total=total)
-    return decider, {i: sets(i, legal[i], decider) for i in legal}
+def _exact(budget: Budget) -> Searched:
+    counts, experts = budget.counts, budget.experts
+    grids = {i: _thinned([n for n in numbers if n < experts[i]], counts.grid) for i, numbers in budget.legal.items()}
+    alternatives = {i: Alternatives(Forks("sets", tuple(map(str, n))), (budget.sets(i, n, best=1),)) for i, n in grids.items() if n}
+    curves = calibrate.curves(budget.calibration, alternatives, tokens=counts.measured)
+    return budget.searched(counts_exact(curves, **budget.limits))
 
 
-def _limits(calibration: Calibration, legal: Mapping[int, list[int]]) -> dict[str, Any]:
-    experts = {str(i): counts_.spec_of(calibration.model, i).experts for i in legal}
-    return {"legal": {str(i): numbers for i, numbers in legal.items()}, "experts": experts}
-
-
-RULES: dict[str, Callable[[Calibration, Counts, Mapping[int, list[int]], int, Sets], Searched]] = {
-    "uniform": _uniform,
-    "paper": _paper,
-    "exact": _exact,
-}
+RULES: dict[str, Callable[[Budget], Searched]] = {"uniform": _uniform, "paper": _paper, "exact": _exact}
 """The rules of `Counts`, by name."""
 
 
 def _recon(calibration: Calibration, layers: Sequence[int], measured: int) -> dict[int, Step]:
-    model = calibration.model
-    return {i: importance(model.essential, model.layers[i], calibration.observed[i], at=i, dtype=calibration.dtype) for i in layers}
+    return {i: importance(*calibration.of(i), at=i, dtype=calibration.dtype) for i in layers}
 
 
 def _lm_loss(calibration: Calibration, layers: Sequence[int], measured: int) -> dict[int, Step]:
@@ -150,37 +149,37 @@ def ratio_left(remove: float, drop: float) -> float:
 
 def decompose(calibration: Calibration, how: Decomposition) -> Model:
     """Build the graph that factors each of the experts' matrices into two. Raises ValueError for options that cannot work."""
-    _check(importance=(how.importance, IMPORTANCES))
-    model, dtype = calibration.model, calibration.dtype
+    model = calibration.model
     if not how.ratio and not how.rank:
         return model
-    layers = model.moe_layers
-    for i in layers:
-        average_rank(how.ratio, *decompose_.sides(model.layers[i].spec.output))
-
-    def rewritten(layer: int, ranks: Step | None, uniform: dict[str, int]) -> Step:
-        seen = calibration.observed[layer]
-        return decompose_.layer(
-            model.essential, model.layers[layer], seen, ranks, layer=layer, uniform=uniform, how=how.of_a_layer, dtype=dtype
-        )
-
+    sides = {i: decompose_.sides(model.layers[i].spec.output) for i in model.moe_layers}
+    for of_layer in sides.values():
+        average_rank(how.ratio, *of_layer)  # refuses a ratio that cannot be
     if how.rank:
-        return model.with_layers({i: rewritten(i, None, dict.fromkeys(MATRICES, how.rank)) for i in layers})
-    ranks, uniform = RANKS[how.ranks](calibration, rewritten, how)
-    return model.with_layers({i: rewritten(i, ranks, uniform.get(i, {})) for i in layers})
+        same = dict.fromkeys(MATRICES, how.rank)
+        return model.with_layers({i: _factored(calibration, how, i, None, same) for i in sides})
+    ranks, uniform = RANKS[how.ranks](calibration, how, sides)
+    return model.with_layers({i: _factored(calibration, how, i, ranks, uniform.get(i, {})) for i in sides})
 
 
-Rewritten = Callable[[int, Step | None, dict[str, int]], Step]
-"""Rewrites the layer of this index with the ranks that a step decided, or with the same for all experts."""
+def _factored(calibration: Calibration, how: Decomposition, layer: int, ranks: Step | None, uniform: dict[str, int]) -> Step:
+    """The step that factors a layer's matrices, to the ranks that a step decided, or to the same for all experts."""
+    return decompose_.layer(
+        *calibration.of(layer), ranks, layer=layer, uniform=uniform, how=how.of_a_layer, dtype=calibration.dtype
+    )
+
+
+Sides = Mapping[int, tuple[int, int]]
+"""By layer, the expert width F and the model width D."""
 
 Ranked = tuple[Step | None, dict[int, dict[str, int]]]
 """The step that decides the ranks, or each layer's ranks if they are known when the graph is built."""
 
 
-def _same_ranks(calibration: Calibration, rewritten: Rewritten, how: Decomposition) -> Ranked:
+def _same_ranks(calibration: Calibration, how: Decomposition, sides: Sides) -> Ranked:
     uniform = {}
-    for i in calibration.model.moe_layers:
-        average = average_rank(how.ratio, *decompose_.sides(calibration.model.layers[i].spec.output))
+    for i, of_layer in sides.items():
+        average = average_rank(how.ratio, *of_layer)
         rank = int(average) // how.multiple * how.multiple
         if rank < how.r_min:
             raise ValueError(
@@ -190,29 +189,24 @@ def _same_ranks(calibration: Calibration, rewritten: Rewritten, how: Decompositi
     return None, uniform
 
 
-def _ranks_by_importance(calibration: Calibration, rewritten: Rewritten, how: Decomposition) -> Ranked:
-    model = calibration.model
-    seen = IMPORTANCES[how.importance](calibration, model.moe_layers, how.measured)
-    sides = {str(i): list(decompose_.sides(model.layers[i].spec.output)) for i in seen}
-    return decompose_.by_importance(tuple(seen.values()), sides=sides, how=how.of_paper_ranks), {}
+def _ranks_by_importance(calibration: Calibration, how: Decomposition, sides: Sides) -> Ranked:
+    importances = IMPORTANCES[how.importance](calibration, list(sides), how.measured)
+    lists = {str(i): list(of_layer) for i, of_layer in sides.items()}
+    return decompose_.by_importance(tuple(importances.values()), sides=lists, how=how.of_paper_ranks), {}
 
 
-def _ranks_by_spectra(calibration: Calibration, rewritten: Rewritten, how: Decomposition) -> Ranked:
-    model, layers, dtype = calibration.model, calibration.model.moe_layers, calibration.dtype
-    spectra = tuple(
-        decompose_.spectra(model.essential, model.layers[i], calibration.observed[i], layer=i, how=how.of_spectra, dtype=dtype)
-        for i in layers
-    )
+def _ranks_by_spectra(calibration: Calibration, how: Decomposition, sides: Sides) -> Ranked:
+    dtype = calibration.dtype
+    spectra = tuple(decompose_.spectra(*calibration.of(i), layer=i, how=how.of_spectra, dtype=dtype) for i in sides)
     alternatives = {}
-    for i in layers:
-        rank = moved_rank(*decompose_.sides(model.layers[i].spec.output))
-        files = tuple(rewritten(i, None, dict.fromkeys(matrices, rank)) for matrices in PARTS.values())
-        alternatives[i] = Alternatives(Forks("files", tuple(PARTS)), files)
+    for i, of_layer in sides.items():
+        cut = (dict.fromkeys(matrices, moved_rank(*of_layer)) for matrices in PARTS.values())
+        alternatives[i] = Alternatives(Forks("files", tuple(PARTS)), tuple(_factored(calibration, how, i, None, c) for c in cut))
     curves = calibrate.curves(calibration, alternatives, tokens=how.measured)
-    return decompose_.by_spectra(spectra, curves, layers=layers, how=how.of_global_ranks), {}
+    return decompose_.by_spectra(spectra, curves, layers=list(sides), how=how.of_global_ranks), {}
 
 
-RANKS: dict[str, Callable[[Calibration, Rewritten, Decomposition], Ranked]] = {
+RANKS: dict[str, Callable[[Calibration, Decomposition, Sides], Ranked]] = {
     "uniform": _same_ranks,
     "paper": _ranks_by_importance,
     "global": _ranks_by_spectra,
@@ -220,42 +214,31 @@ RANKS: dict[str, Callable[[Calibration, Rewritten, Decomposition], Ranked]] = {
 """Every way to spread a budget of parameters over matrices, by name."""
 
 
-def _by_blocks(calibration: Calibration, decider: Step | None, candidates: Mapping[int, Step], how: Search) -> Model:
-    """Choose among every layer's sets block by block (the KT-Reception Field)."""
-    model, order = calibration.model, list(candidates)
-    choices: dict[int, Step] = {}
-    pruned = model
+def _by_spans(calibration: Calibration, decider: Step | None, candidates: Mapping[int, Step], how: Search) -> Model:
+    """Choose among every layer's sets span by span (the KT-Reception Field)."""
+    order, pruned = list(candidates), calibration.model
     states, at_layer = calibrate.states_before(calibration, order[0]), order[0]
     behind: tuple[Step, ...] = ()
-    for at in range(0, len(order), how.block):
-        searched = order[at : at + how.block]
-        first, last = searched[0], searched[-1]
+    for at in range(0, len(order), how.span):
+        searched = {i: candidates[i] for i in order[at : at + how.span]}
+        first, last = min(searched), max(searched)
         if how.inputs == "original":
             before = calibrate.states_before(calibration, first)
         else:
             before = states = calibrate.advanced(calibration, states, pruned.layers, at_layer, first)
             behind, at_layer = calibrate.states_before(calibration, last + 1), first
-        together = block(
-            model.essential, model.layers[first : last + 1], tuple(candidates[i] for i in searched), before, behind,
-            first=first, best=how.best, batch=calibration.batch, dtype=calibration.dtype,
+        together = combinations(
+            pruned.essential, pruned.layers[first : last + 1], tuple(searched.values()), before, behind,
+            first=first, best=how.best, batch=calibration.passed.batch, dtype=calibration.dtype,
         )  # fmt: skip
-        made = {i: pick(candidates[i], decider, together, keep=_known(candidates[i], decider)) for i in searched}
-        choices |= made
-        pruned = pruned.with_layers(_pruned(calibration, made))
-    return pruned.with_layers({}, tuple(choices.values()))
+        pruned = rewrite.pruned(pruned, _picked(searched, decider, together))
+    return pruned
 
 
-def _pruned(calibration: Calibration, choices: Mapping[int, Step]) -> dict[int, Step]:
-    model = calibration.model
-    return {
-        i: rewrite.experts(model.essential, model.layers[i], choice, layer=i, keep=choice.spec.output["keep"])
-        for i, choice in choices.items()
-    }
-
-
-def _known(candidates: Step, decider: Step | None) -> int | None:
-    """How many experts the layer keeps, unless a step decides it."""
-    return int(candidates.spec.output["counts"][0]) if decider is None else None
+def _picked(candidates: Mapping[int, Step], decider: Step | None, together: Step | None = None) -> dict[int, Step]:
+    """Each layer's choice among its candidates: the best, or the one in the best combination of its span."""
+    known = {i: None if decider else sets.spec.output["counts"][0] for i, sets in candidates.items()}
+    return {i: pick(sets, decider, together, keep=known[i]) for i, sets in candidates.items()}
 
 
 def _thinned(counts: list[int], most: int) -> list[int]:
@@ -265,9 +248,3 @@ def _thinned(counts: list[int], most: int) -> list[int]:
     if most == 1:
         return [counts[len(counts) // 2]]
     return sorted({counts[ceil(i * (len(counts) - 1) / (most - 1) - 1e-9)] for i in range(most)})
-
-
-def _check(**given: tuple[str, Any]) -> None:
-    for name, (value, known) in given.items():
-        if value not in known:
-            raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(known)}")

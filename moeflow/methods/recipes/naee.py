@@ -20,46 +20,29 @@ def prune(calibration: Calibration, keep: int, how: Search = Search(LAYERWISE)) 
     "progressive" prunes one layer after the other, on the outputs of the pruned layers before it, against the original's output
     (Table 6). Any other search keeps the best set that it finds in every layer, and a score keeps the highest experts.
     """
-    if how.method == PROGRESSIVE:
-        return _progressive(calibration, keep, how)
-    model, config = calibration.model, calibration.model.essential
-    choices, pruned = {}, {}
-    for i, parts in calibration.observed.items():
-        choices[i] = (_searched if how.method in SUBSET_SEARCHES else _chosen)(calibration, i, parts, keep=keep, how=how)
-        pruned[i] = rewrite.experts(config, model.layers[i], choices[i], layer=i, keep=keep)
-    return model.with_layers(pruned, tuple(choices.values()))
+    model, dtype = calibration.model, calibration.dtype
+    batch_tokens = calibration.passed.batch * calibration.tokens.spec.output.length if how.loss == "batch-sum" else None
 
+    def choice(layer: int, recorded: tuple[Part, ...], originals: tuple[Part, ...] = ()) -> Step:
+        config, file = model.essential, model.layers[layer]
+        if how.method in SUBSET_SEARCHES:
+            search = how.for_candidates()
+            return pick(candidates(config, file, recorded, at=layer, keep=[keep], protected=[], how=search, dtype=dtype), keep=keep)
+        return choose(
+            config, file, recorded, originals,
+            at=layer, keep=keep, how=how.for_choice(), batch_tokens=batch_tokens, dtype=dtype,
+        )  # fmt: skip
 
-def _progressive(calibration: Calibration, keep: int, how: Search) -> Model:
-    model = calibration.model
+    if how.method != PROGRESSIVE:
+        return rewrite.pruned(model, {i: choice(i, recorded) for i, recorded in calibration.observed.items()})
     choices: list[Step] = []
 
-    def pruned(layer: int, file: Step, seen: tuple[Part, ...]) -> Step:
-        choices.append(_chosen(calibration, layer, seen, calibration.observed[layer], keep=keep, how=how))
+    def pruned(layer: int, file: Step, recorded: tuple[Part, ...]) -> Step:
+        choices.append(choice(layer, recorded, calibration.observed[layer]))
         return rewrite.experts(model.essential, file, choices[-1], layer=layer, keep=keep)
 
     layers = calibrate.in_sequence(calibration, pruned)
     return model.with_layers(layers, tuple(choices))
-
-
-def _chosen(
-    calibration: Calibration, layer: int, seen: tuple[Part, ...], originals: tuple[Part, ...] = (), *, keep: int, how: Search
-) -> Step:
-    model = calibration.model
-    batch_tokens = calibration.batch * calibration.tokens.spec.output.length if how.loss == "batch-sum" else None
-    return choose(
-        model.essential, model.layers[layer], seen, originals,
-        at=layer, keep=keep, how=how.for_choice(), batch_tokens=batch_tokens, dtype=calibration.dtype,
-    )  # fmt: skip
-
-
-def _searched(calibration: Calibration, layer: int, seen: tuple[Part, ...], *, keep: int, how: Search) -> Step:
-    model = calibration.model
-    sets = candidates(
-        model.essential, model.layers[layer], seen,
-        at=layer, keep=[keep], protected=[], how=how.for_candidates(), dtype=calibration.dtype,
-    )  # fmt: skip
-    return pick(sets, keep=keep)
 
 
 def skipped(model: Model, tokens: Step, how: Skipping | None, passed: Pass) -> Model:

@@ -62,27 +62,10 @@ def tuned(model: Model, original: Model, how: FineTuning | None, gang: Gang, pas
     return tune(model, rows, how.recipe, teacher=original, passed=teacher, gang=gang, deepspeed=how.deepspeed or None)
 
 
-def predicted(original: Model, data: Step, passed: Pass, top: int) -> tuple[Step, ...]:
-    """The predictions of `original` for the tokens of `data`, one step per shard: a teacher for distillation.
-
-    Each position keeps its `top` likeliest tokens, at 8 bytes each, and the sum of all others. The teacher is streamed layer by
-    layer, so it may be larger than any machine's memory.
-    """
-    ends = hidden_states(original, data, passed)
-    return tuple(finetune.predictions(original.rest, end, top=top, dtype=passed.dtype) for end in ends)
-
-
 def tune(
-    model: Model,
-    data: Step,
-    how: Recipe,
-    *,
-    teacher: Model | None = None,
-    passed: Pass = Pass(),
-    validation: Mapping[str, Step] | None = None,
-    gang: Gang | None = None,
-    deepspeed: Mapping[str, Any] | str | Path | None = None,
-) -> Tuned:
+    model: Model, data: Step, how: Recipe, *, teacher: Model | None = None, passed: Pass = Pass(),
+    validation: Mapping[str, Step] | None = None, gang: Gang | None = None, deepspeed: Mapping[str, Any] | str | Path | None = None,
+) -> Tuned:  # fmt: skip
     """Train the model on the rows of `data` (`data.examples`, `data.tokens`).
 
     If the loss needs a teacher, `passed` says how it runs over the data. The loss on each matrix of `validation` decides which
@@ -119,7 +102,11 @@ def tune(
 
 
 def _predictions(model: Model, data: Step, recipe: Recipe, teacher: Model | None, passed: Pass) -> tuple[Step, ...]:
-    """The teacher's predictions if the loss needs them. Raises ValueError if there is none, or it has another tokenizer."""
+    """The teacher's predictions for the tokens of `data`, one step per shard, if the loss needs them.
+
+    Each position keeps the `recipe.top` likeliest tokens, at 8 bytes each, and the sum of all others. The teacher is streamed layer
+    by layer, so it may be larger than any machine's memory. Raises ValueError if there is none, or it has another tokenizer.
+    """
     if not recipe.divergence:
         return ()
     if teacher is None:
@@ -127,7 +114,8 @@ def _predictions(model: Model, data: Step, recipe: Recipe, teacher: Model | None
     theirs, ours = (int(m.config["vocab_size"]) for m in (teacher, model))
     if theirs != ours:
         raise ValueError(f"the teacher's vocabulary has {theirs} tokens, the model's {ours}; choose one of the same tokenizer")
-    return predicted(teacher, data, passed, recipe.top)
+    ends = hidden_states(teacher, data, passed)
+    return tuple(finetune.predictions(teacher.rest, end, top=recipe.top, dtype=passed.dtype) for end in ends)
 
 
 def _shapes(table: TensorTable) -> dict[str, tuple[int, ...]]:

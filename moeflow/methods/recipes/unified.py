@@ -3,8 +3,8 @@
 He et al., arXiv 2406.02500, for the first two; slimming a factor like any other matrix is ours. Only builds graphs.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from moeflow.methods.calibrate import steps as calibrate
@@ -30,14 +30,14 @@ def slim(calibration: Calibration, how: Slimming) -> Model:
     output of the slimmed layers before it, and down that of slimmed gate and up. In low-rank experts each factor is slimmed, the
     second on the output of the slimmed first; `group` must divide the ranks. Raises ValueError for options that cannot work.
     """
-    model = calibration.model
+    model, dtype = calibration.model, calibration.dtype
 
-    def layer(at: int, given: Step, seen: tuple[Step | Part, ...]) -> Step:
-        return slimmed(model.essential, given, seen, at=at, how=how, dtype=calibration.dtype)
+    def layer(at: int, file: Step, recorded: tuple[Part, ...]) -> Step:
+        return slimmed(model.essential, file, recorded, at=at, how=how, dtype=dtype)
 
     if how.inputs == "sequential":
         return model.with_layers(calibrate.in_sequence(calibration, layer))
-    return model.with_layers({at: layer(at, model.layers[at], seen) for at, seen in calibration.observed.items()})
+    return model.with_layers({i: slimmed(*calibration.of(i), at=i, how=how, dtype=dtype) for i in calibration.observed})
 
 
 def compress(
@@ -64,24 +64,10 @@ def compress(
                 f"order={order!r}: {name!r} is no stage; write slim,trim or trim,slim or decompose,slim or trim,tune,slim"
             )
         if (how := options[name]) is not None:
-            stage = STAGES[name]
-            made = replace(made, model=stage.graph(calibrate.run(made.model, tokens, passed, **stage.needs(how)), how))
+            needs = TRIM_KINDS[how.what].needs if isinstance(how, Trimming) else {}
+            made = replace(made, model=STAGES[name](calibrate.run(made.model, tokens, passed, **needs), how))
     return made
 
 
-@dataclass(frozen=True)
-class Stage:
-    """One row of the table of stages."""
-
-    graph: Callable[[Calibration, Any], Model]
-    """From a calibration and the stage's options to the compressed model."""
-    needs: Callable[[Any], Mapping[str, bool]]
-    """What the stage with these options reads from the calibration, as switches of `calibrate.run`."""
-
-
-STAGES = {
-    "slim": Stage(slim, lambda how: {}),
-    "trim": Stage(take_out, lambda how: TRIM_KINDS[how.what].needs),
-    "decompose": Stage(moei2.decompose, lambda how: {}),
-}
-"""The stages of a compression, by their names in its order."""
+STAGES: dict[str, Callable[[Calibration, Any], Model]] = {"slim": slim, "trim": take_out, "decompose": moei2.decompose}
+"""The stages of a compression, by their names in its order: from a calibration and the stage's options to the model."""

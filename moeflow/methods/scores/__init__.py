@@ -25,9 +25,5 @@ SCORES = {
     "reap": Score(("reap_E", "count_E"), False, "moeflow.methods.scores.functions:reap"),
     "aimer": Score((), True, "moeflow.methods.scores.functions:aimer"),
 }
-
-
-def check_score(name: str) -> None:
-    """Raise ValueError, naming the known scores, if there is no such score."""
-    if name not in SCORES:
-        raise ValueError(f"criterion={name!r} is not known; choose one of {', '.join(SCORES)}")
+DROP_SCORES = SCORES | {"routing_weight": Score(("weight_E", "tokens"), False, "moeflow.methods.scores.functions:routing_weight")}
+"""The scores for Expert Drop: these, and its authors' for DeepSeek, which no search has as a baseline."""

@@ -1,6 +1,6 @@
 """The scores of single experts, from a layer's summed statistics or its weights, and the experts that they keep.
 
-Shapes are suffixes: E experts. `layer` is None if the score's row says that it reads no weights.
+Shapes are suffixes: E experts, G groups, k kept of each. `layer` is None if the score's row says that it reads no weights.
 """
 
 from collections.abc import Mapping
@@ -31,6 +31,11 @@ def router_score(layer: None, stats: Stats, seed: int) -> Tensor:
     return stats["score_E"] / stats["tokens"]
 
 
+def routing_weight(layer: None, stats: Stats, seed: int) -> Tensor:
+    """The mean routing weight of each expert over all tokens, zero for those not routed to it (Expert Drop's code for DeepSeek)."""
+    return stats["weight_E"] / stats["tokens"]
+
+
 def reap(layer: None, stats: Stats, seed: int) -> Tensor:
     """The mean of routing weight times output norm over the tokens routed to each expert (REAP, arXiv 2510.13999)."""
     return stats["reap_E"] / stats["count_E"].clamp(min=1)
@@ -48,11 +53,8 @@ def aimer(layer: MoELayer, stats: Stats, seed: int) -> Tensor:
 def best_by_score(score_E: Tensor, keep: int, groups: int = 1) -> list[int]:
     """The `keep` experts with the highest scores, ascending, the same number in every group; the lower index wins a tie."""
     size = len(score_E) // groups
-    kept: list[int] = []
-    for g in range(groups):
-        order = torch.sort(score_E[g * size : (g + 1) * size], descending=True, stable=True).indices
-        kept += [g * size + int(e) for e in order[: keep // groups]]
-    return sorted(kept)
+    best_Gk = score_E.view(groups, size).sort(descending=True, stable=True).indices[:, : keep // groups].cpu()
+    return sorted((best_Gk + size * torch.arange(groups)[:, None]).flatten().tolist())
 
 
 def baselines(layer: MoELayer, stats: Stats, seed: int, keep: int) -> dict[str, tuple[int, ...]]:

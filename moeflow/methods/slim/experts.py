@@ -3,7 +3,7 @@
 Shapes are suffixes: T tokens, D model width, F expert width, E experts, M rows and N columns of a matrix, R rank.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,13 @@ from torch import Tensor
 from moeflow.arch import MATRICES, Config, Family
 from moeflow.methods.graph import load
 from moeflow.methods.moments import moment_behind, second_moment
-from moeflow.methods.rare import enough, treatments
+from moeflow.methods.rare import treatments
 from moeflow.methods.recorded import placement
 from moeflow.methods.records import Facts
 from moeflow.methods.rewrite import link_all
+from moeflow.methods.slim.awq import ScaledExperts, fold
 from moeflow.methods.slim.methods import METHODS, Slimming
 from moeflow.methods.slim.quantized import Quantized
-from moeflow.methods.slim.scaled import ScaledExperts, fold
 from moeflow.model.checkpoint import DTYPES, Tensors, read_expert, read_many, read_moe, save
 from moeflow.model.formats import format_of
 from moeflow.model.layout import LAYER, Files, file_for, headers
@@ -28,16 +28,16 @@ from moeflow.model.packed import pack
 from moeflow.model.router import dense
 from moeflow.step import Context
 
-WORKING = 8 << 30
-"""Bytes of working memory, beside the weights, for experts that a GPU treats together."""
+WORKING = {"cpu": 0, "cuda": 8 << 30}
+"""Bytes of working memory, beside the weights, for experts that are treated together, by device; one expert is always treated."""
 
 Treated = Tensor | Quantized
-FIELDS = {"gate": "gate_FD", "up": "up_FD", "down": "down_DF"}
+Names = tuple[str, ...]
 
 
 @torch.inference_mode()
 def rewrite(
-    context: Context, config: Config, given: Any, seen: Sequence[Files], how: Slimming,
+    context: Context, config: Config, before: Any, observed: Sequence[Files], how: Slimming,
     *, layer: int, part: int, parts: int, dtype: str,
 ) -> list[dict[str, Any]] | None:  # fmt: skip
     """Write the layer's file with slimmed experts, and return for each, and for the shared one, what was done and lost.
@@ -48,26 +48,27 @@ def rewrite(
 
     Lost is the squared change of a matrix's outputs on the expert's tokens, relative to their squared norm.
     """
-    family, tensors = Family.of(config), Tensors(given)
+    family, tensors = Family.of(config), Tensors(before)
     if family.router(layer) not in tensors:
         if part == 0:
-            link_all(context, given)
+            link_all(context, before)
         return None
     now = Layer(tensors, config, layer, how, placement(config, dtype))
-    now.chosen = list(range(now.count))[now.count * part // parts : now.count * (part + 1) // parts]
-    x_TD = torch.cat([Tensors(s)["x_RD"] for s in seen]).to(**now.placed)
+    chosen = range(now.count * part // parts, now.count * (part + 1) // parts)
+    x_TD = torch.cat([Tensors(shard)["x_RD"] for shard in observed]).to(**now.placed)
     weights_TE = now.weights(x_TD)
-    experts = {n for e in range(now.count) for n in now.names(e)}
-    now.out = {n: tensors[n] for n in tensors if file_for(n) == LAYER and n not in experts and part == 0}
+    if part == 0:
+        experts = {n for e in range(now.count) for n in now.names(e)}
+        now.out = {n: tensors[n] for n in tensors if file_for(n) == LAYER and n not in experts}
     report: list[dict[str, Any]] = []
     if how.row.needs == "tokens":
         report = _all_at_once(now, x_TD, weights_TE)
     else:
-        for at, entry in enumerate(_experts(now, x_TD, weights_TE)):
+        for entry in _experts(now, chosen, x_TD, weights_TE):
             report.append(entry)
-            context.progress(at + 1, len(now.chosen), "experts")
-            if at == 0:
-                now.reserve(entry["expert"])
+            context.progress(len(report), len(chosen), "experts")
+            if len(report) == 1:
+                now.reserve(chosen, entry["expert"])
     if how.shared and family.shared(layer) and part == 0:
         report.append({"expert": "shared"} | _shared(now, x_TD))
     few = [e["expert"] for e in report if e["by"] != how.method]
@@ -76,7 +77,7 @@ def rewrite(
         context.note(f"layer {layer}: experts {few} saw fewer than {how.least} tokens and were treated by {by}")
     save(now.out, context.out / LAYER)
     if part == 0:
-        link_all(context, given, but=(LAYER, Facts.FILE))
+        link_all(context, before, but=(LAYER, Facts.FILE))
     return report
 
 
@@ -94,7 +95,6 @@ class Layer:
         self.family = Family.of(config)
         self._moe = read_moe(tensors, config, number, experts=False).to(**placed)
         self.shared, self.count = self._moe.shared, len(self._moe.router_ED)
-        self.chosen = list(range(self.count))
         self.low_rank = format_of({n: tensors.info[n].shape for n in tensors}, config, number).low_rank
         self.stored = DTYPES[tensors.info[self.names(0)[0]].dtype]  # the dtype of weights and scales in the file
         self.out: dict[str, Tensor] = {}
@@ -104,7 +104,11 @@ class Layer:
         names = [n for whole in self.matrices(e) for n in (whole, *self.family.factors(whole))]
         return [n for n in names if n in self.tensors]
 
-    def matrices(self, e: int) -> tuple[str, str, str]:
+    def shapes(self, e: int) -> list[Sequence[int]]:
+        """The shapes of an expert's matrices in the file, or of their factors."""
+        return [self.tensors.info[n].shape for n in self.names(e)]
+
+    def matrices(self, e: int) -> Names:
         """The names of an expert's gate, up and down matrices when they are whole."""
         return self.family.expert(self.number, e)
 
@@ -115,14 +119,12 @@ class Layer:
     def expert(self, e: int) -> MLP:
         return read_expert(self.tensors, self.config, self.number, e).to(**self.placed)
 
-    def all(self) -> dict[str, Tensor]:
-        """Each matrix of all experts, stacked: [E, M, N]."""
-        first = self.expert(0)
-        stacked = {m: _matrix(first, m).new_empty(self.count, *_matrix(first, m).shape) for m in MATRICES}
+    def all(self) -> list[Tensor]:
+        """The gate, up and down matrices of all experts, stacked: [E, M, N]."""
+        stacked = [torch.empty(self.count, *shape, **self.placed) for shape in self.shapes(0)]
         for e in range(self.count):
-            expert = self.expert(e)
-            for m in MATRICES:
-                stacked[m][e] = _matrix(expert, m)
+            for into, matrix in zip(stacked, self.expert(e).matrices, strict=True):
+                into[e] = whole(matrix)
         return stacked
 
     def treat(self, w_MN: Tensor, moment_NN: Tensor | None) -> Treated:
@@ -130,16 +132,17 @@ class Layer:
 
         If all inputs of a matrix were zero on every token, an identity moment stands in.
         """
-        if moment_NN is None:
-            return load(METHODS[self.how.row.fallback].code)(w_MN, None, self.how, self.stored)
-        silent = ~moment_NN.flatten(-2).any(-1)
-        white_NN = torch.eye(moment_NN.shape[-1], dtype=moment_NN.dtype, device=moment_NN.device)
-        moment_NN = torch.where(silent[..., None, None], white_NN, moment_NN)
-        return load(self.how.row.code)(w_MN, moment_NN, self.how, self.stored)
+        row = self.how.row if moment_NN is not None else METHODS[self.how.row.fallback]
+        if moment_NN is not None:
+            silent = ~moment_NN.flatten(-2).any(-1)
+            white_NN = torch.eye(moment_NN.shape[-1], dtype=moment_NN.dtype, device=moment_NN.device)
+            moment_NN = torch.where(silent[..., None, None], white_NN, moment_NN)
+        made: Treated = load(row.code)(w_MN, moment_NN, self.how, self.stored)
+        return made
 
     def put(self, name: str, made: Treated) -> Tensor:
         """Add a slimmed matrix to the output, and return it in fp32 as it will be read back."""
-        now_MN = _whole(made, self.stored)
+        now_MN = made.dequantized(self.stored) if isinstance(made, Quantized) else made.to(self.stored)
         if self.how.packs and isinstance(made, Quantized):
             written = {name + end: t for end, t in pack(made.codes_MN.cpu(), made.scale_MG.cpu(), made.grid.bits).items()}
         else:
@@ -148,110 +151,92 @@ class Layer:
             self.out[name] = self.out[name].copy_(t) if name in self.out else t
         return now_MN.float()
 
-    def keep(self, e: int) -> None:
-        """Add an expert to the output unchanged."""
-        self.out |= {n: self.tensors[n] for n in self.names(e)}
-
-    def reserve(self, done: int) -> None:
+    def reserve(self, chosen: Sequence[int], done: int) -> None:
         """Allocate the output of the other experts at once, shaped like that of expert `done`: piecemeal, between short-lived
         tensors, it would leave holes, and a layer would take half as much memory again."""
         stem = f"{self.family.experts(self.number)}{done}."
         made = {n.removeprefix(stem): t for n, t in self.out.items() if n.startswith(stem)}
-        for e in self.chosen:
-            if self._shapes(e) == self._shapes(done):  # ranks may differ
+        for e in chosen:
+            if self.shapes(e) == self.shapes(done):  # ranks may differ
                 other = f"{self.family.experts(self.number)}{e}."
                 self.out |= {other + n: torch.empty_like(t) for n, t in made.items() if other + n not in self.out}
 
-    def _shapes(self, e: int) -> list[Sequence[int]]:
-        return [self.tensors.info[n].shape for n in self.names(e)]
 
-
-def _experts(now: Layer, x_TD: Tensor, weights_TE: Tensor) -> Iterator[dict[str, Any]]:
+def _experts(now: Layer, chosen: Sequence[int], x_TD: Tensor, weights_TE: Tensor) -> Iterator[dict[str, Any]]:
     """Treat the experts one by one on a CPU, elsewhere as many together as memory allows."""
-    for group in together(now):
+    at_once = _at_once(now)
+    for group in (chosen[i : i + at_once] for i in range(0, len(chosen), at_once)):
         tokens = {e: weights_TE[:, e].nonzero().squeeze(-1) for e in group}
-        many = [e for e in group if enough(len(tokens[e]), now.how.least)]
-        if len(many) > 1:
-            yield from _batch(now, many, [x_TD[tokens[e]] for e in many])
-            group = [e for e in group if e not in many]
+        many = [e for e in group if len(tokens[e]) >= now.how.least]
+        done: dict[int, dict[str, Any]] = {}
+        if many:
+            x_eTD = [x_TD[tokens[e]] for e in many]
+            done |= zip(many, _treat(now, [now.matrices(e) for e in many], [now.expert(e) for e in many], x_eTD), strict=True)
         for e in group:
-            x_tD = x_TD[tokens[e]] if e in many else None
-            if x_tD is None and now.how.rare == "keep":
-                now.keep(e)
-            yield {"expert": e, "tokens": len(tokens[e])} | _one(now, now.matrices(e), now.expert(e), x_tD)
+            if e not in done and now.how.rare == "keep":
+                now.out |= {n: now.tensors[n] for n in now.names(e)}
+                done[e] = {"by": "keep", "lost": {}}
+            elif e not in done:
+                (done[e],) = _treat(now, [now.matrices(e)], [now.expert(e)], None)
+            yield {"expert": e, "tokens": len(tokens[e])} | done[e]
 
 
-def together(now: Layer) -> list[list[int]]:
-    """The experts that are treated together: on a GPU as many as memory allows, otherwise one at a time."""
-    if now.placed["device"] == "cpu" or not now.how.row.memory or now.low_rank:
-        return [[e] for e in now.chosen]
-    rows, columns = _matrix(now.expert(0), "gate").shape
+def _at_once(now: Layer) -> int:
+    """How many experts are treated together. Low-rank ones, whose ranks may differ, are treated one by one."""
+    if not now.how.row.memory or now.low_rank:
+        return 1
+    (rows, columns), *_ = now.shapes(0)
     memory = load(now.how.row.memory)
     of_one = max(memory(rows, columns, now.how), memory(columns, rows, now.how))
-    size = max(1, WORKING // (of_one + 16 * max(rows, columns) ** 2 + 24 * rows * columns))
-    return [now.chosen[i : i + size] for i in range(0, len(now.chosen), size)]
+    return max(1, WORKING[now.placed["device"]] // (of_one + 16 * max(rows, columns) ** 2 + 24 * rows * columns))
 
 
-def _batch(now: Layer, chosen: list[int], x_eTD: list[Tensor]) -> Iterator[dict[str, Any]]:
-    """Treat experts with enough tokens together, matrix by matrix."""
-    experts = [now.expert(e) for e in chosen]
-    moment_EDD = torch.stack([second_moment(x) for x in x_eTD])
-    made = {m: now.treat(torch.stack([_matrix(e, m) for e in experts]), moment_EDD) for m in ("gate", "up")}
+def _treat(now: Layer, names: list[Names], experts: list[MLP], x_eTD: list[Tensor] | None) -> list[dict[str, Any]]:
+    """Treat experts together, matrix by matrix; without tokens, by their weights alone. Say what was done and what each lost."""
+    by = now.how.row.fallback if x_eTD is None else now.how.method
+    report: list[dict[str, Any]] = [{"by": by, "lost": {}} for _ in experts]
+    moment_NN = None if x_eTD is None else _stacked([second_moment(x_TD) for x_TD in x_eTD])
     inner = experts
-    if now.how.inputs == "sequential":
-        inner = [_with(e, {m: _whole(made[m][i], now.stored) for m in ("gate", "up")}) for i, e in enumerate(experts)]
-    moment_EFF = torch.stack([second_moment(e.inner(x)) for e, x in zip(inner, x_eTD, strict=True)])
-    made["down"] = now.treat(torch.stack([_matrix(e, "down") for e in experts]), moment_EFF)
-    for i, e in enumerate(chosen):
-        lost = {}
-        for m, name in zip(MATRICES, now.matrices(e), strict=True):
-            moment_NN = (moment_EFF if m == "down" else moment_EDD)[i]
-            lost[m] = _lost(_matrix(experts[i], m), now.put(name, made[m][i]), moment_NN)
-        yield {"expert": e, "tokens": len(x_eTD[i]), "by": now.how.method, "lost": lost}
+    for at, m in enumerate(MATRICES):
+        if m == "down" and x_eTD is not None:
+            moment_NN = _stacked([second_moment(e.inner(x_TD)) for e, x_TD in zip(inner, x_eTD, strict=True)])
+        before = [e.matrices[at] for e in experts]
+        after = _slimmed(now, [name[at] for name in names], before, moment_NN)
+        for i, entry in enumerate(report):
+            of_one_NN = moment_NN if moment_NN is None or len(experts) == 1 else moment_NN[i]
+            entry["lost"][m] = _lost(whole(before[i]), whole(after[i]), of_one_NN)
+        if now.how.inputs == "sequential":
+            inner = [_with(e, at, matrix) for e, matrix in zip(inner, after, strict=True)]
+    return report
 
 
-def _one(now: Layer, names: tuple[str, str, str], expert: MLP, x_TD: Tensor | None) -> dict[str, Any]:
-    """Treat one expert; without tokens, by its weights alone."""
-    if x_TD is None and now.how.rare == "keep":
-        return {"by": "keep", "lost": {}}
-    moment_DD = None if x_TD is None else second_moment(x_TD)
-    lost, inner = {}, expert
-    for m, name in zip(MATRICES, names, strict=True):
-        moment_NN = moment_DD
-        if m == "down" and x_TD is not None:
-            moment_NN = second_moment(inner.inner(x_TD))
-        before: Matrix = getattr(expert, FIELDS[m])
-        after = _slimmed(now, name, before, moment_NN)
-        lost[m] = _lost(whole(before), whole(after), moment_NN)
-        if now.how.inputs == "sequential" and x_TD is not None:
-            inner = _with(inner, {m: after})
-    return {"by": now.how.row.fallback if x_TD is None else now.how.method, "lost": lost}
+def _slimmed(now: Layer, names: list[str], matrices: list[Matrix], moment_NN: Tensor | None) -> list[Matrix]:
+    """Slim a matrix, or one of each of several experts, and write them.
 
-
-def _slimmed(now: Layer, name: str, matrix: Matrix, moment_NN: Tensor | None) -> Matrix:
-    """Slim a matrix and write it. If it is low-rank, slim the factor that sees the inputs, then the other by the outputs of the
-    slimmed first."""
-    if isinstance(matrix, Tensor):
-        return now.put(name, now.treat(matrix, moment_NN))
-    out, within = now.family.factors(name)
-    in_RN = now.put(within, now.treat(matrix.in_RN, moment_NN))
-    moment_RR = None if moment_NN is None else moment_behind(in_RN, moment_NN)
-    return LowRank(now.put(out, now.treat(matrix.out_MR, moment_RR)), in_RN)
+    If it is low-rank, slim the factor that sees the inputs, then the other by the outputs of the slimmed first.
+    """
+    if isinstance(matrices[0], LowRank):
+        ((out, within),) = (now.family.factors(name) for name in names)
+        in_RN = now.put(within, now.treat(matrices[0].in_RN, moment_NN))
+        moment_RR = None if moment_NN is None else moment_behind(in_RN, moment_NN)
+        return [LowRank(now.put(out, now.treat(matrices[0].out_MR, moment_RR)), in_RN)]
+    made = now.treat(_stacked([whole(m) for m in matrices]), moment_NN)
+    return [now.put(name, made if len(names) == 1 else made[i]) for i, name in enumerate(names)]
 
 
 def _shared(now: Layer, x_TD: Tensor) -> dict[str, Any]:
     """Treat the shared expert, which every token reaches. If its columns have been scaled, go by its weights alone."""
-    names = now.family.shared(now.number)
-    assert names is not None and now.shared is not None
-    shared, x_sD = now.shared, x_TD if now.how.row.needs != "tokens" else None
-    if x_sD is None:
-        scaled = {m: now.out[n].to(x_TD.device, x_TD.dtype) for m, n in zip(MATRICES, names, strict=True)}
-        shared = _with(shared, scaled)
-    before = {name: now.out.pop(name) for name in names}
-    told = _one(now, names, shared, x_sD)
-    if told["by"] == "keep":
-        now.out |= before
-    return told
+    names, shared = now.family.shared(now.number), now.shared
+    assert names is not None and shared is not None
+    scaled = now.how.row.needs == "tokens"
+    if scaled and now.how.rare == "keep":
+        return {"by": "keep", "lost": {}}
+    before = [now.out.pop(name) for name in names]
+    if scaled:
+        gate_FD, up_FD, down_DF = (t.to(x_TD.device, x_TD.dtype) for t in before)
+        shared = MLP(gate_FD, up_FD, down_DF, shared.act)
+    (done,) = _treat(now, [names], [shared], None if scaled else [x_TD])
+    return done
 
 
 def _all_at_once(now: Layer, x_TD: Tensor, weights_TE: Tensor) -> list[dict[str, Any]]:
@@ -259,9 +244,8 @@ def _all_at_once(now: Layer, x_TD: Tensor, weights_TE: Tensor) -> list[dict[str,
     how, family, number = now.how, now.family, now.number
     counts = (weights_TE > 0).sum(0).tolist()
     treated_by = treatments(counts, how.least, how.rare, method=how.method, by_weights=how.row.fallback)
-    counted_TE = weights_TE * torch.tensor([enough(n, how.least) for n in counts], device=weights_TE.device)
-    experts = now.all()
-    gate_EFD, up_EFD, down_EDF = (experts[m] for m in MATRICES)
+    counted_TE = weights_TE * torch.tensor([n >= how.least for n in counts], device=weights_TE.device)
+    gate_EFD, up_EFD, down_EDF = now.all()
     act = now.expert(0).act
     made: ScaledExperts = load(how.row.code)(
         gate_EFD, up_EFD, down_EDF, how, inputs=x_TD, weights=counted_TE, act=act, scale_dtype=now.stored
@@ -298,19 +282,14 @@ def _lost(w_MN: Tensor, now_MN: Tensor, moment_NN: Tensor | None) -> float:
     return float(((change_MN @ moment_NN) * change_MN).sum() / ((w_MN @ moment_NN) * w_MN).sum().clamp(min=1e-30))
 
 
-def _matrix(expert: MLP, matrix: str) -> Tensor:
-    w_MN = getattr(expert, FIELDS[matrix])
-    assert isinstance(w_MN, Tensor)
-    return w_MN
+def _stacked(each: list[Tensor]) -> Tensor:
+    """Several matrices as a batch, a single one as it is."""
+    return each[0] if len(each) == 1 else torch.stack(each)
 
 
-def _with(expert: MLP, matrices: Mapping[str, Matrix]) -> MLP:
-    """The expert with some matrices replaced, in its own dtype."""
-    own: dict[str, Matrix] = {m: getattr(expert, field) for m, field in FIELDS.items()}
-    dtype = next(m.in_RN if isinstance(m, LowRank) else m for m in own.values()).dtype
-    gate_FD, up_FD, down_DF = (matrices.get(m, own[m]).to(dtype=dtype) for m in MATRICES)
+def _with(expert: MLP, at: int, matrix: Matrix) -> MLP:
+    """The expert with one of its matrices replaced, in its own dtype."""
+    own, matrices = expert.matrices[at], list(expert.matrices)
+    matrices[at] = matrix.to(dtype=(own.in_RN if isinstance(own, LowRank) else own).dtype)
+    gate_FD, up_FD, down_DF = matrices
     return MLP(gate_FD, up_FD, down_DF, expert.act)
-
-
-def _whole(made: Treated, dtype: torch.dtype = torch.float32) -> Tensor:
-    return made.dequantized(dtype) if isinstance(made, Quantized) else made.to(dtype)

@@ -1,84 +1,77 @@
 """Rounding column by column, where the following columns compensate for the error (GPTQ).
 
 Shapes are suffixes: E matrices of a batch, the experts of a layer, M outputs and N inputs of a matrix, G groups of inputs, B
-columns of a block. Tensors stay on their device. The sweep over the columns is `sparsegpt`'s.
+columns of a stripe. Tensors stay on their device. The sweep over the columns is `sparsegpt`'s.
 """
 
 import torch
 from torch import Tensor
 
+from moeflow.methods.moments import check_moment, check_weight, matrices
 from moeflow.methods.slim.grid import Grid
-from moeflow.methods.slim.masks import Inputs, InputStatistics, check_weight, matrices
 from moeflow.methods.slim.methods import Slimming
 from moeflow.methods.slim.quantized import Quantized
 from moeflow.methods.slim.rounding import scales
-from moeflow.methods.slim.sparsegpt import Block, Column, check_sweep, chunks, factor, sweep, sweep_memory
+from moeflow.methods.slim.sparsegpt import Stripe, Treat, chunks, factor, sweep, sweep_memory
 
 
 @torch.no_grad()
-def gptq(
-    w_MN: Tensor,
-    grid: Grid,
-    *,
-    moment: Tensor | None = None,
-    inputs: Inputs | None = None,
-    order: bool = False,
-    block: int = 128,
-    damp: float = 0.01,
-    scale_dtype: torch.dtype = torch.float32,
-    at_once: int | None = None,
-) -> Quantized:
+def gptq(w_MN: Tensor, moment_NN: Tensor, how: Slimming, scale_dtype: torch.dtype = torch.float32) -> Quantized:
     """Round the weight [M, N] column by column; later columns compensate for earlier errors (Frantar et al., ICLR 2023).
 
-    `moment` is the sum over tokens of the inputs' outer products, [N, N], in any unit; or give the inputs. `damp` times its mean
-    diagonal is added to the diagonal (section 3.3). `order` rounds the inputs with the most energy first. A group's scales come
-    from the updated weights at the start of the block in which the group starts, as in the authors' code; with `order` they come
-    from the weights as given, so that a group is still consecutive inputs, as kernels expect. Scales are rounded to `scale_dtype`.
-    An input that was never seen is rounded to nearest. `at_once` matrices of a batch are treated together: by default one on the
-    CPU, elsewhere what BUDGET allows; memory is that of the result plus `gptq_memory`. Raises ValueError if groups do not divide
-    the columns, or if statistics do not fit, are not finite, or are zero because an expert saw no tokens.
+    `moment_NN` is the sum over tokens of the inputs' outer products, in any unit. `damp` times its mean diagonal is added to the
+    diagonal (section 3.3). A group's scales come from the updated weights at the start of the stripe of columns in which the group
+    starts, as in the authors' code; with `activation_order` they come from the weights as given, so that a group is still
+    consecutive inputs, as kernels expect. Scales are rounded to `scale_dtype`. An input that was never seen is rounded to nearest.
+    Memory is that of the result plus `sparsegpt.BUDGET`, or `memory` if that is more. Raises ValueError if groups do not divide the
+    columns, or for a bad moment (`check_moment`).
     """
-    check_weight(w_MN)
     rows, columns = w_MN.shape[-2:]
-    groups = grid.groups(columns)
-    check_sweep(block, damp)
-    w_EMN, seen = matrices(w_MN), InputStatistics.of(w_MN, moment, inputs, instead="round_to_nearest()")
+    check_weight(w_MN)
+    check_moment(moment_NN, (*w_MN.shape[:-2], columns, columns), "moment", "round_to_nearest")
+    w_EMN, moment_ENN, grid = matrices(w_MN), matrices(moment_NN), how.grid
+    scale_EMG = torch.empty(len(w_EMN), rows, grid.groups(columns), dtype=scale_dtype, device=w_MN.device)
     codes_EMN = torch.empty(w_EMN.shape, dtype=torch.int8, device=w_MN.device)
-    scale_EMG = torch.empty(len(w_EMN), rows, groups, dtype=scale_dtype, device=w_MN.device)
-    zero_EMG = None if grid.symmetric else torch.empty(scale_EMG.shape, dtype=torch.int8, device=w_MN.device)
-    for now in chunks(w_EMN, at_once, gptq_memory(rows, columns, 1, grid=grid, order=order, block=block)):
-        order_N = _by_energy(seen, now) if order else None
-        codes_NM, levels = _rounded(w_EMN[now], seen, now, grid, order_N, block, damp, scale_dtype)
-        codes_EMN[now] = codes_NM.mT
-        scale_EMG[now] = levels.scale_GM.mT.to(scale_dtype)
-        if zero_EMG is not None and levels.zero_GM is not None:
-            zero_EMG[now] = levels.zero_GM.mT.to(torch.int8)
-    return Quantized(codes_EMN, scale_EMG, zero_EMG, grid).reshaped(*w_MN.shape[:-2])
-
-
-def gptq_memory(rows: int, columns: int, at_once: int = 1, *, grid: Grid, order: bool = False, block: int = 128) -> int:
-    """Bytes of working memory for `at_once` matrices, beside weights, moments and the result: fp32 except for the codes."""
-    codes = (2 if order else 1) * rows * columns + (4 * rows * columns if order else 0)
-    levels = 8 * rows * grid.groups(columns) * (3 if order else 2)
-    return sweep_memory(rows, columns, at_once, block, grid.group) + at_once * (codes + levels + 16 * block * rows)
-
-
-def treat(w_MN: Tensor, moment_NN: Tensor, how: Slimming, scale_dtype: torch.dtype) -> Quantized:
-    """GPTQ's function in the table of methods."""
-    return gptq(
-        w_MN, how.grid, moment=moment_NN, order=how.activation_order, block=how.block, damp=how.damp, scale_dtype=scale_dtype
-    )
+    made = Quantized(codes_EMN, scale_EMG, None if grid.symmetric else torch.empty_like(scale_EMG, dtype=torch.int8), grid)
+    for now in chunks(w_EMN, memory(rows, columns, how)):
+        _round_into(made[now], w_EMN[now], moment_ENN[now], how)
+    return made.reshaped(*w_MN.shape[:-2])
 
 
 def memory(rows: int, columns: int, how: Slimming) -> int:
-    return gptq_memory(rows, columns, grid=how.grid, order=how.activation_order, block=how.block)
+    """Bytes of working memory for one matrix, beside weights, moments and the result: fp32 except for the codes."""
+    ordered = how.activation_order
+    codes = (6 if ordered else 1) * rows * columns
+    levels = 8 * rows * how.grid.groups(columns) * (3 if ordered else 2)
+    return sweep_memory(rows, columns, how.columns, how.group) + codes + levels + 16 * how.columns * rows
+
+
+def _round_into(made: Quantized, w_MN: Tensor, moment_NN: Tensor, how: Slimming) -> None:
+    """Round a matrix, or a batch of them, and write codes, scales and zero points into `made`."""
+    order_N = None
+    if how.activation_order:
+        order_N = moment_NN.diagonal(dim1=-2, dim2=-1).clamp(min=0).argsort(-1, descending=True)
+    levels = _Levels(w_MN, how.grid, order_N, made.scale_MG.dtype)
+    ordered_MN = w_MN if order_N is None else w_MN.take_along_dim(order_N[..., None, :], dim=-1)
+    codes_NM = torch.empty(w_MN.mT.shape, dtype=torch.int8, device=w_MN.device)
+    for stripe in sweep(ordered_MN, factor(moment_NN, how.damp, order_N), how.columns, levels.ahead):
+        levels.enter(stripe)
+        code_BM = torch.empty_like(stripe.error_BM)
+        stripe.treat(_round(code_BM, *levels.of(stripe), how.grid))
+        codes_NM[..., stripe.start : stripe.stop, :] = code_BM
+    if order_N is not None:
+        codes_NM = codes_NM.take_along_dim(order_N.argsort(-1)[..., None], dim=-2)
+    made.codes_MN.copy_(codes_NM.mT)
+    made.scale_MG.copy_(levels.scale_GM.mT)
+    if made.zero_MG is not None and levels.zero_GM is not None:
+        made.zero_MG.copy_(levels.zero_GM.mT)
 
 
 Rows = tuple[Tensor, ...]
 
 
 class _Levels:
-    """The scales and zero points [G, M] of a matrix that is being rounded, and which of them each column of a block uses."""
+    """The scales and zero points [G, M] of a matrix that is being rounded, and which of them each column of a stripe uses."""
 
     def __init__(self, w_MN: Tensor, grid: Grid, order_N: Tensor | None, dtype: torch.dtype) -> None:
         self.grid, self.dtype, self.order_N = grid, dtype, order_N
@@ -95,15 +88,15 @@ class _Levels:
         """The end of the last group that starts among these columns, if its scale follows the updated weights; otherwise 0."""
         return 0 if self.first else -(-stop // self.size) * self.size if stop > -(-start // self.size) * self.size else 0
 
-    def enter(self, b: Block) -> None:
-        """Compute the scales of the groups that start in this block."""
-        low, end = -(-b.start // self.size), self.ahead(b.start, b.stop) // self.size
+    def enter(self, stripe: Stripe) -> None:
+        """Compute the scales of the groups that start in this stripe."""
+        low, end = -(-stripe.start // self.size), self.ahead(stripe.start, stripe.stop) // self.size
         if end > low:
-            self._set(low, end, b.weight_SM[..., low * self.size - b.start : end * self.size - b.start, :])
+            self._set(low, end, stripe.weight_SM[..., low * self.size - stripe.start : end * self.size - stripe.start, :])
 
-    def of(self, b: Block) -> tuple[Rows, Rows]:
-        """The scale and the zero point, [M] each, of every column of the block; a symmetric grid has no zero points."""
-        index = torch.arange(b.start, b.stop) if self.order_N is None else self.order_N[..., b.start : b.stop]
+    def of(self, stripe: Stripe) -> tuple[Rows, Rows]:
+        """The scale and the zero point, [M] each, of every column of the stripe; a symmetric grid has no zero points."""
+        index = torch.arange(stripe.start, stripe.stop) if self.order_N is None else self.order_N[..., stripe.start : stripe.stop]
         return self._rows(self.scale_GM, index // self.size), self._rows(self.zero_GM, index // self.size)
 
     def _rows(self, level_GM: Tensor | None, index_B: Tensor) -> Rows:
@@ -122,29 +115,7 @@ class _Levels:
             self.zero_GM[..., low:end, :] = zero_GM
 
 
-def _rounded(
-    w_MN: Tensor,
-    seen: InputStatistics,
-    now: int | slice,
-    grid: Grid,
-    order_N: Tensor | None,
-    block: int,
-    damp: float,
-    dtype: torch.dtype,
-) -> tuple[Tensor, _Levels]:
-    levels = _Levels(w_MN, grid, order_N, dtype)
-    factor_NN = factor(seen, now, damp, order_N)
-    ordered_MN = w_MN if order_N is None else w_MN.take_along_dim(order_N[..., None, :], dim=-1)
-    codes_NM = torch.empty(*w_MN.shape[:-2], w_MN.shape[-1], w_MN.shape[-2], dtype=torch.int8, device=w_MN.device)
-    for b in sweep(ordered_MN, factor_NN, block, levels.ahead):
-        levels.enter(b)
-        code_BM = torch.empty_like(b.error_BM)
-        b.treat(_round(code_BM, *levels.of(b), grid))
-        codes_NM[..., b.start : b.stop, :] = code_BM
-    return (codes_NM if order_N is None else codes_NM.take_along_dim(order_N.argsort(-1)[..., None], dim=-2)), levels
-
-
-def _round(code_BM: Tensor, scale_M: Rows, zero_M: Rows, grid: Grid) -> Column:
+def _round(code_BM: Tensor, scale_M: Rows, zero_M: Rows, grid: Grid) -> Treat:
     code_M = code_BM.unbind(-2)
     shifted_M = torch.empty_like(code_M[0]) if zero_M else None
 
@@ -158,10 +129,3 @@ def _round(code_BM: Tensor, scale_M: Rows, zero_M: Rows, grid: Grid) -> Column:
             torch.addcmul(weight_M, torch.sub(code, zero_M[i], out=shifted_M), scale_M[i], value=-1, out=error_M)
 
     return column
-
-
-def _by_energy(seen: InputStatistics, now: int | slice) -> Tensor:
-    each = range(len(seen.each))[now]
-    if isinstance(each, range):
-        return torch.stack([seen.squares(e).argsort(descending=True) for e in each])
-    return seen.squares(each).argsort(descending=True)

@@ -1,4 +1,4 @@
-"""The grid to which a matrix is rounded, as a value that can be a step's parameter. No torch."""
+"""The grid to which a matrix is rounded. No torch."""
 
 from dataclasses import dataclass
 
@@ -47,13 +47,3 @@ class Grid:
         """The number of scales of a row. Raises ValueError if groups do not divide the columns."""
         self.check(columns)
         return columns // self.group if self.group else 1
-
-    def nbytes(self, rows: int, columns: int, *, scale_bytes: int = 2) -> int:
-        """Bytes of a packed matrix: codes and zero points, packed into 32-bit words without gaps, and scales."""
-        groups = self.groups(columns)
-        codes = rows * _words(columns * self.bits)
-        return codes + rows * groups * scale_bytes + (0 if self.symmetric else groups * _words(rows * self.bits))
-
-
-def _words(bits: int) -> int:
-    return -(-bits // 32) * 4

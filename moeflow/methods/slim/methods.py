@@ -1,12 +1,12 @@
 """The table of methods that make experts' weights sparse or quantized, and the options of Expert Slimming. No torch."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Annotated, Any, Literal
 
 from moeflow.methods.rare import Rare, check_least
 from moeflow.methods.slim.grid import Grid
 from moeflow.methods.slim.pattern import Pattern
-from moeflow.options import check_choices, only
+from moeflow.options import check_at_least, check_choices, only
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,8 @@ class Method:
     fallback: str
     """The method that treats an expert by its weights alone if too few calibration tokens reach it."""
     code: str
-    """Its function: `treat(weight_MN, moment_NN, how, scale_dtype)` returns the slimmed matrix, or a batch for a batch. If it needs
-    all tokens: `treat(gate_EFD, up_EFD, down_EDF, how, inputs=, weights=, act=, scale_dtype=)` returns `ScaledExperts`."""
+    """Its function: `(weight_MN, moment_NN, how, scale_dtype)` to the slimmed matrix, or to a batch for a batch. If it needs all
+    tokens: `(gate_EFD, up_EFD, down_EDF, how, inputs=, weights=, act=, scale_dtype=)` to `ScaledExperts`."""
     takes: tuple[str, ...] = ()
     """The fields of `Slimming` that it reads, besides those of its pattern or grid."""
     factors: bool = False
@@ -33,42 +33,36 @@ class Method:
     def quantizes(self) -> bool:
         return self.kind is Grid
 
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """All fields of `Slimming` that it reads of what says how a matrix is treated."""
+        return (*(("bits", "group", "symmetric", "packed") if self.quantizes else ("pattern",)), *self.takes)
+
 
 METHODS = {
-    "magnitude": Method(Pattern, "weights", "magnitude", "moeflow.methods.slim.masks:drop_by_magnitude"),
-    "wanda": Method(Pattern, "moments", "magnitude", "moeflow.methods.slim.masks:drop_by_wanda"),
+    "magnitude": Method(Pattern, "weights", "magnitude", "moeflow.methods.slim.masks:magnitude"),
+    "wanda": Method(Pattern, "moments", "magnitude", "moeflow.methods.slim.masks:wanda"),
     "sparsegpt": Method(
-        Pattern, "moments", "magnitude", "moeflow.methods.slim.sparsegpt:treat", ("damp", "block"),
+        Pattern, "moments", "magnitude", "moeflow.methods.slim.sparsegpt:sparsegpt", ("damp", "columns"),
         memory="moeflow.methods.slim.sparsegpt:memory",
     ),
     "round_to_nearest": Method(
-        Grid, "weights", "round_to_nearest", "moeflow.methods.slim.rounding:treat", factors=True
+        Grid, "weights", "round_to_nearest", "moeflow.methods.slim.rounding:round_to_nearest", factors=True
     ),
     "gptq": Method(
-        Grid, "moments", "round_to_nearest", "moeflow.methods.slim.gptq:treat", ("activation_order", "damp", "block"),
+        Grid, "moments", "round_to_nearest", "moeflow.methods.slim.gptq:gptq", ("activation_order", "damp", "columns"),
         factors=True, memory="moeflow.methods.slim.gptq:memory",
     ),
-    "awq": Method(Grid, "tokens", "round_to_nearest", "moeflow.methods.slim.awq:treat"),
+    "awq": Method(Grid, "tokens", "round_to_nearest", "moeflow.methods.slim.awq:awq"),
 }  # fmt: skip
 """Every method by its name."""
-
-OF_A_KIND: dict[type[Pattern] | type[Grid], tuple[str, ...]] = {
-    Pattern: ("pattern",),
-    Grid: ("bits", "group", "symmetric", "packed"),
-}
-"""The fields of `Slimming` that every method of a kind reads."""
-
-if TYPE_CHECKING:
-    Name = str
-else:
-    Name = Literal[*METHODS]
 
 
 @dataclass(frozen=True)
 class Slimming:
     """Expert Slimming: the weights inside the experts become sparse or are quantized. Raises ValueError for impossible options."""
 
-    method: Name
+    method: Annotated[str, METHODS]
     """The first three set weights to zero in a pattern; the others quantize them."""
     pattern: str = "2:4"
     """The weights that become zero: a part of all (0.5), or N:M, which keeps at most N of every M inputs of a row (2:4)."""
@@ -82,7 +76,7 @@ class Slimming:
     """GPTQ first rounds the columns whose inputs have the most energy (its act-order)."""
     damp: float = 0.01
     """What SparseGPT and GPTQ add to the second moment's diagonal, as a fraction of its mean."""
-    block: int = 128
+    columns: int = 128
     """Columns that SparseGPT and GPTQ treat before they update all the following ones."""
     least: int = 1
     """An expert that fewer recorded tokens reach gets the fallback."""
@@ -100,10 +94,9 @@ class Slimming:
     def __post_init__(self) -> None:
         check_choices(self)
         check_least(self.least)
-        if self.block < 1 or not 0 <= self.damp < 1:
-            raise ValueError(
-                f"block={self.block} columns must be at least 1, and damp={self.damp} a part of the mean diagonal, such as 0.01"
-            )
+        check_at_least(self, columns=1)
+        if not 0 < self.damp < 1:
+            raise ValueError(f"damp={self.damp} must lie between 0 and 1: it is a part of the mean diagonal, such as 0.01")
         if not self.row.quantizes:
             Pattern.parse(self.pattern)
             return
@@ -142,10 +135,9 @@ class Slimming:
     @property
     def facts(self) -> dict[str, Any]:
         """What `facts.json` says of a slimmed layer: the method, and every field that it reads except `packed`."""
-        names = (*OF_A_KIND[self.row.kind], *self.row.takes)
-        return {"method": self.method, **{name: getattr(self, name) for name in names if name != "packed"}}
+        return {"method": self.method, **{name: getattr(self, name) for name in self.row.fields if name != "packed"}}
 
     @property
     def of_a_layer(self) -> "Slimming":
         """The options that change a layer's bytes: without how the work is divided, and without what the method does not read."""
-        return only(self, "least", "rare", "shared", "inputs", *OF_A_KIND[self.row.kind], *self.row.takes)
+        return only(self, "least", "rare", "shared", "inputs", *self.row.fields)

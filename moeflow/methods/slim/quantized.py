@@ -3,9 +3,8 @@
 Shapes are suffixes: M outputs and N inputs of a matrix, G groups of inputs. Batch dimensions, a layer's experts, may come first.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import prod
 
 import torch
 from torch import Tensor
@@ -29,12 +28,6 @@ class Quantized:
             shift_MGg -= self.zero_MG[..., None]
         return shift_MGg.mul_(self.scale_MG[..., None].float()).flatten(-2).to(dtype)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all matrices of the batch in packed form."""
-        *batch, rows, columns = self.codes_MN.shape
-        return prod(batch) * self.grid.nbytes(rows, columns, scale_bytes=self.scale_MG.element_size())
-
     @staticmethod
     def stacked(parts: "Sequence[Quantized]") -> "Quantized":
         """Stack matrices of one shape and grid into a batch [E, M, N]."""
@@ -44,14 +37,12 @@ class Quantized:
 
     def reshaped(self, *batch: int) -> "Quantized":
         """The same matrices with batch dimensions of this shape."""
+        return self._each(lambda t: t.reshape(*batch, *t.shape[-2:]))
 
-        def shaped(t: Tensor) -> Tensor:
-            return t.reshape(*batch, *t.shape[-2:])
+    def __getitem__(self, index: int | slice) -> "Quantized":
+        """One matrix of the batch, or several."""
+        return self._each(lambda t: t[index])
 
-        zero_MG = None if self.zero_MG is None else shaped(self.zero_MG)
-        return Quantized(shaped(self.codes_MN), shaped(self.scale_MG), zero_MG, self.grid)
-
-    def __getitem__(self, index: int) -> "Quantized":
-        """One matrix of the batch."""
-        zero_MG = None if self.zero_MG is None else self.zero_MG[index]
-        return Quantized(self.codes_MN[index], self.scale_MG[index], zero_MG, self.grid)
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Quantized":
+        zero_MG = None if self.zero_MG is None else change(self.zero_MG)
+        return Quantized(change(self.codes_MN), change(self.scale_MG), zero_MG, self.grid)

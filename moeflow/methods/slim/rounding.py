@@ -7,22 +7,23 @@ layer's experts, may come first; tensors stay on their device.
 import torch
 from torch import Tensor
 
+from moeflow.methods.moments import check_weight, matrices
 from moeflow.methods.slim.grid import Grid
-from moeflow.methods.slim.masks import check_weight, matrices
 from moeflow.methods.slim.methods import Slimming
 from moeflow.methods.slim.quantized import Quantized
 
 
 @torch.no_grad()
-def round_to_nearest(w_MN: Tensor, grid: Grid, *, scale_dtype: torch.dtype = torch.float32) -> Quantized:
+def round_to_nearest(w_MN: Tensor, moment_NN: Tensor | None, how: Slimming, scale_dtype: torch.dtype = torch.float32) -> Quantized:
     """Round each weight [M, N] to its nearest code, with scales rounded to `scale_dtype`.
 
     Raises ValueError if groups do not divide the columns or a weight is not finite.
     """
     check_weight(w_MN)
+    grid = how.grid
     groups = grid.groups(w_MN.shape[-1])
     if w_MN.dim() > 2:  # one by one, so that only one at a time is in fp32
-        each = [round_to_nearest(w, grid, scale_dtype=scale_dtype) for w in matrices(w_MN)]
+        each = [round_to_nearest(w, None, how, scale_dtype) for w in matrices(w_MN)]
         return Quantized.stacked(each).reshaped(*w_MN.shape[:-2])
     w_MGg = w_MN.float().unflatten(-1, (groups, -1))
     scale_MG, zero_MG = scales(*torch.aminmax(w_MGg, dim=-1), grid, scale_dtype)
@@ -31,11 +32,6 @@ def round_to_nearest(w_MN: Tensor, grid: Grid, *, scale_dtype: torch.dtype = tor
         code_MGg += zero_MG[..., None]
     code_MN = code_MGg.clamp_(grid.lowest, grid.highest).to(torch.int8).flatten(-2)
     return Quantized(code_MN, scale_MG.to(scale_dtype), None if zero_MG is None else zero_MG.to(torch.int8), grid)
-
-
-def treat(w_MN: Tensor, moment_NN: Tensor | None, how: Slimming, scale_dtype: torch.dtype) -> Quantized:
-    """The function of `round_to_nearest` in the table of methods."""
-    return round_to_nearest(w_MN, how.grid, scale_dtype=scale_dtype)
 
 
 def scales(low: Tensor, high: Tensor, grid: Grid, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor | None]:

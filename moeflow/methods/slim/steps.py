@@ -11,6 +11,7 @@ from typing import Any
 
 from moeflow.arch import Family
 from moeflow.methods.records import Facts
+from moeflow.methods.rewrite import link_all
 from moeflow.methods.slim.methods import METHODS, Slimming
 from moeflow.methods.slim.pattern import Pattern
 from moeflow.model.layout import LAYER, read_config
@@ -19,68 +20,62 @@ from moeflow.model.spec import LayerSpec, ObservedSpec, RestSpec, element_bytes
 from moeflow.step import Artifact, Context, Part, Spec, Step, step
 
 
-def slimmed(rest: Step | Part, given: Step, seen: tuple[Step | Part, ...], *, at: int, how: Slimming, dtype: str) -> Step:
+def slimmed(rest: Step | Part, before: Step, observed: tuple[Step | Part, ...], *, at: int, how: Slimming, dtype: str) -> Step:
     """The graph that slims layer `at` in one task or several. Raises ValueError for an impossible number of tasks."""
-    most = given.spec.output.experts
+    most = before.spec.output.experts
     if how.tasks != 1 and how.row.needs == "tokens":
         raise ValueError(f"tasks={how.tasks}: {how.method} treats all experts of layer {at} at once; give tasks=1")
     if how.tasks != 1 and not 1 <= how.tasks <= most:
         raise ValueError(f"tasks={how.tasks}: the {most} experts of layer {at} are divided between 1 to {most} tasks")
     same: dict[str, Any] = {"layer": at, "parts": how.tasks, "how": how.of_a_layer, "dtype": dtype}
-    parts = tuple(layer(rest, given, seen, part=part, **same) for part in range(how.tasks))
+    parts = tuple(layer(rest, before, observed, part=part, **same) for part in range(how.tasks))
     return parts[0] if len(parts) == 1 else joined(parts)
 
 
 def _layer_spec(
-    rest: RestSpec, given: LayerSpec, seen: tuple[ObservedSpec, ...],
+    rest: RestSpec, before: LayerSpec, observed: tuple[ObservedSpec, ...],
     *, layer: int, part: int, parts: int, how: Slimming, dtype: str,
 ) -> Spec:  # fmt: skip
-    given.check_plain("slim")
-    if given.slimmed_by:
+    before.check_plain("slim")
+    if before.slimmed_by:
         raise ValueError(
-            f"layer {layer} is slimmed already ({given.slimmed_by}); slim the model that it was made of, by one method"
+            f"layer {layer} is slimmed already ({before.slimmed_by}); slim the model that it was made of, by one method"
         )
-    if (given.ranks_decided or given.format.low_rank) and not how.row.factors:
+    if (before.ranks_decided or before.format.low_rank) and not how.row.factors:
         others = " or ".join(name for name, row in METHODS.items() if row.factors)
         raise ValueError(
             f"layer {layer} has low-rank experts, whose factors {how.method} does not slim; take {others}, or slim the model that "
             "was decomposed"
         )
-    if given.format.compressed:
-        given.check_routing("slim")
-    names = _treated(given, how.shared)
+    if before.format.compressed:
+        before.check_routing("slim")
+    family, table = Family.of(rest.config), dict(before.tensors)
+    wholes = [n for e in range(before.experts) for n in family.expert(layer, e)]
+    names = [n for whole in wholes for n in (whole, *family.factors(whole)) if n in before.tensors]
+    names += family.shared(layer) or () if how.shared else ()
     for name in names:
-        _check_columns(name, given.tensors[name][1][1], how)
-    whole = lcm(how.group or 1, 32 // gcd(32, how.bits) if how.packs else 1) if how.row.quantizes else 1
-    if given.ranks_decided and given.multiple % whole:
+        dtype_of, (rows, columns) = before.tensors[name]
+        _check_columns(name, columns, how)
+        if how.packs:
+            del table[name]
+            table[name + PACKED] = ("I32", (rows, columns * how.bits // 32))
+            table[name + SCALE] = (dtype_of, (rows, how.grid.groups(columns)))
+            table[name + SHAPE] = ("I64", (2,))
+    multiple = lcm(how.group or 1, 32 // gcd(32, how.bits) if how.packs else 1) if how.row.quantizes else 1
+    if before.ranks_decided and before.multiple % multiple:
         raise ValueError(
-            f"the ranks of layer {layer} are decided by a run, as multiples of {given.multiple}: at {how.bits} bits in groups of "
-            f"{how.group} they have to be multiples of {whole}; decompose with multiple={whole}"
+            f"the ranks of layer {layer} are decided by a run, as multiples of {before.multiple}: at {how.bits} bits in groups of "
+            f"{how.group} they have to be multiples of {multiple}; decompose with multiple={multiple}"
         )
-    table = dict(given.tensors)
-    for name in names if how.packs else ():
-        dtype_of, (rows, columns) = table.pop(name)
-        table[name + PACKED] = ("I32", (rows, columns * how.bits // 32))
-        table[name + SCALE] = (dtype_of, (rows, how.grid.groups(columns)))
-        table[name + SHAPE] = ("I64", (2,))
-    out = replace(given, tensors=table, slimmed_by=how.words, sparse=not how.row.quantizes)
-    family, size = Family.of(rest.config), element_bytes(rest.config, dtype)
-    columns = int(rest.config["hidden_size"])
-    tokens = sum(s.rows for s in seen) * columns * size
-    gate = family.expert(layer, 0)[0]
-    rows = next(given.tensors[n][1][0] for n in (gate, family.factors(gate)[0]) if n in given.tensors)
+    out = replace(before, tensors=table, slimmed_by=how.words, sparse=not how.row.quantizes)
+    size, columns = element_bytes(rest.config, dtype), int(rest.config["hidden_size"])
+    tokens = sum(shard.rows for shard in observed) * columns * size
+    rows = before.tensors[names[0]][1][0]
     # the output, the tokens, and the moments, factor and working copy of one expert, or all experts and their codes
-    together = 3 * given.experts * rows * columns * (size + 3) if how.row.needs == "tokens" else 0
+    together = 3 * before.experts * rows * columns * (size + 3) if how.row.needs == "tokens" else 0
     share = out.nbytes // parts
     memory = share + together + 3 * tokens + 60 * max(rows, columns) ** 2 + 24 * rows * columns + (1 << 29)
-    return Spec(out, reads=given.nbytes // parts + tokens, writes=share + 300 + 200 * given.experts // parts, memory=memory)
-
-
-def _treated(given: LayerSpec, shared: bool) -> list[str]:
-    family = Family.of(given.config)
-    wholes = [n for e in range(given.experts) for n in family.expert(given.layer, e)]
-    names = [n for whole in wholes for n in (whole, *family.factors(whole)) if n in given.tensors]
-    return names + list(family.shared(given.layer) or () if shared else ())
+    return Spec(out, reads=before.nbytes // parts + tokens, writes=share + 300 + 200 * before.experts // parts, memory=memory)
 
 
 def _check_columns(name: str, columns: int, how: Slimming) -> None:
@@ -105,9 +100,7 @@ def layer(
 
     from moeflow.methods.slim import experts
 
-    report = experts.rewrite(
-        context, read_config(config), given, seen, how, layer=layer, part=part, parts=parts, dtype=dtype
-    )  # fmt: skip
+    report = experts.rewrite(context, read_config(config), given, seen, how, layer=layer, part=part, parts=parts, dtype=dtype)
     facts = Facts.of(given)
     if report is not None:
         facts = facts.and_then("slim.layer", **how.facts, experts=report)
@@ -126,14 +119,13 @@ def joined(context: Context, parts: tuple[Artifact, ...]) -> None:
 
     from moeflow.methods.slim import experts
 
-    first, several = parts[0], all(LAYER in p.names() for p in parts)
-    if several:
-        experts.join(parts, context.out / LAYER)
-    for name in first.names():
-        if not several or name not in (LAYER, Facts.FILE):
-            context.link(first, name)
-    if several:
-        *earlier, last = Facts.of(first).done
-        report = [entry for p in parts for entry in Facts.of(p).done[-1]["experts"]]
-        report.sort(key=lambda entry: (entry["expert"] == "shared", entry["expert"]))
-        Facts((*earlier, {**last, "experts": report})).write(context.out)
+    first = parts[0]
+    if not all(LAYER in p.names() for p in parts):  # the layer is unchanged
+        link_all(context, first)
+        return
+    link_all(context, first, but=(LAYER, Facts.FILE))
+    experts.join(parts, context.out / LAYER)
+    *earlier, last = Facts.of(first).done
+    report = [entry for p in parts for entry in Facts.of(p).done[-1]["experts"]]
+    report.sort(key=lambda entry: (entry["expert"] == "shared", entry["expert"]))
+    Facts((*earlier, {**last, "experts": report})).write(context.out)

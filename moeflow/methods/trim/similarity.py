@@ -35,8 +35,7 @@ def across(
                 total[at - gap] += cosine_similarity(window[0], window[-1], dim=-1).sum(dtype=torch.float64)
             progress(shard * states + at + 1, shards * states, "states")
         count += len(window[0])
-    means: list[float] = (total / count).tolist()
-    return means
+    return (total / count).tolist()
 
 
 def _states(files: Files, tokens: int) -> Tensor:

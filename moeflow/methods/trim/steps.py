@@ -5,22 +5,27 @@ decides what goes, from what the calibration recorded, and writes `trim.json`; o
 """
 
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from moeflow.arch import Config, Family
+from moeflow.arch import Config, Family, family_config
 from moeflow.methods import rewrite
 from moeflow.methods.graph import HIDDEN, Calibration, Model, load
 from moeflow.methods.records import Facts, TrimmedExperts, TrimmedLayers, read_json
-from moeflow.methods.scores import SCORES, check_score
-from moeflow.model.formats import family_config
+from moeflow.methods.scores import DROP_SCORES
 from moeflow.model.layout import headers, names_without_experts, read_config
 from moeflow.model.spec import LayerSpec, ObservedSpec, RestSpec
 from moeflow.options import check_choices
 from moeflow.step import Artifact, Context, Spec, step
 
 SCORED = "scores.json"
+
+if TYPE_CHECKING:
+    Criterion = str
+else:
+    Criterion = Literal[*DROP_SCORES]
 
 
 @dataclass(frozen=True)
@@ -33,8 +38,8 @@ class Trimming:
     """How many MoE blocks or decoder layers go, or how many experts per layer, on average across the model."""
     across: Literal["model", "layer"] = "model"
     """Rank all experts of the model together, or those of each layer separately."""
-    criterion: str = "router_score"
-    """The score that ranks experts: random, frequency, router_score (the authors'), reap or aimer."""
+    criterion: Criterion = "router_score"
+    """The score that ranks experts. router_score is the authors'; like them, it ranks those of a DeepSeek by routing_weight."""
     least: int | None = None
     """The fewest experts that may stay in a layer, if ranked across the model; none: as many as the router gives a token."""
     rule: Literal["discrete", "consecutive"] = "consecutive"
@@ -44,7 +49,6 @@ class Trimming:
 
     def __post_init__(self) -> None:
         check_choices(self)
-        check_score(self.criterion)
         if self.dropped < 0 or (self.least or 0) < 0:
             raise ValueError(f"dropped={self.dropped:g} and least={self.least} must not be negative")
         whole = "experts of each layer" if self.what == "experts" else self.what
@@ -65,8 +69,8 @@ def expert_drop(calibration: Calibration, how: Trimming) -> Model:
     """
     model = calibration.model
     family, layers = Family.of(model.config), model.moe_layers
-    experts = {i: model.layers[i].spec.output.experts for i in layers}
-    average = sum(experts.values()) / max(1, len(layers))
+    specs = [model.layers[i].spec.output for i in layers]
+    average = sum(spec.experts for spec in specs) / max(1, len(layers))
     keep = average - how.dropped
     if keep < 0:
         raise ValueError(f"dropped={how.dropped:g} experts of a layer must lie between 0 and the {average:g} that there are")
@@ -76,23 +80,18 @@ def expert_drop(calibration: Calibration, how: Trimming) -> Model:
     if how.across == "layer":
         if keep != int(keep):
             raise ValueError(f"dropped={how.dropped:g} leaves {keep:g} experts in each layer, no whole number; rank across='model'")
-        for i in layers:
-            family.check_router(int(keep), model.layers[i].spec.output.least)
+        for spec in specs:
+            family.check_router(int(keep), spec.least)
         least = total = int(keep)
     else:
-        most = min(experts.values())
-        legal = family.fewest(most)
-        least = family.top_k if how.least is None else how.least
+        legal = family.fewest(min(spec.experts for spec in specs))
         # experts go one at a time and could stop at a count that the router cannot run with, such as one for SparseMixer
-        least = max(least, legal if legal > groups else 0)
+        least = max(family.top_k if how.least is None else how.least, legal if legal > groups else 0)
         total = -(-round(keep * len(layers)) // groups) * groups
+    criterion = family.arch.drop_score if how.criterion == "router_score" else how.criterion
     scores = tuple(
-        expert_scores(
-            model.essential, model.layers[i], calibration.observed[i],
-            layer=i, criterion=how.criterion, seed=how.seed, dtype=calibration.dtype,
-        )
-        for i in layers
-    )  # fmt: skip
+        expert_scores(*calibration.of(i), layer=i, criterion=criterion, seed=how.seed, dtype=calibration.dtype) for i in layers
+    )
     chosen = choose_experts(scores, across=how.across, keep=total, least=least, groups=groups)
     stay = chosen.spec.output["keep"]
     return model.with_layers(
@@ -103,9 +102,8 @@ def expert_drop(calibration: Calibration, how: Trimming) -> Model:
 def layer_drop(calibration: Calibration, how: Trimming) -> Model:
     """Build the graph of the model without some layers' MoE blocks and the norms before them (section 4.2, Layer Drop).
 
-    It drops the blocks that change the direction of the residual stream least: those with the highest mean cosine between the
-    stream before the norm and after the block, over all calibration tokens. Dense layers stay. Raises ValueError if no MoE layer
-    would be left.
+    Those go that change the direction of the residual stream least, from before the norm to after the block. Dense layers stay.
+    Raises ValueError if no MoE layer would be left.
     """
     model, layers, drop = calibration.model, calibration.model.moe_layers, int(how.dropped)
     if drop >= len(layers):
@@ -120,10 +118,9 @@ def layer_drop(calibration: Calibration, how: Trimming) -> Model:
 def block_drop(calibration: Calibration, how: Trimming) -> Model:
     """Build the graph of the model with fewer decoder layers, renumbered (section 4.3, Block Drop).
 
-    The rule "discrete" takes the layers with the highest mean cosine between the hidden states before and behind one layer,
-    "consecutive" the adjacent ones with the highest across all of them. Cosines are taken on the recorded tokens of a calibration
-    with `between=True`. Dense layers at the beginning stay. The result is an ordinary model of the family. Raises ValueError if the
-    configuration would depend on which layers are left.
+    Those go that change the direction of the hidden states least, on the recorded tokens of a calibration with `between=True`.
+    Dense layers at the beginning stay. The result is an ordinary model of the family. Raises ValueError if the configuration would
+    depend on which layers are left.
     """
     model, count, drop = calibration.model, len(calibration.model.layers), int(how.dropped)
     moe = Family.of(model.config).moe_layers
@@ -141,11 +138,8 @@ def block_drop(calibration: Calibration, how: Trimming) -> Model:
     chosen = choose_decoder_layers(
         tuple(part for parts in calibration.between for part in parts),
         tuple(end.part(HIDDEN) for end in calibration.ends),
-        first=first,
-        drop=drop,
-        rule=how.rule,
-        tokens=calibration.recorded,
-    )
+        first=first, drop=drop, rule=how.rule, tokens=calibration.recorded,
+    )  # fmt: skip
     moved = [renumber(chosen, model.layers[i : i + drop + 1], config=config, first=i, to=i) for i in range(first, count - drop)]
     rest = rewrite.configured(model.rest, config=config)
     return replace(model, config=config, rest=rest, layers=(*model.layers[:first], *moved), choices=(*model.choices, chosen))
@@ -172,7 +166,7 @@ def _scores_spec(
     rest: RestSpec, layer_spec: LayerSpec, observed: tuple[ObservedSpec, ...], *, layer: int, criterion: str, seed: int, dtype: str
 ) -> Spec:
     layer_spec.check_routing("drop experts")
-    weights = layer_spec.nbytes if SCORES[criterion].weights else layer_spec.headers
+    weights = layer_spec.nbytes if DROP_SCORES[criterion].weights else layer_spec.headers
     writes = 60 + 26 * layer_spec.experts
     reads = weights + len(observed) * (1400 + 8 * 8 * layer_spec.experts)
     out = {"layer": layer, "bytes": writes, "experts": layer_spec.experts}
@@ -184,23 +178,16 @@ def expert_scores(
     context: Context, config: Artifact, layer_files: Artifact, observed: tuple[Artifact, ...],
     *, layer: int, criterion: str, seed: int, dtype: str,
 ) -> None:  # fmt: skip
-    """The score of each expert of one layer, as `scores.json`; the experts with the lowest scores go first.
+    """The score of each expert of one layer by the row `criterion` of `DROP_SCORES`, as `scores.json`; the lowest go first.
 
-    `observed`: what each shard of tokens recorded in this layer. "router_score" is, by family (`Arch.drop_score`), the
-    router's score of the expert, averaged over all tokens; or, as in the authors' code for DeepSeek, its routing weight, zero for
-    tokens that are not routed to it, averaged over all tokens.
+    `observed`: what each shard of tokens recorded in this layer.
     """
     from moeflow.methods.recorded import add_stats, layer_of
     from moeflow.model.checkpoint import Tensors
 
-    read = read_config(config)
-    score, shards = SCORES[criterion], [Tensors(o) for o in observed]
-    if criterion == "router_score" and Family.of(read).arch.drop_score == "chosen":
-        stats = add_stats(shards, ("weight_E", "tokens"))
-        score_E = stats["weight_E"] / stats["tokens"]
-    else:
-        moe: Any = layer_of(Tensors(layer_files), read, layer, dtype) if score.weights else None
-        score_E = load(score.code)(moe, add_stats(shards, score.needs), seed + layer)
+    score = DROP_SCORES[criterion]
+    moe = layer_of(Tensors(layer_files), read_config(config), layer, dtype) if score.weights else None
+    score_E = load(score.code)(moe, add_stats([Tensors(o) for o in observed], score.needs), seed + layer)
     value = {"layer": layer, "criterion": criterion, "scores": score_E.double().tolist()}
     (context.out / SCORED).write_text(json.dumps(value) + "\n")
 
@@ -211,12 +198,7 @@ def _choose_experts_spec(scores: tuple[Any, ...], *, across: str, keep: int, lea
         raise ValueError(f"{keep} experts are to stay in all, fewer than least={least} in each of {len(scores)} layers; drop fewer")
     stay = keep * len(scores) if across == "layer" else keep
     writes = 300 + 40 * total
-    out = {
-        "keep": keep if across == "layer" else None,
-        "least": least,
-        "share": stay / max(1, total),
-        "bytes": writes,
-    }
+    out = {"keep": keep if across == "layer" else None, "least": least, "share": stay / max(1, total), "bytes": writes}
     return Spec(out, reads=sum(s["bytes"] for s in scores), writes=writes)
 
 
@@ -234,20 +216,17 @@ def choose_experts(
     by_layer = {s["layer"]: s["scores"] for s in read}
     sets = {layer: _sets(values, groups) for layer, values in by_layer.items()}
     if across == "layer":
-        gone = {layer: len(ranked) - keep // groups for layer, ranked in sets.items()}
+        gone = Counter({layer: len(ranked) - keep // groups for layer, ranked in sets.items()})
     else:
-        order = sorted(
-            (score, layer, at)
-            for layer, ranked in sets.items()
-            for at, (score, _) in enumerate(ranked[: len(ranked) - least // groups])
-        )
+        order = sorted((score, layer) for layer, ranked in sets.items() for score, _ in ranked[: len(ranked) - least // groups])
         drop = sum(map(len, by_layer.values())) - keep
         if not 0 <= drop <= len(order) * groups:
             raise ValueError(f"{keep} experts are to stay in all, and a run before has left {drop + keep}; keep fewer")
-        lowest = [layer for _, layer, _ in order[: drop // groups]]
-        gone = {layer: lowest.count(layer) for layer in sets}  # a layer's sets are sorted by score
+        gone = Counter(layer for _, layer in order[: drop // groups])  # a layer's sets are sorted by score
     stay = {layer: sorted(e for _, experts in ranked[gone[layer] :] for e in experts) for layer, ranked in sets.items()}
-    TrimmedExperts(read[0]["criterion"], stay, by_layer).write(context.out)
+    others = {layer: [e for e in range(len(by_layer[layer])) if e not in kept] for layer, kept in stay.items()}
+    rounded = {layer: [round(v, 8) for v in values] for layer, values in by_layer.items()}
+    TrimmedExperts("experts", read[0]["criterion"], stay, others, rounded).write(context.out)
 
 
 def _sets(values: Sequence[float], groups: int) -> list[tuple[float, list[int]]]:
@@ -281,7 +260,7 @@ def choose_moe_blocks(context: Context, observed: tuple[Artifact, ...], *, layer
     if drop > len(similarity):
         raise ValueError(f"dropped={drop} MoE blocks are to go, and a run before has left {len(similarity)}; drop fewer")
     order = sorted(similarity, key=lambda i: (-similarity[i], -i))
-    TrimmedLayers("moe_blocks", sorted(order[:drop]), similarity).write(context.out)
+    TrimmedLayers("moe_blocks", sorted(order[:drop]), similarity, "discrete", gap=1).write(context.out)
 
 
 def _choose_decoder_layers_spec(
@@ -291,9 +270,8 @@ def _choose_decoder_layers_spec(
     each = max(min(tokens, s.sequences * s.length) * int(s.config["hidden_size"]) * 4 for s in ends)
     gap = drop if rule == "consecutive" else 1
     writes = 300 + 40 * layers
-    reads = len(before) * each + sum(s.nbytes for s in ends)
     memory = (gap + 3) * each + 2 * max(s.nbytes for s in ends) + (1 << 27)
-    return Spec({"bytes": writes}, reads=reads, writes=writes, memory=memory)
+    return Spec({"bytes": writes}, reads=len(before) * each + sum(s.nbytes for s in ends), writes=writes, memory=memory)
 
 
 @step("trim.decoder_layers", version=1, spec=_choose_decoder_layers_spec)
@@ -307,7 +285,6 @@ def choose_decoder_layers(
     layers by the cosine between the input of the first and the output of the last. `before`: the inputs of the layers, layer by
     layer, all shards of each; `behind`: the outputs of the last layer, all shards. The first `tokens` of each are compared.
     """
-
     from moeflow.methods.trim.similarity import across
 
     gap = drop if rule == "consecutive" else 1

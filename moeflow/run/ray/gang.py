@@ -4,13 +4,13 @@ Ray Train places and starts them, and initialises torch.distributed. This module
 what is tried again, from where: a step that raises is not, a gang that lost a process or a node is.
 """
 
+import functools
 import logging
 import os
 import pickle
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from moeflow.run.ray.nodes import free_orphans
 from moeflow.run.ray.tasks import Failed, Made, Refused, ToBoard, ask, failed, made
 from moeflow.run.ray.travel import packed_error
 from moeflow.run.work import work_folder
-from moeflow.store import Store
+from moeflow.store import Store, partial
 
 QUIETLY = {  # Ray Train reads these where the trainer is made, and in its workers
     "RAY_TRAIN_V2_ENABLED": "1",
@@ -79,7 +79,7 @@ def gang_task(call: Call, store: Store, board: Any, bundle: dict[str, float]) ->
                 except PeerLost as error:
                     lost = error
                 else:
-                    store.drop_partial(call.key)
+                    partial.drop(store, call.key)
                     return result
     except Exception as error:
         return failed(error, board)
@@ -92,10 +92,10 @@ def _together(call: Call, store: Store, board: Any, bundle: dict[str, float], fo
     while True:
         free_orphans()
         gang = Attempt.of(call, store)
-        fit = _trainer(partial(_process, call, store, board, gang), gang.processes, bundle, folder / gang.attempt)
+        trainer = _trainer(functools.partial(_process, call, store, board, gang), gang.processes, bundle, folder / gang.attempt)
         try:
             with ThreadPoolExecutor(1) as beside:  # in the main thread it would take Ctrl-C away from Ray
-                result: Made = beside.submit(fit).result()
+                result: Made = beside.submit(trainer.fit).result().return_value
             return result
         except WorkerGroupError as error:
             judge(error.worker_failures)
@@ -108,8 +108,8 @@ def _together(call: Call, store: Store, board: Any, bundle: dict[str, float], fo
             raise PeerLost(brief(error)) from error
 
 
-def _trainer(process: Callable[[], Made | None], processes: int, bundle: dict[str, float], folder: Path) -> Callable[[], Made]:
-    """A function that runs `process` in that many workers of a new `TorchTrainer` and returns the first one's result."""
+def _trainer(process: Callable[[], Made | None], processes: int, bundle: dict[str, float], folder: Path) -> Any:
+    """A `TorchTrainer` whose `fit` runs `process` in that many workers, and has the first one's result as `return_value`."""
     import ray.train
     import ray.train.torch
 
@@ -120,7 +120,7 @@ def _trainer(process: Callable[[], Made | None], processes: int, bundle: dict[st
         def _create_default_callbacks(self) -> list[Any]:
             return [c for c in super()._create_default_callbacks() if type(c).__name__ not in UNUSED]
 
-    trainer = Trainer(
+    return Trainer(
         process,
         torch_config=with_torch.TorchConfig(timeout_s=PATIENCE),
         scaling_config=train.ScalingConfig(num_workers=processes, use_gpu="GPU" in bundle, resources_per_worker=bundle),
@@ -131,12 +131,6 @@ def _trainer(process: Callable[[], Made | None], processes: int, bundle: dict[st
             logging_config=train.LoggingConfig("CRITICAL"),
         ),
     )
-
-    def fit() -> Made:
-        result: Made = trainer.fit().return_value
-        return result
-
-    return fit
 
 
 def _process(call: Call, store: Store, board: Any, gang: Attempt) -> Made | None:

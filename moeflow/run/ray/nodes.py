@@ -11,6 +11,7 @@ from moeflow.run.call import Call
 from moeflow.run.words import size
 from moeflow.step import Step
 from moeflow.store import LocalBlobs, Store
+from moeflow.store.names import split_part
 
 
 class Nodes:
@@ -26,15 +27,15 @@ class Nodes:
     def holds(self, call: Call, node: str, made: int) -> None:
         """Record that `node` ran `call`, which stored `made` bytes."""
         self._sizes[call.key] = made
-        for i in call.inputs:
-            self._holders[i.name] = node
+        for i in call.record.inputs:
+            self._holders[i.key] = node
 
     def near(self, call: Call) -> NodeAffinitySchedulingStrategy | str:
         """Where to run `call`: on the node that has most bytes of its inputs, or elsewhere if that is busy."""
         votes: Counter[str] = Counter()
-        for i in call.inputs if self._matters else ():
-            if node := self._holders.get(i.name):
-                votes[node] += self._sizes.get(i.key, 0) + 1
+        for i in call.record.inputs if self._matters else ():
+            if node := self._holders.get(i.key):
+                votes[node] += self._sizes.get(split_part(i.key)[0], 0) + 1
         if not votes:
             return "DEFAULT"
         return NodeAffinitySchedulingStrategy(votes.most_common(1)[0][0], soft=True, _spill_on_unavailable=True)
@@ -88,11 +89,6 @@ def free_orphans() -> None:
         ours = group.creator_job_id.hex() == job and not ActorID(group.creator_actor_id).is_nil()
         if ours and group.creator_actor_dead and group.state != table.REMOVED:
             remove_placement_group(PlacementGroup(PlacementGroupID(group.placement_group_id)))
-
-
-def machines() -> int:
-    """How many machines the cluster has."""
-    return len({node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]})
 
 
 def _said(amounts: dict[str, float]) -> str:

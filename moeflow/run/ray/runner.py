@@ -19,13 +19,13 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from moeflow.run.call import Call
-from moeflow.run.ledger import Ledger
+from moeflow.run.ledger import Ledger, follow
 from moeflow.run.options import Options
 from moeflow.run.outcome import CannotRun, ClusterLost, Outcome, StepFailed, WorkerLost, brief, describe
-from moeflow.run.progress import Show, show
+from moeflow.run.progress import Show
 from moeflow.run.ray.board import Event, RemoteBoard
 from moeflow.run.ray.gang import gang_task
-from moeflow.run.ray.nodes import Nodes, demand, free_orphans, machines, offers, too_large
+from moeflow.run.ray.nodes import Nodes, demand, free_orphans, offers, too_large
 from moeflow.run.ray.tasks import Failed, Made, step_task
 from moeflow.run.ray.travel import take_along
 from moeflow.step import Step
@@ -49,22 +49,18 @@ def run(
     CannotRun if that one does not start or could never run a step, or if no Ray answers at RAY_ADDRESS; ClusterLost if
     the cluster is lost during the run.
     """
-    shown, options = progress or show(), options or Options()
-    outcome = None
-    try:
-        ledger = Ledger(targets, store, shown, index)
-        ledger.settle()
+
+    def execute(ledger: Ledger) -> None:
         if ledger.left:
-            with connected() as own, _Drive(ledger, store, shown, options, own=own) as drive:
+            with connected() as own, _Drive(ledger, options or Options(), own=own) as drive:
                 drive.loop()
-        outcome = ledger.outcome()
+
+    try:
+        return follow(targets, store, execute, progress, index)
     except RayError as error:
         raise ClusterLost(
             f"the Ray cluster was lost ({brief(error)}); what had finished is stored: see that the cluster is up, then run again"
         ) from error
-    finally:
-        shown.end(outcome)
-    return outcome
 
 
 @contextmanager
@@ -104,12 +100,12 @@ def connected() -> Iterator[bool]:
 class _Drive:
     """The driver's loop: it submits what may run, waits, and shows the board's events."""
 
-    def __init__(self, ledger: Ledger, store: Store, shown: Show, options: Options, *, own: bool) -> None:
-        self._ledger, self._store, self._shown, self._options = ledger, store, shown, options
+    def __init__(self, ledger: Ledger, options: Options, *, own: bool) -> None:
+        self._ledger, self._store, self._show, self._options = ledger, ledger.store, ledger.show, options
         self._running: dict[Any, Call] = {}
         self._failure: StepFailed | None = None
         self._cpus, self._looked = 0, -LOOK  # the cluster's CPUs, and when they were counted
-        self._nodes = Nodes(store, {key: listed.bytes for key, listed in ledger.schedule.index.keys.items()})
+        self._nodes = Nodes(self._store, {key: listed.bytes for key, listed in ledger.schedule.index.keys.items()})
         # A cluster without GPUs computes on CPUs, unless GPUs were asked for: an autoscaler may add them.
         self._gpus = options.gpus is not None or any(offer.get("GPU") for offer in offers())
         self._check(own)
@@ -148,18 +144,17 @@ class _Drive:
                 self._ledger.settle()
         if self._failure is not None:
             raise self._failure
-        assert self._ledger.left == 0, "steps are left although none failed"
 
     def _check(self, own: bool) -> None:
         """Refuse a step that no node can run, which would wait for ever; only warn if an autoscaler might add the node."""
-        if (there := machines()) > 1 and isinstance(self._store.blobs, LocalBlobs):
+        there = len({node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]})
+        if there > 1 and isinstance(self._store.blobs, LocalBlobs):
             self._ledger.warn(
                 f"the store {self._store.url} is a folder and the cluster has {there} machines: all of them must see "
                 "that folder, or pass --store s3://bucket/prefix"
             )
-        states = self._ledger.schedule.states
-        nodes = offers()
-        steps = [s for s in self._ledger.schedule.steps.values() if states[s.key] == "run"]
+        schedule, nodes = self._ledger.schedule, offers()
+        steps = [schedule.steps[key] for key, state in schedule.states.items() if state == "run"]
         if not own and not self._gpus and any(s.resources.gpus for s in steps):
             self._ledger.warn(
                 "the cluster has no GPU now: steps that compute with a model run on CPUs; say --gpus 1 to wait for GPU nodes"
@@ -184,11 +179,11 @@ class _Drive:
         try:
             if call.resources.processes:
                 ref = gang_task.options(
-                    name=call.name, num_cpus=0, max_retries=self._options.retries, scheduling_strategy=self._here
+                    name=call.record.step, num_cpus=0, max_retries=self._options.retries, scheduling_strategy=self._here
                 ).remote(call, self._store, self._board, asked)
             else:
                 ref = step_task.options(
-                    name=call.name,
+                    name=call.record.step,
                     num_cpus=asked.get("CPU", 0),
                     num_gpus=asked.get("GPU", 0),
                     memory=asked.get("memory"),
@@ -222,16 +217,16 @@ class _Drive:
         if self._failure is None:
             self._failure = failure
         else:
-            self._shown.say(f"also: {failure}")
+            self._show.say(f"also: {failure}")
 
     def _pass_on(self, news: Iterable[Event]) -> None:
         for event in news:
             if event.kind == "start":
-                self._shown.start(event.key)
+                self._show.start(event.key)
             elif event.kind == "progress":
-                self._shown.progress(event.key, event.done, event.total, event.text, event.detail)
+                self._show.progress(event.key, event.done, event.total, event.text, event.detail)
             elif event.kind == "note":
-                self._shown.note(event.key, event.text)
+                self._show.note(event.key, event.text)
 
 
 def _unstarted(address: str, error: Exception) -> str:

@@ -27,17 +27,17 @@ def slimmed(tmp_path: Path) -> Calibration:
         for weight in (model.model.layers[0].self_attn.o_proj.weight, model.model.layers[0].mlp.experts.down_proj):
             weight *= 1e-3
     model.save_pretrained(source)
-    seen = calibrated(model_in(source), tmp_path)
-    return calibrated(unified.slim(seen, Slimming(method="round_to_nearest", bits=8, group=4, inputs="parallel")), tmp_path)
+    calibration = calibrated(model_in(source), tmp_path)
+    return calibrated(unified.slim(calibration, Slimming(method="round_to_nearest", bits=8, group=4, inputs="parallel")), tmp_path)
 
 
 @pytest.mark.parametrize(
     ("then", "steps"),
     [
-        (lambda seen: trim(seen, Trimming("experts", 2, across="layer")), ["rewrite.experts"] * 4),
-        (lambda seen: naee.prune(seen, 6, Search("reap")), ["rewrite.experts"] * 4),
-        (lambda seen: trim(seen, Trimming("decoder_layers", 1)), ["trim.renumber"] * 3),
-        (lambda seen: trim(seen, Trimming("moe_blocks", 1)), ["trim.without_moe_block"]),
+        (lambda calibration: trim(calibration, Trimming("experts", 2, across="layer")), ["rewrite.experts"] * 4),
+        (lambda calibration: naee.prune(calibration, 6, Search("reap")), ["rewrite.experts"] * 4),
+        (lambda calibration: trim(calibration, Trimming("decoder_layers", 1)), ["trim.renumber"] * 3),
+        (lambda calibration: trim(calibration, Trimming("moe_blocks", 1)), ["trim.without_moe_block"]),
         (skip, ["fewer_active.skipping"] * 4),
     ],
 )
@@ -57,3 +57,14 @@ def test_a_layer_that_a_trimming_leaves_alone_is_the_same_artifact_content(slimm
     before, after = (store.artifact(layer.key) for layer in (steps[3], thinner.layers[3]))
     assert before.names() == after.names()
     assert all(before.file(n).read_bytes() == after.file(n).read_bytes() for n in before.names())
+
+
+def test_a_compressed_checkpoint_that_is_compressed_again_tells_both_in_order(tmp_path: Path) -> None:
+    store, source = store_in(tmp_path), tiny.write("mixtral", tmp_path / "model")
+    once = pulled(store, naee.prune(calibrated(model_in(source), tmp_path), 6, Search("reap")), tmp_path)
+    twice = pulled(store, trim(calibrated(model_in(once), tmp_path), Trimming("experts", 1, across="layer")), tmp_path)
+    before, after = facts_of(once), facts_of(twice)
+    assert [len(done) for done in before.values()] == [1, 1, 1]
+    for layer, done in after.items():
+        assert done[:1] == before[layer] and [(d["step"], d["experts"]) for d in done[1:]] == [("rewrite.experts", 6)]
+    assert facts_of(pulled(store, model_in(twice), tmp_path)) == after

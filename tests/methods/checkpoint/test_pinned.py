@@ -37,13 +37,13 @@ def test_shards_that_straddle_layers_become_one_file_per_layer(tmp_path: Path) -
     model = running.model_in(sharded(folder))
     store = running.store_in(tmp_path)
     running.run(store, *model.layers, model.rest)
-    found: dict[str, torch.Tensor] = {}
+    rewritten: dict[str, torch.Tensor] = {}
     for i, layer in enumerate(model.layers):
         names = load_file(store.artifact(layer.key).file("layer.safetensors"))
         assert all(n.startswith(f"model.layers.{i}.") for n in names)
-        found |= names
-    found |= load_file(store.artifact(model.rest.key).file("rest.safetensors"))
-    assert set(found) == set(whole) and all(torch.equal(found[n], whole[n]) for n in whole)
+        rewritten |= names
+    rewritten |= load_file(store.artifact(model.rest.key).file("rest.safetensors"))
+    assert set(rewritten) == set(whole) and all(torch.equal(rewritten[n], whole[n]) for n in whole)
 
 
 def test_a_fine_tune_that_left_a_layer_alone_leaves_its_file_s_contents(tmp_path: Path) -> None:

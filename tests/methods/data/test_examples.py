@@ -87,10 +87,10 @@ def made(model: Model, folder: Path, spec: str, **options: Any) -> tuple[np.ndar
     store = running.store_in(folder)
     step = data.examples(Texts(spec), model, data.Examples(**({"sequences": 4, "length": 100} | options)))
     running.run(store, step)
-    found = store.artifact(step.key)
-    ids, learned = (np.load(found.file(n)) for n in ("tokens.npy", "learned.npy"))
+    artifact = store.artifact(step.key)
+    ids, learned = (np.load(artifact.file(n)) for n in ("tokens.npy", "learned.npy"))
     assert ids.dtype == np.int32 and learned.dtype == np.uint8 and ids.shape == learned.shape
-    return ids, learned, json.loads(found.file("tokens.json").read_text())
+    return ids, learned, json.loads(artifact.file("tokens.json").read_text())
 
 
 def runs(tokenizer: Any, ids: np.ndarray, learned: np.ndarray) -> list[tuple[str, str]]:
@@ -105,11 +105,11 @@ def runs(tokenizer: Any, ids: np.ndarray, learned: np.ndarray) -> list[tuple[str
 
 def said(tokenizer: Any, messages: list[dict[str, str]]) -> list[list[str]]:
     """What is learned of a conversation, text by text."""
-    found = []
+    responses = []
     for text in conversations.chat(tokenizer, messages):
         ids, learned = conversations.encoded(tokenizer, text)
-        found.append([learnt for _, learnt in runs(tokenizer, np.array(ids), np.array(learned))])
-    return found
+        responses.append([learnt for _, learnt in runs(tokenizer, np.array(ids), np.array(learned))])
+    return responses
 
 
 def test_of_an_instruction_the_response_and_its_end_are_learned(pretrained: Pretrained, tokenizer: Any, tmp_path: Path) -> None:
@@ -120,9 +120,9 @@ def test_of_an_instruction_the_response_and_its_end_are_learned(pretrained: Pret
     expected = {
         "<s>" + conversations.instruction(r["instruction"], *[r["input"]] * bool(r["input"])): r["output"] + "</s>" for r in rows
     }
-    found = runs(tokenizer, ids, learned)[:-1]  # the last may be cut
-    assert len(found) == len({asked for asked, _ in found}) > 8
-    assert all(expected[asked] == answer for asked, answer in found)
+    pairs = runs(tokenizer, ids, learned)[:-1]  # the last may be cut
+    assert len(pairs) == len({asked for asked, _ in pairs}) > 8
+    assert all(expected[asked] == answer for asked, answer in pairs)
 
 
 def test_an_instruction_is_in_alpaca_s_words() -> None:
@@ -152,11 +152,11 @@ def test_of_a_conversation_every_answer_and_its_end_are_learned(
     spec = str(jsonl(tmp_path / "a.jsonl", [{"messages": TALK}] * 9)) + "#messages"
     ids, learned, (about,) = made(pretrained(template), tmp_path, spec, length=97)
     assert about["format"] == "chat"
-    found = runs(tokenizer, ids, learned)[:-1]
+    pairs = runs(tokenizer, ids, learned)[:-1]
     system, first, second = (f"<|im_start|>{t}<|im_end|>\n" for t in ("system\nBe short.", "user\nOne?", "user\nTwo?"))
     ask = "<|im_start|>assistant\n"
-    assert found[:2] == [(system + first + ask, "1<|im_end|>"), ("\n" + second + ask, " 2\n<|im_end|>")]
-    assert found[2:4] == [("\n" + system + first + ask, "1<|im_end|>"), found[1]] and len(found) > 6
+    assert pairs[:2] == [(system + first + ask, "1<|im_end|>"), ("\n" + second + ask, " 2\n<|im_end|>")]
+    assert pairs[2:4] == [("\n" + system + first + ask, "1<|im_end|>"), pairs[1]] and len(pairs) > 6
 
 
 @pytest.mark.parametrize("template", [CHATML, MARKED], ids=["plain", "marked"])

@@ -2,19 +2,39 @@
 
 from collections.abc import Sequence
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 
 from moeflow.methods.allocate import allocate_curves
-from moeflow.methods.decompose.ranks import Spectrum, average_rank, break_even, check_rank, choices, paper_ranks
+from moeflow.methods.decompose import ranks
+from moeflow.methods.decompose.options import Decomposition
+from moeflow.methods.decompose.ranks import EPSILON, average_rank, break_even, check_rank, choices
 
 
-def allocate(items: Sequence[Sequence[Spectrum]], budget: int, **limits: Any) -> list[tuple[int, ...]]:
-    """The ranks of each item within `budget` bytes that cost least."""
-    curves, ranks = choices(items, **limits)
-    return [ranks[at][option] for at, option in enumerate(allocate_curves(curves, budget))]
+class Spectrum(NamedTuple):
+    """One matrix: its shape, the squared error that each lost component adds, and what that counts."""
+
+    rows: int
+    columns: int
+    energies: Any
+    weight: float = 1.0
+
+
+def allocate(items: Sequence[Sequence[Spectrum]], budget: int, *, whole: bool = True, multiple: int = 1) -> list[tuple[int, ...]]:
+    """The ranks of each item within `budget` bytes that cost least; without `whole` no matrix stays as it is."""
+    how, several = Decomposition(multiple=multiple), []
+    for item in items:
+        sides = item[0].rows, item[0].columns
+        curve, options = choices([s.energies * s.weight for s in item], 1.0, sides, 2, how)
+        several.append((curve, options) if whole else (curve[:-1], options[:-1]))
+    chosen = allocate_curves([curve for curve, _ in several], budget)
+    return [options[at] for (_, options), at in zip(several, chosen, strict=True)]
+
+
+def paper_ranks(importance: list[float], average: float, most: int, **how: int) -> list[int]:
+    return ranks.paper_ranks(importance, average, most, Decomposition(**how))
 
 
 def spectra(draw: np.random.Generator, rows: int, columns: int) -> list[tuple[Spectrum, ...]]:
@@ -67,34 +87,31 @@ def test_a_matrix_near_break_even_is_rather_kept_whole() -> None:
     assert allocate(items, 10**6) == [(0,), (0,)]
     with pytest.raises(ValueError, match="a budget of 3 cannot be met; the nearest that can is 128"):
         allocate(items, 3)
-    with pytest.raises(ValueError, match="no rank from 1 to 8 is a multiple of 16"):
-        allocate(items, 10**6, multiple=16, whole=False)
-    with pytest.raises(ValueError, match="one shape"):
-        allocate([(Spectrum(16, 16, flat), Spectrum(16, 32, flat))], 10**6)
+    assert allocate(items, 10**6, multiple=16) == [(0,), (0,)]
 
 
 def test_the_papers_ranks_follow_its_formula_and_sum_to_the_budget() -> None:
     importance = [0.1, 3.0, 100.0, 0.0, 7.5]
-    plain = paper_ranks(importance, 512.2, epsilon=1e-6, r_max=2048)
-    share = (np.array(importance) + 1e-6) ** 0.15
+    plain = paper_ranks(importance, 512.2, 2048)
+    share = (np.array(importance) + EPSILON) ** 0.15
     formula = np.floor(share / share.sum() * 2561).astype(int)
     assert sum(plain) == 2561 and all(0 <= a - b <= 1 for a, b in zip(plain, formula, strict=True))
-    clipped = paper_ranks(importance, 512.2, r_min=100, r_max=600, multiple=8)
+    clipped = paper_ranks(importance, 512.2, 600, r_min=100, multiple=8)
     assert sum(clipped) == 2560 and all(104 <= r <= 600 and r % 8 == 0 for r in clipped)
     assert sorted(range(5), key=lambda e: (plain[e], importance[e])) == [3, 0, 1, 4, 2]
-    assert paper_ranks([2.0] * 3, 16.0, r_max=16) == [16] * 3
-    assert sum(paper_ranks([1.0] * 3, 7 / 3, r_max=16)) == 7
+    assert paper_ranks([2.0] * 3, 16.0, 16) == [16] * 3
+    assert sum(paper_ranks([1.0] * 3, 7 / 3, 16)) == 7
 
 
 def test_ranks_that_cannot_be_had_are_refused_with_the_nearest() -> None:
     with pytest.raises(ValueError, match="average rank 20 cannot be had with ranks from 1 to 16 .*; the nearest is 16"):
-        paper_ranks([1.0] * 3, 20, r_max=16)
+        paper_ranks([1.0] * 3, 20, 16)
     with pytest.raises(ValueError, match="the nearest is 8"):
-        paper_ranks([1.0] * 3, 2, r_min=5, r_max=16, multiple=8)
+        paper_ranks([1.0] * 3, 2, 16, r_min=5, multiple=8)
     with pytest.raises(ValueError, match="there is none"):
-        paper_ranks([1.0] * 3, 2, r_min=5, r_max=7, multiple=8)
+        paper_ranks([1.0] * 3, 2, 7, r_min=5, multiple=8)
     with pytest.raises(ValueError, match="must be finite"):
-        paper_ranks([1.0, float("inf")], 2, r_max=7)
+        paper_ranks([1.0, float("inf")], 2, 7)
 
 
 def test_a_rank_above_break_even_is_refused_unless_forced() -> None:

@@ -84,8 +84,8 @@ def test_a_search_by_score_keeps_what_the_exact_search_calls_its_baseline(how: s
     store, target, folder = done
     scored = graph(running.model_in(folder / "model"), running.matrix_of(folder), how=how)
     running.run(store, scored)
-    exact, found = running.choices(store, target), running.choices(store, scored)
-    for layer, choice in found.items():
+    exact, by_score = running.choices(store, target), running.choices(store, scored)
+    for layer, choice in by_score.items():
         assert choice["keep"] == exact[layer]["baselines"][how]["keep"]
         assert choice["loss"]["value"] == pytest.approx(exact[layer]["baselines"][how]["loss"], rel=1e-3)
 

@@ -37,9 +37,9 @@ def trained(source: Path, out: Path) -> Path:
     torch.manual_seed(3)
     shutil.copytree(source, out)
     for file in out.glob("*.safetensors"):
-        found = dict(Tensors(file))
-        if any(".experts.compressed." in n for n in found):
-            save({n: torch.randn_like(t) * 0.3 if ".experts.compressed." in n else t for n, t in found.items()}, file)
+        tensors = dict(Tensors(file))
+        if any(".experts.compressed." in n for n in tensors):
+            save({n: torch.randn_like(t) * 0.3 if ".experts.compressed." in n else t for n, t in tensors.items()}, file)
     return out
 
 
@@ -146,8 +146,8 @@ def test_they_are_neutral_where_the_checkpoint_has_none_and_as_stored_where_it_h
     torch.full((1 << 16,), float("nan"))  # what uninitialised memory may well hold afterwards
     fresh = _vectors(WAYS[way](plain, config=_neutral_config(plain)))
     assert len(fresh) == 9 and all((v == 0).all() for v in fresh.values())
-    found, tensors = _vectors(WAYS[way](stored)), Tensors(stored)
-    assert len(found) == 9 and all(torch.equal(v, tensors[n]) for n, v in found.items())
+    vectors, tensors = _vectors(WAYS[way](stored)), Tensors(stored)
+    assert len(vectors) == 9 and all(torch.equal(v, tensors[n]) for n, v in vectors.items())
 
 
 def test_a_checkpoint_that_lacks_some_of_its_vectors_is_refused(olmoe: tuple[Path, Path, Path], tmp_path: Path) -> None:
@@ -156,7 +156,7 @@ def test_a_checkpoint_that_lacks_some_of_its_vectors_is_refused(olmoe: tuple[Pat
         f for f in sorted(broken.glob("*.safetensors")) if any("layers.1.mlp.experts.compressed.up" in n for n in Tensors(f))
     )
     save({n: t for n, t in Tensors(file).items() if not n.endswith("layers.1.mlp.experts.compressed.up")}, file)
-    with pytest.raises(ValueError, match="no tensor model.layers.1.mlp.experts.compressed.up; the checkpoint is incomplete"):
+    with pytest.raises(ValueError, match="no tensor model.layers.1.mlp.experts.compressed.up, which its config.json asks for"):
         load(broken)
 
 
@@ -182,12 +182,12 @@ def test_a_ray_worker_loads_them_as_any_process_does(olmoe: tuple[Path, Path, Pa
 
     ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     try:
-        fresh, found = ray.get(ray.remote(work).remote())
+        fresh, vectors = ray.get(ray.remote(work).remote())
     finally:
         ray.shutdown()
     tensors = Tensors(stored)
     assert len(fresh) == 9 and all((v == 0).all() for v in fresh.values())
-    assert all(torch.equal(torch.from_numpy(v), tensors[n]) for n, v in found.items())
+    assert all(torch.equal(torch.from_numpy(v), tensors[n]) for n, v in vectors.items())
 
 
 def test_saving_and_loading_keeps_the_vectors_bit_for_bit(both: tuple[Path, Path, Path], tmp_path: Path) -> None:
@@ -205,11 +205,11 @@ def test_streaming_is_the_loaded_model(olmoe: tuple[Path, Path, Path], tmp_path:
     ends = calibrate.run(model, matrix, Pass(batch=8, shard=8, stage=2)).ends
     run(store, *ends)
     states = load_file(store.artifact(ends[0].key).file(graph.HIDDEN))["hidden_NLD"]
-    given = torch.from_numpy(np.load(matrix_of(tmp_path).spec))
+    ids_NL = torch.from_numpy(np.load(matrix_of(tmp_path).spec))
     stream = stream_of(read_config(Folder(stored)), "auto")
     with torch.inference_mode():
         logits = stream.head(Tensors(stored))(stream.final_norm(Tensors(stored))(states))
-        assert torch.equal(logits, load(stored)(given).logits)
+        assert torch.equal(logits, load(stored)(ids_NL).logits)
 
 
 def test_they_come_with_non_uniform_low_rank_experts(tmp_path: Path) -> None:
@@ -230,9 +230,9 @@ def test_what_cannot_be_attached_is_refused_in_one_line(olmoe: tuple[Path, Path,
     again = model_in(neutral)
     with pytest.raises(ValueError, match="layer 0 has Compressed Experts, .* take the model without them"):
         fewer_active.attach(again)
-    seen = calibrate.run(again, data.tokens(matrix_of(tmp_path), again, Sample(8, 16)), Pass(batch=4, shard=4, stage=2))
+    calibration = calibrate.run(again, data.tokens(matrix_of(tmp_path), again, Sample(8, 16)), Pass(batch=4, shard=4, stage=2))
     with pytest.raises(ValueError, match="layer 0 has Compressed Experts, .* prune the model without them"):
-        naee.prune(seen, keep=6)
+        naee.prune(calibration, keep=6)
 
 
 PHIMOE = dict(

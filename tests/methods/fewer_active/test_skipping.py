@@ -20,12 +20,12 @@ from moeflow.methods.fewer_active import steps as fewer_active
 from moeflow.methods.fewer_active.thresholds import median, threshold_for
 from moeflow.methods.graph import HIDDEN, Calibration, Model, Pass, Sample
 from moeflow.methods.recipes import compare, naee
-from moeflow.model import routed_experts
 from moeflow.model.checkpoint import Tensors, read_moe
 from moeflow.model.fewer_active import statistic
 from moeflow.model.layout import Folder, read_config
 from moeflow.model.moe import MoELayer
 from moeflow.model.passes import stream_of
+from moeflow.model.routed_experts import RoutedExperts
 from tests import tiny
 from tests.compressed import compress
 from tests.running import array_of, facts_of, matrix_of, model_in, reports, run, store_in
@@ -55,12 +55,12 @@ def served(smaller: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     """That checkpoint with skipping, pulled; what its reports say; and the tokens of the calibration."""
     folder = tmp_path_factory.mktemp("served")
     store, model = store_in(folder), model_in(smaller)
-    seen = calibrated(model, folder, record=0)
-    made = fewer_active.skip(seen, fewer_active.Skipping(ACTIVE))
+    calibration = calibrated(model, folder, record=0)
+    made = fewer_active.skip(calibration, fewer_active.Skipping(ACTIVE))
     target = checkpoint.checkpoint_of(made).reporting(
-        *compare.compare(model, made, matrix_of(folder), Sample(8, 16), Pass(4, 32), tokens=seen.tokens)
+        *compare.reports(model, made, compare.HeldOut("", 8, 16), Pass(4), tokens=calibration.tokens)
     )
-    ends = calibrate.run(made, seen.tokens, Pass(batch=4, shard=4, stage=2, record=0)).ends
+    ends = calibrate.run(made, calibration.tokens, Pass(batch=4, shard=4, stage=2, record=0)).ends
     run(store, target, *ends)
     states = torch.cat([load_file(store.artifact(e.key).file(HIDDEN))["hidden_NLD"] for e in ends])
     pulled = store.artifact(target.key)
@@ -129,27 +129,23 @@ def test_as_many_experts_stay_as_were_wanted_on_the_calibration_tokens(served: t
     assert rows["experts a token (token matrix)"]["compressed"] == pytest.approx(ACTIVE, abs=0.15)
 
 
-def test_a_pair_that_is_skipped_is_not_computed(served: tuple[Path, dict[str, Any], np.ndarray], monkeypatch: Any) -> None:
+def test_a_pair_that_is_skipped_is_not_computed(served: tuple[Path, dict[str, Any], np.ndarray]) -> None:
     folder, rows, ids = served
     computed: list[int] = []
-    outer = routed_experts._outer
-
-    def counting(product: Any, first: Tensor, second: Any, x_SF: Tensor) -> Tensor:
-        computed.append(len(x_SF))
-        return outer(product, first, second, x_SF)
-
-    monkeypatch.setattr(routed_experts, "_outer", counting)
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    for experts in (m for m in model.modules() if isinstance(m, RoutedExperts)):
+        experts.act_fn.register_forward_hook(lambda _, __, inner_SF: computed.append(len(inner_SF)))
     with torch.inference_mode():
-        AutoModelForCausalLM.from_pretrained(folder).eval()(torch.from_numpy(ids))
+        model(torch.from_numpy(ids))
     assert sum(computed) / ids.size == pytest.approx(rows["expert products a token (token matrix)"]["compressed"])
 
 
 def test_thresholds_stay_exact_in_bf16_and_are_saved_again(served: tuple[Path, dict[str, Any], np.ndarray], tmp_path: Path) -> None:
     folder = served[0]
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    found = {n: b for n, b in model.named_buffers() if ".skip." in n}
+    thresholds = {n: b for n, b in model.named_buffers() if ".skip." in n}
     stored = Tensors(folder)
-    assert found and {b.dtype for b in found.values()} == {torch.float32}
+    assert thresholds and {b.dtype for b in thresholds.values()} == {torch.float32}
     model.save_pretrained(tmp_path)
     again = Tensors(tmp_path)
     assert all(torch.equal(stored[n], again[n]) for n in stored if ".skip." in n)
@@ -175,14 +171,14 @@ def test_thresholds_for_one_expert_and_for_nearly_all(rule: str) -> None:
 
 def test_what_cannot_be_skipped_is_refused_in_one_line(tmp_path: Path) -> None:
     model = model_in(tiny.write("mixtral", tmp_path / "two"))
-    seen = calibrated(model, tmp_path)
+    calibration = calibrated(model, tmp_path)
     with pytest.raises(ValueError, match="active=2 experts a token must be at least 1 and fewer than the router's 2"):
-        fewer_active.skip(seen, fewer_active.Skipping(2))
+        fewer_active.skip(calibration, fewer_active.Skipping(2))
     with pytest.raises(ValueError, match="skipping.active=half: it must be a number, or one of median"):
         options.changed("skipping", fewer_active.Skipping, None, {"active": "half"})
     with pytest.raises(ValueError, match="active=0: a token has at least one expert"):
         options.changed("skipping", fewer_active.Skipping, None, {"active": "0"})
-    made = fewer_active.skip(seen)
+    made = fewer_active.skip(calibration)
     again = calibrated(made, tmp_path)
     with pytest.raises(ValueError, match="layer 0 skips experts by a threshold .* prune the model without it"):
         naee.prune(again, keep=6)
@@ -190,10 +186,10 @@ def test_what_cannot_be_skipped_is_refused_in_one_line(tmp_path: Path) -> None:
         fewer_active.skip(again)
     three = model_in(tiny.write("olmoe", tmp_path / "three"))
     with pytest.raises(ValueError, match="3 experts, for which there is no rule of a median"):
-        naee.skipped(three, seen.tokens, fewer_active.Skipping(), Pass())
+        naee.skipped(three, calibration.tokens, fewer_active.Skipping(), Pass())
     phimoe = model_in(tiny.write("phimoe", tmp_path / "phimoe"))
     with pytest.raises(ValueError, match="a phimoe weighs each of a token's experts by itself"):
-        naee.skipped(phimoe, seen.tokens, fewer_active.Skipping(1.5), Pass())
+        naee.skipped(phimoe, calibration.tokens, fewer_active.Skipping(1.5), Pass())
     one = model_in(tiny.write("mixtral", tmp_path / "one", num_experts_per_tok=1))
     with pytest.raises(ValueError, match="gives each token one expert; none is left to skip"):
         fewer_active.skip(calibrated(one, tmp_path))

@@ -15,11 +15,11 @@ from tests.recipes import RECIPE
 
 
 def test_every_row_comes_once_before_any_comes_again_and_each_time_in_another_order() -> None:
-    seen = np.concatenate([batch_of(step, 4, 10, seed=3) for step in range(5)])
-    assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
-    assert list(seen[:10]) != list(seen[10:])
-    assert list(seen) == list(np.concatenate([batch_of(step, 5, 10, seed=3) for step in range(4)])), "whatever the batch"
-    assert list(batch_of(0, 25, 10, seed=3)[:10]) == list(seen[:10]), "a batch may be larger than the data"
+    order = np.concatenate([batch_of(step, 4, 10, seed=3) for step in range(5)])
+    assert sorted(order[:10]) == sorted(order[10:]) == list(range(10))
+    assert list(order[:10]) != list(order[10:])
+    assert list(order) == list(np.concatenate([batch_of(step, 5, 10, seed=3) for step in range(4)])), "whatever the batch"
+    assert list(batch_of(0, 25, 10, seed=3)[:10]) == list(order[:10]), "a batch may be larger than the data"
 
 
 def test_any_number_of_processes_takes_the_same_rows() -> None:
@@ -63,14 +63,14 @@ def test_the_divergence_over_some_tokens_and_the_rest_is_a_bound_that_all_of_the
     torch.manual_seed(0)
     p_TV, q_TV = (torch.randn(7, 20).mul(3).log_softmax(-1) for _ in range(2))
     whole_T = (p_TV.exp() * (p_TV - q_TV)).sum(-1)
-    found = []
+    divergences = []
     for top in (1, 5, 19, 20):
         log_TK, id_TK = p_TV.topk(top, dim=-1)
         rest_T = p_TV.scatter(-1, id_TK, -torch.inf).logsumexp(-1)
-        found.append(divergence(q_TV, id_TK, log_TK, rest_T))
-    for fewer_T, more_T in pairwise(found):
+        divergences.append(divergence(q_TV, id_TK, log_TK, rest_T))
+    for fewer_T, more_T in pairwise(divergences):
         assert (fewer_T <= more_T + 1e-5).all()
-    assert torch.allclose(found[-1], whole_T, atol=1e-5) and torch.allclose(found[-2], whole_T, atol=1e-5)
+    assert torch.allclose(divergences[-1], whole_T, atol=1e-5) and torch.allclose(divergences[-2], whole_T, atol=1e-5)
     logits = q_TV.clone().requires_grad_()
     log_TK, id_TK = p_TV.topk(20, dim=-1)
     divergence(logits, id_TK, log_TK, torch.full((7,), -torch.inf)).sum().backward()

@@ -16,7 +16,7 @@ from tests import tiny
 from tests.recipes import RECIPE
 from tests.running import matrix_of, model_in
 
-GIVEN: dict[str, Any] = {
+CONFIGURATION: dict[str, Any] = {
     "train_batch_size": 32,
     "gradient_accumulation_steps": 4,
     "gradient_clipping": 0.5,
@@ -32,7 +32,7 @@ GIVEN: dict[str, Any] = {
 
 
 def test_what_changes_the_result_goes_to_the_recipe_and_the_rest_to_the_gang() -> None:
-    recipe, gang = deepspeed_config.merged(GIVEN, RECIPE, Gang(processes=2), 999)
+    recipe, gang = deepspeed_config.merged(CONFIGURATION, RECIPE, Gang(processes=2), 999)
     assert recipe == replace(
         RECIPE, batch=32, clip=0.5, dtype="bfloat16", rate=2e-5, betas=(0.9, 0.95), epsilon=1e-6, decay=0.1, steps=50, warmup=0.1,
         floor=0.1,
@@ -41,12 +41,12 @@ def test_what_changes_the_result_goes_to_the_recipe_and_the_rest_to_the_gang() -
     used = deepspeed_config.used(recipe, gang, 2048)
     assert used["train_micro_batch_size_per_gpu"] * used["gradient_accumulation_steps"] * 2 == used["train_batch_size"] == 32
     assert used["zero_optimization"] == {"stage": 3, "offload_optimizer": {"device": "cpu"}, "reduce_bucket_size": 1000}
-    assert used["optimizer"] == {"type": "AdamW", "params": {**GIVEN["optimizer"]["params"], "torch_adam": False}}
+    assert used["optimizer"] == {"type": "AdamW", "params": {**CONFIGURATION["optimizer"]["params"], "torch_adam": False}}
     assert used["bf16"] == {"enabled": True} and used["gradient_clipping"] == 0.5 and used["wall_clock_breakdown"] is False
 
 
 def test_what_is_used_gives_itself_when_it_is_given() -> None:
-    recipe, gang = deepspeed_config.merged(GIVEN, RECIPE, Gang(processes=2), 999)
+    recipe, gang = deepspeed_config.merged(CONFIGURATION, RECIPE, Gang(processes=2), 999)
     used = deepspeed_config.used(recipe, gang, 2048)
     again = deepspeed_config.merged(used, recipe, Gang(processes=2), 999)
     assert again[0] == recipe and deepspeed_config.used(*again, 2048) == used
@@ -81,7 +81,7 @@ def test_auto_leaves_a_value_to_the_arguments() -> None:
 )
 def test_what_cannot_be_meant_is_refused_in_a_line(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message) as refused:
-        deepspeed_config.merged({**GIVEN, **change}, RECIPE, Gang(processes=2), 999)
+        deepspeed_config.merged({**CONFIGURATION, **change}, RECIPE, Gang(processes=2), 999)
     assert "\n" not in str(refused.value)
 
 
@@ -98,9 +98,9 @@ def test_two_spellings_of_a_run_have_one_key_and_where_it_runs_has_none(tmp_path
         },
     }  # fmt: skip
     (tmp_path / "ds.json").write_text(json.dumps(said))
-    for given in (said, tmp_path / "ds.json", str(tmp_path / "ds.json")):
+    for spelling in (said, tmp_path / "ds.json", str(tmp_path / "ds.json")):
         gang = Gang(processes=2, zero=3, offload=True, checkpointing=True, save_every=7, device_memory=10**9, gpus=0, cpus=2)
-        other = tune.tune(model, data, Recipe(steps=20, batch=4, rate=0.1), deepspeed=given, gang=gang)
+        other = tune.tune(model, data, Recipe(steps=20, batch=4, rate=0.1), deepspeed=spelling, gang=gang)
         assert other.trained is not None and plain.trained is not None and other.trained.key == plain.trained.key
         resources = other.trained.resources
         assert (resources.processes, resources.cpus, resources.settings["zero"], resources.settings["micro"]) == (2, 2, 1, 2)

@@ -1,14 +1,12 @@
 """Fine-tuning: what is trained is what a plain loop trains, what is stored is what was trained, and all else is untouched."""
 
-import io
 import json
-from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 import torch
 from torch import Tensor
@@ -26,12 +24,12 @@ from moeflow.methods.graph import Model, Pass, Sample
 from moeflow.methods.recipes import tune
 from moeflow.methods.recipes.tune import Tuned
 from moeflow.model.checkpoint import Tensors
-from moeflow.run import StepFailed, in_process
-from moeflow.run.progress import Lines
+from moeflow.run import StepFailed
 from moeflow.step import Artifact, Context, Spec, step
-from moeflow.store import Store
+from moeflow.store import Store, partial
 from tests import tiny
 from tests.compressed import compress
+from tests.methods.finetune.dying import DyingBlobs
 from tests.running import alone, array_of, matrix_of, model_in, run, store_in
 
 STEPS, BATCH, RATE = 4, 4, 1e-2
@@ -45,8 +43,7 @@ def tensors(store: Store, model: Model) -> dict[str, Tensor]:
     """Every tensor of a model, under the hub's names."""
     done = checkpoint_.checkpoint_of(model)
     run(store, alone(done))
-    found = Tensors(store.artifact(done.key))
-    return {name: found[name] for name in found}
+    return dict(Tensors(store.artifact(done.key)))
 
 
 @pytest.fixture(scope="module")
@@ -90,15 +87,15 @@ def test_a_full_training_is_that_of_a_plain_loop_in_every_family(family: Path, s
     run(store, alone(tuned.trained))
     expected, losses = plain(family, array_of(rows))
     expected.save_pretrained(tmp_path)
-    found = tensors(store, tuned.model)
+    after = tensors(store, tuned.model)
     assert read(store, tuned)["losses"] == pytest.approx(losses, rel=1e-5)
     wanted = Tensors(tmp_path)
-    assert set(found) == set(wanted)
+    assert set(after) == set(wanted)
     before = Tensors(family)
     moved = [n for n in wanted if not torch.equal(wanted[n], before[n])]
     assert len(moved) >= len(wanted) - 3
     for name in wanted:
-        assert torch.allclose(found[name], wanted[name], atol=2e-4), name
+        assert torch.allclose(after[name], wanted[name], atol=2e-4), name
 
 
 @pytest.mark.parametrize("kind", ["standard", "compressed"])
@@ -110,7 +107,7 @@ def test_the_merged_model_computes_what_lora_trained(kind: str, family: Path, st
     how = Recipe(steps=STEPS, batch=BATCH, rate=RATE, warmup=0.0, rank=4, alpha=32.0, targets=targets, keep="last")
     tuned = tune.tune(model, data, how, validation={"same": data})
     run(store, alone(tuned.trained))
-    told = read(store, tuned)["validations"]
+    validations = read(store, tuned)["validations"]
     checkpoint = checkpoint_.checkpoint_of(tuned.model)
     run(store, alone(checkpoint))
     artifact = store.artifact(checkpoint.key)
@@ -118,11 +115,11 @@ def test_the_merged_model_computes_what_lora_trained(kind: str, family: Path, st
     ids = torch.from_numpy(array_of(rows))
     with torch.no_grad():
         loss = cross_entropy(loaded(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-    assert told[1]["mean"] < told[0]["mean"] - 0.02
-    assert loss.item() == pytest.approx(told[1]["mean"], abs=2e-5)
-    found, before = tensors(store, tuned.model), tensors(store, model)
-    assert {n: t.shape for n, t in found.items()} == {n: t.shape for n, t in before.items()}
-    changed = {n for n in found if not torch.equal(found[n], before[n])}
+    assert validations[1]["mean"] < validations[0]["mean"] - 0.02
+    assert loss.item() == pytest.approx(validations[1]["mean"], abs=2e-5)
+    after, before = tensors(store, tuned.model), tensors(store, model)
+    assert {n: t.shape for n, t in after.items()} == {n: t.shape for n, t in before.items()}
+    changed = {n for n in after if not torch.equal(after[n], before[n])}
     assert not [n for n in changed if "norm" in n or "embed" in n or "lm_head" in n or "bias" in n]
     assert [n for n in changed if "experts" in n] and [n for n in changed if "self_attn" in n]
 
@@ -134,28 +131,13 @@ def test_a_mode_trains_its_own_tensors_and_leaves_layers_without_any(mode: str, 
     tuned = tune.tune(model, data, Recipe(mode=mode, steps=2, batch=3, rate=RATE))
     assert tuned.model.layers[1] is model.layers[1] and tuned.model.rest is model.rest  # layer 1 is dense
     run(store, alone(tuned.trained))
-    found, before = tensors(store, tuned.model), tensors(store, model)
-    changed = {n for n in found if not torch.equal(found[n], before[n])}
+    after, before = tensors(store, tuned.model), tensors(store, model)
+    changed = {n for n in after if not torch.equal(after[n], before[n])}
     stem = ".mlp.experts." if mode == "experts" else ".mlp.gate.weight"
-    assert changed == {n for n in found if stem in n}
+    assert changed == {n for n in after if stem in n}
     done = json.loads(store.artifact(checkpoint_.checkpoint_of(tuned.model).key).file("moeflow.json").read_text())
     assert [entry["layer"] for entry in done["layers"]] == [0, 2]
     assert all(e["done"][-1].items() >= {"step": "finetune.layer", "mode": mode, "steps": 2}.items() for e in done["layers"])
-
-
-class Killer(Lines):
-    """Kills one of a gang's processes as soon as something was kept."""
-
-    def __init__(self, store: Store, key: str) -> None:
-        super().__init__(io.StringIO())
-        self.store, self.key, self.killed = store, key, False
-
-    def progress(self, key: str, done: int, total: int, unit: str, detail: str = "") -> None:
-        if not self.killed and self.store.snapshots(self.key):
-            with suppress(psutil.NoSuchProcess):  # then the next word comes from its successor, or from none
-                children = [p for p in psutil.Process().children() if "moeflow.run.child" in p.cmdline()]
-                children[-1].kill()
-                self.killed = True
 
 
 def test_processes_divide_the_work_and_one_that_is_killed_changes_nothing(mixtral: Path, rows: Any, tmp_path: Path) -> None:
@@ -163,27 +145,26 @@ def test_processes_divide_the_work_and_one_that_is_killed_changes_nothing(mixtra
     model = model_in(mixtral)
     data = data_.tokens(rows, model, Sample(6, 12))
     how = Recipe(steps=12, batch=4, rate=3e-3, rank=4, alpha=32.0, every=4)
-    found = {}
+    results = {}
     for name, gang in {
         "one": Gang(),
-        "two": Gang(processes=2, zero=1, micro=1, save_every=100),
         "divided": Gang(processes=2, zero=3, checkpointing=True, save_every=2),
         "killed": Gang(processes=2, zero=3, checkpointing=True, save_every=2),
     }.items():
         trained = tune.tune(model, data, how, validation={"same": data}, gang=gang).trained
         store = store_in(tmp_path / name)
-        show = Killer(store, trained.key) if name == "killed" else None
-        outcome = in_process.run([alone(trained) if name == "one" else trained], store, progress=show)
-        told = json.loads(store.artifact(trained.key).file("training.json").read_text())
-        found[name] = trained.key, told, store.artifact(trained.key).file("layer-002/layer.safetensors").read_bytes()
+        if name == "killed":  # by then both have stored their parts of the snapshot at step 2
+            store = replace(store, blobs=DyingBlobs(Path(store.url), die_at=6, marker=tmp_path / "died"))
+        outcome = run(store, alone(trained) if name == "one" else trained)
+        course = json.loads(store.artifact(trained.key).file("training.json").read_text())
+        results[name] = trained.key, course, store.artifact(trained.key).file("layer-002/layer.safetensors").read_bytes()
         notes = [n for s in outcome.steps for n in s.notes]
         assert any(n.startswith("goes on behind step") for n in notes) == (name == "killed")
-    assert len({key for key, _, _ in found.values()}) == 1
-    one, two, divided, killed = (found[n][1] for n in ("one", "two", "divided", "killed"))
-    assert two["losses"] == pytest.approx(one["losses"], rel=1e-3)
+    assert len({key for key, _, _ in results.values()}) == 1
+    one, divided, killed = (results[n][1] for n in ("one", "divided", "killed"))
     assert divided["losses"] == pytest.approx(one["losses"], rel=1e-3)
     assert killed["losses"] == divided["losses"] and killed["validations"] == divided["validations"]
-    assert found["killed"][2] == found["divided"][2]
+    assert results["killed"][2] == results["divided"][2]
     assert one["losses"][-1] < one["losses"][0] - 0.1
 
 
@@ -218,9 +199,9 @@ def test_nothing_is_refused_late_that_could_be_refused_early(mixtral: Path, rows
         ({"dtype": "float16"}, "dtype='float16' is not known; choose one of auto, float32, bfloat16"),
     ):
         options: dict[str, Any] = {"steps": 4, "batch": 4, "rate": 1e-3, **change}
-        told = {name: options.pop(name) for name in ("data", "teacher", "validation", "gang") if name in options}
+        inputs = {name: options.pop(name) for name in ("data", "teacher", "validation", "gang") if name in options}
         with pytest.raises(ValueError, match=message) as refused:
-            tune.tune(model, told.pop("data", data), Recipe(**options), **told)
+            tune.tune(model, inputs.pop("data", data), Recipe(**options), **inputs)
         assert "\n" not in str(refused.value)
     half = model_in(tiny.write("mixtral", tmp_path / "half", dtype=torch.float16))
     with pytest.raises(ValueError, match="dtype='float16': a model is trained in one of float32, bfloat16, whatever"):
@@ -247,15 +228,15 @@ def test_data_with_nothing_to_predict_are_refused_with_the_reason(mixtral: Path,
         run(store, alone(tuned.trained))
 
 
-@step("test.masked", version=1, spec=lambda given, first: Spec(given))
-def masked(context: Context, given: Artifact, *, first: int) -> None:
+@step("test.masked", version=1, spec=lambda rows, first: Spec(rows))
+def masked(context: Context, rows: Artifact, *, first: int) -> None:
     """The same rows, of which all but the first tokens are to be predicted from token `first` on; 0: only the first."""
-    ids_NL = np.load(given.file("tokens.npy"))
+    ids_NL = np.load(rows.file("tokens.npy"))
     learned_NL = np.zeros(ids_NL.shape, np.uint8)
     learned_NL[:, :1] = 1
     if first:
         learned_NL[:, first:] = 1
-    context.link(given, "tokens.npy")
+    context.link(rows, "tokens.npy")
     np.save(context.out / "learned.npy", learned_NL)
 
 
@@ -268,9 +249,9 @@ def test_the_loss_is_the_mean_over_what_is_to_be_predicted(mixtral: Path, store:
     with torch.no_grad():
         logits = AutoModelForCausalLM.from_pretrained(mixtral).eval()(ids).logits
     expected = cross_entropy(logits[:, 6:-1].flatten(0, 1), ids[:, 7:].flatten()).item()
-    told = read(store, tuned)
-    assert told["losses"][0] == pytest.approx(expected, abs=1e-5)
-    assert told["validations"][0]["losses"]["same"] == pytest.approx(expected, abs=1e-5)
+    course = read(store, tuned)
+    assert course["losses"][0] == pytest.approx(expected, abs=1e-5)
+    assert course["validations"][0]["losses"]["same"] == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_router_learns_from_the_original_what_pruning_took(mixtral: Path, store: Store, rows: Any, tmp_path: Path) -> None:
@@ -292,6 +273,7 @@ def test_a_router_learns_from_the_original_what_pruning_took(mixtral: Path, stor
     assert losses[-1] < 0.9 * losses[0]
 
 
+@pytest.mark.slow
 def test_a_training_that_overflows_stops_with_the_step_and_keeps_the_state_before(mixtral: Path, rows: Any, tmp_path: Path) -> None:
     model = model_in(mixtral)
     data = data_.tokens(rows, model, Sample(6, 12))
@@ -301,9 +283,9 @@ def test_a_training_that_overflows_stops_with_the_step_and_keeps_the_state_befor
     said = "a trained parameter is not finite behind step 2; the state of step 1 is kept, and running again .*; lower the rate"
     with pytest.raises(StepFailed, match=said):
         run(store, tuned.trained)
-    (newest, *_) = store.snapshots(tuned.trained.key)
+    (newest, *_) = partial.snapshots(store, tuned.trained.key)
     assert newest.at == 1
-    assert store.load_partial(tuned.trained.key, tmp_path / "kept", (newest,))
+    assert partial.load_parts(store, tuned.trained.key, (newest,), tmp_path / "kept")
     state = torch.load(tmp_path / "kept/engine/mp_rank_00_model_states.pt", weights_only=False)
     assert all(t.isfinite().all() for t in state["module"].values())
 
@@ -329,11 +311,11 @@ def test_compressed_experts_learn_alone_and_leave_the_layers_files_untouched(mix
     run(store, alone(tuned.trained))
     files = store.artifact(tuned.trained.key).names()
     assert [n for n in files if n.startswith("layer-")] == [f"layer-{i:03d}/routing.safetensors" for i in range(3)]
-    told = read(store, tuned)["validations"]
-    assert told[1]["mean"] < told[0]["mean"]
-    found, before = tensors(store, tuned.model), tensors(store, model)
-    changed = {n for n in found if not torch.equal(found[n], before[n])}
-    assert changed == {n for n in found if ".experts.compressed." in n} and len(changed) == 9
+    validations = read(store, tuned)["validations"]
+    assert validations[1]["mean"] < validations[0]["mean"]
+    after, before = tensors(store, tuned.model), tensors(store, model)
+    changed = {n for n in after if not torch.equal(after[n], before[n])}
+    assert changed == {n for n in after if ".experts.compressed." in n} and len(changed) == 9
 
 
 def test_the_best_state_is_kept_and_the_report_says_what_it_gained(mixtral: Path, store: Store, rows: Any) -> None:
@@ -342,11 +324,11 @@ def test_the_best_state_is_kept_and_the_report_says_what_it_gained(mixtral: Path
     other = data_.tokens(rows, model, Sample(6, 12))
     tuned = tune.tune(model, data, Recipe(steps=8, batch=3, rate=3e-2, every=2), validation={"a": data, "b": other})
     run(store, alone(tuned.reports[0]))
-    told = read(store, tuned)
-    means = {v["steps"]: v["mean"] for v in told["validations"]}
-    assert list(means) == [0, 2, 4, 6, 8] and told["best"] == min(means, key=means.__getitem__)
+    course = read(store, tuned)
+    means = {v["steps"]: v["mean"] for v in course["validations"]}
+    assert list(means) == [0, 2, 4, 6, 8] and course["best"] == min(means, key=means.__getitem__)
     shown = json.loads(store.artifact(tuned.reports[0].key).file("report.json").read_text())
     rows_of = {row["name"]: (row["original"], row["compressed"]) for row in shown["rows"]}
-    assert rows_of["training loss"] == (told["losses"][0], told["losses"][-1])
-    assert rows_of["loss while tuning (a)"] == pytest.approx((means[0], means[told["best"]]))
-    assert shown["trained_parameters"] == told["trained"] and shown["rows"][0]["unit"] == "nats/token"
+    assert rows_of["training loss"] == (course["losses"][0], course["losses"][-1])
+    assert rows_of["loss while tuning (a)"] == pytest.approx((means[0], means[course["best"]]))
+    assert shown["trained_parameters"] == course["trained"] and shown["rows"][0]["unit"] == "nats/token"

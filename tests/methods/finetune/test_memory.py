@@ -102,17 +102,17 @@ def test_activations_are_those_that_autograd_keeps(family: Path) -> None:
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
 
     def kept(sequences: int) -> int:
-        held: dict[int, Tensor] = {}
+        storages: dict[int, Tensor] = {}
 
         def keep(tensor: Tensor) -> Tensor:
             if tensor.untyped_storage().data_ptr() not in own:
-                held[tensor.untyped_storage().data_ptr()] = tensor
+                storages[tensor.untyped_storage().data_ptr()] = tensor
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             out = model.model(torch.randint(3, 96, (sequences, 32), generator=torch.Generator().manual_seed(0)))
         assert out is not None
-        return sum(tensor.untyped_storage().nbytes() for tensor in held.values())
+        return sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
 
     measured = (kept(6) - kept(2)) / (4 * 32)
     estimate = sum(

@@ -13,13 +13,13 @@ from moeflow.step import Context, Spec, Step, step
 FIXED: dict[str, Any] = {"rows": 640, "dtype": "float32", "sparse": False, "validated": True}
 
 
-@step("test.told", version=1, spec=lambda *, how, gang: Spec((how, gang)))
-def told(context: Context, *, how: Recipe | None, gang: Gang) -> None:
+@step("test.planned", version=1, spec=lambda *, how, gang: Spec((how, gang)))
+def planned(context: Context, *, how: Recipe | None, gang: Gang) -> None:
     """A step that is only planned."""
 
 
 def build(*, tune: Recipe | None = Recipe(epochs=2), gang: Gang = Gang(zero=3)) -> Step:
-    return told(how=tune, gang=gang)
+    return planned(how=tune, gang=gang)
 
 
 def test_a_person_sets_fields_and_the_step_gets_the_values() -> None:

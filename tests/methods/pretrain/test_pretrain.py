@@ -1,10 +1,12 @@
 """The small model that a graph can train for itself."""
 
-import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moeflow.methods.checkpoint import steps as checkpoint
@@ -14,8 +16,7 @@ from moeflow.methods.pretrain import steps as pretrain
 from moeflow.methods.pretrain.steps import Pretraining, Shape
 from moeflow.methods.recipes import pretrained
 from moeflow.model.checkpoint import Tensors
-from moeflow.run import StepFailed, in_process
-from moeflow.run.progress import Lines
+from moeflow.run import StepFailed
 from moeflow.sources import Texts
 from tests import running
 
@@ -56,12 +57,21 @@ def test_the_names_and_shapes_that_the_graph_expects_are_those_that_are_written(
     assert {n: (i.dtype, i.shape) for n, i in written.info.items()} == pretrain.table_of(model.config)
 
 
-class Interrupter(Lines):
-    """Interrupts a run behind the ninth step of its training."""
+@contextmanager
+def interrupted_behind(step: int) -> Iterator[None]:
+    """Interrupts a training behind this optimizer step, which torch itself counts."""
+    left = iter(range(step - 1))
 
-    def progress(self, key: str, done: int, total: int, unit: str, detail: str = "") -> None:
-        if unit == "tokens" and 12 * done >= 9 * total:
+    def count(*_: Any) -> None:
+        if next(left, None) is None:
             raise KeyboardInterrupt
+
+    handle = register_optimizer_step_post_hook(count)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            yield
+    finally:
+        handle.remove()
 
 
 def test_an_interrupted_training_goes_on_and_ends_with_the_same_weights(
@@ -71,8 +81,8 @@ def test_an_interrupted_training_goes_on_and_ends_with_the_same_weights(
     whole, parts = (running.store_in(tmp_path / n) for n in ("whole", "parts"))
     model = made(texts)
     running.run(whole, *model.layers)
-    with pytest.raises(KeyboardInterrupt):
-        in_process.run(model.layers, parts, progress=Interrupter(io.StringIO()))
+    with interrupted_behind(9):
+        running.run(parts, *model.layers)
     outcome = running.run(parts, *model.layers)
     assert any("goes on behind step 5" in n for s in outcome.steps for n in s.notes)
     for layer in model.layers:

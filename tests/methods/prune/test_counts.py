@@ -31,9 +31,9 @@ EIGHT = {str(i): 8 for i in range(3)}
 
 def counts(store: Store, target: Step) -> dict[int, int]:
     running.run(store, target)
-    found = json.loads(store.artifact(target.key).file("counts.json").read_text())
-    assert found["total"] == sum(found["counts"].values())
-    return {int(i): n for i, n in found["counts"].items()}
+    record = json.loads(store.artifact(target.key).file("counts.json").read_text())
+    assert record["total"] == sum(record["counts"].values())
+    return {int(i): n for i, n in record["counts"].items()}
 
 
 def test_the_exact_counts_are_those_of_trying_all(tmp_path: Path) -> None:
@@ -44,13 +44,13 @@ def test_the_exact_counts_are_those_of_trying_all(tmp_path: Path) -> None:
         legal = {str(i): sorted(rng.sample(range(2, 9), 5)) for i in range(3)}
         cost = [{n: curves[str(i)].get(str(n), 0.0) for n in legal[str(i)]} for i in range(3)]
         for total in {sum(rng.choice(legal[str(i)]) for i in range(3)) for _ in range(3)}:
-            found = counts(
+            chosen = counts(
                 store, prune.counts_exact(curves_of(value=curves), legal=legal, experts={str(i): 8 for i in range(3)}, total=total)
             )
             every = [c for c in itertools.product(*(legal[str(i)] for i in range(3))) if sum(c) == total]
             best = min(sum(cost[i][n] for i, n in enumerate(c)) for c in every)
-            assert sum(found.values()) == total
-            assert sum(cost[i][n] for i, n in found.items()) == pytest.approx(best)
+            assert sum(chosen.values()) == total
+            assert sum(cost[i][n] for i, n in chosen.items()) == pytest.approx(best)
 
 
 def test_between_measured_counts_the_curve_is_a_straight_line_that_ends_at_zero(tmp_path: Path) -> None:
@@ -64,9 +64,9 @@ def test_between_measured_counts_the_curve_is_a_straight_line_that_ends_at_zero(
 def test_by_the_papers_rule_the_less_important_layer_loses_more_and_none_more_than_it_can(tmp_path: Path) -> None:
     store, legal = running.store_in(tmp_path), {str(i): [2, 3, 4, 5, 6, 7, 8] for i in range(3)}
     layers = [importance_of(layer=i, importance=[v] * 8) for i, v in enumerate((0.1, 0.2, 0.4))]
-    found = counts(store, prune.counts_paper(layers, legal=legal, experts=EIGHT, total=17))
+    chosen = counts(store, prune.counts_paper(layers, legal=legal, experts=EIGHT, total=17))
     # 7 go: in proportion to 1/0.1, 1/0.2, 1/0.4 that is 4, 2 and 1
-    assert found == {0: 4, 1: 6, 2: 7}
+    assert chosen == {0: 4, 1: 6, 2: 7}
     extreme = [importance_of(layer=i, importance=[v] * 8) for i, v in enumerate((1e-6, 1.0, 1.0))]
     assert counts(store, prune.counts_paper(extreme, legal=legal, experts=EIGHT, total=14)) == {0: 2, 1: 6, 2: 6}
 
@@ -77,8 +77,8 @@ def test_a_layer_that_has_one_legal_count_takes_part(tmp_path: Path) -> None:
     )
     store = running.store_in(tmp_path)
     assert counts(store, target) == {0: 6, 1: 8}
-    told = json.loads(store.artifact(target.key).file("counts.json").read_text())
-    assert told["cost"] == 1.0 and "uniform" not in told
+    record = json.loads(store.artifact(target.key).file("counts.json").read_text())
+    assert record["cost"] == 1.0 and "uniform" not in record
 
 
 def test_a_total_that_no_counts_add_up_to_names_the_nearest() -> None:
@@ -89,7 +89,7 @@ def test_a_total_that_no_counts_add_up_to_names_the_nearest() -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "given", "expected"),
+    ("family", "limits", "expected"),
     [
         ("mixtral", {}, [2, 3, 4, 5, 6, 7, 8]),
         ("mixtral", {"legal": (4, 6, 16)}, [4, 6]),
@@ -100,10 +100,10 @@ def test_a_total_that_no_counts_add_up_to_names_the_nearest() -> None:
     ],
 )
 def test_legal_counts_are_what_router_kernels_and_protection_leave(
-    family: str, given: dict, expected: list[int], tmp_path: Path
+    family: str, limits: dict, expected: list[int], tmp_path: Path
 ) -> None:
     model = running.model_in(tiny.write(family, tmp_path / "model"))
-    assert counts_.legal_counts(model, Counts(0.5, **given))[model.moe_layers[0] if family != "mixtral" else 0] == expected
+    assert counts_.legal_counts(model, Counts(0.5, **limits))[model.moe_layers[0] if family != "mixtral" else 0] == expected
 
 
 def test_a_budget_is_the_same_in_experts_parameters_and_bytes(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """A layer prepared once weighs every subset as evaluating it does, for every family and in every neighbourhood."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,14 +9,20 @@ import torch
 from torch import Tensor
 
 from moeflow.arch import Family
+from moeflow.methods.prune import subset_search
 from moeflow.methods.prune.errors import mask_of, squared_errors, squared_errors_direct
 from moeflow.methods.prune.gram import Weighed, room
 from moeflow.methods.prune.ranked import Ranked
+from moeflow.methods.prune.searches import Search
 from moeflow.methods.prune.subsets import Subsets
+from moeflow.methods.recipes import naee
 from moeflow.model.checkpoint import Tensors, read_moe
 from moeflow.model.layout import Folder, read_config
 from moeflow.model.moe import MoELayer
+from tests import tiny
 from tests.layers import layer
+from tests.models import calibrated
+from tests.running import model_in, run, store_in
 
 
 def layers_of(family: Path) -> list[MoELayer]:
@@ -26,36 +33,34 @@ def layers_of(family: Path) -> list[MoELayer]:
     return [moe, ungrouped, replace(ungrouped, router=replace(ungrouped.router, normalize=not moe.router.normalize))]
 
 
-def neighbours_one_by_one(moe: MoELayer, x_TD: Tensor, kept_E: Tensor, target_TD: Tensor | None) -> dict[tuple[int, int], float]:
-    experts, found = moe.num_experts, {}
+def neighbours_one_by_one(moe: MoELayer, x_TD: Tensor, kept_E: Tensor) -> dict[tuple[int, int], float]:
+    experts, errors = moe.num_experts, {}
     for out in kept_E.nonzero()[:, 0].tolist():
         for into in [*(~kept_E).nonzero()[:, 0].tolist(), experts]:
             mask_E = torch.cat([kept_E, kept_E.new_zeros(1)])
             mask_E[out], mask_E[into] = False, True
-            found[out, into] = float(squared_errors(moe, x_TD, mask_E[None, :experts], target_TD)[0])
-    return found
+            errors[out, into] = float(squared_errors(moe, x_TD, mask_E[None, :experts])[0])
+    return errors
 
 
 def test_prepared_layers_give_the_errors_of_every_family(family: Path) -> None:
-    """Against a target and without, whatever the batches; the neighbours of a subset are its neighbours, each evaluated."""
+    """Whatever the batches; the neighbours of a subset are its neighbours, each evaluated."""
     draw = torch.Generator().manual_seed(1)
     for moe in layers_of(family):
-        experts, width = moe.num_experts, moe.router_ED.shape[1]
-        x_TD, target_TD = torch.randn(120, width, generator=draw), torch.randn(120, width, generator=draw)
-        for goal_TD in (None, target_TD):
-            weighed = Weighed.of(moe, x_TD.split(50), None if goal_TD is None else goal_TD.split(50))
-            for keep in (6, 4):
-                mask_SE = mask_of(list(Subsets(experts, keep, moe.router.groups)), experts)
-                expected_S, norm = squared_errors(moe, x_TD, mask_SE, goal_TD)
-                torch.testing.assert_close(weighed.squared_errors(mask_SE), expected_S, rtol=1e-5, atol=1e-9 * float(norm))
-                torch.testing.assert_close(weighed.norm, norm, rtol=1e-5, atol=0.0)
-                if keep == 6 and moe.router.groups > 1:
-                    continue  # what is left of a group must serve the router
-                distance_EN = weighed.neighbours(mask_SE[3], torch.ones(experts, experts + 1, dtype=torch.bool))
-                expected = neighbours_one_by_one(moe, x_TD, mask_SE[3], goal_TD)
-                assert {tuple(move) for move in distance_EN.isfinite().nonzero().tolist()} == set(expected)
-                for move, error in expected.items():
-                    assert float(distance_EN[move]) ** 2 == pytest.approx(error, rel=2e-5)
+        experts, x_TD = moe.num_experts, torch.randn(120, moe.router_ED.shape[1], generator=draw)
+        weighed = Weighed.of(moe, x_TD.split(50))
+        for keep in (6, 4):
+            mask_SE = mask_of(list(Subsets(experts, keep, moe.router.groups)), experts)
+            expected_S, norm = squared_errors(moe, x_TD, mask_SE)
+            torch.testing.assert_close(weighed.squared_errors(mask_SE), expected_S, rtol=1e-5, atol=1e-9 * float(norm))
+            torch.testing.assert_close(weighed.norm, norm, rtol=1e-5, atol=0.0)
+            if keep == 6 and moe.router.groups > 1:
+                continue  # what is left of a group must serve the router
+            distance_EN = weighed.neighbours(mask_SE[3], torch.ones(experts, experts + 1, dtype=torch.bool))
+            expected = neighbours_one_by_one(moe, x_TD, mask_SE[3])
+            assert {tuple(move) for move in distance_EN.isfinite().nonzero().tolist()} == set(expected)
+            for move, error in expected.items():
+                assert float(distance_EN[move]) ** 2 == pytest.approx(error, rel=2e-5)
 
 
 def test_a_layer_prepared_for_few_drops_runs_its_experts_on_few_tokens_and_refuses_more() -> None:
@@ -71,18 +76,30 @@ def test_a_layer_prepared_for_few_drops_runs_its_experts_on_few_tokens_and_refus
         Weighed.of(moe, [x_TD], drop_at_most=7)
 
 
-def test_tokens_without_room_are_left_out_and_counted() -> None:
+def test_as_many_tokens_as_have_room_take_no_more() -> None:
     moe, x_TD = layer(8, 2), torch.randn(200, 8)
     per_token = (1 << 20) // room(moe, 6, 1 << 20)
-    weighed = Weighed.of(moe, x_TD.split(60), max_bytes=100 * per_token)
     fits = room(moe, 6, 100 * per_token)
-    assert (weighed.tokens, weighed.left_out) == (fits, 200 - fits) and 90 <= fits <= 110
-    assert weighed.nbytes <= 100 * per_token
+    weighed = Weighed.of(moe, x_TD[:fits].split(60))
+    assert weighed.tokens == fits and 90 <= fits <= 110
+    tensors = [value for piece in weighed.pieces for value in vars(piece).values() if isinstance(value, Tensor)]
+    assert sum(t.nbytes for t in tensors) <= 100 * per_token
     mask_SE = mask_of(list(Subsets(8, 4)), 8)
     expected_S, _ = squared_errors(moe, x_TD[:fits], mask_SE)
     torch.testing.assert_close(weighed.squared_errors(mask_SE), expected_S, rtol=1e-5, atol=0.0)
-    with pytest.raises(ValueError, match="max_bytes=10 has no room"):
-        Weighed.of(moe, [x_TD], max_bytes=10)
+    with pytest.raises(ValueError, match="no tokens to weigh the experts on"):
+        Weighed.of(moe, [x_TD[:0]])
+
+
+def test_tokens_without_room_are_left_out_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two shards of 64 tokens, and room for half of a hundred from each."""
+    monkeypatch.setattr(subset_search, "room", lambda moe, drop_at_most: 100)
+    (choice, *_) = naee.prune(calibrated(model_in(tiny.write("mixtral", tmp_path / "model")), tmp_path), 6, Search("swap")).choices
+    store = store_in(tmp_path)
+    outcome = run(store, choice)
+    assert json.loads(store.artifact(choice.key).file("choice.json").read_text())["loss"]["tokens"] == 100
+    notes = [note for step in outcome.steps for note in step.notes]
+    assert "weighed on 100 tokens: there was no room for 28 more" in notes
 
 
 def test_logits_too_far_apart_for_fp32_are_left_to_the_router() -> None:

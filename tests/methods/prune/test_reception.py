@@ -34,33 +34,33 @@ def test_the_tree_gives_the_loss_of_every_combination(family: Path, tmp_path: Pa
     start_NLD = torch.randn(4, 8, int(config["hidden_size"]))
     save({"hidden_NLD": start_NLD}, tmp_path / "hidden.safetensors")
 
-    def through(given: dict[int, Path]) -> torch.Tensor:
+    def through(paths: dict[int, Path]) -> torch.Tensor:
         stream, h_NLD = stream_of(config, "float32"), start_NLD
         for i in span:
-            h_NLD = stream.layer(Tensors(given[i]), i)(h_NLD, **stream.arguments(i, h_NLD))
+            h_NLD = stream.layer(Tensors(paths[i]), i)(h_NLD, **stream.arguments(i, h_NLD))
         return h_NLD
 
     goal_NLD = through(dict(enumerate(files)))
     expected = {}
     for combination in itertools.product(range(3), repeat=len(layers)):
-        given = dict(enumerate(files))
+        paths = dict(enumerate(files))
         for i, which in zip(layers, combination, strict=True):
             tensors, choice = Tensors(files[i]), sets[i][which]
             names = kept(tensors, config, i, choice)
-            given[i] = tmp_path / "pruned" / f"{i}-{which}.safetensors"
-            given[i].parent.mkdir(exist_ok=True)
-            save({new: tensors[old][choice] if sliced else tensors[old] for old, (new, sliced) in names.items()}, given[i])
-        expected[combination] = float((through(given) - goal_NLD).double().norm())
+            paths[i] = tmp_path / "pruned" / f"{i}-{which}.safetensors"
+            paths[i].parent.mkdir(exist_ok=True)
+            save({new: tensors[old][choice] if sliced else tensors[old] for old, (new, sliced) in names.items()}, paths[i])
+        expected[combination] = float((through(paths) - goal_NLD).double().norm())
     ran = []
     filled = Stream.layer
     monkeypatch.setattr(Stream, "layer", lambda self, t, i: ran.append(i) or filled(self, t, i))
-    found = reception.losses(
+    losses = reception.losses(
         config, [(i, files[i]) for i in span], sets, [tmp_path / "hidden.safetensors"], [],
         batch=2, dtype="float32", progress=lambda *_: None,
     )  # fmt: skip
-    assert found.keys() == expected.keys()
+    assert losses.keys() == expected.keys()
     for combination, loss in expected.items():
-        assert found[combination] == pytest.approx(loss, rel=1e-4)
+        assert losses[combination] == pytest.approx(loss, rel=1e-4)
     assert len(ran) == 2 * len(span)  # each layer is filled for the goal, and once for the whole tree
     behind = tmp_path / "behind.safetensors"
     save({"hidden_NLD": goal_NLD + 1}, behind)
@@ -68,25 +68,25 @@ def test_the_tree_gives_the_loss_of_every_combination(family: Path, tmp_path: Pa
         config, [(i, files[i]) for i in span], sets, [tmp_path / "hidden.safetensors"], [behind],
         batch=2, dtype="float32", progress=lambda *_: None,
     )  # fmt: skip
-    assert elsewhere[0, 0] != pytest.approx(found[0, 0], rel=1e-3)
+    assert elsewhere[0, 0] != pytest.approx(losses[0, 0], rel=1e-3)
 
 
 @torch.inference_mode()
-def test_a_block_of_one_layer_weighs_its_sets_as_the_layer_does(family: Path, tmp_path: Path) -> None:
+def test_a_span_of_one_layer_weighs_its_sets_as_the_layer_does(family: Path, tmp_path: Path) -> None:
     config = read_config(Folder(family))
     files = layer_files(family, tmp_path)
     layer = Family.of(config).moe_layers[-1]
     sets = [[0, 1, 2, 4, 5, 6], [1, 2, 3, 5, 6, 7]]
     start_NLD = torch.randn(2, 8, int(config["hidden_size"]))
     save({"hidden_NLD": start_NLD}, tmp_path / "hidden.safetensors")
-    found = reception.losses(
+    losses = reception.losses(
         config, [(layer, files[layer])], {layer: sets}, [tmp_path / "hidden.safetensors"], [],
         batch=2, dtype="float32", progress=lambda *_: None,
     )  # fmt: skip
     stream = stream_of(config, "float32")
-    module, seen = stream.layer(Tensors(files[layer]), layer), []
-    module.get_submodule(Family.of(config).arch.block).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    module, inputs = stream.layer(Tensors(files[layer]), layer), []
+    module.get_submodule(Family.of(config).arch.block).register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     module(start_NLD, **stream.arguments(layer, start_NLD))
-    moe, x_TD = read_moe(Tensors(files[layer]), config, layer), seen[0].flatten(0, -2)
+    moe, x_TD = read_moe(Tensors(files[layer]), config, layer), inputs[0].flatten(0, -2)
     for which, choice in enumerate(sets):
-        assert found[which,] == pytest.approx(float((moe.keep(choice)(x_TD) - moe(x_TD)).double().norm()), rel=1e-3)
+        assert losses[which,] == pytest.approx(float((moe.keep(choice)(x_TD) - moe(x_TD)).double().norm()), rel=1e-3)

@@ -10,16 +10,20 @@ import torch
 from torch import Tensor
 
 from benchmarks.genetic import planted
-from moeflow.arch.deepseek import DEEPSEEK_V2
+from moeflow.arch.families import DEEPSEEK_V2
 from moeflow.methods.graph import load
-from moeflow.methods.prune import evaluated, genetic, swap
-from moeflow.methods.prune.evaluated import Evaluated, enumerate_all
+from moeflow.methods.prune import genetic, swap
+from moeflow.methods.prune.evaluated import Evaluate, Evaluated, enumerate_all
 from moeflow.methods.prune.gram import Weighed
 from moeflow.methods.prune.searches import SUBSET_SEARCHES, Search
-from moeflow.methods.prune.subsets import Subsets
+from moeflow.methods.prune.subsets import Subset, Subsets
 from tests.layers import layer
 
-SEARCHES = {"enumerate": evaluated.search, "genetic": genetic.search, "swap": swap.search}
+SEARCHES = {"enumerate": enumerate_all, "genetic": genetic.search, "swap": swap.search}
+
+
+def every(evaluate: Evaluate, subsets: Subsets, best: int = 1) -> list[tuple[Subset, float]]:
+    return enumerate_all(evaluate, subsets, Search("enumerate", best=best), layer=0)
 
 
 def weighed(experts: int, seed: int, drop: int, *, top_k: int = 2, tokens: int = 256) -> Weighed:
@@ -45,11 +49,11 @@ def test_the_genetic_search_finds_the_optimum_of_1820_subsets_with_300_evaluatio
     for seed in range(20):
         layer_16 = Counted(weighed(16, seed, 4))
         how = Search("genetic", seed=seed, population=16, generations=24, parents=0.25, best=1)
-        [(found, loss)] = genetic.search(layer_16, Subsets(16, 12), how)
+        [(subset, loss)] = genetic.search(layer_16, Subsets(16, 12), how)
         assert layer_16.asked <= 300
-        [(optimum, least)] = enumerate_all(layer_16.evaluate, Subsets(16, 12))
+        [(optimum, least)] = every(layer_16.evaluate, Subsets(16, 12))
         assert loss >= least * (1 - 1e-6)
-        hits += found == optimum
+        hits += subset == optimum
     assert hits >= 18
 
 
@@ -125,20 +129,18 @@ def test_without_memory_a_generation_is_evaluated_whole() -> None:
 def test_where_there_are_few_subsets_all_are_evaluated(name: str) -> None:
     """A layer of six experts has six subsets of five: no population of a hundred waits for more."""
     evaluate = Counted(weighed(6, 0, 4))
-    assert SEARCHES[name](evaluate, Subsets(6, 5), Search(name, best=10), layer=0) == enumerate_all(
-        evaluate.evaluate, Subsets(6, 5), 10
-    )
+    assert SEARCHES[name](evaluate, Subsets(6, 5), Search(name, best=10), layer=0) == every(evaluate.evaluate, Subsets(6, 5), 10)
     assert [subset for subset, _ in SEARCHES[name](evaluate, Subsets(6, 6), Search(name), layer=0)] == [(0, 1, 2, 3, 4, 5)]
 
 
 @pytest.mark.parametrize("name", SEARCHES)
 def test_the_best_subsets_differ_and_come_in_order(name: str) -> None:
     evaluate = weighed(16, 3, 4)
-    found = SEARCHES[name](evaluate, Subsets(16, 12), Search(name, best=5), layer=0)
-    assert len({subset for subset, _ in found}) == 5
-    assert [loss for _, loss in found] == sorted(loss for _, loss in found)
-    assert found == enumerate_all(evaluate, Subsets(16, 12), 5) or name != "enumerate"
-    for subset, loss in found:
+    results = SEARCHES[name](evaluate, Subsets(16, 12), Search(name, best=5), layer=0)
+    assert len({subset for subset, _ in results}) == 5
+    assert [loss for _, loss in results] == sorted(loss for _, loss in results)
+    assert results == every(evaluate, Subsets(16, 12), 5) or name != "enumerate"
+    for subset, loss in results:
         mask_SE = torch.zeros(1, 16, dtype=torch.bool).scatter_(1, torch.tensor([subset]), True)
         assert float(evaluate(mask_SE)) == pytest.approx(loss, rel=1e-6)
 
@@ -148,19 +150,19 @@ def test_every_group_keeps_as_many_and_the_protected_stay(name: str) -> None:
     """A group-limited router, on which the genetic search and the swap search find what enumeration finds."""
     moe = layer(12, 2, DEEPSEEK_V2, groups=3, topk_groups=1, normalize=False)
     evaluate = Counted(Weighed.of(moe, [torch.randn(200, 8, generator=torch.Generator().manual_seed(0))]))
-    best = enumerate_all(evaluate, Subsets(12, 6, 3))[0][0]
+    best = every(evaluate, Subsets(12, 6, 3))[0][0]
     protected = tuple(e for e in range(4) if e not in best)[:1]
     subsets = Subsets(12, 6, 3, protected)
-    found = SEARCHES[name](evaluate.evaluate, subsets, Search(name, best=4), layer=0)
-    for subset, _ in found:
+    results = SEARCHES[name](evaluate.evaluate, subsets, Search(name, best=4), layer=0)
+    for subset, _ in results:
         assert set(protected) <= set(subset)
         assert [sum(e // 4 == g for e in subset) for g in range(3)] == [2, 2, 2]
-    assert found[0][0] == enumerate_all(evaluate, subsets)[0][0]
+    assert results[0][0] == every(evaluate, subsets)[0][0]
 
 
 def test_a_subset_to_begin_at_is_where_the_search_begins() -> None:
     evaluate = weighed(16, 1, 8)
-    optimum, how = enumerate_all(evaluate, Subsets(16, 8))[0][0], Search("swap", starts=1, best=1)
+    optimum, how = every(evaluate, Subsets(16, 8))[0][0], Search("swap", starts=1, best=1)
     assert swap.search(evaluate, Subsets(16, 8), how, begin=[optimum])[0][0] == optimum
     with pytest.raises(ValueError, match=r"\[0, 1, 2\] does not keep 8 of 16"):
         swap.search(evaluate, Subsets(16, 8), how, begin=[(0, 1, 2)])
@@ -172,9 +174,9 @@ def test_a_loss_that_is_no_number_ends_the_search() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wrong", "told"),
+    ("wrong", "message"),
     [
-        (dict(best=0), r"best=0 sets \(K\) and block=1 layers \(T\) must be at least 1"),
+        (dict(best=0), r"best=0 sets \(K\) and span=1 layers \(T\) must be at least 1"),
         (dict(population=1), "population=1 must be at least 2"),
         (dict(generations=0), "generations=0 must be at least 1"),
         (dict(parents=1.5), "parents=1.5 .* between 0 and 1"),
@@ -183,22 +185,22 @@ def test_a_loss_that_is_no_number_ends_the_search() -> None:
         (dict(starts=0), "starts=0 must be at least 1"),
         (dict(loss="l1"), "loss='l1' is not known; choose one of frobenius, batch-sum"),
         (dict(inputs="mixed"), "inputs='mixed' is not known; choose one of original, progressive"),
-        (dict(inputs="progressive"), "inputs='progressive' is for blocks that choose together; give block=2 or more"),
+        (dict(inputs="progressive"), "inputs='progressive' is for spans of layers that choose together; give span=2 or more"),
         (
             dict(method="annealing"),
             "method='annealing' is not known; choose one of layerwise, progressive, enumerate, genetic, swap, random, frequency",
         ),
     ],
 )
-def test_an_option_out_of_its_range_is_one_line(wrong: dict, told: str) -> None:
-    with pytest.raises(ValueError, match=told) as raised:
+def test_an_option_out_of_its_range_is_one_line(wrong: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as raised:
         Search(**dict(method="genetic") | wrong)
     assert "\n" not in str(raised.value)
 
 
 def test_a_step_is_told_only_the_options_that_it_reads() -> None:
     """Otherwise another T would search again, and the genetic search's population would search by swaps again."""
-    how = Search("swap", seed=3, best=2, block=4, inputs="progressive", population=10, starts=5, loss="batch-sum")
+    how = Search("swap", seed=3, best=2, span=4, inputs="progressive", population=10, starts=5, loss="batch-sum")
     assert how.for_candidates() == Search("swap", seed=3, best=2, starts=5)
     assert replace(how, method="genetic").for_candidates() == Search("genetic", seed=3, best=2, population=10)
     assert replace(how, method="progressive").for_choice() == Search("enumerate", seed=3, loss="batch-sum")

@@ -70,7 +70,7 @@ def test_draws_and_counts_know_groups_and_protection() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wrong", "told"),
+    ("wrong", "message"),
     [
         (dict(keep=0), "keep=0 must lie between 1 and the layer's 16"),
         (dict(keep=17), "keep=17 must lie between"),
@@ -79,7 +79,7 @@ def test_draws_and_counts_know_groups_and_protection() -> None:
         (dict(keep=4, groups=2, protected=(0, 1, 2)), "3 experts are protected where keep=4 leaves 2 in each of 2 groups"),
     ],
 )
-def test_subsets_of_which_there_are_none_are_refused_in_one_line(wrong: dict, told: str) -> None:
-    with pytest.raises(ValueError, match=told) as raised:
+def test_subsets_of_which_there_are_none_are_refused_in_one_line(wrong: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as raised:
         Subsets(16, **dict(keep=12) | wrong)
     assert "\n" not in str(raised.value)

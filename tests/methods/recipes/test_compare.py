@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from moeflow.methods.graph import Model, Pass, Sample
+from moeflow.methods.graph import Model, Pass
 from moeflow.methods.recipes import compare, pretrained
 from moeflow.sources import Texts
 from tests import running, tiny
@@ -18,7 +18,7 @@ def model(tmp_path: Path) -> Model:
 
 
 def names(model: Model, heldout: str) -> list[str]:
-    steps = compare.compare(model, model, Texts(heldout), Sample(4, 16), Pass(2, 4))
+    steps = compare.reports(model, model, compare.HeldOut(heldout, 4, 16), Pass(2))
     return [s.params["name"] for s in steps if s.name == "evaluate.quality"]
 
 
@@ -38,4 +38,4 @@ def test_every_text_has_a_name_of_its_own_with_columns_or_address_if_its_file_is
 def test_a_model_without_a_tokenizer_needs_a_matrix_in_the_place_of_text(tmp_path: Path) -> None:
     plain = running.model_in(tiny.write("mixtral", tmp_path / "model"))
     with pytest.raises(ValueError, match=r"the model has no tokenizer, so .*; pass a ready-made matrix \(tokens=...\)"):
-        compare.compare(plain, plain, Texts("nowhere.txt"), Sample(4, 16))
+        compare.reports(plain, plain, compare.HeldOut("nowhere.txt", 4, 16), Pass())

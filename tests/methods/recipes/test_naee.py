@@ -24,8 +24,8 @@ def calibrated(folder: Path) -> tuple[Store, Calibration]:
 @pytest.mark.parametrize("method", ["enumerate", "genetic", "swap"])
 def test_another_search_of_every_layer_chooses_what_the_exact_one_chooses(method: str, tmp_path: Path) -> None:
     """Where there are as few subsets as here, every search evaluates all or begins at the most."""
-    store, seen = calibrated(tmp_path)
-    exact, other = naee.prune(seen, 6), naee.prune(seen, 6, Search(method, starts=28))
+    store, calibration = calibrated(tmp_path)
+    exact, other = naee.prune(calibration, 6), naee.prune(calibration, 6, Search(method, starts=28))
     running.run(store, *exact.choices, *other.choices, *other.layers)
 
     def chosen(key: str) -> dict[str, Any]:

@@ -12,15 +12,14 @@ from torch.nn.functional import linear, silu
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from moeflow.methods.graph import load
 from moeflow.methods.moments import second_moment
-from moeflow.methods.slim.awq import awq, balance, balance_one, clipped
-from moeflow.methods.slim.gptq import gptq, gptq_memory
+from moeflow.methods.slim import gptq, sparsegpt
+from moeflow.methods.slim.awq import ScaledExperts, awq, balance, balance_one, clipped, fold
 from moeflow.methods.slim.grid import Grid
-from moeflow.methods.slim.masks import magnitude, wanda
+from moeflow.methods.slim.methods import METHODS, Slimming
 from moeflow.methods.slim.pattern import Pattern
-from moeflow.methods.slim.rounding import round_to_nearest
-from moeflow.methods.slim.scaled import ScaledExperts, fold
-from moeflow.methods.slim.sparsegpt import sparsegpt, sparsegpt_memory
+from tests.slimmed import nearest, on
 
 T, E, D, F = 300, 4, 32, 48
 GRID = Grid(3, False, 16)
@@ -64,8 +63,8 @@ class Layer:
         shared_TD = linear(silu(linear(x_TD, gate_FD)) * linear(x_TD, up_FD), self.shared_down_DF)
         return self.routed() + linear(x_TD, gate_1D).sigmoid() * shared_TD
 
-    def run(self, **options: Any) -> ScaledExperts:
-        return awq(self.gate_EFD, self.up_EFD, self.down_EDF, GRID, inputs=self.x(), weights=self.weights(), **options)
+    def run(self) -> ScaledExperts:
+        return awq(self.gate_EFD, self.up_EFD, self.down_EDF, on(GRID, "awq"), inputs=self.x(), weights=self.weights())
 
     def fold(self, scale_D: Tensor) -> None:
         self.norm_D, self.router_ED, self.gate_EFD, self.up_EFD, *self.shared = fold(
@@ -88,14 +87,13 @@ def test_awq_leaves_routing_and_the_block_as_they_were_but_for_rounding() -> Non
     torch.testing.assert_close(layer(), out_TD, rtol=1e-4, atol=1e-4 * float(out_TD.abs().max()))
 
 
-@pytest.mark.parametrize("clip", [True, False])
-def test_awq_beats_rounding_where_some_channels_are_far_stronger(clip: bool) -> None:
+def test_awq_beats_rounding_where_some_channels_are_far_stronger() -> None:
     layer, plain = Layer(), Layer()
     wanted_TD = layer.routed()
     plain.gate_EFD, plain.up_EFD, plain.down_EDF = (
-        round_to_nearest(w, GRID).dequantized() for w in (plain.gate_EFD, plain.up_EFD, plain.down_EDF)
+        nearest(w, GRID).dequantized() for w in (plain.gate_EFD, plain.up_EFD, plain.down_EDF)
     )
-    made = layer.run(clip=clip)
+    made = layer.run()
     layer.fold(made.scale_D)
     layer.gate_EFD, layer.up_EFD, layer.down_EDF = (q.dequantized() for q in (made.gate_EFD, made.up_EFD, made.down_EDF))
     error, rounding = (float(torch.linalg.vector_norm(each.routed() - wanted_TD)) for each in (layer, plain))
@@ -106,44 +104,38 @@ def test_an_expert_without_tokens_takes_no_part_and_is_rounded_with_the_shared_s
     layer = Layer()
     assert not layer.weights()[:, -1].any()
     made = layer.run()
-    known = round_to_nearest(layer.gate_EFD[-1] * made.scale_D, GRID)
+    known = nearest(layer.gate_EFD[-1] * made.scale_D, GRID)
     assert torch.equal(made.gate_EFD[E - 1].codes_MN, known.codes_MN) and (made.inner_EF[-1] == 1).all()
-    assert torch.equal(made.down_EDF[E - 1].codes_MN, round_to_nearest(layer.down_EDF[-1], GRID).codes_MN)
+    assert torch.equal(made.down_EDF[E - 1].codes_MN, nearest(layer.down_EDF[-1], GRID).codes_MN)
     layer.gate_EFD[-1] *= 100
     assert torch.equal(layer.run().scale_D, made.scale_D)
 
 
 @pytest.mark.parametrize("group", [0, 16])
 def test_the_scale_and_the_clipping_of_one_matrix_do_no_harm(group: int) -> None:
-    """The error of the outputs is taken from the second moment, as from the inputs; a batch is clipped as its matrices."""
+    """The error of the outputs is taken from the second moment, as from the inputs."""
     layer, grid = Layer(), Grid(3, True, group)
     w_EFD, x_TD = layer.gate_EFD, layer.x()
     moment_DD = second_moment(x_TD)
-    scale_D = balance_one(w_EFD[0], grid, inputs=x_TD)
-    torch.testing.assert_close(balance_one(w_EFD[0], grid, moment=moment_DD, inputs=x_TD), scale_D)
-    batch_ED = balance_one(w_EFD, grid, inputs=[x_TD] * E)
-    torch.testing.assert_close(batch_ED[0], scale_D)
-    again_D = balance([w_EFD[0]], grid, inputs=x_TD, outputs=lambda fed: linear(x_TD, fed[0]))
-    torch.testing.assert_close(again_D, scale_D)
+    scale_D = balance_one(w_EFD[0], grid, x_TD, moment_DD)
+    torch.testing.assert_close(balance([w_EFD[0]], grid, x_TD, lambda form: linear(x_TD, form(w_EFD[0]))), scale_D)
 
     def error(w_FD: Tensor) -> float:
         return float(torch.linalg.vector_norm(linear(x_TD, w_FD - w_EFD[0])))
 
-    cut_EFD = clipped(w_EFD, grid, inputs=[x_TD] * E)
-    assert torch.equal(cut_EFD[1], clipped(w_EFD[1], grid, moment=moment_DD)) and (cut_EFD.abs() <= w_EFD.abs()).all()
-    rounded = error(round_to_nearest(w_EFD[0], grid).dequantized())
-    assert error(round_to_nearest(w_EFD[0] * scale_D, grid).dequantized() / scale_D) < rounded
+    cut_FD = clipped(w_EFD[0], grid, moment_DD)
+    assert (cut_FD.abs() <= w_EFD[0].abs()).all()
+    rounded = error(nearest(w_EFD[0], grid).dequantized())
+    assert error(nearest(w_EFD[0] * scale_D, grid).dequantized() / scale_D) < rounded
     if not group:  # the groups' errors are minimized apart, so only one group a row gives the whole
-        assert error(round_to_nearest(cut_EFD[0], grid).dequantized()) <= rounded
+        assert error(nearest(cut_FD, grid).dequantized()) <= rounded
 
 
 def test_what_is_no_pattern_or_grid_is_refused_in_one_line() -> None:
-    for text in ("half", "2:4:8", "a:b", "", "nan", 1.5, "0", "4:4", "0:4", "-1"):
+    for text in ("half", "2:4:8", "a:b", "", "nan", "1.5", "0", "4:4", "0:4", "-1"):
         with pytest.raises(ValueError) as caught:
             Pattern.parse(text)
         assert "\n" not in str(caught.value) and "2:4" in str(caught.value)
-    with pytest.raises(ValueError, match="not both"):
-        Pattern(ratio=0.5, keep=2, of=4)
     for values in ({"bits": 5}, {"group": -1}):
         with pytest.raises(ValueError, match=" must be "):
             Grid(**values)
@@ -158,59 +150,39 @@ def test_patterns_and_grids_are_known_without_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-METHODS = {
-    "magnitude": lambda w, **given: magnitude(w, "2:4"),
-    "wanda": lambda w, **given: wanda(w, "2:4", **given),
-    "sparsegpt": lambda w, **given: sparsegpt(w, "2:4", **given),
-    "gptq": lambda w, **given: gptq(w, Grid(group=8), **given),
-    "clipped": lambda w, **given: clipped(w, Grid(group=8), **given),
-}
-
-
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "gptq"])
 def test_bad_weights_and_statistics_are_refused_in_one_line(method: str) -> None:
     w_EMN, x_ETN = drawn(2, 6, 16, seed=0), drawn(2, 40, 16, seed=1)
     moment_ENN = x_ETN.mT @ x_ETN
     nan_EMN, bad_ENN = w_EMN.clone(), moment_ENN.clone()
     nan_EMN[1, 2, 3] = float("nan")
     bad_ENN[1, 2, 2] = float("inf")
-    cases: list[tuple[Tensor, dict[str, Any], str]] = [
-        (nan_EMN, {"moment": moment_ENN}, "weight of matrix 1 is not finite"),
-        (w_EMN[0, 0], {"moment": moment_ENN}, "give floating numbers"),
-        (w_EMN.long(), {"moment": moment_ENN}, "give floating numbers"),
-        (w_EMN[..., :13], {"inputs": x_ETN[..., :13]}, "does not divide|no multiple"),
+    cases: list[tuple[Tensor, Tensor, str]] = [
+        (nan_EMN, moment_ENN, "weight of matrix 1 is not finite"),
+        (w_EMN[..., :13], moment_ENN[..., :13, :13], "does not divide|no multiple"),
     ]
     if method != "magnitude":
         cases += [
-            (w_EMN, {}, "either moment or inputs"),
-            (w_EMN, {"moment": moment_ENN, "inputs": x_ETN}, "either moment or inputs"),
-            (w_EMN, {"moment": moment_ENN[:1]}, r"moment has shape \(1, 16, 16\), the weight asks for \(2, 16, 16\)"),
-            (w_EMN, {"moment": moment_ENN[0]}, "moment has shape"),
-            (w_EMN, {"inputs": x_ETN[..., 1:]}, "inputs have shape"),
-            (w_EMN, {"inputs": [x_ETN[0]]}, "asks for 2 of"),
-            (w_EMN, {"inputs": x_ETN / 0}, "inputs of matrix 0: not finite"),
-            (w_EMN, {"moment": bad_ENN}, "moment of matrix 1: not finite"),
-            (w_EMN, {"moment": -moment_ENN}, "a sum of squares is negative"),
-            (w_EMN, {"moment": moment_ENN.tril()}, "not symmetric"),
+            (w_EMN, moment_ENN[:1], r"moment has shape \(1, 16, 16\), the matrix asks for \(2, 16, 16\)"),
+            (w_EMN, moment_ENN[0], "moment has shape"),
+            (w_EMN, bad_ENN, "moment of matrix 1 is not finite"),
+            (w_EMN, -moment_ENN, "has a negative diagonal"),
+            (w_EMN, moment_ENN.tril(), "not symmetric"),
         ]
-    for w, given, message in cases:
+    for w, moment, message in cases:
         with pytest.raises(ValueError, match=message) as caught:
-            METHODS[method](w, **given)
+            load(METHODS[method].code)(w, moment, Slimming(method, group=8))
         assert "\n" not in str(caught.value)
 
 
 def test_sweeps_that_cannot_be_made_are_refused() -> None:
+    for options in ({"damp": 0.0}, {"damp": float("nan")}, {"columns": 0}):
+        with pytest.raises(ValueError, match=f"{next(iter(options))}=.* must "):
+            Slimming("gptq", **options)
     w_MN, moment_NN = drawn(6, 16, seed=0), second_moment(drawn(40, 16, seed=1))
-    for options in ({"damp": 0.0}, {"damp": float("nan")}, {"block": 0}):
-        for work in (
-            lambda o: gptq(w_MN, Grid(group=0), moment=moment_NN, **o),
-            lambda o: sparsegpt(w_MN, "0.5", moment=moment_NN, **o),
-        ):
-            with pytest.raises(ValueError, match=f"{next(iter(options))}=.* must be .*is usual"):
-                work(options)
     indefinite_NN = moment_NN + 30 * (moment_NN - moment_NN.diagonal().diag())
     with pytest.raises(ValueError, match="not positive semidefinite within damp=0.01; raise damp"):
-        gptq(w_MN, Grid(group=0), moment=indefinite_NN)
+        gptq.gptq(w_MN, indefinite_NN, Slimming("gptq", group=0))
 
 
 class Peak(TorchDispatchMode):
@@ -222,11 +194,11 @@ class Peak(TorchDispatchMode):
         self.most = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {a.untyped_storage()._cdata for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)}
+        before = {a.untyped_storage()._cdata for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)}
         out = func(*args, **(kwargs or {}))
         self.live = {key: one for key, one in self.live.items() if not one[0].expired()}
         for storage in (t.untyped_storage() for t in tree_leaves(out) if isinstance(t, Tensor)):
-            if storage._cdata not in given:
+            if storage._cdata not in before:
                 self.live[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
         self.most = max(self.most, sum(size for _, size in self.live.values()))
         return out
@@ -235,17 +207,21 @@ class Peak(TorchDispatchMode):
 @pytest.mark.parametrize("at_once", [1, 2])
 @pytest.mark.parametrize(("rows", "columns", "order"), [(512, 96, False), (64, 192, True)])
 def test_memory_is_the_result_and_what_is_stated_however_many_experts_there_are(
-    rows: int, columns: int, order: bool, at_once: int
+    rows: int, columns: int, order: bool, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    grid = Grid(4, False, 32)
     w_EMN, x_ETN = drawn(6, rows, columns, seed=0), drawn(6, 2 * columns, columns, seed=1)
     moment_ENN = (x_ETN.mT @ x_ETN).double()
+    how = on(Grid(4, False, 32), activation_order=order, columns=32)
+    budget = at_once * gptq.memory(rows, columns, how)
+    monkeypatch.setitem(sparsegpt.BUDGET, "cpu", budget)
     with Peak() as peak:
-        made = gptq(w_EMN, grid, moment=moment_ENN, order=order, block=32, at_once=at_once)
+        made = gptq.gptq(w_EMN, moment_ENN, how)
     assert made.zero_MG is not None
-    result = made.codes_MN.nbytes + made.scale_MG.nbytes + made.zero_MG.nbytes
-    assert peak.most <= result + gptq_memory(rows, columns, at_once, grid=grid, order=order, block=32)
+    assert peak.most <= made.codes_MN.nbytes + made.scale_MG.nbytes + made.zero_MG.nbytes + budget
     for pattern in ("0.5", "2:4"):
+        how = Slimming("sparsegpt", pattern=pattern, columns=32)
+        budget = at_once * sparsegpt.memory(rows, columns, how)
+        monkeypatch.setitem(sparsegpt.BUDGET, "cpu", budget)
         with Peak() as peak:
-            out_EMN = sparsegpt(w_EMN, pattern, moment=moment_ENN, block=32, at_once=at_once)
-        assert out_EMN.nbytes < peak.most <= out_EMN.nbytes + sparsegpt_memory(rows, columns, at_once, block=32)
+            out_EMN = sparsegpt.sparsegpt(w_EMN, moment_ENN, how)
+        assert out_EMN.nbytes < peak.most <= out_EMN.nbytes + budget

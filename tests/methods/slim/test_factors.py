@@ -14,10 +14,8 @@ from moeflow.methods.decompose.options import Decomposition
 from moeflow.methods.fewer_active import steps as fewer_active
 from moeflow.methods.prune.searches import Search
 from moeflow.methods.recipes import moei2, naee, unified
-from moeflow.methods.slim.gptq import gptq
 from moeflow.methods.slim.grid import Grid
 from moeflow.methods.slim.methods import Slimming
-from moeflow.methods.slim.rounding import round_to_nearest
 from moeflow.model.checkpoint import Tensors
 from moeflow.model.dense import multiply_out
 from moeflow.model.layout import Folder, headers, read_config
@@ -25,7 +23,7 @@ from moeflow.model.packed import PACKED, SCALE
 from tests import tiny
 from tests.models import calibrated, close, loaded, logits, pulled
 from tests.running import model_in, run, store_in
-from tests.slimmed import FOUR, plain, reports, routed
+from tests.slimmed import FOUR, compensated, nearest, plain, reports, routed
 
 RANKS: dict[str, dict[str, Any]] = {
     "uniform": {"ranks": "uniform", "multiple": 8},
@@ -42,8 +40,8 @@ def source(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 @pytest.mark.parametrize("ranks", RANKS)
 def test_packed_factors_load_and_compute_what_their_codes_say(source: Path, ranks: str, tmp_path: Path) -> None:
     """By `from_pretrained` and streamed; skipping, another search and a second import go on from there."""
-    store, seen = store_in(tmp_path), calibrated(model_in(source), tmp_path)
-    low = moei2.decompose(seen, Decomposition(ratio=0.3, **RANKS[ranks]))
+    store, calibration = store_in(tmp_path), calibrated(model_in(source), tmp_path)
+    low = moei2.decompose(calibration, Decomposition(ratio=0.3, **RANKS[ranks]))
     packed = unified.slim(calibrated(low, tmp_path), Slimming(method="gptq", **GRIDS[ranks]))
     out, before = pulled(store, packed, tmp_path), pulled(store, low, tmp_path)
     config = read_config(Folder(out))
@@ -74,8 +72,8 @@ def test_packed_factors_load_and_compute_what_their_codes_say(source: Path, rank
 
 @torch.inference_mode()
 def test_the_second_factor_is_treated_by_what_the_first_gives_it(tmp_path: Path) -> None:
-    store, seen = store_in(tmp_path), calibrated(model_in(tiny.write("mixtral", tmp_path / "model")), tmp_path)
-    low = calibrated(moei2.decompose(seen, Decomposition(rank=8)), tmp_path)
+    store, calibration = store_in(tmp_path), calibrated(model_in(tiny.write("mixtral", tmp_path / "model")), tmp_path)
+    low = calibrated(moei2.decompose(calibration, Decomposition(rank=8)), tmp_path)
     out = pulled(store, unified.slim(low, Slimming(method="gptq", **FOUR)), tmp_path)
     before = pulled(store, low.model, tmp_path)
     family, was, stored = Family.of(read_config(Folder(out))), Tensors(before), Tensors(out)
@@ -83,10 +81,10 @@ def test_the_second_factor_is_treated_by_what_the_first_gives_it(tmp_path: Path)
     rows, grid = x[chosen[:, 3]], Grid(4, True, 8)
     for name in family.expert(0, 3)[:2]:
         out_name, in_name = family.factors(name)
-        first = gptq(was[in_name], grid, inputs=rows).dequantized()
+        first = compensated(was[in_name], grid, rows).dequantized()
         close(stored[in_name], first)
-        by_first = gptq(was[out_name], grid, inputs=rows @ first.T).dequantized()
-        by_itself = round_to_nearest(was[out_name], grid).dequantized()
+        by_first = compensated(was[out_name], grid, rows @ first.T).dequantized()
+        by_itself = nearest(was[out_name], grid).dequantized()
         same = (stored[out_name] - by_first).abs() < 1e-5
         assert same.float().mean() > 0.98 > ((stored[out_name] - by_itself).abs() < 1e-5).float().mean()
     lost = [e["lost"][m] for r in reports(out) for e in r["experts"] for m in ("gate", "up", "down") if e["by"] == "gptq"]
@@ -94,8 +92,8 @@ def test_the_second_factor_is_treated_by_what_the_first_gives_it(tmp_path: Path)
 
 
 def test_a_task_for_each_share_of_the_experts_has_the_same_bytes(tmp_path: Path) -> None:
-    store, seen = store_in(tmp_path), calibrated(model_in(tiny.write("mixtral", tmp_path / "model")), tmp_path)
-    low = calibrated(moei2.decompose(seen, Decomposition(ratio=0.3, **RANKS["decided by a run"])), tmp_path)
+    store, calibration = store_in(tmp_path), calibrated(model_in(tiny.write("mixtral", tmp_path / "model")), tmp_path)
+    low = calibrated(moei2.decompose(calibration, Decomposition(ratio=0.3, **RANKS["decided by a run"])), tmp_path)
     how = {"method": "gptq", **GRIDS["decided by a run"]}
     made = [checkpoint.checkpoint_of(unified.slim(low, Slimming(tasks=tasks, **how))) for tasks in (1, 3)]
     for step in made:
@@ -108,11 +106,11 @@ def test_a_task_for_each_share_of_the_experts_has_the_same_bytes(tmp_path: Path)
 
 
 def test_factors_that_cannot_be_packed_are_refused_when_the_graph_is_built(tmp_path: Path) -> None:
-    seen = calibrated(model_in(tiny.write("mixtral", tmp_path / "model")), tmp_path)
-    decided = moei2.decompose(seen, Decomposition(ratio=0.3, **RANKS["decided by a run"]))
+    calibration = calibrated(model_in(tiny.write("mixtral", tmp_path / "model")), tmp_path)
+    decided = moei2.decompose(calibration, Decomposition(ratio=0.3, **RANKS["decided by a run"]))
     odd, even = (
-        moei2.decompose(seen, Decomposition(rank=6, svd="vanilla")),
-        moei2.decompose(seen, Decomposition(rank=8, svd="vanilla")),
+        moei2.decompose(calibration, Decomposition(rank=6, svd="vanilla")),
+        moei2.decompose(calibration, Decomposition(rank=8, svd="vanilla")),
     )
     for message, model, how in (
         (
@@ -137,7 +135,7 @@ def test_factors_that_cannot_be_packed_are_refused_when_the_graph_is_built(tmp_p
 @pytest.mark.parametrize("method", ["gptq", "round_to_nearest"])
 def test_factors_of_more_components_than_the_expert_saw_tokens_are_slimmed(method: str, tmp_path: Path) -> None:
     """Rounding leaves sums of squares below zero where the tokens have nothing of a component."""
-    seen = calibrated(model_in(tiny.write("mixtral", tmp_path / "model")), tmp_path, record=8)
-    low = moei2.decompose(seen, Decomposition(rank=16, shrink=0.0))
+    calibration = calibrated(model_in(tiny.write("mixtral", tmp_path / "model")), tmp_path, record=8)
+    low = moei2.decompose(calibration, Decomposition(rank=16, shrink=0.0))
     out = pulled(store_in(tmp_path), unified.slim(calibrated(low, tmp_path, record=8), Slimming(method, **FOUR)), tmp_path)
     assert torch.isfinite(logits(loaded(out), tmp_path)).all()

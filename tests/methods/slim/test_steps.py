@@ -17,11 +17,10 @@ from moeflow.methods.finetune.recipe import Gang, Recipe
 from moeflow.methods.graph import Model, Sample
 from moeflow.methods.prune.searches import Search
 from moeflow.methods.recipes import compare, moei2, naee, tune, unified
-from moeflow.methods.slim.gptq import gptq
+from moeflow.methods.slim import experts, sparsegpt
 from moeflow.methods.slim.grid import Grid
 from moeflow.methods.slim.masks import wanda
 from moeflow.methods.slim.methods import METHODS, Slimming
-from moeflow.methods.slim.rounding import round_to_nearest
 from moeflow.methods.trim import steps as trim
 from moeflow.model.checkpoint import Tensors, save
 from moeflow.model.layout import Folder, headers, read_config
@@ -29,7 +28,7 @@ from moeflow.model.packed import PACKED, SCALE
 from tests import tiny
 from tests.models import calibrated, close, loaded, logits, pulled
 from tests.running import matrix_of, model_in, run, store_in
-from tests.slimmed import FOUR, plain, reports, routed
+from tests.slimmed import FOUR, compensated, moments, nearest, plain, reports, routed
 
 
 @pytest.fixture(params=tiny.families())
@@ -38,8 +37,8 @@ def source(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 def slimmed(source: Path, folder: Path, **how: Any) -> Path:
-    seen = calibrated(model_in(source), folder, between=False)
-    return pulled(store_in(folder), unified.slim(seen, Slimming(**how)), folder)
+    calibration = calibrated(model_in(source), folder, between=False)
+    return pulled(store_in(folder), unified.slim(calibration, Slimming(**how)), folder)
 
 
 @pytest.mark.parametrize("how", [{"method": "gptq", **FOUR}, {"method": "awq", "bits": 8, "group": 0}], ids=["gptq", "awq"])
@@ -105,8 +104,8 @@ def test_each_expert_is_treated_by_the_tokens_really_routed_to_it(source: Path, 
     x, chosen = routed(source, tmp_path, layer)
     for expert in (0, 5):
         gate = family.expert(layer, expert)[0]
-        mask = wanda(before[gate], "0.5", inputs=x[chosen[:, expert]])
-        torch.testing.assert_close(Tensors(parallel)[gate], before[gate] * mask, rtol=0, atol=0)
+        known = wanda(before[gate], moments(x[chosen[:, expert]]), Slimming("wanda", pattern="0.5"))
+        torch.testing.assert_close(Tensors(parallel)[gate], known, rtol=0, atol=0)
     (tmp_path / "two").mkdir()
     out = slimmed(source, tmp_path / "two", method="gptq", packed=False, inputs="sequential", **FOUR)
     after = Tensors(out)
@@ -119,13 +118,13 @@ def test_each_expert_is_treated_by_the_tokens_really_routed_to_it(source: Path, 
     gate, up, down = family.expert(layer, 3)
     rows = x[chosen[:, 3]]
     grid = Grid(4, True, 8)
-    close(after[gate], gptq(before[gate], grid, inputs=rows).dequantized())
+    close(after[gate], compensated(before[gate], grid, rows).dequantized())
     act = loaded(source).model.layers[layer].get_submodule(family.arch.block).experts.act_fn
     inner = act(rows @ after[gate].T) * (rows @ after[up].T)
-    same = (after[down] - gptq(before[down], grid, inputs=inner).dequantized()).abs() < 1e-5
+    same = (after[down] - compensated(before[down], grid, inner).dequantized()).abs() < 1e-5
     assert same.float().mean() > 0.98
-    told = next(r for r in reports(out) if r["layer"] == layer)["experts"][3]
-    assert told["tokens"] == int(chosen[:, 3].sum()) and told["by"] == "gptq" and 0 < told["lost"]["down"] < 0.1
+    third = next(r for r in reports(out) if r["layer"] == layer)["experts"][3]
+    assert third["tokens"] == int(chosen[:, 3].sum()) and third["by"] == "gptq" and 0 < third["lost"]["down"] < 0.1
 
 
 def test_an_expert_without_tokens_is_treated_as_was_asked_and_never_zeroed(tmp_path: Path) -> None:
@@ -144,7 +143,7 @@ def test_an_expert_without_tokens_is_treated_as_was_asked_and_never_zeroed(tmp_p
             for matrix in family.expert(1, expert):
                 assert after[matrix].any()
                 if name == "rounded":
-                    assert torch.equal(after[matrix], round_to_nearest(before[matrix], Grid(4, True, 8)).dequantized())
+                    assert torch.equal(after[matrix], nearest(before[matrix], Grid(4, True, 8)).dequantized())
                 elif name == "kept":
                     assert torch.equal(after[matrix], before[matrix])
                 elif name == "masked":
@@ -164,15 +163,15 @@ def test_a_head_that_is_tied_to_the_embedding_is_not_packed(tmp_path: Path) -> N
 def test_scales_are_chosen_as_they_are_stored(tmp_path: Path) -> None:
     """In bf16, also where the calibration ran in fp32: what is loaded is what was weighed."""
     source = tiny.write("mixtral", tmp_path / "model", dtype=torch.bfloat16)
-    seen = calibrated(model_in(source), tmp_path, dtype="float32")
-    out = pulled(store_in(tmp_path), unified.slim(seen, Slimming(method="gptq", inputs="parallel", **FOUR)), tmp_path)
+    calibration = calibrated(model_in(source), tmp_path, dtype="float32")
+    out = pulled(store_in(tmp_path), unified.slim(calibration, Slimming(method="gptq", inputs="parallel", **FOUR)), tmp_path)
     name = Family.of(read_config(Folder(source))).expert(0, 0)[0]
     x, chosen = routed(source, tmp_path, 0)
-    found = gptq(Tensors(source)[name].float(), Grid(4, True, 8), inputs=x[chosen[:, 0]], scale_dtype=torch.bfloat16)
+    known = compensated(Tensors(source)[name].float(), Grid(4, True, 8), x[chosen[:, 0]], torch.bfloat16)
     assert Tensors(out)[name].dtype == torch.bfloat16
-    assert torch.equal(Tensors(out)[name], found.dequantized(torch.bfloat16))
+    assert torch.equal(Tensors(out)[name], known.dequantized(torch.bfloat16))
     stored = {n: t for file in out.glob("*.safetensors") for n, t in load_file(file).items()}
-    assert torch.equal(stored[name + SCALE], found.scale_MG)
+    assert torch.equal(stored[name + SCALE], known.scale_MG)
 
 
 @pytest.mark.parametrize("how", [{"method": "gptq", "packed": False, **FOUR}, {"method": "sparsegpt", "pattern": "2:4"}])
@@ -184,7 +183,8 @@ def test_experts_treated_together_become_what_they_do_one_by_one(
     name = Family.of(read_config(Folder(source))).expert(0, 2)[1]
     save({n: t * 0 if n == name else t for n, t in Tensors(source).items()}, next(source.glob("*.safetensors")))
     alone = Tensors(slimmed(source, tmp_path, **how))
-    monkeypatch.setattr("moeflow.methods.slim.experts.together", lambda now: [[0, 1, 2], [3, 4, 5, 6, 7]])
+    monkeypatch.setitem(experts.WORKING, "cpu", 1 << 20)
+    monkeypatch.setitem(sparsegpt.BUDGET, "cpu", 1 << 20)
     (tmp_path / "together").mkdir()
     together = Tensors(slimmed(source, tmp_path / "together", **how))
     for matrix in together:
@@ -205,8 +205,8 @@ def test_a_layer_divided_between_tasks_has_the_same_bytes(how: dict[str, Any], t
 
 def test_what_changes_no_byte_of_a_layer_stays_out_of_its_key() -> None:
     """How the work is divided, and fields that the method does not read; those at their default are left out anyway."""
-    told = options.plain(Slimming("sparsegpt", bits=2, group=64, activation_order=True, damp=0.1, tasks=4).of_a_layer)
-    assert told == {"method": "sparsegpt", "damp": 0.1}
+    in_key = options.plain(Slimming("sparsegpt", bits=2, group=64, activation_order=True, damp=0.1, tasks=4).of_a_layer)
+    assert in_key == {"method": "sparsegpt", "damp": 0.1}
     assert options.plain(Slimming("gptq", pattern="0.5", bits=3, group=64).of_a_layer) == {"method": "gptq", "bits": 3, "group": 64}
     assert all(options.restored(options.plain(Slimming(name)), Slimming) == Slimming(name) for name in METHODS)
 
@@ -217,8 +217,9 @@ def test_zero_points_and_the_order_by_activation_are_reached_by_their_names(how:
     out = slimmed(source, tmp_path, method="gptq", packed=False, **how, **FOUR)
     x, chosen = routed(source, tmp_path, 0)
     gate = Family.of(read_config(Folder(source))).expert(0, 3)[0]
-    grid, order = Grid(4, how.get("symmetric", True), 8), how.get("activation_order", False)
-    close(Tensors(out)[gate], gptq(Tensors(source)[gate], grid, inputs=x[chosen[:, 3]], order=order).dequantized())
+    grid, ordered = Grid(4, how.get("symmetric", True), 8), how.get("activation_order", False)
+    known = compensated(Tensors(source)[gate], grid, x[chosen[:, 3]], activation_order=ordered)
+    close(Tensors(out)[gate], known.dequantized())
     assert reports(out)[0].items() >= how.items()
 
 
@@ -268,8 +269,8 @@ def test_a_shared_expert_that_awq_keeps_is_scaled_and_stays(tmp_path: Path) -> N
 def test_packed_experts_are_pruned_by_slicing_and_trimmed_and_skip(source: Path, tmp_path: Path) -> None:
     """Bit for bit: another search, Expert Drop or Layer Drop on a packed model moves codes and scales as they are."""
     store = store_in(tmp_path)
-    seen = calibrated(model_in(source), tmp_path)
-    packed = unified.slim(seen, Slimming(method="round_to_nearest", inputs="parallel", **FOUR))
+    calibration = calibrated(model_in(source), tmp_path)
+    packed = unified.slim(calibration, Slimming(method="round_to_nearest", inputs="parallel", **FOUR))
     kept = naee.prune(calibrated(packed, tmp_path), 6, Search("reap"))
     out, whole = pulled(store, kept, tmp_path), pulled(store, packed, tmp_path)
     config = read_config(Folder(out))
@@ -307,34 +308,39 @@ def test_what_was_trimmed_is_slimmed(source: Path, tmp_path: Path) -> None:
 
 def test_what_cannot_be_slimmed_is_refused_in_one_line(tmp_path: Path) -> None:
     model = model_in(tiny.write("mixtral", tmp_path / "model"))
-    seen = calibrated(model, tmp_path)
-    packed = unified.slim(seen, Slimming(method="round_to_nearest", inputs="parallel", **FOUR))
-    sparse = unified.slim(seen, Slimming(method="magnitude", pattern="0.5", inputs="parallel"))
-    for message, given, how in (
-        ("method='prune' is not known; choose one of magnitude, wanda", seen, {"method": "prune"}),
-        ("inputs='both' is not known; choose one of parallel, sequential", seen, {"method": "wanda", "inputs": "both"}),
-        ("rare='zero' is not known; choose one of weights, keep", seen, {"rare": "zero"}),
-        ("least=0 tokens must be at least 1", seen, {"least": 0}),
-        ("bits=5 must be one of 2, 3, 4, 8", seen, {"bits": 5}),
-        ("group=7 does not divide 32 columns", seen, {"group": 7}),
-        ("pattern 2:5 asks for columns in groups of 5, which 32 is no multiple of", seen, {"method": "wanda", "pattern": "2:5"}),
-        ("pattern 'half' must be the part of zeros", seen, {"method": "wanda", "pattern": "half"}),
-        ("damp=1.0 a part of the mean diagonal", seen, {"damp": 1.0}),
-        ("zero points of packed experts are read by neither", seen, {"symmetric": False}),
-        ("rare='keep' leaves whole experts beside packed ones", seen, {"rare": "keep"}),
+    calibration = calibrated(model, tmp_path)
+    packed = unified.slim(calibration, Slimming(method="round_to_nearest", inputs="parallel", **FOUR))
+    sparse = unified.slim(calibration, Slimming(method="magnitude", pattern="0.5", inputs="parallel"))
+    for message, before, how in (
+        ("method='prune' is not known; choose one of magnitude, wanda", calibration, {"method": "prune"}),
+        ("inputs='both' is not known; choose one of parallel, sequential", calibration, {"method": "wanda", "inputs": "both"}),
+        ("rare='zero' is not known; choose one of weights, keep", calibration, {"rare": "zero"}),
+        ("least=0 tokens must be at least 1", calibration, {"least": 0}),
+        ("bits=5 must be one of 2, 3, 4, 8", calibration, {"bits": 5}),
+        ("group=7 does not divide 32 columns", calibration, {"group": 7}),
+        (
+            "pattern 2:5 asks for columns in groups of 5, which 32 is no multiple of",
+            calibration,
+            {"method": "wanda", "pattern": "2:5"},
+        ),
+        ("pattern 'half' must be the part of zeros", calibration, {"method": "wanda", "pattern": "half"}),
+        ("damp=1.0 must lie between 0 and 1: it is a part of the mean diagonal", calibration, {"damp": 1.0}),
+        ("columns=0 must be at least 1", calibration, {"columns": 0}),
+        ("zero points of packed experts are read by neither", calibration, {"symmetric": False}),
+        ("rare='keep' leaves whole experts beside packed ones", calibration, {"rare": "keep"}),
         ("bits=2 of 24 columns of .* fill no whole words", None, {"bits": 2}),
         ("layer 0 is packed in 4 bits, groups of 8; slim the model that it was made of", packed, {}),
         (r"layer 0 is slimmed already \(magnitude 0.5\); slim the model", sparse, {"method": "wanda", "pattern": "2:4"}),
-        ("tasks=9: the 8 experts of layer 0 are divided between 1 to 8 tasks", seen, {"tasks": 9}),
-        ("tasks=0: the 8 experts of layer 0", seen, {"tasks": 0}),
-        ("tasks=2: awq treats all experts of layer 0 at once; give tasks=1", seen, {"method": "awq", "tasks": 2}),
+        ("tasks=9: the 8 experts of layer 0 are divided between 1 to 8 tasks", calibration, {"tasks": 9}),
+        ("tasks=0: the 8 experts of layer 0", calibration, {"tasks": 0}),
+        ("tasks=2: awq treats all experts of layer 0 at once; give tasks=1", calibration, {"method": "awq", "tasks": 2}),
     ):
-        if given is None:
-            given = calibrated(model_in(tiny.write("olmoe", tmp_path / "olmoe")), tmp_path)
-        elif isinstance(given, Model):
-            given = calibrated(given, tmp_path)
+        if before is None:
+            before = calibrated(model_in(tiny.write("olmoe", tmp_path / "olmoe")), tmp_path)
+        elif isinstance(before, Model):
+            before = calibrated(before, tmp_path)
         with pytest.raises(ValueError, match=message) as refused:
-            unified.slim(given, Slimming(**({"method": "gptq", "inputs": "parallel", **FOUR} | how)))
+            unified.slim(before, Slimming(**({"method": "gptq", "inputs": "parallel", **FOUR} | how)))
         assert "\n" not in str(refused.value)
     with pytest.raises(ValueError, match="layer 0 is packed in 4 bits, groups of 8; decompose the model"):
         moei2.decompose(calibrated(packed, tmp_path), Decomposition(ratio=0.2, ranks="uniform"))
@@ -349,8 +355,8 @@ def test_what_cannot_be_slimmed_is_refused_in_one_line(tmp_path: Path) -> None:
 )
 def test_zeros_of_experts_stay_zeros_through_training(mode: str, zero: int, tmp_path: Path) -> None:
     """And what is not zero is trained."""
-    seen = calibrated(model_in(tiny.write("deepseek_v2", tmp_path / "model")), tmp_path)
-    sparse = unified.slim(seen, Slimming(method="wanda", pattern="2:4", shared=True, inputs="parallel"))
+    calibration = calibrated(model_in(tiny.write("deepseek_v2", tmp_path / "model")), tmp_path)
+    sparse = unified.slim(calibration, Slimming(method="wanda", pattern="2:4", shared=True, inputs="parallel"))
     data = data_.tokens(matrix_of(tmp_path), sparse, Sample(8, 16))
     how = Recipe(mode=mode, targets=("attention", "experts", "shared"), steps=3, batch=2, rate=1e-2, decay=0.1)
     tuned = tune.tune(sparse, data, how, gang=Gang(zero=zero))
@@ -364,12 +370,14 @@ def test_zeros_of_experts_stay_zeros_through_training(mode: str, zero: int, tmp_
 
 
 def test_the_report_says_that_zeros_save_nothing_at_rest(tmp_path: Path) -> None:
-    seen = calibrated(model_in(tiny.write("mixtral", tmp_path / "model")), tmp_path)
-    sparse = unified.slim(seen, Slimming(method="wanda", pattern="0.5", inputs="parallel"))
+    calibration = calibrated(model_in(tiny.write("mixtral", tmp_path / "model")), tmp_path)
+    sparse = unified.slim(calibration, Slimming(method="wanda", pattern="0.5", inputs="parallel"))
     store = store_in(tmp_path)
     (size,) = (
         r
-        for r in compare.compare(seen.model, sparse, matrix_of(tmp_path), Sample(2, 16), tokens=seen.tokens)
+        for r in compare.reports(
+            calibration.model, sparse, compare.HeldOut("", 2, 16), calibration.passed, tokens=calibration.tokens
+        )
         if r.name == "evaluate.size"
     )
     run(store, size)

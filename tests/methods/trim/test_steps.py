@@ -75,38 +75,38 @@ def least_of(folder: Path) -> int:
 def test_experts_of_the_lowest_score_go_from_each_layer_also_below_top_k(source: Path, tmp_path: Path) -> None:
     """Down to what the router can do with; the same number everywhere is the family's own format, with another top-k."""
     store, keep = store_in(tmp_path), least_of(source)
-    seen = calibrated(model_in(source), tmp_path)
-    out = pulled(store, trimmed := trim.trim(seen, trim.Trimming("experts", 8 - keep, across="layer")), tmp_path)
-    told, config = decided(store, trimmed), read_config(Folder(source))
+    calibration = calibrated(model_in(source), tmp_path)
+    out = pulled(store, trimmed := trim.trim(calibration, trim.Trimming("experts", 8 - keep, across="layer")), tmp_path)
+    record, config = decided(store, trimmed), read_config(Folder(source))
     scores = router_scores(source, tmp_path)
     groups, topk_groups = Family.of(config).group_limit
     for layer, score_E in scores.items():
         best = [g * len(score_E) // groups + score_E.view(groups, -1)[g].argsort(descending=True) for g in range(groups)]
-        assert told["keep"][str(layer)] == sorted(int(e) for b in best for e in b[: keep // groups])
+        assert record["keep"][str(layer)] == sorted(int(e) for b in best for e in b[: keep // groups])
     model = loaded(out)
     assert model.config.model_type == config["model_type"]
     assert model.config.num_experts_per_tok == min(config["num_experts_per_tok"], keep // groups * topk_groups)
-    close(logits(model, tmp_path), expected(source, tmp_path, {int(i): k for i, k in told["keep"].items()}))
+    close(logits(model, tmp_path), expected(source, tmp_path, {int(i): k for i, k in record["keep"].items()}))
 
 
 def router_scores(folder: Path, where: Path) -> dict[int, Tensor]:
     """Expert Drop's score of every expert, from the routers of the whole model: of DeepSeek's, where it is chosen only."""
     model, config = loaded(folder), read_config(Folder(folder))
     family = Family.of(config)
-    found: dict[int, Tensor] = {}
+    score_of: dict[int, Tensor] = {}
 
     def hook(layer: int, router: Any, x: Tensor, out: Any) -> None:
         logits_TE, weights_Tk, index_Tk = out
         if config["model_type"].startswith("deepseek"):
-            found[layer] = torch.zeros_like(logits_TE).scatter(1, index_Tk, weights_Tk).double().mean(0)
+            score_of[layer] = torch.zeros_like(logits_TE).scatter(1, index_Tk, weights_Tk).double().mean(0)
         else:
-            found[layer] = logits_TE.float().softmax(-1).double().mean(0)
+            score_of[layer] = logits_TE.float().softmax(-1).double().mean(0)
 
     for i in family.moe_layers:
         router = model.model.layers[i].get_submodule(family.arch.block).get_submodule(family.arch.block_router)
         router.register_forward_hook(lambda r, x, out, i=i: hook(i, r, x[0], out))
     logits(model, where)
-    return found
+    return score_of
 
 
 def test_across_the_model_layers_may_lose_all_experts(source: Path, tmp_path: Path) -> None:
@@ -120,13 +120,13 @@ def test_across_the_model_layers_may_lose_all_experts(source: Path, tmp_path: Pa
     keep = experts - experts / len(layers) if least_of(source) <= groups else experts - 2
     trimmed = trim.trim(calibrated(model, tmp_path), trim.Trimming("experts", experts - keep, criterion="reap", least=0))
     out = pulled(store, trimmed, tmp_path)
-    told = decided(store, trimmed)
-    kept = {int(i): k for i, k in told["keep"].items()}
+    record = decided(store, trimmed)
+    kept = {int(i): k for i, k in record["keep"].items()}
     assert sum(map(len, kept.values())) == round(keep * len(layers))
     assert all(len(k) % groups == 0 for k in kept.values())
     assert all(not k or len(k) >= least_of(source) for k in kept.values())
-    low = [s for i in kept for e, s in enumerate(told["scores"][str(i)]) if e not in kept[i]]
-    high = [s for i in kept for e, s in enumerate(told["scores"][str(i)]) if e in kept[i]]
+    low = [s for i in kept for e, s in enumerate(record["scores"][str(i)]) if e not in kept[i]]
+    high = [s for i in kept for e, s in enumerate(record["scores"][str(i)]) if e in kept[i]]
     if groups == 1 and least_of(source) == 1:
         assert max(low) <= min(high)
     assert len(kept[layers[-1]]) == (0 if least_of(source) <= groups else least_of(source))
@@ -153,7 +153,7 @@ def test_moe_blocks_go_whose_layers_turn_the_residual_stream_least(source: Path,
     family = Family.of(read_config(Folder(source)))
     trimmed = trim.trim(calibrated(model_in(source), tmp_path, between=False), trim.Trimming("moe_blocks", 1))
     out = pulled(store, trimmed, tmp_path)
-    told = decided(store, trimmed)
+    record = decided(store, trimmed)
     model = loaded(source)
     cosines: dict[int, float] = {}
 
@@ -161,13 +161,13 @@ def test_moe_blocks_go_whose_layers_turn_the_residual_stream_least(source: Path,
         cosines[layer] = float(cosine_similarity(before.double(), after.double(), dim=-1).mean())
 
     for i in family.moe_layers:
-        layer, seen = model.model.layers[i], {}
-        layer.post_attention_layernorm.register_forward_pre_hook(lambda _, x, seen=seen: seen.update(before=x[0]))
-        layer.register_forward_hook(lambda _, x, out, i=i, seen=seen: hook(i, seen["before"], out))
+        layer, stream = model.model.layers[i], {}
+        layer.post_attention_layernorm.register_forward_pre_hook(lambda _, x, stream=stream: stream.update(before=x[0]))
+        layer.register_forward_hook(lambda _, x, out, i=i, stream=stream: hook(i, stream["before"], out))
     logits(model, tmp_path)
-    assert {int(i): pytest.approx(v, abs=1e-6) for i, v in told["similarity"].items()} == cosines
+    assert {int(i): pytest.approx(v, abs=1e-6) for i, v in record["similarity"].items()} == cosines
     gone = sorted(sorted(cosines, key=lambda i: -cosines[i])[:1])
-    assert told["drop"] == gone
+    assert record["drop"] == gone
     whole = loaded(source)
     for i in gone:
         whole.model.layers[i].set_submodule(family.arch.block, Nothing())
@@ -200,16 +200,16 @@ def test_decoder_layers_go_that_turn_the_hidden_states_least(source: Path, rule:
     first = Family.of(config).moe_layers[0]
     trimmed = trim.trim(calibrated(model_in(source), tmp_path), trim.Trimming("decoder_layers", 2, rule=rule))
     out = pulled(store, trimmed, tmp_path)
-    told = decided(store, trimmed)
+    record = decided(store, trimmed)
     model = loaded(source)
     with torch.inference_mode():
         states = [h.double() for h in hidden(model, ids_of(tmp_path))]
     gap = 2 if rule == "consecutive" else 1
     cosines = [float(cosine_similarity(states[i], states[i + gap], dim=-1).mean()) for i in range(len(states) - gap)]
-    assert list(told["similarity"].values()) == pytest.approx(cosines, abs=1e-6)
+    assert list(record["similarity"].values()) == pytest.approx(cosines, abs=1e-6)
     order = sorted(range(first, len(cosines)), key=lambda i: -cosines[i])
     gone = sorted(order[:2]) if rule == "discrete" else [order[0], order[0] + 1]
-    assert told["drop"] == gone
+    assert record["drop"] == gone
     model.model.layers = nn.ModuleList(layer for i, layer in enumerate(model.model.layers) if i not in gone)
     for i, layer in enumerate(model.model.layers):
         layer.self_attn.layer_idx = i
@@ -223,12 +223,14 @@ def test_decoder_layers_go_that_turn_the_hidden_states_least(source: Path, rule:
 
 def hidden(model: Any, ids: Tensor) -> list[Tensor]:
     """The hidden states before every layer and behind the last, without the final norm."""
-    found: list[Tensor] = []
+    states: list[Tensor] = []
     for layer in model.model.layers:
-        layer.register_forward_pre_hook(lambda _, x, fields: found.append(x[0] if x else fields["hidden_states"]), with_kwargs=True)
-    model.model.norm.register_forward_pre_hook(lambda _, x: found.append(x[0]))
+        layer.register_forward_pre_hook(
+            lambda _, x, fields: states.append(x[0] if x else fields["hidden_states"]), with_kwargs=True
+        )
+    model.model.norm.register_forward_pre_hook(lambda _, x: states.append(x[0]))
     model(ids)
-    return found
+    return states
 
 
 def test_bf16_does_not_blur_the_cosines(tmp_path: Path) -> None:
@@ -241,15 +243,17 @@ def test_bf16_does_not_blur_the_cosines(tmp_path: Path) -> None:
                 weight.data *= 0.05 * (1 + 0.1 * i)
     model.to(torch.bfloat16).save_pretrained(tmp_path / "near")
     store = store_in(tmp_path)
-    told = decided_by(store, trim.trim(calibrated(model_in(tmp_path / "near"), tmp_path), trim.Trimming("moe_blocks", 1)), tmp_path)
-    values = list(told["similarity"].values())
+    record = decided_by(
+        store, trim.trim(calibrated(model_in(tmp_path / "near"), tmp_path), trim.Trimming("moe_blocks", 1)), tmp_path
+    )
+    values = list(record["similarity"].values())
     assert len({round(v * 256) / 256 for v in values}) < len(set(values)) == 8
 
 
 def test_trimmings_follow_each_other_where_a_run_decides(tmp_path: Path) -> None:
     source, store = tiny.write("deepseek_v2", tmp_path / "model", num_hidden_layers=6), store_in(tmp_path)
-    seen = calibrated(model_in(source), tmp_path)
-    fewer = trim.trim(seen, trim.Trimming("experts", 2, least=0))
+    calibration = calibrated(model_in(source), tmp_path)
+    fewer = trim.trim(calibration, trim.Trimming("experts", 2, least=0))
     thin = trim.trim(calibrated(fewer, tmp_path), trim.Trimming("moe_blocks", 2))
     short = trim.trim(calibrated(thin, tmp_path), trim.Trimming("decoder_layers", 1))
     last = trim.trim(calibrated(short, tmp_path), trim.Trimming("moe_blocks", 1))
@@ -263,7 +267,7 @@ def test_trimmings_follow_each_other_where_a_run_decides(tmp_path: Path) -> None
         == [t["trim"] for t in json.loads((out / "moeflow.json").read_text())["choices"]]
     )
     target = checkpoint.checkpoint_of(last).reporting(
-        *compare.compare(seen.model, last, matrix_of(tmp_path, seed=3), Sample(4, 16), Pass(2, 16), tokens=seen.tokens)
+        *compare.reports(calibration.model, last, compare.HeldOut("", 4, 16), Pass(2), tokens=calibration.tokens)
     )
     run(store, target)
     rows = reports(store, target)
@@ -274,26 +278,26 @@ def test_trimmings_follow_each_other_where_a_run_decides(tmp_path: Path) -> None
 def loss_of(model: Any, folder: Path) -> Tensor:
     ids = ids_of(folder)
     with torch.inference_mode():
-        found: Tensor = model(ids, labels=ids).loss
-    return found
+        loss: Tensor = model(ids, labels=ids).loss
+    return loss
 
 
 def test_what_cannot_be_trimmed_is_refused_in_one_line(tmp_path: Path) -> None:
     model = model_in(tiny.write("mixtral", tmp_path / "model"))
-    seen = calibrated(model, tmp_path)
+    calibration = calibrated(model, tmp_path)
     grouped = calibrated(model_in(tiny.write("deepseek_v3", tmp_path / "grouped")), tmp_path)
     mixed = calibrated(model_in(tiny.write("qwen2_moe", tmp_path / "mixed")), tmp_path)
     two = calibrated(model_in(tiny.write("phimoe", tmp_path / "two")), tmp_path)
     for message, make in {
         "dropped=3 moe_blocks must lie between 0 and 2: the model has 3 layers with experts": lambda: trim.trim(
-            seen, trim.Trimming("moe_blocks", 3)
+            calibration, trim.Trimming("moe_blocks", 3)
         ),
-        "dropped=-1 and least=None must not be negative": lambda: trim.trim(seen, trim.Trimming("moe_blocks", -1)),
+        "dropped=-1 and least=None must not be negative": lambda: trim.trim(calibration, trim.Trimming("moe_blocks", -1)),
         "dropped=3 decoder_layers must lie between 0 and 2: the model has 3 layers that may go": lambda: trim.trim(
-            seen, trim.Trimming("decoder_layers", 3)
+            calibration, trim.Trimming("decoder_layers", 3)
         ),
         "rule='best' is not known; choose one of discrete, consecutive": lambda: trim.trim(
-            seen, trim.Trimming("decoder_layers", 1, rule="best")
+            calibration, trim.Trimming("decoder_layers", 1, rule="best")
         ),
         "calibrate with between=True": lambda: trim.trim(
             calibrated(model, tmp_path, between=False), trim.Trimming("decoder_layers", 1)
@@ -302,16 +306,16 @@ def test_what_cannot_be_trimmed_is_refused_in_one_line(tmp_path: Path) -> None:
             mixed, trim.Trimming("decoder_layers", 1)
         ),
         "dropped=9 experts of a layer must lie between 0 and the 8 that there are": lambda: trim.trim(
-            seen, trim.Trimming("experts", 9)
+            calibration, trim.Trimming("experts", 9)
         ),
         "dropped=5.5 experts of each layer is no whole number": lambda: trim.trim(
-            seen, trim.Trimming("experts", 5.5, across="layer")
+            calibration, trim.Trimming("experts", 5.5, across="layer")
         ),
         "across='all' is not known; choose one of model, layer": lambda: trim.trim(
-            seen, trim.Trimming("experts", 4, across="all", least=0)
+            calibration, trim.Trimming("experts", 4, across="all", least=0)
         ),
         "criterion='luck' is not known; choose one of random": lambda: trim.trim(
-            seen, trim.Trimming("experts", 4, criterion="luck", least=0)
+            calibration, trim.Trimming("experts", 4, criterion="luck", least=0)
         ),
         "keep=3 must be a multiple of the router's 2 groups": lambda: trim.trim(
             grouped, trim.Trimming("experts", 5, across="layer")
@@ -323,31 +327,31 @@ def test_what_cannot_be_trimmed_is_refused_in_one_line(tmp_path: Path) -> None:
             two, trim.Trimming("experts", 7, across="layer")
         ),
         "1 experts are to stay in all, fewer than least=1 in each of 3 layers": lambda: trim.trim(
-            seen, trim.Trimming("experts", 7.6, least=1)
+            calibration, trim.Trimming("experts", 7.6, least=1)
         ),
         "dropped=8 leaves no expert in 3 layers; at least one layer": lambda: trim.trim(
-            seen, trim.Trimming("experts", 8, across="layer")
+            calibration, trim.Trimming("experts", 8, across="layer")
         ),
         "a token gets 1 of the 1 experts of layer 0, which leaves none to stand for": lambda: fewer_active.attach(
-            trim.trim(seen, trim.Trimming("experts", 7, across="layer"))
+            trim.trim(calibration, trim.Trimming("experts", 7, across="layer"))
         ),
         "a token may get one expert of layer 0 only, and none to skip": lambda: fewer_active.skip(
-            calibrated(trim.trim(seen, trim.Trimming("experts", 7, across="layer")), tmp_path)
+            calibrated(trim.trim(calibration, trim.Trimming("experts", 7, across="layer")), tmp_path)
         ),
         "whether layer 0 keeps its experts is decided by a run that trims the model; prune first": lambda: naee.prune(
-            calibrated(trim.trim(seen, trim.Trimming("moe_blocks", 1)), tmp_path), keep=4
+            calibrated(trim.trim(calibration, trim.Trimming("moe_blocks", 1)), tmp_path), keep=4
         ),
         "whether layer 0 keeps its experts is decided by a run .* drop experts first": lambda: trim.trim(
-            calibrated(trim.trim(seen, trim.Trimming("moe_blocks", 1)), tmp_path), trim.Trimming("experts", 4, least=0)
+            calibrated(trim.trim(calibration, trim.Trimming("moe_blocks", 1)), tmp_path), trim.Trimming("experts", 4, least=0)
         ),
         "layer 0 skips experts by a threshold .* drop experts the model without it": lambda: trim.trim(
-            calibrated(fewer_active.skip(seen), tmp_path), trim.Trimming("experts", 4, least=0)
+            calibrated(fewer_active.skip(calibration), tmp_path), trim.Trimming("experts", 4, least=0)
         ),
     }.items():
         with pytest.raises(ValueError, match=message) as refused:
             make()
         assert "\n" not in str(refused.value)
-    assert trim.trim(seen, trim.Trimming("decoder_layers", 0)) is model
+    assert trim.trim(calibration, trim.Trimming("decoder_layers", 0)) is model
 
 
 def test_a_trimmed_model_is_trained(tmp_path: Path) -> None:
