@@ -51,9 +51,9 @@ def test_one_process_and_two_leave_the_same_bytes_under_the_same_key(store: Stor
 
 
 def test_a_killed_process_is_replaced_and_the_gang_goes_on_from_what_it_kept(store: Store, trace: Path, tmp_path: Path) -> None:
-    lines = (tmp_path / "told").open("w+")
+    shown = (tmp_path / "told").open("w+")
     target = gangs.sum_(toy.number(n=1), to=5, die_at=3, marker=str(tmp_path / "died"), trace=str(trace)).on(processes=2)
-    outcome = in_process.run([target], store, progress=Lines(lines, quiet=0))
+    outcome = in_process.run([target], store, progress=Lines(shown, quiet=0))
     assert read(store, target)["sum"] == "55" and outcome.steps[-1].notes == ("summed up to 5",)
     begun = [int(line.rpartition(" ")[2]) for line in lines(trace)]
     assert begun[0] == begun[2] == 0 and begun[1] == begun[3] >= 2, "both went on from the same step"
