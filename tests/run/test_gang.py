@@ -177,7 +177,7 @@ def test_on_two_nodes_a_gang_survives_a_lost_driver_and_a_lost_node(store: Store
     """One process on each; the bytes are those of one process on this machine."""
     from moeflow.run.ray import runner as on_ray
 
-    go, lines = tmp_path / "go", (tmp_path / "told").open("w+")
+    go, log = tmp_path / "go", (tmp_path / "told").open("w+")
     params = {"to": 6, "hold": 3, "until": str(go), "trace": str(trace)}
     target = gangs.sum_(toy.number(n=3), **params).on(processes=2)
     code = (
@@ -191,7 +191,7 @@ def test_on_two_nodes_a_gang_survives_a_lost_driver_and_a_lost_node(store: Store
         driver.wait()
         until(lambda: not trainers(), "a trainer outlived its driver")
         assert not store.has(target.key)
-        again = Thread(target=lambda: on_ray.run([target], store, progress=Lines(lines)))
+        again = Thread(target=lambda: on_ray.run([target], store, progress=Lines(log)))
         again.start()
         until(lambda: len(lines(trace)) == 4, "the gang did not start again")
         nodes.lose()
