@@ -70,7 +70,7 @@ def driver(request: pytest.FixtureRequest, tmp_path: Path) -> Driver:
         pytest.param("process", signal.SIGINT, id="process-ctrl-c"),
         pytest.param("process", signal.SIGTERM, id="process-job-stop"),
         pytest.param("ray", signal.SIGINT, id="ray-ctrl-c", marks=pytest.mark.slow),
-        pytest.param("ray", signal.SIGTERM, id="ray-job-stop"),
+        pytest.param("ray", signal.SIGTERM, id="ray-job-stop", marks=pytest.mark.slow),
     ],
     indirect=["driver"],
 )
