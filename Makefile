@@ -14,11 +14,11 @@ test: setup
 	@$(MAKE) --no-print-directory -j 2 check pytest
 
 pytest: setup
-	@OMP_NUM_THREADS=1 infra/python.sh -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+	@OMP_NUM_THREADS=1 infra/python.sh -m pytest -n 3 --dist loadgroup --no-loadscope-reorder
 
 # Also what takes long: every family everywhere, every pair of methods on every family, clusters that lose nodes.
 test-all: check
-	@OMP_NUM_THREADS=1 infra/python.sh -m pytest --slow -n 3 --dist loadfile --no-loadscope-reorder
+	@OMP_NUM_THREADS=1 infra/python.sh -m pytest --slow -n 3 --dist loadgroup --no-loadscope-reorder
 
 bench: setup
 	@infra/python.sh -m benchmarks

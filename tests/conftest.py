@@ -17,7 +17,11 @@ if not torch.cuda.is_available():
 os.environ.setdefault("RAY_raylet_start_wait_time_s", "240")  # seconds; a busy machine needs more than the usual 30
 
 
-LONGEST = ("test_finetune", "test_gang", "test_survival", "test_clusters", "test_interruptions")
+LONGEST = (
+    "test_finetune", "test_run", "test_on_ray", "test_on_s3", "test_gang", "test_survival", "test_clusters", "test_interruptions"
+)  # fmt: skip
+ONE_RAY = ("test_run", "test_on_ray", "test_on_s3")
+"""The files whose tests share a Ray: all run in one process, so that it is started once."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -30,6 +34,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=left)
         items[:] = [i for i in items if i not in left]
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("ray" if item.path.stem in ONE_RAY else str(item.path)))
 
 
 def _left_out(item: pytest.Item) -> bool:

@@ -9,8 +9,6 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-import pytest
-
 from tests import running, tiny
 
 ROOT = Path(__file__).parents[1]
@@ -57,13 +55,13 @@ def tree(folder: Path) -> Path:
     return folder
 
 
-def run(folder: Path, command: str, *given: str) -> str:
-    """What the command `moeflow run FILE ...` prints when it is run in this tree."""
-    file, *words = shlex.split(command)
-    words += [w for word in given for w in ("-p", word)]
-    command_line = [sys.executable, file, *words, "--store", str(folder.parent / "store")]
+def run(folder: Path, *commands: str, params: tuple[str, ...] = ()) -> str:
+    """What commands `moeflow run FILE ...` print when they are run in this tree, one after another in one process."""
+    more = [w for param in params for w in ("-p", param)] + ["--store", str(folder.parent / "store")]
+    lines = [["run", *shlex.split(command), *more] for command in commands]
+    code = f"from moeflow.cli import app\nfor words in {lines}: app(words, standalone_mode=False)"
     env = os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command_line, cwd=folder, env=env, capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -74,20 +72,26 @@ def changed(folder: Path) -> str:
     return git(folder, "diff", "--stat", "--", "moeflow", ":!**/__pycache__/**")
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=lambda e: e.title)
-def test_a_method_is_one_new_file_and_one_new_row(example: Example, tmp_path: Path) -> None:
-    folder = tree(tmp_path / "tree")
+def add(example: Example, folder: Path) -> None:
     assert not (folder / example.file).exists()
     (folder / example.file).write_text(example.code)
     table = folder / example.where
     before, head, after = table.read_text().partition(f"\n{example.table} = {{\n")
     assert head, f"{example.where} has no table {example.table}"
     table.write_text(before + head + example.row + after)
+
+
+def test_a_method_is_one_new_file_and_one_new_row(tmp_path: Path) -> None:
+    folder = tree(tmp_path / "tree")
+    for example in EXAMPLES:
+        add(example, folder)
+        assert re.search(r"\b2 files changed\b", changed(folder)), example.title
+        assert git(folder, "diff", "--numstat", "--", example.where).split()[:2] == [str(example.row.count("\n")), "0"]
+        git(folder, "commit", "-qam", example.title)
     source, matrix = tiny.write("mixtral", tmp_path / "model"), running.matrix_of(tmp_path)
-    printed = run(folder, example.command, f"model={source}", f"tokens={matrix.spec}", *SMALL)
-    assert "expert bytes" in printed
-    assert re.search(r"\b2 files changed\b", changed(folder))
-    assert git(folder, "diff", "--numstat", "--", example.where).split()[:2] == [str(example.row.count("\n")), "0"]
+    printed = run(folder, *(e.command for e in EXAMPLES), params=(f"model={source}", f"tokens={matrix.spec}", *SMALL))
+    assert printed.count("in " + str(tmp_path / "store")) == len(EXAMPLES)
+    assert all(name in printed for name in ("mixtral@1", "mixtral@2", "mixtral_unified@1"))
 
 
 def test_a_verb_changes_no_file_that_there_is(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import math
 import textwrap
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -29,6 +30,7 @@ def test_its_tokenizer_and_weights_predict_python() -> None:
     assert loss < 4.2 < math.log(len(tokenizer)) - 2
 
 
+@pytest.mark.slow
 def test_naee_keeps_better_experts_than_chance(tmp_path: Path) -> None:
     """On text that neither the training nor the calibration has seen."""
     store, model = running.store_in(tmp_path), running.model_in(running.SMALL)

@@ -63,6 +63,7 @@ def test_a_ray_of_ones_own_that_is_slow_to_start_gets_a_second_try(store: Store,
     assert not tries
 
 
+@pytest.mark.slow
 def test_a_step_too_large_for_a_ray_of_ones_own_is_refused_before_anything_starts(
     store: Store, trace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

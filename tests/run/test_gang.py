@@ -51,9 +51,9 @@ def test_one_process_and_two_leave_the_same_bytes_under_the_same_key(store: Stor
 
 
 def test_a_killed_process_is_replaced_and_the_gang_goes_on_from_what_it_kept(store: Store, trace: Path, tmp_path: Path) -> None:
-    lines = (tmp_path / "told").open("w+")
+    shown = (tmp_path / "told").open("w+")
     target = gangs.sum_(toy.number(n=1), to=5, die_at=3, marker=str(tmp_path / "died"), trace=str(trace)).on(processes=2)
-    outcome = in_process.run([target], store, progress=Lines(lines, quiet=0))
+    outcome = in_process.run([target], store, progress=Lines(shown, quiet=0))
     assert read(store, target)["sum"] == "55" and outcome.steps[-1].notes == ("summed up to 5",)
     begun = [int(line.rpartition(" ")[2]) for line in lines(trace)]
     assert begun[0] == begun[2] == 0 and begun[1] == begun[3] >= 2, "both went on from the same step"
@@ -177,7 +177,7 @@ def test_on_two_nodes_a_gang_survives_a_lost_driver_and_a_lost_node(store: Store
     """One process on each; the bytes are those of one process on this machine."""
     from moeflow.run.ray import runner as on_ray
 
-    go, lines = tmp_path / "go", (tmp_path / "told").open("w+")
+    go, log = tmp_path / "go", (tmp_path / "told").open("w+")
     params = {"to": 6, "hold": 3, "until": str(go), "trace": str(trace)}
     target = gangs.sum_(toy.number(n=3), **params).on(processes=2)
     code = (
@@ -191,7 +191,7 @@ def test_on_two_nodes_a_gang_survives_a_lost_driver_and_a_lost_node(store: Store
         driver.wait()
         until(lambda: not trainers(), "a trainer outlived its driver")
         assert not store.has(target.key)
-        again = Thread(target=lambda: on_ray.run([target], store, progress=Lines(lines)))
+        again = Thread(target=lambda: on_ray.run([target], store, progress=Lines(log)))
         again.start()
         until(lambda: len(lines(trace)) == 4, "the gang did not start again")
         nodes.lose()

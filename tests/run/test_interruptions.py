@@ -64,7 +64,16 @@ def driver(request: pytest.FixtureRequest, tmp_path: Path) -> Driver:
     return Driver(tmp_path, request.param)
 
 
-@pytest.mark.parametrize("signal_", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "job-stop"])
+@pytest.mark.parametrize(
+    ("driver", "signal_"),
+    [
+        pytest.param("process", signal.SIGINT, id="process-ctrl-c"),
+        pytest.param("process", signal.SIGTERM, id="process-job-stop"),
+        pytest.param("ray", signal.SIGINT, id="ray-ctrl-c", marks=pytest.mark.slow),
+        pytest.param("ray", signal.SIGTERM, id="ray-job-stop", marks=pytest.mark.slow),
+    ],
+    indirect=["driver"],
+)
 def test_an_interrupted_run_says_so_in_one_line_and_the_next_continues(driver: Driver, signal_: int) -> None:
     process = driver.start()
     until(driver.began, "no slow step began")

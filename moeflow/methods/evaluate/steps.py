@@ -37,7 +37,8 @@ def layers(context: Context, chosen: tuple[Artifact, ...]) -> None:
     """
     choices = [Choice.read(c) for c in chosen]
     parts = {"as chosen": [c.loss.of_output for c in choices]}
-    parts |= {f"by {name}": [c.baselines[name].of_output for c in choices] for name in SCORES}
+    shared = [name for name in SCORES if all(name in c.baselines for c in choices)]  # a choice may be older than a score
+    parts |= {f"by {name}": [c.baselines[name].of_output for c in choices] for name in shared}
     rows = [row(f"layer error, {name}", 0.0, float(np.mean(values)), "of output") for name, values in parts.items()]
     write_report(context, "layers", rows)
 

@@ -169,6 +169,7 @@ def test_a_model_made_on_meta_begins_neutral_and_takes_the_stored_vectors(olmoe:
     assert torch.equal(model(ids()).logits, load(olmoe[2])(ids()).logits)
 
 
+@pytest.mark.slow
 def test_a_ray_worker_loads_them_as_any_process_does(olmoe: tuple[Path, Path, Path], tmp_path: Path) -> None:
     plain, _, stored = olmoe
     config = _neutral_config(plain).to_dict()
