@@ -20,7 +20,7 @@ os.environ.setdefault("RAY_raylet_start_wait_time_s", "240")  # seconds; a busy 
 LONGEST = (
     "test_finetune", "test_run", "test_on_ray", "test_on_s3", "test_gang", "test_survival", "test_clusters", "test_interruptions"
 )  # fmt: skip
-ONE_RAY = ("test_run", "test_on_ray", "test_on_s3")
+ONE_RAY = ("test_run", "test_on_ray", "test_on_s3", "test_mending")
 """The files whose tests share a Ray: all run in one process, so that it is started once."""
 
 
@@ -28,6 +28,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also what is left out otherwise, for its time: `make test-all`")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """The files that take longest, most of it waiting, come first, so that no process is left alone with one at the end."""
     if not config.getoption("slow") and (left := [i for i in items if _left_out(i)]):
