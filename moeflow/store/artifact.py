@@ -9,7 +9,9 @@ from threading import Lock
 from moeflow.store import checked, names
 from moeflow.store.blobs import Blobs
 from moeflow.store.cache import NodeCache, lost
-from moeflow.store.manifest import File, Manifest
+from moeflow.store.manifest import CHUNK, File, Manifest
+
+EDGES = 8  # chunks
 
 
 class StoredArtifact:
@@ -23,6 +25,7 @@ class StoredArtifact:
         self._blobs, self._cache, self._scratch = blobs, cache, scratch
         self.files: Mapping[str, File] = {n: f for n, f in sorted(manifest.files.items()) if n.startswith(prefix)}
         self._asked: set[tuple[str, int, int]] = set()
+        self._edges: dict[tuple[str, int], bytes] = {}  # chunks at the ends of ranges, by digest of the file and number
         self._lock = Lock()
 
     @property
@@ -49,8 +52,7 @@ class StoredArtifact:
         self._count(name, start, stop)
         if start >= stop:
             return b""
-        blob = names.blob(file.sha256)
-        if (path := self._blobs.local(blob)) is not None:
+        if (path := self._blobs.local(names.blob(file.sha256))) is not None:
             return checked.piece(path, file, start, stop)
         if (cached := self._cache.read(file, start, stop)) is not None:
             return cached
@@ -58,13 +60,7 @@ class StoredArtifact:
             with self.file(name).open("rb") as opened:
                 opened.seek(start)
                 return opened.read(stop - start)
-        first, last = checked.spanned(file, start, stop)
-        try:
-            span = self._blobs.read(blob, first, last)
-        except FileNotFoundError:
-            raise lost(self._blobs, file) from None
-        checked.compare(file, first, last, span)
-        return span[start - first : stop - first]
+        return self._fetched(file, start, stop)
 
     def folder(self) -> Path:
         missing = {self._folder / n: f for n, f in self.files.items() if not (self._folder / n).exists()}
@@ -74,6 +70,28 @@ class StoredArtifact:
             [*pool.map(lambda to: self._cache.link(self._blobs, missing[to], to), missing)]
         self._folder.mkdir(parents=True, exist_ok=True)  # an artifact without files is an empty folder
         return self._folder
+
+    def _fetched(self, file: File, start: int, stop: int) -> bytes:
+        """Read a range from elsewhere with the chunks that it touches; the outermost stay for the ranges beside it."""
+        first, last = start // CHUNK, (stop - 1) // CHUNK
+        with self._lock:
+            kept = {n: self._edges[file.sha256, n] for n in (first, last) if (file.sha256, n) in self._edges}
+        begin = (first + (first in kept)) * CHUNK
+        end = min((last + (last not in kept)) * CHUNK, file.size)
+        span = b""
+        if begin < end:
+            try:
+                span = self._blobs.read(names.blob(file.sha256), begin, end)
+            except FileNotFoundError:
+                raise lost(self._blobs, file) from None
+            checked.compare(file, begin, end, span)
+        data = kept.get(first, b"") + span + (kept.get(last, b"") if last > first else b"")
+        with self._lock:
+            for n in (first, last):
+                self._edges[file.sha256, n] = data[(n - first) * CHUNK : (n - first + 1) * CHUNK]
+            for old in [*self._edges][:-EDGES]:
+                del self._edges[old]
+        return data[start - first * CHUNK : stop - first * CHUNK]
 
     @property
     def _folder(self) -> Path:

@@ -68,6 +68,10 @@ def test_a_range_over_s3_moves_its_chunks_and_no_more(s3_store: Store, server: s
     (asked,) = [r for r in server.requests if "blobs/" in r.path]
     assert CHUNK <= asked.received < CHUNK + 10_000
     assert artifact.reads == 2
+    assert artifact.read("x", 2 * CHUNK - 5, 3 * CHUNK + 5) == DATA[2 * CHUNK - 5 : 3 * CHUNK + 5]
+    assert artifact.read("x", 0, CHUNK + 5) == DATA[: CHUNK + 5]
+    moved = sum(r.received for r in server.requests if "blobs/" in r.path)
+    assert moved < 4 * CHUNK + 100 + 20_000, "no chunk at the end of a range is moved twice"
 
 
 def test_on_a_disk_a_chunk_is_hashed_once(tmp_path: Path) -> None:
