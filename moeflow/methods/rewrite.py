@@ -115,7 +115,7 @@ def _configured_spec(rest: RestSpec, *, config: Config) -> Spec:
 
 
 @step("rewrite.configured", version=1, spec=_configured_spec)
-def configured(context: Context, given: Artifact, *, config: Config) -> None:
+def configured(context: Context, before: Artifact, *, config: Config) -> None:
     """All but the decoder layers, with another configuration."""
-    link_all(context, given, but=tuple(config_files(config)))
+    link_all(context, before, but=tuple(config_files(config)))
     write_config(config, context.out)

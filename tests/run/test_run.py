@@ -25,6 +25,10 @@ def content(store: Store, step: Step, name: str = "n") -> str:
     return store.artifact(step.key).file(name).read_text().strip()
 
 
+seldom_on_ray = pytest.mark.parametrize("run", ["process", pytest.param("ray", marks=pytest.mark.slow)], indirect=True)
+"""For what both runners have from the code that they share: on Ray it is tested by `make test-all`."""
+
+
 def test_a_second_run_computes_nothing(run: Callable, store: Store, trace: Path) -> None:
     graph = toy.total(*(toy.number(n=n, trace=str(trace)) for n in (1, 2, 3)), trace=str(trace))
     first = run([graph], store)
@@ -47,6 +51,7 @@ def test_only_what_changed_runs_again(run: Callable, store: Store, trace: Path) 
     assert (len(outcome.ran), outcome.stored) == (2, 1)
 
 
+@seldom_on_ray
 def test_a_shared_input_runs_once(run: Callable, store: Store, trace: Path) -> None:
     one = toy.number(n=1, trace=str(trace))
     graph = toy.total(one, one, toy.number(n=1, trace=str(trace)), trace=str(trace))
@@ -55,6 +60,7 @@ def test_a_shared_input_runs_once(run: Callable, store: Store, trace: Path) -> N
     assert content(store, graph) == "3"
 
 
+@seldom_on_ray
 def test_several_targets_run_and_share_what_they_need(run: Callable, store: Store, trace: Path) -> None:
     base = toy.number(n=8, trace=str(trace))
     one, two = toy.total(base, base), toy.half(base)
@@ -63,6 +69,7 @@ def test_several_targets_run_and_share_what_they_need(run: Callable, store: Stor
     assert lines(trace) == ["number 8"]
 
 
+@seldom_on_ray
 def test_what_is_stored_hides_inputs_that_are_gone(run: Callable, store: Store, trace: Path) -> None:
     base = toy.number(n=8, trace=str(trace))
     graph = toy.half(base)
@@ -87,6 +94,7 @@ def test_the_same_contents_are_not_computed_from_again(run: Callable, store: Sto
     assert run([graph(7)], store).stored == 3
 
 
+@seldom_on_ray
 def test_a_chain_behind_equal_contents_is_taken_over_whole(run: Callable, store: Store) -> None:
     def graph(n: int) -> Step:
         end = toy.half(toy.number(n=n))
@@ -100,6 +108,7 @@ def test_a_chain_behind_equal_contents_is_taken_over_whole(run: Callable, store:
     assert content(store, graph(7)) == "3"
 
 
+@seldom_on_ray
 def test_two_recipes_with_the_same_contents_in_one_run_are_computed_once(run: Callable, store: Store, trace: Path) -> None:
     one, two = toy.half(toy.number(n=6)), toy.half(toy.number(n=7))
     targets = [toy.total(one, trace=str(trace)), toy.total(two, trace=str(trace))]
@@ -110,6 +119,7 @@ def test_two_recipes_with_the_same_contents_in_one_run_are_computed_once(run: Ca
     assert content(store, targets[0]) == content(store, targets[1]) == "3"
 
 
+@seldom_on_ray
 def test_a_step_that_reads_a_part_ignores_changes_elsewhere(run: Callable, store: Store, trace: Path) -> None:
     def graph(values: list[int]) -> Step:
         shards = toy.shards(values=values)
@@ -167,11 +177,13 @@ def test_the_run_after_a_failure_continues(run: Callable, store: Store, trace: P
     assert [line for line in lines(trace) if line.startswith("from")] == ["from 0", "from 5"], "it took up what it had saved"
 
 
+@seldom_on_ray
 def test_partial_state_goes_when_the_step_is_stored(run: Callable, store: Store) -> None:
     run([toy.count(to=5)], store)
     assert not list(store.blobs.list("partial/"))
 
 
+@seldom_on_ray
 def test_linked_files_move_no_bytes(run: Callable, store: Store) -> None:
     parts = [toy.number(n=n, size=1000 + n) for n in (1, 2)]
     graph = toy.assemble(*parts)
@@ -186,6 +198,7 @@ def test_linked_files_move_no_bytes(run: Callable, store: Store) -> None:
     assert content(store, graph, "1.n") == "2"
 
 
+@seldom_on_ray
 def test_reads_are_counted_by_range(run: Callable, store: Store) -> None:
     graph = toy.slice_(toy.number(n=7, size=1000), start=100, stop=130)
     outcome = run([graph], store)
@@ -193,6 +206,7 @@ def test_reads_are_counted_by_range(run: Callable, store: Store) -> None:
     assert store.manifest(graph.key).reads == 30
 
 
+@seldom_on_ray
 def test_the_record_says_how_a_result_came_to_be(run: Callable, store: Store) -> None:
     graph = toy.total(toy.number(n=1))
     run([graph], store)
@@ -212,6 +226,7 @@ def test_a_step_computes_with_as_many_threads_as_it_asks_cpus_for(run: Callable,
     assert content(store, two) == "[2] 2"
 
 
+@seldom_on_ray
 def test_notes_are_shown_and_recorded(run: Callable, store: Store) -> None:
     stream = io.StringIO()
     graph = toy.talk(tokens=500)
@@ -222,6 +237,7 @@ def test_notes_are_shown_and_recorded(run: Callable, store: Store) -> None:
     assert "500/500 tokens" in stream.getvalue()
 
 
+@seldom_on_ray
 def test_a_hit_from_another_source_warns_and_is_not_computed_again(run: Callable, store: Store) -> None:
     stream = io.StringIO()
     graph = toy.number(n=1)
@@ -246,6 +262,7 @@ def test_a_run_renews_what_it_relies_on_and_so_keeps_all_that_is_upstream(store:
     assert gc(store).manifests == ()
 
 
+@seldom_on_ray
 def test_two_thousand_chained_steps_do_not_recurse(run: Callable, store: Store) -> None:
     end = toy.number(n=1)
     for _ in range(2000):
@@ -256,6 +273,7 @@ def test_two_thousand_chained_steps_do_not_recurse(run: Callable, store: Store) 
     assert content(store, end) == "1"
 
 
+@seldom_on_ray
 def test_a_long_chain_runs_in_its_order(run: Callable, store: Store) -> None:
     end = toy.number(n=0)
     for _ in range(60):

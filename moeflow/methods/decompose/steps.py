@@ -58,16 +58,17 @@ def _spectra_spec(
 
 @step("decompose.spectra", version=2, spec=_spectra_spec, gpus=1)
 def spectra(
-    context: Context, config: Artifact, given: Artifact, seen: tuple[Artifact, ...], *, layer: int, how: Decomposition, dtype: str
-) -> None:
+    context: Context, config: Artifact, before: Artifact, observed: tuple[Artifact, ...],
+    *, layer: int, how: Decomposition, dtype: str,
+) -> None:  # fmt: skip
     """How much each component of a matrix adds to its expert's outputs on the routed tokens, squared; see `ranks.Spectra`.
 
-    `seen`: what each shard of tokens recorded in this layer.
+    `observed`: what each shard of tokens recorded in this layer.
     """
 
     from moeflow.methods.decompose import factoring
 
-    factoring.spectra(context, read_config(config), given, seen, how, layer=layer, dtype=dtype).write(context.out)
+    factoring.spectra(context, read_config(config), before, observed, how, layer=layer, dtype=dtype).write(context.out)
 
 
 def _paper_spec(importances: tuple[Any, ...], *, sides: dict[str, list[int]], how: Decomposition) -> Spec:
@@ -151,17 +152,17 @@ def _cut(before: LayerSpec, uniform: Mapping[str, int]) -> TensorTable:
 
 @step("decompose.layer", version=2, spec=_layer_spec, gpus=1)
 def layer(
-    context: Context, config: Artifact, given: Artifact, seen: tuple[Artifact, ...], ranks: Artifact | None = None,
+    context: Context, config: Artifact, before: Artifact, observed: tuple[Artifact, ...], ranks: Artifact | None = None,
     *, layer: int, uniform: dict[str, int], how: Decomposition, dtype: str,
 ) -> None:  # fmt: skip
     """One layer's file with its experts' matrices as products of two, everything else bit for bit the same, and `facts.json`.
 
-    `seen`: what each shard of tokens recorded in this layer. The ranks come from the record `ranks` or, without it, from `uniform`:
+    `observed`: what each shard of tokens recorded in this layer. The ranks are those of `ranks` or, without it, of `uniform`:
     one rank per matrix for all experts. `facts.json` says for each expert what was done with it.
     """
 
     from moeflow.methods.decompose import factoring
 
     wanted: Mapping[str, Any] = uniform if ranks is None else Ranks.read(ranks).ranks[layer]
-    report = factoring.rewrite(context, read_config(config), given, seen, how, layer=layer, ranks=wanted, dtype=dtype)
-    Facts.of(given).and_then("decompose.layer", svd=how.svd, experts=report).write(context.out)
+    report = factoring.rewrite(context, read_config(config), before, observed, how, layer=layer, ranks=wanted, dtype=dtype)
+    Facts.of(before).and_then("decompose.layer", svd=how.svd, experts=report).write(context.out)

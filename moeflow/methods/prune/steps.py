@@ -1,7 +1,7 @@
 """Pruning: which experts of a layer stay, chosen layer by layer, by counts out of one budget, or by several layers together.
 
 NAEE (Lu et al., ACL 2024, arXiv 2402.14800) and MoE-I² (Yang et al., EMNLP Findings 2024, arXiv 2411.01016), section 3. `at` is the
-index of the layer that a step reads; its input `seen` is what each shard of tokens recorded in it.
+index of the layer that a step reads; its input `observed` is what each shard of tokens recorded in it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -61,19 +61,20 @@ def _choose_spec(
 
 @step("prune.choose", version=3, spec=_choose_spec, gpus=1)
 def choose(
-    context: Context, config: Artifact, layer: Artifact, seen: tuple[Artifact, ...], originals: tuple[Artifact, ...] = (),
+    context: Context, config: Artifact, layer: Artifact, observed: tuple[Artifact, ...], originals: tuple[Artifact, ...] = (),
     *, at: int, keep: int, how: Search, batch_tokens: int | None, dtype: str,
 ) -> None:  # fmt: skip
     """Choose the `keep` experts of one layer that stay, by enumeration or by a score; writes a `Choice`.
 
-    `originals`: what the original model recorded in the layer for the same tokens, if `seen` comes from a model whose earlier
+    `originals`: what the original model recorded in the layer for the same tokens, if `observed` comes from a model whose earlier
     layers are pruned; the target is then the original layer's output. `batch_tokens`: the tokens of a batch, for loss="batch-sum".
     """
     from moeflow.methods.prune.enumeration import weigh
 
     weigh(
-        context, read_config(config), layer, seen, originals, layer=at, keep=keep, how=how, batch_tokens=batch_tokens, dtype=dtype
-    ).write(context.out)
+        context, read_config(config), layer, observed, originals,
+        layer=at, keep=keep, how=how, batch_tokens=batch_tokens, dtype=dtype,
+    ).write(context.out)  # fmt: skip
 
 
 def _candidates_spec(
@@ -95,7 +96,7 @@ def _candidates_spec(
 
 @step("prune.candidates", version=2, spec=_candidates_spec, gpus=1)
 def candidates(
-    context: Context, config: Artifact, layer: Artifact, seen: tuple[Artifact, ...], counts: Artifact | None = None,
+    context: Context, config: Artifact, layer: Artifact, observed: tuple[Artifact, ...], counts: Artifact | None = None,
     *, at: int, keep: list[int], protected: list[int], how: Search, dtype: str,
 ) -> None:  # fmt: skip
     """Find the best sets of one layer's experts for each count in `keep`, and those of the scores; writes `Candidates`.
@@ -107,7 +108,9 @@ def candidates(
 
     if counts is not None:
         keep = [KeptCounts.read(counts).counts[at]]
-    sets = search_counts(context, read_config(config), layer, seen, layer=at, keep=keep, protected=protected, how=how, dtype=dtype)
+    sets = search_counts(
+        context, read_config(config), layer, observed, layer=at, keep=keep, protected=protected, how=how, dtype=dtype
+    )
     sets.write(context.out)
 
 
@@ -119,14 +122,14 @@ def _importance_spec(rest: RestSpec, layer: LayerSpec, observed: tuple[ObservedS
 
 
 @step("prune.importance", version=2, spec=_importance_spec, gpus=1)
-def importance(context: Context, config: Artifact, layer: Artifact, seen: tuple[Artifact, ...], *, at: int, dtype: str) -> None:
+def importance(context: Context, config: Artifact, layer: Artifact, observed: tuple[Artifact, ...], *, at: int, dtype: str) -> None:
     """For each expert, the relative change of the layer's output without it; writes `Importance`.
 
     Exact, by the Gram identity. If a layer's router needs all its experts, every importance is zero.
     """
     from moeflow.methods.prune.subset_search import importance_of
 
-    importance_of(context, read_config(config), layer, seen, layer=at, dtype=dtype).write(context.out)
+    importance_of(context, read_config(config), layer, observed, layer=at, dtype=dtype).write(context.out)
 
 
 def _importance_lm_spec(curves: Mapping[str, Any], recon: Mapping[str, Any]) -> Spec:

@@ -89,19 +89,19 @@ def _check_columns(name: str, columns: int, how: Slimming) -> None:
 
 @step("slim.layer", version=3, spec=_layer_spec, gpus=1)
 def layer(
-    context: Context, config: Artifact, given: Artifact, seen: tuple[Artifact, ...],
+    context: Context, config: Artifact, before: Artifact, observed: tuple[Artifact, ...],
     *, layer: int, part: int, parts: int, how: Slimming, dtype: str,
 ) -> None:  # fmt: skip
     """One layer's file with slimmed experts, and `facts.json`, which says for every expert how it was treated and what it lost.
 
-    `seen`: what each shard of tokens recorded in this layer. With several `parts`, each treats its share of the experts, and the
+    `observed`: what each shard of tokens recorded in this layer. With several `parts`, each treats its share of the experts; the
     first also writes everything else. If trimming removed the layer's experts, the layer is unchanged.
     """
 
     from moeflow.methods.slim import experts
 
-    report = experts.rewrite(context, read_config(config), given, seen, how, layer=layer, part=part, parts=parts, dtype=dtype)
-    facts = Facts.of(given)
+    report = experts.rewrite(context, read_config(config), before, observed, how, layer=layer, part=part, parts=parts, dtype=dtype)
+    facts = Facts.of(before)
     if report is not None:
         facts = facts.and_then("slim.layer", **how.facts, experts=report)
     if report is not None or part:  # otherwise the layer is unchanged

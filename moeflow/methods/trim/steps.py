@@ -8,7 +8,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Annotated, Any, Literal
 
 from moeflow.arch import Config, Family, family_config
 from moeflow.methods import rewrite
@@ -22,11 +22,6 @@ from moeflow.step import Artifact, Context, Spec, step
 
 SCORED = "scores.json"
 
-if TYPE_CHECKING:
-    Criterion = str
-else:
-    Criterion = Literal[*DROP_SCORES]
-
 
 @dataclass(frozen=True)
 class Trimming:
@@ -38,7 +33,7 @@ class Trimming:
     """How many MoE blocks or decoder layers go, or how many experts per layer, on average across the model."""
     across: Literal["model", "layer"] = "model"
     """Rank all experts of the model together, or those of each layer separately."""
-    criterion: Criterion = "router_score"
+    criterion: Annotated[str, DROP_SCORES] = "router_score"
     """The score that ranks experts. router_score is the authors'; like them, it ranks those of a DeepSeek by routing_weight."""
     least: int | None = None
     """The fewest experts that may stay in a layer, if ranked across the model; none: as many as the router gives a token."""
