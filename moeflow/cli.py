@@ -68,6 +68,7 @@ Ref = Annotated[str, typer.Argument(metavar="REF", help="name@3, name, a label, 
 
 
 _debug = ContextVar("debug", default=False)
+_own: ContextVar[pipeline.Build | None] = ContextVar("own", default=None)  # the `build` of the pipeline file that is running
 
 
 class PipelineCommand(TyperCommand):
@@ -78,7 +79,7 @@ class PipelineCommand(TyperCommand):
         if "--help" in args and file is not None:
             _debug.set("--debug" in args)
             with asking():
-                build = pipeline.load(file)
+                build = _own.get() or pipeline.load(file)
             print(pipeline.page(build, ast.get_docstring(ast.parse(file.read_text())) or ""))
             print(f"\nThe options --store, --runner and so on are those of: moeflow {self.name} --help")
             ctx.exit()
@@ -115,7 +116,7 @@ def plan(
     """Show what is stored, what would run, what it would read and write, and what cannot work."""
     with asking():
         opened = _open(store)
-        target = pipeline.call(pipeline.load(file), param)
+        target = pipeline.call(_own.get() or pipeline.load(file), param)
         planned = plans.plan([target, *target.reports], opened, memory=runner.memory)
     if json:
         _json({"key": target.key, **planned.json()})
@@ -145,7 +146,7 @@ def run(
     options, name = Options(retries, in_flight, gpus, cpus), name or file.stem
     with asking():
         opened = _open(store)
-        target = options.place(pipeline.call(pipeline.load(file), param))
+        target = options.place(pipeline.call(_own.get() or pipeline.load(file), param))
         prepared = prepare(target, opened, name=name, runner=runner)
     shown = show_progress(json=json)
     lost = not store and "working_dir_files" in Path.cwd().parts  # of a Ray job, which is deleted with the cluster
@@ -321,6 +322,7 @@ def verify(
 
 def main(build: Callable[..., Any] | None = None) -> None:
     """The `moeflow` command; with a pipeline's `build`, `moeflow run` with the file that is running."""
+    _own.set(build)
     app(None if build is None else ["run", *sys.argv])
 
 

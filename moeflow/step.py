@@ -18,6 +18,7 @@ import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, wraps
+from itertools import islice
 from pathlib import Path
 from typing import Any, Concatenate, NoReturn, ParamSpec, Protocol
 
@@ -158,8 +159,8 @@ class Part(Promise):
         return self.step.spec
 
 
-Slots = tuple[tuple[str, int | None], ...]
-"""The names of a step's inputs in order, each with its number of artifacts; None means one that is not in a tuple."""
+Slots = tuple[tuple[str, int | tuple[int, ...] | None], ...]
+"""The names of a step's inputs in order, each with its number of artifacts: None for one alone, several for a tuple of tuples."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -242,8 +243,8 @@ def step(
                 value = bound.arguments[parameter.name]
                 if parameter.kind is parameter.KEYWORD_ONLY:
                     params[parameter.name] = _plain(name, parameter.name, value, kinds.get(parameter.name))
-                elif at and (several := _inputs(name, parameter.name, value)) is not None:
-                    slots.append((parameter.name, len(several) if isinstance(value, tuple | list) else None))
+                elif at and (several := _inputs(name, parameter.name, value)):
+                    slots.append((parameter.name, _arity(value)))
                     inputs.extend(several)
             made = Step(name, version, fn, tuple(inputs), tuple(slots), params, Resources(**resources), spec)
             _ = made.key, made.spec  # refuse here what cannot work, with the caller's line in the traceback
@@ -259,20 +260,31 @@ def _declared(fn: Callable[..., None]) -> tuple[inspect.Signature, dict[str, Any
     return inspect.signature(fn), typing.get_type_hints(fn)
 
 
-def _inputs(name: str, slot: str, value: Any) -> list[Step | Part] | None:
-    """The steps of one input; None if it is absent."""
-    several = list(value) if isinstance(value, tuple | list) else [] if value is None else [value]
-    if strangers := [one for one in several if not isinstance(one, Step | Part)]:
-        raise TypeError(f"{name}: the input {slot} is made of steps, parameters go by keyword; got {strangers[0]!r}")
-    return several or None
+def _inputs(name: str, slot: str, value: Any) -> list[Step | Part]:
+    """The steps of one input in order; none if it is absent."""
+    if isinstance(value, tuple | list):
+        return [step for one in value for step in _inputs(name, slot, one)]
+    if value is not None and not isinstance(value, Step | Part):
+        raise TypeError(f"{name}: the input {slot} is made of steps, parameters go by keyword; got {value!r}")
+    return [] if value is None else [value]
+
+
+def _arity(value: Any) -> int | tuple[int, ...] | None:
+    if not isinstance(value, tuple | list):
+        return None
+    return tuple(map(len, value)) if isinstance(value[0], tuple | list) else len(value)
 
 
 def grouped(slots: Slots, values: Sequence[Any]) -> dict[str, Any]:
-    """Group values, one per artifact in the order of the inputs, by the inputs' names: one value each, or a list."""
-    groups, at = {}, 0
+    """Group values, one per artifact in the order of the inputs, by the inputs' names: single ones, tuples, tuples of tuples."""
+    rest, groups = iter(values), {}
     for name, count in slots:
-        groups[name] = values[at] if count is None else list(values[at : at + count])
-        at += 1 if count is None else count
+        if count is None:
+            groups[name] = next(rest)
+        elif isinstance(count, int):
+            groups[name] = tuple(islice(rest, count))
+        else:
+            groups[name] = tuple(tuple(islice(rest, n)) for n in count)
     return groups
 
 
@@ -284,15 +296,15 @@ def arguments(
     `inputs`: one value for each artifact. Options become values again.
     """
     signature, kinds = _declared(fn)
-    by_name, counts = grouped(slots, inputs), dict(slots)
+    by_name = grouped(slots, inputs)
     args: list[Any] = []
     for name, parameter in list(signature.parameters.items())[1:]:
         if parameter.kind is parameter.KEYWORD_ONLY:
             break
         if parameter.kind is parameter.VAR_POSITIONAL:
             args += by_name.get(name, ())
-        elif name in counts:
-            args.append(by_name[name] if counts[name] is None else tuple(by_name[name]))
+        elif name in by_name:
+            args.append(by_name[name])
         else:  # absent
             args.append(() if typing.get_origin(kinds.get(name)) is tuple else None)
     return args, {name: options.restored(value, kinds.get(name)) for name, value in params.items()}

@@ -82,6 +82,18 @@ def test_a_pipeline_file_run_by_itself_is_the_same_thing(cli: Cli, tmp_path: Pat
     assert through["steps"] == {"run": 0, "stored": alone["steps"]["run"]}
 
 
+def test_a_file_may_hand_over_a_graph_function_of_any_name(tmp_path: Path) -> None:
+    file = tmp_path / "two"
+    file.write_text(
+        '"""Two graphs."""\nfrom moeflow.cli import main\nfrom tests.run import toy\n'
+        "def half(n: int = 6):\n    return toy.half(toy.number(n=n))\nmain(half)\n"
+    )
+    words = [sys.executable, str(file), "-p", "n=8", "--store", str(tmp_path / "store"), "--json"]
+    done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["name"] == "two"
+
+
 def test_a_finished_pipeline_never_looks_for_ray(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     cli("run", PIPELINE)
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # where nothing listens

@@ -46,6 +46,21 @@ def test_inputs_have_names_and_arity() -> None:
     assert arguments(made.fn, several(a, (), b, rate=1).slots, ["A", "B"], {"rate": 2})[0] == ["A", (), "B"]
 
 
+@step("test.by_layer", version=1)
+def by_layer(context: Context, shards: tuple[tuple[Artifact, ...], ...] = (), ends: tuple[Artifact, ...] = ()) -> None: ...
+
+
+def test_inputs_may_be_tuples_of_tuples() -> None:
+    a, b, c, d = (source(seed=n) for n in range(4))
+    made = by_layer(((a, b), (), (c,)), (d,))
+    assert made.slots == (("shards", (2, 0, 1)), ("ends", 1)) and made.inputs == (a, b, c, d)
+    assert arguments(made.fn, made.slots, "abcd", {})[0] == [(("a", "b"), (), ("c",)), ("d",)]
+    assert len({made.key, by_layer(((a,), (b,), (c,)), (d,)).key, by_layer(((a, b), (c,)), (d,)).key}) == 3
+    assert by_layer(((), ())).key == by_layer().key and arguments(by_layer().fn, (), "", {})[0] == [(), ()]
+    with pytest.raises(TypeError, match="the input shards is made of steps"):
+        by_layer(((a, 1),))  # type: ignore[arg-type]
+
+
 def test_a_step_that_has_not_run_cannot_be_read() -> None:
     with pytest.raises(TypeError, match=r"test.source-.* is a promise: its files are there when the graph has run"):
         source().file("config.json")

@@ -255,9 +255,7 @@ def curves(calibration: Calibration, alternatives: Mapping[int, Alternatives], *
     for first, layers in _stages(model, STAGE_OF_FORKS):
         own = [alternatives.get(i) for i in range(first, first + len(layers))]
         state = forks(
-            model.essential, state, layers,
-            tuple(s for a in own if a and a.forks.kind == "sets" for s in a.steps),
-            tuple(s for a in own if a and a.forks.kind == "files" for s in a.steps),
+            model.essential, state, layers, tuple(a.steps if a else () for a in own),
             first=first, alternatives=[a.forks if a else None for a in own], batch=passed.batch, dtype=passed.dtype,
         )  # fmt: skip
     return measure(model.rest, calibration.tokens, state, rows=rows, dtype=passed.dtype)
@@ -283,12 +281,13 @@ def start(context: Context, starts: tuple[Artifact, ...], *, taken: list[int]) -
 
 
 def _forks_spec(
-    config: RestSpec, before: ForkSpec, layers: tuple[LayerSpec, ...], candidates: tuple[Any, ...], files: tuple[LayerSpec, ...],
+    config: RestSpec, before: ForkSpec, layers: tuple[LayerSpec, ...], sources: tuple[tuple[Any, ...], ...] = (),
     *, first: int, alternatives: list[Forks | None], batch: int, dtype: str,
 ) -> Spec:  # fmt: skip
     more = tuple(fork(i, name) for i, one in enumerate(alternatives, first) if one for name in one.names)
     out = ForkSpec(before.hidden, before.forks + more)
-    read = sum(layer.nbytes for layer in (*layers, *files)) + sum(c["bytes"] for c in candidates)
+    read = sum(layer.nbytes for layer in layers)
+    read += sum(one.nbytes if isinstance(one, LayerSpec) else one["bytes"] for several in sources for one in several)
     largest = max(layer.nbytes for layer in layers)
     return Spec(out, reads=before.nbytes + read, writes=out.nbytes, memory=4 * largest + 6 * out.hidden.nbytes)
 
@@ -296,25 +295,25 @@ def _forks_spec(
 @step("calibrate.forks", version=1, spec=_forks_spec, gpus=1)
 def forks(
     context: Context, config: Artifact, before: Artifact, layers: tuple[Artifact, ...],
-    candidates: tuple[Artifact, ...], files: tuple[Artifact, ...],
+    sources: tuple[tuple[Artifact, ...], ...] = (),
     *, first: int, alternatives: list[Forks | None], batch: int, dtype: str,
 ) -> None:  # fmt: skip
     """The hidden states behind consecutive layers: of the unchanged model, and of every fork that began before or begins here.
 
-    One file each. `candidates` and `files` hold the alternatives of the layers that need them, in the layers' order.
+    One file each. `sources`: for each layer, the artifacts that hold its alternatives: one of candidates for "sets", a layer for
+    each name for "files"; absent if no layer needs any.
     """
     from moeflow.methods.calibrate import forking
     from moeflow.model.alternatives import Alternative, Kept, Without
 
-    sets, others = iter(candidates), iter(files)
     stages = []
-    for i, (file, which) in enumerate(zip(layers, alternatives, strict=True), first):
+    for i, (file, which, artifacts) in enumerate(zip(layers, alternatives, sources or ((),) * len(layers), strict=True), first):
         begun: dict[str, Alternative] = {}
         if which and which.kind == "sets":
-            counts = Candidates.read(next(sets)).counts
+            counts = Candidates.read(artifacts[0]).counts
             begun = {name: Kept(counts[int(name)].best[0].keep) for name in which.names}
         elif which and which.kind == "files":
-            begun = {name: next(others).file(LAYER) for name in which.names}
+            begun = {name: artifact.file(LAYER) for name, artifact in zip(which.names, artifacts, strict=True)}
         elif which:
             begun = {name: Without(int(name)) for name in which.names}
         stages.append((i, file.file(LAYER), {fork(i, name): alternative for name, alternative in begun.items()}))

@@ -82,20 +82,21 @@ def size(context: Context, original: Artifact, compressed: Artifact, *, zeros: l
     write_report(context, "size", rows, note=note)
 
 
-def _experts_spec(rest: RestSpec, observed: tuple[ObservedSpec, ...], *, layers: list[int], name: str) -> Spec:
-    return Spec(reads=len(observed) * 1400, writes=400 + 20 * len(layers), memory=1 << 24)
+def _experts_spec(rest: RestSpec, observed: tuple[tuple[ObservedSpec, ...], ...], *, layers: list[int], name: str) -> Spec:
+    return Spec(reads=sum(map(len, observed)) * 1400, writes=400 + 20 * len(layers), memory=1 << 24)
 
 
 @step("evaluate.experts_per_token", version=1, spec=_experts_spec)
-def experts_per_token(context: Context, config: Artifact, observed: tuple[Artifact, ...], *, layers: list[int], name: str) -> None:
+def experts_per_token(
+    context: Context, config: Artifact, observed: tuple[tuple[Artifact, ...], ...], *, layers: list[int], name: str
+) -> None:
     """How many experts compute a token of held-out text: the mean over MoE layers, each layer's mean, and the sum.
 
-    `observed` is what one pass of the compressed model recorded: all shards of the first of `layers`, then all of the next.
+    `observed` is what one pass of the compressed model recorded: for each of `layers`, what every shard recorded in it.
     """
     from moeflow.methods.recorded import counted
 
-    shards = len(observed) // len(layers)
-    counts = [counted(observed[at * shards : (at + 1) * shards]) for at in range(len(layers))]
+    counts = [counted(shards) for shards in observed]
     top_k = Family.of(read_config(config)).top_k
     rows = [
         row(f"experts a token ({name})", top_k, float(np.mean(counts)), ""),

@@ -54,7 +54,7 @@ def reports(original: Model, compressed: Model, heldout: HeldOut, passed: Pass, 
         heads = original.rest, compressed.rest
         reports.append(quality(*heads, matrix, states, compressed_states, name=name, note=note, dtype=passed.dtype))
         if run:
-            observed = tuple(part for parts in run.observed.values() for part in parts)
+            observed = tuple(run.observed.values())
             reports.append(experts_per_token(original.essential, observed, layers=list(run.observed), name=name))
     return (*reports, speed(*both, machine=here(), length=heldout.length))
 

@@ -15,25 +15,20 @@ from moeflow.model.layout import Files
 
 
 @torch.inference_mode()
-def across(
-    before: Sequence[Files], behind: Sequence[Files], *, gap: int, tokens: int, progress: Callable[[int, int, str], None]
-) -> list[float]:
+def across(states: Sequence[Sequence[Files]], *, gap: int, tokens: int, progress: Callable[[int, int, str], None]) -> list[float]:
     """The mean cosine between the states before layer i and before layer i + `gap`, for every i (He et al., arXiv 2406.02500, 4.3).
 
-    `before`: the states of all shards before each layer, layer after layer; `behind`: those of all shards behind the last layer.
-    The first `tokens` of each shard are compared. Cosines are fp32, their sum fp64. Memory holds `gap` + 1 states of one shard at a
-    time.
+    `states`: those of every shard before each layer, and behind the last one. The first `tokens` of each shard are compared.
+    Cosines are fp32, their sum fp64. Memory holds `gap` + 1 states of one shard at a time.
     """
-    files, shards = [*before, *behind], len(behind)
-    states = len(files) // shards
-    total, count = torch.zeros(states - gap, dtype=torch.float64), 0
-    for shard in range(shards):
+    total, count = torch.zeros(len(states) - gap, dtype=torch.float64), 0
+    for n, shard in enumerate(zip(*states, strict=True)):
         window: deque[Tensor] = deque(maxlen=gap + 1)
-        for at in range(states):
-            window.append(_states(files[at * shards + shard], tokens))
+        for at, files in enumerate(shard):
+            window.append(_states(files, tokens))
             if len(window) > gap:
                 total[at - gap] += cosine_similarity(window[0], window[-1], dim=-1).sum(dtype=torch.float64)
-            progress(shard * states + at + 1, shards * states, "states")
+            progress(n * len(shard) + at + 1, len(states[0]) * len(shard), "states")
         count += len(window[0])
     return (total / count).tolist()
 

@@ -105,7 +105,7 @@ def layer_drop(calibration: Calibration, how: Trimming) -> Model:
         raise ValueError(
             f"dropped={drop} moe_blocks must lie between 0 and {len(layers) - 1}: the model has {len(layers)} layers with experts"
         )
-    chosen = choose_moe_blocks(tuple(part for i in layers for part in calibration.observed[i]), layers=layers, drop=drop)
+    chosen = choose_moe_blocks(tuple(calibration.observed[i] for i in layers), layers=layers, drop=drop)
     thinner = {i: without_moe_block(model.essential, model.layers[i], chosen, layer=i) for i in layers}
     return model.with_layers(thinner, (chosen,))
 
@@ -131,7 +131,7 @@ def block_drop(calibration: Calibration, how: Trimming) -> Model:
         raise ValueError("multi-token-prediction layers stand behind the last layer by its number; fetch the model with mtp='drop'")
     config, first = Family.of(family_config(model.config)).with_fewer_layers(drop), moe[0]
     chosen = choose_decoder_layers(
-        tuple(part for parts in calibration.between for part in parts),
+        tuple(calibration.between),
         tuple(end.part(HIDDEN) for end in calibration.ends),
         first=first, drop=drop, rule=how.rule, tokens=calibration.recorded,
     )  # fmt: skip
@@ -232,24 +232,23 @@ def _sets(values: Sequence[float], groups: int) -> list[tuple[float, list[int]]]
     return [(sum(values[e] for e in experts) / groups, list(experts)) for experts in zip(*ranked, strict=True)]
 
 
-def _choose_moe_blocks_spec(observed: tuple[ObservedSpec, ...], *, layers: list[int], drop: int) -> Spec:
+def _choose_moe_blocks_spec(observed: tuple[tuple[ObservedSpec, ...], ...], *, layers: list[int], drop: int) -> Spec:
     writes = 200 + 40 * len(layers)
-    return Spec({"share": 1 - drop / len(layers), "bytes": writes}, reads=len(observed) * 1500, writes=writes)
+    return Spec({"share": 1 - drop / len(layers), "bytes": writes}, reads=sum(map(len, observed)) * 1500, writes=writes)
 
 
 @step("trim.moe_blocks", version=1, spec=_choose_moe_blocks_spec)
-def choose_moe_blocks(context: Context, observed: tuple[Artifact, ...], *, layers: list[int], drop: int) -> None:
+def choose_moe_blocks(context: Context, observed: tuple[tuple[Artifact, ...], ...], *, layers: list[int], drop: int) -> None:
     """Choose the layers whose MoE block and norm turn the residual stream least, by mean cosine over all tokens (section 4.2).
 
-    `observed`: what every shard recorded in the first of `layers`, then in the next. Raises ValueError if an earlier step has left
-    fewer MoE blocks than should go.
+    `observed`: for each of `layers`, what every shard recorded in it. Raises ValueError if an earlier step has left fewer MoE
+    blocks than should go.
     """
     from moeflow.model.checkpoint import Tensors
 
-    shards = len(observed) // len(layers)
     similarity = {}
-    for at, layer in enumerate(layers):
-        parts = [Tensors(o) for o in observed[at * shards : (at + 1) * shards]]
+    for layer, shards in zip(layers, observed, strict=True):
+        parts = [Tensors(shard) for shard in shards]
         if all("cos_block" in p for p in parts):  # otherwise its block has gone already
             similarity[layer] = float(sum(p["cos_block"] for p in parts) / sum(p["tokens"] for p in parts))
     if drop > len(similarity):
@@ -259,31 +258,31 @@ def choose_moe_blocks(context: Context, observed: tuple[Artifact, ...], *, layer
 
 
 def _choose_decoder_layers_spec(
-    before: tuple[ObservedSpec, ...], behind: tuple[Any, ...], *, first: int, drop: int, rule: str, tokens: int
+    before: tuple[tuple[ObservedSpec, ...], ...], behind: tuple[Any, ...], *, first: int, drop: int, rule: str, tokens: int
 ) -> Spec:
-    layers, ends = len(before) // len(behind), [b.hidden if isinstance(b, ObservedSpec) else b for b in behind]
+    ends = [b.hidden if isinstance(b, ObservedSpec) else b for b in behind]
     each = max(min(tokens, s.sequences * s.length) * int(s.config["hidden_size"]) * 4 for s in ends)
     gap = drop if rule == "consecutive" else 1
-    writes = 300 + 40 * layers
+    writes = 300 + 40 * len(before)
     memory = (gap + 3) * each + 2 * max(s.nbytes for s in ends) + (1 << 27)
-    return Spec({"bytes": writes}, reads=len(before) * each + sum(s.nbytes for s in ends), writes=writes, memory=memory)
+    return Spec({"bytes": writes}, reads=sum(map(len, before)) * each + sum(s.nbytes for s in ends), writes=writes, memory=memory)
 
 
 @step("trim.decoder_layers", version=1, spec=_choose_decoder_layers_spec)
 def choose_decoder_layers(
-    context: Context, before: tuple[Artifact, ...], behind: tuple[Artifact, ...],
+    context: Context, before: tuple[tuple[Artifact, ...], ...], behind: tuple[Artifact, ...],
     *, first: int, drop: int, rule: Literal["discrete", "consecutive"], tokens: int,
 ) -> None:  # fmt: skip
     """Choose the `drop` decoder layers with the highest mean cosine over tokens, among those numbered `first` and higher.
 
     Section 4.3. "discrete": each layer by the cosine between its input and its output; "consecutive": runs of `drop` adjacent
-    layers by the cosine between the input of the first and the output of the last. `before`: the inputs of the layers, layer by
-    layer, all shards of each; `behind`: the outputs of the last layer, all shards. The first `tokens` of each are compared.
+    layers by the cosine between the input of the first and the output of the last. `before`: for each layer its inputs, shard by
+    shard; `behind`: the outputs of the last layer, shard by shard. The first `tokens` of each are compared.
     """
     from moeflow.methods.trim.similarity import across
 
     gap = drop if rule == "consecutive" else 1
-    similarity = across(before, behind, gap=gap, tokens=tokens, progress=context.progress)
+    similarity = across((*before, behind), gap=gap, tokens=tokens, progress=context.progress)
     order = sorted(range(first, len(similarity)), key=lambda i: (-similarity[i], -i))
     gone = sorted(order[:drop]) if rule == "discrete" else list(range(order[0], order[0] + drop))
     TrimmedLayers("decoder_layers", gone, dict(enumerate(similarity)), rule, gap).write(context.out)
