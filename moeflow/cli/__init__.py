@@ -1,0 +1,19 @@
+"""The command line: parses words, calls what does the work, and prints. Knows no models and decides nothing.
+
+A pipeline file ends with `main(build)`, so `python PIPELINE.py ...` is `moeflow run PIPELINE.py ...`.
+"""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from moeflow.cli import runs, stored
+from moeflow.cli.common import app, own
+
+__all__ = ["app", "main", "runs", "stored"]
+
+
+def main(build: Callable[..., Any] | None = None) -> None:
+    """The `moeflow` command; with a pipeline's `build`, `moeflow run` with the file that is running."""
+    own.set(build)
+    app(None if build is None else ["run", *sys.argv])

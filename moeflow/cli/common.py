@@ -1,0 +1,151 @@
+"""What every command shares: the app, its options, errors in one line, stores by their address, and what is printed."""
+
+import ast
+import inspect
+import json
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from moeflow import report
+from moeflow.run import CannotRun, ClusterLost, StepFailed, pipeline
+from moeflow.run.go import Runner
+from moeflow.run.outcome import describe
+from moeflow.store import LocalBlobs, NotStored, Store, StoreError
+
+STORE = ".moeflow/store"
+REQUEST = (ValueError, TypeError, LookupError, OSError, ImportError, StoreError)  # what a wrong request raises
+WORK = (CannotRun, ClusterLost, StepFailed, StoreError, NotStored, OSError)
+
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    help="Compress mixture-of-experts models. Exit codes: 0, 1 (the work failed), 2 (the request was wrong).",
+)
+
+File = Annotated[Path, typer.Argument(metavar="PIPELINE.py", help="a file that defines build()")]
+Params = Annotated[
+    list[str], typer.Option("-p", "--param", metavar="NAME=VALUE", help="a parameter; `PIPELINE.py --help` lists them")
+]
+Url = Annotated[str, typer.Option("--store", metavar="URL", help="a folder, or s3://bucket/prefix")]
+Name = Annotated[str, typer.Option("--name", help="publish under this name (the pipeline's file name)")]
+RunnerName = Annotated[Runner, typer.Option("--runner", help="auto is ray if RAY_ADDRESS is set, else process")]
+InFlight = Annotated[int, typer.Option("--in-flight", min=0, help="most steps at once on Ray; 0: what its CPUs allow")]
+Retries = Annotated[int, typer.Option("--retries", min=0, help="how often a step is retried when its worker is lost")]
+Gpus = Annotated[
+    float | None, typer.Option("--gpus", min=0, help="GPUs of each step that computes with a model (1 if there are any)")
+]
+Cpus = Annotated[float | None, typer.Option("--cpus", min=1, help="CPUs, and threads, of each such step (1)")]
+Json = Annotated[bool, typer.Option("--json", help="machine-readable output")]
+Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
+All = Annotated[bool, typer.Option("--all", help="a line for every step")]
+Ref = Annotated[str, typer.Argument(metavar="REF", help="name@3, name, a label, a key, or the beginning of one key")]
+
+
+_debug = ContextVar("debug", default=False)
+own: ContextVar[pipeline.Build | None] = ContextVar("own", default=None)  # the `build` of the pipeline file that is running
+
+
+class PipelineCommand(TyperCommand):
+    """A command whose `--help` shows the pipeline's page if a pipeline file is named."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
+        file = next((Path(word) for word in args if word.endswith(".py")), None)
+        if "--help" in args and file is not None:
+            _debug.set("--debug" in args)
+            with asking():
+                build = own.get() or pipeline.load(file)
+            print(pipeline.page(build, ast.get_docstring(ast.parse(file.read_text())) or ""))
+            print(f"\nThe options --store, --runner and so on are those of: moeflow {self.name} --help")
+            ctx.exit()
+        return super().parse_args(ctx, args)
+
+
+def command(**options: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Make a function a command of `moeflow`; every command takes `--debug` too."""
+
+    def add(function: Callable[..., None]) -> Callable[..., None]:
+        @wraps(function)
+        def with_debug(*, debug: bool, **arguments: Any) -> None:
+            _debug.set(debug)
+            function(**arguments)
+
+        signature = inspect.signature(function)
+        debug = inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Debug)
+        with_debug.__signature__ = signature.replace(parameters=[*signature.parameters.values(), debug])  # type: ignore[attr-defined]
+        app.command(**options)(with_debug)
+        return function
+
+    return add
+
+
+def print_reports(reports: Sequence[report.Report]) -> None:
+    out = report.console()
+    if any(r.rows for r in reports):
+        print()
+        out.print(report.table(reports, plain=not out.is_terminal))
+    for note in dict.fromkeys(note for r in reports for note in r.notes):
+        print(f"- {note}")
+    print()
+
+
+def open_store(url: str) -> Store:
+    """Open and check a store that will be written to. Raises StoreError."""
+    store = Store.open(url or STORE)
+    store.check()
+    return store
+
+
+def reading(url: str) -> Store:
+    """Open a store that must exist. Raises FileNotFoundError."""
+    store = Store.open(url or STORE)
+    if isinstance(store.blobs, LocalBlobs) and not store.blobs.root.is_dir():
+        raise FileNotFoundError(f"there is no store {store.url}; pass --store, or run a pipeline")
+    return store
+
+
+def print_json(value: Any) -> None:
+    print(json.dumps(value), flush=True)
+
+
+def asking() -> AbstractContextManager[None]:
+    """Errors inside are the request's fault: exit code 2."""
+    return _one_line(REQUEST, 2)
+
+
+def working() -> AbstractContextManager[None]:
+    """Errors inside are the work's fault: exit code 1."""
+    return _one_line(WORK, 1)
+
+
+@contextmanager
+def _one_line(expected: tuple[type[Exception], ...], code: int) -> Iterator[None]:
+    """Turn expected errors, Ctrl-C and `ray job stop` into one line; any other error is a bug of moeflow."""
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    except KeyboardInterrupt:
+        _complain("interrupted; what had finished is stored, and the next run continues there")
+        raise typer.Exit(1) from None
+    except expected as error:
+        plainly = isinstance(error, (*WORK, ValueError)) and str(error)
+        _complain(" ".join(str(error).split()) if plainly else describe(error))
+        raise typer.Exit(2 if isinstance(error, CannotRun) else code) from None
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _complain(line: str) -> None:
+    if _debug.get():
+        traceback.print_exc()
+    print(f"error: {line}", file=sys.stderr, flush=True)

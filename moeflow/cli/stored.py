@@ -1,0 +1,220 @@
+"""The commands about what is stored: ls, show, pull, promote, gc and verify."""
+
+import json as json_
+import re
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from moeflow import report
+from moeflow.cli.common import (
+    STORE,
+    All,
+    Json,
+    Ref,
+    Url,
+    asking,
+    command,
+    open_store,
+    print_json,
+    print_reports,
+    reading,
+    working,
+)
+from moeflow.report import lineage as lineages
+from moeflow.run.words import count, size
+from moeflow.store import Store, versions
+from moeflow.store import gc as garbage_
+from moeflow.store import repair as repair_
+
+UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+@command()
+def ls(
+    name: Annotated[str, typer.Argument(help="only versions of this name")] = "",
+    store: Url = "",
+    json: Json = False,
+) -> None:
+    """List the versions, newest last, with their labels."""
+    with asking():
+        listed = sorted(versions.list(reading(store), name), key=lambda v: v.created)
+    if json:
+        print_json([_version(v) for v in listed])
+        return
+    for v in listed:
+        print(f"{v.ref:<24} {v.created}  {v.key}  {' '.join(v.labels)}".rstrip())
+    if not listed:
+        print(f"no versions{f' of {name}' if name else ''} in {store or STORE}", file=sys.stderr)
+
+
+@command()
+def show(ref: Ref, store: Url = "", all: All = False, json: Json = False) -> None:
+    """Show a version: parameters, everything upstream, library versions, source digests and reports."""
+    with asking():
+        opened = reading(store)
+        version, key = _resolve(opened, ref)
+        upstream = versions.lineage(opened, key)
+        reports = report.read(opened, version.reports if version else [])
+    if json:
+        about = {"version": _version(version) if version else None, "key": key}
+        libraries = lineages.libraries(upstream)
+        lineage = [json_.loads(m.dump()) for m in upstream.values()]
+        print_json(about | {"libraries": libraries, "lineage": lineage, "reports": [asdict(r) for r in reports]})
+        return
+    out = report.console()
+    plain = not out.is_terminal
+    for line in lineages.facts(upstream[key], version):
+        print(line)
+    print(f"\n{len(upstream):,} keys, with everything upstream:")
+    out.print(lineages.steps(upstream, every=all, plain=plain))
+    print("\nlibraries  " + ", ".join(f"{k} {' and '.join(v)}" for k, v in lineages.libraries(upstream).items()))
+    print_reports(reports)
+
+
+@command()
+def pull(
+    ref: Ref,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="a new or empty folder")],
+    dense: Annotated[bool, typer.Option("--dense", help="multiply low-rank matrices out, for engines without a kernel")] = False,
+    store: Url = "",
+    json: Json = False,
+) -> None:
+    """Copy a version's files into a folder that transformers loads; the copies are yours to change."""
+    with asking():
+        opened = reading(store)
+        _, key = _resolve(opened, ref)
+        if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+            raise FileExistsError(f"{folder} is not empty; name a folder that does not exist yet")
+        manifest = opened.manifest(key)
+    with working():
+        opened.fetch(key, folder)
+        made = _multiplied_out(folder) if dense else {}
+    if json:
+        about = {"key": key, "folder": str(folder.absolute()), "files": len(manifest.files), "bytes": manifest.bytes}
+        print_json(about | ({"dense": made} if dense else {}))
+        return
+    print(f"{folder}: {count(len(manifest.files), 'file')}, {size(manifest.bytes)}, from {key}")
+    if dense and made["matrices"]:
+        print(
+            f"{made['matrices']:,} low-rank matrices multiplied out: {size(made['before'])} of weights have become "
+            f"{size(made['after'])}, and run no faster than what was never cut"
+        )
+    elif dense:
+        print("no matrix is low-rank: there was nothing to multiply out")
+
+
+@command()
+def promote(
+    ref: Ref,
+    label: Annotated[str, typer.Argument(help="a word like production")],
+    store: Url = "",
+    json: Json = False,
+) -> None:
+    """Point a label at a version; afterwards REF may be the label."""
+    with asking():
+        version = versions.promote(open_store(store), ref, label)
+    if json:
+        print_json({"label": label, "ref": version.ref, "key": version.key})
+    else:
+        print(f"{label} is {version.ref}, {version.key}")
+
+
+@command()
+def gc(
+    delete: Annotated[bool, typer.Option("--delete", help="delete what is listed")] = False,
+    grace: Annotated[str, typer.Option("--grace", help="spare what is younger: 7d, 12h, 30m, 0s")] = "7d",
+    store: Url = "",
+    json: Json = False,
+) -> None:
+    """List what no version reaches and is older than the grace period; with --delete, delete it."""
+    with asking():
+        opened = reading(store)
+        garbage = garbage_.gc(opened, _seconds(grace))
+    with working():
+        gone = garbage_.delete(opened, garbage) if delete else garbage
+    if json:
+        about = {"deleted": delete, "manifests": list(gone.manifests), "partials": list(gone.partials)}
+        print_json(about | {"blobs": len(gone.blobs), "bytes": gone.bytes, "broken": list(gone.broken)})
+        return
+    for key in gone.manifests:
+        print(key)
+    for key in gone.partials:
+        print(f"{key} (interrupted)")
+    what = f"{count(len(gone.manifests), 'artifact')} and {count(len(gone.blobs), 'blob')}, {size(gone.bytes)}"
+    empty = not (gone.manifests or gone.blobs or gone.partials or gone.leftovers)
+    print("nothing to delete" if empty else f"deleted {what}" if delete else f"{what}; delete with --delete")
+    for key in gone.broken:
+        print(f"warning: {key} cannot be read: a blob is gone or cut short; run its pipeline again", file=sys.stderr)
+
+
+@command()
+def verify(
+    ref: Annotated[str, typer.Argument(metavar="[REF]", help="a version or key, with everything that it was made from")] = "",
+    all: Annotated[bool, typer.Option("--all", help="everything that the store holds")] = False,
+    repair: Annotated[bool, typer.Option("--repair", help="drop what is damaged with everything that rests on it")] = False,
+    store: Url = "",
+    json: Json = False,
+) -> None:
+    """Compare every byte of a version, or of the store, with what was written. Exit code 1 if any is damaged and not dropped."""
+    with asking():
+        if bool(ref) == all:
+            raise ValueError("name a version or key, or say --all")
+        opened = reading(store)
+        version, key = _resolve(opened, ref) if ref else (None, "")
+    with working():
+        damage = repair_.inspect(opened, key, version.reports if version else ())
+        if repair and damage.names:
+            repair_.drop(opened, damage.names)
+    refs = [v.ref for v in damage.versions]
+    if json:
+        about = {"files": damage.files, "bytes": damage.bytes, "damaged": dict(damage.names), "keys": list(damage.keys)}
+        print_json(about | {"versions": refs, "orphans": len(damage.orphans), "dropped": bool(repair and damage.names)})
+    else:
+        for line in [*damage.names.values(), *(f"{key} rests on what is damaged" for key in damage.keys)]:
+            print(line)
+        read = f"{count(damage.files, 'file')}, {size(damage.bytes)}"
+        print(f"{read}: {count(len(damage.names), 'object')} damaged" if damage.names else f"{read}: all as they were written")
+        if damage.orphans:
+            unused = size(sum(e.size for e in damage.orphans))
+            print(f"{count(len(damage.orphans), 'blob')}, {unused}, that nothing names; see `moeflow gc`")
+        if damage.names:
+            print("dropped: the next run computes them again" if repair else "to drop them, and compute them again: --repair")
+        for v in damage.versions:
+            print(f"{v.ref} rests on them: run its pipeline, {v.record.get('pipeline', v.name)}, again")
+    if damage.names and not repair:
+        raise typer.Exit(1)
+
+
+def _resolve(store: Store, ref: str) -> tuple[versions.Version | None, str]:
+    """The version and key that `ref` means; for a key, the newest version that published it, or None."""
+    target = versions.resolve(store, ref)
+    if isinstance(target, str):
+        published = [v for v in versions.list(store) if v.key == target]
+        return max(published, key=lambda v: v.created, default=None), target
+    return target, target.key
+
+
+def _version(v: versions.Version) -> dict[str, Any]:
+    about = {"ref": v.ref, "name": v.name, "version": v.n, "key": v.key, "created": v.created}
+    return about | {"labels": list(v.labels), "reports": list(v.reports), "record": dict(v.record)}
+
+
+def _multiplied_out(folder: Path) -> dict[str, Any]:
+    """Multiply the factors in a pulled folder, in a process of its own, because this one has not loaded torch."""
+    words = [sys.executable, "-P", "-m", "moeflow.model.dense", str(folder)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or [f"the process that multiplies ended with {done.returncode}"]
+        raise OSError(f"{said[-1]}; {folder} may be half done, remove it and pull again")
+    return json_.loads(done.stdout)
+
+
+def _seconds(text: str) -> float:
+    if not (match := re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text)):
+        raise ValueError(f"--grace {text}: write a number and s, m, h or d, as in 7d")
+    return float(match[1]) * UNITS[match[2]]
