@@ -10,6 +10,7 @@ from moeflow.methods.recipes import naee
 from moeflow.run import in_process
 from moeflow.step import upstream
 from moeflow.store import Store
+from moeflow.store.manifest import CHUNK
 from tests import running, servers, tiny
 
 
@@ -36,6 +37,6 @@ def test_dropping_experts_of_a_layer_reads_at_most_that_layer_s_file_and_assembl
     assert 0.7 * size < received(dropped[0]) <= 1.01 * size
     in_process.run(dropped, Store.open(s3_url, tmp_path / "two"))
     moved = received(target)
-    assert moved < 0.1 * size
+    assert moved < len(dropped) * CHUNK + 0.1 * size  # of each layer's file its header, which is verified with its chunk
     sent = [r.sent for r in server.requests if r.method == "PUT" and "/blobs/" in r.path]
     assert len(sent) <= 3 and sum(sent) < 0.02 * target.spec.output.nbytes
