@@ -64,21 +64,20 @@ def piece(path: Path, file: File, start: int, stop: int) -> bytes:
             whole(path, file)
             return _exactly(opened.fileno(), start, stop)
         identity = (file.sha256, about.st_ino, about.st_size, about.st_mtime_ns)
-        if _touched(start, stop) <= _intact.get(identity, set()):
-            return _exactly(opened.fileno(), start, stop)
-        first, last = spanned(file, start, stop)
-        span = _exactly(opened.fileno(), first, last)
-        compare(file, first, last, span)
-        _know(identity, _touched(start, stop))
-        return span[start - first : stop - first]
+        data = _exactly(opened.fileno(), start, stop)
+        new = {*range(start // CHUNK, -(-stop // CHUNK))} - _intact.get(identity, set())
+        for n in new:
+            first, last = n * CHUNK, min((n + 1) * CHUNK, file.size)
+            inside = start <= first and last <= stop  # else the chunk at an end of the range is read once more, whole
+            chunk = memoryview(data)[first - start : last - start] if inside else _exactly(opened.fileno(), first, last)
+            compare(file, first, last, chunk)
+        if new:
+            with _lock:
+                _intact.setdefault(identity, set()).update(new)
+        return data
 
 
-def spanned(file: File, start: int, stop: int) -> tuple[int, int]:
-    """The range of whole chunks that holds the bytes [start, stop)."""
-    return start // CHUNK * CHUNK, min(-(-stop // CHUNK) * CHUNK, file.size)
-
-
-def compare(file: File, start: int, stop: int, data: bytes) -> None:
+def compare(file: File, start: int, stop: int, data: bytes | memoryview) -> None:
     """Compare the whole chunks [start, stop) with their digests. Raises CorruptBlob."""
     if len(data) != stop - start:
         raise corrupt(file, f"ends {stop - start - len(data)} bytes too early")
@@ -99,12 +98,3 @@ def _exactly(opened: int, start: int, stop: int) -> bytes:
     while len(data) < stop - start and (more := os.pread(opened, stop - start - len(data), start + len(data))):
         data += more
     return data
-
-
-def _touched(start: int, stop: int) -> set[int]:
-    return {*range(start // CHUNK, -(-stop // CHUNK))}
-
-
-def _know(identity: Identity, chunks: set[int]) -> None:
-    with _lock:
-        _intact.setdefault(identity, set()).update(chunks)
