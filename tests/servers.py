@@ -39,6 +39,7 @@ class Fault:
     hang_up: bool = False  # close the connection without passing the request on
     lose: bool = False  # pass the request on, then close without its answer
     break_off: int = -1  # pass the answer on up to this many bytes, then close
+    date: str = ""  # of a `status` that is answered
 
 
 @dataclass
@@ -94,7 +95,8 @@ def proxy(target: str, latency: float = 0.0) -> Iterator[Proxy]:
                 return
             if fault.status:
                 told = f"<Error><Code>{fault.code}</Code><Message>told to</Message></Error>".encode()
-                self._answer(fault.status, {"Content-Type": "application/xml"}, told, body, fault)
+                about = {"Content-Type": "application/xml"} | ({"Date": fault.date} if fault.date else {})
+                self._answer(fault.status, about, told, body, fault)
                 return
             upstream = http.client.HTTPConnection(where.hostname or "", where.port, timeout=60)
             headers = {k: v for k, v in self.headers.items() if k.lower() not in {*HOP, *seen.drop, "expect"}}

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typer.testing import CliRunner, Result
 
 from moeflow.cli import app
 from moeflow.store import Store, names, versions
+from tests import servers
 
 PIPELINE = Path(__file__).with_name("toy_pipeline.py")
 ROOT = Path(__file__).parents[1]
@@ -270,3 +272,40 @@ def test_the_command_line_needs_no_torch_and_no_ray_to_say_what_is_stored(cli: C
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "[]", done.stderr
+
+
+def test_a_run_outlasts_an_outage_and_says_so_once(cli: Cli, s3_url: str, server: servers.Proxy) -> None:
+    down: dict[str, float] = {}
+
+    def fault(method: str, path: str) -> servers.Fault | None:
+        if method == "PUT" and "/blobs/" in path:
+            down.setdefault("since", time.monotonic())
+        away = "since" in down and time.monotonic() < down["since"] + 3
+        return servers.Fault(520, "Down") if away else None
+
+    server.fault = fault
+    result = cli("run", PIPELINE, "--store", s3_url, "--patience", "2m")
+    assert result.exit_code == 0, result.output
+    assert result.stderr.count("does not answer; it is waited for, up to 2 min") == 1
+
+
+@pytest.mark.parametrize("command", ["run", "plan"])
+def test_a_store_that_is_down_is_no_wrong_request(cli: Cli, s3_url: str, server: servers.Proxy, command: str) -> None:
+    server.fault = lambda method, path: servers.Fault(520, "Down")
+    result = cli(command, PIPELINE, "--store", s3_url, "--patience", "1s")
+    assert result.exit_code == 1
+    assert "it was waited for, 1 s" in error(result)
+    assert cli("ls", "--store", s3_url).exit_code == 1
+
+
+def test_a_plan_writes_nothing(cli: Cli, s3_url: str, server: servers.Proxy, tmp_path: Path) -> None:
+    server.fault = lambda method, path: None if method in ("GET", "HEAD") else servers.Fault(403, "AccessDenied")
+    assert cli("plan", PIPELINE, "--store", s3_url).exit_code == 0
+    assert cli("plan", PIPELINE).exit_code == 0
+    assert not (tmp_path / ".moeflow").exists()
+    (tmp_path / "file").write_text("")
+    assert "is a file" in error(cli("plan", PIPELINE, "--store", "file"))
+
+
+def test_a_time_that_is_none_is_told(cli: Cli) -> None:
+    assert "--patience 15: write a number and s, m, h or d" in error(cli("run", PIPELINE, "--patience", "15"))

@@ -3,6 +3,7 @@
 import ast
 import inspect
 import json
+import re
 import signal
 import sys
 import traceback
@@ -21,8 +22,11 @@ from moeflow.run import CannotRun, ClusterLost, StepFailed, pipeline
 from moeflow.run.go import Runner
 from moeflow.run.outcome import describe
 from moeflow.store import LocalBlobs, NotStored, Store, StoreError
+from moeflow.store.errors import GaveUp
+from moeflow.store.patience import may_pass
 
 STORE = ".moeflow/store"
+UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 REQUEST = (ValueError, TypeError, LookupError, OSError, ImportError, StoreError)  # what a wrong request raises
 WORK = (CannotRun, ClusterLost, StepFailed, StoreError, NotStored, OSError)
 
@@ -46,6 +50,9 @@ Gpus = Annotated[
     float | None, typer.Option("--gpus", min=0, help="GPUs of each step that computes with a model (1 if there are any)")
 ]
 Cpus = Annotated[float | None, typer.Option("--cpus", min=1, help="CPUs, and threads, of each such step (1)")]
+Patience = Annotated[
+    str, typer.Option("--patience", metavar="TIME", help="wait for a store or source that does not answer: 15m, 2h, 0s")
+]
 Json = Annotated[bool, typer.Option("--json", help="machine-readable output")]
 Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
 All = Annotated[bool, typer.Option("--all", help="a line for every step")]
@@ -99,9 +106,9 @@ def print_reports(reports: Sequence[report.Report]) -> None:
     print()
 
 
-def open_store(url: str) -> Store:
+def open_store(url: str, patience: float = 0.0) -> Store:
     """Open and check a store that will be written to. Raises StoreError."""
-    store = Store.open(url or STORE)
+    store = Store.open(url or STORE, patience=patience)
     store.check()
     return store
 
@@ -112,6 +119,13 @@ def reading(url: str) -> Store:
     if isinstance(store.blobs, LocalBlobs) and not store.blobs.root.is_dir():
         raise FileNotFoundError(f"there is no store {store.url}; pass --store, or run a pipeline")
     return store
+
+
+def seconds(option: str, text: str) -> float:
+    """A time like 15m as seconds. Raises ValueError with the option's name."""
+    if not (match := re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text)):
+        raise ValueError(f"{option} {text}: write a number and s, m, h or d, as in 7d")
+    return float(match[1]) * UNITS[match[2]]
 
 
 def print_json(value: Any) -> None:
@@ -140,7 +154,8 @@ def _one_line(expected: tuple[type[Exception], ...], code: int) -> Iterator[None
     except expected as error:
         plainly = isinstance(error, (*WORK, ValueError)) and str(error)
         _complain(" ".join(str(error).split()) if plainly else describe(error))
-        raise typer.Exit(2 if isinstance(error, CannotRun) else code) from None
+        waited = isinstance(error, GaveUp) or may_pass(error)  # the request was right
+        raise typer.Exit(2 if isinstance(error, CannotRun) else 1 if waited else code) from None
     finally:
         signal.signal(signal.SIGTERM, previous)
 

@@ -1,12 +1,14 @@
 """The commands that take a pipeline file: plan and run."""
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 import typer
 
 from moeflow import report
 from moeflow.cli.common import (
+    STORE,
     All,
     Cpus,
     File,
@@ -15,6 +17,7 @@ from moeflow.cli.common import (
     Json,
     Name,
     Params,
+    Patience,
     PipelineCommand,
     Retries,
     RunnerName,
@@ -25,6 +28,7 @@ from moeflow.cli.common import (
     own,
     print_json,
     print_reports,
+    seconds,
     working,
 )
 from moeflow.run import Options, pipeline
@@ -32,6 +36,9 @@ from moeflow.run import plan as plans
 from moeflow.run.go import Runner, go, prepare
 from moeflow.run.plan_table import plan_lines, plan_table
 from moeflow.run.progress import show as show_progress
+from moeflow.step import Step
+from moeflow.store import Store
+from moeflow.store.patience import heard, wait_out
 
 
 @command(cls=PipelineCommand)
@@ -40,13 +47,15 @@ def plan(
     param: Params = [],  # noqa: B006
     store: Url = "",
     runner: RunnerName = Runner.auto,
+    patience: Patience = "15m",
     all: All = False,
     json: Json = False,
 ) -> None:
-    """Show what is stored, what would run, what it would read and write, and what cannot work."""
-    with asking():
-        opened = open_store(store)
-        target = pipeline.call(own.get() or pipeline.load(file), param)
+    """Show what is stored, what would run, what it would read and write, and what cannot work. Writes nothing."""
+    with asking(), heard(show_progress(json=True).waits):
+        opened = Store.open(store or STORE, patience=seconds("--patience", patience))
+        opened.look()
+        target = _called(file, param, opened)
         planned = plans.plan([target, *target.reports], opened, memory=runner.memory)
     if json:
         print_json({"key": target.key, **planned.json()})
@@ -70,19 +79,20 @@ def run(
     retries: Retries = 3,
     gpus: Gpus = None,
     cpus: Cpus = None,
+    patience: Patience = "15m",
     json: Json = False,
 ) -> None:
     """Run what is not stored yet, publish the result as NAME@N, and show what its reports say."""
     options, name = Options(retries, in_flight, gpus, cpus), name or file.stem
-    with asking():
-        opened = open_store(store)
-        target = options.place(pipeline.call(own.get() or pipeline.load(file), param))
-        prepared = prepare(target, opened, name=name, runner=runner)
     shown = show_progress(json=json)
+    with asking(), heard(shown.waits):
+        opened = open_store(store, seconds("--patience", patience))
+        target = options.place(_called(file, param, opened))
+        prepared = prepare(target, opened, name=name, runner=runner)
     lost = not store and "working_dir_files" in Path.cwd().parts  # of a Ray job, which is deleted with the cluster
     if lost:
         shown.say(f"warning: the store {opened.url} goes with the Ray cluster; pass --store to keep what this run makes")
-    with working():
+    with working(), heard(shown.waits):
         outcome, n = go(prepared, progress=shown, options=options, record={"pipeline": name, "given": param})
         reports = report.read(opened, [s.key for s in target.reports])
     if json:
@@ -92,3 +102,9 @@ def run(
     print_reports(reports)
     where = f" --store {shlex.quote(opened.url)}" if store or lost else ""
     print(f"{name}@{n}  {target.key}\nin {opened.url}; to use it: moeflow pull {name}@{n} DIR{where}")
+
+
+def _called(file: Path, params: Sequence[str], store: Store) -> Step:
+    """The graph of a pipeline file with these parameters, when the sources that it names have answered."""
+    build = own.get() or pipeline.load(file)
+    return wait_out(lambda: pipeline.call(build, params), store.patience, "a source")

@@ -1,7 +1,6 @@
 """The commands about what is stored: ls, show, pull, promote, gc and verify."""
 
 import json as json_
-import re
 import subprocess
 import sys
 from dataclasses import asdict
@@ -23,6 +22,7 @@ from moeflow.cli.common import (
     print_json,
     print_reports,
     reading,
+    seconds,
     working,
 )
 from moeflow.report import lineage as lineages
@@ -30,8 +30,6 @@ from moeflow.run.words import count, size
 from moeflow.store import Store, versions
 from moeflow.store import gc as garbage_
 from moeflow.store import repair as repair_
-
-UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 @command()
@@ -134,7 +132,7 @@ def gc(
     """List what no version reaches and is older than the grace period; with --delete, delete it."""
     with asking():
         opened = reading(store)
-        garbage = garbage_.gc(opened, _seconds(grace))
+        garbage = garbage_.gc(opened, seconds("--grace", grace))
     with working():
         gone = garbage_.delete(opened, garbage) if delete else garbage
     if json:
@@ -212,9 +210,3 @@ def _multiplied_out(folder: Path) -> dict[str, Any]:
         said = done.stderr.strip().splitlines() or [f"the process that multiplies ended with {done.returncode}"]
         raise OSError(f"{said[-1]}; {folder} may be half done, remove it and pull again")
     return json_.loads(done.stdout)
-
-
-def _seconds(text: str) -> float:
-    if not (match := re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text)):
-        raise ValueError(f"--grace {text}: write a number and s, m, h or d, as in 7d")
-    return float(match[1]) * UNITS[match[2]]

@@ -29,6 +29,9 @@ class ToParent:
     def note(self, key: str, text: str) -> None:
         self.tell("note", key, text)
 
+    def waits(self, where: str, remark: str) -> None:
+        self.tell("waits", where, remark)
+
 
 def main(parent: Connection) -> None:
     packed, store, gang, rank = pickle.loads(parent.recv_bytes())

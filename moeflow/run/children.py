@@ -139,6 +139,8 @@ def _finished(children: list[_Child], shown: Show) -> Done:
                 shown.progress(*what)
             elif kind == "note":
                 shown.note(*what)
+            elif kind == "waits":
+                shown.waits(*what)
             elif kind == "done":
                 child.done, made = True, what[0] or made
             elif what[1]:

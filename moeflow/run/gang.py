@@ -17,6 +17,7 @@ from moeflow.run.words import count
 from moeflow.run.work import shared_folder, work_folder
 from moeflow.store import Store, StoreError, partial
 from moeflow.store.partial import Snapshot
+from moeflow.store.patience import heard
 
 GRACE = 5.0  # seconds to wait for a peer's own error or death, after an error that it may have caused
 # What torch's RuntimeErrors from collectives say when a peer has gone; those of NCCL have types of their own.
@@ -114,7 +115,7 @@ def take_part(call: Call, store: Store, report: Reporter, gang: Attempt, *, rank
     """
     function = call.function  # first, because a limit on threads reaches only libraries that are loaded
     root = store.cache / "work"
-    with shared_folder(root, gang.attempt) as shared, work_folder(root) as work:
+    with heard(report.waits), shared_folder(root, gang.attempt) as shared, work_folder(root) as work:
         context = Member(call, store, report, work, shared, gang, (rank, local_rank))
         try:
             seconds = carry_out(function, call, store, context)

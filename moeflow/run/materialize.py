@@ -18,6 +18,7 @@ from moeflow.run.call import Call
 from moeflow.run.work import threads, work_folder
 from moeflow.step import Artifact
 from moeflow.store import File, Manifest, NotStored, Store, StoreError, part_digest, partial
+from moeflow.store.patience import heard, wait_out
 
 LIBRARIES = ("torch", "transformers", "safetensors", "datasets", "numpy", "ray")
 THREADS = 8
@@ -31,6 +32,9 @@ class Reporter(Protocol):
     def progress(self, key: str, done: int, total: int, unit: str, detail: str) -> None: ...
 
     def note(self, key: str, text: str) -> None: ...
+
+    def waits(self, where: str, remark: str) -> None:
+        """Something does not answer, and is waited for."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +112,15 @@ class Running:
 
 
 def materialize(call: Call, store: Store, report: Reporter) -> Done:
-    """Run `call` unless it is stored by now; return what is stored. Raises what the step raises, and StoreError."""
+    """Run `call` unless it is stored by now; return what is stored. Raises what the step raises, and StoreError.
+
+    A step whose source does not answer runs again until it does, for as long as the store's patience allows.
+    """
+    with heard(report.waits):
+        return wait_out(lambda: _attempt(call, store, report), store.patience, call.record.step)
+
+
+def _attempt(call: Call, store: Store, report: Reporter) -> Done:
     if (done := stored(call, store)) is not None:
         return done
     function = call.function  # first, because a limit on threads reaches only libraries that are loaded

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TextIO
 
 from rich.console import Console
@@ -25,12 +26,17 @@ from rich.text import Text
 from moeflow.run.outcome import Outcome
 from moeflow.run.words import amount, clock, count, labels, summary
 from moeflow.step import Step
+from moeflow.store.patience import Once
 
 QUIET = 5.0  # seconds between two plain lines of one step
 
 
 class Show:
     """Receives what a runner reports, and shows nothing of it. Steps are named by key."""
+
+    @cached_property
+    def _once(self) -> Once:
+        return Once(self.say)
 
     def begin(self, steps: Iterable[Step], todo: int, stored: int) -> None:
         """`todo` steps are not stored; `stored` are."""
@@ -50,6 +56,10 @@ class Show:
 
     def say(self, text: str) -> None:
         """A warning or remark about the run, one line."""
+
+    def waits(self, where: str, remark: str) -> None:
+        """Something does not answer, and is waited for: said once, whoever waits."""
+        self._once(where, remark)
 
     def end(self, outcome: Outcome | None) -> None:
         """Restore the terminal; sum up the outcome, if there is one, in a line."""

@@ -41,7 +41,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, tqdm
 
 from moeflow.sources.places import Grow, Kind, Pinned, SourceFile, changed, chosen, copy
-from moeflow.store.errors import MissingSource
+from moeflow.store.errors import MissingSource, SourceUnavailable
 from moeflow.store.home import home
 
 BY_PARTS = False
@@ -64,7 +64,7 @@ def pin(uri: str, kind: Kind) -> Pinned:
         with _in_words(uri):
             commit, sizes = _asked(repo, type_, revision, glob)
     except _Away as away:
-        commit, sizes = _cached(repo, type_, revision, uri, str(away))
+        commit, sizes = _cached(repo, type_, revision, uri, away)
     if not glob:
         files = chosen(sizes, kind, uri)
     elif not (files := sorted(n for n in sizes if fnmatch.fnmatchcase(n, glob))):
@@ -113,7 +113,7 @@ def read(uri: str, file: SourceFile, start: int, stop: int) -> bytes:
             got: bytes = answer.content
             return got[start:stop] if answer.status_code == 200 else got  # 200: the server does not know ranges
     except _Away as away:
-        raise MissingSource(f"{uri}/{file.name} is not in the hub's cache here, and {away}") from away
+        raise away.wrong(f"{uri}/{file.name} is not in the hub's cache here, and {away}") from away
 
 
 def bring(uri: str, file: SourceFile, to: Path, grow: Grow, start: int, stop: int) -> None:
@@ -127,7 +127,7 @@ def bring(uri: str, file: SourceFile, to: Path, grow: Grow, start: int, stop: in
             at: dict[str, Any] = {"repo_type": type_, "revision": commit, "cache_dir": folder, "endpoint": _endpoint()}
             path = Path(hf_hub_download(repo, file.name, **at, tqdm_class=_progress(grow)))
     except _Away as away:
-        raise MissingSource(f"{uri}/{file.name}: {away}; run again when the hub can be reached") from away
+        raise away.wrong(f"{uri}/{file.name}: {away}; run again when the hub can be reached") from away
     _copy(path, file, to, f"{uri}/{file.name}", lambda n: None)
     shutil.rmtree(folder, ignore_errors=True)
 
@@ -150,12 +150,13 @@ def _in_cache(repo: str, type_: str, commit: str, file: SourceFile) -> Path | No
     return Path(path) if isinstance(path, str) and os.path.getsize(path) == file.size else None
 
 
-def _cached(repo: str, type_: str, revision: str, uri: str, why: str) -> tuple[str, dict[str, int | None]]:
+def _cached(repo: str, type_: str, revision: str, uri: str, away: "_Away") -> tuple[str, dict[str, int | None]]:
     """The commit of `revision` by the hub's cache, and the files that are in the cache, with their sizes."""
     try:
         snapshot = Path(snapshot_download(repo, repo_type=type_, revision=revision, cache_dir=_cache(), local_files_only=True))
     except LocalEntryNotFoundError:
-        raise MissingSource(f"{uri}: {why}, and the hub's cache holds no {revision} of it; go online or give a folder") from None
+        why = f"{uri}: {away}, and the hub's cache holds no {revision} of it; go online or give a folder"
+        raise away.wrong(why) from None
     return snapshot.name, {p.relative_to(snapshot).as_posix(): p.stat().st_size for p in snapshot.rglob("*") if p.is_file()}
 
 
@@ -192,6 +193,10 @@ def _progress(grow: Grow) -> type[Any]:
 
 class _Away(Exception):
     """The hub cannot be reached."""
+
+    def wrong(self, text: str) -> MissingSource:
+        """The error to raise: waiting helps unless the user has forbidden to ask the hub."""
+        return (MissingSource if isinstance(self.__cause__, OfflineModeIsEnabled) else SourceUnavailable)(text)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from botocore.exceptions import ClientError
 from moeflow.sources.places import Grow, Kind, Pinned, SourceFile, chosen
 from moeflow.store import s3
 from moeflow.store.address import parse_s3
-from moeflow.store.errors import MissingSource, StoreError
+from moeflow.store.errors import MissingSource, SourceUnavailable, StoreError, Unavailable
 
 BY_PARTS = True
 WILD = "*?["
@@ -96,5 +96,7 @@ def _asked(uri: str, file: SourceFile | None = None) -> Iterator[None]:
         raise MissingSource(f"{what} has changed since it was pinned; run again to pin it anew") from error
     except FileNotFoundError as error:
         raise MissingSource(f"{what} is gone since it was pinned; put it back, or run again without it") from error
+    except Unavailable as error:
+        raise SourceUnavailable(str(error)) from error
     except StoreError as error:
         raise MissingSource(str(error).replace("name another in --store", "check the address")) from error

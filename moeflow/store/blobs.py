@@ -52,15 +52,21 @@ class Blobs(Protocol):
     def sweep(self, before: float) -> None:
         """Delete unfinished uploads that began before that time (seconds since the epoch)."""
 
+    def look(self) -> None:
+        """Test that the place is there and may be read. Raises StoreError."""
+
     def check(self) -> None:
         """Test before a run what would otherwise fail in the middle of it. Raises StoreError."""
 
 
-def open_blobs(url: str) -> Blobs:
-    """A folder path, or `s3://bucket/prefix?endpoint=..&addressing=path&checksum=when_required&region=..`. Raises ValueError."""
+def open_blobs(url: str, patience: float = 0.0) -> Blobs:
+    """A folder path, or `s3://bucket/prefix?endpoint=..&addressing=path&checksum=when_required&region=..`. Raises ValueError.
+
+    `patience`: seconds that a server which does not answer is waited for; a disk of a server that is away waits by itself.
+    """
     if url.startswith("s3://"):
         at = parse_s3(url)
-        return S3Blobs(at.bucket, at.prefix, **at.options)
+        return S3Blobs(at.bucket, at.prefix, **at.options, patience=patience)
     if "://" in url:
         raise ValueError(f"store {url!r}: know folders and s3://bucket/prefix; for another kind mount it as a folder")
     if not url:

@@ -10,6 +10,18 @@ class StoreError(Exception):
     """The store cannot do what was asked: no bucket, no permission, no space, no conditional writes."""
 
 
+class MayPass(Exception):
+    """What was asked does not answer, or is too busy. That may pass: see `patience.py`."""
+
+
+class Unavailable(StoreError, MayPass):
+    """The store does not answer, or is too busy."""
+
+
+class GaveUp(StoreError):
+    """What was asked did not answer for as long as it was to be waited for."""
+
+
 class CorruptBlob(StoreError):
     """A blob or a manifest is missing, or its bytes are not those that were written. `name` is its name in the store."""
 
@@ -40,6 +52,10 @@ def bytes_text(n: float) -> str:
             return f"{n:.0f} {unit}" if unit == "bytes" else f"{n:.1f} {unit}"
         n /= 1024
     return f"{n:.1f} TiB"
+
+
+class SourceUnavailable(MissingSource, MayPass):
+    """A source does not answer, or is too busy."""
 
 
 @contextmanager

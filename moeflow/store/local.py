@@ -88,10 +88,13 @@ class LocalBlobs:
     def sweep(self, before: float) -> None:
         self.delete([e.name for e in self.list("halves/") if e.modified < before])
 
-    def check(self) -> None:
+    def look(self) -> None:
         with disk(self.root):
             if self.root.exists() and not self.root.is_dir():
                 raise StoreError(f"store {self.root} is a file; give a folder or s3://bucket/prefix")
+
+    def check(self) -> None:
+        self.look()
         try:
             if self.create("probe", b"") and self.create("probe", b""):
                 raise StoreError(f"the disk under {self.root} lets two writers have one name; use another folder or S3")

@@ -5,50 +5,52 @@ digests are the store's own. Knows no keys and no manifests.
 """
 
 import os
+import socket
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
-from functools import cache
+from functools import cache, wraps
 from itertools import islice
 from pathlib import Path
 from threading import Lock
-from typing import Any, TypeVar
-from urllib.parse import urlencode
+from typing import Any, Concatenate, ParamSpec, TypeVar
+from urllib.parse import urlencode, urlsplit
+from urllib.request import getproxies
 
 import boto3
 import botocore.session
-from boto3.exceptions import S3UploadFailedError
 from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
-from botocore.exceptions import (
-    BotoCoreError,
-    ClientError,
-    ConnectionError,
-    IncompleteReadError,
-    NoCredentialsError,
-    PartialCredentialsError,
-    ReadTimeoutError,
-    ResponseStreamingError,
-)
+from botocore.exceptions import ClientError, ConnectionError, IncompleteReadError, ReadTimeoutError, ResponseStreamingError
 from botocore.utils import parse_timestamp
 
-from moeflow.store.errors import StoreError
+from moeflow.store.errors import StoreError, Unavailable
 from moeflow.store.names import Entry
+from moeflow.store.patience import wait_out
+from moeflow.store.s3_errors import TAKEN, THROTTLED, Refused, code_of, said
+
+__all__ = ["Refused", "S3Blobs", "client", "download", "pour", "read_body", "said"]
 
 PART = 64 << 20  # bytes
 CONNECTIONS = 32
-ABSENT = ("404", "NoSuchKey", "NotFound")
-TAKEN = ("PreconditionFailed", "412")
-BUSY = ("ConditionalRequestConflict", "409", "OperationAborted")
-STRANGERS = ("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "TokenRefreshRequired")
 EMPTY = ("InvalidRange", "416")
 BROKEN_OFF = (IncompleteReadError, ReadTimeoutError, ResponseStreamingError, ConnectionError)
 ATTEMPTS = 5
 T = TypeVar("T")
+P = ParamSpec("P")
 _making = Lock()
+
+
+def patiently(method: Callable[Concatenate["S3Blobs", P], T]) -> Callable[Concatenate["S3Blobs", P], T]:
+    """Make a method that may be called again wait for a server that does not answer."""
+
+    @wraps(method)
+    def waiting(self: "S3Blobs", *args: P.args, **kwargs: P.kwargs) -> T:
+        return wait_out(lambda: method(self, *args, **kwargs), self.patience, self._where)
+
+    return waiting
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ class S3Blobs:
     addressing: str = "auto"
     checksum: str = "when_required"
     region: str = ""
+    patience: float = 0.0  # seconds that a server which does not answer is waited for
 
     @property
     def url(self) -> str:
@@ -67,6 +70,7 @@ class S3Blobs:
         query = urlencode(changed, safe=":/")
         return self._where + (f"?{query}" if query else "")
 
+    @patiently
     def stat(self, name: str) -> Entry | None:
         try:
             with said(self._where):
@@ -75,6 +79,7 @@ class S3Blobs:
             return None
         return Entry(name, head["ContentLength"], head["LastModified"].timestamp())
 
+    @patiently
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
         if stop is not None and stop <= start:
             return b""
@@ -85,60 +90,83 @@ class S3Blobs:
             try:
                 return read_body(self._s3, asked)
             except ClientError as error:
-                if _code(error) in EMPTY:  # the range begins behind the last byte
+                if code_of(error) in EMPTY:  # the range begins behind the last byte
                     return b""
                 raise
 
+    @patiently
     def download(self, name: str, path: Path) -> None:
         with said(self._where):
             download(self._s3, {"Bucket": self.bucket, "Key": self._at(name)}, path)
 
+    @patiently
     def upload(self, path: Path, name: str, *, take: bool = False) -> None:
         with said(self._where):
             # boto3 aborts a multipart upload that fails, and an object appears only when it is whole.
             self._s3.upload_file(str(path), self.bucket, self._at(name), Config=_TRANSFER)
 
     def create(self, name: str, data: bytes) -> bool:
-        for attempt in range(6):
-            try:
-                with said(self._where):
-                    self._s3.put_object(Bucket=self.bucket, Key=self._at(name), Body=data, IfNoneMatch="*")
-                return True
-            except Refused as refused:
-                if refused.code in TAKEN:
-                    # If an answer was lost, boto3 has repeated the request and may have met its own first write.
-                    return refused.asked_again and self.read(name) == data
-                time.sleep(0.05 * 2**attempt)  # 409: somebody else is writing this name right now
-        raise StoreError(f"{self._where}: {name} is being written by somebody else all the time; run again later")
+        lost = False  # whether the answer to an earlier attempt was
+
+        def once() -> bool:
+            nonlocal lost
+            for attempt in range(6):
+                try:
+                    with said(self._where):
+                        self._s3.put_object(Bucket=self.bucket, Key=self._at(name), Body=data, IfNoneMatch="*")
+                    return True
+                except Unavailable:
+                    lost = True
+                    raise
+                except Refused as refused:
+                    if refused.code in TAKEN:
+                        # If an answer was lost, the request was repeated and may have met its own first write.
+                        return (lost or refused.asked_again) and self.read(name) == data
+                    time.sleep(0.05 * 2**attempt)  # 409: somebody else is writing this name right now
+            raise Unavailable(f"{self._where}: {name} is being written by somebody else all the time; run again later")
+
+        return wait_out(once, self.patience, self._where)
 
     def list(self, prefix: str) -> Iterator[Entry]:
-        skip = len(self._at(""))
+        skip, asked = len(self._at("")), {"Bucket": self.bucket, "Prefix": self._at(prefix)}
+        while True:
+            page = self._page(asked)
+            for item in page.get("Contents", ()):
+                yield Entry(item["Key"][skip:], item["Size"], item["LastModified"].timestamp())
+            if not page.get("IsTruncated"):
+                return
+            asked["ContinuationToken"] = page["NextContinuationToken"]
+
+    @patiently
+    def _page(self, asked: Mapping[str, str]) -> Any:
         with said(self._where):
-            pages = self._s3.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=self._at(prefix))
-            for page in pages:
-                for item in page.get("Contents", ()):
-                    yield Entry(item["Key"][skip:], item["Size"], item["LastModified"].timestamp())
+            return self._s3.list_objects_v2(**asked)
 
     def delete(self, names: Iterable[str]) -> None:
         rest = iter(names)
         while chunk := [self._at(n) for n in islice(rest, 1000)]:
-            with said(self._where):
-                try:
-                    asked = {"Objects": [{"Key": k} for k in chunk], "Quiet": True}
-                    failed = self._s3.delete_objects(Bucket=self.bucket, Delete=asked).get("Errors", [])
-                except ClientError as error:  # some servers have no bulk delete, or want a checksum that boto3 omits
-                    if _code(error) not in ("NotImplemented", "MissingContentMD5", "InvalidRequest", "InvalidDigest"):
-                        raise
-                    failed = []
-                    with ThreadPoolExecutor(CONNECTIONS) as pool:
-                        [*pool.map(lambda k: self._s3.delete_object(Bucket=self.bucket, Key=k), chunk)]
-            if failed:
-                first = failed[0]
-                raise StoreError(
-                    f"{self._where}: {len(failed)} objects cannot be deleted, first {first.get('Key')}: "
-                    f"{first.get('Code')}; grant s3:DeleteObject"
-                )
+            self._delete(chunk)
 
+    @patiently
+    def _delete(self, keys: Sequence[str]) -> None:
+        with said(self._where):
+            try:
+                asked = {"Objects": [{"Key": k} for k in keys], "Quiet": True}
+                failed = self._s3.delete_objects(Bucket=self.bucket, Delete=asked).get("Errors", [])
+            except ClientError as error:  # some servers have no bulk delete, or want a checksum that boto3 omits
+                if code_of(error) not in ("NotImplemented", "MissingContentMD5", "InvalidRequest", "InvalidDigest"):
+                    raise
+                failed = []
+                with ThreadPoolExecutor(CONNECTIONS) as pool:
+                    [*pool.map(lambda k: self._s3.delete_object(Bucket=self.bucket, Key=k), keys)]
+        if failed:
+            first = failed[0]
+            what = f"{len(failed)} objects cannot be deleted, first {first.get('Key')}: {first.get('Code')}"
+            if first.get("Code") in (*THROTTLED, "InternalError", "ServiceUnavailable"):
+                raise Unavailable(f"{self._where}: {what}; the server is busy, run again")
+            raise StoreError(f"{self._where}: {what}; grant s3:DeleteObject")
+
+    @patiently
     def touch(self, name: str) -> None:
         here = {"Bucket": self.bucket, "Key": self._at(name)}
         with said(self._where):
@@ -149,6 +177,7 @@ class S3Blobs:
     def local(self, name: str) -> Path | None:
         return None
 
+    @patiently
     def sweep(self, before: float) -> None:
         here = {"Bucket": self.bucket}
         with said(self._where):
@@ -157,10 +186,16 @@ class S3Blobs:
                     if upload["Initiated"].timestamp() < before:
                         self._s3.abort_multipart_upload(**here, Key=upload["Key"], UploadId=upload["UploadId"])
 
-    def check(self) -> None:
+    @patiently
+    def look(self) -> None:
+        _known(self.endpoint, self._where)
         with said(self._where):
             self._s3.head_bucket(Bucket=self.bucket)
-        if self.create("probe", b"") and self.create("probe", b""):
+
+    def check(self) -> None:
+        self.look()
+        # Random content, so that a write whose answer was lost is not taken for somebody else's, nor that for ours.
+        if self.create("probe", os.urandom(16)) and self.create("probe", os.urandom(16)):
             raise StoreError(
                 f"{self._where} ignores If-None-Match, so two writers could both win; "
                 "use a server with conditional writes (AWS, MinIO, Ceph) or a folder"
@@ -219,7 +254,7 @@ def download(s3: Any, at: Mapping[str, str], path: Path, part: int = PART) -> No
         try:
             total = _slice(s3, at, file.fileno(), 0, part, 0, _ignore)
         except ClientError as error:
-            if _code(error) in EMPTY:  # an empty object has no first byte
+            if code_of(error) in EMPTY:  # an empty object has no first byte
                 return
             raise
         pour(s3, at, file.fileno(), part, total, _ignore, origin=0, part=part)
@@ -278,51 +313,13 @@ def _ignore(n: int) -> None:
     pass
 
 
-class Refused(Exception):
-    """A conditional write was refused."""
-
-    def __init__(self, code: str, asked_again: bool) -> None:
-        super().__init__(code)
-        self.code, self.asked_again = code, asked_again
-
-
-def _code(error: ClientError) -> str:
-    return str(error.response.get("Error", {}).get("Code", ""))
-
-
-@contextmanager
-def said(where: str) -> Iterator[None]:
-    """Turn boto3's errors into StoreError, Refused, or FileNotFoundError for a missing name, in one line about `where`."""
+def _known(endpoint: str, where: str) -> None:
+    """Raise StoreError if no host has the endpoint's name: that is misspelt, and waiting does not help."""
+    host = urlsplit(endpoint).hostname
+    if not host or getproxies():
+        return
     try:
-        yield
-    except ClientError as error:
-        code, message = _code(error), error.response.get("Error", {}).get("Message", "")
-        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-        bucket = where.removeprefix("s3://").partition("/")[0]
-        if code == "NoSuchBucket" or (code == "404" and error.operation_name == "HeadBucket"):
-            raise StoreError(f"{where}: there is no bucket {bucket!r}; create it or name another in --store") from error
-        if code in ABSENT:
-            raise FileNotFoundError(f"{where}: {message or code}") from error
-        if code in TAKEN or code in BUSY:
-            again = error.response.get("ResponseMetadata", {}).get("RetryAttempts", 0) > 0
-            raise Refused(code, again) from error
-        if code in STRANGERS:
-            why = f"the credentials are not accepted ({code}); check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and the clock"
-        elif code in ("AccessDenied", "403", "Forbidden", "AllAccessDisabled") or status == 403:
-            why = f"no permission for {error.operation_name} ({code}); grant read, write, list and delete on this prefix"
-        else:
-            line = message.splitlines()[0] if message else str(status)
-            advice = "if it lasts, check the server and the addressing= and checksum= options"
-            why = f"{error.operation_name} failed with {code}: {line}; {advice}"
-        raise StoreError(f"{where}: {why}") from error
-    except (NoCredentialsError, PartialCredentialsError) as error:
-        raise StoreError(
-            f"{where}: no credentials were found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or use a profile or a role"
-        ) from error
-    except S3UploadFailedError as error:
-        if isinstance(cause := error.__context__, ClientError):
-            with said(where):
-                raise cause from None
-        raise StoreError(f"{where}: {str(error).splitlines()[0]}; run again") from error
-    except BotoCoreError as error:
-        raise StoreError(f"{where}: {str(error).splitlines()[0]}; check the endpoint and the network, then run again") from error
+        socket.getaddrinfo(host, None)
+    except socket.gaierror as error:
+        if error.errno == socket.EAI_NONAME:
+            raise StoreError(f"{where}: no host is called {host}; check the endpoint") from error

@@ -44,12 +44,13 @@ class Store:
     blobs: Blobs
     own_cache: Path | None = None  # None: the usual folder of the node that asks, because this value travels to workers
     cache_limit: int = 0  # bytes; 0 means four fifths of the disk's free bytes and the cached ones
+    patience: float = 0.0  # seconds that a store or a source which does not answer is waited for
 
     @staticmethod
-    def open(url: str, cache: str | Path | None = None) -> "Store":
+    def open(url: str, cache: str | Path | None = None, patience: float = 0.0) -> "Store":
         """Open the store at a folder or an `s3://` address. Makes no request. Raises ValueError."""
-        blobs = open_blobs(str(url))
-        return Store(blobs, None if cache is None else Path(cache).expanduser().absolute())
+        blobs = open_blobs(str(url), patience)
+        return Store(blobs, None if cache is None else Path(cache).expanduser().absolute(), patience=patience)
 
     @property
     def cache(self) -> Path:
@@ -65,6 +66,10 @@ class Store:
     @property
     def node(self) -> NodeCache:
         return NodeCache(self.cache, self.cache_limit)
+
+    def look(self) -> None:
+        """Fail now if nothing could be read. Raises StoreError."""
+        self.blobs.look()
 
     def check(self) -> None:
         """Fail now if a run would fail in the middle. Raises StoreError."""

@@ -289,3 +289,14 @@ def test_both_runners_leave_the_same_bytes(run: Callable, store: Store, tmp_path
     in_process.run([graph], elsewhere)
     blobs = [{e.name for e in s.blobs.list("blobs/")} for s in (store, elsewhere)]
     assert blobs[0] == blobs[1] and blobs[0]
+
+
+def test_a_step_whose_source_does_not_answer_runs_again_until_it_does(run: Callable, tmp_path: Path, trace: Path) -> None:
+    stream = io.StringIO()
+    step, store = toy.patient(trace=str(trace), until=3), Store.open(str(tmp_path / "store"), patience=60)
+    assert run([step], store, progress=Lines(stream)).ran == [step.key]
+    assert lines(trace) == ["asked"] * 3
+    assert stream.getvalue().count("toy.patient does not answer; it is waited for, up to 1 min") == 1
+    with pytest.raises(StepFailed, match="the hub does not answer"):
+        run([toy.patient(trace=str(trace), until=9)], Store.open(str(tmp_path / "store")))
+    assert len(lines(trace)) == 4

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moeflow.step import Context, Spec, step
+from moeflow.store.errors import SourceUnavailable
 
 
 def log(path: str, line: str) -> None:
@@ -196,3 +197,12 @@ def gate(context: Context, before: Any, *, until: str) -> None:
     wait(Path(until).exists)
     for name in before.names():
         context.link(before, name)
+
+
+@step("toy.patient", version=1)
+def patient(context: Context, *, trace: str, until: int) -> None:
+    """Read from a source that answers at the attempt `until`; each attempt is a line of the trace."""
+    log(trace, "asked")
+    if len(Path(trace).read_text().splitlines()) < until:
+        raise SourceUnavailable("the hub does not answer (502)")
+    (context.out / "n").write_text("1")

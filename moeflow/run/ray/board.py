@@ -11,9 +11,10 @@ Answer = Literal["yes", "closed", "worn out"]
 
 @dataclass(frozen=True)
 class Event:
-    """Something a step reported: `start`, `progress` (done, total, the unit as text, a detail), `note` (text) or `done`."""
+    """Something a step reported: `start`, `progress` (done, total, the unit as text, a detail), `note` (text), `done`,
+    or `waits` (for what does not answer, named in the detail; a remark as text)."""
 
-    kind: Literal["start", "progress", "note", "done"]
+    kind: Literal["start", "progress", "note", "done", "waits"]
     key: str
     done: int = 0
     total: int = 0

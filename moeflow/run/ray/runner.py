@@ -227,6 +227,8 @@ class _Drive:
                 self._show.progress(event.key, event.done, event.total, event.text, event.detail)
             elif event.kind == "note":
                 self._show.note(event.key, event.text)
+            elif event.kind == "waits":
+                self._show.waits(event.detail, event.text)
 
 
 def _unstarted(address: str, error: Exception) -> str:

@@ -41,6 +41,9 @@ class ToBoard:
     def note(self, key: str, text: str) -> None:
         self._board.tell.remote(Event("note", key, text=text))
 
+    def waits(self, where: str, remark: str) -> None:
+        self._board.tell.remote(Event("waits", "", text=remark, detail=where))
+
 
 @ray.remote
 def step_task(call: Call, store: Store, board: Any) -> Made | Failed | Refused:
