@@ -3,6 +3,7 @@
 import ast
 import inspect
 import json
+import os
 import re
 import signal
 import sys
@@ -60,6 +61,7 @@ Ref = Annotated[str, typer.Argument(metavar="REF", help="name@3, name, a label, 
 
 
 _debug = ContextVar("debug", default=False)
+_as_json = ContextVar("as_json", default=False)
 own: ContextVar[pipeline.Build | None] = ContextVar("own", default=None)  # the `build` of the pipeline file that is running
 
 
@@ -85,6 +87,7 @@ def command(**options: Any) -> Callable[[Callable[..., None]], Callable[..., Non
         @wraps(function)
         def with_debug(*, debug: bool, **arguments: Any) -> None:
             _debug.set(debug)
+            _as_json.set(bool(arguments.get("json")))
             function(**arguments)
 
         signature = inspect.signature(function)
@@ -149,18 +152,24 @@ def _one_line(expected: tuple[type[Exception], ...], code: int) -> Iterator[None
     try:
         yield
     except KeyboardInterrupt:
-        _complain("interrupted; what had finished is stored, and the next run continues there")
+        _complain("interrupted; what had finished is stored, and the next run continues there", 1)
         raise typer.Exit(1) from None
     except expected as error:
         plainly = isinstance(error, (*WORK, ValueError)) and str(error)
-        _complain(" ".join(str(error).split()) if plainly else describe(error))
         waited = isinstance(error, GaveUp) or may_pass(error)  # the request was right
-        raise typer.Exit(2 if isinstance(error, CannotRun) else 1 if waited else code) from None
+        code = 2 if isinstance(error, CannotRun) else 1 if waited else code
+        _complain(" ".join(str(error).split()) if plainly else describe(error), code)
+        if isinstance(error, ClusterLost):
+            os._exit(code)  # at an orderly end Ray would wait for its head, and then end this process in its own words
+        raise typer.Exit(code) from None
     finally:
         signal.signal(signal.SIGTERM, previous)
 
 
-def _complain(line: str) -> None:
+def _complain(line: str, code: int) -> None:
+    """Say what was wrong in one line; with --json also as the last line of the output."""
     if _debug.get():
         traceback.print_exc()
+    if _as_json.get():
+        print_json({"error": line, "exit": code})
     print(f"error: {line}", file=sys.stderr, flush=True)

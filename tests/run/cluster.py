@@ -12,12 +12,16 @@
 import os
 import shutil
 import signal
+import socket
+import socketserver
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import psutil
@@ -119,3 +123,60 @@ def until(happens: Callable[[], Any], otherwise: str, patience: float = PATIENCE
         assert time.monotonic() < end, f"{otherwise} in {patience} s"
         time.sleep(0.05)
     return result
+
+
+@contextmanager
+def listening(greeting: bytes | None) -> Iterator[str]:
+    """The address of a server that sends every client these bytes, and nothing if None."""
+
+    class Greeter(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            if greeting is not None:
+                self.request.sendall(greeting)
+            self.request.recv(1 << 10)
+            self.request.recv(1)  # until the client goes
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Greeter) as server:
+        server.daemon_threads = True
+        Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        try:
+            yield f"127.0.0.1:{server.server_address[1]}"
+        finally:
+            server.shutdown()
+
+
+@contextmanager
+def head(folder: Path) -> Iterator[tuple[str, psutil.Process]]:
+    """A Ray head of two CPUs, started as operators do: its address, and its process, whose children are its services."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = [
+        "--head",
+        "--block",
+        "--node-ip-address",
+        "127.0.0.1",
+        "--include-dashboard",
+        "false",
+        "--num-cpus",
+        "2",
+        "--disable-usage-stats",
+    ]
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", *words, "--port", str(port), "--temp-dir", str(folder)]
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(ROOT)}
+    with (folder / "head.log").open("w") as log:
+        started = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+    process = psutil.Process(started.pid)
+    try:
+        until(lambda: "Ray runtime started" in (folder / "head.log").read_text(), "no head started")
+        yield f"127.0.0.1:{port}", process
+    finally:
+        family = [process, *process.children(recursive=True)] if process.is_running() else []
+        for each in family:
+            with suppress(psutil.NoSuchProcess):
+                each.kill()
+        started.wait()
+        for each in psutil.process_iter(["cmdline"]):  # what had lost its parent already
+            if str(folder) in " ".join(each.info["cmdline"] or []):
+                with suppress(psutil.NoSuchProcess):
+                    each.kill()

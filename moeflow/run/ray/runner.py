@@ -25,6 +25,7 @@ from moeflow.run.outcome import CannotRun, ClusterLost, Outcome, StepFailed, Wor
 from moeflow.run.progress import Show
 from moeflow.run.ray.board import Event, RemoteBoard
 from moeflow.run.ray.gang import gang_task
+from moeflow.run.ray.head import answers, beside, quiet, watched
 from moeflow.run.ray.nodes import Nodes, demand, free_orphans, offers, too_large
 from moeflow.run.ray.tasks import Failed, Made, step_task
 from moeflow.run.ray.travel import take_along
@@ -52,8 +53,8 @@ def run(
 
     def execute(ledger: Ledger) -> None:
         if ledger.left:
-            with connected() as own, _Drive(ledger, options or Options(), own=own) as drive:
-                drive.loop()
+            with connected() as own, watched() as watch, _Drive(ledger, options or Options(), own=own) as drive:
+                beside(drive.loop, watch)
 
     try:
         return follow(targets, store, execute, progress, index)
@@ -75,13 +76,16 @@ def connected() -> Iterator[bool]:
             f"RAY_ADDRESS={address} is a job server, which cannot run steps by itself; submit the pipeline to it with "
             "`ray job submit --working-dir . -- python PIPELINE.py`, or unset RAY_ADDRESS"
         )
+    if address and ":" in address and (why := answers(address)):
+        raise CannotRun(f"no Ray answers at RAY_ADDRESS={address}: {why}; start it, or unset RAY_ADDRESS")
     # Without address="local" Ray would try to join a dead head that left its address behind.
     quietly: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     stop = signal.getsignal(signal.SIGTERM)
     start = partial(ray.init, address=address or "local", include_dashboard=None if address else False, **quietly)
     try:
         try:
-            start()
+            with quiet(joining=bool(address)):
+                start()
         except Exception as error:  # Ray raises anything here, plain Exception included
             if "timed out during startup" not in str(error):
                 raise
@@ -93,8 +97,12 @@ def connected() -> Iterator[bool]:
         signal.signal(signal.SIGTERM, stop)  # Ray's own handler ends the process without our message
     try:
         yield not address
-    finally:
+    except ClusterLost:  # then leaving it would wait for the head
+        raise
+    except BaseException:
         ray.shutdown()
+        raise
+    ray.shutdown()
 
 
 class _Drive:
@@ -104,6 +112,7 @@ class _Drive:
         self._ledger, self._store, self._show, self._options = ledger, ledger.store, ledger.show, options
         self._running: dict[Any, Call] = {}
         self._failure: StepFailed | None = None
+        self._ended, self._turn = False, threading.Lock()
         self._cpus, self._looked = 0, -LOOK  # the cluster's CPUs, and when they were counted
         self._nodes = Nodes(self._store, {key: listed.bytes for key, listed in ledger.schedule.index.keys.items()})
         # A cluster without GPUs computes on CPUs, unless GPUs were asked for: an autoscaler may add them.
@@ -120,8 +129,13 @@ class _Drive:
     def __enter__(self) -> "_Drive":
         return self
 
-    def __exit__(self, *why: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *why: object) -> None:
         """Leave nothing behind, on Ctrl-C too: running steps are cancelled and waiting ones never start."""
+        self._ended = True
+        if kind is not None and issubclass(kind, ClusterLost):
+            return
+        if self._turn.acquire(timeout=LOOK):  # the loop, in a thread of its own, submits nothing more
+            self._turn.release()
         if self._running:
             ray.wait([self._board.close.remote()], timeout=1)  # must arrive before the board is killed
             for ref in self._running:
@@ -130,20 +144,26 @@ class _Drive:
 
     def loop(self) -> None:
         """Run all steps. Raises StepFailed when the steps that ran at the first failure have finished."""
-        while True:
-            if self._failure is None:
-                for call in self._ledger.schedule.ready(self._room()):
-                    self._submit(call)
-            if not self._running:
-                break
-            ready, _ = ray.wait(list(self._running), num_returns=1, timeout=HEARTBEAT)
-            self._pass_on(ray.get(self._board.news.remote()))
-            for ref in ready:
-                self._collect(ref, self._running.pop(ref))
-            if ready:
-                self._ledger.settle()
+        while not self._ended:
+            with self._turn:
+                self._round()
         if self._failure is not None:
             raise self._failure
+
+    def _round(self) -> None:
+        """Submit what may run, and collect what has finished by now."""
+        if self._failure is None and not self._ended:
+            for call in self._ledger.schedule.ready(self._room()):
+                self._submit(call)
+        if not self._running:
+            self._ended = True
+            return
+        ready, _ = ray.wait(list(self._running), num_returns=1, timeout=HEARTBEAT)
+        self._pass_on(ray.get(self._board.news.remote()))
+        for ref in ready:
+            self._collect(ref, self._running.pop(ref))
+        if ready:
+            self._ledger.settle()
 
     def _check(self, own: bool) -> None:
         """Refuse a step that no node can run, which would wait for ever; only warn if an autoscaler might add the node."""
