@@ -124,7 +124,9 @@ def test_failed_work_is_one_line_and_exit_code_one(cli: Cli) -> None:
     result = cli("run", PIPELINE, "-p", "fail=true")
     assert result.exit_code == 1
     assert "toy.fail failed: ArithmeticError: no such expert (key toy.fail-" in error(result)
-    assert cli("run", PIPELINE, "-p", "fail=true", "--json").stdout == ""
+    told = cli("run", PIPELINE, "-p", "fail=true", "--json")
+    assert json.loads(told.stdout)["exit"] == told.exit_code == 1
+    assert f"error: {json.loads(told.stdout)['error']}" == error(told)
 
 
 def test_debug_shows_the_traceback(cli: Cli) -> None:
@@ -309,3 +311,31 @@ def test_a_plan_writes_nothing(cli: Cli, s3_url: str, server: servers.Proxy, tmp
 
 def test_a_time_that_is_none_is_told(cli: Cli) -> None:
     assert "--patience 15: write a number and s, m, h or d" in error(cli("run", PIPELINE, "--patience", "15"))
+
+
+def test_a_version_is_removed_after_what_that_frees_was_listed(cli: Cli) -> None:
+    for numbers in (3, 4):
+        cli("run", PIPELINE, "-p", f"numbers={numbers}")
+    listed = cli("rm", "toy_pipeline@1")
+    assert listed.stdout.splitlines()[0] == "toy_pipeline@1" and "delete with --delete" in listed.stdout
+    assert len(last_json(cli("ls", "--json"))) == 2
+    gone = last_json(cli("rm", "toy_pipeline@1", "--delete", "--json"))
+    assert gone["versions"] == ["toy_pipeline@1"] and len(gone["manifests"]) == 1 and gone["bytes"] == 0
+    (left,) = last_json(cli("ls", "--json"))
+    assert (left["ref"], left["bytes"]) == ("toy_pipeline@2", 8)
+    assert "8 bytes" in cli("ls").stdout
+    assert "write toy_pipeline@2" in error(cli("rm", "toy_pipeline"))
+    cli("promote", "toy_pipeline@2", "production")
+    assert "production is toy_pipeline@2" in error(cli("rm", "toy_pipeline@2"))
+
+
+def test_results_stay_and_the_rest_is_computed_again_when_it_is_asked_for(cli: Cli) -> None:
+    cli("run", PIPELINE)
+    first = last_json(cli("run", PIPELINE, "--json"))
+    assert last_json(cli("gc", "--keep-results", "--delete", "--json"))["bytes"] > 0
+    again = last_json(cli("run", PIPELINE, "--json"))
+    assert again["steps"]["run"] == 0 and again["version"] == first["version"]
+    more = last_json(cli("run", PIPELINE, "-p", "size=9", "--json"))
+    assert more["steps"]["run"] == 7
+    assert "toy.number" in cli("show", "toy_pipeline@1").stdout
+    assert last_json(cli("gc", "--keep", "1", "--json"))["versions"] == ["toy_pipeline@1"]

@@ -1,4 +1,4 @@
-"""The commands about what is stored: ls, show, pull, promote, gc and verify."""
+"""The commands about what is stored: ls, show, pull, promote, gc, rm and verify."""
 
 import json as json_
 import subprocess
@@ -38,14 +38,17 @@ def ls(
     store: Url = "",
     json: Json = False,
 ) -> None:
-    """List the versions, newest last, with their labels."""
+    """List the versions, newest last, with the size of their files and their labels."""
     with asking():
-        listed = sorted(versions.list(reading(store), name), key=lambda v: v.created)
+        opened = reading(store)
+        listed = sorted(versions.list(opened, name), key=lambda v: v.created)
+        sizes = {k: m.bytes for k, m in opened.manifests(v.key for v in listed).items()}
     if json:
-        print_json([_version(v) for v in listed])
+        print_json([_version(v) | {"bytes": sizes.get(v.key)} for v in listed])
         return
     for v in listed:
-        print(f"{v.ref:<24} {v.created}  {v.key}  {' '.join(v.labels)}".rstrip())
+        held = size(sizes[v.key]) if v.key in sizes else "gone"
+        print(f"{v.ref:<24} {v.created}  {held:>10}  {v.key}  {' '.join(v.labels)}".rstrip())
     if not listed:
         print(f"no versions{f' of {name}' if name else ''} in {store or STORE}", file=sys.stderr)
 
@@ -124,28 +127,60 @@ def promote(
 
 @command()
 def gc(
+    keep: Annotated[int | None, typer.Option("--keep", help="of each name only this many versions stay, and labelled ones")] = None,
+    keep_results: Annotated[bool, typer.Option("--keep-results", help="of versions only their own files and reports stay")] = False,
     delete: Annotated[bool, typer.Option("--delete", help="delete what is listed")] = False,
-    grace: Annotated[str, typer.Option("--grace", help="spare what is younger: 7d, 12h, 30m, 0s")] = "7d",
+    grace: Annotated[str, typer.Option("--grace", help="spare what no version reached and is younger: 7d, 12h, 0s")] = "7d",
     store: Url = "",
     json: Json = False,
 ) -> None:
-    """List what no version reaches and is older than the grace period; with --delete, delete it."""
+    """List what no version reaches and is older than the grace period; with --delete, delete it.
+
+    With --keep-results also what versions were made from: it is computed again when it is asked for again.
+    """
     with asking():
         opened = reading(store)
-        garbage = garbage_.gc(opened, seconds("--grace", grace))
+        garbage = garbage_.gc(opened, garbage_.Policy(seconds("--grace", grace), keep, keep_results))
+    _collected(opened, garbage, delete, json)
+
+
+@command()
+def rm(
+    ref: Annotated[str, typer.Argument(metavar="NAME@N", help="a version that no label points at")],
+    delete: Annotated[bool, typer.Option("--delete", help="delete what is listed")] = False,
+    store: Url = "",
+    json: Json = False,
+) -> None:
+    """List what is deleted with a version: its record and what nothing else needs; with --delete, delete it."""
+    with asking():
+        opened = reading(store)
+        version = versions.resolve(opened, ref)
+        if isinstance(version, str) or version.ref != ref:
+            known = version.ref if not isinstance(version, str) else "NAME@N"
+            raise ValueError(f"{ref!r} is no single version; write {known}, as `moeflow ls` does")
+        garbage = garbage_.gc(opened, garbage_.Policy(only=ref))
+    _collected(opened, garbage, delete, json)
+
+
+def _collected(store: Store, garbage: garbage_.Garbage, delete: bool, json: bool) -> None:
+    """Delete the garbage if it is to be deleted, and print what it is."""
     with working():
-        gone = garbage_.delete(opened, garbage) if delete else garbage
+        gone = garbage_.delete(store, garbage) if delete else garbage
+    refs = [v.ref for v in gone.versions]
     if json:
-        about = {"deleted": delete, "manifests": list(gone.manifests), "partials": list(gone.partials)}
-        print_json(about | {"blobs": len(gone.blobs), "bytes": gone.bytes, "broken": list(gone.broken)})
+        about = {"deleted": delete, "versions": refs, "manifests": list(gone.manifests), "partials": list(gone.partials)}
+        print_json(about | {"blobs": len(gone.blobs), "bytes": gone.bytes, "broken": list(gone.broken), "runs": gone.runs})
         return
-    for key in gone.manifests:
-        print(key)
-    for key in gone.partials:
-        print(f"{key} (interrupted)")
-    what = f"{count(len(gone.manifests), 'artifact')} and {count(len(gone.blobs), 'blob')}, {size(gone.bytes)}"
-    empty = not (gone.manifests or gone.blobs or gone.partials or gone.leftovers)
-    print("nothing to delete" if empty else f"deleted {what}" if delete else f"{what}; delete with --delete")
+    for line in [*refs, *gone.manifests, *(f"{key} (interrupted)" for key in gone.partials)]:
+        print(line)
+    what = [count(len(refs), "version")] if refs else []
+    what += [count(len(gone.manifests), "artifact"), f"{count(len(gone.blobs), 'blob')}, {size(gone.bytes)}"]
+    text = f"{', '.join(what[:-1])} and {what[-1]}"
+    print("nothing to delete" if gone.empty else f"deleted {text}" if delete else f"{text}; delete with --delete")
+    if gone.runs:
+        print(
+            f"{count(gone.runs, 'run')} under way: what is younger than two days, and what it relies on, is spared", file=sys.stderr
+        )
     for key in gone.broken:
         print(f"warning: {key} cannot be read: a blob is gone or cut short; run its pipeline again", file=sys.stderr)
 

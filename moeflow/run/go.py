@@ -13,8 +13,9 @@ from moeflow.run.plan import Plan, plan
 from moeflow.run.progress import Show
 from moeflow.run.words import count
 from moeflow.step import Step, upstream
-from moeflow.store import CorruptBlob, Index, Store, repair, versions
+from moeflow.store import CorruptBlob, Index, NotStored, Store, repair, versions
 from moeflow.store.repair import Damage
+from moeflow.store.runs import Mark
 
 
 class Runner(StrEnum):
@@ -44,6 +45,7 @@ class Prepared:
     runner: Runner
     index: Index
     plan: Plan
+    mark: Mark
 
     @property
     def targets(self) -> list[Step]:
@@ -55,11 +57,17 @@ def prepare(target: Step, store: Store, *, name: str, runner: Runner) -> Prepare
     versions.check_name(name)
     runner = runner.chosen()
     targets = [target, *target.reports]
-    index = store.index({s.name for s in upstream(targets)})
-    planned = plan(targets, store, index=index, memory=runner.memory)
-    if planned.problems:
-        raise CannotRun(planned.problems[0])
-    return Prepared(target, store, name, runner, index, planned)
+    steps = upstream(targets)
+    mark = Mark(store, [s.key for s in steps])  # before what is stored is listed: garbage collection may be under way
+    try:
+        index = store.index({s.name for s in steps})
+        planned = plan(targets, store, index=index, memory=runner.memory)
+        if planned.problems:
+            raise CannotRun(planned.problems[0])
+    except BaseException:
+        mark.end()
+        raise
+    return Prepared(target, store, name, runner, index, planned, mark)
 
 
 def go(prepared: Prepared, *, progress: Show, options: Options, record: Mapping[str, Any]) -> tuple[Outcome, int]:
@@ -69,39 +77,49 @@ def go(prepared: Prepared, *, progress: Show, options: Options, record: Mapping[
         from moeflow.run.ray import runner as on_ray  # here, because importing ray takes longer than a run with nothing to do
 
         run = on_ray.run
-    outcome = _mending(
-        prepared.store,
-        progress,
-        lambda index: run(prepared.targets, prepared.store, progress=progress, options=options, index=index),
-        prepared.index,
-    )
-    reports = [s.key for s in prepared.target.reports]
-    return outcome, versions.publish(prepared.store, prepared.name, prepared.target.key, reports=reports, record=record)
+    try:
+        outcome = _mending(
+            prepared.store,
+            progress,
+            lambda index: run(prepared.targets, prepared.store, progress=progress, options=options, index=index),
+            prepared.index,
+        )
+        reports = [s.key for s in prepared.target.reports]
+        n = versions.publish(prepared.store, prepared.name, prepared.target.key, reports=reports, record=record)
+    finally:
+        prepared.mark.end()
+    return outcome, n
 
 
 def _mending(store: Store, progress: Show, attempt: Callable[[Index | None], Outcome], index: Index) -> Outcome:
     """Run; where a step reads damaged bytes, drop them with everything computed from them, and run again.
 
-    Raises StepFailed, also if the same bytes are damaged a second time.
+    So it is with what another process deletes meanwhile. Raises StepFailed, also if the same bytes are damaged a second time.
     """
     known: Index | None = index
     dropped: set[str] = set()
     while True:
         try:
             return attempt(known)
-        except (CorruptBlob, StepFailed) as error:
-            damaged = _damaged(error)
-            if damaged is None or damaged.name in dropped:
+        except (CorruptBlob, NotStored, StepFailed) as error:
+            cause = _damaged(error)
+            what = cause.name if isinstance(cause, CorruptBlob) else str(cause)
+            if cause is None or what in dropped:
                 raise
-            dropped.add(damaged.name)
-            damage = repair.drop(store, {damaged.name: damaged.why})
-            progress.say(f"warning: {damaged.why}; {dropped_text(damage)}, to be computed again")
+            dropped.add(what)
+            if isinstance(cause, CorruptBlob):
+                damage = repair.drop(store, {cause.name: cause.why})
+                progress.say(f"warning: {cause.why}; {dropped_text(damage)}, to be computed again")
+            else:
+                progress.say(f"warning: {cause.args[0]}: it was deleted meanwhile, and is computed again")
             known = None
 
 
-def _damaged(error: BaseException | None) -> CorruptBlob | None:
-    """The damaged blob or manifest behind an error, if that is its cause."""
+def _damaged(error: BaseException | None) -> CorruptBlob | NotStored | None:
+    """The damaged or deleted object of the store behind an error, if that is its cause."""
     while error is not None:
+        if isinstance(error, NotStored):
+            return error
         if isinstance(error, CorruptBlob):
             return error if error.name else None
         error = error.cause if isinstance(error, StepFailed) else error.__cause__

@@ -46,6 +46,9 @@ class Blobs(Protocol):
     def touch(self, name: str) -> None:
         """Set the modification time, which garbage collection reads, to now. Raises FileNotFoundError."""
 
+    def now(self) -> float:
+        """The time there, which the modification times are of: seconds since the epoch. Raises StoreError."""
+
     def local(self, name: str) -> Path | None:
         """The path of the blob if it is on a disk of this machine, else None."""
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
+from email.utils import parsedate_to_datetime
 from functools import cache, wraps
 from itertools import islice
 from pathlib import Path
@@ -173,6 +174,13 @@ class S3Blobs:
             # S3 refuses to copy an object onto itself unless something changes: here the time in its metadata.
             extra = {"MetadataDirective": "REPLACE", "Metadata": {"touched": str(int(time.time()))}}
             self._s3.copy(here, self.bucket, self._at(name), ExtraArgs=extra)
+
+    @patiently
+    def now(self) -> float:
+        with said(self._where):
+            head = self._s3.head_bucket(Bucket=self.bucket)
+        date = head["ResponseMetadata"]["HTTPHeaders"].get("date")
+        return parsedate_to_datetime(date).timestamp() if date else time.time()
 
     def local(self, name: str) -> Path | None:
         return None

@@ -49,6 +49,7 @@ def publish(store: Store, name: str, key: str, *, record: Mapping[str, Any] | No
         n = _newest(store, f"versions/{name}/")
         if n and (newest := _read(store, name, n)).key == key and {*newest.reports} == {*reports}:
             return n
+        n = max(n, _newest(store, f"removed/{name}/"))
         about = {"name": name, "n": n + 1, "key": key, "created": _now(), "reports": reports, "record": record or {}}
         if store.blobs.create(_version(name, n + 1), json.dumps(about, indent=1).encode()):
             return n + 1
@@ -117,22 +118,50 @@ def promote(store: Store, ref: str, label: str) -> Version:
             return version
 
 
+def withdraw(store: Store, version: Version) -> None:
+    """Delete a version's record; its number is not given again. What it reached is garbage's business."""
+    store.blobs.create(f"removed/{version.name}/{version.n:06d}.json", b"{}")
+    store.blobs.delete([_version(version.name, version.n)])
+
+
+def remember(store: Store, manifest: Manifest) -> None:
+    """Keep how an artifact was made when the artifact itself is deleted, so that what was made from it can be told."""
+    store.blobs.create(f"lineage/{manifest.key}.json", manifest.dump())
+
+
 def lineage(store: Store, key: str) -> dict[str, Manifest]:
-    """The manifest of `key` and of everything upstream of it, nearest first. Raises NotStored for `key` itself."""
+    """The manifest of `key` and of everything upstream of it, deleted or not, nearest first. Raises NotStored for `key` itself."""
     store.manifest(key)
-    return reach(store, [key])
+    return reach(store, [key], remembered=True)
 
 
-def reach(store: Store, keys: Iterable[str]) -> dict[str, Manifest]:
-    """The manifests of `keys` and of everything upstream, level by level; missing ones are left out."""
+def reach(store: Store, keys: Iterable[str], *, remembered: bool = False) -> dict[str, Manifest]:
+    """The manifests of `keys` and of everything upstream, level by level.
+
+    Missing ones are left out; with `remembered` those count that were deleted and are remembered.
+    """
     manifests: dict[str, Manifest] = {}
     level = [split_part(k)[0] for k in keys]
     while level:
         manifests |= store.manifests(level)
+        if remembered:
+            manifests |= _remembered(store, [k for k in level if k not in manifests])
         tried = {*manifests, *level}
         above = (split_part(i.key)[0] for k in level if k in manifests for i in manifests[k].inputs)
         level = [*dict.fromkeys(k for k in above if k not in tried)]
     return manifests
+
+
+def _remembered(store: Store, keys: Iterable[str]) -> dict[str, Manifest]:
+    def read(key: str) -> Manifest | None:
+        try:
+            return Manifest.load(store.blobs.read(f"lineage/{key}.json"))
+        except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+            return None
+
+    asked = [*keys]
+    with ThreadPoolExecutor(THREADS) as pool:
+        return {k: m for k, m in zip(asked, pool.map(read, asked), strict=True) if m is not None}
 
 
 def _newest(store: Store, prefix: str) -> int:

@@ -8,7 +8,7 @@ import pytest
 
 from moeflow.store import Store, partial, versions
 from moeflow.store import names as store_names
-from moeflow.store.gc import delete, gc
+from moeflow.store.gc import Policy, delete, gc
 from tests.making import commit, folder, key
 
 WEEK = 7 * 86400.0
@@ -40,7 +40,7 @@ def stored(store: Store) -> set[str]:
 
 def test_what_a_version_reaches_is_never_garbage(disk: Store) -> None:
     age(disk)
-    garbage = gc(disk, WEEK)
+    garbage = gc(disk, Policy(WEEK))
     assert garbage.manifests == (key("experiment"),)
     assert [e.size for e in garbage.blobs] == [len("experiment")] and garbage.bytes == len("experiment")
     assert stored(disk) == {key(w) for w in ("model", "choice", "out", "report", "experiment")}
@@ -51,30 +51,30 @@ def test_what_a_version_reaches_is_never_garbage(disk: Store) -> None:
         assert disk.artifact(key(word)).file("x").read_text() == word
     assert disk.artifact(key("model")).file("shared").read_text() == "shared"
     assert [*disk.blobs.list(f"found/{key('experiment')}/")] == []
-    again = gc(disk, WEEK)
+    again = gc(disk, Policy(WEEK))
     assert (again.manifests, again.blobs, again.partials, again.leftovers, again.bytes) == ((), (), (), (), 0)
 
 
 def test_what_is_younger_than_the_grace_period_is_spared_with_all_it_relies_on(disk: Store, tmp_path: Path) -> None:
     age(disk)
     commit(disk, tmp_path, "young", inputs=(key("experiment"),), x="young")
-    assert gc(disk, WEEK).manifests == ()
-    assert gc(disk, WEEK).blobs == ()
-    assert {*gc(disk, 0).manifests} >= {key("young"), key("experiment")}
+    assert gc(disk, Policy(WEEK)).manifests == ()
+    assert gc(disk, Policy(WEEK)).blobs == ()
+    assert {*gc(disk, Policy(0)).manifests} >= {key("young"), key("experiment")}
 
 
 def test_a_blob_without_a_manifest_is_garbage_once_it_is_old(disk: Store, tmp_path: Path) -> None:
     (tmp_path / "x").write_text("lost")
     disk.blobs.upload(tmp_path / "x", store_names.blob("ab" * 32))
-    assert gc(disk, WEEK).blobs == ()
+    assert gc(disk, Policy(WEEK)).blobs == ()
     age(disk)
     versions.publish(disk, "experiment", key("experiment"))
-    assert [e.name for e in gc(disk, WEEK).blobs] == [store_names.blob("ab" * 32)]
+    assert [e.name for e in gc(disk, Policy(WEEK)).blobs] == [store_names.blob("ab" * 32)]
 
 
 def test_what_has_become_needed_since_the_listing_is_not_deleted(disk: Store, tmp_path: Path) -> None:
     age(disk)
-    listed = gc(disk, WEEK)
+    listed = gc(disk, Policy(WEEK))
     assert listed.manifests == (key("experiment"),)
     versions.publish(disk, "late", key("experiment"))
     deleted = delete(disk, listed)
@@ -84,7 +84,7 @@ def test_what_has_become_needed_since_the_listing_is_not_deleted(disk: Store, tm
 
 def test_a_commit_that_relies_on_an_old_blob_saves_it(disk: Store, tmp_path: Path) -> None:
     age(disk)
-    listed = gc(disk, WEEK)
+    listed = gc(disk, Policy(WEEK))
     commit(disk, tmp_path, "again", y="experiment")
     delete(disk, listed)
     assert disk.artifact(key("again")).file("y").read_text() == "experiment"
@@ -93,10 +93,10 @@ def test_a_commit_that_relies_on_an_old_blob_saves_it(disk: Store, tmp_path: Pat
 def test_partial_state_that_nobody_takes_up_and_halves_are_garbage(disk: Store, tmp_path: Path) -> None:
     partial.save(disk, key("gone"), folder(tmp_path / "state", x="state"))
     folder(tmp_path / "store" / "halves", abc="cut short")
-    assert gc(disk, WEEK).partials == () and gc(disk, WEEK).leftovers == ()
+    assert gc(disk, Policy(WEEK)).partials == () and gc(disk, Policy(WEEK)).leftovers == ()
     age(disk)
     partial.save(disk, key("going"), tmp_path / "state")
-    garbage = gc(disk, WEEK)
+    garbage = gc(disk, Policy(WEEK))
     assert garbage.partials == (key("gone"),) and [e.name for e in garbage.leftovers] == ["halves/abc"]
     delete(disk, garbage)
     assert not partial.load(disk, key("gone"), tmp_path / "a") and partial.load(disk, key("going"), tmp_path / "b")
@@ -105,7 +105,7 @@ def test_partial_state_that_nobody_takes_up_and_halves_are_garbage(disk: Store, 
 def test_what_stays_but_cannot_be_read_is_named(disk: Store) -> None:
     blob = store_names.blob(disk.manifest(key("choice")).files["x"].sha256)
     disk.blobs.delete([blob])
-    assert gc(disk, WEEK).broken == (key("choice"),)
+    assert gc(disk, Policy(WEEK)).broken == (key("choice"),)
 
 
 def test_in_s3_it_is_the_same(s3_store: Store, tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ def test_in_s3_it_is_the_same(s3_store: Store, tmp_path: Path) -> None:
     versions.publish(s3_store, "tiny", key("kept"))
     assert gc(s3_store).manifests == ()
     time.sleep(1.1)  # S3 tells time in seconds
-    garbage = gc(s3_store, 0)
+    garbage = gc(s3_store, Policy(0))
     assert garbage.manifests == (key("dropped"),) and garbage.bytes == len("dropped")
     delete(s3_store, garbage)
     assert stored(s3_store) == {key("kept")}
@@ -123,4 +123,4 @@ def test_in_s3_it_is_the_same(s3_store: Store, tmp_path: Path) -> None:
 
 def test_a_negative_grace_period_is_refused(disk: Store) -> None:
     with pytest.raises(ValueError, match="grace is -1 seconds; give 0 or more"):
-        gc(disk, -1)
+        gc(disk, Policy(-1))

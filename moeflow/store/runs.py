@@ -1,0 +1,63 @@
+"""Marks of runs that are under way: what a run relies on, so that garbage collection beside it leaves that alone.
+
+A mark is an object that its run touches every few minutes, and its time is the server's, so no machine's clock counts. A run
+that died leaves a mark that ages. Knows no steps.
+"""
+
+import json
+import threading
+import uuid
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+
+from moeflow.store.errors import StoreError
+from moeflow.store.store import Store
+
+TOUCH = 300.0  # seconds between two signs of life
+LIVE = 1800.0  # seconds since the last sign after which a run counts as dead; longer than an outage that runs wait out
+
+
+class Mark:
+    """This run's mark, which a thread keeps young until `end`."""
+
+    def __init__(self, store: Store, keys: Iterable[str]) -> None:
+        """Raises StoreError."""
+        self._store, self._name = store, f"runs/{uuid.uuid4().hex}.json"
+        self._text = json.dumps(sorted({*keys})).encode()
+        self._ended = threading.Event()
+        store.blobs.create(self._name, self._text)
+        threading.Thread(target=self._keep, daemon=True, name="mark").start()
+
+    def end(self) -> None:
+        """Delete the mark; one that cannot be deleted ages."""
+        self._ended.set()
+        with suppress(StoreError, OSError):
+            self._store.blobs.delete([self._name])
+
+    def _keep(self) -> None:
+        while not self._ended.wait(TOUCH):
+            with suppress(StoreError, OSError):
+                try:
+                    self._store.blobs.touch(self._name)
+                except FileNotFoundError:  # this machine slept for so long that its run counted as dead
+                    self._store.blobs.create(self._name, self._text)
+
+
+@dataclass(frozen=True)
+class Live:
+    """The runs that are under way, and the keys that they rely on; `dead`: marks of runs that are not."""
+
+    runs: int
+    keys: frozenset[str]
+    dead: tuple[str, ...]
+
+
+def live(store: Store, now: float) -> Live:
+    """Read the marks of runs that gave a sign of life lately; `now`: the server's time, seconds since the epoch."""
+    marks = [*store.blobs.list("runs/")]
+    alive, keys = [e.name for e in marks if e.modified > now - LIVE], set[str]()
+    for name in alive:
+        with suppress(FileNotFoundError):  # its run has ended since
+            keys.update(json.loads(store.blobs.read(name)))
+    return Live(len(alive), frozenset(keys), tuple(e.name for e in marks if e.name not in alive))
