@@ -46,6 +46,10 @@ Gpus = Annotated[
     float | None, typer.Option("--gpus", min=0, help="GPUs of each step that computes with a model (1 if there are any)")
 ]
 Cpus = Annotated[float | None, typer.Option("--cpus", min=1, help="CPUs, and threads, of each such step (1)")]
+On = Annotated[
+    Path | None,
+    typer.Option("--on", metavar="CLUSTER.yaml", help="check against the nodes of a file for `ray up`, not this machine"),
+]
 Json = Annotated[bool, typer.Option("--json", help="machine-readable output")]
 Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
 All = Annotated[bool, typer.Option("--all", help="a line for every step")]

@@ -14,6 +14,7 @@ from moeflow.cli.common import (
     InFlight,
     Json,
     Name,
+    On,
     Params,
     PipelineCommand,
     Retries,
@@ -27,7 +28,7 @@ from moeflow.cli.common import (
     print_reports,
     working,
 )
-from moeflow.run import Options, pipeline
+from moeflow.run import Options, node_kinds, pipeline
 from moeflow.run import plan as plans
 from moeflow.run.go import Runner, go, prepare
 from moeflow.run.plan_table import plan_lines, plan_table
@@ -40,14 +41,18 @@ def plan(
     param: Params = [],  # noqa: B006
     store: Url = "",
     runner: RunnerName = Runner.auto,
+    on: On = None,
+    gpus: Gpus = None,
+    cpus: Cpus = None,
     all: All = False,
     json: Json = False,
 ) -> None:
     """Show what is stored, what would run, what it would read and write, and what cannot work."""
     with asking():
+        nodes = node_kinds.read(on) if on else None
         opened = open_store(store)
-        target = pipeline.call(own.get() or pipeline.load(file), param)
-        planned = plans.plan([target, *target.reports], opened, memory=runner.memory)
+        target = Options(gpus=gpus, cpus=cpus).place(pipeline.call(own.get() or pipeline.load(file), param))
+        planned = plans.plan([target, *target.reports], opened, memory=None if on else runner.memory, nodes=nodes)
     if json:
         print_json({"key": target.key, **planned.json()})
     else:
