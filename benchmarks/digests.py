@@ -47,7 +47,7 @@ TUNE = [
 TUNED = [*TUNE, "heldout=@", "heldout.sequences=2", "heldout.length=16"]
 
 RUNS: dict[str, tuple[str, str, list[str]]] = {
-    "tiny": ("tiny", "", ["trained.steps=10"]),
+    "tiny": ("tiny", "", []),
     "naee": ("mixtral", "", [*TRAINED, "keep=6", "skipping=median"]),
     "naee progressive": ("mixtral", "", [*TRAINED, "keep=4", "search=progressive", "skipping=1.7"]),
     "moei2": ("mixtral_moei2", "", MOEI2),

@@ -202,3 +202,24 @@ def speed(context: Context, original: Artifact, compressed: Artifact, *, machine
         facts = {"machine": here(), "asked_on": machine, "sequence": length, "rounds": ROUNDS}
     rows = [row(name, first, second, FIGURES[name]) for name, (first, second) in figures.items()]
     write_report(context, "speed", rows, note=note, **facts)
+
+
+def _written_spec(original: CheckpointSpec, compressed: CheckpointSpec, *, prompt: str, tokens: int) -> Spec:
+    if not prompt or tokens < 1:
+        raise ValueError(f"prompt={prompt!r} and tokens={tokens}: there must be words to go on from, and at least one token")
+    largest = max(c.nbytes + c.others for c in (original, compressed))
+    need = int(largest * ROOM)
+    return Spec(reads=original.nbytes + compressed.nbytes, writes=400 + 16 * tokens, memory=need, device=on_device(need))
+
+
+@step("evaluate.written", version=1, spec=_written_spec, gpus=1)
+def written(context: Context, original: Artifact, compressed: Artifact, *, prompt: str, tokens: int) -> None:
+    """What each model writes behind `prompt`, `tokens` tokens by its own likeliest next one, for people to look at.
+
+    The models are loaded whole, one after the other.
+    """
+    from moeflow.methods.evaluate.writing import continued
+
+    before, after = (continued(model.folder(), prompt, tokens) for model in (original, compressed))
+    note = f"behind {prompt!r} the original model writes {before!r}, the compressed one {after!r}"
+    write_report(context, "written", [], note=note, prompt=prompt, original=before, compressed=after)
