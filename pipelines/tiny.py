@@ -6,6 +6,8 @@ The graph is that of `mixtral.py`, on a model that has learned the sources of Py
 each of the two models writes behind a few words.
 """
 
+from pathlib import Path
+
 from moeflow.cli import main
 from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.checkpoint import steps as checkpoint
@@ -18,12 +20,13 @@ from moeflow.methods.recipes.compare import HeldOut
 from moeflow.sources import Source, Texts
 from moeflow.step import Step
 
+MODEL = str(Path(__file__).parents[1] / "models" / "mixtral-small")
 TRAINED_ON = "python:stdlib/[!s-z]*.py"
 HELD_OUT = "python:stdlib/[s-z]*.py"
 
 
 def build(
-    model: Source = "models/mixtral-small",
+    model: Source = MODEL,
     *,
     tokens: Texts = Texts(TRAINED_ON),
     heldout: HeldOut = HeldOut(HELD_OUT, length=128),

@@ -80,7 +80,7 @@ def run(*words: str) -> subprocess.Popen[str]:
         "PYTHONUNBUFFERED": "1",
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }
-    command = [sys.executable, ROOT / "infra" / "demo.py", *words]
+    command = [sys.executable, str(ROOT / "infra" / "demo.py"), *words]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
 

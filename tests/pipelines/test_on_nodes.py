@@ -58,6 +58,15 @@ def test_a_pipeline_fits_the_nodes_as_it_is_written_and_says_the_gpu_memory_of_e
         assert row["device"] <= 45776 << 20 or row["optional"], row["label"]
 
 
+OURS = "counts.rule=exact search=swap search.span=1 decomposition.svd=whitened decomposition.ranks=global tune.loss=kl"
+
+
+def test_what_moeflow_puts_beside_a_paper_fits_too(planned: Planned) -> None:
+    plan = planned("mixtral_moei2", MIXTRAL, *(word for value in OURS.split() for word in ("-p", value)))
+    assert plan["problems"] == [] and all(bool(row["device"]) == bool(row["gpus"]) for row in plan["rows"])
+    assert {"decompose.spectra", "finetune.predictions", "calibrate.forks"} <= {row["name"] for row in plan["rows"]}
+
+
 def test_every_pipeline_is_among_them() -> None:
     (marker,) = test_a_pipeline_fits_the_nodes_as_it_is_written_and_says_the_gpu_memory_of_every_step.pytestmark  # type: ignore[attr-defined]
     cases = {getattr(case, "values", case)[0] for case in marker.args[1]}
