@@ -41,12 +41,13 @@ OURS = [
 SMALL = ["calibration.sequences=8", "calibration.length=16", "calibration.batch=2", "heldout.sequences=2", "heldout.length=16"]
 SMALL += ["calibration.record=128", "calibration.per_expert=4"]
 TUNE = [
-    "tune.rows=8", "tune.batch=4", "tune.epochs=1", "tune.rate=1e-2", "tune.length=16", "tune.text=@", "gang.zero=0",
+    "tune.rows=8", "tune.batch=4", "tune.epochs=1", "tune.rate=1e-2", "tune.length=16", "tune.text=@",
+    "gang.processes=1", "gang.zero=0", "gang.offload=false",
 ]  # fmt: skip
 TUNED = [*TUNE, "heldout=@", "heldout.sequences=2", "heldout.length=16"]
 
 RUNS: dict[str, tuple[str, str, list[str]]] = {
-    "tiny": ("tiny", "", ["trained.steps=10"]),
+    "tiny": ("tiny", "", []),
     "naee": ("mixtral", "", [*TRAINED, "keep=6", "skipping=median"]),
     "naee progressive": ("mixtral", "", [*TRAINED, "keep=4", "search=progressive", "skipping=1.7"]),
     "moei2": ("mixtral_moei2", "", MOEI2),

@@ -123,8 +123,10 @@ class Spec:
     output: Any = None
     reads: int = 0  # bytes read from the inputs
     writes: int = 0  # bytes of its output files
-    memory: int = 0  # peak bytes resident
+    memory: int = 0  # peak bytes resident, on CPUs
+    device: int = 0  # peak bytes on its GPU, if it has one
     notes: tuple[str, ...] = ()
+    optional: bool = False  # with less memory than that the step still ends well: it leaves figures out, and says so
 
 
 class Promise:
@@ -347,10 +349,8 @@ def canonical(value: Any) -> bytes:
 
 @cache
 def _source(fn: Callable[..., None]) -> str:
-    """A digest of a function's source and of the modules of its package that it imports when it runs, and that those import.
-
-    This module is left out. Nothing is imported. Empty if the function comes from no file.
-    """
+    """A digest of a function's source and of the modules of its package that it imports when it runs, and that those import, but
+    for this one. Nothing is imported. Empty if the function comes from no file."""
     try:
         text = inspect.getsource(fn)
     except OSError:

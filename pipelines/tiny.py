@@ -1,40 +1,46 @@
-"""The whole of moeflow in minutes on a laptop: train a small Mixtral on Python's own sources, then drop a quarter of its experts.
+"""The whole of moeflow in a minute on a laptop: drop a quarter of the experts of the small Mixtral in models/mixtral-small.
 
     make demo
 
-The graph is that of `mixtral.py`, on a model that one of its steps trains.
+The graph is that of `mixtral.py`, on a model that has learned the sources of Python (models/mixtral-small/README.md), with what
+each of the two models writes behind a few words.
 """
+
+from pathlib import Path
 
 from moeflow.cli import main
 from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data
+from moeflow.methods.evaluate import steps as evaluate
 from moeflow.methods.graph import Calibrating
-from moeflow.methods.pretrain.steps import Pretraining
 from moeflow.methods.prune.searches import Search
-from moeflow.methods.recipes import compare, naee, pretrained
+from moeflow.methods.recipes import compare, naee
 from moeflow.methods.recipes.compare import HeldOut
-from moeflow.sources import Texts
+from moeflow.sources import Source, Texts
 from moeflow.step import Step
 
+MODEL = str(Path(__file__).parents[1] / "models" / "mixtral-small")
 TRAINED_ON = "python:stdlib/[!s-z]*.py"
 HELD_OUT = "python:stdlib/[s-z]*.py"
 
 
 def build(
-    texts: Texts = Texts(TRAINED_ON),
+    model: Source = MODEL,
     *,
+    tokens: Texts = Texts(TRAINED_ON),
     heldout: HeldOut = HeldOut(HELD_OUT, length=128),
     keep: int = 6,
     search: Search = Search("layerwise"),
-    trained: Pretraining = Pretraining(),
+    prompt: str = "    def __init__(self",
     calibration: Calibrating = Calibrating(64, 128, stage=2),
 ) -> Step:
-    original = pretrained.mixtral(texts, trained)
-    matrix = data.tokens(texts, original, calibration.sample)
+    original = checkpoint.pinned(model)
+    matrix = data.tokens(tokens, original, calibration.sample)
     pruned = naee.prune(calibrate.run(original, matrix, calibration.passed), keep, search)
     reports = compare.reports(original, pruned, heldout, calibration.passed, tokens=matrix)
-    return checkpoint.checkpoint_of(pruned).reporting(*reports)
+    written = evaluate.written(checkpoint.checkpoint_of(original), checkpoint.checkpoint_of(pruned), prompt=prompt, tokens=24)
+    return checkpoint.checkpoint_of(pruned).reporting(*reports, written)
 
 
 if __name__ == "__main__":

@@ -54,6 +54,10 @@ Cpus = Annotated[float | None, typer.Option("--cpus", min=1, help="CPUs, and thr
 Patience = Annotated[
     str, typer.Option("--patience", metavar="TIME", help="wait for a store or source that does not answer: 15m, 2h, 0s")
 ]
+On = Annotated[
+    Path | None,
+    typer.Option("--on", metavar="CLUSTER.yaml", help="check against the nodes of a file for `ray up`, not this machine"),
+]
 Json = Annotated[bool, typer.Option("--json", help="machine-readable output")]
 Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
 All = Annotated[bool, typer.Option("--all", help="a line for every step")]

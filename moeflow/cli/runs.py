@@ -16,6 +16,7 @@ from moeflow.cli.common import (
     InFlight,
     Json,
     Name,
+    On,
     Params,
     Patience,
     PipelineCommand,
@@ -31,7 +32,7 @@ from moeflow.cli.common import (
     seconds,
     working,
 )
-from moeflow.run import Options, pipeline
+from moeflow.run import Options, node_kinds, pipeline
 from moeflow.run import plan as plans
 from moeflow.run.go import Runner, go, prepare
 from moeflow.run.plan_table import plan_lines, plan_table
@@ -47,16 +48,20 @@ def plan(
     param: Params = [],  # noqa: B006
     store: Url = "",
     runner: RunnerName = Runner.auto,
+    on: On = None,
+    gpus: Gpus = None,
+    cpus: Cpus = None,
     patience: Patience = "15m",
     all: All = False,
     json: Json = False,
 ) -> None:
     """Show what is stored, what would run, what it would read and write, and what cannot work. Writes nothing."""
     with asking(), heard(show_progress(json=True).waits):
+        nodes = node_kinds.read(on) if on else None
         opened = Store.open(store or STORE, patience=seconds("--patience", patience))
         opened.look()
-        target = _called(file, param, opened)
-        planned = plans.plan([target, *target.reports], opened, memory=runner.memory)
+        target = Options(gpus=gpus, cpus=cpus).place(_called(file, param, opened))
+        planned = plans.plan([target, *target.reports], opened, memory=None if on else runner.memory, nodes=nodes)
     if json:
         print_json({"key": target.key, **planned.json()})
     else:

@@ -81,6 +81,10 @@ class LayerSpec:
     def nbytes(self) -> int:
         return file_bytes(self.tensors) - self._taken_out
 
+    def loaded(self, dtype: str) -> int:
+        """The bytes of its weights in a run in this precision: unpacked, whatever the file has."""
+        return self.numel * element_bytes(self.config, dtype)
+
     @property
     def least(self) -> int:
         """The smallest number of experts that a run may leave."""
@@ -183,6 +187,12 @@ class RestSpec:
         """The bytes of the final norm and the head, which may be the embedding."""
         tied = HEAD not in self.tensors
         return sum(tensor_bytes(*t) for n, t in self.tensors.items() if tied or n != EMBEDDING)
+
+    def loaded(self, dtype: str, *, head: bool) -> int:
+        """The bytes of the final norm and the head, or else of the embedding, in a run in this precision."""
+        tied = HEAD not in self.tensors
+        numel = sum(prod(shape) for n, (_, shape) in self.tensors.items() if (n == EMBEDDING) != head or (tied and head))
+        return numel * element_bytes(self.config, dtype)
 
 
 @dataclass(frozen=True)

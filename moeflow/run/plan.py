@@ -1,4 +1,4 @@
-"""What a run would do, from listings, the steps' specs and the free disk space. Runs nothing."""
+"""What a run would do, from listings, the steps' specs, the free disk space and the nodes of a cluster file. Runs nothing."""
 
 import shutil
 from collections.abc import Iterable
@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from moeflow.run.node_kinds import NodeKinds
 from moeflow.run.outcome import State
 from moeflow.run.schedule import Schedule
 from moeflow.run.words import count, labels, size
@@ -30,7 +31,8 @@ class Row:
     cpus: float
     gpus: float
     processes: int  # of a gang; 0 if it is none
-    device: int  # bytes on its device
+    device: int  # peak bytes on its GPU, if it computes on one
+    optional: bool  # with less memory it ends well, and leaves figures out
     notes: tuple[str, ...]
 
 
@@ -61,6 +63,11 @@ class Plan:
         """The most peak bytes of a step that runs, or of one process of a gang."""
         return max((r.memory for r in self.rows if r.state == "run"), default=0)
 
+    @property
+    def device(self) -> int:
+        """The most bytes that a step that runs, or one process of a gang, takes of a GPU."""
+        return max((r.device for r in self.rows if r.state == "run"), default=0)
+
     def json(self) -> dict[str, Any]:
         states: tuple[State, ...] = ("run", "stored", "same content", "not needed")
         return {
@@ -68,32 +75,43 @@ class Plan:
             "reads": self.reads,
             "writes": self.writes,
             "memory": self.memory,
+            "device": self.device,
             "problems": list(self.problems),
             "warnings": list(self.warnings),
             "rows": [asdict(row) for row in self.rows],
         }
 
 
-def plan(targets: Iterable[Step], store: Store, *, index: Index | None = None, memory: int | None = None) -> Plan:
+def plan(
+    targets: Iterable[Step], store: Store, *, index: Index | None = None, memory: int | None = None, nodes: NodeKinds | None = None
+) -> Plan:
     """Plan a run of `targets`. Requests: a few listings, and the manifests of inputs that are read in part.
 
-    `memory`: bytes of this machine, if the steps run here; without it only the disk of a folder store is checked. CPUs are
-    not limited: a step in this process takes the threads that it asks for.
+    `memory`: bytes of this machine, if the steps run here; CPUs are not limited then: a step in this process takes the threads
+    that it asks for. `nodes`: those of the cluster that they run on; the disks are others then. Without both only the disk of a
+    folder store is checked.
     """
     schedule = Schedule(targets, store, index)
     schedule.settle()
     names, states = labels(list(schedule.steps.values())), schedule.states
     rows = tuple(_row(step, states[key], names[key]) for key, step in schedule.steps.items())
-    problems = [*_disk(rows, store, here=memory is not None), *([] if memory is None else _memory(rows, memory))]
-    return Plan(rows, tuple(schedule.warnings()), tuple(problems))
+    problems = [] if nodes else _disk(rows, store, here=memory is not None)
+    unfit = nodes.unfit(rows) if nodes else {} if memory is None else _memory(rows, memory)
+    problems += [why for row, why in unfit.items() if not row.optional]
+    warnings = [
+        *schedule.warnings(),
+        *(f"{why}; until then it leaves its figures out" for row, why in unfit.items() if row.optional),
+    ]
+    return Plan(rows, tuple(warnings), tuple(problems))
 
 
 def _row(step: Step, state: State, label: str) -> Row:
     spec, asked = step.spec, step.resources
     reads, writes = (spec.reads, spec.writes) if state == "run" else (0, 0)
     memory = asked.memory or spec.memory
-    needs = memory, asked.cpus, asked.gpus, asked.processes, asked.device
-    return Row(step.key, step.name, label, state, reads, writes, *needs, spec.notes)
+    device = asked.device or (spec.device if asked.gpus else 0)
+    needs = memory, asked.cpus, asked.gpus, asked.processes, device
+    return Row(step.key, step.name, label, state, reads, writes, *needs, spec.optional, spec.notes)
 
 
 def _disk(rows: Iterable[Row], store: Store, *, here: bool) -> list[str]:
@@ -114,14 +132,14 @@ def _existing(folder: Path) -> Path:
     return next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
 
 
-def _memory(rows: Iterable[Row], memory: int) -> list[str]:
-    """One line for each step name whose process, or whose gang's processes together, this machine cannot hold."""
-    problems: dict[str, str] = {}
+def _memory(rows: Iterable[Row], memory: int) -> dict[Row, str]:
+    """The first row of each step name whose process, or whose gang's processes together, this machine cannot hold, and why."""
+    problems: dict[str, tuple[Row, str]] = {}
     for row in (r for r in rows if r.state == "run"):
         need = row.memory * max(row.processes, 1)
         if need > memory:
             gang = f" for its {count(row.processes, 'process', 'es')}" if row.processes > 1 else ""
             advice = "take a larger one, or say what it needs with .on()"
             problem = f"{row.label} needs {size(need)}{gang} and the largest node has {size(memory)}; {advice}"
-            problems.setdefault(row.name, problem)
-    return list(problems.values())
+            problems.setdefault(row.name, (row, problem))
+    return dict(problems.values())

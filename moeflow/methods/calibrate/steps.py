@@ -16,6 +16,7 @@ from moeflow.arch import EMBEDDING
 from moeflow.methods.graph import HIDDEN, REST, TOKENS, Calibration, Model, Pass
 from moeflow.methods.records import Candidates
 from moeflow.model.layout import LAYER, ROUTING, file_before, file_of, read_config
+from moeflow.model.memory import on_device, passing
 from moeflow.model.spec import (
     ForkSpec,
     HiddenSpec,
@@ -148,7 +149,9 @@ def _embed_spec(essential: RestSpec, rest: RestSpec, tokens: TokensSpec, *, firs
         )
     out = HiddenSpec(config, count, tokens.length, precision(config, dtype))
     table = file_bytes({"e": rest.tensors[EMBEDDING]})
-    return Spec(out, reads=table + tokens.sequences * tokens.length * 4, writes=out.nbytes, memory=3 * table + 2 * out.nbytes)
+    reads, loaded = table + tokens.sequences * tokens.length * 4, rest.loaded(dtype, head=False)
+    memory = 2 * table + loaded + 2 * out.nbytes
+    return Spec(out, reads=reads, writes=out.nbytes, memory=memory, device=on_device(loaded + out.nbytes))
 
 
 @step("calibrate.embed", version=1, spec=_embed_spec, gpus=1)
@@ -162,18 +165,19 @@ def embed(context: Context, config: Artifact, rest: Artifact, tokens: Artifact, 
     passes.embed(read_config(config), rest, ids_NL, context.out / HIDDEN, dtype=dtype)
 
 
-def _pass_spec(hidden: Any, layers: tuple[LayerSpec, ...]) -> tuple[HiddenSpec, int, int]:
+def _pass_spec(hidden: Any, layers: tuple[LayerSpec, ...], dtype: str) -> tuple[HiddenSpec, int, int]:
     """The hidden states, the bytes to read with the layers, and the peak memory."""
     states = _states(hidden)
     reads = states.nbytes + sum(layer.nbytes for layer in layers)
-    # the largest layer twice (file and fused experts), the hidden states, and a batch's activations
-    memory = 2 * max(layer.nbytes for layer in layers) + 4 * states.nbytes
+    # the largest layer's file and its weights, the hidden states, and a batch's activations
+    memory = max(layer.nbytes + layer.loaded(dtype) for layer in layers) + 4 * states.nbytes
     return states, reads, memory
 
 
 def _advance_spec(config: RestSpec, hidden: Any, layers: tuple[LayerSpec, ...], *, first: int, batch: int, dtype: str) -> Spec:
-    states, reads, memory = _pass_spec(hidden, layers)
-    return Spec(states, reads=reads, writes=states.nbytes, memory=memory)
+    states, reads, memory = _pass_spec(hidden, layers, dtype)
+    device = on_device(passing(layers, batch * states.length, dtype))
+    return Spec(states, reads=reads, writes=states.nbytes, memory=memory, device=device)
 
 
 @step("calibrate.advance", version=1, spec=_advance_spec, gpus=1)
@@ -192,7 +196,8 @@ def advance(
 def _observe_spec(
     config: RestSpec, hidden: Any, layers: tuple[LayerSpec, ...], *, first: int, recording: Recording, batch: int, dtype: str
 ) -> Spec:
-    states, reads, memory = _pass_spec(hidden, layers)
+    states, reads, memory = _pass_spec(hidden, layers, dtype)
+    device = on_device(passing(layers, batch * states.length, dtype, recorded=True))
     tokens = states.sequences * states.length
     row = int(states.config["hidden_size"]) * states.itemsize
     kept = most = min(tokens, recording.inputs)
@@ -204,7 +209,7 @@ def _observe_spec(
             most = max(most, rows)
             writes += rows * (row + 8) + tokens * layer.experts * 4 + 8 * 7 * layer.experts + 1400
     moe = tuple(spec.layer for spec in layers if spec.experts)
-    return Spec(ObservedSpec(states, kept, most, moe), reads=reads, writes=writes, memory=memory + writes)
+    return Spec(ObservedSpec(states, kept, most, moe), reads=reads, writes=writes, memory=memory + writes, device=device)
 
 
 @step("calibrate.observe", version=1, spec=_observe_spec, gpus=1)
@@ -288,8 +293,9 @@ def _forks_spec(
     out = ForkSpec(before.hidden, before.forks + more)
     read = sum(layer.nbytes for layer in layers)
     read += sum(one.nbytes if isinstance(one, LayerSpec) else one["bytes"] for several in sources for one in several)
-    largest = max(layer.nbytes for layer in layers)
-    return Spec(out, reads=before.nbytes + read, writes=out.nbytes, memory=4 * largest + 6 * out.hidden.nbytes)
+    memory = 2 * max(layer.nbytes + layer.loaded(dtype) for layer in layers) + 6 * out.hidden.nbytes
+    device = on_device(passing(layers, batch * out.hidden.length, dtype, copies=2))
+    return Spec(out, reads=before.nbytes + read, writes=out.nbytes, memory=memory, device=device)
 
 
 @step("calibrate.forks", version=1, spec=_forks_spec, gpus=1)
@@ -333,8 +339,9 @@ def _measure_spec(rest: RestSpec, matrix: TokensSpec, end: ForkSpec, *, rows: li
     reads = rest.head_bytes + header_bytes(rest.tensors) + end.nbytes + matrix.tokens * 4
     width = int(rest.config["vocab_size"]) * 1024 * 4 * 6
     writes = 200 + 90 * count
-    memory = 4 * rest.head_bytes + 4 * end.hidden.nbytes + width
-    return Spec({"bytes": writes}, reads=reads, writes=writes, memory=memory)
+    head = rest.loaded(dtype, head=True)
+    memory = 2 * rest.head_bytes + 2 * head + 4 * end.hidden.nbytes + width
+    return Spec({"bytes": writes}, reads=reads, writes=writes, memory=memory, device=on_device(head + width))
 
 
 @step("calibrate.curves", version=1, spec=_measure_spec, gpus=1)

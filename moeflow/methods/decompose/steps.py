@@ -22,6 +22,7 @@ from moeflow.methods.decompose.ranks import (
 )
 from moeflow.methods.records import Curves, Facts, Importance, Ranks
 from moeflow.model.layout import read_config
+from moeflow.model.memory import on_device
 from moeflow.model.spec import LayerSpec, ObservedSpec, RestSpec, TensorTable, element_bytes
 from moeflow.step import Artifact, Context, Spec, step
 
@@ -52,8 +53,9 @@ def _spectra_spec(
     recorded = _recorded_bytes(rest.config, observed, dtype)
     writes = 500 + before.experts * (3 * 8 * min(rows, columns) + 8)
     out = {"layer": layer, "bytes": writes, "experts": before.experts, "sides": [rows, columns]}
-    memory = 4 * before.nbytes + 2 * recorded + (2 << 30)
-    return Spec(out, reads=before.headers + before.block_bytes + recorded, writes=writes, memory=memory)
+    working = before.loaded(dtype) + 2 * recorded + (2 << 30)
+    memory, device = 2 * before.nbytes + before.loaded(dtype) + working, on_device(working)
+    return Spec(out, reads=before.headers + before.block_bytes + recorded, writes=writes, memory=memory, device=device)
 
 
 @step("decompose.spectra", version=2, spec=_spectra_spec, gpus=1)
@@ -134,8 +136,9 @@ def _layer_spec(
     else:
         out = replace(before, tensors=_cut(before, uniform))
     recorded = _recorded_bytes(rest.config, observed, dtype)
-    memory = 4 * before.nbytes + 2 * recorded + (2 << 30)
-    return Spec(out, reads=before.nbytes + recorded, writes=out.nbytes + 200 + 90 * before.experts, memory=memory)
+    working, writes = before.loaded(dtype) + 2 * recorded + (2 << 30), out.nbytes + 200 + 90 * before.experts
+    memory, device = 2 * before.nbytes + before.loaded(dtype) + working, on_device(working)
+    return Spec(out, reads=before.nbytes + recorded, writes=writes, memory=memory, device=device)
 
 
 def _cut(before: LayerSpec, uniform: Mapping[str, int]) -> TensorTable:

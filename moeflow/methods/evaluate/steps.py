@@ -17,6 +17,7 @@ from moeflow.methods.records import Choice
 from moeflow.methods.reports import row, write_report
 from moeflow.methods.scores import SCORES
 from moeflow.model.layout import experts_in, headers, read_config
+from moeflow.model.memory import on_device
 from moeflow.model.packed import numels
 from moeflow.model.spec import CheckpointSpec, HiddenSpec, ObservedSpec, RestSpec, TokensSpec, header_bytes
 from moeflow.step import Artifact, Context, Spec, step
@@ -113,7 +114,9 @@ def _quality_spec(
     head = original.head_bytes
     reads = 2 * (head + header_bytes(original.tensors)) + sum(s.nbytes for s in states) + matrix.tokens * 4
     width = int(original.config["vocab_size"]) * 1024 * 4 * 6
-    return Spec(reads=reads, writes=800 + 24 * matrix.sequences, memory=4 * head + 2 * max(s.nbytes for s in states) + width)
+    loaded = original.loaded(dtype, head=True) + compressed.loaded(dtype, head=True)
+    memory = 2 * head + loaded + 2 * max(s.nbytes for s in states) + width
+    return Spec(reads=reads, writes=800 + 24 * matrix.sequences, memory=memory, device=on_device(loaded + width))
 
 
 @step("evaluate.quality", version=2, spec=_quality_spec, gpus=1)
@@ -162,13 +165,16 @@ def _named(path: Path, what: str) -> str:
     return next((value.strip() for name, _, value in lines if name.strip() == what), "")
 
 
+ROOM = 1.2
+"""What both models and their activations take, as a multiple of their bytes on disk."""
 FIGURES = {"prefill": "tokens/s", "decode": "tokens/s", "resident bytes": "B"}
 """What `timing.measure` measures, with units."""
 
 
 def _speed_spec(original: CheckpointSpec, compressed: CheckpointSpec, *, machine: Any, length: int) -> Spec:
     both = sum(c.nbytes + c.others for c in (original, compressed))
-    return Spec(reads=both, writes=560)  # asks for no memory: the step leaves the speed out if too little is free
+    need = int(both * ROOM)
+    return Spec(reads=both, writes=560, memory=need, device=on_device(need), optional=True)
 
 
 @step("evaluate.speed", version=1, spec=_speed_spec, gpus=1)
@@ -187,7 +193,7 @@ def speed(context: Context, original: Artifact, compressed: Artifact, *, machine
     note = ""
     figures: dict[str, Any] = dict.fromkeys(FIGURES, (None, None))
     facts: dict[str, Any] = {}
-    if need * 1.2 > free:
+    if need * ROOM > free:
         note = f"speed is left out: both models need {need:,} bytes at once, and {free:,} are free on {device}"
     elif length < 1:
         note = f"speed is left out: the model's {positions} positions leave none before the {DECODED} that are decoded"
@@ -196,3 +202,24 @@ def speed(context: Context, original: Artifact, compressed: Artifact, *, machine
         facts = {"machine": here(), "asked_on": machine, "sequence": length, "rounds": ROUNDS}
     rows = [row(name, first, second, FIGURES[name]) for name, (first, second) in figures.items()]
     write_report(context, "speed", rows, note=note, **facts)
+
+
+def _written_spec(original: CheckpointSpec, compressed: CheckpointSpec, *, prompt: str, tokens: int) -> Spec:
+    if not prompt or tokens < 1:
+        raise ValueError(f"prompt={prompt!r} and tokens={tokens}: there must be words to go on from, and at least one token")
+    largest = max(c.nbytes + c.others for c in (original, compressed))
+    need = int(largest * ROOM)
+    return Spec(reads=original.nbytes + compressed.nbytes, writes=400 + 16 * tokens, memory=need, device=on_device(need))
+
+
+@step("evaluate.written", version=1, spec=_written_spec, gpus=1)
+def written(context: Context, original: Artifact, compressed: Artifact, *, prompt: str, tokens: int) -> None:
+    """What each model writes behind `prompt`, `tokens` tokens by its own likeliest next one, for people to look at.
+
+    The models are loaded whole, one after the other.
+    """
+    from moeflow.methods.evaluate.writing import continued
+
+    before, after = (continued(model.folder(), prompt, tokens) for model in (original, compressed))
+    note = f"behind {prompt!r} the original model writes {before!r}, the compressed one {after!r}"
+    write_report(context, "written", [], note=note, prompt=prompt, original=before, compressed=after)

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
-from moeflow.arch import Config, Family
+from moeflow.arch import Config
 from moeflow.methods.finetune.recipe import Gang, Recipe, divisors
 from moeflow.methods.finetune.targets import Shapes
+from moeflow.model.memory import MARGIN, bytes_per_token
 
-MARGIN = 1.1
 BUCKET = 500_000_000
 """The default number of elements that DeepSpeed's ZeRO 1 and 2 collect before sending."""
 
@@ -74,26 +74,6 @@ def need_of(work: Work, gang: Gang) -> Need:
     device = int(MARGIN * sum(parts.values()))
     host = 2 * 4 * largest + (state + 4 * trained // n if gang.offload else 0) + (0 if gang.gpus else device)
     return Need(device, host, parts)
-
-
-def bytes_per_token(config: Config, shapes: Shapes, size: int) -> int:
-    """The bytes of activations that a decoder layer with these tensors keeps per token for the backward pass.
-
-    They are each matrix's input, and its output if that is transformed, for every computed expert; norms keep fp32.
-    """
-    family, width = Family.of(config), int(config["hidden_size"])
-    kinds: dict[str, list[tuple[int, ...]]] = {}
-    for name, shape in shapes.items():
-        if len(shape) == 2:
-            kinds.setdefault(family.kind(name), []).append(tuple(shape))
-    elements = 2 * sum(m for m, _ in kinds.get("attention", ())) + 4 * width
-    if experts := kinds.get("experts"):
-        count = kinds["router"][0][0]
-        inner = sum(m for m, _ in experts) // count  # rows of one expert's matrices: twice its width and the model's
-        elements += family.main_experts * (2 * inner + width) + 4 * count
-    for kind in ("shared", "dense"):
-        elements += 2 * sum(m for m, _ in kinds.get(kind, ())) + (width if kind in kinds else 0)
-    return size * elements + 2 * 4 * width
 
 
 def fitted(work: Work, gang: Gang) -> tuple[Gang, Need]:

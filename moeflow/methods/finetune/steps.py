@@ -12,6 +12,7 @@ from moeflow.methods.finetune.recipe import Recipe
 from moeflow.methods.graph import HIDDEN
 from moeflow.methods.records import Facts, read_json
 from moeflow.methods.reports import row, write_report
+from moeflow.model.memory import on_device
 from moeflow.model.spec import CheckpointSpec, HiddenSpec, LayerSpec, RestSpec, TokensSpec, header_bytes
 from moeflow.options import plain
 from moeflow.step import Artifact, Context, Spec, step
@@ -40,8 +41,9 @@ def _predictions_spec(rest: RestSpec, hidden: Any, *, top: int, dtype: str) -> S
         raise ValueError(f"top={top} must lie between 1 and the vocabulary's {vocabulary} tokens")
     out = PredictionsSpec(states.sequences, states.length, vocabulary, top)
     reads = rest.head_bytes + header_bytes(rest.tensors) + states.nbytes
-    memory = 3 * rest.head_bytes + states.nbytes + 2 * out.nbytes + 16 * 1024 * vocabulary
-    return Spec(out, reads=reads, writes=out.nbytes, memory=memory)
+    head, logits = rest.loaded(dtype, head=True), 16 * 1024 * vocabulary
+    memory = 2 * rest.head_bytes + head + states.nbytes + 2 * out.nbytes + logits
+    return Spec(out, reads=reads, writes=out.nbytes, memory=memory, device=on_device(head + logits))
 
 
 @step("finetune.predictions", version=1, spec=_predictions_spec, gpus=1)

@@ -15,10 +15,13 @@ from moeflow.methods.prune.subsets import MAX_SUBSETS, Subsets
 from moeflow.methods.records import Candidates, Choice, Combination, Combinations, Curves, Importance, KeptCounts, LayerLoss, Spread
 from moeflow.methods.scores import SCORES
 from moeflow.model.layout import LAYER, read_config
+from moeflow.model.memory import on_device, passing
 from moeflow.model.spec import HiddenSpec, LayerSpec, ObservedSpec, RestSpec, element_bytes
 from moeflow.step import Artifact, Context, Spec, step
 
 MAX_COMBINATIONS = 10_000
+GRAM = 3 << 30
+"""Bytes that the Gram matrices of a layer and the outputs that they are made of take at most."""
 
 
 def _check_enumeration(subsets: Subsets) -> None:
@@ -53,10 +56,11 @@ def _choose_spec(
     if how.loss == "batch-sum" and any(o.recorded < o.hidden.sequences * o.hidden.length for o in every):
         raise ValueError("loss='batch-sum' sums over whole batches and needs the inputs of all tokens: calibrate with record=None")
     reads = layer.headers + layer.block_bytes + _input_bytes(rest, every, dtype) + _statistics_bytes(layer, every)
-    # the layer twice, the largest shard's inputs and targets twice, and the intermediate tensors of a chunk of tokens in fp64
-    memory = 2 * layer.nbytes + 4 * max(_input_bytes(rest, [o], dtype) for o in every) + (1 << 30)
+    # the layer's weights, the largest shard's inputs and targets twice, and the intermediate tensors of a chunk of tokens in fp64
+    working = layer.loaded(dtype) + 4 * max(_input_bytes(rest, [o], dtype) for o in every) + (1 << 30)
     writes = 1500 + (subsets.count if exact else 0) * (26 + 3 * keep)
-    return Spec({"layer": at, "keep": keep, "bytes": writes}, reads=reads, writes=writes, memory=memory)
+    out = {"layer": at, "keep": keep, "bytes": writes}
+    return Spec(out, reads=reads, writes=writes, memory=layer.nbytes + working, device=on_device(working))
 
 
 @step("prune.choose", version=3, spec=_choose_spec, gpus=1)
@@ -91,7 +95,8 @@ def _candidates_spec(
     sets = (len(keep) if counts is None else 1) * (how.best + 1 + len(SCORES))
     writes = 300 + sets * (70 + 4 * layer.experts)
     out = {"layer": at, "counts": keep, "experts": layer.experts, "bytes": writes}
-    return Spec(out, reads=reads, writes=writes, memory=2 * layer.nbytes + (3 << 30))
+    working = layer.loaded(dtype) + GRAM
+    return Spec(out, reads=reads, writes=writes, memory=layer.nbytes + working, device=on_device(working))
 
 
 @step("prune.candidates", version=2, spec=_candidates_spec, gpus=1)
@@ -118,7 +123,8 @@ def _importance_spec(rest: RestSpec, layer: LayerSpec, observed: tuple[ObservedS
     reads = layer.headers + layer.block_bytes + _input_bytes(rest, observed, dtype)
     writes = 80 + 32 * layer.experts
     out = {"layer": at, "experts": layer.experts, "bytes": writes}
-    return Spec(out, reads=reads, writes=writes, memory=2 * layer.nbytes + (3 << 30))
+    working = layer.loaded(dtype) + GRAM
+    return Spec(out, reads=reads, writes=writes, memory=layer.nbytes + working, device=on_device(working))
 
 
 @step("prune.importance", version=2, spec=_importance_spec, gpus=1)
@@ -210,9 +216,12 @@ def _combinations_spec(
         len(before) * sum(layer.nbytes for layer in layers) + sum(c["bytes"] for c in candidates) + sum(s.nbytes for s in states)
     )
     resident = sum(best**t for t in range(max(1, len(candidates)))) + 2  # prefixes whose hidden states are in memory
-    memory = 3 * max(layer.nbytes for layer in layers) + resident * max(s.nbytes for s in states)
+    memory = max(layer.nbytes + 2 * layer.loaded(dtype) for layer in layers) + resident * max(s.nbytes for s in states)
     writes = 200 + count * (60 + 8 * len(candidates))
-    return Spec({"bytes": writes}, reads=reads, writes=writes, memory=memory)
+    tokens = batch * states[0].length
+    compared = 3 * 8 * tokens * int(rest.config["hidden_size"])  # in fp64
+    device = on_device(passing(layers, tokens, dtype, copies=2) + compared)
+    return Spec({"bytes": writes}, reads=reads, writes=writes, memory=memory, device=device)
 
 
 @step("prune.span", version=2, spec=_combinations_spec, gpus=1)

@@ -18,7 +18,7 @@ from moeflow.methods.recorded import placement
 from moeflow.methods.records import Facts
 from moeflow.methods.rewrite import link_all
 from moeflow.methods.slim.awq import ScaledExperts, fold
-from moeflow.methods.slim.methods import METHODS, Slimming
+from moeflow.methods.slim.methods import AT_ONCE, METHODS, Slimming
 from moeflow.methods.slim.quantized import Quantized
 from moeflow.model.checkpoint import DTYPES, Tensors, read_expert, read_many, read_moe, save
 from moeflow.model.formats import format_of
@@ -28,7 +28,7 @@ from moeflow.model.packed import pack
 from moeflow.model.router import dense
 from moeflow.step import Context
 
-WORKING = {"cpu": 0, "cuda": 8 << 30}
+WORKING = {"cpu": 0, "cuda": AT_ONCE}
 """Bytes of working memory, beside the weights, for experts that are treated together, by device; one expert is always treated."""
 
 Treated = Tensor | Quantized

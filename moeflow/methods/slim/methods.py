@@ -39,6 +39,9 @@ class Method:
         return (*(("bits", "group", "symmetric", "packed") if self.quantizes else ("pattern",)), *self.takes)
 
 
+AT_ONCE = 8 << 30
+"""Bytes of working memory on a GPU, beside the weights, for experts that are treated together."""
+
 METHODS = {
     "magnitude": Method(Pattern, "weights", "magnitude", "moeflow.methods.slim.masks:magnitude"),
     "wanda": Method(Pattern, "moments", "magnitude", "moeflow.methods.slim.masks:wanda"),

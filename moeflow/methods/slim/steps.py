@@ -12,9 +12,10 @@ from typing import Any
 from moeflow.arch import Family
 from moeflow.methods.records import Facts
 from moeflow.methods.rewrite import link_all
-from moeflow.methods.slim.methods import METHODS, Slimming
+from moeflow.methods.slim.methods import AT_ONCE, METHODS, Slimming
 from moeflow.methods.slim.pattern import Pattern
 from moeflow.model.layout import LAYER, read_config
+from moeflow.model.memory import on_device
 from moeflow.model.packed import PACKED, SCALE, SHAPE
 from moeflow.model.spec import LayerSpec, ObservedSpec, RestSpec, element_bytes
 from moeflow.step import Artifact, Context, Part, Spec, Step, step
@@ -74,8 +75,11 @@ def _layer_spec(
     # the output, the tokens, and the moments, factor and working copy of one expert, or all experts and their codes
     together = 3 * before.experts * rows * columns * (size + 3) if how.row.needs == "tokens" else 0
     share = out.nbytes // parts
-    memory = share + together + 3 * tokens + 60 * max(rows, columns) ** 2 + 24 * rows * columns + (1 << 29)
-    return Spec(out, reads=before.nbytes // parts + tokens, writes=share + 300 + 200 * before.experts // parts, memory=memory)
+    one = 60 * max(rows, columns) ** 2 + 24 * rows * columns
+    memory = share + together + 3 * tokens + one + (1 << 29)
+    device = on_device(before.loaded(dtype) + together + 3 * tokens + max(one, AT_ONCE))
+    writes = share + 300 + 200 * before.experts // parts
+    return Spec(out, reads=before.nbytes // parts + tokens, writes=writes, memory=memory, device=device)
 
 
 def _check_columns(name: str, columns: int, how: Slimming) -> None:

@@ -1,5 +1,6 @@
 """What a Ray cluster's nodes offer and hold: which has a step's inputs, and whether any can run the step."""
 
+import math
 import sys
 from collections import Counter
 from typing import Any
@@ -41,12 +42,16 @@ class Nodes:
         return NodeAffinitySchedulingStrategy(votes.most_common(1)[0][0], soft=True, _spill_on_unavailable=True)
 
 
-def demand(step: Step, *, gpus: bool = True) -> dict[str, float]:
-    """What a step, or each process of a gang, asks of a node, by Ray's names; without `gpus` it uses only CPUs."""
+def demand(step: Step, *, gpus: bool = True, most: float = math.inf) -> dict[str, float]:
+    """What a step, or each process of a gang, asks of a node, by Ray's names; without `gpus` it uses only CPUs.
+
+    `most`: bytes of the largest node's memory; a step that does with less never asks for more, and so never waits in vain.
+    """
+    memory = step.resources.memory or step.spec.memory
     asked = {
         "CPU": step.resources.cpus,
         "GPU": step.resources.gpus if gpus else 0,
-        "memory": step.resources.memory or step.spec.memory,
+        "memory": min(memory, most) if step.spec.optional else memory,
     }
     return {name: value for name, value in asked.items() if value}
 
@@ -56,9 +61,14 @@ def offers() -> list[dict[str, float]]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
+def largest(offers: list[dict[str, float]]) -> float:
+    """The bytes of memory of the largest node."""
+    return max((offer.get("memory", 0) for offer in offers), default=0)
+
+
 def too_large(step: Step, offers: list[dict[str, float]], *, gpus: bool = True) -> str:
     """Why these nodes cannot run the step, or all of a gang's processes at once; empty if they can."""
-    asked, processes = demand(step, gpus=gpus), step.resources.processes
+    asked, processes = demand(step, gpus=gpus, most=largest(offers)), step.resources.processes
     room = sum(_fits(asked, offer) for offer in offers)
     if room >= max(processes, 1):
         return ""

@@ -5,6 +5,7 @@ cluster is not touched before a step has to run. Knows neither torch nor models.
 """
 
 import logging
+import math
 import os
 import signal
 import threading
@@ -26,7 +27,7 @@ from moeflow.run.progress import Show
 from moeflow.run.ray.board import Event, RemoteBoard
 from moeflow.run.ray.gang import gang_task
 from moeflow.run.ray.head import answers, beside, quiet, watched
-from moeflow.run.ray.nodes import Nodes, demand, free_orphans, offers, too_large
+from moeflow.run.ray.nodes import Nodes, demand, free_orphans, largest, offers, too_large
 from moeflow.run.ray.tasks import Failed, Made, step_task
 from moeflow.run.ray.travel import take_along
 from moeflow.step import Step
@@ -195,7 +196,8 @@ class _Drive:
 
     def _submit(self, call: Call) -> None:
         take_along(call)
-        asked = demand(self._ledger.schedule.steps[call.key], gpus=self._gpus)
+        step = self._ledger.schedule.steps[call.key]
+        asked = demand(step, gpus=self._gpus, most=largest(offers()) if step.spec.optional else math.inf)
         try:
             if call.resources.processes:
                 ref = gang_task.options(

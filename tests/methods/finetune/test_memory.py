@@ -9,11 +9,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from moeflow.arch import Config, Family
-from moeflow.methods.finetune.memory import bytes_per_token
 from moeflow.methods.finetune.recipe import Gang, Recipe
 from moeflow.methods.graph import Model
 from moeflow.methods.recipes import tune
 from moeflow.model.layout import Folder, headers, read_config
+from moeflow.model.memory import bytes_per_token
 from moeflow.model.spec import LayerSpec, RestSpec, TokensSpec
 from moeflow.step import Context, Spec, step
 

@@ -1,0 +1,53 @@
+"""What steps that compute with a model take of a GPU, from shapes alone. No torch."""
+
+from collections.abc import Mapping, Sequence
+
+from moeflow.arch import Config, Family
+from moeflow.model.spec import LayerSpec, element_bytes, shapes_of
+
+CONTEXT = 1 << 30
+"""Bytes of a GPU that its driver and libraries take before the first tensor."""
+MARGIN = 1.1
+"""What fragments of freed memory take, as a part of what the tensors do."""
+
+
+def on_device(tensors: int) -> int:
+    """The bytes of a GPU that a process with this many bytes of tensors takes at its peak."""
+    return CONTEXT + int(MARGIN * tensors)
+
+
+def passing(layers: Sequence[LayerSpec], tokens: int, dtype: str, *, copies: int = 1, recorded: bool = False) -> int:
+    """The bytes of tensors while a batch of `tokens` runs through one of these layers after the other, the largest alone.
+
+    `copies`: how often the layer's weights are there; `recorded`: every routed expert's output is kept until it is measured.
+    """
+    return max(copies * layer.loaded(dtype) + tokens * _per_token(layer, dtype, recorded) for layer in layers)
+
+
+def _per_token(layer: LayerSpec, dtype: str, recorded: bool) -> int:
+    size, width = element_bytes(layer.config, dtype), int(layer.config["hidden_size"])
+    made = bytes_per_token(layer.config, shapes_of(layer.tensors), size)
+    if recorded and layer.experts:
+        made += Family.of(layer.config).top_k * width * (2 * size + 4) + 8 * width  # inputs and outputs of pairs; norms in fp32
+    return made
+
+
+def bytes_per_token(config: Config, shapes: Mapping[str, Sequence[int]], size: int) -> int:
+    """The bytes of activations that a decoder layer with these tensors keeps per token for the backward pass.
+
+    They are each matrix's input, and its output if that is transformed, for every computed expert; norms keep fp32. A forward
+    pass alone never has more of them at once.
+    """
+    family, width = Family.of(config), int(config["hidden_size"])
+    kinds: dict[str, list[tuple[int, ...]]] = {}
+    for name, shape in shapes.items():
+        if len(shape) == 2:
+            kinds.setdefault(family.kind(name), []).append(tuple(shape))
+    elements = 2 * sum(m for m, _ in kinds.get("attention", ())) + 4 * width
+    if experts := kinds.get("experts"):
+        count = kinds["router"][0][0]
+        inner = sum(m for m, _ in experts) // count  # rows of one expert's matrices: twice its width and the model's
+        elements += family.main_experts * (2 * inner + width) + 4 * count
+    for kind in ("shared", "dense"):
+        elements += 2 * sum(m for m, _ in kinds.get(kind, ())) + (width if kind in kinds else 0)
+    return size * elements + 2 * 4 * width
