@@ -14,22 +14,44 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
+from typer.exceptions import TyperException
 
 from moeflow import report
 from moeflow.run import CannotRun, ClusterLost, StepFailed, pipeline
 from moeflow.run.go import Runner
-from moeflow.run.outcome import describe
+from moeflow.run.outcome import describe, printable
 from moeflow.store import LocalBlobs, NotStored, Store, StoreError
 
 STORE = ".moeflow/store"
 REQUEST = (ValueError, TypeError, LookupError, OSError, ImportError, StoreError)  # what a wrong request raises
 WORK = (CannotRun, ClusterLost, StepFailed, StoreError, NotStored, OSError)
 
+LONGEST = 2_000  # characters of an error's line
+
+
+class OneLine(TyperGroup):
+    """The commands; a word that fits none of them is told in one line, like every other error."""
+
+    def main(self, args: Sequence[str] | None = None, *, standalone_mode: bool = True, **options: Any) -> Any:  # type: ignore[override]
+        words = sys.argv[1:] if args is None else [*args]
+        try:
+            code = super().main(words or ["--help"], standalone_mode=False, **options)
+        except TyperException as error:
+            context = getattr(error, "ctx", None)
+            _complain(f"{error.format_message().rstrip('.')}; see {context.command_path if context else 'moeflow'} --help")
+            raise SystemExit(2) from None
+        except typer.Abort:
+            raise SystemExit(1) from None
+        if standalone_mode:
+            raise SystemExit(code if isinstance(code, int) else 0)
+        return code
+
+
 app = typer.Typer(
+    cls=OneLine,
     add_completion=False,
     pretty_exceptions_enable=False,
-    no_args_is_help=True,
     help="Compress mixture-of-experts models. Exit codes: 0, 1 (the work failed), 2 (the request was wrong).",
 )
 
@@ -139,7 +161,7 @@ def _one_line(expected: tuple[type[Exception], ...], code: int) -> Iterator[None
         raise typer.Exit(1) from None
     except expected as error:
         plainly = isinstance(error, (*WORK, ValueError)) and str(error)
-        _complain(" ".join(str(error).split()) if plainly else describe(error))
+        _complain(str(error) if plainly else describe(error))
         raise typer.Exit(2 if isinstance(error, CannotRun) else code) from None
     finally:
         signal.signal(signal.SIGTERM, previous)
@@ -148,4 +170,7 @@ def _one_line(expected: tuple[type[Exception], ...], code: int) -> Iterator[None
 def _complain(line: str) -> None:
     if _debug.get():
         traceback.print_exc()
+    line = " ".join(printable(" ".join(line.split())).split())
+    if len(line) > LONGEST:
+        line = f"{line[: LONGEST - 500]} [...] {line[-400:]}"
     print(f"error: {line}", file=sys.stderr, flush=True)
