@@ -14,6 +14,7 @@ from moeflow.cli import app
 from tests import tiny
 from tests.bad_configs import CONFIGS, TENSORS
 from tests.bad_inputs import FILES, HEADERS, INDEXES, Row
+from tests.bad_texts import PIPELINES, PLACES, PLANNED, RUN, WORDS
 from tests.running import SMALL
 from tests.spoiling import INDEX, OTHER, SHARD
 
@@ -76,3 +77,48 @@ def test_a_bad_checkpoint_is_told_in_one_line_at_plan_time(row: Row, good: Path,
 
 def test_there_are_rows_enough_and_each_says_something() -> None:
     assert len(ROWS) >= 200 and len({row.name for row in ROWS}) == len(ROWS) and all(row.says for row in ROWS)
+
+
+@pytest.mark.parametrize("name, content, says", PLANNED, ids=[name for name, *_ in PLANNED])
+def test_a_bad_text_is_told_at_plan_time(name: str, content: bytes, says: tuple[str, ...], good: Path, place: Path) -> None:
+    (place / name).write_bytes(content)
+    line = one_line("plan", PIPELINE, "-p", f"model={good / 'mixtral'}", "-p", f"tokens={name}", code=2)
+    assert all(words in line for words in says), line
+
+
+@pytest.fixture(scope="module")
+def store(good: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store in which the model is already split."""
+    folder = tmp_path_factory.mktemp("store")
+    words = ["run", str(PIPELINE), "--store", str(folder), "--json", "-p", f"model={good / 'mixtral'}"]
+    assert CliRunner().invoke(app, words, catch_exceptions=False).exit_code == 0
+    return folder
+
+
+@pytest.mark.parametrize("name, content, says", RUN, ids=[name for name, *_ in RUN])
+def test_a_bad_text_is_told_when_it_is_read(
+    name: str, content: bytes, says: tuple[str, ...], good: Path, store: Path, place: Path
+) -> None:
+    (place / name).write_bytes(content)
+    given = [f"model={good / 'mixtral'}", f"tokens={name}", "length=64"]
+    line = one_line("run", PIPELINE, "--store", store, "--json", *(w for g in given for w in ("-p", g)), code=1)
+    assert all(words in line for words in ("data.tokens failed: ", *says)), line
+
+
+@pytest.mark.parametrize("name, content, says", PIPELINES, ids=[name for name, *_ in PIPELINES])
+def test_a_bad_pipeline_is_told(name: str, content: str, says: tuple[str, ...], place: Path) -> None:
+    (place / name).write_text(content)
+    line = one_line("plan", name, code=2)
+    assert all(words in line for words in says), line
+
+
+@pytest.mark.parametrize("words, says", WORDS, ids=[" ".join(words) for words, _ in WORDS])
+def test_words_that_fit_no_command_are_told(words: tuple[str, ...], says: str, place: Path) -> None:
+    line = one_line(*words, code=2)
+    assert says in line, line
+
+
+@pytest.mark.parametrize("where, says", PLACES, ids=[where[:20] for where, _ in PLACES])
+def test_a_bad_address_of_a_model_is_told(where: str, says: str, place: Path) -> None:
+    line = one_line("plan", PIPELINE, "-p", f"model={where}", code=2)
+    assert says in line, line

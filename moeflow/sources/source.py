@@ -62,7 +62,7 @@ def pin(uri: str, *, kind: Kind) -> Source:
     try:
         absent = "://" not in uri and not Path(uri).expanduser().exists()
     except (OSError, RuntimeError) as error:  # a name that no disk can have, or the home of nobody
-        raise MissingSource(f"{uri}: {error}; check the path") from None
+        raise MissingSource(f"{uri:.200}: {getattr(error, 'strerror', None) or error}; check the path") from None
     if absent and REPOSITORY.fullmatch(uri):
         if kind == "model":
             uri = hub_uri(uri)

@@ -19,6 +19,13 @@ THREADS = 16  # headers that are read at once
 GENERATION = {"temperature": (int, float), "top_p": (int, float), "top_k": (int,), "max_length": (int,), "do_sample": (bool,)}
 """Entries of generation_config.json, and the types that they may have."""
 
+TOKENIZER = {
+    **dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), (str, dict)), "tokenizer_class": (str,),
+    "chat_template": (str, list), "model_max_length": (int, float), "add_bos_token": (bool,), "add_eos_token": (bool,),
+    "added_tokens_decoder": (dict,),
+}  # fmt: skip
+"""Entries of tokenizer_config.json, and the types that they may have."""
+
 
 def config_of(source: "Source") -> Config:
     """The checkpoint's config.json. Raises ValueError if it is damaged, or says what cannot be."""
@@ -90,8 +97,8 @@ def check_small(source: "Source", names: list[str]) -> None:
             value = json_object(data, where)
             if name == "tokenizer.json":
                 _check_tokenizer(data, where)
-            if name == "generation_config.json":
-                _check_types(value, GENERATION, where)
+            for file, kinds in (("generation_config.json", GENERATION), ("tokenizer_config.json", TOKENIZER)):
+                _check_types(value, kinds if name == file else {}, where)
             if named_like(name, ("vocab.json", "added_tokens.json")):
                 _check_types(value, dict.fromkeys(value, (int,)), where)
 
