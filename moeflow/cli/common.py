@@ -117,7 +117,7 @@ def print_reports(reports: Sequence[report.Report]) -> None:
         print()
         out.print(report.table(reports, plain=not out.is_terminal))
     for note in dict.fromkeys(note for r in reports for note in r.notes):
-        print(f"- {note}")
+        print(f"- {printable(note)}")
     print()
 
 
