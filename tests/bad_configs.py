@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from tests.bad_inputs import Row, row
-from tests.spoiling import ESCAPE, OTHER, Q, Spoil, absent, added, both, config, entries, renamed, reshaped
+from tests.bad_inputs import NO_JSON, Row, row
+from tests.spoiling import ESCAPE, OTHER, Q, Spoil, absent, added, both, config, entries, holds, renamed, reshaped
 
 EXPERTS = "model.layers.0.block_sparse_moe.experts"
 QWEN, DEEPSEEK = "qwen2_moe", "deepseek_v3"
@@ -52,6 +52,7 @@ CONFIGS = [
     *(wrong(key, 5, "5", "a word") for key in ("hidden_act", "topk_method")),
     *(wrong(key, "float8", "'float8'", "one of float64, float32, float16, bfloat16") for key in ("dtype", "torch_dtype")),
     *(wrong(key, "</s>", "'</s>'", "the number of a token") for key in ("bos_token_id", "eos_token_id", "pad_token_id")),
+    wrong("hidden_act", "mish", "'mish'", "one of silu, swish, gelu"),
     wrong("dtype", 16, "16", "a word"), wrong("eos_token_id", [1, "2"], "a list", "the number of a token"),
     wrong("architectures", "MixtralForCausalLM", "'MixtralForCausalLM'", "a list of names"),
     wrong("mlp_only_layers", "1", "'1'", "a list of layers' numbers", QWEN),
@@ -59,6 +60,8 @@ CONFIGS = [
     wrong("moeflow_layers", {}, "an object", "a list with an object for each layer"),
     *(row(f"model_type is {shown}", config(model_type=value), f"model_type is {shown}, not a word like 'mixtral'")
       for shown, value in (("null", None), ("7", 7), ("a list", ["mixtral"]), ("an object", {}), ("true", True))),
+    row("a number that is none", config(anything={"deep": [float("nan")]}), "config.json at", "anything holds NaN or Infinity"),
+    row("a number beyond all", holds("config.json", '{"model_type": "mixtral", "x": 1' + "0" * 5_000 + "}"), NO_JSON),
     row("model_type of another kind", config(model_type="gpt2"), "no family for model_type 'gpt2'; known: mixtral"),
     row("model_type is empty", config(model_type=""), "no family for model_type ''; known: mixtral"),
     row("model_type has escape codes", config(model_type=ESCAPE), r"no family for model_type '\x1b[31mred\x1b[0m'"),

@@ -1,5 +1,6 @@
 """The entries of config.json, checked before they are used: types, bounds, and how they fit each other. No torch."""
 
+import json
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -28,6 +29,7 @@ COUNTS = {
 NUMBERS = ("rms_norm_eps", "routed_scaling_factor", "router_jitter_noise", "rope_theta", "initializer_range", "attention_dropout")
 TRUTHS = ("norm_topk_prob", "tie_word_embeddings", "attention_bias", "qkv_bias", "lm_head_bias", "use_sliding_window")
 WORDS = ("hidden_act", "topk_method", "scoring_func", "dtype", "torch_dtype")
+ACTIVATIONS = ("silu", "swish", "gelu")  # those that `moeflow.model.moe` computes
 OBJECTS = ("quantization_config", "rope_scaling", "rope_parameters")
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -44,6 +46,8 @@ def check_config(config: Config, where: str) -> None:
     for name, value in config.items():
         if value is not None and (wanted := _wanted(name, value)):
             raise ValueError(f"{where}: {name} is {kind_of(value)}, not {wanted}; correct it, or fetch it again")
+        if not _finite(value):
+            raise ValueError(f"{where}: {name} holds NaN or Infinity, which JSON does not have; correct it, or fetch it again")
     if beyond := [i for i in config.get("mlp_only_layers") or () if i >= family.num_layers]:
         raise ValueError(
             f"{where}: mlp_only_layers names layer {beyond[0]} of {family.num_layers} (num_hidden_layers); correct one"
@@ -68,6 +72,8 @@ def _wanted(name: str, value: Any) -> str:
         return "" if type(value) in (int, float) and math.isfinite(value) and value >= 0 else "a number from 0"
     if name in ("dtype", "torch_dtype") and isinstance(value, str):
         return "" if value in PRECISIONS else f"one of {', '.join(PRECISIONS)}"
+    if name == "hidden_act" and isinstance(value, str):
+        return "" if value in ACTIVATIONS else f"one of {', '.join(ACTIVATIONS)}"
     if name in TRUTHS:
         return "" if isinstance(value, bool) else "true or false"
     if name in WORDS:
@@ -85,6 +91,14 @@ def _wanted(name: str, value: Any) -> str:
     if name == LAYERS:
         return "" if isinstance(value, list) else "a list with an object for each layer"
     return ""
+
+
+def _finite(value: Any) -> bool:
+    try:
+        json.dumps(value, allow_nan=False)
+    except ValueError:
+        return False
+    return True
 
 
 def _check_router(family: Family) -> None:

@@ -7,6 +7,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import sysconfig
 import tempfile
 import time
@@ -24,6 +25,7 @@ BY_PARTS = False
 STDLIB = "python:stdlib"
 RACY = 2.0  # seconds: a younger file may change again without a new modification time
 NOTES = "digests.json"
+DIGEST = re.compile(r"[0-9a-f]{64}")
 REMEMBERED = 50_000  # digests
 WILD = set("*?[")
 
@@ -123,9 +125,10 @@ def _path(uri: str, file: SourceFile) -> Path:
 def _remembered() -> dict[str, str]:
     try:
         digests = json.loads((home() / NOTES).read_bytes())
-    except (OSError, ValueError):  # none yet, or cut short: every digest can be computed again
+    except (OSError, ValueError, RecursionError):  # none yet, or cut short: every digest can be computed again
         return {}
-    return digests if isinstance(digests, dict) else {}
+    known = digests.items() if isinstance(digests, dict) else ()
+    return {at: d for at, d in known if isinstance(d, str) and DIGEST.fullmatch(d)}
 
 
 def _remember(learnt: dict[str, str]) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from moeflow.arch import layer_of
+from moeflow.model import config_check, moe
 from moeflow.model.asked import check_layer, check_rest
 from moeflow.model.config_check import check_config
 from moeflow.model.layout import Folder, headers, read_config
@@ -35,6 +36,10 @@ def check(folder: Path) -> None:
         for name, (dtype, shape) in table.items():
             with pytest.raises(ValueError, match=r"correct one of them|incomplete|do not multiply"):
                 check_layer(config, layer, table | {name: (dtype, (*shape, 1))})
+
+
+def test_the_activations_that_config_json_may_name_are_those_that_are_computed() -> None:
+    assert {*config_check.ACTIVATIONS} == {*moe.ACTIVATIONS}
 
 
 @pytest.mark.parametrize("family", VARIANTS)

@@ -1,6 +1,7 @@
 """What lies in folders is pinned by digest, and arrives as what was pinned or not at all."""
 
 import hashlib
+import json
 import os
 import sys
 import time
@@ -240,3 +241,14 @@ def test_a_file_that_may_not_be_read_is_told(model: Path) -> None:
     (model / "config.json").chmod(0)
     with pytest.raises(MissingSource, match="config.json: no permission to read it; make it readable"):
         pin(str(model), kind="model")
+
+
+@pytest.mark.parametrize("noted", ["[]", "null", '{"x', "[" * 100_000, "wrong"])
+def test_notes_of_digests_that_are_damaged_are_computed_again(model: Path, noted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOEFLOW_CACHE", str(model.parent / "home"))
+    pinned = pin(str(model), kind="model")
+    notes = next((model.parent / "home").rglob("digests.json"))
+    known = json.loads(notes.read_text())
+    assert known
+    notes.write_text(noted if noted != "wrong" else json.dumps(dict.fromkeys(known, "0") | dict.fromkeys([*known][:2], 7)))
+    assert pin(str(model), kind="model") == pinned

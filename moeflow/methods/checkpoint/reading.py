@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from moeflow.sources import Source
 
 THREADS = 16  # headers that are read at once
+USED = (".json", ".model", ".tiktoken", ".jinja", ".txt")
+"""The endings of small files that are read when a checkpoint is used; others, such as a licence, may be empty."""
 GENERATION = {"temperature": (int, float), "top_p": (int, float), "top_k": (int,), "max_length": (int,), "do_sample": (bool,)}
 """Entries of generation_config.json, and the types that they may have."""
 
@@ -90,7 +92,7 @@ def check_small(source: "Source", names: list[str]) -> None:
     """
     for name in names:
         where = f"{name} at {source.uri}"
-        if not source.find(name).size:
+        if not source.find(name).size and name.endswith(USED):
             raise ValueError(f"{where} is empty; fetch it again")
         if name.endswith(".json"):
             data = source.read(name)
