@@ -2,9 +2,9 @@
 
 from moeflow.arch.families import FAMILIES, MIXTRAL
 from moeflow.arch.family import Family, essential, family_config
-from moeflow.arch.spec import COMPRESSED, EMBEDDING, FINAL_NORM, HEAD, LAYERS, MAIN, MATRICES, Arch, Config, layer_of
+from moeflow.arch.spec import COMPRESSED, EMBEDDING, FINAL_NORM, HEAD, LAYERS, MAIN, MATRICES, Arch, Config, is_number, layer_of
 
 __all__ = [
     "COMPRESSED", "EMBEDDING", "FAMILIES", "FINAL_NORM", "HEAD", "LAYERS", "MAIN", "MATRICES", "MIXTRAL",
-    "Arch", "Config", "Family", "essential", "family_config", "layer_of",
+    "Arch", "Config", "Family", "essential", "family_config", "is_number", "layer_of",
 ]  # fmt: skip

@@ -11,7 +11,7 @@ _MIXTRAL: dict[str, Any] = {
 }
 
 # Mixtral 8x7B and 8x22B
-MIXTRAL = Arch(model_type="mixtral", normalize="always", memory=(("block_sparse_moe.", "mlp."),), **_MIXTRAL)
+MIXTRAL = Arch(model_type="mixtral", normalize="always", memory=(("block_sparse_moe.", "mlp."),), biases=(), **_MIXTRAL)
 
 # Phi-3.5-MoE, which took over Mixtral's names on disk
 PHIMOE = Arch(
@@ -20,6 +20,7 @@ PHIMOE = Arch(
     normalize="never",
     memory=(("block_sparse_moe.gate.", "mlp.router."), ("block_sparse_moe.", "mlp.")),
     block_router="router",
+    norm_bias=True,
     **_MIXTRAL,
 )
 
@@ -34,12 +35,17 @@ _QWEN: dict[str, Any] = {"router": _MLP + ".gate.weight", "experts": _matrices(_
 
 # Qwen1.5-MoE and Qwen2-MoE: a shared expert with a gate
 QWEN2_MOE = Arch(
-    model_type="qwen2_moe", shared=_matrices(_MLP + ".shared_expert"), shared_gate=_MLP + ".shared_expert_gate.weight", **_QWEN
+    model_type="qwen2_moe",
+    shared=_matrices(_MLP + ".shared_expert"),
+    shared_gate=_MLP + ".shared_expert_gate.weight",
+    biases=("q_proj", "k_proj", "v_proj"),
+    biased=("qkv_bias", True),
+    **_QWEN,
 )
 
-QWEN3_MOE = Arch(model_type="qwen3_moe", **_QWEN)
+QWEN3_MOE = Arch(model_type="qwen3_moe", qk_norm="head", **_QWEN)
 
-OLMOE = Arch(model_type="olmoe", **_QWEN)
+OLMOE = Arch(model_type="olmoe", qk_norm="all", **_QWEN)
 
 # DeepSeek: shared experts, dense first layers, and a router with groups
 _DEEPSEEK: dict[str, Any] = _QWEN | {
@@ -47,6 +53,8 @@ _DEEPSEEK: dict[str, Any] = _QWEN | {
     "groups": True,
     "router_fp32": True,
     "drop_score": "routing_weight",
+    "latent": True,
+    "biases": ("q_a_proj", "kv_a_proj_with_mqa", "o_proj"),
 }
 
 DEEPSEEK_V2 = Arch(model_type="deepseek_v2", normalize="never", group_score="max", **_DEEPSEEK)

@@ -46,6 +46,17 @@ class Family:
 
     # Numbers of the model
 
+    def size(self, key: str) -> int | None:
+        """A size of config.json; None where it is left to the defaults of transformers."""
+        value = self.config.get(key)
+        return None if value is None else int(value)
+
+    @property
+    def expert_size(self) -> int | None:
+        """The inner units of a routed expert, F; None where config.json leaves it to the defaults of transformers."""
+        size = self.size("moe_intermediate_size")
+        return self.size("intermediate_size") if size is None else size
+
     @property
     def num_layers(self) -> int:
         return int(self.config["num_hidden_layers"])

@@ -1,5 +1,6 @@
 """The data that describes a family of checkpoints: the names of its tensors, and how its router chooses. No torch."""
 
+import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -25,9 +26,24 @@ EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", 
 """The tensors outside the decoder layers, named alike in all families. There is no head if it is tied to the embedding."""
 
 
+_IN_LAYER = re.compile(r"model\.layers\.(0|[1-9][0-9]{0,5})\..+")
+
+
 def layer_of(name: str) -> int | None:
-    """The number of the decoder layer that a tensor belongs to, by its name; None for embedding, final norm and head."""
-    return int(name.split(".")[2]) if name.startswith("model.layers.") else None
+    """The number of the decoder layer that a tensor belongs to, by its name; None for embedding, final norm and head.
+
+    Raises ValueError for a name that begins like one of a layer and has no number.
+    """
+    if not name.startswith("model.layers."):
+        return None
+    if (match := _IN_LAYER.fullmatch(name)) is None:
+        raise ValueError(f"a tensor is named {name!r}, which tells no layer; it should begin with model.layers.NUMBER.")
+    return int(match[1])
+
+
+def is_number(word: str) -> bool:
+    """Whether a part of a tensor's name is the number of an expert: "7", not "07" and no digits of other scripts."""
+    return word.isascii() and word.isdigit() and (word == "0" or word[0] != "0") and len(word) <= 6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,3 +70,8 @@ class Arch:
     block_router: str = "gate"  # the module of the router inside that block in memory
     norm: str = "post_attention_layernorm"  # the norm before the MoE block inside a decoder layer, on disk and in memory
     attention: str = "self_attn"  # the attention inside a decoder layer, on disk and in memory
+    latent: bool = False  # multi-head latent attention: keys and values are computed from a shorter vector
+    biases: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")  # the matrices of the attention that may have a bias
+    biased: tuple[str, bool] = ("attention_bias", False)  # the key of config.json that says whether they do, and its default
+    qk_norm: Literal["", "head", "all"] = ""  # queries and keys are normed: not, each head for itself, all heads together
+    norm_bias: bool = False  # the norms have a bias

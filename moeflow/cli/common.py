@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
+from typer.exceptions import TyperException
 
 from moeflow import report
 from moeflow.run import CannotRun, ClusterLost, StepFailed, pipeline
 from moeflow.run.go import Runner
-from moeflow.run.outcome import describe
+from moeflow.run.outcome import describe, printable
 from moeflow.store import LocalBlobs, NotStored, Store, StoreError
 from moeflow.store.errors import GaveUp
 from moeflow.store.patience import may_pass
@@ -31,10 +32,31 @@ UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 REQUEST = (ValueError, TypeError, LookupError, OSError, ImportError, StoreError)  # what a wrong request raises
 WORK = (CannotRun, ClusterLost, StepFailed, StoreError, NotStored, OSError)
 
+LONGEST = 2_000  # characters of an error's line
+
+
+class OneLine(TyperGroup):
+    """The commands; a word that fits none of them is told in one line, like every other error."""
+
+    def main(self, args: Sequence[str] | None = None, *, standalone_mode: bool = True, **options: Any) -> Any:  # type: ignore[override]
+        words = sys.argv[1:] if args is None else [*args]
+        try:
+            code = super().main(words or ["--help"], standalone_mode=False, **options)
+        except TyperException as error:
+            context = getattr(error, "ctx", None)
+            _complain(f"{error.format_message().rstrip('.')}; see {context.command_path if context else 'moeflow'} --help", 2)
+            raise SystemExit(2) from None
+        except typer.Abort:
+            raise SystemExit(1) from None
+        if standalone_mode:
+            raise SystemExit(code if isinstance(code, int) else 0)
+        return code
+
+
 app = typer.Typer(
+    cls=OneLine,
     add_completion=False,
     pretty_exceptions_enable=False,
-    no_args_is_help=True,
     help="Compress mixture-of-experts models. Exit codes: 0, 1 (the work failed), 2 (the request was wrong).",
 )
 
@@ -109,7 +131,7 @@ def print_reports(reports: Sequence[report.Report]) -> None:
         print()
         out.print(report.table(reports, plain=not out.is_terminal))
     for note in dict.fromkeys(note for r in reports for note in r.notes):
-        print(f"- {note}")
+        print(f"- {printable(note)}")
     print()
 
 
@@ -162,7 +184,7 @@ def _one_line(expected: tuple[type[Exception], ...], code: int) -> Iterator[None
         plainly = isinstance(error, (*WORK, ValueError)) and str(error)
         waited = isinstance(error, GaveUp) or may_pass(error)  # the request was right
         code = 2 if isinstance(error, CannotRun) else 1 if waited else code
-        _complain(" ".join(str(error).split()) if plainly else describe(error), code)
+        _complain(str(error) if plainly else describe(error), code)
         if isinstance(error, ClusterLost):
             os._exit(code)  # at an orderly end Ray would wait for its head, and then end this process in its own words
         raise typer.Exit(code) from None
@@ -174,6 +196,9 @@ def _complain(line: str, code: int) -> None:
     """Say what was wrong in one line; with --json also as the last line of the output."""
     if _debug.get():
         traceback.print_exc()
+    line = " ".join(printable(" ".join(line.split())).split())
+    if len(line) > LONGEST:
+        line = f"{line[: LONGEST - 500]} [...] {line[-400:]}"
     if _as_json.get():
         print_json({"error": line, "exit": code})
     print(f"error: {line}", file=sys.stderr, flush=True)

@@ -35,6 +35,7 @@ from moeflow.cli.common import (
 from moeflow.run import Options, node_kinds, pipeline
 from moeflow.run import plan as plans
 from moeflow.run.go import Runner, go, prepare
+from moeflow.run.outcome import printable
 from moeflow.run.plan_table import plan_lines, plan_table
 from moeflow.run.progress import show as show_progress
 from moeflow.step import Step
@@ -68,7 +69,7 @@ def plan(
         out = report.console()
         out.print(plan_table(planned, every=all, plain=not out.is_terminal))
         for line in plan_lines(planned):
-            print(line)
+            print(printable(line))
     if planned.problems:
         raise typer.Exit(2)
 

@@ -9,7 +9,8 @@ from typing import Any
 from moeflow.arch import Config, essential
 from moeflow.methods.graph import Model
 from moeflow.methods.records import Facts, kept_experts
-from moeflow.model.layout import ESSENTIAL, LAYER, TensorInfo, experts_in, headers, kept, names_without_experts, read_config
+from moeflow.model.header import TensorInfo
+from moeflow.model.layout import ESSENTIAL, LAYER, experts_in, headers, kept, names_without_experts, read_config
 from moeflow.model.spec import LayerSpec, RestSpec
 from moeflow.step import Artifact, Context, Spec, Step, step
 

@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moeflow.arch import Config, Family
-from moeflow.model.layout import Files, Folder, SingleFile, TensorInfo, experts_in, headers
+from moeflow.model.header import TensorInfo
+from moeflow.model.layout import Files, Folder, SingleFile, experts_in, headers
 from moeflow.model.moe import MLP, LowRank, Matrix, MoELayer
 from moeflow.model.packed import BLOCK_SCALE, PACKED, SCALE, SHAPE, logical, unblocked, unpack
 from moeflow.model.router import Router

@@ -33,7 +33,8 @@ from moeflow.arch.spec import EXPERT_COUNT_KEYS
 from moeflow.model.factors import STACKS, Stack, expert_shapes
 from moeflow.model.fewer_active import CompressedExperts
 from moeflow.model.formats import CLASSES, Format, check_tensors, layer_formats, some
-from moeflow.model.layout import Folder, read_header
+from moeflow.model.header import read_header
+from moeflow.model.layout import Folder
 from moeflow.model.packed import BESIDE, PACKED, SCALE, SHAPE, logical, packed_shapes, unpack
 from moeflow.model.routed_experts import experts_of
 from moeflow.model.trimmed import take_out

@@ -18,7 +18,8 @@ from moeflow.arch import MATRICES, Config, Family, family_config
 from moeflow.model.checkpoint import Tensors, save
 from moeflow.model.factors import IN, OUT, multiplied_out
 from moeflow.model.formats import config_of, format_of
-from moeflow.model.layout import Folder, TensorInfo, headers, read_config
+from moeflow.model.header import TensorInfo
+from moeflow.model.layout import Folder, headers, read_config
 from moeflow.model.packed import PACKED, SCALE, logical, packed_shapes
 from moeflow.model.spec import tensor_bytes
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moeflow.arch import COMPRESSED, LAYERS, MAIN, MATRICES, Config, Family, family_config
+from moeflow.arch import COMPRESSED, LAYERS, MAIN, MATRICES, Config, Family, family_config, is_number
 from moeflow.model.packed import PACKED, Shapes
 
 Ranks = tuple[int, ...]
@@ -86,7 +86,7 @@ def format_of(shapes: Shapes, config: Config, layer: int) -> Format:
     family = Family.of(config)
     stem = family.experts(layer)
     parts = {n.removeprefix(stem).split(".")[0] for n in shapes if n.startswith(stem)}
-    numbers = sorted(int(n) for n in parts if n.isdigit())
+    numbers = sorted(int(n) for n in parts if is_number(n))
     if numbers != list(range(len(numbers))):
         lacking = next(i for i, n in enumerate([*numbers, -1]) if i != n)
         raise ValueError(f"layer {layer} has no expert {lacking} but {len(numbers)} others; the checkpoint is incomplete")
@@ -141,8 +141,8 @@ def _rank(shapes: Shapes, name: str, factors: tuple[str, str]) -> int:
     if missing := [n for n in factors if n not in stored]:
         absent = name if len(missing) == 2 else missing[0]
         raise ValueError(f"the checkpoint has no tensor {absent}; it is incomplete, or of another family")
-    rank = stored[inner][0]
-    fits = len(stored[out]) == len(stored[inner]) == 2
+    fits = len(stored[out]) == len(stored[inner]) == 2 and stored[inner][0] > 0
+    rank = stored[inner][0] if fits else 0
     # for packed factors only the number of words in a row is known
     if not fits or (stored[out][1] * 32 % rank if out not in shapes else stored[out][1] != rank):
         raise ValueError(
@@ -157,7 +157,7 @@ def layer_formats(config: Config) -> list[Format | None]:
     Raises ValueError if the formats of a compressed checkpoint are impossible, such as ranks for another number of experts.
     """
     family = Family.of(config)
-    moe = family.moe_layers
+    moe = set(family.moe_layers)
     if not str(config["model_type"]).startswith(COMPRESSED):
         return [Format(family.num_experts) if i in moe else None for i in range(family.num_layers)]
     entries = config.get(LAYERS) or []

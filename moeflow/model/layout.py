@@ -1,13 +1,13 @@
-"""The headers of safetensors files, and the names of a layer's tensors when experts are taken out. No torch."""
+"""The files of a layer, and the names of its tensors when experts are taken out. No torch."""
 
 import json
-import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from moeflow.arch import Config, Family
+from moeflow.arch import Config, Family, is_number
+from moeflow.model.header import TensorInfo, read_header
 
 LAYER = "layer.safetensors"
 """The file of a decoder layer's tensors, in the folder of the step that made it."""
@@ -76,44 +76,6 @@ class SingleFile:
         return Folder(self.path.parent).read(self.path.name, start, stop)
 
 
-@dataclass(frozen=True)
-class TensorInfo:
-    """One tensor: bytes [start, stop) of `file`."""
-
-    file: str
-    dtype: str  # as safetensors writes it: "BF16"
-    shape: tuple[int, ...]
-    start: int
-    stop: int
-
-    @property
-    def nbytes(self) -> int:
-        return self.stop - self.start
-
-
-def read_header(file: str, size: int, read: Callable[[str, int, int], bytes]) -> dict[str, TensorInfo]:
-    """The tensors of one safetensors file of `size` bytes; `read(file, start, stop)` returns a range of its bytes.
-
-    Raises ValueError if the file is truncated or no safetensors file.
-    """
-    try:
-        (length,) = struct.unpack("<Q", read(file, 0, 8))
-        if length + 8 > size:
-            raise ValueError
-        header = json.loads(read(file, 8, 8 + length))
-    except (ValueError, struct.error):
-        raise ValueError(f"{file} ({size:,} bytes) is truncated or no safetensors file; fetch it again") from None
-    header.pop("__metadata__", None)
-    tensors = {}
-    for name, entry in header.items():
-        start, stop = (8 + length + at for at in entry["data_offsets"])
-        tensors[name] = TensorInfo(file, entry["dtype"], tuple(entry["shape"]), start, stop)
-    end = max((t.stop for t in tensors.values()), default=8 + length)
-    if end > size:
-        raise ValueError(f"{file} is truncated: it holds {size:,} of {end:,} bytes; fetch it again")
-    return tensors
-
-
 def headers(files: Files) -> dict[str, TensorInfo]:
     """The tensors of all safetensors files of a folder or artifact."""
     tensors: dict[str, TensorInfo] = {}
@@ -131,7 +93,7 @@ def read_config(files: Files) -> Config:
 def experts_in(names: Iterable[str], config: Config, layer: int) -> int:
     """The number of routed experts in a layer, counted by the names of its tensors; 0 for a dense layer."""
     first = Family.of(config).experts(layer)
-    return len({e for n in names if n.startswith(first) and (e := n.removeprefix(first).split(".")[0]).isdigit()})
+    return len({e for n in names if n.startswith(first) and is_number(e := n.removeprefix(first).split(".")[0])})
 
 
 def names_without_experts(names: Iterable[str], config: Config, layer: int, *, whole: bool = False) -> list[str]:

@@ -73,14 +73,22 @@ def numels(shapes: Shapes, config: Config) -> dict[str, int]:
 
 
 def scheme_of(shapes: Shapes, config: Config) -> Scheme | None:
-    """How the packed matrices are packed; None if there are none. Raises ValueError if they differ."""
+    """How the packed matrices are packed; None if there are none. Raises ValueError if they differ, or are not whole."""
+    for name in (n.removesuffix(PACKED) for n in shapes if n.endswith(PACKED)):
+        for part in (PACKED, SCALE, SHAPE):
+            if len(shapes.get(name + part, ())) != 1 + (part != SHAPE):
+                raise ValueError(f"{name}{part} is missing, or has another shape than its kind; fetch the checkpoint again")
     schemes: dict[Scheme, str] = {}
     single: dict[Scheme, str] = {}  # one scale a row, which a group of the row's length has, too
     for name, (_, columns) in packed_shapes(shapes, config).items():
         if name + ZERO in shapes:
             raise ValueError(f"{name} has zero points, with which transformers loads no experts; quantize symmetrically")
-        groups = int(shapes[name + SCALE][1])
-        scheme = Scheme(round(int(shapes[name + PACKED][1]) * 32 / columns), columns // groups)
+        groups, words = int(shapes[name + SCALE][1]), int(shapes[name + PACKED][1])
+        if not (groups and columns) or columns % groups or not 1 <= round(words * 32 / columns) <= 8:
+            raise ValueError(
+                f"{name} is packed: {words} words and {groups} scales a row for {columns} inputs; fetch the checkpoint again"
+            )
+        scheme = Scheme(round(words * 32 / columns), columns // groups)
         (schemes if groups > 1 else single).setdefault(scheme, name)
     for scheme, name in single.items():
         if scheme not in schemes:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 
-from moeflow.arch import EMBEDDING, HEAD, LAYERS, Config, Family
+from moeflow.arch import EMBEDDING, HEAD, Config, Family
 from moeflow.model.formats import Format, format_of
 from moeflow.model.packed import Scheme, numels, scheme_of
 
@@ -267,35 +267,3 @@ class ObservedSpec:
     recorded: int  # the first tokens, whose MoE inputs are kept
     rows: int  # the same with the tokens that are kept for a rare expert, at most
     layers: tuple[int, ...]
-
-
-def check_layer(config: Config, layer: int, table: TensorTable) -> int:
-    """The number of a layer's routed experts, 0 if it is dense. Raises ValueError if config.json contradicts the tensors."""
-    family = Family.of(config)
-    format = format_of(shapes_of(table), config, layer)
-    if LAYERS in config:
-        wanted = Format.from_json({"experts": 0} | (config[LAYERS][layer] or {}))
-    else:
-        wanted = Format(family.num_experts if layer in family.moe_layers else 0)
-    if format != wanted:
-        raise ValueError(
-            f"config.json says that layer {layer} has {wanted.words()}, its tensors say {format.words()}; correct one of them"
-        )
-    if format.experts:
-        width = int(config["hidden_size"])
-        for name in family.router_tensors(layer):
-            if name not in table:
-                raise ValueError(f"layer {layer} has no tensor {name}; the checkpoint is incomplete, or of another family")
-        rows = table[family.router(layer)][1]
-        if rows != (format.experts, width):
-            raise ValueError(
-                f"layer {layer}'s router has shape {rows} where config.json asks for {(format.experts, width)}; correct one of them"
-            )
-        for name in (n for e in range(format.experts) for n in family.expert(layer, e)):
-            out, inner = family.factors(name)
-            if name not in table and out not in table:
-                continue  # packed: the model's width is taken for its columns
-            sides = table[name][1] if name in table else (table[out][1][0], table[inner][1][1])
-            if width not in sides:
-                raise ValueError(f"{name} has shape {sides}, and config.json says hidden_size={width}; correct one of them")
-    return format.experts

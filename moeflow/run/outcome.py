@@ -90,6 +90,11 @@ def describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
+def printable(text: str) -> str:
+    """The text with what a terminal would obey, such as codes for colours and cursors, written out as escapes."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
 def brief(error: BaseException) -> str:
     """The first line of an exception, for those with long messages, such as Ray's."""
     return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"

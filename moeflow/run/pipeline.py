@@ -23,6 +23,8 @@ from moeflow.step import Step
 
 Build = Callable[..., Step]
 
+ENDS = "a pipeline raises ValueError with what is wrong"
+
 MEANING = {
     Source: "a folder, org/name[@revision] on the hub, or s3://bucket/prefix",
     Texts: "URI[#column[+column]][*weight], several joined by commas",
@@ -52,6 +54,8 @@ def _imported(path: Path) -> ModuleType:
     sys.path.insert(0, str(path.resolve().parent))  # as `python PIPELINE.py` would
     try:
         spec.loader.exec_module(module)
+    except SystemExit as error:
+        raise ValueError(f"{path} does not load: it ends the program, SystemExit({error.code!r}); {ENDS}") from error
     except Exception as error:
         raise ValueError(f"{path} does not load: {describe(error)}") from error
     finally:
@@ -66,7 +70,13 @@ def call(build: Build, assignments: Iterable[str]) -> Step:
     named_words = {name.partition(".")[0] for name in words}
     if missing := [p.name for p in parameters.values() if p.default is p.empty and p.name not in named_words]:
         raise ValueError(f"the pipeline needs {' '.join(f'-p {name}=...' for name in missing)}")
-    made = build(**{name: _value(name, p.default, kinds[name], words) for name, p in parameters.items()})
+    values = {name: _value(name, p.default, kinds[name], words) for name, p in parameters.items()}
+    try:
+        made = build(**values)
+    except SystemExit as error:
+        raise ValueError(f"build ends the program, SystemExit({error.code!r}); {ENDS}") from error
+    except (ArithmeticError, AssertionError, AttributeError, NameError, RuntimeError) as error:
+        raise ValueError(f"build raised {describe(error)}; --debug shows where") from error
     if not isinstance(made, Step):
         raise ValueError(f"build returned {type(made).__name__}, and a pipeline returns the Step to publish")
     return made

@@ -23,7 +23,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from moeflow.run.outcome import Outcome
+from moeflow.run.outcome import Outcome, printable
 from moeflow.run.words import amount, clock, count, labels, summary
 from moeflow.step import Step
 from moeflow.store.patience import Once
@@ -83,7 +83,7 @@ class Silent(Show):
         self.say(f"{key.rpartition('-')[0]}: {text}")
 
     def say(self, text: str) -> None:
-        print(text, file=self._stream, flush=True)
+        print(printable(text), file=self._stream, flush=True)
 
 
 @dataclass
@@ -148,7 +148,7 @@ class Lines(Show):
         self.say(f"{self._label(key)}: {text}")
 
     def say(self, text: str) -> None:
-        print(text, file=self.stream, flush=True)
+        print(printable(text), file=self.stream, flush=True)
 
     def end(self, outcome: Outcome | None) -> None:
         if outcome is not None:
@@ -214,7 +214,7 @@ class Bars(Show):
         self.say(f"{self._labels.get(key, key)}: {text}")
 
     def say(self, text: str) -> None:
-        self._console.print(Text(text))
+        self._console.print(Text(printable(text)))
 
     def end(self, outcome: Outcome | None) -> None:
         self._bars.stop()

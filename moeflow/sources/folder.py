@@ -7,6 +7,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import sysconfig
 import tempfile
 import time
@@ -24,6 +25,7 @@ BY_PARTS = False
 STDLIB = "python:stdlib"
 RACY = 2.0  # seconds: a younger file may change again without a new modification time
 NOTES = "digests.json"
+DIGEST = re.compile(r"[0-9a-f]{64}")
 REMEMBERED = 50_000  # digests
 WILD = set("*?[")
 
@@ -32,6 +34,8 @@ def pin(uri: str, kind: Kind) -> Pinned:
     root, inside = _files_at(uri, kind)
     if not inside:
         raise MissingSource(f"{uri}: there are no such files; check the path")
+    for name in inside:
+        _check(root, name, kind)
     digests = digests_of(root / n for n in inside)
     files = (SourceFile(n, (root / n).stat().st_size, f"sha256:{d}") for n, d in zip(inside, digests, strict=True))
     return Pinned(STDLIB if uri.startswith(STDLIB) else root.as_posix(), "", tuple(files))
@@ -81,13 +85,33 @@ def _files_at(uri: str, kind: Kind) -> tuple[Path, list[str]]:
             raise MissingSource(f"{path} is a file; a model is the folder that holds it: {path.parent}")
         return path.parent, [path.name]
     if path.is_dir():
-        inside = sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file())
+        try:
+            inside = sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if not p.is_dir())
+        except PermissionError as error:
+            raise MissingSource(f"{error.filename}: no permission to list it; make it readable") from None
         return path, chosen(inside, kind, str(path))
     if not WILD & set(uri):
         raise MissingSource(f"{path}: there is no such file or folder; check the path")
     fixed = Path(*[part for i, part in enumerate(path.parts) if not any(WILD & set(p) for p in path.parts[: i + 1])])
     inside = glob.glob(path.relative_to(fixed).as_posix(), root_dir=fixed, recursive=True)
     return fixed, sorted(n for n in inside if (fixed / n).is_file())
+
+
+def _check(root: Path, name: str, kind: Kind) -> None:
+    """Raise MissingSource unless this is a file that can be read and, of a model, that does not lie elsewhere.
+
+    In the hub's own cache a file is a link from `snapshots/REVISION` to `blobs` beside it.
+    """
+    path = root / name
+    if path.is_symlink() and not path.exists():
+        raise MissingSource(f"{path} is a link to {str(path.readlink())!r}, which is not there; fetch the file again")
+    if not path.is_file():
+        raise MissingSource(f"{path} is no file but a pipe, a socket or a device; put a copy of the file in its place")
+    if not os.access(path, os.R_OK):
+        raise MissingSource(f"{path}: no permission to read it; make it readable")
+    inside = [root.resolve(), *([root.resolve().parents[1] / "blobs"] if root.resolve().parent.name == "snapshots" else [])]
+    if kind == "model" and not any(path.resolve().is_relative_to(folder) for folder in inside):
+        raise MissingSource(f"{path} is a link out of the model's folder, to {str(path.resolve())!r}; put a copy in its place")
 
 
 def _path(uri: str, file: SourceFile) -> Path:
@@ -101,9 +125,10 @@ def _path(uri: str, file: SourceFile) -> Path:
 def _remembered() -> dict[str, str]:
     try:
         digests = json.loads((home() / NOTES).read_bytes())
-    except (OSError, ValueError):  # none yet, or cut short: every digest can be computed again
+    except (OSError, ValueError, RecursionError):  # none yet, or cut short: every digest can be computed again
         return {}
-    return digests if isinstance(digests, dict) else {}
+    known = digests.items() if isinstance(digests, dict) else ()
+    return {at: d for at, d in known if isinstance(d, str) and DIGEST.fullmatch(d)}
 
 
 def _remember(learnt: dict[str, str]) -> None:

@@ -59,10 +59,17 @@ def pin(uri: str, *, kind: Kind) -> Source:
     """
     if not uri:
         raise MissingSource(f"the {kind} is ''; give a folder, s3://bucket/prefix or a name on the hub")
-    if "://" not in uri and not Path(uri).expanduser().exists() and REPOSITORY.fullmatch(uri):
+    try:
+        absent = "://" not in uri and not Path(uri).expanduser().exists()
+    except (OSError, RuntimeError) as error:  # a name that no disk can have, or the home of nobody
+        raise MissingSource(f"{uri:.200}: {getattr(error, 'strerror', None) or error}; check the path") from None
+    if absent and REPOSITORY.fullmatch(uri):
         if kind == "model":
             uri = hub_uri(uri)
         else:
             raise MissingSource(f"{uri}: there is no such file or folder; a text on the hub is hf://datasets/{uri}")
     pinned = place_of(uri).pin(uri, kind)
+    for file in pinned.files:
+        if not file.name.isprintable() or {"", ".", ".."} & {*file.name.split("/")}:
+            raise MissingSource(f"{uri} has a file named {file.name!r}, which no folder can take as it is; rename it there")
     return Source(pinned.uri, pinned.revision, tuple(sorted(pinned.files, key=lambda f: f.name)))

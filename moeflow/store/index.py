@@ -4,6 +4,7 @@ Manifests are the authority. Markers are empty objects whose names repeat what a
 without a marker (its writer died between the two) is read.
 """
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from moeflow.store.manifest import Manifest
 from moeflow.store.names import key_of
 
 THREADS = 32
+MARKER = re.compile(r"found/(?P<key>[^/]+)/(?P<content>[^-/]+)-(?P<digest>[^-/]+)-(?P<source>[^-/]+)-(?P<size>[0-9]{1,18})")
 
 
 @dataclass(frozen=True)
@@ -43,10 +45,8 @@ def read_index(blobs: Blobs, steps: Sequence[str], manifests: Callable[[Iterable
             if key.rpartition("-")[0] in wanted:
                 index.modified[key] = entry.modified
         for entry in (e for page in marked for e in page):
-            _, key, about = entry.name.split("/")
-            if key in index.modified:
-                content, digest, source, size = about.split("-")
-                _add(index, key, content, Listed(digest, source, int(size)))
+            if (match := MARKER.fullmatch(entry.name)) and match["key"] in index.modified:  # else its manifest is read
+                _add(index, match["key"], match["content"], Listed(match["digest"], match["source"], int(match["size"])))
     for key, m in manifests(k for k in index.modified if k not in index.keys).items():
         _add(index, key, m.content.rpartition("-")[2] or "0", Listed(m.digest, m.source[:8] or "0", m.bytes))
     return index

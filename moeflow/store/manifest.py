@@ -12,6 +12,12 @@ from moeflow.store.names import digest_of
 CHUNK = 1 << 20  # bytes of a file that have a digest of their own
 WIDTH = 16  # hexadecimal digits of that digest
 Bytes = bytes  # the class below has a property of that name
+KINDS: Mapping[str, tuple[type, ...]] = {
+    **dict.fromkeys(("key", "step", "content", "source", "created", "same_as", "writer", "digest"), (str,)),
+    **dict.fromkeys(("version", "reads"), (int,)), **dict.fromkeys(("params", "libraries", "files"), (dict,)),
+    **dict.fromkeys(("inputs", "notes"), (list,)), "seconds": (int, float),
+}  # fmt: skip
+"""The types that the fields of a manifest have in JSON."""
 
 
 @dataclass(frozen=True)
@@ -70,9 +76,14 @@ class Manifest(Record):
     def load(data: Bytes) -> "Manifest":
         """Read what `dump` wrote. Raises ValueError, KeyError, TypeError or AttributeError if it is something else."""
         raw = json.loads(data)
+        for name, kinds in KINDS.items():
+            if name in raw and type(raw[name]) not in kinds:
+                raise ValueError(f"its {name} is {raw[name]!r:.60}")
         known = {f.name: raw[f.name] for f in fields(Manifest) if f.name in raw}
         files = {name: _file(name, File(**file)) for name, file in raw["files"].items()}
         inputs = tuple(Input(**i) for i in raw["inputs"])
+        if odd := [n for n in (*raw["notes"], raw["key"], *(s for i in inputs for s in (i.key, i.digest))) if type(n) is not str]:
+            raise ValueError(f"it has {odd[0]!r:.60} where a text belongs")
         manifest = Manifest(**known | {"files": files, "inputs": inputs, "notes": tuple(raw["notes"])})
         if raw["digest"] != manifest.digest:
             raise ValueError(f"its digest is {raw['digest']!r}, that of its files {manifest.digest}")
@@ -81,8 +92,8 @@ class Manifest(Record):
 
 def _file(name: str, file: File) -> File:
     """The file as it is. Raises ValueError if its name leaves the artifact's folder or a figure is not one."""
-    if not name or name.startswith("/") or {"", ".", ".."} & {*name.split("/")} or "\0" in name:
-        raise ValueError(f"the file name {name!r} leaves the folder")
+    if not name or name.startswith("/") or {"", ".", ".."} & {*name.split("/")} or not name.isprintable():
+        raise ValueError(f"the file name {name!r} leaves the folder, or no folder can take it")
     if not re.fullmatch(r"[0-9a-f]{64}", file.sha256):
         raise ValueError(f"file {name!r}: sha256 is {file.sha256!r}, not 64 hexadecimal digits")
     if type(file.size) is not int or file.size < 0:

@@ -88,8 +88,11 @@ class Store:
         """Read the manifest of `key`. Raises NotStored, which is a KeyError, and CorruptBlob."""
         step = split_part(key)[0]
         try:
-            return Manifest.load(self.blobs.read(names.manifest(step)))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            manifest = Manifest.load(self.blobs.read(names.manifest(step)))
+            if manifest.key != step:
+                raise ValueError(f"it is that of {manifest.key!r}")
+            return manifest
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             why = "is cut short" if isinstance(error, json.JSONDecodeError) else f"is damaged ({error})"
             raise CorruptBlob(f"{names.manifest(step)} in {self.url} {why}", names.manifest(step)) from error
         except FileNotFoundError:
@@ -117,6 +120,8 @@ class Store:
         paths = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if _is_file(p)}
         if both := sorted(paths.keys() & (links or {}).keys()):
             raise ValueError(f"{key}: {both[0]} is both written and linked; do one of them")
+        if odd := [n for n in (*paths, *(links or {})) if not n.isprintable()]:
+            raise ValueError(f"{key}: no folder can take a file named {odd[0]!r}; give it another name")
         with ThreadPoolExecutor(4) as pool:
             mine = dict(zip(paths, pool.map(checked.file_of, paths.values()), strict=True))
         new = {f.sha256: (f, paths[n]) for n, f in mine.items()}

@@ -3,6 +3,7 @@
 Knows artifacts by key; what a name means to a pipeline is the caller's business.
 """
 
+import builtins
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,11 +14,12 @@ from itertools import islice
 from typing import Any
 
 from moeflow.store import names
-from moeflow.store.errors import NotStored
+from moeflow.store.errors import CorruptBlob, NotStored
 from moeflow.store.manifest import Manifest
 from moeflow.store.names import split_part
 from moeflow.store.store import THREADS, Store
 
+RECORD = re.compile(r"(versions|labels)/[^/]+/[0-9]{6,9}\.json")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
@@ -62,7 +64,7 @@ def resolve(store: Store, ref: str) -> Version | str:
     """
     name, at, number = ref.partition("@")
     if at:
-        if not number.isdigit():
+        if not re.fullmatch(r"[0-9]{1,9}", number):
             raise ValueError(f"{ref!r}: a version is a number, as in {name}@1; see `moeflow ls`")
         check_name(name)
         return _read(store, name, int(number))
@@ -70,7 +72,7 @@ def resolve(store: Store, ref: str) -> Version | str:
         if n := _newest(store, f"versions/{ref}/"):
             return _read(store, ref, n)
         if n := _newest(store, f"labels/{ref}/"):
-            labelled = json.loads(store.blobs.read(_label(ref, n)))
+            labelled = _record(store, _label(ref, n))
             return _read(store, labelled["name"], labelled["n"])
     keys = [names.key_of(e.name) for e in islice(store.blobs.list(f"manifests/{ref}"), 5)]
     if len(keys) == 1 or ref in keys:
@@ -82,10 +84,10 @@ def resolve(store: Store, ref: str) -> Version | str:
 
 def list(store: Store, name: str = "") -> tuple[Version, ...]:
     """All versions, or those of one name, with the labels that point at them; sorted by name, oldest first."""
-    entries = [e.name for e in store.blobs.list(f"versions/{name}/" if name else "versions/")]
+    entries = [e.name for e in store.blobs.list(f"versions/{name}/" if name else "versions/") if RECORD.fullmatch(e.name)]
     labels = labelled(store)
     with ThreadPoolExecutor(THREADS) as pool:
-        published = [*pool.map(lambda e: _parse(store.blobs.read(e)), entries)]
+        published = [*pool.map(lambda e: _parse(store, e), entries)]
     published.sort(key=lambda v: (v.name, v.n))
     return tuple(replace(v, labels=tuple(k for k, at in labels.items() if at == v.ref)) for v in published)
 
@@ -93,9 +95,9 @@ def list(store: Store, name: str = "") -> tuple[Version, ...]:
 def labelled(store: Store) -> dict[str, str]:
     """The `name@n` that each label points at now."""
     newest: dict[str, str] = {}
-    for entry in sorted(e.name for e in store.blobs.list("labels/")):
+    for entry in sorted(e.name for e in store.blobs.list("labels/") if RECORD.fullmatch(e.name)):
         newest[entry.split("/")[1]] = entry
-    read = {k: json.loads(store.blobs.read(at)) for k, at in newest.items()}
+    read = {k: _record(store, at) for k, at in newest.items()}
     return {k: f"{r['name']}@{r['n']}" for k, r in read.items()}
 
 
@@ -110,7 +112,7 @@ def promote(store: Store, ref: str, label: str) -> Version:
     while True:
         n = _newest(store, f"labels/{label}/")
         if n:
-            now = json.loads(store.blobs.read(_label(label, n)))
+            now = _record(store, _label(label, n))
             if (now["name"], now["n"]) == (version.name, version.n):
                 return version
         about = {"name": version.name, "n": version.n, "created": _now()}
@@ -166,21 +168,34 @@ def _remembered(store: Store, keys: Iterable[str]) -> dict[str, Manifest]:
 
 def _newest(store: Store, prefix: str) -> int:
     """The highest number below `prefix`; 0 if there is none."""
-    return max((int(e.name.removeprefix(prefix).removesuffix(".json")) for e in store.blobs.list(prefix)), default=0)
+    numbers = (re.fullmatch(r"([0-9]{1,9})\.json", e.name.removeprefix(prefix)) for e in store.blobs.list(prefix))
+    return max((int(number[1]) for number in numbers if number), default=0)
 
 
 def _read(store: Store, name: str, n: int) -> Version:
     try:
-        return _parse(store.blobs.read(_version(name, n)))
+        return _parse(store, _version(name, n))
     except FileNotFoundError:
         newest = _newest(store, f"versions/{name}/")
         known = f"the newest is {name}@{newest}" if newest else f"there is no version of {name}; see `moeflow ls`"
         raise NotStored(f"{name}@{n} is not in {store.url}; {known}") from None
 
 
-def _parse(data: bytes) -> Version:
-    raw = json.loads(data)
+def _parse(store: Store, at: str) -> Version:
+    raw = _record(store, at, key=str, reports=builtins.list, record=dict)
     return Version(raw["name"], raw["n"], raw["key"], raw["created"], tuple(raw["reports"]), raw["record"])
+
+
+def _record(store: Store, at: str, **kinds: type) -> dict[str, Any]:
+    """The record of a version or a label. Raises CorruptBlob if it is damaged, and FileNotFoundError."""
+    try:
+        raw = json.loads(store.blobs.read(at))
+        wrong = [k for k, kind in ({"name": str, "n": int, "created": str} | kinds).items() if type(raw[k]) is not kind]
+    except (ValueError, TypeError, KeyError) as error:
+        raise CorruptBlob(f"{at} in {store.url} is damaged ({type(error).__name__}: {error}); restore or delete it") from error
+    if wrong:
+        raise CorruptBlob(f"{at} in {store.url} is damaged ({wrong[0]} is {raw[wrong[0]]!r:.60}); restore or delete it")
+    return dict(raw)
 
 
 def _version(name: str, n: int) -> str:

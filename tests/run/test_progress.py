@@ -2,6 +2,8 @@
 
 import io
 
+import pytest
+
 from moeflow.run.outcome import Outcome, StepOutcome
 from moeflow.run.progress import Bars, Lines, Silent, show
 from moeflow.run.words import amount, clock, labels
@@ -134,3 +136,11 @@ def test_amounts_and_times_are_for_people() -> None:
     assert amount(1, 0, "layers") == "1 layers"
     assert amount(3 << 20, 3 << 30, "bytes") == "3.0 MiB/3.0 GiB"
     assert (clock(0), clock(72), clock(3723)) == ("00:00", "01:12", "1:02:03")
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_what_a_terminal_would_obey_is_written_out(terminal: bool) -> None:
+    stream = Terminal() if terminal else io.StringIO()
+    shown = show(stream=stream)
+    shown.note("make.it-0", "from \x1b[2J\x07 here")
+    assert r"from \x1b[2J\x07 here" in stream.getvalue() and "\x1b[2J" not in stream.getvalue()

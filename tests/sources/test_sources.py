@@ -1,6 +1,7 @@
 """What lies in folders is pinned by digest, and arrives as what was pinned or not at all."""
 
 import hashlib
+import json
 import os
 import sys
 import time
@@ -201,3 +202,53 @@ def test_a_name_that_leaves_the_folder_is_refused(tmp_path: Path) -> None:
 def test_a_source_is_a_plain_value(model: Path) -> None:
     source = pin(str(model), kind="model")
     assert source == Source(source.uri, source.revision, source.files) and hash(source) == hash(source)
+
+
+def test_the_hub_s_own_cache_is_a_folder_whose_files_are_links_to_its_blobs(tmp_path: Path) -> None:
+    """`models--org--name/snapshots/COMMIT/file -> ../../blobs/SHA`, as huggingface_hub lays it out."""
+    repository = tmp_path / "models--org--name"
+    blobs = folder(repository / "blobs", aa="{}", bb=b"weights")
+    snapshot = repository / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    for name, blob in (("config.json", "aa"), ("model.safetensors", "bb")):
+        (snapshot / name).symlink_to(f"../../blobs/{blob}")
+    assert pin(str(snapshot), kind="model").names() == ["config.json", "model.safetensors"]
+    (blobs / "aa").unlink()
+    (blobs / "aa").symlink_to("../../elsewhere")
+    (tmp_path / "elsewhere").write_text("{}")
+    with pytest.raises(MissingSource, match="config.json is a link out of the model's folder"):
+        pin(str(snapshot), kind="model")
+
+
+def test_a_link_inside_the_folder_and_a_folder_that_is_a_link_are_what_they_lead_to(model: Path, tmp_path: Path) -> None:
+    (model / "same.json").symlink_to("config.json")
+    (tmp_path / "other").symlink_to(model)
+    assert "same.json" in pin(str(tmp_path / "other"), kind="model").names()
+
+
+def test_a_text_may_be_links_to_anywhere_and_is_no_pipe(tmp_path: Path) -> None:
+    texts = folder(tmp_path / "texts", **{"a.txt": "one"})
+    elsewhere = folder(tmp_path / "elsewhere", **{"b.txt": "two"})
+    (texts / "b.txt").symlink_to(elsewhere / "b.txt")
+    assert pin(str(texts), kind="data").names() == ["a.txt", "b.txt"]
+    os.mkfifo(texts / "c.txt")
+    with pytest.raises(MissingSource, match="c.txt is no file but a pipe"):
+        pin(str(texts), kind="data")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_file_that_may_not_be_read_is_told(model: Path) -> None:
+    (model / "config.json").chmod(0)
+    with pytest.raises(MissingSource, match="config.json: no permission to read it; make it readable"):
+        pin(str(model), kind="model")
+
+
+@pytest.mark.parametrize("noted", ["[]", "null", '{"x', "[" * 100_000, "wrong"])
+def test_notes_of_digests_that_are_damaged_are_computed_again(model: Path, noted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOEFLOW_CACHE", str(model.parent / "home"))
+    pinned = pin(str(model), kind="model")
+    notes = next((model.parent / "home").rglob("digests.json"))
+    known = json.loads(notes.read_text())
+    assert known
+    notes.write_text(noted if noted != "wrong" else json.dumps(dict.fromkeys(known, "0") | dict.fromkeys([*known][:2], 7)))
+    assert pin(str(model), kind="model") == pinned

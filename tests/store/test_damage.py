@@ -121,6 +121,15 @@ def test_a_cached_copy_that_rots_is_downloaded_again(s3_store: Store, tmp_path: 
         ('"files": {', '"files": [], "other": {'),
         ('"chunks": "', '"chunks": "00'),
         ('{\n "', '[\n "'),
+        ('"x": {', '"x\\u001b[31m": {'),
+        ('"version": 1', '"version": "1"'),
+        ('"version": 1', '"version": true'),
+        ('"seconds": 0', '"seconds": null'),
+        ('"step": "make.it"', '"step": 5'),
+        ('"key": "make.it', '"key": "fake.it'),
+        ('"params": {}', '"params": []'),
+        ('"inputs": []', '"inputs": [{"key": 7, "digest": ""}]'),
+        ('"notes": []', '"notes": [7]'),
     ],
 )
 def test_a_manifest_that_lies_is_told_by_name_and_dropped_by_repair(store: Store, tmp_path: Path, old: str, new: str) -> None:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 from moto.backends import get_backend
 
 from moeflow.store import Listed, Store
@@ -60,3 +61,11 @@ def test_two_thousand_stored_steps_cost_a_few_listings(s3_store: Store, server: 
     assert len(index.keys) == len(index.contents) == 2000
     assert index.keys[f"step.3-{7:032x}"] == Listed(f"{7:032x}", "01234567", 7)
     assert len(server.requests) == 4, "two pages each of manifests and of markers"
+
+
+@pytest.mark.parametrize("name", ["x", "0-0", "0-0-0-many", "0-0-0--1", "a-b-c-d-e", "a/b/c"])
+def test_a_marker_that_says_nothing_leaves_the_word_to_the_manifest(store: Store, tmp_path: Path, name: str) -> None:
+    commit(store, tmp_path, "k", x="1")
+    store.blobs.delete([e.name for e in store.blobs.list("found/")])
+    store.blobs.create(f"found/{key('k')}/{name}", b"")
+    assert store.index(["make.it"]).keys[key("k")].bytes == 1

@@ -231,6 +231,12 @@ def test_what_would_be_lost_is_not_committed(store: Store, tmp_path: Path) -> No
     assert not store.has(key("k"))
 
 
+def test_a_name_that_a_terminal_would_obey_is_not_committed(store: Store, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no folder can take a file named '\\x1b\[31mred'; give it another name"):
+        commit(store, tmp_path, "k", **{"\x1b[31mred": "1"})
+    assert not store.has(key("k"))
+
+
 def test_a_manifest_whose_names_leave_the_folder_is_refused(store: Store, tmp_path: Path) -> None:
     commit(store, tmp_path, "k", x="1")
     spoilt = store.blobs.read(f"manifests/{key('k')}.json").replace(b'"x"', b'"../../x"')

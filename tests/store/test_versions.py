@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from moeflow.store import NotStored, Store, versions
+from moeflow.store import CorruptBlob, NotStored, Store, versions
 from tests.making import commit, key
 
 
@@ -111,3 +111,25 @@ def test_lineage_is_everything_upstream_once_with_its_parameters(store: Store, t
     assert version[key("layer")].inputs[0].key == key("model") + "/layer0"
     with pytest.raises(NotStored):
         versions.lineage(store, key("none"))
+
+
+@pytest.mark.parametrize(
+    "record", ["", "[]", "null", "{}", '{"name": 1}', '{"name": "m", "n": "1", "key": 7}', "\xff", '{"name": "m']
+)
+def test_a_damaged_record_of_a_version_or_a_label_is_told_by_name(filled: Store, record: str) -> None:
+    versions.publish(filled, "m", key("a"))
+    versions.promote(filled, "m@1", "production")
+    for at, asked in (("versions/m/000001.json", "m@1"), ("labels/production/000001.json", "production")):
+        whole = filled.blobs.read(at)
+        filled.blobs.delete([at])
+        filled.blobs.create(at, record.encode("latin-1"))
+        with pytest.raises(CorruptBlob, match=f"{at} in .* is damaged .*; restore or delete it"):
+            versions.resolve(filled, asked)
+        filled.blobs.delete([at])
+        filled.blobs.create(at, whole)
+
+
+def test_what_is_no_record_among_the_versions_is_passed_over(filled: Store) -> None:
+    filled.blobs.create("versions/m/notes.json", b"?")
+    assert versions.publish(filled, "m", key("a")) == 1
+    assert [v.ref for v in versions.list(filled)] == ["m@1"]

@@ -16,7 +16,8 @@ from moeflow.arch import Config
 from moeflow.methods.records import Curves
 from moeflow.model.alternatives import Alternative, alternative_blocks, slices, watched
 from moeflow.model.checkpoint import Tensors, save, tensor_of
-from moeflow.model.layout import Files, TensorInfo, headers, read_header
+from moeflow.model.header import TensorInfo, read_header
+from moeflow.model.layout import Files, headers
 from moeflow.model.passes import Head, Progress, stream_of
 
 BASE = "hidden.safetensors"

@@ -4,21 +4,22 @@ Hub shards straddle layers, so a fine-tune of one layer would change several; la
 none.
 """
 
-import json
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
 from moeflow import __version__
-from moeflow.arch import EMBEDDING, FINAL_NORM, HEAD, Config, Family, essential, family_config, layer_of
+from moeflow.arch import Config, Family, essential, family_config, layer_of
+from moeflow.methods.checkpoint import reading
 from moeflow.methods.graph import INDEX, REST, Model, named_like
 from moeflow.methods.records import Facts, decision, read_json
 from moeflow.methods.rewrite import config_files, link_all, readable, write_config
-from moeflow.model.formats import config_of, format_of, layer_formats
-from moeflow.model.layout import ESSENTIAL, TensorInfo, file_for, headers, read_header
-from moeflow.model.packed import BLOCK_SCALE, FORMAT, METHOD, PACKED, Shapes, check_whole, quantization_config, scheme_of
-from moeflow.model.spec import CheckpointSpec, LayerSpec, RestSpec, TensorTable, check_layer, file_bytes, header_bytes, tensor_bytes
+from moeflow.model.asked import check_layer, check_rest
+from moeflow.model.formats import config_of, format_of
+from moeflow.model.header import TensorInfo
+from moeflow.model.layout import ESSENTIAL, file_for, headers
+from moeflow.model.packed import METHOD, Shapes, check_whole, quantization_config, scheme_of
+from moeflow.model.spec import CheckpointSpec, LayerSpec, RestSpec, TensorTable, file_bytes, header_bytes, tensor_bytes
 from moeflow.sources import Source
 from moeflow.step import Artifact, Context, Spec, Step, step
 
@@ -97,7 +98,6 @@ TRAVELLING = (
 """The files that every checkpoint keeps besides its weights and config.json, in lower or upper case."""
 HISTORY = "moeflow.json"
 """The file of an assembled checkpoint that says what was decided, and what was done to each layer."""
-THREADS = 16  # headers that are read at once
 
 Table = dict[str, list[Any]]
 """Tensor name to [index of the input, dtype, shape, first byte, last byte + 1]."""
@@ -106,24 +106,22 @@ Table = dict[str, list[Any]]
 def pinned(source: Source, *, mtp: Literal["drop", "keep"] = "drop") -> Model:
     """The checkpoint at a pinned source (a folder, a hub repository at a commit, an `s3://` prefix).
 
-    Reads config.json, the index and the safetensors headers, nothing else. `mtp`: "drop" the multi-token-prediction layers of
-    DeepSeek-V3, which are behind the decoder layers, or "keep" them unchanged.
+    Reads config.json, the index, the safetensors headers and the small files beside them, no weights. `mtp`: "drop" the
+    multi-token-prediction layers of DeepSeek-V3, which are behind the decoder layers, or "keep" them unchanged.
 
-    Raises ValueError for an unknown family, a checkpoint packed in a way that moeflow does not read, an index that names a missing
-    tensor, a truncated file, and a config.json that contradicts the tensors.
+    Raises ValueError for an unknown family, a checkpoint packed in a way that moeflow does not read, a file that is damaged or says
+    what cannot be, and tensors that are not exactly those that config.json asks for.
     """
     if mtp not in ("drop", "keep"):
         raise ValueError(f"mtp={mtp!r}; choose 'drop' or 'keep'")
-    config: Config = _json(source, "config.json")
+    config = reading.config_of(source)
     family = Family.of(config)
-    if lacking := [k for k in ("num_hidden_layers", "num_experts_per_tok", "hidden_size", "vocab_size") if k not in config]:
-        raise ValueError(f"config.json at {source.uri} lacks {', '.join(lacking)}; fetch the checkpoint again")
-    layer_formats(config)  # raises if its entries for layers are not readable
-    tensors = _tensors(source)
-    if packing := config.get("quantization_config"):
-        _check_packing(packing, tensors, config, source.uri)
-        if packing["quant_method"] == METHOD:  # written again for what is packed then
-            config.pop("quantization_config")
+    small = sorted(f.name for f in source.files if named_like(f.name, TRAVELLING))
+    reading.check_small(source, small)
+    tensors = reading.tensors_of(source)
+    reading.check_packing(tensors, config, source.uri)
+    if (config.get("quantization_config") or {}).get("quant_method") == METHOD:  # written again for what is packed then
+        config.pop("quantization_config")
     steps = {name: source.file(name) for name in sorted({t.file for t in tensors.values()})}
     count = family.num_layers
     by_layer: dict[int | None, dict[str, TensorInfo]] = {}
@@ -144,7 +142,7 @@ def pinned(source: Source, *, mtp: Literal["drop", "keep"] = "drop") -> Model:
     if behind[int(config.get("num_nextn_predict_layers") or 0) :]:
         raise ValueError(f"the checkpoint has tensors of layer {behind[-1]}, but config.json says {count} layers")
     shards, table = _inputs(by_layer.get(None, {}), steps)
-    small = sorted(f.name for f in source.files if named_like(f.name, TRAVELLING))
+    check_rest(config, {n: (t.dtype, t.shape) for n, t in by_layer.get(None, {}).items()})
     texts = source.group(small or ["config.json"])
     note = ""
     if mtp == "drop" and behind:
@@ -158,28 +156,6 @@ def pinned(source: Source, *, mtp: Literal["drop", "keep"] = "drop") -> Model:
         layers=tuple(layer_step(i) for i in range(count)),
         extra=tuple(layer_step(i) for i in behind) if mtp == "keep" else (),
     )
-
-
-def _check_packing(packing: dict[str, Any], tensors: dict[str, TensorInfo], config: Config, uri: str) -> None:
-    """Raise ValueError unless the packing is compressed-tensors of the experts, as moeflow writes it, or FP8 with square blocks, as
-    DeepSeek-V3 is published."""
-    method, form = packing.get("quant_method", "unknown"), packing.get("format")
-    shapes = {n: t.shape for n, t in tensors.items()}
-    if method == "fp8":
-        bare = [n for n, t in tensors.items() if t.dtype.startswith("F8") and n + BLOCK_SCALE not in tensors]
-        if bare or len(set(packing.get("weight_block_size") or [0, 1])) != 1:
-            raise ValueError(
-                f"{uri} is in FP8 without square blocks ({(bare or ['weight_block_size'])[0]}); dequantize it to bf16 first"
-            )
-        return
-    if (method, form) != (METHOD, FORMAT):
-        raise ValueError(f"{uri} is packed (quantization_config: {method} {form or ''}); dequantize it to bf16 first")
-    scheme_of(shapes, config)
-    family = Family.of(config)
-    shared = [name for i in family.moe_layers for name in family.shared(i) or ()]
-    stems = (*(family.experts(i) for i in family.moe_layers), *shared)
-    if others := sorted(n for n in shapes if n.endswith(PACKED) and not n.startswith(stems)):
-        raise ValueError(f"{uri} has packed {others[0]}; moeflow reads packed experts only: dequantize the rest to bf16 first")
 
 
 def _layer_spec(shards: tuple[Any, ...], history: Any, *, config: Config, layer: int, tensors: Table) -> Spec:
@@ -209,14 +185,6 @@ def layer(
 
 def _rest_spec(texts: Any, shards: tuple[Any, ...], *, config: Config, files: list[str], tensors: Table, note: str) -> Spec:
     table: TensorTable = {n: (dtype, tuple(shape)) for n, (_, dtype, shape, _, _) in tensors.items()}
-    width, vocabulary = int(config["hidden_size"]), int(config["vocab_size"])
-    if EMBEDDING not in table:
-        raise ValueError(f"the checkpoint has no tensor {EMBEDDING}; it is incomplete, or of another family")
-    heads = [FINAL_NORM] + ([] if config.get("tie_word_embeddings") else [HEAD])
-    if missing := [n for n in heads if n not in table]:
-        raise ValueError(f"the checkpoint has no tensor {missing[0]}; it is incomplete, or tie_word_embeddings is wrong")
-    if (shape := table[EMBEDDING][1]) != (vocabulary, width):
-        raise ValueError(f"{EMBEDDING} has shape {shape} where config.json asks for {(vocabulary, width)}; correct one of them")
     out = RestSpec(config, table, {n: texts["files"][n] for n in files})
     moved = sum(tensor_bytes(*t) for t in table.values())
     size = sum(map(len, config_files(config).values()))
@@ -252,39 +220,6 @@ def _gather(context: Context, shards: tuple[Artifact, ...], tensors: Table, path
             done += tensor.nbytes
             context.progress(done, total, "bytes")
     checkpoint.save(gathered, path)
-
-
-def _tensors(source: Source) -> dict[str, TensorInfo]:
-    """Every tensor of the checkpoint, from the index and the headers of its shards."""
-    sizes = {f.name: f.size for f in source.files}
-    index: dict[str, str] | None = None
-    if INDEX in sizes:
-        index = _json(source, INDEX).get("weight_map")
-        if not isinstance(index, dict):
-            raise ValueError(f"{INDEX} at {source.uri} has no weight_map; fetch the checkpoint again")
-        shards = sorted(set(index.values()))
-    else:
-        shards = sorted(n for n in sizes if n.endswith(".safetensors") and "/" not in n)
-    if not shards:
-        raise ValueError(f"{source.uri} holds no safetensors file")
-    if absent := [s for s in shards if s not in sizes]:
-        raise ValueError(f"{INDEX} names {absent[0]}, which {source.uri} does not hold; fetch the checkpoint again")
-    with ThreadPoolExecutor(THREADS) as pool:
-        headers = list(pool.map(lambda s: read_header(s, sizes[s], source.read), shards))
-    tensors: dict[str, TensorInfo] = {}
-    for shard, header in zip(shards, headers, strict=True):
-        tensors |= {n: t for n, t in header.items() if index is None or index.get(n) == shard}
-    if index is not None and (missing := sorted(set(index) - set(tensors))):
-        raise ValueError(f"{INDEX} names {missing[0]} in {index[missing[0]]}, which does not hold it; fetch the checkpoint again")
-    return tensors
-
-
-def _json(source: Source, name: str) -> dict[str, Any]:
-    text = source.read(name)  # if the source lacks the file, it raises a clear ValueError itself
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{name} at {source.uri} is cut short or no JSON ({error}); fetch it again") from None
 
 
 def _inputs(tensors: dict[str, TensorInfo], steps: dict[str, Step]) -> tuple[tuple[Step, ...], Table]:

@@ -14,16 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from moeflow.methods.data.readers import Files, check_beginnings, named, reader, told
 from moeflow.methods.graph import TOKENS, Sample
 from moeflow.step import Context
-
-READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text", ".py": "text", ".md": "text", ".csv": "csv"}
-"""The reader of `datasets` for each file ending."""
-PACKED = (".gz", ".zst", ".xz", ".bz2")
-"""The endings of packed files, behind those."""
-
-Files = list[tuple[str, Path]]
-"""The files of a text: each one's name at its source, and its local path."""
 
 Piece = tuple[list[int], list[int]]
 """The tokens of a document, and for each token 1 if it is learned and 0 if it is only read."""
@@ -95,27 +88,38 @@ def fill(
 
 
 def table(context: Context, files: Files, columns: Sequence[str]) -> Any:
-    """The columns of a text's files as one `datasets.Dataset`. Raises ValueError if a file lacks a column."""
+    """The columns of a text's files as one `datasets.Dataset`. Raises ValueError if a file is damaged or lacks a column."""
     os.environ.setdefault("HF_DATASETS_OFFLINE", "1")  # the files are local already
     from datasets import concatenate_datasets, load_dataset
-    from datasets.utils.logging import disable_progress_bar
+    from datasets.utils.logging import CRITICAL, disable_progress_bar, set_verbosity
 
     disable_progress_bar()
-    by_reader: dict[str, list[str]] = {}
+    set_verbosity(CRITICAL)  # what it logs of a damaged file, `told` says
+    by_reader: dict[str, list[tuple[str, Path]]] = {}
     folder = Path(tempfile.mkdtemp(dir=context.scratch))
     for i, (name, path) in enumerate(files):  # readers choose by a file's ending, and blobs have none
         link = folder / f"{i:05d}-{os.path.basename(name)}"
         link.symlink_to(path)
-        by_reader.setdefault(reader(name), []).append(str(link))
+        if path.stat().st_size or reader(name) not in ("json", "csv") or len(files) == 1:  # no rows, which these take for damage
+            by_reader.setdefault(reader(name), []).append((name, link))
     sets = []
     for by, links in by_reader.items():
         options: dict[str, Any] = {"sample_by": "document"} if by == "text" else {}
-        dataset = load_dataset(by, data_files=links, split="train", cache_dir=str(context.scratch), **options)
+        check_beginnings(links)
+        with told(links, context.scratch):
+            paths = [str(link) for _, link in links]
+            dataset = load_dataset(by, data_files=paths, split="train", cache_dir=str(context.scratch), **options)
         if missing := [c for c in columns if c not in dataset.column_names]:
             has = ", ".join(dataset.column_names)
             raise ValueError(f"{named(files)} has no column {missing[0]!r}; it has: {has} (write URI#column)")
         sets.append(dataset.select_columns(list(columns)))
     return concatenate_datasets(sets)
+
+
+def rows(context: Context, files: Files, dataset: Any, seed: int) -> Iterator[dict[str, Any]]:
+    """The rows of a text's `datasets.Dataset`, shuffled. Raises ValueError for a row that is damaged: strings are checked late."""
+    with told(files, context.scratch):
+        yield from dataset.shuffle(seed=seed)
 
 
 def words(value: Any, column: str, where: str) -> str:
@@ -132,19 +136,6 @@ def edges(tokenizer: Any, *, bos: bool, eos: bool) -> tuple[list[int], list[int]
     if eos and tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no end-of-sequence token; pass eos=False")
     return [tokenizer.bos_token_id] * bos, [tokenizer.eos_token_id] * eos
-
-
-def reader(name: str) -> str:
-    """The reader of `datasets` for this file. Raises ValueError if none can read it."""
-    ending = next((s for s in reversed(Path(name).suffixes) if s not in PACKED), "")
-    if ending not in READERS:
-        raise ValueError(f"{name} is no text that can be read; known endings: {', '.join(READERS)}")
-    return READERS[ending]
-
-
-def named(files: Files) -> str:
-    """A text's name for messages: its first file, and how many more there are."""
-    return files[0][0] + (f" and {len(files) - 1} more files" if files[1:] else "")
 
 
 def _packed(documents: Iterator[list[Piece]], length: int, group: int) -> Iterator[tuple[Row, int]]:

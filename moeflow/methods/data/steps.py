@@ -11,7 +11,8 @@ from typing import Any, Literal
 import numpy as np
 
 from moeflow.methods.data.conversations import LeftOut, encoded, segments_of, tokenized
-from moeflow.methods.data.packing import Files, Piece, Portion, edges, fill, named, reader, table, words
+from moeflow.methods.data.packing import Piece, Portion, edges, fill, rows, table, words
+from moeflow.methods.data.readers import Files, named, reader
 from moeflow.methods.graph import LEARNED, TOKENS, Model, Sample
 from moeflow.methods.rewrite import link_all
 from moeflow.model.layout import read_config
@@ -21,6 +22,7 @@ from moeflow.sources import Source, TextEntry, Texts
 from moeflow.step import Artifact, Context, Spec, Step, step
 
 MESSAGES = ("messages", "conversations")  # columns that hold a conversation
+HEAD = 4096  # bytes in which the header of an .npy file lies
 LARGE = 64 << 20  # a file of at least this many bytes is fetched by its own step
 
 
@@ -93,6 +95,8 @@ def _fetched(texts: Texts, model: Model, format: str = "") -> tuple[tuple[Step, 
     for entry in entries:
         for file in entry.source.files:
             reader(file.name)  # refuses files that no reader knows
+        if not any(file.size for file in entry.source.files):
+            raise ValueError(f"{entry.source.files[0].name} at {entry.source.uri} is empty; name a text that holds some")
         if entry.format == "chat" and format in ("", "text"):
             raise ValueError(f"{entry.source.uri} holds conversations, not text; name a column of text (URI#column)")
     return tuple(_whole(e.source) for e in entries), tuple(_portion(e, e.weight / total, format) for e in entries)
@@ -142,14 +146,17 @@ def _npy_shape(source: Source) -> list[int]:
     """The shape of a matrix, from its header. Raises ValueError if it is not a token matrix."""
     name = source.files[0].name
     try:
-        head = io.BytesIO(source.read(name, 0, min(source.files[0].size, 4096)))
+        head = io.BytesIO(source.read(name, 0, min(source.files[0].size, HEAD)))
         version = np.lib.format.read_magic(head)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, dtype = read(head)
-    except ValueError as error:
-        raise ValueError(f"{name} is no .npy matrix: {error}") from None
-    if len(shape) != 2 or 0 in shape or shape[1] < 2 or dtype.kind not in "iu":
+    except Exception as error:  # the header is a Python literal, over which Python's parser raises what it likes
+        why = " ".join(str(error).split())[:99]
+        raise ValueError(f"{name} at {source.uri} is no .npy matrix ({why}); save it again with numpy") from None
+    if len(shape) != 2 or min(shape) < 1 or shape[1] < 2 or dtype.kind not in "iu":
         raise ValueError(f"{name} has shape {shape} and type {dtype}; a token matrix is [sequences, length] of integers")
+    if (size := head.tell() + shape[0] * shape[1] * dtype.itemsize) != source.files[0].size:
+        raise ValueError(f"{name} at {source.uri} has {source.files[0].size:,} bytes where {shape} needs {size:,}; save it again")
     return list(shape)
 
 
@@ -193,7 +200,7 @@ def sample_tokens(
     first, last = edges(tokenizer, bos=sample.bos, eos=sample.eos)
 
     def documents(files: Files, part: Portion, left_out: Counter[str]) -> Iterator[list[Piece]]:
-        for row in table(context, files, part.columns or ("text",)).shuffle(seed=sample.seed):
+        for row in rows(context, files, table(context, files, part.columns or ("text",)), sample.seed):
             document = " ".join(words(v, c, named(files)) for c, v in row.items() if v is not None)
             ids = [*first, *tokenized(tokenizer, document), *last]
             yield [(ids, [1] * len(ids))]
@@ -225,7 +232,7 @@ def sample_examples(
         dataset = table(context, files, part.columns)
         for turn in range(sample.sequences * sample.length if sample.repeat else 1):  # every turn yields at least one token
             used = 0
-            for row in dataset.shuffle(seed=sample.seed + turn):
+            for row in rows(context, files, dataset, sample.seed + turn):
                 try:
                     segments = segments_of(tokenizer, row, part.format, named(files))
                 except LeftOut as why:

@@ -1,0 +1,160 @@
+"""What a pinned checkpoint says of itself: config.json, index, headers and small files, checked before they are used."""
+
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from math import ceil
+from typing import TYPE_CHECKING, Any
+
+from moeflow.arch import Config, Family
+from moeflow.methods.graph import INDEX, named_like
+from moeflow.model.config_check import check_config
+from moeflow.model.header import TensorInfo, read_header
+from moeflow.model.json_file import json_object, kind_of
+from moeflow.model.packed import BLOCK_SCALE, FORMAT, METHOD, PACKED, scheme_of
+
+if TYPE_CHECKING:
+    from moeflow.sources import Source
+
+THREADS = 16  # headers that are read at once
+USED = (".json", ".model", ".tiktoken", ".jinja", ".txt")
+"""The endings of small files that are read when a checkpoint is used; others, such as a licence, may be empty."""
+GENERATION = {"temperature": (int, float), "top_p": (int, float), "top_k": (int,), "max_length": (int,), "do_sample": (bool,)}
+"""Entries of generation_config.json, and the types that they may have."""
+
+TOKENIZER = {
+    **dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), (str, dict)), "tokenizer_class": (str,),
+    "chat_template": (str, list), "model_max_length": (int, float), "add_bos_token": (bool,), "add_eos_token": (bool,),
+    "added_tokens_decoder": (dict,),
+}  # fmt: skip
+"""Entries of tokenizer_config.json, and the types that they may have."""
+
+
+def config_of(source: "Source") -> Config:
+    """The checkpoint's config.json. Raises ValueError if it is damaged, or says what cannot be."""
+    config = json_object(source.read("config.json"), f"config.json at {source.uri}")
+    check_config(config, f"config.json at {source.uri}")
+    return config
+
+
+def tensors_of(source: "Source") -> dict[str, TensorInfo]:
+    """Every tensor of the checkpoint, from the index and the headers of its shards.
+
+    Raises ValueError if the index is damaged or does not name exactly the tensors that its files hold, and as `read_header` does.
+    """
+    sizes = {f.name: f.size for f in source.files}
+    index = _index(source) if INDEX in sizes else None
+    shards = sorted(set(index.values()) if index else {n for n in sizes if n.endswith(".safetensors") and "/" not in n})
+    if not shards:
+        raise ValueError(f"{source.uri} holds no safetensors file; give the folder of a checkpoint")
+    with ThreadPoolExecutor(THREADS) as pool:
+        headers = list(pool.map(lambda s: read_header(s, sizes[s], source.read), shards))
+    tensors: dict[str, TensorInfo] = {}
+    for shard, header in zip(shards, headers, strict=True):
+        if both := sorted(set(tensors) & set(header)):
+            raise ValueError(f"{tensors[both[0]].file} and {shard} at {source.uri} both hold {both[0]}; delete one of them")
+        tensors |= header
+    if index is None:
+        return tensors
+    for name, shard in index.items():
+        if name not in tensors or tensors[name].file != shard:
+            raise ValueError(f"{INDEX} names {name} in {shard}, which does not hold it; fetch the checkpoint again")
+    if surplus := sorted(set(tensors) - set(index)):
+        raise ValueError(f"{tensors[surplus[0]].file} holds {surplus[0]}, which {INDEX} does not name; fetch the checkpoint again")
+    return tensors
+
+
+def check_packing(tensors: dict[str, TensorInfo], config: Config, uri: str) -> None:
+    """Raise ValueError unless the packing is compressed-tensors of the experts, as moeflow writes it, or FP8 with square blocks, as
+    DeepSeek-V3 is published."""
+    packing, shapes = config.get("quantization_config"), {n: t.shape for n, t in tensors.items()}
+    if not packing:
+        if odd := [n for n, t in tensors.items() if n.endswith(PACKED) or t.dtype.startswith("F8")]:
+            raise ValueError(f"{uri} has packed {odd[0]}, and its config.json no quantization_config; fetch the checkpoint again")
+        return
+    method, form = packing.get("quant_method", "unknown"), packing.get("format")
+    if method == "fp8":
+        _check_fp8(packing.get("weight_block_size"), tensors, uri)
+        return
+    if (method, form) != (METHOD, FORMAT):
+        raise ValueError(f"{uri} is packed (quantization_config: {method} {form or ''}); dequantize it to bf16 first")
+    scheme_of(shapes, config)
+    family = Family.of(config)
+    shared = [name for i in family.moe_layers for name in family.shared(i) or ()]
+    stems = (*(family.experts(i) for i in family.moe_layers), *shared)
+    if others := sorted(n for n in shapes if n.endswith(PACKED) and not n.startswith(stems)):
+        raise ValueError(f"{uri} has packed {others[0]}; moeflow reads packed experts only: dequantize the rest to bf16 first")
+
+
+def check_small(source: "Source", names: list[str]) -> None:
+    """Raise ValueError if one of the small files that travel with a checkpoint is empty, or a JSON file that cannot be read.
+
+    tokenizer.json is built into the tokenizer that it describes, by the library that will read it.
+    """
+    for name in names:
+        where = f"{name} at {source.uri}"
+        if not source.find(name).size and name.endswith(USED):
+            raise ValueError(f"{where} is empty; fetch it again")
+        if name.endswith(".json"):
+            data = source.read(name)
+            value = json_object(data, where)
+            if name == "tokenizer.json":
+                _check_tokenizer(data, where)
+            for file, kinds in (("generation_config.json", GENERATION), ("tokenizer_config.json", TOKENIZER)):
+                _check_types(value, kinds if name == file else {}, where)
+            if named_like(name, ("vocab.json", "added_tokens.json")):
+                _check_types(value, dict.fromkeys(value, (int,)), where)
+
+
+def _index(source: "Source") -> dict[str, str]:
+    """The index: the file of each tensor."""
+    where, held = f"{INDEX} at {source.uri}", set(source.names())
+    index = json_object(source.read(INDEX), where)
+    weight_map, metadata = index.get("weight_map"), index.get("metadata", {})
+    if not isinstance(weight_map, dict) or not weight_map:
+        what = "no weight_map" if weight_map in (None, {}) else f"{kind_of(weight_map)} as weight_map"
+        raise ValueError(f"{where} has {what}, which should name the file of each tensor; fetch the checkpoint again")
+    if not isinstance(metadata, dict):
+        raise ValueError(f"{where} has {kind_of(metadata)} as metadata, not an object; fetch the checkpoint again")
+    total = metadata.get("total_size", 0)
+    if type(total) not in (int, float) or not 0 <= total < float("inf") or total != int(total):
+        raise ValueError(f"{where}: total_size is {kind_of(total)}, not a number of bytes; fetch the checkpoint again")
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or not shard.endswith(".safetensors"):
+            raise ValueError(f"{where} has {kind_of(shard)} as the file of {name!r:.99}, not a name; fetch the checkpoint again")
+        if "/" in shard or "\\" in shard:
+            raise ValueError(f"{where} names {shard!r:.99}, which leads out of the folder; fetch the checkpoint again")
+        if shard not in held:
+            raise ValueError(f"{INDEX} names {shard:.99}, which {source.uri} does not hold; fetch the checkpoint again")
+    return weight_map
+
+
+def _check_fp8(block: Any, tensors: dict[str, TensorInfo], uri: str) -> None:
+    """Raise ValueError unless every FP8 matrix has a scale for each square block of the size that config.json says."""
+    square = isinstance(block, list) and len(block) == 2 and all(type(b) is int and b > 0 for b in block) and block[0] == block[1]
+    for name, tensor in tensors.items():
+        scale = tensors.get(name + BLOCK_SCALE)
+        if not square or (tensor.dtype.startswith("F8") and scale is None):
+            what = name if square else f"weight_block_size={block!r:.60}"
+            raise ValueError(f"{uri} is in FP8 without square blocks ({what}); dequantize it to bf16 first")
+        blocks = tuple(ceil(n / block[0]) for n in tensor.shape)
+        if scale is not None and scale.shape != blocks:
+            raise ValueError(
+                f"{name}{BLOCK_SCALE} at {uri} has shape {scale.shape} where blocks of {block[0]} need {blocks}; fetch it again"
+            )
+
+
+def _check_tokenizer(data: bytes, where: str) -> None:
+    from tokenizers import Tokenizer
+
+    try:
+        Tokenizer.from_buffer(data)
+    except Exception as error:  # the library raises no narrower kind
+        why = " ".join(str(error).split())
+        raise ValueError(f"{where} describes no tokenizer ({why[:160]}); fetch it again") from None
+
+
+def _check_types(value: dict[str, Any], kinds: Mapping[str, tuple[type, ...]], where: str) -> None:
+    for name, entry in value.items():
+        if name in kinds and entry is not None and type(entry) not in kinds[name]:
+            wanted = " or ".join(k.__name__ for k in kinds[name])
+            raise ValueError(f"{where}: {name!r:.99} is {kind_of(entry)}, not of type {wanted}; correct it, or fetch it again")

@@ -1,0 +1,74 @@
+"""The tensors of a checkpoint against those that its config.json asks for. No torch."""
+
+from collections.abc import Mapping
+
+from moeflow.arch import EMBEDDING, HEAD, LAYERS, Config, Family
+from moeflow.arch.shapes import Shape, attention_shapes, mlp_shapes, norm_shapes, rest_shapes, shared_shapes
+from moeflow.model.formats import Format, format_of, routing_shapes, some
+from moeflow.model.packed import Shapes, logical, packed_shapes
+from moeflow.model.spec import TensorTable, shapes_of
+
+
+def check_layer(config: Config, layer: int, table: TensorTable) -> None:
+    """Raise ValueError if a decoder layer does not have exactly the tensors that config.json asks for."""
+    family, shapes = Family.of(config), shapes_of(table)
+    format = format_of(shapes, config, layer)
+    if LAYERS in config:
+        wanted = Format.from_json({"experts": 0} | (config[LAYERS][layer] or {}))
+    else:
+        wanted = Format(family.num_experts if layer in family.moe_layers else 0)
+    if format != wanted:
+        raise ValueError(
+            f"config.json says that layer {layer} has {wanted.words()}, its tensors say {format.words()}; correct one of them"
+        )
+    _compare(f"layer {layer}", _asked(family, format, layer), shapes, config)
+
+
+def check_rest(config: Config, table: TensorTable) -> None:
+    """Raise ValueError if embedding, final norm and head are not exactly the tensors that config.json asks for."""
+    asked = dict(rest_shapes(Family.of(config)))
+    if config.get("tie_word_embeddings") and HEAD not in table:
+        del asked[HEAD]
+    elif HEAD not in table and EMBEDDING in table:
+        raise ValueError(f"the checkpoint has no tensor {HEAD}; it is incomplete, or tie_word_embeddings is wrong")
+    _compare("the checkpoint", asked, shapes_of(table), config)
+
+
+def _asked(family: Family, format: Format, layer: int) -> dict[str, Shape]:
+    """The names and shapes of a decoder layer of this format."""
+    width, inner = family.size("hidden_size") or 0, family.expert_size
+    shapes = norm_shapes(family, f"{family.prefix(layer)}input_layernorm.") | attention_shapes(family, layer)
+    if format.gone != "moe":
+        shapes |= norm_shapes(family, family.norm(layer))
+    if layer not in family.moe_layers:
+        dense = tuple(f"{family.prefix(layer)}{family.arch.block}.{matrix}_proj.weight" for matrix in ("gate", "up", "down"))
+        return shapes | mlp_shapes(family, dense, family.size("intermediate_size"))
+    if format.gone != "moe":
+        shapes |= shared_shapes(family, layer)
+    if not format.experts:
+        return shapes
+    shapes |= {name: (format.experts, width) for name in (family.router(layer),)}
+    if (bias := family.router_bias(layer)) is not None:
+        shapes[bias] = (format.experts,)
+    for expert in range(format.experts):
+        ranks = (format.ranks(matrix)[expert] for matrix in ("gate", "up", "down"))
+        for (name, shape), rank in zip(mlp_shapes(family, family.expert(layer, expert), inner).items(), ranks, strict=True):
+            out, within = family.factors(name)
+            shapes |= {out: (shape[0], rank), within: (rank, shape[1])} if rank else {name: shape}
+    return shapes | dict(routing_shapes(family, format, layer, width, inner or 0))
+
+
+def _compare(what: str, asked: Mapping[str, Shape], shapes: Shapes, config: Config) -> None:
+    unpacked = packed_shapes(shapes, config)
+    stored = {name: tuple(unpacked.get(name, shapes.get(name, ()))) for name in logical(shapes)}
+    if missing := sorted(set(asked) - set(stored)):
+        raise ValueError(
+            f"{what} has no tensor {some(missing)}, which config.json asks for; it is incomplete, or of another family"
+        )
+    if extra := sorted(set(stored) - set(asked)):
+        raise ValueError(f"{what} has {some(extra)}, which config.json leaves no place for; correct one of them")
+    for name, shape in asked.items():
+        fits = len(shape) == len(stored[name]) and all(a in (None, b) for a, b in zip(shape, stored[name], strict=True))
+        if not fits:
+            sizes = str(shape).replace("None", "any")
+            raise ValueError(f"{name} has shape {stored[name]} where config.json asks for {sizes}; correct one of them")

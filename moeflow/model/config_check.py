@@ -1,0 +1,124 @@
+"""The entries of config.json, checked before they are used: types, bounds, and how they fit each other. No torch."""
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from moeflow.arch import LAYERS, MAIN, Config, Family
+from moeflow.arch.spec import EXPERT_COUNT_KEYS
+from moeflow.model.formats import layer_formats
+from moeflow.model.json_file import kind_of
+from moeflow.model.spec import PRECISIONS
+
+MANY = 10_000  # layers of a model, or experts of a layer, at most
+LARGE = 1 << 31
+
+NEEDED = ("num_hidden_layers", "num_experts_per_tok", "hidden_size", "vocab_size")
+COUNTS = {
+    "num_hidden_layers": (1, MANY), "hidden_size": (1, LARGE), "vocab_size": (1, LARGE), "num_experts_per_tok": (1, MANY),
+    **dict.fromkeys(EXPERT_COUNT_KEYS, (1, MANY)), MAIN: (1, MANY),
+    "intermediate_size": (1, LARGE), "moe_intermediate_size": (1, LARGE), "shared_expert_intermediate_size": (1, LARGE),
+    "n_shared_experts": (1, MANY), "num_attention_heads": (1, LARGE), "num_key_value_heads": (1, LARGE), "head_dim": (1, LARGE),
+    "kv_lora_rank": (1, LARGE), "q_lora_rank": (1, LARGE), "qk_nope_head_dim": (1, LARGE), "qk_rope_head_dim": (1, LARGE),
+    "v_head_dim": (1, LARGE), "decoder_sparse_step": (1, MANY), "first_k_dense_replace": (0, MANY), "n_group": (1, MANY),
+    "topk_group": (1, MANY), "num_nextn_predict_layers": (0, MANY), "max_position_embeddings": (1, LARGE),
+    "sliding_window": (0, LARGE), "max_window_layers": (0, MANY),
+}  # fmt: skip
+"""The whole numbers that are used, each with the smallest and the largest that is possible."""
+NUMBERS = ("rms_norm_eps", "routed_scaling_factor", "router_jitter_noise", "rope_theta", "initializer_range", "attention_dropout")
+TRUTHS = ("norm_topk_prob", "tie_word_embeddings", "attention_bias", "qkv_bias", "lm_head_bias", "use_sliding_window")
+WORDS = ("hidden_act", "topk_method", "scoring_func", "dtype", "torch_dtype")
+ACTIVATIONS = ("silu", "swish", "gelu")  # those that `moeflow.model.moe` computes
+OBJECTS = ("quantization_config", "rope_scaling", "rope_parameters")
+TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def check_config(config: Config, where: str) -> None:
+    """Raise ValueError if an entry has the wrong type or an impossible value, or contradicts another; `where` names the file."""
+    if not isinstance(config.get("model_type"), str):
+        raise ValueError(f"{where}: model_type is {kind_of(config.get('model_type'))}, not a word like 'mixtral'; fetch it again")
+    family = Family.of(config)
+    if lacking := [k for k in NEEDED if config.get(k) is None]:
+        raise ValueError(f"{where} lacks {', '.join(lacking)}; fetch the checkpoint again")
+    if all(config.get(k) is None for k in ("moe_intermediate_size", "intermediate_size")):
+        raise ValueError(f"{where} lacks moe_intermediate_size or intermediate_size, the size of an expert; fetch it again")
+    for name, value in config.items():
+        if value is not None and (wanted := _wanted(name, value)):
+            raise ValueError(f"{where}: {name} is {kind_of(value)}, not {wanted}; correct it, or fetch it again")
+        if not _finite(value):
+            raise ValueError(f"{where}: {name} holds NaN or Infinity, which JSON does not have; correct it, or fetch it again")
+    if beyond := [i for i in config.get("mlp_only_layers") or () if i >= family.num_layers]:
+        raise ValueError(
+            f"{where}: mlp_only_layers names layer {beyond[0]} of {family.num_layers} (num_hidden_layers); correct one"
+        )
+    _ = family.experts_key
+    try:
+        _check_router(family)
+        _check_heads(family)
+        layer_formats(config)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{where}: {LAYERS} cannot be read ({type(error).__name__}: {error}); fetch it again") from None
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def _wanted(name: str, value: Any) -> str:
+    """What an entry of config.json should be, if its value is not that; empty if it is, and for what is not used."""
+    if name in COUNTS:
+        least, most = COUNTS[name]
+        return "" if type(value) is int and least <= value <= most else f"a whole number from {least} to {most:,}"
+    if name in NUMBERS:
+        return "" if type(value) in (int, float) and math.isfinite(value) and value >= 0 else "a number from 0"
+    if name in ("dtype", "torch_dtype") and isinstance(value, str):
+        return "" if value in PRECISIONS else f"one of {', '.join(PRECISIONS)}"
+    if name == "hidden_act" and isinstance(value, str):
+        return "" if value in ACTIVATIONS else f"one of {', '.join(ACTIVATIONS)}"
+    if name in TRUTHS:
+        return "" if isinstance(value, bool) else "true or false"
+    if name in WORDS:
+        return "" if isinstance(value, str) else "a word"
+    if name in OBJECTS:
+        return "" if isinstance(value, Mapping) else "an object"
+    if name in TOKENS:
+        ids = value if isinstance(value, list) else [value]
+        return "" if all(type(i) is int and -1 <= i < LARGE for i in ids) else "the number of a token"
+    if name == "mlp_only_layers":
+        fits = isinstance(value, list) and all(type(i) is int and i >= 0 for i in value)
+        return "" if fits else "a list of layers' numbers"
+    if name == "architectures":
+        return "" if isinstance(value, list) and all(isinstance(a, str) for a in value) else "a list of names"
+    if name == LAYERS:
+        return "" if isinstance(value, list) else "a list with an object for each layer"
+    return ""
+
+
+def _finite(value: Any) -> bool:
+    try:
+        json.dumps(value, allow_nan=False)
+    except ValueError:
+        return False
+    return True
+
+
+def _check_router(family: Family) -> None:
+    experts, top_k, (groups, chosen) = family.num_experts, family.top_k, family.group_limit
+    if top_k > experts:
+        raise ValueError(f"num_experts_per_tok={top_k} is more than {family.experts_key}={experts}; correct one of them")
+    if experts % groups or chosen > groups or experts // groups * chosen < top_k:
+        raise ValueError(
+            f"n_group={groups} and topk_group={chosen} do not divide {experts} experts so that a token reaches its {top_k} "
+            "(num_experts_per_tok); correct one of them"
+        )
+    if not family.moe_layers:
+        raise ValueError("no layer has experts (first_k_dense_replace, mlp_only_layers, decoder_sparse_step); correct them")
+
+
+def _check_heads(family: Family) -> None:
+    if family.arch.latent:
+        return
+    width, heads, groups = (family.size(n) for n in ("hidden_size", "num_attention_heads", "num_key_value_heads"))
+    if heads and groups and heads % groups:
+        raise ValueError(f"num_attention_heads={heads} is no multiple of num_key_value_heads={groups}; correct one of them")
+    if heads and width and family.size("head_dim") is None and width % heads:
+        raise ValueError(f"hidden_size={width} is no multiple of num_attention_heads={heads}; correct one of them")

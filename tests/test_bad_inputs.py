@@ -1,0 +1,124 @@
+"""Input that lies: each row spoils a good input in one way, and the command says what is wrong in one line, with its exit code."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from moeflow.cli import app
+from tests import tiny
+from tests.bad_configs import CONFIGS, TENSORS
+from tests.bad_inputs import FILES, HEADERS, INDEXES, Row
+from tests.bad_texts import PIPELINES, PLACES, PLANNED, RUN, WORDS
+from tests.running import SMALL
+from tests.spoiling import INDEX, OTHER, SHARD
+
+PIPELINE = Path(__file__).with_name("bad_inputs_pipeline.py")
+SIZES = {"num_hidden_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 512}
+ROWS = [*FILES, *HEADERS, *INDEXES, *CONFIGS, *TENSORS]
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a checkpoint of each family that the rows name, in two shards, with the small model's tokenizer."""
+    root = tmp_path_factory.mktemp("good")
+    for family in sorted({row.family for row in ROWS}):
+        sizes: dict[str, Any] = SIZES | {"num_key_value_heads": 2 if family.startswith("deepseek") else 1}
+        folder = tiny.write(family, root / family, **sizes)
+        _shard(folder)
+        for file in SMALL.glob("tokenizer*"):
+            shutil.copy(file, folder)
+    return root
+
+
+def _shard(folder: Path) -> None:
+    whole = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    files = {n: SHARD if n.startswith("model.layers.0.") else OTHER for n in sorted(whole)}
+    for file in (SHARD, OTHER):
+        save_file({n: whole[n] for n, at in files.items() if at == file}, folder / file, metadata={"format": "pt"})
+    (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": files}))
+
+
+@pytest.fixture
+def place(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    yield tmp_path
+
+
+def one_line(*words: str | Path, code: int) -> str:
+    """The one line that the command prints, without what a terminal would obey."""
+    result = CliRunner().invoke(app, [str(w) for w in words], catch_exceptions=False)
+    assert result.exit_code == code, result.output
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ") and line.isprintable() and len(line) <= 2_000 and not result.stdout, result.output
+    return line
+
+
+def test_the_good_inputs_are_good(good: Path, place: Path) -> None:
+    for folder in good.iterdir():
+        result = CliRunner().invoke(app, ["plan", str(PIPELINE), "-p", f"model={folder}"], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_a_bad_checkpoint_is_told_in_one_line_at_plan_time(row: Row, good: Path, place: Path) -> None:
+    shutil.copytree(good / row.family, place / "model")
+    row.spoil(place / "model")
+    line = one_line("plan", PIPELINE, "-p", "model=model", code=2)
+    assert all(words in line for words in row.says), line
+
+
+def test_there_are_rows_enough_and_each_says_something() -> None:
+    assert len(ROWS) >= 200 and len({row.name for row in ROWS}) == len(ROWS) and all(row.says for row in ROWS)
+
+
+@pytest.mark.parametrize("name, content, says", PLANNED, ids=[name for name, *_ in PLANNED])
+def test_a_bad_text_is_told_at_plan_time(name: str, content: bytes, says: tuple[str, ...], good: Path, place: Path) -> None:
+    (place / name).write_bytes(content)
+    line = one_line("plan", PIPELINE, "-p", f"model={good / 'mixtral'}", "-p", f"tokens={name}", code=2)
+    assert all(words in line for words in says), line
+
+
+@pytest.fixture(scope="module")
+def store(good: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store in which the model is already split."""
+    folder = tmp_path_factory.mktemp("store")
+    words = ["run", str(PIPELINE), "--store", str(folder), "--json", "-p", f"model={good / 'mixtral'}"]
+    assert CliRunner().invoke(app, words, catch_exceptions=False).exit_code == 0
+    return folder
+
+
+@pytest.mark.parametrize("name, content, says", RUN, ids=[name for name, *_ in RUN])
+def test_a_bad_text_is_told_when_it_is_read(
+    name: str, content: bytes, says: tuple[str, ...], good: Path, store: Path, place: Path
+) -> None:
+    (place / name).write_bytes(content)
+    given = [f"model={good / 'mixtral'}", f"tokens={name}", "length=64"]
+    line = one_line("run", PIPELINE, "--store", store, "--json", *(w for g in given for w in ("-p", g)), code=1)
+    assert all(words in line for words in ("data.tokens failed: ", *says)), line
+
+
+@pytest.mark.parametrize("name, content, says", PIPELINES, ids=[name for name, *_ in PIPELINES])
+def test_a_bad_pipeline_is_told(name: str, content: str, says: tuple[str, ...], place: Path) -> None:
+    (place / name).write_text(content)
+    line = one_line("plan", name, code=2)
+    assert all(words in line for words in says), line
+
+
+@pytest.mark.parametrize("words, says", WORDS, ids=[" ".join(words) for words, _ in WORDS])
+def test_words_that_fit_no_command_are_told(words: tuple[str, ...], says: str, place: Path) -> None:
+    line = one_line(*words, code=2)
+    assert says in line, line
+
+
+@pytest.mark.parametrize("where, says", PLACES, ids=[where[:20] for where, _ in PLACES])
+def test_a_bad_address_of_a_model_is_told(where: str, says: str, place: Path) -> None:
+    line = one_line("plan", PIPELINE, "-p", f"model={where}", code=2)
+    assert says in line, line
