@@ -40,6 +40,7 @@ class OneLine(TyperGroup):
 
     def main(self, args: Sequence[str] | None = None, *, standalone_mode: bool = True, **options: Any) -> Any:  # type: ignore[override]
         words = sys.argv[1:] if args is None else [*args]
+        _as_json.set("--json" in words)
         try:
             code = super().main(words or ["--help"], standalone_mode=False, **options)
         except TyperException as error:
@@ -113,7 +114,6 @@ def command(**options: Any) -> Callable[[Callable[..., None]], Callable[..., Non
         @wraps(function)
         def with_debug(*, debug: bool, **arguments: Any) -> None:
             _debug.set(debug)
-            _as_json.set(bool(arguments.get("json")))
             function(**arguments)
 
         signature = inspect.signature(function)
