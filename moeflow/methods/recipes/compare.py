@@ -60,11 +60,25 @@ def reports(original: Model, compressed: Model, heldout: HeldOut, passed: Pass, 
 
 
 def _names(entries: tuple[TextEntry, ...]) -> list[str]:
-    """The name of each text in reports: its file, with its columns or its address if two names would be equal."""
+    """The name of each text in reports: its file, with its columns or its address if two names would be equal.
+
+    Raises ValueError if a text is there twice.
+    """
     names = [_name(e.source) for e in entries]
-    for more in ([f" ({'+'.join(e.columns)})" * bool(e.columns) for e in entries], [f" ({e.source.uri})" for e in entries]):
+    for more in (
+        [f" ({'+'.join(e.columns)})" * bool(e.columns) for e in entries],
+        [f" ({_address(e.source)})" for e in entries],
+    ):
         names = [f"{name}{m}" if names.count(name) > 1 else name for name, m in zip(names, more, strict=True)]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ValueError(f"heldout names the text {twice} twice; leave one out")
     return names
+
+
+def _address(source: Source) -> str:
+    """The address of a text, with the file's name where it is one."""
+    root = source.uri.rstrip("/")
+    return root if len(source.files) != 1 or root.endswith(source.files[0].name) else f"{root}/{source.files[0].name}"
 
 
 def _name(source: Source) -> str:
