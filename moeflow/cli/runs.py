@@ -78,12 +78,14 @@ def run(
         opened = open_store(store)
         target = options.place(pipeline.call(own.get() or pipeline.load(file), param))
         prepared = prepare(target, opened, name=name, runner=runner)
+        if prepared.runner is Runner.process and prepared.plan.keys("run"):
+            options.check_here()
     shown = show_progress(json=json)
     lost = not store and "working_dir_files" in Path.cwd().parts  # of a Ray job, which is deleted with the cluster
     if lost:
         shown.say(f"warning: the store {opened.url} goes with the Ray cluster; pass --store to keep what this run makes")
     with working():
-        outcome, n = go(prepared, progress=shown, options=options, record={"pipeline": name, "given": param})
+        outcome, n = go(prepared, progress=shown, options=options, record={"pipeline": str(file), "given": param})
         reports = report.read(opened, [s.key for s in target.reports])
     if json:
         steps = {"run": len(outcome.ran), "stored": outcome.reused}
