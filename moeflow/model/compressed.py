@@ -149,7 +149,7 @@ class _Save(_Load):
     @torch.no_grad()
     def convert(
         self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], full_layer_name: str = "",
-        config: Any = None, **_: Any,
+        model: Any = None, config: Any = None, **_: Any,
     ) -> dict[str, Any]:  # fmt: skip
         (stack_EMN,) = next(iter(input_dict.values()))
         layer = int(re.search(r"layers\.(\d+)\.", full_layer_name)[1])  # type: ignore[index]
