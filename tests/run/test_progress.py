@@ -1,6 +1,8 @@
 """What a run says while it works, on a terminal and elsewhere."""
 
 import io
+import subprocess
+import sys
 
 from moeflow.run.outcome import Outcome, StepOutcome
 from moeflow.run.progress import Bars, Lines, Silent, show
@@ -134,3 +136,17 @@ def test_amounts_and_times_are_for_people() -> None:
     assert amount(1, 0, "layers") == "1 layers"
     assert amount(3 << 20, 3 << 30, "bytes") == "3.0 MiB/3.0 GiB"
     assert (clock(0), clock(72), clock(3723)) == ("00:00", "01:12", "1:02:03")
+
+
+def test_libraries_draw_no_bars_of_theirs_where_steps_run() -> None:
+    """Whatever they draw them with: tqdm itself, the hub's and datasets' own, transformers'."""
+    code = (
+        "import moeflow.run, tqdm\n"
+        "from transformers.utils import logging\n"
+        "from huggingface_hub.utils import tqdm as hub\n"
+        "from datasets.utils import tqdm as datasets\n"
+        "for bar in (tqdm.tqdm, tqdm.trange, logging.tqdm, hub, datasets):\n"
+        "    list(bar(3 if bar is tqdm.trange else range(3)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "it/s" not in done.stderr and "%|" not in done.stderr, done.stderr

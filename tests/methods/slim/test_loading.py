@@ -12,6 +12,7 @@ from moeflow.methods.slim.methods import Slimming
 from moeflow.methods.trim import steps as trim
 from moeflow.model.layout import Folder, headers, read_config
 from moeflow.model.packed import PACKED
+from moeflow.model.quiet import load_whole
 from tests import tiny
 from tests.compressed import load
 from tests.models import calibrated, close, loaded, logits, pulled
@@ -51,3 +52,13 @@ def test_packed_layers_that_differ_compute_in_the_precision_asked_for_and_are_sa
         assert "quantization_config" not in read_config(Folder(tmp_path / f"{dtype}"))
         assert torch.equal(logits(load(tmp_path / f"{dtype}", dtype=dtype), tmp_path), logits(exact, tmp_path))
     close(logits(load(out, dtype=torch.float32), tmp_path), logits(loaded(plain(out, tmp_path / "plain")), tmp_path))
+
+
+@pytest.mark.parametrize("form", ["every layer alike", "counts differ"])
+def test_loading_a_packed_model_whole_draws_no_bars(form: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    source = tiny.write("mixtral", tmp_path / "model")
+    model = model_in(source) if form == "every layer alike" else compressed(source, form, tmp_path)
+    out = pulled(store_in(tmp_path), unified.slim(calibrated(model, tmp_path), Slimming("round_to_nearest", **FOUR)), tmp_path)
+    capfd.readouterr()
+    load_whole(out, dtype="auto")
+    assert capfd.readouterr() == ("", "")
