@@ -197,7 +197,7 @@ def speed(context: Context, original: Artifact, compressed: Artifact, *, machine
             ", lower quartile": [s.low for s in both],
             ", upper quartile": [s.high for s in both],
         }
-        rows += [row(name + part, *figures, "tokens/s") for part, figures in parts.items()]
+        rows += [row(name + part, one, other, "tokens/s") for part, (one, other) in parts.items()]
         same += [name] if both[0].overlaps(both[1]) else []
     rows.append(row("resident bytes", resident[0], resident[1], "B"))
     note = f"{' and '.join(same)}: no difference measured, the quartiles of {ROUNDS} alternating rounds overlap" if same else ""
