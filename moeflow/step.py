@@ -125,6 +125,7 @@ class Spec:
     writes: int = 0  # bytes of its output files
     memory: int = 0  # peak bytes resident
     notes: tuple[str, ...] = ()
+    compiles: bool = False  # whether it needs a C++ compiler where it finds no GPU
 
 
 class Promise:
