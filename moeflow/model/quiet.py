@@ -1,9 +1,17 @@
 """Whole models as transformers loads them, without the bars that libraries draw meanwhile: a step reports its own progress."""
 
 import io
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Hide what is printed: compressed-tensors draws bars when a model is loaded and when it first runs, and has no switch."""
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        yield
 
 
 def load_whole(folder: Path, **options: Any) -> Any:
@@ -12,5 +20,5 @@ def load_whole(folder: Path, **options: Any) -> Any:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # compressed-tensors' bars have no switch
+    with quiet():
         return AutoModelForCausalLM.from_pretrained(folder, **options)

@@ -10,7 +10,7 @@ import psutil
 import torch
 from torch.utils.benchmark import Measurement, TaskSpec, timer
 
-from moeflow.model.quiet import load_whole
+from moeflow.model.quiet import load_whole, quiet
 
 ROUNDS = 7
 DECODED = 32
@@ -55,9 +55,11 @@ def measure(
     times: list[list[tuple[float, float]]] = [[] for _ in models]
     for turn in range(ROUNDS + 1):
         for model, taken in zip(models, times, strict=True):
-            once = _once(model, ids)
-            if turn:  # the first round warms up
-                taken.append(once)
+            if turn:
+                taken.append(_once(model, ids))
+            else:  # the first round warms up
+                with quiet():
+                    _once(model, ids)
         progress(turn + 1, ROUNDS + 1, "rounds")
     speeds = {
         name: tuple(Speed.of(tokens, _measurement(name, [t[part] for t in taken])) for taken in times)

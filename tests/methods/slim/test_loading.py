@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from moeflow.methods.decompose.options import Decomposition
+from moeflow.methods.evaluate.timing import measure
 from moeflow.methods.graph import Model
 from moeflow.methods.recipes import moei2, unified
 from moeflow.methods.slim.methods import Slimming
 from moeflow.methods.trim import steps as trim
 from moeflow.model.layout import Folder, headers, read_config
 from moeflow.model.packed import PACKED
-from moeflow.model.quiet import load_whole
 from tests import tiny
 from tests.compressed import load
 from tests.models import calibrated, close, loaded, logits, pulled
@@ -55,10 +55,10 @@ def test_packed_layers_that_differ_compute_in_the_precision_asked_for_and_are_sa
 
 
 @pytest.mark.parametrize("form", ["every layer alike", "counts differ"])
-def test_loading_a_packed_model_whole_draws_no_bars(form: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_loading_and_timing_packed_models_draws_no_bars(form: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     source = tiny.write("mixtral", tmp_path / "model")
     model = model_in(source) if form == "every layer alike" else compressed(source, form, tmp_path)
     out = pulled(store_in(tmp_path), unified.slim(calibrated(model, tmp_path), Slimming("round_to_nearest", **FOUR)), tmp_path)
     capfd.readouterr()
-    load_whole(out, dtype="auto")
+    measure([source, out], "cpu", 8, lambda *_: None)
     assert capfd.readouterr() == ("", "")
