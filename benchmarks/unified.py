@@ -11,7 +11,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -127,10 +127,7 @@ class Result:
 
 def main() -> tuple[list[Row], str]:
     """Rows for the claims, and the table. Raises FileNotResultError where the model or the texts are absent."""
-    with tempfile.TemporaryDirectory() as folder:
-        bench = _Bench(Store.open(os.environ.get("MOEFLOW_BENCH_STORE", folder)))
-        results = {name: bench.measured(stages) for name, stages in (SINGLE | COMBINED | OURS | TOGETHER).items()}
-        whole = bench.whole
+    results, whole = measured(SINGLE | COMBINED | OURS | TOGETHER)
     rows = []
     for name in AGAINST:
         rivals = {n: f for n, f in results.items() if n in TOGETHER and f.nbytes <= results[name].nbytes}
@@ -142,6 +139,14 @@ def main() -> tuple[list[Row], str]:
     what = f"KL on dense inputs, the default, against in sequence (geometric mean of {', '.join(twice)})"
     rows.append(Row(what, ratio, "at most", 1.0, "times"))
     return rows, _table(results, whole)
+
+
+def measured(methods: Mapping[str, tuple[Stage, ...]]) -> tuple[dict[str, Result], float]:
+    """What each of these methods does to the model, and the original's bytes without the embedding."""
+    with tempfile.TemporaryDirectory() as folder:
+        bench = _Bench(Store.open(os.environ.get("MOEFLOW_BENCH_STORE", folder)))
+        results = {name: bench.measured(stages) for name, stages in methods.items()}
+        return results, bench.whole
 
 
 def _table(results: dict[str, Result], whole: float) -> str:

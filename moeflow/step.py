@@ -127,6 +127,7 @@ class Spec:
     device: int = 0  # peak bytes on its GPU, if it has one
     notes: tuple[str, ...] = ()
     optional: bool = False  # with less memory than that the step still ends well: it leaves figures out, and says so
+    compiles: bool = False  # whether it needs a C++ compiler where it finds no GPU
 
 
 class Promise:

@@ -11,7 +11,6 @@ from functools import partial
 from mixtral_unified import build as unified
 
 from moeflow.cli import main
-from moeflow.methods.decompose.options import Decomposition
 from moeflow.methods.slim.methods import Slimming
 from moeflow.methods.trim.steps import Trimming
 
@@ -20,7 +19,6 @@ build = partial(
     model="deepseek-ai/DeepSeek-V2-Lite",
     trim=Trimming("moe_blocks", 4),
     slim=Slimming("awq", group=64),
-    decompose=Decomposition(0.25, multiple=64),
 )
 
 if __name__ == "__main__":

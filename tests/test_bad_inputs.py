@@ -57,8 +57,15 @@ def one_line(*words: str | Path, code: int) -> str:
     result = CliRunner().invoke(app, [str(w) for w in words], catch_exceptions=False)
     assert result.exit_code == code, result.output
     (line,) = result.stderr.splitlines()
-    assert line.startswith("error: ") and line.isprintable() and len(line) <= 2_000 and not result.stdout, result.output
+    assert line.startswith("error: ") and line.isprintable() and len(line) <= 2_000 and _json_too(result.stdout, line), (
+        result.output
+    )
     return line
+
+
+def _json_too(printed: str, line: str) -> bool:
+    """Whether nothing is printed but, if JSON was asked for, the same line as JSON."""
+    return not printed or f"error: {json.loads(printed)['error']}" == line
 
 
 def test_the_good_inputs_are_good(good: Path, place: Path) -> None:

@@ -4,7 +4,9 @@ import importlib
 
 import pytest
 
-from benchmarks.__main__ import ALL
+from benchmarks import unified
+from benchmarks.__main__ import ALL, RESULTS
+from benchmarks.quality import SHARED
 from benchmarks.rows import Row
 
 
@@ -17,3 +19,15 @@ def test_a_claim_holds_on_the_right_side_of_its_bound() -> None:
     assert Row("faster", 13.1, "at least", 13, "times").holds and not Row("faster", 12.9, "at least", 13, "times").holds
     assert Row("slower", 1.2, "at most", 1.3, "times").holds and not Row("slower", 1.4, "at most", 1.3, "times").holds
     assert Row("slower", 1.4, "at most", 1.3, "times").line() == "| slower | 1.4 times | at most 1.3 | NO |"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (SHARED / "models").is_dir(), reason="needs the model and the texts beside the clone, in ../shared")
+def test_the_figures_of_the_recipe_of_ours_are_those_that_are_written_down() -> None:
+    """Of the table of results, the row that the pipelines and the README speak of."""
+    name = "low rank, three tenths, then GPTQ"
+    (line,) = (line for line in RESULTS.read_text().splitlines() if line.startswith(f"| {name} |"))
+    _, _, share, *_, divergence, _, _ = (cell.strip() for cell in line.split("|"))
+    results, whole = unified.measured({name: unified.TOGETHER[name]})
+    assert results[name].nbytes / whole == pytest.approx(float(share.rstrip("%")) / 100, abs=0.001)
+    assert results[name].mean == pytest.approx(float(divergence), rel=0.1)

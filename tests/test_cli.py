@@ -187,6 +187,29 @@ def test_show_tells_lineage_parameters_libraries_sources_and_reports(cli: Cli) -
     assert all(m["key"] in cli("show", "toy_pipeline", "--all").stdout for m in printed["lineage"])
 
 
+def test_show_tells_the_pipeline_and_the_parameters_that_were_given_whatever_the_name(cli: Cli) -> None:
+    cli("run", PIPELINE, "--name", "small", "-p", "numbers=2", "-p", "size=16")
+    lines = cli("show", "small").stdout.splitlines()
+    assert lines[0] == "small@1" and f"pipeline   {PIPELINE}" in lines
+    assert [line.split() for line in lines if " -p " in f" {line}"] == [["given", "-p", "numbers=2"], ["-p", "size=16"]]
+    record = last_json(cli("show", "small", "--json"))["version"]["record"]
+    assert record == {"pipeline": str(PIPELINE), "given": ["numbers=2", "size=16"]}
+    cli("run", PIPELINE)
+    assert not any("-p" in line.split() for line in cli("show", "toy_pipeline").stdout.splitlines())
+
+
+def test_gpus_that_this_machine_lacks_are_refused_in_one_line(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    refused = cli("run", PIPELINE, "--gpus", "1")
+    assert refused.exit_code == 2
+    assert error(refused) == (
+        "error: --gpus 1: torch sees no GPU on this machine; leave --gpus away, or start where GPUs are, as with --runner ray"
+    )
+    assert last_json(cli("ls", "--json", "--store", ".moeflow/store")) == []
+    assert cli("run", PIPELINE, "--gpus", "0").exit_code == 0
+    assert cli("run", PIPELINE, "--gpus", "1").exit_code == 0, "nothing is left to run"
+
+
 def test_show_takes_labels_and_beginnings_of_keys(cli: Cli) -> None:
     key = last_json(cli("run", PIPELINE, "--json"))["key"]
     cli("promote", "toy_pipeline", "production", "--json")

@@ -1,25 +1,62 @@
-"""The command that README.md gives to somebody who has no model at hand."""
+"""The commands that README.md gives to somebody who has no model at hand, and the figures beside them."""
 
+import json
 import os
 import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
 
 
-def test_the_shipped_model_is_pruned_by_the_command_in_the_readme(tmp_path: Path) -> None:
-    (command,) = re.findall(
-        r"    moeflow run (pipelines/mixtral\.py -p model=models/.*?)\n\n", (ROOT / "README.md").read_text(), re.DOTALL
-    )
-    words = shlex.split(command.replace("\\\n", " "))
+def command(pipeline: str) -> list[str]:
+    """The words of the command that runs the pipeline on the shipped model."""
+    (cited,) = re.findall(rf"^ +moeflow run ({re.escape(pipeline)} -p model=models/.*?)\n\n", README, re.DOTALL | re.MULTILINE)
+    return shlex.split(cited.replace("\\\n", " "))
+
+
+def figures(words: list[str], store: Path) -> dict[str, Any]:
+    """The figures of the result that a command's reports show, by their names."""
     done = subprocess.run(
-        [sys.executable, *words, "--store", str(tmp_path / "store")],
+        [sys.executable, *words, "--store", str(store)],
         cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    rows = {line.split("  ")[0].strip(): line for line in done.stdout.splitlines()}
-    assert any(name.startswith("KL to the original") for name in rows), done.stdout
-    assert "8" in rows["experts per layer"] and "6" in rows["experts per layer"]
+    words = [sys.executable, "-c", "from moeflow.cli import main; main()", "show", Path(words[0]).stem, "--json"]
+    shown = subprocess.run([*words, "--store", str(store)], cwd=ROOT, capture_output=True, text=True, check=True)
+    return {row["name"]: row["compressed"] for report in json.loads(shown.stdout)["reports"] for row in report["rows"]}
+
+
+def said(pattern: str) -> list[float]:
+    """The numbers in a sentence of README.md."""
+    ((*numbers,),) = re.findall(pattern, re.sub(r"\s+", " ", README))
+    return [float(n) for n in numbers]
+
+
+def test_the_shipped_model_is_pruned_by_the_command_in_the_readme_to_what_it_says(tmp_path: Path) -> None:
+    """The text is the running Python's own, so that another Python's figures are others, but near."""
+    made = figures(command("pipelines/mixtral.py"), tmp_path / "store")
+    experts, size, divergence = said(r"It leaves (\d) of 8 experts in ([\d.]+) MiB of 2.6, at a KL of ([\d.]+) nats")
+    assert made["experts per layer"] == experts
+    assert made["bytes"] / 2**20 == pytest.approx(size, abs=0.05)
+    assert made["KL to the original (stdlib)"] == pytest.approx(divergence, rel=0.2)
+
+
+@pytest.mark.slow
+def test_the_recipe_of_ours_in_the_readme_is_as_much_closer_to_the_original_as_it_says(tmp_path: Path) -> None:
+    words = command("pipelines/mixtral_unified.py")
+    ours = figures(words, tmp_path / "store")
+    alone = figures(
+        [*words[: words.index("order=decompose,slim") - 1], "-p", "order=slim", "-p", "slim.bits=3"], tmp_path / "store"
+    )
+    for made, pattern in ((ours, r"a KL of ([\d.]+) in (\d+) KiB, with"), (alone, r"and of ([\d.]+) in (\d+) KiB with GPTQ alone")):
+        divergence, size = said(pattern)
+        assert made["KL to the original (stdlib)"] == pytest.approx(divergence, rel=0.2)
+        assert made["bytes"] / 2**10 == pytest.approx(size, rel=0.01)
+    assert ours["bytes"] < alone["bytes"] and ours["KL to the original (stdlib)"] < alone["KL to the original (stdlib)"]

@@ -9,11 +9,13 @@ from typing import Any
 
 from moeflow.cli import runs, stored
 from moeflow.cli.common import app, own
+from moeflow.machine import restart_without_spaces
 
 __all__ = ["app", "main", "runs", "stored"]
 
 
 def main(build: Callable[..., Any] | None = None) -> None:
     """The `moeflow` command; with a pipeline's `build`, `moeflow run` with the file that is running."""
+    restart_without_spaces()
     own.set(build)
     app(None if build is None else ["run", *sys.argv])

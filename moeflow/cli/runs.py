@@ -94,12 +94,12 @@ def run(
     with asking(), heard(shown.waits):
         opened = open_store(store, seconds("--patience", patience))
         target = options.place(_called(file, param, opened))
-        prepared = prepare(target, opened, name=name, runner=runner)
+        prepared = prepare(target, opened, name=name, runner=runner, options=options)
     lost = not store and "working_dir_files" in Path.cwd().parts  # of a Ray job, which is deleted with the cluster
     if lost:
         shown.say(f"warning: the store {opened.url} goes with the Ray cluster; pass --store to keep what this run makes")
     with working(), heard(shown.waits):
-        outcome, n = go(prepared, progress=shown, options=options, record={"pipeline": name, "given": param})
+        outcome, n = go(prepared, progress=shown, options=options, record={"pipeline": str(file), "given": param})
         reports = report.read(opened, [s.key for s in target.reports])
     if json:
         steps = {"run": len(outcome.ran), "stored": outcome.reused}

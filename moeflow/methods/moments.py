@@ -80,18 +80,6 @@ def second_moment(x_TN: Tensor, weight_T: Tensor | None = None) -> Tensor:
 
 
 @torch.no_grad()
-def moment_behind(a_RN: Tensor, moment_NN: Tensor) -> Tensor:
-    """The second moment [R, R], fp64, of a matrix's outputs, from the second moment [N, N] of its inputs.
-
-    With fewer tokens than R, some outputs are zero on all tokens, and rounding can leave sums of squares slightly below zero: they
-    are set to zero.
-    """
-    moment_RR = a_RN.double() @ moment_NN @ a_RN.double().mT
-    moment_RR.diagonal().clamp_(min=0)
-    return moment_RR
-
-
-@torch.no_grad()
 def expert_moments(expert: MLP, x_TD: Tensor, weight_T: Tensor | None = None) -> Moments:
     """The moments of one expert over the tokens routed to it, weighted by their routing weights unless these are None.
 

@@ -79,7 +79,8 @@ class Compressed:
         """As in transformers, but raises ValueError for a tensor that is missing, left over or of the wrong shape.
 
         Only Compressed Experts may be missing, and then all of them: if config.json asks for them and the checkpoint has none,
-        they change nothing.
+        they change nothing. Packed experts are unpacked, in the model's precision; the model is then one that was never packed, and
+        is saved as such.
         """
         if split := [k for k in SPLIT if options.get(k) is not None]:
             raise ValueError(f"{split[0]}= splits a family's own experts, and knows none of another form; load without it")
@@ -96,6 +97,9 @@ class Compressed:
         left = sorted(str(k) for what in ("missing_keys", "unexpected_keys", "mismatched_keys") for k in info[what])
         if left := [k for k in left if VECTORS not in k]:
             raise ValueError(f"{name} was not loaded whole: {some(left)}; its tensors and its config.json do not fit each other")
+        if packed and getattr(model, "hf_quantizer", None) is not None:
+            model.hf_quantizer.remove_quantization_config(model)
+            del model._weight_conversions  # or saving would reverse the unpacking; without, it takes the class's own conversions
         return (model, info) if wanted else model
 
 
@@ -120,10 +124,12 @@ class _Load(ConversionOps):
 
     @torch.no_grad()
     def convert(
-        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **_: Any
-    ) -> dict[str, Any]:
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], full_layer_name: str = "",
+        model: Any = None, **_: Any,
+    ) -> dict[str, Any]:  # fmt: skip
         names = [p for p in source_patterns if p in input_dict and not p.endswith(BESIDE)]
-        return {target_patterns[0]: self.stack.stacked([_unpacked(input_dict, name) for name in names])}
+        stack_EMN = self.stack.stacked([_unpacked(input_dict, name) for name in names])
+        return {target_patterns[0]: stack_EMN.to(model.get_parameter(full_layer_name).dtype)}
 
     @property
     def reverse_op(self) -> ConversionOps:
@@ -131,7 +137,7 @@ class _Load(ConversionOps):
 
 
 def _unpacked(tensors: dict[str, Any], name: str) -> Any:
-    """The matrices of one name, of all experts. Transformers has unpacked whole matrices already, but not factors."""
+    """The matrices of one name, of all experts. Transformers would round whole matrices to the precision of their scales."""
     stem = name.removesuffix(PACKED)
     if stem + SCALE not in tensors:
         return tensors.pop(name)
@@ -144,7 +150,7 @@ class _Save(_Load):
     @torch.no_grad()
     def convert(
         self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], full_layer_name: str = "",
-        config: Any = None, **_: Any,
+        model: Any = None, config: Any = None, **_: Any,
     ) -> dict[str, Any]:  # fmt: skip
         (stack_EMN,) = next(iter(input_dict.values()))
         layer = int(re.search(r"layers\.(\d+)\.", full_layer_name)[1])  # type: ignore[index]
@@ -167,9 +173,8 @@ def _conversions(arch: Arch) -> list[Any]:
     here = f"{arch.block}.experts"  # with the block, or shared experts would match
     for stack in STACKS:
         names = [stack.on_disk(Family(arch, {}), 0, matrix, "*").partition(".experts.")[2] for matrix in stack.matrices]
-        if stack.kind != "whole":
-            names = [n + end for n in names for end in ("", PACKED, SCALE, SHAPE)]
-        converters.append(WeightConverter([f"{here}.{n}" for n in names], f"{here}.{stack.name}", [_Load(stack)]))
+        stored = [f"{here}.{n}{end}" for n in names for end in ("", PACKED, SCALE, SHAPE)]
+        converters.append(WeightConverter(stored, f"{here}.{stack.name}", [_Load(stack)]))
     return [*renamings, *converters]
 
 

@@ -1,6 +1,7 @@
 """Where a stored artifact came from, as text: its parameters, everything upstream, libraries and sources."""
 
 import json
+import shlex
 from collections import defaultdict
 from collections.abc import Mapping
 
@@ -15,7 +16,7 @@ from moeflow.store.versions import Version
 
 def facts(manifest: Manifest, version: Version | None) -> list[str]:
     """The facts about the artifact itself, one per line."""
-    lines = [f"{version.ref}  {' '.join(version.labels)}".rstrip()] if version else []
+    lines = [f"{version.ref}  {' '.join(version.labels)}".rstrip(), *_asked(version)] if version else []
     lines.append(f"key        {manifest.key}")
     lines.append(f"step       {manifest.step}, version {manifest.version}")
     params = [f"{name} = {_cut(json.dumps(value, sort_keys=True))}" for name, value in manifest.params.items()]
@@ -27,6 +28,13 @@ def facts(manifest: Manifest, version: Version | None) -> list[str]:
         lines.append(f"same as    {manifest.same_as}")
     lines += [f"{'notes' if n == 0 else '':<11}{note}" for n, note in enumerate(manifest.notes)]
     return lines
+
+
+def _asked(version: Version) -> list[str]:
+    """What the version was made by: its pipeline and the parameters that were given, as words for a shell."""
+    pipeline, given = version.record.get("pipeline"), version.record.get("given") or ()
+    lines = [f"pipeline   {shlex.quote(pipeline)}"] if pipeline else []
+    return lines + [f"{'given' if n == 0 else '':<11}-p {shlex.quote(word)}" for n, word in enumerate(given)]
 
 
 def steps(lineage: Mapping[str, Manifest], *, every: bool = False, plain: bool = False) -> Table:

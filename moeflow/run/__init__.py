@@ -3,7 +3,13 @@
 They know neither torch nor models; `ray` is imported only in the folder `ray`.
 """
 
+import os
+
 from moeflow.run.options import Options
 from moeflow.run.outcome import CannotRun, ClusterLost, Outcome, StepFailed
+
+# steps report their own progress; the libraries that draw bars of theirs read this when they are imported
+for _switch in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
+    os.environ.setdefault(_switch, "1")
 
 __all__ = ["CannotRun", "ClusterLost", "Options", "Outcome", "StepFailed"]

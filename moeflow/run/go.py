@@ -52,7 +52,7 @@ class Prepared:
         return [self.target, *self.target.reports]
 
 
-def prepare(target: Step, store: Store, *, name: str, runner: Runner) -> Prepared:
+def prepare(target: Step, store: Store, *, name: str, runner: Runner, options: Options) -> Prepared:
     """Check all that can be checked before a step starts. Raises ValueError for the name, CannotRun for the first problem."""
     versions.check_name(name)
     runner = runner.chosen()
@@ -64,6 +64,8 @@ def prepare(target: Step, store: Store, *, name: str, runner: Runner) -> Prepare
         planned = plan(targets, store, index=index, memory=runner.memory)
         if planned.problems:
             raise CannotRun(planned.problems[0])
+        if runner is Runner.process and planned.keys("run"):
+            options.check_here()
     except BaseException:
         mark.end()
         raise

@@ -4,8 +4,11 @@
 rounded in another order; the keys stay the same, and the result that is stored first is used.
 """
 
+import subprocess
+import sys
 from dataclasses import dataclass, replace
 
+from moeflow.run.words import count
 from moeflow.step import Resources, Step, placed
 
 
@@ -28,6 +31,18 @@ class Options:
             raise ValueError(f"retries={self.retries} and in_flight={self.in_flight} must not be negative")
         if (self.gpus or 0) < 0 or (self.cpus is not None and self.cpus < 1):
             raise ValueError(f"gpus={self.gpus} must not be negative, and cpus={self.cpus} must be at least 1")
+
+    def check_here(self) -> None:
+        """Raise ValueError if steps are to run in this process, with more GPUs than torch sees on this machine."""
+        if not self.gpus:
+            return
+        words = [sys.executable, "-P", "-c", "import torch; print(torch.cuda.device_count())"]  # no runner loads torch itself
+        there = int(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
+        if self.gpus > there:
+            raise ValueError(
+                f"--gpus {self.gpus:g}: torch sees {count(there, 'GPU') if there else 'no GPU'} on this machine; leave --gpus "
+                "away, or start where GPUs are, as with --runner ray"
+            )
 
     def place(self, target: Step) -> Step:
         """The same graph with these resources for the steps that compute with a model; its keys stay the same."""

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from moeflow.machine import NO_COMPILER, compiler, has_gpu
 from moeflow.run.node_kinds import NodeKinds
 from moeflow.run.outcome import State
 from moeflow.run.schedule import Schedule
@@ -98,6 +99,8 @@ def plan(
     problems = [] if nodes else _disk(rows, store, here=memory is not None)
     unfit = nodes.unfit(rows) if nodes else {} if memory is None else _memory(rows, memory)
     problems += [why for row, why in unfit.items() if not row.optional]
+    if memory is not None:
+        problems += _compiler(schedule.steps[r.key] for r in rows if r.state == "run")
     warnings = [
         *schedule.warnings(),
         *(f"{why}; until then it leaves its figures out" for row, why in unfit.items() if row.optional),
@@ -126,6 +129,12 @@ def _disk(rows: Iterable[Row], store: Store, *, here: bool) -> list[str]:
         return []
     way_out = "pass another --store" if local else "point MOEFLOW_CACHE to another disk"
     return [f"{folder} has {size(free)} free, and the run writes {size(need)} there; free some, or {way_out}"]
+
+
+def _compiler(steps: Iterable[Step]) -> list[str]:
+    """One line if a step compiles what it runs, and this machine has neither a compiler nor a GPU to do without one."""
+    step = next((s for s in steps if s.spec.compiles and not (s.resources.gpus and has_gpu())), None)
+    return [] if step is None or compiler() else [f"{step.name}: {NO_COMPILER}"]
 
 
 def _existing(folder: Path) -> Path:

@@ -1,12 +1,18 @@
 """The unified framework's recipes, in both orders, each on a small model of its family."""
 
+import inspect
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from benchmarks.unified import TOGETHER
+from moeflow.methods.decompose.options import Decomposition
+from moeflow.methods.slim.methods import Slimming
 from moeflow.model.formats import layer_formats
 from moeflow.model.layout import Folder, read_config
 from moeflow.run import pipeline
@@ -14,6 +20,7 @@ from moeflow.step import Step
 from moeflow.store import Store
 from tests import running, tiny
 from tests.pipelines import words
+from tests.run import toy
 
 PIPELINES = Path(__file__).parents[2] / "pipelines"
 SMALL = [*words.SMALL, "slim.group=8", "decompose.multiple=8"]
@@ -69,6 +76,25 @@ def test_low_rank_experts_are_packed_by_the_recipe_that_we_add(tmp_path: Path) -
     assert report["compressed"] < 0.25 * report["original"]
     model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     assert torch.isfinite(model(torch.arange(3, 12)[None]).logits).all()
+
+
+@pytest.mark.parametrize("name", ["mixtral_unified", "deepseek_v2_lite_unified", "qwen15_moe_unified"])
+def test_the_recipe_that_we_add_is_the_one_that_was_measured(name: str) -> None:
+    """By the words in its description, with the defaults of every pipeline that takes it."""
+    about = " ".join((PIPELINES / "mixtral_unified.py").read_text().partition("beside it:")[2].partition("takes three")[0].split())
+    cited = re.findall(r"-p (\S+=[^\s`]+)", about)
+    defaults = {n: p.default for n, p in inspect.signature(pipeline.load(PIPELINES / f"{name}.py")).parameters.items()}
+    asked: dict[str, Any] = {}
+
+    def build(
+        *, order: str = "", slim: Slimming | None = defaults["slim"], decompose: Decomposition = defaults["decompose"]
+    ) -> Step:
+        asked.update(order=order, slim=slim, decompose=decompose)
+        return toy.number(n=1)
+
+    pipeline.call(build, cited)
+    decomposed, slimmed = (stage.keywords["how"] for stage in TOGETHER["low rank, three tenths, then GPTQ"])
+    assert asked == {"order": "decompose,slim", "slim": slimmed, "decompose": decomposed}
 
 
 def check(store: Store, target: Step, family: str, recipe: list[str], out: Path) -> None:

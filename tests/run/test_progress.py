@@ -1,6 +1,8 @@
 """What a run says while it works, on a terminal and elsewhere."""
 
 import io
+import subprocess
+import sys
 
 import pytest
 
@@ -144,3 +146,17 @@ def test_what_a_terminal_would_obey_is_written_out(terminal: bool) -> None:
     shown = show(stream=stream)
     shown.note("make.it-0", "from \x1b[2J\x07 here")
     assert r"from \x1b[2J\x07 here" in stream.getvalue() and "\x1b[2J" not in stream.getvalue()
+
+
+def test_libraries_draw_no_bars_of_theirs_where_steps_run() -> None:
+    """Whatever they draw them with: tqdm itself, the hub's and datasets' own, transformers'."""
+    code = (
+        "import moeflow.run, tqdm\n"
+        "from transformers.utils import logging\n"
+        "from huggingface_hub.utils import tqdm as hub\n"
+        "from datasets.utils import tqdm as datasets\n"
+        "for bar in (tqdm.tqdm, tqdm.trange, logging.tqdm, hub, datasets):\n"
+        "    list(bar(3 if bar is tqdm.trange else range(3)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "it/s" not in done.stderr and "%|" not in done.stderr, done.stderr

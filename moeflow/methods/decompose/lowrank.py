@@ -19,6 +19,9 @@ from moeflow.model.moe import LowRank
 NOISE = 1e-4
 """If an eigenvalue at the cut is a smaller part of the largest, fp32 cannot tell it from its neighbours, and fp64 is used."""
 
+ROUNDING = 1e-2
+"""The largest eigenvalue is compared with; or this part of what weights and moment of their sizes could give, if that is more."""
+
 
 @dataclass(frozen=True)
 class Components:
@@ -93,8 +96,9 @@ def components(
 
     dtype = torch.promote_types(w_MN.dtype, torch.float32)
     value_K, basis_KK, *framed = _in_fp64_where_needed(solve, w_MN, moment, dtype, cut)
-    _check_positive(value_K, name, 1e-4 if dtype == torch.float32 else 1e-6)
     frame_MK, core_KN = framed or (None, w_MN.to(dtype))
+    most = _trace(moment) if output_moment_MM is not None else _trace(moment) * core_KN.double().square().sum((-2, -1))
+    _check_positive(value_K, most, name, 1e-4 if dtype == torch.float32 else 1e-6)
     return Components(value_K.double().flip(-1).clamp(min=0), basis_KK.flip(-1), core_KN, frame_MK, w_MN.dtype)
 
 
@@ -159,10 +163,16 @@ def _check_range(rank: int, most: int) -> None:
         raise ValueError(f"rank={rank} must lie between 1 and the smaller side of the matrix, {most}")
 
 
-def _check_positive(value_K: Tensor, name: str, tolerance: float) -> None:
-    if (value_K.amin(-1) < -tolerance * value_K.amax(-1)).any():
-        low = float((value_K.amin(-1) / value_K.amax(-1)).min())
+def _check_positive(value_K: Tensor, most: Tensor, name: str, tolerance: float) -> None:
+    """Raise ValueError if an eigenvalue is negative beyond rounding.
+
+    Rounding is relative to the largest eigenvalue or, of a matrix that sees next to nothing of its tokens, to `most`, the sum that
+    the eigenvalues could have.
+    """
+    largest = torch.maximum(value_K.amax(-1).to(most.dtype), ROUNDING * most)
+    lowest = value_K.amin(-1) / largest.clamp(min=torch.finfo(most.dtype).tiny)
+    if (lowest < -tolerance).any():
         raise ValueError(
-            f"{name} is not positive semidefinite: an eigenvalue is {low:.2g} of the largest, rounding explains "
+            f"{name} is not positive semidefinite: an eigenvalue is {float(lowest.min()):.2g} of the largest, rounding explains "
             f"{-tolerance:g}; compute it again in fp64"
         )

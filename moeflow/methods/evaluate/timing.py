@@ -1,18 +1,37 @@
 """Load whole models as transformers does, and time them in turns."""
 
-import statistics
-import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
-from transformers import AutoModelForCausalLM
-from transformers.utils import logging
+from torch.utils.benchmark import Measurement, TaskSpec, timer
 
-ROUNDS = 5
+from moeflow.model.quiet import load_whole, quiet
+
+ROUNDS = 7
 DECODED = 32
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Tokens per second: the median of all rounds, and the quartiles below and above it."""
+
+    median: float
+    low: float
+    high: float
+
+    @staticmethod
+    def of(tokens: int, seconds: Measurement) -> "Speed":
+        low, high = (float(np.quantile(seconds.times, q)) for q in (0.25, 0.75))
+        return Speed(tokens / seconds.median, tokens / high, tokens / low)
+
+    def overlaps(self, other: "Speed") -> bool:
+        """Do the ranges between the quartiles overlap, so that no difference was measured?"""
+        return self.low <= other.high and other.low <= self.high
 
 
 def device_and_memory() -> tuple[str, int]:
@@ -25,42 +44,40 @@ def device_and_memory() -> tuple[str, int]:
 @torch.inference_mode()
 def measure(
     folders: Sequence[Path], device: str, length: int, progress: Callable[[int, int, str], None]
-) -> dict[str, tuple[float, ...]]:
-    """The "prefill" and "decode" of each model in tokens per second, and its "resident bytes".
+) -> tuple[dict[str, tuple[Speed, ...]], tuple[int, ...]]:
+    """The speeds of "prefill" and "decode" of each model, and the bytes that each has resident.
 
-    Speeds are medians of alternating rounds after a warm-up. Prefill is one sequence of `length` tokens; decode continues it by
+    The models take turns, in `ROUNDS` rounds after a warm-up. Prefill is one sequence of `length` tokens; decode continues it by
     `DECODED` tokens, one by one.
     """
-    logging.disable_progress_bar()
-    models: list[Any] = [AutoModelForCausalLM.from_pretrained(f, dtype="auto", device_map=device).eval() for f in folders]
+    models: list[Any] = [load_whole(f, dtype="auto", device_map=device).eval() for f in folders]
     ids = torch.randint(0, models[0].config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0)).to(device)
     times: list[list[tuple[float, float]]] = [[] for _ in models]
     for turn in range(ROUNDS + 1):
         for model, taken in zip(models, times, strict=True):
-            once = _once(model, ids, device)
-            if turn:  # the first round warms up
-                taken.append(once)
+            if turn:
+                taken.append(_once(model, ids))
+            else:  # the first round warms up
+                with quiet():
+                    _once(model, ids)
         progress(turn + 1, ROUNDS + 1, "rounds")
-    return {
-        "prefill": tuple(length / statistics.median(t[0] for t in taken) for taken in times),
-        "decode": tuple(DECODED / statistics.median(t[1] for t in taken) for taken in times),
-        "resident bytes": tuple(
-            sum(t.nbytes for t in {p.data_ptr(): p for p in [*m.parameters(), *m.buffers()]}.values()) for m in models
-        ),
+    speeds = {
+        name: tuple(Speed.of(tokens, _measurement(name, [t[part] for t in taken])) for taken in times)
+        for part, (name, tokens) in enumerate({"prefill": length, "decode": DECODED}.items())
     }
+    resident = (sum(t.nbytes for t in {p.data_ptr(): p for p in [*m.parameters(), *m.buffers()]}.values()) for m in models)
+    return speeds, tuple(resident)
 
 
-def _once(model: Any, ids: torch.Tensor, device: str) -> tuple[float, float]:
-    """The seconds of one prefill and one decode."""
-    start = _now(device)
+def _once(model: Any, ids: torch.Tensor) -> tuple[float, float]:
+    """The seconds of one prefill and one decode; the timer waits for the device."""
+    start = timer()
     out = model(ids, use_cache=True)
-    middle = _now(device)
+    middle = timer()
     for _ in range(DECODED):
         out = model(out.logits[:, -1:].argmax(-1), past_key_values=out.past_key_values, use_cache=True)
-    return middle - start, _now(device) - middle
+    return middle - start, timer() - middle
 
 
-def _now(device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
+def _measurement(name: str, seconds: list[float]) -> Measurement:
+    return Measurement(1, seconds, TaskSpec(name, setup="", num_threads=torch.get_num_threads()))

@@ -22,6 +22,7 @@ from moeflow.methods.finetune.lora import apply, attach, shape_of
 from moeflow.methods.finetune.recipe import Recipe
 from moeflow.methods.finetune.targets import is_trained
 from moeflow.model.formats import layer_formats
+from moeflow.model.quiet import load_whole
 
 
 @contextmanager
@@ -65,16 +66,12 @@ def load(folder: Path, recipe: Recipe, config: dict[str, Any], device: torch.dev
 
     Under ZeRO-3 only rank 0 reads the checkpoint, and it is divided tensor by tensor while it loads.
     """
-    from transformers import AutoModelForCausalLM
     from transformers.integrations import HfDeepSpeedConfig
-    from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()
     divided = config["zero_optimization"]["stage"] == 3
     keep = HfDeepSpeedConfig(config) if divided else None  # transformers looks for it while it is referenced
     where = {} if divided or device.type == "cpu" else {"device_map": {"": device}}
-    with quiet():
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=recipe.dtype, attn_implementation="sdpa", **where)
+    model = load_whole(folder, dtype=recipe.dtype, attn_implementation="sdpa", **where)
     del keep
     # on a CPU a loop over experts is twice as fast, forward and backward; on a GPU the grouped kernels are faster
     model.config._experts_implementation = "grouped_mm" if device.type == "cuda" else "eager"

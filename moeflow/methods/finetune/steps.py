@@ -61,7 +61,7 @@ def _train_spec(
     reads = checkpoint.nbytes + checkpoint.others + 5 * data.tokens
     # a layer with trained tensors is written whole, except for its routing file
     writes = checkpoint.headers if recipe.mode == "compressed_experts" else checkpoint.nbytes
-    return Spec({"bytes": 80 * recipe.steps + 2000}, reads=reads, writes=writes, memory=checkpoint.nbytes)
+    return Spec({"bytes": 80 * recipe.steps + 2000}, reads=reads, writes=writes, memory=checkpoint.nbytes, compiles=True)
 
 
 @step("finetune.train", version=1, spec=_train_spec, gpus=1)

@@ -8,7 +8,8 @@ from moeflow.methods.checkpoint.steps import checkpoint_of
 from moeflow.methods.data import steps as data
 from moeflow.methods.evaluate.steps import experts_per_token, here, layers, quality, size, speed
 from moeflow.methods.graph import Model, Pass, Sample
-from moeflow.sources import Source, TextEntry, Texts
+from moeflow.sources import Source, Texts
+from moeflow.sources.texts import WEIGHT
 from moeflow.step import Step
 
 
@@ -37,7 +38,7 @@ def reports(original: Model, compressed: Model, heldout: HeldOut, passed: Pass, 
     passed = Pass(passed.batch, 8 * passed.batch, dtype=passed.dtype)
     if original.has_tokenizer:
         texts, sample = Texts(heldout.texts), Sample(heldout.sequences, heldout.length, bos=False)
-        named = zip(_names(texts.entries()), texts.each(), strict=True)
+        named = zip(_names(texts), texts.each(), strict=True)
         matrices = [(name, data.tokens(text, original, sample), "") for name, text in named]
     elif tokens is not None:
         matrices = [("token matrix", tokens, NO_TOKENIZER)]
@@ -59,11 +60,17 @@ def reports(original: Model, compressed: Model, heldout: HeldOut, passed: Pass, 
     return (*reports, speed(*both, machine=here(), length=heldout.length))
 
 
-def _names(entries: tuple[TextEntry, ...]) -> list[str]:
-    """The name of each text in reports: its file, with its columns or its address if two names would be equal."""
+def _names(texts: Texts) -> list[str]:
+    """The name of each text in reports: its file, with its columns, or the words that it was given by, if two would be equal.
+
+    Raises ValueError if a text is there twice.
+    """
+    entries, given = texts.entries(), [WEIGHT.sub("", text.spec) for text in texts.each()]
     names = [_name(e.source) for e in entries]
-    for more in ([f" ({'+'.join(e.columns)})" * bool(e.columns) for e in entries], [f" ({e.source.uri})" for e in entries]):
+    for more in ([f" ({'+'.join(e.columns)})" * bool(e.columns) for e in entries], [f" ({words})" for words in given]):
         names = [f"{name}{m}" if names.count(name) > 1 else name for name, m in zip(names, more, strict=True)]
+    if twice := next((words for words in given if given.count(words) > 1), None):
+        raise ValueError(f"heldout.texts names {twice} twice; leave one out")
     return names
 
 

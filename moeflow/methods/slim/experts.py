@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moeflow.arch import MATRICES, Config, Family
 from moeflow.methods.graph import load
-from moeflow.methods.moments import moment_behind, second_moment
+from moeflow.methods.moments import second_moment
 from moeflow.methods.rare import treatments
 from moeflow.methods.recorded import placement
 from moeflow.methods.records import Facts
@@ -30,6 +30,9 @@ from moeflow.step import Context
 
 WORKING = {"cpu": 0, "cuda": AT_ONCE}
 """Bytes of working memory, beside the weights, for experts that are treated together, by device; one expert is always treated."""
+
+ROUNDING = 1e-10
+"""Squared outputs that are a smaller part of what weights and inputs of their sizes could give are rounding errors of fp32."""
 
 Treated = Tensor | Quantized
 Names = tuple[str, ...]
@@ -196,12 +199,13 @@ def _treat(now: Layer, names: list[Names], experts: list[MLP], x_eTD: list[Tenso
     by = now.how.row.fallback if x_eTD is None else now.how.method
     report: list[dict[str, Any]] = [{"by": by, "lost": {}} for _ in experts]
     moment_NN = None if x_eTD is None else _stacked([second_moment(x_TD) for x_TD in x_eTD])
-    inner = experts
+    inner, x_TN = experts, None if x_eTD is None or not now.low_rank else x_eTD[0]
     for at, m in enumerate(MATRICES):
         if m == "down" and x_eTD is not None:
             moment_NN = _stacked([second_moment(e.inner(x_TD)) for e, x_TD in zip(inner, x_eTD, strict=True)])
+            x_TN = None if x_TN is None else inner[0].inner(x_TN)
         before = [e.matrices[at] for e in experts]
-        after = _slimmed(now, [name[at] for name in names], before, moment_NN)
+        after = _slimmed(now, [name[at] for name in names], before, moment_NN, x_TN)
         for i, entry in enumerate(report):
             of_one_NN = moment_NN if moment_NN is None or len(experts) == 1 else moment_NN[i]
             entry["lost"][m] = _lost(whole(before[i]), whole(after[i]), of_one_NN)
@@ -210,15 +214,16 @@ def _treat(now: Layer, names: list[Names], experts: list[MLP], x_eTD: list[Tenso
     return report
 
 
-def _slimmed(now: Layer, names: list[str], matrices: list[Matrix], moment_NN: Tensor | None) -> list[Matrix]:
+def _slimmed(now: Layer, names: list[str], matrices: list[Matrix], moment_NN: Tensor | None, x_TN: Tensor | None) -> list[Matrix]:
     """Slim a matrix, or one of each of several experts, and write them.
 
-    If it is low-rank, slim the factor that sees the inputs, then the other by the outputs of the slimmed first.
+    If it is low-rank, slim the factor that sees the inputs `x_TN`, then the other by what the slimmed first makes of them: from the
+    tokens themselves, since rounding would leave a product of matrices with sums of squares below zero.
     """
     if isinstance(matrices[0], LowRank):
         ((out, within),) = (now.family.factors(name) for name in names)
         in_RN = now.put(within, now.treat(matrices[0].in_RN, moment_NN))
-        moment_RR = None if moment_NN is None else moment_behind(in_RN, moment_NN)
+        moment_RR = None if x_TN is None else second_moment(x_TN.float() @ in_RN.mT)
         return [LowRank(now.put(out, now.treat(matrices[0].out_MR, moment_RR)), in_RN)]
     made = now.treat(_stacked([whole(m) for m in matrices]), moment_NN)
     return [now.put(name, made if len(names) == 1 else made[i]) for i, name in enumerate(names)]
@@ -275,11 +280,15 @@ def _all_at_once(now: Layer, x_TD: Tensor, weights_TE: Tensor) -> list[dict[str,
 
 
 def _lost(w_MN: Tensor, now_MN: Tensor, moment_NN: Tensor | None) -> float:
-    """The squared change of a matrix's outputs relative to their squared norm; without a moment, that of its weights."""
+    """The squared change of a matrix's outputs relative to their squared norm; without a moment, that of its weights.
+
+    Outputs that are zero within rounding count as large as their rounding errors.
+    """
     change_MN, w_MN = now_MN.double() - w_MN.double(), w_MN.double()
     if moment_NN is None:
         return float(change_MN.square().sum() / w_MN.square().sum().clamp(min=1e-30))
-    return float(((change_MN @ moment_NN) * change_MN).sum() / ((w_MN @ moment_NN) * w_MN).sum().clamp(min=1e-30))
+    changed, norm = (((x_MN @ moment_NN) * x_MN).sum().clamp(min=0) for x_MN in (change_MN, w_MN))
+    return float(changed / torch.maximum(norm, ROUNDING * w_MN.square().sum() * moment_NN.diagonal().sum()).clamp(min=1e-30))
 
 
 def _stacked(each: list[Tensor]) -> Tensor:

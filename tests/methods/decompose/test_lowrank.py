@@ -224,3 +224,20 @@ def test_what_cannot_be_asked_for_is_refused() -> None:
     for cut in (vanilla, lambda w, r: whitened(w, r, **moment("inputs", w, x_TN))):
         with pytest.raises(ValueError, match="the weight is not finite"):
             cut(w_MN / 0, 3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(("rows", "columns"), SHAPES)
+def test_a_matrix_that_sees_nothing_of_its_tokens_has_components_without_energy(
+    rows: int, columns: int, dtype: torch.dtype, kind: str
+) -> None:
+    """All eigenvalues are rounding errors then, of either sign, and no damage."""
+    x_TN = tokens(columns, count=4)
+    seen_NN = torch.linalg.qr(x_TN.mT)[0]
+    w_MN = matrix(rows, columns)
+    blind_MN = (w_MN - w_MN @ seen_NN @ seen_NN.mT).to(dtype)
+    known = moment(kind, blind_MN, x_TN.to(dtype))
+    parts = components(blind_MN, rank=8, **known)
+    assert 0 <= float(parts.energy_K.sum()) < 1e-6 * float(second_moment(x_TN).trace()) * float(w_MN.square().sum())
+    assert torch.isfinite(parts.truncated(8).whole()).all()

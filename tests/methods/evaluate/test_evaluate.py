@@ -1,21 +1,37 @@
 """What a report says of two models is what comes out when both are loaded whole."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch.nn.functional import kl_div
+from torch.utils.benchmark import Measurement, TaskSpec
 from transformers import AutoModelForCausalLM
 
 from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.data import steps as data
+from moeflow.methods.evaluate.steps import speed
+from moeflow.methods.evaluate.timing import Speed
 from moeflow.methods.graph import Pass, Sample
 from moeflow.methods.prune.searches import Search
 from moeflow.methods.recipes import naee
-from moeflow.step import Step
+from moeflow.model.spec import CheckpointSpec
+from moeflow.step import Context, Spec, Step, step
 from moeflow.store import Store
 from tests import running, tiny
 from tests.models import graph
+
+
+@step("test.strange", version=1, spec=lambda config: Spec(CheckpointSpec(config, 0, 0, 0, 0)))
+def strange(context: Context, *, config: dict[str, Any]) -> None:
+    """A checkpoint that has nothing but a configuration."""
+    (context.out / "config.json").write_text(json.dumps(config))
+
+
+def report_of(store: Store, report: Step) -> dict[str, Any]:
+    return json.loads(store.artifact(report.key).file("report.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +74,40 @@ def test_sizes_are_counted_and_speed_is_measured(done: tuple[Store, Step, Path])
     assert rows["experts per layer"] == {"name": "experts per layer", "original": 8, "compressed": 5, "unit": ""}
 
 
+def test_speeds_have_quartiles_and_where_they_overlap_no_difference_was_measured(done: tuple[Store, Step, Path]) -> None:
+    store, target, _ = done
+    rows = running.reports(store, target)
+    (written,) = (report_of(store, r) for r in target.reports if r.name == "evaluate.speed")
+    same = []
+    for name in ("prefill", "decode"):
+        low, middle, high = (rows[name + part] for part in (", lower quartile", "", ", upper quartile"))
+        assert all(0 < low[side] <= middle[side] <= high[side] for side in ("original", "compressed"))
+        if low["original"] <= high["compressed"] and low["compressed"] <= high["original"]:
+            same.append(name)
+    said = f"{' and '.join(same)}: no difference measured, the quartiles of 7 alternating rounds overlap"
+    assert written["notes"] == ([said] if same else [])
+
+
+def test_quartiles_overlap_unless_one_range_lies_above_the_other() -> None:
+    slow, fast, between = Speed(10, 9, 11), Speed(20, 19, 21), Speed(15, 10.5, 19.5)
+    assert not slow.overlaps(fast) and not fast.overlaps(slow)
+    assert between.overlaps(slow) and slow.overlaps(between) and between.overlaps(fast) and slow.overlaps(slow)
+    seconds = Measurement(1, [4.0, 1.0, 2.0, 3.0, 5.0], TaskSpec("prefill", setup=""))
+    assert Speed.of(60, seconds) == Speed(20, 15, 30)
+
+
+def test_a_model_that_cannot_be_run_whole_is_reported_without_its_speed(tmp_path: Path) -> None:
+    """Such as one of a class that this transformers does not know; the run is not lost for it."""
+    store, other = running.store_in(tmp_path), strange(config={"model_type": "of_tomorrow", "max_position_embeddings": 64})
+    timed = speed(other, other, machine={}, length=16)
+    running.run(store, timed)
+    (note,) = report_of(store, timed)["notes"]
+    assert (
+        note.startswith("speed is left out: measuring it failed with ValueError: ") and "of_tomorrow" in note and "\n" not in note
+    )
+    assert [r["original"] for r in report_of(store, timed)["rows"]] == [None] * 3
+
+
 def test_every_choice_tells_its_loss_beside_the_baselines(done: tuple[Store, Step, Path]) -> None:
     store, target, _ = done
     for choice in running.choices(store, target).values():
@@ -93,10 +143,8 @@ def test_a_search_by_score_keeps_what_the_exact_search_calls_its_baseline(how: s
 def test_a_model_without_a_tokenizer_is_evaluated_on_the_token_matrix_and_the_report_says_so(
     done: tuple[Store, Step, Path],
 ) -> None:
-    import json
-
     store, target, _ = done
-    notes = [n for r in target.reports for n in json.loads(store.artifact(r.key).file("report.json").read_text())["notes"]]
+    notes = [n for r in target.reports if r.name != "evaluate.speed" for n in report_of(store, r)["notes"]]
     assert notes == ["the model has no tokenizer: held-out text is left out, the loss on the token matrix stands for it"]
 
 
@@ -125,8 +173,6 @@ def test_every_report_has_the_baselines_beside_the_choice(done: tuple[Store, Ste
 
 
 def test_a_model_with_too_few_positions_is_reported_without_its_speed(tmp_path: Path) -> None:
-    import json
-
     model = running.model_in(tiny.write("mixtral", tmp_path / "model", max_position_embeddings=16))
     target = graph(model, running.matrix_of(tmp_path))
     store = running.store_in(tmp_path)

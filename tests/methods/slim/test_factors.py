@@ -139,3 +139,4 @@ def test_factors_of_more_components_than_the_expert_saw_tokens_are_slimmed(metho
     low = moei2.decompose(calibration, Decomposition(rank=16, shrink=0.0))
     out = pulled(store_in(tmp_path), unified.slim(calibrated(low, tmp_path, record=8), Slimming(method, **FOUR)), tmp_path)
     assert torch.isfinite(logits(loaded(out), tmp_path)).all()
+    assert all(value >= 0 for r in reports(out) for e in r["experts"] for value in e["lost"].values())

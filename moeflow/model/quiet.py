@@ -1,0 +1,24 @@
+"""Whole models as transformers loads them, without the bars that libraries draw meanwhile: a step reports its own progress."""
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Hide what is printed: compressed-tensors draws bars when a model is loaded and when it first runs, and has no switch."""
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        yield
+
+
+def load_whole(folder: Path, **options: Any) -> Any:
+    """The model in a checkpoint's folder; `options` are those of `AutoModelForCausalLM.from_pretrained`."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    with quiet():
+        return AutoModelForCausalLM.from_pretrained(folder, **options)
