@@ -52,7 +52,7 @@ class Prepared:
         return [self.target, *self.target.reports]
 
 
-def prepare(target: Step, store: Store, *, name: str, runner: Runner, options: Options) -> Prepared:
+def prepare(target: Step, store: Store, *, name: str, runner: Runner, options: Options | None = None) -> Prepared:
     """Check all that can be checked before a step starts. Raises ValueError for the name, CannotRun for the first problem."""
     versions.check_name(name)
     runner = runner.chosen()
@@ -65,7 +65,7 @@ def prepare(target: Step, store: Store, *, name: str, runner: Runner, options: O
         if planned.problems:
             raise CannotRun(planned.problems[0])
         if runner is Runner.process and planned.keys("run"):
-            options.check_here()
+            (options or Options()).check_here()
     except BaseException:
         mark.end()
         raise
