@@ -20,7 +20,7 @@ os.environ.setdefault("RAY_raylet_start_wait_time_s", "240")  # seconds; a busy 
 LONGEST = (
     "test_finetune", "test_run", "test_on_ray", "test_on_s3", "test_gang", "test_survival", "test_clusters", "test_interruptions"
 )  # fmt: skip
-ONE_RAY = ("test_run", "test_on_ray", "test_on_s3", "test_mending")
+ONE_RAY = ("test_run", "test_on_ray", "test_on_s3", "test_mending", "test_overlapping")
 """The files whose tests share a Ray: all run in one process, so that it is started once."""
 
 

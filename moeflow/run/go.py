@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
@@ -79,11 +79,12 @@ def go(prepared: Prepared, *, progress: Show, options: Options, record: Mapping[
         from moeflow.run.ray import runner as on_ray  # here, because importing ray takes longer than a run with nothing to do
 
         run = on_ray.run
+    marked = replace(options, run=prepared.mark.name)
     try:
         outcome = _mending(
             prepared.store,
             progress,
-            lambda index: run(prepared.targets, prepared.store, progress=progress, options=options, index=index),
+            lambda index: run(prepared.targets, prepared.store, progress=progress, options=marked, index=index),
             prepared.index,
         )
         reports = [s.key for s in prepared.target.reports]

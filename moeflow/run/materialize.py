@@ -18,6 +18,7 @@ from moeflow.run.call import Call
 from moeflow.run.work import threads, work_folder
 from moeflow.step import Artifact
 from moeflow.store import File, Manifest, NotStored, Store, StoreError, part_digest, partial
+from moeflow.store.claims import claimed
 from moeflow.store.patience import heard, wait_out
 
 LIBRARIES = ("torch", "transformers", "safetensors", "datasets", "numpy", "ray")
@@ -111,25 +112,28 @@ class Running:
         return self._resumed
 
 
-def materialize(call: Call, store: Store, report: Reporter) -> Done:
+def materialize(call: Call, store: Store, report: Reporter, run: str = "") -> Done:
     """Run `call` unless it is stored by now; return what is stored. Raises what the step raises, and StoreError.
+
+    With the mark `run` the step is claimed for that run. Raises Busy if another run computes it.
 
     A step whose source does not answer runs again until it does, for as long as the store's patience allows.
     """
     with heard(report.waits):
-        return wait_out(lambda: _attempt(call, store, report), store.patience, call.record.step)
+        return wait_out(lambda: _attempt(call, store, report, run), store.patience, call.record.step)
 
 
-def _attempt(call: Call, store: Store, report: Reporter) -> Done:
-    if (done := stored(call, store)) is not None:
+def _attempt(call: Call, store: Store, report: Reporter, run: str) -> Done:
+    with claimed(store, call.key, run):
+        if (done := stored(call, store)) is not None:
+            return done
+        function = call.function  # first, because a limit on threads reaches only libraries that are loaded
+        with work_folder(store.cache / "work") as work:
+            context = Running(call, store, report, work)
+            done = commit(call, store, context, carry_out(function, call, store, context))
+            if context.kept:
+                partial.drop(store, call.key)
         return done
-    function = call.function  # first, because a limit on threads reaches only libraries that are loaded
-    with work_folder(store.cache / "work") as work:
-        context = Running(call, store, report, work)
-        done = commit(call, store, context, carry_out(function, call, store, context))
-        if context.kept:
-            partial.drop(store, call.key)
-    return done
 
 
 def stored(call: Call, store: Store) -> Done | None:

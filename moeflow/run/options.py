@@ -18,13 +18,14 @@ class Options:
 
     `in_flight`: the most steps that may run or queue in the cluster at once; 0 means what the cluster's CPUs allow.
     `gpus`, `cpus`: for each step that computes with a model, or each process of a gang that does; `gpus` None means one if
-    the cluster has any now.
+    the cluster has any now. `run`: the name of the run's mark in the store, "" for one that claims no steps.
     """
 
     retries: int = 3
     in_flight: int = 0
     gpus: float | None = None
     cpus: float | None = None
+    run: str = ""
 
     def __post_init__(self) -> None:
         if self.retries < 0 or self.in_flight < 0:

@@ -112,6 +112,7 @@ def gc(store: Store, policy: Policy = Policy()) -> Garbage:
         for entry in store.blobs.list("partial/"):
             partial[entry.name.split("/")[1]].append(entry)
         leftovers = [e for e in store.blobs.list("halves/") if e.modified < before]
+        leftovers += [e for e in store.blobs.list("claims/") if e.modified < before]
         leftovers += [e for e in markers if e.name.split("/")[1] not in stored and e.modified < before]
     stale = {k: es for k, es in partial.items() if max(e.modified for e in es) < before and k not in live.keys}
     lost = {n for n, size in sizes.items() if n not in blobs or blobs[n].size != size}

@@ -1,6 +1,6 @@
 """Marks of runs that are under way: what a run relies on, so that garbage collection beside it leaves that alone.
 
-A mark is an object that its run touches every few minutes, and its time is the server's, so no machine's clock counts. A run
+A mark is an object that its run touches twice a minute, and its time is the server's, so no machine's clock counts. A run
 that died leaves a mark that ages. Knows no steps.
 """
 
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from moeflow.store.errors import StoreError
 from moeflow.store.store import Store
 
-TOUCH = 300.0  # seconds between two signs of life
+TOUCH = 30.0  # seconds between two signs of life; claims, which wait for a dead run, count by them
 LIVE = 1800.0  # seconds since the last sign after which a run counts as dead; longer than an outage that runs wait out
 
 
@@ -23,25 +23,25 @@ class Mark:
 
     def __init__(self, store: Store, keys: Iterable[str]) -> None:
         """Raises StoreError."""
-        self._store, self._name = store, f"runs/{uuid.uuid4().hex}.json"
+        self._store, self.name = store, f"runs/{uuid.uuid4().hex}.json"
         self._text = json.dumps(sorted({*keys})).encode()
         self._ended = threading.Event()
-        store.blobs.create(self._name, self._text)
+        store.blobs.create(self.name, self._text)
         threading.Thread(target=self._keep, daemon=True, name="mark").start()
 
     def end(self) -> None:
         """Delete the mark; one that cannot be deleted ages."""
         self._ended.set()
         with suppress(StoreError, OSError):
-            self._store.blobs.delete([self._name])
+            self._store.blobs.delete([self.name])
 
     def _keep(self) -> None:
         while not self._ended.wait(TOUCH):
             with suppress(StoreError, OSError):
                 try:
-                    self._store.blobs.touch(self._name)
+                    self._store.blobs.touch(self.name)
                 except FileNotFoundError:  # this machine slept for so long that its run counted as dead
-                    self._store.blobs.create(self._name, self._text)
+                    self._store.blobs.create(self.name, self._text)
 
 
 @dataclass(frozen=True)

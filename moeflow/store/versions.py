@@ -39,7 +39,9 @@ class Version:
 
 
 def publish(store: Store, name: str, key: str, *, record: Mapping[str, Any] | None = None, reports: Sequence[str] = ()) -> int:
-    """Make `key` the newest version of `name`; return its number. If it is the newest already, nothing changes.
+    """Make `key` the newest version of `name`; return its number.
+
+    If that has the same files and reports already, under whatever keys, nothing changes.
 
     Raises ValueError, NotStored.
     """
@@ -49,12 +51,23 @@ def publish(store: Store, name: str, key: str, *, record: Mapping[str, Any] | No
         raise NotStored(f"{key} is not stored in {store.url}, so it cannot be published as {name}")
     while True:
         n = _newest(store, f"versions/{name}/")
-        if n and (newest := _read(store, name, n)).key == key and {*newest.reports} == {*reports}:
+        if n and _identical(store, _read(store, name, n), key, reports):
             return n
         n = max(n, _newest(store, f"removed/{name}/"))
         about = {"name": name, "n": n + 1, "key": key, "created": _now(), "reports": reports, "record": record or {}}
         if store.blobs.create(_version(name, n + 1), json.dumps(about, indent=1).encode()):
             return n + 1
+
+
+def _identical(store: Store, version: Version, key: str, reports: Sequence[str]) -> bool:
+    """Whether a version has the files of `key`, and reports with the files of these."""
+    mine, others = (key, *reports), (version.key, *version.reports)
+    if mine[0] == others[0] and {*mine} == {*others}:
+        return True
+    digests = {k: m.digest for k, m in store.manifests([*mine, *others]).items()}
+    if len(digests) != len({*mine, *others}) or digests[key] != digests[version.key]:
+        return False
+    return sorted(digests[k] for k in reports) == sorted(digests[k] for k in version.reports)
 
 
 def resolve(store: Store, ref: str) -> Version | str:

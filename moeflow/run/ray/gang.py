@@ -23,10 +23,11 @@ from moeflow.run.materialize import stored
 from moeflow.run.outcome import WorkerLost, brief, describe
 from moeflow.run.ray.board import Answer
 from moeflow.run.ray.nodes import free_orphans
-from moeflow.run.ray.tasks import Failed, Made, Refused, ToBoard, ask, failed, made
+from moeflow.run.ray.tasks import Failed, Made, Postponed, Refused, ToBoard, ask, failed, made
 from moeflow.run.ray.travel import packed_error
 from moeflow.run.work import work_folder
 from moeflow.store import Store, partial
+from moeflow.store.claims import Busy, claimed
 
 QUIETLY = {  # Ray Train reads these where the trainer is made, and in its workers
     "RAY_TRAIN_V2_ENABLED": "1",
@@ -58,13 +59,13 @@ class Raised(Exception):
 
 
 @ray.remote
-def gang_task(call: Call, store: Store, board: Any, bundle: dict[str, float]) -> Made | Failed | Refused:
+def gang_task(call: Call, store: Store, board: Any, bundle: dict[str, float], run: str) -> Made | Failed | Refused | Postponed:
     """Drive a gang with `bundle` for each process. It resumes from what was saved as often as the board allows."""
     logging.getLogger("ray.train").setLevel(logging.CRITICAL)
     os.environ.update(QUIETLY)
     lost: PeerLost | None = None
     try:
-        with work_folder(store.cache / "work") as folder:
+        with claimed(store, call.key, run), work_folder(store.cache / "work") as folder:
             while True:
                 answer: Answer = ask(board.may_start.remote(call.key))
                 if answer == "closed":
@@ -81,6 +82,8 @@ def gang_task(call: Call, store: Store, board: Any, bundle: dict[str, float]) ->
                 else:
                     partial.drop(store, call.key)
                     return result
+    except Busy as busy:
+        return Postponed(str(busy))
     except Exception as error:
         return failed(error, board)
 

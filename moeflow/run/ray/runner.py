@@ -10,6 +10,7 @@ import os
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -28,10 +29,11 @@ from moeflow.run.ray.board import Event, RemoteBoard
 from moeflow.run.ray.gang import gang_task
 from moeflow.run.ray.head import answers, beside, quiet, watched
 from moeflow.run.ray.nodes import Nodes, demand, free_orphans, largest, offers, too_large
-from moeflow.run.ray.tasks import Failed, Made, step_task
+from moeflow.run.ray.tasks import Failed, Made, Postponed, step_task
 from moeflow.run.ray.travel import take_along
 from moeflow.step import Step
 from moeflow.store import Index, LocalBlobs, Store
+from moeflow.store.claims import LOOK as WAIT
 
 HEARTBEAT = 0.2  # seconds between two requests to the board
 LOOK = 5.0  # seconds between two counts of the cluster's CPUs
@@ -112,6 +114,7 @@ class _Drive:
     def __init__(self, ledger: Ledger, options: Options, *, own: bool) -> None:
         self._ledger, self._store, self._show, self._options = ledger, ledger.store, ledger.show, options
         self._running: dict[Any, Call] = {}
+        self._waiting: deque[tuple[float, Call]] = deque()  # what other runs compute, and when to look for it again
         self._failure: StepFailed | None = None
         self._ended, self._turn = False, threading.Lock()
         self._cpus, self._looked = 0, -LOOK  # the cluster's CPUs, and when they were counted
@@ -154,8 +157,13 @@ class _Drive:
     def _round(self) -> None:
         """Submit what may run, and collect what has finished by now."""
         if self._failure is None and not self._ended:
+            while self._waiting and self._waiting[0][0] <= time.monotonic():
+                self._submit(self._waiting.popleft()[1])
             for call in self._ledger.schedule.ready(self._room()):
                 self._submit(call)
+        if not self._running and self._waiting and self._failure is None:
+            time.sleep(HEARTBEAT)
+            return
         if not self._running:
             self._ended = True
             return
@@ -202,7 +210,7 @@ class _Drive:
             if call.resources.processes:
                 ref = gang_task.options(
                     name=call.record.step, num_cpus=0, max_retries=self._options.retries, scheduling_strategy=self._here
-                ).remote(call, self._store, self._board, asked)
+                ).remote(call, self._store, self._board, asked, self._options.run)
             else:
                 ref = step_task.options(
                     name=call.record.step,
@@ -211,7 +219,7 @@ class _Drive:
                     memory=asked.get("memory"),
                     max_retries=self._options.retries,
                     scheduling_strategy=self._nodes.near(call),
-                ).remote(call, self._store, self._board)
+                ).remote(call, self._store, self._board, self._options.run)
         except (TypeError, AttributeError) as error:  # what the function refers to cannot be pickled
             self._fail(call, error)
         else:
@@ -227,6 +235,9 @@ class _Drive:
         else:
             if isinstance(result, Failed):
                 self._fail(call, result.cause)
+            elif isinstance(result, Postponed):
+                self._show.waits("another run", result.why)
+                self._waiting.append((time.monotonic() + WAIT, call))
             elif isinstance(result, Made):
                 self._nodes.holds(call, result.node, result.done.bytes)
                 self._ledger.done(result.done)

@@ -11,6 +11,7 @@ from moeflow.run.outcome import WorkerLost
 from moeflow.run.ray.board import Answer, Event
 from moeflow.run.ray.travel import portable
 from moeflow.store import Store
+from moeflow.store.claims import Busy
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,15 @@ class ToBoard:
         self._board.tell.remote(Event("waits", "", text=remark, detail=where))
 
 
+@dataclass(frozen=True)
+class Postponed:
+    """Another run computes the step now."""
+
+    why: str
+
+
 @ray.remote
-def step_task(call: Call, store: Store, board: Any) -> Made | Failed | Refused:
+def step_task(call: Call, store: Store, board: Any, run: str) -> Made | Failed | Refused | Postponed:
     """Run one step. A failure closes the board before it is reported, so that nothing starts after it."""
     try:
         answer: Answer = ask(board.may_start.remote(call.key))
@@ -54,7 +62,10 @@ def step_task(call: Call, store: Store, board: Any) -> Made | Failed | Refused:
             return Refused()
         if answer == "worn out":
             raise WorkerLost("the node ran out of memory")
-        return made(materialize(call, store, ToBoard(board)), board)
+        return made(materialize(call, store, ToBoard(board), run), board)
+    except Busy as busy:
+        ask(board.forget.remote(call.key))
+        return Postponed(str(busy))
     except Exception as error:
         return failed(error, board)
 
