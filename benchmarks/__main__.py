@@ -17,6 +17,7 @@ ALL = (
     "calibrate",
     "driver",
     "store",
+    "recompression",
     "genetic",
     "decompose",
     "lowrank",
