@@ -73,6 +73,13 @@ class Context(Protocol):
     def link(self, artifact: Artifact, name: str, to: str | None = None) -> None:
         """Put one file of an input into the output, as `to` or under its own name, without copying it."""
 
+    def count(self, read: int) -> None:
+        """Count bytes that were read from elsewhere than the inputs."""
+
+    def stands_for(self, files: Mapping[str, str]) -> None:
+        """Say that the output is a note of files that lie elsewhere, by name with their SHA-256, which must be verified when they
+        are read: what reads the output is not run again where it read an artifact with these files before."""
+
     def save(self, folder: Path, at: int = 0) -> None:
         """Save the files of `folder` as this step's partial state, in place of the previous one.
 

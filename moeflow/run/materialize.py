@@ -67,6 +67,8 @@ class Running:
         self.links: dict[str, File] = {}
         self.notes: list[str] = []
         self.settings: Mapping[str, Any] = {}
+        self.reads = 0  # bytes from elsewhere than the inputs
+        self.elsewhere: Mapping[str, str] = {}
         self.kept = False  # whether there may be partial state
         self._call, self._store, self._report = call, store, report
         self._reported = 0.0
@@ -96,6 +98,12 @@ class Running:
         if to in self.links:
             raise FileExistsError(f"the output already links a file as {to!r}; pass another name as `to`")
         self.links[to] = source.files[name]
+
+    def count(self, read: int) -> None:
+        self.reads += read
+
+    def stands_for(self, files: Mapping[str, str]) -> None:
+        self.elsewhere = dict(files)
 
     def save(self, folder: Path, at: int = 0) -> None:
         self.kept = True
@@ -152,9 +160,9 @@ def carry_out(function: Callable[..., None], call: Call, store: Store, context: 
 
 def commit(call: Call, store: Store, context: Running, seconds: float) -> Done:
     """Store the function's output. Raises StoreError."""
-    reads, notes = sum(i.reads for i in context.inputs), tuple(context.notes)
+    reads, notes = context.reads + sum(i.reads for i in context.inputs), tuple(context.notes)
     writes = sum(p.stat().st_size for p in context.out.rglob("*") if p.is_file())
-    record = replace(call.record, libraries=libraries(), notes=notes, seconds=seconds, reads=reads)
+    record = replace(call.record, libraries=libraries(), notes=notes, seconds=seconds, reads=reads, stands_for=context.elsewhere)
     made = store.commit(call.key, context.out, record=record, links=context.links)
     parts = _parts(call, store.manifest(call.key)) if call.parts else {}
     return Done(call.key, made.digest, parts, made.bytes, True, reads, writes, seconds, notes)
