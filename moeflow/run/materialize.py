@@ -68,7 +68,7 @@ class Running:
         self.notes: list[str] = []
         self.settings: Mapping[str, Any] = {}
         self.reads = 0  # bytes from elsewhere than the inputs
-        self.elsewhere: Mapping[str, str] = {}
+        self.stands_for: Mapping[str, str] = {}
         self.kept = False  # whether there may be partial state
         self._call, self._store, self._report = call, store, report
         self._reported = 0.0
@@ -98,12 +98,6 @@ class Running:
         if to in self.links:
             raise FileExistsError(f"the output already links a file as {to!r}; pass another name as `to`")
         self.links[to] = source.files[name]
-
-    def count(self, read: int) -> None:
-        self.reads += read
-
-    def stands_for(self, files: Mapping[str, str]) -> None:
-        self.elsewhere = dict(files)
 
     def save(self, folder: Path, at: int = 0) -> None:
         self.kept = True
@@ -162,7 +156,9 @@ def commit(call: Call, store: Store, context: Running, seconds: float) -> Done:
     """Store the function's output. Raises StoreError."""
     reads, notes = context.reads + sum(i.reads for i in context.inputs), tuple(context.notes)
     writes = sum(p.stat().st_size for p in context.out.rglob("*") if p.is_file())
-    record = replace(call.record, libraries=libraries(), notes=notes, seconds=seconds, reads=reads, stands_for=context.elsewhere)
+    record = replace(
+        call.record, libraries=libraries(), notes=notes, seconds=seconds, reads=reads, stands_for=dict(context.stands_for)
+    )
     made = store.commit(call.key, context.out, record=record, links=context.links)
     parts = _parts(call, store.manifest(call.key)) if call.parts else {}
     return Done(call.key, made.digest, parts, made.bytes, True, reads, writes, seconds, notes)

@@ -1,12 +1,11 @@
 """Files of a source that are not copied into the store: an artifact has a note of where one lies, and its ranges are read there."""
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 from moeflow.sources.places import SourceFile
 from moeflow.sources.where import place_of
-from moeflow.step import Artifact
+from moeflow.step import Artifact, Context
 from moeflow.store.errors import MayPass, MissingSource
 
 NOTE = "source.json"
@@ -32,10 +31,10 @@ class Note:
 
 @dataclass(frozen=True)
 class Referred:
-    """The file that a note describes, read like an artifact with this one file; `count` is called with the bytes that are read."""
+    """The file that a note describes, read like an artifact with this one file, by a running step."""
 
     note: Note
-    count: Callable[[int], None]
+    context: Context
 
     def names(self) -> list[str]:
         return [self.note.file.name]
@@ -53,12 +52,12 @@ class Referred:
             raise MissingSource(f"{error}{WAY_OUT}") from error
         if len(data) != stop - start:
             raise MissingSource(f"{name} at {self.note.uri} ended after {len(data)} of {stop - start} bytes{WAY_OUT}")
-        self.count(len(data))
+        self.context.reads += len(data)
         return data
 
 
-def opened(artifact: Artifact, count: Callable[[int], None]) -> Artifact | Referred:
+def opened(artifact: Artifact, context: Context) -> Artifact | Referred:
     """What an artifact is a note of, or the artifact itself if it holds the files."""
     if artifact.names() != [NOTE]:
         return artifact
-    return Referred(Note.load(artifact.read(NOTE, 0, artifact.size(NOTE))), count)
+    return Referred(Note.load(artifact.read(NOTE, 0, artifact.size(NOTE))), context)

@@ -56,7 +56,7 @@ def reference(context: Context, *, uri: str, file: SourceFile) -> None:
     """
     (context.out / NOTE).write_bytes(Note(uri, file).dump())
     if file.sha256:
-        context.stands_for({file.name: file.sha256})
+        context.stands_for = {file.name: file.sha256}
 
 
 @step("sources.files", version=1, spec=_several)
@@ -112,7 +112,7 @@ def _counter(context: Context, total: int) -> Callable[[int], None]:
 
     def grow(n: int) -> None:
         nonlocal done
-        context.count(n)
+        context.reads += n
         done += n
         context.progress(min(done, total), total, "bytes")
 

@@ -11,8 +11,8 @@ class Running:
 
     def __init__(self, at: Path, kept: Path | None = None) -> None:
         self.out, self.scratch, self.kept = at / "out", at / "scratch", kept
-        self.read = 0
-        self.files: dict[str, str] = {}
+        self.reads = 0
+        self.stands_for: Mapping[str, str] = {}
         self.saved: list[list[str]] = []
         self.reported: list[tuple[int, int, str]] = []
         for path in (self.out, self.scratch):
@@ -23,12 +23,6 @@ class Running:
 
     def note(self, text: str) -> None:
         raise AssertionError(text)
-
-    def count(self, read: int) -> None:
-        self.read += read
-
-    def stands_for(self, files: Mapping[str, str]) -> None:
-        self.files = dict(files)
 
     def link(self, artifact: object, name: str, to: str | None = None) -> None:
         raise AssertionError(name)

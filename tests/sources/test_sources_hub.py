@@ -14,7 +14,7 @@ from moeflow.sources.referred import NOTE, Note, Referred
 from moeflow.store import MissingSource
 from moeflow.store.errors import SourceUnavailable
 from tests import servers
-from tests.sources.running import run
+from tests.sources.running import Running, run
 
 WEIGHTS = b"weights" * 1000
 FILES = {
@@ -118,10 +118,9 @@ def test_weights_are_copied_from_the_hub_and_referred_to_in_its_cache(hub: serve
     cached(cache, "models--org--tiny", FILES, commit)
     asked = len(hub.asked)
     note = run(pin("org/tiny", kind="model").weights("model.safetensors"), tmp_path / "1")
-    assert note.files == {"model.safetensors": hashlib.sha256(WEIGHTS).hexdigest()}
-    read: list[int] = []
-    file = Referred(Note.load((note.out / NOTE).read_bytes()), read.append)
-    assert file.read("model.safetensors", 7, 14) == b"weights" and read == [7]
+    assert note.stands_for == {"model.safetensors": hashlib.sha256(WEIGHTS).hexdigest()}
+    file = Referred(Note.load((note.out / NOTE).read_bytes()), note)
+    assert file.read("model.safetensors", 7, 14) == b"weights" and note.reads == 7
     assert len(hub.asked) == asked + 1, "only to pin it"
     blob = cache / "models--org--tiny" / "blobs" / hashlib.sha256(WEIGHTS).hexdigest()
     blob.write_bytes(WEIGHTS[:-1] + b"x")
@@ -135,12 +134,12 @@ def test_weights_on_the_hub_can_be_referred_to(hub: servers.Hub, tmp_path: Path)
     hub.put("models/org/tiny", FILES)
     note = run(pin("org/tiny", kind="model", how="refer").weights("model.safetensors"), tmp_path / "1")
     hub.put("models/org/tiny", FILES | {"model.safetensors": b"changed" * 1000})
-    file = Referred(Note.load((note.out / NOTE).read_bytes()), lambda n: None)
-    assert file.read("model.safetensors", 7, 14) == b"weights" and not note.files
+    file = Referred(Note.load((note.out / NOTE).read_bytes()), note)
+    assert file.read("model.safetensors", 7, 14) == b"weights" and not note.stands_for
 
 
-def test_an_outage_where_weights_are_referred_to_is_no_change_and_may_pass(offline: Path) -> None:
-    file = Referred(Note(f"hf://models/org/tiny@{'0' * 40}", SourceFile("model.safetensors", 7000, "0" * 40)), lambda n: None)
+def test_an_outage_where_weights_are_referred_to_is_no_change_and_may_pass(offline: Path, tmp_path: Path) -> None:
+    file = Referred(Note(f"hf://models/org/tiny@{'0' * 40}", SourceFile("model.safetensors", 7000, "0" * 40)), Running(tmp_path))
     with pytest.raises(SourceUnavailable, match="the hub cannot be asked") as failed:
         file.read("model.safetensors", 0, 8)
     assert "-p source=copy" not in str(failed.value)

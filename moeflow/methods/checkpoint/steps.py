@@ -211,7 +211,7 @@ def _gather(context: Context, shards: tuple[Artifact, ...], tensors: Table, path
     gathered, done = {}, 0
     total = sum(stop - start for _, _, _, start, stop in tensors.values())
     for at, shard in enumerate(shards):
-        files = opened(shard, context.count)
+        files = opened(shard, context)
         (file,) = (n for n in files.names() if n.endswith(".safetensors"))
         here = {n: TensorInfo(file, t[1], tuple(t[2]), t[3], t[4]) for n, t in tensors.items() if t[0] == at}
         for name, tensor in checkpoint.read_many(files, here):
