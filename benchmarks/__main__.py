@@ -17,6 +17,7 @@ ALL = (
     "calibrate",
     "driver",
     "store",
+    "traffic",
     "genetic",
     "decompose",
     "lowrank",

@@ -1,11 +1,14 @@
 """The benchmarks can be run, and say whether a claim held. They assert no time, and neither do these."""
 
 import importlib
+from pathlib import Path
 
 import pytest
 
+from benchmarks import real_sizes
 from benchmarks.__main__ import ALL
 from benchmarks.rows import Row
+from moeflow.model.layout import Folder, headers
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -17,3 +20,11 @@ def test_a_claim_holds_on_the_right_side_of_its_bound() -> None:
     assert Row("faster", 13.1, "at least", 13, "times").holds and not Row("faster", 12.9, "at least", 13, "times").holds
     assert Row("slower", 1.2, "at most", 1.3, "times").holds and not Row("slower", 1.4, "at most", 1.3, "times").holds
     assert Row("slower", 1.4, "at most", 1.3, "times").line() == "| slower | 1.4 times | at most 1.3 | NO |"
+
+
+def test_a_checkpoint_of_real_size_takes_no_disk(tmp_path: Path) -> None:
+    folder = real_sizes.mixtral_8x7b(tmp_path / "mixtral")
+    files = [*folder.iterdir()]
+    weights = [t.nbytes for t in headers(Folder(folder)).values()]
+    assert sum(weights) == 93_405_585_408, "as the published index says"
+    assert sum(f.stat().st_size for f in files) > 93e9 and sum(512 * f.stat().st_blocks for f in files) < 1e7
