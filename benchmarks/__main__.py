@@ -18,6 +18,7 @@ ALL = (
     "driver",
     "store",
     "recompression",
+    "traffic",
     "genetic",
     "decompose",
     "lowrank",

@@ -26,6 +26,7 @@ from moeflow import options
 
 CODE = re.compile(r"[a-z_]\w*(\.\w+)+:\w+")  # how a table of methods refers to a row's code; see `moeflow.methods.graph.load`
 P = ParamSpec("P")
+_text = cache(Path.read_text)
 
 
 class Artifact(Protocol):
@@ -60,6 +61,8 @@ class Context(Protocol):
     local_rank: int  # among the gang's processes on this machine, as in LOCAL_RANK; 0 outside one
     processes: int  # of the gang; 1 outside one
     settings: Mapping[str, Any]  # `Resources.settings`; empty outside a gang
+    reads: int  # bytes that it has read from elsewhere than its inputs: it adds to them
+    stands_for: Mapping[str, str]  # of an output that is a note of files elsewhere: their SHA-256 by name, for early cutoff
 
     def progress(self, done: int, total: int, unit: str, detail: str = "") -> None:
         """Report how far the step is, in `unit` ("tokens", "layers", "bytes"); `detail` is shown after it ("loss 3.214").
@@ -366,9 +369,6 @@ def _source(fn: Callable[..., None]) -> str:
             texts[file] = _text(file)
             stack.extend(_imports(texts[file], package, root))
     return hashlib.sha256("".join([text, *(texts[file] for file in sorted(texts))]).encode()).hexdigest()
-
-
-_text = cache(Path.read_text)
 
 
 @cache

@@ -3,7 +3,8 @@
     ray job submit --working-dir . -- python pipelines/mixtral.py --store s3://bucket/prefix --gpus 1 -p keep=6
 
 The constants are the paper's: 128 sequences of 2,048 tokens of C4 in batches of 8, documents packed in groups of 1,000 with a
-beginning-of-sequence token each, the checkpoint's own precision (bf16), every layer searched on its own.
+beginning-of-sequence token each, the checkpoint's own precision (bf16), every layer searched on its own. One task runs all of them
+through a stage, so that the weights are read once: reading a layer takes longer than computing with it.
 
 `-p skipping=median` adds the paper's dynamic skipping, calibrated on the pruned model: about half of the tokens then use one
 expert; `-p skipping=1.7` sets how many experts a token has on average. `-p tune=lora` fine-tunes what is left.
@@ -39,7 +40,7 @@ def build(
     skipping: Skipping | None = None,
     tune: FineTuning | None = None,
     gang: Gang = Gang(zero=3, checkpointing=True),
-    calibration: Calibrating = Calibrating(seed=42, group=1000),
+    calibration: Calibrating = Calibrating(seed=42, group=1000, shard=128),
 ) -> Step:
     original = checkpoint.pinned(model)
     matrix = data.tokens(tokens, original, calibration.sample)

@@ -1,13 +1,15 @@
 """The benchmarks can be run, and say whether a claim held. They assert no time, and neither do these."""
 
 import importlib
+from pathlib import Path
 
 import pytest
 
-from benchmarks import unified
+from benchmarks import real_sizes, unified
 from benchmarks.__main__ import ALL, RESULTS
 from benchmarks.quality import SHARED
 from benchmarks.rows import Row
+from moeflow.model.layout import Folder, headers
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -31,3 +33,11 @@ def test_the_figures_of_the_recipe_of_ours_are_those_that_are_written_down() -> 
     results, whole = unified.measured({name: unified.TOGETHER[name]})
     assert results[name].nbytes / whole == pytest.approx(float(share.rstrip("%")) / 100, abs=0.001)
     assert results[name].mean == pytest.approx(float(divergence), rel=0.1)
+
+
+def test_a_checkpoint_of_real_size_takes_no_disk(tmp_path: Path) -> None:
+    folder = real_sizes.mixtral_8x7b(tmp_path / "mixtral")
+    files = [*folder.iterdir()]
+    weights = [t.nbytes for t in headers(Folder(folder)).values()]
+    assert sum(weights) == 93_405_585_408, "as the published index says"
+    assert sum(f.stat().st_size for f in files) > 93e9 and sum(512 * f.stat().st_blocks for f in files) < 1e7

@@ -68,6 +68,8 @@ class Running:
         self.links: dict[str, File] = {}
         self.notes: list[str] = []
         self.settings: Mapping[str, Any] = {}
+        self.reads = 0  # bytes from elsewhere than the inputs
+        self.stands_for: Mapping[str, str] = {}
         self.kept = False  # whether there may be partial state
         self._call, self._store, self._report = call, store, report
         self._reported = 0.0
@@ -156,9 +158,11 @@ def carry_out(function: Callable[..., None], call: Call, store: Store, context: 
 
 def commit(call: Call, store: Store, context: Running, seconds: float) -> Done:
     """Store the function's output. Raises StoreError."""
-    reads, notes = sum(i.reads for i in context.inputs), tuple(context.notes)
+    reads, notes = context.reads + sum(i.reads for i in context.inputs), tuple(context.notes)
     writes = sum(p.stat().st_size for p in context.out.rglob("*") if p.is_file())
-    record = replace(call.record, libraries=libraries(), notes=notes, seconds=seconds, reads=reads)
+    record = replace(
+        call.record, libraries=libraries(), notes=notes, seconds=seconds, reads=reads, stands_for=dict(context.stands_for)
+    )
     made = store.commit(call.key, context.out, record=record, links=context.links)
     parts = _parts(call, store.manifest(call.key)) if call.parts else {}
     return Done(call.key, made.digest, parts, made.bytes, True, reads, writes, seconds, notes)

@@ -18,11 +18,16 @@ from typing import Any
 
 from moeflow import options, sources
 from moeflow.run.outcome import describe
-from moeflow.sources import Source, Texts
+from moeflow.sources import How, Source, Texts
 from moeflow.step import Step
 
 Build = Callable[..., Step]
 
+HOW = "source"  # the parameter that every pipeline with a source has
+_WHETHER = (
+    "Whether a model's weights are copied into the store, or read by range where they lie; by default they are copied from the "
+    "hub, and read where they lie in S3, in a folder and in the hub's cache."
+)
 ENDS = "a pipeline raises ValueError with what is wrong"
 
 MEANING = {
@@ -66,11 +71,12 @@ def _imported(path: Path) -> ModuleType:
 def call(build: Build, assignments: Iterable[str]) -> Step:
     """Call `build` with parameters from words `name=value` and `name.field=value`. Raises ValueError if they do not fit."""
     parameters, kinds = inspect.signature(build).parameters, _kinds(build)
-    words = _words(assignments, parameters, kinds)
+    words = _words(assignments, [*parameters, *_of_every(kinds)], kinds)
+    how = options.read("-p source", words.pop(HOW), How) if HOW in _of_every(kinds) and HOW in words else None
     named_words = {name.partition(".")[0] for name in words}
     if missing := [p.name for p in parameters.values() if p.default is p.empty and p.name not in named_words]:
         raise ValueError(f"the pipeline needs {' '.join(f'-p {name}=...' for name in missing)}")
-    values = {name: _value(name, p.default, kinds[name], words) for name, p in parameters.items()}
+    values = {name: _value(name, p.default, kinds[name], words, how) for name, p in parameters.items()}
     try:
         made = build(**values)
     except SystemExit as error:
@@ -99,6 +105,8 @@ def page(build: Build, about: str = "") -> str:
         for field in options.described(options_type):
             now = field.default if default in (None, parameter.empty) else _short(getattr(default, field.name))
             lines += _entry(f"  {name}.{field.name}", field.type, now, f"{field.help} {_choice(field.choices)}".strip())
+    for name in _of_every(kinds):
+        lines += _entry(name, options.shown(How), "", f"{_WHETHER} {_choice(options.choices_of(How))}")
     return "\n".join(lines)
 
 
@@ -144,7 +152,7 @@ def _words(assignments: Iterable[str], known: Iterable[str], kinds: dict[str, An
             own = [n for n in fields if n.partition(".")[2] == name]
             advice = f"did you mean {' or '.join(own)}?" if own else options.nearest(name, known)
             raise ValueError(f"-p {word}: the pipeline has no parameter {name!r}; {advice}")
-        if dot and _options(kinds[head]) is None:
+        if dot and _options(kinds.get(head)) is None:
             raise ValueError(f"-p {word}: {head} has no fields; write -p {head}=value")
         if name in words:
             raise ValueError(f"-p {name} is given twice: {words[name]!r} and {value!r}")
@@ -158,7 +166,12 @@ def _options(kind: Any) -> type | None:
     return None if options_type in (Source, Texts) else options_type
 
 
-def _value(name: str, default: Any, kind: Any, words: dict[str, str]) -> Any:
+def _of_every(kinds: dict[str, Any]) -> tuple[str, ...]:
+    """The parameters that every pipeline with a source has, beside its own."""
+    return (HOW,) if HOW not in kinds and any(Source in options.members(kind) for kind in kinds.values()) else ()
+
+
+def _value(name: str, default: Any, kind: Any, words: dict[str, str], how: How | None) -> Any:
     """The value of a parameter: sources and texts are made from words, and fields of options are set one by one."""
     word, options_type = words.get(name), _options(kind)
     if options_type is not None:
@@ -173,7 +186,7 @@ def _value(name: str, default: Any, kind: Any, words: dict[str, str]) -> Any:
         return options.changed(f"-p {name}", options_type, start, inside) if inside else start
     text = word if word is not None else default
     if isinstance(text, str) and Source in options.members(kind):
-        return sources.pin(text, kind="model")
+        return sources.pin(text, kind="model", how=how)
     if isinstance(text, str) and Texts in options.members(kind):
         return Texts(text)
     return default if word is None else options.read(f"-p {name}", word, kind)

@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +101,8 @@ def plan(
     problems += [why for row, why in unfit.items() if not row.optional]
     if memory is not None:
         problems += _compiler(schedule.steps[r.key] for r in rows if r.state == "run")
+    idle = {row.name for row in unfit if row.optional}  # they look at the memory first, and then read nothing
+    rows = tuple(replace(row, reads=0) if row.name in idle else row for row in rows)
     warnings = [
         *schedule.warnings(),
         *(f"{why}; until then it leaves its figures out" for row, why in unfit.items() if row.optional),

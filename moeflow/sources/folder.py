@@ -1,6 +1,7 @@
 """Sources on this machine: a folder, a file, a glob, or the running Python's standard library, pinned by SHA-256.
 
-Digests are cached by path, size, time and inode, so that a folder that has not changed is pinned without reading it.
+Digests are cached by path, size, time and inode, so that a folder that has not changed is pinned without reading it. Those of a
+large file's chunks are computed by the same read, so that its ranges can be verified wherever they are read.
 """
 
 import glob
@@ -11,20 +12,22 @@ import re
 import sysconfig
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
-from moeflow.sources.places import Grow, Kind, Pinned, SourceFile, changed, chosen, copy
-from moeflow.store import names
+from moeflow.sources.places import Grow, Kind, Pinned, SourceFile, changed, chosen, copy, piece
+from moeflow.store import checked
 from moeflow.store.errors import MissingSource
 from moeflow.store.home import home
+from moeflow.store.manifest import CHUNK, WIDTH, File
 
 BY_PARTS = False
 STDLIB = "python:stdlib"
 RACY = 2.0  # seconds: a younger file may change again without a new modification time
-NOTES = "digests.json"
+NOTES, CHUNKS = "digests.json", "chunks"  # a file of digests, and a folder with the chunks' digests of each large file
 DIGEST = re.compile(r"[0-9a-f]{64}")
 REMEMBERED = 50_000  # digests
 WILD = set("*?[")
@@ -43,9 +46,11 @@ def pin(uri: str, kind: Kind) -> Pinned:
 
 def read(uri: str, file: SourceFile, start: int, stop: int) -> bytes:
     path = _path(uri, file)
+    if file.chunks:
+        with _forgotten(path):
+            return piece(path, file, start, stop)
     [digest] = digests_of([path])
-    if f"sha256:{digest}" != file.pin:
-        raise changed(str(path), file.pin, f"sha256:{digest}")
+    _compare(path, file, digest)
     with path.open("rb") as opened:
         opened.seek(start)
         return opened.read(max(0, stop - start))
@@ -54,8 +59,31 @@ def read(uri: str, file: SourceFile, start: int, stop: int) -> bytes:
 def bring(uri: str, file: SourceFile, to: Path, grow: Grow, start: int, stop: int) -> None:
     path, digest = _path(uri, file), hashlib.sha256()
     copy(path, to, grow, digest.update)
-    if f"sha256:{digest.hexdigest()}" != file.pin:
-        raise changed(str(path), file.pin, f"sha256:{digest.hexdigest()}")
+    _compare(path, file, digest.hexdigest())
+
+
+def stays(uri: str, file: SourceFile) -> bool:
+    return True
+
+
+def known(uri: str, file: SourceFile) -> SourceFile:
+    path = _path(uri, file)
+    about = file_at(path)
+    _compare(path, file, about.sha256)
+    return replace(file, sha256=about.sha256, chunks=about.chunks)
+
+
+def file_at(path: Path) -> File:
+    """The digests of a file and of its chunks; one that has not changed since it was digested is not read again."""
+    [digest] = digests_of([path])
+    size = path.stat().st_size
+    try:
+        chunks = (home() / CHUNKS / digest).read_text()
+    except (OSError, ValueError):
+        chunks = ""
+    if re.fullmatch(rf"[0-9a-f]{{{WIDTH * -(-size // CHUNK)}}}", chunks):
+        return File(digest, size, chunks)
+    return _digested(path)
 
 
 def digests_of(paths: Iterable[Path]) -> list[str]:
@@ -66,7 +94,7 @@ def digests_of(paths: Iterable[Path]) -> list[str]:
     marks = [f"{p}\0{s.st_size}\0{s.st_mtime_ns}\0{s.st_ino}" for p, s in zip(asked, stats, strict=True)]
     new = {at: p for at, p in zip(marks, asked, strict=True) if at not in known}
     with ThreadPoolExecutor(2) as pool:
-        learnt = dict(zip(new, pool.map(names.sha256, new.values()), strict=True))
+        learnt = dict(zip(new, pool.map(lambda p: _digested(p).sha256, new.values()), strict=True))
     old = {at: s.st_mtime < time.time() - RACY for at, s in zip(marks, stats, strict=True)}
     if keep := {at: d for at, d in learnt.items() if old[at]}:
         _remember(keep)
@@ -122,6 +150,31 @@ def _path(uri: str, file: SourceFile) -> Path:
     return path
 
 
+def _compare(path: Path, file: SourceFile, digest: str) -> None:
+    """Raise MissingSource unless this is the digest that the file was pinned with."""
+    if f"sha256:{digest}" != file.pin:
+        with _forgotten(path):
+            raise changed(str(path), file.pin, f"sha256:{digest}")
+
+
+@contextmanager
+def _forgotten(path: Path) -> Iterator[None]:
+    """Forget the digests of a file that turns out to hold other bytes, whatever its time says: the next run pins what is there."""
+    try:
+        yield
+    except MissingSource:
+        _note({at: d for at, d in _remembered().items() if not at.startswith(f"{path}\0")})
+        raise
+
+
+def _digested(path: Path) -> File:
+    """Read a file; keep the digests of its chunks if it is large."""
+    made = checked.file_of(path)
+    if made.size > CHUNK:
+        _write(home() / CHUNKS / made.sha256, made.chunks)
+    return made
+
+
 def _remembered() -> dict[str, str]:
     try:
         digests = json.loads((home() / NOTES).read_bytes())
@@ -132,11 +185,17 @@ def _remembered() -> dict[str, str]:
 
 
 def _remember(learnt: dict[str, str]) -> None:
-    kept = dict([*(_remembered() | learnt).items()][-REMEMBERED:])
-    notes = home() / NOTES
+    _note(dict([*(_remembered() | learnt).items()][-REMEMBERED:]))
+
+
+def _note(digests: dict[str, str]) -> None:
+    _write(home() / NOTES, json.dumps(digests))
+
+
+def _write(path: Path, text: str) -> None:
     with suppress(OSError):  # if the home cannot be written to, the files are read again next time
-        notes.parent.mkdir(parents=True, exist_ok=True)
-        handle, half = tempfile.mkstemp(dir=notes.parent)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, half = tempfile.mkstemp(dir=path.parent)
         with os.fdopen(handle, "w") as file:
-            json.dump(kept, file)
-        os.replace(half, notes)
+            file.write(text)
+        os.replace(half, path)

@@ -1,7 +1,8 @@
 """Sources on the Hugging Face hub: a branch or tag is pinned to its commit, offline to the commit in the hub's cache.
 
 huggingface_hub, which resumes by itself, downloads a file into a folder of its own, which is removed when the file has been
-copied. A file in the user's hub cache is read from there. Only files that `places.chosen` names are downloaded, never code.
+copied. A file in the user's hub cache is read from there, and verified like a file in a folder. Only files that `places.chosen`
+names are downloaded, never code.
 """
 
 import fnmatch
@@ -12,6 +13,7 @@ import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -40,12 +42,14 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, tqdm
 
-from moeflow.sources.places import Grow, Kind, Pinned, SourceFile, changed, chosen, copy
+from moeflow.sources import folder as disk
+from moeflow.sources.places import Grow, Kind, Pinned, SourceFile, changed, chosen, copy, piece
 from moeflow.store.errors import MissingSource, SourceUnavailable
 from moeflow.store.home import home
 
 BY_PARTS = False
 FORM = re.compile(r"hf://(?P<type>models|datasets)/(?P<repo>[^/@]+/[^/@]+)(@(?P<revision>[^/]+))?(/(?P<glob>.+))?")
+SHA256 = re.compile(r"[0-9a-f]{64}")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 AWAY = (OfflineModeIsEnabled, ConnectionError, LocalEntryNotFoundError, TimeoutError)
 
@@ -99,6 +103,8 @@ def _headers(repo: str, type_: str, revision: str, name: str) -> tuple[str, int]
 def read(uri: str, file: SourceFile, start: int, stop: int) -> bytes:
     repo, type_, commit, _ = _parts(uri)
     if (cached := _in_cache(repo, type_, commit, file)) is not None:
+        if file.chunks:
+            return piece(cached.resolve(), file, start, stop)
         with cached.open("rb") as opened:
             opened.seek(start)
             return opened.read(max(0, stop - start))
@@ -114,6 +120,22 @@ def read(uri: str, file: SourceFile, start: int, stop: int) -> bytes:
             return got[start:stop] if answer.status_code == 200 else got  # 200: the server does not know ranges
     except _Away as away:
         raise away.wrong(f"{uri}/{file.name} is not in the hub's cache here, and {away}") from away
+
+
+def stays(uri: str, file: SourceFile) -> bool:
+    repo, type_, commit, _ = _parts(uri)
+    return _in_cache(repo, type_, commit, file) is not None
+
+
+def known(uri: str, file: SourceFile) -> SourceFile:
+    repo, type_, commit, _ = _parts(uri)
+    if (cached := _in_cache(repo, type_, commit, file)) is None:
+        return file
+    path = cached.resolve()
+    about = disk.file_at(path)
+    if SHA256.fullmatch(path.name) and path.name != about.sha256:
+        raise _damaged(f"{uri}/{file.name}", path)
+    return replace(file, sha256=about.sha256, chunks=about.chunks)
 
 
 def bring(uri: str, file: SourceFile, to: Path, grow: Grow, start: int, stop: int) -> None:
@@ -136,12 +158,16 @@ def _copy(path: Path, file: SourceFile, to: Path, what: str, grow: Grow) -> None
     """Copy and verify: the hub's cache names files by SHA-256, or as git does by the SHA-1 of size and content."""
     name, size = path.resolve().name, path.stat().st_size
     sha256, git = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
-    known = sha256 if re.fullmatch(r"[0-9a-f]{64}", name) else git if COMMIT.fullmatch(name) else None
+    known = sha256 if SHA256.fullmatch(name) else git if COMMIT.fullmatch(name) else None
     copy(path, to, grow, known.update if known else len)
     if size != file.size:
         raise changed(what, f"{file.size} bytes", f"{size} bytes")
     if known is not None and known.hexdigest() != name:
-        raise MissingSource(f"{what}: {path} holds other bytes than it should; delete it and run again")
+        raise _damaged(what, path)
+
+
+def _damaged(what: str, path: Path) -> MissingSource:
+    return MissingSource(f"{what}: {path} holds other bytes than it should; delete it and run again")
 
 
 def _in_cache(repo: str, type_: str, commit: str, file: SourceFile) -> Path | None:

@@ -6,9 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal, Protocol
 
-from moeflow.store.errors import MissingSource
+from moeflow.store import checked
+from moeflow.store.errors import CorruptBlob, MissingSource
+from moeflow.store.manifest import File
 
 Kind = Literal["model", "data"]
+How = Literal["copy", "refer"]
+"""Whether a model's weights are copied into the store, or read by range where they lie."""
 Grow = Callable[[int], None]  # called with the number of bytes that have arrived since the last call
 
 MODEL_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".tiktoken", ".txt", ".md")
@@ -23,6 +27,8 @@ class SourceFile:
     name: str  # relative to the source
     size: int  # bytes
     pin: str  # "sha256:..." on a disk, "etag:...[/version]" in S3, the commit on the hub
+    sha256: str = ""  # where `Place.known` has filled it in
+    chunks: str = ""  # the digests of its chunks, as in `moeflow.store.File`
 
 
 @dataclass(frozen=True)
@@ -40,8 +46,17 @@ class Place(Protocol):
     def pin(self, uri: str, kind: Kind) -> Pinned:
         """The files that are there now. Raises MissingSource."""
 
+    def stays(self, uri: str, file: SourceFile) -> bool:
+        """Whether a pinned file lies where it stays, so that it need not be copied."""
+
+    def known(self, uri: str, file: SourceFile) -> SourceFile:
+        """A pinned file with its digests, if it lies on a disk; elsewhere as it is. Raises MissingSource if it has changed."""
+
     def read(self, uri: str, file: SourceFile, start: int, stop: int) -> bytes:
-        """The bytes [start, stop) of a pinned file. Raises MissingSource if it has changed."""
+        """The bytes [start, stop) of a pinned file, compared with its digests if they are known.
+
+        Raises MissingSource if it has changed.
+        """
 
     def bring(self, uri: str, file: SourceFile, to: Path, grow: Grow, start: int, stop: int) -> None:
         """Copy the bytes [start, stop) of a pinned file to `to`. Raises MissingSource if it has changed."""
@@ -70,6 +85,17 @@ def chosen(names: Iterable[str], kind: Kind, where: str) -> list[str]:
 
 def changed(what: str, pin: str, now: str) -> MissingSource:
     return MissingSource(f"{what} has changed since it was pinned (was {pin}, is {now}); run again to pin it anew")
+
+
+def piece(path: Path, file: SourceFile, start: int, stop: int) -> bytes:
+    """The bytes [start, stop) of a file whose digests are known. Raises MissingSource if others were pinned."""
+    try:
+        return checked.piece(path, File(file.sha256, file.size, file.chunks), start, max(start, min(stop, file.size)))
+    except CorruptBlob as error:
+        why = error.why.partition(" ")[2]  # without the name that it would have in a store
+        raise MissingSource(
+            f"{path} has changed since it was pinned: it {why}; run again to pin it anew, or restore it if nobody changed it"
+        ) from None
 
 
 def copy(path: Path, to: Path, grow: Grow, update: Callable[[bytes], object]) -> None:

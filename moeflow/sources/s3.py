@@ -51,6 +51,14 @@ def read(uri: str, file: SourceFile, start: int, stop: int) -> bytes:
         return s3.read_body(client, at | {"Range": f"bytes={start}-{min(stop, file.size) - 1}"})
 
 
+def stays(uri: str, file: SourceFile) -> bool:
+    return True
+
+
+def known(uri: str, file: SourceFile) -> SourceFile:
+    return file
+
+
 def bring(uri: str, file: SourceFile, to: Path, grow: Grow, start: int, stop: int) -> None:
     client, at = _object(uri, file)
     with _asked(uri, file), to.open("wb") as out:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moeflow.sources import steps
-from moeflow.sources.places import Kind, Pinned, SourceFile
+from moeflow.sources.places import How, Kind, Pinned, SourceFile
 from moeflow.sources.where import hub_uri, place_of
 from moeflow.step import Step
 from moeflow.store.errors import MissingSource
@@ -19,7 +19,12 @@ REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@.+)?")
 
 @dataclass(frozen=True)
 class Source(Pinned):
-    """A pinned model or text: its place, and its files with their pins, by name."""
+    """A pinned model or text: its place, and its files with their pins, by name.
+
+    `refer`: whether its weights are read where they lie, by range, instead of being copied into the store.
+    """
+
+    refer: bool = False
 
     def names(self) -> list[str]:
         return [f.name for f in self.files]
@@ -45,17 +50,27 @@ class Source(Pinned):
         file = self.find(name)
         return steps.file(uri=self.uri, name=file.name, size=file.size, pin=file.pin)
 
+    def weights(self, name: str) -> Step:
+        """The step for one file of a model's weights: it is copied into the store as `name`, or referred to."""
+        if not self.refer:
+            return self.file(name)
+        file = place_of(self.uri).known(self.uri, self.find(name))
+        return steps.reference(uri=self.uri, file=file)
+
     def group(self, names: Iterable[str]) -> Step:
         """The step that brings several small files into the store, under their names."""
         files = [self.find(n) for n in sorted({*names})]
         return steps.files(uri=self.uri, files=[(f.name, f.size, f.pin) for f in files])
 
 
-def pin(uri: str, *, kind: Kind) -> Source:
+def pin(uri: str, *, kind: Kind, how: How | None = None) -> Source:
     """The files at `uri` as they are now, pinned so that a later change is noticed.
 
     A folder, a file, a glob, `s3://bucket/prefix`, `hf://datasets/org/name[@revision][/glob]`, `python:stdlib`, and for
-    a model also `org/name[@revision]` on the hub if there is no such folder. Raises MissingSource, a ValueError.
+    a model also `org/name[@revision]` on the hub if there is no such folder. `how`: whether a model's weights are copied into the
+    store or read where they lie; None: they are read where they stay, which is S3, a disk, and the user's hub cache.
+
+    Raises MissingSource, a ValueError.
     """
     if not uri:
         raise MissingSource(f"the {kind} is ''; give a folder, s3://bucket/prefix or a name on the hub")
@@ -72,4 +87,10 @@ def pin(uri: str, *, kind: Kind) -> Source:
     for file in pinned.files:
         if not file.name.isprintable() or {"", ".", ".."} & {*file.name.split("/")}:
             raise MissingSource(f"{uri} has a file named {file.name!r}, which no folder can take as it is; rename it there")
-    return Source(pinned.uri, pinned.revision, tuple(sorted(pinned.files, key=lambda f: f.name)))
+    refer = kind == "model" and (how == "refer" if how else _stays(pinned))
+    return Source(pinned.uri, pinned.revision, tuple(sorted(pinned.files, key=lambda f: f.name)), refer)
+
+
+def _stays(pinned: Pinned) -> bool:
+    place = place_of(pinned.uri)
+    return all(place.stays(pinned.uri, f) for f in pinned.files if f.name.endswith(".safetensors"))

@@ -1,15 +1,17 @@
 """The steps that bring pinned sources into the store: one step per large file, so that every file that has arrived is kept.
 
-A file is verified against its pin while it is copied. A large file in S3 comes in parts, which survive the loss of a worker.
+A file is verified against its pin while it is copied. A large file in S3 comes in parts, which survive the loss of a worker. A file
+that stays where it is need not come: `reference` stores a note of where it lies, through which its ranges are read.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from shutil import copyfileobj, move
 
 from moeflow.sources.places import SourceFile
+from moeflow.sources.referred import NOTE, Note
 from moeflow.sources.where import place_of
-from moeflow.step import Context, Spec, step
+from moeflow.step import Context, Spec, Step, step, step_of
 from moeflow.store.errors import MissingSource
 
 PART = 2 << 30  # bytes of a large file after which an interrupted run continues
@@ -42,6 +44,21 @@ def file(context: Context, *, uri: str, name: str, size: int, pin: str) -> None:
         bring(0, size, to)
 
 
+def _note_spec(*, uri: str, file: SourceFile) -> Spec:
+    return Spec({"files": {file.name: file.size}}, writes=len(Note(uri, file).dump()), memory=MEMORY)
+
+
+@step("sources.reference", version=1, spec=_note_spec)
+def reference(context: Context, *, uri: str, file: SourceFile) -> None:
+    """A note of where one file of a source lies, with its pin and digests: see `referred.opened`.
+
+    Where the file's SHA-256 is known, what is computed from the note counts as computed from the file.
+    """
+    (context.out / NOTE).write_bytes(Note(uri, file).dump())
+    if file.sha256:
+        context.stands_for = {file.name: file.sha256}
+
+
 @step("sources.files", version=1, spec=_several)
 def files(context: Context, *, uri: str, files: list[tuple[str, int, str]]) -> None:
     """Several small files of a source. Raises MissingSource if one is gone or has changed since it was pinned."""
@@ -49,6 +66,13 @@ def files(context: Context, *, uri: str, files: list[tuple[str, int, str]]) -> N
     grow = _counter(context, sum(size for _, size, _ in files))
     for name, size, pin in files:
         place.bring(uri, SourceFile(name, size, pin), _inside(context.out, name), grow, 0, size)
+
+
+def folders_read(running: Collection[Step]) -> list[str]:
+    """The folders that these steps read: those that bring files from one, and those that read a file by a note of it."""
+    notes = (step_of(i) for s in running for i in s.inputs if step_of(i).name == "sources.reference")
+    uris = {str(s.params["uri"]) for s in (*running, *notes) if s.name.startswith("sources.")}
+    return sorted(uri for uri in uris if uri.startswith("/"))
 
 
 def in_parts(
@@ -88,6 +112,7 @@ def _counter(context: Context, total: int) -> Callable[[int], None]:
 
     def grow(n: int) -> None:
         nonlocal done
+        context.reads += n
         done += n
         context.progress(min(done, total), total, "bytes")
 

@@ -14,7 +14,7 @@ WIDTH = 16  # hexadecimal digits of that digest
 Bytes = bytes  # the class below has a property of that name
 KINDS: Mapping[str, tuple[type, ...]] = {
     **dict.fromkeys(("key", "step", "content", "source", "created", "same_as", "writer", "digest"), (str,)),
-    **dict.fromkeys(("version", "reads"), (int,)), **dict.fromkeys(("params", "libraries", "files"), (dict,)),
+    **dict.fromkeys(("version", "reads"), (int,)), **dict.fromkeys(("params", "libraries", "files", "stands_for"), (dict,)),
     **dict.fromkeys(("inputs", "notes"), (list,)), "seconds": (int, float),
 }  # fmt: skip
 """The types that the fields of a manifest have in JSON."""
@@ -48,7 +48,8 @@ class Record:
     libraries: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     seconds: float = 0
-    reads: int = 0  # bytes read from the inputs
+    reads: int = 0  # bytes read from the inputs, or from a source
+    stands_for: Mapping[str, str] = field(default_factory=dict)  # of a note: the files elsewhere, by name with their SHA-256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +62,8 @@ class Manifest(Record):
 
     @cached_property
     def digest(self) -> str:
-        """The digest of the contents, whatever recipe made them."""
-        return part_digest(self, "")
+        """The digest of the contents, whatever recipe made them; of a note, that of the files elsewhere."""
+        return digest_of(self.stands_for) if self.stands_for else part_digest(self, "")
 
     @cached_property
     def bytes(self) -> int:
@@ -82,7 +83,8 @@ class Manifest(Record):
         known = {f.name: raw[f.name] for f in fields(Manifest) if f.name in raw}
         files = {name: _file(name, File(**file)) for name, file in raw["files"].items()}
         inputs = tuple(Input(**i) for i in raw["inputs"])
-        if odd := [n for n in (*raw["notes"], raw["key"], *(s for i in inputs for s in (i.key, i.digest))) if type(n) is not str]:
+        texts = (*raw["notes"], *raw.get("stands_for", {}).values(), raw["key"], *(s for i in inputs for s in (i.key, i.digest)))
+        if odd := [n for n in texts if type(n) is not str]:
             raise ValueError(f"it has {odd[0]!r:.60} where a text belongs")
         manifest = Manifest(**known | {"files": files, "inputs": inputs, "notes": tuple(raw["notes"])})
         if raw["digest"] != manifest.digest:

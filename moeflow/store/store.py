@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -135,6 +135,7 @@ class Store:
         """Store the contents of `of` under `key` as well, without copying: the recipe differs, the contents do not."""
         original = self.manifest(of)
         self._renewed(names.manifest(of))
+        record = replace(record, stands_for=original.stands_for)
         return self._write(key, original.files, record, 0, original.same_as or of)
 
     def renew(self, keys: Iterable[str], index: Index) -> None:

@@ -16,7 +16,12 @@ from moeflow.store import Store
 GIB = 1 << 30
 
 
-@step("toy.model", version=1, spec=lambda memory, device, optional: Spec(memory=memory, device=device, optional=optional), gpus=1)
+@step(
+    "toy.model",
+    version=1,
+    spec=lambda memory, device, optional: Spec(reads=7, memory=memory, device=device, optional=optional),
+    gpus=1,
+)
 def toy_model(context: Context, *, memory: int, device: int, optional: bool) -> None:
     """A step that computes with a model, of which only the spec is wanted."""
 
@@ -76,6 +81,7 @@ def test_a_step_that_can_do_with_less_is_warned_about_and_never_waits_for_a_node
     speed = asking(300, 300, optional=True)
     result = planned(speed, store, cluster(tmp_path))
     assert result.problems == () and "leaves its figures out" in "".join(result.warnings)
+    assert result.reads == 0 and plan([speed], store).reads == 7, "it reads nothing where it has no room"
     assert plan([speed], store, memory=GIB).problems == ()
     nodes = [{"CPU": 4.0, "memory": 8.0 * GIB}, {"CPU": 4.0, "memory": 16.0 * GIB}]
     assert too_large(speed, nodes, gpus=False) == "" != too_large(asking(300), nodes, gpus=False)

@@ -213,3 +213,38 @@ def test_a_page_lists_every_field_with_its_type_default_choices_and_documentatio
     (at,) = (n for n, line in enumerate(lines) if "again.method" in line)
     assert lines[at].split() == ["again.method", "choice", "nearest"] and lines[at + 1].endswith("One of nearest, gptq.")
     assert "How weights are rounded" in text and "More is said" not in text
+
+
+PIPELINES = sorted((Path(__file__).parents[2] / "pipelines").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", PIPELINES, ids=lambda p: p.stem)
+def test_every_pipeline_says_that_weights_may_be_copied_or_referred_to(path: Path) -> None:
+    shown = " ".join(page(load(path)).split())
+    assert "source choice" in shown and "One of copy, refer." in shown
+
+
+def test_whether_a_source_is_copied_is_a_parameter_of_every_pipeline_with_one(tmp_path: Path) -> None:
+    def of_model(model: Source) -> Step:
+        return toy.shards(values=[model.refer])
+
+    def own(model: Source, *, source: str = "mine") -> Step:
+        return toy.shards(values=[model.refer, source])
+
+    folder = tiny_source(tmp_path)
+    assert [received(of_model, f"model={folder}", *more)["values"] for more in ([], ["source=refer"], ["source=copy"])] == [
+        [True], [True], [False],
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="-p source=link: choose one of copy, refer"):
+        call(of_model, [f"model={folder}", "source=link"])
+    with pytest.raises(ValueError, match="-p source.x=1: source has no fields"):
+        call(of_model, [f"model={folder}", "source.x=1"])
+    with pytest.raises(ValueError, match="the pipeline has no parameter 'source'"):
+        call(build, ["source=copy"])
+    assert received(own, f"model={folder}", "source=theirs")["values"] == [True, "theirs"]
+    assert "One of copy, refer" not in page(build) + page(own)
+
+
+def tiny_source(folder: Path) -> Path:
+    (folder / "model.safetensors").write_bytes(b"weights")
+    return folder

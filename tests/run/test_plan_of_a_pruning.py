@@ -20,13 +20,7 @@ def test_a_plan_names_the_steps_and_bytes_of_what_then_happens(family: Path, tmp
         step = done[row.key]
         slack = 4096 + 0.02 * step.writes
         assert abs(row.writes - step.writes) <= slack, row
-        if row.name not in (
-            "sources.file",
-            "sources.files",
-        ):  # what they read lies outside the store, and is as large as what they write
-            assert abs(row.reads - step.reads) <= 6144 + 0.02 * step.reads, row
-        else:
-            assert row.reads == step.writes
+        assert abs(row.reads - step.reads) <= 6144 + 0.02 * step.reads, row
     again = plan(targets, store)
     assert again.keys("run") == [] and again.reads == again.writes == 0
 

@@ -1,8 +1,9 @@
 """A step of the sources, run with the least that a step is given."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
-from moeflow.step import Step
+from moeflow.step import Step, arguments
 
 
 class Running:
@@ -10,6 +11,8 @@ class Running:
 
     def __init__(self, at: Path, kept: Path | None = None) -> None:
         self.out, self.scratch, self.kept = at / "out", at / "scratch", kept
+        self.reads = 0
+        self.stands_for: Mapping[str, str] = {}
         self.saved: list[list[str]] = []
         self.reported: list[tuple[int, int, str]] = []
         for path in (self.out, self.scratch):
@@ -33,5 +36,6 @@ class Running:
 
 def run(step: Step, at: Path) -> Running:
     context = Running(at)
-    step.fn(context, **step.params)
+    _, params = arguments(step.fn, step.slots, [], step.params)
+    step.fn(context, **params)
     return context

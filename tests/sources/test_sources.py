@@ -201,7 +201,7 @@ def test_a_name_that_leaves_the_folder_is_refused(tmp_path: Path) -> None:
 
 def test_a_source_is_a_plain_value(model: Path) -> None:
     source = pin(str(model), kind="model")
-    assert source == Source(source.uri, source.revision, source.files) and hash(source) == hash(source)
+    assert source == Source(source.uri, source.revision, source.files, refer=True) and hash(source) == hash(source)
 
 
 def test_the_hub_s_own_cache_is_a_folder_whose_files_are_links_to_its_blobs(tmp_path: Path) -> None:

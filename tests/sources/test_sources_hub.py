@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from moeflow.sources import pin
+from moeflow.sources import SourceFile, pin
+from moeflow.sources.referred import NOTE, Note, Referred
 from moeflow.store import MissingSource
+from moeflow.store.errors import SourceUnavailable
 from tests import servers
-from tests.sources.running import run
+from tests.sources.running import Running, run
 
 WEIGHTS = b"weights" * 1000
 FILES = {
@@ -108,6 +110,39 @@ def test_a_download_that_breaks_off_is_taken_up_again(hub: servers.Hub, tmp_path
     hub.cut = 1
     fetched = run(source.file("model.safetensors"), tmp_path / "1")
     assert (fetched.out / "model.safetensors").read_bytes() == WEIGHTS and hub.cut == 0
+
+
+def test_weights_are_copied_from_the_hub_and_referred_to_in_its_cache(hub: servers.Hub, cache: Path, tmp_path: Path) -> None:
+    commit = hub.put("models/org/tiny", FILES)
+    assert pin("org/tiny", kind="model").weights("model.safetensors").name == "sources.file"
+    cached(cache, "models--org--tiny", FILES, commit)
+    asked = len(hub.asked)
+    note = run(pin("org/tiny", kind="model").weights("model.safetensors"), tmp_path / "1")
+    assert note.stands_for == {"model.safetensors": hashlib.sha256(WEIGHTS).hexdigest()}
+    file = Referred(Note.load((note.out / NOTE).read_bytes()), note)
+    assert file.read("model.safetensors", 7, 14) == b"weights" and note.reads == 7
+    assert len(hub.asked) == asked + 1, "only to pin it"
+    blob = cache / "models--org--tiny" / "blobs" / hashlib.sha256(WEIGHTS).hexdigest()
+    blob.write_bytes(WEIGHTS[:-1] + b"x")
+    with pytest.raises(MissingSource, match="has changed since it was pinned: .*; with -p source=copy"):
+        file.read("model.safetensors", 0, 7)
+    with pytest.raises(MissingSource, match="holds other bytes than it should; delete it and run again"):
+        pin("org/tiny", kind="model").weights("model.safetensors")
+
+
+def test_weights_on_the_hub_can_be_referred_to(hub: servers.Hub, tmp_path: Path) -> None:
+    hub.put("models/org/tiny", FILES)
+    note = run(pin("org/tiny", kind="model", how="refer").weights("model.safetensors"), tmp_path / "1")
+    hub.put("models/org/tiny", FILES | {"model.safetensors": b"changed" * 1000})
+    file = Referred(Note.load((note.out / NOTE).read_bytes()), note)
+    assert file.read("model.safetensors", 7, 14) == b"weights" and not note.stands_for
+
+
+def test_an_outage_where_weights_are_referred_to_is_no_change_and_may_pass(offline: Path, tmp_path: Path) -> None:
+    file = Referred(Note(f"hf://models/org/tiny@{'0' * 40}", SourceFile("model.safetensors", 7000, "0" * 40)), Running(tmp_path))
+    with pytest.raises(SourceUnavailable, match="the hub cannot be asked") as failed:
+        file.read("model.safetensors", 0, 8)
+    assert "-p source=copy" not in str(failed.value)
 
 
 def test_a_data_set_is_chosen_by_glob(hub: servers.Hub, tmp_path: Path) -> None:

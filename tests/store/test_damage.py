@@ -130,6 +130,9 @@ def test_a_cached_copy_that_rots_is_downloaded_again(s3_store: Store, tmp_path: 
         ('"params": {}', '"params": []'),
         ('"inputs": []', '"inputs": [{"key": 7, "digest": ""}]'),
         ('"notes": []', '"notes": [7]'),
+        ('"stands_for": {}', '"stands_for": []'),
+        ('"stands_for": {}', '"stands_for": {"x": 7}'),
+        ('"stands_for": {}', '"stands_for": {"x": "0"}'),
     ],
 )
 def test_a_manifest_that_lies_is_told_by_name_and_dropped_by_repair(store: Store, tmp_path: Path, old: str, new: str) -> None:

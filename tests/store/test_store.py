@@ -6,6 +6,7 @@ import pickle
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -282,3 +283,14 @@ def test_an_upload_cut_short_is_repeated_and_arrives_whole(s3_store: Store, serv
     server.fault = lambda method, path: next(cuts, None) if method == "PUT" and "blobs" in path else None
     commit(s3_store, tmp_path, "k", x="1" * 10_000)
     assert s3_store.artifact(key("k")).file("x").read_text() == "1" * 10_000
+
+
+def test_a_note_counts_as_the_files_that_it_stands_for(store: Store, tmp_path: Path) -> None:
+    commit(store, tmp_path, "file", x="weights")
+    file = store.manifest(key("file")).files["x"]
+    about = replace(record(), stands_for={"x": file.sha256})
+    note = store.commit(key("note"), folder(tmp_path / "note", **{"where.json": "{}"}), record=about)
+    assert note.digest == store.manifest(key("note")).digest == store.manifest(key("file")).digest
+    assert store.artifact(key("note")).names() == ["where.json"], "its own files are what is stored, fetched and verified"
+    assert store.index(["make.it"]).keys[key("note")].digest == note.digest
+    assert store.alias(key("again"), key("note"), record()).digest == note.digest

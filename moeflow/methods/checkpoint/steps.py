@@ -21,6 +21,7 @@ from moeflow.model.layout import ESSENTIAL, file_for, headers
 from moeflow.model.packed import METHOD, Shapes, check_whole, quantization_config, scheme_of
 from moeflow.model.spec import CheckpointSpec, LayerSpec, RestSpec, TensorTable, file_bytes, header_bytes, tensor_bytes
 from moeflow.sources import Source
+from moeflow.sources.referred import opened
 from moeflow.step import Artifact, Context, Spec, Step, step
 
 
@@ -122,7 +123,7 @@ def pinned(source: Source, *, mtp: Literal["drop", "keep"] = "drop") -> Model:
     reading.check_packing(tensors, config, source.uri)
     if (config.get("quantization_config") or {}).get("quant_method") == METHOD:  # written again for what is packed then
         config.pop("quantization_config")
-    steps = {name: source.file(name) for name in sorted({t.file for t in tensors.values()})}
+    steps = {name: source.weights(name) for name in sorted({t.file for t in tensors.values()})}
     count = family.num_layers
     by_layer: dict[int | None, dict[str, TensorInfo]] = {}
     for name, info in tensors.items():
@@ -210,9 +211,10 @@ def _gather(context: Context, shards: tuple[Artifact, ...], tensors: Table, path
     gathered, done = {}, 0
     total = sum(stop - start for _, _, _, start, stop in tensors.values())
     for at, shard in enumerate(shards):
-        (file,) = (n for n in shard.names() if n.endswith(".safetensors"))
+        files = opened(shard, context)
+        (file,) = (n for n in files.names() if n.endswith(".safetensors"))
         here = {n: TensorInfo(file, t[1], tuple(t[2]), t[3], t[4]) for n, t in tensors.items() if t[0] == at}
-        for name, tensor in checkpoint.read_many(shard, here):
+        for name, tensor in checkpoint.read_many(files, here):
             # FP8 has no infinity, and torch cannot check it for NaN
             if tensor.is_floating_point() and not (tensor.float() if tensor.itemsize == 1 else tensor).isfinite().all():
                 raise ValueError(f"{name} holds NaN or infinite weights; the checkpoint is damaged, fetch or train it again")

@@ -31,6 +31,7 @@ from moeflow.run.ray.head import answers, beside, quiet, watched
 from moeflow.run.ray.nodes import Nodes, demand, free_orphans, largest, offers, too_large
 from moeflow.run.ray.tasks import Failed, Made, Postponed, step_task
 from moeflow.run.ray.travel import take_along
+from moeflow.sources.steps import folders_read
 from moeflow.step import Step
 from moeflow.store import Index, LocalBlobs, Store
 from moeflow.store.claims import LOOK as WAIT
@@ -184,6 +185,10 @@ class _Drive:
             )
         schedule, nodes = self._ledger.schedule, offers()
         steps = [schedule.steps[key] for key, state in schedule.states.items() if state == "run"]
+        for folder in folders_read(steps) if there > 1 else ():
+            self._ledger.warn(
+                f"the source {folder} is a folder and the cluster has {there} machines: all of them must see it, or put it in S3"
+            )
         if not own and not self._gpus and any(s.resources.gpus for s in steps):
             self._ledger.warn(
                 "the cluster has no GPU now: steps that compute with a model run on CPUs; say --gpus 1 to wait for GPU nodes"
