@@ -11,7 +11,7 @@ import logging
 import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Lock, Thread
@@ -131,7 +131,8 @@ def proxy(target: str, latency: float = 0.0) -> Iterator[Proxy]:
                 self.send_header(name, value)
             self.end_headers()
             if self.command != "HEAD":
-                self.wfile.write(answer)
+                with suppress(ConnectionError):  # whoever asked was killed meanwhile
+                    self.wfile.write(answer)
 
         def _note(self, body: bytes, answer: bytes) -> None:
             with seen.lock:
