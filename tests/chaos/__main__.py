@@ -18,7 +18,7 @@ from tests.chaos import clusters
 from tests.chaos.kinds import KINDS
 from tests.chaos.places import NAMES, Absent, Place, opened
 from tests.chaos.scene import Scene
-from tests.chaos.tally import Round, summary, table
+from tests.chaos.tally import Round, sound, summary, table
 from tests.chaos.truth import Truth, undisturbed
 
 
@@ -50,10 +50,10 @@ def main(words: Sequence[str] | None = None) -> int:
             say(f"{one.name}: {what}")
     injected = summary(rounds)["injected"]
     say(f"chaos: {len(rounds)} rounds in {(time.monotonic() - began) / 60:.1f} minutes, with {injected}")
-    sound = bool(rounds) and all(r.sound for r in rounds)
-    if sound:
+    good = sound(rounds)
+    if good:
         shutil.rmtree(folder, ignore_errors=True)
-    return 0 if sound else 1
+    return 0 if good else 1
 
 
 def say(line: str) -> None:
@@ -67,6 +67,7 @@ def _arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=int(time.time()), help="(default: the time)")
     parser.add_argument("--only", action="append", choices=[*KINDS], metavar="KIND", help=f"one of {', '.join(KINDS)}; may repeat")
     parser.add_argument("--store", action="append", choices=NAMES, metavar="STORE", help=f"one of {', '.join(NAMES)}; may repeat")
+    parser.add_argument("--without-ray", action="store_true", help="only the kinds that need no Ray head")
     parser.add_argument("--folder", type=Path, help="where everything is kept; a short path, for Ray's sockets")
     parser.add_argument("--json", action="store_true", help="the counts as JSON instead of the table")
     return parser.parse_args(words)
@@ -84,7 +85,7 @@ def _places(names: Sequence[str] | None, folder: Path, stack: ExitStack) -> list
 
 def _turns(asked: argparse.Namespace, places: Sequence[Place]) -> Iterator[tuple[str, Place, int]]:
     """Every kind on every place that it means something on, again and again."""
-    kinds = {name: KINDS[name] for name in asked.only or KINDS}
+    kinds = {name: KINDS[name] for name in asked.only or KINDS if not (asked.without_ray and KINDS[name].ray)}
     for n in range(asked.rounds) if asked.rounds else count():
         turns = [(name, place, n) for name, kind in kinds.items() for place in places if place.name in kind.stores]
         if not turns:

@@ -56,12 +56,12 @@ class Driver:
         """`largest`: bytes of the largest file that it may write, 0 for no limit."""
         folder.mkdir(parents=True, exist_ok=True)
         n = len([*folder.glob("*.out")])
-        self._out, self._said, self._began = folder / f"{n}.out", folder / f"{n}.said", time.monotonic()
-        self._out.touch()
+        self.out, self._said, self._began = folder / f"{n}.out", folder / f"{n}.said", time.monotonic()
+        self.out.touch()
         self._process = self._start(words, environment, largest)
 
     def _start(self, words: Sequence[str], environment: Mapping[str, str], largest: int) -> Any:
-        process = _forks.Process(target=_command, args=([*words], self._out, self._said, dict(environment), largest))
+        process = _forks.Process(target=_command, args=([*words], self.out, self._said, dict(environment), largest))
         process.start()
         return process
 
@@ -92,7 +92,7 @@ class Driver:
             self.kill()
             code = self._join(60)
         said = self._said.read_text(errors="replace") if self._said.exists() else ""
-        return Ended(-9 if code is None else code, self._out.read_text(errors="replace"), said, hung, self.seconds)
+        return Ended(-9 if code is None else code, self.out.read_text(errors="replace"), said, hung, self.seconds)
 
     def _join(self, seconds: float) -> int | None:
         self._process.join(seconds)
@@ -104,11 +104,18 @@ class Program(Driver):
     """The same as a program that is started whole, as Ray's drivers must be."""
 
     def _start(self, words: Sequence[str], environment: Mapping[str, str], largest: int) -> Any:
-        command = [sys.executable, "-c", "from moeflow.cli import app; app()", *words]
-        with self._out.open("w") as out, self._said.open("w") as said:
+        with self.out.open("w") as out, self._said.open("w") as said:
             return subprocess.Popen(
-                command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), **environment}, stdout=out, stderr=said
+                self.command([*words]),
+                cwd=ROOT,
+                env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+                stdout=out,
+                stderr=said,
             )
+
+    def command(self, words: list[str]) -> list[str]:
+        """The program and its arguments."""
+        return [sys.executable, "-c", "from moeflow.cli import app; app()", *words]
 
     def lives(self) -> bool:
         return self._process.poll() is None

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event, Thread
 
-from tests.chaos import clusters
+from tests.chaos import clusters, gang
 from tests.chaos.driver import Driver
 from tests.chaos.faults import Faults, Outage, blobs_of, flip, flip_file
 from tests.chaos.scene import Scene
@@ -203,4 +203,5 @@ KINDS: dict[str, Kind] = {
     "worker": Kind(clusters.worker, EVERYWHERE, ray=True),
     "driver-on-ray": Kind(clusters.driver_on_ray, EVERYWHERE, ray=True),
     "head": Kind(clusters.head, EVERYWHERE, ray=True),
+    "gang": Kind(gang.gang, ("seaweedfs",), ray=True),
 }

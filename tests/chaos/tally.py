@@ -28,6 +28,11 @@ class Round:
         return not (self.mismatches or self.hangs or self.wrong)
 
 
+def sound(rounds: Sequence[Round]) -> bool:
+    """Whether something was tried, and nothing was wrong."""
+    return bool(rounds) and all(r.sound for r in rounds)
+
+
 def table(rounds: Sequence[Round]) -> str:
     """A Markdown table with a line for every kind on every store, and one for all."""
     groups: dict[tuple[str, str], list[Round]] = {}
