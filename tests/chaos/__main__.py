@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -28,6 +29,8 @@ def main(words: Sequence[str] | None = None) -> int:
     os.environ |= {"AWS_EC2_METADATA_DISABLED": "true", "DS_ACCELERATOR": "cpu", "RAY_USAGE_STATS_ENABLED": "0"}
     for name in ("AWS_PROFILE", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL", "RAY_ADDRESS", "AWS_CONFIG_FILE"):
         os.environ.pop(name, None)
+    for stop in (signal.SIGINT, signal.SIGTERM):  # also of a program in the background: the table is told, and servers end
+        signal.signal(stop, signal.default_int_handler)
     folder = Path(tempfile.mkdtemp(prefix="chaos-", dir=asked.folder))
     rounds: list[Round] = []
     began = time.monotonic()
@@ -100,6 +103,8 @@ def _round(kind: str, place: Place, truth: Truth, name: str, folder: Path) -> Ro
     began = time.monotonic()
     try:
         KINDS[kind].play(Scene(place, truth, Random(name), round_, own, place.new(own.name), own / "cache"))
+    except Absent as why:
+        round_.absent = str(why)
     except Exception as error:  # the round itself failed, which must not pass for a sound one
         round_.wrong.append(f"the round failed: {error!r}; {traceback.format_exc(limit=-2).splitlines()[-2].strip()}")
     finally:
@@ -107,7 +112,8 @@ def _round(kind: str, place: Place, truth: Truth, name: str, folder: Path) -> Ro
             place.proxy.reset()
     round_.seconds = time.monotonic() - began
     done = ", ".join(f"{n} {what}" for what, n in round_.injected.items())
-    say(f"{'ok ' if round_.sound else 'BAD'} {name} in {round_.seconds:.1f} s: {done}; ended {dict(round_.ends)}")
+    how = f"is left out: {round_.absent}" if round_.absent else f"in {round_.seconds:.1f} s: {done}; ended {dict(round_.ends)}"
+    say(f"{'ok ' if round_.sound else 'BAD'} {name} {how}")
     for what in (*round_.mismatches, *round_.hangs, *round_.wrong):
         say(f"    {what}")
     if round_.sound:

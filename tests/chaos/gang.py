@@ -32,7 +32,7 @@ class Job(Program):
     """A head with one job: `python pipelines/mixtral.py`."""
 
     def command(self, words: list[str]) -> list[str]:
-        return [sys.executable, "-m", "tests.chaos.job", shlex.join(["python", str(PIPELINE), *words])]
+        return [sys.executable, "-m", "tests.chaos.job", shlex.join([sys.executable, str(PIPELINE), *words])]
 
     def head(self) -> list[psutil.Process]:
         """The processes of the head, none before it is started and after it is gone."""

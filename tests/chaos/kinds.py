@@ -11,6 +11,7 @@ from threading import Event, Thread
 from tests.chaos import clusters, gang
 from tests.chaos.driver import Driver
 from tests.chaos.faults import Faults, Outage, blobs_of, flip, flip_file
+from tests.chaos.places import Absent
 from tests.chaos.scene import Scene
 from tests.chaos.truth import KEEPS
 
@@ -178,12 +179,16 @@ def storm(scene: Scene) -> None:
 
 @contextmanager
 def small_disk(folder: Path, size: str = "16m") -> Iterator[Path]:
-    """A disk of this size, in a namespace of its own, which needs no rights and ends with its process: its folder."""
+    """A disk of this size, in a namespace of its own, which ends with its process: its folder. Raises Absent."""
     folder.mkdir()
     script = f"mount -t tmpfs -o size={size} tmpfs '{folder}' && echo mounted && read end"
-    holder = subprocess.Popen(["unshare", "-rm", "sh", "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
-        assert holder.stdout is not None and holder.stdout.readline() == "mounted\n"
+        holder = subprocess.Popen(["unshare", "-rm", "sh", "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    except FileNotFoundError:
+        raise Absent("there is no program unshare, of util-linux") from None
+    try:
+        if holder.stdout is None or holder.stdout.readline() != "mounted\n":
+            raise Absent("this system lets no user mount a disk of its own")
         yield Path(f"/proc/{holder.pid}/root{folder}")
     finally:
         holder.communicate("end\n")

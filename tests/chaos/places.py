@@ -24,7 +24,7 @@ PORTS = (
 
 
 class Absent(Exception):
-    """A place that cannot be had here, and why, in one line."""
+    """A place, or a kind of trouble, that cannot be had here, and why, in one line."""
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ class Round:
     mismatches: list[str] = field(default_factory=list)
     hangs: list[str] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)  # exit codes and last words that ought to be others
+    absent: str = ""  # why such a round cannot be had here
     seconds: float = 0.0
 
     @property
@@ -30,11 +31,12 @@ class Round:
 
 def sound(rounds: Sequence[Round]) -> bool:
     """Whether something was tried, and nothing was wrong."""
-    return bool(rounds) and all(r.sound for r in rounds)
+    return any(not r.absent for r in rounds) and all(r.sound for r in rounds)
 
 
 def table(rounds: Sequence[Round]) -> str:
     """A Markdown table with a line for every kind on every store, and one for all."""
+    rounds = [r for r in rounds if not r.absent]
     groups: dict[tuple[str, str], list[Round]] = {}
     for one in rounds:
         groups.setdefault((one.kind, one.store), []).append(one)
@@ -44,8 +46,11 @@ def table(rounds: Sequence[Round]) -> str:
 
 def summary(rounds: Sequence[Round]) -> dict[str, Any]:
     """The same as JSON, with every round that was not sound in its own words."""
+    absent = {r.kind: r.absent for r in rounds if r.absent}
+    rounds = [r for r in rounds if not r.absent]
     injected: Counter[str] = sum((r.injected for r in rounds), Counter())
     return {
+        "absent": absent,
         "rounds": len(rounds),
         "injected": dict(injected),
         "ends": dict(sum((r.ends for r in rounds), Counter[str]())),
