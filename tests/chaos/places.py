@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from moeflow.store import Store, StoreError, s3
+from moeflow.store import StoreError, s3
 from tests import servers
 
 NAMES = ("folder", "moto", "seaweedfs")
@@ -100,8 +100,3 @@ def free(count: int) -> list[int]:
     for one in taken:
         one.close()
     return ports
-
-
-def objects(store: Store) -> list[str]:
-    """The names of all blobs that are stored."""
-    return sorted(e.name for e in store.blobs.list("blobs/"))
