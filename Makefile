@@ -1,5 +1,5 @@
 # make demo: the whole of moeflow on a small model, from nothing. make test: ruff, the type checker and the tests.
-.PHONY: setup demo test test-all pytest check bench
+.PHONY: setup demo test test-all pytest check bench chaos
 
 setup:
 	@infra/setup.sh
@@ -19,6 +19,12 @@ pytest: setup
 # Also what takes long: every family everywhere, every pair of methods on every family, clusters that lose nodes.
 test-all: check
 	@OMP_NUM_THREADS=1 infra/python.sh -m pytest --slow -n 3 --dist loadgroup --no-loadscope-reorder
+
+# Hurts runs on a folder, on moto and on SeaweedFS until MINUTES are over, and compares every byte; ONLY="--only faults" and so on.
+MINUTES ?= 60
+chaos: setup
+	@infra/python.sh -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[chaos]' || true
+	@infra/python.sh -m tests.chaos --minutes $(MINUTES) $(ONLY)
 
 bench: setup
 	@infra/python.sh -m benchmarks

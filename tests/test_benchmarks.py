@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import real_sizes, unified
-from benchmarks.__main__ import ALL, RESULTS
+from benchmarks.__main__ import ALL, RESULTS, page
 from benchmarks.quality import SHARED
 from benchmarks.rows import Row
 from moeflow.model.layout import Folder, headers
@@ -41,3 +41,8 @@ def test_a_checkpoint_of_real_size_takes_no_disk(tmp_path: Path) -> None:
     weights = [t.nbytes for t in headers(Folder(folder)).values()]
     assert sum(weights) == 93_405_585_408, "as the published index says"
     assert sum(f.stat().st_size for f in files) > 93e9 and sum(512 * f.stat().st_blocks for f in files) < 1e7
+
+
+def test_a_benchmark_that_is_run_again_leaves_what_other_commands_measured() -> None:
+    whole = page({"chaos": "## chaos\n", ALL[1]: f"## {ALL[1]}\n", ALL[0]: f"## {ALL[0]}\n"})
+    assert [line for line in whole.splitlines() if line.startswith("## ")] == [f"## {ALL[0]}", f"## {ALL[1]}", "## chaos"]

@@ -19,11 +19,14 @@ from moeflow.run.work import threads, work_folder
 from moeflow.step import Artifact
 from moeflow.store import File, Manifest, NotStored, Store, StoreError, part_digest, partial
 from moeflow.store.claims import claimed
+from moeflow.store.errors import too_large
 from moeflow.store.patience import heard, wait_out
 
 LIBRARIES = ("torch", "transformers", "safetensors", "datasets", "numpy", "ray")
 THREADS = 8
 FULL = ("No space left on device", "os error 28")  # in the errors of libraries that do not raise OSError
+LIMITED = "os error 27"
+ELSEWHERE = "point MOEFLOW_CACHE / --store to another disk"
 OFTEN = 0.2  # seconds between two progress reports of a step
 
 
@@ -176,7 +179,7 @@ def alias(call: Call, of: str, store: Store) -> None:
 
 @contextmanager
 def _room(where: Path) -> Iterator[None]:
-    """Turn errors of a full disk under `where` into StoreError, whichever library raised them."""
+    """Turn errors of a full or limited disk under `where` into StoreError, whichever library raised them."""
     try:
         yield
     except StoreError:
@@ -184,7 +187,9 @@ def _room(where: Path) -> Iterator[None]:
     except Exception as error:
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
         if full or any(words in str(error) for words in FULL):
-            raise StoreError(f"no space left on {where}; free some, or point MOEFLOW_CACHE / --store to another disk") from error
+            raise StoreError(f"no space left on {where}; free some, or {ELSEWHERE}") from error
+        if (isinstance(error, OSError) and error.errno == errno.EFBIG) or LIMITED in str(error):
+            raise too_large(where, ELSEWHERE) from error
         raise
 
 

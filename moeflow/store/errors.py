@@ -58,15 +58,22 @@ class SourceUnavailable(MissingSource, MayPass):
     """A source does not answer, or is too busy."""
 
 
+def too_large(where: Path, instead: str) -> StoreError:
+    """The error of a file that grew beyond what the process, or the disk, allows one file."""
+    return StoreError(f"a file under {where} became larger than is allowed; raise the limit (see `ulimit -f`), or {instead}")
+
+
 @contextmanager
 def disk(where: Path, need: int = 0, instead: str = "pass another --store") -> Iterator[None]:
-    """Turn errors of a full, read-only or forbidden disk under `where` into StoreError; `need`: bytes to be written."""
+    """Turn errors of a full, limited, read-only or forbidden disk under `where` into StoreError; `need`: bytes to be written."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             free = f"free {bytes_text(need)}" if need else "free some"
             raise StoreError(f"no space left on {where}; {free} or {instead}") from error
+        if error.errno == errno.EFBIG:
+            raise too_large(where, instead) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             at = error.filename or where
             raise StoreError(f"no permission for {at}; make {where} readable and writable or {instead}") from error

@@ -2,6 +2,7 @@
 
 import fcntl
 import pickle
+import resource
 import shutil
 import subprocess
 import sys
@@ -105,6 +106,17 @@ def test_a_full_disk_is_named(store: Store) -> None:
     assert isinstance(failed.value.cause, StoreError)
     with pytest.raises(StepFailed, match="no space left on .*; free some"):
         in_process.run([full_in_other_words()], store)
+
+
+def test_a_file_larger_than_is_allowed_is_named(store: Store) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(StepFailed, match="a file under .* became larger than is allowed; .*, or point MOEFLOW_CACHE") as failed:
+            in_process.run([toy.number(n=1, size=200_000)], store)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert isinstance(failed.value.cause, StoreError) and not store.has(toy.number(n=1, size=200_000).key)
 
 
 def test_resuming_twice_gives_the_same_state(store: Store, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import resource
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -62,6 +63,20 @@ def test_a_full_disk_is_told_from_other_trouble(number: int) -> None:
         raise OSError(number, os.strerror(number))
     with pytest.raises(OSError, match="Input/output"), disk(Path("/x")):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+def test_a_file_that_may_not_become_so_large_is_told_and_nothing_is_half_written(tmp_path: Path) -> None:
+    store = Store.open(str(tmp_path / "store"))
+    source = folder(tmp_path / "made", x=b"1" * 2000)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    (tmp_path / "second-link").hardlink_to(source / "x")  # so that it is copied
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(StoreError, match=r"a file under .*store became larger than is allowed; .*ulimit -f.*, or pass another"):
+            store.commit(key("large"), source, record=record())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not store.has(key("large")) and [*store.blobs.list("halves/")] == []
 
 
 def test_a_store_without_write_permission_says_so_before_the_run_and_can_be_read(forbidden: Path) -> None:
