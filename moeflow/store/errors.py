@@ -30,7 +30,7 @@ class CorruptBlob(StoreError):
         self.why, self.name = why, name
 
     def __str__(self) -> str:
-        way_out = "; run again, or `moeflow verify --all --repair`, to drop it with everything computed from it"
+        way_out = "; `moeflow verify --all --repair` drops it with everything computed from it, then run again"
         return self.why + (way_out if self.name else "")
 
 

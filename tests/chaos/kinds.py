@@ -74,9 +74,11 @@ def flips(scene: Scene) -> None:
     for name in scene.random.sample(names, min(len(names), scene.random.randint(1, 4))):
         flip(store, name, scene.random)
         scene.round.injected["flips"] += 1
-    scene.finish(SECOND)
+    scene.ended(scene.start(SECOND), SECOND)
+    scene.pull(SECOND, may=(0, 1))  # a run links files that it does not read: then pulling them refuses
     scene.command("verify", "--all", "--repair", may=(0, 1))
     scene.command("verify", "--all")
+    scene.finish(SECOND)
     scene.finish(FIRST)
 
 
@@ -112,6 +114,7 @@ def pair(scene: Scene) -> None:
 
 def gc(scene: Scene) -> None:
     """Garbage is collected beside a run, again and again, with no grace; the run must not notice."""
+    scene.store().check()  # which makes the store: there is nothing to collect in one that is not there
     if scene.random.random() < 0.5:
         scene.truth.copy(scene.url, scene.cache)  # which no version reaches, so that all of it may go until the run begins
     policy = scene.random.choice(((), (), ("--keep", "1"), ("--keep-results",)))

@@ -70,8 +70,12 @@ class Scene:
             if self.ended(self.start(keep), keep, may=(0, 1) if attempt + 1 < AGAIN else (0,)) == 0:
                 self.round.retries += attempt
                 break
+        self.pull(keep)
+
+    def pull(self, keep: int, may: tuple[int, ...] = (0,)) -> None:
+        """Pull what was published last, and compare every byte."""
         into = self.folder / f"pulled-{time.monotonic_ns()}"
-        if self.command("pull", f"chaos-{keep}", str(into)).code == 0:
+        if self.command("pull", f"chaos-{keep}", str(into), may=may).code == 0:
             self.round.mismatches += self.truth.pulled_differs(into, keep)
 
     def _compare(self, keep: int) -> None:

@@ -87,7 +87,7 @@ def test_linking_a_blob_that_is_gone_names_it(store: Store, tmp_path: Path) -> N
     commit(store, tmp_path, "in", x="1")
     file = store.artifact(key("in")).files["x"]
     store.blobs.delete([store_names.blob(file.sha256)])
-    with pytest.raises(CorruptBlob, match=f"{store_names.blob(file.sha256)} is gone from .*; run again, or `moeflow verify"):
+    with pytest.raises(CorruptBlob, match=f"{store_names.blob(file.sha256)} is gone from .*; `moeflow verify"):
         commit(store, tmp_path, "out", inputs=(key("in"),), links={"x": file})
     assert not store.has(key("out"))
 
@@ -191,7 +191,7 @@ def test_rotten_bytes_are_refused_and_dropping_them_mends_the_store(store: Store
     store.blobs.create(blob, b"wrong")
     artifact = store.artifact(key("k"))
     for ask in (lambda: artifact.file("x"), artifact.folder, lambda: store.fetch(key("k"), tmp_path / "out")):
-        with pytest.raises(CorruptBlob, match=f"{blob} holds bytes with digest .*; run again, or `moeflow verify --all --repair`"):
+        with pytest.raises(CorruptBlob, match=f"{blob} holds bytes with digest .*; `moeflow verify --all --repair`"):
             ask()
     assert not (tmp_path / "out").exists()
     assert repair.drop(store, {blob: "rotten"}).keys == (key("k"),)
@@ -221,7 +221,7 @@ def test_a_blob_that_is_gone_is_said_to_be(store: Store, tmp_path: Path) -> None
 
 def test_a_manifest_that_was_cut_short_says_so(store: Store) -> None:
     store.blobs.create(f"manifests/{key('k')}.json", b'{"key"')
-    with pytest.raises(CorruptBlob, match=f"manifests/{key('k')}.json in .* is cut short; run again, or `moeflow verify"):
+    with pytest.raises(CorruptBlob, match=f"manifests/{key('k')}.json in .* is cut short; `moeflow verify"):
         store.manifest(key("k"))
 
 
