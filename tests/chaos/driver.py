@@ -25,6 +25,7 @@ class Ended:
     said: str
     hung: bool = False  # it had to be killed after its limit
     seconds: float = 0.0
+    as_json: bool = False  # it was asked for
 
     @property
     def result(self) -> dict[str, Any]:
@@ -40,7 +41,8 @@ class Ended:
         if "Traceback" in self.said:
             return f"a traceback: {self.said.splitlines()[-1]}"
         last = (self.said.splitlines() or [""])[-1]
-        if self.code and not (last.startswith("error: ") and self.result.get("exit") == self.code):
+        told = not self.as_json or self.result.get("exit") == self.code
+        if self.code and not (last.startswith("error: ") and told):
             return f"exit code {self.code} without its line: {last[:300] or 'nothing'}"
         return ""
 
@@ -57,6 +59,7 @@ class Driver:
         folder.mkdir(parents=True, exist_ok=True)
         n = len([*folder.glob("*.out")])
         self.out, self._said, self._began = folder / f"{n}.out", folder / f"{n}.said", time.monotonic()
+        self._as_json = "--json" in words
         self.out.touch()
         self._process = self._start(words, environment, largest)
 
@@ -92,7 +95,7 @@ class Driver:
             self.kill()
             code = self._join(60)
         said = self._said.read_text(errors="replace") if self._said.exists() else ""
-        return Ended(-9 if code is None else code, self.out.read_text(errors="replace"), said, hung, self.seconds)
+        return Ended(-9 if code is None else code, self.out.read_text(errors="replace"), said, hung, self.seconds, self._as_json)
 
     def _join(self, seconds: float) -> int | None:
         self._process.join(seconds)

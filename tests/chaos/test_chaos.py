@@ -71,7 +71,8 @@ def test_an_exit_code_or_last_words_that_ought_to_be_others_are_told(scene: Scen
     for script in ("exit 2", "echo Traceback >&2; exit 1", "exit 1"):
         scene.ended(Shell([script], tmp_path / "said"), may=(0, 1))
     assert len(scene.round.wrong) == 3 and scene.round.ends == {"2": 1, "1": 2}
-    assert Ended(1, '{"error": "x", "exit": 1}\n', "error: x\n").improper == ""
+    assert Ended(1, '{"error": "x", "exit": 1}\n', "error: x\n", as_json=True).improper == ""
+    assert Ended(1, "", "error: x\n").improper == "" != Ended(1, "", "error: x\n", as_json=True).improper
 
 
 def test_a_flipped_bit_changes_one_bit_and_neither_size_nor_time(truth: Truth) -> None:
