@@ -181,9 +181,12 @@ class Store:
         return True
 
     def _rely(self, file: File) -> None:
-        """Check that a linked blob is stored, and protect it from garbage collection. Raises CorruptBlob."""
-        if self._renewed(names.blob(file.sha256)) is None:
+        """Check that a linked blob is stored, on a disk also intact, and protect it from deletion. Raises CorruptBlob."""
+        name = names.blob(file.sha256)
+        if self._renewed(name) is None:
             raise lost(self.blobs, file)
+        if (path := self.blobs.local(name)) is not None:
+            checked.whole(path, file)
 
     def _renewed(self, name: str) -> Entry | None:
         """Touch `name` if it is old; return what was listed of it, None if it does not exist."""

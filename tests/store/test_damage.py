@@ -176,6 +176,17 @@ def test_inspecting_finds_what_is_rotten_missing_or_orphaned_and_what_rests_on_i
     assert repair.inspect(store).names == {}
 
 
+def test_on_a_disk_what_is_rotten_is_not_linked_into_something_new(tmp_path: Path) -> None:
+    store = Store.open(str(tmp_path / "store"))
+    commit(store, tmp_path, "k", x=DATA)
+    links = {"x": store.manifest(key("k")).files["x"]}
+    commit(store, tmp_path, "fine", links=links)
+    flip(store, blob_of(store, "k"), 7)
+    with pytest.raises(CorruptBlob):
+        commit(store, tmp_path, "new", links=links)
+    assert not store.has(key("new"))
+
+
 def test_a_rotten_blob_is_replaced_when_its_bytes_are_committed_again(tmp_path: Path) -> None:
     store = Store.open(str(tmp_path / "store"))
     commit(store, tmp_path, "k", x=DATA)
