@@ -8,6 +8,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from moeflow.arch import Family
+from tests.running import SMALL
 
 COMMIT = "0" * 40
 COMMON: dict[str, Any] = dict(dtype="bfloat16", tie_word_embeddings=False)
@@ -52,7 +53,7 @@ def fill(cache: Path, *names: str) -> None:
         folder = _snapshot(cache, f"models--{name.replace('/', '--')}")
         whole = CONFIG_MAPPING[model_type](**COMMON, **config).to_dict()
         (folder / "config.json").write_text(json.dumps(whole))
-        (folder / "tokenizer.json").write_text("{}")
+        (folder / "tokenizer.json").write_text((SMALL / "tokenizer.json").read_text())
         _weights(model_type, whole, folder / "model.safetensors")
     for name, file in TEXTS.items():
         path = _snapshot(cache, f"datasets--{name.replace('/', '--')}") / file

@@ -14,8 +14,10 @@ import importlib
 import inspect
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -47,6 +49,9 @@ SPLIT = ("tp_plan", "tp_size", "distributed_config", "device_mesh")
 
 VECTORS = ".experts.compressed."
 """A part of the name of every vector of Compressed Experts, on disk and in memory."""
+
+
+_loading = Lock()  # the names that transformers looks up are this process's, not a model's
 
 
 class Compressed:
@@ -93,7 +98,8 @@ class Compressed:
         packed = packed_shapes(stored, asked.to_dict()) if getattr(asked, "quantization_config", None) else {}
         _compare(cls, asked, {n: packed.get(n, stored.get(n, ())) for n in logical(stored)}, str(name))
         wanted = options.pop("output_loading_info", False)
-        model, info = super().from_pretrained(name, *args, config=config, output_loading_info=True, **options)  # type: ignore[misc]
+        with _names_of(Family.of(asked.to_dict()).arch, packed=bool(packed)):
+            model, info = super().from_pretrained(name, *args, config=config, output_loading_info=True, **options)  # type: ignore[misc]
         left = sorted(str(k) for what in ("missing_keys", "unexpected_keys", "mismatched_keys") for k in info[what])
         if left := [k for k in left if VECTORS not in k]:
             raise ValueError(f"{name} was not loaded whole: {some(left)}; its tensors and its config.json do not fit each other")
@@ -166,14 +172,27 @@ class _Save(_Load):
         return _Load(self.stack)
 
 
-def _conversions(arch: Arch) -> list[Any]:
+@contextmanager
+def _names_of(arch: Arch, *, packed: bool) -> Iterator[None]:
+    """Load a checkpoint inside. Names of packed matrices are known only then: beside them transformers would leave FP8 as it is."""
+    name = COMPRESSED + arch.model_type
+    with _loading:
+        register_checkpoint_conversion_mapping(name, _conversions(arch, packed=packed), overwrite=True)
+        try:
+            yield
+        finally:
+            register_checkpoint_conversion_mapping(name, _conversions(arch), overwrite=True)
+
+
+def _conversions(arch: Arch, *, packed: bool = False) -> list[Any]:
     """How the names on disk become those in memory: the family's renamings, and one converter for each stack."""
     renamings = [t for t in get_checkpoint_conversion_mapping(arch.model_type) or [] if isinstance(t, WeightRenaming)]
     converters = []
     here = f"{arch.block}.experts"  # with the block, or shared experts would match
     for stack in STACKS:
         names = [stack.on_disk(Family(arch, {}), 0, matrix, "*").partition(".experts.")[2] for matrix in stack.matrices]
-        stored = [f"{here}.{n}{end}" for n in names for end in ("", PACKED, SCALE, SHAPE)]
+        ends = ("", PACKED, SCALE, SHAPE) if packed or stack.kind != "whole" else ("",)
+        stored = [f"{here}.{n}{end}" for n in names for end in ends]
         converters.append(WeightConverter(stored, f"{here}.{stack.name}", [_Load(stack)]))
     return [*renamings, *converters]
 
