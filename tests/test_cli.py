@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -190,7 +191,7 @@ def test_show_tells_lineage_parameters_libraries_sources_and_reports(cli: Cli) -
 def test_show_tells_the_pipeline_and_the_parameters_that_were_given_whatever_the_name(cli: Cli) -> None:
     cli("run", PIPELINE, "--name", "small", "-p", "numbers=2", "-p", "size=16")
     lines = cli("show", "small").stdout.splitlines()
-    assert lines[0] == "small@1" and f"pipeline   {PIPELINE}" in lines
+    assert lines[0] == "small@1" and f"pipeline   {shlex.quote(str(PIPELINE))}" in lines
     assert [line.split() for line in lines if " -p " in f" {line}"] == [["given", "-p", "numbers=2"], ["-p", "size=16"]]
     record = last_json(cli("show", "small", "--json"))["version"]["record"]
     assert record == {"pipeline": str(PIPELINE), "given": ["numbers=2", "size=16"]}
