@@ -65,7 +65,7 @@ def main() -> int:
 @contextmanager
 def head(folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     """A Ray head with its folder, and the address of its dashboard and job server."""
-    ports = dict(zip(PORTS, _free(len(PORTS)), strict=True))
+    ports = dict(zip(PORTS, free(len(PORTS)), strict=True))
     address = f"http://127.0.0.1:{ports['dashboard-port']}"
     words = ["start", "--head", "--block", "--disable-usage-stats", "--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1"]
     words += ["--min-worker-port=0", "--max-worker-port=0", f"--temp-dir={folder}", *(f"--{n}={p}" for n, p in ports.items())]
@@ -142,7 +142,7 @@ class Shown:
             self.bar.console.out(line, highlight=False)
 
 
-def _free(count: int) -> list[int]:
+def free(count: int) -> list[int]:
     """So many ports that nothing listens at."""
     taken = [socket.socket() for _ in range(count)]
     for one in taken:

@@ -120,9 +120,8 @@ class Running:
 def materialize(call: Call, store: Store, report: Reporter, run: str = "") -> Done:
     """Run `call` unless it is stored by now; return what is stored. Raises what the step raises, and StoreError.
 
-    With the mark `run` the step is claimed for that run. Raises Busy if another run computes it.
-
-    A step whose source does not answer runs again until it does, for as long as the store's patience allows.
+    A step whose source does not answer runs again until it does, for as long as the store's patience allows. With the mark `run`
+    the step is claimed for that run; raises Busy if another run computes it.
     """
     with heard(report.waits):
         return wait_out(lambda: _attempt(call, store, report, run), store.patience, call.record.step)

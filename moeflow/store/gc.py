@@ -79,11 +79,11 @@ def gc(store: Store, policy: Policy = Policy()) -> Garbage:
     blobs = {e.name: e for e in store.blobs.list("blobs/")}
     markers = [*store.blobs.list("found/")]
     stored = {names.key_of(e.name): e for e in store.blobs.list("manifests/")}
+    live = runs.live(store, now)  # before the versions: a run publishes its version, and only then ends its mark
     listed = versions.list(store)
     leaving = policy.leaving(listed)
     staying = [k for v in listed if v not in leaving for k in (v.key, *v.reports)]
     left = [k for v in leaving for k in (v.key, *v.reports)]
-    live = runs.live(store, now)
     before = now - policy.grace
 
     origins = versions.reach(store, staying)

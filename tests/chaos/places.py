@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from infra.demo import free
 from moeflow.store import StoreError, s3
 from tests import servers
 
@@ -89,14 +89,3 @@ def _answers(process: "subprocess.Popen[bytes]", url: str, patience: float) -> N
             why = str(error)
             time.sleep(0.5)
     raise Absent(f"SeaweedFS did not answer in {patience:.0f} s: {why[:200]}")
-
-
-def free(count: int) -> list[int]:
-    """So many ports that nothing listens at."""
-    taken = [socket.socket() for _ in range(count)]
-    for one in taken:
-        one.bind(("127.0.0.1", 0))
-    ports: list[int] = [one.getsockname()[1] for one in taken]
-    for one in taken:
-        one.close()
-    return ports
