@@ -41,7 +41,7 @@ def driver(scene: Scene) -> None:
 def faults(scene: Scene) -> None:
     """The server fails a share of all requests in every way it can; the run must come to its end all the same."""
     assert scene.place.proxy is not None
-    injected = Faults(scene.place.proxy, scene.random, scene.random.uniform(0.02, 0.15))
+    injected = Faults(scene.place.proxy, scene.random, scene.random.uniform(0.05, 0.25))
     scene.ended(scene.start())
     scene.place.proxy.reset()
     scene.round.injected["faults"] += injected.count
@@ -168,7 +168,7 @@ def limited(scene: Scene) -> None:
 def storm(scene: Scene) -> None:
     """Faults of the server and a killed driver beside another, at once."""
     assert scene.place.proxy is not None
-    injected = Faults(scene.place.proxy, scene.random, scene.random.uniform(0.02, 0.08))
+    injected = Faults(scene.place.proxy, scene.random, scene.random.uniform(0.04, 0.15))
     one, other = scene.start(), scene.start(scene.random.choice((FIRST, SECOND)))
     scene.round.injected["overlapping pairs"] += 1
     time.sleep(scene.random.uniform(0.1, scene.truth.seconds))
