@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moeflow.arch.families import FAMILIES
-from moeflow.arch.spec import COMPRESSED, EXPERT_COUNT_KEYS, LAYERS, MAIN, Arch, Config, layer_of
+from moeflow.arch.spec import ARCH, COMPRESSED, EXPERT_COUNT_KEYS, LAYERS, MAIN, MATRICES, Arch, Config, layer_of
 
 Kind = Literal["attention", "router", "experts", "shared", "dense", "compressed", "fixed", "norm", "rest"]
 """What a tensor is part of. "compressed": the vectors of Compressed Experts; "fixed": what has no gradient, the threshold of
@@ -37,7 +37,12 @@ class Family:
 
     @staticmethod
     def of(config: Config) -> "Family":
-        """The family of the model with this config.json, compressed by moeflow or not. Raises ValueError if it is unknown."""
+        """The family of the model with this config.json, compressed by moeflow or not. Raises ValueError if it is unknown.
+
+        A family that no constant describes is known if the configuration has its `Arch` (`ARCH`).
+        """
+        if ARCH in config:
+            return Family(Arch.from_json(config[ARCH]), config)
         for arch in FAMILIES:
             if arch.model_type == str(config.get("model_type")).removeprefix(COMPRESSED):
                 return Family(arch, config)
@@ -54,6 +59,8 @@ class Family:
     @property
     def expert_size(self) -> int | None:
         """The inner units of a routed expert, F; None where config.json leaves it to the defaults of transformers."""
+        if self.arch.expert_width is not None:
+            return self.arch.expert_width
         size = self.size("moe_intermediate_size")
         return self.size("intermediate_size") if size is None else size
 
@@ -64,6 +71,8 @@ class Family:
     @property
     def moe_layers(self) -> list[int]:
         """The decoder layers that have routed experts, ascending."""
+        if self.arch.moe is not None:
+            return list(self.arch.moe)
         dense = set(self.config.get("mlp_only_layers") or ()) | set(range(self.config.get("first_k_dense_replace") or 0))
         every = self.config.get("decoder_sparse_step") or 1
         return [i for i in range(self.num_layers) if i not in dense and (i + 1) % every == 0]
@@ -71,7 +80,7 @@ class Family:
     @property
     def experts_key(self) -> str:
         """The key of this config.json for the number of routed experts. Raises ValueError if it has none."""
-        for key in EXPERT_COUNT_KEYS:
+        for key in (self.arch.experts_key,) if self.arch.experts_key else EXPERT_COUNT_KEYS:
             if self.config.get(key) is not None:
                 return key
         raise ValueError(f"config.json of a {self.arch.model_type} names no number of experts; it needs one of {EXPERT_COUNT_KEYS}")
@@ -83,7 +92,7 @@ class Family:
 
     @property
     def top_k(self) -> int:
-        return int(self.config["num_experts_per_tok"])
+        return int(self.config[self.arch.top_k_key])
 
     @property
     def main_experts(self) -> int:
@@ -111,8 +120,25 @@ class Family:
 
     def with_experts(self, experts: int) -> Config:
         """The configuration of the same model with `experts` routed experts in every MoE layer."""
-        counts = {k: experts for k in EXPERT_COUNT_KEYS if self.config.get(k) is not None}
-        return self.config | counts | {"num_experts_per_tok": self.experts_per_token(experts)}
+        keys = (*EXPERT_COUNT_KEYS, self.arch.experts_key)
+        counts = {k: experts for k in keys if self.config.get(k) is not None}
+        return self.config | counts | {self.arch.top_k_key: self.experts_per_token(experts)}
+
+    @property
+    def scale(self) -> float:
+        """What all routing weights are multiplied with."""
+        key = self.arch.scale_key or ("routed_scaling_factor" if self.arch.groups else "")
+        return float(self.config.get(key) or 1.0) if key else 1.0
+
+    @property
+    def gated(self) -> bool:
+        """Whether an expert has a gate beside its up and down matrices."""
+        return len(self.arch.experts) == len(MATRICES)
+
+    @property
+    def matrices(self) -> tuple[str, ...]:
+        """The names of an expert's matrices, in the order of `Arch.experts`: `MATRICES`, without a gate if it has none."""
+        return MATRICES if self.gated else MATRICES[1:]
 
     def with_fewer_layers(self, drop: int) -> Config:
         """The configuration of the same model with `drop` decoder layers fewer.

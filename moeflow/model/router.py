@@ -35,7 +35,7 @@ class Router:
             groups=groups,
             topk_groups=topk_groups,
             normalize=family.normalizes,
-            scale=float(family.config.get("routed_scaling_factor") or 1.0) if family.arch.groups else 1.0,
+            scale=family.scale,
             jitter=float(family.config.get("router_jitter_noise") or 0.0),
             bias_E=bias_E,
         )
