@@ -85,7 +85,8 @@ def test_the_claims_of_a_run_that_was_killed_here_hold_nobody_up(tmp_path: Path)
     store, key = Store.open(str(tmp_path / "store")), toy.number(n=1).key
     script = (
         "import os, sys; from moeflow.store import Store, claims, runs; store = Store.open(sys.argv[1])\n"
-        "mark = runs.Mark(store, [sys.argv[2]]); held = claims.claimed(store, sys.argv[2], mark.name); held.__enter__(); os._exit(9)"
+        "mark = runs.Mark(store, [sys.argv[2]])\n"
+        "held = claims.claimed(store, sys.argv[2], mark.name); held.__enter__(); os._exit(9)"
     )
     assert subprocess.run([sys.executable, "-c", script, store.url, key]).returncode == 9
     assert len([*store.blobs.list("claims/")]) == len([*store.blobs.list("runs/")]) == 1
