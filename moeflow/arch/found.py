@@ -1,7 +1,7 @@
 """The family of a checkpoint that no constant describes, found by looking at transformers' own model of its type. No torch.
 
 Looking takes torch, and building a graph must not load it: it is a process of its own (`moeflow.model.structure`). Its answer is
-kept in the cache by the configuration, the names of the tensors and the version of transformers; only the `Arch` enters a step's key.
+kept in the cache by the configuration, the tensors' names and the version of transformers; only the `Arch` enters a step's key.
 """
 
 import hashlib

@@ -17,7 +17,7 @@ SIZES = {
     "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
     "mamba_num_heads": 8, "mamba_n_heads": 8, "mamba_head_dim": 8, "mamba_d_head": 8, "mamba_n_groups": 1, "n_groups": 1,
     "ssm_state_size": 8, "mamba_d_state": 8, "mamba_chunk_size": 8, "chunk_size": 8, "mamba_dt_rank": 4,
-    "index_n_heads": 4, "index_head_dim": 16, "index_topk": 8, "index_kpool": 4, "text_hidden_size": 32, "sliding_window": 8, "attention_chunk_size": 8192,
+    "index_n_heads": 4, "index_head_dim": 16, "index_topk": 8, "index_kpool": 4, "text_hidden_size": 32, "sliding_window": 8,
     "depth": 2, "num_heads": 4, "out_hidden_size": 32, "swa_head_dim": 16, "swa_v_head_dim": 8, "swa_num_attention_heads": 4,
     "swa_num_key_value_heads": 2, "o_lora_rank": 8, "kv_channels": 8, "num_hash_layers": 1,
 }  # fmt: skip
@@ -27,6 +27,7 @@ CHOSEN = (
     "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k", "top_k_experts", "num_selected_experts",
 )  # fmt: skip
 GROUPS = ("n_group", "num_expert_group")
+NUMBERS = ("_layers", "_idxs", "_layer_ids")  # endings of the names of lists of layers
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 LEFT = ("model_type", "architectures", "transformers_version", "quantization_config", "torch_dtype", "dtype", "_name_or_path")
 
@@ -76,17 +77,18 @@ def _fewer(small: Config, config: Config, count: Any, layers: int) -> Config:
         return small
     small["num_hidden_layers"] = kept = min(count, layers)
     for key, value in small.items():
-        if (isinstance(value, list) and len(value) == count and key != "architectures") or (
-            isinstance(value, str) and len(value) == count and key.endswith("_pattern")
-        ):
+        by_layer = isinstance(value, list) or (isinstance(value, str) and key.endswith("_pattern"))
+        if by_layer and len(value) == count and key != "architectures":
             small[key] = value[:kept]
-        elif (
-            isinstance(value, list)
-            and value
-            and all(type(v) is int for v in value)
-            and key.endswith(("_layers", "_idxs", "_layer_ids"))
-        ):
+        elif isinstance(value, list) and key.endswith(NUMBERS) and all(type(v) is int for v in value):
             small[key] = [v for v in value if v < kept]
+    if _by_sections(config):
+        small["head_dim"] = config.get("head_dim") or small.get("head_dim")
     if config.get("num_key_value_heads") is not None and config.get("num_key_value_heads") == config.get("num_attention_heads"):
         small["num_key_value_heads"] = small["num_attention_heads"]
     return small
+
+
+def _by_sections(config: Config) -> bool:
+    """Whether the rotary embedding divides a head's dimensions into sections of given sizes, which then fit that head size only."""
+    return any("mrope_section" in v for v in config.values() if isinstance(v, Mapping))
