@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from moeflow.arch import Config, Family, family_config
 from moeflow.model.checkpoint import Tensors
@@ -19,6 +19,7 @@ from moeflow.model.factors import fused
 from moeflow.model.formats import Format, check_tensors, format_of
 from moeflow.model.routed_experts import experts_of
 from moeflow.model.spec import precision
+from moeflow.model.text_half import language_model
 from moeflow.model.trimmed import take_out
 
 EXPERTS = "grouped_mm"
@@ -34,7 +35,7 @@ class Stream:
         self.dtype: torch.dtype = getattr(torch, precision(config, dtype))
         hf = self._hf_config(self.family.config)
         with torch.device("meta"):
-            self.skeleton = AutoModelForCausalLM.from_config(hf, attn_implementation="sdpa").eval()
+            self.skeleton = language_model(hf, attn_implementation="sdpa").eval()
         self._layer_class = type(self.skeleton.model.layers[0])
         self._norm, self.skeleton.model.norm = self.skeleton.model.norm, nn.Identity()
         self.skeleton.model.layers = nn.ModuleList(_Stub(layer) for layer in self.skeleton.model.layers)

@@ -13,7 +13,7 @@ from moeflow.arch import ARCH, Arch, Config, Family
 from moeflow.model.checkpoint import read_moe
 from moeflow.model.layout import kept
 from moeflow.model.stream import Stream
-from moeflow.model.structure.anatomy import Anatomy, Unknown, ids
+from moeflow.model.structure.anatomy import Anatomy, Unknown, ids, is_experts
 from moeflow.model.structure.routing import CLOSE
 
 
@@ -31,7 +31,9 @@ def _streamed(config: Config, tensors: Mapping[str, Tensor], model: Any, anatomy
     """The largest difference of hidden states behind the last layer, and of logits."""
     stream = Stream(config)
     tokens = ids(int(config["vocab_size"]))
-    model.set_experts_implementation(stream.experts) if hasattr(model, "set_experts_implementation") else None
+    for module in model.modules():
+        if is_experts(module) and hasattr(module, "config"):
+            module.config._experts_implementation = stream.experts
     want = model(tokens, use_cache=False).logits
     hidden = stream.embed(tensors, tokens)
     for layer in range(stream.family.num_layers):
