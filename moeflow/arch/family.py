@@ -246,9 +246,14 @@ class Family:
         """The name of the bias [E] that is added for the choice of experts only; None if the family has none."""
         return None if self.arch.router_bias is None else self.arch.router_bias.format(layer=layer)
 
+    def router_offset(self, layer: int) -> str | None:
+        """The name of the bias [E] that is added to the router's logits; None if the family has none."""
+        return None if self.arch.router_offset is None else self.arch.router_offset.format(layer=layer)
+
     def router_tensors(self, layer: int) -> list[str]:
-        """The names of the router's tensors; each has one row per expert."""
-        return [name for name in (self.router(layer), self.router_bias(layer)) if name is not None]
+        """The names of the router's tensors; each has one row per expert, or one column if it has a single row."""
+        names = (self.router(layer), self.router_bias(layer), self.router_offset(layer))
+        return [name for name in names if name is not None]
 
     def shared(self, layer: int) -> tuple[str, ...]:
         """The names of the shared expert's gate, up and down matrices; empty if the family has no shared expert."""

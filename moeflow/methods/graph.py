@@ -5,7 +5,7 @@ import importlib
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from moeflow.arch import Config, Family
+from moeflow.arch import Config, Family, Layout
 from moeflow.model.layout import ESSENTIAL
 from moeflow.options import check_choices
 from moeflow.step import Part, Step
@@ -14,6 +14,15 @@ REST = "rest.safetensors"
 INDEX = "model.safetensors.index.json"
 HIDDEN = "hidden.safetensors"
 TOKENS, LEARNED = "tokens.npy", "learned.npy"
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a checkpoint's files differ from the layer files of its graph, so that a result is written as its source was."""
+
+    whole: Config  # the source's config.json, of which the model's configuration may be a part
+    layout: Layout  # of the result
+    beside: Step | None = None  # the tensors of a multimodal model beside its text model
 
 
 @dataclass(frozen=True)
@@ -26,6 +35,7 @@ class Model:
     layers: tuple[Step, ...]
     extra: tuple[Step, ...] = ()  # multi-token-prediction layers, which do not change
     choices: tuple[Step, ...] = ()  # the decisions made so far
+    form: Form | None = None  # None: as the layer files
 
     @property
     def has_tokenizer(self) -> bool:

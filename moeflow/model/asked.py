@@ -2,15 +2,19 @@
 
 from collections.abc import Mapping
 
-from moeflow.arch import EMBEDDING, HEAD, LAYERS, Config, Family
+from moeflow.arch import EMBEDDING, HEAD, LAYERS, Config, Family, layer_of
 from moeflow.arch.shapes import Shape, attention_shapes, mlp_shapes, norm_shapes, rest_shapes, shared_shapes
 from moeflow.model.formats import Format, format_of, routing_shapes, some
 from moeflow.model.packed import Shapes, logical, packed_shapes
 from moeflow.model.spec import TensorTable, shapes_of
 
 
-def check_layer(config: Config, layer: int, table: TensorTable) -> None:
-    """Raise ValueError if a decoder layer does not have exactly the tensors that config.json asks for."""
+def check_layer(config: Config, layer: int, table: TensorTable, known: Shapes | None = None) -> None:
+    """Raise ValueError if a decoder layer does not have exactly the tensors that config.json asks for.
+
+    `known`: those of the whole model, where looking at the family has told them; None: they follow from `Arch`. A family that was
+    only looked at, and of which they are not known, is asked for its experts alone.
+    """
     family, shapes = Family.of(config), shapes_of(table)
     format = format_of(shapes, config, layer)
     if LAYERS in config:
@@ -21,14 +25,26 @@ def check_layer(config: Config, layer: int, table: TensorTable) -> None:
         raise ValueError(
             f"config.json says that layer {layer} has {wanted.words()}, its tensors say {format.words()}; correct one of them"
         )
-    _compare(f"layer {layer}", _asked(family, format, layer), shapes, config)
+    if known is not None:
+        asked = {n: tuple(shape) for n, shape in known.items() if n.startswith(family.prefix(layer))}
+        _compare(f"layer {layer}", asked, shapes, config)
+    elif not family.arch.looked_at:
+        _compare(f"layer {layer}", _asked(family, format, layer), shapes, config)
 
 
-def check_rest(config: Config, table: TensorTable) -> None:
-    """Raise ValueError if embedding, final norm and head are not exactly the tensors that config.json asks for."""
-    asked = dict(rest_shapes(Family.of(config)))
+def check_rest(config: Config, table: TensorTable, known: Shapes | None = None) -> None:
+    """Raise ValueError if embedding, final norm and head are not exactly the tensors that config.json asks for.
+
+    `known`: as for `check_layer`.
+    """
+    family = Family.of(config)
+    if known is None and family.arch.looked_at:
+        return
+    asked: dict[str, Shape] = dict(rest_shapes(family))
+    if known is not None:
+        asked = {n: tuple(shape) for n, shape in known.items() if layer_of(n) is None}
     if config.get("tie_word_embeddings") and HEAD not in table:
-        del asked[HEAD]
+        asked.pop(HEAD, None)
     elif HEAD not in table and EMBEDDING in table:
         raise ValueError(f"the checkpoint has no tensor {HEAD}; it is incomplete, or tie_word_embeddings is wrong")
     _compare("the checkpoint", asked, shapes_of(table), config)

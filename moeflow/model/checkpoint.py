@@ -14,13 +14,15 @@ from moeflow.arch import Config, Family
 from moeflow.model.header import TensorInfo
 from moeflow.model.layout import Files, Folder, SingleFile, experts_in, headers
 from moeflow.model.moe import MLP, LowRank, Matrix, MoELayer
-from moeflow.model.packed import BLOCK_SCALE, PACKED, SCALE, SHAPE, logical, unblocked, unpack
+from moeflow.model.packed import BLOCK_SCALE, BLOCKS, PACKED, SCALE, SCALES, SHAPE, logical, unblocked, unblocks, unpack
 from moeflow.model.router import Router
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu, "F4": torch.float4_e2m1fn_x2,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "C64": torch.complex64, "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
 }  # fmt: skip
 AT_ONCE = 1 << 28
 
@@ -28,7 +30,8 @@ AT_ONCE = 1 << 28
 class Tensors(Mapping[str, Tensor]):
     """The tensors of all safetensors files of an artifact or folder. Each is read, by its byte range, when it is used.
 
-    A packed or FP8 matrix has its plain name here and is unpacked when it is read. `info` describes what is in the files.
+    A matrix that is packed, in FP8 or in MXFP4 has its plain name here and is unpacked when it is read. `info` describes what is in
+    the files.
     """
 
     def __init__(self, files: Files | Path) -> None:
@@ -42,6 +45,8 @@ class Tensors(Mapping[str, Tensor]):
         if name not in self._names or name in self.info:
             plain = self._read(name)
             return unblocked(plain, self._read(name + BLOCK_SCALE)) if name + BLOCK_SCALE in self.info else plain
+        if name + BLOCKS in self.info:
+            return unblocks(self._read(name + BLOCKS), self._read(name + SCALES))
         return unpack(*(self._read(name + end) for end in (PACKED, SCALE, SHAPE)))
 
     def __contains__(self, name: object) -> bool:
@@ -110,10 +115,21 @@ def read_many(files: Files, tensors: Mapping[str, TensorInfo]) -> Iterator[tuple
 
 
 def tensor_of(data: bytes, info: TensorInfo) -> Tensor:
-    """The tensor with these bytes, and the dtype and shape of `info`."""
+    """The tensor with these bytes, and the dtype and shape of `info`; torch has two 4-bit floats in an element."""
+    shape = (*info.shape[:-1], info.shape[-1] // 2) if info.dtype == "F4" else info.shape
     if not data:
-        return torch.empty(info.shape, dtype=DTYPES[info.dtype])
-    return torch.frombuffer(bytearray(data), dtype=DTYPES[info.dtype]).reshape(info.shape)
+        return torch.empty(shape, dtype=DTYPES[info.dtype])
+    return torch.frombuffer(bytearray(data), dtype=DTYPES[info.dtype]).reshape(shape)
+
+
+def is_finite(name: str, tensor: Tensor) -> bool:
+    """Whether no number of a tensor with this name on disk is NaN or infinite."""
+    if name.endswith(SCALES) and tensor.dtype == torch.uint8:
+        return not bool((tensor == 255).any())
+    if not tensor.is_floating_point() or tensor.dtype == torch.float4_e2m1fn_x2:
+        return True
+    # FP8 has no infinity, and torch cannot check it for NaN
+    return bool((tensor.float() if tensor.itemsize == 1 else tensor).isfinite().all())
 
 
 def save(tensors: Mapping[str, Tensor], path: Path) -> None:

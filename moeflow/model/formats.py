@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moeflow.arch import COMPRESSED, LAYERS, MAIN, MATRICES, Config, Family, family_config, is_number
-from moeflow.model.packed import PACKED, Shapes
+from moeflow.model.packed import BLOCKS, PACKED, Shapes
 
 Ranks = tuple[int, ...]
 """The rank of one matrix in each expert; 0 if the matrix is whole."""
@@ -135,7 +135,7 @@ def some(names: Sequence[str]) -> str:
 
 def _rank(shapes: Shapes, name: str, factors: tuple[str, str]) -> int:
     out, inner = factors
-    if name in shapes or name + PACKED in shapes:
+    if any(name + end in shapes for end in ("", PACKED, BLOCKS)):
         return 0
     stored = {n: shapes[n + end] for n in factors for end in (PACKED, "") if n + end in shapes}
     if missing := [n for n in factors if n not in stored]:
@@ -172,12 +172,12 @@ def layer_formats(config: Config) -> list[Format | None]:
     return formats
 
 
-def config_of(config: Config, formats: Sequence[Format | None]) -> Config:
+def config_of(config: Config, formats: Sequence[Format | None], *, own: bool = False) -> Config:
     """The config.json of a checkpoint whose decoder layers have these formats; `config` is that of the model it was made of.
 
-    If all layers have the same number of whole experts, it is the family's own, readable without moeflow. Otherwise it is that of a
-    compressed checkpoint, with the largest number of experts under the family's key. Raises ValueError if `formats` does not fit
-    the family's layers.
+    If all layers have the same number of whole experts, it is the family's own, readable without moeflow. Otherwise, and where it
+    is to be moeflow's `own` in any case, it is that of a compressed checkpoint, with the largest number of experts under the
+    family's key. Raises ValueError if `formats` does not fit the family's layers.
     """
     family, plain = Family.of(config), family_config(config)
     names = [str(a).removeprefix(CLASSES) for a in config.get("architectures") or ()]
@@ -185,7 +185,7 @@ def config_of(config: Config, formats: Sequence[Format | None]) -> Config:
     if not counts:
         raise ValueError("no layer has experts left; at least one has to keep some")
     new = Family.of(plain).with_experts(max(counts)) | ({"architectures": names} if names else {})
-    if len(counts) > 1 or any(f is not None and (f.own or f.gone) for f in formats):
+    if own or len(counts) > 1 or any(f is not None and (f.own or f.gone) for f in formats):
         new |= {"model_type": COMPRESSED + family.arch.model_type, LAYERS: [{} if f is None else f.to_json() for f in formats]}
         new |= {"architectures": [CLASSES + a for a in names]} if names else {}
     if [f is not None for f in formats] != [f is not None for f in layer_formats(new)]:

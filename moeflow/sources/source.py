@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from moeflow.sources import steps
 from moeflow.sources.places import How, Kind, Pinned, SourceFile
@@ -17,14 +18,20 @@ from moeflow.store.errors import MissingSource
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@.+)?")
 
 
+LayoutWanted = Literal["source", "per_expert"]
+"""How what is made of a model has its experts on disk: as the model has, or one tensor for each matrix."""
+
+
 @dataclass(frozen=True)
 class Source(Pinned):
     """A pinned model or text: its place, and its files with their pins, by name.
 
-    `refer`: whether its weights are read where they lie, by range, instead of being copied into the store.
+    `refer`: whether its weights are read where they lie, by range, instead of being copied into the store. `layout`: how what is
+    made of it has its experts on disk.
     """
 
     refer: bool = False
+    layout: LayoutWanted = "source"
 
     def names(self) -> list[str]:
         return [f.name for f in self.files]
