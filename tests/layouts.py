@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moeflow.arch import Arch, Layout, Stacked
+from moeflow.arch.found import Found
 from moeflow.methods.checkpoint import steps as checkpoint
-from moeflow.methods.checkpoint.intake import Found
 from moeflow.methods.graph import Model
 from moeflow.methods.records import Choice, LayerLoss
 from moeflow.methods.rewrite import pruned

@@ -9,14 +9,14 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from moeflow.arch.families import FAMILIES
-from moeflow.arch.family import WITHOUT_EFFECT, Family
+from moeflow.arch.family import WITHOUT_EFFECT
 from moeflow.arch.layout import Layout
 from moeflow.arch.spec import ARCH, COMPRESSED, Arch, Config
 from moeflow.home import home
@@ -30,28 +30,18 @@ class Found:
     """What a look at a checkpoint found."""
 
     arch: Arch
-    layout: Layout
-    shapes: Mapping[str, tuple[int, ...]]  # of all tensors but the routed experts, by our names
-    ignored: tuple[str, ...] = ()  # patterns of the names of tensors that transformers does not load
+    layout: Layout = field(default_factory=Layout)
+    shapes: Mapping[str, Sequence[int]] | None = None  # of all tensors but the routed experts, by our names; None: not known
 
-    def bound(self, config: Config) -> Config:
-        """The text model's configuration with its family in it; `config` is the checkpoint's config.json."""
-        for key in self.layout.inside:
-            config = config[key]
-        return config | {ARCH: self.arch.to_json()}
+    @staticmethod
+    def from_json(value: Mapping[str, Any]) -> "Found":
+        return Found(Arch.from_json(value["arch"]), Layout.from_json(value["layout"]), value.get("shapes"))
 
 
-def described(config: Config, names: Iterable[str]) -> bool:
-    """Whether a constant describes the checkpoint with this config.json and tensors of these names."""
-    model_type = str(config.get("model_type"))
-    if model_type.startswith(COMPRESSED) or ARCH in config:
-        return True
-    for arch in FAMILIES:
-        if arch.model_type == model_type:
-            family, stored = Family(arch, config), {*names}
-            firsts = {n for i in family.moe_layers for n in family.expert(i, 0)}
-            return not stored or any(n.startswith(first.removesuffix("weight")) for first in firsts for n in stored)
-    return False
+def described(config: Config) -> bool:
+    """Whether a constant describes the model with this config.json, or the configuration itself does."""
+    model_type = str(config.get("model_type")).removeprefix(COMPRESSED)
+    return ARCH in config or any(arch.model_type == model_type for arch in FAMILIES)
 
 
 def found(config: Config, names: Iterable[str], where: str) -> Found:
@@ -70,8 +60,7 @@ def found(config: Config, names: Iterable[str], where: str) -> Found:
     if "why" in answer:
         kind = f"{config.get('model_type')!r:.60}"
         raise ValueError(f"{where} is a {kind}, which is not supported: {answer['why']}; `moeflow families` lists what is")
-    shapes = {name: tuple(shape) for name, shape in answer["shapes"].items()}
-    return Found(Arch.from_json(answer["arch"]), Layout.from_json(answer["layout"]), shapes, tuple(answer["ignored"]))
+    return Found.from_json(answer)
 
 
 def _looked(request: str) -> dict[str, Any]:

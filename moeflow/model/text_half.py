@@ -25,7 +25,7 @@ class TextHalf(PreTrainedModel):
     """A text model of transformers and a head."""
 
     base_model_prefix = "model"
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 
     def __init__(self, body: Any, dtype: torch.dtype) -> None:
         for name in ("_supports_sdpa", "_supports_flash_attn", "_supports_flex_attn", "_supports_attention_backend"):

@@ -5,10 +5,11 @@ once, and each is a view of it.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from moeflow.arch import ARCH, FAMILIES, Arch, Config, Family, Layout, Stacked, layout_in_memory
+from moeflow.arch import ARCH, FAMILIES, Config, Family, Layout, Stacked, layout_in_memory
+from moeflow.arch.found import Found
 from moeflow.model.header import TensorInfo
 from moeflow.model.json_file import kind_of
 from moeflow.model.packed import BLOCKS, CODES, SCALES
@@ -32,19 +33,6 @@ class Piece(TensorInfo):
     """A tensor here, whose bytes [start, stop) of `file` also hold others, or hold it on its side."""
 
     view: View | None = None  # None: the bytes are the tensor
-
-
-@dataclass(frozen=True)
-class Found:
-    """What is known of a checkpoint beside its own files: its family, its layout, and the tensors that the family asks for."""
-
-    arch: Arch
-    layout: Layout = field(default_factory=Layout)
-    shapes: Mapping[str, Sequence[int]] | None = None  # by the names here; None: those that config.json asks for
-
-    @staticmethod
-    def from_json(value: Mapping[str, Any]) -> "Found":
-        return Found(Arch.from_json(value["arch"]), Layout.from_json(value["layout"]), value.get("shapes"))
 
 
 def text_config(whole: Config, found: Found | None, where: str) -> Config:

@@ -6,7 +6,8 @@ from math import ceil
 from typing import TYPE_CHECKING, Any
 
 from moeflow.arch import Config, Family
-from moeflow.methods.checkpoint.intake import Found, text_config
+from moeflow.arch.found import Found, described, found
+from moeflow.methods.checkpoint.intake import text_config
 from moeflow.methods.graph import INDEX, named_like
 from moeflow.model.config_check import check_config
 from moeflow.model.header import TensorInfo, read_header
@@ -30,14 +31,22 @@ TOKENIZER = {
 """Entries of tokenizer_config.json, and the types that they may have."""
 
 
-def config_of(source: "Source", found: Found | None = None) -> tuple[Config, Config]:
+def looked_at(source: "Source", tensors: Mapping[str, TensorInfo]) -> Found | None:
+    """What looking at the checkpoint's model type tells; None if a constant describes it. Raises ValueError if nothing does."""
+    config = json_object(source.read("config.json"), f"config.json at {source.uri}")
+    if not isinstance(config.get("model_type"), str) or described(config):
+        return None
+    return found(config, tensors, source.uri)
+
+
+def config_of(source: "Source", known: Found | None = None) -> tuple[Config, Config]:
     """The checkpoint's config.json, and the configuration of its text model, which may be a part of it.
 
     Raises ValueError if it is damaged, or says what cannot be.
     """
     where = f"config.json at {source.uri}"
     whole = json_object(source.read("config.json"), where)
-    config = text_config(whole, found, where)
+    config = text_config(whole, known, where)
     check_config(config, where)
     return whole, config
 

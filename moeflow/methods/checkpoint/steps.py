@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 from moeflow import __version__
 from moeflow.arch import ARCH, Config, Family, Layout, essential, family_config, layer_of
+from moeflow.arch.found import Found
 from moeflow.methods.checkpoint import export, intake, reading
-from moeflow.methods.checkpoint.intake import Found
 from moeflow.methods.graph import INDEX, REST, Form, Model, named_like
 from moeflow.methods.records import Facts, decision, read_json
 from moeflow.methods.rewrite import config_files, link_all, readable, write_config
@@ -215,11 +215,12 @@ def pinned(source: Source, *, mtp: Literal["drop", "keep"] = "drop", found: Foun
     """
     if mtp not in ("drop", "keep"):
         raise ValueError(f"mtp={mtp!r}; choose 'drop' or 'keep'")
+    stored = reading.tensors_of(source)
+    found = found or reading.looked_at(source, stored)
     whole, config = reading.config_of(source, found)
     family = Family.of(config)
     small = sorted(f.name for f in source.files if named_like(f.name, TRAVELLING))
     reading.check_small(source, small)
-    stored = reading.tensors_of(source)
     layout = intake.layout_of(stored, family, found, source.uri)
     tensors = intake.pieces(stored, layout, family, source.uri)
     reading.check_packing(tensors, config, source.uri)

@@ -9,6 +9,7 @@ import sys
 import warnings
 
 from moeflow.model.structure.anatomy import Unknown
+from moeflow.model.structure.building import one_line
 from moeflow.model.structure.listing import rows
 from moeflow.model.structure.looking import look
 
@@ -23,6 +24,8 @@ def main(words: list[str]) -> int:
         answer = look(request["config"], request.get("names")).to_json()
     except Unknown as why:
         answer = {"why": str(why)}
+    except Exception as error:  # of a model's own code: what it does is not understood
+        answer = {"why": one_line(error)}
     print(json.dumps(answer))
     return 0
 

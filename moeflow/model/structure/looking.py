@@ -39,9 +39,9 @@ def look(config: Config, stored: Iterable[str] | None = None) -> Answer:
     """
     inside = inside_of(config)
     text = text_of(config, inside)
-    key, chosen = experts_key(text), top_k_key(text)
-    if not key:
-        raise Unknown("config.json names no number of routed experts")
+    if not (key := experts_key(text)):
+        raise Unknown("its config.json names no number of experts")
+    chosen = top_k_key(text)
     small = tiny(config)
     model = built(small)
     anatomy = dissected(model, EXPERTS)
