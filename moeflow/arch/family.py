@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moeflow.arch.families import FAMILIES
-from moeflow.arch.spec import ARCH, COMPRESSED, EXPERT_COUNT_KEYS, LAYERS, MAIN, MATRICES, Arch, Config, layer_of
+from moeflow.arch.spec import ARCH, COMPRESSED, EXPERT_COUNT_KEYS, LAYERS, MAIN, MATRICES, Arch, Config, is_number, layer_of
 
 Kind = Literal["attention", "router", "experts", "shared", "dense", "compressed", "fixed", "norm", "rest"]
 """What a tensor is part of. "compressed": the vectors of Compressed Experts; "fixed": what has no gradient, the threshold of
@@ -41,7 +41,7 @@ class Family:
 
         A family that no constant describes is known if the configuration has its `Arch` (`ARCH`).
         """
-        if ARCH in config:
+        if config.get(ARCH) is not None:
             return Family(Arch.from_json(config[ARCH]), config)
         for arch in FAMILIES:
             if arch.model_type == str(config.get("model_type")).removeprefix(COMPRESSED):
@@ -224,15 +224,24 @@ class Family:
 
     def moe(self, layer: int) -> str:
         """The beginning of the names of a layer's MoE block."""
-        return self.router(layer).rsplit(".", 2)[0] + "."
+        return self.experts(layer).rsplit(".", 2)[0] + "."
 
     def experts(self, layer: int) -> str:
         """The beginning of the names of a layer's routed experts, and of what moeflow stores beside them."""
         return self.arch.experts[0].format(layer=layer, expert="\0").partition("\0")[0]
 
     def expert(self, layer: int, expert: int | str) -> tuple[str, ...]:
-        """The names of one expert's gate, up and down matrices."""
+        """The names of one expert's gate, up and down matrices; of up and down if it has no gate (`matrices`)."""
         return tuple(name.format(layer=layer, expert=expert) for name in self.arch.experts)
+
+    def expert_biases(self, layer: int, expert: int | str) -> tuple[str, ...]:
+        """The names of the biases of the same matrices, in the same order; empty if the family has none."""
+        return tuple(name.format(layer=layer, expert=expert) for name in self.arch.expert_biases)
+
+    def of_expert(self, name: str, layer: int) -> bool:
+        """Whether the tensor with this name on disk is part of one of the layer's routed experts."""
+        stem = self.experts(layer)
+        return name.startswith(stem) and is_number(name.removeprefix(stem).split(".")[0])
 
     def factors(self, name: str) -> tuple[str, str]:
         """The names of the two factors, [M, R] and [R, N], that replace the matrix `name` [M, N] if it has rank R."""
@@ -264,8 +273,8 @@ class Family:
         return None if self.arch.shared_gate is None else self.arch.shared_gate.format(layer=layer)
 
     def gate_beside(self, name: str) -> str | None:
-        """The name of the gate matrix of the same expert if `name` is a down matrix, else None."""
-        gate, _, down = (template.split(".")[-2] for template in self.arch.experts)
+        """The name of the same expert's gate, or up if it has no gate, if `name` is a down matrix, else None."""
+        gate, *_, down = (template.split(".")[-2] for template in self.arch.experts)
         stem, _, matrix = name.removesuffix(".weight").rpartition(".")
         return f"{stem}.{gate}.weight" if matrix == down else None
 
@@ -281,7 +290,7 @@ class Family:
             return "fixed"
         if name.startswith(experts):
             return "experts"
-        if name == self.router(layer):
+        if name in (self.router(layer), self.router_offset(layer)):
             return "router"
         if name in (*self.shared(layer), self.shared_gate(layer)):
             return "shared"
@@ -303,6 +312,10 @@ class Family:
             for disk, memory in self.arch.memory:
                 if inside.startswith(memory):
                     return self.prefix(layer) + disk + inside.removeprefix(memory)
+            return name
+        for disk, memory in self.arch.rest:
+            if name.startswith(memory):
+                return disk + name.removeprefix(memory)
         return name
 
     def in_memory(self, inside: str) -> str:
@@ -311,6 +324,13 @@ class Family:
             if inside.startswith(disk):
                 return memory + inside.removeprefix(disk)
         return inside
+
+    def rest_in_memory(self, name: str) -> str:
+        """The name in memory of a tensor outside the decoder layers that is called `name` on disk."""
+        for disk, memory in self.arch.rest:
+            if name.startswith(disk):
+                return memory + name.removeprefix(disk)
+        return name
 
     @property
     def shared_modules(self) -> tuple[str, ...]:

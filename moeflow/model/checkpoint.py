@@ -13,7 +13,7 @@ from torch import Tensor
 from moeflow.arch import Config, Family
 from moeflow.model.header import TensorInfo
 from moeflow.model.layout import Files, Folder, SingleFile, experts_in, headers
-from moeflow.model.moe import MLP, LowRank, Matrix, MoELayer
+from moeflow.model.moe import CLAMPED, MLP, Activation, Clamped, LowRank, Matrix, MoELayer
 from moeflow.model.packed import BLOCK_SCALE, BLOCKS, PACKED, SCALE, SCALES, SHAPE, logical, unblocked, unblocks, unpack
 from moeflow.model.router import Router
 
@@ -71,31 +71,44 @@ def read_moe(tensors: Mapping[str, Tensor], config: Config, layer: int, *, exper
     family = Family.of(config)
     count = experts_in(tensors, config, layer)
 
-    bias, shared, shared_gate = family.router_bias(layer), family.shared(layer), family.shared_gate(layer)
+    bias, offset = family.router_bias(layer), family.router_offset(layer)
+    shared, shared_gate = family.shared(layer), family.shared_gate(layer)
     router_ED = tensors[family.router(layer)]
     if router_ED.shape[0] != count:
         raise ValueError(f"layer {layer} has {count} experts and a router of {router_ED.shape[0]} rows")
     return MoELayer(
-        router=Router.of(family, count, None if bias is None else tensors[bias].float()),
+        router=Router.of(family, count, None if bias is None else tensors[bias].float().view(-1)),
         router_ED=router_ED,
         experts=tuple(read_expert(tensors, config, layer, e) for e in range(count if experts else 0)),
         shared=_mlp(tensors, config, shared) if shared else None,
         shared_gate_1D=None if shared_gate is None else tensors[shared_gate],
+        offset_E=None if offset is None else tensors[offset],
     )
 
 
 def read_expert(tensors: Mapping[str, Tensor], config: Config, layer: int, expert: int) -> MLP:
     """One routed expert of a layer. Raises KeyError if a tensor is missing."""
-    return _mlp(tensors, config, Family.of(config).expert(layer, expert))
+    family = Family.of(config)
+    return _mlp(tensors, config, family.expert(layer, expert), family.expert_biases(layer, expert))
 
 
-def _mlp(tensors: Mapping[str, Tensor], config: Config, names: Sequence[str]) -> MLP:
+def activation(config: Config) -> Activation:
+    """What experts compute between their matrices: the family's own activation, or the one that config.json names."""
+    keys = ("hidden_act", "hidden_activation", "mlp_hidden_act")
+    name = Family.of(config).arch.activation or next((str(config[k]) for k in keys if config.get(k)), "silu")
+    if name != CLAMPED:
+        return name
+    given = {n: float(config[k]) for n, k in (("alpha", "swiglu_alpha"), ("limit", "swiglu_limit")) if config.get(k) is not None}
+    return Clamped(**given)
+
+
+def _mlp(tensors: Mapping[str, Tensor], config: Config, names: Sequence[str], biases: Sequence[str] = ()) -> MLP:
     def matrix(name: str) -> Matrix:
         out, inner = Family.of(config).factors(name)
         return tensors[name] if out not in tensors else LowRank(tensors[out], tensors[inner])
 
-    gate, up, down = names
-    return MLP(matrix(gate), matrix(up), matrix(down), str(config.get("hidden_act", "silu")))
+    *gate, up, down = map(matrix, names)
+    return MLP(gate[0] if gate else None, up, down, activation(config), tuple(tensors[b] for b in biases))
 
 
 def read_many(files: Files, tensors: Mapping[str, TensorInfo]) -> Iterator[tuple[str, Tensor]]:

@@ -45,7 +45,7 @@ class Format:
 
     @property
     def low_rank(self) -> bool:
-        return bool(self.gate)
+        return bool(self.up)
 
     @property
     def own(self) -> bool:
@@ -61,13 +61,13 @@ class Format:
         if self.gone:
             return GONE[self.gone]
         words = [f"{self.experts} experts"]
-        words += [f"{m} of ranks {', '.join(map(str, self.ranks(m)))}" for m in MATRICES if self.low_rank]
+        words += [f"{m} of ranks {', '.join(map(str, ranks))}" for m in MATRICES if (ranks := getattr(self, m))]
         words += [f"skipping by {self.skip}"] if self.skip else []
         words += [f"Compressed Experts ({self.compressed})"] if self.compressed else []
         return ", ".join(words)
 
     def to_json(self) -> dict[str, Any]:
-        ranks = {m: list(self.ranks(m)) for m in MATRICES}
+        ranks = {m: list(ranks) for m in MATRICES if (ranks := getattr(self, m))}
         beside = {name: value for name in BESIDE if (value := getattr(self, name))}
         return {"experts": self.experts} | ({"ranks": ranks} if self.low_rank else {}) | beside
 
@@ -92,7 +92,8 @@ def format_of(shapes: Shapes, config: Config, layer: int) -> Format:
         raise ValueError(f"layer {layer} has no expert {lacking} but {len(numbers)} others; the checkpoint is incomplete")
     ranks = [[_rank(shapes, name, family.factors(name)) for name in family.expert(layer, e)] for e in numbers]
     low_rank = any(map(any, ranks))
-    gate, up, down = (tuple(of_expert[m] for of_expert in ranks if low_rank) for m in range(len(MATRICES)))
+    columns = dict(zip(family.matrices, zip(*ranks, strict=True), strict=True)) if low_rank else {}
+    gate, up, down = (tuple(columns.get(m, ())) for m in MATRICES)
     skip = next((s for s in SKIPS if f"{stem}skip.{s}" in shapes), "")
     compressed = next((f for f, vectors in FORMS.items() if f"{stem}compressed.{vectors[0]}" in shapes), "")
     gone = ""
@@ -195,6 +196,8 @@ def config_of(config: Config, formats: Sequence[Format | None], *, own: bool = F
 
 def _checked(format: Format, family: Family, layer: int) -> Format:
     gate, up, down = (format.ranks(m) for m in MATRICES)
+    if not family.gated and not format.gate:
+        gate = up
     if any(len(r) != format.experts or min(r, default=0) < 0 for r in (gate, up, down)):
         raise ValueError(f"config.json needs {format.experts} ranks (0: whole) of each matrix in layer {layer}; correct {LAYERS!r}")
     if odd := [e for e in range(format.experts) if (gate[e] == 0) != (up[e] == 0)]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from moeflow.arch import ARCH, Arch, Config, Family
 from moeflow.model.checkpoint import read_moe
 from moeflow.model.layout import kept
-from moeflow.model.stream import Stream
+from moeflow.model.stream import HIDDEN, Stream
 from moeflow.model.structure.anatomy import Anatomy, Unknown, ids, is_experts
 from moeflow.model.structure.routing import CLOSE
 
@@ -35,12 +35,12 @@ def _streamed(config: Config, tensors: Mapping[str, Tensor], model: Any, anatomy
         if is_experts(module) and hasattr(module, "config"):
             module.config._experts_implementation = stream.experts
     want = model(tokens, use_cache=False).logits
-    hidden = stream.embed(tensors, tokens)
+    states = {HIDDEN: stream.embed(tensors, tokens)}
     for layer in range(stream.family.num_layers):
         prefix = stream.family.prefix(layer)
         module = stream.layer({n: t for n, t in tensors.items() if n.startswith(prefix)}, layer)
-        hidden = module(hidden, **stream.arguments(layer, hidden))
-    logits = stream.head(tensors)(stream.final_norm(tensors)(hidden))
+        states = stream.run(module, layer, states)
+    logits = stream.logits(tensors)(states[HIDDEN])
     return float((logits - want).abs().max())
 
 
