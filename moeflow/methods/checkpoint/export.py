@@ -47,7 +47,8 @@ def written(model: Model, form: Form) -> Written:
     if not why:
         own = ARCH in form.whole  # moeflow's own result, whose family may have no such form of its own
         return Written(form.layout, own=own, as_source=not own)
-    if coded := next((i for i in model.moe_layers if model.layers[i].spec.output.mxfp4), None):
+    coded = next((i for i in model.moe_layers if model.layers[i].spec.output.mxfp4), None)
+    if coded is not None:
         raise ValueError(
             f"{why}, and layer {coded} is in MXFP4, which transformers reads from stacks of one number of experts only; keep as "
             "many in every layer, or start from the model in bf16"
