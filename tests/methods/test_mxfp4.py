@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import GptOssForCausalLM, Mxfp4Config
+from transformers import GptOssForCausalLM
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+from transformers.utils.quantization_config import Mxfp4Config
 
 from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.model.checkpoint import Tensors

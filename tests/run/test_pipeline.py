@@ -247,7 +247,8 @@ def test_whether_a_source_is_copied_is_a_parameter_of_every_pipeline_with_one(tm
 
 def test_the_layout_of_a_result_is_a_parameter_of_every_pipeline_with_a_source(tmp_path: Path) -> None:
     def of_model(model: Source) -> Step:
-        return toy.shards(values=[model.layout])
+        values: list[Any] = [model.layout]
+        return toy.shards(values=values)
 
     folder = tiny_source(tmp_path)
     assert received(of_model, f"model={folder}")["values"] == ["source"]
