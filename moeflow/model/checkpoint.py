@@ -14,7 +14,7 @@ from moeflow.arch import Config, Family
 from moeflow.model.header import TensorInfo
 from moeflow.model.layout import Files, Folder, SingleFile, experts_in, headers
 from moeflow.model.moe import CLAMPED, MLP, Activation, Clamped, LowRank, Matrix, MoELayer
-from moeflow.model.packed import BLOCK_SCALE, BLOCKS, PACKED, SCALE, SCALES, SHAPE, logical, unblocked, unblocks, unpack
+from moeflow.model.packed import BLOCKS, PACKED, SCALE, SCALES, SHAPE, block_scale, logical, unblocked, unblocks, unpack
 from moeflow.model.router import Router
 
 DTYPES = {
@@ -44,7 +44,8 @@ class Tensors(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._names or name in self.info:
             plain = self._read(name)
-            return unblocked(plain, self._read(name + BLOCK_SCALE)) if name + BLOCK_SCALE in self.info else plain
+            scale = block_scale(name, self.info)
+            return plain if scale is None else unblocked(plain, self._read(scale))
         if name + BLOCKS in self.info:
             return unblocks(self._read(name + BLOCKS), self._read(name + SCALES))
         return unpack(*(self._read(name + end) for end in (PACKED, SCALE, SHAPE)))

@@ -6,7 +6,7 @@ and unpack. Shapes are suffixes: M outputs and N inputs of a matrix, G groups of
 and columns.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import ceil, prod
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,8 @@ BESIDE = (SCALE, SHAPE, ZERO)
 BLOCK_SCALE = "_scale_inv"
 """The ending of the scales that the blocks of an FP8 matrix are multiplied with (DeepSeek-V3, arXiv 2412.19437, 3.3.2). They are
 no inverse, in spite of the name."""
+OTHER_SCALE = ".scale"
+"""The same in place of the matrix's own ending, as DeepSeek-V4 has them: a power of two for each block (F8_E8M0)."""
 
 BLOCKS, SCALES = "_blocks", "_scales"
 """The endings of the tensors that replace a matrix in MXFP4: codes [M, G, `CODES`], two in a byte, the first in its low half, and
@@ -51,11 +53,17 @@ class Scheme:
         return f"{self.bits} bits, " + (f"groups of {self.group}" if self.group else "one scale a row")
 
 
+def block_scale(name: str, names: Container[str]) -> str | None:
+    """The name of the scales of a matrix in FP8 with this name; None if it has none."""
+    either = name + BLOCK_SCALE, name.removesuffix(WHOLE) + OTHER_SCALE
+    return next((n for n in either if n in names), None)
+
+
 def logical(names: Iterable[str]) -> list[str]:
     """The names of the matrices of these tensors, packed or not."""
-    stored = list(names)
+    stored = dict.fromkeys(names)
     packed = {n.removesuffix(PACKED) for n in stored if n.endswith(PACKED)}
-    beside = {name + end for name in packed for end in BESIDE} | {n + BLOCK_SCALE for n in stored}
+    beside = {name + end for name in packed for end in BESIDE} | {block_scale(n, stored) for n in stored}
     beside |= {n.removesuffix(BLOCKS) + SCALES for n in stored if n.endswith(BLOCKS)}
     return [n.removesuffix(PACKED).removesuffix(BLOCKS) for n in stored if n not in beside]
 

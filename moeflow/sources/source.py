@@ -70,12 +70,13 @@ class Source(Pinned):
         return steps.files(uri=self.uri, files=[(f.name, f.size, f.pin) for f in files])
 
 
-def pin(uri: str, *, kind: Kind, how: How | None = None) -> Source:
+def pin(uri: str, *, kind: Kind, how: How | None = None, layout: LayoutWanted = "source") -> Source:
     """The files at `uri` as they are now, pinned so that a later change is noticed.
 
     A folder, a file, a glob, `s3://bucket/prefix`, `hf://datasets/org/name[@revision][/glob]`, `python:stdlib`, and for
     a model also `org/name[@revision]` on the hub if there is no such folder. `how`: whether a model's weights are copied into the
-    store or read where they lie; None: they are read where they stay, which is S3, a disk, and the user's hub cache.
+    store or read where they lie; None: they are read where they stay, which is S3, a disk, and the user's hub cache. `layout`: how
+    what is made of a model has its experts on disk.
 
     Raises MissingSource, a ValueError.
     """
@@ -95,7 +96,7 @@ def pin(uri: str, *, kind: Kind, how: How | None = None) -> Source:
         if not file.name.isprintable() or {"", ".", ".."} & {*file.name.split("/")}:
             raise MissingSource(f"{uri} has a file named {file.name!r}, which no folder can take as it is; rename it there")
     refer = kind == "model" and (how == "refer" if how else _stays(pinned))
-    return Source(pinned.uri, pinned.revision, tuple(sorted(pinned.files, key=lambda f: f.name)), refer)
+    return Source(pinned.uri, pinned.revision, tuple(sorted(pinned.files, key=lambda f: f.name)), refer, layout)
 
 
 def _stays(pinned: Pinned) -> bool:

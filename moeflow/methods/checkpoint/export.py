@@ -13,6 +13,7 @@ from moeflow.arch import ARCH, COMPRESSED, Config, Layout, Stacked
 from moeflow.methods.checkpoint.intake import FROM_THE_WHOLE
 from moeflow.methods.graph import Form, Model
 from moeflow.model.header import TensorInfo
+from moeflow.model.packed import METHOD
 from moeflow.model.spec import LayerSpec, TensorTable
 
 if TYPE_CHECKING:
@@ -42,12 +43,14 @@ def written(model: Model, form: Form) -> Written:
 
     Raises ValueError if transformers reads it neither way.
     """
-    why = _apart([layer.spec.output for layer in model.layers], model.moe_layers)
+    packed = (form.whole.get("quantization_config") or {}).get("quant_method") == METHOD
+    why = _apart([layer.spec.output for layer in model.layers], model.moe_layers, packed=packed)
     wrapper = bool(form.layout.inside)
     if not why:
         own = ARCH in form.whole  # moeflow's own result, whose family may have no such form of its own
         return Written(form.layout, own=own, as_source=not own)
-    if coded := next((i for i in model.moe_layers if model.layers[i].spec.output.mxfp4), None):
+    coded = next((i for i in model.moe_layers if model.layers[i].spec.output.mxfp4), None)
+    if coded is not None:
         raise ValueError(
             f"{why}, and layer {coded} is in MXFP4, which transformers reads from stacks of one number of experts only; keep as "
             "many in every layer, or start from the model in bf16"
@@ -59,15 +62,15 @@ def written(model: Model, form: Form) -> Written:
     return Written(Layout(), own=own, as_source=False, note=note)
 
 
-def _apart(layers: Sequence[LayerSpec], moe: Sequence[int]) -> str:
-    """Why no layout of the family's own can hold these layers; empty if one can."""
+def _apart(layers: Sequence[LayerSpec], moe: Sequence[int], *, packed: bool) -> str:
+    """Why no layout of the family's own can hold these layers; empty if one can. `packed`: the source's experts are packed, too."""
     experts = [layers[i] for i in moe]
     if len({layer.experts for layer in experts}) > 1 or any(layer.least != layer.experts for layer in experts):
         return "layers differ in their experts, or a run decides it"
     for layer in experts:
         if layer.low_rank or layer.ranks_decided or layer.format.own:
             return f"the experts of layer {layer.layer} differ from the family's own ({layer.format.words()})"
-        if layer.packed:
+        if layer.packed and not packed:
             return f"the experts of layer {layer.layer} are packed in {layer.packed.words()}"
     gone = next((layer for layer in layers if layer.format.gone), None)
     return f"layers differ: layer {gone.layer} has {gone.format.words()}" if gone else ""

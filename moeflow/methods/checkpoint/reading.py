@@ -12,7 +12,7 @@ from moeflow.methods.graph import INDEX, named_like
 from moeflow.model.config_check import check_config
 from moeflow.model.header import TensorInfo, read_header
 from moeflow.model.json_file import json_object, kind_of
-from moeflow.model.packed import BLOCK_SCALE, BLOCKS, CODES, FORMAT, METHOD, MXFP4, PACKED, SCALES, scheme_of
+from moeflow.model.packed import BLOCKS, CODES, FORMAT, METHOD, MXFP4, PACKED, SCALES, block_scale, scheme_of
 
 if TYPE_CHECKING:
     from moeflow.sources import Source
@@ -147,18 +147,25 @@ def _index(source: "Source") -> dict[str, str]:
 
 
 def _check_fp8(block: Any, tensors: dict[str, TensorInfo], uri: str) -> None:
-    """Raise ValueError unless every FP8 matrix has a scale for each square block of the size that config.json says."""
+    """Raise ValueError unless every FP8 matrix has a scale for each square block of the size that config.json says, and every scale
+    is one of those."""
     square = isinstance(block, list) and len(block) == 2 and all(type(b) is int and b > 0 for b in block) and block[0] == block[1]
+    scales = {name: block_scale(name, tensors) for name in tensors}
+    of_blocks = {scale for name, scale in scales.items() if _in_fp8(tensors[name])}
     for name, tensor in tensors.items():
-        scale = tensors.get(name + BLOCK_SCALE)
-        if not square or (tensor.dtype.startswith("F8") and scale is None and not name.endswith(BLOCK_SCALE)):
+        if tensor.dtype == "F4" or (tensor.dtype == "F8_E8M0" and name not in of_blocks):
+            raise ValueError(f"{uri} has {name} in {tensor.dtype}, which is no scale of FP8 blocks; dequantize it to bf16 first")
+        scale = None if (at := scales[name]) is None else tensors[at]
+        if not square or (_in_fp8(tensor) and scale is None):
             what = name if square else f"weight_block_size={block!r:.60}"
             raise ValueError(f"{uri} is in FP8 without square blocks ({what}); dequantize it to bf16 first")
         blocks = tuple(ceil(n / block[0]) for n in tensor.shape)
         if scale is not None and scale.shape != blocks:
-            raise ValueError(
-                f"{name}{BLOCK_SCALE} at {uri} has shape {scale.shape} where blocks of {block[0]} need {blocks}; fetch it again"
-            )
+            raise ValueError(f"{at} at {uri} has shape {scale.shape} where blocks of {block[0]} need {blocks}; fetch it again")
+
+
+def _in_fp8(tensor: TensorInfo) -> bool:
+    return tensor.dtype.startswith("F8") and tensor.dtype != "F8_E8M0"
 
 
 def _check_mxfp4(tensors: dict[str, TensorInfo], config: Config, uri: str) -> None:

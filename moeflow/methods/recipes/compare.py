@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 
 from moeflow.methods.calibrate import steps as calibrate
-from moeflow.methods.checkpoint.steps import checkpoint_of
+from moeflow.methods.checkpoint.steps import counted, text_model_of
 from moeflow.methods.data import steps as data
 from moeflow.methods.evaluate.steps import experts_per_token, here, layers, quality, size, speed
 from moeflow.methods.graph import Model, Pass, Sample
@@ -44,7 +44,7 @@ def reports(original: Model, compressed: Model, heldout: HeldOut, passed: Pass, 
         matrices = [("token matrix", tokens, NO_TOKENIZER)]
     else:
         raise ValueError("the model has no tokenizer, so held-out text cannot become tokens; pass a ready-made matrix (tokens=...)")
-    both = checkpoint_of(original), checkpoint_of(compressed)
+    both = counted(original), counted(compressed)
     chosen = tuple(c for c in compressed.choices if "layer" in c.spec.output)
     zeros = sorted({s.slimmed_by for layer in compressed.layers if (s := layer.spec.output).sparse})
     reports = [size(*both, zeros=zeros), *([layers(chosen)] if chosen else [])]
@@ -57,7 +57,7 @@ def reports(original: Model, compressed: Model, heldout: HeldOut, passed: Pass, 
         if run:
             observed = tuple(run.observed.values())
             reports.append(experts_per_token(original.essential, observed, layers=list(run.observed), name=name))
-    return (*reports, speed(*both, machine=here(), length=heldout.length))
+    return (*reports, speed(text_model_of(original), text_model_of(compressed), machine=here(), length=heldout.length))
 
 
 def _names(texts: Texts) -> list[str]:

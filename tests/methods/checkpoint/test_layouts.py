@@ -13,7 +13,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from moeflow.methods.checkpoint import steps as checkpoint
+from moeflow.methods.checkpoint.intake import Found
 from moeflow.methods.graph import Model
+from moeflow.model.packed import pack
 from moeflow.run import StepFailed
 from moeflow.sources import LayoutWanted, pin
 from moeflow.step import upstream
@@ -179,6 +181,40 @@ def test_the_text_model_of_a_wrapper_loads_alone(tmp_path: Path) -> None:
     text = stock(AutoModelForCausalLM, tmp_path / "out")
     expected = sliced(name, KEEP).model.language_model.state_dict()
     assert all(torch.equal(t, text.model.state_dict()[n]) for n, t in expected.items())
+
+
+def test_a_wrapper_whose_experts_are_packed_stays_packed_and_whole(tmp_path: Path) -> None:
+    """As Kimi-K2.5 is published: packed by compressed-tensors, one tensor for each matrix, inside a multimodal model."""
+    source = layouts.write("qwen3_5_moe", tmp_path / "model")
+
+    def packed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        codes = {n: pack(t.sign().to(torch.int8), torch.ones(t.shape[0], 1), 4) for n, t in tensors.items() if ".experts." in n}
+        made = {n + end: t for n, parts in codes.items() for end, t in parts.items()}
+        return {n: t for n, t in tensors.items() if n not in codes} | made
+
+    layouts.edit(source, packed)
+    said = {"quant_method": "compressed-tensors", "format": "pack-quantized", "ignore": ["re:.*visual.*"]}
+    layouts.configure(source, lambda config: config | {"quantization_config": said})
+    out = pulled(pruned_to(model_in(source, KINDS["qwen3_5_moe"].found), KEEP), tmp_path)
+    before, after = raw(source), raw(out)
+    stem, name = f"{WRAPPED}.1.mlp.experts", "up_proj.weight_packed"
+    assert torch.equal(after[f"{stem}.3.{name}"], before[f"{stem}.5.{name}"]) and f"{stem}.6.{name}" not in after
+    assert {n for n in before if "visual" in n} <= set(after)
+    assert json.loads((out / "config.json").read_text())["quantization_config"] == said
+
+
+def test_the_tensors_that_are_known_of_a_family_are_asked_for(tmp_path: Path) -> None:
+    source, found = layouts.write("granitemoe", tmp_path / "model"), KINDS["granitemoe"].found
+    model = model_in(source, found)
+    shapes = {n: shape for step in (*model.layers, model.rest) for n, (_, shape) in step.spec.output.tensors.items()}
+    known = Found.from_json({"arch": found.arch.to_json(), "layout": found.layout.to_json(), "shapes": shapes})
+    assert checkpoint.checkpoint_of(model_in(source, known)).key == checkpoint.checkpoint_of(model).key
+    layouts.edit(source, lambda ts: ts | {"model.layers.1.self_attn.q_proj.bias": torch.zeros(32)})
+    with pytest.raises(ValueError, match="layer 1 has model.layers.1.self_attn.q_proj.bias, which config.json leaves no"):
+        model_in(source, known)
+    layouts.edit(source, lambda ts: {n: t for n, t in ts.items() if "bias" not in n and n != "model.norm.weight"})
+    with pytest.raises(ValueError, match=r"the checkpoint has no tensor model.norm.weight, which config.json asks for"):
+        model_in(source, known)
 
 
 @pytest.mark.parametrize("name", ["qwen3_vl_moe", "gpt_oss", "granitemoe"])
