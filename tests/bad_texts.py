@@ -62,7 +62,7 @@ RUN: list[tuple[str, bytes, tuple[str, ...]]] = [
     ("cut.json", b'[\n{"text": "a"},\n{"te', ("cut.json, line 3: no JSON",)),
     ("deep.jsonl", b'{"text": ' + b"[" * 100_000 + b"\n", ("deep.jsonl, line 1: ",)),
     ("column.jsonl", b'{"txet": "a"}\n', ("column.jsonl has no column 'text'; it has: txet",)),
-    ("values.jsonl", b'{"text": {"a": 1}}\n', ("column 'text' of values.jsonl holds a dict and no text; name another (URI#column), or correct line 1",)),
+    ("values.jsonl", b'{"text": {"a": 1}}\n', ("column 'text' of values.jsonl holds a dict and no text; name another", "line 1")),
     ("latin.txt", "one\ncafé".encode("latin-1"), ("latin.txt, line 2: byte 0xe9 is not UTF-8",)),
     ("latin.csv", "text\ncafé\n".encode("latin-1"), ("latin.csv, line 2: byte 0xe9 is not UTF-8",)),
     ("fields.csv", b"text\na\nb,c,d\n", ("fields.csv, line 3: 3 fields where the header names 1",)),
@@ -73,7 +73,7 @@ RUN: list[tuple[str, bytes, tuple[str, ...]]] = [
     ("bad.jsonl.gz", GOOD, ("bad.jsonl.gz, which is packed, cannot be unpacked",)),
     ("cut.jsonl.gz", gzip.compress(GOOD * 1000)[:40], ("cut.jsonl.gz, which is packed, cannot be unpacked",)),
     ("cut.jsonl.xz", lzma.compress(GOOD * 1000)[:60], ("cut.jsonl.xz, which is packed, cannot be unpacked",)),
-    ("late.jsonl", GOOD * 20_000 + b'{"text": ["a"]}\n', ("column 'text' of late.jsonl holds a list and no text;", "correct line 20001")),
+    ("late.jsonl", GOOD * 20_000 + b'{"text": ["a"]}\n', ("late.jsonl holds a list and no text;", "correct line 20001")),
     ("talk.jsonl", b'{"messages": "hello"}\n', ("talk.jsonl has no column 'text'; it has: messages (write URI#column)",)),
     ("short.jsonl", GOOD, ("short.jsonl gives 0 of 1 sequences of 64 tokens",)),
 ]  # fmt: skip

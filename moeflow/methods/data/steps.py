@@ -214,8 +214,9 @@ def sample_tokens(
                 if part.format in CHATS:
                     chat = chat_of(row, columns)
                     text = rendered(tokenizer, chat)
-                    tally.remarks[PRINTED] += prints_lists(chat, text)
                     ids = tokenized(tokenizer, text)
+                    if prints_lists(chat, text):
+                        tally.remarks[PRINTED] += 1
                 else:
                     text = " ".join(words(value) for value in row.values() if value is not None)
                     ids = [*first, *tokenized(tokenizer, text), *last]
