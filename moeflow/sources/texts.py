@@ -102,8 +102,8 @@ class Texts:
         """Each source, pinned. Local ones come first, so that a path that does not exist is told before a hub is asked."""
         entries: dict[int, TextEntry] = {}
         for i in sorted(range(len(self._parsed)), key=lambda i: "://" in self._parsed[i][0]):
-            uri, *columns = self._parsed[i]
-            entries[i] = TextEntry(_fetched(pin(uri, kind="data")), *columns)
+            uri, columns, weight, format = self._parsed[i]
+            entries[i] = TextEntry(_fetched(pin(uri, kind="data")), columns, weight, format)
         return tuple(entries[i] for i in range(len(entries)))
 
     @cached_property
