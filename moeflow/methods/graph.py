@@ -73,8 +73,8 @@ class Sample:
     """Tokens per sequence."""
     seed: int = 0
     """The seed that shuffles the documents."""
-    bos: bool = True
-    """Put a beginning-of-sequence token before each document."""
+    bos: bool | None = None
+    """A beginning-of-sequence token before each document; none: if the tokenizer has one and does not say add_bos_token=false."""
     eos: bool = False
     """Put an end-of-sequence token after each document."""
     group: int = 0

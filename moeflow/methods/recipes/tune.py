@@ -34,13 +34,13 @@ class FineTuning(Recipe):
     """The options of a fine-tuning: what is trained, how, and on which text."""
 
     text: str = "alpaca"
-    """The training text: alpaca, metamathqa, mathinstruct, magicoder, tulu3, or URI#prompt+response, URI#messages, URI#text."""
+    """The training text: the name of a data set (alpaca, metamathqa, tulu3), or URI#prompt+response, URI#messages, URI#text."""
     rows: int = 4096
     """Sequences of the text; it is read again if it is too small."""
     length: int = 2048
     """Tokens of a sequence."""
-    bos: bool = True
-    """A beginning-of-sequence token before each example."""
+    bos: bool | None = None
+    """A beginning-of-sequence token before each example; none: as of `Sample`."""
     deepspeed: str = ""
     """The path of a DeepSpeed configuration, which overrides recipe and gang."""
 
