@@ -54,8 +54,10 @@ def _pruned(config: Config, tensors: Mapping[str, Tensor], anatomy: Anatomy) -> 
     stay = [e for e in range(count) if e % each or count - groups not in family.legal_counts(count)]  # none of a group's first
     keep = len(stay)
     names = kept([n for n in tensors if n.startswith(family.prefix(layer))], config, layer, stay)
-    cut = {new: tensors[old][..., stay] if sliced and tensors[old].shape[0] != count else tensors[old][stay] if sliced else tensors[old]
-           for old, (new, sliced) in names.items()}  # fmt: skip
+    cut = {}
+    for old, (new, sliced) in names.items():
+        tensor = tensors[old]
+        cut[new] = tensor if not sliced else tensor[stay] if tensor.shape[0] == count else tensor[..., stay]
     x_TD = torch.randn(96, int(config["hidden_size"]), generator=torch.Generator().manual_seed(7))
     allowed_E = torch.tensor([e in stay for e in range(count)])
     want, have = read_moe(tensors, config, layer)(x_TD, allowed_E), read_moe(cut, family.with_experts(keep), layer)(x_TD)
