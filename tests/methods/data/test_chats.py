@@ -1,5 +1,8 @@
 """A conversation becomes exactly what `apply_chat_template` gives for it, in calibration and fine-tuning, from whatever file."""
 
+import gzip
+import hashlib
+import io
 import json
 import lzma
 from collections.abc import Callable
@@ -18,6 +21,7 @@ from moeflow.methods.data import steps as data
 from moeflow.methods.graph import Model, Sample
 from moeflow.run import StepFailed
 from moeflow.sources import Texts
+from moeflow.sources.texts import MIXTURES
 from tests import running, tiny
 
 TEMPLATE = """{% if tools %}<tools>{% for t in tools %}{{ t | tojson }}{% endfor %}</tools>{% endif %}
@@ -214,3 +218,86 @@ def test_a_template_that_is_broken_is_one_line(pretrained: Pretrained, tmp_path:
     spec = f"{jsonl(tmp_path / 'a.jsonl', ROWS)}#messages"
     with pytest.raises(StepFailed, match=r"the tokenizer's chat template cannot be read \(line 1: .*\); put a correct"):
         calibrated(pretrained("{% for m in messages %}"), tmp_path, spec, 1, 9)
+
+
+def cached(cache: Path, repo: str, files: dict[str, bytes]) -> None:
+    """A data set's files as the hub's cache holds them."""
+    at, commit = cache / f"datasets--{repo.replace('/', '--')}", "ab" * 20
+    for name, content in files.items():
+        blob, link = at / "blobs" / hashlib.sha256(content).hexdigest(), at / "snapshots" / commit / name
+        for path in (blob, link):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        blob.write_bytes(content)
+        link.symlink_to(blob)
+    (at / "refs").mkdir()
+    (at / "refs" / "main").write_text(commit)
+
+
+def parquet_bytes(rows: list[dict[str, Any]]) -> bytes:
+    out = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows), out)
+    return out.getvalue()
+
+
+@pytest.fixture
+def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The data sets of every mixture, each with rows of its own form, in the hub's cache; the hub itself is away."""
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    talk = [{"role": "user", "content": "Think"}, {"role": "assistant", "content": "<think>t</think>done"}]
+    called = [
+        talk[0],
+        {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "bash", "arguments": {"c": "ls"}}}]},
+    ]
+    xlam = {
+        "id": 1, "query": "Where?", "answers": json.dumps([{"name": "find", "arguments": {"a": "x", "n": None}}]),
+        "tools": json.dumps([{"name": "find", "description": "Finds.", "parameters": {"a": {"type": "str", "default": None}}}]),
+    }  # fmt: skip
+    for repo, files in {
+        "theblackcat102/evol-codealpaca-v1": {"train.jsonl": b'{"instruction": "Sort", "output": "sorted()"}\n' * 99},
+        "Salesforce/xlam-function-calling-60k": {
+            "README.md": b"x",
+            "xlam_function_calling_60k.json": json.dumps([xlam] * 99).encode(),
+        },
+        "SWE-bench/SWE-smith-trajectories": {
+            "data/tool-00000-of-00001.parquet": parquet_bytes([{"messages": json.dumps(called), "resolved": True}] * 99),
+            "data/xml-00000-of-00001.parquet": b"not asked for",
+        },
+        "open-r1/Mixture-of-Thoughts": {
+            f"{part}/train-00000-of-00001.parquet": parquet_bytes([{"messages": talk, "num_tokens": 1}] * 99)
+            for part in ("all", "code", "math", "science")
+        },
+        "allenai/c4": {"en/c4-train.00000-of-01024.json.gz": gzip.compress(b'{"text": "Prose, prose, prose.", "url": "u"}\n' * 99)},
+    }.items():
+        cached(tmp_path / "hub", repo, files)
+    return tmp_path / "hub"
+
+
+def test_a_question_and_its_calls_are_rendered_with_their_tools(
+    hub_cache: Path, model: Model, tokenizer: Any, tmp_path: Path
+) -> None:
+    tool = {"name": "find", "description": "Finds.", "parameters": {"a": {"type": "str", "default": None}}}
+    schema = {"type": "function", "function": tool | {"parameters": {"type": "object", "properties": tool["parameters"]}}}
+    call = {"type": "function", "function": {"name": "find", "arguments": {"a": "x", "n": None}}}
+    asked = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    text = expected(tokenizer, {"messages": asked, "tools": [schema]})
+    (made,) = calibrated(model, tmp_path, "xlam", 1, len(tokenizer(text)["input_ids"]))
+    assert tokenizer.decode(made) == text and '<call>find({"a": "x", "n": null})</call>' in text
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_a_mixture_has_its_share_of_every_data_set_rendered_as_it_is_asked(
+    name: str, hub_cache: Path, model: Model, tokenizer: Any, tmp_path: Path
+) -> None:
+    marks = {
+        "evol-codealpaca": "sorted()", "xlam": "<call>find", "swe-smith": "<call>bash", "c4-en": "Prose, ",
+        "thoughts-code": "<think>", "thoughts-math": "<think>", "thoughts-science": "<think>",
+    }  # fmt: skip
+    total = sum(MIXTURES[name].values())
+    store, step = running.store_in(tmp_path), data.tokens(Texts(name), model, Sample(2 * total, 400))
+    running.run(store, step)
+    about = json.loads(store.artifact(step.key).file("tokens.json").read_text())
+    assert [a["sequences"] for a in about] == [2 * w for w in MIXTURES[name].values()] and not any("left_out" in a for a in about)
+    rows = [tokenizer.decode(row) for row in np.load(store.artifact(step.key).file("tokens.npy"))]
+    for mark in {marks[one] for one in MIXTURES[name]}:
+        assert sum(mark in row for row in rows) == 2 * sum(w for one, w in MIXTURES[name].items() if marks[one] == mark)
