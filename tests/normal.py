@@ -153,7 +153,6 @@ def write(family: str, folder: Path, *, dtype: torch.dtype = torch.float32, **ch
     folder.mkdir(parents=True, exist_ok=True)
     save_file(dict(normal(model, arch)), folder / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((hub(folder) / "config.json").read_text()) | {ARCH: arch.to_json()}
-    config.setdefault("num_hidden_layers", model.config.num_hidden_layers)  # which transformers computes for nemotron_h
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
@@ -169,7 +168,7 @@ def normal(model: nn.Module, arch: Arch) -> Iterator[tuple[str, Tensor]]:
         head, inside, last = name.partition(f".{arch.block}.experts.")
         renamed = next((disk + name.removeprefix(memory) for disk, memory in arch.rest if name.startswith(memory)), name)
         if not inside:
-            yield renamed, tensor.flatten().clone() if name.endswith("moe_statics.e_score_correction_bias") else tensor.clone()
+            yield renamed, tensor.clone()
             continue
         module: Any = model.get_submodule(f"{head}.{arch.block}.experts")
         transposed = getattr(module, "is_transposed", arch.model_type == "llama4_text") and tensor.dim() == 3

@@ -11,6 +11,9 @@ Kind = Literal["attention", "router", "experts", "shared", "dense", "compressed"
 """What a tensor is part of. "compressed": the vectors of Compressed Experts; "fixed": what has no gradient, the threshold of
 skipping and the router's bias; "norm": a norm of a decoder layer; "rest": embedding, final norm and head."""
 
+LISTS = ("layers_block_type", "layer_types", LAYERS)
+"""Keys of config.json for lists with an entry for each decoder layer."""
+
 WITHOUT_EFFECT = (
     "transformers_version", "_name_or_path", "architectures", "use_cache", "auto_map", "torchscript", "quantization_config",
 )  # fmt: skip
@@ -66,6 +69,11 @@ class Family:
 
     @property
     def num_layers(self) -> int:
+        if self.config.get("num_hidden_layers") is None:  # hybrids may have a list of their layers' kinds instead
+            listed = next((self.config[key] for key in LISTS if self.config.get(key)), None)
+            if listed is None:
+                raise ValueError(f"config.json of a {self.arch.model_type} lacks num_hidden_layers; fetch the checkpoint again")
+            return len(listed)
         return int(self.config["num_hidden_layers"])
 
     @property

@@ -112,6 +112,11 @@ def _mlp(tensors: Mapping[str, Tensor], config: Config, names: Sequence[str], bi
     return MLP(gate[0] if gate else None, up, down, activation(config), tuple(tensors[b] for b in biases))
 
 
+def of_experts(tensor: Tensor, experts: list[int]) -> Tensor:
+    """A router's tensor with these experts alone: their rows, or their columns where it has a single row."""
+    return tensor[:, experts] if tensor.dim() > 1 and len(tensor) == 1 else tensor[experts]
+
+
 def read_many(files: Files, tensors: Mapping[str, TensorInfo]) -> Iterator[tuple[str, Tensor]]:
     """These tensors one after the other. Tensors that are neighbours in a file are read together, up to `AT_ONCE` bytes."""
     run: list[tuple[str, TensorInfo]] = []

@@ -39,7 +39,7 @@ from moeflow.model.header import read_header
 from moeflow.model.layout import Folder
 from moeflow.model.packed import BESIDE, PACKED, SCALE, SHAPE, logical, packed_shapes, unpack
 from moeflow.model.routed_experts import experts_of
-from moeflow.model.skeleton import container_of
+from moeflow.model.skeleton import layers_of
 from moeflow.model.trimmed import take_out
 
 HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -294,11 +294,6 @@ def _balancing(family: Any) -> Callable[..., Any]:
         return out if fields.get("return_dict", self.config.return_dict) else out.to_tuple()
 
     return forward if loss_of is not None else family.forward
-
-
-def layers_of(model: Any) -> Any:
-    """The decoder layers of a model of transformers."""
-    return model.get_submodule(container_of(model, int(model.config.num_hidden_layers)))
 
 
 def _register(arch: Arch) -> Any:

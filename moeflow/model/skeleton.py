@@ -209,6 +209,11 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
+def layers_of(model: Any) -> Any:
+    """The decoder layers of a model of transformers, a list of modules."""
+    return model.get_submodule(container_of(model, int(model.config.num_hidden_layers)))
+
+
 def container_of(model: nn.Module, layers: int) -> str:
     """The name of the list of decoder layers. Raises ValueError if there is none."""
     for name, module in model.named_modules():

@@ -1,6 +1,7 @@
 """Our reading of a checkpoint against transformers' own: a swapped name, a wrong axis or a wrong router cannot pass."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from moeflow.model.router import dense
 from moeflow.model.stream import HIDDEN, Stream
 
 
-def block_of(model: torch.nn.Module, folder: Path, layer: int) -> torch.nn.Module:
+def block_of(model: Any, folder: Path, layer: int) -> Any:
     return model.model.layers[layer].get_submodule(Family.of(read_config(Folder(folder))).arch.block)
 
 
@@ -61,7 +62,7 @@ def test_our_router_chooses_as_transformers_does(family: Path) -> None:
 def streamed(folder: Path, ids_NL: Tensor) -> list[Tensor]:
     """Every hidden state of a model run layer by layer, and its logits."""
     config, tensors = read_config(Folder(folder)), Tensors(folder)
-    stream, count = Stream(config), config["num_hidden_layers"]
+    stream, count = Stream(config), Family.of(config).num_layers
     layers = [{n: tensors[n] for n in tensors if n.startswith(f"model.layers.{i}.")} for i in range(count)]
     rest = {n: tensors[n] for n in tensors if ".layers." not in n}
     states = [{HIDDEN: stream.embed(rest, ids_NL)}]

@@ -1,23 +1,29 @@
 """Families that no constant describes, by the `Arch` in config.json: the same promises as for those that have one."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from moeflow.arch import Family
 from moeflow.methods.calibrate import forking
 from moeflow.methods.prune import reception
 from moeflow.methods.prune.gram import Weighed
-from moeflow.model import passes
+from moeflow.model import layout, passes
 from moeflow.model.alternatives import Kept
-from moeflow.model.checkpoint import Tensors, read_moe, save
+from moeflow.model.checkpoint import Tensors, of_experts, read_moe, save
+from moeflow.model.formats import Format, config_of
 from moeflow.model.layout import Folder, file_of, read_config
 from moeflow.model.spec import Recording
 from moeflow.model.stream import HIDDEN
-from tests import normal
+from moeflow.model.trimmed import returns_a_tuple
+from tests import compressed, normal
 from tests.model.test_families import equal_whole, streamed
 
 KEPT = [0, 2, 3, 4, 6, 7]
@@ -60,7 +66,7 @@ def split(folder: Path, out: Path) -> list[tuple[int, Path]]:
     tensors, layers = Tensors(folder), []
     (out / "rest").mkdir(parents=True)
     save({n: tensors[n] for n in tensors if ".layers." not in n}, out / "rest" / "rest.safetensors")
-    for i in range(read_config(Folder(folder))["num_hidden_layers"]):
+    for i in range(Family.of(read_config(Folder(folder))).num_layers):
         save({n: tensors[n] for n in tensors if n.startswith(f"model.layers.{i}.")}, out / f"layer-{i}.safetensors")
         layers.append((i, out / f"layer-{i}.safetensors"))
     return layers
@@ -170,11 +176,71 @@ def test_a_fork_is_the_model_whose_layer_is_pruned(name: str, written: Written, 
     assert found[(0,)] < 1e-3 * goal_NLD.norm()
 
 
+@pytest.mark.parametrize("name", some("gpt_oss", *(n for n in normal.FAMILIES if n != "gpt_oss")))
+@torch.inference_mode()
+def test_a_compressed_checkpoint_loads_whole_and_saves_what_it_was(name: str, written: Written, tmp_path: Path) -> None:
+    """Layers with different numbers of experts and ranks: transposed, with biases, or without a gate."""
+    folder = written(name)
+    config, original = read_config(Folder(folder)), normal.load(folder)
+    family = Family.of(config)
+    low_rank = not family.arch.weighs_input
+    for layer in family.moe_layers:
+        moe = read_moe(Tensors(folder), config, layer)
+        allowed_E = torch.tensor([e in compressed.KEPT[layer] for e in range(8)])
+        cut = partial(compressed.reference_layer(moe, layer) if low_rank else moe, allowed_E=allowed_E)
+        module, block = original.model.layers[layer], family.arch.block
+        module.set_submodule(block, Block(cut, returns_a_tuple(module.get_submodule(block))))
+    made = compressed.compress(folder, tmp_path / "made", low_rank=low_rank)
+    both: Any = AutoModelForCausalLM.from_pretrained(made, output_loading_info=True)
+    model, info = both
+    assert type(model).__name__.startswith("Moeflow") and not any(info[k] for k in ("missing_keys", "unexpected_keys"))
+    torch.testing.assert_close(model.eval()(ids()).logits, original(ids()).logits, rtol=2e-4, atol=2e-4)
+    assert torch.equal(streamed(made, ids())[-1], model(ids(), use_cache=False).logits) or not low_rank
+    model.save_pretrained(tmp_path / "saved")
+    before, after = Tensors(made), Tensors(tmp_path / "saved")
+    assert set(before) == set(after) and all(torch.equal(before[n], after[n]) for n in before)
+
+
+@pytest.mark.parametrize("name", some("gpt_oss", "nemotron_h", "granitemoe", "llama4_text"))
+@torch.inference_mode()
+def test_a_block_that_is_gone_adds_nothing(name: str, written: Written, tmp_path: Path) -> None:
+    """Where a layer takes a pair from its block, and where it asks for its norm's precision."""
+    folder = written(name)
+    config, tensors = read_config(Folder(folder)), dict(Tensors(folder))
+    family = Family.of(config)
+    layer = family.moe_layers[0]
+    left = layout.names_without_experts([n for n in tensors if n.startswith(family.prefix(layer))], config, layer, whole=True)
+    others = {n: t for n, t in tensors.items() if not n.startswith(family.prefix(layer)) or n in left}
+    formats = [Format(8) if i in family.moe_layers and i != layer else None for i in range(family.num_layers)]
+    formats[layer] = Format(0, gone="moe")
+    compressed.write(others, config_of(config, formats), tmp_path / "made")
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "made").eval()
+    original = normal.load(folder)
+    module, block = original.model.layers[layer], family.arch.block
+    module.set_submodule(block, Block(torch.zeros_like, returns_a_tuple(module.get_submodule(block))))
+    logits = model(ids()).logits
+    torch.testing.assert_close(logits, original(ids()).logits)
+    torch.testing.assert_close(streamed(tmp_path / "made", ids())[-1], logits)
+
+
+class Block(nn.Module):
+    """A MoE block of ours in a model of transformers, which returns one value or a pair."""
+
+    def __init__(self, moe: Callable[[Tensor], Tensor], pair: bool) -> None:
+        super().__init__()
+        self.moe, self.pair = moe, pair
+
+    def forward(self, x_NLD: Tensor) -> object:
+        y_NLD = self.moe(x_NLD.flatten(0, 1)).view(x_NLD.shape)
+        return (y_NLD, None) if self.pair else y_NLD
+
+
 def kept(file: Path, config: dict[str, object], layer: int, out: Path) -> Path:
     """A layer's file with the experts `KEPT` alone."""
-    from moeflow.model import layout
-
     tensors = Tensors(file)
     names = layout.kept(tensors, config, layer, KEPT)
-    save({new: tensors[old][KEPT] if sliced else tensors[old] for old, (new, sliced) in names.items()}, out / "pruned.safetensors")
+    save(
+        {new: of_experts(tensors[old], KEPT) if sliced else tensors[old] for old, (new, sliced) in names.items()},
+        out / "pruned.safetensors",
+    )
     return out / "pruned.safetensors"
