@@ -12,9 +12,9 @@ from moeflow.model.packed import BLOCKS, Scheme, numels, scheme_of
 
 BITS = {
     "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U8": 8, "BOOL": 8, "F8_E4M3": 8,
-    "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4, "U64": 64, "U32": 32, "U16": 16, "C64": 64, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+    "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4, "U64": 64, "U32": 32, "U16": 16, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
 }  # fmt: skip
-"""The dtypes that safetensors writes and torch has, and the bits of a number."""
+"""The dtypes of real numbers that safetensors writes and torch has, and the bits of each number."""
 PRECISIONS = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 """The precisions that a model runs in, by torch's names, and the bytes of a number."""
 
