@@ -15,6 +15,9 @@ from moeflow.model.structure.routing import routed
 from moeflow.model.structure.tiny import EXPERTS, tiny
 
 
+LARGE = 1 << 26  # parameters of a model that is called tiny
+
+
 @dataclass(frozen=True)
 class Answer:
     """What a look at a checkpoint's config.json and the names of its tensors found."""
@@ -43,6 +46,8 @@ def look(config: Config, stored: Iterable[str] | None = None) -> Answer:
         raise Unknown("its config.json names no number of experts")
     chosen = top_k_key(text)
     small = tiny(config)
+    if (size := sum(p.numel() for p in built(small, "meta").parameters())) > LARGE:
+        raise Unknown(f"a tiny model of it still has {size:,} parameters: its config.json has sizes that are not known")
     model = built(small)
     anatomy = dissected(model, EXPERTS)
     scrambled(model, anatomy.vectors)
@@ -173,9 +178,12 @@ def _fitting(model: Any, anatomy: Anatomy, stored: set[str] | None, config: Conf
     """The names that the checkpoint has: as transformers writes its original format, as it holds the model, or expert by expert."""
     unknown: Unknown | None = None
     found: list[Names] = []
+    alone = False  # whether transformers reads and writes a tensor for each matrix of an expert
     for original in (True, False):
         try:
-            found.append(named(model, anatomy, saved(model, original=original)))
+            names = named(model, anatomy, saved(model, original=original))
+            alone = alone or not names.layout.stacked
+            found.append(replace(names, layout=replace(names.layout, per_expert=alone)))
         except Unknown as error:
             unknown = unknown or error
     if not found:

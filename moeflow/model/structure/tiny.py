@@ -83,7 +83,7 @@ def _fewer(small: Config, config: Config, count: Any, layers: int) -> Config:
         elif isinstance(value, list) and key.endswith(NUMBERS) and all(type(v) is int for v in value):
             small[key] = [v for v in value if v < kept]
     if _by_sections(config):
-        small["head_dim"] = config.get("head_dim") or small.get("head_dim")
+        small["head_dim"] = config.get("head_dim") or int(config["hidden_size"]) // int(config["num_attention_heads"])
     if config.get("num_key_value_heads") is not None and config.get("num_key_value_heads") == config.get("num_attention_heads"):
         small["num_key_value_heads"] = small["num_attention_heads"]
     return small
