@@ -14,7 +14,6 @@ from moeflow.model.structure.proof import prove
 from moeflow.model.structure.routing import routed
 from moeflow.model.structure.tiny import EXPERTS, tiny
 
-
 LARGE = 1 << 26  # parameters of a model that is called tiny
 
 
