@@ -19,6 +19,7 @@ from torch import Tensor
 from moeflow.arch import Config
 from moeflow.model.alternatives import slices
 from moeflow.model.checkpoint import Tensors, read_moe
+from moeflow.model.factors import Form, form_of
 from moeflow.model.layout import Files, file_before, file_of, read_config
 from moeflow.model.observe import OBSERVED, Recorder
 from moeflow.model.spec import Recording
@@ -87,6 +88,12 @@ def put(states: States, of_rows: States, rows: slice, count: int) -> None:
 def stream_of(config: Config, dtype: str, experts: str = EXPERTS) -> Stream:
     """A model to run layer by layer, on a GPU if there is one. With `dtype` "auto" it has the checkpoint's own precision."""
     return _stream(json.dumps(config), dtype, experts)
+
+
+def expert_form(config: Config, layer: int) -> Form:
+    """How transformers holds a layer's experts in memory."""
+    stream = stream_of(config, "float32")
+    return form_of(stream.skeleton.layers[layer].get_submodule(stream.family.arch.block).get_submodule("experts"))
 
 
 def norm_offset(config: Config, layer: int) -> float:

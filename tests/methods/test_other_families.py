@@ -12,11 +12,14 @@ from moeflow.arch import ARCH, Family
 from moeflow.methods.decompose import factoring
 from moeflow.methods.decompose.options import Decomposition
 from moeflow.methods.fewer_active import steps as fewer_active
+from moeflow.methods.finetune import trained
+from moeflow.methods.finetune.recipe import Recipe
 from moeflow.methods.moments import layer_moments
 from moeflow.methods.scores.functions import aimer
 from moeflow.methods.slim import experts as slim
 from moeflow.methods.slim import steps as slim_steps
 from moeflow.methods.slim.methods import Slimming
+from moeflow.model import passes
 from moeflow.model.checkpoint import Tensors, read_moe
 from moeflow.model.layout import LAYER, Folder, read_config
 from moeflow.model.moe import MoELayer
@@ -127,3 +130,14 @@ def test_scaling_goes_into_a_norm_that_stores_its_difference_from_one(tmp_path: 
     before_ED, after_ED = (Tensors(folder)[router] for folder in (layer.before, layer.context.out))
     assert norm_offset(layer.config, layer.number) == 1.0 and not torch.equal(before_D, after_D)
     torch.testing.assert_close(before_ED * before_D, after_ED * after_D, rtol=1e-4, atol=1e-5)
+
+
+def test_trained_experts_are_written_matrix_by_matrix(layer: Layer) -> None:
+    """Whatever the form of the stacks in which transformers trains them."""
+    tensors = Tensors(layer.before)
+    module = passes.stream_of(layer.config, "float32").layer(tensors, layer.number)
+    stem = f"{layer.family.arch.block}.experts."
+    stacks = {f"{layer.family.prefix(layer.number)}{n}": p for n, p in module.named_parameters() if n.startswith(stem)}
+    written = trained.tensors_of(stacks, tensors, list(tensors), layer.config, Recipe())
+    assert written.keys() == {n for n in tensors if layer.family.of_expert(n, layer.number)}
+    assert all(torch.equal(t, tensors[n]) for n, t in written.items())
