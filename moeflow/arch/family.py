@@ -220,6 +220,14 @@ class Family:
         """How many experts a group needs to be ranked."""
         return 2 if self.arch.groups and self.arch.group_score == "top2" else 1
 
+    def check_weighs_outputs(self, what: str) -> None:
+        """Raise ValueError if routing weights multiply the inputs of experts, for which there are none of `what`."""
+        if self.arch.weighs_input:
+            raise ValueError(
+                f"a {self.arch.model_type} multiplies the inputs of its experts with their routing weights, for which there are no "
+                f"{what}; prune, trim or slim it instead"
+            )
+
     # Names on disk
 
     def prefix(self, layer: int) -> str:

@@ -4,11 +4,13 @@ Shapes are suffixes: N sequences, L positions, T tokens, t some of them, D model
 files, and knows nothing of steps.
 """
 
+import copy
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -17,6 +19,7 @@ from torch import Tensor
 from moeflow.arch import Config
 from moeflow.model.alternatives import slices
 from moeflow.model.checkpoint import Tensors, read_moe
+from moeflow.model.factors import Form, form_of
 from moeflow.model.layout import Files, file_before, file_of, read_config
 from moeflow.model.observe import OBSERVED, Recorder
 from moeflow.model.spec import Recording
@@ -85,6 +88,20 @@ def put(states: States, of_rows: States, rows: slice, count: int) -> None:
 def stream_of(config: Config, dtype: str, experts: str = EXPERTS) -> Stream:
     """A model to run layer by layer, on a GPU if there is one. With `dtype` "auto" it has the checkpoint's own precision."""
     return _stream(json.dumps(config), dtype, experts)
+
+
+def expert_form(config: Config, layer: int) -> Form:
+    """How transformers holds a layer's experts in memory."""
+    stream = stream_of(config, "float32")
+    return form_of(stream.skeleton.layers[layer].get_submodule(stream.family.arch.block).get_submodule("experts"))
+
+
+def norm_offset(config: Config, layer: int) -> float:
+    """What the norm before a layer's MoE block adds to its weight: 0, or 1 where the weight's difference from one is stored."""
+    stream = stream_of(config, "float32")
+    norm: Any = copy.deepcopy(stream.skeleton.layers[layer].get_submodule(stream.family.arch.norm)).to_empty(device="cpu")
+    torch.nn.init.zeros_(norm.weight)
+    return float(norm(torch.ones(1, len(norm.weight))).mean().round())
 
 
 class Head:

@@ -153,10 +153,7 @@ def experts_of(standard: Any, format: Format, config: Config) -> Any:
         return standard
     form = form_of(standard)
     family, (width, inner) = Family.of(config), sizes_of(standard, form)
-    if family.arch.weighs_input:
-        raise ValueError(
-            f"a {family.arch.model_type} weighs the inputs of its experts: low-rank, skipped and Compressed Experts lack"
-        )
+    family.check_weighs_outputs("low-rank, skipped or Compressed Experts")
     compressed = skip = None
     if format.compressed:
         ordered = family.arch.score == "sparsemixer"  # each weight comes from a softmax of its own, so they cannot be compared
