@@ -1,7 +1,8 @@
 """One run from the graph to a published version: checked before it starts, then run by the chosen runner."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
@@ -16,6 +17,8 @@ from moeflow.step import Step, upstream
 from moeflow.store import CorruptBlob, Index, NotStored, Store, repair, versions
 from moeflow.store.repair import Damage
 from moeflow.store.runs import Mark
+
+AGAIN = 3  # plans of a run beside which what was listed is deleted
 
 
 class Runner(StrEnum):
@@ -60,8 +63,7 @@ def prepare(target: Step, store: Store, *, name: str, runner: Runner, options: O
     steps = upstream(targets)
     mark = Mark(store, [s.key for s in steps])  # before what is stored is listed: garbage collection may be under way
     try:
-        index = store.index({s.name for s in steps})
-        planned = plan(targets, store, index=index, memory=runner.memory)
+        index, planned = _planned(targets, steps, store, runner)
         if planned.problems:
             raise CannotRun(planned.problems[0])
         if runner is Runner.process and planned.keys("run"):
@@ -70,6 +72,16 @@ def prepare(target: Step, store: Store, *, name: str, runner: Runner, options: O
         mark.end()
         raise
     return Prepared(target, store, name, runner, index, planned, mark)
+
+
+def _planned(targets: Sequence[Step], steps: Iterable[Step], store: Store, runner: Runner) -> tuple[Index, Plan]:
+    """What is stored, and the plan that follows: again, if what was listed is deleted before it is read, as garbage may be."""
+    for _ in range(AGAIN):
+        index = store.index({s.name for s in steps})
+        with suppress(NotStored):
+            return index, plan(targets, store, index=index, memory=runner.memory)
+    index = store.index({s.name for s in steps})
+    return index, plan(targets, store, index=index, memory=runner.memory)
 
 
 def go(prepared: Prepared, *, progress: Show, options: Options, record: Mapping[str, Any]) -> tuple[Outcome, int]:

@@ -159,7 +159,10 @@ class Schedule:
         if lacking:
             manifests = self._store.manifests({self._homes[key] for key in lacking.values()})
             for name, key in lacking.items():
-                self._digests[name] = part_digest(manifests[self._homes[key]], name.partition("/")[2])
+                home = self._homes[key]
+                # one that was deleted since it was listed is asked for again, which says so
+                manifest = manifests.get(home) or self._store.manifest(home)
+                self._digests[name] = part_digest(manifest, name.partition("/")[2])
 
     def _decide(self, step: Step) -> None:
         digests = [self._digests[i.key] for i in step.inputs]

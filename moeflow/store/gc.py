@@ -111,8 +111,8 @@ def gc(store: Store, policy: Policy = Policy()) -> Garbage:
     if not policy.only:
         for entry in store.blobs.list("partial/"):
             partial[entry.name.split("/")[1]].append(entry)
-        leftovers = [e for e in store.blobs.list("halves/") if e.modified < before]
-        leftovers += [e for e in store.blobs.list("claims/") if e.modified < before]
+        idle = now - _idle(policy, live.runs)
+        leftovers = [e for kind in ("halves/", "claims/") for e in store.blobs.list(kind) if e.modified < idle]
         leftovers += [e for e in markers if e.name.split("/")[1] not in stored and e.modified < before]
     stale = {k: es for k, es in partial.items() if max(e.modified for e in es) < before and k not in live.keys}
     lost = {n for n, size in sizes.items() if n not in blobs or blobs[n].size != size}
@@ -150,11 +150,17 @@ def delete(store: Store, garbage: Garbage) -> Garbage:
     store.blobs.delete(e.name for e in (*blobs, *leftovers, *partial))
     if not policy.only:
         time = store.blobs.now()
-        store.blobs.delete(runs.live(store, time).dead)
-        store.blobs.sweep(time - policy.grace)
+        live = runs.live(store, time)
+        store.blobs.delete(live.dead)
+        store.blobs.sweep(time - _idle(policy, live.runs))
         store.node.sweep()
     total = sum(e.size for e in (*blobs, *leftovers, *partial))
     return Garbage(policy, gone, tuple(sorted(dead)), blobs, tuple(sorted(stale)), leftovers, total, now.broken, now.runs)
+
+
+def _idle(policy: Policy, live: int) -> float:
+    """The age from which a file that is not whole, or a claim, is nobody's: where a run is alive, it may be its."""
+    return max(policy.grace, runs.LIVE) if live else policy.grace
 
 
 def _freed(store: Store, blobs: Mapping[str, Entry], needed: Iterable[str], dead: Iterable[str]) -> list[Entry]:

@@ -41,15 +41,8 @@ def inspect(store: Store, key: str = "", reports: Iterable[str] = ()) -> Damage:
         damaged = {}
     files = {f.sha256: f for m in within.values() for f in m.files.values()}
 
-    def look(file: File) -> str:
-        try:
-            _read(store, file)
-        except CorruptBlob as error:
-            return error.why
-        return ""
-
     with ThreadPoolExecutor(THREADS) as pool:
-        reasons = dict(zip(map(names.blob, files), pool.map(look, files.values()), strict=True))
+        reasons = dict(zip(map(names.blob, files), pool.map(lambda f: _why(store, f), files.values()), strict=True))
     damaged |= {name: why for name, why in reasons.items() if why}
     known = {names.blob(f.sha256) for m in manifests.values() for f in m.files.values()}
     orphans = () if key else tuple(e for n, e in blobs.items() if n not in known)
@@ -59,13 +52,22 @@ def inspect(store: Store, key: str = "", reports: Iterable[str] = ()) -> Damage:
 
 def drop(store: Store, damaged: Mapping[str, str]) -> Damage:
     """Delete damaged blobs and manifests with everything that was computed from them; return what was deleted."""
-    damage = _damage(store, _all(store)[0], damaged)
+    manifests, _ = _all(store)
+    damage = _damage(store, manifests, damaged)
     gone = {*damage.keys}
     store.blobs.delete(names.manifest(k) for k in damage.keys)  # first: an artifact without its blobs must not look stored
     store.blobs.delete([e.name for e in store.blobs.list("found/") if e.name.split("/")[1] in gone])
     store.blobs.delete([e.name for e in store.blobs.list("partial/") if e.name.split("/")[1] in gone])
-    store.blobs.delete([*damage.names])
+    store.blobs.delete([*damage.names, *_rotten(store, manifests, gone)])
     return damage
+
+
+def _rotten(store: Store, manifests: Mapping[str, Manifest], keys: Iterable[str]) -> list[str]:
+    """The damaged blobs of these artifacts: computed again they would be taken for stored, and nobody would write them."""
+    files = {f.sha256: f for k in keys if k in manifests for f in manifests[k].files.values()}
+    with ThreadPoolExecutor(THREADS) as pool:
+        reasons = pool.map(lambda file: _why(store, file), files.values())
+        return [names.blob(digest) for digest, why in zip(files, reasons, strict=True) if why]
 
 
 def _all(store: Store) -> tuple[dict[str, Manifest], dict[str, str]]:
@@ -92,6 +94,15 @@ def _damage(store: Store, manifests: Mapping[str, Manifest], damaged: Mapping[st
         keys |= below
     hit = tuple(v for v in versions.list(store) if keys & {v.key, *v.reports}) if keys else ()
     return Damage(dict(damaged), tuple(sorted(keys)), hit, orphans)
+
+
+def _why(store: Store, file: File) -> str:
+    """How a blob is damaged, or that it is gone; "" if it is whole."""
+    try:
+        _read(store, file)
+    except CorruptBlob as error:
+        return error.why
+    return ""
 
 
 def _read(store: Store, file: File) -> None:

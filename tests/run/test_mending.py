@@ -1,7 +1,7 @@
 """A run that meets damaged bytes drops them with everything computed from them, says so, and ends with the right result."""
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -9,8 +9,8 @@ import pytest
 from moeflow.run import Options, StepFailed
 from moeflow.run.go import Runner, go, prepare
 from moeflow.run.progress import Lines
-from moeflow.step import Step
-from moeflow.store import Store, names
+from moeflow.step import Part, Step
+from moeflow.store import Index, Store, names
 from tests import servers
 from tests.run import toy
 from tests.store.test_damage import flip
@@ -114,3 +114,24 @@ def quietly(target: Step, store: Store) -> str:
     shown = io.StringIO()
     go(prepare(target, store, name="a", runner=Runner.process), progress=Lines(shown), options=Options(), record={})
     return shown.getvalue()
+
+
+def test_what_is_deleted_between_listing_and_reading_is_planned_again(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As garbage collection does that began before the run left its mark."""
+    values = toy.shards(values=[3, 4])
+    target = toy.read(Part(values, "shard-1"))
+    prepare(target, store, name="toy", runner=Runner.process).mark.end()
+    go(prepare(values, store, name="values", runner=Runner.process), progress=Lines(io.StringIO()), options=Options(), record={})
+    listed, index = [], Store.index
+
+    def listing(self: Store, steps: Iterable[str]) -> Index:
+        found = index(self, steps)
+        if not listed:
+            store.blobs.delete([names.manifest(values.key)])
+        listed.append(found)
+        return found
+
+    monkeypatch.setattr(Store, "index", listing)
+    prepared = prepare(target, store, name="toy", runner=Runner.process)
+    assert len(listed) == 2 and len(prepared.plan.keys("run")) == 2
+    prepared.mark.end()

@@ -207,3 +207,18 @@ def test_a_manifest_of_a_version_that_kept_no_digests_of_chunks_is_verified_by_w
     flip(store, blob, len(DATA) - 1)
     with pytest.raises(CorruptBlob):
         store.artifact(key("k")).read("x", 7, 11)
+
+
+def test_what_was_computed_from_rotten_bytes_and_is_rotten_itself_goes_as_well(store: Store, tmp_path: Path) -> None:
+    """Its bytes, computed again, are the same, and would be taken for stored."""
+    commit(store, tmp_path, "a", x=b"first")
+    commit(store, tmp_path, "b", inputs=(key("a"),), x=b"second")
+    commit(store, tmp_path, "c", inputs=(key("a"),), x=b"third")
+    for word in "ab":
+        flip(store, blob_of(store, word), 2)
+    rotten, whole = blob_of(store, "b"), blob_of(store, "c")
+    damage = repair.drop(store, {blob_of(store, "a"): "it is rotten"})
+    assert {*damage.keys} == {key("a"), key("b"), key("c")}
+    assert store.blobs.stat(rotten) is None and store.blobs.stat(whole) is not None
+    commit(store, tmp_path / "again", "b", inputs=(), x=b"second")
+    assert store.artifact(key("b")).file("x").read_bytes() == b"second"

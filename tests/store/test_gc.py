@@ -9,6 +9,7 @@ import pytest
 from moeflow.store import Store, partial, versions
 from moeflow.store import names as store_names
 from moeflow.store.gc import Policy, delete, gc
+from moeflow.store.runs import Mark
 from tests.making import commit, folder, key
 
 WEEK = 7 * 86400.0
@@ -124,3 +125,13 @@ def test_in_s3_it_is_the_same(s3_store: Store, tmp_path: Path) -> None:
 def test_a_negative_grace_period_is_refused(disk: Store) -> None:
     with pytest.raises(ValueError, match="grace is -1 seconds; give 0 or more"):
         gc(disk, Policy(-1))
+
+
+def test_what_a_run_is_writing_now_is_no_garbage_whatever_the_grace(disk: Store, tmp_path: Path) -> None:
+    folder(tmp_path / "store" / "halves", abc="half of a file")
+    mark = Mark(disk, [])
+    delete(disk, gc(disk, Policy(0)))
+    assert [e.name for e in disk.blobs.list("halves/")] == ["halves/abc"]
+    mark.end()
+    delete(disk, gc(disk, Policy(0)))
+    assert [*disk.blobs.list("halves/")] == []
