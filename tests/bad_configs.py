@@ -118,7 +118,7 @@ TENSORS = [
     row("no matrix of an expert", absent(f"{EXPERTS}.3.w2.weight"), f"the checkpoint has no tensor {EXPERTS}.3.w2.weight"),
     row("no expert in the middle", both(*(absent(f"{EXPERTS}.3.{w}.weight") for w in ("w1", "w2", "w3"))), "no expert 3"),
     row("a bias that nobody reads", added("model.layers.1.self_attn.q_proj.bias", (16,)), "layer 1 has model.layers.1.self"),
-    row("frequencies that nobody reads", added("model.layers.1.self_attn.rotary_emb.inv_freq"), "leaves no place for"),
+    row("cosines that nobody reads", added("model.layers.1.self_attn.rotary_emb.cos_cached"), "leaves no place for"),
     row("a head that nobody reads", added("score.weight", (2, 16)), "the checkpoint has score.weight, which config.json"),
     row("a layer without a number", renamed(Q, "model.layers.x.q.weight"), "'model.layers.x.q.weight'", "tells no layer"),
     row("a negative layer", renamed(Q, "model.layers.-1.q.weight"), "'model.layers.-1.q.weight'", "tells no layer"),

@@ -5,7 +5,7 @@
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from moeflow.sources import steps
@@ -21,10 +21,12 @@ REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@.+)?")
 class Source(Pinned):
     """A pinned model or text: its place, and its files with their pins, by name.
 
-    `refer`: whether its weights are read where they lie, by range, instead of being copied into the store.
+    `refer`: whether its weights are read where they lie, by range, instead of being copied into the store. `adapter`: the source of
+    the adapter that is to be merged into the weights, which may be this very source.
     """
 
     refer: bool = False
+    adapter: "Source | None" = None
 
     def names(self) -> list[str]:
         return [f.name for f in self.files]
@@ -63,12 +65,13 @@ class Source(Pinned):
         return steps.files(uri=self.uri, files=[(f.name, f.size, f.pin) for f in files])
 
 
-def pin(uri: str, *, kind: Kind, how: How | None = None) -> Source:
+def pin(uri: str, *, kind: Kind, how: How | None = None, adapter: str | None = None) -> Source:
     """The files at `uri` as they are now, pinned so that a later change is noticed.
 
     A folder, a file, a glob, `s3://bucket/prefix`, `hf://datasets/org/name[@revision][/glob]`, `python:stdlib`, and for
     a model also `org/name[@revision]` on the hub if there is no such folder. `how`: whether a model's weights are copied into the
-    store or read where they lie; None: they are read where they stay, which is S3, a disk, and the user's hub cache.
+    store or read where they lie; None: they are read where they stay, which is S3, a disk, and the user's hub cache. `adapter`:
+    "merge" for an adapter that lies beside a model's weights, or the address of one.
 
     Raises MissingSource, a ValueError.
     """
@@ -84,11 +87,14 @@ def pin(uri: str, *, kind: Kind, how: How | None = None) -> Source:
         else:
             raise MissingSource(f"{uri}: there is no such file or folder; a text on the hub is hf://datasets/{uri}")
     pinned = place_of(uri).pin(uri, kind)
-    for file in pinned.files:
-        if not file.name.isprintable() or {"", ".", ".."} & {*file.name.split("/")}:
-            raise MissingSource(f"{uri} has a file named {file.name!r}, which no folder can take as it is; rename it there")
+    for name in (*(f.name for f in pinned.files), *pinned.left):
+        if not name.isprintable() or {"", ".", ".."} & {*name.split("/")}:
+            raise MissingSource(f"{uri} has a file named {name!r}, which no folder can take as it is; rename it there")
     refer = kind == "model" and (how == "refer" if how else _stays(pinned))
-    return Source(pinned.uri, pinned.revision, tuple(sorted(pinned.files, key=lambda f: f.name)), refer)
+    made = Source(pinned.uri, pinned.revision, tuple(sorted(pinned.files, key=lambda f: f.name)), pinned.left, refer)
+    if not adapter:
+        return made
+    return replace(made, adapter=made if adapter == "merge" else pin(adapter, kind="model", how=how))
 
 
 def _stays(pinned: Pinned) -> bool:

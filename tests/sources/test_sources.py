@@ -46,13 +46,14 @@ def model(tmp_path: Path) -> Path:
 
 TAKEN = [
     "LICENSE", "additional_chat_templates/tool.jinja", "chat_template.jinja", "config.json",
-    "model-00001-of-00001.safetensors", "model.safetensors.index.json", "tokenizer.json", "tokenizer.model",
+    "model-00001-of-00001.safetensors", "model.safetensors.index.json", "modeling_own.py", "tokenizer.json", "tokenizer.model",
 ]  # fmt: skip
 
 
-def test_a_model_is_its_weights_configuration_tokenizer_and_licence_and_never_code(model: Path) -> None:
+def test_a_model_is_its_weights_configuration_tokenizer_code_and_licence_and_the_rest_is_named(model: Path) -> None:
     source = pin(str(model), kind="model")
     assert source.names() == TAKEN
+    assert source.left == ("pytorch_model.bin", "original/ (1 file)"), "hidden files are nobody's"
     assert (source.uri, source.revision) == (model.as_posix(), "")
     file = source.find("config.json")
     assert file.pin == f"sha256:{hashlib.sha256((model / 'config.json').read_bytes()).hexdigest()}"
@@ -221,9 +222,9 @@ def test_the_hub_s_own_cache_is_a_folder_whose_files_are_links_to_its_blobs(tmp_
 
 
 def test_a_link_inside_the_folder_and_a_folder_that_is_a_link_are_what_they_lead_to(model: Path, tmp_path: Path) -> None:
-    (model / "same.json").symlink_to("config.json")
+    (model / "vocab.json").symlink_to("config.json")
     (tmp_path / "other").symlink_to(model)
-    assert "same.json" in pin(str(tmp_path / "other"), kind="model").names()
+    assert "vocab.json" in pin(str(tmp_path / "other"), kind="model").names()
 
 
 def test_a_text_may_be_links_to_anywhere_and_is_no_pipe(tmp_path: Path) -> None:

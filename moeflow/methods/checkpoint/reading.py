@@ -6,16 +6,19 @@ from math import ceil
 from typing import TYPE_CHECKING, Any
 
 from moeflow.arch import Config, Family
-from moeflow.methods.graph import INDEX, named_like
+from moeflow.methods.checkpoint import foreign
 from moeflow.model.config_check import check_config
 from moeflow.model.header import TensorInfo, read_header
 from moeflow.model.json_file import json_object, kind_of
-from moeflow.model.packed import BLOCK_SCALE, FORMAT, METHOD, PACKED, scheme_of
+from moeflow.model.packed import BLOCK_SCALE, FORMAT, METHOD, PACKED, SHAPE, scheme_of
+from moeflow.model_files import INDEX, named_like
 
 if TYPE_CHECKING:
     from moeflow.sources import Source
 
 THREADS = 16  # headers that are read at once
+FLOATS = ("F", "BF")
+"""How the names of those dtypes begin that weights are computed in, or unpacked from."""
 USED = (".json", ".model", ".tiktoken", ".jinja", ".txt")
 """The endings of small files that are read when a checkpoint is used; others, such as a licence, may be empty."""
 GENERATION = {"temperature": (int, float), "top_p": (int, float), "top_k": (int,), "max_length": (int,), "do_sample": (bool,)}
@@ -36,16 +39,15 @@ def config_of(source: "Source") -> Config:
     return config
 
 
-def tensors_of(source: "Source") -> dict[str, TensorInfo]:
-    """Every tensor of the checkpoint, from the index and the headers of its shards.
+def tensors_of(source: "Source", config: Config) -> dict[str, TensorInfo]:
+    """Every tensor in the files of the model's weights, from the index and the headers.
 
-    Raises ValueError if the index is damaged or does not name exactly the tensors that its files hold, and as `read_header` does.
+    Raises ValueError if the index is damaged or does not name exactly the tensors that its files hold, as `read_header` does, and
+    if a training's wrapping was saved with them.
     """
     sizes = {f.name: f.size for f in source.files}
     index = _index(source) if INDEX in sizes else None
-    shards = sorted(set(index.values()) if index else {n for n in sizes if n.endswith(".safetensors") and "/" not in n})
-    if not shards:
-        raise ValueError(f"{source.uri} holds no safetensors file; give the folder of a checkpoint")
+    shards = foreign.shards_of(source, config, index)
     with ThreadPoolExecutor(THREADS) as pool:
         headers = list(pool.map(lambda s: read_header(s, sizes[s], source.read), shards))
     tensors: dict[str, TensorInfo] = {}
@@ -53,6 +55,7 @@ def tensors_of(source: "Source") -> dict[str, TensorInfo]:
         if both := sorted(set(tensors) & set(header)):
             raise ValueError(f"{tensors[both[0]].file} and {shard} at {source.uri} both hold {both[0]}; delete one of them")
         tensors |= header
+    foreign.check_names(tensors, source.uri)
     if index is None:
         return tensors
     for name, shard in index.items():
@@ -70,10 +73,12 @@ def check_packing(tensors: dict[str, TensorInfo], config: Config, uri: str) -> N
     if not packing:
         if odd := [n for n, t in tensors.items() if n.endswith(PACKED) or t.dtype.startswith("F8")]:
             raise ValueError(f"{uri} has packed {odd[0]}, and its config.json no quantization_config; fetch the checkpoint again")
+        _check_floats(tensors, uri)
         return
     method, form = packing.get("quant_method", "unknown"), packing.get("format")
     if method == "fp8":
         _check_fp8(packing.get("weight_block_size"), tensors, uri)
+        _check_floats(tensors, uri)
         return
     if (method, form) != (METHOD, FORMAT):
         raise ValueError(f"{uri} is packed (quantization_config: {method} {form or ''}); dequantize it to bf16 first")
@@ -83,13 +88,16 @@ def check_packing(tensors: dict[str, TensorInfo], config: Config, uri: str) -> N
     stems = (*(family.experts(i) for i in family.moe_layers), *shared)
     if others := sorted(n for n in shapes if n.endswith(PACKED) and not n.startswith(stems)):
         raise ValueError(f"{uri} has packed {others[0]}; moeflow reads packed experts only: dequantize the rest to bf16 first")
+    _check_floats(tensors, uri)
 
 
-def check_small(source: "Source", names: list[str]) -> None:
-    """Raise ValueError if one of the small files that travel with a checkpoint is empty, or a JSON file that cannot be read.
+def small_configs(source: "Source", names: list[str]) -> dict[str, dict[str, Any]]:
+    """What those of these small files say that configure something; all are checked.
 
-    tokenizer.json is built into the tokenizer that it describes, by the library that will read it.
+    Raises ValueError if one is empty, or a JSON file that cannot be read. tokenizer.json is built into the tokenizer that it
+    describes, by the library that will read it.
     """
+    configs: dict[str, dict[str, Any]] = {}
     for name in names:
         where = f"{name} at {source.uri}"
         if not source.find(name).size and name.endswith(USED):
@@ -97,12 +105,15 @@ def check_small(source: "Source", names: list[str]) -> None:
         if name.endswith(".json"):
             data = source.read(name)
             value = json_object(data, where)
+            if name.endswith("_config.json"):
+                configs[name] = value
             if name == "tokenizer.json":
                 _check_tokenizer(data, where)
             for file, kinds in (("generation_config.json", GENERATION), ("tokenizer_config.json", TOKENIZER)):
                 _check_types(value, kinds if name == file else {}, where)
             if named_like(name, ("vocab.json", "added_tokens.json")):
                 _check_types(value, dict.fromkeys(value, (int,)), where)
+    return configs
 
 
 def _index(source: "Source") -> dict[str, str]:
@@ -141,6 +152,15 @@ def _check_fp8(block: Any, tensors: dict[str, TensorInfo], uri: str) -> None:
             raise ValueError(
                 f"{name}{BLOCK_SCALE} at {uri} has shape {scale.shape} where blocks of {block[0]} need {blocks}; fetch it again"
             )
+
+
+def _check_floats(tensors: dict[str, TensorInfo], uri: str) -> None:
+    """Raise ValueError if a tensor that is not packed consists of whole numbers."""
+    if odd := [n for n, t in tensors.items() if not t.dtype.startswith(FLOATS) and not n.endswith((PACKED, SHAPE))]:
+        kind = tensors[odd[0]].dtype
+        raise ValueError(
+            f"{odd[0]} at {uri} has dtype {kind}, which no weight is computed in; dequantize the checkpoint to bf16 first"
+        )
 
 
 def _check_tokenizer(data: bytes, where: str) -> None:

@@ -4,14 +4,18 @@ Hub shards straddle layers, so a fine-tune of one layer would change several; la
 none.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from moeflow import __version__
 from moeflow.arch import Config, Family, essential, family_config, layer_of
-from moeflow.methods.checkpoint import reading
-from moeflow.methods.graph import INDEX, REST, Model, named_like
+from moeflow.methods.checkpoint import adapter as adapters
+from moeflow.methods.checkpoint import foreign, reading, remote_code
+from moeflow.methods.checkpoint.adapter import Addition
+from moeflow.methods.graph import REST, Model
 from moeflow.methods.records import Facts, decision, read_json
 from moeflow.methods.rewrite import config_files, link_all, readable, write_config
 from moeflow.model.asked import check_layer, check_rest
@@ -20,9 +24,16 @@ from moeflow.model.header import TensorInfo
 from moeflow.model.layout import ESSENTIAL, file_for, headers
 from moeflow.model.packed import METHOD, Shapes, check_whole, quantization_config, scheme_of
 from moeflow.model.spec import CheckpointSpec, LayerSpec, RestSpec, TensorTable, file_bytes, header_bytes, tensor_bytes
+from moeflow.model_files import HISTORY, INDEX, TRAVELLING, named_like
 from moeflow.sources import Source
 from moeflow.sources.referred import opened
 from moeflow.step import Artifact, Context, Spec, Step, step
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Change = Callable[[str, "Tensor"], "Tensor"]
+"""What is made of a tensor, by its name and itself."""
 
 
 def _assemble_spec(
@@ -92,14 +103,6 @@ def checkpoint_of(model: Model) -> Step:
     return assemble(model.rest, model.layers, model.extra, model.choices, config=model.config)
 
 
-TRAVELLING = (
-    "tokenizer*", "vocab*", "merges*", "special_tokens*", "added_tokens*", "*.model", "*.tiktoken", "*.jinja", "chat_template*",
-    "generation_config.json", "licen[cs]e*", "copying*", "notice*", "use_policy*",
-)  # fmt: skip
-"""The files that every checkpoint keeps besides its weights and config.json, in lower or upper case."""
-HISTORY = "moeflow.json"
-"""The file of an assembled checkpoint that says what was decided, and what was done to each layer."""
-
 Table = dict[str, list[Any]]
 """Tensor name to [index of the input, dtype, shape, first byte, last byte + 1]."""
 
@@ -115,14 +118,17 @@ def pinned(source: Source, *, mtp: Literal["drop", "keep"] = "drop") -> Model:
     """
     if mtp not in ("drop", "keep"):
         raise ValueError(f"mtp={mtp!r}; choose 'drop' or 'keep'")
+    adapters.check(source)
     config = reading.config_of(source)
     family = Family.of(config)
-    small = sorted(f.name for f in source.files if named_like(f.name, TRAVELLING))
-    reading.check_small(source, small)
-    tensors = reading.tensors_of(source)
+    small = sorted(f.name for f in source.files if named_like(f.name, TRAVELLING) and not f.name.endswith(".py"))
+    configs = reading.small_configs(source, small) | {"config.json": config}
+    code = remote_code.code_of(source, configs)
+    tensors, ignored = foreign.without_buffers(reading.tensors_of(source, config))
     reading.check_packing(tensors, config, source.uri)
     if (config.get("quantization_config") or {}).get("quant_method") == METHOD:  # written again for what is packed then
         config.pop("quantization_config")
+    merge = adapters.merge_of(source.adapter, config, tensors) if source.adapter else None
     steps = {name: source.weights(name) for name in sorted({t.file for t in tensors.values()})}
     count = family.num_layers
     by_layer: dict[int | None, dict[str, TensorInfo]] = {}
@@ -137,6 +143,11 @@ def pinned(source: Source, *, mtp: Literal["drop", "keep"] = "drop") -> Model:
         shards, table = _inputs(by_layer[i], steps)
         if i < count:
             check_layer(config, i, {n: (t.dtype, t.shape) for n, t in by_layer[i].items()})
+        if merge and (additions := merge.of(by_layer[i])):
+            return merged_layer(
+                shards, merge.step(), history,
+                config=essential(config), layer=i, tensors=table, additions=additions, moved=merge.moved(additions),
+            )  # fmt: skip
         return layer(shards, history, config=essential(config), layer=i, tensors=table)
 
     behind = sorted(i for i in by_layer if i is not None and i >= count)
@@ -150,12 +161,17 @@ def pinned(source: Source, *, mtp: Literal["drop", "keep"] = "drop") -> Model:
         note = f"multi-token-prediction layers {behind} are dropped (mtp='keep' keeps them as they are)"
     if mtp == "drop" and "num_nextn_predict_layers" in config:
         config = config | {"num_nextn_predict_layers": 0}
+    others = rest(texts, shards, source.group(code) if code else None, config=config, files=small, tensors=table, note=note)
+    if merge and (additions := merge.of(table)):
+        others = merged_rest(others, merge.step(), additions=additions, moved=merge.moved(additions))
+    left = foreign.note_of_left(source, (*small, *code, *steps))
     return Model(
         config=config,
-        rest=rest(texts, shards, config=config, files=small, tensors=table, note=note),
+        rest=others.noting(*(n for n in (ignored, left, merge.note() if merge else "") if n)),
         texts=texts,
         layers=tuple(layer_step(i) for i in range(count)),
         extra=tuple(layer_step(i) for i in behind) if mtp == "keep" else (),
+        tokenizer_code=remote_code.tokenizer_code(configs.get("tokenizer_config.json", {}), small),
     )
 
 
@@ -177,16 +193,70 @@ def layer(
     `history`: the `moeflow.json` of a checkpoint that moeflow wrote; the layer's facts begin with what it says of this layer.
     Raises ValueError if a weight is NaN or infinite.
     """
-    for file in sorted({file_for(n) for n in tensors}):
-        _gather(context, shards, {n: t for n, t in tensors.items() if file_for(n) == file}, context.out / file)
-    for entry in read_json(history, HISTORY).get("layers", ()) if history else ():
-        if entry["layer"] == layer:
-            Facts(tuple(entry["done"])).write(context.out)
+    _gather_layer(context, shards, tensors)
+    if done := _done(history, layer):
+        done.write(context.out)
 
 
-def _rest_spec(texts: Any, shards: tuple[Any, ...], *, config: Config, files: list[str], tensors: Table, note: str) -> Spec:
+def _merged_layer_spec(
+    shards: tuple[Any, ...], adapter: Any, history: Any, *, config: Config, layer: int, tensors: Table,
+    additions: Mapping[str, Addition], moved: int,
+) -> Spec:  # fmt: skip
+    plain = _layer_spec(shards, history, config=config, layer=layer, tensors=tensors)
+    largest = max(tensor_bytes("F32", tuple(tensors[name][2])) for name in additions)
+    return replace(plain, reads=plain.reads + moved, memory=plain.memory + 2 * moved + 3 * largest)
+
+
+@step("checkpoint.merged_layer", version=1, spec=_merged_layer_spec)
+def merged_layer(
+    context: Context, shards: tuple[Artifact, ...], adapter: Artifact, history: Artifact | None = None,
+    *, config: Config, layer: int, tensors: Table, additions: Mapping[str, Addition], moved: int,
+) -> None:  # fmt: skip
+    """Write one decoder layer as `checkpoint.layer` does, with an adapter merged into its weights.
+
+    `additions`: what the adapter makes of the tensors that it changes; `moved`: the bytes that are read of it. Raises ValueError
+    also if a merged weight is NaN or infinite.
+    """
+    _gather_layer(context, shards, tensors, _merging(context, adapter, additions))
+    scales = sorted({a.scale for a in additions.values() if a.a})
+    (_done(history, layer) or Facts()).and_then("checkpoint.merged_layer", tensors=len(additions), scales=scales).write(context.out)
+
+
+def _merged_rest_spec(before: RestSpec, adapter: Any, *, additions: Mapping[str, Addition], moved: int) -> Spec:
+    size = file_bytes(before.tensors)
+    return Spec(before, reads=size + moved, writes=size, memory=2 * moved + 5 * size)
+
+
+@step("checkpoint.merged_rest", version=1, spec=_merged_rest_spec)
+def merged_rest(context: Context, before: Artifact, adapter: Artifact, *, additions: Mapping[str, Addition], moved: int) -> None:
+    """What is not of a decoder layer, with an adapter merged into embedding, final norm or head; see `merged_layer`."""
+    from moeflow.model.checkpoint import Tensors, save
+
+    change = _merging(context, adapter, additions)
+    save({name: change(name, tensor) for name, tensor in Tensors(before).items()}, context.out / REST)
+    link_all(context, before, but=(REST,))
+
+
+def _merging(context: Context, adapter: Artifact, additions: Mapping[str, Addition]) -> Change:
+    """What turns a tensor, by its name, into the merged one. A factor of the adapter is read once."""
+    from moeflow.methods.checkpoint.merging import merged
+    from moeflow.model.checkpoint import Tensors
+
+    read = cache(Tensors(opened(adapter, context)).__getitem__)
+    return lambda name, tensor: merged(name, tensor, additions[name], read) if name in additions else tensor
+
+
+def _done(history: Artifact | None, layer: int) -> Facts | None:
+    """What the `moeflow.json` of a checkpoint says was done to a layer before."""
+    entries = read_json(history, HISTORY).get("layers", ()) if history else ()
+    return next((Facts(tuple(e["done"])) for e in entries if e["layer"] == layer), None)
+
+
+def _rest_spec(
+    texts: Any, shards: tuple[Any, ...], code: Any = None, *, config: Config, files: list[str], tensors: Table, note: str
+) -> Spec:
     table: TensorTable = {n: (dtype, tuple(shape)) for n, (_, dtype, shape, _, _) in tensors.items()}
-    out = RestSpec(config, table, {n: texts["files"][n] for n in files})
+    out = RestSpec(config, table, {n: texts["files"][n] for n in files} | (code["files"] if code else {}))
     moved = sum(tensor_bytes(*t) for t in table.values())
     size = sum(map(len, config_files(config).values()))
     return Spec(out, reads=moved, writes=file_bytes(table) + size, memory=2 * moved, notes=(note,) if note else ())
@@ -194,18 +264,30 @@ def _rest_spec(texts: Any, shards: tuple[Any, ...], *, config: Config, files: li
 
 @step("checkpoint.rest", version=1, spec=_rest_spec)
 def rest(
-    context: Context, texts: Artifact, shards: tuple[Artifact, ...], *, config: Config, files: list[str], tensors: Table, note: str
-) -> None:
-    """Write all but the decoder layers: `rest.safetensors`, config.json, and the small files that belong to the checkpoint."""
+    context: Context, texts: Artifact, shards: tuple[Artifact, ...], code: Artifact | None = None,
+    *, config: Config, files: list[str], tensors: Table, note: str,
+) -> None:  # fmt: skip
+    """Write all but the decoder layers: `rest.safetensors`, config.json, and the small files that belong to the checkpoint.
+
+    `code`: the Python files of classes of its own, which nobody runs here.
+    """
     _gather(context, shards, tensors, context.out / REST)
     write_config(config, context.out)
     if note:
         context.note(note)
     for name in files:
         context.link(texts, name)
+    if code:
+        link_all(context, code)
 
 
-def _gather(context: Context, shards: tuple[Artifact, ...], tensors: Table, path: Path) -> None:
+def _gather_layer(context: Context, shards: tuple[Artifact, ...], tensors: Table, change: Change | None = None) -> None:
+    for file in sorted({file_for(n) for n in tensors}):
+        _gather(context, shards, {n: t for n, t in tensors.items() if file_for(n) == file}, context.out / file, change)
+
+
+def _gather(context: Context, shards: tuple[Artifact, ...], tensors: Table, path: Path, change: Change | None = None) -> None:
+    """Write a file with these tensors, each as it is, or as `change` makes it of its name and itself."""
     from moeflow.model import checkpoint
 
     gathered, done = {}, 0
@@ -218,7 +300,7 @@ def _gather(context: Context, shards: tuple[Artifact, ...], tensors: Table, path
             # FP8 has no infinity, and torch cannot check it for NaN
             if tensor.is_floating_point() and not (tensor.float() if tensor.itemsize == 1 else tensor).isfinite().all():
                 raise ValueError(f"{name} holds NaN or infinite weights; the checkpoint is damaged, fetch or train it again")
-            gathered[name] = tensor
+            gathered[name] = change(name, tensor) if change else tensor
             done += tensor.nbytes
             context.progress(done, total, "bytes")
     checkpoint.save(gathered, path)

@@ -25,7 +25,7 @@ class HeldOut:
     """Tokens of a sequence."""
 
 
-NO_TOKENIZER = "the model has no tokenizer: held-out text is left out, the loss on the token matrix stands for it"
+NO_TOKENIZER = "held-out text is left out, the loss on the token matrix stands for it"
 
 
 def reports(original: Model, compressed: Model, heldout: HeldOut, passed: Pass, *, tokens: Step | None = None) -> tuple[Step, ...]:
@@ -36,14 +36,15 @@ def reports(original: Model, compressed: Model, heldout: HeldOut, passed: Pass, 
     that is missing.
     """
     passed = Pass(passed.batch, 8 * passed.batch, dtype=passed.dtype)
-    if original.has_tokenizer:
-        texts, sample = Texts(heldout.texts), Sample(heldout.sequences, heldout.length, bos=False)
+    texts, sample = Texts(heldout.texts), Sample(heldout.sequences, heldout.length, bos=False)
+    if original.has_tokenizer or texts.is_tokens:
         named = zip(_names(texts), texts.each(), strict=True)
         matrices = [(name, data.tokens(text, original, sample), "") for name, text in named]
     elif tokens is not None:
-        matrices = [("token matrix", tokens, NO_TOKENIZER)]
+        matrices = [("token matrix", tokens, f"{original.without_tokenizer}: {NO_TOKENIZER}")]
     else:
-        raise ValueError("the model has no tokenizer, so held-out text cannot become tokens; pass a ready-made matrix (tokens=...)")
+        why = original.without_tokenizer
+        raise ValueError(f"{why}, so held-out text cannot become tokens; pass a ready-made matrix (tokens=...)")
     both = checkpoint_of(original), checkpoint_of(compressed)
     chosen = tuple(c for c in compressed.choices if "layer" in c.spec.output)
     zeros = sorted({s.slimmed_by for layer in compressed.layers if (s := layer.spec.output).sparse})
