@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
+from moeflow.sources.absent import advice
 from moeflow.sources.places import Grow, Kind, Pinned, SourceFile, changed, chosen, copy, piece
 from moeflow.store import checked
 from moeflow.store.errors import MissingSource
@@ -119,7 +120,7 @@ def _files_at(uri: str, kind: Kind) -> tuple[Path, list[str], tuple[str, ...]]:
             raise MissingSource(f"{error.filename}: no permission to list it; make it readable") from None
         return path, *chosen(inside, kind, str(path))
     if not WILD & set(uri):
-        raise MissingSource(f"{path}: there is no such file or folder; check the path")
+        raise MissingSource(f"{path}: there is no such file or folder; {advice(Path(uri).expanduser())}")
     fixed = Path(*[part for i, part in enumerate(path.parts) if not any(WILD & set(p) for p in path.parts[: i + 1])])
     inside = glob.glob(path.relative_to(fixed).as_posix(), root_dir=fixed, recursive=True)
     return fixed, sorted(n for n in inside if (fixed / n).is_file()), ()

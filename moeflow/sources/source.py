@@ -3,18 +3,16 @@
 `where.py` knows the places that bytes come from, and the steps in `steps.py` bring them into the store.
 """
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from moeflow.sources import steps
+from moeflow.sources.absent import is_repository
 from moeflow.sources.places import How, Kind, Pinned, SourceFile
 from moeflow.sources.where import hub_uri, place_of
 from moeflow.step import Step
 from moeflow.store.errors import MissingSource
-
-REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@.+)?")
 
 
 @dataclass(frozen=True)
@@ -81,7 +79,7 @@ def pin(uri: str, *, kind: Kind, how: How | None = None, adapter: str | None = N
         absent = "://" not in uri and not Path(uri).expanduser().exists()
     except (OSError, RuntimeError) as error:  # a name that no disk can have, or the home of nobody
         raise MissingSource(f"{uri:.200}: {getattr(error, 'strerror', None) or error}; check the path") from None
-    if absent and REPOSITORY.fullmatch(uri):
+    if (absent or uri.startswith("http")) and is_repository(uri, kind):
         if kind == "model":
             uri = hub_uri(uri)
         else:
