@@ -27,7 +27,7 @@ GENERATION = {"temperature": (int, float), "top_p": (int, float), "top_k": (int,
 TOKENIZER = {
     **dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), (str, dict)), "tokenizer_class": (str,),
     "chat_template": (str, list), "model_max_length": (int, float), "add_bos_token": (bool,), "add_eos_token": (bool,),
-    "added_tokens_decoder": (dict,),
+    "added_tokens_decoder": (dict,), "auto_map": (dict, list),
 }  # fmt: skip
 """Entries of tokenizer_config.json, and the types that they may have."""
 

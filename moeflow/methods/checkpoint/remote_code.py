@@ -1,6 +1,6 @@
 """Classes of a checkpoint's own, in Python files beside its weights: they travel with it, and moeflow never runs them. No torch."""
 
-import re
+import ast
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -8,8 +8,6 @@ if TYPE_CHECKING:
 
 MAP = "auto_map"
 """The entry of a JSON file that names, for a class of transformers such as AutoTokenizer, "module.Class" in a file `module.py`."""
-_IMPORT = re.compile(rb"^\s*(?:from\s+\.(\w+)\s+import|import\s+\.(\w+)|from\s+\.\s+import\s+(\w+))", re.MULTILINE)
-"""What transformers copies along with a module: another one beside it."""
 
 
 def code_of(source: "Source", configs: dict[str, dict[str, Any]]) -> list[str]:
@@ -20,7 +18,7 @@ def code_of(source: "Source", configs: dict[str, dict[str, Any]]) -> list[str]:
     while todo:
         if (file := todo.pop()) in held - found:
             found.add(file)
-            todo += [f"{next(filter(None, groups)).decode()}.py" for groups in _IMPORT.findall(source.read(file))]
+            todo += [f"{module}.py" for module in _imported(source.read(file))]
     return sorted(found)
 
 
@@ -41,3 +39,12 @@ def _named(config: dict[str, Any]) -> list[str]:
     every = value.values() if isinstance(value, dict) else [value]
     flat = [c for one in every for c in (one if isinstance(one, list) else [one])]
     return [c for c in flat if isinstance(c, str) and "--" not in c]
+
+
+def _imported(code: bytes) -> list[str]:
+    """The modules beside it that a module imports ("from .other import x"), as transformers copies them along; nothing is run."""
+    try:
+        nodes = [n for n in ast.walk(ast.parse(code)) if isinstance(n, ast.ImportFrom) and n.level == 1]
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # whoever runs it is told
+        return []
+    return [name for n in nodes for name in ([n.module.partition(".")[0]] if n.module else [a.name for a in n.names])]
