@@ -12,7 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner, Result
 
+from moeflow.cli import app
 from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.graph import Model
 from moeflow.run import StepFailed
@@ -21,6 +23,7 @@ from tests import tiny
 from tests.models import pulled
 from tests.running import facts_of, model_in, run, store_in
 
+PIPELINE = Path(__file__).parents[2] / "bad_inputs_pipeline.py"
 ATTENTION = ["q_proj", "v_proj", "o_proj"]
 FUSED = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
@@ -144,6 +147,26 @@ def test_an_adapter_lies_beside_the_weights_or_elsewhere_and_the_result_is_the_s
     ]
     one, *others = ({p.name: p.read_bytes() for p in result.iterdir()} for result in results)
     assert all(one == other for other in others) and not any("adapter" in name for name in one)
+
+
+def test_every_pipeline_takes_an_adapter_as_a_word(bases: Callable[[str], Path], adapter_of_mixtral: Path, tmp_path: Path) -> None:
+    def planned(*words: str) -> Result:
+        given = [w for word in words for w in ("-p", word)]
+        return CliRunner().invoke(app, ["plan", str(PIPELINE), "--store", str(tmp_path / "store"), *given], catch_exceptions=False)
+
+    base = bases("mixtral")
+    merged = planned(f"model={base}", f"adapter={adapter_of_mixtral}")
+    assert merged.exit_code == 0 and "checkpoint.merged_layer" in merged.stdout and "is merged into 2 tensors" in merged.stdout
+    assert "checkpoint.merged_layer" not in planned(f"model={base}", "adapter=none").stdout
+    for words, says in (
+        (f"adapter={tmp_path}/no", "there is no such file"),
+        ("adapter=merge", "holds no adapter"),
+    ):
+        refused = planned(f"model={base}", words)
+        assert refused.exit_code == 2 and says in refused.stderr and len(refused.stderr.splitlines()) == 1
+    alone = planned(f"model={adapter_of_mixtral}")
+    assert alone.exit_code == 2 and f"-p model={base} -p adapter={adapter_of_mixtral}" in alone.stderr
+    assert "the LoRA adapter (PEFT)" in CliRunner().invoke(app, ["plan", str(PIPELINE), "--help"]).stdout
 
 
 def test_a_merged_layer_says_so_and_only_changed_layers_have_other_keys(bases: Callable[[str], Path], tmp_path: Path) -> None:
