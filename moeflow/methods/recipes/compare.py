@@ -37,7 +37,7 @@ def reports(original: Model, compressed: Model, heldout: HeldOut, passed: Pass, 
     """
     passed = Pass(passed.batch, 8 * passed.batch, dtype=passed.dtype)
     texts, sample = Texts(heldout.texts), Sample(heldout.sequences, heldout.length, bos=False)
-    if original.has_tokenizer or texts.is_tokens:
+    if original.has_tokenizer or (heldout.texts and texts.is_tokens):
         named = zip(_names(texts), texts.each(), strict=True)
         matrices = [(name, data.tokens(text, original, sample), "") for name, text in named]
     elif tokens is not None:
