@@ -36,8 +36,8 @@ def reports(original: Model, compressed: Model, heldout: HeldOut, passed: Pass, 
     that is missing.
     """
     passed = Pass(passed.batch, 8 * passed.batch, dtype=passed.dtype)
-    texts, sample = Texts(heldout.texts), Sample(heldout.sequences, heldout.length, bos=False)
-    if original.has_tokenizer or (heldout.texts and texts.is_tokens):
+    if original.has_tokenizer or (heldout.texts and Texts(heldout.texts).is_tokens):
+        texts, sample = Texts(heldout.texts), Sample(heldout.sequences, heldout.length, bos=False)
         named = zip(_names(texts), texts.each(), strict=True)
         matrices = [(name, data.tokens(text, original, sample), "") for name, text in named]
     elif tokens is not None:
