@@ -27,6 +27,42 @@ def has_gpu() -> bool:
     return any(Path("/proc/driver/nvidia/gpus").glob("*")) or Path("/dev/kfd").exists()
 
 
+def this_process() -> str:
+    """A name for this process that no other has, on any machine and after any restart; "" where the system tells too little."""
+    try:
+        return f"{_machine()}-{os.getpid()}-{_begun(os.getpid())}"
+    except OSError:
+        return ""
+
+
+def has_ended(process: str) -> bool:
+    """Whether the process with this name, of `this_process`, is over; False for one of another machine, which nobody here knows."""
+    machine, _, rest = process.partition("-")
+    pid, _, begun = rest.partition("-")
+    try:
+        if not begun or machine != _machine():
+            return False
+        return _begun(int(pid)) != begun
+    except FileNotFoundError:
+        return True
+    except (OSError, ValueError):
+        return False
+
+
+def _machine() -> str:
+    """This start of this machine, and the view of its processes that a container has."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text()
+    return _digest(boot + os.readlink("/proc/self/ns/pid"))
+
+
+def _begun(pid: int) -> str:
+    """When a process began, in ticks since its machine did. Raises FileNotFoundError if there is none, or only its body."""
+    state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    if state in "ZX":
+        raise FileNotFoundError(f"process {pid} is over")
+    return fields[18]
+
+
 def without_spaces(folder: Path) -> Path:
     """The folder or, if there is white space in its path, a link to it without: torch writes paths unquoted into commands, and Ray
     into those that start its processes."""

@@ -21,12 +21,14 @@ READ = ("*.safetensors", INDEX, "config.json", HISTORY, *ADAPTERS)
 """The files that a graph is built from. The new checkpoint has its own."""
 FOREIGN = ("consolidated*", "optimizer*", "scheduler*", "rng_state*", "random_states*", "training_args*")
 """The beginnings of names that no weights of transformers have: weights in their maker's own form, and a training's state."""
+PROCESSORS = ("*processor_config.json", "*processor.json")
+"""The files of a multimodal model that say how images, sounds and videos are read."""
 
 TRAVELLING = (
     "tokenizer*", "vocab*", "merges*", "special_tokens*", "added_tokens*", "*.model", "*.tiktoken",  # text into tokens
     "*.jinja", "chat_template*", "additional_chat_templates/*.jinja",  # messages into text
     "generation_config.json",  # how tokens are drawn
-    "*processor_config.json", "processor_config.json",  # pictures, sound and video into tokens
+    *PROCESSORS,  # images, sounds and videos into tokens
     "*.py",  # classes that an `auto_map` names, and what they import; see `remote_code.py`
     "licen[cs]e*", "copying*", "notice*", "use_policy*",  # what its owners ask for
 )  # fmt: skip

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moeflow.arch.families import FAMILIES
-from moeflow.arch.spec import COMPRESSED, EXPERT_COUNT_KEYS, LAYERS, MAIN, Arch, Config, layer_of
+from moeflow.arch.spec import ARCH, COMPRESSED, EXPERT_COUNT_KEYS, LAYERS, MAIN, MATRICES, Arch, Config, is_number, layer_of
 
 Kind = Literal["attention", "router", "experts", "shared", "dense", "compressed", "fixed", "norm", "rest"]
 """What a tensor is part of. "compressed": the vectors of Compressed Experts; "fixed": what has no gradient, the threshold of
@@ -37,7 +37,12 @@ class Family:
 
     @staticmethod
     def of(config: Config) -> "Family":
-        """The family of the model with this config.json, compressed by moeflow or not. Raises ValueError if it is unknown."""
+        """The family of the model with this config.json, compressed by moeflow or not. Raises ValueError if it is unknown.
+
+        A family that no constant describes is known if the configuration has its `Arch` (`ARCH`).
+        """
+        if config.get(ARCH) is not None:
+            return Family(Arch.from_json(config[ARCH]), config)
         for arch in FAMILIES:
             if arch.model_type == str(config.get("model_type")).removeprefix(COMPRESSED):
                 return Family(arch, config)
@@ -54,6 +59,8 @@ class Family:
     @property
     def expert_size(self) -> int | None:
         """The inner units of a routed expert, F; None where config.json leaves it to the defaults of transformers."""
+        if self.arch.expert_width is not None:
+            return self.arch.expert_width
         size = self.size("moe_intermediate_size")
         return self.size("intermediate_size") if size is None else size
 
@@ -64,6 +71,8 @@ class Family:
     @property
     def moe_layers(self) -> list[int]:
         """The decoder layers that have routed experts, ascending."""
+        if self.arch.moe is not None:
+            return list(self.arch.moe)
         dense = set(self.config.get("mlp_only_layers") or ()) | set(range(self.config.get("first_k_dense_replace") or 0))
         every = self.config.get("decoder_sparse_step") or 1
         return [i for i in range(self.num_layers) if i not in dense and (i + 1) % every == 0]
@@ -71,7 +80,7 @@ class Family:
     @property
     def experts_key(self) -> str:
         """The key of this config.json for the number of routed experts. Raises ValueError if it has none."""
-        for key in EXPERT_COUNT_KEYS:
+        for key in (self.arch.experts_key,) if self.arch.experts_key else EXPERT_COUNT_KEYS:
             if self.config.get(key) is not None:
                 return key
         raise ValueError(f"config.json of a {self.arch.model_type} names no number of experts; it needs one of {EXPERT_COUNT_KEYS}")
@@ -83,7 +92,7 @@ class Family:
 
     @property
     def top_k(self) -> int:
-        return int(self.config["num_experts_per_tok"])
+        return int(self.config[self.arch.top_k_key])
 
     @property
     def main_experts(self) -> int:
@@ -111,8 +120,25 @@ class Family:
 
     def with_experts(self, experts: int) -> Config:
         """The configuration of the same model with `experts` routed experts in every MoE layer."""
-        counts = {k: experts for k in EXPERT_COUNT_KEYS if self.config.get(k) is not None}
-        return self.config | counts | {"num_experts_per_tok": self.experts_per_token(experts)}
+        keys = (*EXPERT_COUNT_KEYS, self.arch.experts_key)
+        counts = {k: experts for k in keys if self.config.get(k) is not None}
+        return self.config | counts | {self.arch.top_k_key: self.experts_per_token(experts)}
+
+    @property
+    def scale(self) -> float:
+        """What all routing weights are multiplied with."""
+        key = self.arch.scale_key or ("routed_scaling_factor" if self.arch.groups else "")
+        return float(self.config.get(key) or 1.0) if key else 1.0
+
+    @property
+    def gated(self) -> bool:
+        """Whether an expert has a gate beside its up and down matrices."""
+        return len(self.arch.experts) == len(MATRICES)
+
+    @property
+    def matrices(self) -> tuple[str, ...]:
+        """The names of an expert's matrices, in the order of `Arch.experts`: `MATRICES`, without a gate if it has none."""
+        return MATRICES if self.gated else MATRICES[1:]
 
     def with_fewer_layers(self, drop: int) -> Config:
         """The configuration of the same model with `drop` decoder layers fewer.
@@ -198,15 +224,24 @@ class Family:
 
     def moe(self, layer: int) -> str:
         """The beginning of the names of a layer's MoE block."""
-        return self.router(layer).rsplit(".", 2)[0] + "."
+        return self.experts(layer).rsplit(".", 2)[0] + "."
 
     def experts(self, layer: int) -> str:
         """The beginning of the names of a layer's routed experts, and of what moeflow stores beside them."""
         return self.arch.experts[0].format(layer=layer, expert="\0").partition("\0")[0]
 
     def expert(self, layer: int, expert: int | str) -> tuple[str, ...]:
-        """The names of one expert's gate, up and down matrices."""
+        """The names of one expert's gate, up and down matrices; of up and down if it has no gate (`matrices`)."""
         return tuple(name.format(layer=layer, expert=expert) for name in self.arch.experts)
+
+    def expert_biases(self, layer: int, expert: int | str) -> tuple[str, ...]:
+        """The names of the biases of the same matrices, in the same order; empty if the family has none."""
+        return tuple(name.format(layer=layer, expert=expert) for name in self.arch.expert_biases)
+
+    def of_expert(self, name: str, layer: int) -> bool:
+        """Whether the tensor with this name on disk is part of one of the layer's routed experts."""
+        stem = self.experts(layer)
+        return name.startswith(stem) and is_number(name.removeprefix(stem).split(".")[0])
 
     def factors(self, name: str) -> tuple[str, str]:
         """The names of the two factors, [M, R] and [R, N], that replace the matrix `name` [M, N] if it has rank R."""
@@ -220,9 +255,14 @@ class Family:
         """The name of the bias [E] that is added for the choice of experts only; None if the family has none."""
         return None if self.arch.router_bias is None else self.arch.router_bias.format(layer=layer)
 
+    def router_offset(self, layer: int) -> str | None:
+        """The name of the bias [E] that is added to the router's logits; None if the family has none."""
+        return None if self.arch.router_offset is None else self.arch.router_offset.format(layer=layer)
+
     def router_tensors(self, layer: int) -> list[str]:
-        """The names of the router's tensors; each has one row per expert."""
-        return [name for name in (self.router(layer), self.router_bias(layer)) if name is not None]
+        """The names of the router's tensors; each has one row per expert, or one column if it has a single row."""
+        names = (self.router(layer), self.router_bias(layer), self.router_offset(layer))
+        return [name for name in names if name is not None]
 
     def shared(self, layer: int) -> tuple[str, ...]:
         """The names of the shared expert's gate, up and down matrices; empty if the family has no shared expert."""
@@ -233,8 +273,8 @@ class Family:
         return None if self.arch.shared_gate is None else self.arch.shared_gate.format(layer=layer)
 
     def gate_beside(self, name: str) -> str | None:
-        """The name of the gate matrix of the same expert if `name` is a down matrix, else None."""
-        gate, _, down = (template.split(".")[-2] for template in self.arch.experts)
+        """The name of the same expert's gate, or up if it has no gate, if `name` is a down matrix, else None."""
+        gate, *_, down = (template.split(".")[-2] for template in self.arch.experts)
         stem, _, matrix = name.removesuffix(".weight").rpartition(".")
         return f"{stem}.{gate}.weight" if matrix == down else None
 
@@ -250,7 +290,7 @@ class Family:
             return "fixed"
         if name.startswith(experts):
             return "experts"
-        if name == self.router(layer):
+        if name in (self.router(layer), self.router_offset(layer)):
             return "router"
         if name in (*self.shared(layer), self.shared_gate(layer)):
             return "shared"
@@ -272,6 +312,10 @@ class Family:
             for disk, memory in self.arch.memory:
                 if inside.startswith(memory):
                     return self.prefix(layer) + disk + inside.removeprefix(memory)
+            return name
+        for disk, memory in self.arch.rest:
+            if name.startswith(memory):
+                return disk + name.removeprefix(memory)
         return name
 
     def in_memory(self, inside: str) -> str:
@@ -280,6 +324,13 @@ class Family:
             if inside.startswith(disk):
                 return memory + inside.removeprefix(disk)
         return inside
+
+    def rest_in_memory(self, name: str) -> str:
+        """The name in memory of a tensor outside the decoder layers that is called `name` on disk."""
+        for disk, memory in self.arch.rest:
+            if name.startswith(disk):
+                return memory + name.removeprefix(disk)
+        return name
 
     @property
     def shared_modules(self) -> tuple[str, ...]:

@@ -1,7 +1,8 @@
 """The data that describes a family of checkpoints: the names of its tensors, and how its router chooses. No torch."""
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields
 from typing import Any, Literal
 
 Config = dict[str, Any]  # a config.json
@@ -15,6 +16,9 @@ compute. The family's model_type follows."""
 
 LAYERS = "moeflow_layers"
 """The key of a compressed checkpoint's config.json for the formats of its decoder layers."""
+
+ARCH = "moeflow_arch"
+"""The key of a configuration for the `Arch` of a family that no constant describes, as `Arch.to_json` gives it."""
 
 MAIN = "moeflow_main_experts"
 """The key of config.json for how many of a token's experts are computed; Compressed Experts replace the others."""
@@ -56,13 +60,18 @@ class Arch:
     model_type: str
     router: str  # [E, D]: one row per expert
     router_bias: str | None = None  # [E]: added for the choice only
-    experts: tuple[str, ...]  # gate [F, D], up [F, D] and down [D, F] of an expert
+    router_offset: str | None = None  # [E]: added to the logits, a bias of the router's linear map
+    experts: tuple[str, ...]  # gate [F, D], up [F, D] and down [D, F] of an expert; up and down if it has no gate
+    expert_biases: tuple[str, ...] = ()  # of the same matrices in the same order: [F], [F], [D]
+    activation: str = ""  # a row of `moeflow.model.moe.ACTIVATIONS`; empty: what config.json calls hidden_act
     shared: tuple[str, ...] = ()  # the same of the expert that sees every token
     shared_gate: str | None = None  # [1, D]: its output times the sigmoid of this
-    score: Literal["softmax", "sigmoid", "sparsemixer"] = "softmax"
+    score: Literal["softmax", "sigmoid", "sparsemixer", "sqrtsoftplus"] = "softmax"
+    weighs_input: bool = False  # an expert's input is multiplied with its routing weight, not its output
     normalize: Literal["always", "never", "norm_topk_prob"] = "norm_topk_prob"
     groups: bool = False  # n_group and topk_group limit the choice
     group_score: Literal["max", "top2"] = "max"
+    scale_key: str = ""  # the key of config.json for what all routing weights are multiplied with
     router_fp32: bool = False  # router logits are computed in fp32, whatever the model's precision
     drop_score: str = "router_score"  # by which the authors of Expert Drop rank experts: a row of `DROP_SCORES`
     memory: tuple[tuple[str, str], ...] = ()  # (on disk, in memory): beginnings of names inside a decoder layer that differ
@@ -75,3 +84,28 @@ class Arch:
     biased: tuple[str, bool] = ("attention_bias", False)  # the key of config.json that says whether they do, and its default
     qk_norm: Literal["", "head", "all"] = ""  # queries and keys are normed: not, each head for itself, all heads together
     norm_bias: bool = False  # the norms have a bias
+    experts_key: str = ""  # the key of config.json for the number of routed experts; empty: one of `EXPERT_COUNT_KEYS`
+    top_k_key: str = "num_experts_per_tok"
+    moe: tuple[int, ...] | None = (
+        None  # the layers that have experts; None: what config.json says in the keys of `Family.moe_layers`
+    )
+    expert_width: int | None = None  # F; None: what config.json says
+    rest: tuple[tuple[str, str], ...] = ()  # (on disk, in memory): beginnings of names that differ, those of all layers among them
+    looked_at: bool = False  # found by structure: what else a layer has is known by looking, not by the fields above
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields that differ from their defaults."""
+        return {f.name: _plain(v) for f in fields(self) if (v := getattr(self, f.name)) != f.default or f.default is MISSING}
+
+    @staticmethod
+    def from_json(value: Mapping[str, Any]) -> "Arch":
+        """The same from `to_json`. Raises TypeError for a field that is not known."""
+        return Arch(**{name: _frozen(v) for name, v in value.items()})
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(v) for v in value] if isinstance(value, tuple) else value
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(_frozen(v) for v in value) if isinstance(value, list) else value

@@ -4,7 +4,7 @@ import importlib
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from moeflow.arch import Config, Family
+from moeflow.arch import Config, Family, Layout
 from moeflow.model.layout import ESSENTIAL
 from moeflow.model_files import named_like
 from moeflow.options import check_choices
@@ -18,6 +18,15 @@ TOKENIZERS = ("tokenizer*", "*.model", "*.tiktoken")
 
 
 @dataclass(frozen=True)
+class Form:
+    """How a checkpoint's files differ from the layer files of its graph, so that a result is written as its source was."""
+
+    whole: Config  # the source's config.json, of which the model's configuration may be a part
+    layout: Layout  # of the result
+    beside: Step | None = None  # the tensors of a multimodal model beside its text model
+
+
+@dataclass(frozen=True)
 class Model:
     """A checkpoint as a graph: one step per decoder layer, one for the rest, and the configuration, which is known already."""
 
@@ -27,6 +36,7 @@ class Model:
     layers: tuple[Step, ...]
     extra: tuple[Step, ...] = ()  # multi-token-prediction layers, which do not change
     choices: tuple[Step, ...] = ()  # the decisions made so far
+    form: Form | None = None  # None: as the layer files
     tokenizer_code: str = ""  # the class of its own without which its tokenizer cannot be read
 
     @property
@@ -74,8 +84,8 @@ class Sample:
     """Tokens per sequence."""
     seed: int = 0
     """The seed that shuffles the documents."""
-    bos: bool = True
-    """Put a beginning-of-sequence token before each document."""
+    bos: bool | None = None
+    """A beginning-of-sequence token before each document; none: if the tokenizer has one and does not say add_bos_token=false."""
     eos: bool = False
     """Put an end-of-sequence token after each document."""
     group: int = 0

@@ -29,7 +29,7 @@ COUNTS = {
 NUMBERS = ("rms_norm_eps", "routed_scaling_factor", "router_jitter_noise", "rope_theta", "initializer_range", "attention_dropout")
 TRUTHS = ("norm_topk_prob", "tie_word_embeddings", "attention_bias", "qkv_bias", "lm_head_bias", "use_sliding_window")
 WORDS = ("hidden_act", "topk_method", "scoring_func", "dtype", "torch_dtype")
-ACTIVATIONS = ("silu", "swish", "gelu")  # those that `moeflow.model.moe` computes
+ACTIVATIONS = ("silu", "swish", "gelu", "gelu_pytorch_tanh", "relu", "relu2")  # those that `moeflow.model.moe` computes
 OBJECTS = ("quantization_config", "rope_scaling", "rope_parameters")
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 

@@ -16,12 +16,11 @@ from torch import Tensor
 
 from moeflow.arch import Config
 from moeflow.model.alternatives import slices
-from moeflow.model.checkpoint import Tensors
+from moeflow.model.checkpoint import Tensors, read_moe
 from moeflow.model.layout import Files, file_before, file_of, read_config
 from moeflow.model.observe import OBSERVED, Recorder
-from moeflow.model.router import Router
 from moeflow.model.spec import Recording
-from moeflow.model.stream import EXPERTS, Stream
+from moeflow.model.stream import EXPERTS, HIDDEN, States, Stream
 
 TOKENS_AT_ONCE = 1024
 """Tokens whose logits are in memory together."""
@@ -35,7 +34,7 @@ def embed(config: Config, rest: Files, ids_NL: Tensor, out: Path, *, dtype: str)
     vocabulary = int(config["vocab_size"])
     if len(ids_NL) and not 0 <= int(ids_NL.min()) <= int(ids_NL.max()) < vocabulary:
         raise ValueError(f"token ids reach from {ids_NL.min()} to {ids_NL.max()}, but the model's vocabulary has {vocabulary}")
-    save_file({"hidden_NLD": stream_of(config, dtype).embed(Tensors(rest), ids_NL).cpu().contiguous()}, out)
+    save_file({HIDDEN: stream_of(config, dtype).embed(Tensors(rest), ids_NL).cpu().contiguous()}, out)
 
 
 @torch.inference_mode()
@@ -49,24 +48,38 @@ def through(
     before each layer if some are kept (`file_before`).
     """
     stream = stream_of(config, dtype, OBSERVED if recording else EXPERTS)
-    states_NLD = load_file(hidden)["hidden_NLD"]
-    n, length = states_NLD.shape[:2]
+    states = load_file(hidden)
+    n, length = states[HIDDEN].shape[:2]
     for at, (layer, file) in enumerate(layers):
         tensors = Tensors(file)
         module = stream.layer(tensors, layer)
         recorder = _recorder(stream, tensors, layer, recording) if recording else None
         if recording and recording.between:
-            save_file({"hidden_RD": states_NLD.flatten(0, 1)[: recording.between].clone()}, out.with_name(file_before(layer)))
+            save_file({"hidden_RD": states[HIDDEN].flatten(0, 1)[: recording.between].clone()}, out.with_name(file_before(layer)))
+        behind = {HIDDEN: states[HIDDEN]}
         for rows in slices(n, batch):
-            h_nLD = states_NLD[rows].to(stream.device)
             with recorder.on(module) if recorder else nullcontext():
-                states_NLD[rows] = module(h_nLD, **stream.arguments(layer, h_nLD)).cpu()
+                put(behind, stream.run(module, layer, taken(states, rows, stream.device)), rows, n)
             progress((at * n + rows.stop) * length, len(layers) * n * length, "token layers")
         if recording and layer in stream.family.moe_layers:
             gone = {"tokens": torch.tensor(n * length)}  # its experts are
             save_file(recorder.result() if recorder else gone, out.with_name(file_of(layer)))
+        states = behind
         del module
-    save_file({"hidden_NLD": states_NLD}, out)
+    save_file(states, out)
+
+
+def taken(states: States, rows: slice, device: torch.device) -> States:
+    """The states of some sequences, on the device."""
+    return {name: t[rows].to(device) for name, t in states.items()}
+
+
+def put(states: States, of_rows: States, rows: slice, count: int) -> None:
+    """Write the states of some sequences into those of all `count`."""
+    for name, t in of_rows.items():
+        if name not in states:
+            states[name] = t.new_empty(count, *t.shape[1:], device="cpu")
+        states[name][rows] = t.cpu()
 
 
 def stream_of(config: Config, dtype: str, experts: str = EXPERTS) -> Stream:
@@ -81,12 +94,12 @@ class Head:
     """
 
     def __init__(self, rest: Files, dtype: str) -> None:
-        stream, tensors = stream_of(read_config(rest), dtype), Tensors(rest)
-        self.device, self._norm, self._head = stream.device, stream.final_norm(tensors), stream.head(tensors)
+        stream = stream_of(read_config(rest), dtype)
+        self.device, self._logits = stream.device, stream.logits(Tensors(rest))
 
     def logits(self, states_TD: Tensor) -> Tensor:
         """The logits [T, V] of hidden states [T, D], in fp32."""
-        return self._head(self._norm(states_TD[None].to(self.device)))[0].float()
+        return self._logits(states_TD[None].to(self.device))[0].float()
 
     def by_chunk(self, states_TD: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """The logits [t, V] of at most `TOKENS_AT_ONCE` tokens at a time, in fp32, each with the rows of these tokens."""
@@ -101,11 +114,7 @@ def _stream(config: str, dtype: str, experts: str) -> Stream:
 
 
 def _recorder(stream: Stream, tensors: Tensors, layer: int, recording: Recording) -> Recorder | None:
-    family = stream.family
-    router = tensors.info.get(family.router(layer))
-    if router is None:
+    if stream.family.router(layer) not in tensors.info:
         return None
-    bias = family.router_bias(layer)
-    bias_E = None if bias is None else tensors[bias].to(stream.device).float()
-    experts = router.shape[0]
-    return Recorder(family, Router.of(family, experts, bias_E), experts, recording)
+    moe = read_moe(tensors, stream.family.config, layer, experts=False).to(device=stream.device, dtype=stream.dtype)
+    return Recorder(stream.family, moe, recording)

@@ -18,12 +18,12 @@ from typing import Any
 
 from moeflow import options, sources
 from moeflow.run.outcome import describe
-from moeflow.sources import How, Source, Texts
+from moeflow.sources import How, LayoutWanted, Source, Texts
 from moeflow.step import Step
 
 Build = Callable[..., Step]
 
-HOW, ADAPTER = "source", "adapter"  # the parameters that every pipeline with a source has
+HOW, ADAPTER, LAYOUT = "source", "adapter", "layout"  # the parameters that every pipeline with a source has
 OF_EVERY: dict[str, tuple[Any, str]] = {
     HOW: (
         How,
@@ -35,13 +35,18 @@ OF_EVERY: dict[str, tuple[Any, str]] = {
         "merge: the LoRA adapter (PEFT) that lies beside the model's weights is merged into them; or the address of one that lies "
         "elsewhere.",
     ),
+    LAYOUT: (
+        LayoutWanted,
+        "How the result has its experts on disk: in stacks where its source has them so, which is the default, or one tensor for "
+        "each matrix, since engines differ in what they read.",
+    ),
 }
 """Their types and meanings, for the page of help."""
 ENDS = "a pipeline raises ValueError with what is wrong"
 
 MEANING = {
     Source: "a folder, org/name[@revision] on the hub, or s3://bucket/prefix",
-    Texts: "URI[#column[+column]][*weight], several joined by commas",
+    Texts: "URI[#column[+column]][*weight] or the name of a data set or mixture, several joined by commas",
 }
 """What to write for sources and texts, for the page of help."""
 
@@ -83,7 +88,8 @@ def call(build: Build, assignments: Iterable[str]) -> Step:
     words = _words(assignments, [*parameters, *_of_every(kinds)], kinds)
     given = {name: words.pop(name) for name in _of_every(kinds) if name in words}
     read: dict[str, Any] = {name: options.read(f"-p {name}", word, OF_EVERY[name][0] | None) for name, word in given.items()}
-    model = partial(sources.pin, kind="model", how=read.get(HOW), adapter=read.get(ADAPTER))
+    layout: LayoutWanted = read.get(LAYOUT) or "source"
+    model = partial(sources.pin, kind="model", how=read.get(HOW), adapter=read.get(ADAPTER), layout=layout)
     named_words = {name.partition(".")[0] for name in words}
     if missing := [p.name for p in parameters.values() if p.default is p.empty and p.name not in named_words]:
         raise ValueError(f"the pipeline needs {' '.join(f'-p {name}=...' for name in missing)}")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from moeflow.model_files import ADAPTER_CONFIG, is_hidden, left_of, named_like, of_model
+from moeflow.sources.data_files import data_files
 from moeflow.store import checked
 from moeflow.store.errors import CorruptBlob, MissingSource
 from moeflow.store.manifest import File
@@ -16,7 +17,6 @@ How = Literal["copy", "refer"]
 Grow = Callable[[int], None]  # called with the number of bytes that have arrived since the last call
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".txt", ".npy", ".csv", ".arrow", ".gz", ".zst", ".md", ".py")
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,7 @@ def chosen(names: Iterable[str], kind: Kind, where: str) -> tuple[list[str], tup
     """
     names = sorted(n for n in names if not is_hidden(n))
     if kind == "data":
-        if not (texts := [n for n in names if n.endswith(DATA_SUFFIXES)]):
-            raise MissingSource(f"{where} holds no text; know {', '.join(DATA_SUFFIXES)}")
-        return texts, ()
+        return data_files(names, where), ()
     files = of_model(names)
     if ADAPTER_CONFIG in files or any(n.endswith(".safetensors") for n in files):
         return files, left_of(names, files)

@@ -6,6 +6,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from moeflow.sources import steps
 from moeflow.sources.absent import is_repository
@@ -14,17 +15,22 @@ from moeflow.sources.where import hub_uri, place_of
 from moeflow.step import Step
 from moeflow.store.errors import MissingSource
 
+LayoutWanted = Literal["source", "per_expert"]
+"""How what is made of a model has its experts on disk: as the model has, or one tensor for each matrix."""
+
 
 @dataclass(frozen=True)
 class Source(Pinned):
     """A pinned model or text: its place, and its files with their pins, by name.
 
     `refer`: whether its weights are read where they lie, by range, instead of being copied into the store. `adapter`: the source of
-    the adapter that is to be merged into the weights, which may be this very source.
+    the adapter that is to be merged into the weights, which may be this very source. `layout`: how what is made of it has its
+    experts on disk.
     """
 
     refer: bool = False
     adapter: "Source | None" = None
+    layout: LayoutWanted = "source"
 
     def names(self) -> list[str]:
         return [f.name for f in self.files]
@@ -63,13 +69,16 @@ class Source(Pinned):
         return steps.files(uri=self.uri, files=[(f.name, f.size, f.pin) for f in files])
 
 
-def pin(uri: str, *, kind: Kind, how: How | None = None, adapter: str | None = None) -> Source:
+def pin(
+    uri: str, *, kind: Kind, how: How | None = None, adapter: str | None = None, layout: LayoutWanted = "source"
+) -> Source:  # fmt: skip
     """The files at `uri` as they are now, pinned so that a later change is noticed.
 
     A folder, a file, a glob, `s3://bucket/prefix`, `hf://datasets/org/name[@revision][/glob]`, `python:stdlib`, and for
     a model also `org/name[@revision]` on the hub if there is no such folder. `how`: whether a model's weights are copied into the
     store or read where they lie; None: they are read where they stay, which is S3, a disk, and the user's hub cache. `adapter`:
-    "merge" for an adapter that lies beside a model's weights, or the address of one.
+    "merge" for an adapter that lies beside a model's weights, or the address of one. `layout`: how what is made of a model has its
+    experts on disk.
 
     Raises MissingSource, a ValueError.
     """
@@ -89,7 +98,7 @@ def pin(uri: str, *, kind: Kind, how: How | None = None, adapter: str | None = N
         if not name.isprintable() or {"", ".", ".."} & {*name.split("/")}:
             raise MissingSource(f"{uri} has a file named {name!r}, which no folder can take as it is; rename it there")
     refer = kind == "model" and (how == "refer" if how else _stays(pinned))
-    made = Source(pinned.uri, pinned.revision, tuple(sorted(pinned.files, key=lambda f: f.name)), pinned.left, refer)
+    made = Source(pinned.uri, pinned.revision, tuple(sorted(pinned.files, key=lambda f: f.name)), pinned.left, refer, layout=layout)
     if not adapter:
         return made
     return replace(made, adapter=made if adapter == "merge" else pin(adapter, kind="model", how=how))

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from moeflow.store.errors import StoreError
-from moeflow.store.runs import TOUCH
+from moeflow.store.runs import TOUCH, killed
 from moeflow.store.store import Store
 
 FRESH = 5 * TOUCH  # seconds since a run's last sign of life for which its claims count
@@ -48,7 +48,7 @@ def _take(store: Store, key: str, run: str) -> None:
         if owner == run:  # of a worker of ours that was lost
             return
         mark = store.blobs.stat(owner)
-        if mark is not None and mark.modified > store.blobs.now() - FRESH:
+        if mark is not None and mark.modified > store.blobs.now() - FRESH and not killed(owner):
             raise Busy(key)
         store.blobs.delete([_name(key)])
         store.blobs.create(_name(key), run.encode())

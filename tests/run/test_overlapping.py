@@ -80,6 +80,24 @@ def test_a_claim_holds_while_its_run_lives_and_no_longer(tmp_path: Path) -> None
     mine.end()
 
 
+def test_the_claims_of_a_run_that_was_killed_here_hold_nobody_up(tmp_path: Path) -> None:
+    """Its mark is as young as can be, but names a process that is over; so does garbage collection count it as dead."""
+    store, key = Store.open(str(tmp_path / "store")), toy.number(n=1).key
+    script = (
+        "import os, sys; from moeflow.store import Store, claims, runs; store = Store.open(sys.argv[1])\n"
+        "mark = runs.Mark(store, [sys.argv[2]])\n"
+        "held = claims.claimed(store, sys.argv[2], mark.name); held.__enter__(); os._exit(9)"
+    )
+    assert subprocess.run([sys.executable, "-c", script, store.url, key]).returncode == 9
+    assert len([*store.blobs.list("claims/")]) == len([*store.blobs.list("runs/")]) == 1
+    assert not runs.live(store, store.blobs.now()).keys
+    mine = runs.Mark(store, [])
+    assert runs.live(store, store.blobs.now()).runs == 1
+    with claimed(store, key, mine.name):
+        assert (Path(store.url) / "claims" / key).read_text() == mine.name
+    mine.end()
+
+
 def test_a_store_that_keeps_no_claims_is_a_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without claims both compute, and the first commit stands."""
     store = Store.open(str(tmp_path / "store"))

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from math import sqrt
 from typing import TYPE_CHECKING, Any, Literal
 
-from moeflow.arch import HEAD, Config, Family, layer_of
+from moeflow.arch import HEAD, Config, Family, Layout, layer_of
 from moeflow.model.header import TensorInfo, read_header
 from moeflow.model.json_file import json_object, kind_of
 from moeflow.model.layout import experts_in
@@ -105,9 +105,10 @@ def check(source: "Source") -> None:
         )
 
 
-def merge_of(adapter: "Source", config: Config, tensors: dict[str, TensorInfo]) -> Merge:
+def merge_of(adapter: "Source", config: Config, tensors: dict[str, TensorInfo], layout: Layout) -> Merge:
     """What the adapter makes of each tensor of the checkpoint that it changes.
 
+    `tensors`: those that moeflow works on, one for each matrix of each expert, whatever stacks the checkpoint has in its `layout`.
     Raises ValueError for an adapter that is no plain LoRA, and for one that does not fit the checkpoint.
     """
     about = _checked(_config(adapter), adapter.uri)
@@ -116,7 +117,7 @@ def merge_of(adapter: "Source", config: Config, tensors: dict[str, TensorInfo]) 
         raise ValueError(f"{adapter.uri} holds no {WEIGHTS}{instead}; save the adapter again with PEFT's save_pretrained")
     file = adapter.find(WEIGHTS)
     held = read_header(WEIGHTS, file.size, adapter.read)
-    planned = _Planned(f"{WEIGHTS} at {adapter.uri}", about, held, Family.of(config), tensors)
+    planned = _Planned(f"{WEIGHTS} at {adapter.uri}", about, held, Family.of(config), tensors, layout)
     factors: dict[tuple[str, bool], dict[str, str]] = defaultdict(dict)
     for name in sorted(held):
         inside = name.removeprefix(PREFIX)
@@ -143,6 +144,7 @@ class _Planned:
     held: dict[str, TensorInfo]
     family: Family
     tensors: dict[str, TensorInfo]
+    layout: Layout
 
     def __post_init__(self) -> None:
         self.additions: dict[str, Addition] = {}
@@ -171,14 +173,19 @@ class _Planned:
                 raise self._unfit(a, b, f"{target} {self.tensors[target].shape}")
             scale = self._scale(module, rank, a)
             return self._put(target, Addition(a=a, b=b, scale=scale, form="embedding" if embedding else "matrix"))
-        layer = layer_of(f"{module}.weight")
-        if layer is None or module != f"{self.family.prefix(layer)}{self.family.arch.block}.experts":
+        block = f"{self.family.arch.block}.experts"
+        here = next((n for n in (module, self.layout.here(module)) if n.endswith(f".{block}")), module)
+        layer = layer_of(f"{here}.weight")
+        if layer is None or here != f"{self.family.prefix(layer)}{block}":
             why = self._why(f"{module}.weight")
             raise ValueError(f"{self.where} changes {module}, of which the model has no plain weight{why}; {WAY_OUT}")
         return self._add_experts(module, layer, a, b)
 
     def _add_experts(self, module: str, layer: int, a: str, b: str) -> None:
         """Two stacked factors of all experts of a layer, of gate and up together, or of down; their shapes tell which."""
+        if self.family.arch.looked_at or not self.family.gated:  # how its stacks lie in memory, to which the factors belong
+            kind = self.family.arch.model_type
+            raise ValueError(f"{self.where} changes {module}, and moeflow merges no stacked experts of a {kind}; {WAY_OUT}")
         count = experts_in(self.tensors, self.family.config, layer)
         names = [self.family.expert(layer, e) for e in range(count)]
         if not count or names[0][0] not in self.tensors:
@@ -226,9 +233,9 @@ class _Planned:
         return float(alpha / (sqrt(rank) if self.about["use_rslora"] else rank))
 
     def _target(self, inside: str) -> str | None:
-        """The checkpoint's name of a tensor that PEFT calls so, if it has that."""
-        name = inside if inside in self.tensors else self.family.on_disk(inside)
-        return name if name in self.tensors else None
+        """The name here of a tensor that PEFT calls so, if the checkpoint has that."""
+        names = (one for name in (inside, self.layout.here(inside)) for one in (name, self.family.on_disk(name)))
+        return next((name for name in names if name in self.tensors), None)
 
     def _why(self, inside: str) -> str:
         """Why the model has no tensor that PEFT calls so, if that is known."""
