@@ -65,10 +65,7 @@ class Context(Protocol):
     stands_for: Mapping[str, str]  # of an output that is a note of files elsewhere: their SHA-256 by name, for early cutoff
 
     def progress(self, done: int, total: int, unit: str, detail: str = "") -> None:
-        """Report how far the step is, in `unit` ("tokens", "layers", "bytes"); `detail` is shown after it ("loss 3.214").
-
-        In a gang only rank 0's progress, notes and links count.
-        """
+        """Report how far the step is, in `unit` ("bytes"). In a gang only rank 0's progress, notes and links count."""
 
     def note(self, text: str) -> None:
         """Add a remark to the run's output and the artifact's record."""
@@ -88,8 +85,7 @@ class Context(Protocol):
     def resume(self) -> Path | None:
         """The folder with the partial state that an interrupted run of this step saved, or None.
 
-        In a gang it has the files of all processes, and the processes of a machine share it: read it, do not write to it.
-        The state of a gang with another number of processes is not resumed.
+        In a gang it has the files of all processes, if they are as many as then. A machine's processes share it: do not write.
         """
 
 
@@ -180,6 +176,7 @@ class Step(Promise):
     resources: Resources = field(default_factory=Resources)
     describe: Callable[..., Spec] | None = None
     reports: tuple["Step", ...] = ()
+    notes: tuple[str, ...] = ()  # of what a graph left out, which plans show beside those of the spec
 
     @cached_property
     def key(self) -> str:
@@ -212,6 +209,10 @@ class Step(Promise):
     def reporting(self, *steps: "Step") -> "Step":
         """The same step with reports, steps that describe its output and run with it; the key stays."""
         return self._with(reports=self.reports + steps)
+
+    def noting(self, *notes: str) -> "Step":
+        """The same step with notes for those who plan and run it; the key stays."""
+        return self._with(notes=self.notes + notes)
 
     def _with(self, **changes: Any) -> "Step":
         """A copy with changes that affect neither key nor spec, which are reused because they are slow to compute."""
@@ -353,8 +354,7 @@ def canonical(value: Any) -> bytes:
 
 @cache
 def _source(fn: Callable[..., None]) -> str:
-    """A digest of a function's source and of the modules of its package that it imports when it runs, and that those import, but
-    for this one. Nothing is imported. Empty if the function comes from no file."""
+    """A digest of a function's source and of its package's modules that it needs, but for this one; empty if it has no file."""
     try:
         text = inspect.getsource(fn)
     except OSError:

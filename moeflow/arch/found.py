@@ -7,6 +7,7 @@ kept in the cache by the configuration, the tensors' names and the version of tr
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -52,14 +53,15 @@ def found(config: Config, names: Iterable[str], where: str) -> Found:
     asked = {"config": {k: v for k, v in config.items() if k not in WITHOUT_EFFECT or k == "architectures"}, "names": sorted(names)}
     text = json.dumps(asked, sort_keys=True)
     about = f"{LOOK} {_transformers()} {text}".encode()
-    place = home() / "families" / f"{config.get('model_type')}-{hashlib.sha256(about).hexdigest()[:24]}.json"
+    word = re.sub(r"[^\w-]", "_", str(config.get("model_type")), flags=re.ASCII)[:60]  # of a stranger's file: no path, no end
+    place = home() / "families" / f"{word}-{hashlib.sha256(about).hexdigest()[:24]}.json"
     answer = _remembered(place)
     if answer is None:
         answer = _looked(text)
         _remember(place, answer)
     if "why" in answer:
         kind = f"{config.get('model_type')!r:.60}"
-        raise ValueError(f"{where} is a {kind}, which is not supported: {answer['why']}; `moeflow families` lists what is")
+        raise ValueError(f"{where} is a {kind}, which is not supported: {answer['why']:.400}; `moeflow families` lists what is")
     return Found.from_json(answer)
 
 

@@ -1,19 +1,20 @@
 """What graph functions pass to each other: a model, and its calibration. No steps, no torch."""
 
-import fnmatch
 import importlib
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from moeflow.arch import Config, Family, Layout
 from moeflow.model.layout import ESSENTIAL
+from moeflow.model_files import named_like
 from moeflow.options import check_choices
 from moeflow.step import Part, Step
 
 REST = "rest.safetensors"
-INDEX = "model.safetensors.index.json"
 HIDDEN = "hidden.safetensors"
 TOKENS, LEARNED = "tokens.npy", "learned.npy"
+TOKENIZERS = ("tokenizer*", "*.model", "*.tiktoken")
+"""The files of which a checkpoint with a tokenizer has one."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,20 @@ class Model:
     extra: tuple[Step, ...] = ()  # multi-token-prediction layers, which do not change
     choices: tuple[Step, ...] = ()  # the decisions made so far
     form: Form | None = None  # None: as the layer files
+    tokenizer_code: str = ""  # the class of its own without which its tokenizer cannot be read
 
     @property
     def has_tokenizer(self) -> bool:
-        return any(named_like(n, ("tokenizer*", "*.model", "*.tiktoken")) for n in self.rest.spec.output.files)
+        """Whether text can become tokens."""
+        return not self.without_tokenizer
+
+    @property
+    def without_tokenizer(self) -> str:
+        """Why text cannot become tokens, as the beginning of a message; "" if it can."""
+        if self.tokenizer_code:
+            return f"the model's tokenizer is code of its own ({self.tokenizer_code:.99}), which travels along and is never run"
+        files = self.rest.spec.output.files
+        return "" if any(named_like(n, TOKENIZERS) for n in files) else "the model has no tokenizer"
 
     @property
     def essential(self) -> Part:
@@ -164,8 +175,3 @@ def load(code: str) -> Any:
     """Import and return the function that a row of a table of methods names as "module:function"."""
     module, _, name = code.partition(":")
     return getattr(importlib.import_module(module), name)
-
-
-def named_like(name: str, patterns: tuple[str, ...]) -> bool:
-    """Whether a file's name matches one of the lower-case patterns, ignoring its own case."""
-    return any(fnmatch.fnmatch(name.lower(), p) for p in patterns)

@@ -129,9 +129,9 @@ def check_tensors(where: str, asked: Shapes, stored: Shapes) -> None:
             )
 
 
-def some(names: Sequence[str]) -> str:
-    """The first four names, and how many more there are."""
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+def some(names: Sequence[str], shown: int = 4) -> str:
+    """The first names, and how many more there are."""
+    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
 
 
 def _rank(shapes: Shapes, name: str, factors: tuple[str, str]) -> int:
@@ -189,6 +189,7 @@ def config_of(config: Config, formats: Sequence[Format | None], *, own: bool = F
     if own or len(counts) > 1 or any(f is not None and (f.own or f.gone) for f in formats):
         new |= {"model_type": COMPRESSED + family.arch.model_type, LAYERS: [{} if f is None else f.to_json() for f in formats]}
         new |= {"architectures": [CLASSES + a for a in names]} if names else {}
+        new.pop("auto_map", None)  # the checkpoint's own classes cannot load it
     if [f is not None for f in formats] != [f is not None for f in layer_formats(new)]:
         raise ValueError(f"the formats of {len(formats)} layers do not fit those of the family's {family.num_layers}")
     return new

@@ -91,7 +91,10 @@ def go(prepared: Prepared, *, progress: Show, options: Options, record: Mapping[
         from moeflow.run.ray import runner as on_ray  # here, because importing ray takes longer than a run with nothing to do
 
         run = on_ray.run
-    marked = replace(options, run=prepared.mark.name)
+    marked, running = replace(options, run=prepared.mark.name), {*prepared.plan.keys("run")}
+    for step in upstream(prepared.targets):
+        for note in step.notes if step.key in running else ():
+            progress.say(f"{step.name}: {note}")
     try:
         outcome = _mending(
             prepared.store,

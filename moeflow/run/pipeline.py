@@ -23,12 +23,17 @@ from moeflow.step import Step
 
 Build = Callable[..., Step]
 
-HOW, LAYOUT = "source", "layout"  # the parameters that every pipeline with a source has
+HOW, ADAPTER, LAYOUT = "source", "adapter", "layout"  # the parameters that every pipeline with a source has
 OF_EVERY: dict[str, tuple[Any, str]] = {
     HOW: (
         How,
         "Whether a model's weights are copied into the store, or read by range where they lie; by default they are copied from the "
         "hub, and read where they lie in S3, in a folder and in the hub's cache.",
+    ),
+    ADAPTER: (
+        str,
+        "merge: the LoRA adapter (PEFT) that lies beside the model's weights is merged into them; or the address of one that lies "
+        "elsewhere.",
     ),
     LAYOUT: (
         LayoutWanted,
@@ -82,8 +87,9 @@ def call(build: Build, assignments: Iterable[str]) -> Step:
     parameters, kinds = inspect.signature(build).parameters, _kinds(build)
     words = _words(assignments, [*parameters, *_of_every(kinds)], kinds)
     given = {name: words.pop(name) for name in _of_every(kinds) if name in words}
-    read: dict[str, Any] = {name: options.read(f"-p {name}", word, OF_EVERY[name][0]) for name, word in given.items()}
-    model = partial(sources.pin, kind="model", how=read.get(HOW), layout=read.get(LAYOUT, "source"))
+    read: dict[str, Any] = {name: options.read(f"-p {name}", word, OF_EVERY[name][0] | None) for name, word in given.items()}
+    layout: LayoutWanted = read.get(LAYOUT) or "source"
+    model = partial(sources.pin, kind="model", how=read.get(HOW), adapter=read.get(ADAPTER), layout=layout)
     named_words = {name.partition(".")[0] for name in words}
     if missing := [p.name for p in parameters.values() if p.default is p.empty and p.name not in named_words]:
         raise ValueError(f"the pipeline needs {' '.join(f'-p {name}=...' for name in missing)}")

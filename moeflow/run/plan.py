@@ -116,7 +116,7 @@ def _row(step: Step, state: State, label: str) -> Row:
     memory = asked.memory or spec.memory
     device = asked.device or (spec.device if asked.gpus else 0)
     needs = memory, asked.cpus, asked.gpus, asked.processes, device
-    return Row(step.key, step.name, label, state, reads, writes, *needs, spec.optional, spec.notes)
+    return Row(step.key, step.name, label, state, reads, writes, *needs, spec.optional, spec.notes + step.notes)
 
 
 def _disk(rows: Iterable[Row], store: Store, *, here: bool) -> list[str]:

@@ -19,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from moeflow.home import home
+from moeflow.sources.absent import advice
 from moeflow.sources.places import Grow, Kind, Pinned, SourceFile, changed, chosen, copy, piece
 from moeflow.store import checked
 from moeflow.store.errors import MissingSource
@@ -34,14 +35,14 @@ WILD = set("*?[")
 
 
 def pin(uri: str, kind: Kind) -> Pinned:
-    root, inside = _files_at(uri, kind)
+    root, inside, left = _files_at(uri, kind)
     if not inside:
         raise MissingSource(f"{uri}: there are no such files; check the path")
     for name in inside:
         _check(root, name, kind)
     digests = digests_of(root / n for n in inside)
     files = (SourceFile(n, (root / n).stat().st_size, f"sha256:{d}") for n, d in zip(inside, digests, strict=True))
-    return Pinned(STDLIB if uri.startswith(STDLIB) else root.as_posix(), "", tuple(files))
+    return Pinned(STDLIB if uri.startswith(STDLIB) else root.as_posix(), "", tuple(files), left)
 
 
 def read(uri: str, file: SourceFile, start: int, stop: int) -> bytes:
@@ -101,28 +102,28 @@ def digests_of(paths: Iterable[Path]) -> list[str]:
     return [known.get(at) or learnt[at] for at in marks]
 
 
-def _files_at(uri: str, kind: Kind) -> tuple[Path, list[str]]:
-    """A folder, and the names of the files, relative to it. Raises MissingSource if there is no such folder or file."""
+def _files_at(uri: str, kind: Kind) -> tuple[Path, list[str], tuple[str, ...]]:
+    """A folder, the names of the files in it, and what is left there. Raises MissingSource if there is no such folder or file."""
     if uri.startswith(STDLIB):
         root, pattern = Path(sysconfig.get_paths()["stdlib"]), uri.removeprefix(STDLIB).lstrip("/") or "*.py"
         # _sysconfigdata records how this Python was built, which differs from machine to machine
-        return root, sorted(p.name for p in root.glob(pattern) if p.is_file() and not p.name.startswith("_sysconfigdata"))
+        return root, sorted(p.name for p in root.glob(pattern) if p.is_file() and not p.name.startswith("_sysconfigdata")), ()
     path = Path(uri).expanduser().absolute()
     if path.is_file():
         if kind == "model":
             raise MissingSource(f"{path} is a file; a model is the folder that holds it: {path.parent}")
-        return path.parent, [path.name]
+        return path.parent, [path.name], ()
     if path.is_dir():
         try:
             inside = sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if not p.is_dir())
         except PermissionError as error:
             raise MissingSource(f"{error.filename}: no permission to list it; make it readable") from None
-        return path, chosen(inside, kind, str(path))
+        return path, *chosen(inside, kind, str(path))
     if not WILD & set(uri):
-        raise MissingSource(f"{path}: there is no such file or folder; check the path")
+        raise MissingSource(f"{path}: there is no such file or folder; {advice(Path(uri).expanduser())}")
     fixed = Path(*[part for i, part in enumerate(path.parts) if not any(WILD & set(p) for p in path.parts[: i + 1])])
     inside = glob.glob(path.relative_to(fixed).as_posix(), root_dir=fixed, recursive=True)
-    return fixed, sorted(n for n in inside if (fixed / n).is_file())
+    return fixed, sorted(n for n in inside if (fixed / n).is_file()), ()
 
 
 def _check(root: Path, name: str, kind: Kind) -> None:

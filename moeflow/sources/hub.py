@@ -2,7 +2,7 @@
 
 huggingface_hub, which resumes by itself, downloads a file into a folder of its own, which is removed when the file has been
 copied. A file in the user's hub cache is read from there, and verified like a file in a folder. Only files that `places.chosen`
-names are downloaded, never code.
+names are downloaded. Code among them is copied and never run.
 """
 
 import fnmatch
@@ -69,17 +69,18 @@ def pin(uri: str, kind: Kind) -> Pinned:
             commit, sizes = _asked(repo, type_, revision, glob)
     except _Away as away:
         commit, sizes = _cached(repo, type_, revision, uri, away)
+    left: tuple[str, ...] = ()
     if not glob:
-        files = chosen(sizes, kind, uri)
+        files, left = chosen(sizes, kind, uri)
     elif not (files := sorted(n for n in sizes if fnmatch.fnmatchcase(n, glob))):
         inside = [n for n in sizes if n.startswith(f"{glob.rstrip('/')}/")]
         if not inside:
             raise MissingSource(f"{uri}: no file matches {glob!r}; there are {', '.join(sorted(sizes)[:10])}, ...")
-        files = chosen(inside, kind, uri)
+        files, left = chosen(inside, kind, uri)
     missing = [n for n in files if sizes[n] is None]
     with _in_words(uri), ThreadPoolExecutor(8) as pool:
         sizes.update(zip(missing, pool.map(lambda n: _headers(repo, type_, commit, n)[1], missing), strict=True))
-    return Pinned(f"hf://{type_}s/{repo}@{commit}", commit, tuple(SourceFile(n, sizes[n] or 0, commit) for n in files))
+    return Pinned(f"hf://{type_}s/{repo}@{commit}", commit, tuple(SourceFile(n, sizes[n] or 0, commit) for n in files), left)
 
 
 def _asked(repo: str, type_: str, revision: str, glob: str) -> tuple[str, dict[str, int | None]]:

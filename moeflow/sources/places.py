@@ -1,11 +1,11 @@
 """What a source consists of, wherever it lies, and which of its files make a model or a text. Makes no requests."""
 
-import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, Protocol
 
+from moeflow.model_files import ADAPTER_CONFIG, is_hidden, left_of, named_like, of_model
 from moeflow.sources.data_files import data_files
 from moeflow.store import checked
 from moeflow.store.errors import CorruptBlob, MissingSource
@@ -16,9 +16,6 @@ How = Literal["copy", "refer"]
 """Whether a model's weights are copied into the store, or read by range where they lie."""
 Grow = Callable[[int], None]  # called with the number of bytes that have arrived since the last call
 
-MODEL_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".tiktoken", ".txt", ".md")
-MODEL_NAMES = re.compile(r"(LICEN[CS]E|NOTICE|USE_POLICY|COPYING).*", re.IGNORECASE)
-MODEL_FOLDERS = ("additional_chat_templates",)
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -36,6 +33,7 @@ class Pinned:
     uri: str  # one spelling: absolute folder, s3://bucket/prefix?.., hf://models/org/name@commit, python:stdlib
     revision: str  # the commit on the hub, else ""
     files: tuple[SourceFile, ...]
+    left: tuple[str, ...] = field(default=(), compare=False)  # what lies beside a model's files and is none of them
 
 
 class Place(Protocol):
@@ -62,21 +60,26 @@ class Place(Protocol):
         """Copy the bytes [start, stop) of a pinned file to `to`. Raises MissingSource if it has changed."""
 
 
-def chosen(names: Iterable[str], kind: Kind, where: str) -> list[str]:
-    """The files of a model (safetensors, configuration, tokenizer, licence; never code), or of a text; sorted.
+def chosen(names: Iterable[str], kind: Kind, where: str) -> tuple[list[str], tuple[str, ...]]:
+    """The files of a model, as `model_files` lists them, or of a text, sorted; and what a model's folder holds beside them.
 
     Raises MissingSource if there are none. If a model is only there as a pickle, the message says how to convert it.
     """
-    names = sorted(n for n in names if not any(part.startswith(".") for part in n.split("/")))
+    names = sorted(n for n in names if not is_hidden(n))
     if kind == "data":
-        return data_files(names, where)
-    files = [n for n in names if _of_model(PurePosixPath(n))]
-    if any(n.endswith(".safetensors") for n in files):
-        return files
+        return data_files(names, where), ()
+    files = of_model(names)
+    if ADAPTER_CONFIG in files or any(n.endswith(".safetensors") for n in files):
+        return files, left_of(names, files)
     if pickles := [n for n in names if n.endswith(PICKLES) and "/" not in n]:
         raise MissingSource(
             f"{where} holds its weights only as a pickle ({pickles[0]}), which can run code when read; convert it once "
             "where that is safe: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW), and give NEW"
+        )
+    if own := [n for n in names if named_like(n, ("*.safetensors", "*/*.safetensors"))]:
+        raise MissingSource(
+            f"{where} holds no weights that transformers reads: {own[0]} has its maker's own form, or lies in a folder of its own; "
+            "give the folder of a checkpoint with model.safetensors, or its index"
         )
     raise MissingSource(f"{where} holds no *.safetensors; give the folder of a checkpoint")
 
@@ -103,9 +106,3 @@ def copy(path: Path, to: Path, grow: Grow, update: Callable[[bytes], object]) ->
             update(chunk)
             out.write(chunk)
             grow(len(chunk))
-
-
-def _of_model(name: PurePosixPath) -> bool:
-    if name.parent.as_posix() not in (".", *MODEL_FOLDERS):
-        return False
-    return name.suffix in MODEL_SUFFIXES or MODEL_NAMES.fullmatch(name.name) is not None

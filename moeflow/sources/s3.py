@@ -25,6 +25,7 @@ def pin(uri: str, kind: Kind) -> Pinned:
     fixed = at.prefix[: min(at.prefix.index(c) for c in WILD if c in at.prefix)] if wild else at.prefix
     with _asked(uri):
         objects = _listed(s3.client(**at.options), at.bucket, fixed)
+    left: tuple[str, ...] = ()
     if not wild and at.prefix in objects:
         root, _, name = at.prefix.rpartition("/")
         files = [name]
@@ -35,12 +36,12 @@ def pin(uri: str, kind: Kind) -> Pinned:
         if wild:
             files = sorted(n for n, k in inside.items() if fnmatch.fnmatchcase(k, at.prefix))
         else:
-            files = chosen(inside, kind, uri) if inside else []
+            files, left = chosen(inside, kind, uri) if inside else ([], ())
     if not files:
         raise MissingSource(f"{uri}: there are no such objects; check bucket and prefix")
     query = urlencode({k: v for k, v in sorted(at.options.items()) if v}, safe=":/")
     canonical = f"s3://{at.bucket}/{root}".rstrip("/") + (f"?{query}" if query else "")
-    return Pinned(canonical, "", tuple(SourceFile(n, *objects[f"{root}/{n}" if root else n]) for n in files))
+    return Pinned(canonical, "", tuple(SourceFile(n, *objects[f"{root}/{n}" if root else n]) for n in files), left)
 
 
 def read(uri: str, file: SourceFile, start: int, stop: int) -> bytes:

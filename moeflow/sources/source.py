@@ -3,20 +3,17 @@
 `where.py` knows the places that bytes come from, and the steps in `steps.py` bring them into the store.
 """
 
-import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from moeflow.sources import steps
+from moeflow.sources.absent import is_repository
 from moeflow.sources.places import How, Kind, Pinned, SourceFile
 from moeflow.sources.where import hub_uri, place_of
 from moeflow.step import Step
 from moeflow.store.errors import MissingSource
-
-REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@.+)?")
-
 
 LayoutWanted = Literal["source", "per_expert"]
 """How what is made of a model has its experts on disk: as the model has, or one tensor for each matrix."""
@@ -26,11 +23,13 @@ LayoutWanted = Literal["source", "per_expert"]
 class Source(Pinned):
     """A pinned model or text: its place, and its files with their pins, by name.
 
-    `refer`: whether its weights are read where they lie, by range, instead of being copied into the store. `layout`: how what is
-    made of it has its experts on disk.
+    `refer`: whether its weights are read where they lie, by range, instead of being copied into the store. `adapter`: the source of
+    the adapter that is to be merged into the weights, which may be this very source. `layout`: how what is made of it has its
+    experts on disk.
     """
 
     refer: bool = False
+    adapter: "Source | None" = None
     layout: LayoutWanted = "source"
 
     def names(self) -> list[str]:
@@ -70,13 +69,16 @@ class Source(Pinned):
         return steps.files(uri=self.uri, files=[(f.name, f.size, f.pin) for f in files])
 
 
-def pin(uri: str, *, kind: Kind, how: How | None = None, layout: LayoutWanted = "source") -> Source:
+def pin(
+    uri: str, *, kind: Kind, how: How | None = None, adapter: str | None = None, layout: LayoutWanted = "source"
+) -> Source:  # fmt: skip
     """The files at `uri` as they are now, pinned so that a later change is noticed.
 
     A folder, a file, a glob, `s3://bucket/prefix`, `hf://datasets/org/name[@revision][/glob]`, `python:stdlib`, and for
     a model also `org/name[@revision]` on the hub if there is no such folder. `how`: whether a model's weights are copied into the
-    store or read where they lie; None: they are read where they stay, which is S3, a disk, and the user's hub cache. `layout`: how
-    what is made of a model has its experts on disk.
+    store or read where they lie; None: they are read where they stay, which is S3, a disk, and the user's hub cache. `adapter`:
+    "merge" for an adapter that lies beside a model's weights, or the address of one. `layout`: how what is made of a model has its
+    experts on disk.
 
     Raises MissingSource, a ValueError.
     """
@@ -86,17 +88,20 @@ def pin(uri: str, *, kind: Kind, how: How | None = None, layout: LayoutWanted = 
         absent = "://" not in uri and not Path(uri).expanduser().exists()
     except (OSError, RuntimeError) as error:  # a name that no disk can have, or the home of nobody
         raise MissingSource(f"{uri:.200}: {getattr(error, 'strerror', None) or error}; check the path") from None
-    if absent and REPOSITORY.fullmatch(uri):
+    if (absent or uri.startswith("http")) and is_repository(uri, kind):
         if kind == "model":
             uri = hub_uri(uri)
         else:
             raise MissingSource(f"{uri}: there is no such file or folder; a text on the hub is hf://datasets/{uri}")
     pinned = place_of(uri).pin(uri, kind)
-    for file in pinned.files:
-        if not file.name.isprintable() or {"", ".", ".."} & {*file.name.split("/")}:
-            raise MissingSource(f"{uri} has a file named {file.name!r}, which no folder can take as it is; rename it there")
+    for name in (*(f.name for f in pinned.files), *pinned.left):
+        if not name.isprintable() or {"", ".", ".."} & {*name.split("/")}:
+            raise MissingSource(f"{uri} has a file named {name!r}, which no folder can take as it is; rename it there")
     refer = kind == "model" and (how == "refer" if how else _stays(pinned))
-    return Source(pinned.uri, pinned.revision, tuple(sorted(pinned.files, key=lambda f: f.name)), refer, layout)
+    made = Source(pinned.uri, pinned.revision, tuple(sorted(pinned.files, key=lambda f: f.name)), pinned.left, refer, layout=layout)
+    if not adapter:
+        return made
+    return replace(made, adapter=made if adapter == "merge" else pin(adapter, kind="model", how=how))
 
 
 def _stays(pinned: Pinned) -> bool:

@@ -19,7 +19,7 @@ def place_of(uri: str) -> Place:
     if module == PLACES[-1][1] and "://" in uri:
         raise ValueError(
             f"{uri!r}: know folders, files, globs, s3://bucket/prefix, hf://datasets/org/name, python:stdlib, and "
-            "org/name[@revision] for models on the hub"
+            "org/name[@revision] or hf://models/org/name[@revision] for models on the hub"
         )
     return cast(Place, import_module(module))  # a module is the place: huggingface_hub takes long to import
 

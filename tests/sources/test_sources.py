@@ -46,13 +46,14 @@ def model(tmp_path: Path) -> Path:
 
 TAKEN = [
     "LICENSE", "additional_chat_templates/tool.jinja", "chat_template.jinja", "config.json",
-    "model-00001-of-00001.safetensors", "model.safetensors.index.json", "tokenizer.json", "tokenizer.model",
+    "model-00001-of-00001.safetensors", "model.safetensors.index.json", "modeling_own.py", "tokenizer.json", "tokenizer.model",
 ]  # fmt: skip
 
 
-def test_a_model_is_its_weights_configuration_tokenizer_and_licence_and_never_code(model: Path) -> None:
+def test_a_model_is_its_weights_configuration_tokenizer_code_and_licence_and_the_rest_is_named(model: Path) -> None:
     source = pin(str(model), kind="model")
     assert source.names() == TAKEN
+    assert source.left == ("pytorch_model.bin", "original/ (1 file)"), "hidden files are nobody's"
     assert (source.uri, source.revision) == (model.as_posix(), "")
     file = source.find("config.json")
     assert file.pin == f"sha256:{hashlib.sha256((model / 'config.json').read_bytes()).hexdigest()}"
@@ -164,6 +165,45 @@ def test_what_is_no_source_is_answered_with_what_is_one(
         pin(uri, kind="model" if kind == "model" else "data")
 
 
+ABSENT = {
+    "./modle": "did you mean .*/model\\?",
+    "{here}/modle": "did you mean .*/model\\?",
+    "{here}/model/x/y": "/model/x/y: there is no such file or folder; .*/model holds LICENSE, additional_chat_templates",
+    "models/mixtral-smal": "the folder models is here and holds no mixtral-smal; did you mean .*/models/mixtral-small\\?, or write "
+    "hf://models/models/mixtral-smal for the hub's",
+    "modle/": "there is no such file or folder; did you mean .*/model\\?",
+    "../nowhere": "there is no such file or folder",
+    "~/no-such-model": "/no-such-model: there is no such file or folder",
+    "C:\\\\models\\\\mixtral": "this is a path of Windows, and on this machine paths are written with /",
+    "D:/models/mixtral": "this is a path of Windows",
+    "models\\\\mixtral-small": "this is a path of Windows",
+    "nomodel": "there is no such file or folder",
+    "org/name/": "there is no such file or folder",
+    "a/b/c": "there is no such file or folder",
+    "https://huggingface.co/org/name": "is the page of a repository; write org/name$",
+    "https://huggingface.co/org/name/tree/v1": "is the page of a repository; write org/name@v1$",
+    "https://huggingface.co/datasets/org/name": "is the page of a repository; write hf://datasets/org/name$",
+}
+
+
+@pytest.mark.parametrize("uri", ABSENT)
+def test_a_path_to_nothing_says_so_before_the_hub_is_asked(
+    uri: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "moeflow.sources.hub", None)  # whoever asked the hub would import it
+    folder(tmp_path / "models", **{"mixtral-small__config.json": "{}"})
+    for kind in ("model", "data"):
+        with pytest.raises(MissingSource, match=ABSENT[uri].replace("hf://models", "hf://(models|datasets)")) as told:
+            pin(uri.format(here=tmp_path), kind="model" if kind == "model" else "data")
+        assert "\n" not in str(told.value)
+
+
+def test_a_folder_goes_before_the_hub_and_the_hub_can_be_named(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(model.parent.parent)
+    assert pin(f"{model.parent.name}/model", kind="model").uri == model.as_posix()
+
+
 def test_the_standard_library_is_a_text_that_every_machine_has(tmp_path: Path) -> None:
     source = pin("python:stdlib", kind="data")
     assert source.uri == "python:stdlib" and {"os.py", "typing.py", "abc.py"} <= {*source.names()}
@@ -221,9 +261,9 @@ def test_the_hub_s_own_cache_is_a_folder_whose_files_are_links_to_its_blobs(tmp_
 
 
 def test_a_link_inside_the_folder_and_a_folder_that_is_a_link_are_what_they_lead_to(model: Path, tmp_path: Path) -> None:
-    (model / "same.json").symlink_to("config.json")
+    (model / "vocab.json").symlink_to("config.json")
     (tmp_path / "other").symlink_to(model)
-    assert "same.json" in pin(str(tmp_path / "other"), kind="model").names()
+    assert "vocab.json" in pin(str(tmp_path / "other"), kind="model").names()
 
 
 def test_a_text_may_be_links_to_anywhere_and_is_no_pipe(tmp_path: Path) -> None:

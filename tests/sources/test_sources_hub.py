@@ -69,7 +69,7 @@ def test_a_branch_is_pinned_to_its_commit_without_reading_a_file(hub: servers.Hu
     commit = hub.put("models/org/tiny", FILES)
     source = pin("org/tiny", kind="model")
     assert (source.uri, source.revision) == (f"hf://models/org/tiny@{commit}", commit)
-    assert source.names() == ["config.json", "model.safetensors"]
+    assert source.names() == ["config.json", "model.safetensors", "modeling_own.py"]
     assert {f.pin for f in source.files} == {commit} and source.find("model.safetensors").size == 7000
     assert len(hub.asked) == 1
     assert source == pin("org/tiny@main", kind="model") == pin(f"org/tiny@{commit}", kind="model")
@@ -165,7 +165,7 @@ def test_one_file_of_a_large_data_set_costs_one_question(hub: servers.Hub) -> No
 def test_sizes_that_the_hub_leaves_out_are_asked_for(hub: servers.Hub) -> None:
     hub.put("models/org/tiny", FILES)
     hub.sizes = False
-    assert [f.size for f in pin("org/tiny", kind="model").files] == [25, 7000]
+    assert [f.size for f in pin("org/tiny", kind="model").files] == [25, 7000, 9]
 
 
 def test_what_the_hub_refuses_is_one_line_with_the_way_out(hub: servers.Hub) -> None:
@@ -191,7 +191,7 @@ def test_offline_the_cache_knows_the_branch_and_holds_the_files(offline: Path, t
     source = pin("org/tiny", kind="model")
     assert (source.uri, source.revision) == (f"hf://models/org/tiny@{commit}", commit)
     assert source == pin(f"org/tiny@{commit}", kind="model")
-    assert source.names() == ["config.json", "model.safetensors"]
+    assert source.names() == ["config.json", "model.safetensors", "modeling_own.py"]
     assert source.read("model.safetensors", 0, 7) == b"weights"
     fetched = run(source.file("model.safetensors"), tmp_path / "1")
     assert (fetched.out / "model.safetensors").read_bytes() == WEIGHTS

@@ -37,7 +37,7 @@ def uri(client: Any, bucket: str, server: servers.Proxy) -> str:
 
 def test_a_prefix_is_pinned_by_one_listing_and_no_object_is_read(uri: str, server: servers.Proxy) -> None:
     source = pin(uri, kind="model")
-    assert source.names() == ["config.json", "model.safetensors"] and source.uri == uri
+    assert source.names() == ["config.json", "model.safetensors", "own.py"] and source.uri == uri
     assert all(f.pin.startswith("etag:") and "/" not in f.pin for f in source.files)
     assert source.find("model.safetensors").size == 7000
     assert len(server.requests) == 1

@@ -24,9 +24,6 @@ if TYPE_CHECKING:
 BESIDE = "beside.safetensors"
 """The file of the tensors of a multimodal model that are no part of its text model."""
 
-PROCESSORS = ("*processor_config.json", "*processor.json")
-"""The files of a multimodal model that say how images and sounds are read."""
-
 
 @dataclass(frozen=True)
 class Written:

@@ -7,17 +7,20 @@ from typing import TYPE_CHECKING, Any
 
 from moeflow.arch import Config, Family
 from moeflow.arch.found import Found, described, found
+from moeflow.methods.checkpoint import foreign
 from moeflow.methods.checkpoint.intake import text_config
-from moeflow.methods.graph import INDEX, named_like
 from moeflow.model.config_check import check_config
 from moeflow.model.header import TensorInfo, read_header
 from moeflow.model.json_file import json_object, kind_of
-from moeflow.model.packed import BLOCKS, CODES, FORMAT, METHOD, MXFP4, PACKED, SCALES, block_scale, scheme_of
+from moeflow.model.packed import BLOCKS, CODES, FORMAT, METHOD, MXFP4, PACKED, SCALES, SHAPE, block_scale, scheme_of
+from moeflow.model_files import INDEX, named_like
 
 if TYPE_CHECKING:
     from moeflow.sources import Source
 
 THREADS = 16  # headers that are read at once
+FLOATS = ("F", "BF")
+"""How the names of those dtypes begin that weights are computed in, or unpacked from."""
 USED = (".json", ".model", ".tiktoken", ".jinja", ".txt")
 """The endings of small files that are read when a checkpoint is used; others, such as a licence, may be empty."""
 GENERATION = {"temperature": (int, float), "top_p": (int, float), "top_k": (int,), "max_length": (int,), "do_sample": (bool,)}
@@ -26,14 +29,14 @@ GENERATION = {"temperature": (int, float), "top_p": (int, float), "top_k": (int,
 TOKENIZER = {
     **dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), (str, dict)), "tokenizer_class": (str,),
     "chat_template": (str, list), "model_max_length": (int, float), "add_bos_token": (bool,), "add_eos_token": (bool,),
-    "added_tokens_decoder": (dict,),
+    "added_tokens_decoder": (dict,), "auto_map": (dict, list),
 }  # fmt: skip
 """Entries of tokenizer_config.json, and the types that they may have."""
 
 
 def looked_at(source: "Source", tensors: Mapping[str, TensorInfo]) -> Found | None:
     """What looking at the checkpoint's model type tells; None if a constant describes it. Raises ValueError if nothing does."""
-    config = json_object(source.read("config.json"), f"config.json at {source.uri}")
+    config = _config_json(source)
     if not isinstance(config.get("model_type"), str) or described(config):
         return None
     return found(config, tensors, source.uri)
@@ -44,23 +47,21 @@ def config_of(source: "Source", known: Found | None = None) -> tuple[Config, Con
 
     Raises ValueError if it is damaged, or says what cannot be.
     """
-    where = f"config.json at {source.uri}"
-    whole = json_object(source.read("config.json"), where)
+    where, whole = f"config.json at {source.uri}", _config_json(source)
     config = text_config(whole, known, where)
     check_config(config, where)
     return whole, config
 
 
 def tensors_of(source: "Source") -> dict[str, TensorInfo]:
-    """Every tensor of the checkpoint, from the index and the headers of its shards.
+    """Every tensor in the files of the model's weights, from the index and the headers.
 
-    Raises ValueError if the index is damaged or does not name exactly the tensors that its files hold, and as `read_header` does.
+    Raises ValueError if the index is damaged or does not name exactly the tensors that its files hold, as `read_header` does, and
+    if a training's wrapping was saved with them.
     """
     sizes = {f.name: f.size for f in source.files}
     index = _index(source) if INDEX in sizes else None
-    shards = sorted(set(index.values()) if index else {n for n in sizes if n.endswith(".safetensors") and "/" not in n})
-    if not shards:
-        raise ValueError(f"{source.uri} holds no safetensors file; give the folder of a checkpoint")
+    shards = foreign.shards_of(source, _config_json(source), index)
     with ThreadPoolExecutor(THREADS) as pool:
         headers = list(pool.map(lambda s: read_header(s, sizes[s], source.read), shards))
     tensors: dict[str, TensorInfo] = {}
@@ -68,6 +69,7 @@ def tensors_of(source: "Source") -> dict[str, TensorInfo]:
         if both := sorted(set(tensors) & set(header)):
             raise ValueError(f"{tensors[both[0]].file} and {shard} at {source.uri} both hold {both[0]}; delete one of them")
         tensors |= header
+    foreign.check_names(tensors, source.uri)
     if index is None:
         return tensors
     for name, shard in index.items():
@@ -85,13 +87,16 @@ def check_packing(tensors: dict[str, TensorInfo], config: Config, uri: str) -> N
     if not packing:
         if odd := [n for n, t in tensors.items() if n.endswith((PACKED, BLOCKS)) or t.dtype.startswith(("F8", "F4"))]:
             raise ValueError(f"{uri} has packed {odd[0]}, and its config.json no quantization_config; fetch the checkpoint again")
+        _check_floats(tensors, uri)
         return
     method, form = packing.get("quant_method", "unknown"), packing.get("format")
     if method == "fp8":
         _check_fp8(packing.get("weight_block_size"), tensors, uri)
+        _check_floats(tensors, uri)
         return
     if method == MXFP4:
         _check_mxfp4(tensors, config, uri)
+        _check_floats(tensors, uri)
         return
     if (method, form) != (METHOD, FORMAT):
         raise ValueError(f"{uri} is packed (quantization_config: {method} {form or ''}); dequantize it to bf16 first")
@@ -101,13 +106,16 @@ def check_packing(tensors: dict[str, TensorInfo], config: Config, uri: str) -> N
     stems = (*(family.experts(i) for i in family.moe_layers), *shared)
     if others := sorted(n for n in shapes if n.endswith(PACKED) and not n.startswith(stems)):
         raise ValueError(f"{uri} has packed {others[0]}; moeflow reads packed experts only: dequantize the rest to bf16 first")
+    _check_floats(tensors, uri)
 
 
-def check_small(source: "Source", names: list[str]) -> None:
-    """Raise ValueError if one of the small files that travel with a checkpoint is empty, or a JSON file that cannot be read.
+def small_configs(source: "Source", names: list[str]) -> dict[str, dict[str, Any]]:
+    """What those of these small files say that configure something; all are checked.
 
-    tokenizer.json is built into the tokenizer that it describes, by the library that will read it.
+    Raises ValueError if one is empty, or a JSON file that cannot be read. tokenizer.json is built into the tokenizer that it
+    describes, by the library that will read it.
     """
+    configs: dict[str, dict[str, Any]] = {}
     for name in names:
         where = f"{name} at {source.uri}"
         if not source.find(name).size and name.endswith(USED):
@@ -115,12 +123,19 @@ def check_small(source: "Source", names: list[str]) -> None:
         if name.endswith(".json"):
             data = source.read(name)
             value = json_object(data, where)
+            if name.endswith("_config.json"):
+                configs[name] = value
             if name == "tokenizer.json":
                 _check_tokenizer(data, where)
             for file, kinds in (("generation_config.json", GENERATION), ("tokenizer_config.json", TOKENIZER)):
                 _check_types(value, kinds if name == file else {}, where)
             if named_like(name, ("vocab.json", "added_tokens.json")):
                 _check_types(value, dict.fromkeys(value, (int,)), where)
+    return configs
+
+
+def _config_json(source: "Source") -> Config:
+    return json_object(source.read("config.json"), f"config.json at {source.uri}")
 
 
 def _index(source: "Source") -> dict[str, str]:
@@ -186,6 +201,15 @@ def _check_mxfp4(tensors: dict[str, TensorInfo], config: Config, uri: str) -> No
             )
     if not any(n.endswith(BLOCKS) for n in tensors):
         raise ValueError(f"{uri} has no matrix in MXFP4, which its config.json says (quantization_config); correct it")
+
+
+def _check_floats(tensors: dict[str, TensorInfo], uri: str) -> None:
+    """Raise ValueError if a tensor that is not packed consists of whole numbers."""
+    if odd := [n for n, t in tensors.items() if not t.dtype.startswith(FLOATS) and not n.endswith((PACKED, SHAPE, BLOCKS, SCALES))]:
+        kind = tensors[odd[0]].dtype
+        raise ValueError(
+            f"{odd[0]} at {uri} has dtype {kind}, which no weight is computed in; dequantize the checkpoint to bf16 first"
+        )
 
 
 def _check_tokenizer(data: bytes, where: str) -> None:

@@ -5,46 +5,186 @@ none.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
-from math import prod
-from pathlib import Path
 from typing import Any, Literal
 
-from moeflow import __version__
-from moeflow.arch import ARCH, Config, Family, Layout, essential, family_config, layer_of
+from moeflow.arch import ARCH, Config, Family, Layout, essential, layer_of
 from moeflow.arch.found import Found
-from moeflow.methods.checkpoint import export, intake, reading
-from moeflow.methods.graph import INDEX, REST, Form, Model, named_like
-from moeflow.methods.records import Facts, decision, read_json
-from moeflow.methods.rewrite import config_files, link_all, readable, write_config
+from moeflow.methods.checkpoint import adapter as adapters
+from moeflow.methods.checkpoint import assembling, export, foreign, intake, reading, remote_code, splitting
+from moeflow.methods.checkpoint.adapter import Addition
+from moeflow.methods.checkpoint.splitting import Table
+from moeflow.methods.graph import REST, Form, Model
+from moeflow.methods.records import Facts
+from moeflow.methods.rewrite import link_all, readable, write_config
 from moeflow.model.asked import check_layer, check_rest
-from moeflow.model.formats import config_of, format_of
 from moeflow.model.header import TensorInfo
-from moeflow.model.layout import ESSENTIAL, LAYER, file_for, headers
-from moeflow.model.packed import METHOD, Shapes, check_whole, quantization_config, scheme_of
-from moeflow.model.spec import CheckpointSpec, LayerSpec, RestSpec, TensorTable, file_bytes, header_bytes, tensor_bytes
+from moeflow.model.layout import ESSENTIAL, LAYER, headers
+from moeflow.model.packed import METHOD
+from moeflow.model_files import HISTORY, PROCESSORS, TRAVELLING, named_like
 from moeflow.sources import Source
-from moeflow.sources.referred import opened
-from moeflow.step import Artifact, Context, Spec, Step, step
+from moeflow.step import Artifact, Context, Step, step
 
 
-def _assemble_spec(
-    rest: RestSpec, layers: tuple[LayerSpec, ...], prediction_layers: tuple[LayerSpec, ...], choices: tuple[Any, ...],
-    *, config: Config,
-) -> Spec:  # fmt: skip
-    layers += prediction_layers
-    tables = [layer.tensors for layer in layers] + [rest.tensors]
-    _packing([{n: shape for n, (_, shape) in table.items()} for table in tables], [layer.experts for layer in layers], config)
-    headers = sum(layer.headers for layer in layers) + header_bytes(rest.tensors)
-    names = sum(len(n) + 44 for table in tables for n in table)
-    weights = sum(layer.nbytes for layer in layers) + file_bytes(rest.tensors)
-    parameters = sum(layer.numel for layer in layers) + LayerSpec(config, -1, 0, rest.tensors).numel
-    out = CheckpointSpec(config, weights, parameters, headers, sum(rest.files.values()) + names + 3000)
-    return Spec(out, reads=headers, writes=names + 3000, memory=1 << 24)
+def pinned(source: Source, *, mtp: Literal["drop", "keep"] = "drop", found: Found | None = None) -> Model:
+    """The checkpoint at a pinned source (a folder, a hub repository at a commit, an `s3://` prefix).
+
+    Reads config.json, the index, the safetensors headers and the small files beside them, no weights. `mtp`: "drop" the
+    multi-token-prediction layers of DeepSeek-V3, which are behind the decoder layers, or "keep" them unchanged. `found`: what is
+    known of the checkpoint if no constant describes its family, or its tensors are not named as the family's own.
+
+    Raises ValueError for an unknown family, a checkpoint packed in a way that moeflow does not read, a file that is damaged or says
+    what cannot be, and tensors that are not exactly those that config.json asks for.
+    """
+    if mtp not in ("drop", "keep"):
+        raise ValueError(f"mtp={mtp!r}; choose 'drop' or 'keep'")
+    adapters.check(source)
+    stored, ignored = foreign.without_buffers(reading.tensors_of(source))
+    found = found or reading.looked_at(source, stored)
+    whole, config = reading.config_of(source, found)
+    family = Family.of(config)
+    small = sorted(f.name for f in source.files if named_like(f.name, TRAVELLING) and not f.name.endswith(".py"))
+    configs = reading.small_configs(source, small) | {"config.json": whole}
+    code = remote_code.code_of(source, configs)
+    layout = intake.layout_of(stored, family, found, source.uri)
+    tensors = intake.pieces(stored, layout, family, source.uri)
+    reading.check_packing(tensors, config, source.uri)
+    outside = {n: t for n, t in stored.items() if layout.beside and n.startswith(layout.beside)}
+    if (config.get("quantization_config") or {}).get("quant_method") == METHOD:  # written again for what is packed then
+        config.pop("quantization_config")
+    merge = adapters.merge_of(source.adapter, config, tensors, layout) if source.adapter else None
+    steps = {name: source.weights(name) for name in sorted({t.file for t in stored.values()})}
+    count = family.num_layers
+    by_layer: dict[int | None, dict[str, TensorInfo]] = {}
+    for name, info in tensors.items():
+        by_layer.setdefault(layer_of(name), {})[name] = info
+    if missing := sorted(set(range(count)) - set(by_layer)):
+        raise ValueError(f"config.json says {count} layers, but the checkpoint has no tensor of layer {missing[0]}")
+
+    history = source.file(HISTORY) if HISTORY in source.names() else None
+    shapes = None if found is None else found.shapes
+
+    def layer_step(i: int) -> Step:
+        shards, table = _inputs(by_layer[i], steps)
+        if i < count:
+            check_layer(config, i, {n: (t.dtype, t.shape) for n, t in by_layer[i].items()}, shapes)
+        if merge and (additions := merge.of(by_layer[i])):
+            return merged_layer(
+                shards, merge.step(), history,
+                config=essential(config), layer=i, tensors=table, additions=additions, moved=merge.moved(additions),
+            )  # fmt: skip
+        return layer(shards, history, config=essential(config), layer=i, tensors=table)
+
+    behind = sorted(i for i in by_layer if i is not None and i >= count)
+    if behind[int(config.get("num_nextn_predict_layers") or 0) :]:
+        raise ValueError(f"the checkpoint has tensors of layer {behind[-1]}, but config.json says {count} layers")
+    shards, table = _inputs(by_layer.get(None, {}), steps)
+    check_rest(config, {n: (t.dtype, t.shape) for n, t in by_layer.get(None, {}).items()}, shapes)
+    texts = source.group(small or ["config.json"])
+    note = ""
+    if mtp == "drop" and behind:
+        note = f"multi-token-prediction layers {behind} are dropped (mtp='keep' keeps them as they are)"
+    if mtp == "drop" and "num_nextn_predict_layers" in config:
+        config = config | {"num_nextn_predict_layers": 0}
+    others = rest(texts, shards, source.group(code) if code else None, config=config, files=small, tensors=table, note=note)
+    if merge and (additions := merge.of(table)):
+        others = merged_rest(others, merge.step(), additions=additions, moved=merge.moved(additions))
+    left = foreign.note_of_left(source, (*small, *code, *steps))
+    return Model(
+        config=config,
+        rest=others.noting(*(n for n in (ignored, left, merge.note() if merge else "") if n)),
+        texts=texts,
+        layers=tuple(layer_step(i) for i in range(count)),
+        extra=tuple(layer_step(i) for i in behind) if mtp == "keep" else (),
+        form=_form(whole, config, intake.wanted(layout, source.layout, family), outside, steps),
+        tokenizer_code=remote_code.tokenizer_code(configs.get("tokenizer_config.json", {}), small),
+    )
 
 
-@step("checkpoint.assemble", version=1, spec=_assemble_spec)
+def _form(whole: Config, config: Config, layout: Layout, outside: dict[str, TensorInfo], steps: dict[str, Step]) -> Form | None:
+    """How a result is written, if not as the layer files are; `outside`: the tensors beside the text model."""
+    if layout == Layout(per_expert=layout.per_expert) and ARCH not in config:
+        return None
+    if not outside:
+        return Form(whole, layout)
+    shards, table = _inputs(outside, steps)
+    return Form(whole, layout, beside(shards, tensors=table))
+
+
+def _inputs(tensors: dict[str, TensorInfo], steps: dict[str, Step]) -> tuple[tuple[Step, ...], Table]:
+    """The shards that contain these tensors, and the place of each tensor."""
+    shards = sorted({t.file for t in tensors.values()})
+    return tuple(steps[s] for s in shards), intake.table_of(tensors, shards)
+
+
+@step("checkpoint.layer", version=1, spec=splitting.layer_spec)
+def layer(
+    context: Context, shards: tuple[Artifact, ...], history: Artifact | None = None, *, config: Config, layer: int, tensors: Table
+) -> None:
+    """Write one decoder layer: `layer.safetensors`, under the hub's names, and what routing adds to it: `routing.safetensors`.
+
+    `history`: the `moeflow.json` of a checkpoint that moeflow wrote; the layer's facts begin with what it says of this layer.
+    Raises ValueError if a weight is NaN or infinite.
+    """
+    splitting.gather_layer(context, shards, tensors)
+    if done := splitting.done_before(history, layer):
+        done.write(context.out)
+
+
+@step("checkpoint.merged_layer", version=1, spec=splitting.merged_layer_spec)
+def merged_layer(
+    context: Context, shards: tuple[Artifact, ...], adapter: Artifact, history: Artifact | None = None,
+    *, config: Config, layer: int, tensors: Table, additions: Mapping[str, Addition], moved: int,
+) -> None:  # fmt: skip
+    """Write one decoder layer as `checkpoint.layer` does, with an adapter merged into its weights.
+
+    `additions`: what the adapter makes of the tensors that it changes; `moved`: the bytes that are read of it. Raises ValueError
+    also if a merged weight is NaN or infinite.
+    """
+    splitting.gather_layer(context, shards, tensors, splitting.merging(context, adapter, additions))
+    scales = sorted({a.scale for a in additions.values() if a.a})
+    (splitting.done_before(history, layer) or Facts()).and_then(
+        "checkpoint.merged_layer", tensors=len(additions), scales=scales
+    ).write(context.out)
+
+
+@step("checkpoint.rest", version=1, spec=splitting.rest_spec)
+def rest(
+    context: Context, texts: Artifact, shards: tuple[Artifact, ...], code: Artifact | None = None,
+    *, config: Config, files: list[str], tensors: Table, note: str,
+) -> None:  # fmt: skip
+    """Write all but the decoder layers: `rest.safetensors`, config.json, and the small files that belong to the checkpoint.
+
+    `code`: the Python files of classes of its own, which nobody runs here.
+    """
+    splitting.gather(context, shards, tensors, context.out / REST)
+    write_config(config, context.out)
+    if note:
+        context.note(note)
+    for name in files:
+        context.link(texts, name)
+    if code:
+        link_all(context, code)
+
+
+@step("checkpoint.merged_rest", version=1, spec=splitting.merged_rest_spec)
+def merged_rest(context: Context, before: Artifact, adapter: Artifact, *, additions: Mapping[str, Addition], moved: int) -> None:
+    """What is not of a decoder layer, with an adapter merged into embedding, final norm or head; see `merged_layer`."""
+    from moeflow.model.checkpoint import Tensors, save
+
+    change = splitting.merging(context, adapter, additions)
+    save({name: change(name, tensor) for name, tensor in Tensors(before).items()}, context.out / REST)
+    link_all(context, before, but=(REST,))
+
+
+@step("checkpoint.beside", version=1, spec=splitting.beside_spec)
+def beside(context: Context, shards: tuple[Artifact, ...], *, tensors: Table) -> None:
+    """The tensors of a multimodal model beside its text model, such as the vision tower's, bit for bit and under their names."""
+    splitting.gather(context, shards, tensors, context.out / export.BESIDE, finite=False)
+
+
+@step("checkpoint.assemble", version=1, spec=assembling.assemble_spec)
 def assemble(
     context: Context, rest: Artifact, layers: tuple[Artifact, ...], prediction_layers: tuple[Artifact, ...] = (),
     choices: tuple[Artifact, ...] = (), *, config: Config,
@@ -57,28 +197,13 @@ def assemble(
     the folder lists the layers' existing blobs.
     """
     every = (*layers, *prediction_layers)
-    _link_weights(context, (*every, rest))
-    (context.out / "config.json").write_text(readable(_config_json(every, rest, config, len(layers))))
+    assembling.link_weights(context, (*every, rest))
+    (context.out / "config.json").write_text(readable(assembling.config_json(every, rest, config, len(layers))))
     link_all(context, rest, but=(REST, ESSENTIAL, "config.json"))
-    _write_history(context, every, choices)
+    assembling.write_history(context, every, choices)
 
 
-def _assemble_as_spec(
-    rest: RestSpec, layers: tuple[LayerSpec, ...], files: tuple[Any, ...] = (), beside: Any = None, choices: tuple[Any, ...] = (),
-    *, config: Config, form: Mapping[str, Any],
-) -> Spec:  # fmt: skip
-    plain: CheckpointSpec = _assemble_spec(rest, layers, (), choices, config=config).output
-    more = [f for f in files if isinstance(f, LayerSpec)] or list(layers)
-    others: TensorTable = {} if beside is None else beside.tensors
-    headers = sum(f.headers for f in more) + header_bytes(rest.tensors) + header_bytes(others)
-    weights = sum(f.nbytes for f in more) + file_bytes(rest.tensors) + file_bytes(others)
-    parameters = plain.parameters + sum(prod(shape) for _, shape in others.values())
-    written = plain.others - sum(rest.files.values()) + len(form["whole"]) + sum(len(n) + 44 for n in others)
-    out = CheckpointSpec(config, weights, parameters, headers, written + sum(rest.files.values()))
-    return Spec(out, reads=headers, writes=written, memory=1 << 24, notes=(form["note"],) if form["note"] else ())
-
-
-@step("checkpoint.assemble_as", version=1, spec=_assemble_as_spec)
+@step("checkpoint.assemble_as", version=1, spec=assembling.assemble_as_spec)
 def assemble_as(
     context: Context, rest: Artifact, layers: tuple[Artifact, ...], files: tuple[Artifact, ...] = (),
     beside: Artifact | None = None, choices: tuple[Artifact, ...] = (), *, config: Config, form: dict[str, Any],
@@ -90,58 +215,21 @@ def assemble_as(
     result's is to be made, if it is; "layout"; "own", whether the result has moeflow's format in any case; "note", for people.
     """
     layout = Layout.from_json(form["layout"])
-    _link_weights(context, (*(files or (*layers, rest)), *([] if beside is None else [beside])))
-    text = _config_json(layers, rest, config, int(config["num_hidden_layers"]), own=form["own"])
+    assembling.link_weights(context, (*(files or (*layers, rest)), *([] if beside is None else [beside])))
+    text = assembling.config_json(layers, rest, config, int(config["num_hidden_layers"]), own=form["own"])
     whole = export.result(text, json.loads(form["whole"]), layout) if form["whole"] else text
     (context.out / "config.json").write_text(readable(export.without_arch(whole)))
-    processors = () if form["whole"] else tuple(n for n in rest.names() if named_like(n, export.PROCESSORS))
+    processors = () if form["whole"] else tuple(n for n in rest.names() if named_like(n, PROCESSORS))
     link_all(context, rest, but=(REST, ESSENTIAL, "config.json", *processors))
-    _write_history(context, layers, choices)
+    assembling.write_history(context, layers, choices)
     if form["note"]:
         context.note(form["note"])
 
 
-def _link_weights(context: Context, artifacts: Sequence[Artifact]) -> None:
-    """Link the safetensors files of these artifacts into the checkpoint, and write its index."""
-    tables = [headers(artifact) for artifact in artifacts]
-    files = [
-        (artifact, name, {n: t for n, t in table.items() if t.file == name})
-        for artifact, table in zip(artifacts, tables, strict=True)
-        for name in artifact.names()
-        if name.endswith(".safetensors")
-    ]
-    weight_map: dict[str, str] = {}
-    total = 0
-    for i, (artifact, name, tensors) in enumerate(files):
-        target = f"model-{i + 1:05d}-of-{len(files):05d}.safetensors"
-        context.link(artifact, name, target)
-        weight_map |= dict.fromkeys(tensors, target)
-        total += sum(t.nbytes for t in tensors.values())
-    (context.out / INDEX).write_text(readable({"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}))
-
-
-def _config_json(every: Sequence[Artifact], rest: Artifact, config: Config, decoder: int, *, own: bool = False) -> Config:
-    """The config.json of the text model with these layers, of which the first `decoder` are decoder layers."""
-    tables = [{n: t.shape for n, t in headers(artifact).items()} for artifact in (*every, rest)]
-    formats = [format_of(table, config, i) for i, table in enumerate(tables[:-1])]
-    packing = _packing(tables, [f.experts for f in formats], config)
-    kept = [f if f.experts or f.gone else None for f in formats[:decoder]]
-    return config_of(family_config(config), kept, own=own) | packing
-
-
-def _write_history(context: Context, every: Sequence[Artifact], choices: Sequence[Artifact]) -> None:
-    done = [{"layer": i, "done": facts.done} for i, facts in enumerate(map(Facts.of, every)) if facts.done]
-    history = {"moeflow": __version__, "choices": [decision(c) for c in choices], "layers": done}
-    (context.out / HISTORY).write_text(readable(history))
-
-
-def _packing(tables: Sequence[Shapes], experts: Sequence[int], config: Config) -> dict[str, Any]:
-    """The entries of config.json that describe packed matrices; empty if there are none."""
-    for layer, (table, count) in enumerate(zip(tables, experts, strict=False)):
-        check_whole(table, layer, config, count)
-    shapes = {n: shape for table in tables for n, shape in table.items()}
-    scheme = scheme_of(shapes, config)
-    return {"quantization_config": quantization_config(scheme, shapes, config)} if scheme else {}
+@step("checkpoint.written", version=1, spec=assembling.written_spec)
+def written(context: Context, before: Artifact, *, at: int | None, layout: dict[str, Any]) -> None:
+    """One layer's file, or that of the rest (`at` is none), under the names and in the stacks of a `Layout`."""
+    export.write(before, headers(before), Layout.from_json(layout), at, context.out / (REST if at is None else LAYER))
 
 
 def checkpoint_of(model: Model) -> Step:
@@ -176,190 +264,3 @@ def _assembled_as(model: Model, as_: export.Written, form: Form) -> Step:
     told = {"whole": whole, "layout": layout.to_json(), "own": as_.own, "note": as_.note}
     beside = form.beside if as_.as_source else None
     return assemble_as(model.rest, every, files, beside, model.choices, config=model.config, form=told)
-
-
-def _written_spec(before: LayerSpec | RestSpec, *, at: int | None, layout: Mapping[str, Any]) -> Spec:
-    tensors = export.table(before.tensors, Layout.from_json(layout), at)
-    out = replace(before, tensors=tensors) if isinstance(before, LayerSpec) else before
-    size = file_bytes(tensors)
-    return Spec(out, reads=file_bytes(before.tensors), writes=size, memory=3 * size)
-
-
-@step("checkpoint.written", version=1, spec=_written_spec)
-def written(context: Context, before: Artifact, *, at: int | None, layout: dict[str, Any]) -> None:
-    """One layer's file, or that of the rest (`at` is none), under the names and in the stacks of a `Layout`."""
-    export.write(before, headers(before), Layout.from_json(layout), at, context.out / (REST if at is None else LAYER))
-
-
-TRAVELLING = (
-    "tokenizer*", "vocab*", "merges*", "special_tokens*", "added_tokens*", "*.model", "*.tiktoken", "*.jinja", "chat_template*",
-    "generation_config.json", "licen[cs]e*", "copying*", "notice*", "use_policy*", *export.PROCESSORS,
-)  # fmt: skip
-"""The files that every checkpoint keeps besides its weights and config.json, in lower or upper case."""
-HISTORY = "moeflow.json"
-"""The file of an assembled checkpoint that says what was decided, and what was done to each layer."""
-
-Table = dict[str, list[Any]]
-"""Tensor name to [index of the input, dtype, shape, first byte, last byte + 1], and an `intake.View` if the bytes need one."""
-
-
-def pinned(source: Source, *, mtp: Literal["drop", "keep"] = "drop", found: Found | None = None) -> Model:
-    """The checkpoint at a pinned source (a folder, a hub repository at a commit, an `s3://` prefix).
-
-    Reads config.json, the index, the safetensors headers and the small files beside them, no weights. `mtp`: "drop" the
-    multi-token-prediction layers of DeepSeek-V3, which are behind the decoder layers, or "keep" them unchanged. `found`: what is
-    known of the checkpoint if no constant describes its family, or its tensors are not named as the family's own.
-
-    Raises ValueError for an unknown family, a checkpoint packed in a way that moeflow does not read, a file that is damaged or says
-    what cannot be, and tensors that are not exactly those that config.json asks for.
-    """
-    if mtp not in ("drop", "keep"):
-        raise ValueError(f"mtp={mtp!r}; choose 'drop' or 'keep'")
-    stored = reading.tensors_of(source)
-    found = found or reading.looked_at(source, stored)
-    whole, config = reading.config_of(source, found)
-    family = Family.of(config)
-    small = sorted(f.name for f in source.files if named_like(f.name, TRAVELLING))
-    reading.check_small(source, small)
-    layout = intake.layout_of(stored, family, found, source.uri)
-    tensors = intake.pieces(stored, layout, family, source.uri)
-    reading.check_packing(tensors, config, source.uri)
-    outside = {n: t for n, t in stored.items() if layout.beside and n.startswith(layout.beside)}
-    if (config.get("quantization_config") or {}).get("quant_method") == METHOD:  # written again for what is packed then
-        config.pop("quantization_config")
-    steps = {name: source.weights(name) for name in sorted({t.file for t in stored.values()})}
-    count = family.num_layers
-    by_layer: dict[int | None, dict[str, TensorInfo]] = {}
-    for name, info in tensors.items():
-        by_layer.setdefault(layer_of(name), {})[name] = info
-    if missing := sorted(set(range(count)) - set(by_layer)):
-        raise ValueError(f"config.json says {count} layers, but the checkpoint has no tensor of layer {missing[0]}")
-
-    history = source.file(HISTORY) if HISTORY in source.names() else None
-    shapes = None if found is None else found.shapes
-
-    def layer_step(i: int) -> Step:
-        shards, table = _inputs(by_layer[i], steps)
-        if i < count:
-            check_layer(config, i, {n: (t.dtype, t.shape) for n, t in by_layer[i].items()}, shapes)
-        return layer(shards, history, config=essential(config), layer=i, tensors=table)
-
-    behind = sorted(i for i in by_layer if i is not None and i >= count)
-    if behind[int(config.get("num_nextn_predict_layers") or 0) :]:
-        raise ValueError(f"the checkpoint has tensors of layer {behind[-1]}, but config.json says {count} layers")
-    shards, table = _inputs(by_layer.get(None, {}), steps)
-    check_rest(config, {n: (t.dtype, t.shape) for n, t in by_layer.get(None, {}).items()}, shapes)
-    texts = source.group(small or ["config.json"])
-    note = ""
-    if mtp == "drop" and behind:
-        note = f"multi-token-prediction layers {behind} are dropped (mtp='keep' keeps them as they are)"
-    if mtp == "drop" and "num_nextn_predict_layers" in config:
-        config = config | {"num_nextn_predict_layers": 0}
-    return Model(
-        config=config,
-        rest=rest(texts, shards, config=config, files=small, tensors=table, note=note),
-        texts=texts,
-        layers=tuple(layer_step(i) for i in range(count)),
-        extra=tuple(layer_step(i) for i in behind) if mtp == "keep" else (),
-        form=_form(whole, config, intake.wanted(layout, source.layout, family), outside, steps),
-    )
-
-
-def _form(whole: Config, config: Config, layout: Layout, outside: dict[str, TensorInfo], steps: dict[str, Step]) -> Form | None:
-    """How a result is written, if not as the layer files are; `outside`: the tensors beside the text model."""
-    if layout == Layout(per_expert=layout.per_expert) and ARCH not in config:
-        return None
-    if not outside:
-        return Form(whole, layout)
-    shards, table = _inputs(outside, steps)
-    return Form(whole, layout, beside(shards, tensors=table))
-
-
-def _beside_spec(shards: tuple[Any, ...], *, tensors: Table) -> Spec:
-    table = _entries(tensors)
-    size = sum(tensor_bytes(*t) for t in table.values())
-    return Spec(RestSpec({}, table, {}), reads=size, writes=file_bytes(table), memory=2 * size)
-
-
-@step("checkpoint.beside", version=1, spec=_beside_spec)
-def beside(context: Context, shards: tuple[Artifact, ...], *, tensors: Table) -> None:
-    """The tensors of a multimodal model beside its text model, such as the vision tower's, bit for bit and under their names."""
-    _gather(context, shards, tensors, context.out / export.BESIDE, finite=False)
-
-
-def _layer_spec(shards: tuple[Any, ...], history: Any, *, config: Config, layer: int, tensors: Table) -> Spec:
-    table = _entries(tensors)
-    behind = layer >= int(config["num_hidden_layers"])  # a prediction layer is kept as it is, whatever it holds
-    experts = format_of({n: shape for n, (_, shape) in table.items()}, config, layer).experts
-    out = LayerSpec(config, layer, 0 if behind else experts, table)
-    moved = intake.bytes_read(tensors)
-    return Spec(out, reads=moved, writes=out.nbytes, memory=2 * moved)
-
-
-@step("checkpoint.layer", version=1, spec=_layer_spec)
-def layer(
-    context: Context, shards: tuple[Artifact, ...], history: Artifact | None = None, *, config: Config, layer: int, tensors: Table
-) -> None:
-    """Write one decoder layer: `layer.safetensors`, under the hub's names, and what routing adds to it: `routing.safetensors`.
-
-    `history`: the `moeflow.json` of a checkpoint that moeflow wrote; the layer's facts begin with what it says of this layer.
-    Raises ValueError if a weight is NaN or infinite.
-    """
-    for file in sorted({file_for(n) for n in tensors}):
-        _gather(context, shards, {n: t for n, t in tensors.items() if file_for(n) == file}, context.out / file)
-    for entry in read_json(history, HISTORY).get("layers", ()) if history else ():
-        if entry["layer"] == layer:
-            Facts(tuple(entry["done"])).write(context.out)
-
-
-def _rest_spec(texts: Any, shards: tuple[Any, ...], *, config: Config, files: list[str], tensors: Table, note: str) -> Spec:
-    table = _entries(tensors)
-    out = RestSpec(config, table, {n: texts["files"][n] for n in files})
-    moved = sum(tensor_bytes(*t) for t in table.values())
-    size = sum(map(len, config_files(config).values()))
-    return Spec(out, reads=moved, writes=file_bytes(table) + size, memory=2 * moved, notes=(note,) if note else ())
-
-
-@step("checkpoint.rest", version=1, spec=_rest_spec)
-def rest(
-    context: Context, texts: Artifact, shards: tuple[Artifact, ...], *, config: Config, files: list[str], tensors: Table, note: str
-) -> None:
-    """Write all but the decoder layers: `rest.safetensors`, config.json, and the small files that belong to the checkpoint."""
-    _gather(context, shards, tensors, context.out / REST)
-    write_config(config, context.out)
-    if note:
-        context.note(note)
-    for name in files:
-        context.link(texts, name)
-
-
-def _gather(context: Context, shards: tuple[Artifact, ...], tensors: Table, path: Path, *, finite: bool = True) -> None:
-    """Write these tensors of the shards into one file. Raises ValueError if one must be `finite` and is not."""
-    from moeflow.model import checkpoint
-
-    gathered, done, total = {}, 0, intake.bytes_read(tensors)
-    for at, shard in enumerate(shards):
-        files = opened(shard, context)
-        (file,) = (n for n in files.names() if n.endswith(".safetensors"))
-        sharing: dict[TensorInfo, list[str]] = {}  # the tensors of each range of bytes
-        for name, entry in tensors.items():
-            if entry[0] == at:
-                sharing.setdefault(intake.place(file, entry), []).append(name)
-        for first, tensor in checkpoint.read_many(files, {names[0]: info for info, names in sharing.items()}):
-            if finite and not checkpoint.is_finite(first, tensor):
-                raise ValueError(f"{first} holds NaN or infinite weights; the checkpoint is damaged, fetch or train it again")
-            for name in sharing[intake.place(file, tensors[first])]:
-                gathered[name] = intake.view_of(tensor, tensors[name])
-            done += tensor.nbytes
-            context.progress(done, total, "bytes")
-    checkpoint.save(gathered, path)
-
-
-def _entries(tensors: Table) -> TensorTable:
-    return {n: (entry[1], tuple(entry[2])) for n, entry in tensors.items()}
-
-
-def _inputs(tensors: dict[str, TensorInfo], steps: dict[str, Step]) -> tuple[tuple[Step, ...], Table]:
-    """The shards that contain these tensors, and the place of each tensor."""
-    shards = sorted({t.file for t in tensors.values()})
-    return tuple(steps[s] for s in shards), intake.table_of(tensors, shards)

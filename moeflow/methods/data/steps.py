@@ -94,7 +94,7 @@ def _fetched(texts: Texts, model: Model, format: str = "") -> tuple[tuple[Step, 
     Raises ValueError if the model has no tokenizer, if no reader knows a file, and if conversations would be read as plain text.
     """
     if not model.has_tokenizer:
-        raise ValueError("the model has no tokenizer, so text cannot become tokens; pass a ready-made matrix (tokens=FILE.npy)")
+        raise ValueError(f"{model.without_tokenizer}, so text cannot become tokens; pass a ready-made matrix (tokens=FILE.npy)")
     entries = texts.entries()
     total = sum(e.weight for e in entries)
     for entry in entries:

@@ -27,7 +27,7 @@ class HeldOut:
     """A beginning-of-sequence token before each document; none: as of `Sample`."""
 
 
-NO_TOKENIZER = "the model has no tokenizer: held-out text is left out, the loss on the token matrix stands for it"
+NO_TOKENIZER = "held-out text is left out, the loss on the token matrix stands for it"
 
 
 def reports(original: Model, compressed: Model, heldout: HeldOut, passed: Pass, *, tokens: Step | None = None) -> tuple[Step, ...]:
@@ -43,10 +43,11 @@ def reports(original: Model, compressed: Model, heldout: HeldOut, passed: Pass, 
         named = zip(_names(texts), texts.each(), strict=True)
         matrices = [(name, data.tokens(text, original, sample), "") for name, text in named]
     elif tokens is not None:
-        matrices = [("token matrix", tokens, NO_TOKENIZER)]
+        matrices = [("token matrix", tokens, f"{original.without_tokenizer}: {NO_TOKENIZER}")]
     else:
+        why = original.without_tokenizer
         raise ValueError(
-            "the model has no tokenizer, so held-out text cannot become tokens; pass a ready-made matrix (tokens=...), or one as "
+            f"{why}, so held-out text cannot become tokens; pass a ready-made matrix (tokens=...), or one as "
             "held-out text (FILE.npy)"
         )
     both = counted(original), counted(compressed)

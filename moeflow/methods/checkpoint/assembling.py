@@ -1,0 +1,98 @@
+"""What the steps that assemble a checkpoint's folder are made of: what they need, the index, config.json and the history."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from math import prod
+from typing import Any
+
+from moeflow import __version__
+from moeflow.arch import Config, Layout, family_config
+from moeflow.methods.checkpoint import export
+from moeflow.methods.records import Facts, decision
+from moeflow.methods.rewrite import readable
+from moeflow.model.formats import config_of, format_of
+from moeflow.model.layout import headers
+from moeflow.model.packed import Shapes, check_whole, quantization_config, scheme_of
+from moeflow.model.spec import CheckpointSpec, LayerSpec, RestSpec, TensorTable, file_bytes, header_bytes
+from moeflow.model_files import HISTORY, INDEX
+from moeflow.step import Artifact, Context, Spec
+
+
+def assemble_spec(
+    rest: RestSpec, layers: tuple[LayerSpec, ...], prediction_layers: tuple[LayerSpec, ...], choices: tuple[Any, ...],
+    *, config: Config,
+) -> Spec:  # fmt: skip
+    layers += prediction_layers
+    tables = [layer.tensors for layer in layers] + [rest.tensors]
+    _packing([{n: shape for n, (_, shape) in table.items()} for table in tables], [layer.experts for layer in layers], config)
+    headers = sum(layer.headers for layer in layers) + header_bytes(rest.tensors)
+    names = sum(len(n) + 44 for table in tables for n in table)
+    weights = sum(layer.nbytes for layer in layers) + file_bytes(rest.tensors)
+    parameters = sum(layer.numel for layer in layers) + LayerSpec(config, -1, 0, rest.tensors).numel
+    out = CheckpointSpec(config, weights, parameters, headers, sum(rest.files.values()) + names + 3000)
+    return Spec(out, reads=headers, writes=names + 3000, memory=1 << 24)
+
+
+def assemble_as_spec(
+    rest: RestSpec, layers: tuple[LayerSpec, ...], files: tuple[Any, ...] = (), beside: Any = None, choices: tuple[Any, ...] = (),
+    *, config: Config, form: Mapping[str, Any],
+) -> Spec:  # fmt: skip
+    plain: CheckpointSpec = assemble_spec(rest, layers, (), choices, config=config).output
+    more = [f for f in files if isinstance(f, LayerSpec)] or list(layers)
+    others: TensorTable = {} if beside is None else beside.tensors
+    headers = sum(f.headers for f in more) + header_bytes(rest.tensors) + header_bytes(others)
+    weights = sum(f.nbytes for f in more) + file_bytes(rest.tensors) + file_bytes(others)
+    parameters = plain.parameters + sum(prod(shape) for _, shape in others.values())
+    written = plain.others - sum(rest.files.values()) + len(form["whole"]) + sum(len(n) + 44 for n in others)
+    out = CheckpointSpec(config, weights, parameters, headers, written + sum(rest.files.values()))
+    return Spec(out, reads=headers, writes=written, memory=1 << 24, notes=(form["note"],) if form["note"] else ())
+
+
+def written_spec(before: LayerSpec | RestSpec, *, at: int | None, layout: Mapping[str, Any]) -> Spec:
+    tensors = export.table(before.tensors, Layout.from_json(layout), at)
+    out = replace(before, tensors=tensors) if isinstance(before, LayerSpec) else before
+    size = file_bytes(tensors)
+    return Spec(out, reads=file_bytes(before.tensors), writes=size, memory=3 * size)
+
+
+def link_weights(context: Context, artifacts: Sequence[Artifact]) -> None:
+    """Link the safetensors files of these artifacts into the checkpoint, and write its index."""
+    tables = [headers(artifact) for artifact in artifacts]
+    files = [
+        (artifact, name, {n: t for n, t in table.items() if t.file == name})
+        for artifact, table in zip(artifacts, tables, strict=True)
+        for name in artifact.names()
+        if name.endswith(".safetensors")
+    ]
+    weight_map: dict[str, str] = {}
+    total = 0
+    for i, (artifact, name, tensors) in enumerate(files):
+        target = f"model-{i + 1:05d}-of-{len(files):05d}.safetensors"
+        context.link(artifact, name, target)
+        weight_map |= dict.fromkeys(tensors, target)
+        total += sum(t.nbytes for t in tensors.values())
+    (context.out / INDEX).write_text(readable({"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}))
+
+
+def config_json(every: Sequence[Artifact], rest: Artifact, config: Config, decoder: int, *, own: bool = False) -> Config:
+    """The config.json of the text model with these layers, of which the first `decoder` are decoder layers."""
+    tables = [{n: t.shape for n, t in headers(artifact).items()} for artifact in (*every, rest)]
+    formats = [format_of(table, config, i) for i, table in enumerate(tables[:-1])]
+    packing = _packing(tables, [f.experts for f in formats], config)
+    kept = [f if f.experts or f.gone else None for f in formats[:decoder]]
+    return config_of(family_config(config), kept, own=own) | packing
+
+
+def write_history(context: Context, every: Sequence[Artifact], choices: Sequence[Artifact]) -> None:
+    done = [{"layer": i, "done": facts.done} for i, facts in enumerate(map(Facts.of, every)) if facts.done]
+    history = {"moeflow": __version__, "choices": [decision(c) for c in choices], "layers": done}
+    (context.out / HISTORY).write_text(readable(history))
+
+
+def _packing(tables: Sequence[Shapes], experts: Sequence[int], config: Config) -> dict[str, Any]:
+    """The entries of config.json that describe packed matrices; empty if there are none."""
+    for layer, (table, count) in enumerate(zip(tables, experts, strict=False)):
+        check_whole(table, layer, config, count)
+    shapes = {n: shape for table in tables for n, shape in table.items()}
+    scheme = scheme_of(shapes, config)
+    return {"quantization_config": quantization_config(scheme, shapes, config)} if scheme else {}
