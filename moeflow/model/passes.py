@@ -5,7 +5,7 @@ files, and knows nothing of steps.
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
@@ -54,7 +54,7 @@ def through(
     for at, (layer, file) in enumerate(layers):
         tensors = Tensors(file)
         module = stream.layer(tensors, layer)
-        recorder = _recorder(stream, tensors, layer, recording) if recording else None
+        recorder = recorder_of(stream, tensors, layer, recording) if recording else None
         if recording and recording.between:
             save_file({"hidden_RD": states_NLD.flatten(0, 1)[: recording.between].clone()}, out.with_name(file_before(layer)))
         for rows in slices(n, batch):
@@ -100,12 +100,12 @@ def _stream(config: str, dtype: str, experts: str) -> Stream:
     return Stream(json.loads(config), device=device, dtype=dtype, experts=experts)
 
 
-def _recorder(stream: Stream, tensors: Tensors, layer: int, recording: Recording) -> Recorder | None:
+def recorder_of(stream: Stream, tensors: Mapping[str, Tensor], layer: int, recording: Recording) -> Recorder | None:
+    """What records in a layer with these tensors; None if it has no router."""
     family = stream.family
-    router = tensors.info.get(family.router(layer))
-    if router is None:
+    if family.router(layer) not in tensors:
         return None
     bias = family.router_bias(layer)
     bias_E = None if bias is None else tensors[bias].to(stream.device).float()
-    experts = router.shape[0]
+    experts = len(tensors[family.router(layer)])
     return Recorder(family, Router.of(family, experts, bias_E), experts, recording)

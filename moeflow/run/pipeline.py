@@ -18,16 +18,25 @@ from typing import Any
 
 from moeflow import options, sources
 from moeflow.run.outcome import describe
-from moeflow.sources import How, Source, Texts
+from moeflow.sources import How, Mtp, Source, Texts
 from moeflow.step import Step
 
 Build = Callable[..., Step]
 
-HOW = "source"  # the parameter that every pipeline with a source has
-_WHETHER = (
-    "Whether a model's weights are copied into the store, or read by range where they lie; by default they are copied from the "
-    "hub, and read where they lie in S3, in a folder and in the hub's cache."
-)
+HOW, MTP = "source", "mtp"  # the parameters that every pipeline with a source has
+OF_EVERY: dict[str, tuple[Any, str]] = {
+    HOW: (
+        How,
+        "Whether a model's weights are copied into the store, or read by range where they lie; by default they are copied from the "
+        "hub, and read where they lie in S3, in a folder and in the hub's cache.",
+    ),
+    MTP: (
+        Mtp,
+        "What becomes of a model's multi-token-prediction layers: they are dropped, which is the default, kept as they are, or "
+        "pruned with the decoder layers, by what they themselves record.",
+    ),
+}
+"""Their types and meanings, for the page of help."""
 ENDS = "a pipeline raises ValueError with what is wrong"
 
 MEANING = {
@@ -72,11 +81,13 @@ def call(build: Build, assignments: Iterable[str]) -> Step:
     """Call `build` with parameters from words `name=value` and `name.field=value`. Raises ValueError if they do not fit."""
     parameters, kinds = inspect.signature(build).parameters, _kinds(build)
     words = _words(assignments, [*parameters, *_of_every(kinds)], kinds)
-    how = options.read("-p source", words.pop(HOW), How) if HOW in _of_every(kinds) and HOW in words else None
+    given = {name: words.pop(name) for name in _of_every(kinds) if name in words}
+    read: dict[str, Any] = {name: options.read(f"-p {name}", word, OF_EVERY[name][0]) for name, word in given.items()}
+    model = partial(sources.pin, kind="model", how=read.get(HOW), mtp=read.get(MTP))
     named_words = {name.partition(".")[0] for name in words}
     if missing := [p.name for p in parameters.values() if p.default is p.empty and p.name not in named_words]:
         raise ValueError(f"the pipeline needs {' '.join(f'-p {name}=...' for name in missing)}")
-    values = {name: _value(name, p.default, kinds[name], words, how) for name, p in parameters.items()}
+    values = {name: _value(name, p.default, kinds[name], words, model) for name, p in parameters.items()}
     try:
         made = build(**values)
     except SystemExit as error:
@@ -106,7 +117,8 @@ def page(build: Build, about: str = "") -> str:
             now = field.default if default in (None, parameter.empty) else _short(getattr(default, field.name))
             lines += _entry(f"  {name}.{field.name}", field.type, now, f"{field.help} {_choice(field.choices)}".strip())
     for name in _of_every(kinds):
-        lines += _entry(name, options.shown(How), "", f"{_WHETHER} {_choice(options.choices_of(How))}")
+        kind, meaning = OF_EVERY[name]
+        lines += _entry(name, options.shown(kind), "", f"{meaning} {_choice(options.choices_of(kind))}")
     return "\n".join(lines)
 
 
@@ -168,11 +180,13 @@ def _options(kind: Any) -> type | None:
 
 def _of_every(kinds: dict[str, Any]) -> tuple[str, ...]:
     """The parameters that every pipeline with a source has, beside its own."""
-    return (HOW,) if HOW not in kinds and any(Source in options.members(kind) for kind in kinds.values()) else ()
+    if not any(Source in options.members(kind) for kind in kinds.values()):
+        return ()
+    return tuple(name for name in OF_EVERY if name not in kinds)
 
 
-def _value(name: str, default: Any, kind: Any, words: dict[str, str], how: How | None) -> Any:
-    """The value of a parameter: sources and texts are made from words, and fields of options are set one by one."""
+def _value(name: str, default: Any, kind: Any, words: dict[str, str], model: Callable[[str], Source]) -> Any:
+    """The value of a parameter: texts are made from words, sources by `model`, and fields of options are set one by one."""
     word, options_type = words.get(name), _options(kind)
     if options_type is not None:
         inside = {n.partition(".")[2]: w for n, w in words.items() if n.startswith(f"{name}.")}
@@ -186,7 +200,7 @@ def _value(name: str, default: Any, kind: Any, words: dict[str, str], how: How |
         return options.changed(f"-p {name}", options_type, start, inside) if inside else start
     text = word if word is not None else default
     if isinstance(text, str) and Source in options.members(kind):
-        return sources.pin(text, kind="model", how=how)
+        return model(text)
     if isinstance(text, str) and Texts in options.members(kind):
         return Texts(text)
     return default if word is None else options.read(f"-p {name}", word, kind)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moeflow.sources import steps
-from moeflow.sources.places import How, Kind, Pinned, SourceFile
+from moeflow.sources.places import How, Kind, Mtp, Pinned, SourceFile
 from moeflow.sources.where import hub_uri, place_of
 from moeflow.step import Step
 from moeflow.store.errors import MissingSource
@@ -21,10 +21,12 @@ REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@.+)?")
 class Source(Pinned):
     """A pinned model or text: its place, and its files with their pins, by name.
 
-    `refer`: whether its weights are read where they lie, by range, instead of being copied into the store.
+    `refer`: whether its weights are read where they lie, by range, instead of being copied into the store. `mtp`: what becomes of
+    its multi-token-prediction layers.
     """
 
     refer: bool = False
+    mtp: Mtp = "drop"
 
     def names(self) -> list[str]:
         return [f.name for f in self.files]
@@ -63,12 +65,13 @@ class Source(Pinned):
         return steps.files(uri=self.uri, files=[(f.name, f.size, f.pin) for f in files])
 
 
-def pin(uri: str, *, kind: Kind, how: How | None = None) -> Source:
+def pin(uri: str, *, kind: Kind, how: How | None = None, mtp: Mtp | None = None) -> Source:
     """The files at `uri` as they are now, pinned so that a later change is noticed.
 
     A folder, a file, a glob, `s3://bucket/prefix`, `hf://datasets/org/name[@revision][/glob]`, `python:stdlib`, and for
     a model also `org/name[@revision]` on the hub if there is no such folder. `how`: whether a model's weights are copied into the
-    store or read where they lie; None: they are read where they stay, which is S3, a disk, and the user's hub cache.
+    store or read where they lie; None: they are read where they stay, which is S3, a disk, and the user's hub cache. `mtp`: what
+    becomes of a model's multi-token-prediction layers; None: they are dropped.
 
     Raises MissingSource, a ValueError.
     """
@@ -88,7 +91,7 @@ def pin(uri: str, *, kind: Kind, how: How | None = None) -> Source:
         if not file.name.isprintable() or {"", ".", ".."} & {*file.name.split("/")}:
             raise MissingSource(f"{uri} has a file named {file.name!r}, which no folder can take as it is; rename it there")
     refer = kind == "model" and (how == "refer" if how else _stays(pinned))
-    return Source(pinned.uri, pinned.revision, tuple(sorted(pinned.files, key=lambda f: f.name)), refer)
+    return Source(pinned.uri, pinned.revision, tuple(sorted(pinned.files, key=lambda f: f.name)), refer, mtp or "drop")
 
 
 def _stays(pinned: Pinned) -> bool:

@@ -6,11 +6,11 @@ none.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args
 
 from moeflow import __version__
 from moeflow.arch import Config, Family, essential, family_config, layer_of
-from moeflow.methods.checkpoint import reading
+from moeflow.methods.checkpoint import prediction, reading
 from moeflow.methods.graph import INDEX, REST, Model, named_like
 from moeflow.methods.records import Facts, decision, read_json
 from moeflow.methods.rewrite import config_files, link_all, readable, write_config
@@ -20,7 +20,7 @@ from moeflow.model.header import TensorInfo
 from moeflow.model.layout import ESSENTIAL, file_for, headers
 from moeflow.model.packed import METHOD, Shapes, check_whole, quantization_config, scheme_of
 from moeflow.model.spec import CheckpointSpec, LayerSpec, RestSpec, TensorTable, file_bytes, header_bytes, tensor_bytes
-from moeflow.sources import Source
+from moeflow.sources import Mtp, Source
 from moeflow.sources.referred import opened
 from moeflow.step import Artifact, Context, Spec, Step, step
 
@@ -29,6 +29,7 @@ def _assemble_spec(
     rest: RestSpec, layers: tuple[LayerSpec, ...], prediction_layers: tuple[LayerSpec, ...], choices: tuple[Any, ...],
     *, config: Config,
 ) -> Spec:  # fmt: skip
+    prediction.check_counts((layer.experts for layer in layers), (layer.experts for layer in prediction_layers))
     layers += prediction_layers
     tables = [layer.tensors for layer in layers] + [rest.tensors]
     _packing([{n: shape for n, (_, shape) in table.items()} for table in tables], [layer.experts for layer in layers], config)
@@ -55,6 +56,7 @@ def assemble(
     every = (*layers, *prediction_layers)
     tables = [headers(artifact) for artifact in (*every, rest)]
     formats = [format_of({n: t.shape for n, t in table.items()}, config, i) for i, table in enumerate(tables[:-1])]
+    prediction.check_counts((f.experts for f in formats[: len(layers)]), (f.experts for f in formats[len(layers) :]))
     files = [
         (artifact, name, {n: t for n, t in table.items() if t.file == name})
         for artifact, table in zip((*every, rest), tables, strict=True)
@@ -104,22 +106,23 @@ Table = dict[str, list[Any]]
 """Tensor name to [index of the input, dtype, shape, first byte, last byte + 1]."""
 
 
-def pinned(source: Source, *, mtp: Literal["drop", "keep"] = "drop") -> Model:
+def pinned(source: Source, *, mtp: Mtp | None = None) -> Model:
     """The checkpoint at a pinned source (a folder, a hub repository at a commit, an `s3://` prefix).
 
     Reads config.json, the index, the safetensors headers and the small files beside them, no weights. `mtp`: "drop" the
-    multi-token-prediction layers of DeepSeek-V3, which are behind the decoder layers, or "keep" them unchanged.
+    multi-token-prediction layers, "keep" them unchanged, or "prune" them with the decoder layers; None: as the source says.
 
     Raises ValueError for an unknown family, a checkpoint packed in a way that moeflow does not read, a file that is damaged or says
     what cannot be, and tensors that are not exactly those that config.json asks for.
     """
-    if mtp not in ("drop", "keep"):
-        raise ValueError(f"mtp={mtp!r}; choose 'drop' or 'keep'")
+    if (mtp := mtp or source.mtp) not in get_args(Mtp):
+        raise ValueError(f"mtp={mtp!r}; choose 'drop', 'keep' or 'prune'")
     config = reading.config_of(source)
     family = Family.of(config)
     small = sorted(f.name for f in source.files if named_like(f.name, TRAVELLING))
     reading.check_small(source, small)
-    tensors = reading.tensors_of(source)
+    of_mtp = prediction.settled(config, reading.tensors_of(source), mtp, source.uri)
+    config, tensors = of_mtp.config, of_mtp.tensors
     reading.check_packing(tensors, config, source.uri)
     if (config.get("quantization_config") or {}).get("quant_method") == METHOD:  # written again for what is packed then
         config.pop("quantization_config")
@@ -139,31 +142,23 @@ def pinned(source: Source, *, mtp: Literal["drop", "keep"] = "drop") -> Model:
             check_layer(config, i, {n: (t.dtype, t.shape) for n, t in by_layer[i].items()})
         return layer(shards, history, config=essential(config), layer=i, tensors=table)
 
-    behind = sorted(i for i in by_layer if i is not None and i >= count)
-    if behind[int(config.get("num_nextn_predict_layers") or 0) :]:
-        raise ValueError(f"the checkpoint has tensors of layer {behind[-1]}, but config.json says {count} layers")
     shards, table = _inputs(by_layer.get(None, {}), steps)
     check_rest(config, {n: (t.dtype, t.shape) for n, t in by_layer.get(None, {}).items()})
     texts = source.group(small or ["config.json"])
-    note = ""
-    if mtp == "drop" and behind:
-        note = f"multi-token-prediction layers {behind} are dropped (mtp='keep' keeps them as they are)"
-    if mtp == "drop" and "num_nextn_predict_layers" in config:
-        config = config | {"num_nextn_predict_layers": 0}
     return Model(
         config=config,
-        rest=rest(texts, shards, config=config, files=small, tensors=table, note=note),
+        rest=rest(texts, shards, config=config, files=small, tensors=table, note=of_mtp.note),
         texts=texts,
         layers=tuple(layer_step(i) for i in range(count)),
-        extra=tuple(layer_step(i) for i in behind) if mtp == "keep" else (),
+        extra=tuple(layer_step(i) for i in of_mtp.layers),
+        mtp=mtp,
     )
 
 
 def _layer_spec(shards: tuple[Any, ...], history: Any, *, config: Config, layer: int, tensors: Table) -> Spec:
     table: TensorTable = {n: (dtype, tuple(shape)) for n, (_, dtype, shape, _, _) in tensors.items()}
-    behind = layer >= int(config["num_hidden_layers"])  # a prediction layer is kept as it is, whatever it holds
     experts = format_of({n: shape for n, (_, shape) in table.items()}, config, layer).experts
-    out = LayerSpec(config, layer, 0 if behind else experts, table)
+    out = LayerSpec(config, layer, experts, table)
     moved = sum(tensor_bytes(*t) for t in table.values())
     return Spec(out, reads=moved, writes=out.nbytes, memory=2 * moved)
 
