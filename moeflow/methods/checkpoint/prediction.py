@@ -1,6 +1,6 @@
 """What becomes of a checkpoint's multi-token-prediction layers, settled before any weight is read. No torch."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,7 @@ from moeflow.arch.prediction import (
 )
 from moeflow.model.asked import check_layer
 from moeflow.model.header import TensorInfo
+from moeflow.model.spec import LayerSpec
 
 if TYPE_CHECKING:
     from moeflow.sources import Mtp
@@ -84,6 +85,17 @@ def _check(config: Config, tensors: Mapping[str, TensorInfo], layer: int, at: in
         check_layer(prediction_config(config), at, {new: (tensors[n].dtype, tensors[n].shape) for n, new in names.items()})
     except ValueError as error:
         raise ValueError(f"multi-token-prediction layer {layer} at {uri}: {error}") from None
+
+
+def check_beside(layers: Sequence[LayerSpec], prediction: Sequence[LayerSpec]) -> None:
+    """Raise ValueError if prediction layers cannot be loaded beside these decoder layers, as far as that is known before a run."""
+    check_counts((layer.experts for layer in layers), (layer.experts for layer in prediction))
+    packed = next((layer for layer in layers if layer.packed), None)
+    if packed and (plain := next((layer for layer in prediction if not layer.packed), None)):
+        raise ValueError(
+            f"decoder layer {packed.layer} is packed and multi-token-prediction layer {plain.layer} is not: transformers reads "
+            "both in one form; take mtp='drop', or slim with packed=false"
+        )
 
 
 def check_counts(decoder: Iterable[int], prediction: Iterable[int]) -> None:

@@ -29,7 +29,7 @@ def _assemble_spec(
     rest: RestSpec, layers: tuple[LayerSpec, ...], prediction_layers: tuple[LayerSpec, ...], choices: tuple[Any, ...],
     *, config: Config,
 ) -> Spec:  # fmt: skip
-    prediction.check_counts((layer.experts for layer in layers), (layer.experts for layer in prediction_layers))
+    prediction.check_beside(layers, prediction_layers)
     layers += prediction_layers
     tables = [layer.tensors for layer in layers] + [rest.tensors]
     _packing([{n: shape for n, (_, shape) in table.items()} for table in tables], [layer.experts for layer in layers], config)
