@@ -128,7 +128,7 @@ def _measured(store: Store, original: Model, method: Method, removed: float, see
     matrix = data.tokens(Texts(CALIBRATION), original, Sample(SEQUENCES, LENGTH, seed=seed))
     calibration = _run(original, matrix)
     small = method(calibration, matrix, removed, seed)
-    compared = compare.reports(original, small, compare.HeldOut(HELDOUT, HELDOUT_SEQUENCES, LENGTH), HELDOUT_PASS)
+    compared = compare.reports(original, small, compare.HeldOut(HELDOUT, HELDOUT_SEQUENCES, LENGTH, bos=False), HELDOUT_PASS)
     reports = [r for r in compared if r.name in ("evaluate.size", "evaluate.quality")]
     in_process.run([checkpoint.checkpoint_of(small), *reports], store)
     read = [json.loads(store.artifact(r.key).file("report.json").read_text()) for r in reports]

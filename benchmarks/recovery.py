@@ -84,7 +84,8 @@ class Recovery:
         return tune.tune(model, self.data, how, **teacher, validation=self.validation, gang=GANG)
 
     def measured(self, model: Model, tuned: tune.Tuned | None = None) -> Found:
-        reports = compare.reports(self.original, model, compare.HeldOut(HELDOUT, HELDOUT_SEQUENCES, LENGTH), HELDOUT_PASS)
+        heldout = compare.HeldOut(HELDOUT, HELDOUT_SEQUENCES, LENGTH, bos=False)
+        reports = compare.reports(self.original, model, heldout, HELDOUT_PASS)
         wanted = [r for r in reports if r.name in ("evaluate.quality", "evaluate.experts_per_token")]
         in_process.run([checkpoint.checkpoint_of(model), *wanted], self.store)
         rows = [row for r in wanted for row in self._read(r, "report.json")["rows"]]

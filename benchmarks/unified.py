@@ -180,7 +180,8 @@ class _Bench:
         model = self.original
         for stage in stages:
             model = stage(self._calibrated(model))
-        compared = compare.reports(self.original, model, compare.HeldOut(HELDOUT, HELDOUT_SEQUENCES, LENGTH), HELDOUT_PASS)
+        heldout = compare.HeldOut(HELDOUT, HELDOUT_SEQUENCES, LENGTH, bos=False)
+        compared = compare.reports(self.original, model, heldout, HELDOUT_PASS)
         reports = [r for r in compared if r.name in ("evaluate.size", "evaluate.quality", "evaluate.speed")]
         in_process.run([checkpoint.checkpoint_of(model), *reports], self.store)
         rows = {row["name"]: row for report in reports for row in self._rows(report)}

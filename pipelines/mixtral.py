@@ -34,7 +34,7 @@ def build(
     model: Source = MODEL,
     *,
     tokens: Texts = Texts(C4),
-    heldout: HeldOut = HeldOut(WIKITEXT2),
+    heldout: HeldOut = HeldOut(WIKITEXT2, bos=False),
     keep: int = 6,
     search: Search = Search("layerwise", seed=42),
     skipping: Skipping | None = None,

@@ -34,7 +34,7 @@ def build(
     model: Source = MODEL,
     *,
     tokens: Texts = Texts(C4),
-    heldout: HeldOut = HeldOut(WIKITEXT2),
+    heldout: HeldOut = HeldOut(WIKITEXT2, bos=False),
     removed: float = 0.5,
     counts: Counts = Counts(0.75, rule="paper"),
     search: Search = Search("genetic", span=3, seed=42),

@@ -41,7 +41,7 @@ def build(
     model: Source = MODEL,
     *,
     tokens: Texts = Texts(C4),
-    heldout: HeldOut = HeldOut(WIKITEXT2),
+    heldout: HeldOut = HeldOut(WIKITEXT2, bos=False),
     order: str = "slim,trim",
     trim: Trimming | None = Trimming("moe_blocks", 8),
     slim: Slimming | None = Slimming("awq"),

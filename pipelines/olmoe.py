@@ -33,7 +33,7 @@ TUNE = FineTuning(
 def build(
     model: Source = "allenai/OLMoE-1B-7B-0924",
     *,
-    heldout: HeldOut = HeldOut(WIKITEXT2, length=4096),
+    heldout: HeldOut = HeldOut(WIKITEXT2, length=4096, bos=False),
     vectors: CompressedExperts = CompressedExperts(),
     tune: FineTuning = TUNE,
     gang: Gang = Gang(8, zero=3, checkpointing=True),

@@ -29,7 +29,7 @@ def build(
     model: Source = MODEL,
     *,
     tokens: Texts = Texts(TRAINED_ON),
-    heldout: HeldOut = HeldOut(HELD_OUT, length=128),
+    heldout: HeldOut = HeldOut(HELD_OUT, length=128, bos=False),
     keep: int = 6,
     search: Search = Search("layerwise"),
     prompt: str = "    def __init__(self",

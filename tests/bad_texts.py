@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import lzma
 from typing import Any
 
 import numpy as np
@@ -57,20 +58,23 @@ RUN: list[tuple[str, bytes, tuple[str, ...]]] = [
     ("word.json", b'"abc"', ("word.json, line 1 begins with '\"abc\"'",)),
     ("page.jsonl", b"<html>\n", ("page.jsonl, line 1 begins with '<html>'",)),
     ("escape.jsonl", b"\x1b[31mred\n", (r"escape.jsonl, line 1 begins with '\x1b[31mred'",)),
-    ("list.json", b"[]", ("list.json, which has no rows, is an empty list",)),
+    ("list.json", b"[]", ("list.json, which has no rows, is empty",)),
     ("cut.json", b'[\n{"text": "a"},\n{"te', ("cut.json, line 3: no JSON",)),
     ("deep.jsonl", b'{"text": ' + b"[" * 100_000 + b"\n", ("deep.jsonl, line 1: ",)),
     ("column.jsonl", b'{"txet": "a"}\n', ("column.jsonl has no column 'text'; it has: txet",)),
-    ("values.jsonl", b'{"text": {"a": 1}}\n', ("column 'text' of values.jsonl holds a dict and no text",)),
+    ("values.jsonl", b'{"text": {"a": 1}}\n', ("column 'text' of values.jsonl holds a dict and no text; name another", "line 1")),
     ("latin.txt", "one\ncafé".encode("latin-1"), ("latin.txt, line 2: byte 0xe9 is not UTF-8",)),
     ("latin.csv", "text\ncafé\n".encode("latin-1"), ("latin.csv, line 2: byte 0xe9 is not UTF-8",)),
-    ("fields.csv", b"text\na\nb,c,d\n", ("fields.csv cannot be read:", "Expected 1 fields in line 3, saw 3")),
-    ("quote.csv", b'text\n"a\nb\n', ("quote.csv cannot be read:", "EOF inside string starting at row 1")),
-    ("blank.csv", b"\n", ("blank.csv cannot be read: No columns to parse",)),
+    ("fields.csv", b"text\na\nb,c,d\n", ("fields.csv, line 3: 3 fields where the header names 1",)),
+    ("quote.csv", b'text\n"a\nb\n', ("quote.csv, line 3: unexpected end of data",)),
+    ("blank.csv", b"\n", ("blank.csv, which has no rows, is empty",)),
     ("bad.parquet", b"PAR1xxxxPAR1", ("bad.parquet, which should be Parquet, is damaged",)),
     ("page.parquet", b"<html>", ("page.parquet, which should be Parquet, is damaged",)),
     ("bad.jsonl.gz", GOOD, ("bad.jsonl.gz, which is packed, cannot be unpacked",)),
     ("cut.jsonl.gz", gzip.compress(GOOD * 1000)[:40], ("cut.jsonl.gz, which is packed, cannot be unpacked",)),
+    ("cut.jsonl.xz", lzma.compress(GOOD * 1000)[:60], ("cut.jsonl.xz, which is packed, cannot be unpacked",)),
+    ("late.jsonl", GOOD * 20_000 + b'{"text": ["a"]}\n', ("late.jsonl holds a list and no text;", "correct line 20001")),
+    ("talk.jsonl", b'{"messages": "hello"}\n', ("talk.jsonl has no column 'text'; it has: messages (write URI#column)",)),
     ("short.jsonl", GOOD, ("short.jsonl gives 0 of 1 sequences of 64 tokens",)),
 ]  # fmt: skip
 

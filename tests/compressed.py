@@ -10,19 +10,19 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from moeflow.arch import Family
-from moeflow.model.checkpoint import Tensors, save
+from moeflow.model.checkpoint import Tensors, of_experts, save
 from moeflow.model.formats import Format, config_of, format_of
 from moeflow.model.layout import Folder, kept, read_config
-from moeflow.model.moe import MLP, LowRank, MoELayer, whole
+from moeflow.model.moe import LowRank, MoELayer, whole
 
-KEPT = ([0, 2, 3, 4, 6, 7], [1, 2, 3, 5, 6, 7], list(range(8)))
+KEPT = ([0, 2, 3, 4, 6, 7], [1, 2, 3, 5, 6, 7], list(range(8)), [1, 2, 3, 5, 6, 7])
 """The experts that stay in each layer: as many of each group, where the router knows groups."""
 
 
 def ranks_of(layer: int, expert: int) -> tuple[int, int, int]:
-    """Ranks of gate, up and down: none in layer 0, all in layer 1, every combination in layer 2."""
+    """Ranks of gate, up and down: none in layers 0 and 3, all in layer 1, every combination in layer 2."""
     mixed = [(0, 0, 0), (7, 5, 0), (0, 0, 6), (3, 9, 4), (17, 2, 11), (0, 0, 8)]
-    return ((0, 0, 0), (6, 4 + expert, 9), mixed[expert % 6])[layer]
+    return ((0, 0, 0), (6, 4 + expert, 9), mixed[expert % 6], (0, 0, 0))[layer]
 
 
 def factor(matrix_MN: Tensor, rank: int) -> LowRank:
@@ -34,28 +34,27 @@ def reference_layer(moe: MoELayer, layer: int) -> MoELayer:
     """The original layer with the kept experts' matrices cut to their ranks, and no expert taken out."""
     experts = list(moe.experts)
     for new, old in enumerate(KEPT[layer]):
-        cut = [
-            m if r == 0 else factor(whole(m), r).whole()
-            for m, r in zip((experts[old].gate_FD, experts[old].up_FD, experts[old].down_DF), ranks_of(layer, new), strict=True)
-        ]
-        experts[old] = MLP(*cut, act=experts[old].act)
+        matrices = experts[old].matrices
+        ranks = ranks_of(layer, new)[-len(matrices) :]
+        cut = [m if r == 0 else factor(whole(m), r).whole() for m, r in zip(matrices, ranks, strict=True)]
+        experts[old] = experts[old].with_matrices(cut)
     return replace(moe, experts=tuple(experts))
 
 
-def compress(folder: Path, out: Path) -> Path:
-    """The checkpoint of the experts in `KEPT`, cut to these ranks, in two files and an index."""
+def compress(folder: Path, out: Path, *, low_rank: bool = True) -> Path:
+    """The checkpoint of the experts in `KEPT`, cut to these ranks unless not `low_rank`, in two files and an index."""
     config, tensors = read_config(Folder(folder)), Tensors(folder)
     family = Family.of(config)
     found = {n: t for n, t in tensors.items() if ".layers." not in n}
     formats: list[Format | None] = []
-    for layer in range(3):
-        names = [n for n in tensors if n.startswith(family.prefix(layer))]
+    for layer in range(family.num_layers):
+        stored = [n for n in tensors if n.startswith(family.prefix(layer))]
         moe = layer in family.moe_layers
         here = {}
-        for old, (new, sliced) in kept(names, config, layer, KEPT[layer]).items():
-            here[new] = tensors[old][KEPT[layer]] if moe and sliced else tensors[old]
-        for expert in range(len(KEPT[layer]) if moe else 0):
-            for name, rank in zip(family.expert(layer, expert), ranks_of(layer, expert), strict=True):
+        for old, (new, sliced) in kept(stored, config, layer, KEPT[layer]).items():
+            here[new] = of_experts(tensors[old], KEPT[layer]) if moe and sliced else tensors[old]
+        for expert in range(len(KEPT[layer]) if moe and low_rank else 0):
+            for name, rank in zip(names := family.expert(layer, expert), ranks_of(layer, expert)[-len(names) :], strict=True):
                 if rank:
                     cut = factor(here.pop(name), rank)
                     here |= dict(zip(family.factors(name), (cut.out_MR, cut.in_RN), strict=True))

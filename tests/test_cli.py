@@ -293,7 +293,7 @@ def test_the_command_line_needs_no_torch_and_no_ray_to_say_what_is_stored(cli: C
     script = (
         "import sys; from moeflow.cli import app\n"
         "app(['ls'], standalone_mode=False)\n"
-        "print(sorted({'torch', 'ray', 'transformers', 'datasets'} & set(sys.modules)))"
+        "print(sorted({'torch', 'ray', 'transformers', 'pyarrow'} & set(sys.modules)))"
     )
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True)

@@ -39,7 +39,7 @@ def test_naee_keeps_better_experts_than_chance(tmp_path: Path) -> None:
 
     def divergence(search: str, seed: int = 0) -> float:
         pruned = naee.prune(seen, 4, Search(search, seed=seed))
-        reports = compare.reports(model, pruned, compare.HeldOut(HELD_OUT.spec, 16, 128), Pass())
+        reports = compare.reports(model, pruned, compare.HeldOut(HELD_OUT.spec, 16, 128, bos=False), Pass())
         target = checkpoint.checkpoint_of(pruned).reporting(*(r for r in reports if r.name == "evaluate.quality"))
         running.run(store, *target.reports)
         (found,) = (row for name, row in running.reports(store, target).items() if name.startswith("KL to the original"))

@@ -2,7 +2,7 @@
 
 from moeflow.arch.families import FAMILIES, MIXTRAL
 from moeflow.arch.family import Family, essential, family_config
-from moeflow.arch.layout import Layout, Stacked
+from moeflow.arch.layout import Layout, Stacked, layout_in_memory
 from moeflow.arch.spec import (
     ARCH,
     COMPRESSED,
@@ -21,4 +21,5 @@ from moeflow.arch.spec import (
 __all__ = [
     "ARCH", "COMPRESSED", "EMBEDDING", "FAMILIES", "FINAL_NORM", "HEAD", "LAYERS", "MAIN", "MATRICES", "MIXTRAL",
     "Arch", "Config", "Family", "Layout", "Stacked", "essential", "family_config", "is_number", "layer_of",
+    "layout_in_memory",
 ]  # fmt: skip

@@ -5,11 +5,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moeflow.arch.families import FAMILIES
-from moeflow.arch.spec import ARCH, COMPRESSED, EXPERT_COUNT_KEYS, LAYERS, MAIN, MATRICES, Arch, Config, layer_of
+from moeflow.arch.spec import ARCH, COMPRESSED, EXPERT_COUNT_KEYS, LAYERS, MAIN, MATRICES, Arch, Config, is_number, layer_of
 
 Kind = Literal["attention", "router", "experts", "shared", "dense", "compressed", "fixed", "norm", "rest"]
 """What a tensor is part of. "compressed": the vectors of Compressed Experts; "fixed": what has no gradient, the threshold of
 skipping and the router's bias; "norm": a norm of a decoder layer; "rest": embedding, final norm and head."""
+
+LISTS = ("layers_block_type", "layer_types", LAYERS)
+"""Keys of config.json for lists with an entry for each decoder layer."""
 
 WITHOUT_EFFECT = (
     "transformers_version", "_name_or_path", "architectures", "use_cache", "auto_map", "torchscript", "quantization_config",
@@ -41,7 +44,7 @@ class Family:
 
         A family that no constant describes is known if the configuration has its `Arch` (`ARCH`).
         """
-        if ARCH in config:
+        if config.get(ARCH) is not None:
             return Family(Arch.from_json(config[ARCH]), config)
         for arch in FAMILIES:
             if arch.model_type == str(config.get("model_type")).removeprefix(COMPRESSED):
@@ -66,6 +69,11 @@ class Family:
 
     @property
     def num_layers(self) -> int:
+        if self.config.get("num_hidden_layers") is None:  # hybrids may have a list of their layers' kinds instead
+            listed = next((self.config[key] for key in LISTS if self.config.get(key)), None)
+            if listed is None:
+                raise ValueError(f"config.json of a {self.arch.model_type} lacks num_hidden_layers; fetch the checkpoint again")
+            return len(listed)
         return int(self.config["num_hidden_layers"])
 
     @property
@@ -212,6 +220,14 @@ class Family:
         """How many experts a group needs to be ranked."""
         return 2 if self.arch.groups and self.arch.group_score == "top2" else 1
 
+    def check_weighs_outputs(self, what: str) -> None:
+        """Raise ValueError if routing weights multiply the inputs of experts, for which there are none of `what`."""
+        if self.arch.weighs_input:
+            raise ValueError(
+                f"a {self.arch.model_type} multiplies the inputs of its experts with their routing weights, for which there are no "
+                f"{what}; prune, trim or slim it instead"
+            )
+
     # Names on disk
 
     def prefix(self, layer: int) -> str:
@@ -224,15 +240,24 @@ class Family:
 
     def moe(self, layer: int) -> str:
         """The beginning of the names of a layer's MoE block."""
-        return self.router(layer).rsplit(".", 2)[0] + "."
+        return self.experts(layer).rsplit(".", 2)[0] + "."
 
     def experts(self, layer: int) -> str:
         """The beginning of the names of a layer's routed experts, and of what moeflow stores beside them."""
         return self.arch.experts[0].format(layer=layer, expert="\0").partition("\0")[0]
 
     def expert(self, layer: int, expert: int | str) -> tuple[str, ...]:
-        """The names of one expert's gate, up and down matrices."""
+        """The names of one expert's gate, up and down matrices; of up and down if it has no gate (`matrices`)."""
         return tuple(name.format(layer=layer, expert=expert) for name in self.arch.experts)
+
+    def expert_biases(self, layer: int, expert: int | str) -> tuple[str, ...]:
+        """The names of the biases of the same matrices, in the same order; empty if the family has none."""
+        return tuple(name.format(layer=layer, expert=expert) for name in self.arch.expert_biases)
+
+    def of_expert(self, name: str, layer: int) -> bool:
+        """Whether the tensor with this name on disk is part of one of the layer's routed experts."""
+        stem = self.experts(layer)
+        return name.startswith(stem) and is_number(name.removeprefix(stem).split(".")[0])
 
     def factors(self, name: str) -> tuple[str, str]:
         """The names of the two factors, [M, R] and [R, N], that replace the matrix `name` [M, N] if it has rank R."""
@@ -246,9 +271,14 @@ class Family:
         """The name of the bias [E] that is added for the choice of experts only; None if the family has none."""
         return None if self.arch.router_bias is None else self.arch.router_bias.format(layer=layer)
 
+    def router_offset(self, layer: int) -> str | None:
+        """The name of the bias [E] that is added to the router's logits; None if the family has none."""
+        return None if self.arch.router_offset is None else self.arch.router_offset.format(layer=layer)
+
     def router_tensors(self, layer: int) -> list[str]:
-        """The names of the router's tensors; each has one row per expert."""
-        return [name for name in (self.router(layer), self.router_bias(layer)) if name is not None]
+        """The names of the router's tensors; each has one row per expert, or one column if it has a single row."""
+        names = (self.router(layer), self.router_bias(layer), self.router_offset(layer))
+        return [name for name in names if name is not None]
 
     def shared(self, layer: int) -> tuple[str, ...]:
         """The names of the shared expert's gate, up and down matrices; empty if the family has no shared expert."""
@@ -259,8 +289,8 @@ class Family:
         return None if self.arch.shared_gate is None else self.arch.shared_gate.format(layer=layer)
 
     def gate_beside(self, name: str) -> str | None:
-        """The name of the gate matrix of the same expert if `name` is a down matrix, else None."""
-        gate, _, down = (template.split(".")[-2] for template in self.arch.experts)
+        """The name of the same expert's gate, or up if it has no gate, if `name` is a down matrix, else None."""
+        gate, *_, down = (template.split(".")[-2] for template in self.arch.experts)
         stem, _, matrix = name.removesuffix(".weight").rpartition(".")
         return f"{stem}.{gate}.weight" if matrix == down else None
 
@@ -276,7 +306,7 @@ class Family:
             return "fixed"
         if name.startswith(experts):
             return "experts"
-        if name == self.router(layer):
+        if name in (self.router(layer), self.router_offset(layer)):
             return "router"
         if name in (*self.shared(layer), self.shared_gate(layer)):
             return "shared"
@@ -298,6 +328,10 @@ class Family:
             for disk, memory in self.arch.memory:
                 if inside.startswith(memory):
                     return self.prefix(layer) + disk + inside.removeprefix(memory)
+            return name
+        for disk, memory in self.arch.rest:
+            if name.startswith(memory):
+                return disk + name.removeprefix(memory)
         return name
 
     def in_memory(self, inside: str) -> str:
@@ -306,6 +340,13 @@ class Family:
             if inside.startswith(disk):
                 return memory + inside.removeprefix(disk)
         return inside
+
+    def rest_in_memory(self, name: str) -> str:
+        """The name in memory of a tensor outside the decoder layers that is called `name` on disk."""
+        for disk, memory in self.arch.rest:
+            if name.startswith(disk):
+                return memory + name.removeprefix(disk)
+        return name
 
     @property
     def shared_modules(self) -> tuple[str, ...]:

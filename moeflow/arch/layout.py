@@ -5,9 +5,16 @@ moeflow works on one tensor for each matrix of each expert, and on names that be
 experts, under other beginnings of names, inside a multimodal model. The same says how to write a result as its source was.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
+
+from moeflow.arch.spec import Arch
+
+BESIDE_A_STACK = ("_blocks", "_scales", "_scale_inv")
+"""The endings of what stands for a quantized stack, or beside it: MXFP4 codes, their scales, and the scales of FP8 blocks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,15 +26,51 @@ class Stacked:
     transposed: bool = False  # it is [E, N, M]
     interleaved: bool = False  # the rows of gate and up take turns, where else all of gate come before all of up
 
+    def layer(self, name: str) -> int | None:
+        """The decoder layer whose stack is called `name` on disk; None for any other tensor."""
+        match = _pattern(self.name, whole=True).match(name)
+        return None if match is None else int(match["layer"])
+
+    def names(self, layer: int, expert: int) -> tuple[str, ...]:
+        """The tensors of one expert that it holds."""
+        return tuple(part.format(layer=layer, expert=expert) for part in self.parts)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
     """What differs; with nothing given, nothing does."""
 
-    renamed: tuple[tuple[str, str], ...] = ()  # (on disk, here): beginnings of names; the first that fits counts
+    renamed: tuple[tuple[str, str], ...] = ()
+    """(on disk, here): beginnings of names, perhaps over {layer}; the first that fits counts."""
     stacked: tuple[Stacked, ...] = ()  # their names are on disk, before any renaming
     beside: tuple[str, ...] = ()  # beginnings of the names of what is no part of the text model: it travels as it is
     inside: tuple[str, ...] = ()  # the keys of config.json that lead to the text model's configuration, outermost first
+    per_expert: bool = False  # transformers also reads one tensor for each matrix of an expert, where this has stacks
+
+    def here(self, name: str) -> str:
+        """The name here of a tensor that is called `name` on disk, and is no stack."""
+        return _renamed(name, self.renamed)
+
+    def on_disk(self, name: str) -> str:
+        """The name on disk of a tensor that is called `name` here, and is in no stack."""
+        return _renamed(name, [(here, disk) for disk, here in self.renamed])
+
+    def stack(self, name: str) -> tuple[Stacked, int] | None:
+        """The stack that is called `name` on disk, with its decoder layer; None if it is no stack."""
+        return next(((s, layer) for s in self.stacked if (layer := s.layer(name)) is not None), None)
+
+    def used(self, names: Sequence[str]) -> "Layout":
+        """What of it a checkpoint with these tensors has. A quantized stack becomes the stacks that stand for it."""
+        candidates = [one for s in self.stacked for one in (s, *(_beside(s, end) for end in BESIDE_A_STACK))]
+        stacked = tuple(s for s in candidates if any(s.layer(n) is not None for n in names))
+        plain = [n for n in names if not n.startswith(self.beside) and not any(s.layer(n) is not None for s in stacked)]
+        renamed = tuple(pair for pair in self.renamed if any(_pattern(pair[0]).match(n) for n in plain))
+        return replace(self, renamed=renamed, stacked=stacked)
+
+    def without_wrapper(self) -> "Layout":
+        """The same stacks in a checkpoint of the text model alone, under the names here."""
+        stacked = tuple(replace(s, name=_renamed(s.name, self.renamed)) for s in self.stacked)
+        return Layout(stacked=stacked, per_expert=self.per_expert)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -35,6 +78,7 @@ class Layout:
             "stacked": [vars(s) | {"parts": list(s.parts)} for s in self.stacked],
             "beside": list(self.beside),
             "inside": list(self.inside),
+            "per_expert": self.per_expert,
         }
 
     @staticmethod
@@ -44,4 +88,43 @@ class Layout:
             stacked=tuple(Stacked(**(s | {"parts": tuple(s["parts"])})) for s in value["stacked"]),
             beside=tuple(value["beside"]),
             inside=tuple(value["inside"]),
+            per_expert=bool(value.get("per_expert", False)),
         )
+
+
+def layout_in_memory(arch: Arch, names: Iterable[str]) -> Layout:
+    """The layout of a checkpoint under the names that transformers has in memory, as `save_original_format=False` writes it.
+
+    It is empty for a checkpoint that has one tensor for each matrix of an expert.
+    """
+    experts = f"model.layers.{{layer}}.{arch.block}.experts."
+    gate, up, down = arch.experts if len(arch.experts) == 3 else ("", *arch.experts)
+    stacked = (
+        Stacked(name=experts + ("gate_up_proj" if gate else "up_proj"), parts=(gate, up) if gate else (up,)),
+        Stacked(name=experts + "down_proj", parts=(down,)),
+    )
+    if not any(stacked[-1].layer(n) is not None for n in names):
+        return Layout()
+    renamed = tuple((f"model.layers.{{layer}}.{memory}", f"model.layers.{{layer}}.{disk}") for disk, memory in arch.memory)
+    return Layout(renamed=renamed, stacked=stacked, per_expert=True)
+
+
+def _beside(stack: Stacked, end: str) -> Stacked:
+    """The stack that stands for a quantized one, or beside it. Codes and scales of MXFP4 have a row for each output."""
+    turned = stack.transposed and end == "_scale_inv"
+    return replace(stack, name=stack.name + end, parts=tuple(p + end for p in stack.parts), transposed=turned)
+
+
+def _renamed(name: str, pairs: Iterable[tuple[str, str]]) -> str:
+    for before, after in pairs:
+        if match := _pattern(before).match(name):
+            beginning = after.replace("{layer}", match["layer"]) if "{layer}" in after else after
+            return beginning + name[match.end() :]
+    return name
+
+
+@cache
+def _pattern(beginning: str, *, whole: bool = False) -> re.Pattern[str]:
+    """What a name begins with, or is, where {layer} is a number."""
+    pattern = re.escape(beginning).replace(r"\{layer\}", r"(?P<layer>0|[1-9][0-9]{0,5}|\{layer\})", 1)
+    return re.compile(pattern + r"\Z" if whole else pattern)

@@ -59,7 +59,7 @@ class Arch:
 
     model_type: str
     router: str  # [E, D]: one row per expert
-    router_bias: str | None = None  # [E]: added for the choice only
+    router_bias: str | None = None  # [E], or [1, E]: added for the choice only
     router_offset: str | None = None  # [E]: added to the logits, a bias of the router's linear map
     experts: tuple[str, ...]  # gate [F, D], up [F, D] and down [D, F] of an expert; up and down if it has no gate
     expert_biases: tuple[str, ...] = ()  # of the same matrices in the same order: [F], [F], [D]

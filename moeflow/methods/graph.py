@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from moeflow.arch import Config, Family
+from moeflow.arch import Config, Family, Layout
 from moeflow.model.layout import ESSENTIAL
 from moeflow.options import check_choices
 from moeflow.step import Part, Step
@@ -21,6 +21,15 @@ TOKENS, LEARNED = "tokens.npy", "learned.npy"
 
 
 @dataclass(frozen=True)
+class Form:
+    """How a checkpoint's files differ from the layer files of its graph, so that a result is written as its source was."""
+
+    whole: Config  # the source's config.json, of which the model's configuration may be a part
+    layout: Layout  # of the result
+    beside: Step | None = None  # the tensors of a multimodal model beside its text model
+
+
+@dataclass(frozen=True)
 class Model:
     """A checkpoint as a graph: one step per decoder layer, one for the rest, and the configuration, which is known already."""
 
@@ -30,6 +39,7 @@ class Model:
     layers: tuple[Step, ...]
     extra: tuple[Step, ...] = ()  # multi-token-prediction layers, numbered on behind the decoder layers
     choices: tuple[Step, ...] = ()  # the decisions made so far
+    form: Form | None = None  # None: as the layer files
     mtp: "Mtp" = "drop"  # what becomes of the prediction layers
 
     @property
@@ -91,8 +101,8 @@ class Sample:
     """Tokens per sequence."""
     seed: int = 0
     """The seed that shuffles the documents."""
-    bos: bool = True
-    """Put a beginning-of-sequence token before each document."""
+    bos: bool | None = None
+    """A beginning-of-sequence token before each document; none: if the tokenizer has one and does not say add_bos_token=false."""
     eos: bool = False
     """Put an end-of-sequence token after each document."""
     group: int = 0

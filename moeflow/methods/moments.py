@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from moeflow.model.moe import MLP, MoELayer
+from moeflow.model.moe import MLP, MoELayer, apply
 
 TOKENS_AT_ONCE = 4096
 """How many rows are multiplied in the tokens' own precision, at least fp32, before the product is added to an fp64 sum."""
@@ -90,7 +90,8 @@ def expert_moments(expert: MLP, x_TD: Tensor, weight_T: Tensor | None = None) ->
     for at in range(0, len(x_TD), TOKENS_AT_ONCE):
         x_tD = x_TD[at : at + TOKENS_AT_ONCE]
         weight_t = None if weight_T is None else weight_T[at : at + TOKENS_AT_ONCE]
-        down_NN += second_moment(expert(x_tD) if width <= inner else expert.inner(x_tD), weight_t)
+        inner_tF = expert.inner(x_tD)
+        down_NN += second_moment(apply(expert.down_DF, inner_tF) if width <= inner else inner_tF, weight_t)
     inputs = {"input_moment_NN": second_moment(x_TD, weight_T)}
     return {"gate": inputs, "up": inputs, "down": {"output_moment_MM" if width <= inner else "input_moment_NN": down_NN}}
 
@@ -98,7 +99,10 @@ def expert_moments(expert: MLP, x_TD: Tensor, weight_T: Tensor | None = None) ->
 @torch.no_grad()
 def layer_moments(moe: MoELayer, x_TD: Tensor, *, weighted: bool = True) -> Iterator[Moments]:
     """The moments of each expert of a layer in turn, over the tokens that the layer's router sends to it."""
-    weights_Tk, index_Tk = moe.router.choose(moe.logits(x_TD))
+    logits_TE = moe.logits(x_TD)
+    weights_Tk, index_Tk = moe.router.choose(logits_TE)
     for e, expert in enumerate(moe.experts):
         token, slot = torch.where(index_Tk == e)
-        yield expert_moments(expert, x_TD[token], weights_Tk[token, slot] if weighted else None)
+        yield expert_moments(
+            expert, moe.expert_input(x_TD[token], logits_TE[token], e), weights_Tk[token, slot] if weighted else None
+        )

@@ -30,7 +30,8 @@ def _experts_spec(rest: RestSpec, before: LayerSpec, decision: Mapping[str, Any]
     table = {}
     for old, (new, sliced) in names.items():
         dtype, shape = before.tensors[old]
-        table[new] = (dtype, (most, *shape[1:]) if sliced else shape)
+        across = len(shape) > 1 and shape[0] == 1  # [1, E]
+        table[new] = (dtype, shape if not sliced else (1, most) if across else (most, *shape[1:]))
     share, least = before.share, None
     if keep is None:
         share, least = share * decision["share"], min(decision["least"], before.least)
@@ -83,7 +84,7 @@ def rewrite(
     written: dict[str, Any] = {}
     for old, tensor in checkpoint.read_many(layer_files, {old: tensors[old] for old in names}):
         new, sliced = names[old]
-        written[new] = tensor[rows] if sliced else tensor
+        written[new] = checkpoint.of_experts(tensor, rows) if sliced else tensor
         context.progress(len(written), len(names), "tensors")
     checkpoint.save(written, context.out / LAYER)
 

@@ -4,16 +4,18 @@ Shapes are suffixes: T tokens, D model width.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from moeflow.arch import Config, Family
+from moeflow.arch import Config
 from moeflow.model.checkpoint import Tensors, read_moe
+from moeflow.model.observe import first_of
+from moeflow.model.stream import HIDDEN, States, Stream
 
 
 @dataclass(frozen=True)
@@ -59,20 +61,64 @@ def alternative_blocks(
             yield name, whole.keep(list(alternative.experts))
 
 
-@contextmanager
-def watched(layer: nn.Module, family: Family) -> Iterator[dict[str, Tensor]]:
-    """Watch a decoder layer: after each forward pass the dictionary has the MoE block's input "x", and "residual", the residual
-    stream that the block's output is added to."""
-    states: dict[str, Tensor] = {}
+@dataclass(frozen=True)
+class Seen:
+    """What a decoder layer did: the states behind it, its MoE block's input, and the residual stream before the block."""
+
+    behind: States
+    x_NLD: Tensor
+    residual_NLD: Tensor
+    adds: bool  # the layer does nothing else with the block's output than to add it to the residual stream
+    pair: bool  # the block returns more than its output
+
+
+def watched(stream: Stream, module: nn.Module, layer: int, states: States) -> Seen:
+    """Run a decoder layer, and see what its MoE block does."""
+    family, inside = stream.family, dict[str, Any]()
+    norm, block = module.get_submodule(family.arch.norm), module.get_submodule(family.arch.block)
+
+    def hold(name: str) -> Callable[..., None]:
+        return lambda _, args, named: inside.update({name: first_of(args, named)})
+
     hooks = [
-        layer.get_submodule(family.arch.norm).register_forward_pre_hook(lambda _, args: states.__setitem__("residual", args[0])),
-        layer.get_submodule(family.arch.block).register_forward_pre_hook(lambda _, args: states.__setitem__("x", args[0])),
+        norm.register_forward_pre_hook(hold("residual"), with_kwargs=True),
+        block.register_forward_pre_hook(hold("x"), with_kwargs=True),
+        block.register_forward_hook(lambda _, args, out: inside.update(out=out)),
     ]
     try:
-        yield states
+        behind = stream.run(module, layer, states)
     finally:
         for hook in hooks:
             hook.remove()
+    residual_NLD = inside["residual"]
+    sum_NLD = residual_NLD + first_of(inside["out"]).view(residual_NLD.shape)
+    pair = isinstance(inside["out"], tuple)
+    return Seen(behind, inside["x"], residual_NLD, torch.equal(sum_NLD, behind[HIDDEN]), pair)
+
+
+def with_block(
+    stream: Stream, module: nn.Module, layer: int, states: States, moe: Callable[[Tensor], Tensor], *, pair: bool
+) -> Tensor:
+    """The hidden states behind a decoder layer with another MoE block, for states before it."""
+    name = stream.family.arch.block
+    own = module.get_submodule(name)
+    module.set_submodule(name, _Block(moe, pair))
+    try:
+        return stream.run(module, layer, states)[HIDDEN]
+    finally:
+        module.set_submodule(name, own)
+
+
+class _Block(nn.Module):
+    """Takes the place of a MoE block of transformers."""
+
+    def __init__(self, moe: Callable[[Tensor], Tensor], pair: bool) -> None:
+        super().__init__()
+        self.moe, self.pair = moe, pair
+
+    def forward(self, x_NLD: Tensor, *_: Any, **__: Any) -> Any:
+        y_NLD = self.moe(x_NLD.flatten(0, -2)).view(x_NLD.shape)
+        return (y_NLD, None) if self.pair else y_NLD
 
 
 def slices(rows: int, size: int) -> Iterator[slice]:

@@ -1,7 +1,7 @@
 """Teach transformers about compressed checkpoints after `import moeflow`, which must not import torch or transformers itself.
 
 This takes two steps. A finder waits until the module of transformers' `AutoConfig` is imported, and then removes itself. It
-registers a stand-in for each family's configuration, because that module may be imported in the middle of transformers' own
+registers a stand-in for each configuration, because that module may be imported in the middle of transformers' own
 modules. The first stand-in that has to make a configuration imports `moeflow.model.compressed`, which registers the real classes.
 """
 
@@ -13,7 +13,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-from moeflow.arch import COMPRESSED, FAMILIES
+from moeflow.arch import COMPRESSED
 
 AUTO = "transformers.models.auto.configuration_auto"
 
@@ -44,10 +44,10 @@ class _Waiting(MetaPathFinder):
 
 
 def _register(auto: ModuleType) -> None:
-    for arch in FAMILIES:
-        name = COMPRESSED + arch.model_type
+    for model_type in [*auto.CONFIG_MAPPING_NAMES]:
+        name = COMPRESSED + model_type
         if name not in auto.CONFIG_MAPPING:
-            auto.AutoConfig.register(name, type("StandIn", (_StandIn, auto.PreTrainedConfig), {"model_type": name}))
+            auto.CONFIG_MAPPING.register(name, type("StandIn", (_StandIn,), {"model_type": name}))
 
 
 class _StandIn:
@@ -56,14 +56,14 @@ class _StandIn:
     model_type: str
 
     def __new__(cls, *args: Any, **fields: Any) -> Any:
-        return cls._real()(*args, **fields)
+        return cls._real(fields)(*args, **fields)
 
     @classmethod
-    def from_dict(cls, *args: Any, **fields: Any) -> Any:
-        return cls._real().from_dict(*args, **fields)
+    def from_dict(cls, values: dict[str, Any], **fields: Any) -> Any:
+        return cls._real(values).from_dict(values, **fields)
 
     @classmethod
-    def _real(cls) -> Any:
-        from moeflow.model.compressed import CONFIGS
+    def _real(cls, values: dict[str, Any]) -> Any:
+        from moeflow.model.compressed import config_class
 
-        return CONFIGS[cls.model_type]
+        return config_class(cls.model_type, values)

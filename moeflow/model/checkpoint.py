@@ -13,14 +13,16 @@ from torch import Tensor
 from moeflow.arch import Config, Family
 from moeflow.model.header import TensorInfo
 from moeflow.model.layout import Files, Folder, SingleFile, experts_in, headers
-from moeflow.model.moe import MLP, LowRank, Matrix, MoELayer
-from moeflow.model.packed import BLOCK_SCALE, PACKED, SCALE, SHAPE, logical, unblocked, unpack
+from moeflow.model.moe import CLAMPED, MLP, Activation, Clamped, LowRank, Matrix, MoELayer
+from moeflow.model.packed import BLOCKS, PACKED, SCALE, SCALES, SHAPE, block_scale, logical, unblocked, unblocks, unpack
 from moeflow.model.router import Router
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu, "F4": torch.float4_e2m1fn_x2,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
 }  # fmt: skip
 AT_ONCE = 1 << 28
 
@@ -28,7 +30,8 @@ AT_ONCE = 1 << 28
 class Tensors(Mapping[str, Tensor]):
     """The tensors of all safetensors files of an artifact or folder. Each is read, by its byte range, when it is used.
 
-    A packed or FP8 matrix has its plain name here and is unpacked when it is read. `info` describes what is in the files.
+    A matrix that is packed, in FP8 or in MXFP4 has its plain name here and is unpacked when it is read. `info` describes what is in
+    the files.
     """
 
     def __init__(self, files: Files | Path) -> None:
@@ -41,7 +44,10 @@ class Tensors(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._names or name in self.info:
             plain = self._read(name)
-            return unblocked(plain, self._read(name + BLOCK_SCALE)) if name + BLOCK_SCALE in self.info else plain
+            scale = block_scale(name, self.info)
+            return plain if scale is None else unblocked(plain, self._read(scale))
+        if name + BLOCKS in self.info:
+            return unblocks(self._read(name + BLOCKS), self._read(name + SCALES))
         return unpack(*(self._read(name + end) for end in (PACKED, SCALE, SHAPE)))
 
     def __contains__(self, name: object) -> bool:
@@ -66,31 +72,49 @@ def read_moe(tensors: Mapping[str, Tensor], config: Config, layer: int, *, exper
     family = Family.of(config)
     count = experts_in(tensors, config, layer)
 
-    bias, shared, shared_gate = family.router_bias(layer), family.shared(layer), family.shared_gate(layer)
+    bias, offset = family.router_bias(layer), family.router_offset(layer)
+    shared, shared_gate = family.shared(layer), family.shared_gate(layer)
     router_ED = tensors[family.router(layer)]
     if router_ED.shape[0] != count:
         raise ValueError(f"layer {layer} has {count} experts and a router of {router_ED.shape[0]} rows")
     return MoELayer(
-        router=Router.of(family, count, None if bias is None else tensors[bias].float()),
+        router=Router.of(family, count, None if bias is None else tensors[bias].float().view(-1)),
         router_ED=router_ED,
         experts=tuple(read_expert(tensors, config, layer, e) for e in range(count if experts else 0)),
         shared=_mlp(tensors, config, shared) if shared else None,
         shared_gate_1D=None if shared_gate is None else tensors[shared_gate],
+        offset_E=None if offset is None else tensors[offset],
     )
 
 
 def read_expert(tensors: Mapping[str, Tensor], config: Config, layer: int, expert: int) -> MLP:
     """One routed expert of a layer. Raises KeyError if a tensor is missing."""
-    return _mlp(tensors, config, Family.of(config).expert(layer, expert))
+    family = Family.of(config)
+    return _mlp(tensors, config, family.expert(layer, expert), family.expert_biases(layer, expert))
 
 
-def _mlp(tensors: Mapping[str, Tensor], config: Config, names: Sequence[str]) -> MLP:
+def activation(config: Config) -> Activation:
+    """What experts compute between their matrices: the family's own activation, or the one that config.json names."""
+    keys = ("hidden_act", "hidden_activation", "mlp_hidden_act")
+    name = Family.of(config).arch.activation or next((str(config[k]) for k in keys if config.get(k)), "silu")
+    if name != CLAMPED:
+        return name
+    given = {n: float(config[k]) for n, k in (("alpha", "swiglu_alpha"), ("limit", "swiglu_limit")) if config.get(k) is not None}
+    return Clamped(**given)
+
+
+def _mlp(tensors: Mapping[str, Tensor], config: Config, names: Sequence[str], biases: Sequence[str] = ()) -> MLP:
     def matrix(name: str) -> Matrix:
         out, inner = Family.of(config).factors(name)
         return tensors[name] if out not in tensors else LowRank(tensors[out], tensors[inner])
 
-    gate, up, down = names
-    return MLP(matrix(gate), matrix(up), matrix(down), str(config.get("hidden_act", "silu")))
+    *gate, up, down = map(matrix, names)
+    return MLP(gate[0] if gate else None, up, down, activation(config), tuple(tensors[b] for b in biases))
+
+
+def of_experts(tensor: Tensor, experts: list[int]) -> Tensor:
+    """A router's tensor with these experts alone: their rows, or their columns where it has a single row."""
+    return tensor[:, experts] if tensor.dim() > 1 and len(tensor) == 1 else tensor[experts]
 
 
 def read_many(files: Files, tensors: Mapping[str, TensorInfo]) -> Iterator[tuple[str, Tensor]]:
@@ -110,10 +134,21 @@ def read_many(files: Files, tensors: Mapping[str, TensorInfo]) -> Iterator[tuple
 
 
 def tensor_of(data: bytes, info: TensorInfo) -> Tensor:
-    """The tensor with these bytes, and the dtype and shape of `info`."""
+    """The tensor with these bytes, and the dtype and shape of `info`; torch has two 4-bit floats in an element."""
+    shape = (*info.shape[:-1], info.shape[-1] // 2) if info.dtype == "F4" else info.shape
     if not data:
-        return torch.empty(info.shape, dtype=DTYPES[info.dtype])
-    return torch.frombuffer(bytearray(data), dtype=DTYPES[info.dtype]).reshape(info.shape)
+        return torch.empty(shape, dtype=DTYPES[info.dtype])
+    return torch.frombuffer(bytearray(data), dtype=DTYPES[info.dtype]).reshape(shape)
+
+
+def is_finite(name: str, tensor: Tensor) -> bool:
+    """Whether no number of a tensor with this name on disk is NaN or infinite."""
+    if name.endswith(SCALES) and tensor.dtype == torch.uint8:
+        return not bool((tensor == 255).any())
+    if not tensor.is_floating_point() or tensor.dtype == torch.float4_e2m1fn_x2:
+        return True
+    # FP8 has no infinity, and torch cannot check it for NaN
+    return bool((tensor.float() if tensor.itemsize == 1 else tensor).isfinite().all())
 
 
 def save(tensors: Mapping[str, Tensor], path: Path) -> None:

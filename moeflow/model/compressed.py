@@ -30,16 +30,17 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import cached_file
 
-from moeflow.arch import COMPRESSED, FAMILIES, LAYERS, MAIN, Arch, Family
+from moeflow.arch import ARCH, COMPRESSED, FAMILIES, LAYERS, MAIN, Arch, Family
 from moeflow.arch.prediction import prediction_layers
 from moeflow.arch.spec import EXPERT_COUNT_KEYS
-from moeflow.model.factors import STACKS, Stack, expert_shapes
+from moeflow.model.factors import Stack, all_stacks, expert_shapes, form_of, sizes_of
 from moeflow.model.fewer_active import CompressedExperts
 from moeflow.model.formats import CLASSES, Format, check_tensors, layer_formats, some
 from moeflow.model.header import read_header
 from moeflow.model.layout import Folder
 from moeflow.model.packed import BESIDE, PACKED, SCALE, SHAPE, logical, packed_shapes, unpack
 from moeflow.model.routed_experts import experts_of
+from moeflow.model.skeleton import layers_of
 from moeflow.model.trimmed import take_out
 
 HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -68,7 +69,7 @@ class Compressed:
         ignored = getattr(self, "_keys_to_ignore_on_load_unexpected", None) or ()
         # transformers looks there for the layers of multi-token prediction, too
         self._keys_to_ignore_on_load_unexpected = [*ignored, *(re.escape(family.prefix(i)) for i in behind)]
-        for layer, format in zip(self.model.layers, layer_formats(config.to_dict()), strict=True):  # type: ignore[attr-defined]
+        for layer, format in zip(layers_of(self), layer_formats(config.to_dict()), strict=True):
             if format is not None and format.gone:
                 take_out(layer, family, format)
             elif format is not None:
@@ -115,11 +116,11 @@ class Compressed:
 
 
 def _block(standard: Any, config: Any, format: Format) -> nn.Module:
-    own = copy.copy(config)
-    for key in EXPERT_COUNT_KEYS:
-        if getattr(config, key, None) is not None:
+    own, family = copy.copy(config), Family.of(config.to_dict())
+    for key in (*EXPERT_COUNT_KEYS, family.arch.experts_key):
+        if key and getattr(config, key, None) is not None:
             setattr(own, key, format.experts)
-    own.num_experts_per_tok = Family.of(config.to_dict()).experts_per_token(format.experts)
+    setattr(own, family.arch.top_k_key, family.experts_per_token(format.experts))
     block = type(standard)(own)
     block.experts = experts_of(block.experts, format, config.to_dict())
     if not format.own:
@@ -139,7 +140,8 @@ class _Load(ConversionOps):
         model: Any = None, **_: Any,
     ) -> dict[str, Any]:  # fmt: skip
         names = [p for p in source_patterns if p in input_dict and not p.endswith(BESIDE)]
-        stack_EMN = self.stack.stacked([_unpacked(input_dict, name) for name in names])
+        form = form_of(model.get_submodule(full_layer_name.rpartition(".")[0]))
+        stack_EMN = self.stack.stacked([_unpacked(input_dict, name) for name in names], form)
         return {target_patterns[0]: stack_EMN.to(model.get_parameter(full_layer_name).dtype)}
 
     @property
@@ -167,9 +169,10 @@ class _Save(_Load):
         layer = int(re.search(r"layers\.(\d+)\.", full_layer_name)[1])  # type: ignore[index]
         family = Family.of(config.to_dict())
         format = layer_formats(config.to_dict())[layer]
+        form = form_of(layers_of(model)[layer].get_submodule(family.arch.block).experts)
         return {
             self.stack.on_disk(family, layer, matrix, expert): piece_MN.contiguous()
-            for matrix, expert, piece_MN in self.stack.pieces(stack_EMN, format)  # type: ignore[arg-type]
+            for matrix, expert, piece_MN in self.stack.pieces(stack_EMN, format, form)  # type: ignore[arg-type]
         }
 
     @property
@@ -192,10 +195,13 @@ def _names_of(arch: Arch, *, packed: bool) -> Iterator[None]:
 def _conversions(arch: Arch, *, packed: bool = False) -> list[Any]:
     """How the names on disk become those in memory: the family's renamings, and one converter for each stack."""
     renamings = [t for t in get_checkpoint_conversion_mapping(arch.model_type) or [] if isinstance(t, WeightRenaming)]
-    converters = []
+    family, converters = Family(arch, {}), []
+    if arch not in FAMILIES:
+        renamings = [WeightRenaming(rf"\.{re.escape(disk)}", f".{memory}") for disk, memory in arch.memory]
+        renamings += [WeightRenaming(f"^{re.escape(disk)}", memory) for disk, memory in arch.rest]
     here = f"{arch.block}.experts"  # with the block, or shared experts would match
-    for stack in STACKS:
-        names = [stack.on_disk(Family(arch, {}), 0, matrix, "*").partition(".experts.")[2] for matrix in stack.matrices]
+    for stack in all_stacks(gated=family.gated, biased=bool(arch.expert_biases)):
+        names = [stack.on_disk(family, 0, matrix, "*").partition(".experts.")[2] for matrix in stack.matrices]
         ends = ("", PACKED, SCALE, SHAPE) if packed or stack.kind != "whole" else ("",)
         stored = [f"{here}.{n}{end}" for n in names for end in ends]
         converters.append(WeightConverter(stored, f"{here}.{stack.name}", [_Load(stack)]))
@@ -226,8 +232,8 @@ def _asked(model_class: Any, config: Any) -> tuple[dict[str, Sequence[int]], set
             asked[family.on_disk(name)] = tuple(tensor.shape)
     for layer, format in enumerate(layer_formats(plain)):
         if format is not None and format.experts:
-            experts = model.model.layers[layer].get_submodule(family.arch.block).experts
-            asked |= expert_shapes(family, format, layer, experts.hidden_dim, experts.intermediate_dim)
+            experts = layers_of(model)[layer].get_submodule(family.arch.block).experts
+            asked |= expert_shapes(family, format, layer, *sizes_of(experts, form_of(experts)))
     return asked, set(model.all_tied_weights_keys), model._keys_to_ignore_on_load_unexpected
 
 
@@ -269,7 +275,7 @@ def _balancing(family: Any) -> Callable[..., Any]:
     def forward(self: Any, *args: Any, **fields: Any) -> Any:
         arguments = signature.bind(self, *args, **fields).arguments
         asked = arguments.get("output_router_logits")
-        asked = self.config.output_router_logits if asked is None else asked
+        asked = getattr(self.config, "output_router_logits", False) if asked is None else asked
         if not asked:
             return family.forward(self, *args, **fields)
         config = self.config.to_dict()
@@ -295,22 +301,23 @@ def _balancing(family: Any) -> Callable[..., Any]:
     return forward if loss_of is not None else family.forward
 
 
-def _register(arch: Arch) -> tuple[Any, Any]:
+def _register(arch: Arch) -> Any:
+    """Register the classes of a family with transformers. Returns the configuration class."""
     family_config: Any = CONFIG_MAPPING[arch.model_type]
     family: Any = MODEL_FOR_CAUSAL_LM_MAPPING[family_config]
     here = {"__module__": __name__}
-    config = type(
-        CLASSES + family_config.__name__,
-        (family_config,),
-        here
-        | {"model_type": COMPRESSED + arch.model_type, LAYERS: None, MAIN: None}
-        | {"__annotations__": {LAYERS: list[dict[str, Any]] | None, MAIN: int | None}},
+    types = {LAYERS: list[dict[str, Any]] | None, MAIN: int | None, ARCH: dict[str, Any] | None}
+    own = {"model_type": COMPRESSED + arch.model_type, "__annotations__": types} | dict.fromkeys(types)
+    config: Any = type(CLASSES + family_config.__name__, (family_config,), here | own)
+    model: Any = type(
+        CLASSES + family.__name__, (Compressed, family), here | {"config_class": config, "forward": _balancing(family)}
     )
-    model = type(CLASSES + family.__name__, (Compressed, family), here | {"config_class": config, "forward": _balancing(family)})
     AutoConfig.register(COMPRESSED + arch.model_type, config, exist_ok=True)
     AutoModelForCausalLM.register(config, model)
-    register_checkpoint_conversion_mapping(COMPRESSED + arch.model_type, _conversions(arch))
-    return config, model
+    register_checkpoint_conversion_mapping(COMPRESSED + arch.model_type, _conversions(arch), overwrite=True)
+    CONFIGS[config.model_type], MODELS[config.model_type] = config, model
+    globals().update({config.__name__: config, model.__name__: model})  # pickle looks for them here
+    return config
 
 
 CONFIGS: dict[str, Any] = {}
@@ -318,6 +325,18 @@ CONFIGS: dict[str, Any] = {}
 MODELS: dict[str, Any] = {}
 """The model classes, such as MoeflowMixtralForCausalLM, by `model_type`."""
 for _arch in FAMILIES:
-    _config, _model = _register(_arch)
-    CONFIGS[_config.model_type], MODELS[_config.model_type] = _config, _model
-    globals().update({_config.__name__: _config, _model.__name__: _model})  # pickle looks for them here
+    _register(_arch)
+
+
+def config_class(model_type: str, values: Mapping[str, Any]) -> Any:
+    """The configuration class of compressed checkpoints of this type, registered on first use.
+
+    Raises ValueError if the type is no constant's, and the configuration's `values` do not say where its experts are.
+    """
+    if model_type not in CONFIGS:
+        if values.get(ARCH) is None:
+            raise ValueError(
+                f"config.json of a {model_type} has no {ARCH!r}, which says where its experts are; pull the checkpoint again"
+            )
+        _register(Arch.from_json(values[ARCH]))
+    return CONFIGS[model_type]

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moeflow.arch import LAYERS, MAIN, Config, Family
+from moeflow.arch.family import LISTS
 from moeflow.arch.spec import EXPERT_COUNT_KEYS
 from moeflow.model.formats import layer_formats
 from moeflow.model.json_file import kind_of
@@ -29,7 +30,7 @@ COUNTS = {
 NUMBERS = ("rms_norm_eps", "routed_scaling_factor", "router_jitter_noise", "rope_theta", "initializer_range", "attention_dropout")
 TRUTHS = ("norm_topk_prob", "tie_word_embeddings", "attention_bias", "qkv_bias", "lm_head_bias", "use_sliding_window")
 WORDS = ("hidden_act", "topk_method", "scoring_func", "dtype", "torch_dtype")
-ACTIVATIONS = ("silu", "swish", "gelu")  # those that `moeflow.model.moe` computes
+ACTIVATIONS = ("silu", "swish", "gelu", "gelu_pytorch_tanh", "relu", "relu2")  # those that `moeflow.model.moe` computes
 OBJECTS = ("quantization_config", "rope_scaling", "rope_parameters")
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -39,7 +40,8 @@ def check_config(config: Config, where: str) -> None:
     if not isinstance(config.get("model_type"), str):
         raise ValueError(f"{where}: model_type is {kind_of(config.get('model_type'))}, not a word like 'mixtral'; fetch it again")
     family = Family.of(config)
-    if lacking := [k for k in NEEDED if config.get(k) is None]:
+    needed = (family.arch.top_k_key if k == "num_experts_per_tok" else k for k in NEEDED)
+    if lacking := [k for k in needed if config.get(k) is None and not (k == "num_hidden_layers" and config.get(LISTS[0]))]:
         raise ValueError(f"{where} lacks {', '.join(lacking)}; fetch the checkpoint again")
     if all(config.get(k) is None for k in ("moe_intermediate_size", "intermediate_size")):
         raise ValueError(f"{where} lacks moe_intermediate_size or intermediate_size, the size of an expert; fetch it again")

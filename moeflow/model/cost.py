@@ -5,12 +5,13 @@ from math import prod
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 import moeflow  # noqa: F401  makes transformers know compressed checkpoints
-from moeflow.arch import EMBEDDING, Config, Family
-from moeflow.model.factors import expert_shapes
+from moeflow.arch import Config, Family
+from moeflow.model.factors import expert_shapes, form_of, sizes_of
 from moeflow.model.formats import layer_formats
+from moeflow.model.skeleton import config_of, layers_of
 from moeflow.model.spec import element_bytes
 
 
@@ -32,7 +33,8 @@ def forward_flops(config: Config, length: int) -> int:
     tokens (He et al., arXiv 2406.02500, Table 3).
     """
     model = _without_weights(config)
-    matrices = sum(p.numel() for n, p in model.named_parameters() if p.dim() > 1 and n != EMBEDDING)
+    embedding = model.get_input_embeddings().weight
+    matrices = sum(p.numel() for p in model.parameters() if p.dim() > 1 and p is not embedding)
     if config.get("tie_word_embeddings"):
         matrices += model.get_input_embeddings().weight.numel()
     heads, keys, values = _heads(model.config, config)
@@ -42,7 +44,7 @@ def forward_flops(config: Config, length: int) -> int:
 
 def cache_bytes(config: Config) -> int:
     """The bytes of one token in the key-value cache of transformers, in the checkpoint's precision."""
-    hf: Any = AutoConfig.for_model(**_plain(config))
+    hf: Any = config_of(_plain(config))
     if config.get("kv_lora_rank"):  # what keys and values are computed from (DeepSeek-V2, arXiv 2405.04434, 2.1)
         width = hf.kv_lora_rank + hf.qk_rope_head_dim
     else:
@@ -66,17 +68,17 @@ def _plain(config: Config) -> Config:
 
 def _without_weights(config: Config) -> Any:
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model(**_plain(config)))
+        return AutoModelForCausalLM.from_config(config_of(_plain(config)))
 
 
 def _not_computed(model: Any, config: Config) -> int:
     """How many of the experts' weights a token is multiplied with, minus how many there are in memory; mostly negative."""
-    family, more = Family.of(config), 0
+    family, layers, more = Family.of(config), layers_of(model), 0
     for at, format in enumerate(layer_formats(config)):
         if format is not None and format.experts:
-            experts = model.model.layers[at].get_submodule(family.arch.block).experts
+            experts = layers[at].get_submodule(family.arch.block).experts
             alone = replace(format, skip="", compressed="")
-            shapes = expert_shapes(family, alone, at, experts.hidden_dim, experts.intermediate_dim)
+            shapes = expert_shapes(family, alone, at, *sizes_of(experts, form_of(experts)))
             matrices = sum(prod(shape) for shape in shapes.values())
             computed = min(family.main_experts, family.experts_per_token(format.experts))
             more += round(matrices * computed / format.experts)

@@ -6,14 +6,14 @@ transformers.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from moeflow.arch import MATRICES, Family
+from moeflow.arch import Family
 from moeflow.model.formats import Format, routing_shapes
-from moeflow.model.moe import LowRank
+from moeflow.model.moe import MLP, Activation, LowRank
 
 OUT, IN = ".factor_out", ".factor_in"
 """The endings with which `Family.factors` replaces `.weight`."""
@@ -23,78 +23,136 @@ RANK_MULTIPLE = 16
 
 
 @dataclass(frozen=True)
+class Form:
+    """How a module holds its experts in memory: stacks [E, M, N] for gate, up and down, all rows of gate before those of up.
+
+    Transposed stacks are [E, N, M]; interleaved, the rows of gate and up take turns.
+    """
+
+    gated: bool = True
+    biased: bool = False
+    transposed: bool = False
+    interleaved: bool = False
+
+
+PLAIN = Form()
+
+
+def form_of(experts: Any) -> Form:
+    """The form of a module of fused experts of transformers, or of `RoutedExperts`, by what it says of itself or by its shapes."""
+    if isinstance(getattr(experts, "form", None), Form):
+        own: Form = experts.form
+        return own
+    gated = hasattr(experts, "gate_up_proj")
+    # only transposed stacks of gate and up are twice as wide as those of down are high
+    transposed = gated and experts.gate_up_proj.shape[2] == 2 * experts.down_proj.shape[1]
+    return Form(
+        gated=gated,
+        biased=getattr(experts, "has_bias", False),
+        transposed=getattr(experts, "is_transposed", transposed),
+        interleaved=gated and not getattr(experts, "is_concatenated", True),
+    )
+
+
+def sizes_of(experts: Any, form: Form) -> tuple[int, int]:
+    """The width of the model that these experts see, D, and their own, F."""
+    sides = experts.down_proj.shape[1:] if "down_proj" in experts._parameters else (experts.hidden_dim, experts.intermediate_dim)
+    width, inner = reversed(sides) if form.transposed else sides
+    return int(width), int(inner)
+
+
+@dataclass(frozen=True)
 class Stack:
     """One parameter of the fused experts, [E, M, N]: the whole matrices of some experts, or one factor of the others' matrices.
 
-    The pieces of one expert lie below each other, each padded with zeros to the rows and columns of the largest.
+    The pieces of one expert lie below each other, each padded with zeros to the rows and columns of the largest. A stack of biases
+    is [E, M].
     """
 
     name: str
     matrices: tuple[str, ...]
-    kind: Literal["whole", "in", "out"]
+    kind: Literal["whole", "in", "out", "bias"]
 
     def experts(self, format: Format) -> list[int]:
         """The experts in this stack, ascending."""
+        if self.kind == "bias":
+            return list(range(format.experts))
         return [e for e, rank in enumerate(format.ranks(self.matrices[0])) if (rank == 0) == (self.kind == "whole")]
 
     def on_disk(self, family: Family, layer: int, matrix: str, expert: int | str) -> str:
         """The name of one piece on disk."""
-        name = family.expert(layer, expert)[MATRICES.index(matrix)]
+        at = family.matrices.index(matrix)
+        if self.kind == "bias":
+            return family.expert_biases(layer, expert)[at]
+        name = family.expert(layer, expert)[at]
         return name if self.kind == "whole" else family.factors(name)[self.kind == "in"]
 
-    def piece_shape(self, format: Format, matrix: str, expert: int, width: int, inner: int) -> tuple[int, int]:
+    def piece_shape(self, format: Format, matrix: str, expert: int, width: int, inner: int) -> tuple[int, ...]:
         """The shape of one piece on disk, for a model of width `width` and experts of width `inner`."""
         m, n = (width, inner) if matrix == "down" else (inner, width)
         return self._sides(m, n, format.ranks(matrix)[expert])
 
-    def shape(self, format: Format, width: int, inner: int) -> tuple[int, int, int]:
+    def shape(self, format: Format, width: int, inner: int, form: Form = PLAIN) -> tuple[int, ...]:
         """The shape of the whole stack in memory, padding included."""
         m, n = (width, inner) if self.matrices[0] == "down" else (inner, width)
-        rank = padded(max((r for x in self.matrices for r in format.ranks(x)), default=0))
-        m, n = self._sides(m, n, rank)
-        return len(self.experts(format)), len(self.matrices) * m, n
+        m, *columns = self._sides(m, n, padded(max((r for x in self.matrices for r in format.ranks(x)), default=0)))
+        return len(self.experts(format)), *self.turned((len(self.matrices) * m, *columns), form)
 
-    def stacked(self, pieces: Sequence[Sequence[Tensor]]) -> Tensor:
+    def stacked(self, pieces: Sequence[Sequence[Tensor]], form: Form = PLAIN) -> Tensor:
         """The stack of these pieces: for each of its matrices, one piece per expert."""
-        rows, columns = (max(t.shape[d] for part in pieces for t in part) for d in (0, 1))
-        rows, columns = self._sides(rows, columns, padded(rows if self.kind == "in" else columns))
-        out_EMN = pieces[0][0].new_zeros(len(pieces[0]), len(pieces) * rows, columns)
+        rows, *columns = (max(t.shape[d] for part in pieces for t in part) for d in range(pieces[0][0].dim()))
+        if columns:
+            rows, *columns = self._sides(rows, columns[0], padded(rows if self.kind == "in" else columns[0]))
+        out_EMN = pieces[0][0].new_zeros(len(pieces[0]), *self.turned((len(pieces) * rows, *columns), form))
         for at, part in enumerate(pieces):
             for e, piece_MN in enumerate(part):
-                self.slot(out_EMN, at, e, piece_MN.shape).copy_(piece_MN)
+                self.slot(out_EMN, at, e, piece_MN.shape, form).copy_(piece_MN)
         return out_EMN
 
-    def slot(self, stack_EMN: Tensor, at: int, expert: int, shape: Sequence[int]) -> Tensor:
+    def slot(self, stack_EMN: Tensor, at: int, expert: int, shape: Sequence[int], form: Form = PLAIN) -> Tensor:
         """The place in the stack of a piece of this shape: that of its matrix number `at` and its expert number `expert`."""
-        start = at * (stack_EMN.shape[1] // len(self.matrices))
-        return stack_EMN[expert, start : start + shape[0], : shape[1]]
+        all_MN = stack_EMN[expert]
+        all_MN = all_MN.mT if form.transposed and all_MN.dim() > 1 else all_MN
+        count, rows = len(self.matrices), all_MN.shape[0] // len(self.matrices)
+        one_MN = all_MN[at::count] if form.interleaved else all_MN[at * rows : (at + 1) * rows]
+        return one_MN[tuple(slice(side) for side in shape)]
 
-    def pieces(self, stack_EMN: Tensor, format: Format) -> Iterator[tuple[str, int, Tensor]]:
+    def pieces(self, stack_EMN: Tensor, format: Format, form: Form = PLAIN) -> Iterator[tuple[str, int, Tensor]]:
         """The pieces without their padding, as (matrix, expert, tensor [M, N])."""
-        _, m, n = stack_EMN.shape
+        m, *n = self.turned(stack_EMN.shape[1:], form)
         for e, expert in enumerate(self.experts(format)):
             for at, matrix in enumerate(self.matrices):
-                shape = self._sides(m // len(self.matrices), n, format.ranks(matrix)[expert])
-                yield matrix, expert, self.slot(stack_EMN, at, e, shape)
+                shape = self._sides(m // len(self.matrices), n[0] if n else 0, format.ranks(matrix)[expert])
+                yield matrix, expert, self.slot(stack_EMN, at, e, shape, form)
 
-    def _sides(self, m: int, n: int, rank: int) -> tuple[int, int]:
+    @staticmethod
+    def turned(sides: Sequence[int], form: Form) -> Sequence[int]:
+        """The sides of a stack that has these in the other form, transposed or not."""
+        return tuple(reversed(sides)) if form.transposed else tuple(sides)
+
+    def _sides(self, m: int, n: int, rank: int) -> tuple[int, ...]:
         """The shape of one piece of a matrix [M, N]."""
-        return {"whole": (m, n), "in": (rank, n), "out": (m, rank)}[self.kind]
+        return {"whole": (m, n), "in": (rank, n), "out": (m, rank), "bias": (m,)}[self.kind]
 
 
-STACKS = (
-    Stack("gate_up_proj", ("gate", "up"), "whole"),
-    Stack("gate_up_in", ("gate", "up"), "in"),
-    Stack("gate_up_out", ("gate", "up"), "out"),
-    Stack("down_proj", ("down",), "whole"),
-    Stack("down_in", ("down",), "in"),
-    Stack("down_out", ("down",), "out"),
-)
+def all_stacks(*, gated: bool, biased: bool) -> list[Stack]:
+    """Every stack that experts with or without a gate and biases can have."""
+    first: tuple[str, tuple[str, ...]] = ("gate_up", ("gate", "up")) if gated else ("up", ("up",))
+    made = []
+    for stem, matrices in (first, ("down", ("down",))):
+        made += [Stack(f"{stem}_proj", matrices, "whole"), Stack(f"{stem}_in", matrices, "in")]
+        made += [Stack(f"{stem}_out", matrices, "out")]
+        made += [Stack(f"{stem}_proj_bias", matrices, "bias")] if biased else []
+    return made
 
 
-def stacks(format: Format) -> list[Stack]:
+STACKS = tuple({s.name: s for gated in (True, False) for s in all_stacks(gated=gated, biased=True)}.values())
+"""Every stack that any experts can have; no two have the same name."""
+
+
+def stacks(format: Format, form: Form = PLAIN) -> list[Stack]:
     """The stacks that a layer of this format has."""
-    return [s for s in STACKS if s.experts(format)]
+    return [s for s in all_stacks(gated=form.gated, biased=form.biased) if s.experts(format)]
 
 
 def padded(rank: int) -> int:
@@ -103,33 +161,52 @@ def padded(rank: int) -> int:
 
 def expert_shapes(family: Family, format: Format, layer: int, width: int, inner: int) -> dict[str, tuple[int, ...]]:
     """The names and shapes on disk of a layer's experts, and of the threshold or vectors stored beside them."""
+    form = Form(gated=family.gated, biased=bool(family.arch.expert_biases))
     return {
         stack.on_disk(family, layer, matrix, e): stack.piece_shape(format, matrix, e, width, inner)
-        for stack in stacks(format)
+        for stack in stacks(format, form)
         for matrix in stack.matrices
         for e in stack.experts(format)
     } | routing_shapes(family, format, layer, width, inner)
 
 
 def fused(
-    tensors: Mapping[str, Tensor], family: Family, format: Format, layer: int, width: int, inner: int, **where: object
+    tensors: Mapping[str, Tensor], family: Family, format: Format, layer: int, experts: nn.Module, **where: object
 ) -> dict[str, Tensor]:
     """The stacks of a layer's fused experts by name, made of its tensors on disk, which are read one at a time.
 
-    `where` is `device=` and `dtype=`. Raises ValueError if a tensor does not have the shape that `piece_shape` says.
+    `experts` is the module that they are for, `where` is `device=` and `dtype=`. Raises ValueError if a tensor does not have the
+    shape that `piece_shape` says.
     """
-    stacked = {}
-    for stack in stacks(format):
-        out_EMN = torch.zeros(stack.shape(format, width, inner), **where)  # type: ignore[call-overload]
+    stacked, form = {}, form_of(experts)
+    width, inner = sizes_of(experts, form)
+    for stack in stacks(format, form):
+        out_EMN = torch.zeros(stack.shape(format, width, inner, form), **where)  # type: ignore[call-overload]
         for at, matrix in enumerate(stack.matrices):
             for e, expert in enumerate(stack.experts(format)):
                 name = stack.on_disk(family, layer, matrix, expert)
                 piece_MN, shape = tensors[name], stack.piece_shape(format, matrix, expert, width, inner)
                 if tuple(piece_MN.shape) != shape:
                     raise ValueError(f"{name} has shape {tuple(piece_MN.shape)} where config.json asks for {shape}")
-                stack.slot(out_EMN, at, e, shape).copy_(piece_MN)
+                stack.slot(out_EMN, at, e, shape, form).copy_(piece_MN)
         stacked[stack.name] = out_EMN
     return stacked
+
+
+def experts_in_memory(experts: nn.Module, act: Activation) -> Iterator[MLP]:
+    """The experts of a module of fused experts of transformers, one after the other; they share its memory."""
+    form = form_of(experts)
+    parameters = dict(experts.named_parameters(recurse=False))
+    whole = Format(len(parameters["down_proj"]))
+    for e in range(whole.experts):
+        pieces: dict[str, list[Tensor]] = {"whole": [], "bias": []}
+        for stack in stacks(whole, form):
+            sides = stack.turned(parameters[stack.name].shape[1:], form)
+            for at in range(len(stack.matrices)):
+                shape = (sides[0] // len(stack.matrices), *sides[1:])
+                pieces[stack.kind].append(stack.slot(parameters[stack.name], at, e, shape, form))
+        *gate, up, down = pieces["whole"]
+        yield MLP(gate[0] if gate else None, up, down, act, tuple(pieces["bias"]))
 
 
 def multiplied_out(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

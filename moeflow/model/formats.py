@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moeflow.arch import COMPRESSED, LAYERS, MAIN, MATRICES, Config, Family, family_config, is_number
-from moeflow.model.packed import PACKED, Shapes
+from moeflow.model.packed import BLOCKS, PACKED, Shapes
 
 Ranks = tuple[int, ...]
 """The rank of one matrix in each expert; 0 if the matrix is whole."""
@@ -45,7 +45,7 @@ class Format:
 
     @property
     def low_rank(self) -> bool:
-        return bool(self.gate)
+        return bool(self.up)
 
     @property
     def own(self) -> bool:
@@ -61,13 +61,13 @@ class Format:
         if self.gone:
             return GONE[self.gone]
         words = [f"{self.experts} experts"]
-        words += [f"{m} of ranks {', '.join(map(str, self.ranks(m)))}" for m in MATRICES if self.low_rank]
+        words += [f"{m} of ranks {', '.join(map(str, ranks))}" for m in MATRICES if (ranks := getattr(self, m))]
         words += [f"skipping by {self.skip}"] if self.skip else []
         words += [f"Compressed Experts ({self.compressed})"] if self.compressed else []
         return ", ".join(words)
 
     def to_json(self) -> dict[str, Any]:
-        ranks = {m: list(self.ranks(m)) for m in MATRICES}
+        ranks = {m: list(ranks) for m in MATRICES if (ranks := getattr(self, m))}
         beside = {name: value for name in BESIDE if (value := getattr(self, name))}
         return {"experts": self.experts} | ({"ranks": ranks} if self.low_rank else {}) | beside
 
@@ -92,7 +92,8 @@ def format_of(shapes: Shapes, config: Config, layer: int) -> Format:
         raise ValueError(f"layer {layer} has no expert {lacking} but {len(numbers)} others; the checkpoint is incomplete")
     ranks = [[_rank(shapes, name, family.factors(name)) for name in family.expert(layer, e)] for e in numbers]
     low_rank = any(map(any, ranks))
-    gate, up, down = (tuple(of_expert[m] for of_expert in ranks if low_rank) for m in range(len(MATRICES)))
+    columns = dict(zip(family.matrices, zip(*ranks, strict=True), strict=True)) if low_rank else {}
+    gate, up, down = (tuple(columns.get(m, ())) for m in MATRICES)
     skip = next((s for s in SKIPS if f"{stem}skip.{s}" in shapes), "")
     compressed = next((f for f, vectors in FORMS.items() if f"{stem}compressed.{vectors[0]}" in shapes), "")
     gone = ""
@@ -135,7 +136,7 @@ def some(names: Sequence[str]) -> str:
 
 def _rank(shapes: Shapes, name: str, factors: tuple[str, str]) -> int:
     out, inner = factors
-    if name in shapes or name + PACKED in shapes:
+    if any(name + end in shapes for end in ("", PACKED, BLOCKS)):
         return 0
     stored = {n: shapes[n + end] for n in factors for end in (PACKED, "") if n + end in shapes}
     if missing := [n for n in factors if n not in stored]:
@@ -172,12 +173,12 @@ def layer_formats(config: Config) -> list[Format | None]:
     return formats
 
 
-def config_of(config: Config, formats: Sequence[Format | None]) -> Config:
+def config_of(config: Config, formats: Sequence[Format | None], *, own: bool = False) -> Config:
     """The config.json of a checkpoint whose decoder layers have these formats; `config` is that of the model it was made of.
 
-    If all layers have the same number of whole experts, it is the family's own, readable without moeflow. Otherwise it is that of a
-    compressed checkpoint, with the largest number of experts under the family's key. Raises ValueError if `formats` does not fit
-    the family's layers.
+    If all layers have the same number of whole experts, it is the family's own, readable without moeflow. Otherwise, and where it
+    is to be moeflow's `own` in any case, it is that of a compressed checkpoint, with the largest number of experts under the
+    family's key. Raises ValueError if `formats` does not fit the family's layers.
     """
     family, plain = Family.of(config), family_config(config)
     names = [str(a).removeprefix(CLASSES) for a in config.get("architectures") or ()]
@@ -185,7 +186,7 @@ def config_of(config: Config, formats: Sequence[Format | None]) -> Config:
     if not counts:
         raise ValueError("no layer has experts left; at least one has to keep some")
     new = Family.of(plain).with_experts(max(counts)) | ({"architectures": names} if names else {})
-    if len(counts) > 1 or any(f is not None and (f.own or f.gone) for f in formats):
+    if own or len(counts) > 1 or any(f is not None and (f.own or f.gone) for f in formats):
         new |= {"model_type": COMPRESSED + family.arch.model_type, LAYERS: [{} if f is None else f.to_json() for f in formats]}
         new |= {"architectures": [CLASSES + a for a in names]} if names else {}
     if [f is not None for f in formats] != [f is not None for f in layer_formats(new)]:
@@ -195,6 +196,8 @@ def config_of(config: Config, formats: Sequence[Format | None]) -> Config:
 
 def _checked(format: Format, family: Family, layer: int) -> Format:
     gate, up, down = (format.ranks(m) for m in MATRICES)
+    if not family.gated and not format.gate:
+        gate = up
     if any(len(r) != format.experts or min(r, default=0) < 0 for r in (gate, up, down)):
         raise ValueError(f"config.json needs {format.experts} ranks (0: whole) of each matrix in layer {layer}; correct {LAYERS!r}")
     if odd := [e for e in range(format.experts) if (gate[e] == 0) != (up[e] == 0)]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moeflow.model.json_file import json_object, kind_of
-from moeflow.model.spec import BYTES, tensor_bytes
+from moeflow.model.spec import BITS, tensor_bytes
 
 LARGEST = 100_000_000  # bytes of a header; the safetensors library reads no larger one
 FIELDS = ("data_offsets", "dtype", "shape")
@@ -68,12 +68,14 @@ def _tensor(file: str, name: str, entry: Any, begin: int) -> TensorInfo:
         what = f"the fields {', '.join(sorted(entry)) or 'none'}" if isinstance(entry, dict) else kind_of(entry)
         raise ValueError(f"{where} has {what[:90]} where its header needs {', '.join(FIELDS)}; fetch it again")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in BYTES:
-        raise ValueError(f"{where} has dtype {kind_of(dtype)}, which is not known; convert it to one of {', '.join(BYTES)}")
+    if not isinstance(dtype, str) or dtype not in BITS:
+        raise ValueError(f"{where} has dtype {kind_of(dtype)}, which is not known; convert it to one of {', '.join(BITS)}")
     if not _counts(shape):
         raise ValueError(f"{where} has shape {shape!r:.60}, which is no list of whole numbers from 0; fetch it again")
     if not _counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise ValueError(f"{where} has data_offsets {offsets!r:.60}, which are no begin and end; fetch it again")
+    if dtype == "F4" and (not shape or shape[-1] % 2):
+        raise ValueError(f"{where} has shape {shape!r:.60} in F4, which has two numbers in a byte; fetch it again")
     start, stop = offsets
     if stop - start != (needed := tensor_bytes(dtype, tuple(shape))):
         raise ValueError(

@@ -4,16 +4,19 @@ Shapes are suffixes: N sequences, L positions, T tokens, D model width, E expert
 are fp64 and additive over shards of tokens.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from moeflow.arch import Family
-from moeflow.model.router import Router
+from moeflow.arch import FAMILIES, Family
+from moeflow.model.checkpoint import activation
+from moeflow.model.factors import experts_in_memory
+from moeflow.model.moe import MoELayer
 from moeflow.model.spec import Recording
 from moeflow.model.stream import EXPERTS
 
@@ -41,11 +44,13 @@ class Recorder:
     fewer than `recording.per_expert` tokens so far.
     """
 
-    def __init__(self, family: Family, router: Router, experts: int, recording: Recording) -> None:
-        self.family, self.router, self.experts, self.recording = family, router, experts, recording
+    def __init__(self, family: Family, moe: MoELayer, recording: Recording) -> None:
+        """`moe` is the layer without its experts."""
+        self.family, self.moe, self.recording = family, moe, recording
+        self.experts = len(moe.router_ED)
         self.tokens = 0
         sums = ("count", "weight", "score", "norm", "reap", "reap_sq", "max")
-        self.sums = {name: torch.zeros(experts, dtype=torch.float64) for name in sums}
+        self.sums = {name: torch.zeros(self.experts, dtype=torch.float64) for name in sums}
         self.totals = {n: torch.zeros((), dtype=torch.float64) for n in ("output_sq", "cos_block", "cos_layer")}
         self.rows: dict[str, list[Tensor]] = {"logits_TE": [], "x_RD": [], "position_R": []}
         self._now: dict[str, Tensor] = {}
@@ -54,22 +59,28 @@ class Recorder:
     def on(self, layer: nn.Module) -> Iterator[None]:
         """Record what runs through this decoder layer inside the `with` statement."""
         norm, block = (layer.get_submodule(name) for name in (self.family.arch.norm, self.family.arch.block))
-        router = block.get_submodule(self.family.arch.block_router)
-        block.get_submodule("experts").recorder = self  # type: ignore[assignment]
+        experts: Any = block.get_submodule("experts")
+        experts.recorder = self
         hooks = [
-            norm.register_forward_pre_hook(lambda _, args: self._hold("residual", args[0])),
-            router.register_forward_hook(lambda _, args, out: self._hold("logits", out[0])),
-            block.register_forward_hook(lambda _, args, out: self._block(args[0], out)),
-            layer.register_forward_hook(lambda _, args, out: self._layer(args[0], out)),
+            norm.register_forward_pre_hook(lambda _, args, named: self._hold("residual", first_of(args, named)), with_kwargs=True),
+            block.register_forward_pre_hook(lambda _, args, named: self._hold("x", first_of(args, named)), with_kwargs=True),
+            block.register_forward_hook(lambda _, args, out: self._block(experts, first_of(out))),
+            layer.register_forward_hook(lambda _, args, out: self._layer(args[0], first_of(out))),
         ]
+        if self.family.arch in FAMILIES:  # others may return anything
+            router = block.get_submodule(self.family.arch.block_router)
+            hooks.append(router.register_forward_hook(lambda _, args, out: self._hold("logits", out[0])))
         try:
             yield
         finally:
             for hook in hooks:
                 hook.remove()
 
-    def pairs(self, y_TkD: Tensor, index_Tk: Tensor, weights_Tk: Tensor) -> None:
-        """Add the outputs of routed (token, expert) pairs to the sums. The index `experts` marks a pair that was skipped."""
+    def pairs(self, y_TkD: Tensor, index_Tk: Tensor, weights_Tk: Tensor, of_input_Tk: Tensor | None = None) -> None:
+        """Add the outputs of routed (token, expert) pairs to the sums. The index `experts` marks a pair that was skipped.
+
+        `weights_Tk` are the weights of these outputs, `of_input_Tk` those that their inputs were multiplied with, if they were.
+        """
         norm_Tk = torch.linalg.vector_norm(y_TkD, dim=-1, dtype=torch.float32).double()
         weights_Tk = weights_Tk.double()
         flat = index_Tk.reshape(-1)
@@ -81,7 +92,7 @@ class Recorder:
 
         reap_Tk = weights_Tk * norm_Tk
         add("count", torch.ones_like(norm_Tk))
-        add("weight", weights_Tk)
+        add("weight", weights_Tk if of_input_Tk is None else of_input_Tk.double())
         add("norm", norm_Tk)
         add("reap", reap_Tk)
         add("reap_sq", reap_Tk.square())
@@ -105,20 +116,38 @@ class Recorder:
     def _hold(self, name: str, value: Tensor) -> None:
         self._now[name] = value.flatten(0, -2)
 
-    def _block(self, x_NLD: Tensor, out_NLD: Tensor) -> None:
-        x_TD, out_TD = x_NLD.flatten(0, -2), out_NLD.flatten(0, -2)
-        residual_TD, logits_TE = self._now["residual"], self._now["logits"]
-        self.sums["score"] += self.router.scores(logits_TE).sum(0, dtype=torch.float64).cpu()
+    def _block(self, experts: nn.Module, out_NLD: Tensor) -> None:
+        x_TD, out_TD = self._now["x"], out_NLD.flatten(0, -2)
+        if "logits" not in self._now:
+            self._now["logits"] = self.moe.logits(x_TD)
+        logits_TE = self._now["logits"]
+        if "index" not in self._now:
+            self._own_pairs(experts, x_TD, logits_TE)
+        self.sums["score"] += self.moe.router.scores(logits_TE).sum(0, dtype=torch.float64).cpu()
         self.totals["output_sq"] += out_TD.float().square().sum(dtype=torch.float64).cpu()
-        self.totals["cos_block"] += _cosines(residual_TD, residual_TD + out_TD)
         self.rows["logits_TE"].append(logits_TE.float().cpu())
         keep = self._kept(len(x_TD))
         self.rows["position_R"].append(keep.cpu() + self.tokens)
         self.rows["x_RD"].append(x_TD[keep].cpu())
         self.tokens += len(x_TD)
 
+    def _own_pairs(self, experts: nn.Module, x_TD: Tensor, logits_TE: Tensor) -> None:
+        """Compute the outputs of the routed pairs here, where a family's experts run on all tokens and show none."""
+        router = self.moe.router
+        weights_Tk, index_Tk = router.choose(logits_TE)
+        y_TkD = x_TD.new_zeros(*index_Tk.shape, x_TD.shape[1])
+        for e, expert in enumerate(experts_in_memory(experts, activation(self.family.config))):
+            token, slot = torch.where(index_Tk == e)
+            y_TkD[token, slot] = expert(self.moe.expert_input(x_TD[token], logits_TE[token], e))
+        of_input = router.scores(logits_TE).gather(-1, index_Tk) if router.arch.weighs_input else None
+        self.pairs(y_TkD, index_Tk, weights_Tk, of_input)
+
     def _layer(self, before: Tensor, after: Tensor) -> None:
-        self.totals["cos_layer"] += _cosines(before.flatten(0, -2), after.flatten(0, -2))
+        after_TD = after.flatten(0, -2)
+        # behind the block comes nothing but the sum with the residual, or what belongs to the block
+        self.totals["cos_block"] += _cosines(self._now["residual"], after_TD)
+        self.totals["cos_layer"] += _cosines(before.flatten(0, -2), after_TD)
+        self._now = {}
 
     def _kept(self, tokens: int) -> Tensor:
         """The tokens of the batch whose inputs are kept, ascending."""
@@ -130,6 +159,13 @@ class Recorder:
             nth_TE = before_E + chosen_TE.cumsum(0)  # how often each expert was chosen, this token counted
             first |= ((nth_TE <= self.recording.per_expert) & (chosen_TE == 1)).any(1)
         return first.nonzero().squeeze(1)
+
+
+def first_of(values: Any, named: Mapping[str, Any] | None = None) -> Tensor:
+    """The hidden states among what a module takes or returns: the first value, or the one that is called so."""
+    if not isinstance(values, tuple):
+        return values
+    return values[0] if values else next(iter(named.values()))  # type: ignore[union-attr]
 
 
 def _cosines(a_TD: Tensor, b_TD: Tensor) -> Tensor:

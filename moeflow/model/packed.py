@@ -1,11 +1,12 @@
-"""Quantized matrices on disk, in two forms.
+"""Quantized matrices on disk, in three forms.
 
 Packed by compressed-tensors: codes in words of 32 bits, scales, and the unpacked shape. In FP8 with a scale for each block, as
-DeepSeek-V3 is published. Torch is imported only to pack and unpack. Shapes are suffixes: M outputs and N inputs of a matrix, G
-groups of inputs, P words of a row, B and C blocks of rows and columns.
+DeepSeek-V3 is published. In MXFP4, as gpt-oss is: 4-bit floats, of which 32 share a power of two. Torch is imported only to pack
+and unpack. Shapes are suffixes: M outputs and N inputs of a matrix, G groups of inputs, P words of a row, B and C blocks of rows
+and columns.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import ceil, prod
 from typing import TYPE_CHECKING, Any
@@ -22,8 +23,22 @@ BESIDE = (SCALE, SHAPE, ZERO)
 BLOCK_SCALE = "_scale_inv"
 """The ending of the scales that the blocks of an FP8 matrix are multiplied with (DeepSeek-V3, arXiv 2412.19437, 3.3.2). They are
 no inverse, in spite of the name."""
+OTHER_SCALE = ".scale"
+"""The same in place of the matrix's own ending, as DeepSeek-V4 has them: a power of two for each block (F8_E8M0)."""
+
+BLOCKS, SCALES = "_blocks", "_scales"
+"""The endings of the tensors that replace a matrix in MXFP4: codes [M, G, `CODES`], two in a byte, the first in its low half, and
+exponents [M, G] of two (OCP Microscaling Formats, 1.0, 5.2 and 5.4), uint8."""
+CODES = 16
+"""The bytes of the codes that share a scale."""
+FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+"""The values of the codes 0 to 7; those of 8 to 15 are the same, negative."""
+BIAS = 127
+"""What is subtracted from a stored exponent; 255 is no number."""
 
 METHOD, FORMAT = "compressed-tensors", "pack-quantized"
+MXFP4 = "mxfp4"
+"""The quant_method of a checkpoint in MXFP4."""
 Shapes = Mapping[str, Sequence[int]]
 
 
@@ -38,12 +53,19 @@ class Scheme:
         return f"{self.bits} bits, " + (f"groups of {self.group}" if self.group else "one scale a row")
 
 
+def block_scale(name: str, names: Container[str]) -> str | None:
+    """The name of the scales of a matrix in FP8 with this name; None if it has none."""
+    either = name + BLOCK_SCALE, name.removesuffix(WHOLE) + OTHER_SCALE
+    return next((n for n in either if n in names), None)
+
+
 def logical(names: Iterable[str]) -> list[str]:
     """The names of the matrices of these tensors, packed or not."""
-    stored = list(names)
+    stored = dict.fromkeys(names)
     packed = {n.removesuffix(PACKED) for n in stored if n.endswith(PACKED)}
-    beside = {name + end for name in packed for end in BESIDE} | {n + BLOCK_SCALE for n in stored}
-    return [n.removesuffix(PACKED) for n in stored if n not in beside]
+    beside = {name + end for name in packed for end in BESIDE} | {block_scale(n, stored) for n in stored}
+    beside |= {n.removesuffix(BLOCKS) + SCALES for n in stored if n.endswith(BLOCKS)}
+    return [n.removesuffix(PACKED).removesuffix(BLOCKS) for n in stored if n not in beside]
 
 
 def packed_shapes(shapes: Shapes, config: Config) -> dict[str, tuple[int, int]]:
@@ -63,6 +85,8 @@ def packed_shapes(shapes: Shapes, config: Config) -> dict[str, tuple[int, int]]:
             gate = family.gate_beside(whole)
             columns = config["hidden_size"] if gate is None else rows(gate)
             unpacked[name] = int(shape[0]), rows(within) if name == out else int(columns)
+        elif packed.endswith(BLOCKS) and len(shape) == 3:
+            unpacked[packed.removesuffix(BLOCKS)] = int(shape[0]), int(shape[1]) * 2 * int(shape[2])
     return unpacked
 
 
@@ -81,6 +105,8 @@ def scheme_of(shapes: Shapes, config: Config) -> Scheme | None:
     schemes: dict[Scheme, str] = {}
     single: dict[Scheme, str] = {}  # one scale a row, which a group of the row's length has, too
     for name, (_, columns) in packed_shapes(shapes, config).items():
+        if name + PACKED not in shapes:
+            continue
         if name + ZERO in shapes:
             raise ValueError(f"{name} has zero points, with which transformers loads no experts; quantize symmetrically")
         groups, words = int(shapes[name + SCALE][1]), int(shapes[name + PACKED][1])
@@ -161,3 +187,12 @@ def unblocked(codes_MN: "Tensor", scale_BC: "Tensor") -> "Tensor":
     rows, columns = (1 << (side - 1).bit_length() for side in fitting)
     scale_MN = scale_BC.float().repeat_interleave(rows, 0).repeat_interleave(columns, 1)
     return codes_MN.float() * scale_MN[: codes_MN.shape[0], : codes_MN.shape[1]]
+
+
+def unblocks(codes_MGB: "Tensor", exponents_MG: "Tensor") -> "Tensor":
+    """The matrix [M, N], bf16, of MXFP4 codes and exponents. It is exact: a value has two significant bits."""
+    import torch
+
+    values = torch.tensor((*FP4, *(-v for v in FP4)))
+    value_MGN = torch.stack([values[(codes_MGB & 15).int()], values[(codes_MGB >> 4).int()]], dim=-1).flatten(-2)
+    return torch.ldexp(value_MGN, exponents_MG.int()[..., None] - BIAS).flatten(1).to(torch.bfloat16)

@@ -4,11 +4,13 @@ Shapes are suffixes: N sequences, L positions, T tokens, t some of them, D model
 files, and knows nothing of steps.
 """
 
+import copy
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,12 +18,12 @@ from torch import Tensor
 
 from moeflow.arch import Config
 from moeflow.model.alternatives import slices
-from moeflow.model.checkpoint import Tensors
+from moeflow.model.checkpoint import Tensors, read_moe
+from moeflow.model.factors import Form, form_of
 from moeflow.model.layout import Files, file_before, file_of, read_config
 from moeflow.model.observe import OBSERVED, Recorder
-from moeflow.model.router import Router
 from moeflow.model.spec import Recording
-from moeflow.model.stream import EXPERTS, Stream
+from moeflow.model.stream import EXPERTS, HIDDEN, States, Stream
 
 TOKENS_AT_ONCE = 1024
 """Tokens whose logits are in memory together."""
@@ -35,7 +37,7 @@ def embed(config: Config, rest: Files, ids_NL: Tensor, out: Path, *, dtype: str)
     vocabulary = int(config["vocab_size"])
     if len(ids_NL) and not 0 <= int(ids_NL.min()) <= int(ids_NL.max()) < vocabulary:
         raise ValueError(f"token ids reach from {ids_NL.min()} to {ids_NL.max()}, but the model's vocabulary has {vocabulary}")
-    save_file({"hidden_NLD": stream_of(config, dtype).embed(Tensors(rest), ids_NL).cpu().contiguous()}, out)
+    save_file({HIDDEN: stream_of(config, dtype).embed(Tensors(rest), ids_NL).cpu().contiguous()}, out)
 
 
 @torch.inference_mode()
@@ -49,29 +51,57 @@ def through(
     before each layer if some are kept (`file_before`).
     """
     stream = stream_of(config, dtype, OBSERVED if recording else EXPERTS)
-    states_NLD = load_file(hidden)["hidden_NLD"]
-    n, length = states_NLD.shape[:2]
+    states = load_file(hidden)
+    n, length = states[HIDDEN].shape[:2]
     for at, (layer, file) in enumerate(layers):
         tensors = Tensors(file)
         module = stream.layer(tensors, layer)
         recorder = recorder_of(stream, tensors, layer, recording) if recording else None
         if recording and recording.between:
-            save_file({"hidden_RD": states_NLD.flatten(0, 1)[: recording.between].clone()}, out.with_name(file_before(layer)))
+            save_file({"hidden_RD": states[HIDDEN].flatten(0, 1)[: recording.between].clone()}, out.with_name(file_before(layer)))
+        behind = {HIDDEN: states[HIDDEN]}
         for rows in slices(n, batch):
-            h_nLD = states_NLD[rows].to(stream.device)
             with recorder.on(module) if recorder else nullcontext():
-                states_NLD[rows] = module(h_nLD, **stream.arguments(layer, h_nLD)).cpu()
+                put(behind, stream.run(module, layer, taken(states, rows, stream.device)), rows, n)
             progress((at * n + rows.stop) * length, len(layers) * n * length, "token layers")
         if recording and layer in stream.family.moe_layers:
             gone = {"tokens": torch.tensor(n * length)}  # its experts are
             save_file(recorder.result() if recorder else gone, out.with_name(file_of(layer)))
+        states = behind
         del module
-    save_file({"hidden_NLD": states_NLD}, out)
+    save_file(states, out)
+
+
+def taken(states: States, rows: slice, device: torch.device) -> States:
+    """The states of some sequences, on the device."""
+    return {name: t[rows].to(device) for name, t in states.items()}
+
+
+def put(states: States, of_rows: States, rows: slice, count: int) -> None:
+    """Write the states of some sequences into those of all `count`."""
+    for name, t in of_rows.items():
+        if name not in states:
+            states[name] = t.new_empty(count, *t.shape[1:], device="cpu")
+        states[name][rows] = t.cpu()
 
 
 def stream_of(config: Config, dtype: str, experts: str = EXPERTS) -> Stream:
     """A model to run layer by layer, on a GPU if there is one. With `dtype` "auto" it has the checkpoint's own precision."""
     return _stream(json.dumps(config), dtype, experts)
+
+
+def expert_form(config: Config, layer: int) -> Form:
+    """How transformers holds a layer's experts in memory."""
+    stream = stream_of(config, "float32")
+    return form_of(stream.skeleton.layers[layer].get_submodule(stream.family.arch.block).get_submodule("experts"))
+
+
+def norm_offset(config: Config, layer: int) -> float:
+    """What the norm before a layer's MoE block adds to its weight: 0, or 1 where the weight's difference from one is stored."""
+    stream = stream_of(config, "float32")
+    norm: Any = copy.deepcopy(stream.skeleton.layers[layer].get_submodule(stream.family.arch.norm)).to_empty(device="cpu")
+    torch.nn.init.zeros_(norm.weight)
+    return float(norm(torch.ones(1, len(norm.weight))).mean().round())
 
 
 class Head:
@@ -81,12 +111,12 @@ class Head:
     """
 
     def __init__(self, rest: Files, dtype: str) -> None:
-        stream, tensors = stream_of(read_config(rest), dtype), Tensors(rest)
-        self.device, self._norm, self._head = stream.device, stream.final_norm(tensors), stream.head(tensors)
+        stream = stream_of(read_config(rest), dtype)
+        self.device, self._logits = stream.device, stream.logits(Tensors(rest))
 
     def logits(self, states_TD: Tensor) -> Tensor:
         """The logits [T, V] of hidden states [T, D], in fp32."""
-        return self._head(self._norm(states_TD[None].to(self.device)))[0].float()
+        return self._logits(states_TD[None].to(self.device))[0].float()
 
     def by_chunk(self, states_TD: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """The logits [t, V] of at most `TOKENS_AT_ONCE` tokens at a time, in fp32, each with the rows of these tokens."""
@@ -102,10 +132,7 @@ def _stream(config: str, dtype: str, experts: str) -> Stream:
 
 def recorder_of(stream: Stream, tensors: Mapping[str, Tensor], layer: int, recording: Recording) -> Recorder | None:
     """What records in a layer with these tensors; None if it has no router."""
-    family = stream.family
-    if family.router(layer) not in tensors:
+    if stream.family.router(layer) not in tensors:
         return None
-    bias = family.router_bias(layer)
-    bias_E = None if bias is None else tensors[bias].to(stream.device).float()
-    experts = len(tensors[family.router(layer)])
-    return Recorder(family, Router.of(family, experts, bias_E), experts, recording)
+    moe = read_moe(tensors, stream.family.config, layer, experts=False).to(device=stream.device, dtype=stream.dtype)
+    return Recorder(stream.family, moe, recording)

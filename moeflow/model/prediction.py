@@ -8,7 +8,6 @@ Shapes are suffixes: N sequences (n of them at once), L positions, D model width
 import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -22,7 +21,7 @@ from moeflow.model.layout import Files, file_of
 from moeflow.model.observe import OBSERVED
 from moeflow.model.passes import Progress, recorder_of, stream_of
 from moeflow.model.spec import Recording
-from moeflow.model.stream import Stream
+from moeflow.model.stream import HIDDEN, Stream
 
 
 class PredictionLayer:
@@ -48,8 +47,7 @@ class PredictionLayer:
         if self.stream.config.get("mtp_hidden_states_first"):
             parts = parts[::-1]
         before_nLD = nn.functional.linear(torch.cat(parts, -1), self.projection_DD)
-        arguments: dict[str, Any] = self.stream.arguments(self.depth, before_nLD)
-        behind: Tensor = self.norm(self.block(before_nLD, **arguments))
+        behind: Tensor = self.norm(self.stream.run(self.block, self.depth, {HIDDEN: before_nLD})[HIDDEN])
         return behind
 
 
@@ -65,7 +63,7 @@ def observe(
     """
     stream = stream_of(prediction_config(config), dtype, OBSERVED)
     around = Tensors(rest)
-    states_NLD = load_file(hidden)["hidden_NLD"]
+    states_NLD = load_file(hidden)[HIDDEN]
     count = len(states_NLD)
     embeddings_NLD = stream.embed(around, ids_NL[:count]).cpu()
     for depth, (layer, file) in enumerate(layers):

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from torch.nn.functional import grouped_mm, linear
 
 from moeflow.arch import Config, Family
-from moeflow.model.factors import stacks
+from moeflow.model.checkpoint import activation
+from moeflow.model.factors import PLAIN, Form, form_of, sizes_of, stacks
 from moeflow.model.fewer_active import CompressedExperts, Scales, Skip
 from moeflow.model.formats import Format
+from moeflow.model.moe import Clamped
 
 Product = Callable[[Tensor, Tensor], Tensor]
 """Multiplies rows [S, N] with a matrix [M, N], or each row with its expert's matrix in a stack [E, M, N]."""
@@ -28,24 +30,27 @@ class RoutedExperts(nn.Module):
     """A layer's routed experts, called like transformers' own: (x [T, D], index [T, k], weights [T, k]) to [T, D].
 
     Its parameters are stacks [E, M, N] (`factors.Stack`): `gate_up_proj` and `down_proj` of the experts with whole matrices,
-    `gate_up_in`, `gate_up_out`, `down_in` and `down_out` of the others, padded with zeros to the same rank. The padding takes part
-    in the products but adds nothing; its gradient is zero, because the other factor is zero there. The parameters start as zeros
-    and are filled by a loader. `skip` and `compressed` decide which of a token's experts are computed; the others cost nothing. If
-    `recorder` is set, it is shown the output of each routed pair.
+    `gate_up_in`, `gate_up_out`, `down_in` and `down_out` of the others, padded with zeros to the same rank; `up` in place of
+    `gate_up` where experts have no gate. The padding takes part in the products but adds nothing; its gradient is zero, because
+    the other factor is zero there. Biases are stacks [E, M]. The parameters start as zeros and are filled by a loader. `skip` and
+    `compressed` decide which of a token's experts are computed; the others cost nothing. If `recorder` is set, it is shown the
+    output of each routed pair.
     """
 
-    act_fn: Callable[[Tensor], Tensor]
+    act_fn: Callable[..., Tensor]
 
     def __init__(
-        self, format: Format, width: int, inner: int, act: Callable[[Tensor], Tensor],
-        *, skip: Skip | None = None, compressed: CompressedExperts | None = None,
+        self, format: Format, width: int, inner: int, act: Callable[..., Tensor],
+        *, form: Form = PLAIN, skip: Skip | None = None, compressed: CompressedExperts | None = None,
     ) -> None:  # fmt: skip
+        """`act` is the activation of the gate, or of up if there is no gate; a `Clamped` takes both."""
         super().__init__()
         self.num_experts, self.hidden_dim, self.intermediate_dim, self.act_fn = format.experts, width, inner, act
-        self.gate_up_low = [rank > 0 for rank in format.ranks("gate")]
+        self.form, self.first = form, "gate_up" if form.gated else "up"
+        self.first_low = [rank > 0 for rank in format.ranks("up")]
         self.down_low = [rank > 0 for rank in format.ranks("down")]
         self.recorder: Any = None
-        for stack in stacks(format):
+        for stack in stacks(format, form):
             self.register_parameter(stack.name, nn.Parameter(torch.zeros(stack.shape(format, width, inner))))
         self.skip, self.compressed = skip, compressed
 
@@ -78,25 +83,27 @@ class RoutedExperts(nn.Module):
     def _one_by_one(self, x_TD: Tensor, token_S: Tensor, scales: Scales | None, expert_S: Tensor, counts_E: Tensor) -> Tensor:
         """The outputs [S, D], one expert after the other, which keeps the processor's cache warm."""
         y, start = [], 0
-        for matrices, stop in zip(self._matrices(), counts_E.cumsum(0).tolist(), strict=True):
+        for e, (matrices, stop) in enumerate(zip(self._matrices(), counts_E.cumsum(0).tolist(), strict=True)):
             # an expert without rows takes part if gradients are computed, so that its gradient is zero and not absent
             if stop > start or torch.is_grad_enabled():
                 token_s = token_S[start:stop]
-                inner_sF = self._inner(_product, *matrices[:2], _inputs(x_TD, token_s, scales))
-                y.append(_outer(_product, *matrices[2:], _scaled(inner_sF, token_s, scales)))
+                bias, down_bias = self._bias(self.first, e), self._bias("down", e)
+                inner_sF = self._inner(_product, *matrices[:2], _inputs(x_TD, token_s, scales), bias)
+                y.append(_added(_outer(_product, *matrices[2:], _scaled(inner_sF, token_s, scales)), down_bias))
             start = stop
         return torch.cat(y) if y else x_TD.new_empty(0, self.hidden_dim)
 
     def _together(self, x_TD: Tensor, token_S: Tensor, scales: Scales | None, expert_S: Tensor, counts_E: Tensor) -> Tensor:
         """The outputs [S, D], with one kernel for each product of all experts."""
 
-        def gate_up(low: bool, offsets_E: Tensor, *inputs_SD: Tensor) -> Tensor:
-            return self._inner(partial(_grouped, offsets_E), *self._factors("gate_up", low), inputs_SD)
+        def first(low: bool, offsets_E: Tensor, expert_S: Tensor, *inputs_SD: Tensor) -> Tensor:
+            bias = self._bias(self.first, expert_S)
+            return self._inner(partial(_grouped, offsets_E), *self._factors(self.first, low), inputs_SD, bias)
 
-        def down(low: bool, offsets_E: Tensor, x_SF: Tensor) -> Tensor:
-            return _outer(partial(_grouped, offsets_E), *self._factors("down", low), x_SF)
+        def down(low: bool, offsets_E: Tensor, expert_S: Tensor, x_SF: Tensor) -> Tensor:
+            return _added(_outer(partial(_grouped, offsets_E), *self._factors("down", low), x_SF), self._bias("down", expert_S))
 
-        inner_SF = _either(self.gate_up_low, gate_up, _inputs(x_TD, token_S, scales), expert_S, counts_E)
+        inner_SF = _either(self.first_low, first, _inputs(x_TD, token_S, scales), expert_S, counts_E)
         return _either(self.down_low, down, (_scaled(inner_SF, token_S, scales),), expert_S, counts_E)
 
     def _matrices(self) -> Iterator[tuple[Tensor, Tensor | None, Tensor, Tensor | None]]:
@@ -107,31 +114,46 @@ class RoutedExperts(nn.Module):
         def factors(stem: str, low: bool) -> tuple[Tensor, Tensor | None]:
             return (next(stacked[f"{stem}_in"]), next(stacked[f"{stem}_out"])) if low else (next(stacked[f"{stem}_proj"]), None)
 
-        for gate_up_low, down_low in zip(self.gate_up_low, self.down_low, strict=True):
-            yield *factors("gate_up", gate_up_low), *factors("down", down_low)
+        for first_low, down_low in zip(self.first_low, self.down_low, strict=True):
+            yield *factors(self.first, first_low), *factors("down", down_low)
 
     def _factors(self, stem: str, low: bool) -> tuple[Tensor, Tensor | None]:
         """The stack of the whole matrices, or the two stacks of the factors of the others."""
         return (getattr(self, f"{stem}_in"), getattr(self, f"{stem}_out")) if low else (getattr(self, f"{stem}_proj"), None)
 
-    def _inner(self, product: Product, first: Tensor, second: Tensor | None, inputs: tuple[Tensor, ...]) -> Tensor:
+    def _bias(self, stem: str, experts: int | Tensor) -> Tensor | None:
+        """The bias of one expert, or for each row that of its own."""
+        return getattr(self, f"{stem}_proj_bias")[experts] if self.form.biased else None
+
+    def _inner(
+        self, product: Product, first: Tensor, second: Tensor | None, inputs: tuple[Tensor, ...], bias: Tensor | None
+    ) -> Tensor:
         """The input of down, [S, F]; `inputs` are those of gate and of up, or one tensor for both."""
+        if not self.form.gated:
+            (x_SD,) = inputs[-1:]
+            inner: Tensor = self.act_fn(_added(_outer(product, first, second, x_SD), bias))
+            return inner
         if len(inputs) == 1:
             both = product(inputs[0], first)
         else:
             # in one tensor, too, because how an activation rounds its last bits depends on its input's layout in memory
             both = torch.cat([product(x, w) for x, w in zip(inputs, first.chunk(2, dim=-2), strict=True)], dim=-1)
+        both = both if second is not None else _added(both, bias)
         gate, up = both.chunk(2, dim=-1)
         if second is not None:
-            gate, up = (product(x, w) for x, w in zip((gate, up), second.chunk(2, dim=-2), strict=True))
-        return self.act_fn(gate) * up
+            parts = (None, None) if bias is None else bias.chunk(2, dim=-1)
+            factors = zip((gate, up), second.chunk(2, dim=-2), parts, strict=True)
+            gate, up = (_added(product(x, w), b) for x, w, b in factors)
+        return self.act_fn(gate, up) if isinstance(self.act_fn, Clamped) else self.act_fn(gate) * up
 
 
 def experts_of(standard: Any, format: Format, config: Config) -> Any:
     """The family's fused experts, or `RoutedExperts` if the layer's format needs them."""
     if not format.own:
         return standard
-    family, width, inner = Family.of(config), standard.hidden_dim, standard.intermediate_dim
+    form = form_of(standard)
+    family, (width, inner) = Family.of(config), sizes_of(standard, form)
+    family.check_weighs_outputs("low-rank, skipped or Compressed Experts")
     compressed = skip = None
     if format.compressed:
         ordered = family.arch.score == "sparsemixer"  # each weight comes from a softmax of its own, so they cannot be compared
@@ -139,7 +161,10 @@ def experts_of(standard: Any, format: Format, config: Config) -> Any:
         compressed = CompressedExperts(format.compressed, format.experts, width, inner, main=main, ordered=ordered)
     if format.skip:
         skip = Skip(format.skip, renormalize=family.normalizes)
-    return RoutedExperts(format, width, inner, standard.act_fn, skip=skip, compressed=compressed)
+    act = activation(config)
+    own = Form(gated=form.gated, biased=form.biased)
+    act_fn = act if isinstance(act, Clamped) else standard.act_fn
+    return RoutedExperts(format, width, inner, act_fn, form=own, skip=skip, compressed=compressed)
 
 
 def _inputs(x_TD: Tensor, token_S: Tensor, scales: Scales | None) -> tuple[Tensor, ...]:
@@ -163,14 +188,18 @@ def _outer(product: Product, first: Tensor, second: Tensor | None, x_SF: Tensor)
     return y if second is None else product(y, second)
 
 
+def _added(y_SM: Tensor, bias: Tensor | None) -> Tensor:
+    return y_SM if bias is None else y_SM + bias
+
+
 def _either(low: list[bool], work: Callable[..., Tensor], inputs: tuple[Tensor, ...], expert_S: Tensor, counts_E: Tensor) -> Tensor:
     """Compute the rows of experts with low-rank matrices and the rows of the others separately."""
     if all(low) or not any(low):
-        return work(low[0], _offsets(counts_E), *inputs)
+        return work(low[0], _offsets(counts_E), expert_S, *inputs)
     low_E = torch.tensor(low, device=expert_S.device)
     rows_S = low_E[expert_S]
-    y_whole = work(False, _offsets(counts_E[~low_E]), *(x_SN[~rows_S] for x_SN in inputs))
-    y_low = work(True, _offsets(counts_E[low_E]), *(x_SN[rows_S] for x_SN in inputs))
+    y_whole = work(False, _offsets(counts_E[~low_E]), expert_S[~rows_S], *(x_SN[~rows_S] for x_SN in inputs))
+    y_low = work(True, _offsets(counts_E[low_E]), expert_S[rows_S], *(x_SN[rows_S] for x_SN in inputs))
     y_SM = y_low.new_empty(len(rows_S), y_low.shape[1])
     y_SM[rows_S], y_SM[~rows_S] = y_low, y_whole
     return y_SM

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import softplus
 
 from moeflow.arch import Arch, Family
 
@@ -53,35 +54,46 @@ class Router:
     def choose(self, logits: Tensor, allowed: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Weights [..., k] (fp32) and indices [..., k] (int64) of the chosen experts, in no particular order.
 
+        They weigh the experts' outputs, and are one in a family that weighs inputs (`MoELayer.expert_input`).
+
         `logits` is [..., E]. `allowed` [..., E] (bool, broadcast against the logits) forbids the other experts exactly as if their
         rows were sliced out of the router. The caller must allow enough of them (`Family.check_keep`).
         """
-        logits = logits.float()
-        if allowed is not None and self.arch.score != "sigmoid":
+        logits, score = logits.float(), self.arch.score
+        if allowed is not None and (score in ("softmax", "sparsemixer") or self.arch.weighs_input):
             logits = logits.masked_fill(~allowed, -torch.inf)
-        if self.arch.score == "sparsemixer":
+        if score == "sparsemixer":
             return self._sparsemixer(logits)
-        if self.arch.score == "sigmoid":
-            value = logits.sigmoid()
-            choice = value if self.bias_E is None else value + self.bias_E
-            # mask after the bias is added: it would survive a mask before the sigmoid
-            choice = choice if allowed is None else choice.masked_fill(~allowed, -torch.inf)
-            outside = -torch.inf
-        else:
-            choice = value = logits.softmax(-1)
-            outside = 0.0
+        if self.arch.weighs_input:
+            index = logits.topk(self.top_k, dim=-1).indices
+            return torch.ones_like(index, dtype=logits.dtype), index
+        value = self.scores(logits)
+        choice = value if self.bias_E is None else value + self.bias_E
+        outside = 0.0 if choice is value and score == "softmax" else -torch.inf
+        if allowed is not None and outside:
+            # mask after the bias is added: it would survive a mask before the score
+            choice = choice.masked_fill(~allowed, outside)
         if self.groups > 1:
-            choice = self._limit_groups(choice, outside)
-            value = choice if self.arch.score == "softmax" else value
+            limited = self._limit_groups(choice, outside)
+            value, choice = (value if outside else limited), limited
         index = choice.topk(self.top_k, dim=-1).indices
         weights = value.expand_as(choice).gather(-1, index)
         if self.normalize:
-            weights = weights / (weights.sum(-1, keepdim=True) + (1e-20 if self.arch.score == "sigmoid" else 0.0))
+            weights = weights / (weights.sum(-1, keepdim=True) + (0.0 if score == "softmax" else 1e-20))
         return weights * self.scale, index
 
     def scores(self, logits: Tensor) -> Tensor:
-        """The score of every expert, chosen or not, [..., E], fp32: softmax, or sigmoid if the family uses that."""
-        return logits.float().sigmoid() if self.arch.score == "sigmoid" else logits.float().softmax(-1)
+        """The score of every expert, chosen or not, [..., E], fp32: softmax, or what else the family uses."""
+        logits = logits.float()
+        if self.arch.score == "sigmoid":
+            return logits.sigmoid()
+        return softplus(logits).sqrt() if self.arch.score == "sqrtsoftplus" else logits.softmax(-1)
+
+    @property
+    def chooses_again(self) -> bool:
+        """Whether a token must be routed anew for every subset, since its order of experts depends on which are allowed."""
+        biased_softmax = self.arch.score == "softmax" and self.bias_E is not None
+        return self.groups > 1 or self.arch.score == "sparsemixer" or biased_softmax
 
     def _limit_groups(self, choice: Tensor, outside: float) -> Tensor:
         """Forbid all but the best groups, ranked by their best expert (DeepSeek-V2, arXiv 2405.04434, 2.1.2) or by their two best

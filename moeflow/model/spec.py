@@ -8,11 +8,13 @@ from math import prod
 
 from moeflow.arch import EMBEDDING, HEAD, Config, Family
 from moeflow.model.formats import Format, format_of
-from moeflow.model.packed import Scheme, numels, scheme_of
+from moeflow.model.packed import BLOCKS, Scheme, numels, scheme_of
 
-BYTES = {
-    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
+BITS = {
+    "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U8": 8, "BOOL": 8, "F8_E4M3": 8,
+    "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4, "U64": 64, "U32": 32, "U16": 16, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
 }  # fmt: skip
+"""The dtypes of real numbers that safetensors writes and torch has, and the bits of each number."""
 PRECISIONS = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 """The precisions that a model runs in, by torch's names, and the bytes of a number."""
 
@@ -30,7 +32,7 @@ def header_bytes(table: TensorTable) -> int:
 
 
 def tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int:
-    return BYTES[dtype] * prod(shape)
+    return BITS[dtype] * prod(shape) // 8
 
 
 def file_bytes(table: TensorTable) -> int:
@@ -133,9 +135,14 @@ class LayerSpec:
         """Whether any of its matrices is in FP8."""
         return any(dtype.startswith("F8") for dtype, _ in self.tensors.values())
 
+    @cached_property
+    def mxfp4(self) -> bool:
+        """Whether any of its matrices is in MXFP4."""
+        return any(name.endswith(BLOCKS) for name in self.tensors)
+
     def check_plain(self, what: str) -> None:
-        """Raise ValueError if its experts are packed or in FP8; `what` ("decompose") needs plain weights."""
-        form = f"packed in {self.packed.words()}" if self.packed else "in FP8" if self.fp8 else ""
+        """Raise ValueError if its experts are packed, in FP8 or in MXFP4; `what` ("decompose") needs plain weights."""
+        form = f"packed in {self.packed.words()}" if self.packed else "in FP8" if self.fp8 else "in MXFP4" if self.mxfp4 else ""
         if form:
             raise ValueError(f"layer {self.layer} is {form}; {what} the model that it was made of")
 

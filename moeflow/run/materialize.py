@@ -22,7 +22,7 @@ from moeflow.store.claims import claimed
 from moeflow.store.errors import too_large
 from moeflow.store.patience import heard, wait_out
 
-LIBRARIES = ("torch", "transformers", "safetensors", "datasets", "numpy", "ray")
+LIBRARIES = ("torch", "transformers", "safetensors", "pyarrow", "numpy", "ray")
 THREADS = 8
 FULL = ("No space left on device", "os error 28")  # in the errors of libraries that do not raise OSError
 LIMITED = "os error 27"

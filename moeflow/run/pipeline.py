@@ -18,17 +18,22 @@ from typing import Any
 
 from moeflow import options, sources
 from moeflow.run.outcome import describe
-from moeflow.sources import How, Mtp, Source, Texts
+from moeflow.sources import How, LayoutWanted, Mtp, Source, Texts
 from moeflow.step import Step
 
 Build = Callable[..., Step]
 
-HOW, MTP = "source", "mtp"  # the parameters that every pipeline with a source has
+HOW, LAYOUT, MTP = "source", "layout", "mtp"  # the parameters that every pipeline with a source has
 OF_EVERY: dict[str, tuple[Any, str]] = {
     HOW: (
         How,
         "Whether a model's weights are copied into the store, or read by range where they lie; by default they are copied from the "
         "hub, and read where they lie in S3, in a folder and in the hub's cache.",
+    ),
+    LAYOUT: (
+        LayoutWanted,
+        "How the result has its experts on disk: in stacks where its source has them so, which is the default, or one tensor for "
+        "each matrix, since engines differ in what they read.",
     ),
     MTP: (
         Mtp,
@@ -41,7 +46,7 @@ ENDS = "a pipeline raises ValueError with what is wrong"
 
 MEANING = {
     Source: "a folder, org/name[@revision] on the hub, or s3://bucket/prefix",
-    Texts: "URI[#column[+column]][*weight], several joined by commas",
+    Texts: "URI[#column[+column]][*weight] or the name of a data set or mixture, several joined by commas",
 }
 """What to write for sources and texts, for the page of help."""
 
@@ -83,7 +88,7 @@ def call(build: Build, assignments: Iterable[str]) -> Step:
     words = _words(assignments, [*parameters, *_of_every(kinds)], kinds)
     given = {name: words.pop(name) for name in _of_every(kinds) if name in words}
     read: dict[str, Any] = {name: options.read(f"-p {name}", word, OF_EVERY[name][0]) for name, word in given.items()}
-    model = partial(sources.pin, kind="model", how=read.get(HOW), mtp=read.get(MTP))
+    model = partial(sources.pin, kind="model", how=read.get(HOW), layout=read.get(LAYOUT, "source"), mtp=read.get(MTP))
     named_words = {name.partition(".")[0] for name in words}
     if missing := [p.name for p in parameters.values() if p.default is p.empty and p.name not in named_words]:
         raise ValueError(f"the pipeline needs {' '.join(f'-p {name}=...' for name in missing)}")
@@ -118,7 +123,7 @@ def page(build: Build, about: str = "") -> str:
             lines += _entry(f"  {name}.{field.name}", field.type, now, f"{field.help} {_choice(field.choices)}".strip())
     for name in _of_every(kinds):
         kind, meaning = OF_EVERY[name]
-        lines += _entry(name, options.shown(kind), "", f"{meaning} {_choice(options.choices_of(kind))}")
+        lines += _entry(name, options.shown(kind), "", f"{meaning} {_choice(options.choices_of(kind))}".strip())
     return "\n".join(lines)
 
 

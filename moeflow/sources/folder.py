@@ -18,10 +18,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
+from moeflow.home import home
 from moeflow.sources.places import Grow, Kind, Pinned, SourceFile, changed, chosen, copy, piece
 from moeflow.store import checked
 from moeflow.store.errors import MissingSource
-from moeflow.store.home import home
 from moeflow.store.manifest import CHUNK, WIDTH, File
 
 BY_PARTS = False

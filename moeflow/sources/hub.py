@@ -42,10 +42,10 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, tqdm
 
+from moeflow.home import home
 from moeflow.sources import folder as disk
 from moeflow.sources.places import Grow, Kind, Pinned, SourceFile, changed, chosen, copy, piece
 from moeflow.store.errors import MissingSource, SourceUnavailable
-from moeflow.store.home import home
 
 BY_PARTS = False
 FORM = re.compile(r"hf://(?P<type>models|datasets)/(?P<repo>[^/@]+/[^/@]+)(@(?P<revision>[^/]+))?(/(?P<glob>.+))?")

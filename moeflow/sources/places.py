@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal, Protocol
 
+from moeflow.sources.data_files import data_files
 from moeflow.store import checked
 from moeflow.store.errors import CorruptBlob, MissingSource
 from moeflow.store.manifest import File
@@ -21,7 +22,6 @@ MODEL_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".tiktoken", ".tx
 MODEL_NAMES = re.compile(r"(LICEN[CS]E|NOTICE|USE_POLICY|COPYING).*", re.IGNORECASE)
 MODEL_FOLDERS = ("additional_chat_templates",)
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".txt", ".npy", ".csv", ".arrow", ".gz", ".zst", ".md", ".py")
 
 
 @dataclass(frozen=True)
@@ -71,9 +71,7 @@ def chosen(names: Iterable[str], kind: Kind, where: str) -> list[str]:
     """
     names = sorted(n for n in names if not any(part.startswith(".") for part in n.split("/")))
     if kind == "data":
-        if not (texts := [n for n in names if n.endswith(DATA_SUFFIXES)]):
-            raise MissingSource(f"{where} holds no text; know {', '.join(DATA_SUFFIXES)}")
-        return texts
+        return data_files(names, where)
     files = [n for n in names if _of_model(PurePosixPath(n))]
     if any(n.endswith(".safetensors") for n in files):
         return files

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from moeflow.sources import steps
 from moeflow.sources.places import How, Kind, Mtp, Pinned, SourceFile
@@ -17,15 +18,20 @@ from moeflow.store.errors import MissingSource
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@.+)?")
 
 
+LayoutWanted = Literal["source", "per_expert"]
+"""How what is made of a model has its experts on disk: as the model has, or one tensor for each matrix."""
+
+
 @dataclass(frozen=True)
 class Source(Pinned):
     """A pinned model or text: its place, and its files with their pins, by name.
 
-    `refer`: whether its weights are read where they lie, by range, instead of being copied into the store. `mtp`: what becomes of
-    its multi-token-prediction layers.
+    `refer`: whether its weights are read where they lie, by range, instead of being copied into the store. `layout`: how what is
+    made of it has its experts on disk. `mtp`: what becomes of its multi-token-prediction layers.
     """
 
     refer: bool = False
+    layout: LayoutWanted = "source"
     mtp: Mtp = "drop"
 
     def names(self) -> list[str]:
@@ -65,13 +71,14 @@ class Source(Pinned):
         return steps.files(uri=self.uri, files=[(f.name, f.size, f.pin) for f in files])
 
 
-def pin(uri: str, *, kind: Kind, how: How | None = None, mtp: Mtp | None = None) -> Source:
+def pin(uri: str, *, kind: Kind, how: How | None = None, layout: LayoutWanted = "source", mtp: Mtp | None = None) -> Source:
     """The files at `uri` as they are now, pinned so that a later change is noticed.
 
     A folder, a file, a glob, `s3://bucket/prefix`, `hf://datasets/org/name[@revision][/glob]`, `python:stdlib`, and for
     a model also `org/name[@revision]` on the hub if there is no such folder. `how`: whether a model's weights are copied into the
-    store or read where they lie; None: they are read where they stay, which is S3, a disk, and the user's hub cache. `mtp`: what
-    becomes of a model's multi-token-prediction layers; None: they are dropped.
+    store or read where they lie; None: they are read where they stay, which is S3, a disk, and the user's hub cache. `layout`: how
+    what is made of a model has its experts on disk. `mtp`: what becomes of its multi-token-prediction layers; None: they are
+    dropped.
 
     Raises MissingSource, a ValueError.
     """
@@ -91,7 +98,8 @@ def pin(uri: str, *, kind: Kind, how: How | None = None, mtp: Mtp | None = None)
         if not file.name.isprintable() or {"", ".", ".."} & {*file.name.split("/")}:
             raise MissingSource(f"{uri} has a file named {file.name!r}, which no folder can take as it is; rename it there")
     refer = kind == "model" and (how == "refer" if how else _stays(pinned))
-    return Source(pinned.uri, pinned.revision, tuple(sorted(pinned.files, key=lambda f: f.name)), refer, mtp or "drop")
+    files = tuple(sorted(pinned.files, key=lambda f: f.name))
+    return Source(pinned.uri, pinned.revision, files, refer, layout, mtp or "drop")
 
 
 def _stays(pinned: Pinned) -> bool:

@@ -2,8 +2,9 @@
 
     URI[#column[+column...]][*weight][, URI...]      for example  code.jsonl#text*2,s3://bucket/wiki/*.parquet#body
 
-The name of a known data set (`NAMED`) stands for its URI and columns: `alpaca*2,metamathqa`. The string is parsed when a `Texts` is
-made, and its sources are pinned when `entries` is first called. No text is read here.
+The name of a known data set (`NAMED`) stands for its URI and columns, that of a mixture (`MIXTURES`) for several data sets:
+`mix-agent*3,alpaca`.
+The string is parsed when a `Texts` is made, and its sources are pinned when `entries` is first called. No text is read here.
 """
 
 import math
@@ -12,7 +13,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from moeflow.sources.source import Source, pin
+from moeflow.store.errors import MissingSource
 
+POINTER, POINTER_BYTES = b"version https://git-lfs", 300  # how a Git LFS pointer begins, and what none exceeds
 WEIGHT = re.compile(r"\*(\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)$")
 
 
@@ -22,7 +25,9 @@ class Named:
 
     uri: str
     columns: tuple[str, ...]
-    format: str  # what the columns are: "instruction" (prompts, and last the response) or "chat" (messages)
+    format: str
+    """What the columns are: "text", "instruction" (prompts, and last the response), "chat" (messages, or the same to be rendered by
+    the chat template) or "calls" (a question, tools, and the calls that answer it)."""
 
 
 NAMED = {
@@ -35,8 +40,28 @@ NAMED = {
         "instruction",
     ),
     "tulu3": Named("hf://datasets/allenai/tulu-3-sft-mixture@main/data/train-*.parquet", ("messages",), "chat"),
+    "evol-codealpaca": Named("hf://datasets/theblackcat102/evol-codealpaca-v1@main/train.jsonl", ("instruction", "output"), "chat"),
+    "xlam": Named(
+        "hf://datasets/Salesforce/xlam-function-calling-60k@main/xlam_function_calling_60k.json",
+        ("query", "tools", "answers"),
+        "calls",
+    ),
+    "swe-smith": Named("hf://datasets/SWE-bench/SWE-smith-trajectories@main/data/tool-*.parquet", ("messages",), "chat"),
+    **{
+        f"thoughts-{part}": Named(f"hf://datasets/open-r1/Mixture-of-Thoughts@main/{part}/train-*.parquet", ("messages",), "chat")
+        for part in ("code", "math", "science")
+    },
+    "c4-en": Named("hf://datasets/allenai/c4@main/en/c4-train.00000-of-01024.json.gz", ("text",), "text"),
 }
 """The data sets with a short name; files and columns are those that other programs use. A local file is written ./alpaca."""
+
+MIXTURES = {
+    "mix-agent": {"evol-codealpaca": 2, "xlam": 1, "swe-smith": 1},
+    "mix-reasoning": {"evol-codealpaca": 1, "thoughts-code": 1, "thoughts-math": 1, "thoughts-science": 1},
+    "mix-general": {"evol-codealpaca": 1, "xlam": 1, "thoughts-math": 1, "c4-en": 1},
+}
+"""Mixtures for calibration with a name, by the weight of each data set in them. The first two are what coding agents and reasoning
+models are publicly pruned on; the third has code, tool calls, mathematics and prose in equal parts."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +89,7 @@ class Texts:
 
     def each(self) -> tuple["Texts", ...]:
         """Each text by itself."""
-        return tuple(Texts(part.strip()) for part in self.spec.split(","))
+        return tuple(Texts(part) for part in _parts(self.spec))
 
     @property
     def is_tokens(self) -> bool:
@@ -74,11 +99,38 @@ class Texts:
 
     @cached_property
     def _pinned(self) -> tuple[TextEntry, ...]:
-        return tuple(TextEntry(pin(p[0], kind="data"), *p[1:]) for p in self._parsed)
+        """Each source, pinned. Local ones come first, so that a path that does not exist is told before a hub is asked."""
+        entries: dict[int, TextEntry] = {}
+        for i in sorted(range(len(self._parsed)), key=lambda i: "://" in self._parsed[i][0]):
+            uri, columns, weight, format = self._parsed[i]
+            entries[i] = TextEntry(_fetched(pin(uri, kind="data")), columns, weight, format)
+        return tuple(entries[i] for i in range(len(entries)))
 
     @cached_property
     def _parsed(self) -> tuple[tuple[str, tuple[str, ...], float, str], ...]:
-        return tuple(_parse(part.strip(), self.spec) for part in self.spec.split(","))
+        return tuple(_parse(part, self.spec) for part in _parts(self.spec))
+
+
+def _parts(spec: str) -> list[str]:
+    """The entries of a string, with the data sets of a mixture in place of its name; their weights sum to its own."""
+    parts = []
+    for part in (p.strip() for p in spec.split(",")):
+        name, weight = WEIGHT.sub("", part), WEIGHT.search(part)
+        mixture = MIXTURES.get(name, {})
+        total = sum(mixture.values())
+        parts += [f"{n}*{(float(weight[1]) if weight else 1.0) * w / total!r}" for n, w in mixture.items()] or [part]
+    return parts
+
+
+def _fetched(source: Source) -> Source:
+    """The same source. Raises MissingSource if one of its files is a Git LFS pointer: a clone whose data was not fetched."""
+    for file in source.files:
+        if file.size <= POINTER_BYTES and not source.uri.startswith("hf://") and source.read(file.name).startswith(POINTER):
+            raise MissingSource(
+                f"{file.name} at {source.uri} is a Git LFS pointer, and the data that it points to was not fetched; "
+                "run `git lfs pull` there, or name the data set as hf://datasets/org/name"
+            )
+    return source
 
 
 def _parse(part: str, spec: str) -> tuple[str, tuple[str, ...], float, str]:

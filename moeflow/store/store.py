@@ -16,12 +16,12 @@ from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+from moeflow.home import home
 from moeflow.store import checked, names
 from moeflow.store.artifact import StoredArtifact
 from moeflow.store.blobs import Blobs, open_blobs
 from moeflow.store.cache import ELSEWHERE, NodeCache, lost, take
 from moeflow.store.errors import CorruptBlob, NotStored, disk
-from moeflow.store.home import home
 from moeflow.store.index import Index, read_index
 from moeflow.store.local import LocalBlobs
 from moeflow.store.manifest import File, Manifest, Record

@@ -20,7 +20,7 @@ from moeflow.methods.slim.methods import Slimming
 from moeflow.methods.trim import steps as trim
 from moeflow.model.checkpoint import Tensors, save
 from moeflow.model.layout import Folder, headers, read_config
-from tests import tiny
+from tests import layouts, tiny
 from tests.models import calibrated, ids_of, loaded, logits, pulled
 from tests.running import model_in, reports, run, store_in
 
@@ -30,8 +30,11 @@ def source(tmp_path: Path) -> Path:
     return in_fp8(tmp_path / "model", 8)
 
 
-def in_fp8(folder: Path, block: int) -> Path:
-    """All matrices of the layers but routers in FP8, with a scale for each block; blocks are cut off where they do not fit."""
+def in_fp8(folder: Path, block: int, scale_dtype: torch.dtype = torch.float32) -> Path:
+    """All matrices of the layers but routers in FP8, with a scale for each block; blocks are cut off where they do not fit.
+
+    A scale is a power of two if `scale_dtype` can be nothing else.
+    """
     tiny.write("deepseek_v3", folder, dtype=torch.bfloat16)
     config = read_config(Folder(folder))
     made: dict[str, Tensor] = {}
@@ -41,8 +44,10 @@ def in_fp8(folder: Path, block: int) -> Path:
             padded = torch.zeros(rows * block, columns * block)
             padded[: t.shape[0], : t.shape[1]] = t.float()
             scale = padded.view(rows, block, columns, block).abs().amax((1, 3)) / 448
+            if scale_dtype == torch.float8_e8m0fnu:
+                scale = scale.log2().ceil().exp2()
             codes = t.float() / spread(scale, block, t.shape)
-            made |= {name: codes.to(torch.float8_e4m3fn), name + "_scale_inv": scale}
+            made |= {name: codes.to(torch.float8_e4m3fn), name + "_scale_inv": scale.to(scale_dtype)}
         else:
             made[name] = t
     for file in folder.glob("*.safetensors"):
@@ -67,6 +72,53 @@ def plain(tensors: dict[str, Tensor], config: dict, folder: Path) -> Any:
 
 def raw(folder: Path) -> dict[str, Tensor]:
     return {n: t for file in folder.glob("*.safetensors") for n, t in load_file(file).items()}
+
+
+@pytest.mark.parametrize("end", [".weight_scale_inv", ".scale"])
+def test_scales_that_are_powers_of_two_are_read_and_sliced_under_either_name(end: str, tmp_path: Path) -> None:
+    source = in_fp8(tmp_path / "model", 8, torch.float8_e8m0fnu)
+    held = {n.replace(".weight_scale_inv", end): t for n, t in raw(source).items()}
+    save(held, source / "model.safetensors")
+    store, model = store_in(tmp_path), model_in(source)
+    keep = [0, 2, 3, 4, 6, 7]
+    pruned = layouts.pruned_to(model, dict.fromkeys(model.moe_layers, keep))
+    run(store, *pruned.layers)
+    assert model.layers[1].spec.output.fp8 and model.layers[1].spec.output.expert_numel == 8 * 3 * 24 * 32
+    for i in model.moe_layers:
+        folder = store.artifact(pruned.layers[i].key)
+        after, tensors = load_file(folder.file("layer.safetensors")), Tensors(folder)
+        for new, old in enumerate(keep):
+            for name in ("gate_proj", "up_proj", "down_proj"):
+                a, b = (f"model.layers.{i}.mlp.experts.{e}.{name}" for e in (new, old))
+                for one, other in ((a + ".weight", b + ".weight"), (a + end, b + end)):
+                    assert torch.equal(after[one].view(torch.uint8), held[other].view(torch.uint8))
+                scale = held[b + end].float()
+                expected = held[b + ".weight"].float() * spread(scale, 8, held[b + ".weight"].shape)
+                assert torch.equal(tensors[a + ".weight"].float(), expected)
+        assert not any(n.endswith(end) for n in tensors)
+
+
+def test_fp8_in_stacks_is_the_same_model(source: Path, tmp_path: Path) -> None:
+    held, folder = raw(source), tmp_path / "stacks"
+    made = {n: t for n, t in held.items() if ".experts." not in n}
+    for i in (1, 2):
+        stem = f"model.layers.{i}.mlp.experts"
+        for end in ("", "_scale_inv"):
+            gate, up, down = ([held[f"{stem}.{e}.{name}_proj.weight{end}"] for e in range(8)] for name in ("gate", "up", "down"))
+            made[f"{stem}.gate_up_proj{end}"] = torch.stack([torch.cat(both) for both in zip(gate, up, strict=True)])
+            made[f"{stem}.down_proj{end}"] = torch.stack(down)
+    folder.mkdir()
+    save(made, folder / "model.safetensors")
+    (folder / "config.json").write_bytes((source / "config.json").read_bytes())
+    store, models = store_in(tmp_path), (model_in(source), model_in(folder))
+    run(store, *models[0].layers, *models[1].layers)
+    assert all(
+        store.manifest(a.key).digest == store.manifest(b.key).digest for a, b in zip(*(m.layers for m in models), strict=True)
+    )
+    keep = {i: [0, 1, 2, 4, 5, 6] for i in models[1].moe_layers}
+    after = raw(pulled(store, layouts.pruned_to(models[1], keep), tmp_path))
+    for name in (n for n in made if ".experts." in n):
+        assert torch.equal(after[name].view(torch.uint8), made[name][[0, 1, 2, 4, 5, 6]].view(torch.uint8)), name
 
 
 @pytest.mark.parametrize("block", [8, 16])
@@ -127,6 +179,20 @@ def test_what_needs_weights_is_refused(source: Path, tmp_path: Path) -> None:
         unified.slim(seen, Slimming(method="gptq", group=8, inputs="parallel"))
     with pytest.raises(ValueError, match="layer 1 is in FP8; decompose the model"):
         moei2.decompose(seen, Decomposition(ratio=0.3, ranks="uniform"))
+    with pytest.raises(
+        ValueError, match="has .*up_proj.other.scale in F8_E8M0, which is no scale of FP8 blocks; dequantize it to bf16"
+    ):
+        odd = tmp_path / "odd"
+        odd.mkdir()
+        save(
+            {
+                n.replace("up_proj.weight_scale_inv", "up_proj.other.scale"): t.to(torch.float8_e8m0fnu) if "scale" in n else t
+                for n, t in raw(source).items()
+            },
+            odd / "model.safetensors",
+        )
+        (odd / "config.json").write_bytes((source / "config.json").read_bytes())
+        model_in(odd)
     config = json.loads((source / "config.json").read_text())
     config["quantization_config"]["weight_block_size"] = None
     (source / "config.json").write_text(json.dumps(config))

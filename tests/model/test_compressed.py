@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from moeflow.arch import LAYERS, Family
-from moeflow.model import compressed, passes, routed_experts
+from moeflow.model import compressed, factors, passes, routed_experts
 from moeflow.model.checkpoint import Tensors, read_moe, save
 from moeflow.model.factors import multiplied_out
 from moeflow.model.formats import Format, config_of, layer_formats
@@ -107,7 +107,7 @@ def test_training_leaves_the_padding_at_zero(smaller: Path) -> None:
     for layer, format in zip(model.model.layers, layer_formats(model.config.to_dict()), strict=True):
         if format is not None and format.low_rank:
             experts = layer.get_submodule(family.arch.block).experts
-            for stack in compressed.STACKS:
+            for stack in factors.STACKS:
                 if (parameter := getattr(experts, stack.name, None)) is not None:
                     inside = torch.zeros_like(parameter, dtype=torch.bool)
                     for _, _, piece_MN in stack.pieces(inside, format):

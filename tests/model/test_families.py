@@ -1,6 +1,7 @@
 """Our reading of a checkpoint against transformers' own: a swapped name, a wrong axis or a wrong router cannot pass."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,10 +12,10 @@ from moeflow.arch import Family
 from moeflow.model.checkpoint import Tensors, read_moe
 from moeflow.model.layout import Folder, read_config
 from moeflow.model.router import dense
-from moeflow.model.stream import Stream
+from moeflow.model.stream import HIDDEN, Stream
 
 
-def block_of(model: torch.nn.Module, folder: Path, layer: int) -> torch.nn.Module:
+def block_of(model: Any, folder: Path, layer: int) -> Any:
     return model.model.layers[layer].get_submodule(Family.of(read_config(Folder(folder))).arch.block)
 
 
@@ -60,14 +61,23 @@ def test_our_router_chooses_as_transformers_does(family: Path) -> None:
 
 def streamed(folder: Path, ids_NL: Tensor) -> list[Tensor]:
     """Every hidden state of a model run layer by layer, and its logits."""
-    stream, tensors = Stream(read_config(Folder(folder))), Tensors(folder)
-    layers = [{n: tensors[n] for n in tensors if n.startswith(f"model.layers.{i}.")} for i in range(3)]
+    config, tensors = read_config(Folder(folder)), Tensors(folder)
+    stream, count = Stream(config), Family.of(config).num_layers
+    layers = [{n: tensors[n] for n in tensors if n.startswith(f"model.layers.{i}.")} for i in range(count)]
     rest = {n: tensors[n] for n in tensors if ".layers." not in n}
-    hidden = [stream.embed(rest, ids_NL)]
+    states = [{HIDDEN: stream.embed(rest, ids_NL)}]
     for i, layer in enumerate(layers):
-        hidden.append(stream.layer(layer, i)(hidden[-1], **stream.arguments(i, hidden[-1])))
-    normed = stream.final_norm(rest)(hidden[-1])
-    return [*hidden[:-1], normed, stream.head(rest)(normed)]
+        states.append(stream.run(stream.layer(layer, i), i, states[-1]))
+    return [s[HIDDEN] for s in states] + [stream.logits(rest)(states[-1][HIDDEN])]
+
+
+def equal_whole(parts: list[Tensor], model: torch.nn.Module, ids_NL: Tensor) -> None:
+    """Hidden states and logits are those of the whole model, bit for bit."""
+    whole = model(ids_NL, output_hidden_states=True, use_cache=False)
+    *hidden, last, logits = parts
+    for mine, theirs in zip(hidden, whole.hidden_states[:-1], strict=True):  # the last one is behind the norm
+        assert torch.equal(mine, theirs)
+    assert torch.equal(logits, whole.logits) and last.isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -76,7 +86,4 @@ def test_streaming_layer_by_layer_is_the_whole_model_bit_for_bit(family: Path, d
     model = AutoModelForCausalLM.from_pretrained(family, dtype=dtype).eval()
     model.save_pretrained(tmp_path)
     ids_NL = torch.randint(3, 96, (2, 20), generator=torch.Generator().manual_seed(1))
-    whole = model(ids_NL, output_hidden_states=True, use_cache=False)
-    parts = streamed(tmp_path, ids_NL)
-    for mine, theirs in zip(parts, [*whole.hidden_states, whole.logits], strict=True):
-        assert torch.equal(mine, theirs)
+    equal_whole(streamed(tmp_path, ids_NL), model, ids_NL)

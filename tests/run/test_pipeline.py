@@ -245,6 +245,20 @@ def test_whether_a_source_is_copied_is_a_parameter_of_every_pipeline_with_one(tm
     assert "One of copy, refer" not in page(build) + page(own)
 
 
+def test_the_layout_of_a_result_is_a_parameter_of_every_pipeline_with_a_source(tmp_path: Path) -> None:
+    def of_model(model: Source) -> Step:
+        values: list[Any] = [model.layout]
+        return toy.shards(values=values)
+
+    folder = tiny_source(tmp_path)
+    assert received(of_model, f"model={folder}")["values"] == ["source"]
+    assert received(of_model, f"model={folder}", "layout=per_expert")["values"] == ["per_expert"]
+    with pytest.raises(ValueError, match="-p layout=fused: choose one of source, per_expert"):
+        call(of_model, [f"model={folder}", "layout=fused"])
+    assert "How the result has its experts on disk" in page(of_model)
+    assert "How the result has its experts on disk" not in page(build)
+
+
 def tiny_source(folder: Path) -> Path:
     (folder / "model.safetensors").write_bytes(b"weights")
     return folder

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from moeflow.sources.texts import NAMED, Texts
+from moeflow.sources.texts import MIXTURES, NAMED, Texts
 from moeflow.store import MissingSource
 from tests import servers
 from tests.making import folder
@@ -19,12 +19,13 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[servers.Hub
     monkeypatch.chdir(tmp_path)
     with servers.hub_server() as hub:
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        repositories: dict[str, dict[str, bytes]] = {}
         for known in NAMED.values():
             repo, _, file = known.uri.removeprefix("hf://").partition("@main/")
-            hub.put(
-                repo,
-                {file.replace("*", f"0000{i}-of-00002"): b"{}" for i in (0, 1)} | {"README.md": b"x", "data/test.parquet": b"x"},
-            )
+            files = repositories.setdefault(repo, {"README.md": b"x", "data/test.parquet": b"x"})
+            files |= {file.replace("*", f"0000{i}-of-00002"): b"{}" for i in (0, 1)}
+        for repo, files in repositories.items():
+            hub.put(repo, files)
         yield hub
 
 
@@ -76,6 +77,13 @@ def test_a_known_data_set_is_its_files_on_the_hub_with_their_columns_and_format(
         "mathinstruct": (1, ("instruction", "output"), "instruction", 2.0),
         "magicoder": (1, ("instruction", "response"), "instruction", 2.0),
         "tulu3": (2, ("messages",), "chat", 2.0),
+        "evol-codealpaca": (1, ("instruction", "output"), "chat", 2.0),
+        "xlam": (1, ("query", "tools", "answers"), "calls", 2.0),
+        "swe-smith": (2, ("messages",), "chat", 2.0),
+        "thoughts-code": (2, ("messages",), "chat", 2.0),
+        "thoughts-math": (2, ("messages",), "chat", 2.0),
+        "thoughts-science": (2, ("messages",), "chat", 2.0),
+        "c4-en": (1, ("text",), "text", 2.0),
     }
     for name, (entry,) in entries.items():
         assert entry.source.uri == f"{NAMED[name].uri.partition('@')[0]}@{entry.source.revision}", "pinned to a commit"
@@ -91,3 +99,45 @@ def test_a_local_file_called_like_a_known_data_set_is_had_by_its_path(hub: serve
     folder(tmp_path, alpaca="text")
     (entry,) = Texts("./alpaca").entries()
     assert (entry.source.uri, entry.format) == (tmp_path.as_posix(), "") and hub.asked == []
+
+
+def test_the_name_of_a_mixture_stands_for_its_data_sets_whose_weights_sum_to_its_own(hub: servers.Hub, tmp_path: Path) -> None:
+    folder(tmp_path, **{"own.jsonl": "{}"})
+    for name, mixture in MIXTURES.items():
+        texts = Texts(f"{name}*3, own.jsonl*0.5")
+        *mixed, own = texts.entries()
+        known = [Texts(one).entries()[0] for one in mixture]
+        assert [(e.source, e.columns, e.format) for e in mixed] == [(e.source, e.columns, e.format) for e in known]
+        total = sum(mixture.values())
+        assert [e.weight for e in mixed] == pytest.approx([3 * w / total for w in mixture.values()]) and own.weight == 0.5
+        assert [one.entries()[0].source for one in texts.each()] == [e.source for e in texts.entries()]
+
+
+def test_a_path_that_does_not_exist_says_so_before_the_hub_is_asked(hub: servers.Hub, tmp_path: Path) -> None:
+    with pytest.raises(MissingSource, match="nowhere.jsonl: there is no such file or folder; check the path"):
+        Texts("alpaca,xlam,nowhere.jsonl").entries()
+    assert hub.asked == []
+
+
+CLONE = {
+    ".gitattributes": "*.parquet filter=lfs", ".git__config": "x", "README.md": "# Data", "LICENSE.txt": "MIT", "own.py": "1",
+    "dataset_infos.json": "{}", "data__train-00000-of-00001.parquet": "x" * 999, "data__notes.md": "x", "images__a.png": "x",
+    "config.json": "{}", "extra.jsonl.zst": "y" * 999, "state.json": "{}", "cache-1234.arrow": "z",
+}  # fmt: skip
+
+
+def test_a_data_set_s_folder_as_it_is_cloned_is_its_data_files(tmp_path: Path) -> None:
+    (entry,) = Texts(str(folder(tmp_path / "clone", **CLONE))).entries()
+    assert entry.source.names() == ["data/train-00000-of-00001.parquet", "extra.jsonl.zst"]
+    (pages,) = Texts(str(folder(tmp_path / "pages", **{"README.md": "x", "a.md": "x", "b.py": "x", "c.txt": "x"}))).entries()
+    assert pages.source.names() == ["a.md", "b.py", "c.txt"], "without tables documents are the text"
+    with pytest.raises(MissingSource, match="holds no text; know .jsonl, .*, and these packed as .gz, .zst"):
+        Texts(str(folder(tmp_path / "about", **{"README.md": "x", "dataset_infos.json": "{}", "a.png": "x"}))).entries()
+
+
+def test_a_clone_whose_data_was_not_fetched_is_refused_by_name_with_the_way_out(tmp_path: Path) -> None:
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'a' * 64}\nsize 123456789\n"
+    at = folder(tmp_path / "clone", **CLONE | {"data__train-00001-of-00002.parquet": pointer, "matrix.npy": pointer})
+    for spec in (at, f"{at}/data/*.parquet", at / "matrix.npy"):
+        with pytest.raises(MissingSource, match=r"(parquet|npy) at .*clone.* is a Git LFS pointer, .*; run `git lfs pull` there"):
+            Texts(str(spec)).entries()

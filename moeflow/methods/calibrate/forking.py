@@ -14,25 +14,26 @@ from torch.nn.functional import kl_div
 
 from moeflow.arch import Config
 from moeflow.methods.records import Curves
-from moeflow.model.alternatives import Alternative, alternative_blocks, slices, watched
+from moeflow.model.alternatives import Alternative, alternative_blocks, slices, watched, with_block
 from moeflow.model.checkpoint import Tensors, save, tensor_of
 from moeflow.model.header import TensorInfo, read_header
 from moeflow.model.layout import Files, headers
-from moeflow.model.passes import Head, Progress, stream_of
+from moeflow.model.passes import Head, Progress, put, stream_of, taken
+from moeflow.model.stream import HIDDEN, States
 
 BASE = "hidden.safetensors"
 """The file with the states of the unchanged model; each fork has a file of its own."""
 
 
-def first_rows(files: Sequence[Files], taken: Sequence[int], out: Path) -> None:
-    """Write the hidden states of the first sequences of several files, `taken` of each, to one file."""
-    parts = []
-    for file, count in zip(files, taken, strict=True):
-        info = headers(file)["hidden_NLD"]
-        size = info.nbytes // info.shape[0]
-        part = TensorInfo(info.file, info.dtype, (count, *info.shape[1:]), info.start, info.start + count * size)
-        parts.append(tensor_of(file.read(part.file, part.start, part.stop), part))
-    save({"hidden_NLD": torch.cat(parts)}, out)
+def first_rows(files: Sequence[Files], rows: Sequence[int], out: Path) -> None:
+    """Write the hidden states of the first sequences of several files, `rows` of each, to one file."""
+    parts: dict[str, list[Tensor]] = {}
+    for file, count in zip(files, rows, strict=True):
+        for name, info in headers(file).items():
+            size = info.nbytes // info.shape[0]
+            part = TensorInfo(info.file, info.dtype, (count, *info.shape[1:]), info.start, info.start + count * size)
+            parts.setdefault(name, []).append(tensor_of(file.read(part.file, part.start, part.stop), part))
+    save({name: torch.cat(each) for name, each in parts.items()}, out)
 
 
 @torch.inference_mode()
@@ -51,33 +52,46 @@ def through(
         tensors = Tensors(file)
         module = stream.layer(tensors, layer)
         for done, name in enumerate([n for n in states if n != BASE]):
-            states_NLD = load_file(states[name])["hidden_NLD"]
-            for part_nLD in states_NLD.split(batch):
-                h_nLD = part_nLD.to(stream.device)
-                part_nLD.copy_(module(h_nLD, **stream.arguments(layer, h_nLD)))
-            states[name] = _saved(states_NLD, out / name)
+            before_fork = load_file(states[name])
+            behind: States = {HIDDEN: before_fork[HIDDEN]}
+            for rows in slices(count := len(before_fork[HIDDEN]), batch):
+                put(behind, stream.run(module, layer, taken(before_fork, rows, stream.device)), rows, count)
+            states[name] = _saved(behind, out / name)
             progress(at * len(states) + done + 1, len(stages) * len(states), "forks")
-        base_NLD = load_file(states[BASE])["hidden_NLD"]
-        x_NLD, residual_NLD = torch.empty_like(base_NLD), torch.empty_like(base_NLD)
-        for rows in slices(len(base_NLD), batch):
-            h_nLD = base_NLD[rows].to(stream.device)
-            with watched(module, stream.family) as block:
-                base_NLD[rows] = module(h_nLD, **stream.arguments(layer, h_nLD)).cpu()
-            if alternatives:
-                x_NLD[rows], residual_NLD[rows] = block["x"].cpu(), block["residual"].cpu()
-        states[BASE] = _saved(base_NLD, out / BASE)
-        del module
+        base = load_file(states[BASE])
+        count, behind = len(base[HIDDEN]), {HIDDEN: base[HIDDEN]}
+        x_NLD, kept_NLD = torch.empty_like(base[HIDDEN]), torch.empty_like(base[HIDDEN])
+        adds = pair = False
+        for rows in slices(count, batch):
+            of_rows = taken(base, rows, stream.device)
+            if not alternatives:
+                put(behind, stream.run(module, layer, of_rows), rows, count)
+                continue
+            seen = watched(stream, module, layer, of_rows)
+            if rows.start == 0:
+                adds, pair = seen.adds, seen.pair
+            x_NLD[rows] = seen.x_NLD.view(seen.residual_NLD.shape).cpu()
+            kept_NLD[rows] = (seen.residual_NLD if adds else of_rows[HIDDEN]).cpu()
+            put(behind, seen.behind, rows, count)
+        states[BASE] = _saved(behind, out / BASE)
+        if adds:
+            del module
         begun = alternative_blocks(tensors, config, layer, alternatives, device=stream.device, dtype=stream.dtype)
         for name, moe in begun:
-            for rows in slices(len(base_NLD), batch):
-                x_nLD = x_NLD[rows].to(stream.device)
-                y_nLD = moe(x_nLD.flatten(0, -2)).view(x_nLD.shape)
-                base_NLD[rows] = (residual_NLD[rows].to(stream.device) + y_nLD).cpu()
-            states[name] = _saved(base_NLD, out / name)
+            fork_NLD = behind[HIDDEN]  # it is written already
+            for rows in slices(count, batch):
+                kept_nLD = kept_NLD[rows].to(stream.device)
+                if adds:
+                    y_nLD = moe(x_NLD[rows].to(stream.device).flatten(0, -2)).view(kept_nLD.shape)
+                    fork_NLD[rows] = (kept_nLD + y_nLD).cpu()
+                else:  # run the layer again, since it does more with its block's output than add it
+                    of_rows = taken(base | {HIDDEN: kept_NLD}, rows, stream.device)
+                    fork_NLD[rows] = with_block(stream, module, layer, of_rows, moe, pair=pair).cpu()
+            states[name] = _saved(behind, out / name)
 
 
-def _saved(states_NLD: Tensor, path: Path) -> Path:
-    save_file({"hidden_NLD": states_NLD}, path)
+def _saved(states: States, path: Path) -> Path:
+    save_file(states, path)
     return path
 
 

@@ -6,11 +6,13 @@ from math import ceil
 from typing import TYPE_CHECKING, Any
 
 from moeflow.arch import Config, Family
+from moeflow.arch.found import Found, described, found
+from moeflow.methods.checkpoint.intake import text_config
 from moeflow.methods.graph import INDEX, named_like
 from moeflow.model.config_check import check_config
 from moeflow.model.header import TensorInfo, read_header
 from moeflow.model.json_file import json_object, kind_of
-from moeflow.model.packed import BLOCK_SCALE, FORMAT, METHOD, PACKED, scheme_of
+from moeflow.model.packed import BLOCKS, CODES, FORMAT, METHOD, MXFP4, PACKED, SCALES, block_scale, scheme_of
 
 if TYPE_CHECKING:
     from moeflow.sources import Source
@@ -29,11 +31,24 @@ TOKENIZER = {
 """Entries of tokenizer_config.json, and the types that they may have."""
 
 
-def config_of(source: "Source") -> Config:
-    """The checkpoint's config.json. Raises ValueError if it is damaged, or says what cannot be."""
+def looked_at(source: "Source", tensors: Mapping[str, TensorInfo]) -> Found | None:
+    """What looking at the checkpoint's model type tells; None if a constant describes it. Raises ValueError if nothing does."""
     config = json_object(source.read("config.json"), f"config.json at {source.uri}")
-    check_config(config, f"config.json at {source.uri}")
-    return config
+    if not isinstance(config.get("model_type"), str) or described(config):
+        return None
+    return found(config, tensors, source.uri)
+
+
+def config_of(source: "Source", known: Found | None = None) -> tuple[Config, Config]:
+    """The checkpoint's config.json, and the configuration of its text model, which may be a part of it.
+
+    Raises ValueError if it is damaged, or says what cannot be.
+    """
+    where = f"config.json at {source.uri}"
+    whole = json_object(source.read("config.json"), where)
+    config = text_config(whole, known, where)
+    check_config(config, where)
+    return whole, config
 
 
 def tensors_of(source: "Source") -> dict[str, TensorInfo]:
@@ -64,16 +79,19 @@ def tensors_of(source: "Source") -> dict[str, TensorInfo]:
 
 
 def check_packing(tensors: dict[str, TensorInfo], config: Config, uri: str) -> None:
-    """Raise ValueError unless the packing is compressed-tensors of the experts, as moeflow writes it, or FP8 with square blocks, as
-    DeepSeek-V3 is published."""
+    """Raise ValueError unless the packing is compressed-tensors of the experts, as moeflow writes it, FP8 with square blocks, as
+    DeepSeek-V3 is published, or MXFP4 of the experts, as gpt-oss is."""
     packing, shapes = config.get("quantization_config"), {n: t.shape for n, t in tensors.items()}
     if not packing:
-        if odd := [n for n, t in tensors.items() if n.endswith(PACKED) or t.dtype.startswith("F8")]:
+        if odd := [n for n, t in tensors.items() if n.endswith((PACKED, BLOCKS)) or t.dtype.startswith(("F8", "F4"))]:
             raise ValueError(f"{uri} has packed {odd[0]}, and its config.json no quantization_config; fetch the checkpoint again")
         return
     method, form = packing.get("quant_method", "unknown"), packing.get("format")
     if method == "fp8":
         _check_fp8(packing.get("weight_block_size"), tensors, uri)
+        return
+    if method == MXFP4:
+        _check_mxfp4(tensors, config, uri)
         return
     if (method, form) != (METHOD, FORMAT):
         raise ValueError(f"{uri} is packed (quantization_config: {method} {form or ''}); dequantize it to bf16 first")
@@ -129,18 +147,45 @@ def _index(source: "Source") -> dict[str, str]:
 
 
 def _check_fp8(block: Any, tensors: dict[str, TensorInfo], uri: str) -> None:
-    """Raise ValueError unless every FP8 matrix has a scale for each square block of the size that config.json says."""
+    """Raise ValueError unless every FP8 matrix has a scale for each square block of the size that config.json says, and every scale
+    is one of those."""
     square = isinstance(block, list) and len(block) == 2 and all(type(b) is int and b > 0 for b in block) and block[0] == block[1]
+    scales = {name: block_scale(name, tensors) for name in tensors}
+    of_blocks = {scale for name, scale in scales.items() if _in_fp8(tensors[name])}
     for name, tensor in tensors.items():
-        scale = tensors.get(name + BLOCK_SCALE)
-        if not square or (tensor.dtype.startswith("F8") and scale is None):
+        if tensor.dtype == "F4" or (tensor.dtype == "F8_E8M0" and name not in of_blocks):
+            raise ValueError(f"{uri} has {name} in {tensor.dtype}, which is no scale of FP8 blocks; dequantize it to bf16 first")
+        scale = None if (at := scales[name]) is None else tensors[at]
+        if not square or (_in_fp8(tensor) and scale is None):
             what = name if square else f"weight_block_size={block!r:.60}"
             raise ValueError(f"{uri} is in FP8 without square blocks ({what}); dequantize it to bf16 first")
         blocks = tuple(ceil(n / block[0]) for n in tensor.shape)
         if scale is not None and scale.shape != blocks:
+            raise ValueError(f"{at} at {uri} has shape {scale.shape} where blocks of {block[0]} need {blocks}; fetch it again")
+
+
+def _in_fp8(tensor: TensorInfo) -> bool:
+    return tensor.dtype.startswith("F8") and tensor.dtype != "F8_E8M0"
+
+
+def _check_mxfp4(tensors: dict[str, TensorInfo], config: Config, uri: str) -> None:
+    """Raise ValueError unless every matrix in MXFP4 is an expert's, has codes and scales, and no other is quantized."""
+    family = Family.of(config)
+    stems = tuple(family.experts(i) for i in family.moe_layers)
+    for name, tensor in tensors.items():
+        stem = name.removesuffix(BLOCKS).removesuffix(SCALES)
+        if tensor.dtype.startswith(("F8", "F4")) or (stem != name and not name.startswith(stems)):
+            raise ValueError(f"{uri} has {name} in {tensor.dtype} beside experts in MXFP4; dequantize it to bf16 first")
+        if stem == name:
+            continue
+        codes, scales = tensors.get(stem + BLOCKS), tensors.get(stem + SCALES)
+        if codes is None or scales is None or codes.shape != (*scales.shape, CODES) or {codes.dtype, scales.dtype} != {"U8"}:
+            forms = " and ".join("nothing" if t is None else f"{t.dtype} {t.shape}" for t in (codes, scales))
             raise ValueError(
-                f"{name}{BLOCK_SCALE} at {uri} has shape {scale.shape} where blocks of {block[0]} need {blocks}; fetch it again"
+                f"{uri} has {forms} as codes and scales of {stem}, where MXFP4 has bytes [M, G, {CODES}] and [M, G]; fetch it again"
             )
+    if not any(n.endswith(BLOCKS) for n in tensors):
+        raise ValueError(f"{uri} has no matrix in MXFP4, which its config.json says (quantization_config); correct it")
 
 
 def _check_tokenizer(data: bytes, where: str) -> None:

@@ -7,7 +7,8 @@ it is asked. This module handles no files and no matrices.
 import re
 from typing import Any
 
-from moeflow.methods.data.packing import Piece, words
+from moeflow.methods.data.chats import Chat, chat_of, rendered
+from moeflow.methods.data.packing import LeftOut, Piece, words
 
 Segments = list[tuple[str, bool]]
 """A text as consecutive segments, each with a flag: is it learned?"""
@@ -18,22 +19,16 @@ WITH_INPUT = (
     "Write a response that appropriately completes the request."
 )
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # a template's own mark around the assistant's words
-ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
 
 
-class LeftOut(Exception):
-    """Nothing can be learned from this example; the message names its kind, in the plural."""
+def segments_of(tokenizer: Any, row: dict[str, Any], kinds: dict[str, str], format: str) -> list[Segments]:
+    """One example, a row of columns of these kinds, as one text or several; `format` is one of `Examples`, or "calls".
 
-
-def segments_of(tokenizer: Any, row: dict[str, Any], format: str, where: str) -> list[Segments]:
-    """One example, a row of columns, as one text or several; `format` is one of `Examples`; errors name the files by `where`.
-
-    Raises LeftOut if it has nothing to learn, and ValueError if a column has the wrong type.
+    Raises LeftOut if it has nothing to learn.
     """
-    if format == "chat" and len(row) == 1:
-        ((column, value),) = row.items()
-        return chat(tokenizer, messages_of(value, column, where))
-    texts = [words(value, column, where) for column, value in row.items()]
+    if format in ("chat", "calls"):
+        return chat(tokenizer, *chat_of(row, kinds))
+    texts = [words(value) for value in row.values()]
     if format == "text":
         if not any(t.strip() for t in texts):
             raise LeftOut("documents without text")
@@ -43,9 +38,6 @@ def segments_of(tokenizer: Any, row: dict[str, Any], format: str, where: str) ->
         raise LeftOut("examples without a prompt")
     if not response.strip():
         raise LeftOut("examples without a response")
-    if format == "chat":
-        roles = ("user", "\n\n".join(prompts)), ("assistant", response)
-        return chat(tokenizer, [{"role": role, "content": content} for role, content in roles])
     return [[(instruction(*prompts), False), (response, True)]]
 
 
@@ -55,20 +47,7 @@ def instruction(task: str, *inputs: str) -> str:
     return f"{WITH_INPUT if inputs else INSTRUCTION}\n\n### Instruction:\n{task}{context}\n\n### Response:\n"
 
 
-def messages_of(value: Any, column: str, where: str) -> list[dict[str, Any]]:
-    """A conversation as messages with `role` and `content`, also from ShareGPT's `from` and `value`.
-
-    Raises ValueError if it is not a list of messages.
-    """
-    if not isinstance(value, list) or not all(isinstance(m, dict) and (m.get("role") or m.get("from")) for m in value):
-        raise ValueError(
-            f"column {column!r} of {where} holds no messages ({{role, content}} or {{from, value}}); name another (URI#column)"
-        )
-    messages = [{{"from": "role", "value": "content"}.get(k, k): v for k, v in m.items() if v is not None} for m in value]
-    return [m | {"role": ROLES.get(m["role"], m["role"])} for m in messages]
-
-
-def chat(tokenizer: Any, messages: list[dict[str, Any]]) -> list[Segments]:
+def chat(tokenizer: Any, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> list[Segments]:
     """A conversation as the chat template renders it, with the assistant's turns learned.
 
     If the template marks the assistant's words with `{% generation %}`, the marks decide. Otherwise the messages before a turn are
@@ -79,21 +58,14 @@ def chat(tokenizer: Any, messages: list[dict[str, Any]]) -> list[Segments]:
 
     Raises LeftOut if the assistant says nothing, and if the template refuses the conversation.
     """
-    import jinja2
-
     answers = [i for i, m in enumerate(messages) if i and m["role"] == "assistant" and (m.get("content") or m.get("tool_calls"))]
     if not answers:
         raise LeftOut("conversations without a response")
-    messages = messages[: answers[-1] + 1]
-    try:
-        if GENERATION.search(tokenizer.get_chat_template()):
-            return [_marked(tokenizer, messages)]
-        whole = tokenizer.apply_chat_template(messages, tokenize=False)
-        turns = [_turn(tokenizer, messages[: i + 1]) for i in answers]
-    except jinja2.TemplateSyntaxError:
-        raise
-    except (jinja2.TemplateError, TypeError) as error:  # raised by a template on purpose, or by accident
-        raise LeftOut(f"conversations that the chat template refuses ({' '.join(str(error).split())})") from error
+    until_last = Chat(messages[: answers[-1] + 1], tools)
+    whole = rendered(tokenizer, until_last)
+    if GENERATION.search(tokenizer.get_chat_template(tools=tools)):
+        return [_marked(tokenizer, until_last)]
+    turns = [_turn(tokenizer, Chat(messages[: i + 1], tools)) for i in answers]
     if not all(whole.startswith(before + turn) for before, turn, _ in turns):
         return [[(before, False), (turn, True), (rest, False)] for before, turn, rest in turns]
     return [_cut(whole, [(len(before), len(before + turn)) for before, turn, _ in turns])]
@@ -120,23 +92,28 @@ def encoded(tokenizer: Any, segments: Segments) -> Piece:
 
 
 def tokenized(tokenizer: Any, text: str) -> list[int]:
-    """The tokens of a text without special ones."""
+    """The tokens of a text without special ones. Raises LeftOut for a text with half a character ("\\ud800" in JSON)."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise LeftOut("texts with half a character, which no tokenizer takes") from None
     ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return ids
 
 
-def _marked(tokenizer: Any, messages: list[dict[str, Any]]) -> Segments:
+def _marked(tokenizer: Any, chat: Chat) -> Segments:
     # Not apply_chat_template(return_assistant_tokens_mask=True): it finds tokens by their offsets, and where a tokenizer trims
     # these (a ByteLevel post-processor does), a response that begins with a space is not learned, nor is any behind it.
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    rendered: Any = render_jinja_template(
-        conversations=[messages],
-        chat_template=tokenizer.get_chat_template(),
+    made: Any = render_jinja_template(
+        conversations=[[{k: v for k, v in m.items() if v is not None} for m in chat.messages]],  # as apply_chat_template does
+        tools=[*chat.tools] if chat.tools is not None else None,
+        chat_template=tokenizer.get_chat_template(tools=chat.tools),
         return_assistant_tokens_mask=True,
         **tokenizer.special_tokens_map,
     )
-    (text,), (spans,) = rendered
+    (text,), (spans,) = made
     if not any(start < end for start, end in spans):
         raise LeftOut("conversations in which the chat template marks no response")
     return _cut(text, spans)
@@ -152,10 +129,10 @@ def _cut(text: str, spans: list[tuple[int, int]]) -> Segments:
     return [*segments, (text[at:], False)]
 
 
-def _turn(tokenizer: Any, messages: list[dict[str, Any]]) -> tuple[str, str, str]:
+def _turn(tokenizer: Any, chat: Chat) -> tuple[str, str, str]:
     """The last message as the template renders it: the question before it, the turn itself, and what follows its last token."""
-    before: str = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
-    whole: str = tokenizer.apply_chat_template(messages, tokenize=False)
+    before = rendered(tokenizer, chat._replace(messages=chat.messages[:-1]), ask=True)
+    whole = rendered(tokenizer, chat)
     if not whole.startswith(before):
         raise LeftOut(
             "conversations whose responses do not follow on the template's generation prompt (mark them by {% generation %})"

@@ -5,16 +5,14 @@ This module knows no example formats and no models. Suffixes: N sequences, L tok
 
 import json
 import os
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from moeflow.methods.data.readers import Files, check_beginnings, named, reader, told
+from moeflow.methods.data.readers import Files, named
 from moeflow.methods.graph import TOKENS, Sample
 from moeflow.step import Context
 
@@ -32,13 +30,43 @@ class Portion:
     weight: float
     """Its fraction of the rows; the weights of all texts sum to one."""
     columns: tuple[str, ...] = ()
-    """The columns to read; none: "text", or the reader's default column."""
+    """The columns to read; none: "text"."""
     format: str = ""
-    """What the columns mean for fine-tuning: "text", "instruction" or "chat"."""
+    """What the columns mean: "text", "instruction", "chat", "calls" (a question, tools, calls), or none, which is text."""
 
 
-Documents = Callable[[Files, Portion, Counter[str]], Iterator[list[Piece]]]
-"""Reads a text: the pieces of each document in turn. It counts what it leaves out by reason: "examples without a response"."""
+class LeftOut(Exception):
+    """A row that is left out. The message names the kind of such rows, in the plural; a second word may say more of this one."""
+
+
+OTHERS = ", and others"
+
+
+@dataclass
+class Tally:
+    """How many rows of a text were left out, for each reason, and what else there is to say about others."""
+
+    left_out: Counter[str] = field(default_factory=Counter)
+    remarks: Counter[str] = field(default_factory=Counter)
+    _more: dict[str, str] = field(default_factory=dict)  # what the first of a kind said, and whether others said something else
+
+    def leave_out(self, why: LeftOut) -> None:
+        kind, more = (*map(str, why.args), "")[:2]
+        self.left_out[kind] += 1
+        if not self._more.setdefault(kind, more).startswith(more):
+            self._more[kind] = f"{self._more[kind].removesuffix(OTHERS)}{OTHERS}"
+
+    def reasons(self) -> dict[str, int]:
+        """The rows that were left out, by their kind with what the first of them said; the most frequent first."""
+        return {f"{kind} ({more})" if (more := self._more[kind]) else kind: n for kind, n in self.left_out.most_common()}
+
+    def said(self) -> list[str]:
+        left_out = [f"{why}: {n:,} left out" for why, n in self.reasons().items()]
+        return left_out + [f"{what}: {n:,}" for what, n in self.remarks.items()]
+
+
+Documents = Callable[[Files, Portion, Tally], Iterator[list[Piece]]]
+"""Reads a text: the pieces of each document in turn. It counts what it leaves out."""
 
 
 def fill(
@@ -54,10 +82,10 @@ def fill(
     shares = _shares([part.weight for part in mix], sample.sequences)
     parts, records, done = [], [], 0
     for files, part, share in zip(texts, mix, shares, strict=True):
-        left_out: Counter[str] = Counter()
+        tally = Tally()
         rows: list[Row] = []
         used = skipped = 0
-        for row, count in _packed(documents(files, part, left_out), sample.length, sample.group):
+        for row, count in _packed(documents(files, part, tally), sample.length, sample.group):
             if len(rows) == share:
                 break
             if not row[1][1:].any():
@@ -66,8 +94,7 @@ def fill(
             rows.append(row)
             used = count
             context.progress(done + len(rows), sample.sequences, "sequences")
-        remarks = [f"{why}: {n:,} left out" for why, n in left_out.most_common(3)]
-        remarks += [f"sequences in which nothing is learned: {skipped:,} left out"] * bool(skipped)
+        remarks = tally.said() + [f"sequences in which nothing is learned: {skipped:,} left out"] * bool(skipped)
         if len(rows) < share:
             raise ValueError(
                 f"{named(files)} gives {len(rows)} of {share} sequences of {sample.length} tokens: "
@@ -79,7 +106,7 @@ def fill(
         parts.append(rows)
         record: dict[str, Any] = {"files": [os.path.basename(n) for n, _ in files], "columns": list(part.columns)}
         record |= {"format": part.format, "sequences": share, "documents": used}
-        record |= {"left_out": dict(left_out.most_common(9)), "skipped": skipped}
+        record |= {"left_out": tally.reasons(), "skipped": skipped}
         records.append({k: v for k, v in record.items() if v or k not in ("format", "left_out", "skipped")})
     ids, learned = zip(*_interleaved(parts), strict=True)
     np.save(context.out / TOKENS, np.stack(ids))
@@ -87,45 +114,8 @@ def fill(
     return np.stack(learned)
 
 
-def table(context: Context, files: Files, columns: Sequence[str]) -> Any:
-    """The columns of a text's files as one `datasets.Dataset`. Raises ValueError if a file is damaged or lacks a column."""
-    os.environ.setdefault("HF_DATASETS_OFFLINE", "1")  # the files are local already
-    from datasets import concatenate_datasets, load_dataset
-    from datasets.utils.logging import CRITICAL, disable_progress_bar, set_verbosity
-
-    disable_progress_bar()
-    set_verbosity(CRITICAL)  # what it logs of a damaged file, `told` says
-    by_reader: dict[str, list[tuple[str, Path]]] = {}
-    folder = Path(tempfile.mkdtemp(dir=context.scratch))
-    for i, (name, path) in enumerate(files):  # readers choose by a file's ending, and blobs have none
-        link = folder / f"{i:05d}-{os.path.basename(name)}"
-        link.symlink_to(path)
-        if path.stat().st_size or reader(name) not in ("json", "csv") or len(files) == 1:  # no rows, which these take for damage
-            by_reader.setdefault(reader(name), []).append((name, link))
-    sets = []
-    for by, links in by_reader.items():
-        options: dict[str, Any] = {"sample_by": "document"} if by == "text" else {}
-        check_beginnings(links)
-        with told(links, context.scratch):
-            paths = [str(link) for _, link in links]
-            dataset = load_dataset(by, data_files=paths, split="train", cache_dir=str(context.scratch), **options)
-        if missing := [c for c in columns if c not in dataset.column_names]:
-            has = ", ".join(dataset.column_names)
-            raise ValueError(f"{named(files)} has no column {missing[0]!r}; it has: {has} (write URI#column)")
-        sets.append(dataset.select_columns(list(columns)))
-    return concatenate_datasets(sets)
-
-
-def rows(context: Context, files: Files, dataset: Any, seed: int) -> Iterator[dict[str, Any]]:
-    """The rows of a text's `datasets.Dataset`, shuffled. Raises ValueError for a row that is damaged: strings are checked late."""
-    with told(files, context.scratch):
-        yield from dataset.shuffle(seed=seed)
-
-
-def words(value: Any, column: str, where: str) -> str:
-    """One value of a column as text, "" for None. Raises ValueError for a list or dictionary, with `where`, the files' names."""
-    if isinstance(value, list | dict):
-        raise ValueError(f"column {column!r} of {where} holds a {type(value).__name__} and no text; name another (URI#column)")
+def words(value: Any) -> str:
+    """One value of a column as text, "" for None."""
     return "" if value is None else str(value)
 
 

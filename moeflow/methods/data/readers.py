@@ -1,34 +1,41 @@
-"""The readers of text files, and why a file cannot be read: its line and the cause, in place of what `datasets` says."""
+"""The rows of text files as they are written: of every row only the columns that are asked for.
 
-import codecs
-import errno
-import json
+No column's type is guessed, and none is made to fit another row's. What cannot be read is told in one line, with its file and its
+line ("row" in a binary file).
+"""
+
+import csv
+import gzip
+import io
 import lzma
+import sys
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from bz2 import BZ2File
+from collections.abc import Callable, Collection, Iterator
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-BEGINNING = 1 << 20  # bytes in which the first row of a JSON file begins
-WHOLE = 64 << 20  # bytes of a JSON file that may be one value over many lines, as people write it
-UNPACKING = (EOFError, OSError, zlib.error, lzma.LZMAError)  # what the readers of packed files raise
-
-READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text", ".py": "text", ".md": "text", ".csv": "csv"}
-"""The reader of `datasets` for each file ending."""
-PACKED = (".gz", ".zst", ".xz", ".bz2")
-"""The endings of packed files, behind those."""
+from moeflow.methods.data.arrow_rows import arrow_rows, parquet_rows
+from moeflow.methods.data.json_rows import Row, json_rows
+from moeflow.text_files import PACKED, ending
 
 Files = list[tuple[str, Path]]
 """The files of a text: each one's name at its source, and its local path."""
 
+READERS = {
+    ".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".tsv": "tsv",
+    ".txt": "text", ".md": "text", ".py": "text",
+}  # fmt: skip
+"""The reader for each file ending."""
+UNPACKING = (EOFError, OSError, zlib.error, lzma.LZMAError)  # what the readers of packed files raise
+
 
 def reader(name: str) -> str:
-    """The reader of `datasets` for this file. Raises ValueError if none can read it."""
-    ending = next((s for s in reversed(Path(name).suffixes) if s not in PACKED), "")
-    if ending not in READERS:
+    """The reader for this file. Raises ValueError if none can read it."""
+    if ending(name) not in READERS:
         raise ValueError(f"{name} is no text that can be read; known endings: {', '.join(READERS)}")
-    return READERS[ending]
+    return READERS[ending(name)]
 
 
 def named(files: Files) -> str:
@@ -36,126 +43,78 @@ def named(files: Files) -> str:
     return files[0][0] + (f" and {len(files) - 1} more files" if files[1:] else "")
 
 
-def check_beginnings(files: Files) -> None:
-    """Raise ValueError if a JSON file does not begin with an object or a list: over a null, Arrow ends the process."""
-    for name, path in files:
-        if reader(name) == "json" and (fault := _begins(name, path)):
-            raise ValueError(f"{name}, {fault}; correct it, or name another text")
+def rows_of(name: str, path: Path, columns: Collection[str], known: dict[str, None]) -> Iterator[Row]:
+    """Every row of one file with those of the columns that it has; the names of all its columns are added to `known`.
 
-
-@contextmanager
-def told(files: Files, where: Path) -> Iterator[None]:
-    """Turn what `datasets` raises about these files into an error that names the file, its line and the cause.
-
-    `where`: the folder that it writes to. Raises OSError for a full disk, and ValueError for a file that is damaged.
+    Raises ValueError, with the file and its line, for what is damaged.
     """
+    fault = ""
     try:
-        yield
-    except Exception as error:  # readers raise of many kinds, those of pandas, Arrow and Python among them
-        causes = [*_causes(error)]
-        if full := next((c for c in causes if isinstance(c, OSError) and c.errno in (errno.ENOSPC, errno.EDQUOT)), None):
-            message = f"no space left on {where} while text is read; free some, or point MOEFLOW_CACHE to another disk"
-            raise OSError(full.errno, message) from error
-        for name, path in files:
-            if fault := _fault(name, path):
-                raise ValueError(f"{name}, {fault}; correct it, or name another text") from error
-        cause = next((c for c in reversed(causes) if str(c).strip()), error)
-        raise ValueError(f"{named(files)} cannot be read: {' '.join(str(cause).split())} ({type(cause).__name__})") from error
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """The error, what it was raised from, and so on: the outermost first."""
-    while error is not None:
-        yield error
-        error = error.__cause__
-
-
-def _fault(name: str, path: Path) -> str:
-    """What is wrong with a file, beginning with the line if it has lines; empty if nothing is found."""
-    try:
-        if (by := reader(name)) == "parquet":
-            return _of_parquet(path)
         with _opened(name, path) as file:
-            return _of_json(file) if by == "json" else _of_text(file)
+            yield from _READ[reader(name)](file, columns, known)
+    except UnicodeDecodeError:
+        with _opened(name, path) as file:
+            fault = _no_utf8(file)
     except UNPACKING as error:
-        return f"which is packed, cannot be unpacked ({' '.join(str(error).split())})"
+        if not name.lower().endswith(PACKED):
+            raise
+        fault = f"which is packed, cannot be unpacked ({' '.join(str(error).split())})"
+    except ValueError as error:
+        fault = str(error)
+    if fault:
+        raise ValueError(f"{name}, {fault}; correct it, or name another text")
 
 
 def _opened(name: str, path: Path) -> IO[bytes]:
     """A file, unpacked as the ending of its name says."""
-    import fsspec
-    from fsspec.utils import infer_compression
+    packing = name.lower().rpartition(".")[2]
+    if packing == "zst":
+        import pyarrow
 
-    file: IO[bytes] = fsspec.open(str(path), "rb", compression=infer_compression(name)).open()
-    return file
+        return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"), 1 << 20)
+    openers: dict[str, Callable[[Path], Any]] = {"gz": gzip.open, "xz": lzma.open, "bz2": BZ2File}
+    opened: IO[bytes] = openers.get(packing, lambda at: at.open("rb"))(path)
+    return opened
 
 
-def _begins(name: str, path: Path) -> str:
-    """What is wrong with the first row of a JSON file."""
+def _documents(file: IO[bytes], columns: Collection[str], known: dict[str, None]) -> Iterator[Row]:
+    """The whole file as one row."""
+    known["text"] = None
+    yield "line 1", {"text": io.TextIOWrapper(file, "utf-8-sig").read()}
+
+
+def _separated(separator: str, file: IO[bytes], columns: Collection[str], known: dict[str, None]) -> Iterator[Row]:
+    """The rows of a file whose first line names its columns. Every value is text."""
+    csv.field_size_limit(sys.maxsize)
+    table = csv.reader(io.TextIOWrapper(file, "utf-8-sig", newline=""), delimiter=separator, strict=True)
     try:
-        with _opened(name, path) as file:
-            start = file.read(BEGINNING)
-    except UNPACKING:
-        return ""  # told when it is read
-    rows = start.removeprefix(codecs.BOM_UTF8).lstrip()
-    if not rows:
-        return "" if len(start) == BEGINNING else "which has no rows, is empty"
-    if rows[:1] in b"{[" or rows[0] > 127:
-        return ""
-    line, first = 1 + start[: -len(rows)].count(b"\n"), rows.splitlines()[0][:20].decode(errors="replace")
-    return f"line {line} begins with {first!r}, and a row is an object"
+        header = next((fields for fields in table if fields), [])
+        known.update(dict.fromkeys(header))
+        wanted = [(c, header.index(c)) for c in columns if c in header]
+        for fields in table:
+            if len(fields) > len(header):
+                raise ValueError(f"line {table.line_num}: {len(fields)} fields where the header names {len(header)}")
+            if fields:
+                yield f"line {table.line_num}", {c: fields[i] for c, i in wanted if i < len(fields)}
+    except csv.Error as error:
+        raise ValueError(f"line {table.line_num}: {error}") from None
 
 
-def _of_json(file: IO[bytes]) -> str:
-    start = file.read(WHOLE)
-    if len(start) < WHOLE:
-        try:
-            value = json.loads(start.decode())
-        except (ValueError, RecursionError):
-            pass
-        else:
-            rows = value if isinstance(value, list) else [value]
-            return "which has no rows, is an empty list" if not rows else ""
-        if start.lstrip()[:1] == b"[":
-            return _of_value(start)
-    file.seek(0)
-    for number, line in enumerate(file, 1):
-        if line.strip() and (fault := _of_value(line.strip(), number)):
-            return fault
-    return ""
+_READ: dict[str, Callable[[IO[bytes], Collection[str], dict[str, None]], Iterator[Row]]] = {
+    "json": json_rows,
+    "parquet": parquet_rows,
+    "arrow": arrow_rows,
+    "csv": partial(_separated, ","),
+    "tsv": partial(_separated, "\t"),
+    "text": _documents,
+}
 
 
-def _of_value(data: bytes, number: int = 0) -> str:
-    """What is wrong with a JSON value; `number`: of its line, 0 if it has many."""
-    try:
-        json.loads(data.decode())
-    except UnicodeDecodeError as error:
-        line = number or 1 + data[: error.start].count(b"\n")
-        return f"line {line}: byte {data[error.start]:#04x} is not UTF-8"
-    except json.JSONDecodeError as error:
-        return f"line {number or error.lineno}: no JSON ({error.msg}, column {error.colno})"
-    except RecursionError:
-        return f"line {number or 1}: nested too deeply"
-    return ""
-
-
-def _of_text(file: IO[bytes]) -> str:
-    """What is wrong with a file of plain text or comma-separated values."""
-    number = 0
+def _no_utf8(file: IO[bytes]) -> str:
+    """The first line that is not UTF-8."""
     for number, line in enumerate(file, 1):
         try:
             line.decode()
         except UnicodeDecodeError as error:
             return f"line {number}: byte {line[error.start]:#04x} is not UTF-8"
-    return "" if number else "which has no rows, is empty"
-
-
-def _of_parquet(path: Path) -> str:
-    from pyarrow import ArrowException
-    from pyarrow.parquet import read_metadata
-
-    try:
-        about: Any = read_metadata(path)
-    except (ArrowException, OSError) as error:
-        return f"which should be Parquet, is damaged ({' '.join(str(error).split())})"
-    return "" if about.num_rows else "which has no rows, is empty"
+    return "which is not UTF-8"

@@ -2,7 +2,6 @@
 
 import io
 import json
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -10,9 +9,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from moeflow.methods.data.conversations import LeftOut, encoded, segments_of, tokenized
-from moeflow.methods.data.packing import Piece, Portion, edges, fill, rows, table, words
-from moeflow.methods.data.readers import Files, named, reader
+from moeflow.methods.data.chats import MESSAGES, chat_of, checked, kinds, prints_lists, rendered
+from moeflow.methods.data.conversations import encoded, segments_of, tokenized
+from moeflow.methods.data.packing import LeftOut, Piece, Portion, Tally, edges, fill, words
+from moeflow.methods.data.readers import Files, reader
+from moeflow.methods.data.rows import Rows
 from moeflow.methods.graph import LEARNED, TOKENS, Model, Sample
 from moeflow.methods.rewrite import link_all
 from moeflow.model.layout import read_config
@@ -21,7 +22,9 @@ from moeflow.options import check_choices
 from moeflow.sources import Source, TextEntry, Texts
 from moeflow.step import Artifact, Context, Spec, Step, step
 
-MESSAGES = ("messages", "conversations")  # columns that hold a conversation
+CHATS = ("chat", "calls")  # formats that the chat template renders
+CONFIG = "tokenizer_config.json"
+PRINTED = "conversations whose content in parts the chat template prints as a list"
 HEAD = 4096  # bytes in which the header of an .npy file lies
 LARGE = 64 << 20  # a file of at least this many bytes is fetched by its own step
 
@@ -35,8 +38,9 @@ class Examples(Sample):
     - "text": columns joined by a space, every token learned;
     - "instruction": prompts, and last the response (`URI#query+response`, `URI#instruction+input+output`), in Alpaca's words
       (`conversations.instruction`); the response and the end-of-sequence token are learned;
-    - "chat": one column of messages, "messages" if none is named (or prompts and last the response, as a question and its
-      answer), in the tokenizer's own chat template, which alone decides about special tokens; the assistant's turns are learned;
+    - "chat": one column of messages, "messages" if none is named, and maybe one of tools (`URI#messages+tools`), or prompts and
+      last the response, as a question and its answer; in the tokenizer's own chat template, which alone decides about special
+      tokens; the assistant's turns are learned;
     - "auto": what the name of a known data set says; else a column "messages" or "conversations" is a chat, several columns are an
       instruction, and one is text.
     """
@@ -56,9 +60,10 @@ class Examples(Sample):
 def tokens(texts: Texts, model: Model, sample: Sample) -> Step:
     """Build the token matrix of these texts with the model's own tokenizer. A ready-made `.npy` matrix is used unchanged.
 
-    Documents are shuffled, tokenized one by one, joined, and cut into sequences. Several texts are mixed by weight: each gives its
-    share of the sequences, spread evenly over the matrix. Raises ValueError for texts that cannot be read, and for sequences longer
-    than the model's positions.
+    Documents are shuffled, tokenized one by one, joined, and cut into sequences. Conversations (`URI#messages`, with the tools that
+    they call `URI#messages+tools`) are rendered by the model's chat template; what it refuses is left out and counted. Several
+    texts are mixed by weight: each gives its share of the sequences, spread evenly over the matrix. Raises ValueError for texts
+    that cannot be read, and for sequences longer than the model's positions.
     """
     if texts.is_tokens:
         (entry,) = texts.entries()
@@ -97,7 +102,7 @@ def _fetched(texts: Texts, model: Model, format: str = "") -> tuple[tuple[Step, 
             reader(file.name)  # refuses files that no reader knows
         if not any(file.size for file in entry.source.files):
             raise ValueError(f"{entry.source.files[0].name} at {entry.source.uri} is empty; name a text that holds some")
-        if entry.format == "chat" and format in ("", "text"):
+        if entry.format in CHATS and format == "text":
             raise ValueError(f"{entry.source.uri} holds conversations, not text; name a column of text (URI#column)")
     return tuple(_whole(e.source) for e in entries), tuple(_portion(e, e.weight / total, format) for e in entries)
 
@@ -105,17 +110,19 @@ def _fetched(texts: Texts, model: Model, format: str = "") -> tuple[tuple[Step, 
 def _portion(entry: TextEntry, weight: float, format: str) -> Portion:
     """A text's portion; with a format, "auto" and absent columns are replaced by what they stand for."""
     columns = entry.columns
-    if not format:
-        return Portion(weight, columns)
-    if format == "auto":
-        by_columns = "chat" if len(columns) == 1 and columns[0] in MESSAGES else "instruction" if columns[1:] else "text"
+    by_columns = "chat" if columns and columns[0] in MESSAGES else "instruction" if columns[1:] else "text"
+    if not format:  # for calibration, where columns of text are joined
+        format = next((f for f in (entry.format, by_columns) if f in CHATS), "")
+    elif format == "auto":
         format = entry.format or by_columns
     if format == "instruction" and len(columns) < 2:
         raise ValueError(
             f"{entry.source.uri}: an instruction needs the column of a prompt and that of the response, but it names "
             f"{', '.join(columns) or 'none'}; write URI#query+response"
         )
-    return Portion(weight, columns or (MESSAGES[0] if format == "chat" else "text",), format)
+    if format == "chat" and columns[2:] and columns[0] in MESSAGES:
+        raise ValueError(f"{entry.source.uri}: beside {columns[0]} there may be a column of tools, and not {columns[2]}")
+    return Portion(weight, columns or (MESSAGES[0] if format == "chat" else "text",) * bool(format), format)
 
 
 def _whole(source: Source) -> Step:
@@ -187,7 +194,7 @@ def _rows_spec(
     return Spec(TokensSpec(sample.sequences, sample.length), reads=reads, writes=writes, memory=4 * reads)
 
 
-@step("data.tokens", version=1, spec=_rows_spec)
+@step("data.tokens", version=2, spec=_rows_spec)
 def sample_tokens(
     context: Context, config: Artifact, tokenizer_from: Artifact, texts: tuple[Artifact, ...],
     *, mix: tuple[Portion, ...], sample: Sample,
@@ -197,18 +204,31 @@ def sample_tokens(
     Raises ValueError if a column is missing, or if there is too little text; the message says how much is missing.
     """
     tokenizer = tokenizer_in(context, config, tokenizer_from)
-    first, last = edges(tokenizer, bos=sample.bos, eos=sample.eos)
+    _check_template(tokenizer, mix)
+    first, last = _edges(tokenizer, tokenizer_from, mix, sample)
 
-    def documents(files: Files, part: Portion, left_out: Counter[str]) -> Iterator[list[Piece]]:
-        for row in rows(context, files, table(context, files, part.columns or ("text",)), sample.seed):
-            document = " ".join(words(v, c, named(files)) for c, v in row.items() if v is not None)
-            ids = [*first, *tokenized(tokenizer, document), *last]
+    def documents(files: Files, part: Portion, tally: Tally) -> Iterator[list[Piece]]:
+        columns = kinds(part.columns or ("text",), part.format)
+        for row in _read(context, files, columns).shuffled(sample.seed):
+            try:
+                if part.format in CHATS:
+                    chat = chat_of(row, columns)
+                    text = rendered(tokenizer, chat)
+                    ids = tokenized(tokenizer, text)
+                    if prints_lists(chat, text):
+                        tally.remarks[PRINTED] += 1
+                else:
+                    text = " ".join(words(value) for value in row.values() if value is not None)
+                    ids = [*first, *tokenized(tokenizer, text), *last]
+            except LeftOut as why:
+                tally.leave_out(why)
+                continue
             yield [(ids, [1] * len(ids))]
 
     fill(context, [_files(t) for t in texts], mix, documents, sample)
 
 
-@step("data.examples", version=1, spec=partial(_rows_spec, masked=True))
+@step("data.examples", version=2, spec=partial(_rows_spec, masked=True))
 def sample_examples(
     context: Context, config: Artifact, tokenizer_from: Artifact, texts: tuple[Artifact, ...],
     *, mix: tuple[Portion, ...], sample: Examples,
@@ -220,36 +240,60 @@ def sample_examples(
     chat template that a text needs, and if there is too little text.
     """
     tokenizer = tokenizer_in(context, config, tokenizer_from)
-    formats = {part.format for part in mix}
-    if "chat" in formats and not tokenizer.chat_template:
-        raise ValueError(
-            "the tokenizer has no chat template; put the chat_template.jinja of the model's chat version beside the checkpoint, "
-            "or give prompts and responses (URI#prompt+response)"
-        )
-    first, last = edges(tokenizer, bos=sample.bos, eos=sample.eos) if formats - {"chat"} else ([], [])
+    _check_template(tokenizer, mix)
+    first, last = _edges(tokenizer, tokenizer_from, mix, sample)
 
-    def documents(files: Files, part: Portion, left_out: Counter[str]) -> Iterator[list[Piece]]:
-        dataset = table(context, files, part.columns)
+    def documents(files: Files, part: Portion, tally: Tally) -> Iterator[list[Piece]]:
+        columns = kinds(part.columns, part.format)
+        rows = _read(context, files, columns)
         for turn in range(sample.sequences * sample.length if sample.repeat else 1):  # every turn yields at least one token
             used = 0
-            for row in rows(context, files, dataset, sample.seed + turn):
+            for row in rows.shuffled(sample.seed + turn):
                 try:
-                    segments = segments_of(tokenizer, row, part.format, named(files))
+                    segments = segments_of(tokenizer, row, columns, part.format)
+                    pieces = [framed(*encoded(tokenizer, text), part.format) for text in segments]
                 except LeftOut as why:
-                    left_out[str(why)] += turn == 0  # counted once, however often the text is read
+                    if turn == 0:  # counted once, however often the text is read
+                        tally.leave_out(why)
                     continue
                 used += 1
-                yield [framed(*encoded(tokenizer, text), part.format) for text in segments]
+                yield pieces
             if not used:
                 break
 
     def framed(ids: list[int], learned: list[int], format: str) -> Piece:
-        if format == "chat":
+        if format in CHATS:
             return ids, learned
         return [*first, *ids, *last], [int(format == "text")] * len(first) + learned + [1] * len(last)
 
     otherwise = "give more text, fewer sequences or another weight, or read it again (repeat=True)"
     np.save(context.out / LEARNED, fill(context, [_files(t) for t in texts], mix, documents, sample, otherwise))
+
+
+def _read(context: Context, files: Files, columns: dict[str, str]) -> Rows:
+    """The rows of a text; `columns`: what each holds. A file may lack the column of tools."""
+    path = context.scratch / f"rows-{len([*context.scratch.iterdir()])}"
+    tools = tuple(c for c, kind in columns.items() if kind == "tools")
+    return Rows(files, tuple(columns), path, partial(checked, columns), optional=tools)
+
+
+def _check_template(tokenizer: Any, mix: Sequence[Portion]) -> None:
+    if any(part.format in CHATS for part in mix) and not tokenizer.chat_template:
+        raise ValueError(
+            "the tokenizer has no chat template; put the chat_template.jinja of the model's chat version beside the checkpoint, "
+            "or give prompts and responses (URI#prompt+response)"
+        )
+
+
+def _edges(tokenizer: Any, files: Artifact, mix: Sequence[Portion], sample: Sample) -> tuple[list[int], list[int]]:
+    """The tokens before and after every document that no chat template renders; see `Sample.bos`."""
+    if all(part.format in CHATS for part in mix):
+        return [], []
+    bos = sample.bos
+    if bos is None:
+        config = json.loads(files.read(CONFIG, 0, files.size(CONFIG))) if CONFIG in files.names() else {}
+        bos = tokenizer.bos_token_id is not None and config.get("add_bos_token") is not False
+    return edges(tokenizer, bos=bos, eos=sample.eos)
 
 
 def tokenizer_in(context: Context, config: Artifact, files: Artifact) -> Any:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moeflow.arch import MATRICES, Config, Family
+from moeflow.arch import Config, Family
 from moeflow.methods.decompose.lowrank import components, energies, vanilla
 from moeflow.methods.decompose.options import Decomposition
 from moeflow.methods.decompose.ranks import Spectra
@@ -32,14 +32,14 @@ def spectra(
     An expert with too few tokens gets the spectrum of its weights, scaled to the energy per token of the layer's other experts; an
     expert without tokens costs nothing.
     """
-    tensors = Tensors(before)
+    family, tensors = Family.of(config), Tensors(before)
     moe = layer_of(tensors, config, layer, dtype)
     tokens = routed_tokens(moe, observed)
     treated = treatments(tokens, how.least, how.rare, method="whitened", by_weights="vanilla")
-    each: dict[str, dict[int, Tensor]] = {m: {} for m in MATRICES}
+    each: dict[str, dict[int, Tensor]] = {m: {} for m in family.matrices}
     for expert, moments in _moments(moe, observed, how.weighted):
         if treated[expert] == "whitened":
-            for m, w in zip(MATRICES, _matrices(moe.experts[expert]), strict=True):
+            for m, w in zip(family.matrices, _matrices(moe.experts[expert]), strict=True):
                 moment: dict[str, Any] = moments[m]
                 each[m][expert] = components(w, shrink=how.shrink, **moment).energy_K.cpu()
         context.progress(expert + 1, moe.num_experts, "experts")
@@ -51,7 +51,7 @@ def spectra(
             by_expert[e] = plain_K * (per_token * tokens[e] / max(float(plain_K.sum()), 1e-30))
         result[m] = torch.stack([by_expert[e] for e in range(moe.num_experts)]).numpy()
     rows, columns = _matrices(moe.experts[0])[0].shape
-    itemsize = tensors[Family.of(config).expert(layer, 0)[0]].element_size()
+    itemsize = tensors[family.expert(layer, 0)[0]].element_size()
     whole_E = np.array([int(t == "keep") for t in treated])
     return Spectra(result, np.array(tokens), whole_E, (rows, columns), itemsize)
 
@@ -69,15 +69,17 @@ def rewrite(
     moe = layer_of(tensors, config, layer, dtype)
     tokens = routed_tokens(moe, observed)
     treated = treatments(tokens, how.least, how.rare, method=how.svd, by_weights="vanilla")
-    by_expert = [{m: int(r[e] if isinstance(r := ranks.get(m, 0), list) else r) for m in MATRICES} for e in range(moe.num_experts)]
+    by_expert = [
+        {m: int(r[e] if isinstance(r := ranks.get(m, 0), list) else r) for m in family.matrices} for e in range(moe.num_experts)
+    ]
     result = dict(tensors)
     report = []
     needed = how.svd == "whitened" and any(any(r.values()) for r in by_expert)
     statistics = _moments(moe, observed, how.weighted) if needed else ((e, None) for e in range(moe.num_experts))
     for expert, moments in statistics:
-        wanted = by_expert[expert] if treated[expert] != "keep" else dict.fromkeys(MATRICES, 0)
+        wanted = by_expert[expert] if treated[expert] != "keep" else dict.fromkeys(family.matrices, 0)
         entry: dict[str, Any] = {"expert": expert, "tokens": tokens[expert], "ranks": wanted, "lost": {}}
-        for m, name, w in zip(MATRICES, family.expert(layer, expert), _matrices(moe.experts[expert]), strict=True):
+        for m, name, w in zip(family.matrices, family.expert(layer, expert), _matrices(moe.experts[expert]), strict=True):
             if not wanted[m]:
                 continue
             cut, entry["lost"][m] = _cut(w, wanted[m], moments if treated[expert] == "whitened" else None, m, how.shrink)
@@ -113,5 +115,5 @@ def _moments(moe: MoELayer, observed: Sequence[Files], weighted: bool) -> Iterat
 
 
 def _matrices(expert: MLP) -> list[Tensor]:
-    """gate, up and down of an expert that is not low-rank yet."""
+    """The matrices of an expert that is not low-rank yet, in the order of `Family.matrices`."""
     return [matrix for matrix in expert.matrices if isinstance(matrix, Tensor)]

@@ -124,7 +124,7 @@ class Spectra:
     FILE: ClassVar[str] = "spectra.safetensors"
 
     energies: dict[str, NDArray[np.float64]]
-    """Per matrix, squared and descending: [E, K], K the smaller side."""
+    """Per matrix that the experts have, squared and descending: [E, K], K the smaller side."""
     tokens_E: NDArray[np.int64]
     """The number of recorded tokens that reach each expert."""
     whole_E: NDArray[np.int64]
@@ -144,7 +144,7 @@ class Spectra:
     def read(cls, artifact: Artifact) -> Self:
         stored = load_file(artifact.file(cls.FILE))
         rows, columns = (int(n) for n in stored["sides"])
-        energies = {m: stored[f"{m}_EK"] for m in MATRICES}
+        energies = {m: stored[f"{m}_EK"] for m in MATRICES if f"{m}_EK" in stored}
         return cls(energies, stored["tokens_E"], stored["whole_E"], (rows, columns), int(stored["itemsize"]))
 
 
@@ -157,11 +157,12 @@ def global_ranks(spectra: Mapping[int, Spectra], moved: Mapping[int, Mapping[str
     curves: list[NDArray[np.float64]] = []
     owners: list[tuple[int, int, tuple[str, ...], list[tuple[int, ...]]]] = []
     total, fixed, least, same = 0, 0, 0, 0.0
-    ranks = {layer: {m: [0] * len(of_layer.tokens_E) for m in MATRICES} for layer, of_layer in spectra.items()}
+    ranks = {layer: {m: [0] * len(of_layer.tokens_E) for m in of_layer.energies} for layer, of_layer in spectra.items()}
     for layer, of_layer in spectra.items():
         rows, columns = of_layer.sides
         cut, average = moved_rank(rows, columns), int(average_rank(how.ratio, rows, columns)) // how.multiple * how.multiple
-        for part, matrices in PARTS.items():
+        for part, all_matrices in PARTS.items():
+            matrices = tuple(m for m in all_matrices if m in of_layer.energies)  # without the gate if experts have none
             # experts that stay whole were not cut when the movement was measured
             lost = sum(float(of_layer.energies[m][of_layer.whole_E == 0, cut:].sum()) for m in matrices)
             weight = max(moved[layer][part], 0.0) / max(lost, 1e-30)

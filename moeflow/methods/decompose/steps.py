@@ -30,12 +30,14 @@ from moeflow.step import Artifact, Context, Spec, step
 def sides(before: LayerSpec) -> tuple[int, int]:
     """(expert width F, model width D) of a layer's experts. Raises ValueError if the experts are factored or slimmed already, or if
     the layer skips experts or has compressed ones."""
+    family = Family.of(before.config)
+    family.check_weighs_outputs("low-rank experts")
     before.check_routing("decompose")
     before.check_plain("decompose")
     if before.slimmed_by or before.ranks_decided:
         how = before.slimmed_by or "ranks decided by a run"
         raise ValueError(f"layer {before.layer} is slimmed or decomposed already ({how}); decompose the model before")
-    name = Family.of(before.config).expert(before.layer, 0)[0]
+    name = family.expert(before.layer, 0)[0]
     if name not in before.tensors:
         raise ValueError(f"{name} is not there: layer {before.layer} has no experts, or they are factored already")
     rows, columns = before.tensors[name][1]
@@ -145,7 +147,7 @@ def _cut(before: LayerSpec, uniform: Mapping[str, int]) -> TensorTable:
     """A layer's tensors after each matrix of every expert is cut to its uniform rank."""
     family, table = Family.of(before.config), dict(before.tensors)
     for expert in range(before.experts):
-        for matrix, name in zip(MATRICES, family.expert(before.layer, expert), strict=True):
+        for matrix, name in zip(family.matrices, family.expert(before.layer, expert), strict=True):
             if rank := uniform.get(matrix, 0):
                 dtype, (rows, columns) = table.pop(name)
                 out, inner = family.factors(name)

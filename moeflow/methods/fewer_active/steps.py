@@ -51,6 +51,7 @@ def attach(model: Model, how: CompressedExperts = CompressedExperts()) -> Model:
     among all k. Raises ValueError if k is 1, and if `how.main` is not between 1 and k-1.
     """
     family = Family.of(model.config)
+    family.check_weighs_outputs("Compressed Experts")
     top_k = family.top_k
     main = top_k // 2 if how.main is None else how.main
     if not 1 <= main < top_k:
@@ -119,6 +120,7 @@ def skip(calibration: Calibration, how: Skipping = Skipping()) -> Model:
 def check(family: Family, how: Skipping) -> None:
     """Raise ValueError if experts cannot be skipped like this with the family's router."""
     top_k = family.top_k
+    family.check_weighs_outputs("skipped experts")
     if family.arch.score == "sparsemixer":
         raise ValueError(
             f"a {family.arch.model_type} weighs each of a token's experts by itself, nearly always by one, so that its weights do "

@@ -25,7 +25,7 @@ def threshold(
     `active`: the mean number of experts per token, or "median": the threshold is the median of the statistic.
     """
     bias = family.router_bias(layer)
-    bias_E = None if bias is None else Tensors(layer_files)[bias].float()
+    bias_E = None if bias is None else Tensors(layer_files)[bias].float().view(-1)
     logits = [Tensors(s)["logits_TE"] for s in shards]
     router = Router.of(family, logits[0].shape[1], bias_E)
     weights_Tk = torch.cat([by_weight(*router.choose(logits_TE))[0] for logits_TE in logits])

@@ -87,9 +87,9 @@ def apply(model: nn.Module) -> None:
 def opening(stack: Stack, format: Format, rows: int, columns: int) -> Tensor | None:
     """A mask per expert, block and row or column of a stack of factors [E, rows, columns]: 1, but 0 in the padding.
 
-    None for a stack of whole matrices, which has no padding.
+    None for a stack of whole matrices or biases, which has no padding.
     """
-    if stack.kind == "whole":
+    if stack.kind in ("whole", "bias"):
         return None
     side = rows // len(stack.matrices) if stack.kind == "in" else columns
     ranks = [[format.ranks(matrix)[e] for matrix in stack.matrices] for e in stack.experts(format)]

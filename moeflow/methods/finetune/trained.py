@@ -10,14 +10,15 @@ from pathlib import Path
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from moeflow.arch import EMBEDDING, HEAD, Config, Family, layer_of
+from moeflow.arch import EMBEDDING, FAMILIES, HEAD, Config, Family, layer_of
 from moeflow.methods.finetune.lora import ADDITIONS, A, B, product
 from moeflow.methods.finetune.recipe import Recipe
 from moeflow.methods.graph import REST
 from moeflow.model.checkpoint import Tensors, save
-from moeflow.model.factors import STACKS
+from moeflow.model.factors import PLAIN, STACKS
 from moeflow.model.formats import Format, format_of
 from moeflow.model.layout import Files, file_for
+from moeflow.model.passes import expert_form
 
 
 def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -102,5 +103,6 @@ def _pieces(family: Family, format: Format, layer: int | None, name: str, value:
     if stack is None or layer is None:
         yield family.on_disk(name), value
     else:
-        for matrix, expert, piece_MN in stack.pieces(value, format):
+        form = PLAIN if format.own or family.arch in FAMILIES else expert_form(family.config, layer)
+        for matrix, expert, piece_MN in stack.pieces(value, format, form):
             yield stack.on_disk(family, layer, matrix, expert), piece_MN

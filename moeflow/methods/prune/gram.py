@@ -26,7 +26,7 @@ PREPARED_AT_ONCE = 1 << 24
 
 @dataclass(frozen=True)
 class Routed:
-    """Tokens that must be routed anew for every subset: the router has groups, or is SparseMixer."""
+    """Tokens that must be routed anew for every subset (`Router.chooses_again`)."""
 
     router: Router
     logits_TE: Tensor
@@ -133,12 +133,7 @@ def room(moe: MoELayer, drop_at_most: int, max_bytes: int = MAX_BYTES) -> int:
 
 def _vectors(moe: MoELayer, drop_at_most: int) -> int:
     """How many experts' outputs a token's Gram matrix holds."""
-    return moe.num_experts if _chooses_again(moe.router) else min(moe.num_experts, moe.router.top_k + drop_at_most)
-
-
-def _chooses_again(router: Router) -> bool:
-    """Must a token be routed anew for every subset, because the router does not just take its first k allowed experts?"""
-    return router.groups > 1 or router.arch.score == "sparsemixer"
+    return moe.num_experts if moe.router.chooses_again else min(moe.num_experts, moe.router.top_k + drop_at_most)
 
 
 def _moved(mask_E: Tensor, out_S: Tensor, into_S: Tensor) -> Tensor:
@@ -150,7 +145,7 @@ def _moved(mask_E: Tensor, out_S: Tensor, into_S: Tensor) -> Tensor:
 def _prepared(moe: MoELayer, x_TD: Tensor, drop_at_most: int) -> tuple[Ranked | Routed, Tensor]:
     """These tokens, prepared, and the squared norm of the layer's output, fp64 []."""
     logits_TE = moe.logits(x_TD)
-    quick = None if _chooses_again(moe.router) else ranked(moe, x_TD, logits_TE, drop_at_most)
+    quick = None if moe.router.chooses_again else ranked(moe, x_TD, logits_TE, drop_at_most)
     piece, norm = quick or _routed(moe, x_TD, logits_TE)
     return piece, norm if moe.shared is None else moe(x_TD).double().square().sum()
 

@@ -1,8 +1,8 @@
 """The error of any subset of experts, for routers that take the first k allowed experts in an order that no subset changes.
 
-Softmax and sigmoid routers without groups. Shapes are suffixes: T tokens (t of them at once), D model width, E experts, S subsets,
-k experts a token, V the first experts in a token's order; C kept and P dropped experts, N the dropped ones and "none"; M pairs of a
-token and an expert that may enter, q = k + 1.
+These are routers without groups whose scores are softmax without a bias, or one of each expert by itself. Shapes are suffixes: T
+tokens (t of them at once), D model width, E experts, S subsets, k experts a token, V the first experts in a token's order; C kept
+and P dropped experts, N the dropped ones and "none"; M pairs of a token and an expert that may enter, q = k + 1.
 """
 
 from collections.abc import Iterator
@@ -155,8 +155,11 @@ def ranked(moe: MoELayer, x_TD: Tensor, logits_TE: Tensor, drop_at_most: int) ->
     """
     router, experts = moe.router, moe.num_experts
     k, depth = router.top_k, min(experts, router.top_k + drop_at_most)
-    if router.arch.score == "sigmoid":
-        value_TE = logits_TE.float().sigmoid()
+    softmax = router.arch.score == "softmax"
+    if router.arch.weighs_input:
+        value_TE, choice_TE, over = torch.ones_like(logits_TE, dtype=torch.float32), logits_TE.float(), "nothing"
+    elif not softmax:
+        value_TE = router.scores(logits_TE)
         choice_TE = value_TE if router.bias_E is None else value_TE + router.bias_E
         over = "chosen" if router.normalize else "nothing"
     else:
@@ -164,14 +167,14 @@ def ranked(moe: MoELayer, x_TD: Tensor, logits_TE: Tensor, drop_at_most: int) ->
         over = "chosen" if router.normalize else "allowed"
     # stable, so that ties have a fixed order
     sorted_TV, order_TV = (t[:, :depth] for t in choice_TE.sort(dim=1, descending=True, stable=True))
-    if router.arch.score != "sigmoid" and len(sorted_TV) and float((sorted_TV[:, 0] - sorted_TV[:, -1]).max()) > STEEPEST:
+    if softmax and len(sorted_TV) and float((sorted_TV[:, 0] - sorted_TV[:, -1]).max()) > STEEPEST:
         return None
     value_TV = value_TE.gather(1, order_TV)
     out_TVD = x_TD.new_empty(len(x_TD), depth, x_TD.shape[1])
     for e, expert in enumerate(moe.experts):
         token, slot = torch.where(order_TV == e)
         if len(token):
-            out_TVD[token, slot] = expert(x_TD[token])
+            out_TVD[token, slot] = expert(moe.expert_input(x_TD[token], logits_TE[token], e))
     out_TVD = out_TVD.double()
     weight_Tk = value_TV[:, :k].double() * router.scale
     if over == "chosen":

@@ -4,18 +4,18 @@ Shapes are suffixes: N sequences (n of them at once), L positions, D model width
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from moeflow.arch import Config
-from moeflow.model.alternatives import Alternative, Kept, alternative_blocks, slices, watched
+from moeflow.model.alternatives import Alternative, Kept, alternative_blocks, slices, watched, with_block
 from moeflow.model.checkpoint import Tensors
-from moeflow.model.passes import Progress, stream_of
-from moeflow.model.stream import Stream
+from moeflow.model.passes import Progress, put, stream_of, taken
+from moeflow.model.stream import HIDDEN, States, Stream
 
 Combination = tuple[int, ...]
 """The index of each searched layer's set."""
@@ -34,15 +34,15 @@ def losses(
     stream = stream_of(config, dtype)
     total: dict[Combination, float] = defaultdict(float)
     for done, file in enumerate(before):
-        start_NLD = load_file(file)["hidden_NLD"]
+        start = load_file(file)
         if behind:
-            goal_NLD = load_file(behind[done])["hidden_NLD"]
+            goal_NLD = load_file(behind[done])[HIDDEN]
         else:
-            goal_NLD = torch.empty_like(start_NLD)
-            for _, rows, y_nLD in _outputs(stream, config, layers, {}, start_NLD, batch):
+            goal_NLD = torch.empty_like(start[HIDDEN])
+            for _, rows, y_nLD in _outputs(stream, config, layers, {}, start, batch):
                 goal_NLD[rows] = y_nLD.cpu()
         of_shard: dict[Combination, float] = defaultdict(float)
-        for combination, rows, y_nLD in _outputs(stream, config, layers, sets, start_NLD, batch):
+        for combination, rows, y_nLD in _outputs(stream, config, layers, sets, start, batch):
             difference_nLD = y_nLD.double() - goal_NLD[rows].to(stream.device).double()
             of_shard[combination] += float(difference_nLD.square().sum())
         for combination, square in of_shard.items():
@@ -53,29 +53,44 @@ def losses(
 
 def _outputs(
     stream: Stream, config: Config, layers: Sequence[tuple[int, Path]], sets: Mapping[int, Sequence[Sequence[int]]],
-    start_NLD: Tensor, batch: int,
+    start: States, batch: int,
 ) -> Iterator[tuple[Combination, slice, Tensor]]:  # fmt: skip
     """The last layer's output for every combination and batch of sequences. Combinations that begin with the same sets share those
     layers' work; a layer without sets keeps all its experts."""
-    nodes: dict[Combination, Tensor] = {(): start_NLD}
+    nodes: dict[Combination, States] = {(): start}
     for layer, file in layers:
         tensors = Tensors(file)
         module = stream.layer(tensors, layer)
         last = layer == layers[-1][0]
         alternatives: dict[str, Alternative] = {str(n): Kept(tuple(keep)) for n, keep in enumerate(sets.get(layer, ()))}
         moes = dict(alternative_blocks(tensors, config, layer, alternatives, device=stream.device, dtype=stream.dtype))
-        longer: dict[Combination, Tensor] = {}
-        for combination, states_NLD in nodes.items():
+        longer: dict[Combination, States] = {}
+        for combination, states in nodes.items():
             names = [(*combination, int(n)) for n in moes] or [combination]
-            longer |= {name: torch.empty_like(states_NLD) for name in names if not last}
-            for rows in slices(len(states_NLD), batch):
-                h_nLD = states_NLD[rows].to(stream.device)
-                with watched(module, stream.family) as inside:
-                    out_nLD = module(h_nLD, **stream.arguments(layer, h_nLD))
-                outputs = [inside["residual"] + m(inside["x"].flatten(0, -2)).view(h_nLD.shape) for m in moes.values()] or [out_nLD]
-                for name, y_nLD in zip(names, outputs, strict=True):
+            count = len(states[HIDDEN])
+            for rows in slices(count, batch):
+                for name, behind in zip(
+                    names, _behind(stream, module, layer, taken(states, rows, stream.device), moes), strict=True
+                ):
                     if last:
-                        yield name, rows, y_nLD
+                        yield name, rows, behind[HIDDEN]
                     else:
-                        longer[name][rows] = y_nLD.cpu()
+                        put(longer.setdefault(name, {}), behind, rows, count)
         nodes = longer
+
+
+def _behind(
+    stream: Stream, module: nn.Module, layer: int, states: States, moes: Mapping[str, Callable[[Tensor], Tensor]]
+) -> Iterator[States]:
+    """The states behind a layer with each of these MoE blocks in turn; with its own if there are none."""
+    if not moes:
+        yield stream.run(module, layer, states)
+        return
+    layer_as_it_is = watched(stream, module, layer, states)
+    for moe in moes.values():
+        if layer_as_it_is.adds:
+            y_NLD = moe(layer_as_it_is.x_NLD.flatten(0, -2)).view(layer_as_it_is.residual_NLD.shape)
+            hidden_NLD = layer_as_it_is.residual_NLD + y_NLD
+        else:
+            hidden_NLD = with_block(stream, module, layer, states, moe, pair=layer_as_it_is.pair)
+        yield layer_as_it_is.behind | {HIDDEN: hidden_NLD}

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 
 from moeflow.methods.calibrate import steps as calibrate
-from moeflow.methods.checkpoint.steps import checkpoint_of
+from moeflow.methods.checkpoint.steps import counted, text_model_of
 from moeflow.methods.data import steps as data
 from moeflow.methods.evaluate.steps import experts_per_token, here, layers, quality, size, speed
 from moeflow.methods.graph import Model, Pass, Sample
@@ -15,14 +15,16 @@ from moeflow.step import Step
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The text on which a compressed model and its original are compared, without beginning-of-sequence tokens."""
+    """The text on which a compressed model and its original are compared."""
 
     texts: str
-    """URI[#column[+column]], several joined by commas; each gets its own report."""
+    """URI[#column[+column]], or a ready-made .npy matrix; several joined by commas, each gets its own report."""
     sequences: int = 64
     """Sequences of each text."""
     length: int = 2048
     """Tokens of a sequence."""
+    bos: bool | None = None
+    """A beginning-of-sequence token before each document; none: as of `Sample`."""
 
 
 NO_TOKENIZER = "the model has no tokenizer: held-out text is left out, the loss on the token matrix stands for it"
@@ -32,19 +34,22 @@ def reports(original: Model, compressed: Model, heldout: HeldOut, passed: Pass, 
     """Report on `compressed` beside `original`: size, quality on each held-out text, speed.
 
     `passed`: the pass of the calibration, of which batch size and precision are taken; eight batches go to a task, and nothing is
-    recorded. A model without a tokenizer is evaluated on the matrix `tokens` instead, and the report says so. Raises ValueError if
-    that is missing.
+    recorded. Where a text is no ready-made matrix, a model without a tokenizer is evaluated on the matrix `tokens` instead, and the
+    report says so. Raises ValueError if that is missing.
     """
     passed = Pass(passed.batch, 8 * passed.batch, dtype=passed.dtype)
-    if original.has_tokenizer:
-        texts, sample = Texts(heldout.texts), Sample(heldout.sequences, heldout.length, bos=False)
+    if original.has_tokenizer or (heldout.texts and all(text.is_tokens for text in Texts(heldout.texts).each())):
+        texts, sample = Texts(heldout.texts), Sample(heldout.sequences, heldout.length, bos=heldout.bos)
         named = zip(_names(texts), texts.each(), strict=True)
         matrices = [(name, data.tokens(text, original, sample), "") for name, text in named]
     elif tokens is not None:
         matrices = [("token matrix", tokens, NO_TOKENIZER)]
     else:
-        raise ValueError("the model has no tokenizer, so held-out text cannot become tokens; pass a ready-made matrix (tokens=...)")
-    both = checkpoint_of(original), checkpoint_of(compressed)
+        raise ValueError(
+            "the model has no tokenizer, so held-out text cannot become tokens; pass a ready-made matrix (tokens=...), or one as "
+            "held-out text (FILE.npy)"
+        )
+    both = counted(original), counted(compressed)
     chosen = tuple(c for c in compressed.choices if "layer" in c.spec.output)
     zeros = sorted({s.slimmed_by for layer in compressed.layers if (s := layer.spec.output).sparse})
     reports = [size(*both, zeros=zeros), *([layers(chosen)] if chosen else [])]
@@ -57,7 +62,7 @@ def reports(original: Model, compressed: Model, heldout: HeldOut, passed: Pass, 
         if run:
             observed = tuple(run.observed.values())
             reports.append(experts_per_token(original.essential, observed, layers=list(run.observed), name=name))
-    return (*reports, speed(*both, machine=here(), length=heldout.length))
+    return (*reports, speed(text_model_of(original), text_model_of(compressed), machine=here(), length=heldout.length))
 
 
 def _names(texts: Texts) -> list[str]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from moeflow.arch import Config
 from moeflow.methods.calibrate.steps import hidden_states
-from moeflow.methods.checkpoint.steps import checkpoint_of
+from moeflow.methods.checkpoint.steps import text_model_of
 from moeflow.methods.data.steps import Examples, examples
 from moeflow.methods.finetune import deepspeed_config
 from moeflow.methods.finetune import steps as finetune
@@ -34,13 +34,13 @@ class FineTuning(Recipe):
     """The options of a fine-tuning: what is trained, how, and on which text."""
 
     text: str = "alpaca"
-    """The training text: alpaca, metamathqa, mathinstruct, magicoder, tulu3, or URI#prompt+response, URI#messages, URI#text."""
+    """The training text: the name of a data set (alpaca, metamathqa, tulu3), or URI#prompt+response, URI#messages, URI#text."""
     rows: int = 4096
     """Sequences of the text; it is read again if it is too small."""
     length: int = 2048
     """Tokens of a sequence."""
-    bos: bool = True
-    """A beginning-of-sequence token before each example."""
+    bos: bool | None = None
+    """A beginning-of-sequence token before each example; none: as of `Sample`."""
     deepspeed: str = ""
     """The path of a DeepSpeed configuration, which overrides recipe and gang."""
 
@@ -90,7 +90,7 @@ def tune(
     rest = _shapes(model.rest.spec.output.tensors)
     opened = trained_in(model.config, recipe.mode, recipe.targets, layers, rest)
     gang, need = fitted(Work(model.config, layers, rest, opened, recipe, spec.length), gang)
-    checkpoint, heldout = checkpoint_of(model), tuple(matrices.values())
+    checkpoint, heldout = text_model_of(model), tuple(matrices.values())
     trained = finetune.train(checkpoint, data, predictions, heldout, names=list(matrices), recipe=recipe).on(
         cpus=gang.cpus, gpus=gang.gpus, memory=need.host, processes=gang.processes, device=need.device, settings=gang.settings()
     )

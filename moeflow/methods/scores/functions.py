@@ -45,7 +45,7 @@ def aimer(layer: MoELayer, stats: Stats, seed: int) -> Tensor:
     """Minus mean |w| over root mean square of w, from the weights alone (AIMER, arXiv 2603.18492: the highest ratio goes)."""
     scores = []
     for expert in layer.experts:
-        w = torch.cat([whole(m).reshape(-1).double() for m in (expert.gate_FD, expert.up_FD, expert.down_DF)])
+        w = torch.cat([whole(m).reshape(-1).double() for m in expert.matrices])
         scores.append(-w.abs().mean() / w.square().mean().sqrt())
     return torch.stack(scores)
 

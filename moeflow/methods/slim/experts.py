@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moeflow.arch import MATRICES, Config, Family
+from moeflow.arch import FAMILIES, MATRICES, Config, Family
 from moeflow.methods.graph import load
 from moeflow.methods.moments import second_moment
 from moeflow.methods.rare import treatments
@@ -25,6 +25,7 @@ from moeflow.model.formats import format_of
 from moeflow.model.layout import LAYER, Files, file_for, headers
 from moeflow.model.moe import MLP, LowRank, Matrix, whole
 from moeflow.model.packed import pack
+from moeflow.model.passes import norm_offset
 from moeflow.model.router import dense
 from moeflow.step import Context
 
@@ -112,12 +113,16 @@ class Layer:
         return [self.tensors.info[n].shape for n in self.names(e)]
 
     def matrices(self, e: int) -> Names:
-        """The names of an expert's gate, up and down matrices when they are whole."""
+        """The names of an expert's matrices when they are whole."""
         return self.family.expert(self.number, e)
 
     def weights(self, x_TD: Tensor) -> Tensor:
         """The routing weights [T, E] of tokens, zero for experts not chosen."""
         return dense(*self._moe.router.choose(self._moe.logits(x_TD)), self.count)
+
+    def inputs(self, x_TD: Tensor, e: int) -> Tensor:
+        """What expert `e` sees of these tokens."""
+        return self._moe.expert_input(x_TD, self._moe.logits(x_TD), e) if self.family.arch.weighs_input else x_TD
 
     def expert(self, e: int) -> MLP:
         return read_expert(self.tensors, self.config, self.number, e).to(**self.placed)
@@ -173,7 +178,7 @@ def _experts(now: Layer, chosen: Sequence[int], x_TD: Tensor, weights_TE: Tensor
         many = [e for e in group if len(tokens[e]) >= now.how.least]
         done: dict[int, dict[str, Any]] = {}
         if many:
-            x_eTD = [x_TD[tokens[e]] for e in many]
+            x_eTD = [now.inputs(x_TD[tokens[e]], e) for e in many]
             done |= zip(many, _treat(now, [now.matrices(e) for e in many], [now.expert(e) for e in many], x_eTD), strict=True)
         for e in group:
             if e not in done and now.how.rare == "keep":
@@ -200,7 +205,7 @@ def _treat(now: Layer, names: list[Names], experts: list[MLP], x_eTD: list[Tenso
     report: list[dict[str, Any]] = [{"by": by, "lost": {}} for _ in experts]
     moment_NN = None if x_eTD is None else _stacked([second_moment(x_TD) for x_TD in x_eTD])
     inner, x_TN = experts, None if x_eTD is None or not now.low_rank else x_eTD[0]
-    for at, m in enumerate(MATRICES):
+    for at, m in enumerate(MATRICES[-len(experts[0].matrices) :]):
         if m == "down" and x_eTD is not None:
             moment_NN = _stacked([second_moment(e.inner(x_TD)) for e, x_TD in zip(inner, x_eTD, strict=True)])
             x_TN = None if x_TN is None else inner[0].inner(x_TN)
@@ -238,8 +243,7 @@ def _shared(now: Layer, x_TD: Tensor) -> dict[str, Any]:
         return {"by": "keep", "lost": {}}
     before = [now.out.pop(name) for name in names]
     if scaled:
-        gate_FD, up_FD, down_DF = (t.to(x_TD.device, x_TD.dtype) for t in before)
-        shared = MLP(gate_FD, up_FD, down_DF, shared.act)
+        shared = shared.with_matrices([t.to(x_TD.device, x_TD.dtype) for t in before])
     (done,) = _treat(now, [names], [shared], None if scaled else [x_TD])
     return done
 
@@ -251,7 +255,8 @@ def _all_at_once(now: Layer, x_TD: Tensor, weights_TE: Tensor) -> list[dict[str,
     treated_by = treatments(counts, how.least, how.rare, method=how.method, by_weights=how.row.fallback)
     counted_TE = weights_TE * torch.tensor([n >= how.least for n in counts], device=weights_TE.device)
     gate_EFD, up_EFD, down_EDF = now.all()
-    act = now.expert(0).act
+    act = str(now.expert(0).act)  # a row of `ACTIVATIONS`, or the step would have been refused
+    offset = 0.0 if family.arch in FAMILIES else norm_offset(now.config, number)
     made: ScaledExperts = load(how.row.code)(
         gate_EFD, up_EFD, down_EDF, how, inputs=x_TD, weights=counted_TE, act=act, scale_dtype=now.stored
     )
@@ -259,7 +264,10 @@ def _all_at_once(now: Layer, x_TD: Tensor, weights_TE: Tensor) -> list[dict[str,
     fed += [gate] if (gate := family.shared_gate(number)) else []
     scale_D = made.scale_D.cpu()
     for norm in [n for n in now.out if n.startswith(family.norm(number))]:
-        now.out[norm], *folded = fold(now.out[norm], scale_D, *(now.out[n] for n in fed))
+        beside = offset if norm.endswith("weight") else 0.0
+        before_D = now.out[norm]
+        after_D, *folded = fold(before_D.float() + beside, scale_D, *(now.out[n] for n in fed))
+        now.out[norm] = (after_D - beside).to(before_D.dtype)
     now.out |= dict(zip(fed, folded, strict=True))
     report = []
     for e in range(now.count):
@@ -300,5 +308,4 @@ def _with(expert: MLP, at: int, matrix: Matrix) -> MLP:
     """The expert with one of its matrices replaced, in its own dtype."""
     own, matrices = expert.matrices[at], list(expert.matrices)
     matrices[at] = matrix.to(dtype=(own.in_RN if isinstance(own, LowRank) else own).dtype)
-    gate_FD, up_FD, down_DF = matrices
-    return MLP(gate_FD, up_FD, down_DF, expert.act)
+    return expert.with_matrices(matrices)

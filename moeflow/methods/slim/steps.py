@@ -51,6 +51,7 @@ def _layer_spec(
     if before.format.compressed:
         before.check_routing("slim")
     family, table = Family.of(rest.config), dict(before.tensors)
+    check_scalable(family, how)
     wholes = [n for e in range(before.experts) for n in family.expert(layer, e)]
     names = [n for whole in wholes for n in (whole, *family.factors(whole)) if n in before.tensors]
     names += family.shared(layer) or () if how.shared else ()
@@ -80,6 +81,21 @@ def _layer_spec(
     device = on_device(before.loaded(dtype) + together + 3 * tokens + max(one, AT_ONCE))
     writes = share + 300 + 200 * before.experts // parts
     return Spec(out, reads=before.nbytes // parts + tokens, writes=writes, memory=memory, device=device)
+
+
+def check_scalable(family: Family, how: Slimming) -> None:
+    """Raise ValueError if the method scales experts' inputs and this family's experts do not scale with them."""
+    arch = family.arch
+    odd = {
+        "no gate": not family.gated,
+        "biases": bool(arch.expert_biases),
+        f"the activation {arch.activation}": arch.activation == "clamped_swiglu",
+        "weighted inputs": arch.weighs_input,
+    }
+    if how.row.needs == "tokens" and (reasons := [what for what, is_so in odd.items() if is_so]):
+        raise ValueError(
+            f"the experts of a {arch.model_type} have {' and '.join(reasons)}, which {how.method} cannot scale; take gptq instead"
+        )
 
 
 def _check_columns(name: str, columns: int, how: Slimming) -> None:

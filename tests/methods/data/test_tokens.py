@@ -11,8 +11,9 @@ from transformers import PreTrainedTokenizerFast
 
 from moeflow.methods.data import steps as data
 from moeflow.methods.graph import Model, Sample
-from moeflow.run import StepFailed
+from moeflow.run import StepFailed, pipeline
 from moeflow.sources import Texts
+from moeflow.step import upstream
 from tests import running, tiny
 
 WORDS = [f"w{i}" for i in range(80)]
@@ -138,8 +139,6 @@ def test_text_for_a_model_without_a_tokenizer_is_refused(tmp_path: Path) -> None
 
 
 def test_a_large_text_file_is_fetched_by_a_step_of_its_own(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from moeflow.step import upstream
-
     (tmp_path / "texts").mkdir()
     documents(tmp_path / "texts", 0, 90, "large.jsonl")
     documents(tmp_path / "texts", 10, 2, "a.jsonl"), documents(tmp_path / "texts", 20, 2, "b.jsonl")
@@ -171,3 +170,53 @@ def test_a_file_that_no_reader_knows_is_refused_when_the_graph_is_built(model: M
     np.save(tmp_path / "m.npy", np.zeros((2, 2), dtype=int))
     with pytest.raises(ValueError, match="m.npy is no text that can be read; known endings: .jsonl"):
         data.tokens(Texts(f"{tmp_path / 'm.npy'},{documents(tmp_path)}"), model, Sample(2, 4))
+
+
+def beginning(folder: Path, bos: str | None, add: bool | None = None) -> Model:
+    """A model whose tokenizer has this beginning-of-sequence token, and says whether it is added."""
+    written = tiny.write("mixtral", folder)
+    vocabulary = {"<s>": 0, "</s>": 1} | {w: i + 2 for i, w in enumerate(WORDS)}
+    plain = Tokenizer(models.WordLevel(vocabulary, unk_token="</s>"))
+    plain.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
+    PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="</s>", **({"bos_token": bos} if bos else {})).save_pretrained(
+        written
+    )
+    config = json.loads((written / "tokenizer_config.json").read_text())
+    (written / "tokenizer_config.json").write_text(json.dumps(config | ({} if add is None else {"add_bos_token": add})))
+    return running.model_in(written)
+
+
+@pytest.mark.parametrize(
+    "token, add, told, begins",
+    [
+        ("<s>", None, None, True), ("<s>", True, None, True), ("<s>", False, None, False), ("<s>", False, True, True),
+        ("<s>", None, False, False), (None, None, None, False), (None, True, None, False), (None, None, False, False),
+    ],
+)  # fmt: skip
+def test_whether_documents_begin_with_a_token_is_told_or_the_tokenizer_says(
+    token: str | None, add: bool | None, told: bool | None, begins: bool, tmp_path: Path
+) -> None:
+    model, spec = beginning(tmp_path / "model", token, add), f"{documents(tmp_path)}#text"
+    ids = sampled(model, tmp_path, spec, sequences=3, length=4 if begins else 3, bos=told)
+    assert ((ids[:, 0] == 0).all() if begins else (ids != 0).all()) and (ids[:, -2:] == [72, 73]).all()
+
+
+def test_a_beginning_that_the_tokenizer_lacks_is_refused_in_words(tmp_path: Path) -> None:
+    with pytest.raises(StepFailed, match="the tokenizer has no beginning-of-sequence token; pass bos=False"):
+        sampled(beginning(tmp_path / "model", None), tmp_path, f"{documents(tmp_path)}#text", bos=True)
+
+
+def test_the_main_pipeline_reads_its_texts_with_a_tokenizer_that_has_no_beginning(tmp_path: Path) -> None:
+    """As it stands, calibration, held-out text and fine-tuning."""
+    beginning(tmp_path / "model", None)
+    spec = f"{documents(tmp_path, count=300)}#text"
+    small = ("calibration.sequences=4", "calibration.length=8", "heldout.sequences=2", "heldout.length=8")
+    tuned = ("tune=lora", f"tune.text={spec}", "tune.rows=2", "tune.length=8", "tune.steps=1", "heldout.bos=none")
+    given = [f"model={tmp_path / 'model'}", f"tokens={spec}", f"heldout={spec}", "keep=4", *small, *tuned]
+    build = pipeline.load(Path(__file__).parents[3] / "pipelines" / "mixtral.py")
+    target = pipeline.call(build, given)
+    read = [s for s in upstream([target, *target.reports]) if s.name in ("data.tokens", "data.examples")]
+    store = running.store_in(tmp_path)
+    running.run(store, *map(running.alone, read))
+    assert len(read) == 3
+    assert all((np.load(store.artifact(s.key).file("tokens.npy")) != 0).all() for s in read)

@@ -31,7 +31,7 @@ def test_an_addition_begins_at_nothing_and_is_drawn_alike_in_every_process() -> 
     assert torch.allclose(made[0](w) - w, lora.product(made[0].a, made[0].b, 4.0), atol=1e-6)
 
 
-@pytest.mark.parametrize("stack", STACKS, ids=lambda s: s.name)
+@pytest.mark.parametrize("stack", [s for s in STACKS if s.kind != "bias"], ids=lambda s: s.name)
 def test_padding_of_stacked_factors_stays_zero(stack: object) -> None:
     format = Format(3, gate=(5, 0, 2), up=(3, 0, 7), down=(0, 4, 6))
     shape = stack.shape(format, 12, 10)

@@ -11,7 +11,7 @@ from moeflow.methods.prune import reception
 from moeflow.model.checkpoint import Tensors, read_moe, save
 from moeflow.model.layout import Folder, headers, kept, read_config
 from moeflow.model.passes import stream_of
-from moeflow.model.stream import Stream
+from moeflow.model.stream import HIDDEN, Stream
 
 
 def layer_files(source: Path, folder: Path) -> list[Path]:
@@ -37,7 +37,7 @@ def test_the_tree_gives_the_loss_of_every_combination(family: Path, tmp_path: Pa
     def through(paths: dict[int, Path]) -> torch.Tensor:
         stream, h_NLD = stream_of(config, "float32"), start_NLD
         for i in span:
-            h_NLD = stream.layer(Tensors(paths[i]), i)(h_NLD, **stream.arguments(i, h_NLD))
+            h_NLD = stream.run(stream.layer(Tensors(paths[i]), i), i, {HIDDEN: h_NLD})[HIDDEN]
         return h_NLD
 
     goal_NLD = through(dict(enumerate(files)))
@@ -86,7 +86,7 @@ def test_a_span_of_one_layer_weighs_its_sets_as_the_layer_does(family: Path, tmp
     stream = stream_of(config, "float32")
     module, inputs = stream.layer(Tensors(files[layer]), layer), []
     module.get_submodule(Family.of(config).arch.block).register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
-    module(start_NLD, **stream.arguments(layer, start_NLD))
+    stream.run(module, layer, {HIDDEN: start_NLD})
     moe, x_TD = read_moe(Tensors(files[layer]), config, layer), inputs[0].flatten(0, -2)
     for which, choice in enumerate(sets):
         assert losses[which,] == pytest.approx(float((moe.keep(choice)(x_TD) - moe(x_TD)).double().norm()), rel=1e-3)

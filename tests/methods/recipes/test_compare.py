@@ -7,6 +7,7 @@ import pytest
 from moeflow.methods.graph import Model, Pass
 from moeflow.methods.recipes import compare, pretrained
 from moeflow.sources import Texts
+from moeflow.step import upstream
 from tests import running, tiny
 
 
@@ -51,3 +52,21 @@ def test_a_model_without_a_tokenizer_needs_a_matrix_in_the_place_of_text(tmp_pat
     plain = running.model_in(tiny.write("mixtral", tmp_path / "model"))
     with pytest.raises(ValueError, match=r"the model has no tokenizer, so .*; pass a ready-made matrix \(tokens=...\)"):
         compare.reports(plain, plain, compare.HeldOut("nowhere.txt", 4, 16), Pass())
+
+
+def test_held_out_text_may_be_ready_made_matrices_even_without_a_tokenizer(model: Model, tmp_path: Path) -> None:
+    plain = running.model_in(tiny.write("mixtral", tmp_path / "model"))
+    one, other = (running.matrix_of(tmp_path, sequences=n).spec for n in (2, 3))
+    for original in (plain, model):
+        steps = compare.reports(original, original, compare.HeldOut(f"{one},{other}", 4, 16), Pass(2))
+        made = [s for s in upstream(steps) if s.name == "data.matrix"]
+        assert sorted(s.params["shape"] for s in made) == [[2, 16], [3, 16]]
+        quality = [s.params for s in steps if s.name == "evaluate.quality"]
+        assert [p["name"] for p in quality] == ["tokens-2-16-0", "tokens-3-16-0"] and not any(p.get("note") for p in quality)
+
+
+@pytest.mark.parametrize("bos", [None, True, False])
+def test_held_out_text_begins_as_it_is_told(bos: bool | None, model: Model, tmp_path: Path) -> None:
+    steps = compare.reports(model, model, compare.HeldOut(str(tmp_path / "text.txt"), 4, 16, bos=bos), Pass(2))
+    (made,) = (s for s in upstream(steps) if s.name == "data.tokens")
+    assert made.params["sample"].get("bos") is bos

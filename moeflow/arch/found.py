@@ -1,0 +1,103 @@
+"""The family of a checkpoint that no constant describes, found by looking at transformers' own model of its type. No torch.
+
+Looking takes torch, and building a graph must not load it: it is a process of its own (`moeflow.model.structure`). Its answer is
+kept in the cache by the configuration, the tensors' names and the version of transformers; only the `Arch` enters a step's key.
+"""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from moeflow.arch.families import FAMILIES
+from moeflow.arch.family import WITHOUT_EFFECT
+from moeflow.arch.layout import Layout
+from moeflow.arch.spec import ARCH, COMPRESSED, Arch, Config
+from moeflow.home import home
+
+LOOK = 1  # of what is asked and answered; another number asks again
+SECONDS = 900
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a look at a checkpoint found."""
+
+    arch: Arch
+    layout: Layout = field(default_factory=Layout)
+    shapes: Mapping[str, Sequence[int]] | None = None  # of all tensors but the routed experts, by our names; None: not known
+
+    @staticmethod
+    def from_json(value: Mapping[str, Any]) -> "Found":
+        return Found(Arch.from_json(value["arch"]), Layout.from_json(value["layout"]), value.get("shapes"))
+
+
+def described(config: Config) -> bool:
+    """Whether a constant describes the model with this config.json, or the configuration itself does."""
+    model_type = str(config.get("model_type")).removeprefix(COMPRESSED)
+    return ARCH in config or any(arch.model_type == model_type for arch in FAMILIES)
+
+
+def found(config: Config, names: Iterable[str], where: str) -> Found:
+    """Look at the checkpoint with this config.json and tensors of these names, or remember what was seen.
+
+    Raises ValueError with what was not understood; `where` names the checkpoint.
+    """
+    asked = {"config": {k: v for k, v in config.items() if k not in WITHOUT_EFFECT or k == "architectures"}, "names": sorted(names)}
+    text = json.dumps(asked, sort_keys=True)
+    about = f"{LOOK} {_transformers()} {text}".encode()
+    place = home() / "families" / f"{config.get('model_type')}-{hashlib.sha256(about).hexdigest()[:24]}.json"
+    answer = _remembered(place)
+    if answer is None:
+        answer = _looked(text)
+        _remember(place, answer)
+    if "why" in answer:
+        kind = f"{config.get('model_type')!r:.60}"
+        raise ValueError(f"{where} is a {kind}, which is not supported: {answer['why']}; `moeflow families` lists what is")
+    return Found.from_json(answer)
+
+
+def _looked(request: str) -> dict[str, Any]:
+    """The answer of the process. Raises ValueError if it fails."""
+    words = [sys.executable, "-P", "-m", "moeflow.model.structure"]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
+    try:
+        done = subprocess.run(words, input=request, capture_output=True, text=True, timeout=SECONDS, env=environment)
+    except subprocess.TimeoutExpired:
+        raise ValueError(f"looking at the model type took more than {SECONDS} s; run again when the machine is less busy") from None
+    if done.returncode:
+        why = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        raise ValueError(f"looking at the model type failed: {why[:200]}; is transformers installed here?")
+    answer: dict[str, Any] = json.loads(done.stdout[done.stdout.index("{") :])
+    return answer
+
+
+def _transformers() -> str:
+    try:
+        return version("transformers")
+    except PackageNotFoundError:
+        return "none"
+
+
+def _remembered(place: Path) -> dict[str, Any] | None:
+    try:
+        answer = json.loads(place.read_text())
+    except (OSError, ValueError):
+        return None
+    return answer if isinstance(answer, dict) else None
+
+
+def _remember(place: Path, answer: Mapping[str, Any]) -> None:
+    new = place.with_name(f"{place.name}.{os.getpid()}")
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        new.write_text(json.dumps(answer))
+        new.replace(place)
+    except OSError:  # it is looked at again
+        new.unlink(missing_ok=True)

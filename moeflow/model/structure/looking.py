@@ -1,0 +1,209 @@
+"""Look at a model type: everything that moeflow has to know of it, or what was not understood."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from moeflow.arch import Arch, Config, Layout
+from moeflow.model.structure.anatomy import Anatomy, Unknown, dissected, is_experts
+from moeflow.model.structure.building import built, experts_key, inside_of, text_of, top_k_key
+from moeflow.model.structure.names import LAYER, Names, named, saved, scrambled, unstacked
+from moeflow.model.structure.proof import prove
+from moeflow.model.structure.routing import routed
+from moeflow.model.structure.tiny import EXPERTS, tiny
+
+LARGE = 1 << 26  # parameters of a model that is called tiny
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a look at a checkpoint's config.json and the names of its tensors found."""
+
+    arch: Arch
+    layout: Layout
+    shapes: dict[str, list[int]]  # of all tensors but the routed experts, by our names
+    ignored: tuple[str, ...]  # patterns of names that transformers does not load
+    proven: dict[str, float]  # what was compared, and how far it is off at most
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "arch": self.arch.to_json(), "layout": self.layout.to_json(), "shapes": self.shapes, "ignored": list(self.ignored),
+            "proven": self.proven,
+        }  # fmt: skip
+
+
+def look(config: Config, stored: Iterable[str] | None = None) -> Answer:
+    """Look at the model type of a config.json. `stored`: the names of the checkpoint's tensors; None: as transformers writes them.
+
+    Raises Unknown, which says in one line what was not understood.
+    """
+    inside = inside_of(config)
+    text = text_of(config, inside)
+    if not (key := experts_key(text)):
+        raise Unknown("its config.json names no number of experts")
+    chosen = top_k_key(text)
+    small = tiny(config)
+    if (size := sum(p.numel() for p in built(small, "meta").parameters())) > LARGE:
+        raise Unknown(f"a tiny model of it still has {size:,} parameters: its config.json has sizes that are not known")
+    model = built(small)
+    anatomy = dissected(model, EXPERTS)
+    scrambled(model, anatomy.vectors)
+    names = _fitting(model, anatomy, None if stored is None else {*stored}, config)
+    whole = _Whole.of(config, anatomy, int(text[key]))
+    arch = _arch(anatomy, names, whole, text, key, chosen)
+    layout = replace(names.layout, inside=inside, beside=_beside(model, anatomy))
+    little = text_of(small, inside)
+    tensors = normal(model, anatomy, names)
+    layer = anatomy.moe[-1]
+    vectors = tuple(f"{LAYER}{{layer}}.{names.inside(v)}" for v in anatomy.vectors)
+    tiny_arch = replace(arch, moe=anatomy.moe, expert_width=_width(model, anatomy))
+    block = anatomy.layer(model, layer).get_submodule(anatomy.block)
+    tiny_arch = routed(tiny_arch, little, tensors, layer, block, vectors)
+    proven = prove(tiny_arch, little, tensors, model, anatomy)
+    arch = replace(tiny_arch, moe=whole.moe, expert_width=whole.width)
+    return Answer(arch, layout, whole.shapes(anatomy, names), tuple(model._keys_to_ignore_on_load_unexpected or ()), proven)
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """The model of the whole config.json, without weights."""
+
+    state: Mapping[str, Tensor]
+    moe: tuple[int, ...]
+    width: int
+    tied: frozenset[str]
+
+    @staticmethod
+    def of(config: Config, anatomy: Anatomy, experts: int) -> "_Whole":
+        model = built(config, "meta")
+        moe: dict[int, int] = {}
+        for name, module in model.named_modules():
+            if name.startswith(f"{anatomy.stack}.") and is_experts(module):
+                number = int(name.removeprefix(f"{anatomy.stack}.").partition(".")[0])
+                matrices, _ = unstacked(module)
+                if len(matrices["down"]) != experts:
+                    raise Unknown(f"layer {number} has {len(matrices['down'])} experts where config.json says {experts}")
+                moe[number] = int(matrices["down"][0].shape[1])
+        if len(set(moe.values())) != 1:
+            raise Unknown("the experts of its layers differ in width")
+        return _Whole(
+            model.state_dict(), tuple(sorted(moe)), next(iter(moe.values())), frozenset(model.all_tied_weights_keys or ())
+        )
+
+    def shapes(self, anatomy: Anatomy, names: Names) -> dict[str, list[int]]:
+        """The shapes of all tensors but the routed experts, by our names; those that are tied to others left out."""
+        shapes = {}
+        for name, tensor in self.state.items():
+            ours = _ours(name, anatomy, names)
+            if ours is not None and name not in self.tied:
+                shapes[ours] = list(tensor.shape)
+        return shapes
+
+
+def normal(model: Any, anatomy: Anatomy, names: Names) -> dict[str, Tensor]:
+    """The tensors of the text model by our names, each matrix of each expert for itself."""
+    state = model.state_dict()
+    tensors = {ours: t for name, t in state.items() if (ours := _ours(name, anatomy, names)) is not None}
+    for layer in anatomy.moe:
+        matrices, biases = unstacked(anatomy.layer(model, layer).get_submodule(f"{anatomy.block}.experts"))
+        for templates, pieces in ((names.experts, matrices), (names.biases, biases)):
+            for template, each in zip(templates, pieces.values(), strict=True):
+                for expert, tensor in enumerate(each):
+                    tensors[f"{LAYER}{layer}.{template.format(expert=expert)}"] = tensor.contiguous()
+    return tensors
+
+
+def _ours(name: str, anatomy: Anatomy, names: Names) -> str | None:
+    """Our name of a tensor in memory; None for a stack of experts, and for what is no part of the text model."""
+    if f".{anatomy.block}.experts." in name:
+        return None
+    if name.startswith(f"{anatomy.stack}."):
+        number, _, inside = name.removeprefix(f"{anatomy.stack}.").partition(".")
+        return f"{LAYER}{number}.{names.inside(inside)}"
+    places = {anatomy.embedding: "model.embed_tokens", anatomy.final_norm: "model.norm", anatomy.head: "lm_head"}
+    module, _, last = name.rpartition(".")
+    return f"{places[module]}.{last}" if module in places else None
+
+
+def _arch(anatomy: Anatomy, names: Names, whole: _Whole, text: Config, key: str, chosen: str) -> Arch:
+    def inside(path: str) -> str:
+        return f"{LAYER}{{layer}}.{names.inside(path)}"
+
+    shared = _shared(anatomy, whole)
+    body = anatomy.stack.rpartition(".")[0]
+    rest = tuple((ours, there.replace(f"{body}.", "model.", 1)) for ours, there in names.rest)
+    return Arch(
+        model_type=str(text["model_type"]),
+        router=inside(anatomy.weight),
+        experts=tuple(f"{LAYER}{{layer}}.{n}" for n in names.experts),
+        expert_biases=tuple(f"{LAYER}{{layer}}.{n}" for n in names.biases),
+        shared=tuple(inside(n) for n in shared),
+        shared_gate=inside(anatomy.shared_gate) if anatomy.shared_gate else None,
+        memory=names.memory, block=anatomy.block, block_router=anatomy.router, norm=names.inside(f"{anatomy.norm}."). rstrip("."),
+        attention=anatomy.attention or "self_attn", experts_key=key, top_k_key=chosen, moe=whole.moe, expert_width=whole.width,
+        rest=tuple((a, b) for a, b in rest if a != b), looked_at=True,
+    )  # fmt: skip
+
+
+def _shared(anatomy: Anatomy, whole: _Whole) -> tuple[str, ...]:
+    """The matrices of the shared expert inside a layer: gate, up, down, or up and down."""
+    if not anatomy.shared:
+        return ()
+    prefix = f"{anatomy.stack}.{whole.moe[-1]}."
+    inside = [n.removeprefix(prefix) for n in whole.state if n.startswith(f"{prefix}{anatomy.shared}.")]
+    ends = [n.removeprefix(f"{anatomy.shared}.") for n in inside]
+    for known in (("gate_proj.weight", "up_proj.weight", "down_proj.weight"), ("up_proj.weight", "down_proj.weight")):
+        if {*ends} == {*known}:
+            return tuple(f"{anatomy.shared}.{n}" for n in known)
+    raise Unknown(f"its shared expert has {', '.join(sorted(ends)[:4])}, not gate, up and down matrices")
+
+
+def _width(model: Any, anatomy: Anatomy) -> int:
+    matrices, _ = unstacked(anatomy.layer(model, anatomy.moe[-1]).get_submodule(f"{anatomy.block}.experts"))
+    return int(matrices["down"][0].shape[1])
+
+
+def _beside(model: Any, anatomy: Anatomy) -> tuple[str, ...]:
+    """The beginnings of the names of what is no part of the text model, in memory and on disk alike."""
+    body = f"{anatomy.stack.rpartition('.')[0]}."
+    places = {anatomy.embedding, anatomy.final_norm, anatomy.head}
+    others = [n for n in model.state_dict() if not n.startswith(body) and n.rpartition(".")[0] not in places]
+    return tuple(sorted({".".join(n.split(".")[:2]) + "." for n in others}))
+
+
+def _fitting(model: Any, anatomy: Anatomy, stored: set[str] | None, config: Config) -> Names:
+    """The names that the checkpoint has: as transformers writes its original format, as it holds the model, or expert by expert."""
+    unknown: Unknown | None = None
+    found: list[Names] = []
+    alone = False  # whether transformers reads and writes a tensor for each matrix of an expert
+    for original in (True, False):
+        try:
+            names = named(model, anatomy, saved(model, original=original))
+            alone = alone or not names.layout.stacked
+            found.append(replace(names, layout=replace(names.layout, per_expert=alone)))
+        except Unknown as error:
+            unknown = unknown or error
+    if not found:
+        raise unknown or Unknown("nothing was saved")
+    if stored is None:
+        return found[0]
+    candidates = [v for names in found for v in (names, _alone(names))]
+    scores = [sum(t in stored for t in _expected(v, anatomy)) for v in candidates]
+    return candidates[scores.index(max(scores))]
+
+
+def _alone(names: Names) -> Names:
+    """The same names with a tensor for each matrix of each expert."""
+    return replace(names, layout=replace(names.layout, stacked=()))
+
+
+def _expected(names: Names, anatomy: Anatomy) -> list[str]:
+    """Names of the last MoE layer of a tiny model as they would be in a checkpoint, to tell candidates apart."""
+    prefix = f"{names.stack}{anatomy.moe[-1]}."
+    experts = [s.name.format(layer=anatomy.moe[-1]) for s in names.layout.stacked] or [
+        prefix + template.format(expert=e) for template in names.experts for e in (0, 1)
+    ]
+    experts += [f"{n}_blocks" for n in experts if names.layout.stacked]
+    return [prefix + names.inside(anatomy.weight), prefix + names.inside(f"{anatomy.norm}.weight"), *experts]

@@ -1,0 +1,104 @@
+"""Model types that no constant describes, found by looking at transformers' own tiny model of each."""
+
+import json
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moeflow.arch import Arch, Family, found
+from moeflow.model.structure.anatomy import Unknown
+from moeflow.model.structure.listing import default, rows, types
+from moeflow.model.structure.looking import look
+from moeflow.model.structure.tiny import EXPERTS, tiny
+
+LISTS = Path(__file__).parent / "families"
+OFTEN = ("gpt_oss", "qwen3_vl_moe")
+KINDS = {
+    "gpt_oss": {"score": "softmax", "activation": "clamped_swiglu", "normalize": "always"},
+    "qwen3_vl_moe": {"score": "softmax", "normalize": "always"},
+    "ernie4_5_moe": {"score": "softmax", "router_bias": "model.layers.{layer}.mlp.moe_statics.e_score_correction_bias"},
+    "llama4_text": {"score": "sigmoid", "weighs_input": True},
+    "glm4_moe": {"score": "sigmoid", "router_bias": "model.layers.{layer}.mlp.gate.e_score_correction_bias"},
+    "hy_v3": {"score": "sigmoid", "scale_key": "router_scaling_factor"},
+}
+
+
+def pinned() -> dict[str, Any]:
+    """What was seen with the installed version of transformers: the row of each model type."""
+    place = LISTS / f"transformers-{version('transformers')}.json"
+    if not place.exists():
+        pytest.skip(f"no list is pinned for transformers {version('transformers')}: write {place.name} and read what is new in it")
+    listed: dict[str, Any] = json.loads(place.read_text())
+    return listed
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in OFTEN else pytest.mark.slow) for n in KINDS])
+def test_a_family_is_found_with_its_router_and_proven(name: str) -> None:
+    answer = look(default(name))
+    arch = answer.arch.to_json()
+    assert {k: arch.get(k) for k in KINDS[name]} == KINDS[name]
+    assert answer.proven["streamed"] == 0.0 and answer.proven["pruned"] < 1e-5
+    assert Arch.from_json(json.loads(json.dumps(arch))) == answer.arch
+    assert any(n.startswith("model.layers.0.") for n in answer.shapes)
+
+
+def test_a_tiny_configuration_keeps_all_but_its_sizes() -> None:
+    config = default("glm4_moe")
+    small = tiny(config)
+    assert small["n_routed_experts"] == EXPERTS and small["hidden_size"] == 32
+    assert {k for k in config if k not in small} <= {"transformers_version", "dtype", "_name_or_path"}
+    assert small["norm_topk_prob"] == config["norm_topk_prob"]
+
+
+def test_what_a_look_found_is_remembered_and_only_the_family_enters_the_configuration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second time nothing is looked at: there is no Python to look with."""
+    monkeypatch.setenv("MOEFLOW_CACHE", str(tmp_path))
+    config = default("mellum")
+    first = found.found(config, ["model.layers.0.mlp.gate.weight"], "here")
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "nothing"))
+    assert found.found(config, ["model.layers.0.mlp.gate.weight"], "here") == first
+    assert Family(first.arch, config).num_experts == config["num_local_experts"]
+    with pytest.raises(FileNotFoundError):
+        found.found(config | {"hidden_size": 64}, ["model.layers.0.mlp.gate.weight"], "here")
+
+
+@pytest.mark.parametrize(
+    ("config", "why"),
+    [
+        ({"model_type": "gpt2"}, "names no number of experts"),
+        ({"model_type": "no_such_moe", "num_experts": 8, "num_experts_per_tok": 2}, "has no model type 'no_such_moe'"),
+        ({"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": [2, 2]}, "different numbers of experts"),
+        ({"model_type": "mixtral", "num_local_experts": 8}, "does not say how many experts"),
+    ],
+)
+def test_what_is_not_understood_is_one_line(config: dict[str, Any], why: str) -> None:
+    with pytest.raises(Unknown, match=why) as told:
+        look(config)
+    assert "\n" not in str(told.value)
+
+
+def test_the_command_lists_a_family_and_says_why_another_is_none() -> None:
+    words = [sys.executable, "-c", "from moeflow.cli import main; main()", "families", "mixtral", "zaya"]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    first, second = done.stdout.splitlines()
+    assert first.split()[:2] == ["mixtral", "constant"]
+    assert second.split()[:2] == ["zaya", "no"] and "router" in second
+    assert done.stderr.splitlines()[-1] == "1 of 2 work"
+
+
+def test_every_model_type_of_transformers_is_listed() -> None:
+    assert set(types()) == set(pinned())
+
+
+@pytest.mark.slow
+def test_every_model_type_works_or_does_not_as_the_list_says() -> None:
+    listed = pinned()
+    seen = {row.model_type: row.by for row in rows()}
+    assert seen == {name: row["by"] for name, row in listed.items()}
+    assert sum(by != "no" for by in seen.values()) >= 35
