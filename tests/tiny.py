@@ -61,7 +61,7 @@ def turn(test: str, names: Sequence[str]) -> tuple[str, str]:
 def write(family: str, folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: object) -> Path:
     """A checkpoint of `family` in `folder`; `changes` go over its configuration."""
     torch.manual_seed(seed)
-    config = CONFIG_MAPPING[family](**(COMMON | FAMILIES[family] | changes))
+    config = CONFIG_MAPPING[family](**(COMMON | FAMILIES.get(family, {}) | changes))
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:

@@ -1,14 +1,18 @@
 """What graph functions pass to each other: a model, and its calibration. No steps, no torch."""
 
 import importlib
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 from moeflow.arch import Config, Family, Layout
 from moeflow.model.layout import ESSENTIAL
 from moeflow.model_files import named_like
 from moeflow.options import check_choices
 from moeflow.step import Part, Step
+
+if TYPE_CHECKING:
+    from moeflow.sources import Mtp
 
 REST = "rest.safetensors"
 HIDDEN = "hidden.safetensors"
@@ -34,10 +38,11 @@ class Model:
     rest: Step
     texts: Step | Part  # holds the tokenizer's files
     layers: tuple[Step, ...]
-    extra: tuple[Step, ...] = ()  # multi-token-prediction layers, which do not change
+    extra: tuple[Step, ...] = ()  # multi-token-prediction layers, numbered on behind the decoder layers
     choices: tuple[Step, ...] = ()  # the decisions made so far
     form: Form | None = None  # None: as the layer files
     tokenizer_code: str = ""  # the class of its own without which its tokenizer cannot be read
+    mtp: "Mtp" = "drop"  # what becomes of the prediction layers
 
     @property
     def has_tokenizer(self) -> bool:
@@ -68,10 +73,33 @@ class Model:
         formats = [self.layers[i].spec.output.format for i in self.moe_layers]
         return any(f.skip or f.compressed for f in formats)
 
+    @property
+    def prediction_layers(self) -> list[int]:
+        """The numbers of its multi-token-prediction layers."""
+        return list(range(len(self.layers), len(self.layers) + len(self.extra)))
+
+    def layer(self, number: int) -> Step:
+        """A decoder layer or a prediction layer, by its number."""
+        return (*self.layers, *self.extra)[number]
+
     def with_layers(self, layers: dict[int, Step], choices: tuple[Step, ...] = ()) -> "Model":
         """The same model with some layers replaced; each new layer says how many experts it has."""
-        changed = tuple(layers.get(i, layer) for i, layer in enumerate(self.layers))
-        return replace(self, layers=changed, choices=self.choices + choices)
+        changed = [layers.get(i, layer) for i, layer in enumerate((*self.layers, *self.extra))]
+        decoder, extra = changed[: len(self.layers)], changed[len(self.layers) :]
+        return replace(self, layers=tuple(decoder), extra=tuple(extra), choices=self.choices + choices)
+
+    def check_keep(self, keep: int | None) -> None:
+        """Raise ValueError if decoder layers are to get `keep` experts (None: as a run decides) beside prediction layers that stay
+        as they are."""
+        if self.mtp != "keep":
+            return
+        for number in self.prediction_layers:
+            if (experts := self.layer(number).spec.output.experts) != keep:
+                raise ValueError(
+                    f"mtp='keep': multi-token-prediction layer {number} has {experts} experts, and the decoder layers are to have "
+                    f"{'as many as a run decides' if keep is None else keep}: they load only with the same number; take "
+                    "mtp='prune' or mtp='drop'"
+                )
 
 
 @dataclass(frozen=True)
@@ -161,10 +189,11 @@ class Calibration:
     observed: dict[int, tuple[Part, ...]]  # per MoE layer: one part for each shard
     recorded: int  # at most so many tokens of each shard have their MoE inputs kept
     between: tuple[tuple[Part, ...], ...] = ()  # per layer, if asked for: the recorded tokens' hidden states before it
+    predicted: Mapping[int, tuple[Part, ...]] = field(default_factory=dict)  # as `observed`, per prediction layer to be pruned
 
     def of(self, layer: int) -> tuple[Part, Step, tuple[Part, ...]]:
         """What a step reads that decides on one layer: configuration, the layer's file, and what every shard recorded in it."""
-        return self.model.essential, self.model.layers[layer], self.observed[layer]
+        return self.model.essential, self.model.layer(layer), {**self.observed, **self.predicted}[layer]
 
     @property
     def dtype(self) -> str:

@@ -168,6 +168,10 @@ class KeptCounts(Record):
     uniform: Spread | None = None
     """The same number in every layer, if that is legal."""
 
+    def of(self, layer: int) -> int:
+        """The number of a layer. A prediction layer, which is not among them, has that of the layer with most."""
+        return self.counts.get(layer, max(self.counts.values()))
+
 
 @dataclass(frozen=True)
 class Importance(Record):

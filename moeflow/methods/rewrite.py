@@ -61,9 +61,14 @@ def experts(
 
 
 def pruned(model: Model, choices: Mapping[int, Step]) -> Model:
-    """The model with the experts that the choice of each of these layers keeps, as a graph."""
+    """The model with the experts that the choice of each of these layers keeps, as a graph.
+
+    Prediction layers may be among them. Raises ValueError if they are to stay as they are, and decoder layers get other counts.
+    """
+    for choice in choices.values():
+        model.check_keep(choice.spec.output["keep"])
     layers = {
-        i: experts(model.essential, model.layers[i], choice, layer=i, keep=choice.spec.output["keep"])
+        i: experts(model.essential, model.layer(i), choice, layer=i, keep=choice.spec.output["keep"])
         for i, choice in choices.items()
     }
     return model.with_layers(layers, tuple(choices.values()))

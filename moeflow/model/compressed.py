@@ -31,6 +31,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import cached_file
 
 from moeflow.arch import ARCH, COMPRESSED, FAMILIES, LAYERS, MAIN, Arch, Family
+from moeflow.arch.prediction import prediction_layers
 from moeflow.arch.spec import EXPERT_COUNT_KEYS
 from moeflow.model.factors import Stack, all_stacks, expert_shapes, form_of, sizes_of
 from moeflow.model.fewer_active import CompressedExperts
@@ -64,6 +65,10 @@ class Compressed:
     def __init__(self, config: Any, *args: Any, **fields: Any) -> None:
         super().__init__(config, *args, **fields)  # type: ignore[call-arg]
         family = Family.of(config.to_dict())
+        behind = range(family.num_layers, family.num_layers + prediction_layers(family.config))
+        ignored = getattr(self, "_keys_to_ignore_on_load_unexpected", None) or ()
+        # transformers looks there for the layers of multi-token prediction, too
+        self._keys_to_ignore_on_load_unexpected = [*ignored, *(re.escape(family.prefix(i)) for i in behind)]
         for layer, format in zip(layers_of(self), layer_formats(config.to_dict()), strict=True):
             if format is not None and format.gone:
                 take_out(layer, family, format)

@@ -6,7 +6,7 @@ files, and knows nothing of steps.
 
 import copy
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
@@ -56,7 +56,7 @@ def through(
     for at, (layer, file) in enumerate(layers):
         tensors = Tensors(file)
         module = stream.layer(tensors, layer)
-        recorder = _recorder(stream, tensors, layer, recording) if recording else None
+        recorder = recorder_of(stream, tensors, layer, recording) if recording else None
         if recording and recording.between:
             save_file({"hidden_RD": states[HIDDEN].flatten(0, 1)[: recording.between].clone()}, out.with_name(file_before(layer)))
         behind = {HIDDEN: states[HIDDEN]}
@@ -130,8 +130,9 @@ def _stream(config: str, dtype: str, experts: str) -> Stream:
     return Stream(json.loads(config), device=device, dtype=dtype, experts=experts)
 
 
-def _recorder(stream: Stream, tensors: Tensors, layer: int, recording: Recording) -> Recorder | None:
-    if stream.family.router(layer) not in tensors.info:
+def recorder_of(stream: Stream, tensors: Mapping[str, Tensor], layer: int, recording: Recording) -> Recorder | None:
+    """What records in a layer with these tensors; None if it has no router."""
+    if stream.family.router(layer) not in tensors:
         return None
     moe = read_moe(tensors, stream.family.config, layer, experts=False).to(device=stream.device, dtype=stream.dtype)
     return Recorder(stream.family, moe, recording)

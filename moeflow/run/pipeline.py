@@ -18,12 +18,13 @@ from typing import Any
 
 from moeflow import options, sources
 from moeflow.run.outcome import describe
-from moeflow.sources import How, LayoutWanted, Source, Texts
+from moeflow.sources import How, LayoutWanted, Mtp, Source, Texts
 from moeflow.step import Step
 
 Build = Callable[..., Step]
 
-HOW, ADAPTER, LAYOUT = "source", "adapter", "layout"  # the parameters that every pipeline with a source has
+# the parameters that every pipeline with a source has
+HOW, ADAPTER, LAYOUT, MTP = "source", "adapter", "layout", "mtp"
 OF_EVERY: dict[str, tuple[Any, str]] = {
     HOW: (
         How,
@@ -39,6 +40,11 @@ OF_EVERY: dict[str, tuple[Any, str]] = {
         LayoutWanted,
         "How the result has its experts on disk: in stacks where its source has them so, which is the default, or one tensor for "
         "each matrix, since engines differ in what they read.",
+    ),
+    MTP: (
+        Mtp,
+        "What becomes of a model's multi-token-prediction layers: they are dropped, which is the default, kept as they are, or "
+        "pruned with the decoder layers, by what they themselves record.",
     ),
 }
 """Their types and meanings, for the page of help."""
@@ -89,7 +95,7 @@ def call(build: Build, assignments: Iterable[str]) -> Step:
     given = {name: words.pop(name) for name in _of_every(kinds) if name in words}
     read: dict[str, Any] = {name: options.read(f"-p {name}", word, OF_EVERY[name][0] | None) for name, word in given.items()}
     layout: LayoutWanted = read.get(LAYOUT) or "source"
-    model = partial(sources.pin, kind="model", how=read.get(HOW), adapter=read.get(ADAPTER), layout=layout)
+    model = partial(sources.pin, kind="model", how=read.get(HOW), adapter=read.get(ADAPTER), layout=layout, mtp=read.get(MTP))
     named_words = {name.partition(".")[0] for name in words}
     if missing := [p.name for p in parameters.values() if p.default is p.empty and p.name not in named_words]:
         raise ValueError(f"the pipeline needs {' '.join(f'-p {name}=...' for name in missing)}")

@@ -14,6 +14,8 @@ from moeflow.store.manifest import File
 Kind = Literal["model", "data"]
 How = Literal["copy", "refer"]
 """Whether a model's weights are copied into the store, or read by range where they lie."""
+Mtp = Literal["drop", "keep", "prune"]
+"""What becomes of a model's multi-token-prediction layers: they go, stay as they are, or lose experts as the decoder layers do."""
 Grow = Callable[[int], None]  # called with the number of bytes that have arrived since the last call
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")

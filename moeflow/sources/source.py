@@ -10,7 +10,7 @@ from typing import Literal
 
 from moeflow.sources import steps
 from moeflow.sources.absent import is_repository
-from moeflow.sources.places import How, Kind, Pinned, SourceFile
+from moeflow.sources.places import How, Kind, Mtp, Pinned, SourceFile
 from moeflow.sources.where import hub_uri, place_of
 from moeflow.step import Step
 from moeflow.store.errors import MissingSource
@@ -25,12 +25,13 @@ class Source(Pinned):
 
     `refer`: whether its weights are read where they lie, by range, instead of being copied into the store. `adapter`: the source of
     the adapter that is to be merged into the weights, which may be this very source. `layout`: how what is made of it has its
-    experts on disk.
+    experts on disk. `mtp`: what becomes of its multi-token-prediction layers.
     """
 
     refer: bool = False
     adapter: "Source | None" = None
     layout: LayoutWanted = "source"
+    mtp: Mtp = "drop"
 
     def names(self) -> list[str]:
         return [f.name for f in self.files]
@@ -70,7 +71,8 @@ class Source(Pinned):
 
 
 def pin(
-    uri: str, *, kind: Kind, how: How | None = None, adapter: str | None = None, layout: LayoutWanted = "source"
+    uri: str, *, kind: Kind, how: How | None = None, adapter: str | None = None, layout: LayoutWanted = "source",
+    mtp: Mtp | None = None,
 ) -> Source:  # fmt: skip
     """The files at `uri` as they are now, pinned so that a later change is noticed.
 
@@ -78,7 +80,7 @@ def pin(
     a model also `org/name[@revision]` on the hub if there is no such folder. `how`: whether a model's weights are copied into the
     store or read where they lie; None: they are read where they stay, which is S3, a disk, and the user's hub cache. `adapter`:
     "merge" for an adapter that lies beside a model's weights, or the address of one. `layout`: how what is made of a model has its
-    experts on disk.
+    experts on disk. `mtp`: what becomes of its multi-token-prediction layers; None: they are dropped.
 
     Raises MissingSource, a ValueError.
     """
@@ -98,7 +100,8 @@ def pin(
         if not name.isprintable() or {"", ".", ".."} & {*name.split("/")}:
             raise MissingSource(f"{uri} has a file named {name!r}, which no folder can take as it is; rename it there")
     refer = kind == "model" and (how == "refer" if how else _stays(pinned))
-    made = Source(pinned.uri, pinned.revision, tuple(sorted(pinned.files, key=lambda f: f.name)), pinned.left, refer, layout=layout)
+    files = tuple(sorted(pinned.files, key=lambda f: f.name))
+    made = Source(pinned.uri, pinned.revision, files, pinned.left, refer, layout=layout, mtp=mtp or "drop")
     if not adapter:
         return made
     return replace(made, adapter=made if adapter == "merge" else pin(adapter, kind="model", how=how))

@@ -198,3 +198,25 @@ def test_what_needs_weights_is_refused(source: Path, tmp_path: Path) -> None:
     (source / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="is in FP8 without square blocks"):
         model_in(source)
+
+
+def test_a_prediction_layer_in_fp8_is_pruned_by_slicing_codes_and_scales(source: Path, tmp_path: Path) -> None:
+    tensors = load_file(source / "model.safetensors")
+    copied = {n.replace("layers.2.", "layers.3."): t.clone() for n, t in tensors.items() if "layers.2." in n}
+    copied |= {f"model.layers.3.{n}.weight": torch.ones(32, dtype=torch.bfloat16) for n in ("enorm", "hnorm", "shared_head.norm")}
+    eh_proj = {"eh_proj.weight": torch.randn(32, 64).to(torch.float8_e4m3fn), "eh_proj.weight_scale_inv": torch.rand(4, 8)}
+    save(tensors | copied | {f"model.layers.3.{n}": t for n, t in eh_proj.items()}, source / "model.safetensors")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}))
+    pruned = naee.prune(calibrated(model_in(source, mtp="prune"), tmp_path), 6, Search("reap"))
+    store = store_in(tmp_path)
+    run(store, *pruned.extra)
+    keep = json.loads(store.artifact(pruned.choices[-1].key).file("choice.json").read_text())["keep"]
+    after = load_file(store.artifact(pruned.extra[0].key).file("layer.safetensors"))
+    experts = "model.layers.3.mlp.experts."
+    for new, old in enumerate(keep):
+        for end in ("up_proj.weight", "up_proj.weight_scale_inv", "down_proj.weight", "down_proj.weight_scale_inv"):
+            same = after[f"{experts}{new}.{end}"], copied[f"{experts}{old}.{end}"]
+            assert torch.equal(*(t.view(torch.uint8) for t in same))
+    assert after["model.layers.3.eh_proj.weight"].dtype == torch.float8_e4m3fn
+    assert sum(n.startswith(experts) for n in after) == 6 * 3 * 2

@@ -6,8 +6,8 @@ from math import prod
 from typing import Any
 
 from moeflow import __version__
-from moeflow.arch import Config, Layout, family_config
-from moeflow.methods.checkpoint import export
+from moeflow.arch import Config, Family, Layout, family_config
+from moeflow.methods.checkpoint import export, prediction
 from moeflow.methods.records import Facts, decision
 from moeflow.methods.rewrite import readable
 from moeflow.model.formats import config_of, format_of
@@ -22,6 +22,7 @@ def assemble_spec(
     rest: RestSpec, layers: tuple[LayerSpec, ...], prediction_layers: tuple[LayerSpec, ...], choices: tuple[Any, ...],
     *, config: Config,
 ) -> Spec:  # fmt: skip
+    prediction.check_beside(layers, prediction_layers)
     layers += prediction_layers
     tables = [layer.tensors for layer in layers] + [rest.tensors]
     _packing([{n: shape for n, (_, shape) in table.items()} for table in tables], [layer.experts for layer in layers], config)
@@ -37,7 +38,8 @@ def assemble_as_spec(
     rest: RestSpec, layers: tuple[LayerSpec, ...], files: tuple[Any, ...] = (), beside: Any = None, choices: tuple[Any, ...] = (),
     *, config: Config, form: Mapping[str, Any],
 ) -> Spec:  # fmt: skip
-    plain: CheckpointSpec = assemble_spec(rest, layers, (), choices, config=config).output
+    count = Family.of(config).num_layers
+    plain: CheckpointSpec = assemble_spec(rest, layers[:count], layers[count:], choices, config=config).output
     more = [f for f in files if isinstance(f, LayerSpec)] or list(layers)
     others: TensorTable = {} if beside is None else beside.tensors
     headers = sum(f.headers for f in more) + header_bytes(rest.tensors) + header_bytes(others)
@@ -78,6 +80,7 @@ def config_json(every: Sequence[Artifact], rest: Artifact, config: Config, decod
     """The config.json of the text model with these layers, of which the first `decoder` are decoder layers."""
     tables = [{n: t.shape for n, t in headers(artifact).items()} for artifact in (*every, rest)]
     formats = [format_of(table, config, i) for i, table in enumerate(tables[:-1])]
+    prediction.check_counts((f.experts for f in formats[:decoder]), (f.experts for f in formats[decoder:]))
     packing = _packing(tables, [f.experts for f in formats], config)
     kept = [f if f.experts or f.gone else None for f in formats[:decoder]]
     return config_of(family_config(config), kept, own=own) | packing

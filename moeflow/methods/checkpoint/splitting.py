@@ -29,9 +29,8 @@ Table = dict[str, list[Any]]
 
 def layer_spec(shards: tuple[Any, ...], history: Any, *, config: Config, layer: int, tensors: Table) -> Spec:
     table = _entries(tensors)
-    behind = layer >= int(config["num_hidden_layers"])  # a prediction layer is kept as it is, whatever it holds
     experts = format_of({n: shape for n, (_, shape) in table.items()}, config, layer).experts
-    out = LayerSpec(config, layer, 0 if behind else experts, table)
+    out = LayerSpec(config, layer, experts, table)
     moved = intake.bytes_read(tensors)
     return Spec(out, reads=moved, writes=out.nbytes, memory=2 * moved)
 

@@ -7,12 +7,12 @@ none.
 import json
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, get_args
 
 from moeflow.arch import ARCH, Config, Family, Layout, essential, layer_of
 from moeflow.arch.found import Found
 from moeflow.methods.checkpoint import adapter as adapters
-from moeflow.methods.checkpoint import assembling, export, foreign, intake, reading, remote_code, splitting
+from moeflow.methods.checkpoint import assembling, export, foreign, intake, prediction, reading, remote_code, splitting
 from moeflow.methods.checkpoint.adapter import Addition
 from moeflow.methods.checkpoint.splitting import Table
 from moeflow.methods.graph import REST, Form, Model
@@ -23,22 +23,22 @@ from moeflow.model.header import TensorInfo
 from moeflow.model.layout import ESSENTIAL, LAYER, headers
 from moeflow.model.packed import METHOD
 from moeflow.model_files import HISTORY, PROCESSORS, TRAVELLING, named_like
-from moeflow.sources import Source
+from moeflow.sources import Mtp, Source
 from moeflow.step import Artifact, Context, Step, step
 
 
-def pinned(source: Source, *, mtp: Literal["drop", "keep"] = "drop", found: Found | None = None) -> Model:
+def pinned(source: Source, *, mtp: Mtp | None = None, found: Found | None = None) -> Model:
     """The checkpoint at a pinned source (a folder, a hub repository at a commit, an `s3://` prefix).
 
     Reads config.json, the index, the safetensors headers and the small files beside them, no weights. `mtp`: "drop" the
-    multi-token-prediction layers of DeepSeek-V3, which are behind the decoder layers, or "keep" them unchanged. `found`: what is
-    known of the checkpoint if no constant describes its family, or its tensors are not named as the family's own.
+    multi-token-prediction layers, "keep" them unchanged, or "prune" them with the decoder layers; None: as the source says.
+    `found`: what is known of the checkpoint if no constant describes its family, or its tensors are not named as the family's own.
 
     Raises ValueError for an unknown family, a checkpoint packed in a way that moeflow does not read, a file that is damaged or says
     what cannot be, and tensors that are not exactly those that config.json asks for.
     """
-    if mtp not in ("drop", "keep"):
-        raise ValueError(f"mtp={mtp!r}; choose 'drop' or 'keep'")
+    if (mtp := mtp or source.mtp) not in get_args(Mtp):
+        raise ValueError(f"mtp={mtp!r}; choose 'drop', 'keep' or 'prune'")
     adapters.check(source)
     stored, ignored = foreign.without_buffers(reading.tensors_of(source))
     found = found or reading.looked_at(source, stored)
@@ -48,11 +48,12 @@ def pinned(source: Source, *, mtp: Literal["drop", "keep"] = "drop", found: Foun
     configs = reading.small_configs(source, small) | {"config.json": whole}
     code = remote_code.code_of(source, configs)
     layout = intake.layout_of(stored, family, found, source.uri)
-    tensors = intake.pieces(stored, layout, family, source.uri)
+    of_mtp = prediction.settled(config, intake.pieces(stored, layout, family, source.uri), mtp, source.uri)
+    config, tensors = of_mtp.config, of_mtp.tensors
     reading.check_packing(tensors, config, source.uri)
     outside = {n: t for n, t in stored.items() if layout.beside and n.startswith(layout.beside)}
     if (config.get("quantization_config") or {}).get("quant_method") == METHOD:  # written again for what is packed then
-        config.pop("quantization_config")
+        config = {k: v for k, v in config.items() if k != "quantization_config"}  # `whole`, which it may be, keeps it
     merge = adapters.merge_of(source.adapter, config, tensors, layout) if source.adapter else None
     steps = {name: source.weights(name) for name in sorted({t.file for t in stored.values()})}
     count = family.num_layers
@@ -76,18 +77,10 @@ def pinned(source: Source, *, mtp: Literal["drop", "keep"] = "drop", found: Foun
             )  # fmt: skip
         return layer(shards, history, config=essential(config), layer=i, tensors=table)
 
-    behind = sorted(i for i in by_layer if i is not None and i >= count)
-    if behind[int(config.get("num_nextn_predict_layers") or 0) :]:
-        raise ValueError(f"the checkpoint has tensors of layer {behind[-1]}, but config.json says {count} layers")
     shards, table = _inputs(by_layer.get(None, {}), steps)
     check_rest(config, {n: (t.dtype, t.shape) for n, t in by_layer.get(None, {}).items()}, shapes)
     texts = source.group(small or ["config.json"])
-    note = ""
-    if mtp == "drop" and behind:
-        note = f"multi-token-prediction layers {behind} are dropped (mtp='keep' keeps them as they are)"
-    if mtp == "drop" and "num_nextn_predict_layers" in config:
-        config = config | {"num_nextn_predict_layers": 0}
-    others = rest(texts, shards, source.group(code) if code else None, config=config, files=small, tensors=table, note=note)
+    others = rest(texts, shards, source.group(code) if code else None, config=config, files=small, tensors=table, note=of_mtp.note)
     if merge and (additions := merge.of(table)):
         others = merged_rest(others, merge.step(), additions=additions, moved=merge.moved(additions))
     left = foreign.note_of_left(source, (*small, *code, *steps))
@@ -96,8 +89,9 @@ def pinned(source: Source, *, mtp: Literal["drop", "keep"] = "drop", found: Foun
         rest=others.noting(*(n for n in (ignored, left, merge.note() if merge else "") if n)),
         texts=texts,
         layers=tuple(layer_step(i) for i in range(count)),
-        extra=tuple(layer_step(i) for i in behind) if mtp == "keep" else (),
+        extra=tuple(layer_step(i) for i in of_mtp.layers),
         form=_form(whole, config, intake.wanted(layout, source.layout, family), outside, steps),
+        mtp=mtp,
         tokenizer_code=remote_code.tokenizer_code(configs.get("tokenizer_config.json", {}), small),
     )
 
@@ -210,13 +204,14 @@ def assemble_as(
 ) -> None:  # fmt: skip
     """As `assemble`, for a checkpoint whose form on disk is not that of the layer files.
 
-    `files`: the layers, and then the rest, as they are to be on disk; `layers`: the same as moeflow works on them; `beside`: the
-    tensors of a multimodal model beside its text model. `form`: "whole", the text of the source's config.json, of which the
-    result's is to be made, if it is; "layout"; "own", whether the result has moeflow's format in any case; "note", for people.
+    `files`: the layers, and then the rest, as they are to be on disk; `layers`: the same as moeflow works on them, the decoder's
+    and then the prediction layers; `beside`: the tensors of a multimodal model beside its text model. `form`: "whole", the text of
+    the source's config.json, of which the result's is to be made, if it is; "layout"; "own", whether the result has moeflow's
+    format in any case; "note", for people.
     """
     layout = Layout.from_json(form["layout"])
     assembling.link_weights(context, (*(files or (*layers, rest)), *([] if beside is None else [beside])))
-    text = assembling.config_json(layers, rest, config, int(config["num_hidden_layers"]), own=form["own"])
+    text = assembling.config_json(layers, rest, config, Family.of(config).num_layers, own=form["own"])
     whole = export.result(text, json.loads(form["whole"]), layout) if form["whole"] else text
     (context.out / "config.json").write_text(readable(export.without_arch(whole)))
     processors = () if form["whole"] else tuple(n for n in rest.names() if named_like(n, PROCESSORS))

@@ -112,7 +112,7 @@ def candidates(
     from moeflow.methods.prune.subset_search import search_counts
 
     if counts is not None:
-        keep = [KeptCounts.read(counts).counts[at]]
+        keep = [KeptCounts.read(counts).of(at)]
     sets = search_counts(
         context, read_config(config), layer, observed, layer=at, keep=keep, protected=protected, how=how, dtype=dtype
     )
@@ -270,7 +270,7 @@ def pick(
         together = Combinations.read(span)
         rank = together.combinations[0].sets[together.layers.index(of_layer.layer)]
     if counts is not None:
-        keep = KeptCounts.read(counts).counts[of_layer.layer]
+        keep = KeptCounts.read(counts).of(of_layer.layer)
     sets = of_layer.only if keep is None else of_layer.counts[keep]
     picked, runner_up = sets.best[rank], next((s for i, s in enumerate(sets.best) if i != rank), None)
     loss = LayerLoss("frobenius", picked.loss, picked.of_output, of_layer.tokens)

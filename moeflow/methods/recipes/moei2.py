@@ -16,6 +16,7 @@ from moeflow.methods.decompose import steps as decompose_
 from moeflow.methods.decompose.options import Decomposition
 from moeflow.methods.decompose.ranks import PARTS, average_rank, moved_rank
 from moeflow.methods.graph import Calibration, Model, Pass
+from moeflow.methods.predict.steps import predicted
 from moeflow.methods.prune import counts as counts_
 from moeflow.methods.prune.counts import Counts
 from moeflow.methods.prune.searches import Search
@@ -27,15 +28,21 @@ def prune(calibration: Calibration, counts: Counts, how: Search = Search("swap")
     """Build the graph that drops experts.
 
     `counts` says how many experts each layer keeps; `how` says which search finds its sets, and whether spans of layers choose
-    among them together (MoE-I²'s K and T). Raises ValueError for counts that cannot work, with the nearest that can.
+    among them together (MoE-I²'s K and T). Prediction layers that are to be pruned keep as many as the layer that keeps most, by
+    the same search. Raises ValueError for counts that cannot work, with the nearest that can.
     """
+    calibration = predicted(calibration)
     model = calibration.model
     legal, total = counts_.legal_counts(model, counts), counts_.total_experts(model, counts)
     counts_.check_total(total, legal)
-    decider, candidates = RULES[counts.rule](Budget(calibration, counts, how.for_candidates(), legal, total))
+    budget = Budget(calibration, counts, how.for_candidates(), legal, total)
+    decider, candidates = RULES[counts.rule](budget)
+    behind = {i: budget.sets(i, budget.most(candidates, decider), decider) for i in calibration.predicted}
     if how.span > 1:
-        return _by_spans(calibration, decider, candidates, how)
-    return rewrite.pruned(model, _picked(candidates, decider))
+        pruned = _by_spans(calibration, decider, candidates, how)
+    else:
+        pruned = rewrite.pruned(model, _picked(candidates, decider))
+    return rewrite.pruned(pruned, _picked(behind, decider))
 
 
 def compress(
@@ -73,6 +80,11 @@ class Budget:
         how, protected = replace(self.how, best=best or self.how.best), self.counts.protected_in(layer)
         dtype = self.calibration.dtype
         return candidates(*self.calibration.of(layer), decider, at=layer, keep=keep, protected=protected, how=how, dtype=dtype)
+
+    def most(self, candidates: Mapping[int, Step], decider: Step | None) -> list[int]:
+        """The numbers of experts that the layer which keeps most may have."""
+        counts = {n for i in candidates for n in candidates[i].spec.output["counts"]}
+        return sorted(counts) if decider else [max(counts)]
 
     def searched(self, decider: Step) -> Searched:
         return decider, {i: self.sets(i, numbers, decider) for i, numbers in self.legal.items()}

@@ -8,6 +8,7 @@ from moeflow.methods import rewrite
 from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.fewer_active.steps import Skipping, check, skip
 from moeflow.methods.graph import Calibration, Model, Pass
+from moeflow.methods.predict.steps import predicted
 from moeflow.methods.prune.searches import LAYERWISE, PROGRESSIVE, SUBSET_SEARCHES, Search
 from moeflow.methods.prune.steps import candidates, choose, pick
 from moeflow.step import Part, Step
@@ -19,12 +20,15 @@ def prune(calibration: Calibration, keep: int, how: Search = Search(LAYERWISE)) 
     The method "layerwise" prunes every layer alone: it keeps the subset that changes the layer's output least (section 3.2).
     "progressive" prunes one layer after the other, on the outputs of the pruned layers before it, against the original's output
     (Table 6). Any other search keeps the best set that it finds in every layer, and a score keeps the highest experts.
+
+    Prediction layers that are to be pruned keep as many, by the same method, on what they record behind the original model.
     """
+    calibration = predicted(calibration)
     model, dtype = calibration.model, calibration.dtype
     batch_tokens = calibration.passed.batch * calibration.tokens.spec.output.length if how.loss == "batch-sum" else None
 
     def choice(layer: int, recorded: tuple[Part, ...], originals: tuple[Part, ...] = ()) -> Step:
-        config, file = model.essential, model.layers[layer]
+        config, file = model.essential, model.layer(layer)
         if how.method in SUBSET_SEARCHES:
             search = how.for_candidates()
             return pick(candidates(config, file, recorded, at=layer, keep=[keep], protected=[], how=search, dtype=dtype), keep=keep)
@@ -33,8 +37,10 @@ def prune(calibration: Calibration, keep: int, how: Search = Search(LAYERWISE)) 
             at=layer, keep=keep, how=how.for_choice(), batch_tokens=batch_tokens, dtype=dtype,
         )  # fmt: skip
 
+    behind = {i: choice(i, recorded) for i, recorded in calibration.predicted.items()}
     if how.method != PROGRESSIVE:
-        return rewrite.pruned(model, {i: choice(i, recorded) for i, recorded in calibration.observed.items()})
+        return rewrite.pruned(model, {i: choice(i, recorded) for i, recorded in calibration.observed.items()} | behind)
+    model.check_keep(keep)
     choices: list[Step] = []
 
     def pruned(layer: int, file: Step, recorded: tuple[Part, ...]) -> Step:
@@ -42,7 +48,7 @@ def prune(calibration: Calibration, keep: int, how: Search = Search(LAYERWISE)) 
         return rewrite.experts(model.essential, file, choices[-1], layer=layer, keep=keep)
 
     layers = calibrate.in_sequence(calibration, pruned)
-    return model.with_layers(layers, tuple(choices))
+    return rewrite.pruned(model.with_layers(layers, tuple(choices)), behind)
 
 
 def skipped(model: Model, tokens: Step, how: Skipping | None, passed: Pass) -> Model:

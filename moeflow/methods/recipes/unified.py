@@ -11,6 +11,7 @@ from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.decompose.options import Decomposition
 from moeflow.methods.finetune.recipe import Gang
 from moeflow.methods.graph import Calibration, Model, Pass
+from moeflow.methods.predict.steps import predicted
 from moeflow.methods.recipes import moei2
 from moeflow.methods.recipes.tune import FineTuning, Tuned, tuned
 from moeflow.methods.slim.methods import Slimming
@@ -65,7 +66,8 @@ def compress(
             )
         if (how := options[name]) is not None:
             needs = TRIM_KINDS[how.what].needs if isinstance(how, Trimming) else {}
-            made = replace(made, model=STAGES[name](calibrate.run(made.model, tokens, passed, **needs), how))
+            calibration = predicted(calibrate.run(made.model, tokens, passed, **needs))
+            made = replace(made, model=STAGES[name](calibration, how))
     return made
 
 

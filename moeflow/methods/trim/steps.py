@@ -60,7 +60,8 @@ def expert_drop(calibration: Calibration, how: Trimming) -> Model:
     """Build the graph of the model without the experts that score lowest (section 4.1, Expert Drop).
 
     If fewer than top-k experts stay, a token gets all of them. A layer that loses all experts keeps its shared expert, if any.
-    Raises ValueError for counts that the router cannot work with.
+    Prediction layers of which the calibration has a record keep as many as the layer that keeps most. Raises ValueError for counts
+    that the router cannot work with.
     """
     model = calibration.model
     family, layers = Family.of(model.config), model.moe_layers
@@ -84,13 +85,16 @@ def expert_drop(calibration: Calibration, how: Trimming) -> Model:
         least = max(family.top_k if how.least is None else how.least, legal if legal > groups else 0)
         total = -(-round(keep * len(layers)) // groups) * groups
     criterion = family.arch.drop_score if how.criterion == "router_score" else how.criterion
-    scores = tuple(
-        expert_scores(*calibration.of(i), layer=i, criterion=criterion, seed=how.seed, dtype=calibration.dtype) for i in layers
+    scores, behind = (
+        tuple(expert_scores(*calibration.of(i), layer=i, criterion=criterion, seed=how.seed, dtype=calibration.dtype) for i in of)
+        for of in (layers, calibration.predicted)
     )
-    chosen = choose_experts(scores, across=how.across, keep=total, least=least, groups=groups)
+    chosen = choose_experts(scores, behind, across=how.across, keep=total, least=least, groups=groups)
     stay = chosen.spec.output["keep"]
+    model.check_keep(stay)
+    every = (*layers, *calibration.predicted)
     return model.with_layers(
-        {i: rewrite.experts(model.essential, model.layers[i], chosen, layer=i, keep=stay) for i in layers}, (chosen,)
+        {i: rewrite.experts(model.essential, model.layer(i), chosen, layer=i, keep=stay) for i in every}, (chosen,)
     )
 
 
@@ -128,7 +132,10 @@ def block_drop(calibration: Calibration, how: Trimming) -> Model:
     if not calibration.between:
         raise ValueError("Block Drop compares hidden states across layers: calibrate with between=True")
     if model.extra:
-        raise ValueError("multi-token-prediction layers stand behind the last layer by its number; fetch the model with mtp='drop'")
+        raise ValueError(
+            "multi-token-prediction layers stand behind the last decoder layer by its number, under which alone transformers loads "
+            "them, so no decoder layer can go; take mtp='drop'"
+        )
     config, first = Family.of(family_config(model.config)).with_fewer_layers(drop), moe[0]
     chosen = choose_decoder_layers(
         tuple(calibration.between),
@@ -187,27 +194,31 @@ def expert_scores(
     (context.out / SCORED).write_text(json.dumps(value) + "\n")
 
 
-def _choose_experts_spec(scores: tuple[Any, ...], *, across: str, keep: int, least: int, groups: int) -> Spec:
+def _choose_experts_spec(
+    scores: tuple[Any, ...], prediction: tuple[Any, ...] = (), *, across: str, keep: int, least: int, groups: int
+) -> Spec:
     total = sum(s["experts"] for s in scores)
     if across == "model" and keep < least * len(scores):
         raise ValueError(f"{keep} experts are to stay in all, fewer than least={least} in each of {len(scores)} layers; drop fewer")
     stay = keep * len(scores) if across == "layer" else keep
-    writes = 300 + 40 * total
+    writes = 300 + 40 * (total + sum(s["experts"] for s in prediction))
     out = {"keep": keep if across == "layer" else None, "least": least, "share": stay / max(1, total), "bytes": writes}
-    return Spec(out, reads=sum(s["bytes"] for s in scores), writes=writes)
+    return Spec(out, reads=sum(s["bytes"] for s in (*scores, *prediction)), writes=writes)
 
 
 @step("trim.experts", version=2, spec=_choose_experts_spec)
 def choose_experts(
-    context: Context, scores: tuple[Artifact, ...], *, across: Literal["model", "layer"], keep: int, least: int, groups: int
-) -> None:
+    context: Context, scores: tuple[Artifact, ...], prediction: tuple[Artifact, ...] = (),
+    *, across: Literal["model", "layer"], keep: int, least: int, groups: int,
+) -> None:  # fmt: skip
     """Choose the experts that stay, those with the highest scores (section 4.1); writes `trim.json`.
 
     Across the "model", `keep` experts stay in total and at least `least` in each layer; across the "layer", `keep` stay in each. If
-    a router has groups, whose sizes must stay equal, the lowest experts of all groups go together, by their mean score. Raises
-    ValueError if an earlier step has left fewer than should stay.
+    a router has groups, whose sizes must stay equal, the lowest experts of all groups go together, by their mean score. Prediction
+    layers, whose scores are `prediction`, keep their highest, as many as the layer that keeps most. Raises ValueError if an earlier
+    step has left fewer than should stay.
     """
-    read = [read_json(s, SCORED) for s in scores]
+    read, behind = ([read_json(s, SCORED) for s in some] for some in (scores, prediction))
     by_layer = {s["layer"]: s["scores"] for s in read}
     sets = {layer: _sets(values, groups) for layer, values in by_layer.items()}
     if across == "layer":
@@ -218,6 +229,10 @@ def choose_experts(
         if not 0 <= drop <= len(order) * groups:
             raise ValueError(f"{keep} experts are to stay in all, and a run before has left {drop + keep}; keep fewer")
         gone = Counter(layer for _, layer in order[: drop // groups])  # a layer's sets are sorted by score
+    most = max(len(ranked) - gone[layer] for layer, ranked in sets.items())
+    by_layer |= {s["layer"]: s["scores"] for s in behind}
+    sets |= {s["layer"]: _sets(s["scores"], groups) for s in behind}
+    gone |= Counter({s["layer"]: len(sets[s["layer"]]) - most for s in behind})
     stay = {layer: sorted(e for _, experts in ranked[gone[layer] :] for e in experts) for layer, ranked in sets.items()}
     others = {layer: [e for e in range(len(by_layer[layer])) if e not in kept] for layer, kept in stay.items()}
     rounded = {layer: [round(v, 8) for v in values] for layer, values in by_layer.items()}

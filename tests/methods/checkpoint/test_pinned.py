@@ -152,7 +152,7 @@ def with_prediction_layer(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("mtp", ["drop", "keep"])
+@pytest.mark.parametrize("mtp", ["drop", "keep", "prune"])
 def test_the_prediction_layer_of_deepseek_v3_is_kept_or_dropped_as_told(mtp: str, tmp_path: Path) -> None:
     folder = with_prediction_layer(tiny.write("deepseek_v3", tmp_path / "model"))
     before = Tensors(folder)
@@ -161,10 +161,10 @@ def test_the_prediction_layer_of_deepseek_v3_is_kept_or_dropped_as_told(mtp: str
     outcome = running.run(store, target)
     store.fetch(target.key, tmp_path / "out")
     after = Tensors(tmp_path / "out")
-    kept = {n for n in before if mtp == "keep" or "layers.3." not in n}
+    kept = {n for n in before if mtp != "drop" or "layers.3." not in n}
     assert set(after) == kept and all(torch.equal(before[n], after[n]) for n in kept)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["num_nextn_predict_layers"] == (1 if mtp == "keep" else 0)
+    assert config["num_nextn_predict_layers"] == (0 if mtp == "drop" else 1)
     said = [n for s in outcome.steps for n in s.notes]
     assert any("prediction layers [3] are dropped" in n for n in said) == (mtp == "drop") == (model.rest.spec.notes != ())
 
@@ -172,10 +172,73 @@ def test_the_prediction_layer_of_deepseek_v3_is_kept_or_dropped_as_told(mtp: str
 def test_dropping_the_prediction_layer_is_the_default_and_says_so(tmp_path: Path) -> None:
     folder = with_prediction_layer(tiny.write("deepseek_v3", tmp_path / "model"))
     assert running.model_in(folder).rest.spec.notes == (
-        "multi-token-prediction layers [3] are dropped (mtp='keep' keeps them as they are)",
+        "multi-token-prediction layers [3] are dropped (mtp='keep' keeps them as they are, mtp='prune' prunes them, too)",
     )
-    with pytest.raises(ValueError, match="mtp='slice'; choose 'drop' or 'keep'"):
+    with pytest.raises(ValueError, match="mtp='slice'; choose 'drop', 'keep' or 'prune'"):
         running.model_in(folder, mtp="slice")
+
+
+@pytest.mark.parametrize("key", ["num_nextn_predict_layers", "num_mtp_layers"])
+def test_prediction_layers_are_counted_under_either_name(key: str, tmp_path: Path) -> None:
+    folder = with_prediction_layer(tiny.write("deepseek_v3", tmp_path / "model"))
+    config = json.loads((folder / "config.json").read_text())
+    del config["num_nextn_predict_layers"]
+    (folder / "config.json").write_text(json.dumps(config | {key: 1}))
+    assert len(running.model_in(folder, mtp="prune").extra) == 1
+    dropped = running.model_in(folder)
+    assert dropped.extra == () and dropped.config[key] == 0
+
+
+@pytest.mark.parametrize("name", ["mtp.fc.weight", "model.mtp.layers.0.mlp.experts.0.up_proj.weight", "model.mtp_block.0.x.weight"])
+def test_prediction_layers_outside_the_numbering_are_dropped_with_a_note_and_otherwise_refused(name: str, tmp_path: Path) -> None:
+    folder = tiny.write("qwen3_moe", tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {name: torch.zeros(4, 4)}, folder / "model.safetensors", metadata={"format": "pt"})
+    model = running.model_in(folder)
+    assert model.rest.spec.notes == (f"multi-token prediction ({name} and so on, 1 tensors) is dropped",)
+    assert not any(name in step.spec.output.tensors for step in (*model.layers, model.rest))
+    for mtp in ("keep", "prune"):
+        with pytest.raises(ValueError, match=f"mtp='{mtp}': .* is called {name} and so on, .*; take mtp='drop'"):
+            running.model_in(folder, mtp=mtp)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda t: t.pop("model.layers.3.enorm.weight"), "layer 3 at .* has no model.layers.3.enorm.weight, where .* asks for"),
+        (
+            lambda t: t.update({"model.layers.3.eh_proj.weight": torch.ones(32, 32)}),
+            r"layer 3 at .* has \(32, 32\) .*eh_proj.weight",
+        ),
+        (lambda t: t.pop("model.layers.3.mlp.experts.4.up_proj.weight"), "layer 3 at .*: the checkpoint has no tensor"),
+        (
+            lambda t: [t.pop(n) for n in list(t) if ".3.mlp.experts.7." in n],
+            "layer 3 at .* config.json says .* 8 experts, .* 7 experts",
+        ),
+        (lambda t: t.pop("model.layers.3.self_attn.o_proj.weight"), "layer 3 at .* has no tensor"),
+    ],
+)
+def test_a_prediction_layer_that_transformers_could_not_load_is_refused_unless_it_is_dropped(
+    spoil: Callable[[dict[str, torch.Tensor]], object], says: str, tmp_path: Path
+) -> None:
+    folder = with_prediction_layer(tiny.write("deepseek_v3", tmp_path / "model"))
+    tensors = load_file(folder / "model.safetensors")
+    spoil(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert running.model_in(folder).extra == ()
+    for mtp in ("keep", "prune"):
+        with pytest.raises(ValueError, match=says) as refused:
+            running.model_in(folder, mtp=mtp)
+        assert "\n" not in str(refused.value)
+
+
+def test_fewer_prediction_layers_than_config_json_says_are_refused_and_none_is_noted(tmp_path: Path) -> None:
+    folder = with_prediction_layer(tiny.write("deepseek_v3", tmp_path / "model"))
+    edit(folder, num_nextn_predict_layers=2)
+    with pytest.raises(ValueError, match="says 2 multi-token-prediction layers, and the tensors are of 1; correct it, or take"):
+        running.model_in(folder, mtp="prune")
+    none = running.model_in(tiny.write("mixtral", tmp_path / "other"), mtp="prune")
+    assert none.rest.spec.notes == ("the model has no multi-token-prediction layers, so mtp='prune' changes nothing",)
 
 
 def test_a_model_given_by_its_files_alone_is_found_without_an_index(tmp_path: Path) -> None:
