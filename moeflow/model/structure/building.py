@@ -5,12 +5,13 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from moeflow.arch import Config
 from moeflow.arch.spec import EXPERT_COUNT_KEYS
+from moeflow.model.skeleton import config_of
 from moeflow.model.structure.anatomy import Unknown
 
 MORE_COUNTS = ("moe_num_experts",)
@@ -35,7 +36,7 @@ def configuration(config: Config) -> PreTrainedConfig:
     if model_type not in CONFIG_MAPPING:
         raise Unknown(f"transformers {transformers.__version__} has no model type {model_type!r}")
     try:
-        return AutoConfig.for_model(**{k: v for k, v in config.items() if k not in ("quantization_config", "architectures")})
+        return config_of({k: v for k, v in config.items() if k not in ("quantization_config", "architectures")})
     except Exception as error:  # of any configuration's own checks
         raise Unknown(f"transformers refuses this config.json: {one_line(error)}") from None
 
