@@ -58,7 +58,8 @@ def found(config: Config, names: Iterable[str], where: str) -> Found:
     answer = _remembered(place)
     if answer is None:
         answer = _looked(text)
-        _remember(place, answer)
+        if "why" not in answer:
+            _remember(place, answer)
     if "why" in answer:
         kind = f"{config.get('model_type')!r:.60}"
         raise ValueError(f"{where} is a {kind}, which is not supported: {answer['why']:.400}; `moeflow families` lists what is")
