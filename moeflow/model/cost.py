@@ -38,7 +38,7 @@ def forward_flops(config: Config, length: int) -> int:
     if config.get("tie_word_embeddings"):
         matrices += model.get_input_embeddings().weight.numel()
     heads, keys, values = _heads(model.config, config)
-    attention = 2 * length * length * heads * (keys + values) * int(config["num_hidden_layers"])
+    attention = 2 * length * length * heads * (keys + values) * Family.of(config).num_layers
     return 2 * length * (matrices + _not_computed(model, config)) + attention
 
 
@@ -50,7 +50,7 @@ def cache_bytes(config: Config) -> int:
     else:
         heads, keys, values = _heads(hf, config)
         width = int(getattr(hf, "num_key_value_heads", None) or heads) * (keys + values)
-    return int(width) * int(config["num_hidden_layers"]) * element_bytes(config, "auto")
+    return int(width) * Family.of(config).num_layers * element_bytes(config, "auto")
 
 
 def _heads(hf: Any, config: Config) -> tuple[int, int, int]:

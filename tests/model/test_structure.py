@@ -101,3 +101,14 @@ def test_every_model_type_works_or_does_not_as_the_list_says() -> None:
     seen = {row.model_type: row.by for row in rows()}
     assert seen == {name: row["by"] for name, row in listed.items()}
     assert sum(by != "no" for by in seen.values()) >= 35
+
+
+def test_the_table_in_the_documentation_is_the_list() -> None:
+    listed = json.loads((LISTS / "transformers-5.23.0.json").read_text())
+    works = {name for name, row in listed.items() if row["by"] != "no" and "why" not in row}
+    page = (Path(__file__).parents[2] / "docs" / "families.md").read_text()
+    rows_ = [line.split("|")[1].strip() for line in page.splitlines() if line.startswith("| ") and "---" not in line]
+    assert set(rows_) - {"model type"} == set(listed)
+    assert f"{len(works)} of {len(listed)} work" in page
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    assert f"{len(works)} of the {len(listed)} Mixture-of-Experts model types" in readme

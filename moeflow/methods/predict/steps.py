@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from moeflow.arch import Family
 from moeflow.methods.graph import HIDDEN, REST, TOKENS, Calibration
 from moeflow.model.layout import LAYER, file_of, read_config
 from moeflow.model.memory import on_device, passing
@@ -80,7 +81,7 @@ def observe(
 
     read = read_config(config)
     ids_NL = torch.from_numpy(np.load(tokens.file(TOKENS))[first:].astype(np.int64))
-    numbered = [(int(read["num_hidden_layers"]) + at, layer.file(LAYER)) for at, layer in enumerate(layers)]
+    numbered = [(Family.of(read).num_layers + at, layer.file(LAYER)) for at, layer in enumerate(layers)]
     prediction.observe(
         read, rest, ids_NL, hidden.file(HIDDEN), numbered, context.out,
         batch=batch, dtype=dtype, recording=recording, progress=context.progress,
