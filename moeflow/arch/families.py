@@ -68,4 +68,7 @@ DEEPSEEK_V3 = Arch(
     **_DEEPSEEK,
 )
 
+ALIASES = {"kimi_k2": "deepseek_v3"}
+"""Model types that transformers does not know, and the one whose architecture they have. A result keeps its source's name."""
+
 FAMILIES = (MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE, PHIMOE, DEEPSEEK_V2, DEEPSEEK_V3)

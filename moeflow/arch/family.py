@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from moeflow.arch.families import FAMILIES
+from moeflow.arch.families import ALIASES, FAMILIES
 from moeflow.arch.spec import ARCH, COMPRESSED, EXPERT_COUNT_KEYS, LAYERS, MAIN, MATRICES, Arch, Config, is_number, layer_of
 
 Kind = Literal["attention", "router", "experts", "shared", "dense", "compressed", "fixed", "norm", "rest"]
@@ -46,8 +46,9 @@ class Family:
         """
         if config.get(ARCH) is not None:
             return Family(Arch.from_json(config[ARCH]), config)
+        model_type = str(config.get("model_type")).removeprefix(COMPRESSED)
         for arch in FAMILIES:
-            if arch.model_type == str(config.get("model_type")).removeprefix(COMPRESSED):
+            if arch.model_type == ALIASES.get(model_type, model_type):
                 return Family(arch, config)
         known = ", ".join(a.model_type for a in FAMILIES)
         raise ValueError(f"no family for model_type {config.get('model_type')!r}; known: {known}")

@@ -16,7 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from moeflow.arch.families import FAMILIES
+from moeflow.arch.families import ALIASES, FAMILIES
 from moeflow.arch.family import WITHOUT_EFFECT
 from moeflow.arch.layout import Layout
 from moeflow.arch.spec import ARCH, COMPRESSED, Arch, Config
@@ -42,7 +42,7 @@ class Found:
 def described(config: Config) -> bool:
     """Whether a constant describes the model with this config.json, or the configuration itself does."""
     model_type = str(config.get("model_type")).removeprefix(COMPRESSED)
-    return ARCH in config or any(arch.model_type == model_type for arch in FAMILIES)
+    return ARCH in config or any(arch.model_type == ALIASES.get(model_type, model_type) for arch in FAMILIES)
 
 
 def found(config: Config, names: Iterable[str], where: str) -> Found:

@@ -117,7 +117,7 @@ def kept(names: Iterable[str], config: Config, layer: int, experts: list[int]) -
     sliced = set(family.router_tensors(layer))
     answer = {}
     for name in names:
-        if name.startswith(first):
+        if name.startswith(first) and name not in sliced:  # a family may keep a vector of its router there
             old, _, tail = name.removeprefix(first).partition(".")
             if int(old) in experts:
                 answer[name] = (f"{first}{experts.index(int(old))}.{tail}", False)

@@ -15,6 +15,7 @@ from torch.func import functional_call
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from moeflow.arch import Config
+from moeflow.arch.families import ALIASES
 from moeflow.model.text_half import language_model
 
 MOST_OUTPUTS = 4
@@ -187,7 +188,9 @@ class _Undivided(Tensor):
 
 def config_of(config: Config) -> PretrainedConfig:
     """The configuration of transformers for a config.json, whose infinities are written in transformers' own way."""
-    made: PretrainedConfig = CONFIG_MAPPING[config["model_type"]].from_dict(_numbers(dict(config)))
+    named = str(config["model_type"])
+    model_type = ALIASES.get(named, named)
+    made: PretrainedConfig = CONFIG_MAPPING[model_type].from_dict(_numbers(dict(config) | {"model_type": model_type}))
     return made
 
 

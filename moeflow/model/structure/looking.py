@@ -9,7 +9,7 @@ from torch import Tensor
 from moeflow.arch import Arch, Config, Layout
 from moeflow.model.structure.anatomy import Anatomy, Unknown, dissected, is_experts
 from moeflow.model.structure.building import built, experts_key, inside_of, text_of, top_k_key
-from moeflow.model.structure.names import LAYER, Names, named, saved, scrambled, unstacked
+from moeflow.model.structure.names import LAYER, OUT, Names, named, saved, scrambled, unstacked
 from moeflow.model.structure.proof import prove
 from moeflow.model.structure.routing import routed
 from moeflow.model.structure.tiny import EXPERTS, tiny
@@ -133,7 +133,8 @@ def _arch(anatomy: Anatomy, names: Names, whole: _Whole, text: Config, key: str,
 
     shared = _shared(anatomy, whole)
     body = anatomy.stack.rpartition(".")[0]
-    rest = tuple((ours, there.replace(f"{body}.", "model.", 1)) for ours, there in names.rest)
+    # in the text model alone, which has no wrapper around its body and its head
+    rest = tuple((ours, "lm_head." if ours == OUT else there.replace(f"{body}.", "model.", 1)) for ours, there in names.rest)
     return Arch(
         model_type=str(text["model_type"]),
         router=inside(anatomy.weight),

@@ -8,12 +8,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from moeflow.arch import Family
 from moeflow.methods import graph as graph_
 from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.model.checkpoint import Tensors
+from moeflow.model.stream import HIDDEN, Stream
 from moeflow.run import StepFailed
 from tests import running, tiny
-from tests.models import graph
+from tests.models import graph, loaded, pulled
+from tests.running import model_in, store_in
 
 
 def sharded(folder: Path, per_shard: int = 20) -> Path:
@@ -256,3 +259,27 @@ def test_a_configuration_that_changed_without_effect_runs_nothing_of_the_calibra
     ran = {s.name for s in again.steps if s.state == "run"}
     assert not any(n.startswith(("calibrate", "prune", "rewrite", "data", "checkpoint.layer")) for n in ran)
     assert "checkpoint.assemble" in ran
+
+
+def test_a_model_type_that_transformers_does_not_know_has_the_architecture_of_one_that_it_does(tmp_path: Path) -> None:
+    """Kimi-K2 is a DeepSeek-V3 by another name, which its result keeps."""
+    tiny.write("deepseek_v3", tmp_path / "model")
+    place = tmp_path / "model" / "config.json"
+    place.write_text(json.dumps(json.loads(place.read_text()) | {"model_type": "kimi_k2"}))
+    model = model_in(tmp_path / "model")
+    store = store_in(tmp_path)
+    out = pulled(store, model, tmp_path)
+    config = json.loads((out / "config.json").read_text())
+    assert config["model_type"] == "kimi_k2" and Family.of(config).arch.model_type == "deepseek_v3"
+    stream = Stream(config)
+    tensors = Tensors(out)
+    states = {HIDDEN: stream.embed(tensors, torch.tensor([[3, 4, 5]]))}
+    for layer in range(stream.family.num_layers):
+        states = stream.run(stream.layer(only(tensors, stream.family.prefix(layer)), layer), layer, states)
+    place.write_text(json.dumps(config | {"model_type": "deepseek_v3"}))
+    want = loaded(tmp_path / "model")(torch.tensor([[3, 4, 5]])).logits
+    torch.testing.assert_close(stream.logits(tensors)(states[HIDDEN]), want, rtol=1e-5, atol=1e-5)
+
+
+def only(tensors: Tensors, prefix: str) -> dict[str, torch.Tensor]:
+    return {n: tensors[n] for n in tensors if n.startswith(prefix)}
