@@ -47,9 +47,11 @@ def _shard(folder: Path) -> None:
 
 @pytest.fixture
 def place(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.chdir(tmp_path)
+    here = tmp_path / "here"  # so that the folder above it is empty, too
+    here.mkdir()
+    monkeypatch.chdir(here)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    yield tmp_path
+    yield here
 
 
 def one_line(*words: str | Path, code: int) -> str:

@@ -209,7 +209,7 @@ def test_streaming_is_the_loaded_model(olmoe: tuple[Path, Path, Path], tmp_path:
     ids_NL = torch.from_numpy(np.load(matrix_of(tmp_path).spec))
     stream = stream_of(read_config(Folder(stored)), "auto")
     with torch.inference_mode():
-        logits = stream.head(Tensors(stored))(stream.final_norm(Tensors(stored))(states))
+        logits = stream.logits(Tensors(stored))(states)
         assert torch.equal(logits, load(stored)(ids_NL).logits)
 
 

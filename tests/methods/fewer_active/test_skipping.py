@@ -117,8 +117,8 @@ def test_what_transformers_loads_computes_the_rule_and_what_was_measured(
     assert rows["experts a token (token matrix)"]["compressed"] == pytest.approx(mean, abs=1e-6)
     assert rows["expert products a token (token matrix)"]["original"] == family.top_k * len(references)
     stream = stream_of(config, "auto")
-    states = stream.final_norm(Tensors(smaller))(rows["states"])
-    torch.testing.assert_close(stream.head(Tensors(smaller))(states), loaded(ids).logits, rtol=2e-4, atol=2e-4)
+    logits = stream.logits(Tensors(smaller))(rows["states"])
+    torch.testing.assert_close(logits, loaded(ids).logits, rtol=2e-4, atol=2e-4)
 
 
 def test_as_many_experts_stay_as_were_wanted_on_the_calibration_tokens(served: tuple[Path, dict[str, Any], np.ndarray]) -> None:
