@@ -24,12 +24,11 @@ class Answer:
     arch: Arch
     layout: Layout
     shapes: dict[str, list[int]]  # of all tensors but the routed experts, by our names
-    ignored: tuple[str, ...]  # patterns of names that transformers does not load
     proven: dict[str, float]  # what was compared, and how far it is off at most
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "arch": self.arch.to_json(), "layout": self.layout.to_json(), "shapes": self.shapes, "ignored": list(self.ignored),
+            "arch": self.arch.to_json(), "layout": self.layout.to_json(), "shapes": self.shapes,
             "proven": self.proven,
         }  # fmt: skip
 
@@ -63,7 +62,7 @@ def look(config: Config, stored: Iterable[str] | None = None) -> Answer:
     tiny_arch = routed(tiny_arch, little, tensors, layer, block, vectors)
     proven = prove(tiny_arch, little, tensors, model, anatomy)
     arch = replace(tiny_arch, moe=whole.moe, expert_width=whole.width)
-    return Answer(arch, layout, whole.shapes(anatomy, names), tuple(model._keys_to_ignore_on_load_unexpected or ()), proven)
+    return Answer(arch, layout, whole.shapes(anatomy, names), proven)
 
 
 @dataclass(frozen=True)

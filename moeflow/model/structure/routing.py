@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from moeflow.arch import ARCH, Arch, Config
 from moeflow.model.checkpoint import read_moe
-from moeflow.model.moe import ACTIVATIONS
+from moeflow.model.moe import ACTIVATIONS, CLAMPED
 from moeflow.model.structure.anatomy import Unknown
 
 CLOSE = 1e-6  # of the largest number of an output
@@ -59,7 +59,7 @@ def output(block: nn.Module, x_NLD: Tensor) -> Tensor:
 def _guesses(arch: Arch, config: Config, vectors: tuple[str, ...]) -> Iterator[Arch]:
     """Every combination of what we know, the most common first."""
     scales = ["", *(k for k, v in config.items() if "scal" in k and type(v) in (int, float) and v not in (0, 1))]
-    acts = ["", *(a for a in (*ACTIVATIONS, "clamped_swiglu") if a != config.get("hidden_act"))]
+    acts = ["", *(a for a in (*ACTIVATIONS, CLAMPED) if a != config.get("hidden_act"))]
     sides = [False, True]
     for act, weighs_input, scale, groups, roles in product(acts, sides, scales, GROUPS, _roles(vectors)):
         common = {"scale_key": scale, "weighs_input": weighs_input, "activation": act} | groups | roles
