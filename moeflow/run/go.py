@@ -95,14 +95,16 @@ def go(prepared: Prepared, *, progress: Show, options: Options, record: Mapping[
     for step in upstream(prepared.targets):
         for note in step.notes if step.key in running else ():
             progress.say(f"{step.name}: {note}")
+    reports = [s.key for s in prepared.target.reports]
+
+    def attempt(index: Index | None) -> Outcome:
+        outcome = run(prepared.targets, prepared.store, progress=progress, options=marked, index=index)
+        if not versions.published(prepared.store, prepared.name, prepared.target.key, reports):
+            repair.confirm(prepared.store, [prepared.target.key, *reports], outcome.intact)
+        return outcome
+
     try:
-        outcome = _mending(
-            prepared.store,
-            progress,
-            lambda index: run(prepared.targets, prepared.store, progress=progress, options=marked, index=index),
-            prepared.index,
-        )
-        reports = [s.key for s in prepared.target.reports]
+        outcome = _mending(prepared.store, progress, attempt, prepared.index)
         n = versions.publish(prepared.store, prepared.name, prepared.target.key, reports=reports, record=record)
     finally:
         prepared.mark.end()

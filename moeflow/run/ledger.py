@@ -56,7 +56,8 @@ class Ledger:
 
     def outcome(self) -> Outcome:
         steps = [self._of(key, state) for key, state in self.schedule.states.items()]
-        return Outcome(tuple(steps), time.monotonic() - self._began, tuple(self._warnings))
+        intact = frozenset().union(*(done.intact for done in self._done.values()))
+        return Outcome(tuple(steps), time.monotonic() - self._began, tuple(self._warnings), intact)
 
     def _of(self, key: str, state: State) -> StepOutcome:
         name = self.schedule.steps[key].name

@@ -54,6 +54,7 @@ class Done:
     writes: int = 0
     seconds: float = 0.0
     notes: tuple[str, ...] = ()
+    intact: frozenset[str] = frozenset()  # digests of the blobs that this process wrote, or read and found right
 
 
 class Running:
@@ -167,7 +168,7 @@ def commit(call: Call, store: Store, context: Running, seconds: float) -> Done:
     )
     made = store.commit(call.key, context.out, record=record, links=context.links)
     parts = _parts(call, store.manifest(call.key)) if call.parts else {}
-    return Done(call.key, made.digest, parts, made.bytes, True, reads, writes, seconds, notes)
+    return Done(call.key, made.digest, parts, made.bytes, True, reads, writes, seconds, notes, made.intact)
 
 
 def alias(call: Call, of: str, store: Store) -> None:

@@ -58,6 +58,7 @@ class Outcome:
     steps: tuple[StepOutcome, ...]
     seconds: float
     warnings: tuple[str, ...] = ()
+    intact: frozenset[str] = frozenset()  # digests of the blobs that this run wrote, or read and found right
 
     def keys(self, state: State) -> list[str]:
         return [s.key for s in self.steps if s.state == state]

@@ -1,6 +1,6 @@
 """What is damaged in a store, and what was computed from it: to be told, dropped, and computed again. Knows no pipelines."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -48,6 +48,16 @@ def inspect(store: Store, key: str = "", reports: Iterable[str] = ()) -> Damage:
     orphans = () if key else tuple(e for n, e in blobs.items() if n not in known)
     damage = _damage(store, manifests, damaged, orphans)
     return replace(damage, files=len(files), bytes=sum(f.size for f in files.values()))
+
+
+def confirm(store: Store, keys: Iterable[str], intact: Collection[str] = ()) -> None:
+    """Read the files of these artifacts, but for blobs known to be intact, and compare them with their digests.
+
+    Raises NotStored, StoreError, and CorruptBlob for the first that is damaged.
+    """
+    files = {f.sha256: f for m in map(store.manifest, keys) for f in m.files.values() if f.sha256 not in intact}
+    with ThreadPoolExecutor(THREADS) as pool:
+        [*pool.map(lambda file: _read(store, file), files.values())]
 
 
 def drop(store: Store, damaged: Mapping[str, str]) -> Damage:

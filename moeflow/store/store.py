@@ -37,6 +37,7 @@ class Committed:
     first: bool  # whether this writer wrote it
     bytes_written: int  # bytes of blobs that were not stored yet
     bytes: int  # bytes of all files
+    intact: frozenset[str] = frozenset()  # digests of the blobs that this writer wrote, or read and found right
 
 
 @dataclass(frozen=True)
@@ -127,9 +128,12 @@ class Store:
         new = {f.sha256: (f, paths[n]) for n, f in mine.items()}
         old = {f.sha256: f for f in (links or {}).values() if f.sha256 not in new}
         with ThreadPoolExecutor(8) as pool:
-            written = sum(pool.map(lambda item: self._put(*item), new.values()))
+            written = dict(zip(new, pool.map(lambda item: self._put(*item), new.values()), strict=True))
             [*pool.map(self._rely, old.values())]
-        return self._write(key, dict(sorted({**mine, **(links or {})}.items())), record, written, "")
+        made = self._write(key, dict(sorted({**mine, **(links or {})}.items())), record, sum(written.values()), "")
+        # a blob elsewhere that was there already is believed: whoever publishes it reads it first (`repair.confirm`)
+        here = (d for d in (*new, *old) if written.get(d) or self.blobs.local(names.blob(d)) is not None)
+        return replace(made, intact=frozenset(here))
 
     def alias(self, key: str, of: str, record: Record) -> Committed:
         """Store the contents of `of` under `key` as well, without copying: the recipe differs, the contents do not."""

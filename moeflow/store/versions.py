@@ -50,13 +50,18 @@ def publish(store: Store, name: str, key: str, *, record: Mapping[str, Any] | No
     if not store.has(key):
         raise NotStored(f"{key} is not stored in {store.url}, so it cannot be published as {name}")
     while True:
-        n = _newest(store, f"versions/{name}/")
-        if n and _identical(store, _read(store, name, n), key, reports):
+        if n := published(store, name, key, reports):
             return n
-        n = max(n, _newest(store, f"removed/{name}/"))
+        n = max(_newest(store, f"versions/{name}/"), _newest(store, f"removed/{name}/"))
         about = {"name": name, "n": n + 1, "key": key, "created": _now(), "reports": reports, "record": record or {}}
         if store.blobs.create(_version(name, n + 1), json.dumps(about, indent=1).encode()):
             return n + 1
+
+
+def published(store: Store, name: str, key: str, reports: Sequence[str] = ()) -> int:
+    """The number of the newest version of `name` if it has the files of `key` and of these reports; else 0."""
+    n = _newest(store, f"versions/{name}/")
+    return n if n and _identical(store, _read(store, name, n), key, reports) else 0
 
 
 def _identical(store: Store, version: Version, key: str, reports: Sequence[str]) -> bool:

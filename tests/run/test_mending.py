@@ -10,7 +10,7 @@ from moeflow.run import Options, StepFailed
 from moeflow.run.go import Runner, go, prepare
 from moeflow.run.progress import Lines
 from moeflow.step import Part, Step
-from moeflow.store import Index, Store, names
+from moeflow.store import Index, Store, names, repair
 from tests import servers
 from tests.run import toy
 from tests.store.test_damage import flip
@@ -110,9 +110,32 @@ def test_on_s3_a_range_is_verified_too(server: servers.Proxy, s3_url: str, tmp_p
     assert answer(store, another) == 6
 
 
-def quietly(target: Step, store: Store) -> str:
+@pytest.mark.parametrize("kind", ["linked", "written again", "stored whole"])
+def test_on_s3_a_rotten_blob_that_a_run_only_takes_over_is_never_published(s3_url: str, tmp_path: Path, kind: str) -> None:
+    s3_store = Store.open(s3_url, tmp_path / "cache")
+    numbers = [toy.number(n=n) for n in (6, 7)]
+    made = toy.assemble(*numbers)
+    quietly(made, s3_store)
+    flip(s3_store, blob_of(s3_store, numbers[0]), 7)
+    more, half = toy.assemble(*numbers, toy.number(n=8)), toy.half(toy.number(n=12))
+    target = {"linked": more, "written again": half, "stored whole": made}[kind]
+    shown = quietly(target, s3_store, "another")
+    assert "holds bytes with digest" in shown and "to be computed again" in shown
+    assert not repair.inspect(s3_store, target.key).names
+
+
+def test_on_s3_only_what_the_run_did_not_write_is_read_to_be_published(server: servers.Proxy, s3_url: str, tmp_path: Path) -> None:
+    store = Store.open(s3_url, tmp_path / "cache")
+    numbers = [toy.number(n=n, size=1000 + n) for n in (6, 7)]
+    quietly(toy.assemble(*numbers), store)
+    assert not server.count("GET", "/blobs/")
+    quietly(toy.assemble(*numbers, toy.number(n=8)), store)
+    assert server.count("GET", "/blobs/") == 2
+
+
+def quietly(target: Step, store: Store, name: str = "a") -> str:
     shown = io.StringIO()
-    go(prepare(target, store, name="a", runner=Runner.process), progress=Lines(shown), options=Options(), record={})
+    go(prepare(target, store, name=name, runner=Runner.process), progress=Lines(shown), options=Options(), record={})
     return shown.getvalue()
 
 
