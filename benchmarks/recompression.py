@@ -59,13 +59,17 @@ def main() -> tuple[list[Row], str]:
 
 
 def _run(top: Path, name: str, changed: Callable[[str], bool]) -> tuple[int, int, float, int]:
-    """Compress a copy of the model whose tensors `changed` names differ: steps run, steps in all, seconds, and bytes added."""
+    """Compress a copy of the model whose tensors `changed` names differ: steps run, steps in all, seconds, and bytes added.
+
+    Each name has noise of its own, so that no run finds what another one made.
+    """
+    seed = [*CHANGED, "first"].index(name)
     model, store = top / "models" / name.replace(" ", "-"), top / "store"
     shutil.copytree(MODEL, model)
     for shard in model.glob("*.safetensors"):
         tensors = load_file(shard)
         if any(map(changed, tensors)):
-            generator = torch.Generator().manual_seed(0)
+            generator = torch.Generator().manual_seed(seed)
             for tensor, value in [*tensors.items()]:
                 if changed(tensor):
                     noise = torch.randn(value.shape, generator=generator)

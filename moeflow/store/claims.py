@@ -32,28 +32,30 @@ def claimed(store: Store, key: str, run: str) -> Iterator[None]:
     if not run:
         yield
         return
-    _take(store, key, run)
+    ours = _taken(store, key, run)
     try:
         yield
     finally:
         with suppress(StoreError, OSError):
-            store.blobs.delete([_name(key)])
+            if ours:
+                store.blobs.delete([_name(key)])
 
 
-def _take(store: Store, key: str, run: str) -> None:
+def _taken(store: Store, key: str, run: str) -> bool:
+    """Claim the step; return whether the store says that the claim is ours. Raises Busy."""
     try:
         if store.blobs.create(_name(key), run.encode()):
-            return
+            return True
         owner = store.blobs.read(_name(key)).decode(errors="replace")
         if owner == run:  # of a worker of ours that was lost
-            return
+            return True
         mark = store.blobs.stat(owner)
         if mark is not None and mark.modified > store.blobs.now() - FRESH and not killed(owner):
             raise Busy(key)
         store.blobs.delete([_name(key)])
-        store.blobs.create(_name(key), run.encode())
+        return store.blobs.create(_name(key), run.encode())
     except (StoreError, OSError):
-        return  # it has been given back since, or the store cannot say
+        return False  # it has been given back since, or the store cannot say
 
 
 def _name(key: str) -> str:

@@ -13,7 +13,7 @@ from moeflow.run.go import Runner, go, prepare
 from moeflow.run.progress import Lines, Show
 from moeflow.run.ray import runner as on_ray
 from moeflow.step import Step
-from moeflow.store import Store, claims, runs, versions
+from moeflow.store import Store, StoreError, claims, runs, versions
 from moeflow.store.claims import Busy, claimed
 from tests.run import toy
 from tests.run.cluster import PATIENCE, ROOT, until
@@ -77,6 +77,20 @@ def test_a_claim_holds_while_its_run_lives_and_no_longer(tmp_path: Path) -> None
     store.blobs.create(f"claims/{key}", other.name.encode())
     with claimed(store, key, mine.name):
         pass
+    mine.end()
+
+
+def test_who_could_not_ask_for_a_claim_gives_none_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, key = Store.open(str(tmp_path / "store")), toy.number(n=1).key
+    other, mine = runs.Mark(store, [key]), runs.Mark(store, [key])
+    with claimed(store, key, other.name):
+        with monkeypatch.context() as down:
+            down.setattr(type(store.blobs), "stat", lambda *_: (_ for _ in ()).throw(StoreError("it does not answer")))
+            held = claimed(store, key, mine.name)
+            held.__enter__()
+        held.__exit__(None, None, None)
+        assert (Path(store.url) / "claims" / key).read_text() == other.name
+    other.end()
     mine.end()
 
 
