@@ -43,10 +43,11 @@ PLANNED: list[tuple[str, bytes, tuple[str, ...]]] = [
     ("type.npy", npy(header=described(descr="nonsense")), ("type.npy at", "is no .npy matrix")),
     ("code.npy", npy(header=b"__import__('os').abort()\n"), ("code.npy at", "is no .npy matrix")),
     ("deep.npy", npy(header=b"(" * 2_000 + b"\n"), ("deep.npy at", "is no .npy matrix")),
+    ("beyond.npy", npy(np.arange(2, 514).reshape(64, 8)), ("beyond.npy at", "the token id 512 in sequence 63", "ids 0 to 511")),
+    ("columns.npy", npy(np.asfortranarray(np.eye(2, 8, 3) * -1).astype(np.int64)), ("columns.npy at", "id -1 in sequence 0")),
+    ("bytes.npy", npy(np.array([[1, 2], [3, 4], [5, 513]], ">u2")), ("bytes.npy at", "has the token id 513 in sequence 2")),
+    ("far.npy", npy(np.full((1, 2), 2**64 - 1, np.uint64)), ("far.npy at", "has the token id 18446744073709551615 in sequence 0")),
     ("odd.bin", b"x", ("odd.bin is no text that can be read; known endings",)),
-]  # fmt: skip
-
-RUN: list[tuple[str, bytes, tuple[str, ...]]] = [
     ("line.jsonl", GOOD * 3 + b'{"text": "a b\n' + GOOD, ("line.jsonl, line 4: no JSON (Unterminated string",)),
     ("first.jsonl", b'{"text": \n', ("first.jsonl, line 1: no JSON",)),
     ("latin.jsonl", GOOD + '{"text": "café"}\n'.encode("latin-1"), ("latin.jsonl, line 2: byte 0xe9 is not UTF-8",)),
@@ -73,8 +74,11 @@ RUN: list[tuple[str, bytes, tuple[str, ...]]] = [
     ("bad.jsonl.gz", GOOD, ("bad.jsonl.gz, which is packed, cannot be unpacked",)),
     ("cut.jsonl.gz", gzip.compress(GOOD * 1000)[:40], ("cut.jsonl.gz, which is packed, cannot be unpacked",)),
     ("cut.jsonl.xz", lzma.compress(GOOD * 1000)[:60], ("cut.jsonl.xz, which is packed, cannot be unpacked",)),
-    ("late.jsonl", GOOD * 20_000 + b'{"text": ["a"]}\n', ("late.jsonl holds a list and no text;", "correct line 20001")),
     ("talk.jsonl", b'{"messages": "hello"}\n', ("talk.jsonl has no column 'text'; it has: messages (write URI#column)",)),
+]  # fmt: skip
+
+RUN: list[tuple[str, bytes, tuple[str, ...]]] = [
+    ("late.jsonl", GOOD * 20_000 + b'{"text": ["a"]}\n', ("late.jsonl holds a list and no text;", "correct line 20001")),
     ("short.jsonl", GOOD, ("short.jsonl gives 0 of 1 sequences of 64 tokens",)),
 ]  # fmt: skip
 
@@ -120,3 +124,10 @@ PLACES = [
     ("http://127.0.0.1/x", "know folders, files, globs"), ("s3://", "s3://"), ("hf://models/x", "write hf://datasets/"),
     ("a\nb", "there is no such file or folder"),
 ]  # fmt: skip
+
+ABSENT = (
+    "tokens=nowhere.jsonl", "tokens=alpaca,nowhere/*.parquet#text", "tokens=nowhere.npy", "tokens=nowhere/at.txt",
+    "heldout=nowhere.jsonl", "heldout.texts=c4-en,nowhere.npy", "tune.text=nowhere.jsonl#messages", "tune.deepspeed=nowhere.json",
+    "adapter=./nowhere/adapter",
+)  # fmt: skip
+"""Parameters that name a file which is not there."""

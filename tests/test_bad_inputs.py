@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,12 @@ from moeflow.cli import app
 from tests import tiny
 from tests.bad_configs import CONFIGS, TENSORS
 from tests.bad_inputs import FILES, HEADERS, INDEXES, Row
-from tests.bad_texts import PIPELINES, PLACES, PLANNED, RUN, WORDS
+from tests.bad_texts import ABSENT, PIPELINES, PLACES, PLANNED, RUN, WORDS
 from tests.running import SMALL
 from tests.spoiling import INDEX, OTHER, SHARD
 
 PIPELINE = Path(__file__).with_name("bad_inputs_pipeline.py")
+MIXTRAL = Path(__file__).parents[1] / "pipelines" / "mixtral.py"
 SIZES = {"num_hidden_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 512}
 ROWS = [*FILES, *HEADERS, *INDEXES, *CONFIGS, *TENSORS]
 
@@ -28,18 +30,22 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a checkpoint of each family that the rows name, in two shards, with the small model's tokenizer."""
     root = tmp_path_factory.mktemp("good")
     for family in sorted({row.family for row in ROWS}):
-        sizes: dict[str, Any] = SIZES | {"num_key_value_heads": 2 if family.startswith("deepseek") else 1}
-        folder = tiny.write(family, root / family, **sizes)
-        _shard(folder)
-        for file in SMALL.glob("tokenizer*"):
-            shutil.copy(file, folder)
+        make(family, root / family)
     return root
+
+
+def make(family: str, folder: Path) -> None:
+    sizes: dict[str, Any] = SIZES | {"num_key_value_heads": 2 if family.startswith("deepseek") else 1}
+    tiny.write(family, folder, **sizes)
+    _shard(folder)
+    for file in SMALL.glob("tokenizer*"):
+        shutil.copy(file, folder)
 
 
 def _shard(folder: Path) -> None:
     whole = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
-    files = {n: SHARD if n.startswith("model.layers.0.") else OTHER for n in sorted(whole)}
+    files = {n: SHARD if ".layers.0." in n else OTHER for n in sorted(whole)}
     for file in (SHARD, OTHER):
         save_file({n: whole[n] for n, at in files.items() if at == file}, folder / file, metadata={"format": "pt"})
     (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": files}))
@@ -131,3 +137,14 @@ def test_words_that_fit_no_command_are_told(words: tuple[str, ...], says: str, p
 def test_a_bad_address_of_a_model_is_told(where: str, says: str, place: Path) -> None:
     line = one_line("plan", PIPELINE, "-p", f"model={where}", code=2)
     assert says in line, line
+
+
+@pytest.mark.parametrize("word", ABSENT)
+def test_a_file_that_is_not_there_is_told_before_anybody_is_asked_for_the_model(
+    word: str, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "moeflow.sources.hub", None)  # whoever asked the hub would import it
+    monkeypatch.setitem(sys.modules, "moeflow.sources.s3", None)
+    for model in ("org/name", "s3://bucket/prefix"):
+        line = one_line("plan", MIXTRAL, "-p", f"model={model}", "-p", word, code=2)
+        assert "nowhere" in line and "o such file" in line, line

@@ -89,10 +89,13 @@ class Family:
     @property
     def experts_key(self) -> str:
         """The key of this config.json for the number of routed experts. Raises ValueError if it has none."""
-        for key in (self.arch.experts_key,) if self.arch.experts_key else EXPERT_COUNT_KEYS:
+        keys = (self.arch.experts_key,) if self.arch.experts_key else EXPERT_COUNT_KEYS
+        for key in keys:
             if self.config.get(key) is not None:
                 return key
-        raise ValueError(f"config.json of a {self.arch.model_type} names no number of experts; it needs one of {EXPERT_COUNT_KEYS}")
+        raise ValueError(
+            f"config.json of a {self.arch.model_type} names no number of experts ({' or '.join(keys)}); fetch it again"
+        )
 
     @property
     def num_experts(self) -> int:

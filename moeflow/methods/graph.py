@@ -42,6 +42,7 @@ class Model:
     choices: tuple[Step, ...] = ()  # the decisions made so far
     form: Form | None = None  # None: as the layer files
     tokenizer_code: str = ""  # the class of its own without which its tokenizer cannot be read
+    has_template: bool = False  # whether its tokenizer renders conversations
     mtp: "Mtp" = "drop"  # what becomes of the prediction layers
 
     @property

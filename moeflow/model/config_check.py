@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,12 +28,32 @@ COUNTS = {
     "sliding_window": (0, LARGE), "max_window_layers": (0, MANY),
 }  # fmt: skip
 """The whole numbers that are used, each with the smallest and the largest that is possible."""
+COUNTED = re.compile(
+    r"(moe_|n_|num_)+((local|routed|shared)_)*experts|(num_)?experts_per_tok(en)?|num_experts_per_tok(en)?|num_selected_experts"
+    r"|moe_(top_?)?k|top_k_experts|num_hidden_layers|num_layers|n_layers?"
+)
+"""The keys by which model types call how many experts, experts of a token and layers they have, wherever they stand."""
 NUMBERS = ("rms_norm_eps", "routed_scaling_factor", "router_jitter_noise", "rope_theta", "initializer_range", "attention_dropout")
 TRUTHS = ("norm_topk_prob", "tie_word_embeddings", "attention_bias", "qkv_bias", "lm_head_bias", "use_sliding_window")
 WORDS = ("hidden_act", "topk_method", "scoring_func", "dtype", "torch_dtype")
 ACTIVATIONS = ("silu", "swish", "gelu", "gelu_pytorch_tanh", "relu", "relu2")  # those that `moeflow.model.moe` computes
 OBJECTS = ("quantization_config", "rope_scaling", "rope_parameters")
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def check_counts(config: Mapping[str, Any], where: str, inside: str = "") -> None:
+    """Raise ValueError if a count of experts, of experts of a token or of layers cannot be one, whatever the model type calls it.
+
+    Those of a text model inside the configuration, or of another part of it, are checked, too. A list has one for each layer.
+    """
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            check_counts(value, where, f"{inside}{name}.")
+            continue
+        counts = (value if isinstance(value, list) else [value]) if value is not None and COUNTED.fullmatch(name) else []
+        if odd := [one for one in counts if type(one) is not int or not 0 <= one <= MANY]:
+            wanted = f"a whole number from 0 to {MANY:,}"
+            raise ValueError(f"{where}: {inside}{name} is {kind_of(odd[0])}, not {wanted}; correct it, or fetch it again")
 
 
 def check_config(config: Config, where: str) -> None:
@@ -45,8 +66,9 @@ def check_config(config: Config, where: str) -> None:
         raise ValueError(f"{where} lacks {', '.join(lacking)}; fetch the checkpoint again")
     if all(config.get(k) is None for k in ("moe_intermediate_size", "intermediate_size")):
         raise ValueError(f"{where} lacks moe_intermediate_size or intermediate_size, the size of an expert; fetch it again")
+    counted = (family.arch.experts_key, family.arch.top_k_key)
     for name, value in config.items():
-        if value is not None and (wanted := _wanted(name, value)):
+        if value is not None and (wanted := _wanted("num_experts_per_tok" if name in counted else name, value)):
             raise ValueError(f"{where}: {name} is {kind_of(value)}, not {wanted}; correct it, or fetch it again")
         if not _finite(value):
             raise ValueError(f"{where}: {name} holds NaN or Infinity, which JSON does not have; correct it, or fetch it again")
@@ -54,7 +76,7 @@ def check_config(config: Config, where: str) -> None:
         raise ValueError(
             f"{where}: mlp_only_layers names layer {beyond[0]} of {family.num_layers} (num_hidden_layers); correct one"
         )
-    _ = family.experts_key
+    _check_counts_agree(family, where)
     try:
         _check_router(family)
         _check_heads(family)
@@ -103,10 +125,21 @@ def _finite(value: Any) -> bool:
     return True
 
 
+def _check_counts_agree(family: Family, where: str) -> None:
+    key = family.experts_key
+    for other in (k for k in EXPERT_COUNT_KEYS if not family.arch.looked_at and family.config.get(k) is not None):
+        if family.config[other] != family.num_experts:
+            raise ValueError(
+                f"{where}: {key} is {family.num_experts} and {other} is {family.config[other]}, which both say how many experts a "
+                "layer has; correct one of them"
+            )
+
+
 def _check_router(family: Family) -> None:
     experts, top_k, (groups, chosen) = family.num_experts, family.top_k, family.group_limit
     if top_k > experts:
-        raise ValueError(f"num_experts_per_tok={top_k} is more than {family.experts_key}={experts}; correct one of them")
+        key = family.arch.top_k_key
+        raise ValueError(f"{key}={top_k} is more than {family.experts_key}={experts}; correct one of them")
     if experts % groups or chosen > groups or experts // groups * chosen < top_k:
         raise ValueError(
             f"n_group={groups} and topk_group={chosen} do not divide {experts} experts so that a token reaches its {top_k} "

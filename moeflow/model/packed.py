@@ -102,6 +102,9 @@ def scheme_of(shapes: Shapes, config: Config) -> Scheme | None:
         for part in (PACKED, SCALE, SHAPE):
             if len(shapes.get(name + part, ())) != 1 + (part != SHAPE):
                 raise ValueError(f"{name}{part} is missing, or has another shape than its kind; fetch the checkpoint again")
+        rows, scaled = (int(shapes[name + part][0]) for part in (PACKED, SCALE))
+        if rows != scaled:
+            raise ValueError(f"{name}{PACKED} has {rows} rows and {name}{SCALE} {scaled}; fetch the checkpoint again")
     schemes: dict[Scheme, str] = {}
     single: dict[Scheme, str] = {}  # one scale a row, which a group of the row's length has, too
     for name, (_, columns) in packed_shapes(shapes, config).items():
@@ -123,6 +126,31 @@ def scheme_of(shapes: Shapes, config: Config) -> Scheme | None:
         differ = " and ".join(f"{name} {scheme.words()}" for scheme, name in [*schemes.items()][:2])
         raise ValueError(f"{differ}: transformers loads experts of one scheme only; quantize all alike")
     return next(iter(schemes), None)
+
+
+def check_scheme(said: Mapping[str, Any], scheme: Scheme | None, where: str) -> None:
+    """Raise ValueError if a `quantization_config` says that weights are packed in another way than their tensors are.
+
+    `where` names it. What it leaves out is not asked for.
+    """
+    groups = said.get("config_groups") or {}
+    if not isinstance(groups, Mapping) or not all(isinstance(g, Mapping) for g in groups.values()):
+        raise ValueError(f"{where}.config_groups is no object of objects; correct it, or fetch it again")
+    for group, entry in groups.items():
+        weights, here = entry.get("weights") or {}, f"{where}.config_groups.{group}.weights"
+        if not isinstance(weights, Mapping):
+            raise ValueError(f"{here} is no object; correct it, or fetch it again")
+        known: dict[str, tuple[Any, ...]] = {"type": ("int",), "symmetric": (True,), "strategy": ("group", "channel")}
+        if scheme is not None:
+            known["num_bits"] = (scheme.bits,)
+        if scheme is not None and scheme.group:  # one scale a row may be a group of the row's length, too
+            known["group_size"] = (scheme.group,)
+        for name, fitting in known.items():
+            if weights.get(name) is not None and weights[name] not in fitting:
+                raise ValueError(
+                    f"{here}: {name} is {weights[name]!r:.60} where the packed tensors have {' or '.join(map(str, fitting))}; "
+                    "correct it, or dequantize the checkpoint to bf16 first"
+                )
 
 
 def check_whole(shapes: Shapes, layer: int, config: Config, experts: int) -> None:

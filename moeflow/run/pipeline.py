@@ -18,7 +18,7 @@ from typing import Any
 
 from moeflow import options, sources
 from moeflow.run.outcome import describe
-from moeflow.sources import How, LayoutWanted, Mtp, Source, Texts
+from moeflow.sources import How, LayoutWanted, Mtp, NamesFiles, Source, Texts
 from moeflow.step import Step
 
 Build = Callable[..., Step]
@@ -99,7 +99,11 @@ def call(build: Build, assignments: Iterable[str]) -> Step:
     named_words = {name.partition(".")[0] for name in words}
     if missing := [p.name for p in parameters.values() if p.default is p.empty and p.name not in named_words]:
         raise ValueError(f"the pipeline needs {' '.join(f'-p {name}=...' for name in missing)}")
-    values = {name: _value(name, p.default, kinds[name], words, model) for name, p in parameters.items()}
+    values = {name: _value(name, p.default, kinds[name], words) for name, p in parameters.items()}
+    models = {n: v for n, v in values.items() if isinstance(v, str) and Source in options.members(kinds[n])}
+    _check_files(values.values())
+    for name in sorted(models, key=lambda name: "://" in sources.address(models[name], "model")):  # those on this machine first
+        values[name] = model(models[name])
     try:
         made = build(**values)
     except SystemExit as error:
@@ -109,6 +113,15 @@ def call(build: Build, assignments: Iterable[str]) -> Step:
     if not isinstance(made, Step):
         raise ValueError(f"build returned {type(made).__name__}, and a pipeline returns the Step to publish")
     return made
+
+
+def _check_files(values: Iterable[Any]) -> None:
+    """Raise MissingSource for a file on this machine that is not there, before anybody else is asked for a source."""
+    for value in values:
+        if isinstance(value, Texts):
+            value.check_local()
+        elif isinstance(value, NamesFiles):
+            value.check_files()
 
 
 def page(build: Build, about: str = "") -> str:
@@ -197,8 +210,8 @@ def _of_every(kinds: dict[str, Any]) -> tuple[str, ...]:
     return tuple(name for name in OF_EVERY if name not in kinds)
 
 
-def _value(name: str, default: Any, kind: Any, words: dict[str, str], model: Callable[[str], Source]) -> Any:
-    """The value of a parameter: texts are made from words, sources by `model`, and fields of options are set one by one."""
+def _value(name: str, default: Any, kind: Any, words: dict[str, str]) -> Any:
+    """The value of a parameter: texts are made from words, sources stay words, and fields of options are set one by one."""
     word, options_type = words.get(name), _options(kind)
     if options_type is not None:
         inside = {n.partition(".")[2]: w for n, w in words.items() if n.startswith(f"{name}.")}
@@ -212,7 +225,7 @@ def _value(name: str, default: Any, kind: Any, words: dict[str, str], model: Cal
         return options.changed(f"-p {name}", options_type, start, inside) if inside else start
     text = word if word is not None else default
     if isinstance(text, str) and Source in options.members(kind):
-        return model(text)
+        return text
     if isinstance(text, str) and Texts in options.members(kind):
         return Texts(text)
     return default if word is None else options.read(f"-p {name}", word, kind)

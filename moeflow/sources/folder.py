@@ -46,7 +46,7 @@ def pin(uri: str, kind: Kind) -> Pinned:
 
 
 def read(uri: str, file: SourceFile, start: int, stop: int) -> bytes:
-    path = _path(uri, file)
+    path = local(uri, file)
     if file.chunks:
         with _forgotten(path):
             return piece(path, file, start, stop)
@@ -58,7 +58,7 @@ def read(uri: str, file: SourceFile, start: int, stop: int) -> bytes:
 
 
 def bring(uri: str, file: SourceFile, to: Path, grow: Grow, start: int, stop: int) -> None:
-    path, digest = _path(uri, file), hashlib.sha256()
+    path, digest = local(uri, file), hashlib.sha256()
     copy(path, to, grow, digest.update)
     _compare(path, file, digest.hexdigest())
 
@@ -68,7 +68,7 @@ def stays(uri: str, file: SourceFile) -> bool:
 
 
 def known(uri: str, file: SourceFile) -> SourceFile:
-    path = _path(uri, file)
+    path = local(uri, file)
     about = file_at(path)
     _compare(path, file, about.sha256)
     return replace(file, sha256=about.sha256, chunks=about.chunks)
@@ -143,7 +143,7 @@ def _check(root: Path, name: str, kind: Kind) -> None:
         raise MissingSource(f"{path} is a link out of the model's folder, to {str(path.resolve())!r}; put a copy in its place")
 
 
-def _path(uri: str, file: SourceFile) -> Path:
+def local(uri: str, file: SourceFile) -> Path:
     root = Path(sysconfig.get_paths()["stdlib"]) if uri == STDLIB else Path(uri)
     path = root / file.name
     if not path.is_file():

@@ -124,18 +124,21 @@ def read(uri: str, file: SourceFile, start: int, stop: int) -> bytes:
 
 
 def stays(uri: str, file: SourceFile) -> bool:
+    return local(uri, file) is not None
+
+
+def local(uri: str, file: SourceFile) -> Path | None:
     repo, type_, commit, _ = _parts(uri)
-    return _in_cache(repo, type_, commit, file) is not None
+    return _in_cache(repo, type_, commit, file)
 
 
 def known(uri: str, file: SourceFile) -> SourceFile:
-    repo, type_, commit, _ = _parts(uri)
-    if (cached := _in_cache(repo, type_, commit, file)) is None:
+    if (cached := local(uri, file)) is None:
         return file
-    path = cached.resolve()
-    about = disk.file_at(path)
-    if SHA256.fullmatch(path.name) and path.name != about.sha256:
-        raise _damaged(f"{uri}/{file.name}", path)
+    blob = cached.resolve()
+    about = disk.file_at(blob)
+    if SHA256.fullmatch(blob.name) and blob.name != about.sha256:
+        raise _damaged(f"{uri}/{file.name}", blob)
     return replace(file, sha256=about.sha256, chunks=about.chunks)
 
 

@@ -56,6 +56,10 @@ def stays(uri: str, file: SourceFile) -> bool:
     return True
 
 
+def local(uri: str, file: SourceFile) -> Path | None:
+    return None
+
+
 def known(uri: str, file: SourceFile) -> SourceFile:
     return file
 

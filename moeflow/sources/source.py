@@ -49,6 +49,10 @@ class Source(Pinned):
         file = self.find(name)
         return place_of(self.uri).read(self.uri, file, start, file.size if stop is None else stop)
 
+    def path(self, name: str) -> Path | None:
+        """Where one file lies on this machine; None if it lies elsewhere. Raises MissingSource."""
+        return place_of(self.uri).local(self.uri, self.find(name))
+
     def text(self, name: str) -> str:
         return self.read(name).decode()
 
@@ -84,6 +88,18 @@ def pin(
 
     Raises MissingSource, a ValueError.
     """
+    # what lies on this machine first, so that a path to nothing is told before the hub is asked
+    wanted = [uri, *([adapter] if adapter and adapter != "merge" else [])]
+    by_address = {one: _pin(one, kind, how) for one in sorted(wanted, key=lambda one: "://" in address(one, kind))}
+    made = replace(by_address[uri], layout=layout, mtp=mtp or "drop")
+    return replace(made, adapter=made if adapter == "merge" else by_address[adapter]) if adapter else made
+
+
+def address(uri: str, kind: Kind) -> str:
+    """The same as an address that names its place: a model's name on the hub as hf://models/org/name@revision.
+
+    Raises MissingSource for what no place can have. Asks nobody.
+    """
     if not uri:
         raise MissingSource(f"the {kind} is ''; give a folder, s3://bucket/prefix or a name on the hub")
     try:
@@ -92,19 +108,21 @@ def pin(
         raise MissingSource(f"{uri:.200}: {getattr(error, 'strerror', None) or error}; check the path") from None
     if (absent or uri.startswith("http")) and is_repository(uri, kind):
         if kind == "model":
-            uri = hub_uri(uri)
-        else:
-            raise MissingSource(f"{uri}: there is no such file or folder; a text on the hub is hf://datasets/{uri}")
+            return hub_uri(uri)
+        raise MissingSource(f"{uri}: there is no such file or folder; a text on the hub is hf://datasets/{uri}")
+    return uri
+
+
+def _pin(uri: str, kind: Kind, how: How | None) -> Source:
+    """The files at one address; see `pin`."""
+    uri = address(uri, kind)
     pinned = place_of(uri).pin(uri, kind)
     for name in (*(f.name for f in pinned.files), *pinned.left):
         if not name.isprintable() or {"", ".", ".."} & {*name.split("/")}:
             raise MissingSource(f"{uri} has a file named {name!r}, which no folder can take as it is; rename it there")
     refer = kind == "model" and (how == "refer" if how else _stays(pinned))
     files = tuple(sorted(pinned.files, key=lambda f: f.name))
-    made = Source(pinned.uri, pinned.revision, files, pinned.left, refer, layout=layout, mtp=mtp or "drop")
-    if not adapter:
-        return made
-    return replace(made, adapter=made if adapter == "merge" else pin(adapter, kind="model", how=how))
+    return Source(pinned.uri, pinned.revision, files, pinned.left, refer)
 
 
 def _stays(pinned: Pinned) -> bool:

@@ -9,6 +9,7 @@ The string is parsed when a `Texts` is made, and its sources are pinned when `en
 
 import math
 import re
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -84,8 +85,12 @@ class Texts:
         _ = self._parsed
 
     def entries(self) -> tuple[TextEntry, ...]:
-        """Each source, pinned. Raises MissingSource."""
+        """Each source, pinned; those on this machine first. Raises MissingSource."""
         return self._pinned
+
+    def check_local(self) -> None:
+        """Pin those sources that lie on this machine, and ask nobody for the others. Raises MissingSource."""
+        _ = self._local
 
     def each(self) -> tuple["Texts", ...]:
         """Each text by itself."""
@@ -98,17 +103,30 @@ class Texts:
         return len(uris) == 1 and "://" not in uris[0] and uris[0].endswith(".npy")
 
     @cached_property
+    def _local(self) -> dict[int, TextEntry]:
+        """Those on this machine, by their place among all."""
+        return {i: self._entry(i) for i, (uri, *_) in enumerate(self._parsed) if "://" not in uri}
+
+    @cached_property
     def _pinned(self) -> tuple[TextEntry, ...]:
-        """Each source, pinned. Local ones come first, so that a path that does not exist is told before a hub is asked."""
-        entries: dict[int, TextEntry] = {}
-        for i in sorted(range(len(self._parsed)), key=lambda i: "://" in self._parsed[i][0]):
-            uri, columns, weight, format = self._parsed[i]
-            entries[i] = TextEntry(_fetched(pin(uri, kind="data")), columns, weight, format)
-        return tuple(entries[i] for i in range(len(entries)))
+        local = self._local
+        return tuple(local.get(i) or self._entry(i) for i in range(len(self._parsed)))
+
+    def _entry(self, i: int) -> TextEntry:
+        uri, columns, weight, format = self._parsed[i]
+        return TextEntry(_fetched(pin(uri, kind="data")), columns, weight, format)
 
     @cached_property
     def _parsed(self) -> tuple[tuple[str, tuple[str, ...], float, str], ...]:
         return tuple(_parse(part, self.spec) for part in _parts(self.spec))
+
+
+class NamesFiles(ABC):
+    """Options that name texts or files among other things."""
+
+    @abstractmethod
+    def check_files(self) -> None:
+        """Raise MissingSource, or what reading raises, for one that should be on this machine and is not; nobody else is asked."""
 
 
 def _parts(spec: str) -> list[str]:

@@ -88,9 +88,9 @@ def test_a_source_is_pinned_and_texts_are_kept_for_later(tmp_path: Path) -> None
         got.update(model=model, tokens=tokens, heldout=heldout, tuned=tuned)
         return toy.number(n=1)
 
-    call(takes, [f"model={tmp_path / 'model'}", "tokens=not-there.jsonl#text"])
+    call(takes, [f"model={tmp_path / 'model'}", "tokens=hf://datasets/nobody/nothing#text"])
     assert isinstance(got["model"], Source) and "config.json" in [f.name for f in got["model"].files]
-    assert got["tokens"] == Texts("not-there.jsonl#text"), "nothing was read of it"
+    assert got["tokens"] == Texts("hf://datasets/nobody/nothing#text"), "nobody was asked for it"
     assert (got["heldout"], got["tuned"]) == (None, None)
 
 

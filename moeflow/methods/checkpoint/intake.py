@@ -75,6 +75,7 @@ def pieces(tensors: Mapping[str, TensorInfo], layout: Layout, family: Family, ur
     Raises ValueError if a stack does not have a matrix of each expert, or two tensors would get one name.
     """
     made: dict[str, TensorInfo] = {}
+    origin: dict[str, str] = {}
     for name, info in tensors.items():
         if layout.beside and name.startswith(layout.beside):
             continue
@@ -86,8 +87,9 @@ def pieces(tensors: Mapping[str, TensorInfo], layout: Layout, family: Family, ur
                 raise ValueError(f"{uri} has {name}, which would be written back as {back}; rename it, or leave it out")
             several = {here: info}
         if both := sorted(made.keys() & several.keys()):
-            raise ValueError(f"{uri} has {both[0]} twice, once in {name}; delete one of them")
+            raise ValueError(f"{uri} has {both[0]} twice, in {origin[both[0]]} and in {name}; delete one of them")
         made |= several
+        origin |= dict.fromkeys(several, name)
     return made
 
 

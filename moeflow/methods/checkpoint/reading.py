@@ -1,6 +1,6 @@
 """What a pinned checkpoint says of itself: config.json, index, headers and small files, checked before they are used."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from math import ceil
 from typing import TYPE_CHECKING, Any
@@ -9,10 +9,23 @@ from moeflow.arch import Config, Family
 from moeflow.arch.found import Found, described, found
 from moeflow.methods.checkpoint import foreign
 from moeflow.methods.checkpoint.intake import text_config
-from moeflow.model.config_check import check_config
+from moeflow.model.config_check import check_config, check_counts
 from moeflow.model.header import TensorInfo, read_header
 from moeflow.model.json_file import json_object, kind_of
-from moeflow.model.packed import BLOCKS, CODES, FORMAT, METHOD, MXFP4, PACKED, SCALES, SHAPE, block_scale, scheme_of
+from moeflow.model.packed import (
+    BLOCK_SCALE,
+    BLOCKS,
+    CODES,
+    FORMAT,
+    METHOD,
+    MXFP4,
+    PACKED,
+    SCALES,
+    SHAPE,
+    block_scale,
+    check_scheme,
+    scheme_of,
+)
 from moeflow.model_files import INDEX, named_like
 
 if TYPE_CHECKING:
@@ -21,6 +34,8 @@ if TYPE_CHECKING:
 THREADS = 16  # headers that are read at once
 FLOATS = ("F", "BF")
 """How the names of those dtypes begin that weights are computed in, or unpacked from."""
+TEMPLATE, TEMPLATES = "chat_template.jinja", ("additional_chat_templates/*.jinja",)
+"""The files in which a tokenizer's chat templates lie."""
 USED = (".json", ".model", ".tiktoken", ".jinja", ".txt")
 """The endings of small files that are read when a checkpoint is used; others, such as a licence, may be empty."""
 GENERATION = {"temperature": (int, float), "top_p": (int, float), "top_k": (int,), "max_length": (int,), "do_sample": (bool,)}
@@ -39,6 +54,7 @@ def looked_at(source: "Source", tensors: Mapping[str, TensorInfo]) -> Found | No
     config = _config_json(source)
     if not isinstance(config.get("model_type"), str) or described(config):
         return None
+    check_counts(config, f"config.json at {source.uri}")  # before they are looked at, which would say less of them
     return found(config, tensors, source.uri)
 
 
@@ -99,13 +115,21 @@ def check_packing(tensors: dict[str, TensorInfo], config: Config, uri: str) -> N
         _check_floats(tensors, uri)
         return
     if (method, form) != (METHOD, FORMAT):
-        raise ValueError(f"{uri} is packed (quantization_config: {method} {form or ''}); dequantize it to bf16 first")
-    scheme_of(shapes, config)
+        said = method if isinstance(method, str) and method else f"quant_method is {kind_of(method)}"
+        raise ValueError(
+            f"{uri} is packed (quantization_config: {said}{f', format {kind_of(form)}' if form else ''}), and moeflow reads fp8, "
+            f"{MXFP4}, and {METHOD} in the format {FORMAT}; dequantize it to bf16 first"
+        )
+    check_scheme(packing, scheme_of(shapes, config), f"config.json at {uri}: quantization_config")
     family = Family.of(config)
     shared = [name for i in family.moe_layers for name in family.shared(i) or ()]
     stems = (*(family.experts(i) for i in family.moe_layers), *shared)
     if others := sorted(n for n in shapes if n.endswith(PACKED) and not n.startswith(stems)):
         raise ValueError(f"{uri} has packed {others[0]}; moeflow reads packed experts only: dequantize the rest to bf16 first")
+    for name, tensor in tensors.items():
+        kinds = ("I32",) if name.endswith(PACKED) else ("I32", "I64") if name.endswith(SHAPE) else (tensor.dtype,)
+        if tensor.dtype not in kinds:
+            raise ValueError(f"{name} at {uri} has dtype {tensor.dtype} where {METHOD} has {' or '.join(kinds)}; fetch it again")
     _check_floats(tensors, uri)
 
 
@@ -132,6 +156,12 @@ def small_configs(source: "Source", names: list[str]) -> dict[str, dict[str, Any
             if named_like(name, ("vocab.json", "added_tokens.json")):
                 _check_types(value, dict.fromkeys(value, (int,)), where)
     return configs
+
+
+def has_template(configs: Mapping[str, dict[str, Any]], names: Iterable[str]) -> bool:
+    """Whether transformers finds a chat template with this checkpoint's tokenizer; `configs` is of `small_configs`."""
+    own = configs.get("tokenizer_config.json", {}).get("chat_template")
+    return bool(own) or any(n == TEMPLATE or named_like(n, TEMPLATES) for n in names)
 
 
 def _config_json(source: "Source") -> Config:
@@ -171,12 +201,18 @@ def _check_fp8(block: Any, tensors: dict[str, TensorInfo], uri: str) -> None:
         if tensor.dtype == "F4" or (tensor.dtype == "F8_E8M0" and name not in of_blocks):
             raise ValueError(f"{uri} has {name} in {tensor.dtype}, which is no scale of FP8 blocks; dequantize it to bf16 first")
         scale = None if (at := scales[name]) is None else tensors[at]
-        if not square or (_in_fp8(tensor) and scale is None):
-            what = name if square else f"weight_block_size={block!r:.60}"
-            raise ValueError(f"{uri} is in FP8 without square blocks ({what}); dequantize it to bf16 first")
+        if not square:
+            raise ValueError(
+                f"{uri} is in FP8 without square blocks (weight_block_size={block!r:.60}); dequantize it to bf16 first"
+            )
+        if _in_fp8(tensor) and scale is None:
+            raise ValueError(f"{uri} has {name} in FP8 without the scales of its blocks ({name}{BLOCK_SCALE}); fetch it again")
         blocks = tuple(ceil(n / block[0]) for n in tensor.shape)
         if scale is not None and scale.shape != blocks:
-            raise ValueError(f"{at} at {uri} has shape {scale.shape} where blocks of {block[0]} need {blocks}; fetch it again")
+            raise ValueError(
+                f"{at} at {uri} has shape {scale.shape} where blocks of {block[0]} (weight_block_size in config.json) need "
+                f"{blocks}; correct one of them"
+            )
 
 
 def _in_fp8(tensor: TensorInfo) -> bool:

@@ -93,6 +93,7 @@ def pinned(source: Source, *, mtp: Mtp | None = None, found: Found | None = None
         form=_form(whole, config, intake.wanted(layout, source.layout, family), outside, steps),
         mtp=mtp,
         tokenizer_code=remote_code.tokenizer_code(configs.get("tokenizer_config.json", {}), small),
+        has_template=reading.has_template(configs, small),
     )
 
 

@@ -41,11 +41,11 @@ class Rows:
                     out.write(json.dumps(kept, default=str).encode())
                     self._ends.append(out.tell())
                 if len(self) > before or known:
-                    _check_columns(name, [c for c in columns if c not in optional], known)
+                    check_columns(name, [c for c in columns if c not in optional], known)
                 all_known |= known
         if not len(self):
             raise ValueError(f"{named(files)}, which has no rows, is empty; name a text that holds some")
-        _check_columns(named(files), columns, all_known)
+        check_columns(named(files), columns, all_known)
 
     def __len__(self) -> int:
         return len(self._ends) - 1
@@ -58,6 +58,7 @@ class Rows:
                 yield json.loads(file.read(self._ends[i + 1] - self._ends[i]))
 
 
-def _check_columns(name: str, columns: tuple[str, ...] | list[str], known: dict[str, None]) -> None:
+def check_columns(name: str, columns: tuple[str, ...] | list[str], known: dict[str, None]) -> None:
+    """Raise ValueError, with the columns that are known, if a file or a text lacks one of these."""
     if missing := [c for c in columns if c not in known]:
         raise ValueError(f"{name} has no column {missing[0]!r}; it has: {', '.join(known) or 'none'} (write URI#column)")

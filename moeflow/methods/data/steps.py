@@ -1,6 +1,5 @@
 """Turn text into token ids, `tokens.npy`, int32 [sequences, length]; for fine-tuning, with a mask of the learned tokens."""
 
-import io
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -11,6 +10,8 @@ import numpy as np
 
 from moeflow.methods.data.chats import MESSAGES, chat_of, checked, kinds, prints_lists, rendered
 from moeflow.methods.data.conversations import encoded, segments_of, tokenized
+from moeflow.methods.data.looking import look
+from moeflow.methods.data.matrices import matrix_of
 from moeflow.methods.data.packing import LeftOut, Piece, Portion, Tally, edges, fill, words
 from moeflow.methods.data.readers import Files, reader
 from moeflow.methods.data.rows import Rows
@@ -25,7 +26,10 @@ from moeflow.step import Artifact, Context, Spec, Step, step
 CHATS = ("chat", "calls")  # formats that the chat template renders
 CONFIG = "tokenizer_config.json"
 PRINTED = "conversations whose content in parts the chat template prints as a list"
-HEAD = 4096  # bytes in which the header of an .npy file lies
+NO_TEMPLATE = (
+    "the tokenizer has no chat template; put the chat_template.jinja of the model's chat version beside the checkpoint, or give "
+    "prompts and responses (URI#prompt+response)"
+)
 LARGE = 64 << 20  # a file of at least this many bytes is fetched by its own step
 
 
@@ -63,11 +67,12 @@ def tokens(texts: Texts, model: Model, sample: Sample) -> Step:
     Documents are shuffled, tokenized one by one, joined, and cut into sequences. Conversations (`URI#messages`, with the tools that
     they call `URI#messages+tools`) are rendered by the model's chat template; what it refuses is left out and counted. Several
     texts are mixed by weight: each gives its share of the sequences, spread evenly over the matrix. Raises ValueError for texts
-    that cannot be read, and for sequences longer than the model's positions.
+    that cannot be read, for a matrix with ids that the model lacks, and for sequences longer than the model's positions.
     """
     if texts.is_tokens:
         (entry,) = texts.entries()
-        return matrix(entry.source.file(entry.source.files[0].name), shape=_npy_shape(entry.source))
+        shape = matrix_of(entry.source, int(model.config["vocab_size"])).shape
+        return matrix(entry.source.file(entry.source.files[0].name), shape=[*shape])
     fetched, mix = _fetched(texts, model)
     return sample_tokens(model.essential, model.texts, fetched, mix=mix, sample=sample)
 
@@ -91,7 +96,8 @@ def examples(texts: Texts, model: Model, sample: Examples) -> Step:
 def _fetched(texts: Texts, model: Model, format: str = "") -> tuple[tuple[Step, ...], tuple[Portion, ...]]:
     """For each text the step that has its files, and its portion of the mixture; `format` is one of `Examples`, or none.
 
-    Raises ValueError if the model has no tokenizer, if no reader knows a file, and if conversations would be read as plain text.
+    Raises ValueError if the model has no tokenizer, or no chat template where one is needed, if no reader knows a file, if
+    conversations would be read as plain text, and for what a look at the text tells.
     """
     if not model.has_tokenizer:
         raise ValueError(f"{model.without_tokenizer}, so text cannot become tokens; pass a ready-made matrix (tokens=FILE.npy)")
@@ -104,7 +110,12 @@ def _fetched(texts: Texts, model: Model, format: str = "") -> tuple[tuple[Step, 
             raise ValueError(f"{entry.source.files[0].name} at {entry.source.uri} is empty; name a text that holds some")
         if entry.format in CHATS and format == "text":
             raise ValueError(f"{entry.source.uri} holds conversations, not text; name a column of text (URI#column)")
-    return tuple(_whole(e.source) for e in entries), tuple(_portion(e, e.weight / total, format) for e in entries)
+    mix = tuple(_portion(e, e.weight / total, format) for e in entries)
+    if any(part.format in CHATS for part in mix) and not model.has_template:
+        raise ValueError(NO_TEMPLATE)
+    for entry, part in zip(entries, mix, strict=True):
+        look(entry.source, kinds(part.columns or ("text",), part.format), chat=part.format in CHATS)
+    return tuple(_whole(e.source) for e in entries), mix
 
 
 def _portion(entry: TextEntry, weight: float, format: str) -> Portion:
@@ -147,24 +158,6 @@ def text(context: Context, parts: tuple[Artifact, ...]) -> None:
 def _files(text: Artifact) -> Files:
     """The files of a text in the order in which they are read: large ones first, then the small ones, each by name."""
     return [(name, text.file(name)) for name in sorted(text.names(), key=lambda name: (text.size(name) <= LARGE, name))]
-
-
-def _npy_shape(source: Source) -> list[int]:
-    """The shape of a matrix, from its header. Raises ValueError if it is not a token matrix."""
-    name = source.files[0].name
-    try:
-        head = io.BytesIO(source.read(name, 0, min(source.files[0].size, HEAD)))
-        version = np.lib.format.read_magic(head)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, dtype = read(head)
-    except Exception as error:  # the header is a Python literal, over which Python's parser raises what it likes
-        why = " ".join(str(error).split())[:99]
-        raise ValueError(f"{name} at {source.uri} is no .npy matrix ({why}); save it again with numpy") from None
-    if len(shape) != 2 or min(shape) < 1 or shape[1] < 2 or dtype.kind not in "iu":
-        raise ValueError(f"{name} has shape {shape} and type {dtype}; a token matrix is [sequences, length] of integers")
-    if (size := head.tell() + shape[0] * shape[1] * dtype.itemsize) != source.files[0].size:
-        raise ValueError(f"{name} at {source.uri} has {source.files[0].size:,} bytes where {shape} needs {size:,}; save it again")
-    return list(shape)
 
 
 def _matrix_spec(file: Any, *, shape: list[int]) -> Spec:
@@ -279,10 +272,7 @@ def _read(context: Context, files: Files, columns: dict[str, str]) -> Rows:
 
 def _check_template(tokenizer: Any, mix: Sequence[Portion]) -> None:
     if any(part.format in CHATS for part in mix) and not tokenizer.chat_template:
-        raise ValueError(
-            "the tokenizer has no chat template; put the chat_template.jinja of the model's chat version beside the checkpoint, "
-            "or give prompts and responses (URI#prompt+response)"
-        )
+        raise ValueError(NO_TEMPLATE)
 
 
 def _edges(tokenizer: Any, files: Artifact, mix: Sequence[Portion], sample: Sample) -> tuple[list[int], list[int]]:

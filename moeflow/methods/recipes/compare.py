@@ -8,13 +8,13 @@ from moeflow.methods.checkpoint.steps import counted, text_model_of
 from moeflow.methods.data import steps as data
 from moeflow.methods.evaluate.steps import experts_per_token, here, layers, quality, size, speed
 from moeflow.methods.graph import Model, Pass, Sample
-from moeflow.sources import Source, Texts
+from moeflow.sources import NamesFiles, Source, Texts
 from moeflow.sources.texts import WEIGHT
 from moeflow.step import Step
 
 
 @dataclass(frozen=True)
-class HeldOut:
+class HeldOut(NamesFiles):
     """The text on which a compressed model and its original are compared."""
 
     texts: str
@@ -25,6 +25,10 @@ class HeldOut:
     """Tokens of a sequence."""
     bos: bool | None = None
     """A beginning-of-sequence token before each document; none: as of `Sample`."""
+
+    def check_files(self) -> None:
+        if self.texts:
+            Texts(self.texts).check_local()
 
 
 NO_TOKENIZER = "held-out text is left out, the loss on the token matrix stands for it"

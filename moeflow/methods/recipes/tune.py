@@ -16,7 +16,7 @@ from moeflow.methods.finetune.recipe import Gang, Recipe
 from moeflow.methods.finetune.targets import trained_in
 from moeflow.methods.graph import Model, Pass
 from moeflow.model.spec import TensorTable, TokensSpec, precision
-from moeflow.sources import Texts
+from moeflow.sources import NamesFiles, Texts
 from moeflow.step import Step
 
 
@@ -30,7 +30,7 @@ class Tuned:
 
 
 @dataclass(frozen=True)
-class FineTuning(Recipe):
+class FineTuning(Recipe, NamesFiles):
     """The options of a fine-tuning: what is trained, how, and on which text."""
 
     text: str = "alpaca"
@@ -43,6 +43,10 @@ class FineTuning(Recipe):
     """A beginning-of-sequence token before each example; none: as of `Sample`."""
     deepspeed: str = ""
     """The path of a DeepSpeed configuration, which overrides recipe and gang."""
+
+    def check_files(self) -> None:
+        Texts(self.text).check_local()
+        deepspeed_config.read(self.deepspeed or None)
 
     @property
     def recipe(self) -> Recipe:

@@ -204,8 +204,8 @@ def test_a_value_that_is_no_conversation_is_told_with_its_line(
     rows: list[dict[str, Any]], spec: str, says: str, model: Model, tmp_path: Path
 ) -> None:
     file = jsonl(tmp_path / "a.jsonl", rows)
-    with pytest.raises(StepFailed, match=says) as caught:
-        calibrated(model, tmp_path, f"{file}#{spec}", 1, 9)
+    with pytest.raises(ValueError, match=says) as caught:
+        data.tokens(Texts(f"{file}#{spec}"), model, Sample(1, 9))
     assert "\n" not in str(caught.value)
 
 

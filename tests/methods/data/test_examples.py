@@ -322,16 +322,23 @@ def test_what_cannot_be_is_refused_when_the_graph_is_built(
         ("#messages", None, "the tokenizer has no chat template; put the chat_template.jinja of the model's chat version beside"),
         ("#q+messages", CHATML, "column 'messages' of a.jsonl holds a list and no text; name another"),
         ("#q", CHATML, "column 'q' of a.jsonl holds no messages .*; name another .URI#column."),
-        ("#q+a", CHATML, "a.jsonl gives 0 of 4 sequences of 500 tokens: 2,000 tokens are missing; give more text, fewer"),
     ],
 )
-def test_what_turns_out_to_be_wrong_is_one_line(
+def test_what_a_look_at_the_text_tells_is_one_line_when_the_graph_is_built(
     pretrained: Pretrained, tmp_path: Path, spec: str, template: str | None, says: str
 ) -> None:
     file = jsonl(tmp_path / "a.jsonl", [{"q": "a?", "a": "yes", "messages": TALK}])
-    format = "chat" if spec == "#q" else "auto"
+    format: Any = "chat" if spec == "#q" else "auto"
+    with pytest.raises(ValueError, match=says) as caught:
+        data.examples(Texts(f"{file}{spec}"), pretrained(template), data.Examples(4, 500, format=format))
+    assert "\n" not in str(caught.value)
+
+
+def test_too_little_text_is_told_with_what_is_missing(pretrained: Pretrained, tmp_path: Path) -> None:
+    file = jsonl(tmp_path / "a.jsonl", [{"q": "a?", "a": "yes"}])
+    says = "a.jsonl gives 0 of 4 sequences of 500 tokens: 2,000 tokens are missing; give more text, fewer"
     with pytest.raises(StepFailed, match=says) as caught:
-        made(pretrained(template), tmp_path, f"{file}{spec}", format=format, length=500)
+        made(pretrained(CHATML), tmp_path, f"{file}#q+a", length=500)
     assert "\n" not in str(caught.value)
 
 

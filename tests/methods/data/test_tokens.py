@@ -123,7 +123,7 @@ def test_a_matrix_that_is_none_is_refused_when_the_graph_is_built(
 
 def test_a_missing_column_is_named_with_the_ones_there_are(model: Model, tmp_path: Path) -> None:
     file = jsonl(tmp_path / "qa.jsonl", [{"question": "w1", "answer": "w2"}] * 9)
-    with pytest.raises(StepFailed, match="has no column 'text'; it has: question, answer"):
+    with pytest.raises(ValueError, match="has no column 'text'; it has: question, answer"):
         sampled(model, tmp_path, str(file))
 
 
