@@ -191,7 +191,7 @@ def chosen(context: Context, *, layer: int, experts: int, keep: list[int]) -> No
 
 def pruned_to(model: Model, keep: Mapping[int, Sequence[int]]) -> Model:
     """The model with these experts of each layer."""
-    experts = {i: model.layers[i].spec.output.experts for i in keep}
+    experts = {i: model.layer(i).spec.output.experts for i in keep}
     return pruned(model, {i: chosen(layer=i, experts=experts[i], keep=list(k)) for i, k in keep.items()})
 
 

@@ -45,6 +45,19 @@ MODELS: dict[str, dict[str, Any]] = {
     },
 }
 """By family, a model of which transformers finds the prediction layer: it knows its number."""
+_QWEN: dict[str, Any] = {
+    "moe_intermediate_size": 24, "num_experts": 8, "num_experts_per_tok": 3, "head_dim": 8, "intermediate_size": 48,
+}  # fmt: skip
+_TYPES = {"layer_types": ["full_attention", "sliding_attention", "sliding_attention"], "sliding_window": 8}
+LINEAR = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+APART: dict[str, dict[str, Any]] = {
+    "qwen3_next": _QWEN | LINEAR | {
+        "shared_expert_intermediate_size": 40, "layer_types": ["full_attention", "linear_attention", "full_attention"],
+    },
+    "mellum": _QWEN | _TYPES | {"num_mtp_layers": 1},
+    "exaone_moe": _QWEN | _TYPES | {"n_group": 1, "topk_group": 1, "num_nextn_predict_layers": 1},
+}  # fmt: skip
+"""By family, a model whose prediction layer is kept apart from the decoder layers, under names of its own."""
 PUBLISHED = [(model["num_hidden_layers"], 1) for model in MODELS.values()]
 
 
@@ -74,6 +87,30 @@ def write(family: str, folder: Path, *, layers: int = 1, seed: int = 0, **change
     return folder
 
 
+def write_apart(family: str, folder: Path, *, seed: int = 0, **changes: Any) -> Path:
+    """A checkpoint of `family` with one prediction layer, which is kept apart."""
+    tiny.write(family, folder, seed=seed, **(APART[family] | changes))
+    put_apart(folder, "model.", 2, seed=seed)
+    return folder
+
+
+def put_apart(folder: Path, stem: str, last: int, *, seed: int = 0) -> None:
+    """Add a prediction layer like decoder layer `last`; `stem`: how the names of the text model begin."""
+    tensors = load_file(folder / "model.safetensors")
+    generator, prefix = torch.Generator().manual_seed(seed + 1), f"{stem}layers.{last}."
+    tensors = {n: t for n, t in tensors.items() if not n.startswith("mtp.")}
+    extra = {
+        "mtp.layers.0." + n.removeprefix(prefix): t[..., torch.randperm(t.shape[-1], generator=generator)].contiguous()
+        for n, t in tensors.items()
+        if n.startswith(prefix)
+    }
+    width = tensors[f"{stem}norm.weight"].shape[0]
+    extra["mtp.fc.weight"] = 0.2 * torch.randn(width, 2 * width, generator=generator)
+    for name in ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm"):
+        extra[f"mtp.{name}.weight"] = 1 + 0.1 * torch.randn(width, generator=generator)
+    save_file(tensors | extra, folder / "model.safetensors", metadata={"format": "pt"})
+
+
 def edit(folder: Path, **changes: Any) -> None:
     """Write these changes into config.json."""
     path = folder / "config.json"
@@ -86,7 +123,7 @@ class Predictions:
     def __init__(self, folder: Path) -> None:
         self.model: Any = AutoModelForCausalLM.from_pretrained(folder).eval()
         config = self.model.config
-        own = config.model_type.startswith("moeflow_")
+        own = config.model_type.startswith("moeflow_") or any(n.startswith("mtp.") for n in Tensors(folder))
         if own or (config.num_hidden_layers, config.num_mtp_layers) in PUBLISHED:
             self.mtp: Any = MtpModel.from_pretrained(self.model, device_map={"": torch.device("cpu")}).eval()
         else:  # transformers looks for them by the numbers that they have in the published models

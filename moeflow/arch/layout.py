@@ -25,6 +25,7 @@ class Stacked:
     parts: tuple[str, ...]  # the tensors that it holds, over {layer} and {expert}: one, or those of gate and of up
     transposed: bool = False  # it is [E, N, M]
     interleaved: bool = False  # the rows of gate and up take turns, where else all of gate come before all of up
+    layers: tuple[int, ...] | None = None  # the layers that have it, where others have one tensor for each matrix; None: all
 
     def layer(self, name: str) -> int | None:
         """The decoder layer whose stack is called `name` on disk; None for any other tensor."""
@@ -34,6 +35,15 @@ class Stacked:
     def names(self, layer: int, expert: int) -> tuple[str, ...]:
         """The tensors of one expert that it holds."""
         return tuple(part.format(layer=layer, expert=expert) for part in self.parts)
+
+    def to_json(self) -> dict[str, Any]:
+        said = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(self).items()}
+        return {k: v for k, v in said.items() if k != "layers" or v is not None}
+
+    @staticmethod
+    def from_json(value: Mapping[str, Any]) -> "Stacked":
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in value.items()}
+        return Stacked(**fields)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +56,17 @@ class Layout:
     beside: tuple[str, ...] = ()  # beginnings of the names of what is no part of the text model: it travels as it is
     inside: tuple[str, ...] = ()  # the keys of config.json that lead to the text model's configuration, outermost first
     per_expert: bool = False  # transformers also reads one tensor for each matrix of an expert, where this has stacks
+    apart: tuple[tuple[str, str], ...] = ()
+    """(in the file, on disk): beginnings of the names of multi-token prediction that is kept apart from the decoder layers, and
+    under which names it would be the layer behind them, as all else here takes it to be."""
+
+    def numbered(self, name: str) -> str:
+        """The name on disk, behind the decoder layers, of a tensor that is called `name` in a file."""
+        return _renamed(name, self.apart)
+
+    def in_file(self, name: str) -> str:
+        """The name in a file of a tensor, or of a stack, that is called `name` on disk."""
+        return _renamed(name, [(numbered, file) for file, numbered in self.apart])
 
     def here(self, name: str) -> str:
         """The name here of a tensor that is called `name` on disk, and is no stack."""
@@ -70,25 +91,31 @@ class Layout:
     def without_wrapper(self) -> "Layout":
         """The same stacks in a checkpoint of the text model alone, under the names here."""
         stacked = tuple(replace(s, name=_renamed(s.name, self.renamed)) for s in self.stacked)
-        return Layout(stacked=stacked, per_expert=self.per_expert)
+        return Layout(stacked=stacked, per_expert=self.per_expert, apart=self.plain().apart)
+
+    def plain(self) -> "Layout":
+        """The layout of a text model alone that has one tensor for each matrix, under the names here."""
+        return Layout(apart=tuple((file, self.here(numbered)) for file, numbered in self.apart))
 
     def to_json(self) -> dict[str, Any]:
+        more = {"apart": [list(pair) for pair in self.apart]} if self.apart else {}
         return {
             "renamed": [list(pair) for pair in self.renamed],
-            "stacked": [vars(s) | {"parts": list(s.parts)} for s in self.stacked],
+            "stacked": [s.to_json() for s in self.stacked],
             "beside": list(self.beside),
             "inside": list(self.inside),
             "per_expert": self.per_expert,
-        }
+        } | more
 
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> "Layout":
         return Layout(
             renamed=tuple((a, b) for a, b in value["renamed"]),
-            stacked=tuple(Stacked(**(s | {"parts": tuple(s["parts"])})) for s in value["stacked"]),
+            stacked=tuple(map(Stacked.from_json, value["stacked"])),
             beside=tuple(value["beside"]),
             inside=tuple(value["inside"]),
             per_expert=bool(value.get("per_expert", False)),
+            apart=tuple((a, b) for a, b in value.get("apart", ())),
         )
 
 

@@ -56,7 +56,7 @@ def written(model: Model, form: Form) -> Written:
     left = f", and is the text model alone, without {', '.join(form.layout.beside)}" if wrapper else ""
     changed = bool(form.layout.stacked) or wrapper
     note = f"{why}: the result has one tensor for each matrix of an expert{left}" if changed else ""
-    return Written(Layout(), own=own, as_source=False, note=note)
+    return Written(form.layout.plain(), own=own, as_source=False, note=note)
 
 
 def _apart(layers: Sequence[LayerSpec], moe: Sequence[int], *, packed: bool) -> str:
@@ -107,7 +107,8 @@ def table(tensors: TensorTable, layout: Layout, layer: int | None) -> dict[str, 
         inner = (rows * len(stack.parts), *others)
         made[name] = dtype, (len(parts), *(inner[::-1] if _turned(stack, inner) else inner))
         stacked |= {n for expert in parts for n in expert}
-    return made | {layout.on_disk(n): t for n, t in tensors.items() if n not in stacked}
+    made |= {layout.on_disk(n): t for n, t in tensors.items() if n not in stacked}
+    return {layout.in_file(n): t for n, t in made.items()}
 
 
 def write(files: "Files", tensors: Mapping[str, TensorInfo], layout: Layout, layer: int | None, path: Path) -> None:
@@ -120,7 +121,8 @@ def write(files: "Files", tensors: Mapping[str, TensorInfo], layout: Layout, lay
     made = {}
     for name, stack, parts in _stacks(tensors, layout, layer):
         made[name] = torch.stack([_joined(stack, [read.pop(n) for n in expert]) for expert in parts])
-    save(made | {layout.on_disk(n): t for n, t in read.items()}, path)
+    made |= {layout.on_disk(n): t for n, t in read.items()}
+    save({layout.in_file(n): t for n, t in made.items()}, path)
 
 
 def _joined(stack: Stacked, parts: Sequence["Tensor"]) -> "Tensor":
@@ -137,6 +139,8 @@ def _turned(stack: Stacked, inner: Sequence[int]) -> bool:
 def _stacks(names: Mapping[str, Any], layout: Layout, layer: int | None) -> Iterator[tuple[str, Stacked, list[tuple[str, ...]]]]:
     """The stacks of a layer: the name on disk, and the names here of each expert's parts."""
     for stack in layout.stacked if layer is not None else ():
+        if stack.layers is not None and layer not in stack.layers:
+            continue
         parts: list[tuple[str, ...]] = []
         while (expert := stack.names(layer, len(parts)))[0] in names:  # type: ignore[arg-type]
             parts.append(expert)

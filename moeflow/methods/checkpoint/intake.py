@@ -4,11 +4,11 @@ A stack of experts is read by the byte range of one expert. Where gate and up sh
 once, and each is a view of it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from moeflow.arch import ARCH, FAMILIES, Config, Family, Layout, Stacked, layout_in_memory
+from moeflow.arch import ARCH, FAMILIES, Config, Family, Layout, Stacked, layer_of, layout_in_memory
 from moeflow.arch.found import Found
 from moeflow.model.header import TensorInfo
 from moeflow.model.json_file import kind_of
@@ -66,7 +66,8 @@ def layout_of(tensors: Mapping[str, TensorInfo], family: Family, found: Found | 
             lacking = "no text model" if outside else f"nothing beside its text model ({', '.join(layout.beside[:3])})"
             raise ValueError(f"{uri} has {lacking}; it is half of a multimodal model, fetch the rest of it")
     used = layout.used(list(tensors))
-    return replace(used, stacked=tuple(_as_it_lies(stack, tensors, family, uri) for stack in used.stacked))
+    stacked = (_where_it_is(stack, tensors, used, family) for stack in used.stacked)
+    return replace(used, stacked=tuple(_as_it_lies(stack, tensors, family, uri) for stack in stacked))
 
 
 def pieces(tensors: Mapping[str, TensorInfo], layout: Layout, family: Family, uri: str) -> dict[str, TensorInfo]:
@@ -104,6 +105,13 @@ def wanted(layout: Layout, how: str, family: Family) -> Layout:
         )
     renamed = tuple(pair for pair in layout.renamed if "{layer}" not in pair[0])  # inside a layer they go with the stacks
     return replace(layout, stacked=(), renamed=renamed)
+
+
+def _where_it_is(stack: Stacked, tensors: Iterable[str], layout: Layout, family: Family) -> Stacked:
+    """The stack, with the layers that have it if another has one tensor for each matrix instead, as it stays then."""
+    ours = [layout.here(n) for n in tensors]
+    single = any((layer := layer_of(n)) is not None and n in stack.names(layer, 0) for n in ours)
+    return replace(stack, layers=tuple(sorted(i for n in tensors if (i := stack.layer(n)) is not None))) if single else stack
 
 
 def _as_it_lies(stack: Stacked, tensors: Mapping[str, TensorInfo], family: Family, uri: str) -> Stacked:

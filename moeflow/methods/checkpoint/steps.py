@@ -47,8 +47,10 @@ def pinned(source: Source, *, mtp: Mtp | None = None, found: Found | None = None
     small = sorted(f.name for f in source.files if named_like(f.name, TRAVELLING) and not f.name.endswith(".py"))
     configs = reading.small_configs(source, small) | {"config.json": whole}
     code = remote_code.code_of(source, configs)
-    layout = intake.layout_of(stored, family, found, source.uri)
-    of_mtp = prediction.settled(config, intake.pieces(stored, layout, family, source.uri), mtp, source.uri)
+    apart = () if mtp == "drop" else prediction.apart(stored, family, found)
+    numbered = {Layout(apart=apart).numbered(n): t for n, t in stored.items()}
+    layout = replace(intake.layout_of(numbered, family, found, source.uri), apart=apart)
+    of_mtp = prediction.settled(config, intake.pieces(numbered, layout, family, source.uri), mtp, source.uri, layout)
     config, tensors = of_mtp.config, of_mtp.tensors
     reading.check_packing(tensors, config, source.uri)
     outside = {n: t for n, t in stored.items() if layout.beside and n.startswith(layout.beside)}
@@ -253,9 +255,13 @@ def counted(model: Model) -> Step:
 def _assembled_as(model: Model, as_: export.Written, form: Form) -> Step:
     every, layout = (*model.layers, *model.extra), as_.layout
     files: tuple[Step, ...] = ()
-    if layout.renamed or layout.stacked:
-        said = replace(layout, beside=(), inside=(), per_expert=False).to_json()
-        files = (*(written(file, at=i, layout=said) for i, file in enumerate(every)), written(model.rest, at=None, layout=said))
+    other = bool(layout.renamed or layout.stacked)
+    if other or layout.apart:
+        said = replace(layout, beside=(), inside=(), per_expert=False)
+        decoder, behind = (replace(said, apart=pairs).to_json() for pairs in ((), layout.apart))
+        files = tuple(written(f, at=i, layout=decoder) for i, f in enumerate(model.layers)) if other else model.layers
+        files += tuple(written(f, at=i, layout=behind) for i, f in enumerate(model.extra, len(model.layers)))
+        files += (written(model.rest, at=None, layout=decoder) if other else model.rest,)
     whole = json.dumps(form.whole) if as_.as_source else ""  # a text, because values lose the order of their keys
     told = {"whole": whole, "layout": layout.to_json(), "own": as_.own, "note": as_.note}
     beside = form.beside if as_.as_source else None

@@ -1,5 +1,6 @@
 """Load whole models as transformers does, and time them in turns."""
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,12 +72,18 @@ def measure(
 
 def _once(model: Any, ids: torch.Tensor) -> tuple[float, float]:
     """The seconds of one prefill and one decode; the timer waits for the device."""
+    name = cache_name(model)
     start = timer()
     out = model(ids, use_cache=True)
     middle = timer()
     for _ in range(DECODED):
-        out = model(out.logits[:, -1:].argmax(-1), past_key_values=out.past_key_values, use_cache=True)
+        out = model(out.logits[:, -1:].argmax(-1), use_cache=True, **{name: out[name]})
     return middle - start, timer() - middle
+
+
+def cache_name(model: Any) -> str:
+    """What a model calls the keys and values that it takes and returns: transformers 5.24 renamed them."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def _measurement(name: str, seconds: list[float]) -> Measurement:

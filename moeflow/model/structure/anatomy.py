@@ -105,12 +105,20 @@ def _watched(module: nn.Module, called: list[str]) -> Iterator[None]:
             hook.remove()
 
 
+def language(model: Any) -> Any:
+    """The causal language model inside a multimodal one, where it is whole; otherwise the model. (Llama-4's runs in transformers
+    5.24, and what is around it fails.)
+    """
+    inside = getattr(model, "language_model", None)
+    return inside if hasattr(inside, "lm_head") else model
+
+
 def _order(model: Any, body: nn.Module, layer: nn.Module) -> tuple[list[str], list[str]]:
     """The children of the model's body, and of one decoder layer, in the order in which they run."""
     order: list[str] = []
     inner: list[str] = []
     with _watched(body, order), _watched(layer, inner), torch.no_grad():
-        model(ids(model.get_input_embeddings().weight.shape[0]), use_cache=False)
+        language(model)(ids(model.get_input_embeddings().weight.shape[0]), use_cache=False)
     if not inner:
         raise Unknown("its decoder layers are not called as modules")
     return order, inner

@@ -13,7 +13,7 @@ from moeflow.arch import ARCH, Arch, Config, Family
 from moeflow.model.checkpoint import read_moe
 from moeflow.model.layout import kept
 from moeflow.model.stream import HIDDEN, Stream
-from moeflow.model.structure.anatomy import Anatomy, Unknown, ids, is_experts
+from moeflow.model.structure.anatomy import Anatomy, Unknown, ids, is_experts, language
 from moeflow.model.structure.routing import CLOSE
 
 
@@ -34,7 +34,7 @@ def _streamed(config: Config, tensors: Mapping[str, Tensor], model: Any, anatomy
     for module in model.modules():
         if is_experts(module) and hasattr(module, "config"):
             module.config._experts_implementation = stream.experts
-    want = model(tokens, use_cache=False).logits
+    want = language(model)(tokens, use_cache=False).logits
     states = {HIDDEN: stream.embed(tensors, tokens)}
     for layer in range(stream.family.num_layers):
         prefix = stream.family.prefix(layer)

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.data import steps as data
 from moeflow.methods.evaluate.steps import speed
-from moeflow.methods.evaluate.timing import Speed
+from moeflow.methods.evaluate.timing import Speed, cache_name
 from moeflow.methods.graph import Pass, Sample
 from moeflow.methods.prune.searches import Search
 from moeflow.methods.recipes import naee
@@ -187,3 +187,12 @@ def test_an_unknown_precision_is_refused_when_the_graph_is_built(dtype: str, tmp
     matrix = data.tokens(running.matrix_of(tmp_path), model, Sample(8, 16))
     with pytest.raises(ValueError, match=f"dtype='{dtype}' is not known; choose one of auto, float64, float32"):
         calibrate.run(model, matrix, Pass(batch=4, shard=4, dtype=dtype))
+
+
+def test_the_cache_is_asked_for_as_this_release_of_transformers_calls_it(tmp_path: Path) -> None:
+    class Renamed(torch.nn.Module):
+        def forward(self, input_ids: torch.Tensor, cache: Any = None, use_cache: bool = False) -> None: ...
+
+    assert cache_name(Renamed()) == "cache"
+    model = AutoModelForCausalLM.from_pretrained(tiny.write("mixtral", tmp_path / "model"))
+    assert cache_name(model) in model(torch.ones(1, 4, dtype=torch.long), use_cache=True)
