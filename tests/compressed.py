@@ -67,7 +67,9 @@ def compress(folder: Path, out: Path, *, low_rank: bool = True) -> Path:
 def write(tensors: dict[str, Tensor], config: dict[str, Any], out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     names = sorted(tensors)
-    parts = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    stems = sorted({n.rpartition(".")[0] for n in names})  # the two factors of a matrix lie in one file
+    first = {n for n in names if n.rpartition(".")[0] in stems[::2]}
+    parts = {"model-00001-of-00002.safetensors": [*first], "model-00002-of-00002.safetensors": [n for n in names if n not in first]}
     for file, part in parts.items():
         save({n: tensors[n] for n in part}, out / file)
     weight_map = {n: file for file, part in parts.items() for n in part}

@@ -62,19 +62,19 @@ class Layout:
 
     def numbered(self, name: str) -> str:
         """The name on disk, behind the decoder layers, of a tensor that is called `name` in a file."""
-        return _renamed(name, self.apart)
+        return rename(name, self.apart)
 
     def in_file(self, name: str) -> str:
         """The name in a file of a tensor, or of a stack, that is called `name` on disk."""
-        return _renamed(name, [(numbered, file) for file, numbered in self.apart])
+        return rename(name, [(numbered, file) for file, numbered in self.apart])
 
     def here(self, name: str) -> str:
         """The name here of a tensor that is called `name` on disk, and is no stack."""
-        return _renamed(name, self.renamed)
+        return rename(name, self.renamed)
 
     def on_disk(self, name: str) -> str:
         """The name on disk of a tensor that is called `name` here, and is in no stack."""
-        return _renamed(name, [(here, disk) for disk, here in self.renamed])
+        return rename(name, [(here, disk) for disk, here in self.renamed])
 
     def stack(self, name: str) -> tuple[Stacked, int] | None:
         """The stack that is called `name` on disk, with its decoder layer; None if it is no stack."""
@@ -90,7 +90,7 @@ class Layout:
 
     def without_wrapper(self) -> "Layout":
         """The same stacks in a checkpoint of the text model alone, under the names here."""
-        stacked = tuple(replace(s, name=_renamed(s.name, self.renamed)) for s in self.stacked)
+        stacked = tuple(replace(s, name=rename(s.name, self.renamed)) for s in self.stacked)
         return Layout(stacked=stacked, per_expert=self.per_expert, apart=self.plain().apart)
 
     def plain(self) -> "Layout":
@@ -142,7 +142,8 @@ def _beside(stack: Stacked, end: str) -> Stacked:
     return replace(stack, name=stack.name + end, parts=tuple(p + end for p in stack.parts), transposed=turned)
 
 
-def _renamed(name: str, pairs: Iterable[tuple[str, str]]) -> str:
+def rename(name: str, pairs: Iterable[tuple[str, str]]) -> str:
+    """The name with another beginning, by the first pair (before, after) that fits. A beginning may be over {layer}."""
     for before, after in pairs:
         if match := _pattern(before).match(name):
             beginning = after.replace("{layer}", match["layer"]) if "{layer}" in after else after

@@ -41,10 +41,14 @@ def check_rest(config: Config, table: TensorTable, known: Shapes | None = None) 
     if known is None and family.arch.looked_at:
         return
     asked: dict[str, Shape] = dict(rest_shapes(family))
+    tied = bool(config.get("tie_word_embeddings"))
     if known is not None:
         asked = {n: tuple(shape) for n, shape in known.items() if layer_of(n) is None}
-    if config.get("tie_word_embeddings") and HEAD not in table:
+        tied = HEAD not in asked
+    if tied and HEAD not in table:
         asked.pop(HEAD, None)
+    elif tied and EMBEDDING in asked:  # stored all the same
+        asked[HEAD] = asked[EMBEDDING]
     elif HEAD not in table and EMBEDDING in table:
         raise ValueError(f"the checkpoint has no tensor {HEAD}; it is incomplete, or tie_word_embeddings is wrong")
     _compare("the checkpoint", asked, shapes_of(table), config)

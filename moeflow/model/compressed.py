@@ -27,7 +27,6 @@ from transformers import initialization as init
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import cached_file
 
 from moeflow.arch import ARCH, COMPRESSED, FAMILIES, LAYERS, MAIN, Arch, Family
@@ -41,6 +40,7 @@ from moeflow.model.layout import Folder
 from moeflow.model.packed import BESIDE, PACKED, SCALE, SHAPE, logical, packed_shapes, unpack
 from moeflow.model.routed_experts import experts_of
 from moeflow.model.skeleton import layers_of
+from moeflow.model.text_half import language_class
 from moeflow.model.trimmed import take_out
 
 HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -304,7 +304,7 @@ def _balancing(family: Any) -> Callable[..., Any]:
 def _register(arch: Arch) -> Any:
     """Register the classes of a family with transformers. Returns the configuration class."""
     family_config: Any = CONFIG_MAPPING[arch.model_type]
-    family: Any = MODEL_FOR_CAUSAL_LM_MAPPING[family_config]
+    family: Any = language_class(family_config)
     here = {"__module__": __name__}
     types = {LAYERS: list[dict[str, Any]] | None, MAIN: int | None, ARCH: dict[str, Any] | None}
     own = {"model_type": COMPRESSED + arch.model_type, "__annotations__": types} | dict.fromkeys(types)

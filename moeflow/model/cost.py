@@ -5,7 +5,6 @@ from math import prod
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
 import moeflow  # noqa: F401  makes transformers know compressed checkpoints
 from moeflow.arch import Config, Family
@@ -13,6 +12,7 @@ from moeflow.model.factors import expert_shapes, form_of, sizes_of
 from moeflow.model.formats import layer_formats
 from moeflow.model.skeleton import config_of, layers_of
 from moeflow.model.spec import element_bytes
+from moeflow.model.text_half import language_model
 
 
 def active_parameters(config: Config) -> int:
@@ -68,7 +68,7 @@ def _plain(config: Config) -> Config:
 
 def _without_weights(config: Config) -> Any:
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config_of(_plain(config)))
+        return language_model(config_of(_plain(config)))
 
 
 def _not_computed(model: Any, config: Config) -> int:

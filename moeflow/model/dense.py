@@ -9,12 +9,13 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from moeflow.arch import MATRICES, Config, Family, family_config
+from moeflow.arch import ARCH, LAYERS, MATRICES, Config, Family, family_config
+from moeflow.model import skeleton
 from moeflow.model.checkpoint import Tensors, save
 from moeflow.model.factors import IN, OUT, multiplied_out
 from moeflow.model.formats import config_of, format_of
@@ -29,12 +30,16 @@ INDEX = "model.safetensors.index.json"
 def multiply_out(folder: Path) -> dict[str, Any]:
     """Rewrite the checkpoint in `folder`, file by file. Returns the number of matrices multiplied and the bytes before and after.
 
-    If all layers have the same number of experts, the result has the family's own standard format. If factors are packed,
-    everything is unpacked. One file's tensors are in memory at a time. Raises ValueError if the two factors of a matrix lie in
-    different files, OSError if the disk has no room.
+    If all layers have the same number of experts, and transformers reads the family matrix by matrix, the result has the family's
+    own format. If factors are packed, everything is unpacked. Without factors nothing but names is read. One file's tensors are in
+    memory at a time. Raises ValueError if the two factors of a matrix lie in different files, OSError if the disk has no room.
     """
+    tensors = headers(Folder(folder))
+    if not any(n.endswith((OUT, OUT + PACKED)) for n in tensors):  # of any form, such as a multimodal model
+        size = sum(t.nbytes for t in tensors.values())
+        return {"matrices": 0, "before": size, "after": size}
     config = read_config(Folder(folder))
-    family, tensors = Family.of(config), headers(Folder(folder))
+    family = Family.of(config)
     shapes = {n: t.shape for n, t in tensors.items()}
     formats = {i: format_of(shapes, config, i) for i in family.moe_layers}
     packed = any(n.endswith(OUT + PACKED) for n in tensors)
@@ -53,12 +58,28 @@ def multiply_out(folder: Path) -> dict[str, Any]:
     plain = [replace(formats[i], gate=(), up=(), down=()) if i in formats else None for i in range(family.num_layers)]
     if packed:
         config.pop("quantization_config")
-    write(folder / "config.json", config_of(family_config(config), plain))
+    new = config_of(family_config(config), plain)
+    if ARCH in new and LAYERS not in new:
+        alone = {k: v for k, v in new.items() if k != ARCH}
+        new = alone if reads(alone, whole) else config_of(family_config(config), plain, own=True)
+    write(folder / "config.json", new)
     if (folder / INDEX).exists():
         weight_map = {name: whole[name].file for name in sorted(whole)}
         write(folder / INDEX, {"metadata": {"total_size": after}, "weight_map": weight_map})
     matrices = sum(rank > 0 for f in formats.values() for m in MATRICES for rank in f.ranks(m))
     return {"matrices": matrices, "before": before, "after": after}
+
+
+def reads(config: Config, names: Iterable[str]) -> bool:
+    """Whether transformers' own causal language model of a config.json has a place for each tensor, by its name on disk."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    from moeflow.model.structure.building import built
+    from moeflow.model.structure.spelling import loaded_as
+
+    if type(skeleton.config_of(config)) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return False
+    return {*names} == {*loaded_as(built(config, "meta"), names)}
 
 
 def check_room(folder: Path, files: list[str], tensors: Mapping[str, TensorInfo], config: Config) -> None:

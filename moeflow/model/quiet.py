@@ -15,10 +15,13 @@ def quiet() -> Iterator[None]:
 
 
 def load_whole(folder: Path, **options: Any) -> Any:
-    """The model in a checkpoint's folder; `options` are those of `AutoModelForCausalLM.from_pretrained`."""
-    from transformers import AutoModelForCausalLM
+    """The causal language model in a checkpoint's folder; `options` are those of `from_pretrained`."""
+    from transformers import AutoConfig
     from transformers.utils.logging import disable_progress_bar
+
+    from moeflow.model.text_half import language_class
 
     disable_progress_bar()
     with quiet():
-        return AutoModelForCausalLM.from_pretrained(folder, **options)
+        config = AutoConfig.from_pretrained(folder)
+        return language_class(type(config)).from_pretrained(folder, **options)

@@ -80,9 +80,9 @@ class Skeleton:
         return {n: t for n, t in self._around.items() if not n.startswith(tuple(self._embedding))}
 
     def tied(self, name: str) -> str | None:
-        """The name of the embedding's tensor that stands for this one of the head if the checkpoint has none; else None."""
-        head = next((h for h in self._head if name.startswith(h)), None)
-        return None if head is None or not self._embedding else self._embedding[0] + name.removeprefix(head)
+        """The name of the tensor that stands for this one if the checkpoint has none, where config.json ties them; else None."""
+        other: str | None = self.model.all_tied_weights_keys.get(name)
+        return other
 
     def embed(self, values: Mapping[str, Tensor], ids_NL: Tensor) -> Tensor:
         """Hidden states before the first layer, computed with the tensors `before`."""

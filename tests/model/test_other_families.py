@@ -21,7 +21,7 @@ from moeflow.model.checkpoint import Tensors, of_experts, read_moe, save
 from moeflow.model.formats import Format, config_of
 from moeflow.model.layout import Folder, file_of, read_config
 from moeflow.model.spec import Recording
-from moeflow.model.stream import HIDDEN
+from moeflow.model.stream import HIDDEN, Stream
 from moeflow.model.trimmed import returns_a_tuple
 from tests import compressed, normal
 from tests.model.test_families import equal_whole, streamed
@@ -199,6 +199,24 @@ def test_a_compressed_checkpoint_loads_whole_and_saves_what_it_was(name: str, wr
     model.save_pretrained(tmp_path / "saved")
     before, after = Tensors(made), Tensors(tmp_path / "saved")
     assert set(before) == set(after) and all(torch.equal(before[n], after[n]) for n in before)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@torch.inference_mode()
+def test_the_embedding_is_the_head_where_config_json_ties_them_alone(tied: bool, written: Written) -> None:
+    """Else a head that is missing is told, by its name."""
+    folder = written("glm4_moe")
+    tensors = {n: t for n, t in Tensors(folder).items() if n != "lm_head.weight"}
+    stream = Stream(read_config(Folder(folder)) | {"tie_word_embeddings": tied}, dtype="float32")
+    if not tied:
+        with pytest.raises(ValueError, match=r"has no tensor lm_head.weight, which its config.json asks for"):
+            stream.logits(tensors)
+        return
+    x_NLD = torch.randn(1, 3, 32)
+    expected = Stream(read_config(Folder(folder)), dtype="float32").logits(
+        tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]}
+    )
+    assert torch.equal(stream.logits(tensors)(x_NLD), expected(x_NLD))
 
 
 @pytest.mark.parametrize("name", some("gpt_oss", "nemotron_h", "granitemoe", "llama4_text"))

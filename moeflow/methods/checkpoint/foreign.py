@@ -23,13 +23,9 @@ KEY = "transformers_weights"
 WRITTEN_ANEW = ("config.json", INDEX, HISTORY)
 """The files that the new checkpoint has of its own."""
 
-IGNORED = (
-    r"rotary_emb\.(original_)?inv_freq",  # PreTrainedModel, of every model with rotary embeddings; GteModel
-    r"(attention|attn)\.(masked_)?bias",  # GPTNeoXPreTrainedModel, DecisionTransformerGPT2: the causal mask as a buffer
-)
-"""Buffers that transformers leaves out without a word when it loads a checkpoint: the patterns for the buffers of decoders in its
-classes' `_keys_to_ignore_on_load_unexpected`. They are matched at the end of a name."""
-_IGNORED = re.compile(rf"(.*\.)?(self_)?({'|'.join(IGNORED)})")
+IGNORED = re.compile(r"(.*\.)?rotary_emb\.inv_freq")
+"""The buffers that transformers leaves out without a word when it loads a model with rotary embeddings. No family that moeflow
+works on ignores others, such as the causal mask that a GPT-NeoX has as `attention.bias`."""
 
 WRAPPED = {
     r"(.*\.)?(lora_\w+|base_layer|modules_to_save)(\..*)?": "an adapter that is not merged: call merge_and_unload() and save again",
@@ -65,9 +61,12 @@ def shards_of(source: "Source", config: Config, index: Mapping[str, str] | None)
     return [SINGLE] if SINGLE in held else sorted(held)
 
 
-def without_buffers(tensors: dict[str, TensorInfo]) -> tuple[dict[str, TensorInfo], str]:
-    """The tensors without those that transformers ignores, and a note of these; "" if there are none."""
-    buffers = sorted(n for n in tensors if _IGNORED.fullmatch(n))
+def without_buffers(tensors: dict[str, TensorInfo], beside: tuple[str, ...]) -> tuple[dict[str, TensorInfo], str]:
+    """The tensors without those of the text model that transformers ignores, and a note of these; "" if there are none.
+
+    `beside`: how the names begin of what is no part of the text model, and is left alone.
+    """
+    buffers = sorted(n for n in tensors if IGNORED.fullmatch(n) and not n.startswith(beside))
     if not buffers:
         return tensors, ""
     note = f"left out, as transformers leaves them out: {some(buffers)}"

@@ -40,8 +40,9 @@ def pinned(source: Source, *, mtp: Mtp | None = None, found: Found | None = None
     if (mtp := mtp or source.mtp) not in get_args(Mtp):
         raise ValueError(f"mtp={mtp!r}; choose 'drop', 'keep' or 'prune'")
     adapters.check(source)
-    stored, ignored = foreign.without_buffers(reading.tensors_of(source))
+    stored = reading.tensors_of(source)
     found = found or reading.looked_at(source, stored)
+    stored, ignored = foreign.without_buffers(stored, found.layout.beside if found else ())
     whole, config = reading.config_of(source, found)
     family = Family.of(config)
     small = sorted(f.name for f in source.files if named_like(f.name, TRAVELLING) and not f.name.endswith(".py"))

@@ -9,9 +9,10 @@ from torch import Tensor
 from moeflow.arch import Arch, Config, Layout
 from moeflow.model.structure.anatomy import Anatomy, Unknown, dissected, is_experts
 from moeflow.model.structure.building import built, experts_key, inside_of, text_of, top_k_key
-from moeflow.model.structure.names import LAYER, OUT, Names, named, saved, scrambled, unstacked
+from moeflow.model.structure.names import LAYER, OUT, Names, named, ours_of, saved, scrambled, unstacked
 from moeflow.model.structure.proof import prove
 from moeflow.model.structure.routing import routed
+from moeflow.model.structure.spelling import loaded_as, spelled
 from moeflow.model.structure.tiny import EXPERTS, tiny
 
 LARGE = 1 << 26  # parameters of a model that is called tiny
@@ -49,10 +50,11 @@ def look(config: Config, stored: Iterable[str] | None = None) -> Answer:
     model = built(small)
     anatomy = dissected(model, EXPERTS)
     scrambled(model, anatomy.vectors)
-    names = _fitting(model, anatomy, None if stored is None else {*stored}, config)
-    whole = _Whole.of(config, anatomy, int(text[key]))
+    real = built(config, "meta")
+    names = _fitting(model, anatomy, None if stored is None else {*stored}, real)
+    whole = _Whole.of(real, anatomy, int(text[key]))
     arch = _arch(anatomy, names, whole, text, key, chosen)
-    layout = replace(names.layout, inside=inside, beside=_beside(model, anatomy))
+    layout = replace(names.layout, inside=inside)
     little = text_of(small, inside)
     tensors = normal(model, anatomy, names)
     layer = anatomy.moe[-1]
@@ -75,8 +77,7 @@ class _Whole:
     tied: frozenset[str]
 
     @staticmethod
-    def of(config: Config, anatomy: Anatomy, experts: int) -> "_Whole":
-        model = built(config, "meta")
+    def of(model: Any, anatomy: Anatomy, experts: int) -> "_Whole":
         moe: dict[int, int] = {}
         for name, module in model.named_modules():
             if name.startswith(f"{anatomy.stack}.") and is_experts(module):
@@ -95,7 +96,7 @@ class _Whole:
         """The shapes of all tensors but the routed experts, by our names; those that are tied to others left out."""
         shapes = {}
         for name, tensor in self.state.items():
-            ours = _ours(name, anatomy, names)
+            ours = ours_of(name, anatomy, names)
             if ours is not None and name not in self.tied:
                 shapes[ours] = list(tensor.shape)
         return shapes
@@ -104,7 +105,7 @@ class _Whole:
 def normal(model: Any, anatomy: Anatomy, names: Names) -> dict[str, Tensor]:
     """The tensors of the text model by our names, each matrix of each expert for itself."""
     state = model.state_dict()
-    tensors = {ours: t for name, t in state.items() if (ours := _ours(name, anatomy, names)) is not None}
+    tensors = {ours: t for name, t in state.items() if (ours := ours_of(name, anatomy, names)) is not None}
     for layer in anatomy.moe:
         matrices, biases = unstacked(anatomy.layer(model, layer).get_submodule(f"{anatomy.block}.experts"))
         for templates, pieces in ((names.experts, matrices), (names.biases, biases)):
@@ -112,18 +113,6 @@ def normal(model: Any, anatomy: Anatomy, names: Names) -> dict[str, Tensor]:
                 for expert, tensor in enumerate(each):
                     tensors[f"{LAYER}{layer}.{template.format(expert=expert)}"] = tensor.contiguous()
     return tensors
-
-
-def _ours(name: str, anatomy: Anatomy, names: Names) -> str | None:
-    """Our name of a tensor in memory; None for a stack of experts, and for what is no part of the text model."""
-    if f".{anatomy.block}.experts." in name:
-        return None
-    if name.startswith(f"{anatomy.stack}."):
-        number, _, inside = name.removeprefix(f"{anatomy.stack}.").partition(".")
-        return f"{LAYER}{number}.{names.inside(inside)}"
-    places = {anatomy.embedding: "model.embed_tokens", anatomy.final_norm: "model.norm", anatomy.head: "lm_head"}
-    module, _, last = name.rpartition(".")
-    return f"{places[module]}.{last}" if module in places else None
 
 
 def _arch(anatomy: Anatomy, names: Names, whole: _Whole, text: Config, key: str, chosen: str) -> Arch:
@@ -165,22 +154,18 @@ def _width(model: Any, anatomy: Anatomy) -> int:
     return int(matrices["down"][0].shape[1])
 
 
-def _beside(model: Any, anatomy: Anatomy) -> tuple[str, ...]:
-    """The beginnings of the names of what is no part of the text model, in memory and on disk alike."""
-    body = f"{anatomy.stack.rpartition('.')[0]}."
-    places = {anatomy.embedding, anatomy.final_norm, anatomy.head}
-    others = [n for n in model.state_dict() if not n.startswith(body) and n.rpartition(".")[0] not in places]
-    return tuple(sorted({".".join(n.split(".")[:2]) + "." for n in others}))
+def _fitting(model: Any, anatomy: Anatomy, stored: set[str] | None, real: Any) -> Names:
+    """The names that the checkpoint has: as transformers writes its original format, as it holds the model, or expert by expert.
 
-
-def _fitting(model: Any, anatomy: Anatomy, stored: set[str] | None, config: Config) -> Names:
-    """The names that the checkpoint has: as transformers writes its original format, as it holds the model, or expert by expert."""
+    `real`: the model of the checkpoint's own config.json, without weights; it says how `stored` is read.
+    """
     unknown: Unknown | None = None
     found: list[Names] = []
     alone = False  # whether transformers reads and writes a tensor for each matrix of an expert
     for original in (True, False):
         try:
-            names = named(model, anatomy, saved(model, original=original))
+            disk = saved(model, original=original)
+            names = spelled(named(model, anatomy, disk), anatomy, loaded_as(model, disk))
             alone = alone or not names.layout.stacked
             found.append(replace(names, layout=replace(names.layout, per_expert=alone)))
         except Unknown as error:
@@ -189,7 +174,8 @@ def _fitting(model: Any, anatomy: Anatomy, stored: set[str] | None, config: Conf
         raise unknown or Unknown("nothing was saved")
     if stored is None:
         return found[0]
-    candidates = [v for names in found for v in (names, _alone(names))]
+    memory = loaded_as(real, stored)
+    candidates = [spelled(v, anatomy, memory) for names in found for v in (names, _alone(names))]
     scores = [sum(t in stored for t in _expected(v, anatomy)) for v in candidates]
     return candidates[scores.index(max(scores))]
 

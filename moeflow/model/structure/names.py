@@ -71,7 +71,7 @@ def named(model: Any, anatomy: Anatomy, disk: Mapping[str, Tensor]) -> Names:
     for name, tensor in state.items():
         if name.startswith(f"{anatomy.stack}.") and f".{anatomy.block}.experts." not in name:
             number, _, inside = name.removeprefix(f"{anatomy.stack}.").partition(".")
-            before, number_there, there = _split(found.whole(name, tensor), number)
+            before, number_there, there = split(found.whole(name, tensor), number)
             stacks.add(before)
             if inner.setdefault(inside, there) != there:
                 raise Unknown(f"{inside} is called {there} in layer {number_there} and {inner[inside]} in another")
@@ -107,7 +107,7 @@ class _Found:
         return tuple(tensor.shape), tensor.float().contiguous().numpy().tobytes()
 
 
-def _split(name: str, number: str) -> tuple[str, str, str]:
+def split(name: str, number: str) -> tuple[str, str, str]:
     """A name on disk as what is before the layer's number, that number, and what is behind it."""
     match = re.match(rf"(.*?\.|){number}\.(.+)", name)
     if match is None:
@@ -123,17 +123,17 @@ def _experts(
     matrices, biases = unstacked(module)
     each = {m: found.same(pieces[1]) for m, pieces in matrices.items()}
     if all(each.values()):
-        names = tuple(_template(_split(str(each[m]), number)[2]) for m in matrices)
+        names = tuple(_template(split(str(each[m]), number)[2]) for m in matrices)
         held = {m: found.same(pieces[1]) for m, pieces in biases.items()}
         if not all(held.values()):
             raise Unknown("the experts' matrices lie alone on disk, and their biases do not")
-        return names, tuple(_template(_split(str(held[m]), number)[2]) for m in biases), ()
+        return names, tuple(_template(split(str(held[m]), number)[2]) for m in biases), ()
     layouts: list[Stacked] = []
     wholes: dict[str, str] = {}
     for ends, pieces in ((".weight", matrices), (".bias", biases)):
         for group in _groups(pieces):
             name, transposed, interleaved = _stacked(found, [pieces[m] for m in group], "and".join(group))
-            inside = _split(name, number)[2]
+            inside = split(name, number)[2]
             stem = inside.partition(".experts.")[0] if ".experts." in inside else inside.rpartition(".")[0].rpartition(".")[0]
             parts = {m: f"{stem}.experts.{{expert}}.{m}_proj{ends}" for m in group}
             wholes |= {m + ends: part for m, part in parts.items()}
@@ -206,10 +206,22 @@ def _template(inside: str) -> str:
     return ".".join(parts)
 
 
+def ours_of(name: str, anatomy: Anatomy, names: Names) -> str | None:
+    """Our name of a tensor in memory; None for a stack of experts, and for what is no part of the text model."""
+    if f".{anatomy.block}.experts." in name:
+        return None
+    if name.startswith(f"{anatomy.stack}."):
+        number, _, inside = name.removeprefix(f"{anatomy.stack}.").partition(".")
+        return f"{LAYER}{number}.{names.inside(inside)}"
+    places = {anatomy.embedding: EMBED, anatomy.final_norm: NORM, anatomy.head: OUT}
+    module, _, last = name.rpartition(".")
+    return f"{places[module]}{last}" if module in places else None
+
+
 def _pairs(inner: Mapping[str, str]) -> Pairs:
     """The beginnings (on disk, in memory) that differ, longest first, so that the first that fits is right for every name."""
     different = {here: there for here, there in inner.items() if here != there}
-    short = {_shortened(there, here) for here, there in different.items()}
+    short = {shortened(there, here) for here, there in different.items()}
     for pairs in (short, {(there, here) for here, there in different.items()}):
         ordered = tuple(sorted(pairs, key=lambda p: (-len(p[1]), p)))
         if all(_first(ordered, here, 1) == there and _first(ordered, there, 0) == here for here, there in inner.items()):
@@ -217,7 +229,7 @@ def _pairs(inner: Mapping[str, str]) -> Pairs:
     raise Unknown("names inside a layer differ on disk, and no rule over their beginnings says how")
 
 
-def _shortened(disk: str, memory: str) -> tuple[str, str]:
+def shortened(disk: str, memory: str) -> tuple[str, str]:
     """The two names without the parts that both end with; at least one part of each is left."""
     there, here = disk.split("."), memory.split(".")
     ends = ""

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from moeflow.cli import app
 from moeflow.methods.graph import Model
 from moeflow.step import Step
-from tests import running, tiny
+from tests import layouts, running, tiny
 from tests.making import folder
 from tests.methods.checkpoint.test_pinned import sharded
 from tests.models import pulled
@@ -109,12 +109,30 @@ def test_a_plan_and_a_run_tell_what_stays_behind(source: Path, tmp_path: Path, m
 @pytest.mark.parametrize("family", tiny.families())
 def test_buffers_that_transformers_ignores_are_left_out_and_named(family: str, tmp_path: Path) -> None:
     source = tiny.write(family, tmp_path / "model")
-    for name in (BUFFER, "model.rotary_emb.inv_freq", "model.layers.0.self_attn.masked_bias", "model.layers.2.self_attn.bias"):
+    for name in (BUFFER, "model.rotary_emb.inv_freq"):
         also(source / "model.safetensors", **{name: torch.ones(4)})
     model = model_in(source)
-    assert "model.rotary_emb.inv_freq" in notes(model) and "model.layers.2.self_attn.bias" in notes(model)
+    assert "model.rotary_emb.inv_freq" in notes(model) and BUFFER in notes(model)
     held = {n for s in (model.rest, *model.layers) for n in s.spec.output.tensors}
-    assert held and not any(n.endswith(("inv_freq", "masked_bias", "attn.bias")) for n in held)
+    assert held and not any(n.endswith("inv_freq") for n in held)
+
+
+@pytest.mark.parametrize("name", ["self_attn.bias", "self_attn.masked_bias", "self_attn.rotary_emb.original_inv_freq"])
+def test_what_transformers_ignores_in_other_families_only_is_refused(name: str, source: Path) -> None:
+    also(source / "model.safetensors", **{f"model.layers.1.{name}": torch.ones(4)})
+    with pytest.raises(ValueError, match=rf"layer 1 has model.layers.1.{name}, which config.json leaves no place for"):
+        model_in(source)
+
+
+@pytest.mark.parametrize("name", ["attn.bias", "attention.masked_bias", "rotary_emb.inv_freq", "self_attn.rotary_emb.inv_freq"])
+def test_nothing_beside_a_text_model_is_ignored(name: str, tmp_path: Path) -> None:
+    """Whatever it is called: a vision tower's bias is one of its weights."""
+    source, name = layouts.write("qwen3_vl_moe", tmp_path / "model"), f"model.visual.blocks.0.{name}"
+    buffer = BUFFER.replace("model.", "model.language_model.")
+    also(source / "model.safetensors", **{name: torch.ones(4), buffer: torch.ones(4)})
+    model = layouts.model_in(source, layouts.KINDS["qwen3_vl_moe"].found)
+    assert buffer in notes(model) and name not in notes(model)
+    assert torch.equal(layouts.raw(pulled(store_in(tmp_path), model, tmp_path))[name], torch.ones(4))
 
 
 def test_transformers_loads_a_result_without_a_remark_whose_source_had_buffers(source: Path, tmp_path: Path) -> None:
