@@ -22,7 +22,7 @@ from moeflow.arch.layout import Layout
 from moeflow.arch.spec import ARCH, COMPRESSED, Arch, Config
 from moeflow.home import home
 
-LOOK = 1  # of what is asked and answered; another number asks again
+LOOK = 2  # of what is asked and answered; another number asks again
 SECONDS = 900
 
 
