@@ -41,8 +41,8 @@ def reference_layer(moe: MoELayer, layer: int) -> MoELayer:
     return replace(moe, experts=tuple(experts))
 
 
-def compress(folder: Path, out: Path, *, low_rank: bool = True) -> Path:
-    """The checkpoint of the experts in `KEPT`, cut to these ranks unless not `low_rank`, in two files and an index."""
+def compress(folder: Path, out: Path) -> Path:
+    """The checkpoint of the experts in `KEPT`, cut to their ranks, in two files and an index."""
     config, tensors = read_config(Folder(folder)), Tensors(folder)
     family = Family.of(config)
     found = {n: t for n, t in tensors.items() if ".layers." not in n}
@@ -53,7 +53,7 @@ def compress(folder: Path, out: Path, *, low_rank: bool = True) -> Path:
         here = {}
         for old, (new, sliced) in kept(stored, config, layer, KEPT[layer]).items():
             here[new] = of_experts(tensors[old], KEPT[layer]) if moe and sliced else tensors[old]
-        for expert in range(len(KEPT[layer]) if moe and low_rank else 0):
+        for expert in range(len(KEPT[layer]) if moe else 0):
             for name, rank in zip(names := family.expert(layer, expert), ranks_of(layer, expert)[-len(names) :], strict=True):
                 if rank:
                     cut = factor(here.pop(name), rank)

@@ -105,7 +105,10 @@ FAMILIES: dict[str, tuple[Arch, dict[str, Any]]] = {
         ),
     ),
     "glm_moe_dsa": (
-        _arch("glm_moe_dsa", router_bias=_MLP + _BIAS, shared=_matrices(_MLP + ".shared_experts"), moe=(1, 2), **_SIGMOID),
+        _arch(
+            "glm_moe_dsa", router_bias=_MLP + _BIAS, shared=_matrices(_MLP + ".shared_experts"), moe=(1, 2),
+            handed_on="index_topk", **_SIGMOID,
+        ),
         dict(
             _EXPERTS, n_routed_experts=8, n_shared_experts=1, mlp_layer_types=["dense", "sparse", "sparse"], n_group=1,
             topk_group=1, index_topk=4, index_head_dim=16, index_n_heads=2, indexer_types=["full", "shared", "shared"], **MLA,

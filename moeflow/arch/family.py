@@ -8,8 +8,12 @@ from moeflow.arch.families import ALIASES, FAMILIES
 from moeflow.arch.spec import ARCH, COMPRESSED, EXPERT_COUNT_KEYS, LAYERS, MAIN, MATRICES, Arch, Config, is_number, layer_of
 
 Kind = Literal["attention", "router", "experts", "shared", "dense", "compressed", "fixed", "norm", "rest"]
-"""What a tensor is part of. "compressed": the vectors of Compressed Experts; "fixed": what has no gradient, the threshold of
-skipping and the router's bias; "norm": a norm of a decoder layer; "rest": embedding, final norm and head."""
+"""What a tensor is part of. "attention": also what a hybrid has in its place; "compressed": the vectors of Compressed Experts;
+"fixed": what has no gradient, the threshold of skipping and the router's bias; "norm": a norm of a decoder layer; "rest":
+embedding, final norm and head."""
+
+DENSE = ("mlp", "feed_forward", "ffn")
+"""Parts of the names of dense networks that lie beside the MoE block."""
 
 LISTS = ("layers_block_type", "layer_types", LAYERS)
 """Keys of config.json for lists with an entry for each decoder layer."""
@@ -152,30 +156,9 @@ class Family:
         """The names of an expert's matrices, in the order of `Arch.experts`: `MATRICES`, without a gate if it has none."""
         return MATRICES if self.gated else MATRICES[1:]
 
-    def with_fewer_layers(self, drop: int) -> Config:
-        """The configuration of the same model with `drop` decoder layers fewer.
-
-        Raises ValueError if it would depend on which of the layers after the dense first ones are dropped.
-        """
-        config, count, moe = self.config, self.num_layers, self.moe_layers
-        if config.get("use_sliding_window") and 0 < int(config.get("max_window_layers") or 0) < count:
-            raise ValueError(
-                f"max_window_layers={config['max_window_layers']}: attention differs by layer; a layer cannot take another's place"
-            )
-        shorter = config | {"num_hidden_layers": count - drop}
-        for name, value in config.items():
-            if isinstance(value, list) and len(value) == count and name != "mlp_only_layers":
-                if any(v != value[0] for v in value):
-                    raise ValueError(
-                        f"{name} differs by layer: a layer cannot take another's place; drop MoE blocks (Layer Drop) instead"
-                    )
-                shorter[name] = value[: count - drop]
-        if Family(self.arch, shorter).moe_layers != list(range(moe[0], count - drop)):
-            raise ValueError(
-                f"layers {[i for i in range(moe[0], count) if i not in moe]} have no experts, and config.json tells them by "
-                "number: another layer cannot take their place; drop MoE blocks (Layer Drop) instead"
-            )
-        return shorter
+    def handed_on(self, length: int) -> int:
+        """How many numbers of 4 bytes, beside hidden states, a layer hands on to the next for each of a sequence's tokens."""
+        return min(int(self.config[self.arch.handed_on]), length) if self.arch.handed_on else 0
 
     # How many experts may stay
 
@@ -314,9 +297,21 @@ class Family:
             return "router"
         if name in (*self.shared(layer), self.shared_gate(layer)):
             return "shared"
-        if inside.startswith(f"{self.arch.attention}."):
-            return "attention"
-        return "dense" if inside.startswith(f"{self.arch.block}.") else "norm"
+        return self._kind_beside(inside, layer)
+
+    def _kind_beside(self, inside: str, layer: int) -> Kind:
+        """The kind of a tensor that is of no expert or router, by its name inside its layer.
+
+        Hybrids have Mamba, linear attention or convolutions in the attention's place, under a name of their own, or, in the layers
+        without experts, under that of the block.
+        """
+        module, block, attention = inside.split(".")[0], self.arch.block, self.arch.attention
+        if module == block:
+            of_mlp = layer in self.moe_layers or any(inside.split(".")[1] == name.split(".")[-2] for name in self.arch.experts)
+            return "dense" if block != attention or of_mlp else "attention"
+        if module != attention and "norm" in module:
+            return "norm"
+        return "dense" if module != attention and any(word in module for word in DENSE) else "attention"
 
     def in_expert(self, name: str) -> bool:
         """Whether the tensor with this name on disk is part of an expert, routed or shared."""
@@ -368,7 +363,7 @@ class Family:
         if layer is None:
             return module
         inside, block = module.removeprefix(self.prefix(layer)), self.moe(layer).removeprefix(self.prefix(layer))
-        if inside.startswith(f"{self.arch.attention}."):
+        if inside.startswith(f"{self.arch.attention}.") and self.arch.attention != self.arch.block:
             return f"re:.*{self.arch.attention}.*"
         either = block if block == f"{self.arch.block}." else f"({block[:-1]}|{self.arch.block})."
         if inside.startswith(block):

@@ -91,6 +91,7 @@ class Arch:
     )
     expert_width: int | None = None  # F; None: what config.json says
     rest: tuple[tuple[str, str], ...] = ()  # (on disk, in memory): beginnings of names that differ, those of all layers among them
+    handed_on: str = ""  # the key of config.json for how many numbers of 4 bytes a layer hands on to the next for each token
     looked_at: bool = False  # found by structure: what else a layer has is known by looking, not by the fields above
 
     def to_json(self) -> dict[str, Any]:

@@ -1,6 +1,10 @@
 """The cost of one token: parameters, operations and cache, counted from the model's config.json alone."""
 
-from dataclasses import replace
+import inspect
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cache
 from math import prod
 from typing import Any
 
@@ -29,37 +33,60 @@ def forward_flops(config: Config, length: int) -> int:
     """The floating-point operations of a forward pass over one sequence of `length` tokens.
 
     Two for each weight of each matrix that a token is multiplied with, and those of attention over all pairs of positions, masked
-    or not. Norms, activations, the rotary embedding and softmax are left out. Counted so, Mixtral-8x7B takes 54.4 TFLOPs at 2,048
-    tokens (He et al., arXiv 2406.02500, Table 3).
+    or not. Norms, activations, the rotary embedding, softmax, and the states of layers that have no attention (Mamba, linear
+    attention) are left out. Counted so, Mixtral-8x7B takes 54.4 TFLOPs at 2,048 tokens (He et al., arXiv 2406.02500, Table 3).
     """
     model = _without_weights(config)
     embedding = model.get_input_embeddings().weight
     matrices = sum(p.numel() for p in model.parameters() if p.dim() > 1 and p is not embedding)
     if config.get("tie_word_embeddings"):
         matrices += model.get_input_embeddings().weight.numel()
-    heads, keys, values = _heads(model.config, config)
-    attention = 2 * length * length * heads * (keys + values) * Family.of(config).num_layers
+    attention = 2 * length * length * sum(a.heads for a in _attentions(model))
     return 2 * length * (matrices + _not_computed(model, config)) + attention
 
 
 def cache_bytes(config: Config) -> int:
-    """The bytes of one token in the key-value cache of transformers, in the checkpoint's precision."""
-    hf: Any = config_of(_plain(config))
-    if config.get("kv_lora_rank"):  # what keys and values are computed from (DeepSeek-V2, arXiv 2405.04434, 2.1)
-        width = hf.kv_lora_rank + hf.qk_rope_head_dim
-    else:
-        heads, keys, values = _heads(hf, config)
-        width = int(getattr(hf, "num_key_value_heads", None) or heads) * (keys + values)
-    return int(width) * Family.of(config).num_layers * element_bytes(config, "auto")
+    """The bytes of one token in the key-value cache of transformers, in the checkpoint's precision.
+
+    Layers that have a state of fixed size in the attention's place (Mamba, linear attention, convolutions) add nothing.
+    """
+    return sum(a.cached for a in _attentions(_without_weights(config))) * element_bytes(config, "auto")
 
 
-def _heads(hf: Any, config: Config) -> tuple[int, int, int]:
-    """The number of attention heads of a layer, and the widths of a key and a value."""
-    heads = int(hf.num_attention_heads)
-    if config.get("kv_lora_rank"):  # multi-head latent attention
-        return heads, int(hf.qk_nope_head_dim) + int(hf.qk_rope_head_dim), int(hf.v_head_dim)
-    width = int(getattr(hf, "head_dim", None) or hf.hidden_size // heads)
-    return heads, width, width
+@dataclass(frozen=True)
+class _Attention:
+    """What one layer's attention has of a token: numbers in the cache, and in the keys and values of all heads together."""
+
+    cached: int
+    heads: int
+
+
+def _attentions(model: Any) -> Iterator[_Attention]:
+    """Those of all decoder layers; a layer of a hybrid may have none."""
+    for layer in layers_of(model):
+        for module in layer.modules():
+            if _caches(type(module).forward):
+                yield _attention(module, model.config)
+
+
+@cache
+def _caches(forward: Callable[..., Any]) -> bool:
+    """Whether a module with this method keeps keys and values of every token, by the text of its code."""
+    inside = inspect.unwrap(forward)
+    return inside.__module__.startswith("transformers.models.") and re.search(r"\.update\(", inspect.getsource(inside)) is not None
+
+
+def _attention(module: Any, hf: Any) -> _Attention:
+    if hasattr(module, "kv_a_proj_with_mqa"):  # keys and values are computed from a shorter vector (arXiv 2405.04434, 2.1)
+        query = module.q_b_proj if hasattr(module, "q_b_proj") else module.q_proj
+        indexed = module.indexer.wk.out_features if getattr(module, "indexer", None) is not None else 0
+        return _Attention(module.kv_a_proj_with_mqa.out_features + indexed, query.out_features + module.o_proj.in_features)
+    if hasattr(module, "k_proj") and hasattr(module, "v_proj"):
+        keys, values, groups = module.k_proj.out_features, module.v_proj.out_features, module.num_key_value_groups
+        return _Attention(keys + values, groups * (keys + values))
+    width = int(getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads)
+    each = int(getattr(hf, "num_key_value_heads", None) or hf.num_attention_heads)
+    return _Attention(2 * width * each, 2 * width * int(hf.num_attention_heads))
 
 
 def _plain(config: Config) -> Config:

@@ -16,12 +16,16 @@ def on_device(tensors: int) -> int:
     return CONTEXT + int(MARGIN * tensors)
 
 
-def passing(layers: Sequence[LayerSpec], tokens: int, dtype: str, *, copies: int = 1, recorded: bool = False) -> int:
+def passing(
+    layers: Sequence[LayerSpec], tokens: int, dtype: str, *, handed_on: int = 0, copies: int = 1, recorded: bool = False
+) -> int:
     """The bytes of tensors while a batch of `tokens` runs through one of these layers after the other, the largest alone.
 
-    `copies`: how often the layer's weights are there; `recorded`: every routed expert's output is kept until it is measured.
+    `handed_on`: the numbers of 4 bytes that a layer takes and gives for each token beside hidden states; `copies`: how often the
+    layer's weights are there; `recorded`: every routed expert's output is kept until it is measured.
     """
-    return max(copies * layer.loaded(dtype) + tokens * _per_token(layer, dtype, recorded) for layer in layers)
+    more = 2 * 4 * handed_on
+    return max(copies * layer.loaded(dtype) + tokens * (_per_token(layer, dtype, recorded) + more) for layer in layers)
 
 
 def _per_token(layer: LayerSpec, dtype: str, recorded: bool) -> int:

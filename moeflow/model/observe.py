@@ -17,6 +17,7 @@ from moeflow.arch import FAMILIES, Family
 from moeflow.model.checkpoint import activation
 from moeflow.model.factors import experts_in_memory
 from moeflow.model.moe import MoELayer
+from moeflow.model.routed_experts import RoutedExperts
 from moeflow.model.spec import Recording
 from moeflow.model.stream import EXPERTS
 
@@ -136,7 +137,9 @@ class Recorder:
         router = self.moe.router
         weights_Tk, index_Tk = router.choose(logits_TE)
         y_TkD = x_TD.new_zeros(*index_Tk.shape, x_TD.shape[1])
-        for e, expert in enumerate(experts_in_memory(experts, activation(self.family.config))):
+        act = activation(self.family.config)
+        each = experts.mlps(act) if isinstance(experts, RoutedExperts) else experts_in_memory(experts, act)
+        for e, expert in enumerate(each):
             token, slot = torch.where(index_Tk == e)
             y_TkD[token, slot] = expert(self.moe.expert_input(x_TD[token], logits_TE[token], e))
         of_input = router.scores(logits_TE).gather(-1, index_Tk) if router.arch.weighs_input else None

@@ -17,7 +17,7 @@ from moeflow.model.checkpoint import activation
 from moeflow.model.factors import PLAIN, Form, form_of, sizes_of, stacks
 from moeflow.model.fewer_active import CompressedExperts, Scales, Skip
 from moeflow.model.formats import Format
-from moeflow.model.moe import Clamped
+from moeflow.model.moe import MLP, Activation, Clamped, LowRank
 
 Product = Callable[[Tensor, Tensor], Tensor]
 """Multiplies rows [S, N] with a matrix [M, N], or each row with its expert's matrix in a stack [E, M, N]."""
@@ -27,7 +27,8 @@ UPCAST_ROWS = 4
 
 
 class RoutedExperts(nn.Module):
-    """A layer's routed experts, called like transformers' own: (x [T, D], index [T, k], weights [T, k]) to [T, D].
+    """A layer's routed experts, called like transformers' own: (x [T, D], index [T, k], weights [T, k]) to [T, D]. Where a family
+    weighs inputs, it is called with those of every expert, one expert after the other: x [E T, D] to [E T, D].
 
     Its parameters are stacks [E, M, N] (`factors.Stack`): `gate_up_proj` and `down_proj` of the experts with whole matrices,
     `gate_up_in`, `gate_up_out`, `down_in` and `down_out` of the others, padded with zeros to the same rank; `up` in place of
@@ -54,7 +55,9 @@ class RoutedExperts(nn.Module):
             self.register_parameter(stack.name, nn.Parameter(torch.zeros(stack.shape(format, width, inner))))
         self.skip, self.compressed = skip, compressed
 
-    def forward(self, x_TD: Tensor, index_Tk: Tensor, weights_Tk: Tensor) -> Tensor:
+    def forward(self, x_TD: Tensor, index_Tk: Tensor | None = None, weights_Tk: Tensor | None = None) -> Tensor:
+        if index_Tk is None or weights_Tk is None:
+            return self._each_its_own(x_TD)
         scales = None
         if self.compressed is not None:
             weights_Tk, index_Tk, scales = self.compressed(weights_Tk, index_Tk)
@@ -67,9 +70,7 @@ class RoutedExperts(nn.Module):
         if self.skip is not None:  # skipped pairs are at the end, and are cut off
             computed = int(counts_E.sum())
             expert_S, order_S = expert_S[:computed], order_S[:computed]
-        work = self._together if in_one_kernel(x_TD) else self._one_by_one
-        dtype = next(p.dtype for p in self.parameters(recurse=False))
-        y_SD = work(x_TD.to(dtype), order_S // k, scales, expert_S, counts_E)
+        y_SD = self._outputs(x_TD, order_S // k, scales, expert_S, counts_E)
         if len(order_S) < tokens * k:
             y_TkD = y_SD.new_zeros(tokens * k, y_SD.shape[1]).index_copy(0, order_S, y_SD).view(tokens, k, -1)
         else:
@@ -79,6 +80,31 @@ class RoutedExperts(nn.Module):
         if self.recorder is not None:
             self.recorder.pairs(y_TkD, index_Tk, weights_Tk)
         return (y_TkD * weights_Tk.unsqueeze(-1)).sum(dim=1).to(x_TD.dtype)
+
+    def mlps(self, act: Activation) -> Iterator[MLP]:
+        """The experts one after the other; they share this module's memory."""
+        for e, (first, first_out, down, down_out) in enumerate(self._matrices()):
+            count = 2 if self.form.gated else 1
+            parts = first.chunk(count, dim=-2)
+            outs = (None,) * count if first_out is None else first_out.chunk(count, dim=-2)
+            pairs = zip((*parts, down), (*outs, down_out), strict=True)
+            *gate, up, last = (inner if out is None else LowRank(out, inner) for inner, out in pairs)
+            biases: tuple[Tensor, ...] = ()
+            if self.form.biased:
+                first_bias, down_bias = (getattr(self, f"{stem}_proj_bias")[e] for stem in (self.first, "down"))
+                biases = (*first_bias.chunk(count), down_bias)
+            yield MLP(gate[0] if gate else None, up, last, act, biases)
+
+    def _each_its_own(self, x_SD: Tensor) -> Tensor:
+        """Rows that lie in as many equal parts as there are experts, each part through its expert, [S, D]."""
+        each = len(x_SD) // self.num_experts
+        counts_E = torch.full((self.num_experts,), each, device=x_SD.device)
+        expert_S = torch.arange(self.num_experts, device=x_SD.device).repeat_interleave(each)
+        return self._outputs(x_SD, torch.arange(len(x_SD), device=x_SD.device), None, expert_S, counts_E).to(x_SD.dtype)
+
+    def _outputs(self, x_TD: Tensor, token_S: Tensor, scales: Scales | None, expert_S: Tensor, counts_E: Tensor) -> Tensor:
+        work = self._together if in_one_kernel(x_TD) else self._one_by_one
+        return work(x_TD.to(next(p.dtype for p in self.parameters(recurse=False))), token_S, scales, expert_S, counts_E)
 
     def _one_by_one(self, x_TD: Tensor, token_S: Tensor, scales: Scales | None, expert_S: Tensor, counts_E: Tensor) -> Tensor:
         """The outputs [S, D], one expert after the other, which keeps the processor's cache warm."""
@@ -153,7 +179,8 @@ def experts_of(standard: Any, format: Format, config: Config) -> Any:
         return standard
     form = form_of(standard)
     family, (width, inner) = Family.of(config), sizes_of(standard, form)
-    family.check_weighs_outputs("low-rank, skipped or Compressed Experts")
+    if format.compressed or format.skip:
+        family.check_weighs_outputs("skipped or Compressed Experts")
     compressed = skip = None
     if format.compressed:
         ordered = family.arch.score == "sparsemixer"  # each weight comes from a softmax of its own, so they cannot be compared

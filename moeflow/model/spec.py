@@ -231,6 +231,7 @@ class HiddenSpec:
     sequences: int
     length: int
     dtype: str
+    handed_on: int = 0  # numbers of 4 bytes that the layer before hands on beside them, for each token
 
     @property
     def itemsize(self) -> int:
@@ -239,7 +240,8 @@ class HiddenSpec:
 
     @cached_property
     def nbytes(self) -> int:
-        return self.sequences * self.length * int(self.config["hidden_size"]) * self.itemsize + 104
+        token = int(self.config["hidden_size"]) * self.itemsize + 4 * self.handed_on
+        return self.sequences * self.length * token + (200 if self.handed_on else 104)
 
 
 @dataclass(frozen=True)

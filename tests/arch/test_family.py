@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from moeflow.arch import FAMILIES, Family, layer_of
+from moeflow.arch import ARCH, FAMILIES, Family, layer_of
 from moeflow.model.layout import Folder, headers, read_config
+from tests import normal, tiny
 
 
 def test_an_unknown_family_is_refused_with_those_that_are_known() -> None:
@@ -40,6 +41,25 @@ def test_every_tensor_is_of_the_kind_that_its_name_says(family: Path) -> None:
     assert all("self_attn" in n for n in kinds["attention"]) and all("norm" in n for n in kinds["norm"])
     assert "dense" not in kinds or len(layers) < of.num_layers
     assert not any(n.startswith("model.layers.") for n in kinds["rest"])
+
+
+def test_what_a_hybrid_has_in_the_place_of_attention_is_of_its_kind() -> None:
+    """Under a name of its own, or under the block's in layers without experts; dense networks beside the block are not."""
+    arch, config = normal.FAMILIES["nemotron_h"]
+    nemotron = Family.of({**tiny.COMMON, **config, ARCH: arch.to_json()})
+    linear = Family.of({**tiny.COMMON, ARCH: normal.FAMILIES["qwen3_next"][0].to_json()})
+    kinds = {
+        "0.mixer.in_proj.weight": "attention", "2.mixer.q_proj.weight": "attention", "0.mixer.conv1d.weight": "attention",
+        "1.mixer.shared_experts.up_proj.weight": "shared", "1.mixer.gate.weight": "router", "0.mixer.up_proj.weight": "dense",
+        "1.mixer.fc1_latent_proj.weight": "dense", "1.mixer.experts.3.down_proj.weight": "experts", "0.norm.weight": "norm",
+    }  # fmt: skip
+    assert {n: nemotron.kind(f"model.layers.{n}") for n in kinds} == kinds
+    others = {
+        "0.linear_attn.in_proj_qkvz.weight": "attention", "0.self_attn.q_norm.weight": "attention", "0.mlp.up_proj.weight": "dense",
+        "0.shared_mlp.input_linear.weight": "dense", "0.post_attention_layernorm.weight": "norm", "0.mamba.A_log": "attention",
+    }  # fmt: skip
+    assert {n: linear.kind(f"model.layers.{n}") for n in others} == others
+    assert not nemotron.pattern("model.layers.0.mixer.in_proj").startswith("re:.*mixer")
 
 
 def test_a_quantization_config_ignores_a_module_by_its_name_on_disk_and_in_memory(family: Path) -> None:

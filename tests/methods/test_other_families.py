@@ -1,5 +1,6 @@
 """Methods over experts of other forms: without a gate, with biases, with weighted inputs. They work, or say why not."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,11 +10,16 @@ import torch
 from safetensors.torch import save_file
 
 from moeflow.arch import ARCH, Family
+from moeflow.arch.found import Found
+from moeflow.methods.calibrate import steps as calibrate
+from moeflow.methods.calibrate.steps import Alternatives, Forks
+from moeflow.methods.data import steps as data
 from moeflow.methods.decompose import factoring
 from moeflow.methods.decompose.options import Decomposition
 from moeflow.methods.fewer_active import steps as fewer_active
 from moeflow.methods.finetune import trained
 from moeflow.methods.finetune.recipe import Recipe
+from moeflow.methods.graph import Pass, Sample
 from moeflow.methods.moments import layer_moments
 from moeflow.methods.scores.functions import aimer
 from moeflow.methods.slim import experts as slim
@@ -24,7 +30,8 @@ from moeflow.model.checkpoint import Tensors, read_moe
 from moeflow.model.layout import LAYER, Folder, read_config
 from moeflow.model.moe import MoELayer
 from moeflow.model.passes import norm_offset
-from tests import normal
+from moeflow.step import upstream
+from tests import normal, running
 from tests.model.test_other_families import some
 
 
@@ -85,11 +92,7 @@ def test_experts_of_any_form_are_slimmed(layer: Layer, method: str) -> None:
     assert 0 < layer.apart() < 0.1
 
 
-def test_experts_of_any_form_are_factored_or_the_reason_is_told(layer: Layer) -> None:
-    if layer.family.arch.weighs_input:
-        with pytest.raises(ValueError, match="multiplies the inputs of its experts .* no low-rank experts; prune"):
-            layer.family.check_weighs_outputs("low-rank experts")
-        return
+def test_experts_of_any_form_are_factored(layer: Layer) -> None:
     how, before, seen = Decomposition(least=1), Folder(layer.before), [Folder(layer.shard)]
     spectra = factoring.spectra(layer.context, layer.config, before, seen, how, layer=layer.number, dtype="float32")
     assert set(spectra.energies) == set(layer.family.matrices)
@@ -141,3 +144,23 @@ def test_trained_experts_are_written_matrix_by_matrix(layer: Layer) -> None:
     written = trained.tensors_of(stacks, tensors, list(tensors), layer.config, Recipe())
     assert written.keys() == {n for n in tensors if layer.family.of_expert(n, layer.number)}
     assert all(torch.equal(t, tensors[n]) for n, t in written.items())
+
+
+def test_a_plan_counts_what_layers_hand_on_beside_hidden_states(tmp_path: Path) -> None:
+    """The indices of a GLM-5, in the states of a pass and in those of every fork."""
+    folder, store = normal.write("glm_moe_dsa", tmp_path / "model"), running.store_in(tmp_path)
+    model = running.model_in(folder, found=Found(replace(normal.FAMILIES["glm_moe_dsa"][0], looked_at=True)))
+    matrix = data.tokens(running.matrix_of(tmp_path), model, Sample(8, 16))
+    calibration = calibrate.run(model, matrix, Pass(batch=4, stage=1))
+    curves = calibrate.curves(calibration, {1: Alternatives(Forks("each", ("0", "1")))}, tokens=64)
+    running.run(store, curves)
+    steps = {s.name: s for s in upstream([curves]) if s.name in ("calibrate.embed", "calibrate.start", "calibrate.forks")}
+    steps |= {f"observe {i}": step for i, states in calibration.states.items() if i for step in states}
+    running.run(store, *steps.values())
+    assert len(steps) == 5
+    for name, step in steps.items():
+        states = [f.size for n, f in store.manifest(step.key).files.items() if n.startswith(("hidden", "fork"))]
+        spec = step.spec.output
+        assert getattr(spec, "hidden", spec).handed_on == (4 if name in ("calibrate.forks", "observe 1", "observe 2") else 0)
+        promised = spec.hidden.nbytes if name.startswith("observe") else spec.nbytes
+        assert promised == pytest.approx(sum(states), abs=100 * len(states)), name

@@ -1,14 +1,17 @@
 """What a token costs, from configurations alone: the papers' own figures, and what transformers really keeps."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
-from moeflow.arch import LAYERS
+from moeflow.arch import ARCH, LAYERS
 from moeflow.model.cost import active_parameters, cache_bytes, forward_flops
 from moeflow.model.layout import Folder, read_config
+from tests import normal, tiny
+from tests.model.test_other_families import some
 
 MIXTRAL = {
     "model_type": "mixtral", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
@@ -47,5 +50,28 @@ def test_the_cache_is_what_transformers_keeps(family: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(family).eval()
     with torch.inference_mode():
         cache = model(torch.arange(3, 13)[None], use_cache=True).past_key_values
-    kept = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    assert kept == 10 * cache_bytes(read_config(Folder(family)))
+    assert kept_by(cache) == 10 * cache_bytes(read_config(Folder(family)))
+
+
+def kept_by(cache: Any) -> int:
+    """The bytes of keys, values, and the keys by which tokens are chosen; layers of hybrids may have none."""
+    kept = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values", "indexer_keys")]
+    return sum(tensor.nbytes for tensor in kept if tensor is not None)
+
+
+@pytest.mark.parametrize(
+    "name", some("nemotron_h", "qwen3_next", "mimo_v2_flash", "glm_moe_dsa", "lfm2_moe", "gpt_oss", "llama4_text")
+)
+def test_only_layers_with_attention_have_a_cache_and_pairs_of_positions(name: str) -> None:
+    arch, fields = normal.FAMILIES[name]
+    more = {"sliding_window": 64, "attention_chunk_size": 64}  # so that no key is dropped
+    hf = CONFIG_MAPPING[name](**(tiny.COMMON | fields | {k: v for k, v in more.items() if k in fields}))
+    config = hf.to_dict() | {ARCH: arch.to_json(), "dtype": "float32"}
+    model = AutoModelForCausalLM.from_config(hf).eval()
+    with torch.inference_mode():
+        cache = model(torch.arange(3, 13)[None], use_cache=True).past_key_values
+    assert kept_by(cache) == 10 * cache_bytes(config)
+    layers = len([layer for layer in cache.layers if getattr(layer, "keys", None) is not None])
+    keys, values = {"mimo_v2_flash": (8, 8), "glm_moe_dsa": (16, 8)}.get(name, (8, 8))
+    pairs = forward_flops(config, 200) - 2 * forward_flops(config, 100)  # what grows with the square of the length
+    assert pairs == 2 * (200**2 - 2 * 100**2) * layers * 4 * (keys + values)

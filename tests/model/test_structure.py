@@ -25,6 +25,8 @@ KINDS = {
     "llama4_text": {"score": "sigmoid", "weighs_input": True},
     "glm4_moe": {"score": "sigmoid", "router_bias": "model.layers.{layer}.mlp.gate.e_score_correction_bias"},
     "hy_v3": {"score": "sigmoid", "scale_key": "router_scaling_factor"},
+    "glm_moe_dsa": {"score": "sigmoid", "handed_on": "index_topk"},
+    "nemotron_h": {"attention": "mixer", "block": "mixer"},
 }
 
 

@@ -6,13 +6,13 @@ whole model: one pass forks at every layer, once for each alternative, so the ch
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from moeflow.arch import EMBEDDING
+from moeflow.arch import EMBEDDING, Family
 from moeflow.methods.graph import HIDDEN, REST, TOKENS, Calibration, Model, Pass
 from moeflow.methods.records import Candidates
 from moeflow.model.layout import LAYER, ROUTING, file_before, file_of, read_config
@@ -166,17 +166,18 @@ def embed(context: Context, config: Artifact, rest: Artifact, tokens: Artifact, 
 
 
 def _pass_spec(hidden: Any, layers: tuple[LayerSpec, ...], dtype: str) -> tuple[HiddenSpec, int, int]:
-    """The hidden states, the bytes to read with the layers, and the peak memory."""
-    states = _states(hidden)
-    reads = states.nbytes + sum(layer.nbytes for layer in layers)
-    # the largest layer's file and its weights, the hidden states, and a batch's activations
+    """The hidden states behind the layers, the bytes to read with these, and the peak memory."""
+    before = _states(hidden)
+    states = replace(before, handed_on=Family.of(before.config).handed_on(before.length))
+    reads = before.nbytes + sum(layer.nbytes for layer in layers)
+    # the largest layer's file and its weights, the states, and a batch's activations
     memory = max(layer.nbytes + layer.loaded(dtype) for layer in layers) + 4 * states.nbytes
     return states, reads, memory
 
 
 def _advance_spec(config: RestSpec, hidden: Any, layers: tuple[LayerSpec, ...], *, first: int, batch: int, dtype: str) -> Spec:
     states, reads, memory = _pass_spec(hidden, layers, dtype)
-    device = on_device(passing(layers, batch * states.length, dtype))
+    device = on_device(passing(layers, batch * states.length, dtype, handed_on=states.handed_on))
     return Spec(states, reads=reads, writes=states.nbytes, memory=memory, device=device)
 
 
@@ -197,7 +198,7 @@ def _observe_spec(
     config: RestSpec, hidden: Any, layers: tuple[LayerSpec, ...], *, first: int, recording: Recording, batch: int, dtype: str
 ) -> Spec:
     states, reads, memory = _pass_spec(hidden, layers, dtype)
-    device = on_device(passing(layers, batch * states.length, dtype, recorded=True))
+    device = on_device(passing(layers, batch * states.length, dtype, handed_on=states.handed_on, recorded=True))
     tokens = states.sequences * states.length
     row = int(states.config["hidden_size"]) * states.itemsize
     kept = most = min(tokens, recording.inputs)
@@ -290,11 +291,12 @@ def _forks_spec(
     *, first: int, alternatives: list[Forks | None], batch: int, dtype: str,
 ) -> Spec:  # fmt: skip
     more = tuple(fork(i, name) for i, one in enumerate(alternatives, first) if one for name in one.names)
-    out = ForkSpec(before.hidden, before.forks + more)
+    hidden = replace(before.hidden, handed_on=Family.of(before.hidden.config).handed_on(before.hidden.length))
+    out = ForkSpec(hidden, before.forks + more)
     read = sum(layer.nbytes for layer in layers)
     read += sum(one.nbytes if isinstance(one, LayerSpec) else one["bytes"] for several in sources for one in several)
     memory = 2 * max(layer.nbytes + layer.loaded(dtype) for layer in layers) + 6 * out.hidden.nbytes
-    device = on_device(passing(layers, batch * out.hidden.length, dtype, copies=2))
+    device = on_device(passing(layers, batch * hidden.length, dtype, handed_on=hidden.handed_on, copies=2))
     return Spec(out, reads=before.nbytes + read, writes=out.nbytes, memory=memory, device=device)
 
 

@@ -5,7 +5,7 @@ the result then has one tensor for each matrix, and is the text model alone.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,8 +41,9 @@ def written(model: Model, form: Form) -> Written:
     Raises ValueError if transformers reads it neither way.
     """
     packed = (form.whole.get("quantization_config") or {}).get("quant_method") == METHOD
-    why = _apart([layer.spec.output for layer in model.layers], model.moe_layers, packed=packed)
-    wrapper = bool(form.layout.inside)
+    layers = [layer.spec.output for layer in model.layers]
+    differ, packs = _apart(layers, model.moe_layers), "" if packed else _packed(layers)
+    why, wrapper = differ or packs, bool(form.layout.inside)
     if not why:
         own = ARCH in form.whole  # moeflow's own result, whose family may have no such form of its own
         return Written(form.layout, own=own, as_source=not own)
@@ -52,25 +53,30 @@ def written(model: Model, form: Form) -> Written:
             f"{why}, and layer {coded} is in MXFP4, which transformers reads from stacks of one number of experts only; keep as "
             "many in every layer, or start from the model in bf16"
         )
-    own = bool(form.layout.stacked) and not form.layout.per_expert
+    # names outside the layers, which moeflow's own format has as they are here
+    renamed = () if wrapper else tuple(pair for pair in form.layout.renamed if "{layer}" not in pair[0])
+    own = (bool(form.layout.stacked) and not form.layout.per_expert) or bool(renamed and differ)
     left = f", and is the text model alone, without {', '.join(form.layout.beside)}" if wrapper else ""
     changed = bool(form.layout.stacked) or wrapper
     note = f"{why}: the result has one tensor for each matrix of an expert{left}" if changed else ""
-    return Written(form.layout.plain(), own=own, as_source=False, note=note)
+    return Written(replace(form.layout.plain(), renamed=() if own else renamed), own=own, as_source=False, note=note)
 
 
-def _apart(layers: Sequence[LayerSpec], moe: Sequence[int], *, packed: bool) -> str:
-    """Why no layout of the family's own can hold these layers; empty if one can. `packed`: the source's experts are packed, too."""
+def _apart(layers: Sequence[LayerSpec], moe: Sequence[int]) -> str:
+    """Why the family's own classes cannot hold these layers; empty if they can."""
     experts = [layers[i] for i in moe]
     if len({layer.experts for layer in experts}) > 1 or any(layer.least != layer.experts for layer in experts):
         return "layers differ in their experts, or a run decides it"
     for layer in experts:
         if layer.low_rank or layer.ranks_decided or layer.format.own:
             return f"the experts of layer {layer.layer} differ from the family's own ({layer.format.words()})"
-        if layer.packed and not packed:
-            return f"the experts of layer {layer.layer} are packed in {layer.packed.words()}"
     gone = next((layer for layer in layers if layer.format.gone), None)
     return f"layers differ: layer {gone.layer} has {gone.format.words()}" if gone else ""
+
+
+def _packed(layers: Sequence[LayerSpec]) -> str:
+    """Why no stack can hold the experts of these layers; empty if one can."""
+    return next((f"the experts of layer {i.layer} are packed in {i.packed.words()}" for i in layers if i.packed), "")
 
 
 def result(text: Config, whole: Config, layout: Layout) -> Config:

@@ -248,6 +248,13 @@ def text_model_of(model: Model) -> Step:
     return _assembled_as(model, replace(as_whole, layout=as_whole.layout.without_wrapper(), as_source=False), model.form)
 
 
+def told_model_of(model: Model) -> Step:
+    """A checkpoint of the text model alone whose config.json tells its family, which no constant may describe."""
+    if model.form is None or ARCH not in model.config:
+        return text_model_of(model)
+    return _assembled_as(model, export.Written(Layout(), own=True, as_source=False), model.form)
+
+
 def counted(model: Model) -> Step:
     """The same weights under the names that moeflow works on, for what counts them by name; transformers may not load it."""
     return assemble(model.rest, model.layers, model.extra, model.choices, config=model.config)

@@ -31,7 +31,6 @@ def sides(before: LayerSpec) -> tuple[int, int]:
     """(expert width F, model width D) of a layer's experts. Raises ValueError if the experts are factored or slimmed already, or if
     the layer skips experts or has compressed ones."""
     family = Family.of(before.config)
-    family.check_weighs_outputs("low-rank experts")
     before.check_routing("decompose")
     before.check_plain("decompose")
     if before.slimmed_by or before.ranks_decided:

@@ -23,6 +23,7 @@ from moeflow.methods.finetune.recipe import Recipe
 from moeflow.methods.finetune.targets import is_trained
 from moeflow.model.formats import layer_formats
 from moeflow.model.quiet import load_whole
+from moeflow.model.skeleton import layers_of
 
 
 @contextmanager
@@ -71,7 +72,7 @@ def load(folder: Path, recipe: Recipe, config: dict[str, Any], device: torch.dev
     divided = config["zero_optimization"]["stage"] == 3
     keep = HfDeepSpeedConfig(config) if divided else None  # transformers looks for it while it is referenced
     where = {} if divided or device.type == "cpu" else {"device_map": {"": device}}
-    model = load_whole(folder, dtype=recipe.dtype, attn_implementation="sdpa", **where)
+    model = load_whole(folder, dtype=recipe.dtype, **where)
     del keep
     # on a CPU a loop over experts is twice as fast, forward and backward; on a GPU the grouped kernels are faster
     model.config._experts_implementation = "grouped_mm" if device.type == "cuda" else "eager"
@@ -139,4 +140,4 @@ def _blocks(model: Any) -> list[nn.Module]:
     """The MoE blocks."""
     config = model.config.to_dict()
     formats, block = layer_formats(config), Family.of(config).arch.block
-    return [layer.get_submodule(block) for layer, format in zip(model.model.layers, formats, strict=True) if format is not None]
+    return [layer.get_submodule(block) for layer, format in zip(layers_of(model), formats, strict=True) if format is not None]

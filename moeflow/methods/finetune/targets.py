@@ -28,7 +28,10 @@ def is_trained(family: Family, mode: str, targets: Sequence[str], name: str, sha
     if mode == "full":
         return kind != "fixed"
     if mode == "lora":
-        return kind in (*targets, "compressed") and len(shape) > 1
+        matrix = len(shape) > 1 and not name.endswith("bias")  # those of all experts are a stack in memory
+        if kind == "attention":
+            matrix = len(shape) == 2 and name.endswith(".weight")  # a Mamba has other tables, and convolutions
+        return kind in (*targets, "compressed") and matrix
     return kind == BY_MODE[mode] or (mode == "experts" and kind == "compressed")
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from moeflow.arch import Config
 from moeflow.methods.calibrate.steps import hidden_states
-from moeflow.methods.checkpoint.steps import text_model_of
+from moeflow.methods.checkpoint.steps import told_model_of
 from moeflow.methods.data.steps import Examples, examples
 from moeflow.methods.finetune import deepspeed_config
 from moeflow.methods.finetune import steps as finetune
@@ -94,7 +94,7 @@ def tune(
     rest = _shapes(model.rest.spec.output.tensors)
     opened = trained_in(model.config, recipe.mode, recipe.targets, layers, rest)
     gang, need = fitted(Work(model.config, layers, rest, opened, recipe, spec.length), gang)
-    checkpoint, heldout = text_model_of(model), tuple(matrices.values())
+    checkpoint, heldout = told_model_of(model), tuple(matrices.values())
     trained = finetune.train(checkpoint, data, predictions, heldout, names=list(matrices), recipe=recipe).on(
         cpus=gang.cpus, gpus=gang.gpus, memory=need.host, processes=gang.processes, device=need.device, settings=gang.settings()
     )

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 from moeflow.arch import Config, Family, family_config
+from moeflow.arch.fewer_layers import with_fewer_layers
 from moeflow.methods import rewrite
 from moeflow.methods.graph import HIDDEN, Calibration, Model, load
 from moeflow.methods.records import Facts, TrimmedExperts, TrimmedLayers, read_json
@@ -18,7 +19,7 @@ from moeflow.methods.scores import DROP_SCORES
 from moeflow.model.layout import headers, names_without_experts, read_config
 from moeflow.model.spec import LayerSpec, ObservedSpec, RestSpec
 from moeflow.options import check_choices
-from moeflow.step import Artifact, Context, Spec, step
+from moeflow.step import Artifact, Context, Spec, Step, step
 
 SCORED = "scores.json"
 
@@ -136,15 +137,41 @@ def block_drop(calibration: Calibration, how: Trimming) -> Model:
             "multi-token-prediction layers stand behind the last decoder layer by its number, under which alone transformers loads "
             "them, so no decoder layer can go; take mtp='drop'"
         )
-    config, first = Family.of(family_config(model.config)).with_fewer_layers(drop), moe[0]
+    first, together = moe[0], how.rule == "consecutive"
+    config = with_fewer_layers(Family.of(family_config(model.config)), drop, together=together)
     chosen = choose_decoder_layers(
         tuple(calibration.between),
         tuple(end.part(HIDDEN) for end in calibration.ends),
         first=first, drop=drop, rule=how.rule, tokens=calibration.recorded,
     )  # fmt: skip
-    moved = [renumber(chosen, model.layers[i : i + drop + 1], config=config, first=i, to=i) for i in range(first, count - drop)]
+    _check_alike(model, first, drop if together else 1)
+    # a layer and the one `drop` behind it are alike; those between them may not be, and come here only if each goes by itself
+    gap = drop if together and not _alike(model.layers[first:]) else 1
+    moved = [
+        renumber(chosen, model.layers[i : i + drop + 1 : gap], config=config, first=i, to=i) for i in range(first, count - drop)
+    ]
     rest = rewrite.configured(model.rest, config=config)
     return replace(model, config=config, rest=rest, layers=(*model.layers[:first], *moved), choices=(*model.choices, chosen))
+
+
+def _check_alike(model: Model, first: int, step: int) -> None:
+    """Raise ValueError if a layer from `first` on has not the tensors, outside its MoE block, of the one `step` behind it."""
+    for i in range(first, len(model.layers) - step):
+        if not _alike((model.layers[i], model.layers[i + step])):
+            raise ValueError(
+                f"layers {i} and {i + step} have other tensors outside their MoE blocks: a layer cannot take another's place; drop "
+                "MoE blocks (Layer Drop) instead"
+            )
+
+
+def _alike(layers: Sequence[Step]) -> bool:
+    """Whether these layers have the same tensors outside their MoE blocks and the norms before them, which may be gone."""
+    tables = []
+    for spec in (layer.spec.output for layer in layers):
+        family = Family.of(spec.config)
+        prefix, block = family.prefix(spec.layer), (family.moe(spec.layer), family.norm(spec.layer))
+        tables.append({n.removeprefix(prefix): t for n, t in spec.tensors.items() if not n.startswith(block)})
+    return all(table == tables[0] for table in tables)
 
 
 @dataclass(frozen=True)
@@ -337,13 +364,13 @@ def _renumber_spec(chosen: Any, candidates: tuple[LayerSpec, ...], *, config: Co
 def renumber(context: Context, chosen: Artifact, candidates: tuple[Artifact, ...], *, config: Config, first: int, to: int) -> None:
     """The files of layer `to` of the shorter model: those of the old layer that takes this place, under its new number.
 
-    `candidates`: the layers that may take the place, from the old layer `first` on.
+    `candidates`: the layers that may take the place: the old layer `first` and those behind it, or it and the last of those alone.
     """
     from moeflow.model import checkpoint
 
     drop = TrimmedLayers.read(chosen).drop
     old = [i for i in range(to + len(drop) + 1) if i not in drop][to]
-    layer_files = candidates[old - first]
+    layer_files = candidates[(old - first) * (len(candidates) - 1) // len(drop)]
     if old == to:
         rewrite.link_all(context, layer_files)
         return

@@ -1,13 +1,15 @@
 """Look at a model type: everything that moeflow has to know of it, or what was not understood."""
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from moeflow.arch import Arch, Config, Layout
-from moeflow.model.structure.anatomy import Anatomy, Unknown, dissected, is_experts
+from moeflow.model.structure.anatomy import Anatomy, Unknown, dissected, ids, is_experts
 from moeflow.model.structure.building import built, experts_key, inside_of, text_of, top_k_key
 from moeflow.model.structure.names import LAYER, OUT, Names, named, ours_of, saved, scrambled, unstacked
 from moeflow.model.structure.proof import prove
@@ -63,8 +65,20 @@ def look(config: Config, stored: Iterable[str] | None = None) -> Answer:
     block = anatomy.layer(model, layer).get_submodule(anatomy.block)
     tiny_arch = routed(tiny_arch, little, tensors, layer, block, vectors)
     proven = prove(tiny_arch, little, tensors, model, anatomy)
-    arch = replace(tiny_arch, moe=whole.moe, expert_width=whole.width)
+    handed_on = _handed_on(anatomy.layer(model, layer), model, little)
+    arch = replace(tiny_arch, moe=whole.moe, expert_width=whole.width, handed_on=handed_on)
     return Answer(arch, layout, whole.shapes(anatomy, names), proven)
+
+
+def _handed_on(layer: nn.Module, model: Any, config: Config) -> str:
+    """The key of config.json for how many whole numbers a decoder layer returns for each token; "" if it returns none."""
+    returned: list[Any] = []
+    hook = layer.register_forward_hook(lambda _, args, out: returned.extend(out if isinstance(out, tuple) else ()))
+    with torch.no_grad():
+        model(ids(int(config["vocab_size"])), use_cache=False)
+    hook.remove()
+    counts = [t.shape[-1] for t in returned if isinstance(t, Tensor) and t.dim() == 3 and not t.is_floating_point()]
+    return next((key for key, value in config.items() if value in counts and re.search("top_?k", key)), "")
 
 
 @dataclass(frozen=True)
@@ -131,9 +145,16 @@ def _arch(anatomy: Anatomy, names: Names, whole: _Whole, text: Config, key: str,
         shared=tuple(inside(n) for n in shared),
         shared_gate=inside(anatomy.shared_gate) if anatomy.shared_gate else None,
         memory=names.memory, block=anatomy.block, block_router=anatomy.router, norm=names.inside(f"{anatomy.norm}."). rstrip("."),
-        attention=anatomy.attention or "self_attn", experts_key=key, top_k_key=chosen, moe=whole.moe, expert_width=whole.width,
+        attention=anatomy.attention or _mixer(anatomy, whole), experts_key=key, top_k_key=chosen,
+        moe=whole.moe, expert_width=whole.width,
         rest=tuple((a, b) for a, b in rest if a != b), looked_at=True,
     )  # fmt: skip
+
+
+def _mixer(anatomy: Anatomy, whole: _Whole) -> str:
+    """Where attention is, if a layer with experts has none: under the block's own name, if no layer has a module called so."""
+    inside = {n.removeprefix(f"{anatomy.stack}.").split(".")[1] for n in whole.state if n.startswith(f"{anatomy.stack}.")}
+    return next((name for name in sorted(inside) if "attn" in name or "attention" in name), anatomy.block)
 
 
 def _shared(anatomy: Anatomy, whole: _Whole) -> tuple[str, ...]:
