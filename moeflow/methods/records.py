@@ -200,6 +200,8 @@ class Curves(Record):
     """By layer and name of the alternative: the KL divergence from the unchanged model, in nats per token."""
     losses: Mapping[int, Mapping[str, float]]
     """The same for the loss, in nats per token."""
+    apart: float = 0.0
+    """The divergence of the unchanged model itself, if it was compared with another; those of `curves` are from that one then."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moeflow.arch import Config
+from moeflow.arch import Config, Family
 from moeflow.model.checkpoint import Tensors, read_moe
 from moeflow.model.observe import first_of
 from moeflow.model.stream import HIDDEN, States, Stream
@@ -48,7 +48,9 @@ def alternative_blocks(
         return
     whole = read_moe(tensors, config, layer).to(device=device, dtype=dtype)
     for name, alternative in alternatives.items():
-        if isinstance(alternative, Path):
+        if isinstance(alternative, Path) and not any(n.startswith(Family.of(config).moe(layer)) for n in Tensors(alternative)):
+            yield name, torch.zeros_like  # the block is gone, and adds nothing
+        elif isinstance(alternative, Path):
             yield name, read_moe(Tensors(alternative), config, layer).to(device=device, dtype=dtype)
         elif isinstance(alternative, Without):
             if alternative.expert >= whole.num_experts or not whole.router.can_spare(whole.num_experts):

@@ -239,6 +239,8 @@ class Forks:
     """The best sets of a layer's candidates, the layer without one of its experts, or other files of the layer."""
     names: tuple[str, ...]
     """The name of each: the count that a set keeps, the expert that is left out, or a file's name."""
+    whole: str = ""
+    """The name of the layer as it was, if the model has one of its alternatives in its place already."""
 
 
 @dataclass(frozen=True)
@@ -249,9 +251,13 @@ class Alternatives:
     steps: tuple[Step, ...] = ()
 
 
-def curves(calibration: Calibration, alternatives: Mapping[int, Alternatives], *, tokens: int) -> Step:
-    """Measure every alternative of every layer alone, on about `tokens` calibration tokens, equally many from every shard."""
-    model, passed = calibration.model, calibration.passed
+def curves(calibration: Calibration, alternatives: Mapping[int, Alternatives], *, tokens: int, around: Model | None = None) -> Step:
+    """Measure every alternative of every layer alone, on about `tokens` calibration tokens, equally many from every shard.
+
+    `around`: the model of which one layer at a time is another, if that is not the calibrated one; what is measured is how far it
+    is from the calibrated one then.
+    """
+    model, passed = around or calibration.model, calibration.passed
     length = calibration.tokens.spec.output.length
     sizes = [_states(s.spec.output).sequences for s in calibration.starts]
     each = max(1, round(tokens / length / len(sizes)))
@@ -264,7 +270,8 @@ def curves(calibration: Calibration, alternatives: Mapping[int, Alternatives], *
             model.essential, state, layers, tuple(a.steps if a else () for a in own),
             first=first, alternatives=[a.forks if a else None for a in own], batch=passed.batch, dtype=passed.dtype,
         )  # fmt: skip
-    return measure(model.rest, calibration.tokens, state, rows=rows, dtype=passed.dtype)
+    ends = None if around is None else start(tuple(end.part(HIDDEN) for end in calibration.ends), taken=taken)
+    return measure(model.rest, calibration.tokens, state, ends, rows=rows, dtype=passed.dtype)
 
 
 def _states(spec: Any) -> HiddenSpec:
@@ -324,7 +331,9 @@ def forks(
             begun = {name: artifact.file(LAYER) for name, artifact in zip(which.names, artifacts, strict=True)}
         elif which:
             begun = {name: Without(int(name)) for name in which.names}
-        stages.append((i, file.file(LAYER), {fork(i, name): alternative for name, alternative in begun.items()}))
+        whole = begun.get(which.whole) if which else None
+        named = {fork(i, name): alternative for name, alternative in begun.items()}
+        stages.append(forking.Stage(i, file.file(LAYER), named, whole if isinstance(whole, Path) else None))
     forking.through(
         read_config(config), {n: before.file(n) for n in before.names()}, stages, context.out,
         batch=batch, dtype=dtype, progress=context.progress,
@@ -336,9 +345,11 @@ def fork(layer: int, name: str) -> str:
     return f"fork.{layer}.{name}.safetensors"
 
 
-def _measure_spec(rest: RestSpec, matrix: TokensSpec, end: ForkSpec, *, rows: list[list[int]], dtype: str) -> Spec:
+def _measure_spec(
+    rest: RestSpec, matrix: TokensSpec, end: ForkSpec, against: ForkSpec | None = None, *, rows: list[list[int]], dtype: str
+) -> Spec:
     count = len(end.forks)
-    reads = rest.head_bytes + header_bytes(rest.tensors) + end.nbytes + matrix.tokens * 4
+    reads = rest.head_bytes + header_bytes(rest.tensors) + end.nbytes + matrix.tokens * 4 + (against.nbytes if against else 0)
     width = int(rest.config["vocab_size"]) * 1024 * 4 * 6
     writes = 200 + 90 * count
     head = rest.loaded(dtype, head=True)
@@ -347,13 +358,17 @@ def _measure_spec(rest: RestSpec, matrix: TokensSpec, end: ForkSpec, *, rows: li
 
 
 @step("calibrate.curves", version=1, spec=_measure_spec, gpus=1)
-def measure(context: Context, rest: Artifact, matrix: Artifact, end: Artifact, *, rows: list[list[int]], dtype: str) -> None:
+def measure(
+    context: Context, rest: Artifact, matrix: Artifact, end: Artifact, against: Artifact | None = None,
+    *, rows: list[list[int]], dtype: str,
+) -> None:  # fmt: skip
     """Measure how far every fork's predictions are from the unchanged model's, and its loss, in nats per token: `curves.json`.
 
-    `rows`: the sequences of the token matrix that the states belong to, as runs of (first, count).
+    `rows`: the sequences of the token matrix that the states belong to, as runs of (first, count). `against`: the states of the
+    model from which the divergence is measured, if that is not the unchanged one.
     """
     from moeflow.methods.calibrate import forking
 
     ids = np.load(matrix.file(TOKENS), mmap_mode="r")
     taken = np.concatenate([ids[first : first + count] for first, count in rows])
-    forking.measured(rest, taken, end, dtype=dtype, progress=context.progress).write(context.out)
+    forking.measured(rest, taken, end, against, dtype=dtype, progress=context.progress).write(context.out)

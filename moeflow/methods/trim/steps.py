@@ -341,10 +341,26 @@ def without_moe_block(context: Context, config: Artifact, layer_files: Artifact,
     if layer not in TrimmedLayers.read(chosen).drop:
         rewrite.link_all(context, layer_files)
         return
+    _take_block(context, config, layer_files, layer, "trim.without_moe_block")
+
+
+def _gone_spec(rest: RestSpec, before: LayerSpec, *, layer: int) -> Spec:
+    names = names_without_experts(before.tensors, before.config, layer, whole=True)
+    out = replace(before, experts=0, tensors={n: before.tensors[n] for n in names})
+    return Spec(out, reads=before.headers + out.nbytes, writes=out.nbytes, memory=2 * out.nbytes)
+
+
+@step("trim.gone", version=1, spec=_gone_spec)
+def gone(context: Context, config: Artifact, layer_files: Artifact, *, layer: int) -> None:
+    """One layer's files without its MoE block and the norm before it, as an alternative to be measured."""
+    _take_block(context, config, layer_files, layer, "trim.gone")
+
+
+def _take_block(context: Context, config: Artifact, layer_files: Artifact, layer: int, step: str) -> None:
     tensors = headers(layer_files)
     names = names_without_experts(tensors, read_config(config), layer, whole=True)
     rewrite.rewrite(context, layer_files, tensors, {n: (n, False) for n in names}, [])
-    Facts.of(layer_files).and_then("trim.without_moe_block").write(context.out)
+    Facts.of(layer_files).and_then(step).write(context.out)
 
 
 def _renumber_spec(chosen: Any, candidates: tuple[LayerSpec, ...], *, config: Config, first: int, to: int) -> Spec:

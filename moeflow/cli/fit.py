@@ -1,0 +1,56 @@
+"""The command that makes a model fit into a budget: the packaged pipeline, with the budget as options."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import moeflow
+from moeflow.cli import runs
+from moeflow.cli.common import Cpus, Gpus, Json, Name, On, Params, Patience, RunnerName, Url, asking, command, own
+from moeflow.run import pipeline
+from moeflow.run.go import Runner
+
+PIPELINE = Path(moeflow.__file__).parent / "methods" / "recipes" / "fitted.py"
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="a folder, org/name[@revision] on the hub, or s3://bucket/prefix")]
+Bytes = Annotated[str, typer.Option("--bytes", metavar="SIZE", help="all weights on disk take at most this: 24GB, 22.5GiB")]
+Ratio = Annotated[float | None, typer.Option("--ratio", help="this part of the bytes of all weights goes: 0.25")]
+Resident = Annotated[str, typer.Option("--resident", metavar="SIZE", help="all weights in the engine's memory take at most this")]
+Speed = Annotated[str, typer.Option("--speed", metavar="TIMES", help="so many times fewer multiplications a token: 1.5x")]
+Engine = Annotated[str, typer.Option("--engine", help="what is to load the result: moeflow or transformers")]
+Planned = Annotated[bool, typer.Option("--plan", help="show what would be measured, and what it takes; run nothing")]
+
+
+@command()
+def fit(
+    model: Model,
+    bytes: Bytes = "",
+    ratio: Ratio = None,
+    resident: Resident = "",
+    speed: Speed = "",
+    engine: Engine = "",
+    param: Params = [],  # noqa: B006
+    planned: Planned = False,
+    store: Url = "",
+    name: Name = "",
+    runner: RunnerName = Runner.auto,
+    on: On = None,
+    gpus: Gpus = None,
+    cpus: Cpus = None,
+    patience: Patience = "15m",
+    json: Json = False,
+) -> None:
+    """Make a model fit into a budget, at the least change of what it predicts: --bytes, --ratio, --resident or --speed."""
+    budget = {"bytes": bytes, "ratio": "" if ratio is None else ratio, "resident": resident, "speed": speed.removesuffix("x")}
+    words = [f"model={model}", *(f"budget.{unit}={word}" for unit, word in budget.items() if word != "")]
+    words += [f"offers.engine={engine}"] * bool(engine) + param
+    with asking():
+        if not any(word.startswith("budget.") for word in words):
+            raise ValueError("give one budget: --bytes 24GB, --ratio 0.25, --resident 24GB or --speed 1.5x")
+        own.set(pipeline.load(PIPELINE))
+    same = {"store": store, "runner": runner, "gpus": gpus, "cpus": cpus, "patience": patience, "json": json}
+    if planned:
+        runs.plan(PIPELINE, words, on=on, **same)
+    else:
+        runs.run(PIPELINE, words, name=name or "fit", **same)

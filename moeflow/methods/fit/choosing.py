@@ -1,0 +1,114 @@
+"""Choose one alternative of each layer: the least cost within a budget, among what an engine runs together. Numbers, no torch."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from moeflow.methods.fit.engines import Engine
+from moeflow.methods.fit.knapsack import cheapest, least
+from moeflow.methods.fit.options import Alternative
+from moeflow.methods.records import Record
+
+POINTS = 24
+"""Budgets of the predicted frontier."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """An alternative of one layer with what it takes and what it costs."""
+
+    what: Alternative
+    size: float
+    """In the unit of the budget."""
+    cost: float
+    """How far the model's predictions move when this layer alone is so: KL divergence, nats per token."""
+
+
+Offered = Mapping[int, Mapping[str, Option]]
+"""By layer and name of the alternative."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One point of the frontier."""
+
+    size: float
+    cost: float
+
+
+@dataclass(frozen=True)
+class Fitted(Record):
+    """Which alternative each layer becomes."""
+
+    FILE = "fit.json"
+    LEVELS = 3
+
+    engine: str
+    unit: str
+    """What the budget counts: "bytes", "resident" bytes or "operations" of a token."""
+    budget: float
+    size: float
+    """What the whole model takes."""
+    whole: float
+    """What the original takes."""
+    cost: float
+    """The predicted divergence from the original, nats per token."""
+    chosen: Mapping[int, str]
+    """By layer, the name of its alternative."""
+    tokens: int
+    """The predictions that the costs were measured on."""
+    frontier: tuple[Point, ...] = ()
+    """The least predicted cost at other budgets, from the smallest."""
+    before: float | None = None
+    """The measured divergence of the choice around which the costs were measured, if that was no original."""
+    table: Mapping[int, Mapping[str, tuple[float, float]]] = field(default_factory=dict)
+    """By layer and alternative, its size and its cost."""
+
+
+def choose(offered: Offered, engine: Engine, room: float) -> dict[int, str]:
+    """The alternatives that cost least together and take at most `room`. Raises ValueError with the nearest that can be had."""
+    best: tuple[float, dict[int, str]] | None = None
+    for subset in together(offered, engine):
+        curves = [[(o.size, o.cost) for o in options.values()] for options in subset.values()]
+        if least(curves) > room:
+            continue
+        names = [[*options] for options in subset.values()]
+        picked = {i: n[at] for i, n, at in zip(subset, names, cheapest(curves, room), strict=True)}
+        cost = sum(subset[i][name].cost for i, name in picked.items())
+        if best is None or cost < best[0]:
+            best = cost, picked
+    if best is None:
+        raise ValueError(f"nothing that was offered takes {room:,.0f} or less; the nearest is {smallest(offered, engine):,.0f}")
+    return best[1]
+
+
+def smallest(offered: Offered, engine: Engine) -> float:
+    """The least that the layers can take together."""
+    every = together(offered, engine)
+    return min((least([[(o.size, o.cost) for o in options.values()] for options in s.values()]) for s in every), default=0.0)
+
+
+def together(offered: Offered, engine: Engine) -> Iterator[dict[int, dict[str, Option]]]:
+    """The parts of the offer of which any combination loads: all experts packed alike or none, and one count if it has to be."""
+    every = [o.what for options in offered.values() for o in options.values()]
+    counts = [None] if engine.counts else sorted({a.keep for a in every})
+    for bits in sorted({a.bits for a in every}):
+        for count in counts:
+            part = {
+                i: {n: o for n, o in options.items() if (o.what.bits == bits or not o.what.keep) and count in (None, o.what.keep)}
+                for i, options in offered.items()
+            }
+            if all(part.values()):
+                yield part
+
+
+def frontier(offered: Offered, engine: Engine, rest: float, points: int = POINTS) -> tuple[Point, ...]:
+    """The least predicted cost at evenly spaced budgets, between the least that can be had and the whole."""
+    low, high = smallest(offered, engine), sum(max(o.size for o in options.values()) for options in offered.values())
+    found: list[Point] = []
+    for n in range(points + 1):
+        chosen = choose(offered, engine, low + (high - low) * n / points)
+        picked = [offered[i][name] for i, name in chosen.items()]
+        point = Point(rest + sum(o.size for o in picked), sum(o.cost for o in picked))
+        if not found or point.cost < found[-1].cost:
+            found.append(point)
+    return tuple(found)

@@ -1,0 +1,116 @@
+"""What a model may become, and how much of it may stay. No torch."""
+
+import re
+from dataclasses import dataclass
+from typing import Annotated
+
+from moeflow.methods.decompose.options import Decomposition
+from moeflow.methods.fit.engines import ENGINES, Engine
+from moeflow.methods.prune.searches import SUBSET_SEARCHES
+from moeflow.options import check_at_least, check_choices
+
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12} | {
+    f"{prefix}iB": 1 << (10 * n) for n, prefix in enumerate("KMGT", 1)
+}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How large the result may be; exactly one field is given. Raises ValueError otherwise, and for what is no size."""
+
+    bytes: str = ""
+    """Of all weights on disk: 24GB, 22.5GiB."""
+    ratio: float = 0.0
+    """The part of the bytes of all weights that goes."""
+    resident: str = ""
+    """Of all weights in the engine's memory: 24GB."""
+    speed: float = 0.0
+    """How many times fewer multiplications with weights a token takes: 1.5."""
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("bytes", "ratio", "resident", "speed") if getattr(self, name)]
+        if len(given) != 1:
+            raise ValueError(f"give one budget: bytes=24GB, ratio=0.25, resident=24GB or speed=1.5; given are {given or 'none'}")
+        if self.ratio and not 0 < self.ratio < 1:
+            raise ValueError(f"ratio={self.ratio:g} of the bytes is to go: it must lie between 0 and 1")
+        if self.speed and self.speed <= 1:
+            raise ValueError(f"speed={self.speed:g} times as fast is no saving; give more than 1")
+        size_of(self.bytes or self.resident or "1")
+
+    @property
+    def unit(self) -> str:
+        """What is counted: "bytes" on disk, "resident" bytes, or "operations" of a token."""
+        return "resident" if self.resident else "operations" if self.speed else "bytes"
+
+    def most(self, whole: int) -> int:
+        """How much may stay of a `whole` model, in the budget's unit."""
+        if self.ratio:
+            return int(whole * (1 - self.ratio))
+        return int(whole / self.speed) if self.speed else size_of(self.bytes or self.resident)
+
+
+def size_of(word: str) -> int:
+    """The bytes that a word like 24GB or 22.5GiB says. Raises ValueError."""
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)", word.strip())
+    units = {name.lower(): size for name, size in UNITS.items()}
+    if match is None or match[2].lower() not in units or not float(match[1]):
+        raise ValueError(f"{word!r} is no size; write it like 24GB or 22.5GiB")
+    return int(float(match[1]) * units[match[2].lower()])
+
+
+@dataclass(frozen=True)
+class Offers:
+    """The alternatives that every layer is offered, and how they are made and measured. Raises ValueError for invalid options."""
+
+    engine: Annotated[str, ENGINES] = "moeflow"
+    """What is to load the result: transformers alone, or transformers with moeflow's classes."""
+    counts: tuple[float, ...] = (0.875, 0.75, 0.625, 0.5)
+    """Parts of a layer's experts that may stay."""
+    ranks: tuple[float, ...] = (0.15, 0.3, 0.45, 0.6)
+    """Parts of the parameters of a layer's experts that lower ranks may take away."""
+    bits: tuple[int, ...] = (8, 4, 3)
+    """Bits to which a layer's experts may be quantized by GPTQ, alone and with fewer experts or lower ranks."""
+    group: int = 32
+    """Weights that share a scale; with lower ranks, ranks are multiples of it."""
+    gone: bool = True
+    """Whether a layer may lose its MoE block."""
+    search: Annotated[str, SUBSET_SEARCHES] = "swap"
+    """The search for the experts that stay."""
+    measured: int = 16_384
+    """Roughly how many calibration tokens run through the whole model for each alternative."""
+    rounds: int = 2
+    """1: alternatives are measured around the original; 2: again around the first choice, since costs do not simply add up."""
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        check_at_least(self, group=1, measured=1, rounds=1)
+        if self.rounds > 2:
+            raise ValueError(f"rounds={self.rounds}: give 1 or 2")
+        for name in ("counts", "ranks"):
+            if odd := [part for part in getattr(self, name) if not 0 < part < 1]:
+                raise ValueError(f"{name} has {odd[0]}: every part must lie between 0 and 1")
+
+    @property
+    def runs(self) -> Engine:
+        return ENGINES[self.engine]
+
+    def factored(self, ratio: float, bits: int) -> Decomposition:
+        """How lower ranks are made that take this part of the parameters away, to be packed at so many bits or not (0)."""
+        return Decomposition(ratio, multiple=self.group if bits else 1)
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """What one layer may become."""
+
+    keep: int
+    """The experts that stay; 0: the MoE block is gone."""
+    ratio: float = 0.0
+    """The part of the parameters of those that stay which lower ranks take away."""
+    bits: int = 0
+    """The bits of their weights; 0: as they are."""
+
+    @property
+    def name(self) -> str:
+        parts = [f"{self.keep} experts"] + [f"{self.ratio:g} off"] * bool(self.ratio) + [f"{self.bits} bits"] * bool(self.bits)
+        return ", ".join(parts) if self.keep else "gone"

@@ -1,0 +1,146 @@
+"""Choose what each layer becomes, and take it: one budget, and the least divergence from the original that fits into it."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from moeflow.methods.fit.choosing import Fitted, Offered, Option, choose, frontier
+from moeflow.methods.fit.engines import ENGINES
+from moeflow.methods.fit.options import Alternative, Budget
+from moeflow.methods.fit.sizes import size
+from moeflow.methods.records import Curves
+from moeflow.methods.reports import row, write_report
+from moeflow.methods.rewrite import link_all
+from moeflow.model.layout import read_config
+from moeflow.model.spec import LayerSpec, RestSpec
+from moeflow.step import Artifact, Context, Spec, step
+
+Offer = Mapping[str, list[Alternative]]
+"""By layer, what it may become, in the order of the artifacts; the first is the layer as it is."""
+
+
+def _decide_spec(
+    rest: RestSpec, config: RestSpec, curves: Any, fixed: tuple[Any, ...], files: tuple[tuple[LayerSpec, ...], ...],
+    before: Any = None, *, offer: Offer, dense: list[int], budget: Budget, engine: str,
+) -> Spec:  # fmt: skip
+    every = [f for of_layer in files for f in of_layer]
+    writes = 2000 + 120 * len(every)
+    whole = sum(f.nbytes for f in fixed) + rest.nbytes + sum(of_layer[0].nbytes for of_layer in files)
+    least = whole - sum(of_layer[0].nbytes - min(f.nbytes for f in of_layer) for of_layer in files)
+    if budget.unit == "bytes" and budget.most(whole) < 0.98 * least:  # sizes that a run decides are known nearly
+        raise ValueError(
+            f"a budget of {budget.most(whole):,} bytes cannot be met: what is offered takes {least:,} at the least, of {whole:,}; "
+            "offer fewer bits, lower ranks or fewer experts"
+        )
+    notes = (f"a budget in bytes can be from {least:,} to {whole:,}: {_reach(whole, offer, files)}",) if before is None else ()
+    out = {"bytes": writes, "part": min(1.0, budget.most(whole) / whole) if budget.unit == "bytes" else 1.0}
+    reads = sum(f.headers for f in every) + curves["bytes"]
+    return Spec(out, reads=reads, writes=writes, memory=1 << 28, notes=notes)
+
+
+def _reach(whole: int, offer: Offer, files: tuple[tuple[LayerSpec, ...], ...]) -> str:
+    """The least bytes that each kind of alternative could leave by itself."""
+    kinds: dict[str, Callable[[Alternative], bool]] = {
+        "fewer experts": lambda a: a.keep > 0 and not a.ratio and not a.bits,
+        "lower ranks": lambda a: a.ratio > 0 and not a.bits,
+        "two together": lambda a: a.bits > 0,
+        "no MoE blocks": lambda a: a.keep == 0,
+    }
+    reached = []
+    for words, of_kind in kinds.items():
+        saved = 0
+        for alternatives, of_layer in zip(offer.values(), files, strict=True):
+            left = [f.nbytes for a, f in zip(alternatives, of_layer, strict=True) if of_kind(a)]
+            saved += of_layer[0].nbytes - min(left, default=of_layer[0].nbytes)
+        reached += [f"{words} {whole - saved:,}"] * bool(saved)
+    return ", ".join(reached)
+
+
+@step("fit.decide", version=1, spec=_decide_spec)
+def decide(
+    context: Context, rest: Artifact, config: Artifact, curves: Artifact, fixed: tuple[Artifact, ...],
+    files: tuple[tuple[Artifact, ...], ...], before: Artifact | None = None,
+    *, offer: Offer, dense: list[int], budget: Budget, engine: str,
+) -> None:  # fmt: skip
+    """Which of its alternatives each layer becomes, as `Fitted`: the least cost that takes no more than the budget, exactly.
+
+    `files`: for each layer of `offer` its alternatives; `fixed`: the layers `dense`, which have no experts, and what else is in the
+    checkpoint beside `rest`, the embedding and head; `curves`: what each alternative costs alone. `before`: the choice around which
+    these costs were measured, None for the original.
+    Raises ValueError if nothing on offer fits.
+    """
+    read, runs, measured = read_config(config), ENGINES[engine], Curves.read(curves)
+    first = None if before is None else Fitted.read(before)
+    offered: dict[int, dict[str, Option]] = {}
+    for (name, alternatives), artifacts in zip(offer.items(), files, strict=True):
+        layer, costs = int(name), measured.curves.get(int(name), {})
+        own = alternatives[0].name if first is None else first.chosen[layer]
+        offered[layer] = {
+            a.name: Option(a, size(f, budget.unit, runs, read, layer), 0.0 if a.name == own else costs[a.name] - measured.apart)
+            for a, f in zip(alternatives, artifacts, strict=True)
+            if a.name == own or a.name in costs
+        }
+        context.progress(len(offered), len(offer), "layers")
+    others = size(rest, budget.unit, runs, read) + sum(
+        size(f, budget.unit, runs, read, i) for f, i in zip(fixed, dense, strict=False)
+    )
+    others += sum(size(f, "bytes", runs, read) for f in fixed[len(dense) :] if budget.unit != "operations")
+    whole = others + sum(offered[int(i)][alternatives[0].name].size for i, alternatives in offer.items())
+    room = budget.most(int(whole)) - others
+    chosen = choose(offered, runs, room)
+    picked = [offered[i][name] for i, name in chosen.items()]
+    Fitted(
+        engine=engine, unit=budget.unit, budget=room + others, size=others + sum(o.size for o in picked), whole=whole,
+        cost=measured.apart + sum(o.cost for o in picked), chosen=chosen, tokens=measured.tokens,
+        frontier=frontier(offered, runs, others) if first is None else first.frontier,
+        before=None if first is None else measured.apart, table=_table(offered),
+    ).write(context.out)  # fmt: skip
+
+
+def _table(offered: Offered) -> dict[int, dict[str, tuple[float, float]]]:
+    return {i: {name: (o.size, o.cost) for name, o in options.items()} for i, options in offered.items()}
+
+
+def _better_spec(choices: tuple[Any, ...], measured: tuple[Any, ...]) -> Spec:
+    size = max(c["bytes"] for c in choices)
+    return Spec(choices[-1], reads=sum(s["bytes"] for s in (*choices, *measured)), writes=size)
+
+
+@step("fit.better", version=1, spec=_better_spec)
+def better(context: Context, choices: tuple[Artifact, ...], measured: tuple[Artifact, ...]) -> None:
+    """The choice whose model is closest to the original; `measured` are the divergences of their models, as `Curves`."""
+    apart = [Curves.read(curves).apart for curves in measured]
+    nearest = apart.index(min(apart))
+    replace(Fitted.read(choices[nearest]), before=apart[nearest]).write(context.out)
+
+
+def _layer_spec(chosen: Any, files: tuple[LayerSpec, ...], *, layer: int, offer: list[Alternative]) -> Spec:
+    own = files[0]
+    expected = chosen["part"] if own.expert_bytes else 1.0
+    fewest = min((a.keep for a in offer), default=own.experts)
+    out = replace(own, share=min(own.share, expected), fewest=min(fewest, own.least), ranks_decided=True)
+    return Spec(out, reads=0, writes=0, memory=1 << 24)
+
+
+@step("fit.layer", version=1, spec=_layer_spec)
+def layer(context: Context, chosen: Artifact, files: tuple[Artifact, ...], *, layer: int, offer: list[Alternative]) -> None:
+    """The files of what was chosen for this layer, among its alternatives."""
+    name = Fitted.read(chosen).chosen[layer]
+    link_all(context, files[[a.name for a in offer].index(name)])
+
+
+def _frontier_spec(chosen: Any) -> Spec:
+    return Spec(reads=chosen["bytes"], writes=4000)
+
+
+@step("fit.frontier", version=1, spec=_frontier_spec)
+def report(context: Context, chosen: Artifact) -> None:
+    """What was chosen, and what other budgets would cost: predicted, and measured on the calibration's own text."""
+    fit = Fitted.read(chosen)
+    unit = {"bytes": "B", "resident": "B", "operations": ""}[fit.unit]
+    rows = [row(f"budget, {fit.unit}", fit.whole, fit.budget, unit), row(f"taken, {fit.unit}", fit.whole, fit.size, unit)]
+    rows.append(row("KL to the original, predicted (calibration text)", 0.0, fit.cost, "nats/token"))
+    if fit.before is not None:
+        rows.append(row("KL to the original, measured (calibration text)", 0.0, fit.before, "nats/token"))
+    rows += [row(f"predicted KL at {point.size / fit.whole:.0%} of the {fit.unit}", 0.0, point.cost, "") for point in fit.frontier]
+    write_report(context, "fit", rows, engine=fit.engine, tokens=fit.tokens, chosen=fit.chosen)

@@ -1,0 +1,172 @@
+"""One budget for a whole model: every layer is offered alternatives, and the combination that moves the model least is built.
+
+An alternative is a number of experts, lower ranks, fewer bits, two of these together, or no MoE block. Each is measured alone, as
+the divergence of the whole model's predictions; under one budget the best combination is a multiple-choice knapsack, solved
+exactly. Costs add up only nearly, so a second round measures every alternative again around the first choice.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from moeflow.arch import Family
+from moeflow.methods import rewrite
+from moeflow.methods.calibrate import steps as calibrate
+from moeflow.methods.calibrate.steps import Alternatives, Forks
+from moeflow.methods.decompose import steps as decompose
+from moeflow.methods.decompose.ranks import PARTS, moved_rank
+from moeflow.methods.fit import steps as fit
+from moeflow.methods.fit.options import Alternative, Budget, Offers
+from moeflow.methods.graph import Calibration, Model
+from moeflow.methods.prune.searches import Search
+from moeflow.methods.prune.steps import candidates, pick
+from moeflow.methods.slim.methods import Slimming
+from moeflow.methods.slim.steps import slimmed
+from moeflow.methods.trim.steps import gone
+from moeflow.step import Step
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """The fitted model, what else describes it, and what was left out of the offer."""
+
+    model: Model
+    reports: tuple[Step, ...]
+
+
+def compress(calibration: Calibration, budget: Budget, offers: Offers) -> Fitting:
+    """Build the graph that fits the calibrated model into the budget. Raises ValueError if nothing on offer can be had."""
+    model = calibration.model
+    exchange = _exchange(calibration, offers)
+    offered = {i: _of_layer(calibration, offers, i, exchange) for i in model.moe_layers}
+    if not any(len(of_layer) > 1 for of_layer in offered.values()):
+        raise ValueError(f"engine={offers.engine} runs none of the alternatives on offer; {_why(calibration, offers)}")
+    offer = {str(i): [*of_layer] for i, of_layer in offered.items()}
+    files = tuple(tuple(of_layer.values()) for of_layer in offered.values())
+    fixed = [layer for i, layer in enumerate(model.layers) if i not in offered]
+    beside = [] if model.form is None or model.form.beside is None else [model.form.beside]
+    dense = [i for i in range(len(model.layers)) if i not in offered]
+
+    def measured(around: Model | None, alternatives: bool = True) -> Step:
+        of = {i: _forks(of_layer, around) for i, of_layer in offered.items()} if alternatives else {}
+        return calibrate.curves(calibration, of, tokens=offers.measured, around=around)
+
+    def decided(curves: Step, before: Step | None = None) -> Step:
+        return fit.decide(
+            model.rest, model.essential, curves, (*fixed, *beside), files, before,
+            offer=offer, dense=dense, budget=budget, engine=offers.engine,
+        )  # fmt: skip
+
+    def built(choice: Step) -> Model:
+        layers = {i: fit.layer(choice, files[at], layer=i, offer=offer[str(i)]) for at, i in enumerate(offered)}
+        return model.with_layers(layers)
+
+    choices = [decided(measured(None))]
+    for _ in range(offers.rounds - 1):
+        choices.append(decided(measured(built(choices[-1])), choices[-1]))
+    best = fit.better(tuple(choices), tuple(measured(built(c), alternatives=False) for c in choices))
+    return Fitting(replace(built(best), choices=(*model.choices, best)), (fit.report(best),))
+
+
+def _forks(of_layer: dict[Alternative, Step], around: Model | None) -> Alternatives:
+    """What is measured of a layer's alternatives: around the original all but the original."""
+    own, *others = [a.name for a in of_layer]
+    if around is None:
+        return Alternatives(Forks("files", tuple(others)), tuple(of_layer.values())[1:])
+    return Alternatives(Forks("files", (own, *others), whole=own), tuple(of_layer.values()))
+
+
+def _of_layer(calibration: Calibration, offers: Offers, layer: int, exchange: Step | None) -> dict[Alternative, Step]:
+    """A layer's alternatives with the steps that hold their files, first the layer as it is."""
+    model, runs = calibration.model, offers.runs
+    own = model.layers[layer]
+    experts = own.spec.output.experts
+    whole = Alternative(experts)
+    made: dict[Alternative, Step] = {whole: own}
+    legal = Family.of(model.config).legal_counts(experts)
+    counts = sorted({_nearest(part * experts, legal) for part in offers.counts} - {experts})
+    made |= _fewer(calibration, offers, layer, counts)
+    bits = [b for b in offers.bits if b in runs.bits]
+    pruned = dict(made)
+    for ratio in offers.ranks:
+        if exchange is None:
+            break
+        made |= _lower(calibration, offers, layer, exchange, ratio, 0)
+        for b in bits:
+            for factored in _lower(calibration, offers, layer, exchange, ratio, b).values():
+                made |= _packed(calibration, offers, layer, Alternative(experts, ratio, b), factored)
+    for b in bits:
+        for alternative, file in pruned.items():
+            made |= _packed(calibration, offers, layer, replace(alternative, bits=b), file)
+    if offers.gone and runs.gone:
+        made |= _allowed(Alternative(0), lambda: gone(model.essential, own, layer=layer))
+    return made
+
+
+def _nearest(wanted: float, legal: Sequence[int]) -> int:
+    return min(legal, key=lambda n: abs(n - wanted))
+
+
+def _allowed(alternative: Alternative, make: Callable[[], Step]) -> dict[Alternative, Step]:
+    """The alternative, unless this layer or this family cannot have it."""
+    try:
+        return {alternative: make()}
+    except ValueError:
+        return {}
+
+
+def _fewer(calibration: Calibration, offers: Offers, layer: int, counts: list[int]) -> dict[Alternative, Step]:
+    if not counts:
+        return {}
+    model, how = calibration.model, Search(offers.search).for_candidates()
+    sets = candidates(*calibration.of(layer), at=layer, keep=counts, protected=[], how=how, dtype=calibration.dtype)
+
+    def pruned(n: int) -> Step:
+        return rewrite.experts(model.essential, model.layers[layer], pick(sets, keep=n), layer=layer, keep=n)
+
+    return {Alternative(n): pruned(n) for n in reversed(counts)}
+
+
+def _exchange(calibration: Calibration, offers: Offers) -> Step | None:
+    """What cutting a layer's gate and up costs beside cutting its down matrices; None if there are to be no lower ranks."""
+    if not (offers.ranks and offers.runs.ranks):
+        return None
+    how, cut = offers.factored(offers.ranks[0], 0), {}
+    try:
+        for i in calibration.model.moe_layers:
+            rank = moved_rank(*decompose.sides(calibration.model.layers[i].spec.output))
+            steps = (
+                decompose.layer(
+                    *calibration.of(i), layer=i, uniform=dict.fromkeys(m, rank), how=how.of_a_layer, dtype=calibration.dtype
+                )
+                for m in PARTS.values()
+            )
+            cut[i] = Alternatives(Forks("files", tuple(PARTS)), tuple(steps))
+    except ValueError:  # this family's experts have no low-rank form
+        return None
+    return calibrate.curves(calibration, cut, tokens=offers.measured)
+
+
+def _lower(
+    calibration: Calibration, offers: Offers, layer: int, exchange: Step, ratio: float, bits: int
+) -> dict[Alternative, Step]:
+    how, dtype, own = offers.factored(ratio, bits), calibration.dtype, calibration.model.layers[layer]
+
+    def factored() -> Step:
+        spectra = decompose.spectra(*calibration.of(layer), layer=layer, how=how.of_spectra, dtype=dtype)
+        ranks = decompose.by_spectra((spectra,), exchange, layers=[layer], how=how.of_global_ranks)
+        return decompose.layer(*calibration.of(layer), ranks, layer=layer, uniform={}, how=how.of_a_layer, dtype=dtype)
+
+    return _allowed(Alternative(own.spec.output.experts, ratio), factored)
+
+
+def _packed(calibration: Calibration, offers: Offers, layer: int, alternative: Alternative, file: Step) -> dict[Alternative, Step]:
+    model, observed = calibration.model, calibration.observed[layer]
+    how = Slimming("gptq", bits=alternative.bits, group=offers.group, activation_order=True)
+    return _allowed(alternative, lambda: slimmed(model.essential, file, observed, at=layer, how=how, dtype=calibration.dtype))
+
+
+def _why(calibration: Calibration, offers: Offers) -> str:
+    """Why a layer has no alternatives, in a word for each kind."""
+    runs: dict[str, Any] = {"counts": offers.counts, "ranks": offers.ranks if offers.runs.ranks else (), "bits": offers.runs.bits}
+    return "it runs " + ", ".join(f"{name} {[*values]}" for name, values in runs.items())

@@ -1,0 +1,40 @@
+"""Make a model fit into a budget: its size is what you say, and what stays is what moves its predictions least.
+
+    moeflow fit MODEL --bytes 24GB
+    ray job submit --working-dir . -- python pipelines/fit.py --store s3://bucket/prefix --gpus 1 -p model=MODEL \\
+        -p budget.bytes=24GB
+
+Instead of `-p budget.bytes=24GB`: `-p budget.ratio=0.25` (a quarter of the bytes goes), `-p budget.resident=24GB` (in memory),
+`-p budget.speed=1.5` (fewer multiplications a token). Every layer is offered fewer experts, lower ranks, fewer bits, two of these
+together, and no MoE block; each alternative is measured once, and the cheapest combination is found exactly. Another budget on the
+same model measures nothing again but the round around its own choice.
+"""
+
+from moeflow.methods.calibrate import steps as calibrate
+from moeflow.methods.checkpoint import steps as checkpoint
+from moeflow.methods.data import steps as data
+from moeflow.methods.fit.options import Budget, Offers
+from moeflow.methods.graph import Calibrating
+from moeflow.methods.recipes import compare, fit
+from moeflow.methods.recipes.compare import HeldOut
+from moeflow.sources import Source, Texts
+from moeflow.step import Step
+
+C4 = "hf://datasets/allenai/c4@main/en/c4-train.00000-of-01024.json.gz#text"
+WIKITEXT2 = "hf://datasets/Salesforce/wikitext@main/wikitext-2-raw-v1/test-00000-of-00001.parquet#text"
+
+
+def build(
+    model: Source,
+    *,
+    budget: Budget,
+    tokens: Texts = Texts(C4),
+    heldout: HeldOut = HeldOut(WIKITEXT2, bos=False),
+    offers: Offers = Offers(),
+    calibration: Calibrating = Calibrating(seed=42, group=1000, shard=128),
+) -> Step:
+    original = checkpoint.pinned(model)
+    matrix = data.tokens(tokens, original, calibration.sample)
+    fitted = fit.compress(calibrate.run(original, matrix, calibration.passed), budget, offers)
+    reports = compare.reports(original, fitted.model, heldout, calibration.passed, tokens=matrix)
+    return checkpoint.checkpoint_of(fitted.model).reporting(*fitted.reports, *reports)

@@ -1,0 +1,103 @@
+"""Models that are fitted into a budget, whole: they take no more, load, and are as far from the original as was said."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import kl_div
+from transformers import AutoModelForCausalLM
+
+from moeflow.methods.calibrate import steps as calibrate
+from moeflow.methods.checkpoint import steps as checkpoint
+from moeflow.methods.data import steps as data
+from moeflow.methods.fit.options import Budget, Offers
+from moeflow.methods.graph import Calibration, Pass, Sample
+from moeflow.methods.recipes import fit
+from moeflow.step import Step
+from moeflow.store import Store
+from tests import running, tiny
+
+OFFERS: dict[str, Any] = {"counts": (0.75,), "ranks": (0.3,), "bits": (4,), "group": 8, "measured": 128}
+
+
+def calibrated(model: Path, folder: Path) -> Calibration:
+    original = running.model_in(model)
+    matrix = data.tokens(running.matrix_of(folder), original, Sample(8, 16))
+    return calibrate.run(original, matrix, Pass(batch=2, shard=4, stage=2))
+
+
+def fitted(calibration: Calibration, budget: Budget, **offers: Any) -> Step:
+    made = fit.compress(calibration, budget, Offers(**OFFERS | offers))
+    return checkpoint.checkpoint_of(made.model).reporting(*made.reports)
+
+
+def decision(store: Store, target: Step) -> dict[str, Any]:
+    (report,) = target.reports
+    (chosen,) = report.inputs
+    return dict(json.loads(store.artifact(chosen.key).file("fit.json").read_text()))
+
+
+def weights(folder: Path) -> int:
+    return sum(p.stat().st_size for p in folder.glob("*.safetensors"))
+
+
+@torch.inference_mode()
+def test_a_fitted_model_takes_no_more_than_its_budget_and_is_as_far_as_was_measured(family: Path, tmp_path: Path) -> None:
+    store, calibration = running.store_in(tmp_path), calibrated(family, tmp_path)
+    half, three_quarters = (fitted(calibration, Budget(ratio=ratio)) for ratio in (0.5, 0.25))
+    running.run(store, half)
+    out = tmp_path / "half"
+    store.fetch(half.key, out)
+    said = decision(store, half)
+    assert weights(out) == said["size"] <= said["budget"] < 0.51 * said["whole"]
+    ids = torch.from_numpy(running.array_of(running.matrix_of(tmp_path)))
+    log_p, log_q = (
+        AutoModelForCausalLM.from_pretrained(p, dtype=torch.float32).eval()(ids).logits[:, :-1].log_softmax(-1)
+        for p in (family, out)
+    )
+    apart = kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1).mean()
+    assert said["before"] == pytest.approx(float(apart), rel=1e-3, abs=1e-7)
+
+    other = running.run(store, three_quarters)
+    again = {s.name for s in other.steps if s.state == "run"}
+    assert not again & {"slim.layer", "decompose.layer", "prune.candidates", "calibrate.observe"}, "nothing is made again"
+    assert decision(store, three_quarters)["before"] <= said["before"]
+
+
+@pytest.mark.parametrize("unit, budget", [("operations", Budget(speed=1.1)), ("resident", Budget(ratio=0.2))])
+def test_budgets_of_other_units_are_kept(small_offer: Calibration, tmp_path: Path, unit: str, budget: Budget) -> None:
+    store = running.store_in(tmp_path)
+    if unit == "resident":
+        whole = sum(layer.spec.output.nbytes for layer in small_offer.model.layers) + small_offer.model.rest.spec.output.nbytes
+        budget = Budget(resident=str(int(0.9 * whole)))
+    target = fitted(small_offer, budget, rounds=1)
+    running.run(store, target)
+    said = decision(store, target)
+    assert said["unit"] == unit and said["size"] <= said["budget"] < said["whole"]
+
+
+@pytest.fixture
+def small_offer(tmp_path: Path) -> Calibration:
+    return calibrated(tiny.write("mixtral", tmp_path / "model"), tmp_path)
+
+
+def test_transformers_alone_gets_what_it_loads(small_offer: Calibration, tmp_path: Path) -> None:
+    store, target = running.store_in(tmp_path), fitted(small_offer, Budget(ratio=0.2), engine="transformers", bits=(), rounds=1)
+    running.run(store, target)
+    out = tmp_path / "out"
+    store.fetch(target.key, out)
+    config = json.loads((out / "config.json").read_text())
+    assert config["model_type"] == "mixtral" and config["num_local_experts"] == 6
+    assert set(decision(store, target)["chosen"].values()) == {"6 experts"}
+
+
+def test_a_budget_out_of_reach_is_told_before_anything_runs(small_offer: Calibration) -> None:
+    with pytest.raises(ValueError, match=r"a budget of 100 bytes cannot be met: what is offered takes [0-9,]+ at the least"):
+        fitted(small_offer, Budget(bytes="100"))
+
+
+def test_an_engine_that_runs_nothing_of_the_offer_is_told(small_offer: Calibration) -> None:
+    with pytest.raises(ValueError, match="engine=transformers runs none of the alternatives on offer"):
+        fitted(small_offer, Budget(ratio=0.2), engine="transformers", counts=(), bits=(3,))

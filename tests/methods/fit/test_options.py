@@ -1,0 +1,87 @@
+"""Budgets and offers as people write them, and what an engine runs together."""
+
+from itertools import pairwise
+
+import pytest
+
+from moeflow.methods.fit.choosing import Offered, Option, choose, frontier, together
+from moeflow.methods.fit.engines import ENGINES
+from moeflow.methods.fit.options import Alternative, Budget, Offers, size_of
+
+
+@pytest.mark.parametrize(
+    "word, size", [("24GB", 24 * 10**9), ("22.5 GiB", int(22.5 * 2**30)), ("100", 100), ("3mb", 3 * 10**6), ("1TiB", 2**40)]
+)
+def test_sizes_are_read_as_people_write_them(word: str, size: int) -> None:
+    assert size_of(word) == size
+
+
+@pytest.mark.parametrize("word", ["lots", "24 GBs", "-3GB", "", "0GB", "1e3GB"])
+def test_what_is_no_size_is_told(word: str) -> None:
+    with pytest.raises(ValueError, match="is no size; write it like 24GB"):
+        size_of(word)
+
+
+@pytest.mark.parametrize(
+    "given, reason",
+    [
+        ({}, "give one budget"),
+        ({"ratio": 0.25, "bytes": "24GB"}, "give one budget.* given are .'bytes', 'ratio'"),
+        ({"ratio": 1.5}, "between 0 and 1"),
+        ({"speed": 0.5}, "no saving"),
+        ({"resident": "much"}, "is no size"),
+    ],
+)
+def test_a_budget_that_is_none_is_told(given: dict[str, float | str], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        Budget(**given)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("field", ["counts", "ranks"])
+def test_a_part_that_is_none_is_told(field: str) -> None:
+    with pytest.raises(ValueError, match=f"{field} has 1.5: every part must lie between 0 and 1"):
+        Offers(**{field: (0.5, 1.5)})  # type: ignore[arg-type]
+
+
+def test_a_budget_says_how_much_may_stay() -> None:
+    assert Budget(ratio=0.25).most(400) == 300
+    assert Budget(speed=2).most(400) == 200 and Budget(speed=2).unit == "operations"
+    assert Budget(resident="1KB").most(400) == 1000 and Budget(resident="1KB").unit == "resident"
+
+
+def offer(*layers: dict[Alternative, tuple[float, float]]) -> Offered:
+    return {i: {a.name: Option(a, *values) for a, values in layer.items()} for i, layer in enumerate(layers)}
+
+
+WHOLE, SIX, FOUR_BITS, THREE_BITS, GONE = (
+    Alternative(8), Alternative(6), Alternative(8, bits=4), Alternative(8, bits=3), Alternative(0),
+)  # fmt: skip
+
+
+def test_packed_experts_are_packed_alike_in_all_layers() -> None:
+    """What transformers loads: one scheme, and no whole layers beside packed ones."""
+    layer = {WHOLE: (80.0, 0.0), FOUR_BITS: (20.0, 0.1), THREE_BITS: (15.0, 0.3), GONE: (0.0, 9.0)}
+    for subset in together(offer(layer, layer), ENGINES["moeflow"]):
+        bits = {o.what.bits for options in subset.values() for o in options.values() if o.what.keep}
+        assert len(bits) == 1
+    # each layer alone would take whole and four bits at a hundred: together they are packed in four bits
+    assert set(choose(offer(layer, layer), ENGINES["moeflow"], 100.0).values()) == {FOUR_BITS.name}
+
+
+def test_transformers_gets_one_number_of_experts() -> None:
+    first, second = {WHOLE: (80.0, 0.0), SIX: (60.0, 0.1)}, {WHOLE: (80.0, 0.0), SIX: (60.0, 0.5)}
+    assert choose(offer(first, second), ENGINES["moeflow"], 140.0) == {0: SIX.name, 1: WHOLE.name}
+    assert choose(offer(first, second), ENGINES["transformers"], 140.0) == {0: SIX.name, 1: SIX.name}
+
+
+def test_a_budget_that_nothing_reaches_names_the_nearest_that_something_does() -> None:
+    layer = {WHOLE: (80.0, 0.0), SIX: (60.0, 0.1)}
+    with pytest.raises(ValueError, match="takes 100 or less; the nearest is 120"):
+        choose(offer(layer, layer), ENGINES["moeflow"], 100.0)
+
+
+def test_the_frontier_falls_from_the_smallest_to_the_whole() -> None:
+    layer = {WHOLE: (80.0, 0.0), SIX: (60.0, 0.1), FOUR_BITS: (20.0, 0.2), GONE: (0.0, 9.0)}
+    points = frontier(offer(layer, layer), ENGINES["moeflow"], rest=10.0)
+    assert points[0].size == 10.0 and points[-1].cost == 0.0
+    assert all(a.cost > b.cost and a.size < b.size for a, b in pairwise(points))
