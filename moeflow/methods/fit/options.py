@@ -2,11 +2,9 @@
 
 import re
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
-from moeflow.methods.decompose.options import Decomposition
 from moeflow.methods.fit.engines import ENGINES, Engine
-from moeflow.methods.prune.searches import SUBSET_SEARCHES
 from moeflow.options import check_at_least, check_choices
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12} | {
@@ -74,7 +72,7 @@ class Offers:
     """Weights that share a scale; with lower ranks, ranks are multiples of it."""
     gone: bool = True
     """Whether a layer may lose its MoE block."""
-    search: Annotated[str, SUBSET_SEARCHES] = "swap"
+    search: Literal["enumerate", "genetic", "swap"] = "swap"
     """The search for the experts that stay."""
     measured: int = 16_384
     """Roughly how many calibration tokens run through the whole model for each alternative."""
@@ -93,10 +91,6 @@ class Offers:
     @property
     def runs(self) -> Engine:
         return ENGINES[self.engine]
-
-    def factored(self, ratio: float, bits: int) -> Decomposition:
-        """How lower ranks are made that take this part of the parameters away, to be packed at so many bits or not (0)."""
-        return Decomposition(ratio, multiple=self.group if bits else 1)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from moeflow.methods import rewrite
 from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.calibrate.steps import Alternatives, Forks
 from moeflow.methods.decompose import steps as decompose
+from moeflow.methods.decompose.options import Decomposition
 from moeflow.methods.decompose.ranks import PARTS, moved_rank
 from moeflow.methods.fit import steps as fit
 from moeflow.methods.fit.options import Alternative, Budget, Offers
@@ -127,11 +128,16 @@ def _fewer(calibration: Calibration, offers: Offers, layer: int, counts: list[in
     return {Alternative(n): pruned(n) for n in reversed(counts)}
 
 
+def _lower_ranks(offers: Offers, ratio: float, bits: int = 0) -> Decomposition:
+    """How ranks are lowered that take this part of the parameters away, to be packed at so many bits or not (0)."""
+    return Decomposition(ratio, multiple=offers.group if bits else 1)
+
+
 def _exchange(calibration: Calibration, offers: Offers) -> Step | None:
     """What cutting a layer's gate and up costs beside cutting its down matrices; None if there are to be no lower ranks."""
     if not (offers.ranks and offers.runs.ranks):
         return None
-    how, cut = offers.factored(offers.ranks[0], 0), {}
+    how, cut = _lower_ranks(offers, offers.ranks[0]), {}
     try:
         for i in calibration.model.moe_layers:
             rank = moved_rank(*decompose.sides(calibration.model.layers[i].spec.output))
@@ -150,7 +156,7 @@ def _exchange(calibration: Calibration, offers: Offers) -> Step | None:
 def _lower(
     calibration: Calibration, offers: Offers, layer: int, exchange: Step, ratio: float, bits: int
 ) -> dict[Alternative, Step]:
-    how, dtype, own = offers.factored(ratio, bits), calibration.dtype, calibration.model.layers[layer]
+    how, dtype, own = _lower_ranks(offers, ratio, bits), calibration.dtype, calibration.model.layers[layer]
 
     def factored() -> Step:
         spectra = decompose.spectra(*calibration.of(layer), layer=layer, how=how.of_spectra, dtype=dtype)
