@@ -1,7 +1,8 @@
 """The family of a checkpoint that no constant describes, found by looking at transformers' own model of its type. No torch.
 
 Looking takes torch, and building a graph must not load it: it is a process of its own (`moeflow.model.structure`). Its answer is
-kept in the cache by the configuration, the tensors' names and the version of transformers; only the `Arch` enters a step's key.
+kept in the cache by the configuration, the tensors' names, the version of transformers and the code that looks; only the `Arch`
+enters a step's key.
 """
 
 import hashlib
@@ -12,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,6 @@ from moeflow.arch.layout import Layout
 from moeflow.arch.spec import ARCH, COMPRESSED, Arch, Config
 from moeflow.home import home
 
-LOOK = 2  # of what is asked and answered; another number asks again
 SECONDS = 900
 
 
@@ -52,7 +53,7 @@ def found(config: Config, names: Iterable[str], where: str) -> Found:
     """
     asked = {"config": {k: v for k, v in config.items() if k not in WITHOUT_EFFECT or k == "architectures"}, "names": sorted(names)}
     text = json.dumps(asked, sort_keys=True)
-    about = f"{LOOK} {_transformers()} {text}".encode()
+    about = f"{_code()} {_transformers()} {text}".encode()
     word = re.sub(r"[^\w-]", "_", str(config.get("model_type")), flags=re.ASCII)[:60]  # of a stranger's file: no path, no end
     place = home() / "families" / f"{word}-{hashlib.sha256(about).hexdigest()[:24]}.json"
     answer = _remembered(place)
@@ -79,6 +80,15 @@ def _looked(request: str) -> dict[str, Any]:
         raise ValueError(f"looking at the model type failed: {why[:200]}; is transformers installed here?")
     answer: dict[str, Any] = json.loads(done.stdout[done.stdout.index("{") :])
     return answer
+
+
+@cache
+def _code() -> str:
+    """A digest of what looks, and of what it answers with: another moeflow asks again."""
+    folder, digest = Path(__file__).parents[1], hashlib.sha256()
+    for path in sorted(p for room in ("arch", "model") for p in (folder / room).rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:24]
 
 
 def _transformers() -> str:

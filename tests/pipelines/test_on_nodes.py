@@ -59,6 +59,15 @@ def test_a_pipeline_fits_the_nodes_as_it_is_written_and_says_the_gpu_memory_of_e
         assert row["device"] <= 45776 << 20 or row["optional"], row["label"]
 
 
+@pytest.mark.slow
+def test_a_budget_is_planned_for_the_nodes_and_says_what_is_in_reach(planned: Planned) -> None:
+    words = ["-p", f"model={MIXTRAL}", "-p", "budget.bytes=24GB"]
+    plan = planned("fit", MIXTRAL, *words)
+    assert plan["problems"] == [] and all(bool(row["device"]) == bool(row["gpus"]) for row in plan["rows"])
+    assert any("a budget in bytes can be from" in note for row in plan["rows"] for note in row["notes"])
+    assert "the least" in json.dumps(planned("fit", MIXTRAL, *words[:-1], "budget.bytes=1GB", exit_code=2))
+
+
 OURS = "counts.rule=exact search=swap search.span=1 decomposition.svd=whitened decomposition.ranks=global tune.loss=kl"
 
 
@@ -71,7 +80,7 @@ def test_what_moeflow_puts_beside_a_paper_fits_too(planned: Planned) -> None:
 def test_every_pipeline_is_among_them() -> None:
     (marker,) = test_a_pipeline_fits_the_nodes_as_it_is_written_and_says_the_gpu_memory_of_every_step.pytestmark  # type: ignore[attr-defined]
     cases = {getattr(case, "values", case)[0] for case in marker.args[1]}
-    assert cases | {"tiny"} == {path.stem for path in (ROOT / "pipelines").glob("*.py")}
+    assert cases | {"tiny", "fit"} == {path.stem for path in (ROOT / "pipelines").glob("*.py")}
 
 
 def test_a_training_that_no_gpu_holds_is_refused_before_anything_runs(planned: Planned) -> None:
