@@ -41,6 +41,8 @@ class Row:
     spoil: Spoil
     says: tuple[str, ...]
     family: str = "mixtral"
+    words: tuple[str, ...] = ()
+    """Parameters of the command beside the model."""
 
 
 EXPERT, OTHER_EXPERT = (f"model.layers.0.block_sparse_moe.experts.{e}.w1.weight" for e in (1, 2))
@@ -153,7 +155,8 @@ HEADERS = [
     row("a shard has seven bytes", holds(SHARD, b"1234567"), SHARD, "(7 bytes) is truncated or no safetensors file"),
     row("a shard is a web page", holds(SHARD, b"<html>" * 99), SHARD, "is truncated or no safetensors file"),
     row("a shard is a pickle", holds(SHARD, b"\x80\x02}q\x00" * 99), SHARD, "is truncated or no safetensors file"),
-    row("a shard is an LFS pointer", holds(SHARD, LFS), SHARD, "no safetensors file"),
+    *(row(f"{name} is an LFS pointer", holds(name, LFS), f"{name} at", "is a Git LFS pointer", "run `git lfs pull` there")
+      for name in (SHARD, OTHER, INDEX, "config.json", "tokenizer.json")),
     row("a header of no bytes", length(0), SHARD, "is truncated or no safetensors file"),
     row("a header of 2**63 bytes", length(2**63), SHARD, "is truncated or no safetensors file"),
     row("a header of 2**64-1 bytes", length(2**64 - 1), SHARD, "is truncated or no safetensors file"),

@@ -13,8 +13,11 @@ from typer.testing import CliRunner
 
 from moeflow.cli import app
 from tests import tiny
+from tests.bad_adapters import ADAPTERS
 from tests.bad_configs import CONFIGS, TENSORS
+from tests.bad_forms import FORMS, LOOKED_AT, NESTED, QUANTIZED, STACKS
 from tests.bad_inputs import FILES, HEADERS, INDEXES, Row
+from tests.bad_talks import TALKS, TEMPLATE
 from tests.bad_texts import ABSENT, PIPELINES, PLACES, PLANNED, RUN, WORDS
 from tests.running import SMALL
 from tests.spoiling import INDEX, OTHER, SHARD
@@ -22,24 +25,35 @@ from tests.spoiling import INDEX, OTHER, SHARD
 PIPELINE = Path(__file__).with_name("bad_inputs_pipeline.py")
 MIXTRAL = Path(__file__).parents[1] / "pipelines" / "mixtral.py"
 SIZES = {"num_hidden_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 512}
-ROWS = [*FILES, *HEADERS, *INDEXES, *CONFIGS, *TENSORS]
+ROWS = [*FILES, *HEADERS, *INDEXES, *CONFIGS, *TENSORS, *QUANTIZED, *STACKS, *NESTED, *ADAPTERS, *TALKS]
+SLOWLY = {family: [pytest.mark.slow] if family in LOOKED_AT else [] for family in {row.family for row in ROWS}}
 
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a checkpoint of each family that the rows name, in two shards, with the small model's tokenizer."""
+    """A folder with the checkpoints that `checkpoint` makes."""
     root = tmp_path_factory.mktemp("good")
-    for family in sorted({row.family for row in ROWS}):
-        make(family, root / family)
+    checkpoint(root, "mixtral")
     return root
 
 
-def make(family: str, folder: Path) -> None:
+def checkpoint(root: Path, family: str) -> Path:
+    """A good checkpoint of a family, made once, in two shards, with the small model's tokenizer and a chat template."""
+    if not (root / family).exists():
+        _make(family, root / family)
+    return root / family
+
+
+def _make(family: str, folder: Path) -> None:
     sizes: dict[str, Any] = SIZES | {"num_key_value_heads": 2 if family.startswith("deepseek") else 1}
-    tiny.write(family, folder, **sizes)
+    if family in FORMS:
+        FORMS[family](folder)
+    else:
+        tiny.write(family, folder, **sizes)
     _shard(folder)
     for file in SMALL.glob("tokenizer*"):
         shutil.copy(file, folder)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
 
 
 def _shard(folder: Path) -> None:
@@ -76,17 +90,18 @@ def _json_too(printed: str, line: str) -> bool:
     return not printed or f"error: {json.loads(printed)['error']}" == line
 
 
-def test_the_good_inputs_are_good(good: Path, place: Path) -> None:
-    for folder in good.iterdir():
-        result = CliRunner().invoke(app, ["plan", str(PIPELINE), "-p", f"model={folder}"], catch_exceptions=False)
-        assert result.exit_code == 0, result.output
+@pytest.mark.parametrize("family", [pytest.param(family, marks=marks) for family, marks in sorted(SLOWLY.items())])
+def test_the_good_inputs_are_good(family: str, good: Path, place: Path) -> None:
+    words = ["plan", str(PIPELINE), "-p", f"model={checkpoint(good, family)}"]
+    result = CliRunner().invoke(app, words, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+@pytest.mark.parametrize("row", [pytest.param(row, id=row.name, marks=SLOWLY[row.family]) for row in ROWS])
 def test_a_bad_checkpoint_is_told_in_one_line_at_plan_time(row: Row, good: Path, place: Path) -> None:
-    shutil.copytree(good / row.family, place / "model")
+    shutil.copytree(checkpoint(good, row.family), place / "model")
     row.spoil(place / "model")
-    line = one_line("plan", PIPELINE, "-p", "model=model", code=2)
+    line = one_line("plan", PIPELINE, "-p", "model=model", *(w for word in row.words for w in ("-p", word)), code=2)
     assert all(words in line for words in row.says), line
 
 

@@ -33,6 +33,9 @@ COUNTED = re.compile(
     r"|moe_(top_?)?k|top_k_experts|num_hidden_layers|num_layers|n_layers?"
 )
 """The keys by which model types call how many experts, experts of a token and layers they have, wherever they stand."""
+TEXTS, BESIDE = ("text_config", "thinker_config"), ("vision_config", "audio_config")
+"""The keys for a multimodal model's text model, and for what lies beside it."""
+HALF = "half of a multimodal model is missing, fetch the checkpoint again"
 NUMBERS = ("rms_norm_eps", "routed_scaling_factor", "router_jitter_noise", "rope_theta", "initializer_range", "attention_dropout")
 TRUTHS = ("norm_topk_prob", "tie_word_embeddings", "attention_bias", "qkv_bias", "lm_head_bias", "use_sliding_window")
 WORDS = ("hidden_act", "topk_method", "scoring_func", "dtype", "torch_dtype")
@@ -54,6 +57,17 @@ def check_counts(config: Mapping[str, Any], where: str, inside: str = "") -> Non
         if odd := [one for one in counts if type(one) is not int or not 0 <= one <= MANY]:
             wanted = f"a whole number from 0 to {MANY:,}"
             raise ValueError(f"{where}: {inside}{name} is {kind_of(odd[0])}, not {wanted}; correct it, or fetch it again")
+
+
+def check_half(config: Mapping[str, Any], where: str) -> None:
+    """Raise ValueError for the config.json of a multimodal model that says nothing of its text model."""
+    parts = (config, *(value for value in config.values() if isinstance(value, Mapping)))
+    if any("expert" in name for part in parts for name in part):
+        return
+    for key in (key for key in TEXTS if key in config and not isinstance(config[key], Mapping)):
+        raise ValueError(f"{where}: {key} is {kind_of(config[key])} where a text model should be; {HALF}")
+    for key in (key for key in BESIDE if key in config and not {*TEXTS} & {*config}):
+        raise ValueError(f"{where} has a {key} and no {TEXTS[0]}, which should describe its text model; {HALF}")
 
 
 def check_config(config: Config, where: str) -> None:

@@ -15,6 +15,7 @@ from moeflow.sources.where import hub_uri, place_of
 from moeflow.step import Step
 from moeflow.store.errors import MissingSource
 
+POINTER, POINTER_BYTES = b"version https://git-lfs", 300  # how a Git LFS pointer begins, and what none exceeds
 LayoutWanted = Literal["source", "per_expert"]
 """How what is made of a model has its experts on disk: as the model has, or one tensor for each matrix."""
 
@@ -122,7 +123,19 @@ def _pin(uri: str, kind: Kind, how: How | None) -> Source:
             raise MissingSource(f"{uri} has a file named {name!r}, which no folder can take as it is; rename it there")
     refer = kind == "model" and (how == "refer" if how else _stays(pinned))
     files = tuple(sorted(pinned.files, key=lambda f: f.name))
-    return Source(pinned.uri, pinned.revision, files, pinned.left, refer)
+    return _fetched(Source(pinned.uri, pinned.revision, files, pinned.left, refer), kind)
+
+
+def _fetched(source: Source, kind: Kind) -> Source:
+    """The same source. Raises MissingSource if one of its files is a Git LFS pointer: a clone whose data was not fetched."""
+    for file in source.files:
+        if file.size <= POINTER_BYTES and not source.uri.startswith("hf://") and source.read(file.name).startswith(POINTER):
+            name = "the data set as hf://datasets/org/name" if kind == "data" else "the model as org/name"
+            raise MissingSource(
+                f"{file.name} at {source.uri} is a Git LFS pointer, and the data that it points to was not fetched; run "
+                f"`git lfs pull` there, or name {name}"
+            )
+    return source
 
 
 def _stays(pinned: Pinned) -> bool:

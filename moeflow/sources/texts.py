@@ -14,9 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from moeflow.sources.source import Source, pin
-from moeflow.store.errors import MissingSource
 
-POINTER, POINTER_BYTES = b"version https://git-lfs", 300  # how a Git LFS pointer begins, and what none exceeds
 WEIGHT = re.compile(r"\*(\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)$")
 
 
@@ -114,7 +112,7 @@ class Texts:
 
     def _entry(self, i: int) -> TextEntry:
         uri, columns, weight, format = self._parsed[i]
-        return TextEntry(_fetched(pin(uri, kind="data")), columns, weight, format)
+        return TextEntry(pin(uri, kind="data"), columns, weight, format)
 
     @cached_property
     def _parsed(self) -> tuple[tuple[str, tuple[str, ...], float, str], ...]:
@@ -138,17 +136,6 @@ def _parts(spec: str) -> list[str]:
         total = sum(mixture.values())
         parts += [f"{n}*{(float(weight[1]) if weight else 1.0) * w / total!r}" for n, w in mixture.items()] or [part]
     return parts
-
-
-def _fetched(source: Source) -> Source:
-    """The same source. Raises MissingSource if one of its files is a Git LFS pointer: a clone whose data was not fetched."""
-    for file in source.files:
-        if file.size <= POINTER_BYTES and not source.uri.startswith("hf://") and source.read(file.name).startswith(POINTER):
-            raise MissingSource(
-                f"{file.name} at {source.uri} is a Git LFS pointer, and the data that it points to was not fetched; "
-                "run `git lfs pull` there, or name the data set as hf://datasets/org/name"
-            )
-    return source
 
 
 def _parse(part: str, spec: str) -> tuple[str, tuple[str, ...], float, str]:

@@ -173,17 +173,17 @@ class _Planned:
                 raise self._unfit(a, b, f"{target} {self.tensors[target].shape}")
             scale = self._scale(module, rank, a)
             return self._put(target, Addition(a=a, b=b, scale=scale, form="embedding" if embedding else "matrix"))
-        block = f"{self.family.arch.block}.experts"
-        here = next((n for n in (module, self.layout.here(module)) if n.endswith(f".{block}")), module)
-        layer = layer_of(f"{here}.weight")
-        if layer is None or here != f"{self.family.prefix(layer)}{block}":
-            why = self._why(f"{module}.weight")
-            raise ValueError(f"{self.where} changes {module}, of which the model has no plain weight{why}; {WAY_OUT}")
-        return self._add_experts(module, layer, a, b)
+        for here in (module, self.layout.here(module)):
+            layer = layer_of(f"{here}.weight")
+            if layer is not None and here == f"{self.family.prefix(layer)}{self.family.arch.block}.experts":
+                return self._add_experts(module, layer, a, b)
+        why = self._why(f"{module}.weight")
+        raise ValueError(f"{self.where} changes {module}, of which the model has no plain weight{why}; {WAY_OUT}")
 
     def _add_experts(self, module: str, layer: int, a: str, b: str) -> None:
         """Two stacked factors of all experts of a layer, of gate and up together, or of down; their shapes tell which."""
-        if self.family.arch.looked_at or not self.family.gated:  # how its stacks lie in memory, to which the factors belong
+        # transformers has gate's rows before up's in memory, unless they take turns on disk, too
+        if not self.family.gated or any(stack.interleaved for stack in self.layout.stacked):
             kind = self.family.arch.model_type
             raise ValueError(f"{self.where} changes {module}, and moeflow merges no stacked experts of a {kind}; {WAY_OUT}")
         count = experts_in(self.tensors, self.family.config, layer)
@@ -211,6 +211,9 @@ class _Planned:
     def _fits(self, product: tuple[int, int], sides: tuple[int, int], form: str) -> bool:
         """Whether the factors' product is a stack's matrix in this form. For a square one PEFT's version tells."""
         if sides[0] == sides[1] == product[0] == product[1]:
+            if self.family.arch.looked_at:  # whether its stacks lie on their side in memory is not known
+                kind = self.family.arch.model_type
+                raise ValueError(f"{self.where}: the experts of this {kind} are square, and so could be meant turned; {WAY_OUT}")
             version = re.match(r"(\d+)\.(\d+)\.(\d+)", str(self.about.get("peft_version")))
             if version is None:
                 why = f"{ADAPTER_CONFIG} names no peft_version, which tells how factors of square experts multiply"

@@ -9,7 +9,7 @@ from moeflow.arch import Config, Family
 from moeflow.arch.found import Found, described, found
 from moeflow.methods.checkpoint import foreign
 from moeflow.methods.checkpoint.intake import text_config
-from moeflow.model.config_check import check_config, check_counts
+from moeflow.model.config_check import check_config, check_counts, check_half
 from moeflow.model.header import TensorInfo, read_header
 from moeflow.model.json_file import json_object, kind_of
 from moeflow.model.packed import (
@@ -54,7 +54,9 @@ def looked_at(source: "Source", tensors: Mapping[str, TensorInfo]) -> Found | No
     config = _config_json(source)
     if not isinstance(config.get("model_type"), str) or described(config):
         return None
-    check_counts(config, f"config.json at {source.uri}")  # before they are looked at, which would say less of them
+    where = f"config.json at {source.uri}"
+    check_counts(config, where)  # before anything is looked at, which would say less of it
+    check_half(config, where)
     return found(config, tensors, source.uri)
 
 

@@ -107,9 +107,9 @@ def _fetched(texts: Texts, model: Model, format: str = "") -> tuple[tuple[Step, 
         for file in entry.source.files:
             reader(file.name)  # refuses files that no reader knows
         if not any(file.size for file in entry.source.files):
-            raise ValueError(f"{entry.source.files[0].name} at {entry.source.uri} is empty; name a text that holds some")
+            raise ValueError(f"{_where(entry.source)} is empty; name a text that holds some")
         if entry.format in CHATS and format == "text":
-            raise ValueError(f"{entry.source.uri} holds conversations, not text; name a column of text (URI#column)")
+            raise ValueError(f"{_where(entry.source)} holds conversations, not text; name a column of text (URI#column)")
     mix = tuple(_portion(e, e.weight / total, format) for e in entries)
     if any(part.format in CHATS for part in mix) and not model.has_template:
         raise ValueError(NO_TEMPLATE)
@@ -128,12 +128,17 @@ def _portion(entry: TextEntry, weight: float, format: str) -> Portion:
         format = entry.format or by_columns
     if format == "instruction" and len(columns) < 2:
         raise ValueError(
-            f"{entry.source.uri}: an instruction needs the column of a prompt and that of the response, but it names "
+            f"{_where(entry.source)}: an instruction needs the column of a prompt and that of the response, but it names "
             f"{', '.join(columns) or 'none'}; write URI#query+response"
         )
     if format == "chat" and columns[2:] and columns[0] in MESSAGES:
-        raise ValueError(f"{entry.source.uri}: beside {columns[0]} there may be a column of tools, and not {columns[2]}")
+        raise ValueError(f"{_where(entry.source)}: beside {columns[0]} there may be a column of tools, and not {columns[2]}")
     return Portion(weight, columns or (MESSAGES[0] if format == "chat" else "text",) * bool(format), format)
+
+
+def _where(source: Source) -> str:
+    """A text's first file and where it lies, for messages."""
+    return f"{source.files[0].name} at {source.uri}"
 
 
 def _whole(source: Source) -> Step:

@@ -66,7 +66,27 @@ def test_families_that_are_looked_at_get_an_adapter_of_their_attention(kind: str
         torch.testing.assert_close(made[name], theirs[name], rtol=1e-5, atol=1e-6, msg=name)
 
 
-def test_an_adapter_of_stacks_that_are_looked_at_is_refused(tmp_path: Path) -> None:
+STACKS = {
+    "granitemoe": "block_sparse_moe", "llama4": "feed_forward", "qwen3_5_moe": "mlp", "qwen3_5_moe in stacks": "mlp",
+    "qwen3_vl_moe": "mlp",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [k if k == "granitemoe" else pytest.param(k, marks=pytest.mark.slow) for k in STACKS])
+def test_families_that_are_looked_at_get_an_adapter_of_their_experts(kind: str, tmp_path: Path) -> None:
+    """One by one on disk, in stacks, on their side, and inside a multimodal model: compared as transformers loads the result."""
+    base = layouts.write(kind, tmp_path / "base")
+    load = getattr(transformers, layouts.KINDS[kind].model).from_pretrained
+    before, block = load(base).state_dict(), STACKS[kind]
+    targets = [f"{block}.experts.{matrix}" for matrix in ("gate_up_proj", "down_proj")]
+    theirs = trained(load(base), tmp_path / "adapter", target_modules=[], target_parameters=targets)
+    made = load(pulled(store_in(tmp_path), merging(base, tmp_path / "adapter", kind), tmp_path)).state_dict()
+    assert {*made} == {*theirs} and sum(not torch.equal(made[n], before[n]) for n in made) == 2 * 2
+    for name, tensor in made.items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_an_adapter_of_stacks_whose_rows_take_turns_is_refused(tmp_path: Path) -> None:
     base = layouts.write("gpt_oss", tmp_path / "base")
     model = transformers.GptOssForCausalLM.from_pretrained(base)
     trained(model, tmp_path / "adapter", target_modules=["q_proj"], target_parameters=FUSED)

@@ -14,7 +14,7 @@ from moeflow.methods.graph import Model, Sample
 from moeflow.run import StepFailed, pipeline
 from moeflow.sources import Texts
 from moeflow.step import upstream
-from tests import running, tiny
+from tests import layouts, running, tiny
 
 WORDS = [f"w{i}" for i in range(80)]
 
@@ -119,6 +119,25 @@ def test_a_matrix_that_is_none_is_refused_when_the_graph_is_built(
     np.save(tmp_path / "m.npy", array)
     with pytest.raises(ValueError, match=says):
         data.tokens(Texts(str(tmp_path / "m.npy")), model, Sample(1, 2))
+
+
+@pytest.mark.parametrize("use", ["tokens", "heldout", "tune.text"])
+def test_ids_that_the_model_lacks_are_refused_wherever_a_matrix_is_read(use: str, model: Model, tmp_path: Path) -> None:
+    good, bad = running.matrix_of(tmp_path, vocabulary=96), running.matrix_of(tmp_path, sequences=9, vocabulary=200)
+    folder = tiny.write("mixtral", tmp_path / "plain")
+    texts = {"tokens": good.spec, "heldout": good.spec, "tune.text": good.spec} | {use: bad.spec}
+    build = pipeline.load(Path(__file__).parents[3] / "pipelines" / "mixtral.py")
+    with pytest.raises(
+        ValueError, match=r"tokens-9-16-0.npy at .* has the token id \d+ in sequence \d, and the model has the ids 0 to 95"
+    ):
+        pipeline.call(build, [f"model={folder}", "keep=4", "tune=lora", *(f"{name}={spec}" for name, spec in texts.items())])
+
+
+def test_the_vocabulary_is_that_of_the_text_model_inside(tmp_path: Path) -> None:
+    kind = layouts.KINDS["qwen3_vl_moe"]
+    wrapped = layouts.model_in(layouts.write("qwen3_vl_moe", tmp_path / "model"), kind.found)
+    with pytest.raises(ValueError, match="has the ids 0 to 95"):
+        data.tokens(running.matrix_of(tmp_path, vocabulary=200), wrapped, Sample())
 
 
 def test_a_missing_column_is_named_with_the_ones_there_are(model: Model, tmp_path: Path) -> None:
