@@ -6,6 +6,7 @@ Shapes are suffixes: N sequences, L positions, D model width, V vocabulary.
 
 from dataclasses import fields
 from functools import cache
+from importlib import import_module
 from typing import Any
 
 from torch import Tensor, nn
@@ -33,10 +34,21 @@ def language_class(config: Any) -> Any:
 
 @cache
 def _with_head(config: Any) -> Any:
-    body: Any = MODEL_MAPPING[config]
+    body: Any = MODEL_MAPPING[config] if config in MODEL_MAPPING else _body(config)
     like = {name: getattr(body, name) for name in LIKE_THE_BODY if hasattr(body, name)}
     own = {"__module__": __name__, "config_class": config, "body": body}
     return type(f"{body.__name__}WithHead", (TextHalf,), like | own)
+
+
+def _body(config: Any) -> Any:
+    """The text model that has configurations of this class, where transformers names it nowhere. Raises ValueError."""
+    module = import_module(config.__module__.replace(".configuration_", ".modeling_"))
+    for name, kind in vars(module).items():
+        if name.endswith("TextModel") and getattr(kind, "config_class", None) is config:
+            return kind
+    raise ValueError(
+        f"transformers has no text model with a {config.__name__}, which is not supported; `moeflow families` lists what is"
+    )
 
 
 class TextHalf(PreTrainedModel, GenerationMixin):
@@ -54,7 +66,8 @@ class TextHalf(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
-        return True  # transformers looks for it in the source of a model's own module
+        can: bool = cls.body._can_set_experts_implementation()  # transformers looks for it in the source of a model's own module
+        return can
 
     def _init_weights(self, module: nn.Module) -> None:
         self.model._init_weights(module)

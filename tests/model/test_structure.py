@@ -27,6 +27,11 @@ KINDS = {
     "hy_v3": {"score": "sigmoid", "scale_key": "router_scaling_factor"},
     "glm_moe_dsa": {"score": "sigmoid", "handed_on": "index_topk"},
     "nemotron_h": {"attention": "mixer", "block": "mixer"},
+    "mistral4": {"score": "softmax"},
+    "glm4v_moe": {"score": "sigmoid"},
+    "step3p7": {"score": "sigmoid"},
+    "qwen3_omni_moe_thinker": {"score": "softmax"},
+    "unlimited_ocr": {"score": "softmax"},
 }
 
 
@@ -54,6 +59,26 @@ def test_a_tiny_configuration_keeps_all_but_its_sizes() -> None:
     assert small["n_routed_experts"] == EXPERTS and small["hidden_size"] == 32
     assert {k for k in config if k not in small} <= {"transformers_version", "dtype", "_name_or_path"}
     assert small["norm_topk_prob"] == config["norm_topk_prob"]
+
+
+def test_sizes_of_a_tiny_configuration_fit_each_other() -> None:
+    """A head that is both parts of a latent query, sections of a rotary embedding, and the kind of the last layer."""
+    small = tiny(default("mistral4"))
+    assert small["head_dim"] == small["qk_nope_head_dim"] + small["qk_rope_head_dim"]
+    assert tiny(default("deepseek_v3"))["head_dim"] == tiny(default("deepseek_v3"))["qk_rope_head_dim"]
+    sections = tiny(default("glm4v_moe"))["text_config"]
+    assert 2 * sum(sections["rope_parameters"]["mrope_section"]) == sections["head_dim"] * 0.5
+    whole, few = default("gemma4_text")["layer_types"], tiny(default("gemma4_text"))["layer_types"]
+    assert few[-1] == whole[-1] and {*few} == {*whole} and len(few) < len(whole)
+
+
+def test_a_multimodal_model_around_any_text_model_is_understood() -> None:
+    """As Mistral Small 4 is published: a mistral3, whose own default has no experts. The whole model's tie counts."""
+    config = default("mistral3") | {"text_config": default("mistral4")}
+    answer = look({k: v for k, v in config.items() if k != "tie_word_embeddings"})
+    assert answer.arch.model_type == "mistral4" and answer.layout.inside == ("text_config",)
+    assert answer.layout.beside == ("multi_modal_projector.", "vision_tower.")
+    assert "lm_head.weight" not in answer.shapes and answer.proven["streamed"] == 0.0
 
 
 def test_what_a_look_found_is_remembered_and_only_the_family_enters_the_configuration(

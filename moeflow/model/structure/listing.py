@@ -20,6 +20,16 @@ ASKED: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"num_experts_per_tok": 6},
     "hunyuan_v1_moe": {"num_experts": 64, "moe_topk": 8, "head_dim": 128},
     "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention", "conv"] * 8},
+    "glm4v_moe_text": {
+        "head_dim": 128,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.5,
+            "mrope_section": [8, 12, 12],
+        },
+    },
+    "step3p5": {"sliding_window": 512},
     "gemma4_text": {"num_experts": 128, "top_k_experts": 8, "enable_moe_block": True, "moe_intermediate_size": 704},
 }
 """What published checkpoints say where a configuration's own defaults describe no model with experts."""

@@ -19,7 +19,9 @@ SIZES = {
     "ssm_state_size": 8, "mamba_d_state": 8, "mamba_chunk_size": 8, "chunk_size": 8, "mamba_dt_rank": 4,
     "index_n_heads": 4, "index_head_dim": 16, "index_topk": 8, "index_kpool": 4, "text_hidden_size": 32, "sliding_window": 8,
     "depth": 2, "num_heads": 4, "out_hidden_size": 32, "swa_head_dim": 16, "swa_v_head_dim": 8, "swa_num_attention_heads": 4,
-    "swa_num_key_value_heads": 2, "o_lora_rank": 8, "kv_channels": 8, "num_hash_layers": 1,
+    "swa_num_key_value_heads": 2, "o_lora_rank": 8, "kv_channels": 8, "num_hash_layers": 1, "num_sliding_attention_heads": 4,
+    "d_model": 32, "encoder_layers": 2, "encoder_ffn_dim": 48, "encoder_attention_heads": 4, "output_dim": 32,
+    "downsample_hidden_size": 8, "vocab_size_per_layer_input": 96, "hidden_size_per_layer_input": 8,
 }  # fmt: skip
 """Sizes by the names that config.json has for them."""
 COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
@@ -75,18 +77,29 @@ def _below(key: str, value: Mapping[str, Any], count: Any, layers: int) -> Any:
 def _fewer(small: Config, config: Config, count: Any, layers: int) -> Config:
     if type(count) is not int:
         return small
-    small["num_hidden_layers"] = kept = min(count, layers)
+    small["num_hidden_layers"] = kept = _kept(config, count, layers)
     for key, value in small.items():
         by_layer = isinstance(value, list) or (isinstance(value, str) and key.endswith("_pattern"))
         if by_layer and len(value) == count and key != "architectures":
             small[key] = value[:kept]
         elif isinstance(value, list) and key.endswith(NUMBERS) and all(type(v) is int for v in value):
             small[key] = [v for v in value if v < kept]
+    latent, rotated, whole = (config.get(k) for k in ("qk_nope_head_dim", "qk_rope_head_dim", "head_dim"))
+    if latent and rotated and whole == latent + rotated != rotated:  # of the two parts of a query, and not of the rotated one
+        small["head_dim"] = small["qk_nope_head_dim"] + small["qk_rope_head_dim"]
     if _by_sections(config):
         small["head_dim"] = config.get("head_dim") or int(config["hidden_size"]) // int(config["num_attention_heads"])
     if config.get("num_key_value_heads") is not None and config.get("num_key_value_heads") == config.get("num_attention_heads"):
         small["num_key_value_heads"] = small["num_attention_heads"]
     return small
+
+
+def _kept(config: Config, count: int, layers: int) -> int:
+    """How many of its layers a tiny model has: it ends with a layer of the same kind, where it can."""
+    kinds, most = config.get("layer_types"), min(count, layers)
+    if not isinstance(kinds, list) or len(kinds) != count:
+        return most
+    return next((n for n in range(most, most // 2, -1) if kinds[n - 1] == kinds[-1]), most)
 
 
 def _by_sections(config: Config) -> bool:
