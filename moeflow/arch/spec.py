@@ -78,6 +78,7 @@ class Arch:
     block: str = "mlp"  # the module of the MoE block, or of a dense MLP, inside a decoder layer in memory
     block_router: str = "gate"  # the module of the router inside that block in memory
     norm: str = "post_attention_layernorm"  # the norm before the MoE block inside a decoder layer, on disk and in memory
+    norm_feeds_more: bool = False  # that norm's output also goes elsewhere than into the MoE block, which may go but not the norm
     attention: str = "self_attn"  # the attention inside a decoder layer, on disk and in memory
     latent: bool = False  # multi-head latent attention: keys and values are computed from a shorter vector
     biases: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")  # the matrices of the attention that may have a bias

@@ -100,7 +100,7 @@ def format_of(shapes: Shapes, config: Config, layer: int) -> Format:
     if not numbers and layer in family.moe_layers and family.router(layer) not in shapes:
         if any(name in shapes for name in family.shared(layer)[:1]):
             gone = "experts"
-        elif not any(n.startswith(family.norm(layer)) for n in shapes):
+        elif family.arch.norm_feeds_more or not any(n.startswith(family.norm(layer)) for n in shapes):
             gone = "moe"
     return Format(len(numbers), gate, up, down, skip, compressed, gone)
 

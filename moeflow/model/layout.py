@@ -99,11 +99,13 @@ def experts_in(names: Iterable[str], config: Config, layer: int) -> int:
 def names_without_experts(names: Iterable[str], config: Config, layer: int, *, whole: bool = False) -> list[str]:
     """The names that remain of a layer without its routed experts. The shared expert stays.
 
-    Without a shared expert, or if `whole`, nothing of the MoE block remains, and neither does the norm before it.
+    Without a shared expert, or if `whole`, nothing of the MoE block remains, and neither does the norm before it if it feeds the
+    block alone.
     """
     family = Family.of(config)
     routed = (family.experts(layer), *family.router_tensors(layer))
-    gone = (family.moe(layer), family.norm(layer)) if whole or not family.arch.shared else routed
+    block = (family.moe(layer), *([] if family.arch.norm_feeds_more else [family.norm(layer)]))
+    gone = block if whole or not family.arch.shared else routed
     return [n for n in names if not n.startswith(gone)]
 
 

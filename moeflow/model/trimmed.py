@@ -55,13 +55,14 @@ class Unchanged(nn.Identity):
 def take_out(layer: nn.Module, family: Family, format: Format) -> None:
     """Remove from a decoder layer of transformers what `format.gone` says (He et al., arXiv 2406.02500, Layer Drop).
 
-    If the MoE block goes, so does the norm before it, and the residual stream passes unchanged.
+    If the MoE block goes, so does the norm before it if it feeds that block alone, and the residual stream passes unchanged.
     """
     block = layer.get_submodule(family.arch.block)
     pair = returns_a_tuple(block)
     if format.gone == "moe":
         layer.set_submodule(family.arch.block, Nothing(pair=pair))
-        layer.set_submodule(family.arch.norm, Unchanged())
+        if not family.arch.norm_feeds_more:
+            layer.set_submodule(family.arch.norm, Unchanged())
     else:
         layer.set_submodule(family.arch.block, SharedAlone(block, family, pair=pair))
 

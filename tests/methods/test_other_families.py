@@ -27,7 +27,8 @@ from moeflow.methods.slim import steps as slim_steps
 from moeflow.methods.slim.methods import Slimming
 from moeflow.model import passes
 from moeflow.model.checkpoint import Tensors, read_moe
-from moeflow.model.layout import LAYER, Folder, read_config
+from moeflow.model.formats import format_of
+from moeflow.model.layout import LAYER, Folder, names_without_experts, read_config
 from moeflow.model.moe import MoELayer
 from moeflow.model.passes import norm_offset
 from moeflow.step import upstream
@@ -111,6 +112,18 @@ def test_scaling_is_refused_where_experts_do_not_scale(name: str, reason: str) -
     family = Family.of({ARCH: normal.FAMILIES[name][0].to_json()})
     with pytest.raises(ValueError, match=reason):
         slim_steps.check_scalable(family, Slimming("awq", bits=4, group=8))
+
+
+def test_a_norm_that_feeds_more_than_its_block_stays_and_is_not_scaled() -> None:
+    """In Granite 4 a dense network reads it, too."""
+    arch = replace(normal.FAMILIES["granitemoe"][0], norm_feeds_more=True, moe=(0,))
+    config = {ARCH: arch.to_json(), "num_hidden_layers": 1}
+    with pytest.raises(ValueError, match="have no norm of their own, which awq cannot scale; take gptq instead"):
+        slim_steps.check_scalable(Family.of(config), Slimming("awq", bits=4, group=8))
+    others = ["shared_mlp.input_linear.weight", "post_attention_layernorm.weight"]
+    names = [f"model.layers.0.{n}" for n in (*others, "block_sparse_moe.router.weight")]
+    left = names_without_experts(names, config, 0, whole=True)
+    assert left == names[:2] and format_of(dict.fromkeys(left, (1,)), config, 0).gone == "moe"
 
 
 def test_experts_whose_inputs_are_weighed_are_not_skipped() -> None:

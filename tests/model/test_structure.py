@@ -18,7 +18,7 @@ from moeflow.model.structure.tiny import EXPERTS, tiny
 
 LISTS = Path(__file__).parent / "families"
 OFTEN = ("gpt_oss", "qwen3_vl_moe")
-KINDS = {
+KINDS: dict[str, dict[str, Any]] = {
     "gpt_oss": {"score": "softmax", "activation": "clamped_swiglu", "normalize": "always"},
     "qwen3_vl_moe": {"score": "softmax", "normalize": "always"},
     "ernie4_5_moe": {"score": "softmax", "router_bias": "model.layers.{layer}.mlp.moe_statics.e_score_correction_bias"},
@@ -26,12 +26,14 @@ KINDS = {
     "glm4_moe": {"score": "sigmoid", "router_bias": "model.layers.{layer}.mlp.gate.e_score_correction_bias"},
     "hy_v3": {"score": "sigmoid", "scale_key": "router_scaling_factor"},
     "glm_moe_dsa": {"score": "sigmoid", "handed_on": "index_topk"},
-    "nemotron_h": {"attention": "mixer", "block": "mixer"},
     "mistral4": {"score": "softmax"},
     "glm4v_moe": {"score": "sigmoid"},
     "step3p7": {"score": "sigmoid"},
     "qwen3_omni_moe_thinker": {"score": "softmax"},
     "unlimited_ocr": {"score": "softmax"},
+    "cohere2_moe": {"norm_feeds_more": True},
+    "granitemoehybrid": {"norm_feeds_more": True, "attention": "self_attn", "norm": "post_attention_layernorm"},
+    "nemotron_h": {"norm_feeds_more": False, "attention": "mixer", "block": "mixer"},
 }
 
 

@@ -13,7 +13,7 @@ from moeflow.methods.records import Facts
 from moeflow.methods.rewrite import configured, link_all
 from moeflow.model.formats import Format, format_of, routing_shapes
 from moeflow.model.layout import ESSENTIAL, ROUTING, headers, read_config
-from moeflow.model.packed import PACKED, SCALE
+from moeflow.model.packed import BLOCKS, PACKED, SCALE
 from moeflow.model.spec import LayerSpec, ObservedSpec, RestSpec, TensorTable, file_bytes
 from moeflow.options import check_choices
 from moeflow.step import Artifact, Context, Spec, step
@@ -97,9 +97,12 @@ def _added(config: Config, tensors: TensorTable, layer: int, form: str) -> Tenso
     family = Family.of(config)
     experts = format_of({n: shape for n, (_, shape) in tensors.items()}, config, layer).experts
     name = family.expert(layer, 0)[0]
-    gate = next(n for n in (name, family.factors(name)[0]) if n in tensors or n + PACKED in tensors)
-    dtype, shape = tensors.get(gate) or (tensors[gate + SCALE][0], tensors[gate + PACKED][1])
-    dtype = "BF16" if dtype.startswith("F8") else dtype
+    gate = next(n for n in (name, family.factors(name)[0]) if any(n + end in tensors for end in ("", PACKED, BLOCKS)))
+    if gate + PACKED in tensors:
+        dtype, shape = tensors[gate + SCALE][0], tensors[gate + PACKED][1]
+    else:
+        dtype, shape = tensors.get(gate) or tensors[gate + BLOCKS]
+    dtype = "BF16" if dtype.startswith(("F8", "U8")) else dtype
     shapes = routing_shapes(family, Format(experts, compressed=form), layer, int(config["hidden_size"]), shape[0])
     return {n: (dtype, s) for n, s in shapes.items()}
 

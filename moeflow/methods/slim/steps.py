@@ -91,6 +91,7 @@ def check_scalable(family: Family, how: Slimming) -> None:
         "biases": bool(arch.expert_biases),
         f"the activation {arch.activation}": arch.activation == "clamped_swiglu",
         "weighted inputs": arch.weighs_input,
+        "no norm of their own": arch.norm_feeds_more,
     }
     if how.row.needs == "tokens" and (reasons := [what for what, is_so in odd.items() if is_so]):
         raise ValueError(

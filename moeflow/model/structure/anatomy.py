@@ -26,6 +26,7 @@ class Anatomy:
     moe: tuple[int, ...]  # the layers with experts
     block: str  # the MoE block
     norm: str  # the norm before it
+    norm_feeds_more: bool  # whether what that norm gives out also goes elsewhere
     attention: str
     router: str  # the module of the router inside the block; "" if its parameters are the block's own
     weight: str  # the router's matrix [E, D], inside the layer
@@ -41,6 +42,11 @@ def is_experts(module: nn.Module) -> bool:
     """Whether these are the routed experts of a layer, in stacks."""
     names = {n for n, p in module.named_parameters(recurse=False) if p.dim() == 3}
     return "down_proj" in names and bool(names & {"gate_up_proj", "up_proj"})
+
+
+def is_attention(name: str) -> bool:
+    """Whether a module of a layer is its attention, by its name; a norm may be named after it."""
+    return ("attn" in name or "attention" in name) and "norm" not in name
 
 
 def dissected(model: Any, experts: int) -> Anatomy:
@@ -68,7 +74,8 @@ def dissected(model: Any, experts: int) -> Anatomy:
         stack=stack, embedding=embedding, head=head, moe=moe, block=block,
         final_norm=_final_norm(body, stack, order),
         norm=_norm_before(layer, inner, block),
-        attention=next((n for n in inner if "attn" in n or "attention" in n), ""),
+        norm_feeds_more=_feeds_more(model, layer, _norm_before(layer, inner, block), block),
+        attention=next(filter(is_attention, inner), ""),
         router=weight.rpartition(".")[0].partition(".")[0],
         weight=prefix + weight, vectors=tuple(prefix + v for v in vectors),
         shared=prefix + shared if shared else "", shared_gate=prefix + gate if gate else "",
@@ -141,6 +148,26 @@ def _norm_before(layer: nn.Module, inner: list[str], block: str) -> str:
     if not norms:
         raise Unknown(f"no norm of a layer runs before its block {block!r}")
     return norms[-1]
+
+
+def _feeds_more(model: Any, layer: nn.Module, norm: str, block: str) -> bool:
+    """Whether a module of the layer outside the block also sees what the norm gives out."""
+    made: list[Tensor] = []
+    seen: list[bool] = []
+
+    def see(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        given = [t for t in (*args, *named.values()) if isinstance(t, Tensor)]
+        seen.append(any(t.data_ptr() == m.data_ptr() and t.numel() == m.numel() for t in given for m in made))
+
+    inside = tuple(f"{'.'.join(block.split('.')[: i + 1])}." for i in range(block.count(".") + 1))
+    others = [m for n, m in layer.named_modules() if n and f"{n}." not in inside and not n.startswith((f"{block}.", norm))]
+    hooks = [layer.get_submodule(norm).register_forward_hook(lambda _, args, out: made.append(out))]
+    hooks += [m.register_forward_pre_hook(see, with_kwargs=True) for m in others]
+    with torch.no_grad():
+        model(ids(model.get_input_embeddings().weight.shape[0]), use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return any(seen)
 
 
 def _router(block: nn.Module, experts: Any, count: int) -> tuple[str, list[str]]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from moeflow.arch import Arch, Config, Layout
-from moeflow.model.structure.anatomy import Anatomy, Unknown, dissected, ids, is_experts
+from moeflow.model.structure.anatomy import Anatomy, Unknown, dissected, ids, is_attention, is_experts
 from moeflow.model.structure.building import built, experts_key, inside_of, text_of, top_k_key
 from moeflow.model.structure.names import LAYER, OUT, Names, named, ours_of, saved, scrambled, unstacked
 from moeflow.model.structure.proof import prove
@@ -146,7 +146,7 @@ def _arch(anatomy: Anatomy, names: Names, whole: _Whole, text: Config, key: str,
         shared_gate=inside(anatomy.shared_gate) if anatomy.shared_gate else None,
         memory=names.memory, block=anatomy.block, block_router=anatomy.router, norm=names.inside(f"{anatomy.norm}."). rstrip("."),
         attention=anatomy.attention or _mixer(anatomy, whole), experts_key=key, top_k_key=chosen,
-        moe=whole.moe, expert_width=whole.width,
+        moe=whole.moe, expert_width=whole.width, norm_feeds_more=anatomy.norm_feeds_more,
         rest=tuple((a, b) for a, b in rest if a != b), looked_at=True,
     )  # fmt: skip
 
@@ -154,7 +154,7 @@ def _arch(anatomy: Anatomy, names: Names, whole: _Whole, text: Config, key: str,
 def _mixer(anatomy: Anatomy, whole: _Whole) -> str:
     """Where attention is, if a layer with experts has none: under the block's own name, if no layer has a module called so."""
     inside = {n.removeprefix(f"{anatomy.stack}.").split(".")[1] for n in whole.state if n.startswith(f"{anatomy.stack}.")}
-    return next((name for name in sorted(inside) if "attn" in name or "attention" in name), anatomy.block)
+    return next(filter(is_attention, sorted(inside)), anatomy.block)
 
 
 def _shared(anatomy: Anatomy, whole: _Whole) -> tuple[str, ...]:

@@ -12,9 +12,13 @@ import transformers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from moeflow.arch import Family, Layout
+from moeflow.methods.checkpoint import export
 from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.checkpoint.intake import Found
 from moeflow.methods.graph import Model
+from moeflow.methods.slim import steps as slim
+from moeflow.methods.slim.methods import Slimming
 from moeflow.model.packed import pack
 from moeflow.run import StepFailed
 from moeflow.sources import LayoutWanted, pin
@@ -24,6 +28,7 @@ from tests.layouts import KINDS, model_in, pruned_to, raw, sliced
 from tests.models import loaded
 from tests.running import run, store_in
 
+ROUNDED = Slimming("round_to_nearest", group=8)
 KEEP = {0: [0, 2, 3, 4, 6, 7], 1: [1, 2, 3, 5, 6, 7]}
 
 
@@ -172,7 +177,7 @@ def test_where_layers_differ_the_text_model_is_written_alone_and_the_plan_says_s
 
 
 def test_the_text_model_of_a_wrapper_loads_alone(tmp_path: Path) -> None:
-    """What is trained, and what speed is measured on."""
+    """What speed is measured on."""
     name = "qwen3_5_moe in stacks"
     model = pruned_to(model_in(layouts.write(name, tmp_path / "model"), KINDS[name].found), KEEP)
     store, target = store_in(tmp_path), checkpoint.text_model_of(model)
@@ -181,6 +186,39 @@ def test_the_text_model_of_a_wrapper_loads_alone(tmp_path: Path) -> None:
     text = stock(AutoModelForCausalLM, tmp_path / "out")
     expected = sliced(name, KEEP).model.language_model.state_dict()
     assert all(torch.equal(t, text.model.state_dict()[n]) for n, t in expected.items())
+
+
+@torch.inference_mode()
+def test_a_model_that_is_trained_tells_its_family(tmp_path: Path) -> None:
+    """Which no constant describes, and a config.json of transformers does not tell."""
+    source = layouts.write("granitemoe", tmp_path / "model")
+    model = model_in(source, KINDS["granitemoe"].found)
+    store, target = store_in(tmp_path), checkpoint.told_model_of(model)
+    run(store, target)
+    store.fetch(target.key, tmp_path / "out")
+    text, ids = stock(AutoModelForCausalLM, tmp_path / "out"), torch.arange(3, 15)[None]
+    assert Family.of(text.config.to_dict()).arch == KINDS["granitemoe"].found.arch
+    torch.testing.assert_close(text(ids).logits, whole(source, "granitemoe")(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_names_outside_the_layers_are_the_source_s_in_a_packed_result(tmp_path: Path) -> None:
+    """And moeflow's own where only moeflow's format can hold the layers."""
+    source = layouts.write("granitemoe", tmp_path / "model")
+    stacked = KINDS["granitemoe"].found
+    names = (("model.embeddings.", "model.embed_tokens."), ("model.norm_f.", "model.norm."))
+    layouts.edit(source, lambda ts: {on_disk(n, names): t for n, t in ts.items()})
+    found = replace(stacked, layout=replace(stacked.layout, renamed=names, per_expert=True))
+    model = model_in(source, found)
+    assert model.form is not None
+    uneven = export.written(pruned_to(model, {0: [0, 1, 2, 3], 1: [0, 1, 2]}), model.form)
+    assert uneven.own and uneven.layout == Layout()
+    slimmed = {i: slim.slimmed(model.essential, model.layers[i], (), at=i, how=ROUNDED, dtype="float32") for i in (0, 1)}
+    even = export.written(model.with_layers(slimmed), model.form)
+    assert not even.own and even.layout == Layout(renamed=names)
+
+
+def on_disk(name: str, names: tuple[tuple[str, str], ...]) -> str:
+    return next((disk + name.removeprefix(here) for disk, here in names if name.startswith(here)), name)
 
 
 def test_a_wrapper_whose_experts_are_packed_stays_packed_and_whole(tmp_path: Path) -> None:
