@@ -15,7 +15,7 @@ COUNT_KEYS = ("num_nextn_predict_layers", COUNT_KEY)
 OTHER_COUNT_KEYS = ("mtp_num_hidden_layers", "num_mtp_modules")
 """The keys for the same that transformers does not know (qwen3_5_moe, minimax_m2)."""
 
-APART = ("mtp.", "model.mtp.", "model.mtp_")
+APART = ("mtp.", "mtp_", "model.mtp.", "model.mtp_")
 """How the tensors of prediction layers begin in families that do not number them on behind the decoder layers (qwen3_next)."""
 
 ENORM, HNORM, PROJECTION, NORM = "enorm.weight", "hnorm.weight", "eh_proj.weight", "shared_head.norm.weight"

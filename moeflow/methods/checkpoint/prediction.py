@@ -70,9 +70,9 @@ def settled(config: Config, tensors: Mapping[str, TensorInfo], mtp: "Mtp", uri: 
         return Settled(without_prediction_layers(config), left, (), "; ".join(notes))
     if others:
         raise ValueError(
-            f"mtp={mtp!r}: the multi-token prediction at {uri} is called {others[0]} and so on ({len(others)} tensors), which is "
-            f"neither numbered on behind the {count} decoder layers nor one layer in {', '.join(f'{n}*' for n, _ in ONE_HEAD)}; "
-            "transformers loads only such: take mtp='drop'"
+            f"mtp={mtp!r}: the multi-token prediction at {uri} is called {others[0]} and so on, and transformers loads only "
+            f"layers that are numbered on behind the {count} decoder layers, or one in {', '.join(f'{n}*' for n, _ in ONE_HEAD)}; "
+            "take mtp='drop'"
         )
     if behind and not apart and all(config.get(key) is None for key in COUNT_KEYS):
         raise ValueError(
