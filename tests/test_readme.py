@@ -21,14 +21,14 @@ def command(pipeline: str) -> list[str]:
     return shlex.split(cited.replace("\\\n", " "))
 
 
-def figures(words: list[str], store: Path) -> dict[str, Any]:
-    """The figures of the result that a command's reports show, by their names."""
+def figures(words: list[str], store: Path, name: str = "") -> dict[str, Any]:
+    """The figures of the result that a command's reports show, by their names; `name`: of the result, if not the pipeline's."""
     done = subprocess.run(
         [sys.executable, *words, "--store", str(store)],
         cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    words = [sys.executable, "-c", "from moeflow.cli import main; main()", "show", Path(words[0]).stem, "--json"]
+    words = [sys.executable, "-c", "from moeflow.cli import main; main()", "show", name or Path(words[0]).stem, "--json"]
     shown = subprocess.run([*words, "--store", str(store)], cwd=ROOT, capture_output=True, text=True, check=True)
     return {row["name"]: row["compressed"] for report in json.loads(shown.stdout)["reports"] for row in report["rows"]}
 
@@ -46,6 +46,16 @@ def test_the_shipped_model_is_pruned_by_the_command_in_the_readme_to_what_it_say
     assert made["experts per layer"] == experts
     assert made["bytes"] / 2**20 == pytest.approx(size, abs=0.05)
     assert made["KL to the original (stdlib)"] == pytest.approx(divergence, rel=0.2)
+
+
+@pytest.mark.slow
+def test_the_model_fits_into_the_budget_in_the_readme_at_what_it_says(tmp_path: Path) -> None:
+    (cited,) = re.findall(r"^ +moeflow (fit models/.*?)\n\n", README, re.DOTALL | re.MULTILINE)
+    words = shlex.split(cited.replace("\\\n", " "))
+    made = figures(["-c", "from moeflow.cli import main; main()", *words], tmp_path / "store", "fit")
+    size, divergence = said(r"It fits into 2 MiB by taking ([\d.]+), at a KL of ([\d.]+), and")
+    assert made["bytes"] / 2**20 == pytest.approx(size, abs=0.1)
+    assert made["KL to the original (stdlib)"] == pytest.approx(divergence, rel=0.5)
 
 
 @pytest.mark.slow

@@ -127,19 +127,37 @@ def _unified() -> dict[str, Row]:
     }
 
 
+def _fitted() -> dict[str, Row]:
+    few = ["offers.counts=[0.75]", "offers.ranks=[0.3]", "offers.bits=[4]", "offers.group=8", "offers.measured=64"]
+    said = [*RECORDED, *few, "budget.ratio=0.15"]
+    return {
+        "fit": Row("fit", said, equals="none"),
+        "fit for transformers": Row("fit", [*said, "offers.engine=transformers", "offers.rounds=1"], equals="none"),
+    }
+
+
 def _compressed() -> dict[str, Row]:
     alone = ["tune=compressed_experts", "tune.loss=kl", "vectors.form=one"]
     rows = {name: Row(name, [*HELD_OUT, *TUNED], equals="none") for name in ("olmoe", "phimoe")}
     return rows | {"vectors alone": Row("olmoe", [*HELD_OUT, *TUNED, *alone], "tune compressed_experts", "none")}
 
 
-ROWS = _pruned() | _moei2() | _unified() | _compressed()
+ROWS = _pruned() | _moei2() | _unified() | _compressed() | _fitted()
 NO_AWQ = ["mixtral_unified", "deepseek_v2_lite_unified", "qwen15_moe_unified", "slim=awq"]
 NEEDS_WEIGHTS = [
     name for name in ROWS
-    if name.startswith(("slim", "counts", "decompose", "moei2", "tune", "trim,")) or name in (*NO_AWQ, *PIPELINES)
+    if name.startswith(("slim", "counts", "decompose", "moei2", "tune", "trim,")) or name in {*NO_AWQ, *PIPELINES} - {"fit"}
 ]  # fmt: skip
-MAY_DIFFER = ["skipping", "olmoe", "phimoe", "vectors alone", "trim=experts", "trim=experts, all of a layer", "trim=moe_blocks"]
+MAY_DIFFER = [
+    "fit",
+    "skipping",
+    "olmoe",
+    "phimoe",
+    "vectors alone",
+    "trim=experts",
+    "trim=experts, all of a layer",
+    "trim=moe_blocks",
+]
 TURNS = r"differs? by layer: a layer cannot take another's place; .*drop MoE blocks \(Layer Drop\)"
 REFUSED: dict[str, dict[str, str]] = {
     "fused": {},

@@ -65,7 +65,7 @@ def written(model: Model, form: Form) -> Written:
 def _apart(layers: Sequence[LayerSpec], moe: Sequence[int]) -> str:
     """Why the family's own classes cannot hold these layers; empty if they can."""
     experts = [layers[i] for i in moe]
-    if len({layer.experts for layer in experts}) > 1 or any(layer.least != layer.experts for layer in experts):
+    if len({layer.experts for layer in experts}) > 1 or any(layer.least != layer.experts and not layer.alike for layer in experts):
         return "layers differ in their experts, or a run decides it"
     for layer in experts:
         if layer.low_rank or layer.ranks_decided or layer.format.own:

@@ -114,17 +114,21 @@ def better(context: Context, choices: tuple[Artifact, ...], measured: tuple[Arti
     replace(Fitted.read(choices[nearest]), before=apart[nearest]).write(context.out)
 
 
-def _layer_spec(chosen: Any, files: tuple[LayerSpec, ...], *, layer: int, offer: list[Alternative]) -> Spec:
-    own = files[0]
-    expected = chosen["part"] if own.expert_bytes else 1.0
-    fewest = min((a.keep for a in offer), default=own.experts)
-    out = replace(own, share=min(own.share, expected), fewest=min(fewest, own.least), ranks_decided=True)
+def _layer_spec(chosen: Any, files: tuple[LayerSpec, ...], *, layer: int, offer: list[Alternative], engine: str) -> Spec:
+    """As the alternative that is nearest to the budget; packed if any is, which says how the checkpoint may be written."""
+    own, runs = files[0], ENGINES[engine]
+    packed = [f for f in files if f.packed]
+    near = min(packed or files, key=lambda f: abs(f.nbytes - chosen["part"] * own.nbytes))
+    fewest = min(a.keep for a in offer)
+    out = replace(near, share=1.0, fewest=fewest, alike=not runs.counts, ranks_decided=runs.counts)
     return Spec(out, reads=0, writes=0, memory=1 << 24)
 
 
 @step("fit.layer", version=1, spec=_layer_spec)
-def layer(context: Context, chosen: Artifact, files: tuple[Artifact, ...], *, layer: int, offer: list[Alternative]) -> None:
-    """The files of what was chosen for this layer, among its alternatives."""
+def layer(
+    context: Context, chosen: Artifact, files: tuple[Artifact, ...], *, layer: int, offer: list[Alternative], engine: str
+) -> None:
+    """The files of what was chosen for this layer, among its alternatives; `engine`: what is to load the result."""
     name = Fitted.read(chosen).chosen[layer]
     link_all(context, files[[a.name for a in offer].index(name)])
 

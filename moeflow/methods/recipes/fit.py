@@ -59,7 +59,9 @@ def compress(calibration: Calibration, budget: Budget, offers: Offers) -> Fittin
         )  # fmt: skip
 
     def built(choice: Step) -> Model:
-        layers = {i: fit.layer(choice, files[at], layer=i, offer=offer[str(i)]) for at, i in enumerate(offered)}
+        layers = {
+            i: fit.layer(choice, files[at], layer=i, offer=offer[str(i)], engine=offers.engine) for at, i in enumerate(offered)
+        }
         return model.with_layers(layers)
 
     choices = [decided(measured(None))]
