@@ -29,6 +29,7 @@ KINDS = {
     "step3p7": {"score": "sigmoid"},
     "qwen3_omni_moe_thinker": {"score": "softmax"},
     "unlimited_ocr": {"score": "softmax"},
+    "nemotron_h_omni": {"score": "sigmoid"},
 }
 
 
@@ -67,6 +68,7 @@ def test_sizes_of_a_tiny_configuration_fit_each_other() -> None:
     assert 2 * sum(sections["rope_parameters"]["mrope_section"]) == sections["head_dim"] * 0.5
     whole, few = default("gemma4_text")["layer_types"], tiny(default("gemma4_text"))["layer_types"]
     assert few[-1] == whole[-1] and {*few} == {*whole} and len(few) < len(whole)
+    assert all(int(k) < len(few) for k in tiny(default("gemma4_text"))["per_layer_config"])
 
 
 def test_a_multimodal_model_around_any_text_model_is_understood() -> None:
