@@ -137,3 +137,17 @@ def test_the_text_half_is_measured_like_any_model(pruned: Pruned) -> None:
     for what in ("parameters", "bytes", "operations at 2,048 tokens"):
         assert pruned.rows[what]["compressed"] < pruned.rows[what]["original"], what
     assert pruned.rows["decode"]["compressed"] > 0 and 0 < pruned.rows["KL to the original (tokens-8-16-0)"]["compressed"] < 2
+
+
+@torch.inference_mode()
+def test_a_text_half_without_a_class_of_its_own_loads_where_layers_differ(tmp_path: Path) -> None:
+    """After `import moeflow`, with every tensor in its place; and it writes text."""
+    source = layouts.write("qwen3_vl_moe", tmp_path / "model")
+    kept = {0: [0, 1, 3, 4], 1: [0, 2, 3, 5, 6]}
+    model = layouts.pruned_to(layouts.model_in(source, layouts.KINDS["qwen3_vl_moe"].found), kept)
+    target, store = checkpoint.checkpoint_of(model), store_in(tmp_path)
+    run(store, target)
+    store.fetch(target.key, tmp_path / "out")
+    text = stock(transformers.AutoModelForCausalLM, tmp_path / "out")
+    assert [len(layer.mlp.experts.down_proj) for layer in layers_of(text)] == [4, 5]
+    assert text.generate(torch.arange(3, 9)[None], max_new_tokens=3, do_sample=False).shape == (1, 9)
