@@ -17,7 +17,7 @@ from moeflow.model.structure.tiny import EXPERTS, tiny
 
 LISTS = Path(__file__).parent / "families"
 OFTEN = ("gpt_oss", "qwen3_vl_moe")
-KINDS = {
+KINDS: dict[str, dict[str, Any]] = {
     "gpt_oss": {"score": "softmax", "activation": "clamped_swiglu", "normalize": "always"},
     "qwen3_vl_moe": {"score": "softmax", "normalize": "always"},
     "ernie4_5_moe": {"score": "softmax", "router_bias": "model.layers.{layer}.mlp.moe_statics.e_score_correction_bias"},
