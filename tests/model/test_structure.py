@@ -34,6 +34,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "cohere2_moe": {"norm_feeds_more": True},
     "granitemoehybrid": {"norm_feeds_more": True, "attention": "self_attn", "norm": "post_attention_layernorm"},
     "nemotron_h": {"norm_feeds_more": False, "attention": "mixer", "block": "mixer"},
+    "nemotron_h_omni": {"score": "sigmoid"},
 }
 
 
@@ -72,6 +73,7 @@ def test_sizes_of_a_tiny_configuration_fit_each_other() -> None:
     assert 2 * sum(sections["rope_parameters"]["mrope_section"]) == sections["head_dim"] * 0.5
     whole, few = default("gemma4_text")["layer_types"], tiny(default("gemma4_text"))["layer_types"]
     assert few[-1] == whole[-1] and {*few} == {*whole} and len(few) < len(whole)
+    assert all(int(k) < len(few) for k in tiny(default("gemma4_text"))["per_layer_config"])
 
 
 def test_a_multimodal_model_around_any_text_model_is_understood() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 TOKENS = (2, 12)  # sequences and positions that a tiny model is run with
 
@@ -67,7 +68,8 @@ def dissected(model: Any, experts: int) -> Anatomy:
     order, inner = _order(model, body, layer)
     weight, vectors = _router(layer.get_submodule(block), model.get_submodule(paths[0]), experts)
     shared, gate = _shared(layer.get_submodule(block), weight.rpartition(".")[0])
-    head = next((n for n, m in model.named_modules() if m is model.get_output_embeddings()), "")
+    heads = [m.get_output_embeddings() for m in model.modules() if isinstance(m, PreTrainedModel)]  # a part's, perhaps
+    head = next((n for h in heads if h is not None for n, m in model.named_modules() if m is h), "")
     embedding = next((n for n, m in model.named_modules() if m is model.get_input_embeddings()), "")
     prefix = f"{block}."
     return Anatomy(

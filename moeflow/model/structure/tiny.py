@@ -38,9 +38,10 @@ def tiny(config: Config, *, layers: int = LAYERS) -> Config:
     """A configuration with small sizes in the place of those that are given; nested configurations, too."""
     small = {k: v for k, v in config.items() if k not in LEFT[2:]}
     count = config.get("num_hidden_layers")
+    kept = _kept(config, count, layers) if type(count) is int else layers
     for key, value in config.items():
         if isinstance(value, Mapping):
-            small[key] = _below(key, value, count, layers)
+            small[key] = _below(key, value, layers, kept)
         elif key in SIZES and type(value) is int:
             small[key] = min(SIZES[key], value) if value else value
         elif key in COUNTS and type(value) is int:
@@ -55,7 +56,7 @@ def tiny(config: Config, *, layers: int = LAYERS) -> Config:
             small[key] = TOKENS[key]
         elif key in ("first_k_dense_replace", "num_dense_layers", "first_dense_layers") and type(value) is int:
             small[key] = min(value, 1)
-    return _fewer(small, config, count, layers)
+    return _fewer(small, config, count, kept)
 
 
 def _chosen(value: Any) -> Any:
@@ -65,19 +66,19 @@ def _chosen(value: Any) -> Any:
     return min(value, TOP_K) if type(value) is int else value
 
 
-def _below(key: str, value: Mapping[str, Any], count: Any, layers: int) -> Any:
-    """A nested entry: another configuration, or something by layer."""
+def _below(key: str, value: Mapping[str, Any], layers: int, kept: int) -> Any:
+    """A nested entry: another configuration, or something by layer, of which so many are `kept`."""
     if any(k in value for k in ("hidden_size", "model_type", "num_hidden_layers", "depth")):
         return tiny(dict(value), layers=min(layers, 4) if key != "text_config" else layers)
-    if type(count) is int and value and all(str(k).isdigit() for k in value):
-        return {k: v for k, v in value.items() if int(k) < min(layers, count)}
+    if value and all(str(k).isdigit() for k in value):
+        return {k: v for k, v in value.items() if int(k) < kept}
     return dict(value)
 
 
-def _fewer(small: Config, config: Config, count: Any, layers: int) -> Config:
+def _fewer(small: Config, config: Config, count: Any, kept: int) -> Config:
     if type(count) is not int:
         return small
-    small["num_hidden_layers"] = kept = _kept(config, count, layers)
+    small["num_hidden_layers"] = kept
     for key, value in small.items():
         by_layer = isinstance(value, list) or (isinstance(value, str) and key.endswith("_pattern"))
         if by_layer and len(value) == count and key != "architectures":

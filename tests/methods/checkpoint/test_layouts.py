@@ -67,9 +67,10 @@ def prompt(model: Any) -> dict[str, Any]:
         ids[0, 8] = 93
         seen = {"pixel_values": torch.randn(16, patches, generator=generator), "image_grid_thw": torch.tensor([[1, 4, 4]])}
         return {"input_ids": ids, "mm_token_type_ids": (ids == 90).int(), **seen}
-    ids[0, 3] = model.config.image_token_id
-    side = vision.image_size
-    return {"input_ids": ids, "pixel_values": torch.randn(1, 3, side, side, generator=generator)}
+    side, of_sizes = vision.image_size, model.config.model_type == "mistral3"
+    ids[0, 3 : 7 if of_sizes else 4] = model.config.image_token_id
+    sizes = {"image_sizes": torch.tensor([[side, side]])} if of_sizes else {}
+    return {"input_ids": ids, "pixel_values": torch.randn(1, 3, side, side, generator=generator)} | sizes
 
 
 @torch.inference_mode()

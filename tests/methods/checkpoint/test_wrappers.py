@@ -21,10 +21,14 @@ from moeflow.methods.prune.searches import Search
 from moeflow.methods.recipes import compare, naee
 from moeflow.model.checkpoint import Tensors, read_moe
 from moeflow.model.skeleton import layers_of
+from moeflow.model.structure.building import built
+from moeflow.model.structure.listing import default
 from moeflow.model.structure.looking import look
+from moeflow.model.structure.names import scrambled
+from moeflow.model.structure.tiny import tiny
 from moeflow.model.trimmed import returns_a_tuple
 from tests import layouts
-from tests.layouts import KINDS, raw
+from tests.layouts import raw
 from tests.methods.checkpoint.test_layouts import answer, stock
 from tests.model.test_other_families import Block, some
 from tests.running import choices, matrix_of, reports, run, store_in
@@ -53,6 +57,20 @@ def seen(source: Path) -> Found:
     return Found.from_json(json.loads(json.dumps(look(config, raw(source)).to_json())))
 
 
+def write(name: str, folder: Path) -> Path:
+    return mistral3(folder) if name == "mistral3" else layouts.write(name, folder)
+
+
+def mistral3(folder: Path) -> Path:
+    """A tiny Mistral Small 4, whose text half is a mistral4."""
+    small = tiny(default("mistral3") | {"text_config": default("mistral4"), "image_token_index": 90}, layers=2)
+    small["vision_config"] |= {"image_size": 56}
+    model = built(small)
+    scrambled(model, ())
+    model.save_pretrained(folder)
+    return folder
+
+
 def prune(name: str, source: Path, folder: Path) -> Pruned:
     for file, text in PROCESSOR.items():
         (source / file).write_text(text)
@@ -69,10 +87,10 @@ def prune(name: str, source: Path, folder: Path) -> Pruned:
     return Pruned(name, source, folder / "out", found, chosen, reports(store, target), original.config, layers)
 
 
-@pytest.fixture(scope="module", params=some("qwen3_vl_moe", "llama4", "qwen3_5_moe"))
+@pytest.fixture(scope="module", params=some("qwen3_vl_moe", "llama4", "qwen3_5_moe", "mistral3"))
 def pruned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pruned:
     folder = tmp_path_factory.mktemp("wrapper")
-    return prune(request.param, layouts.write(request.param, folder / "model"), folder)
+    return prune(request.param, write(request.param, folder / "model"), folder)
 
 
 def test_what_is_beside_the_text_half_stays_bit_for_bit(pruned: Pruned) -> None:
@@ -86,7 +104,7 @@ def test_what_is_beside_the_text_half_stays_bit_for_bit(pruned: Pruned) -> None:
 @torch.inference_mode()
 def test_an_image_is_answered_as_the_masked_original_answers_it(pruned: Pruned) -> None:
     """The pruned model loads whole, in stock transformers."""
-    model_class = getattr(transformers, KINDS[pruned.name].model)
+    model_class = transformers.AutoModelForImageTextToText
     ours, theirs = (stock(model_class, folder) for folder in (pruned.out, pruned.source))
     for model in (ours, theirs):
         model.config.get_text_config()._experts_implementation = "eager"
@@ -119,3 +137,17 @@ def test_the_text_half_is_measured_like_any_model(pruned: Pruned) -> None:
     for what in ("parameters", "bytes", "operations at 2,048 tokens"):
         assert pruned.rows[what]["compressed"] < pruned.rows[what]["original"], what
     assert pruned.rows["decode"]["compressed"] > 0 and 0 < pruned.rows["KL to the original (tokens-8-16-0)"]["compressed"] < 2
+
+
+@torch.inference_mode()
+def test_a_text_half_without_a_class_of_its_own_loads_where_layers_differ(tmp_path: Path) -> None:
+    """After `import moeflow`, with every tensor in its place; and it writes text."""
+    source = layouts.write("qwen3_vl_moe", tmp_path / "model")
+    kept = {0: [0, 1, 3, 4], 1: [0, 2, 3, 5, 6]}
+    model = layouts.pruned_to(layouts.model_in(source, layouts.KINDS["qwen3_vl_moe"].found), kept)
+    target, store = checkpoint.checkpoint_of(model), store_in(tmp_path)
+    run(store, target)
+    store.fetch(target.key, tmp_path / "out")
+    text = stock(transformers.AutoModelForCausalLM, tmp_path / "out")
+    assert [len(layer.mlp.experts.down_proj) for layer in layers_of(text)] == [4, 5]
+    assert text.generate(torch.arange(3, 9)[None], max_new_tokens=3, do_sample=False).shape == (1, 9)
