@@ -124,21 +124,22 @@ def read(uri: str, file: SourceFile, start: int, stop: int) -> bytes:
 
 
 def stays(uri: str, file: SourceFile) -> bool:
-    return local(uri, file) is not None
+    repo, type_, commit, _ = _parts(uri)
+    return _in_cache(repo, type_, commit, file) is not None
 
 
 def local(uri: str, file: SourceFile) -> Path | None:
-    repo, type_, commit, _ = _parts(uri)
-    return _in_cache(repo, type_, commit, file)
+    return None  # what the hub's cache holds is not the user's own
 
 
 def known(uri: str, file: SourceFile) -> SourceFile:
-    if (cached := local(uri, file)) is None:
+    repo, type_, commit, _ = _parts(uri)
+    if (cached := _in_cache(repo, type_, commit, file)) is None:
         return file
-    blob = cached.resolve()
-    about = disk.file_at(blob)
-    if SHA256.fullmatch(blob.name) and blob.name != about.sha256:
-        raise _damaged(f"{uri}/{file.name}", blob)
+    path = cached.resolve()
+    about = disk.file_at(path)
+    if SHA256.fullmatch(path.name) and path.name != about.sha256:
+        raise _damaged(f"{uri}/{file.name}", path)
     return replace(file, sha256=about.sha256, chunks=about.chunks)
 
 

@@ -50,7 +50,7 @@ class Place(Protocol):
         """Whether a pinned file lies where it stays, so that it need not be copied."""
 
     def local(self, uri: str, file: SourceFile) -> Path | None:
-        """Where a pinned file lies on this machine; None if it lies elsewhere. Raises MissingSource if it is gone."""
+        """Where a pinned file lies on a disk that users write to; None elsewhere. Raises MissingSource if it is gone."""
 
     def known(self, uri: str, file: SourceFile) -> SourceFile:
         """A pinned file with its digests, if it lies on a disk; elsewhere as it is. Raises MissingSource if it has changed."""

@@ -51,7 +51,7 @@ class Source(Pinned):
         return place_of(self.uri).read(self.uri, file, start, file.size if stop is None else stop)
 
     def path(self, name: str) -> Path | None:
-        """Where one file lies on this machine; None if it lies elsewhere. Raises MissingSource."""
+        """Where one file lies on a disk that users write to; None for a file on the hub, cached or not, and in S3."""
         return place_of(self.uri).local(self.uri, self.find(name))
 
     def text(self, name: str) -> str:

@@ -1,6 +1,6 @@
 """A look at the beginning of a text when the graph is built, so that what cannot be read is told before anything runs.
 
-Only files on this machine are looked at. Whatever is raised here, the step that reads the text would raise too.
+Only files in folders of this machine are looked at. Whatever is raised here, the step that reads the text would raise too.
 """
 
 from collections import Counter

@@ -307,7 +307,7 @@ VL = "qwen3_vl_moe"
         (VL, narrowed("1.mlp.experts.down_proj", to=23, dim=2), r"down_proj at .* asks for \(8, 32, 24\); correct one"),
         (VL, without("1.mlp.experts.down_proj"), "has no tensor model.layers.1.mlp.experts.0.down"),
         (VL, without("1.mlp.experts."), "layer 1 has 8 experts, its tensors say"),
-        (VL, twice, "has model.layers.0.mlp.experts.0.down_proj.weight twice, in .*down_proj and in .*down_proj"),
+        (VL, twice, "has model.layers.0.mlp.experts.0.down_proj.weight twice, in .*weight and in .*experts.down_proj;"),
         ("gpt_oss", coded, r"down_proj_blocks at .* asks for \(8, 64, 1, 16\); correct one"),
         ("gpt_oss", narrowed("0.mlp.experts.gate_up_proj_bias", to=60, dim=1), r"gate_up_proj_bias at .* asks for \(8, 64\);"),
         ("granitemoe", narrowed("0.block_sparse_moe.input_linear", to=47, dim=1), r"asks for \(8, 48, 32\); correct one"),

@@ -27,7 +27,7 @@ def test_every_text_has_a_name_of_its_own_with_columns_or_address_if_its_file_is
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         for name in ("questions.jsonl", "test.jsonl"):
-            (tmp_path / folder / name).write_text("{}\n")
+            (tmp_path / folder / name).write_text('{"question": "?", "answer": "!", "text": "."}\n')
     a, b = tmp_path / "a" / "questions.jsonl", tmp_path / "b" / "questions.jsonl"
     assert names(model, f"{a}#question,{tmp_path}/a/test.jsonl#text") == ["questions", "test"]
     assert names(model, f"{a}#question,{a}#question+answer") == ["questions (question)", "questions (question+answer)"]
