@@ -137,9 +137,9 @@ ROWS = _pruned() | _moei2() | _unified() | _compressed()
 NO_AWQ = ["mixtral_unified", "deepseek_v2_lite_unified", "qwen15_moe_unified", "slim=awq"]
 NEEDS_WEIGHTS = [
     name for name in ROWS
-    if name.startswith(("slim", "counts", "decompose", "moei2", "tune", "trim,")) or name in (*NO_AWQ, *PIPELINES)
+    if name.startswith(("slim", "counts", "decompose", "moei2", "tune", "trim,", "vectors")) or name in (*NO_AWQ, *PIPELINES)
 ]  # fmt: skip
-MAY_DIFFER = ["skipping", "olmoe", "phimoe", "vectors alone", "trim=experts", "trim=experts, all of a layer", "trim=moe_blocks"]
+MAY_DIFFER = ["skipping", "trim=experts", "trim=experts, all of a layer", "trim=moe_blocks"]
 TURNS = r"differs? by layer: a layer cannot take another's place; .*drop MoE blocks \(Layer Drop\)"
 REFUSED: dict[str, dict[str, str]] = {
     "fused": {},
