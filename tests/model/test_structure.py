@@ -26,7 +26,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "hy_v3": {"score": "sigmoid", "scale_key": "router_scaling_factor"},
     "glm_moe_dsa": {"score": "sigmoid", "handed_on": "index_topk"},
     "cohere2_moe": {"norm_feeds_more": True},
-    "granitemoehybrid": {"norm_feeds_more": True, "attention": "self_attn", "norm": "post_attention_layernorm"},
+    "granitemoehybrid": {"norm_feeds_more": True, "norm": "post_attention_layernorm"},
     "nemotron_h": {"norm_feeds_more": False, "attention": "mixer", "block": "mixer"},
 }
 
