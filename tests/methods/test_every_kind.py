@@ -146,18 +146,10 @@ ROWS = _pruned() | _moei2() | _unified() | _compressed() | _fitted()
 NO_AWQ = ["mixtral_unified", "deepseek_v2_lite_unified", "qwen15_moe_unified", "slim=awq"]
 NEEDS_WEIGHTS = [
     name for name in ROWS
-    if name.startswith(("slim", "counts", "decompose", "moei2", "tune", "trim,")) or name in {*NO_AWQ, *PIPELINES} - {"fit"}
+    if name.startswith(("slim", "counts", "decompose", "moei2", "tune", "trim,", "vectors"))
+    or name in {*NO_AWQ, *PIPELINES} - {"fit"}
 ]  # fmt: skip
-MAY_DIFFER = [
-    "fit",
-    "skipping",
-    "olmoe",
-    "phimoe",
-    "vectors alone",
-    "trim=experts",
-    "trim=experts, all of a layer",
-    "trim=moe_blocks",
-]
+MAY_DIFFER = ["fit", "skipping", "trim=experts", "trim=experts, all of a layer", "trim=moe_blocks"]
 TURNS = r"differs? by layer: a layer cannot take another's place; .*drop MoE blocks \(Layer Drop\)"
 REFUSED: dict[str, dict[str, str]] = {
     "fused": {},

@@ -32,7 +32,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "qwen3_omni_moe_thinker": {"score": "softmax"},
     "unlimited_ocr": {"score": "softmax"},
     "cohere2_moe": {"norm_feeds_more": True},
-    "granitemoehybrid": {"norm_feeds_more": True, "attention": "self_attn", "norm": "post_attention_layernorm"},
+    "granitemoehybrid": {"norm_feeds_more": True, "norm": "post_attention_layernorm"},
     "nemotron_h": {"norm_feeds_more": False, "attention": "mixer", "block": "mixer"},
     "nemotron_h_omni": {"score": "sigmoid"},
 }
