@@ -16,7 +16,7 @@ test: setup
 pytest: setup
 	@OMP_NUM_THREADS=1 infra/python.sh -m pytest -n 3 --dist loadgroup --no-loadscope-reorder
 
-# Also what takes long: every family everywhere, every pair of methods on every family, clusters that lose nodes.
+# Also what takes long: every family everywhere, every pair of methods on every family, the newest transformers, clusters that lose nodes.
 test-all: check
 	@OMP_NUM_THREADS=1 infra/python.sh -m pytest --slow -n 3 --dist loadgroup --no-loadscope-reorder
 

@@ -111,7 +111,7 @@ class Compressed:
             raise ValueError(f"{name} was not loaded whole: {some(left)}; its tensors and its config.json do not fit each other")
         if packed and getattr(model, "hf_quantizer", None) is not None:
             model.hf_quantizer.remove_quantization_config(model)
-            del model._weight_conversions  # or saving would reverse the unpacking; without, it takes the class's own conversions
+            model._weight_conversions = None  # or saving would reverse the unpacking; so it takes the class's own conversions
         return (model, info) if wanted else model
 
 
