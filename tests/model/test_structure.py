@@ -74,6 +74,8 @@ def test_sizes_of_a_tiny_configuration_fit_each_other() -> None:
     whole, few = default("gemma4_text")["layer_types"], tiny(default("gemma4_text"))["layer_types"]
     assert few[-1] == whole[-1] and {*few} == {*whole} and len(few) < len(whole)
     assert all(int(k) < len(few) for k in tiny(default("gemma4_text"))["per_layer_config"])
+    patches = "projector_patch_to_query_dict"  # numbers that are no layers
+    assert tiny(default("aria"))[patches] == default("aria")[patches]
 
 
 def test_a_multimodal_model_around_any_text_model_is_understood() -> None:

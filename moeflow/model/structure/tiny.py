@@ -41,7 +41,7 @@ def tiny(config: Config, *, layers: int = LAYERS) -> Config:
     kept = _kept(config, count, layers) if type(count) is int else layers
     for key, value in config.items():
         if isinstance(value, Mapping):
-            small[key] = _below(key, value, layers, kept)
+            small[key] = _below(key, value, layers, kept, count)
         elif key in SIZES and type(value) is int:
             small[key] = min(SIZES[key], value) if value else value
         elif key in COUNTS and type(value) is int:
@@ -66,11 +66,11 @@ def _chosen(value: Any) -> Any:
     return min(value, TOP_K) if type(value) is int else value
 
 
-def _below(key: str, value: Mapping[str, Any], layers: int, kept: int) -> Any:
-    """A nested entry: another configuration, or something by layer, of which so many are `kept`."""
+def _below(key: str, value: Mapping[str, Any], layers: int, kept: int, count: Any) -> Any:
+    """A nested entry: another configuration, or something by layer of the `count` that there are, of which so many are `kept`."""
     if any(k in value for k in ("hidden_size", "model_type", "num_hidden_layers", "depth")):
         return tiny(dict(value), layers=min(layers, 4) if key != "text_config" else layers)
-    if value and all(str(k).isdigit() for k in value):
+    if type(count) is int and value and all(str(k).isdigit() and int(k) < count for k in value):
         return {k: v for k, v in value.items() if int(k) < kept}
     return dict(value)
 
