@@ -40,17 +40,18 @@ def _decide_spec(
 
 def _reach(whole: int, offer: Offer, files: tuple[tuple[LayerSpec, ...], ...]) -> str:
     """The least bytes that each kind of alternative could leave by itself."""
-    kinds: dict[str, Callable[[Alternative], bool]] = {
-        "fewer experts": lambda a: a.keep > 0 and not a.ratio and not a.bits,
-        "lower ranks": lambda a: a.ratio > 0 and not a.bits,
-        "two together": lambda a: a.bits > 0,
-        "no MoE blocks": lambda a: a.keep == 0,
+    kinds: dict[str, Callable[[Alternative, int], bool]] = {
+        "fewer experts": lambda a, _: a.keep > 0 and not a.ratio and not a.bits,
+        "lower ranks": lambda a, _: a.ratio > 0 and not a.bits,
+        "fewer bits": lambda a, experts: a.bits > 0 and not a.ratio and a.keep == experts,
+        "two together": lambda a, experts: a.bits > 0 and (a.ratio > 0 or a.keep < experts),
+        "no MoE blocks": lambda a, _: a.keep == 0,
     }
     reached = []
     for words, of_kind in kinds.items():
         saved = 0
         for alternatives, of_layer in zip(offer.values(), files, strict=True):
-            left = [f.nbytes for a, f in zip(alternatives, of_layer, strict=True) if of_kind(a)]
+            left = [f.nbytes for a, f in zip(alternatives, of_layer, strict=True) if of_kind(a, alternatives[0].keep)]
             saved += of_layer[0].nbytes - min(left, default=of_layer[0].nbytes)
         reached += [f"{words} {whole - saved:,}"] * bool(saved)
     return ", ".join(reached)
