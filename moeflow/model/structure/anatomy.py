@@ -166,7 +166,7 @@ def _feeds_more(model: Any, layer: nn.Module, norm: str, block: str) -> bool:
     hooks = [layer.get_submodule(norm).register_forward_hook(lambda _, args, out: made.append(out))]
     hooks += [m.register_forward_pre_hook(see, with_kwargs=True) for m in others]
     with torch.no_grad():
-        model(ids(model.get_input_embeddings().weight.shape[0]), use_cache=False)
+        language(model)(ids(model.get_input_embeddings().weight.shape[0]), use_cache=False)
     for hook in hooks:
         hook.remove()
     return any(seen)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from moeflow.arch import Arch, Config, Layout
-from moeflow.model.structure.anatomy import Anatomy, Unknown, dissected, ids, is_attention, is_experts
+from moeflow.model.structure.anatomy import Anatomy, Unknown, dissected, ids, is_attention, is_experts, language
 from moeflow.model.structure.building import built, experts_key, inside_of, text_of, top_k_key
 from moeflow.model.structure.names import LAYER, OUT, Names, named, ours_of, saved, scrambled, unstacked
 from moeflow.model.structure.proof import prove
@@ -75,7 +75,7 @@ def _handed_on(layer: nn.Module, model: Any, config: Config) -> str:
     returned: list[Any] = []
     hook = layer.register_forward_hook(lambda _, args, out: returned.extend(out if isinstance(out, tuple) else ()))
     with torch.no_grad():
-        model(ids(int(config["vocab_size"])), use_cache=False)
+        language(model)(ids(int(config["vocab_size"])), use_cache=False)
     hook.remove()
     counts = [t.shape[-1] for t in returned if isinstance(t, Tensor) and t.dim() == 3 and not t.is_floating_point()]
     return next((key for key, value in config.items() if value in counts and re.search("top_?k", key)), "")
