@@ -48,7 +48,7 @@ class Row:
 EXPERT, OTHER_EXPERT = (f"model.layers.0.block_sparse_moe.experts.{e}.w1.weight" for e in (1, 2))
 DEEP: bytes = b'{"a":' + b"[" * 100_000
 HUGE = 1 << 70
-LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0123456789abcdef\n"
+LFS = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0123456789abcdef' * 4}\nsize 123456\n"
 BPE = {"type": "BPE", "vocab": {"a": "b"}, "merges": []}
 
 

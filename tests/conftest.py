@@ -18,7 +18,8 @@ os.environ.setdefault("RAY_raylet_start_wait_time_s", "240")  # seconds; a busy 
 
 
 LONGEST = (
-    "test_finetune", "test_run", "test_on_ray", "test_on_s3", "test_gang", "test_survival", "test_clusters", "test_interruptions"
+    "test_run", "test_on_ray", "test_on_s3", "test_mending", "test_finetune", "test_gang", "test_survival", "test_clusters",
+    "test_interruptions", "test_compress", "test_layouts", "test_evaluate", "test_golden", "test_skipping", "test_bad_inputs",
 )  # fmt: skip
 ONE_RAY = ("test_run", "test_on_ray", "test_on_s3", "test_mending", "test_overlapping")
 """The files whose tests share a Ray: all run in one process, so that it is started once."""

@@ -15,7 +15,7 @@ from moeflow.sources.where import hub_uri, place_of
 from moeflow.step import Step
 from moeflow.store.errors import MissingSource
 
-POINTER, POINTER_BYTES = b"version https://git-lfs", 300  # how a Git LFS pointer begins, and what none exceeds
+POINTER, POINTER_BYTES = b"version https://git-lfs", range(100, 301)  # how a Git LFS pointer begins, and the bytes of one
 LayoutWanted = Literal["source", "per_expert"]
 """How what is made of a model has its experts on disk: as the model has, or one tensor for each matrix."""
 
@@ -129,7 +129,7 @@ def _pin(uri: str, kind: Kind, how: How | None) -> Source:
 def _fetched(source: Source, kind: Kind) -> Source:
     """The same source. Raises MissingSource if one of its files is a Git LFS pointer: a clone whose data was not fetched."""
     for file in source.files:
-        if file.size <= POINTER_BYTES and not source.uri.startswith("hf://") and source.read(file.name).startswith(POINTER):
+        if file.size in POINTER_BYTES and not source.uri.startswith("hf://") and source.read(file.name).startswith(POINTER):
             name = "the data set as hf://datasets/org/name" if kind == "data" else "the model as org/name"
             raise MissingSource(
                 f"{file.name} at {source.uri} is a Git LFS pointer, and the data that it points to was not fetched; run "

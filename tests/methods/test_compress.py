@@ -265,7 +265,8 @@ def test_a_compressed_checkpoint_with_a_damaged_factor_is_refused_before_any_wor
         running.model_in(out)
 
 
-@pytest.mark.parametrize("counts", [pytest.param("uniform", marks=pytest.mark.slow), "exact"])
+@pytest.mark.slow
+@pytest.mark.parametrize("counts", ["uniform", "exact"])
 @torch.inference_mode()
 def test_pulling_dense_gives_the_same_predictions_from_whole_matrices_and_says_what_it_costs(counts: Any, tmp_path: Path) -> None:
     source, store = tiny.write("olmoe", tmp_path / "model"), running.store_in(tmp_path)

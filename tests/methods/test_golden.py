@@ -33,7 +33,7 @@ def search(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.fixture(scope="module", params=[6, 4])
+@pytest.fixture(scope="module", params=[6, pytest.param(4, marks=pytest.mark.slow)])
 def pruned(
     request: pytest.FixtureRequest, search: str, expected: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, dict[str, Any], dict[str, Any]]:

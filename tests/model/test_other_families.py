@@ -160,7 +160,7 @@ def test_a_fork_is_the_model_whose_layer_is_pruned(name: str, written: Written, 
     passes.embed(config, Folder(tmp_path / "rest"), ids(), tmp_path / "start", dtype="float32")
     for what, stack in (("whole", layers), ("pruned", pruned)):
         passes.through(config, tmp_path / "start", stack, tmp_path / what, batch=1, dtype="float32", progress=without_progress)
-    stages = [(i, file, {"f": Kept(tuple(KEPT))} if i == forked else {}) for i, file in layers]
+    stages = [forking.Stage(i, file, {"f": Kept(tuple(KEPT))} if i == forked else {}) for i, file in layers]
     (tmp_path / "forks").mkdir()
     forking.through(
         config, {forking.BASE: tmp_path / "start"}, stages, tmp_path / "forks", batch=1, dtype="float32", progress=without_progress

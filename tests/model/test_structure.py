@@ -116,6 +116,7 @@ def test_what_is_not_understood_is_one_line(config: dict[str, Any], why: str) ->
     assert "\n" not in str(told.value)
 
 
+@pytest.mark.slow
 def test_the_command_lists_a_family_and_says_why_another_is_none() -> None:
     words = [sys.executable, "-c", "from moeflow.cli import main; main()", "families", "mixtral", "zaya"]
     done = subprocess.run(words, capture_output=True, text=True, check=True)

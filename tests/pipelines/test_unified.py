@@ -129,6 +129,7 @@ def test_what_is_no_recipe_is_refused_in_one_line(tmp_path: Path) -> None:
         assert "\n" not in str(refused.value)
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_gptq_by_activation_order_and_grids_with_zero_points_are_reached_from_the_command_line(tmp_path: Path) -> None:
     source, matrix = tiny.write("mixtral", tmp_path / "model"), running.matrix_of(tmp_path)

@@ -69,6 +69,7 @@ def test_a_process_lost_more_often_than_retries_allow_fails_the_step(store: Stor
     assert "\n" not in str(failed.value)
 
 
+@pytest.mark.slow
 def test_what_one_process_raises_is_the_error_and_not_that_others_lost_it(
     store: Store, trace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -86,6 +87,7 @@ def test_a_process_that_leaves_does_not_take_the_run_with_it(store: Store) -> No
         in_process.run([gangs.leave().on(processes=1)], store)
 
 
+@pytest.mark.slow
 def test_every_process_of_a_machine_goes_on_from_one_folder_with_the_files_of_all(
     store: Store, trace: Path, tmp_path: Path
 ) -> None:
@@ -120,6 +122,7 @@ def test_a_state_must_have_a_number_that_grows(store: Store) -> None:
         in_process.run([gangs.save_again().on(processes=1)], store)
 
 
+@pytest.mark.slow
 def test_a_killed_and_an_interrupted_driver_leave_no_process_and_the_next_run_continues(tmp_path: Path) -> None:
     release, trace, store = tmp_path / "release", tmp_path / "trace", Store.open(str(tmp_path / "store"))
     target = gangs.keep(to=4, hold=2, until=str(release), trace=str(trace)).on(processes=2)

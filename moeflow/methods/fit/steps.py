@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from moeflow.arch import Family
 from moeflow.methods.fit.choosing import Fitted, Offered, Option, choose, frontier
 from moeflow.methods.fit.engines import ENGINES
 from moeflow.methods.fit.options import Alternative, Budget
@@ -21,7 +22,7 @@ Offer = Mapping[str, list[Alternative]]
 
 def _decide_spec(
     rest: RestSpec, config: RestSpec, curves: Any, fixed: tuple[Any, ...], files: tuple[tuple[LayerSpec, ...], ...],
-    before: Any = None, *, offer: Offer, dense: list[int], budget: Budget, engine: str,
+    before: Any = None, *, offer: Offer, budget: Budget, engine: str,
 ) -> Spec:  # fmt: skip
     every = [f for of_layer in files for f in of_layer]
     writes = 2000 + 120 * len(every)
@@ -61,11 +62,11 @@ def _reach(whole: int, offer: Offer, files: tuple[tuple[LayerSpec, ...], ...]) -
 def decide(
     context: Context, rest: Artifact, config: Artifact, curves: Artifact, fixed: tuple[Artifact, ...],
     files: tuple[tuple[Artifact, ...], ...], before: Artifact | None = None,
-    *, offer: Offer, dense: list[int], budget: Budget, engine: str,
+    *, offer: Offer, budget: Budget, engine: str,
 ) -> None:  # fmt: skip
     """Which of its alternatives each layer becomes, as `Fitted`: the least cost that takes no more than the budget, exactly.
 
-    `files`: for each layer of `offer` its alternatives; `fixed`: the layers `dense`, which have no experts, and what else is in the
+    `files`: for each layer of `offer` its alternatives; `fixed`: the other layers, which have no experts, and what else is in the
     checkpoint beside `rest`, the embedding and head; `curves`: what each alternative costs alone. `before`: the choice around which
     these costs were measured, None for the original.
     Raises ValueError if nothing on offer fits.
@@ -82,6 +83,7 @@ def decide(
             if a.name == own or a.name in costs
         }
         context.progress(len(offered), len(offer), "layers")
+    dense = [i for i in range(Family.of(read).num_layers) if str(i) not in offer]
     others = size(rest, budget.unit, runs, read) + sum(
         size(f, budget.unit, runs, read, i) for f, i in zip(fixed, dense, strict=False)
     )

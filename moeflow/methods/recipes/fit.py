@@ -46,7 +46,6 @@ def compress(calibration: Calibration, budget: Budget, offers: Offers) -> Fittin
     files = tuple(tuple(of_layer.values()) for of_layer in offered.values())
     fixed = [layer for i, layer in enumerate(model.layers) if i not in offered]
     beside = [] if model.form is None or model.form.beside is None else [model.form.beside]
-    dense = [i for i in range(len(model.layers)) if i not in offered]
 
     def measured(around: Model | None, alternatives: bool = True) -> Step:
         of = {i: _forks(of_layer, around) for i, of_layer in offered.items()} if alternatives else {}
@@ -55,7 +54,7 @@ def compress(calibration: Calibration, budget: Budget, offers: Offers) -> Fittin
     def decided(curves: Step, before: Step | None = None) -> Step:
         return fit.decide(
             model.rest, model.essential, curves, (*fixed, *beside), files, before,
-            offer=offer, dense=dense, budget=budget, engine=offers.engine,
+            offer=offer, budget=budget, engine=offers.engine,
         )  # fmt: skip
 
     def built(choice: Step) -> Model:

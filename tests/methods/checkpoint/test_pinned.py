@@ -109,7 +109,7 @@ def lose(folder: Path) -> None:
             r"where config.json asks for \(8, 64\)|config.json says hidden_size=64|asks for \(96, 64\)",
         ),
         (lambda f: edit(f, vocab_size=97), r"where config.json asks for \(97, 32\)"),
-        (lambda f: edit(f, model_type="gpt2"), "is a 'gpt2', which is not supported"),
+        pytest.param(lambda f: edit(f, model_type="gpt2"), "is a 'gpt2', which is not supported", marks=pytest.mark.slow),
         (
             lambda f: edit(f, tie_word_embeddings=False) or drop_tensor(f, "lm_head.weight"),
             "no tensor lm_head.weight; it is incomplete",

@@ -140,6 +140,7 @@ def test_a_mode_trains_its_own_tensors_and_leaves_layers_without_any(mode: str, 
     assert all(e["done"][-1].items() >= {"step": "finetune.layer", "mode": mode, "steps": 2}.items() for e in done["layers"])
 
 
+@pytest.mark.slow
 def test_processes_divide_the_work_and_one_that_is_killed_changes_nothing(mixtral: Path, rows: Any, tmp_path: Path) -> None:
     """One key. The curve of two processes is that of one but for rounding, and that of a resumed run its own exactly."""
     model = model_in(mixtral)

@@ -66,6 +66,7 @@ def test_a_fitted_model_takes_no_more_than_its_budget_and_is_as_far_as_was_measu
     assert decision(store, three_quarters)["before"] <= said["before"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unit, budget", [("operations", Budget(speed=1.1)), ("resident", Budget(ratio=0.2))])
 def test_budgets_of_other_units_are_kept(small_offer: Calibration, tmp_path: Path, unit: str, budget: Budget) -> None:
     store = running.store_in(tmp_path)

@@ -78,7 +78,7 @@ def test_other_counts_are_refused_in_stacks_too(tmp_path: Path) -> None:
         checkpoint.checkpoint_of(running.model_in(source, mtp="keep").with_layers(dict(enumerate(less.layers))))
 
 
-@pytest.mark.parametrize("mtp", ["drop", "keep", "prune"])
+@pytest.mark.parametrize("mtp", [*(pytest.param(m, marks=pytest.mark.slow) for m in ("drop", "keep")), "prune"])
 def test_a_family_that_is_looked_at(mtp: str, tmp_path: Path) -> None:
     source = predicting.write("glm4_moe", tmp_path / "model", **SHORT)
     config: dict[str, Any] = json.loads((source / "config.json").read_text())

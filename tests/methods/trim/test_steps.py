@@ -250,6 +250,7 @@ def test_bf16_does_not_blur_the_cosines(tmp_path: Path) -> None:
     assert len({round(v * 256) / 256 for v in values}) < len(set(values)) == 8
 
 
+@pytest.mark.slow
 def test_trimmings_follow_each_other_where_a_run_decides(tmp_path: Path) -> None:
     source, store = tiny.write("deepseek_v2", tmp_path / "model", num_hidden_layers=6), store_in(tmp_path)
     calibration = calibrated(model_in(source), tmp_path)
