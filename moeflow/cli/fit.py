@@ -48,9 +48,13 @@ def fit(
     with asking():
         if not any(word.startswith("budget.") for word in words):
             raise ValueError("give one budget: --bytes 24GB, --ratio 0.25, --resident 24GB or --speed 1.5x")
-        own.set(pipeline.load(PIPELINE))
+        build = pipeline.load(PIPELINE)
     same = {"store": store, "runner": runner, "gpus": gpus, "cpus": cpus, "patience": patience, "json": json}
-    if planned:
-        runs.plan(PIPELINE, words, on=on, **same)
-    else:
-        runs.run(PIPELINE, words, name=name or "fit", **same)
+    before = own.set(build)
+    try:
+        if planned:
+            runs.plan(PIPELINE, words, on=on, **same)
+        else:
+            runs.run(PIPELINE, words, name=name or "fit", **same)
+    finally:
+        own.reset(before)  # another command in this process runs its own pipeline

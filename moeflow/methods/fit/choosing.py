@@ -59,13 +59,16 @@ class Fitted(Record):
     frontier: tuple[Point, ...] = ()
     """The least predicted cost at other budgets, from the smallest."""
     before: float | None = None
-    """The measured divergence of the choice around which the costs were measured, if that was no original."""
+    """The measured divergence: of this choice, or of the one around which its costs were measured, if it was decided behind one."""
     table: Mapping[int, Mapping[str, tuple[float, float]]] = field(default_factory=dict)
     """By layer and alternative, its size and its cost."""
 
 
-def choose(offered: Offered, engine: Engine, room: float) -> dict[int, str]:
-    """The alternatives that cost least together and take at most `room`. Raises ValueError with the nearest that can be had."""
+def choose(offered: Offered, engine: Engine, room: float, rest: float = 0.0) -> dict[int, str]:
+    """The alternatives that cost least together and take at most `room`, beside a `rest` that stays.
+
+    Raises ValueError with the nearest that can be had.
+    """
     best: tuple[float, dict[int, str]] | None = None
     for subset in together(offered, engine):
         curves = [[(o.size, o.cost) for o in options.values()] for options in subset.values()]
@@ -77,7 +80,8 @@ def choose(offered: Offered, engine: Engine, room: float) -> dict[int, str]:
         if best is None or cost < best[0]:
             best = cost, picked
     if best is None:
-        raise ValueError(f"nothing that was offered takes {room:,.0f} or less; the nearest is {smallest(offered, engine):,.0f}")
+        nearest = smallest(offered, engine) + rest
+        raise ValueError(f"nothing that was offered takes {room + rest:,.0f} or less; the nearest is {nearest:,.0f}")
     return best[1]
 
 

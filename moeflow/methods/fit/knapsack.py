@@ -3,6 +3,9 @@
 Layer by layer the sums of sizes and costs are listed of which no other is better in both (Nemhauser and Ullmann, Management
 Science 1969), and those go that cannot lead to the optimum: a linear relaxation of the layers to come says how little they can
 cost in what is left, and a combination that was found by following the curves' envelopes how much the optimum costs at most.
+
+`moeflow.methods.allocate` has a table over all sizes instead, for curves in a common unit and for budgets that are to be filled;
+bytes of files have none.
 """
 
 from collections.abc import Sequence
@@ -11,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 MAX_SUMS = 1 << 22
-"""The most sums that are listed at a time; it takes some 100 MB and has never been needed."""
+"""The most sums that are listed at a time, of some 100 bytes each."""
 
 Floats = NDArray[np.float64]
 

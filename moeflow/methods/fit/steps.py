@@ -58,7 +58,7 @@ def _reach(whole: int, offer: Offer, files: tuple[tuple[LayerSpec, ...], ...]) -
     return ", ".join(reached)
 
 
-@step("fit.decide", version=1, spec=_decide_spec)
+@step("fit.decide", version=2, spec=_decide_spec)
 def decide(
     context: Context, rest: Artifact, config: Artifact, curves: Artifact, fixed: tuple[Artifact, ...],
     files: tuple[tuple[Artifact, ...], ...], before: Artifact | None = None,
@@ -90,7 +90,7 @@ def decide(
     others += sum(size(f, "bytes", runs, read) for f in fixed[len(dense) :] if budget.unit != "operations")
     whole = others + sum(offered[int(i)][alternatives[0].name].size for i, alternatives in offer.items())
     room = budget.most(int(whole)) - others
-    chosen = choose(offered, runs, room)
+    chosen = choose(offered, runs, room, others)
     picked = [offered[i][name] for i, name in chosen.items()]
     Fitted(
         engine=engine, unit=budget.unit, budget=room + others, size=others + sum(o.size for o in picked), whole=whole,

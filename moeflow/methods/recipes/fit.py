@@ -29,7 +29,7 @@ from moeflow.step import Step
 
 @dataclass(frozen=True)
 class Fitting:
-    """The fitted model, what else describes it, and what was left out of the offer."""
+    """The fitted model, and the step that reports on the choice."""
 
     model: Model
     reports: tuple[Step, ...]
@@ -38,8 +38,9 @@ class Fitting:
 def compress(calibration: Calibration, budget: Budget, offers: Offers) -> Fitting:
     """Build the graph that fits the calibrated model into the budget. Raises ValueError if nothing on offer can be had."""
     model = calibration.model
-    exchange = _exchange(calibration, offers)
-    offered = {i: _of_layer(calibration, offers, i, exchange) for i in model.moe_layers}
+    left: dict[str, str] = {}
+    exchange = _exchange(calibration, offers, left)
+    offered = {i: _of_layer(calibration, offers, i, exchange, left) for i in model.moe_layers}
     if not any(len(of_layer) > 1 for of_layer in offered.values()):
         raise ValueError(f"engine={offers.engine} runs none of the alternatives on offer; {_why(calibration, offers)}")
     offer = {str(i): [*of_layer] for i, of_layer in offered.items()}
@@ -66,8 +67,9 @@ def compress(calibration: Calibration, budget: Budget, offers: Offers) -> Fittin
     choices = [decided(measured(None))]
     for _ in range(offers.rounds - 1):
         choices.append(decided(measured(built(choices[-1])), choices[-1]))
+    told = (f"{what} not on offer: {why}" for what, why in left.items())
     best = fit.better(tuple(choices), tuple(measured(built(c), alternatives=False) for c in choices))
-    return Fitting(replace(built(best), choices=(*model.choices, best)), (fit.report(best),))
+    return Fitting(replace(built(best), choices=(*model.choices, best)), (fit.report(best).noting(*told),))
 
 
 def _forks(of_layer: dict[Alternative, Step], around: Model | None) -> Alternatives:
@@ -78,8 +80,10 @@ def _forks(of_layer: dict[Alternative, Step], around: Model | None) -> Alternati
     return Alternatives(Forks("files", (own, *others), whole=own), tuple(of_layer.values()))
 
 
-def _of_layer(calibration: Calibration, offers: Offers, layer: int, exchange: Step | None) -> dict[Alternative, Step]:
-    """A layer's alternatives with the steps that hold their files, first the layer as it is."""
+def _of_layer(
+    calibration: Calibration, offers: Offers, layer: int, exchange: Step | None, left: dict[str, str]
+) -> dict[Alternative, Step]:
+    """A layer's alternatives with the steps that hold their files, first the layer as it is; what cannot be had goes to `left`."""
     model, runs = calibration.model, offers.runs
     own = model.layers[layer]
     experts = own.spec.output.experts
@@ -93,15 +97,15 @@ def _of_layer(calibration: Calibration, offers: Offers, layer: int, exchange: St
     for ratio in offers.ranks:
         if exchange is None:
             break
-        made |= _lower(calibration, offers, layer, exchange, ratio, 0)
+        made |= _lower(calibration, offers, layer, exchange, ratio, 0, left)
         for b in bits:
-            for factored in _lower(calibration, offers, layer, exchange, ratio, b).values():
-                made |= _packed(calibration, offers, layer, Alternative(experts, ratio, b), factored)
+            for factored in _lower(calibration, offers, layer, exchange, ratio, b, left).values():
+                made |= _packed(calibration, offers, layer, Alternative(experts, ratio, b), factored, left)
     for b in bits:
         for alternative, file in pruned.items():
-            made |= _packed(calibration, offers, layer, replace(alternative, bits=b), file)
+            made |= _packed(calibration, offers, layer, replace(alternative, bits=b), file, left)
     if offers.gone and runs.gone:
-        made |= _allowed(Alternative(0), lambda: gone(model.essential, own, layer=layer))
+        made |= _allowed(Alternative(0), lambda: gone(model.essential, own, layer=layer), left)
     return made
 
 
@@ -109,11 +113,12 @@ def _nearest(wanted: float, legal: Sequence[int]) -> int:
     return min(legal, key=lambda n: abs(n - wanted))
 
 
-def _allowed(alternative: Alternative, make: Callable[[], Step]) -> dict[Alternative, Step]:
-    """The alternative, unless this layer or this family cannot have it."""
+def _allowed(alternative: Alternative, make: Callable[[], Step], left: dict[str, str]) -> dict[Alternative, Step]:
+    """The alternative, unless this layer or this family cannot have it: then the reason goes to `left`."""
     try:
         return {alternative: make()}
-    except ValueError:
+    except ValueError as error:
+        left.setdefault(alternative.name, str(error))
         return {}
 
 
@@ -134,7 +139,7 @@ def _lower_ranks(offers: Offers, ratio: float, bits: int = 0) -> Decomposition:
     return Decomposition(ratio, multiple=offers.group if bits else 1)
 
 
-def _exchange(calibration: Calibration, offers: Offers) -> Step | None:
+def _exchange(calibration: Calibration, offers: Offers, left: dict[str, str]) -> Step | None:
     """What cutting a layer's gate and up costs beside cutting its down matrices; None if there are to be no lower ranks."""
     if not (offers.ranks and offers.runs.ranks):
         return None
@@ -149,13 +154,14 @@ def _exchange(calibration: Calibration, offers: Offers) -> Step | None:
                 for m in PARTS.values()
             )
             cut[i] = Alternatives(Forks("files", tuple(PARTS)), tuple(steps))
-    except ValueError:  # this family's experts have no low-rank form
+    except ValueError as error:  # this family's experts have no low-rank form
+        left["lower ranks"] = str(error)
         return None
     return calibrate.curves(calibration, cut, tokens=offers.measured)
 
 
 def _lower(
-    calibration: Calibration, offers: Offers, layer: int, exchange: Step, ratio: float, bits: int
+    calibration: Calibration, offers: Offers, layer: int, exchange: Step, ratio: float, bits: int, left: dict[str, str]
 ) -> dict[Alternative, Step]:
     how, dtype, own = _lower_ranks(offers, ratio, bits), calibration.dtype, calibration.model.layers[layer]
 
@@ -164,13 +170,15 @@ def _lower(
         ranks = decompose.by_spectra((spectra,), exchange, layers=[layer], how=how.of_global_ranks)
         return decompose.layer(*calibration.of(layer), ranks, layer=layer, uniform={}, how=how.of_a_layer, dtype=dtype)
 
-    return _allowed(Alternative(own.spec.output.experts, ratio), factored)
+    return _allowed(Alternative(own.spec.output.experts, ratio, bits), factored, left)
 
 
-def _packed(calibration: Calibration, offers: Offers, layer: int, alternative: Alternative, file: Step) -> dict[Alternative, Step]:
+def _packed(
+    calibration: Calibration, offers: Offers, layer: int, alternative: Alternative, file: Step, left: dict[str, str]
+) -> dict[Alternative, Step]:
     model, observed = calibration.model, calibration.observed[layer]
     how = Slimming("gptq", bits=alternative.bits, group=offers.group, activation_order=True)
-    return _allowed(alternative, lambda: slimmed(model.essential, file, observed, at=layer, how=how, dtype=calibration.dtype))
+    return _allowed(alternative, lambda: slimmed(model.essential, file, observed, at=layer, how=how, dtype=calibration.dtype), left)
 
 
 def _why(calibration: Calibration, offers: Offers) -> str:

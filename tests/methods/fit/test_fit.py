@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch.nn.functional import kl_div
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
+from moeflow.cli import app
 from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data
@@ -77,6 +79,39 @@ def test_budgets_of_other_units_are_kept(small_offer: Calibration, tmp_path: Pat
     running.run(store, target)
     said = decision(store, target)
     assert said["unit"] == unit and said["size"] <= said["budget"] < said["whole"]
+
+
+def test_resident_bytes_are_those_of_the_loaded_model(small_offer: Calibration, tmp_path: Path) -> None:
+    """Unpacked, and with every rank padded to the layer's largest."""
+    store = running.store_in(tmp_path)
+    whole = sum(layer.spec.output.nbytes for layer in small_offer.model.layers) + small_offer.model.rest.spec.output.nbytes
+    target = fitted(small_offer, Budget(resident=str(int(0.9 * whole))), rounds=1, counts=(), bits=(), gone=False)
+    running.run(store, target)
+    store.fetch(target.key, tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert "0.3 off" in "".join(decision(store, target)["chosen"].values())
+    assert sum(p.nbytes for p in model.parameters()) == pytest.approx(decision(store, target)["size"], rel=0.03)
+
+
+def test_what_a_family_cannot_have_is_told(tmp_path: Path) -> None:
+    """Groups that divide no row: no bits are on offer, and the plan says why."""
+    calibration = calibrated(tiny.write("mixtral", tmp_path / "model"), tmp_path)
+    (report,) = fit.compress(calibration, Budget(ratio=0.2), Offers(**OFFERS | {"group": 7})).reports
+    assert any("8 experts, 4 bits not on offer: " in note and "group" in note for note in report.notes)
+
+
+def test_the_command_plans_and_asks_for_one_budget(tmp_path: Path) -> None:
+    tiny.write("mixtral", tmp_path / "model")
+    words = ["fit", str(tmp_path / "model"), "--plan", "--store", str(tmp_path / "store"), "-p", "offers.group=8"]
+    words += ["-p", "offers.counts=[0.75]", "-p", "calibration.sequences=8", "-p", "calibration.length=16", "-p", "heldout="]
+    words += ["-p", f"tokens={running.matrix_of(tmp_path).spec}"]
+    none = CliRunner().invoke(app, words)
+    assert none.exit_code == 2 and "give one budget: --bytes 24GB" in none.output
+    planned = CliRunner().invoke(app, [*words, "--ratio", "0.3"])
+    assert planned.exit_code == 0, planned.output
+    assert "fit.decide" in planned.output and "a budget in bytes can be from" in planned.output
+    refused = CliRunner().invoke(app, [*words, "--bytes", "1KB"])
+    assert refused.exit_code == 2 and "a budget of 1,000 bytes cannot be met" in refused.output
 
 
 @pytest.fixture
