@@ -5,7 +5,7 @@ index of the layer that a step reads; its input `observed` is what each shard of
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from moeflow.arch import Family
 from moeflow.methods.graph import HIDDEN
@@ -146,20 +146,21 @@ def importance(context: Context, config: Artifact, layer: Artifact, observed: tu
     importance_of(context, read_config(config), layer, observed, layer=at, dtype=dtype).write(context.out)
 
 
-def _importance_lm_spec(curves: Mapping[str, Any], recon: Mapping[str, Any]) -> Spec:
+def _importance_measured_spec(curves: Mapping[str, Any], recon: Mapping[str, Any], *, by: str) -> Spec:
     return Spec(recon, reads=curves["bytes"] + recon["bytes"], writes=recon["bytes"])
 
 
-@step("prune.importance_lm", version=2, spec=_importance_lm_spec)
-def importance_lm(context: Context, curves: Artifact, recon: Artifact) -> None:
-    """For each expert of a layer, how much the model's loss grows without it; writes `Importance`.
+@step("prune.importance_measured", version=1, spec=_importance_measured_spec)
+def importance_measured(context: Context, curves: Artifact, recon: Artifact, *, by: Literal["kl", "lm_loss"]) -> None:
+    """For each expert of a layer, how far the model's predictions move without it, or how much its loss grows: `Importance`.
 
-    `curves`: the loss without each expert, for all layers; `recon`: the importance in this layer by its own output, from which the
-    number of tokens of each expert is taken.
+    `curves`: both without each expert, for all layers; `recon`: the importance in this layer by its own output, from which the
+    number of tokens of each expert is taken. A loss that falls counts as one that does not change.
     """
     measured, own = Curves.read(curves), Importance.read(recon)
-    without = measured.losses.get(own.layer, {})
-    growth = (max(0.0, without.get(str(e), measured.loss) - measured.loss) for e in range(len(own.tokens)))
+    whole, of = (0.0, measured.curves) if by == "kl" else (measured.loss, measured.losses)
+    without = of.get(own.layer, {})
+    growth = (max(0.0, without.get(str(e), whole) - whole) for e in range(len(own.tokens)))
     Importance(own.layer, tuple(growth), own.tokens).write(context.out)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from moeflow.arch import Family
 from moeflow.methods import rewrite
 from moeflow.methods.calibrate import steps as calibrate
-from moeflow.methods.calibrate.steps import Alternatives, Forks
+from moeflow.methods.calibrate.chains import Alternatives, Forks
 from moeflow.methods.decompose import steps as decompose
 from moeflow.methods.decompose.options import Decomposition
 from moeflow.methods.decompose.ranks import PARTS, moved_rank
@@ -77,7 +77,8 @@ def _forks(of_layer: dict[Alternative, Step], around: Model | None) -> Alternati
     own, *others = [a.name for a in of_layer]
     if around is None:
         return Alternatives(Forks("files", tuple(others)), tuple(of_layer.values())[1:])
-    return Alternatives(Forks("files", (own, *others), whole=own), tuple(of_layer.values()))
+    files = tuple(of_layer.values())
+    return Alternatives(Forks("files", (own, *others), replaced=True), files, whole=files[0])
 
 
 def _of_layer(

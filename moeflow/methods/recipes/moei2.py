@@ -5,13 +5,14 @@ Yang et al., EMNLP Findings 2024, arXiv 2411.01016, and moeflow's alternative to
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from math import ceil
-from typing import Any
+from typing import Any, Literal
 
 from moeflow.arch import MATRICES, Family
 from moeflow.methods import rewrite
 from moeflow.methods.calibrate import steps as calibrate
-from moeflow.methods.calibrate.steps import Alternatives, Forks
+from moeflow.methods.calibrate.chains import Alternatives, Forks
 from moeflow.methods.decompose import steps as decompose_
 from moeflow.methods.decompose.options import Decomposition
 from moeflow.methods.decompose.ranks import PARTS, average_rank, moved_rank
@@ -20,7 +21,7 @@ from moeflow.methods.predict.steps import predicted
 from moeflow.methods.prune import counts as counts_
 from moeflow.methods.prune.counts import Counts
 from moeflow.methods.prune.searches import Search
-from moeflow.methods.prune.steps import candidates, combinations, counts_exact, counts_paper, importance, importance_lm, pick
+from moeflow.methods.prune.steps import candidates, combinations, counts_exact, counts_paper, importance, importance_measured, pick
 from moeflow.step import Step
 
 
@@ -136,16 +137,20 @@ def _recon(calibration: Calibration, layers: Sequence[int], measured: int) -> di
     return {i: importance(*calibration.of(i), at=i, dtype=calibration.dtype) for i in layers}
 
 
-def _lm_loss(calibration: Calibration, layers: Sequence[int], measured: int) -> dict[int, Step]:
+def _measured(calibration: Calibration, layers: Sequence[int], measured: int, *, by: Literal["kl", "lm_loss"]) -> dict[int, Step]:
     model, own = calibration.model, _recon(calibration, layers, measured)
     experts = {i: counts_.spec_of(model, i).experts for i in layers}
     top_k = Family.of(model.config).top_k
     each = {i: Alternatives(Forks("each", tuple(map(str, range(experts[i]))))) for i in layers if experts[i] > top_k}
     curves = calibrate.curves(calibration, each, tokens=measured)
-    return {i: importance_lm(curves, own[i]) for i in layers}
+    return {i: importance_measured(curves, own[i], by=by) for i in layers}
 
 
-IMPORTANCES: dict[str, Callable[[Calibration, Sequence[int], int], dict[int, Step]]] = {"recon": _recon, "lm_loss": _lm_loss}
+IMPORTANCES: dict[str, Callable[[Calibration, Sequence[int], int], dict[int, Step]]] = {
+    "recon": _recon,
+    "kl": partial(_measured, by="kl"),
+    "lm_loss": partial(_measured, by="lm_loss"),
+}
 """The measures of an expert's importance, by name: functions of (calibration, layers, measured tokens) to one step per layer."""
 
 
