@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy, kl_div
 from transformers import AutoModelForCausalLM
 
@@ -14,11 +15,13 @@ from moeflow.methods.calibrate.chains import Alternatives, Forks
 from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data
 from moeflow.methods.graph import Pass, Sample
+from moeflow.methods.prune import reception
 from moeflow.methods.prune.counts import Counts, legal_counts
 from moeflow.methods.prune.searches import Search
 from moeflow.methods.recipes import moei2
+from moeflow.methods.records import Candidates, Combinations
 from moeflow.model.layout import Folder, read_config
-from moeflow.step import step_of, upstream
+from moeflow.step import Step, step_of, upstream
 from tests import running, tiny
 
 
@@ -125,6 +128,31 @@ def test_chains_that_hold_few_forks_measure_what_one_does(around: bool, tmp_path
             assert one["curves"][str(i)]["own"] != pytest.approx(one["apart"], rel=1e-3)
     else:
         assert sorted(one["curves"]) == ["0", "2"] and sorted(one["curves"]["2"]) == [*"01234"] and "apart" not in one
+
+
+def test_a_span_compares_its_combinations_on_about_as_many_tokens_as_told(tmp_path: Path) -> None:
+    model, store = running.model_in(tiny.write("mixtral", tmp_path / "model")), running.store_in(tmp_path)
+    calibration = calibrate.run(
+        model, data.tokens(running.matrix_of(tmp_path), model, Sample(8, 16)), Pass(batch=2, shard=4, stage=2)
+    )
+
+    def spans(measured: int) -> list[Step]:
+        pruned = moei2.prune(calibration, Counts(0.75, rule="uniform"), Search("swap", span=2, best=2, measured=measured))
+        return [s for s in upstream([pruned.choices[2]]) if s.name == "prune.span"]
+
+    (part,), (whole,), (also,) = spans(60), spans(0), spans(128)
+    assert whole.key == also.key != part.key
+    running.run(store, part)
+    losses = {tuple(c.sets): c.loss for c in Combinations.read(store.artifact(part.key)).combinations}
+    starts = [load_file(store.artifact(s.key).file("hidden.safetensors")) for s in calibration.states[2]]
+    save_file({name: torch.cat([s[name][:2] for s in starts]) for name in starts[0]}, tmp_path / "states")
+    (searched,) = (s for s in part.inputs if step_of(s).name == "prune.candidates")
+    sets = {2: [s.keep for s in Candidates.read(store.artifact(searched.key)).only.best[:2]]}
+    file = store.artifact(model.layers[2].key).file("layer.safetensors")
+    found = reception.losses(
+        dict(model.config), [(2, file)], sets, [tmp_path / "states"], [], batch=2, dtype="float32", progress=lambda *_: None
+    )
+    assert losses == {sets: pytest.approx(loss, rel=1e-6) for sets, loss in found.items()}
 
 
 def test_sets_that_are_judged_on_do_not_enter_the_counts(tmp_path: Path) -> None:

@@ -241,10 +241,7 @@ def curves(calibration: Calibration, alternatives: Mapping[int, Alternatives], *
     is from the calibrated one then. Its own states are run once, for all chains.
     """
     model, passed = around or calibration.model, calibration.passed
-    length = calibration.tokens.spec.output.length
-    sizes = [_states(s.spec.output).sequences for s in calibration.starts]
-    each = max(1, round(tokens / length / len(sizes)))
-    rows = tuple((sum(sizes[:i]), min(each, size)) for i, size in enumerate(sizes))
+    rows = _rows(calibration, tokens)
     states, ends = calibration.states, _hidden(calibration.ends)
     against: tuple[Part, ...] = ()
     if around is not None:
@@ -271,6 +268,26 @@ def curves(calibration: Calibration, alternatives: Mapping[int, Alternatives], *
     return measure(tuple(chains or [chain(len(model.layers), {})]))
 
 
+def sampled(calibration: Calibration, tokens: int) -> Calibration:
+    """The calibration with the hidden states of about `tokens` tokens only, equally many from every shard, as one shard."""
+    rows = _rows(calibration, tokens)
+    if sum(n for _, n in rows) == calibration.tokens.spec.output.sequences:
+        return calibration
+
+    def first(states: tuple[Step, ...]) -> tuple[Step, ...]:
+        return (start(_hidden(states), taken=[n for _, n in rows]),)
+
+    states = {i: first(of_stage) for i, of_stage in calibration.states.items()}
+    return replace(calibration, starts=first(calibration.starts), ends=first(calibration.ends), states=states)
+
+
+def _rows(calibration: Calibration, tokens: int) -> tuple[tuple[int, int], ...]:
+    """The sequences, as runs of (first, count), that hold about `tokens` tokens: the first of every shard, equally many."""
+    sizes = [_states(s.spec.output).sequences for s in calibration.starts]
+    each = max(1, round(tokens / calibration.tokens.spec.output.length / len(sizes)))
+    return tuple((sum(sizes[:i]), min(each, size)) for i, size in enumerate(sizes))
+
+
 def _hidden(steps: tuple[Step, ...]) -> tuple[Part, ...]:
     return tuple(s.part(HIDDEN) for s in steps)
 
@@ -286,7 +303,7 @@ def _start_spec(starts: tuple[Any, ...], *, taken: list[int]) -> Spec:
 
 @step("calibrate.start", version=1, spec=_start_spec)
 def start(context: Context, starts: tuple[Artifact, ...], *, taken: list[int]) -> None:
-    """The hidden states, before the first layer, of the first sequences of every shard, `taken` of each, as one file."""
+    """The hidden states of the first sequences of every shard, `taken` of each, as one file."""
     from moeflow.methods.calibrate import forking
 
     forking.write_rows(starts, taken, context.out / HIDDEN)

@@ -69,8 +69,8 @@ class Search:
     starts: int = 8
     """How many subsets the swap search descends from."""
     measured: int = 0
-    """A score measures how far its choice, and those of the other scores, move a layer's output on about so many tokens; 0: not at
-    all."""
+    """On about how many tokens layers' outputs are compared. A score: with its choice and those of the other scores; 0: not at all.
+    A span: with each combination of its layers' sets; 0: on all tokens."""
 
     def __post_init__(self) -> None:
         check_choices(self)

@@ -233,17 +233,21 @@ RANKS: dict[str, Callable[[Calibration, Decomposition, Sides], Ranked]] = {
 
 def _by_spans(calibration: Calibration, decider: Step | None, candidates: Mapping[int, Step], how: Search) -> Model:
     """Choose among every layer's sets span by span (the KT-Reception Field)."""
+    calibration = calibrate.sampled(calibration, how.measured) if how.measured else calibration
     order, pruned = list(candidates), calibration.model
     states, at_layer = calibrate.states_before(calibration, order[0]), order[0]
+    original = calibration.model.layers
     behind: tuple[Step, ...] = ()
     for at in range(0, len(order), how.span):
         searched = {i: candidates[i] for i in order[at : at + how.span]}
         first, last = min(searched), max(searched)
-        if how.inputs == "original":
-            before = calibrate.states_before(calibration, first)
-        else:
-            before = states = calibrate.advanced(calibration, states, pruned.layers, at_layer, first)
-            behind, at_layer = calibrate.states_before(calibration, last + 1), first
+        if how.inputs == "original" and any(at_layer < i <= first for i in calibration.states):
+            states, at_layer = calibrate.states_before(calibration, first), first
+        layers = original if how.inputs == "original" else pruned.layers
+        before = states = calibrate.advanced(calibration, states, layers, at_layer, first)
+        at_layer = first
+        if how.inputs == "progressive":
+            behind = calibrate.states_before(calibration, last + 1)
         together = combinations(
             pruned.essential, pruned.layers[first : last + 1], tuple(searched.values()), before, behind,
             first=first, best=how.best, batch=calibration.passed.batch, dtype=calibration.dtype,
