@@ -22,8 +22,9 @@ class Decomposition:
     """How the remaining parameters are spread: the same rank everywhere, MoE-I2's formula, or what costs least in the model."""
     svd: Literal["vanilla", "whitened"] = "whitened"
     """What a factored matrix preserves best: its weights (MoE-I2), or its outputs on the expert's tokens."""
-    importance: Literal["recon", "kl", "lm_loss"] = "lm_loss"
-    """How MoE-I2's formula measures an expert's importance: by the layer's output, or by the model's loss."""
+    importance: Literal["recon", "kl", "lm_loss"] = "kl"
+    """How MoE-I2's formula measures an expert's importance: how far the layer's output (recon) or the model's predictions (kl) move
+    without it, or how much the model's loss grows (lm_loss)."""
     alpha: float = 0.15
     """The exponent of importance in MoE-I2's formula; 0 makes all ranks the same."""
     r_min: int = 1
@@ -43,8 +44,8 @@ class Decomposition:
     force: bool = False
     """Allow a rank above break-even."""
     measured: int = 16_384
-    """Approximate number of tokens measured through the whole model, for ranks=global and importance=lm_loss; for each alternative
-    of each layer their hidden states are kept."""
+    """Approximate number of tokens measured through the whole model, for ranks=global and importance=kl or lm_loss; for each
+    alternative of each layer their hidden states are in memory."""
 
     def __post_init__(self) -> None:
         check_choices(self)

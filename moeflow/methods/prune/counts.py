@@ -28,8 +28,9 @@ class Counts:
     """The unit of keep."""
     rule: Literal["uniform", "paper", "exact"] = "exact"
     """uniform: the same number in each layer; paper: by importance, as in MoE-I²; exact: the least sum of measured costs."""
-    importance: Literal["recon", "kl", "lm_loss"] = "lm_loss"
-    """The importance of an expert in the paper's rule: how much its layer's output, or the model's loss, changes without it."""
+    importance: Literal["recon", "kl", "lm_loss"] = "kl"
+    """The importance of an expert in the paper's rule: how far its layer's output (recon) or the model's predictions (kl) move
+    without it, or how much the model's loss grows (lm_loss)."""
     legal: tuple[int, ...] = ()
     """The numbers of experts that serving kernels accept; empty: any."""
     divisor: int = 1
