@@ -7,7 +7,7 @@
 Instead of `-p budget.bytes=24GB`: `-p budget.ratio=0.25` (a quarter of the bytes goes), `-p budget.resident=24GB` (in memory),
 `-p budget.speed=1.5` (fewer multiplications a token). Every layer is offered fewer experts, lower ranks, fewer bits, two of these
 together, and no MoE block; each alternative is measured once, and the cheapest combination is found exactly. Another budget on the
-same model measures nothing again but the round around its own choice.
+same model makes and measures no alternative again but the round around its own choice.
 """
 
 from moeflow.methods.calibrate import steps as calibrate
