@@ -1,9 +1,10 @@
 """One dial beside every recipe: at six budgets, what `fit` builds against the best of the recipes that takes no more bytes.
 
 The Mixtral of 21 M parameters in ../shared/models and the models of `benchmarks.models`, calibrated on 24,576 tokens with three
-seeds, judged by the divergence from the original on 16,384 held-out tokens of prose, of mathematics and of code, in fp32; intervals by
-resampling sequences, the same for both sides. Bytes are those of the checkpoint's files beside the embedding, which nothing here
-touches. Everything is kept in the store that MOEFLOW_BENCH_STORE names, so that more seeds and budgets compute only what is new.
+seeds, judged by the divergence from the original on 16,384 held-out tokens each of prose, mathematics and code, in fp32;
+intervals by resampling sequences, the same for both sides. Bytes are those of the checkpoint's files beside the embedding, which
+nothing here touches. Everything is kept in the store that MOEFLOW_BENCH_STORE names, so that more seeds and budgets compute only
+what is new.
 
     MOEFLOW_BENCH_STORE=FOLDER python -m benchmarks.dial [MODEL ...] [--seeds 3] [--budgets 0.16 0.185 ...]
 """

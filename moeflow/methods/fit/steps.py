@@ -135,31 +135,35 @@ def _nearer_spec(chosen: Any, measured: Any) -> Spec:
 
 @step("fit.nearer", version=1, spec=_nearer_spec)
 def nearer(context: Context, chosen: Artifact, measured: Artifact) -> None:
-    """The choice, and whether its model is closer to the original when it is quantized in sequence, as `measured` on that model."""
+    """The choice, and whether the model that was made again, recovered or quantized in sequence, is closer to the original.
+
+    `measured`: its divergence.
+    """
     fitted, apart = Fitted.read(chosen), Curves.read(measured).apart
     if fitted.before is None or apart < fitted.before:
-        fitted = replace(fitted, before=apart, in_sequence=True)
+        fitted = replace(fitted, before=apart, again=True)
     fitted.write(context.out)
 
 
-def _either_spec(chosen: Any, alone: LayerSpec, in_sequence: LayerSpec) -> Spec:
+def _either_spec(chosen: Any, alone: Any, again: Any) -> Spec:
     return Spec(alone, reads=0, writes=0, memory=1 << 24)
 
 
 @step("fit.either", version=1, spec=_either_spec)
-def either(context: Context, chosen: Artifact, alone: Artifact, in_sequence: Artifact) -> None:
-    """The layer of the model that is closer to the original."""
-    link_all(context, in_sequence if Fitted.read(chosen).in_sequence else alone)
+def either(context: Context, chosen: Artifact, alone: Artifact, again: Artifact) -> None:
+    """A layer, or the rest, of the model that is closer to the original: each made alone, or all made `again`."""
+    link_all(context, again if Fitted.read(chosen).again else alone)
 
 
 def _layer_spec(chosen: Any, files: tuple[LayerSpec, ...], *, layer: int, offer: list[Alternative], engine: str) -> Spec:
     """As the alternative that is nearest to the budget; packed if any is, which says how the checkpoint may be written."""
     own, runs = files[0], ENGINES[engine]
     packed = [f for f in files if f.packed]
-    near = min(packed or files, key=lambda f: abs(f.nbytes - chosen["part"] * own.nbytes))
+    near = min(packed or [f for f in files if f.experts], key=lambda f: abs(f.nbytes - chosen["part"] * own.nbytes))
     fewest = min(a.keep for a in offer)
     multiple = max(f.multiple for f in files)  # what is to be packed has ranks that can be
-    out = replace(near, share=1.0, fewest=fewest, alike=not runs.counts, ranks_decided=runs.counts, multiple=multiple)
+    decided = any(f.ranks_decided or f.low_rank for f in files)
+    out = replace(near, share=1.0, fewest=fewest, alike=not runs.counts, ranks_decided=decided, multiple=multiple)
     return Spec(out, reads=0, writes=0, memory=1 << 24)
 
 

@@ -21,6 +21,7 @@ from moeflow.methods.fit.options import Alternative, Budget, Offers
 from moeflow.methods.graph import Calibration, Model
 from moeflow.methods.prune.searches import Search
 from moeflow.methods.prune.steps import candidates, pick
+from moeflow.methods.recipes.tune import Tuned
 from moeflow.methods.slim.methods import Slimming
 from moeflow.methods.slim.steps import decided, slimmed
 from moeflow.methods.trim.steps import gone
@@ -43,8 +44,11 @@ class Fitting:
     reports: tuple[Step, ...]
 
 
-def compress(calibration: Calibration, budget: Budget, offers: Offers) -> Fitting:
-    """Build the graph that fits the calibrated model into the budget. Raises ValueError if nothing on offer can be had."""
+def compress(calibration: Calibration, budget: Budget, offers: Offers, recover: Callable[[Model], Tuned] | None = None) -> Fitting:
+    """Build the graph that fits the calibrated model into the budget. Raises ValueError if nothing on offer can be had.
+
+    `recover` fine-tunes the chosen model before it is quantized.
+    """
     model = calibration.model
     left: dict[str, str] = {}
     exchange = _exchange(calibration, offers, left)
@@ -77,23 +81,25 @@ def compress(calibration: Calibration, budget: Budget, offers: Offers) -> Fittin
     for _ in range(offers.rounds - 1):
         choices.append(chosen(measured(built(choices[-1])), choices[-1]))
     best = fit.better(tuple(choices), tuple(measured(built(c), alternatives=False) for c in choices))
-    made = built(best)
-    if (again := _in_sequence(calibration, built(best, packed=False), fit.bits(best, offer=offer), offers, left)) is not None:
+    made, plain = built(best), built(best, packed=False)
+    healed = Tuned(plain, None, ()) if recover is None else recover(plain)
+    again = _in_sequence(calibration, healed.model, fit.bits(best, offer=offer), offers, left)
+    if again is not None and again is not plain:
         best = fit.nearer(best, measured(again, alternatives=False))
-        made = model.with_layers({i: fit.either(best, made.layers[i], again.layers[i]) for i in offered})
+        made = _either(best, made, again)
     told = (f"{what} not on offer: {why}" for what, why in left.items())
-    return Fitting(replace(made, choices=(*model.choices, best)), (fit.report(best).noting(*told),))
+    return Fitting(replace(made, choices=(*model.choices, best)), (fit.report(best).noting(*told), *healed.reports))
 
 
 def _in_sequence(calibration: Calibration, plain: Model, bits: Step, offers: Offers, left: dict[str, str]) -> Model | None:
     """The chosen model, calibrated before it is quantized, and quantized layer by layer behind the quantized ones.
 
-    None if no bits are on offer, or if not every layer can be quantized; the reason goes to `left` then.
+    As it is if no bits are on offer; None if not every layer can be quantized, and the reason goes to `left` then.
     """
     passed, dtype = calibration.passed, calibration.dtype
     runs = [b for b in offers.bits if b in offers.runs.bits]
     if not runs:
-        return None
+        return plain
     how = _quantized(offers, max(runs))
 
     def packed(at: int, file: Step, recorded: tuple[Part, ...]) -> Step:
@@ -105,6 +111,16 @@ def _in_sequence(calibration: Calibration, plain: Model, bits: Step, offers: Off
     except ValueError as error:
         left["quantizing in sequence"] = str(error)
         return None
+
+
+def _either(best: Step, alone: Model, again: Model) -> Model:
+    """The model that is closer to the original, as the choice says."""
+
+    def picked(one: Step, other: Step) -> Step:
+        return one if one.key == other.key else fit.either(best, one, other)
+
+    layers = {i: picked(one, other) for i, (one, other) in enumerate(zip(alone.layers, again.layers, strict=True))}
+    return replace(alone.with_layers(layers), rest=picked(alone.rest, again.rest))
 
 
 def _forks(of_layer: dict[Alternative, Made], around: Model | None) -> Alternatives:
