@@ -7,6 +7,7 @@ exactly. Costs add up only nearly, so a second round measures every alternative 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from math import gcd, lcm
 from typing import Any
 
 from moeflow.arch import Family
@@ -192,7 +193,7 @@ def _fewer(calibration: Calibration, offers: Offers, layer: int, counts: list[in
 
 def _lower_ranks(offers: Offers, ratio: float, bits: int = 0) -> Decomposition:
     """How ranks are lowered that take this part of the parameters away, to be packed at so many bits or not (0)."""
-    return Decomposition(ratio, multiple=offers.group if bits else 1)
+    return Decomposition(ratio, multiple=lcm(offers.group, 32 // gcd(32, bits)) if bits else 1)
 
 
 def _exchange(calibration: Calibration, offers: Offers, left: dict[str, str]) -> Step | None:
