@@ -18,13 +18,14 @@ from torch import Tensor
 from benchmarks.rows import Row
 from moeflow.arch import MIXTRAL
 from moeflow.methods.prune import genetic, swap
-from moeflow.methods.prune.errors import mask_of, squared_errors_direct
+from moeflow.methods.prune.errors import mask_of
 from moeflow.methods.prune.evaluated import Evaluate
 from moeflow.methods.prune.gram import Weighed
 from moeflow.methods.prune.searches import Search
 from moeflow.methods.prune.subsets import Subset, Subsets
 from moeflow.model.moe import MLP, MoELayer
 from moeflow.model.router import Router
+from tests.layers import squared_errors_direct
 
 D, F, E, TOP_K, DROP, TOKENS = 512, 352, 64, 6, 16, 4096
 TIMED = 2

@@ -11,10 +11,11 @@ import torch
 
 from benchmarks.rows import Row
 from moeflow.arch import MIXTRAL
-from moeflow.methods.prune.errors import mask_of, squared_errors, squared_errors_direct
+from moeflow.methods.prune.errors import mask_of, squared_errors
 from moeflow.methods.prune.subsets import Subsets
 from moeflow.model.moe import MLP, MoELayer
 from moeflow.model.router import Router
+from tests.layers import squared_errors_direct
 
 D, F, E, KEEP, TOKENS = 512, 1792, 8, 4, 2048
 

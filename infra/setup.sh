@@ -24,5 +24,8 @@ rm -rf .venv
 "$python" -m venv .venv
 .venv/bin/python -m pip install -qq --no-compile --disable-pip-version-check -c constraints.txt -e '.[dev]' torch==2.13.0 ||
     fail "pip could not install the packages; what it said stands above"
+# Bytecode of what every run imports: where the environment forbids writing it, each process would compile it again, for 9 s.
+env -u PYTHONDONTWRITEBYTECODE .venv/bin/python -c 'import ray, moeflow.cli, moeflow.model.passes, moeflow.methods.data.readers' ||
+    fail "what pip has installed cannot be imported; what Python said stands above"
 echo "$PWD" >.venv/moeflow-place
 echo "$wanted" >"$stamp"

@@ -4,9 +4,10 @@
 
 The constants are the paper's: a quarter of the experts is dropped, spread over layers by importance, found by a genetic search
 (population 100, 50 generations) and chosen in spans of T=3 layers among K=3 sets each; the rest is cut to about half of the
-experts' parameters by SVD, with ranks by importance at alpha 0.15. 2,048 sequences of 2,048 tokens of C4. Then LoRA on Alpaca; the
-paper's rank, rate and epochs were not at hand, so those here are usual ones. It takes eight GPUs of 48 GB, as `ray_cluster.yaml`
-has them; with one larger GPU say `-p gang.processes=1`. `-p tune=none` leaves it out.
+experts' parameters by SVD, with ranks by importance at alpha 0.15. 2,048 sequences of 2,048 tokens of C4, of which eight tasks take
+256 each through half of the model; spans compare their combinations on the first 65,536 tokens. Then LoRA on Alpaca; the paper's
+rank, rate and epochs were not at hand, so those here are usual ones. It takes eight GPUs of 48 GB, as `ray_cluster.yaml` has them;
+with one larger GPU say `-p gang.processes=1`. `-p tune=none` leaves it out.
 
 What moeflow puts beside it: `-p counts.rule=exact -p search=swap -p search.span=1 -p decomposition.svd=whitened
 -p decomposition.ranks=global`.
@@ -37,11 +38,11 @@ def build(
     heldout: HeldOut = HeldOut(WIKITEXT2, bos=False),
     removed: float = 0.5,
     counts: Counts = Counts(0.75, rule="paper"),
-    search: Search = Search("genetic", span=3, seed=42),
+    search: Search = Search("genetic", span=3, seed=42, measured=65_536),
     decomposition: Decomposition = Decomposition(svd="vanilla", ranks="paper"),
     tune: FineTuning | None = FineTuning(epochs=2, batch=64, rank=8, seed=42),
     gang: Gang = Gang(8, zero=3, micro=4, checkpointing=True),
-    calibration: Calibrating = Calibrating(2048, seed=42, group=1000, stage=3, record=65_536, per_expert=64),
+    calibration: Calibrating = Calibrating(2048, seed=42, group=1000, shard=256, stage=16, record=65_536, per_expert=256),
 ) -> Step:
     original = checkpoint.pinned(model)
     matrix = data.tokens(tokens, original, calibration.sample)

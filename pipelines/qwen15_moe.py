@@ -5,9 +5,9 @@
 The constants are the paper's, as in `mixtral_moei2.py`: on average a quarter of a layer's 60 experts is dropped, the shared one
 always stays, and the rest is cut to about half of the routed experts' parameters.
 
-Each expert of each layer is left out once to measure what the model loses (`importance`), on 4,096 tokens, since the hidden states
-of all these models are stored. `-p counts.importance=recon -p decomposition.importance=recon` looks at the layers' own outputs and
-stores none. The tokenizer has no beginning-of-sequence token.
+Each expert of each layer is left out once to measure what the model loses (`importance`), on 4,096 tokens, since all these models
+run to the end. `-p counts.importance=recon -p decomposition.importance=recon` looks at the layers' own outputs instead. The
+tokenizer has no beginning-of-sequence token.
 """
 
 from functools import partial
@@ -26,7 +26,7 @@ build = partial(
     counts=Counts(0.75, rule="paper", measured=4096),
     decomposition=Decomposition(svd="vanilla", ranks="paper", measured=4096),
     tune=FineTuning(epochs=2, batch=64, rank=8, bos=False, seed=42),
-    calibration=Calibrating(2048, bos=False, seed=42, group=1000, stage=3, record=65_536, per_expert=64),
+    calibration=Calibrating(2048, bos=False, seed=42, group=1000, shard=256, stage=12, record=65_536, per_expert=256),
 )
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A random MoE layer for tests of the searches."""
+"""A random MoE layer for tests of the searches, and the errors of its subsets computed directly."""
 
 import torch
 from torch import Tensor
@@ -16,3 +16,11 @@ def layer(experts: int = 6, top_k: int = 2, arch: Arch = MIXTRAL, seed: int = 0,
 
     mlps = tuple(MLP(r(12, 8), r(12, 8), r(8, 12)) for _ in range(experts))
     return MoELayer(Router(arch, top_k=top_k, **router), r(experts, 8), mlps)  # type: ignore[arg-type]
+
+
+@torch.inference_mode()
+def squared_errors_direct(moe: MoELayer, x_TD: Tensor, mask_SE: Tensor, target_TD: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """What `squared_errors` computes, [S] and [], by running the whole layer once for every subset."""
+    goal_TD = (moe(x_TD) if target_TD is None else target_TD).double()
+    errors = [(moe(x_TD, allowed_E).double() - goal_TD).square().sum() for allowed_E in mask_SE]
+    return torch.stack(errors), goal_TD.square().sum()

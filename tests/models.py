@@ -59,10 +59,10 @@ def close(a: Tensor, b: Tensor) -> None:
     torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5)
 
 
-def graph(model: Model, matrix: Texts, *, keep: int = 5, how: str = "layerwise") -> Step:
+def graph(model: Model, matrix: Texts, *, keep: int = 5, how: str | Search = "layerwise") -> Step:
     """The checkpoint of a model pruned to `keep` experts per layer, with the reports that compare it with the original."""
     seen = calibrate.run(model, data.tokens(matrix, model, Sample(8, 16)), Pass(batch=4, shard=4, stage=2))
-    pruned = naee.prune(seen, keep, Search(how))
+    pruned = naee.prune(seen, keep, Search(how) if isinstance(how, str) else how)
     reports = compare.reports(model, pruned, compare.HeldOut("nowhere.txt", 4, 16), Pass(4), tokens=seen.tokens)
     return checkpoint.checkpoint_of(pruned).reporting(*reports)
 

@@ -55,3 +55,22 @@ def test_a_full_disk_is_named(bare: Path) -> None:
     (bare.parent / "bin" / "df").unlink()
     tool(bare, "df", "echo head; echo 'disk 1 1 102400 1 /'")
     assert setup(bare).startswith("setup: 100 MiB of disk are free here, and 6,000 are needed")
+
+
+def test_what_every_run_imports_is_compiled_once_also_where_the_environment_forbids_it(bare: Path) -> None:
+    """Containers often set PYTHONDONTWRITEBYTECODE: then each process would compile two thousand modules again."""
+    log = bare.parent / "log"
+    venv = bare.parent / "venv-python"
+    venv.write_text(f'#!/bin/sh\necho "${{PYTHONDONTWRITEBYTECODE-may write}}: $*" >>"{log}"\n')
+    venv.chmod(0o755)
+    for name in ("mkdir", "ln"):
+        (bare.parent / "bin" / name).symlink_to(str(shutil.which(name)))
+    tool(bare, "c++")
+    tool(bare, "python3", f'[ "$2" = venv ] || exit 0\nmkdir -p .venv/bin && ln -s "{venv}" .venv/bin/python')
+    (bare.parent / "bin" / "df").unlink()
+    tool(bare, "df", "echo head; echo 'disk 1 1 10240000 10240000 /'")
+    path = {"PATH": str(bare.parent / "bin"), "PYTHONDONTWRITEBYTECODE": "1"}
+    subprocess.run([bare / "infra" / "setup.sh"], env=path, check=True)
+    installed, compiled = log.read_text().splitlines()
+    assert installed.startswith("1: -m pip install")
+    assert compiled.startswith("may write: -c import ") and "moeflow.model.passes" in compiled

@@ -73,11 +73,12 @@ class Choice(Record):
     """The experts that stay, ascending."""
     criterion: str
     """The search, or the score, that chose them."""
-    loss: LayerLoss
+    loss: LayerLoss | None
+    """None if it was chosen by a score, and not measured."""
     runner_up: ExpertSet | None
     """The second best set, if the search evaluated one."""
     baselines: Mapping[str, ExpertSet]
-    """The set that each score would keep."""
+    """The set that each score would keep; empty if none was measured."""
     losses: Mapping[str, float] = field(default_factory=dict)
     """The loss of every compared set, keyed by its experts joined with commas; empty if another step compared them."""
 

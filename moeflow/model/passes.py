@@ -77,12 +77,12 @@ def taken(states: States, rows: slice, device: torch.device) -> States:
     return {name: t[rows].to(device) for name, t in states.items()}
 
 
-def put(states: States, of_rows: States, rows: slice, count: int) -> None:
-    """Write the states of some sequences into those of all `count`."""
+def put(states: States, of_rows: States, rows: slice, count: int, home: torch.device | str = "cpu") -> None:
+    """Write the states of some sequences into those of all `count`, which lie in memory or on the device `home`."""
     for name, t in of_rows.items():
         if name not in states:
-            states[name] = t.new_empty(count, *t.shape[1:], device="cpu")
-        states[name][rows] = t.cpu()
+            states[name] = t.new_empty(count, *t.shape[1:], device=home)
+        states[name][rows] = t.to(home)
 
 
 def stream_of(config: Config, dtype: str, experts: str = EXPERTS) -> Stream:

@@ -246,18 +246,6 @@ class HiddenSpec:
 
 
 @dataclass(frozen=True)
-class ForkSpec:
-    """The hidden states of a model, and those of changed models (forks) on the same tokens."""
-
-    hidden: HiddenSpec
-    forks: tuple[str, ...]
-
-    @cached_property
-    def nbytes(self) -> int:
-        return self.hidden.nbytes * (1 + len(self.forks))  # one file each
-
-
-@dataclass(frozen=True)
 class Recording:
     """What one shard's pass keeps of each layer, besides the router's statistics of all tokens."""
 

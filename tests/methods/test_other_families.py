@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from moeflow.arch import ARCH, Family
 from moeflow.arch.found import Found
 from moeflow.methods.calibrate import steps as calibrate
-from moeflow.methods.calibrate.steps import Alternatives, Forks
+from moeflow.methods.calibrate.chains import Alternatives, Forks
 from moeflow.methods.data import steps as data
 from moeflow.methods.decompose import factoring
 from moeflow.methods.decompose.options import Decomposition
@@ -160,20 +160,20 @@ def test_trained_experts_are_written_matrix_by_matrix(layer: Layer) -> None:
 
 
 def test_a_plan_counts_what_layers_hand_on_beside_hidden_states(tmp_path: Path) -> None:
-    """The indices of a GLM-5, in the states of a pass and in those of every fork."""
+    """The indices of a GLM-5, in the states of a pass and in those of a sweep."""
     folder, store = normal.write("glm_moe_dsa", tmp_path / "model"), running.store_in(tmp_path)
     model = running.model_in(folder, found=Found(replace(normal.FAMILIES["glm_moe_dsa"][0], looked_at=True)))
     matrix = data.tokens(running.matrix_of(tmp_path), model, Sample(8, 16))
     calibration = calibrate.run(model, matrix, Pass(batch=4, stage=1))
-    curves = calibrate.curves(calibration, {1: Alternatives(Forks("each", ("0", "1")))}, tokens=64)
+    curves = calibrate.curves(calibration, {1: Alternatives(Forks("each", ("0", "1")))}, tokens=64, around=model)
     running.run(store, curves)
-    steps = {s.name: s for s in upstream([curves]) if s.name in ("calibrate.embed", "calibrate.start", "calibrate.forks")}
+    steps = {s.name: s for s in upstream([curves]) if s.name in ("calibrate.embed", "calibrate.start")}
     steps |= {f"observe {i}": step for i, states in calibration.states.items() if i for step in states}
     running.run(store, *steps.values())
-    assert len(steps) == 5
+    assert len(steps) == 4
     for name, step in steps.items():
-        states = [f.size for n, f in store.manifest(step.key).files.items() if n.startswith(("hidden", "fork"))]
+        states = [f.size for n, f in store.manifest(step.key).files.items() if n.startswith("hidden")]
         spec = step.spec.output
-        assert getattr(spec, "hidden", spec).handed_on == (4 if name in ("calibrate.forks", "observe 1", "observe 2") else 0)
+        assert getattr(spec, "hidden", spec).handed_on == (4 if name in ("observe 1", "observe 2") else 0)
         promised = spec.hidden.nbytes if name.startswith("observe") else spec.nbytes
         assert promised == pytest.approx(sum(states), abs=100 * len(states)), name

@@ -5,20 +5,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy, kl_div
 from transformers import AutoModelForCausalLM
 
 from moeflow.arch import Family
 from moeflow.methods.calibrate import steps as calibrate
-from moeflow.methods.calibrate.steps import Alternatives, Forks
+from moeflow.methods.calibrate.chains import Alternatives, Forks
 from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data
 from moeflow.methods.graph import Pass, Sample
+from moeflow.methods.prune import reception
 from moeflow.methods.prune.counts import Counts, legal_counts
 from moeflow.methods.prune.searches import Search
 from moeflow.methods.recipes import moei2
+from moeflow.methods.records import Candidates, Combinations
 from moeflow.model.layout import Folder, read_config
-from moeflow.step import step_of, upstream
+from moeflow.step import Step, step_of, upstream
 from tests import running, tiny
 
 
@@ -73,7 +76,7 @@ def test_a_forks_divergence_and_loss_are_those_of_the_model_with_that_layer_chan
             assert one_gone["curves"][str(last)][str(expert)] == pytest.approx(apart(without([expert])), rel=1e-3, abs=1e-7)
 
 
-def test_a_sweep_reads_the_checkpoint_once_whatever_the_shards_and_takes_as_many_tokens_as_told(tmp_path: Path) -> None:
+def test_every_stage_begins_a_chain_from_the_calibrations_own_states_and_takes_as_many_tokens_as_told(tmp_path: Path) -> None:
     source, store = tiny.write("mixtral", tmp_path / "model"), running.store_in(tmp_path)
     model = running.model_in(source)
     calibration = calibrate.run(
@@ -81,8 +84,11 @@ def test_a_sweep_reads_the_checkpoint_once_whatever_the_shards_and_takes_as_many
     )
     pruned = moei2.prune(calibration, Counts(0.5, grid=3, measured=64))
     forks = [s for s in upstream([pruned.choices[0]]) if s.name == "calibrate.forks"]
-    read = [step_of(i).key for s in forks for i in s.inputs]
-    assert all(read.count(layer.key) == 1 for layer in model.layers)
+    read = [[step_of(i).key for i in s.inputs] for s in forks]
+    for first, of_chain in enumerate(read):
+        assert {s.key for s in calibration.states[first]} <= {*of_chain}
+        assert [layer.key in of_chain for layer in model.layers] == [i >= first for i in range(3)]
+        assert not {s.key for s in forks} & {*of_chain} and forks[first].spec.writes < 1000
     running.run(store, *pruned.choices)
     curves = next(s for s in upstream([pruned.choices[0]]) if s.name == "calibrate.curves")
     record = json.loads(store.artifact(curves.key).file("curves.json").read_text())
@@ -92,6 +98,61 @@ def test_a_sweep_reads_the_checkpoint_once_whatever_the_shards_and_takes_as_many
     assert legal_counts(model, Counts(0.5))[0] == [2, 3, 4, 5, 6, 7, 8]
     for curve in measured.values():
         assert curve["2"] > curve["7"] > 0
+
+
+@pytest.mark.parametrize("around", [False, True])
+def test_chains_that_hold_few_forks_measure_what_one_does(around: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the model is another one, of which a layer goes back to what it was."""
+    model, store = running.model_in(tiny.write("mixtral", tmp_path / "model")), running.store_in(tmp_path)
+    calibration = calibrate.run(
+        model, data.tokens(running.matrix_of(tmp_path), model, Sample(8, 16)), Pass(batch=2, shard=4, stage=3)
+    )
+    pruned = moei2.prune(calibration, Counts(5 / 8, rule="uniform"), Search("swap"))
+    alternatives = {i: Alternatives(Forks("each", tuple("01234"))) for i in (0, 2)}
+    if around:
+        two = {i: (model.layers[i], pruned.layers[i]) for i in range(3)}
+        alternatives = {i: Alternatives(Forks("files", ("own", "cut"), replaced=True), two[i], whole=two[i][0]) for i in two}
+    read = []
+    for most in (20 << 30, 2 * 128 * 32 * 4):
+        monkeypatch.setattr(calibrate, "HELD", most)
+        curves = calibrate.curves(calibration, alternatives, tokens=128, around=pruned if around else None)
+        running.run(store, curves)
+        read.append(json.loads(store.artifact(curves.key).file("curves.json").read_text()))
+        names = [s.name for s in upstream([curves])]
+        assert names.count("calibrate.forks") == (1 if most > 1 << 20 else 6 if around else 10)
+    one, many = read
+    assert many == one and one["tokens"] == 8 * 15
+    if around:
+        for i in range(3):
+            assert one["curves"][str(i)]["cut"] == pytest.approx(one["apart"], rel=1e-4) != 0
+            assert one["curves"][str(i)]["own"] != pytest.approx(one["apart"], rel=1e-3)
+    else:
+        assert sorted(one["curves"]) == ["0", "2"] and sorted(one["curves"]["2"]) == [*"01234"] and "apart" not in one
+
+
+def test_a_span_compares_its_combinations_on_about_as_many_tokens_as_told(tmp_path: Path) -> None:
+    model, store = running.model_in(tiny.write("mixtral", tmp_path / "model")), running.store_in(tmp_path)
+    calibration = calibrate.run(
+        model, data.tokens(running.matrix_of(tmp_path), model, Sample(8, 16)), Pass(batch=2, shard=4, stage=2)
+    )
+
+    def spans(measured: int) -> list[Step]:
+        pruned = moei2.prune(calibration, Counts(0.75, rule="uniform"), Search("swap", span=2, best=2, measured=measured))
+        return [s for s in upstream([pruned.choices[2]]) if s.name == "prune.span"]
+
+    (part,), (whole,), (also,) = spans(60), spans(0), spans(128)
+    assert whole.key == also.key != part.key
+    running.run(store, part)
+    losses = {tuple(c.sets): c.loss for c in Combinations.read(store.artifact(part.key)).combinations}
+    starts = [load_file(store.artifact(s.key).file("hidden.safetensors")) for s in calibration.states[2]]
+    save_file({name: torch.cat([s[name][:2] for s in starts]) for name in starts[0]}, tmp_path / "states")
+    (searched,) = (s for s in part.inputs if step_of(s).name == "prune.candidates")
+    sets = {2: [s.keep for s in Candidates.read(store.artifact(searched.key)).only.best[:2]]}
+    file = store.artifact(model.layers[2].key).file("layer.safetensors")
+    found = reception.losses(
+        dict(model.config), [(2, file)], sets, [tmp_path / "states"], [], batch=2, dtype="float32", progress=lambda *_: None
+    )
+    assert losses == {sets: pytest.approx(loss, rel=1e-6) for sets, loss in found.items()}
 
 
 def test_sets_that_are_judged_on_do_not_enter_the_counts(tmp_path: Path) -> None:

@@ -54,6 +54,8 @@ def test_a_pipeline_fits_the_nodes_as_it_is_written_and_says_the_gpu_memory_of_e
 ) -> None:
     plan = planned(name, model)
     assert plan["problems"] == [] and plan["reads"] > 10 << 30
+    if name == "mixtral_moei2":  # the calibration's states and the sweep's are what could grow
+        assert plan["reads"] <= 4e12 and plan["writes"] <= 0.6e12
     for row in plan["rows"]:
         assert bool(row["device"]) == bool(row["gpus"]), row["label"]
         assert row["device"] <= 45776 << 20 or row["optional"], row["label"]

@@ -1,40 +1,46 @@
-"""Run the hidden states of a model and its forks through decoder layers, and compare the ends: the tensor side of `curves`.
+"""Run the hidden states of a model and its forks through decoder layers, and compare the ends: the tensor side of a sweep.
 
 Shapes are suffixes: N sequences, L positions, T tokens, D model width, V vocabulary.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import kl_div
 
 from moeflow.arch import Config
-from moeflow.methods.records import Curves
-from moeflow.model.alternatives import Alternative, alternative_blocks, slices, watched, with_block
+from moeflow.methods.calibrate.chains import Forks
+from moeflow.methods.records import Candidates, Curves
+from moeflow.model.alternatives import Alternative, Kept, Without, alternative_blocks, slices, watched, with_block
 from moeflow.model.checkpoint import Tensors, save, tensor_of
-from moeflow.model.header import TensorInfo, read_header
-from moeflow.model.layout import Files, headers
-from moeflow.model.passes import Head, Progress, put, stream_of, taken
-from moeflow.model.stream import HIDDEN, States
+from moeflow.model.header import TensorInfo
+from moeflow.model.layout import LAYER, Files, headers
+from moeflow.model.passes import Head, put, stream_of, taken
+from moeflow.model.stream import HIDDEN, States, Stream
+from moeflow.step import Artifact
 
-BASE = "hidden.safetensors"
-"""The file with the states of the unchanged model; each fork has a file of its own."""
+Fork = tuple[int, str]
+"""The layer at which a fork begins, and the name of the alternative there."""
 
 
-def first_rows(files: Sequence[Files], rows: Sequence[int], out: Path) -> None:
-    """Write the hidden states of the first sequences of several files, `rows` of each, to one file."""
+def first_rows(files: Sequence[Files], rows: Sequence[int]) -> States:
+    """The hidden states of the first sequences of several files, `rows` of each; nothing else of the files is read."""
     parts: dict[str, list[Tensor]] = {}
     for file, count in zip(files, rows, strict=True):
         for name, info in headers(file).items():
             size = info.nbytes // info.shape[0]
             part = TensorInfo(info.file, info.dtype, (count, *info.shape[1:]), info.start, info.start + count * size)
             parts.setdefault(name, []).append(tensor_of(file.read(part.file, part.start, part.stop), part))
-    save({name: torch.cat(each) for name, each in parts.items()}, out)
+    return {name: torch.cat(each) for name, each in parts.items()}
+
+
+def write_rows(files: Sequence[Files], rows: Sequence[int], out: Path) -> None:
+    """Write these hidden states to one file."""
+    save(first_rows(files, rows), out)
 
 
 class Stage(NamedTuple):
@@ -43,110 +49,135 @@ class Stage(NamedTuple):
     layer: int
     file: Path
     alternatives: Mapping[str, Alternative]
-    """By the name of their fork."""
     whole: Path | None = None
     """The layer as it was, if `file` is one of its alternatives already, which may lack the block that the others replace."""
 
 
+def begun(which: Forks | None, sources: Sequence[Artifact]) -> dict[str, Alternative]:
+    """The alternatives of a layer, by name."""
+    if which is None:
+        return {}
+    if which.kind == "sets":
+        counts = Candidates.read(sources[0]).counts
+        return {name: Kept(counts[int(name)].best[0].keep) for name in which.names}
+    if which.kind == "files":
+        return {name: artifact.file(LAYER) for name, artifact in zip(which.names, sources, strict=False)}
+    return {name: Without(int(name)) for name in which.names}
+
+
 @torch.inference_mode()
 def through(
-    config: Config, before: Mapping[str, Path], stages: Sequence[Stage], out: Path,
-    *, batch: int, dtype: str, progress: Progress,
-) -> None:  # fmt: skip
-    """Write the states behind consecutive layers.
+    config: Config, base: States, stages: Iterable[Stage], *, last: int, forks: int, batch: int, dtype: str
+) -> dict[Fork, Tensor]:
+    """The hidden states [N, L, D] of every fork behind the last of these consecutive layers.
 
-    `before`: the files of the states before them, by the names under which they are written to the folder `out`. Only two forks'
-    states are in memory at a time.
+    `base`: the unchanged model's states before the first, which run as far as layer `last`, the last with alternatives. `forks`:
+    how many will begin; their states stay on the device where they fit. One layer's weights are in memory at a time, and those of
+    one alternative.
     """
     stream = stream_of(config, dtype)
-    states = dict(before)
-    for at, (layer, file, alternatives, whole) in enumerate(stages):
+    home = _home(stream.device, forks * base[HIDDEN].nbytes)
+    begun: dict[Fork, States] = {}
+    count = len(base[HIDDEN])
+    for layer, file, alternatives, whole in stages:
         tensors = Tensors(file)
         module = stream.layer(tensors, layer)
-        for done, name in enumerate([n for n in states if n != BASE]):
-            before_fork = load_file(states[name])
-            behind: States = {HIDDEN: before_fork[HIDDEN]}
-            for rows in slices(count := len(before_fork[HIDDEN]), batch):
-                put(behind, stream.run(module, layer, taken(before_fork, rows, stream.device)), rows, count)
-            states[name] = _saved(behind, out / name)
-            progress(at * len(states) + done + 1, len(stages) * len(states), "forks")
-        base = load_file(states[BASE])
-        count, behind = len(base[HIDDEN]), {HIDDEN: base[HIDDEN]}
-        x_NLD, kept_NLD = torch.empty_like(base[HIDDEN]), torch.empty_like(base[HIDDEN])
-        adds = pair = False
-        if alternatives and whole is not None:
-            tensors = Tensors(whole)
-        own = stream.layer(tensors, layer) if alternatives and whole is not None else module
-        for rows in slices(count, batch):
-            of_rows = taken(base, rows, stream.device)
-            if not alternatives:
-                put(behind, stream.run(module, layer, of_rows), rows, count)
-                continue
-            seen = watched(stream, own, layer, of_rows)
-            if rows.start == 0:
-                adds, pair = seen.adds, seen.pair
-            x_NLD[rows] = seen.x_NLD.view(seen.residual_NLD.shape).cpu()
-            kept_NLD[rows] = (seen.residual_NLD if adds else of_rows[HIDDEN]).cpu()
-            put(behind, seen.behind if own is module else stream.run(module, layer, of_rows), rows, count)
-        states[BASE] = _saved(behind, out / BASE)
-        del module
-        if adds:
-            del own
-        begun = alternative_blocks(tensors, config, layer, alternatives, device=stream.device, dtype=stream.dtype)
-        for name, moe in begun:
-            fork_NLD = behind[HIDDEN]  # it is written already
+        for fork, before in begun.items():
+            behind: States = {HIDDEN: before[HIDDEN]}
             for rows in slices(count, batch):
-                kept_nLD = kept_NLD[rows].to(stream.device)
-                if adds:
-                    y_nLD = moe(x_NLD[rows].to(stream.device).flatten(0, -2)).view(kept_nLD.shape)
-                    fork_NLD[rows] = (kept_nLD + y_nLD).cpu()
-                else:  # run the layer again, since it does more with its block's output than add it
-                    of_rows = taken(base | {HIDDEN: kept_NLD}, rows, stream.device)
-                    fork_NLD[rows] = with_block(stream, own, layer, of_rows, moe, pair=pair).cpu()
-            states[name] = _saved(behind, out / name)
+                put(behind, stream.run(module, layer, taken(before, rows, stream.device)), rows, count, home)
+            begun[fork] = behind
+        if alternatives:
+            if whole is not None:
+                tensors = Tensors(whole)
+            own = module if whole is None else stream.layer(tensors, layer)
+            fork_of = _Forking(stream, own, layer, base, batch)
+            base = fork_of.behind if whole is None else _run(stream, module, layer, base, batch)
+            del module
+            blocks = alternative_blocks(tensors, config, layer, alternatives, device=stream.device, dtype=stream.dtype)
+            for name, moe in blocks:
+                begun[layer, name] = base | {HIDDEN: fork_of(moe).to(home)}
+            del own, fork_of
+        elif layer < last:
+            base = _run(stream, module, layer, base, batch)
+    return {fork: states[HIDDEN] for fork, states in begun.items()}
 
 
-def _saved(states: States, path: Path) -> Path:
-    save_file(states, path)
-    return path
+class _Forking:
+    """What a layer does to the base's states, seen once, so that only another MoE block has to run for each fork."""
+
+    def __init__(self, stream: Stream, module: nn.Module, layer: int, base: States, batch: int) -> None:
+        self.stream, self.module, self.layer, self.base, self.batch = stream, module, layer, base, batch
+        self.count = len(base[HIDDEN])
+        self.x_NLD, self.residual_NLD = torch.empty_like(base[HIDDEN]), torch.empty_like(base[HIDDEN])
+        self.behind: States = {}
+        self.adds = self.pair = False
+        for rows in slices(self.count, batch):
+            seen = watched(stream, module, layer, taken(base, rows, stream.device))
+            if rows.start == 0:
+                self.adds, self.pair = seen.adds, seen.pair
+            self.x_NLD[rows] = seen.x_NLD.view(seen.residual_NLD.shape).cpu()
+            if self.adds:
+                self.residual_NLD[rows] = seen.residual_NLD.cpu()
+            put(self.behind, seen.behind, rows, self.count)
+
+    def __call__(self, moe: Callable[[Tensor], Tensor]) -> Tensor:
+        """The hidden states behind the layer with this MoE block."""
+        fork_NLD, device = torch.empty_like(self.x_NLD), self.stream.device
+        for rows in slices(self.count, self.batch):
+            if self.adds:
+                residual_nLD = self.residual_NLD[rows].to(device)
+                y_nLD = moe(self.x_NLD[rows].to(device).flatten(0, -2)).view(residual_nLD.shape)
+                fork_NLD[rows] = (residual_nLD + y_nLD).cpu()
+            else:  # run the layer again, since it does more with its block's output than add it
+                of_rows = taken(self.base, rows, device)
+                fork_NLD[rows] = with_block(self.stream, self.module, self.layer, of_rows, moe, pair=self.pair).cpu()
+        return fork_NLD
+
+
+def _run(stream: Stream, module: nn.Module, layer: int, states: States, batch: int) -> States:
+    """The states behind a layer."""
+    behind: States = {}
+    count = len(states[HIDDEN])
+    for rows in slices(count, batch):
+        put(behind, stream.run(module, layer, taken(states, rows, stream.device)), rows, count)
+    return behind
+
+
+def _home(device: torch.device, nbytes: int) -> torch.device:
+    """Where so many bytes of states stay between layers: on the device if they take less than half of what is free there."""
+    fits = device.type == "cuda" and 2 * nbytes < torch.cuda.mem_get_info(device)[0]
+    return device if fits else torch.device("cpu")
 
 
 @torch.inference_mode()
-def measured(rest: Files, ids: np.ndarray, end: Files, against: Files | None, *, dtype: str, progress: Progress) -> Curves:
+def measured(
+    rest: Files, ids: np.ndarray, own_NLD: Tensor, forks: Mapping[Fork, Tensor], against_NLD: Tensor | None, *, dtype: str
+) -> Curves:
     """The mean divergence and loss of every fork, and the unchanged model's loss, over the positions that predict a token: nats.
 
-    `against`: the states of the model from which they diverge, if that is not the unchanged one.
+    `own_NLD`: the unchanged model's states behind its last layer; `against_NLD`: those of the model from which the divergence is
+    measured, if that is not the unchanged one.
     """
     head, ids_NL = Head(rest, dtype), torch.from_numpy(ids.astype(np.int64))
-    names = [n for n in end.names() if n != BASE]
-    base_NLD = _states_of(end if against is None else against, BASE)
+    goal_NLD, others = own_NLD, dict[Fork | None, Tensor](forks.items())
+    if against_NLD is not None:
+        goal_NLD, others[None] = against_NLD, own_NLD
+    sums: dict[Fork | None, Tensor] = {fork: torch.zeros(2, dtype=torch.float64, device=head.device) for fork in (None, *forks)}
+    tokens = ids_NL[:, 1:].numel()
+    for n, ids_L in enumerate(ids_NL):
+        for rows, goal in head.by_chunk(goal_NLD[n, :-1]):
+            log_p, wanted_T1 = goal.log_softmax(-1), ids_L[1:][rows, None].to(head.device)
+            if against_NLD is None:
+                sums[None][1] -= log_p.gather(-1, wanted_T1).double().sum()
+            for fork, fork_NLD in others.items():
+                log_q = head.logits(fork_NLD[n, :-1][rows]).log_softmax(-1)
+                apart = kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1).double().sum()
+                sums[fork] += torch.stack([apart, -log_q.gather(-1, wanted_T1).double().sum()])
+    means = {fork: (each / tokens).tolist() for fork, each in sums.items()}
     curves: dict[int, dict[str, float]] = {}
     losses: dict[int, dict[str, float]] = {}
-    plain = own = 0.0
-    tokens = ids_NL[:, 1:].numel()
-    for done, name in enumerate([BASE, *names]):
-        fork_NLD = base_NLD if name == BASE and against is None else _states_of(end, name)
-        sums = torch.zeros(2, dtype=torch.float64)
-        for base_LD, fork_LD, ids_L in zip(base_NLD[:, :-1], fork_NLD[:, :-1], ids_NL, strict=True):
-            for rows, logits in head.by_chunk(fork_LD):
-                log_q = logits.log_softmax(-1)
-                loss = -log_q.gather(-1, ids_L[1:][rows, None].to(head.device)).double().sum()
-                apart = torch.zeros((), dtype=torch.float64)
-                if name != BASE or against is not None:
-                    log_p = head.logits(base_LD[rows]).log_softmax(-1)
-                    apart = kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1).double().sum()
-                sums += torch.stack([apart.cpu(), loss.cpu()])
-        if name == BASE:
-            own, plain = (sums / tokens).tolist()
-        else:
-            _, layer, alternative = name.removesuffix(".safetensors").split(".", 2)
-            divergence, mean_loss = (sums / tokens).tolist()
-            curves.setdefault(int(layer), {})[alternative] = divergence
-            losses.setdefault(int(layer), {})[alternative] = mean_loss
-        progress(done + 1, len(names) + 1, "forks")
+    for layer, name in forks:
+        curves.setdefault(layer, {})[name], losses.setdefault(layer, {})[name] = means[layer, name]
+    own, plain = means[None]
     return Curves(tokens, plain, curves, losses, own)
-
-
-def _states_of(end: Files, name: str) -> Tensor:
-    info = read_header(name, end.size(name), end.read)["hidden_NLD"]
-    return tensor_of(end.read(name, info.start, info.stop), info)

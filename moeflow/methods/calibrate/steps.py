@@ -2,23 +2,23 @@
 
 The unit of work is one token shard and one stage of consecutive layers: `advance` runs hidden states through a stage, and `observe`
 also records on the way. One decoder layer's weights are in memory at a time. `curves` measures what a layer's alternatives cost the
-whole model: one pass forks at every layer, once for each alternative, so the checkpoint is read once for each shard.
+whole model: a chain begins at every stage, forks there at every layer, once for each alternative, and takes all forks to the end.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from moeflow.arch import EMBEDDING, Family
+from moeflow.methods.calibrate.chains import Alternatives, Chain, Forks, groups
 from moeflow.methods.graph import HIDDEN, REST, TOKENS, Calibration, Model, Pass
-from moeflow.methods.records import Candidates
+from moeflow.methods.records import Curves
 from moeflow.model.layout import LAYER, ROUTING, file_before, file_of, read_config
 from moeflow.model.memory import on_device, passing
 from moeflow.model.spec import (
-    ForkSpec,
     HiddenSpec,
     LayerSpec,
     ObservedSpec,
@@ -31,8 +31,8 @@ from moeflow.model.spec import (
 )
 from moeflow.step import Artifact, Context, Part, Spec, Step, step
 
-STAGE_OF_FORKS = 4
-"""Consecutive layers per task when alternatives are measured."""
+HELD = 20 << 30
+"""Bytes of hidden states that the forks of one task take at most when alternatives are measured."""
 
 
 def run(model: Model, tokens: Step, passed: Pass = Pass(), *, inputs: bool = True, between: bool = False) -> Calibration:
@@ -231,144 +231,153 @@ def observe(
     )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Forks:
-    """The alternatives of one layer: where they come from, and their names."""
-
-    kind: Literal["sets", "each", "files"]
-    """The best sets of a layer's candidates, the layer without one of its experts, or other files of the layer."""
-    names: tuple[str, ...]
-    """The name of each: the count that a set keeps, the expert that is left out, or a file's name."""
-    whole: str = ""
-    """The name of the layer as it was, if the model has one of its alternatives in its place already."""
-
-
-@dataclass(frozen=True)
-class Alternatives:
-    """The alternatives of one layer, and the steps that hold them: one of candidates for "sets", one per name for "files"."""
-
-    forks: Forks
-    steps: tuple[Step, ...] = ()
-
-
 def curves(calibration: Calibration, alternatives: Mapping[int, Alternatives], *, tokens: int, around: Model | None = None) -> Step:
     """Measure every alternative of every layer alone, on about `tokens` calibration tokens, equally many from every shard.
 
+    A chain for each stage of the calibration in which alternatives begin, from its own states there to the end; several where
+    their forks would take more than `HELD` bytes. Chains do not wait for each other, and store no states.
+
     `around`: the model of which one layer at a time is another, if that is not the calibrated one; what is measured is how far it
-    is from the calibrated one then.
+    is from the calibrated one then. Its own states are run once, for all chains.
     """
     model, passed = around or calibration.model, calibration.passed
-    length = calibration.tokens.spec.output.length
-    sizes = [_states(s.spec.output).sequences for s in calibration.starts]
-    each = max(1, round(tokens / length / len(sizes)))
-    taken = [min(each, size) for size in sizes]
-    rows = [[sum(sizes[:i]), n] for i, n in enumerate(taken)]
-    state: Step = start(calibration.starts, taken=taken)
-    for first, layers in _stages(model, STAGE_OF_FORKS):
-        own = [alternatives.get(i) for i in range(first, first + len(layers))]
-        state = forks(
-            model.essential, state, layers, tuple(a.steps if a else () for a in own),
-            first=first, alternatives=[a.forks if a else None for a in own], batch=passed.batch, dtype=passed.dtype,
+    rows = _rows(calibration, tokens)
+    states, ends = calibration.states, _hidden(calibration.ends)
+    against: tuple[Part, ...] = ()
+    if around is not None:
+        state: tuple[Step, ...] = (start(_hidden(calibration.starts), taken=[n for _, n in rows]),)
+        states, against = {}, ends
+        for first, layers in _stages(model, passed.stage):
+            states[first] = state
+            state = _behind(model, passed, state, first, layers)
+        ends = _hidden(state)
+    fork = replace(_states(calibration.starts[0].spec.output), sequences=sum(n for _, n in rows)).nbytes
+
+    def chain(first: int, group: Mapping[int, Alternatives]) -> Step:
+        begun = [group.get(i) for i in range(first, max(group, default=first - 1) + 1)]
+        before, layers = (_hidden(states[first]), model.layers[first:]) if group else ((), ())
+        return forks(
+            model.rest, calibration.tokens, before, layers, tuple(a.sources if a else () for a in begun), ends, against,
+            alternatives=[a.forks if a else None for a in begun], how=Chain(first, rows, passed.batch, passed.dtype),
         )  # fmt: skip
-    ends = None if around is None else start(tuple(end.part(HIDDEN) for end in calibration.ends), taken=taken)
-    return measure(model.rest, calibration.tokens, state, ends, rows=rows, dtype=passed.dtype)
+
+    chains = []
+    for first, layers in _stages(model, passed.stage):
+        of_stage = {i: alternatives[i] for i in range(first, first + len(layers)) if i in alternatives}
+        chains += [chain(first, group) for group in groups(of_stage, max(1, HELD // fork))]
+    return measure(tuple(chains or [chain(len(model.layers), {})]))
+
+
+def sampled(calibration: Calibration, tokens: int) -> Calibration:
+    """The calibration with the hidden states of about `tokens` tokens only, equally many from every shard, as one shard."""
+    rows = _rows(calibration, tokens)
+    if sum(n for _, n in rows) == calibration.tokens.spec.output.sequences:
+        return calibration
+
+    def first(states: tuple[Step, ...]) -> tuple[Step, ...]:
+        return (start(_hidden(states), taken=[n for _, n in rows]),)
+
+    states = {i: first(of_stage) for i, of_stage in calibration.states.items()}
+    return replace(calibration, starts=first(calibration.starts), ends=first(calibration.ends), states=states)
+
+
+def _rows(calibration: Calibration, tokens: int) -> tuple[tuple[int, int], ...]:
+    """The sequences, as runs of (first, count), that hold about `tokens` tokens: the first of every shard, equally many."""
+    sizes = [_states(s.spec.output).sequences for s in calibration.starts]
+    each = max(1, round(tokens / calibration.tokens.spec.output.length / len(sizes)))
+    return tuple((sum(sizes[:i]), min(each, size)) for i, size in enumerate(sizes))
+
+
+def _hidden(steps: tuple[Step, ...]) -> tuple[Part, ...]:
+    return tuple(s.part(HIDDEN) for s in steps)
 
 
 def _states(spec: Any) -> HiddenSpec:
-    return spec.hidden if isinstance(spec, ForkSpec | ObservedSpec) else spec
+    return spec.hidden if isinstance(spec, ObservedSpec) else spec
 
 
 def _start_spec(starts: tuple[Any, ...], *, taken: list[int]) -> Spec:
-    first = _states(starts[0])
-    out = HiddenSpec(first.config, sum(taken), first.length, first.dtype)
-    size = out.nbytes // out.sequences
-    return Spec(ForkSpec(out, ()), reads=sum(n * size for n in taken), writes=out.nbytes, memory=3 * out.nbytes)
+    out = replace(_states(starts[0]), sequences=sum(taken))
+    return Spec(out, reads=out.nbytes, writes=out.nbytes, memory=3 * out.nbytes)
 
 
 @step("calibrate.start", version=1, spec=_start_spec)
 def start(context: Context, starts: tuple[Artifact, ...], *, taken: list[int]) -> None:
-    """The hidden states, before the first layer, of the first sequences of every shard, `taken` of each, as one file."""
+    """The hidden states of the first sequences of every shard, `taken` of each, as one file."""
     from moeflow.methods.calibrate import forking
 
-    forking.first_rows(starts, taken, context.out / HIDDEN)
+    forking.write_rows(starts, taken, context.out / HIDDEN)
 
 
 def _forks_spec(
-    config: RestSpec, before: ForkSpec, layers: tuple[LayerSpec, ...], sources: tuple[tuple[Any, ...], ...] = (),
-    *, first: int, alternatives: list[Forks | None], batch: int, dtype: str,
+    rest: RestSpec, matrix: TokensSpec, before: tuple[Any, ...], layers: tuple[LayerSpec, ...],
+    sources: tuple[tuple[Any, ...], ...], ends: tuple[Any, ...], against: tuple[Any, ...] = (),
+    *, alternatives: list[Forks | None], how: Chain,
 ) -> Spec:  # fmt: skip
-    more = tuple(fork(i, name) for i, one in enumerate(alternatives, first) if one for name in one.names)
-    hidden = replace(before.hidden, handed_on=Family.of(before.hidden.config).handed_on(before.hidden.length))
-    out = ForkSpec(hidden, before.forks + more)
-    read = sum(layer.nbytes for layer in layers)
-    read += sum(one.nbytes if isinstance(one, LayerSpec) else one["bytes"] for several in sources for one in several)
-    memory = 2 * max(layer.nbytes + layer.loaded(dtype) for layer in layers) + 6 * out.hidden.nbytes
-    device = on_device(passing(layers, batch * hidden.length, dtype, handed_on=hidden.handed_on, copies=2))
-    return Spec(out, reads=before.nbytes + read, writes=out.nbytes, memory=memory, device=device)
-
-
-@step("calibrate.forks", version=1, spec=_forks_spec, gpus=1)
-def forks(
-    context: Context, config: Artifact, before: Artifact, layers: tuple[Artifact, ...],
-    sources: tuple[tuple[Artifact, ...], ...] = (),
-    *, first: int, alternatives: list[Forks | None], batch: int, dtype: str,
-) -> None:  # fmt: skip
-    """The hidden states behind consecutive layers: of the unchanged model, and of every fork that began before or begins here.
-
-    One file each. `sources`: for each layer, the artifacts that hold its alternatives: one of candidates for "sets", a layer for
-    each name for "files"; absent if no layer needs any.
-    """
-    from moeflow.methods.calibrate import forking
-    from moeflow.model.alternatives import Alternative, Kept, Without
-
-    stages = []
-    for i, (file, which, artifacts) in enumerate(zip(layers, alternatives, sources or ((),) * len(layers), strict=True), first):
-        begun: dict[str, Alternative] = {}
-        if which and which.kind == "sets":
-            counts = Candidates.read(artifacts[0]).counts
-            begun = {name: Kept(counts[int(name)].best[0].keep) for name in which.names}
-        elif which and which.kind == "files":
-            begun = {name: artifact.file(LAYER) for name, artifact in zip(which.names, artifacts, strict=True)}
-        elif which:
-            begun = {name: Without(int(name)) for name in which.names}
-        whole = begun.get(which.whole) if which else None
-        named = {fork(i, name): alternative for name, alternative in begun.items()}
-        stages.append(forking.Stage(i, file.file(LAYER), named, whole if isinstance(whole, Path) else None))
-    forking.through(
-        read_config(config), {n: before.file(n) for n in before.names()}, stages, context.out,
-        batch=batch, dtype=dtype, progress=context.progress,
-    )  # fmt: skip
-
-
-def fork(layer: int, name: str) -> str:
-    """The name of the file with a fork's hidden states."""
-    return f"fork.{layer}.{name}.safetensors"
-
-
-def _measure_spec(
-    rest: RestSpec, matrix: TokensSpec, end: ForkSpec, against: ForkSpec | None = None, *, rows: list[list[int]], dtype: str
-) -> Spec:
-    count = len(end.forks)
-    reads = rest.head_bytes + header_bytes(rest.tensors) + end.nbytes + matrix.tokens * 4 + (against.nbytes if against else 0)
-    width = int(rest.config["vocab_size"]) * 1024 * 4 * 6
+    states = replace(_states(ends[0]), sequences=sum(how.taken))
+    states = replace(states, handed_on=Family.of(states.config).handed_on(states.length))
+    reads = states.nbytes * (bool(before) + 1 + bool(against)) + sum(layer.nbytes for layer in layers)
+    reads += sum(one.nbytes if isinstance(one, LayerSpec) else one["bytes"] for several in sources for one in several)
+    reads += rest.head_bytes + header_bytes(rest.tensors) + matrix.tokens * 4
+    count = sum(len(one.names) for one in alternatives if one)
+    head, width = rest.loaded(how.dtype, head=True), int(rest.config["vocab_size"]) * 1024 * 4 * 6
+    running = 2 * max((layer.nbytes + layer.loaded(how.dtype) for layer in layers), default=0)
+    memory = (count + 7) * states.nbytes + max(running, 2 * rest.head_bytes + 2 * head + width)
+    passed = passing(layers, how.batch * states.length, how.dtype, handed_on=states.handed_on, copies=2) if layers else 0
     writes = 200 + 90 * count
-    head = rest.loaded(dtype, head=True)
-    memory = 2 * rest.head_bytes + 2 * head + 4 * end.hidden.nbytes + width
-    return Spec({"bytes": writes}, reads=reads, writes=writes, memory=memory, device=on_device(head + width))
+    return Spec({"bytes": writes}, reads=reads, writes=writes, memory=memory, device=on_device(max(passed, head + width)))
 
 
-@step("calibrate.curves", version=1, spec=_measure_spec, gpus=1)
-def measure(
-    context: Context, rest: Artifact, matrix: Artifact, end: Artifact, against: Artifact | None = None,
-    *, rows: list[list[int]], dtype: str,
+@step("calibrate.forks", version=2, spec=_forks_spec, gpus=1)
+def forks(
+    context: Context, rest: Artifact, matrix: Artifact, before: tuple[Artifact, ...], layers: tuple[Artifact, ...],
+    sources: tuple[tuple[Artifact, ...], ...], ends: tuple[Artifact, ...], against: tuple[Artifact, ...] = (),
+    *, alternatives: list[Forks | None], how: Chain,
 ) -> None:  # fmt: skip
-    """Measure how far every fork's predictions are from the unchanged model's, and its loss, in nats per token: `curves.json`.
+    """How far the model's predictions move, and its loss, for every fork that begins in a stage: `Curves`, in nats per token.
 
-    `rows`: the sequences of the token matrix that the states belong to, as runs of (first, count). `against`: the states of the
-    model from which the divergence is measured, if that is not the unchanged one.
+    `before`: the unchanged model's hidden states before layer `how.first`, shard by shard, or all sequences as one; `layers`: that
+    layer and all behind it; `sources`: for the layers in which forks begin, the artifacts that hold the alternatives: one of
+    candidates for "sets", a layer for each name for "files", none if no layer needs any; `ends`: the unchanged model's states
+    behind the last layer; `against`: those of the model from which the divergence is measured, if that is not the unchanged one.
+    Without layers only the unchanged model is measured.
     """
     from moeflow.methods.calibrate import forking
 
+    def stages() -> Iterator[forking.Stage]:
+        for done, file in enumerate(layers):
+            which = alternatives[done] if done < len(alternatives) else None
+            held = sources[done] if which and sources else ()
+            whole = held[-1].file(LAYER) if which and which.replaced else None
+            yield forking.Stage(how.first + done, file.file(LAYER), forking.begun(which, held), whole)
+            context.progress(done + 1, len(layers), "layers")
+
+    def rows_of(states: tuple[Artifact, ...]) -> dict[str, Any]:
+        return forking.first_rows(states, how.taken if len(states) == len(how.rows) else [sum(how.taken)])
+
+    made = {}
+    if layers:
+        made = forking.through(
+            read_config(rest), rows_of(before), stages(), last=how.first + len(alternatives) - 1,
+            forks=sum(len(one.names) for one in alternatives if one), batch=how.batch, dtype=how.dtype,
+        )  # fmt: skip
+    own, goal = rows_of(ends)[forking.HIDDEN], rows_of(against)[forking.HIDDEN] if against else None
     ids = np.load(matrix.file(TOKENS), mmap_mode="r")
-    taken = np.concatenate([ids[first : first + count] for first, count in rows])
-    forking.measured(rest, taken, end, against, dtype=dtype, progress=context.progress).write(context.out)
+    taken = np.concatenate([ids[first : first + count] for first, count in how.rows])
+    forking.measured(rest, taken, own, made, goal, dtype=how.dtype).write(context.out)
+
+
+def _measure_spec(chains: tuple[Mapping[str, Any], ...]) -> Spec:
+    size = sum(chain["bytes"] for chain in chains)
+    return Spec({"bytes": size}, reads=size, writes=size)
+
+
+@step("calibrate.curves", version=2, spec=_measure_spec)
+def measure(context: Context, chains: tuple[Artifact, ...]) -> None:
+    """What several chains measured, as one `Curves`."""
+    first, *more = map(Curves.read, chains)
+    for one in more:
+        curves = {i: {**first.curves.get(i, {}), **by_name} for i, by_name in one.curves.items()}
+        losses = {i: {**first.losses.get(i, {}), **by_name} for i, by_name in one.losses.items()}
+        first = replace(first, curves={**first.curves, **curves}, losses={**first.losses, **losses})
+    first.write(context.out)

@@ -22,7 +22,7 @@ class Decomposition:
     """How the remaining parameters are spread: the same rank everywhere, MoE-I2's formula, or what costs least in the model."""
     svd: Literal["vanilla", "whitened"] = "whitened"
     """What a factored matrix preserves best: its weights (MoE-I2), or its outputs on the expert's tokens."""
-    importance: Literal["recon", "lm_loss"] = "lm_loss"
+    importance: Literal["recon", "kl", "lm_loss"] = "lm_loss"
     """How MoE-I2's formula measures an expert's importance: by the layer's output, or by the model's loss."""
     alpha: float = 0.15
     """The exponent of importance in MoE-I2's formula; 0 makes all ranks the same."""

@@ -34,10 +34,10 @@ def _layers_spec(chosen: tuple[Any, ...]) -> Spec:
 def layers(context: Context, chosen: tuple[Artifact, ...]) -> None:
     """The relative error of a MoE layer's output, averaged over layers, for the chosen experts and for each baseline's.
 
-    If one of the baselines made the choice, the first row repeats it.
+    If one of the baselines made the choice, the first row repeats it. Layers whose error was not measured are left out.
     """
     choices = [Choice.read(c) for c in chosen]
-    parts = {"as chosen": [c.loss.of_output for c in choices]}
+    parts = {"as chosen": [c.loss.of_output for c in choices if c.loss]}
     shared = [name for name in SCORES if all(name in c.baselines for c in choices)]  # a choice may be older than a score
     parts |= {f"by {name}": [c.baselines[name].of_output for c in choices] for name in shared}
     rows = [row(f"layer error, {name}", 0.0, float(np.mean(values)), "of output") for name, values in parts.items()]

@@ -28,7 +28,7 @@ class Counts:
     """The unit of keep."""
     rule: Literal["uniform", "paper", "exact"] = "exact"
     """uniform: the same number in each layer; paper: by importance, as in MoE-I²; exact: the least sum of measured costs."""
-    importance: Literal["recon", "lm_loss"] = "lm_loss"
+    importance: Literal["recon", "kl", "lm_loss"] = "lm_loss"
     """The importance of an expert in the paper's rule: how much its layer's output, or the model's loss, changes without it."""
     legal: tuple[int, ...] = ()
     """The numbers of experts that serving kernels accept; empty: any."""

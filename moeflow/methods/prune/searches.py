@@ -68,6 +68,9 @@ class Search:
     """The probability that one of a child's dropped experts is exchanged for another."""
     starts: int = 8
     """How many subsets the swap search descends from."""
+    measured: int = 0
+    """On about how many tokens layers' outputs are compared. A score: with its choice and those of the other scores; 0: not at all.
+    A span: with each combination of its layers' sets; 0: on all tokens."""
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -75,7 +78,7 @@ class Search:
             raise ValueError(f"best={self.best} sets (K) and span={self.span} layers (T) must be at least 1")
         if self.inputs == "progressive" and self.span == 1:
             raise ValueError("inputs='progressive' is for spans of layers that choose together; give span=2 or more")
-        check_at_least(self, population=2, generations=1, starts=1)
+        check_at_least(self, population=2, generations=1, starts=1, measured=0)
         if not 0 < self.parents < 1:
             raise ValueError(f"parents={self.parents} is the share of a generation that has children and must lie between 0 and 1")
         if not 2 <= self.survivors < self.population:
@@ -92,8 +95,9 @@ class Search:
 
     def for_choice(self) -> "Search":
         """Only the options that one layer's choice by NAEE or a score depends on; the others are reset, so that no key has them."""
-        method = ENUMERATE if self.method in (LAYERWISE, PROGRESSIVE) else self.method
-        return Search(method, loss=self.loss, seed=self.seed)
+        if self.method in SCORES:
+            return Search(self.method, seed=self.seed, measured=self.measured)
+        return Search(ENUMERATE, loss=self.loss, seed=self.seed)
 
     def for_candidates(self) -> "Search":
         """Only the options that the search for one layer's sets depends on. Raises ValueError for a method that finds no sets."""

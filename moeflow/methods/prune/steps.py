@@ -5,7 +5,7 @@ index of the layer that a step reads; its input `observed` is what each shard of
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from moeflow.arch import Family
 from moeflow.methods.graph import HIDDEN
@@ -55,15 +55,21 @@ def _choose_spec(
     every = (*observed, *originals)
     if how.loss == "batch-sum" and any(o.recorded < o.hidden.sequences * o.hidden.length for o in every):
         raise ValueError("loss='batch-sum' sums over whole batches and needs the inputs of all tokens: calibrate with record=None")
+    out = {"layer": at, "keep": keep, "bytes": 1500, "measured": exact or how.measured > 0}
+    if not exact and not how.measured:  # the scores of one layer, from its weights or its statistics
+        weights = layer.block_bytes if SCORES[how.method].weights else 0
+        reads = (layer.headers + weights if weights else 0) + _statistics_bytes(layer, observed)
+        working = (layer.loaded(dtype) if weights else 0) + (1 << 28)
+        return Spec(out, reads=reads, writes=300, memory=weights + working, device=on_device(working))
     reads = layer.headers + layer.block_bytes + _input_bytes(rest, every, dtype) + _statistics_bytes(layer, every)
     # the layer's weights, the largest shard's inputs and targets twice, and the intermediate tensors of a chunk of tokens in fp64
     working = layer.loaded(dtype) + 4 * max(_input_bytes(rest, [o], dtype) for o in every) + (1 << 30)
     writes = 1500 + (subsets.count if exact else 0) * (26 + 3 * keep)
-    out = {"layer": at, "keep": keep, "bytes": writes}
+    out["bytes"] = writes
     return Spec(out, reads=reads, writes=writes, memory=layer.nbytes + working, device=on_device(working))
 
 
-@step("prune.choose", version=3, spec=_choose_spec, gpus=1)
+@step("prune.choose", version=4, spec=_choose_spec, gpus=1)
 def choose(
     context: Context, config: Artifact, layer: Artifact, observed: tuple[Artifact, ...], originals: tuple[Artifact, ...] = (),
     *, at: int, keep: int, how: Search, batch_tokens: int | None, dtype: str,
@@ -73,12 +79,14 @@ def choose(
     `originals`: what the original model recorded in the layer for the same tokens, if `observed` comes from a model whose earlier
     layers are pruned; the target is then the original layer's output. `batch_tokens`: the tokens of a batch, for loss="batch-sum".
     """
-    from moeflow.methods.prune.enumeration import weigh
+    from moeflow.methods.prune.enumeration import by_score, enumerate_layer
 
-    weigh(
-        context, read_config(config), layer, observed, originals,
-        layer=at, keep=keep, how=how, batch_tokens=batch_tokens, dtype=dtype,
-    ).write(context.out)  # fmt: skip
+    files = context, read_config(config), layer, observed, originals
+    if how.method == ENUMERATE:
+        choice = enumerate_layer(*files, layer=at, keep=keep, how=how, batch_tokens=batch_tokens, dtype=dtype)
+    else:
+        choice = by_score(*files, layer=at, keep=keep, how=how, dtype=dtype)
+    choice.write(context.out)
 
 
 def _candidates_spec(
@@ -138,20 +146,21 @@ def importance(context: Context, config: Artifact, layer: Artifact, observed: tu
     importance_of(context, read_config(config), layer, observed, layer=at, dtype=dtype).write(context.out)
 
 
-def _importance_lm_spec(curves: Mapping[str, Any], recon: Mapping[str, Any]) -> Spec:
+def _importance_measured_spec(curves: Mapping[str, Any], recon: Mapping[str, Any], *, by: str) -> Spec:
     return Spec(recon, reads=curves["bytes"] + recon["bytes"], writes=recon["bytes"])
 
 
-@step("prune.importance_lm", version=2, spec=_importance_lm_spec)
-def importance_lm(context: Context, curves: Artifact, recon: Artifact) -> None:
-    """For each expert of a layer, how much the model's loss grows without it; writes `Importance`.
+@step("prune.importance_measured", version=1, spec=_importance_measured_spec)
+def importance_measured(context: Context, curves: Artifact, recon: Artifact, *, by: Literal["kl", "lm_loss"]) -> None:
+    """For each expert of a layer, how far the model's predictions move without it, or how much its loss grows: `Importance`.
 
-    `curves`: the loss without each expert, for all layers; `recon`: the importance in this layer by its own output, from which the
-    number of tokens of each expert is taken.
+    `curves`: both without each expert, for all layers; `recon`: the importance in this layer by its own output, from which the
+    number of tokens of each expert is taken. A loss that falls counts as one that does not change.
     """
     measured, own = Curves.read(curves), Importance.read(recon)
-    without = measured.losses.get(own.layer, {})
-    growth = (max(0.0, without.get(str(e), measured.loss) - measured.loss) for e in range(len(own.tokens)))
+    whole, of = (0.0, measured.curves) if by == "kl" else (measured.loss, measured.losses)
+    without = of.get(own.layer, {})
+    growth = (max(0.0, without.get(str(e), whole) - whole) for e in range(len(own.tokens)))
     Importance(own.layer, tuple(growth), own.tokens).write(context.out)
 
 

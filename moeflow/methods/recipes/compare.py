@@ -55,7 +55,7 @@ def reports(original: Model, compressed: Model, heldout: HeldOut, passed: Pass, 
             "held-out text (FILE.npy)"
         )
     both = counted(original), counted(compressed)
-    chosen = tuple(c for c in compressed.choices if "layer" in c.spec.output)
+    chosen = tuple(c for c in compressed.choices if "layer" in c.spec.output and c.spec.output.get("measured", True))
     zeros = sorted({s.slimmed_by for layer in compressed.layers if (s := layer.spec.output).sparse})
     reports = [size(*both, zeros=zeros), *([layers(chosen)] if chosen else [])]
     for name, matrix, note in matrices:

@@ -13,7 +13,7 @@ from typing import Any
 from moeflow.arch import Family
 from moeflow.methods import rewrite
 from moeflow.methods.calibrate import steps as calibrate
-from moeflow.methods.calibrate.steps import Alternatives, Forks
+from moeflow.methods.calibrate.chains import Alternatives, Forks
 from moeflow.methods.decompose import steps as decompose
 from moeflow.methods.decompose.options import Decomposition
 from moeflow.methods.decompose.ranks import PARTS, moved_rank
@@ -130,7 +130,7 @@ def _forks(of_layer: dict[Alternative, Made], around: Model | None) -> Alternati
     files = tuple(made.file for made in of_layer.values())
     if around is None:
         return Alternatives(Forks("files", tuple(others)), files[1:])
-    return Alternatives(Forks("files", (own, *others), whole=own), files)
+    return Alternatives(Forks("files", (own, *others), replaced=True), files, whole=files[0])
 
 
 def _of_layer(

@@ -5,13 +5,14 @@ Yang et al., EMNLP Findings 2024, arXiv 2411.01016, and moeflow's alternative to
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from math import ceil
-from typing import Any
+from typing import Any, Literal
 
 from moeflow.arch import MATRICES, Family
 from moeflow.methods import rewrite
 from moeflow.methods.calibrate import steps as calibrate
-from moeflow.methods.calibrate.steps import Alternatives, Forks
+from moeflow.methods.calibrate.chains import Alternatives, Forks
 from moeflow.methods.decompose import steps as decompose_
 from moeflow.methods.decompose.options import Decomposition
 from moeflow.methods.decompose.ranks import PARTS, average_rank, moved_rank
@@ -20,7 +21,7 @@ from moeflow.methods.predict.steps import predicted
 from moeflow.methods.prune import counts as counts_
 from moeflow.methods.prune.counts import Counts
 from moeflow.methods.prune.searches import Search
-from moeflow.methods.prune.steps import candidates, combinations, counts_exact, counts_paper, importance, importance_lm, pick
+from moeflow.methods.prune.steps import candidates, combinations, counts_exact, counts_paper, importance, importance_measured, pick
 from moeflow.step import Step
 
 
@@ -136,16 +137,20 @@ def _recon(calibration: Calibration, layers: Sequence[int], measured: int) -> di
     return {i: importance(*calibration.of(i), at=i, dtype=calibration.dtype) for i in layers}
 
 
-def _lm_loss(calibration: Calibration, layers: Sequence[int], measured: int) -> dict[int, Step]:
+def _measured(calibration: Calibration, layers: Sequence[int], measured: int, *, by: Literal["kl", "lm_loss"]) -> dict[int, Step]:
     model, own = calibration.model, _recon(calibration, layers, measured)
     experts = {i: counts_.spec_of(model, i).experts for i in layers}
     top_k = Family.of(model.config).top_k
     each = {i: Alternatives(Forks("each", tuple(map(str, range(experts[i]))))) for i in layers if experts[i] > top_k}
     curves = calibrate.curves(calibration, each, tokens=measured)
-    return {i: importance_lm(curves, own[i]) for i in layers}
+    return {i: importance_measured(curves, own[i], by=by) for i in layers}
 
 
-IMPORTANCES: dict[str, Callable[[Calibration, Sequence[int], int], dict[int, Step]]] = {"recon": _recon, "lm_loss": _lm_loss}
+IMPORTANCES: dict[str, Callable[[Calibration, Sequence[int], int], dict[int, Step]]] = {
+    "recon": _recon,
+    "kl": partial(_measured, by="kl"),
+    "lm_loss": partial(_measured, by="lm_loss"),
+}
 """The measures of an expert's importance, by name: functions of (calibration, layers, measured tokens) to one step per layer."""
 
 
@@ -228,17 +233,21 @@ RANKS: dict[str, Callable[[Calibration, Decomposition, Sides], Ranked]] = {
 
 def _by_spans(calibration: Calibration, decider: Step | None, candidates: Mapping[int, Step], how: Search) -> Model:
     """Choose among every layer's sets span by span (the KT-Reception Field)."""
+    calibration = calibrate.sampled(calibration, how.measured) if how.measured else calibration
     order, pruned = list(candidates), calibration.model
     states, at_layer = calibrate.states_before(calibration, order[0]), order[0]
+    original = calibration.model.layers
     behind: tuple[Step, ...] = ()
     for at in range(0, len(order), how.span):
         searched = {i: candidates[i] for i in order[at : at + how.span]}
         first, last = min(searched), max(searched)
-        if how.inputs == "original":
-            before = calibrate.states_before(calibration, first)
-        else:
-            before = states = calibrate.advanced(calibration, states, pruned.layers, at_layer, first)
-            behind, at_layer = calibrate.states_before(calibration, last + 1), first
+        if how.inputs == "original" and any(at_layer < i <= first for i in calibration.states):
+            states, at_layer = calibrate.states_before(calibration, first), first
+        layers = original if how.inputs == "original" else pruned.layers
+        before = states = calibrate.advanced(calibration, states, layers, at_layer, first)
+        at_layer = first
+        if how.inputs == "progressive":
+            behind = calibrate.states_before(calibration, last + 1)
         together = combinations(
             pruned.essential, pruned.layers[first : last + 1], tuple(searched.values()), before, behind,
             first=first, best=how.best, batch=calibration.passed.batch, dtype=calibration.dtype,

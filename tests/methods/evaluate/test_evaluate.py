@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.nn.functional import kl_div
 from torch.utils.benchmark import Measurement, TaskSpec
 from transformers import AutoModelForCausalLM
@@ -18,7 +19,8 @@ from moeflow.methods.graph import Pass, Sample
 from moeflow.methods.prune.searches import Search
 from moeflow.methods.recipes import naee
 from moeflow.model.spec import CheckpointSpec
-from moeflow.step import Context, Spec, Step, step
+from moeflow.run import StepFailed
+from moeflow.step import Context, Spec, Step, step, upstream
 from moeflow.store import Store
 from tests import running, tiny
 from tests.models import graph
@@ -121,23 +123,63 @@ def test_every_choice_tells_its_loss_beside_the_baselines(done: tuple[Store, Ste
 def test_another_ratio_or_criterion_never_calibrates_again(done: tuple[Store, Step, Path]) -> None:
     store, _, folder = done
     model, matrix = running.model_in(folder / "model"), running.matrix_of(folder)
-    for target in (graph(model, matrix, keep=4), graph(model, matrix, how="reap")):
+    by_score = graph(model, matrix, how="reap")
+    for target in (graph(model, matrix, keep=4), by_score):
         ran = {s.name for s in running.run(store, target).steps if s.state == "run"}
         assert ran == {
             "prune.choose", "rewrite.experts", "checkpoint.assemble", "evaluate.size", "calibrate.advance", "evaluate.quality",
-            "evaluate.speed", "evaluate.layers",
+            "evaluate.speed", *(["evaluate.layers"] if target is not by_score else []),
         }  # fmt: skip
 
 
 @pytest.mark.parametrize("how", ["random", "frequency", "router_score", "reap", "aimer"])
 def test_a_search_by_score_keeps_what_the_exact_search_calls_its_baseline(how: str, done: tuple[Store, Step, Path]) -> None:
     store, target, folder = done
-    scored = graph(running.model_in(folder / "model"), running.matrix_of(folder), how=how)
+    scored = graph(running.model_in(folder / "model"), running.matrix_of(folder), how=Search(how, measured=128))
     running.run(store, scored)
     exact, by_score = running.choices(store, target), running.choices(store, scored)
     for layer, choice in by_score.items():
+        theirs = exact[layer]["baselines"]
+        assert choice["keep"] == theirs[how]["keep"]
+        assert choice["loss"]["value"] == pytest.approx(theirs[how]["loss"], rel=1e-3) and choice["loss"]["tokens"] == 128
+        for name, measured in choice["baselines"].items():
+            assert measured["of_output"] == pytest.approx(theirs[name]["of_output"], rel=1e-3)
+    rows = running.reports(store, scored)
+    assert rows["layer error, as chosen"] == rows[f"layer error, by {how}"] | {"name": "layer error, as chosen"}
+
+
+@pytest.mark.parametrize("how", ["random", "frequency", "router_score", "reap", "aimer"])
+def test_a_search_by_score_measures_no_errors_unless_told_and_reads_no_inputs(how: str, done: tuple[Store, Step, Path]) -> None:
+    store, target, folder = done
+    scored = graph(running.model_in(folder / "model"), running.matrix_of(folder), how=how)
+    running.run(store, scored)
+    exact = running.choices(store, target)
+    for layer, choice in running.choices(store, scored).items():
         assert choice["keep"] == exact[layer]["baselines"][how]["keep"]
-        assert choice["loss"]["value"] == pytest.approx(exact[layer]["baselines"][how]["loss"], rel=1e-3)
+        assert (choice["loss"], choice["baselines"], choice["runner_up"]) == (None, {}, None)
+    assert not [name for name in running.reports(store, scored) if name.startswith("layer error")]
+    (step, *_) = (s for s in upstream([scored]) if s.name == "prune.choose")
+    (same, *_) = (s for s in upstream([target]) if s.name == "prune.choose")
+    inputs = 128 * 16 * 4
+    assert step.spec.reads + inputs <= same.spec.reads and (how == "aimer" or step.spec.reads < inputs)
+
+
+def test_about_so_many_tokens_of_every_shard_are_measured_as_asked(done: tuple[Store, Step, Path]) -> None:
+    store, _, folder = done
+    scored = graph(running.model_in(folder / "model"), running.matrix_of(folder), how=Search("reap", measured=31))
+    running.run(store, scored)
+    assert {choice["loss"]["tokens"] for choice in running.choices(store, scored).values()} == {32}
+
+
+def test_a_score_that_is_no_number_ends_the_search(tmp_path: Path) -> None:
+    folder = tiny.write("mixtral", tmp_path / "model")
+    (weights,) = folder.glob("*.safetensors")
+    tensors = load_file(weights)
+    tensors["model.layers.1.block_sparse_moe.experts.2.w2.weight"].fill_(1e38)
+    save_file(tensors, weights, metadata={"format": "pt"})
+    target = graph(running.model_in(folder), running.matrix_of(tmp_path), how="reap")
+    with pytest.raises(StepFailed, match=r"layer 1 gives outputs that are NaN or infinite; compute in another precision"):
+        running.run(running.store_in(tmp_path), target)
 
 
 def test_a_model_without_a_tokenizer_is_evaluated_on_the_token_matrix_and_the_report_says_so(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moeflow.arch import Family
 from moeflow.methods.prune import subset_search
-from moeflow.methods.prune.errors import mask_of, squared_errors, squared_errors_direct
+from moeflow.methods.prune.errors import mask_of, squared_errors
 from moeflow.methods.prune.gram import Weighed, room
 from moeflow.methods.prune.ranked import Ranked
 from moeflow.methods.prune.searches import Search
@@ -20,7 +20,7 @@ from moeflow.model.checkpoint import Tensors, read_moe
 from moeflow.model.layout import Folder, read_config
 from moeflow.model.moe import MoELayer
 from tests import tiny
-from tests.layers import layer
+from tests.layers import layer, squared_errors_direct
 from tests.models import calibrated
 from tests.running import model_in, run, store_in
 

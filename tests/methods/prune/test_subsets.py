@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from moeflow.arch import FAMILIES, Arch
-from moeflow.methods.prune.errors import mask_of, squared_errors, squared_errors_direct
+from moeflow.methods.prune.errors import mask_of, squared_errors, squared_errors_by_expert
 from moeflow.methods.prune.subsets import Subsets
-from tests.layers import layer
+from tests.layers import layer, squared_errors_direct
 
 
 def test_all_subsets_are_there_once_and_the_last_experts_stay_first() -> None:
@@ -32,6 +32,9 @@ def test_the_gram_identity_is_the_direct_error_for_every_router(arch: Arch) -> N
     torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-6 * float(norm))
     torch.testing.assert_close(norm, same, rtol=1e-4, atol=0.0)
     assert int(fast.argmin()) == int(slow.argmin())
+    summed, also = squared_errors_by_expert(moe, x_TD, mask_SE)
+    torch.testing.assert_close(summed, slow, rtol=1e-4, atol=1e-6 * float(norm))
+    torch.testing.assert_close(also, same, rtol=1e-4, atol=0.0)
 
 
 def test_a_target_from_elsewhere_is_one_more_vector() -> None:
@@ -42,6 +45,9 @@ def test_a_target_from_elsewhere_is_one_more_vector() -> None:
     slow, same = squared_errors_direct(moe, x_TD, mask_SE, other(x_TD))
     torch.testing.assert_close(fast, slow, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(norm, same)
+    summed, also = squared_errors_by_expert(moe, x_TD, mask_SE, other(x_TD))
+    torch.testing.assert_close(summed, slow, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(also, same)
 
 
 def test_keeping_all_experts_costs_nothing() -> None:

@@ -1,0 +1,66 @@
+"""What a layer could be instead of what it is, and how these alternatives are divided among chains of forks. No torch."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from moeflow.step import Step
+
+
+@dataclass(frozen=True)
+class Forks:
+    """The alternatives of one layer: where they come from, and their names."""
+
+    kind: Literal["sets", "each", "files"]
+    """The best sets of a layer's candidates, the layer without one of its experts, or other files of the layer."""
+    names: tuple[str, ...]
+    """The name of each: the count that a set keeps, the expert that is left out, or a file's name."""
+    replaced: bool = False
+    """The layer is itself an alternative already; its last source is the layer as it was."""
+
+
+@dataclass(frozen=True)
+class Alternatives:
+    """The alternatives of one layer, and the steps that hold them: one of candidates for "sets", one per name for "files"."""
+
+    forks: Forks
+    steps: tuple[Step, ...] = ()
+    whole: Step | None = None
+    """The layer as it was, if the model has one of its alternatives in its place already."""
+
+    def some(self, names: Collection[str]) -> "Alternatives":
+        """Only those with these names."""
+        held = self.steps
+        if self.forks.kind == "files":
+            held = tuple(s for name, s in zip(self.forks.names, held, strict=True) if name in names)
+        return replace(self, forks=replace(self.forks, names=tuple(names)), steps=held)
+
+    @property
+    def sources(self) -> tuple[Step, ...]:
+        """What a chain reads for them."""
+        return self.steps if self.whole is None else (*self.steps, self.whole)
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Where a chain of forks begins, and on what."""
+
+    first: int
+    """The number of its first layer."""
+    rows: tuple[tuple[int, int], ...]
+    """The sequences of the token matrix that run through it, as runs of (first, count), one for each shard."""
+    batch: int
+    dtype: str
+
+    @property
+    def taken(self) -> list[int]:
+        """How many sequences of each shard there are."""
+        return [count for _, count in self.rows]
+
+
+def groups(alternatives: Mapping[int, Alternatives], most: int) -> list[dict[int, Alternatives]]:
+    """These layers' alternatives in groups of about the same number, `most` at most."""
+    every = [(i, name) for i, of_layer in alternatives.items() for name in of_layer.forks.names]
+    count = -(-len(every) // most)
+    parts = [every[len(every) * g // count : len(every) * (g + 1) // count] for g in range(count)]
+    return [{i: alternatives[i].some([name for j, name in part if j == i]) for i in dict(part)} for part in parts]
