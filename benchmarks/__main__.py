@@ -28,6 +28,7 @@ ALL = (
     "quality",
     "recovery",
     "unified",
+    "dial",
 )
 RESULTS = Path(__file__).parent / "RESULTS.md"
 HEAD = "# Results\n\nEach section is one run of one script: ratios beside what is beaten, or times of whole commands.\n"

@@ -114,7 +114,7 @@ def main() -> tuple[list[Row], str]:
                         lines.append(_line(removed, name, measured))
             for name in COMPARED:
                 for seed in range(len(apart[name])):
-                    ratio, low, high = _interval(apart[name][seed], apart[UNIFORM][seed])
+                    ratio, low, high = interval(apart[name][seed], apart[UNIFORM][seed])
                     what = f"{name}, {removed:.0%} removed, seed {seed}: KL against NAEE's (95 %: {low:.3f} to {high:.3f})"
                     rows.append(Row(what, ratio, "at most", target, "times"))
     return rows, "\n".join(lines)
@@ -146,7 +146,7 @@ def _line(removed: float, name: str, measured: dict[str, Any]) -> str:
     return f"| {removed:.0%} | {name} | {measured['removed']:.1%} | {' | '.join(words)} |"
 
 
-def _interval(ours: list[np.ndarray], theirs: list[np.ndarray]) -> tuple[float, float, float]:
+def interval(ours: list[np.ndarray], theirs: list[np.ndarray]) -> tuple[float, float, float]:
     """The ratio of mean divergences over the texts, and its 95 % interval by resampling sequences, the same for both."""
     rng = np.random.default_rng(0)
     picked = [rng.integers(0, len(a), (RESAMPLED, len(a))) for a in ours]

@@ -19,6 +19,7 @@ Ratio = Annotated[float | None, typer.Option("--ratio", help="this part of the b
 Resident = Annotated[str, typer.Option("--resident", metavar="SIZE", help="all weights in the engine's memory take at most this")]
 Speed = Annotated[str, typer.Option("--speed", metavar="TIMES", help="so many times fewer multiplications a token: 1.5x")]
 Engine = Annotated[str, typer.Option("--engine", help="what is to load the result: moeflow or transformers")]
+Recover = Annotated[bool, typer.Option("--recover", help="then fine-tune it towards the original, before it is quantized")]
 Planned = Annotated[bool, typer.Option("--plan", help="show what would be measured, and what it takes; run nothing")]
 
 
@@ -30,6 +31,7 @@ def fit(
     resident: Resident = "",
     speed: Speed = "",
     engine: Engine = "",
+    recover: Recover = False,
     param: Params = [],  # noqa: B006
     planned: Planned = False,
     store: Url = "",
@@ -44,7 +46,7 @@ def fit(
     """Make a model fit into a budget, at the least change of what it predicts: --bytes, --ratio, --resident or --speed."""
     budget = {"bytes": bytes, "ratio": "" if ratio is None else ratio, "resident": resident, "speed": speed.removesuffix("x")}
     words = [f"model={model}", *(f"budget.{unit}={word}" for unit, word in budget.items() if word != "")]
-    words += [f"offers.engine={engine}"] * bool(engine) + param
+    words += [f"offers.engine={engine}"] * bool(engine) + ["recover.loss=kl"] * recover + param
     with asking():
         if not any(word.startswith("budget.") for word in words):
             raise ValueError("give one budget: --bytes 24GB, --ratio 0.25, --resident 24GB or --speed 1.5x")

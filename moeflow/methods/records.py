@@ -206,6 +206,15 @@ class Curves(Record):
 
 
 @dataclass(frozen=True)
+class Bits(Record):
+    """To how many bits a decision quantizes the experts of each layer; layers that it does not quantize are absent."""
+
+    FILE = "bits.json"
+
+    layers: Mapping[int, int]
+
+
+@dataclass(frozen=True)
 class Ranks(Record):
     """The rank of every expert's matrices, decided for all layers together."""
 

@@ -60,6 +60,9 @@ class Fitted(Record):
     """The least predicted cost at other budgets, from the smallest."""
     before: float | None = None
     """The measured divergence: of this choice, or of the one around which its costs were measured, if it was decided behind one."""
+    again: bool = False
+    """Whether the chosen layers were made again, fine-tuned if asked for and each quantized behind those before it, which brought
+    the model closer."""
     table: Mapping[int, Mapping[str, tuple[float, float]]] = field(default_factory=dict)
     """By layer and alternative, its size and its cost."""
 

@@ -64,12 +64,12 @@ class Offers:
     """What is to load the result: transformers alone, or transformers with moeflow's classes."""
     counts: tuple[float, ...] = (0.875, 0.75, 0.625, 0.5)
     """Parts of a layer's experts that may stay."""
-    ranks: tuple[float, ...] = (0.15, 0.3, 0.45, 0.6)
+    ranks: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
     """Parts of the parameters of a layer's experts that lower ranks may take away."""
-    bits: tuple[int, ...] = (8, 4, 3)
+    bits: tuple[int, ...] = (8, 4, 3, 2)
     """Bits to which a layer's experts may be quantized by GPTQ, alone and with fewer experts or lower ranks."""
     group: int = 32
-    """Weights that share a scale; with lower ranks, ranks are multiples of it."""
+    """Weights that share a scale; ranks that are quantized are multiples of it."""
     gone: bool = True
     """Whether a layer may lose its MoE block."""
     search: Literal["enumerate", "genetic", "swap"] = "swap"

@@ -9,7 +9,7 @@ from moeflow.methods.fit.choosing import Fitted, Offered, Option, choose, fronti
 from moeflow.methods.fit.engines import ENGINES
 from moeflow.methods.fit.options import Alternative, Budget
 from moeflow.methods.fit.sizes import size
-from moeflow.methods.records import Curves
+from moeflow.methods.records import Bits, Curves
 from moeflow.methods.reports import row, write_report
 from moeflow.methods.rewrite import link_all
 from moeflow.model.layout import read_config
@@ -117,13 +117,53 @@ def better(context: Context, choices: tuple[Artifact, ...], measured: tuple[Arti
     replace(Fitted.read(choices[nearest]), before=apart[nearest]).write(context.out)
 
 
+def _bits_spec(chosen: Any, *, offer: Offer) -> Spec:
+    return Spec({"bytes": 40 + 20 * len(offer)}, reads=chosen["bytes"], writes=40 + 20 * len(offer))
+
+
+@step("fit.bits", version=1, spec=_bits_spec)
+def bits(context: Context, chosen: Artifact, *, offer: Offer) -> None:
+    """To how many bits the choice quantizes each layer."""
+    alternatives = {int(i): {a.name: a for a in of_layer} for i, of_layer in offer.items()}
+    picked = {i: alternatives[i][name] for i, name in Fitted.read(chosen).chosen.items()}
+    Bits({i: a.bits for i, a in picked.items() if a.bits}).write(context.out)
+
+
+def _nearer_spec(chosen: Any, measured: Any) -> Spec:
+    return Spec(chosen, reads=chosen["bytes"] + measured["bytes"], writes=chosen["bytes"])
+
+
+@step("fit.nearer", version=1, spec=_nearer_spec)
+def nearer(context: Context, chosen: Artifact, measured: Artifact) -> None:
+    """The choice, and whether the model that was made again, recovered or quantized in sequence, is closer to the original.
+
+    `measured`: its divergence.
+    """
+    fitted, apart = Fitted.read(chosen), Curves.read(measured).apart
+    if fitted.before is None or apart < fitted.before:
+        fitted = replace(fitted, before=apart, again=True)
+    fitted.write(context.out)
+
+
+def _either_spec(chosen: Any, alone: Any, again: Any) -> Spec:
+    return Spec(alone, reads=0, writes=0, memory=1 << 24)
+
+
+@step("fit.either", version=1, spec=_either_spec)
+def either(context: Context, chosen: Artifact, alone: Artifact, again: Artifact) -> None:
+    """A layer, or the rest, of the model that is closer to the original: each made alone, or all made `again`."""
+    link_all(context, again if Fitted.read(chosen).again else alone)
+
+
 def _layer_spec(chosen: Any, files: tuple[LayerSpec, ...], *, layer: int, offer: list[Alternative], engine: str) -> Spec:
     """As the alternative that is nearest to the budget; packed if any is, which says how the checkpoint may be written."""
     own, runs = files[0], ENGINES[engine]
     packed = [f for f in files if f.packed]
-    near = min(packed or files, key=lambda f: abs(f.nbytes - chosen["part"] * own.nbytes))
+    near = min(packed or [f for f in files if f.experts], key=lambda f: abs(f.nbytes - chosen["part"] * own.nbytes))
     fewest = min(a.keep for a in offer)
-    out = replace(near, share=1.0, fewest=fewest, alike=not runs.counts, ranks_decided=runs.counts)
+    multiple = max(f.multiple for f in files)  # what is to be packed has ranks that can be
+    decided = any(f.ranks_decided or f.low_rank for f in files)
+    out = replace(near, share=1.0, fewest=fewest, alike=not runs.counts, ranks_decided=decided, multiple=multiple)
     return Spec(out, reads=0, writes=0, memory=1 << 24)
 
 

@@ -7,6 +7,7 @@ exactly. Costs add up only nearly, so a second round measures every alternative 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from math import gcd, lcm
 from typing import Any
 
 from moeflow.arch import Family
@@ -21,10 +22,19 @@ from moeflow.methods.fit.options import Alternative, Budget, Offers
 from moeflow.methods.graph import Calibration, Model
 from moeflow.methods.prune.searches import Search
 from moeflow.methods.prune.steps import candidates, pick
+from moeflow.methods.recipes.tune import Tuned
 from moeflow.methods.slim.methods import Slimming
-from moeflow.methods.slim.steps import slimmed
+from moeflow.methods.slim.steps import decided, slimmed
 from moeflow.methods.trim.steps import gone
-from moeflow.step import Step
+from moeflow.step import Part, Step
+
+
+@dataclass(frozen=True)
+class Made:
+    """An alternative of a layer: its file, and the same before it was quantized."""
+
+    file: Step
+    plain: Step
 
 
 @dataclass(frozen=True)
@@ -35,8 +45,11 @@ class Fitting:
     reports: tuple[Step, ...]
 
 
-def compress(calibration: Calibration, budget: Budget, offers: Offers) -> Fitting:
-    """Build the graph that fits the calibrated model into the budget. Raises ValueError if nothing on offer can be had."""
+def compress(calibration: Calibration, budget: Budget, offers: Offers, recover: Callable[[Model], Tuned] | None = None) -> Fitting:
+    """Build the graph that fits the calibrated model into the budget. Raises ValueError if nothing on offer can be had.
+
+    `recover` fine-tunes the chosen model before it is quantized.
+    """
     model = calibration.model
     left: dict[str, str] = {}
     exchange = _exchange(calibration, offers, left)
@@ -44,7 +57,7 @@ def compress(calibration: Calibration, budget: Budget, offers: Offers) -> Fittin
     if not any(len(of_layer) > 1 for of_layer in offered.values()):
         raise ValueError(f"engine={offers.engine} runs none of the alternatives on offer; {_why(calibration, offers)}")
     offer = {str(i): [*of_layer] for i, of_layer in offered.items()}
-    files = tuple(tuple(of_layer.values()) for of_layer in offered.values())
+    files = tuple(tuple(made.file for made in of_layer.values()) for of_layer in offered.values())
     fixed = [layer for i, layer in enumerate(model.layers) if i not in offered]
     beside = [] if model.form is None or model.form.beside is None else [model.form.beside]
 
@@ -52,44 +65,83 @@ def compress(calibration: Calibration, budget: Budget, offers: Offers) -> Fittin
         of = {i: _forks(of_layer, around) for i, of_layer in offered.items()} if alternatives else {}
         return calibrate.curves(calibration, of, tokens=offers.measured, around=around)
 
-    def decided(curves: Step, before: Step | None = None) -> Step:
+    def chosen(curves: Step, before: Step | None = None) -> Step:
         return fit.decide(
             model.rest, model.essential, curves, (*fixed, *beside), files, before,
             offer=offer, budget=budget, engine=offers.engine,
         )  # fmt: skip
 
-    def built(choice: Step) -> Model:
-        layers = {
-            i: fit.layer(choice, files[at], layer=i, offer=offer[str(i)], engine=offers.engine) for at, i in enumerate(offered)
-        }
-        return model.with_layers(layers)
+    def built(choice: Step, *, packed: bool = True) -> Model:
+        def layer(i: int, of_layer: dict[Alternative, Made]) -> Step:
+            made = tuple(m.file if packed else m.plain for m in of_layer.values())
+            return fit.layer(choice, made, layer=i, offer=offer[str(i)], engine=offers.engine)
 
-    choices = [decided(measured(None))]
+        return model.with_layers({i: layer(i, of_layer) for i, of_layer in offered.items()})
+
+    choices = [chosen(measured(None))]
     for _ in range(offers.rounds - 1):
-        choices.append(decided(measured(built(choices[-1])), choices[-1]))
-    told = (f"{what} not on offer: {why}" for what, why in left.items())
+        choices.append(chosen(measured(built(choices[-1])), choices[-1]))
     best = fit.better(tuple(choices), tuple(measured(built(c), alternatives=False) for c in choices))
-    return Fitting(replace(built(best), choices=(*model.choices, best)), (fit.report(best).noting(*told),))
+    made, plain = built(best), built(best, packed=False)
+    healed = Tuned(plain, None, ()) if recover is None else recover(plain)
+    again = _in_sequence(calibration, healed.model, fit.bits(best, offer=offer), offers, left)
+    if again is not None and again is not plain:
+        best = fit.nearer(best, measured(again, alternatives=False))
+        made = _either(best, made, again)
+    told = (f"{what} not on offer: {why}" for what, why in left.items())
+    return Fitting(replace(made, choices=(*model.choices, best)), (fit.report(best).noting(*told), *healed.reports))
 
 
-def _forks(of_layer: dict[Alternative, Step], around: Model | None) -> Alternatives:
+def _in_sequence(calibration: Calibration, plain: Model, bits: Step, offers: Offers, left: dict[str, str]) -> Model | None:
+    """The chosen model, calibrated before it is quantized, and quantized layer by layer behind the quantized ones.
+
+    As it is if no bits are on offer; None if not every layer can be quantized, and the reason goes to `left` then.
+    """
+    passed, dtype = calibration.passed, calibration.dtype
+    runs = [b for b in offers.bits if b in offers.runs.bits]
+    if not runs:
+        return plain
+    how = _quantized(offers, max(runs))
+
+    def packed(at: int, file: Step, recorded: tuple[Part, ...]) -> Step:
+        return decided(bits, plain.essential, file, recorded, layer=at, how=how.of_a_layer, dtype=dtype)
+
+    again = calibrate.run(plain, calibration.tokens, passed)
+    try:
+        return plain.with_layers(calibrate.in_sequence(again, packed))
+    except ValueError as error:
+        left["quantizing in sequence"] = str(error)
+        return None
+
+
+def _either(best: Step, alone: Model, again: Model) -> Model:
+    """The model that is closer to the original, as the choice says."""
+
+    def picked(one: Step, other: Step) -> Step:
+        return one if one.key == other.key else fit.either(best, one, other)
+
+    layers = {i: picked(one, other) for i, (one, other) in enumerate(zip(alone.layers, again.layers, strict=True))}
+    return replace(alone.with_layers(layers), rest=picked(alone.rest, again.rest))
+
+
+def _forks(of_layer: dict[Alternative, Made], around: Model | None) -> Alternatives:
     """What is measured of a layer's alternatives: around the original all but the original."""
     own, *others = [a.name for a in of_layer]
+    files = tuple(made.file for made in of_layer.values())
     if around is None:
-        return Alternatives(Forks("files", tuple(others)), tuple(of_layer.values())[1:])
-    files = tuple(of_layer.values())
+        return Alternatives(Forks("files", tuple(others)), files[1:])
     return Alternatives(Forks("files", (own, *others), replaced=True), files, whole=files[0])
 
 
 def _of_layer(
     calibration: Calibration, offers: Offers, layer: int, exchange: Step | None, left: dict[str, str]
-) -> dict[Alternative, Step]:
-    """A layer's alternatives with the steps that hold their files, first the layer as it is; what cannot be had goes to `left`."""
+) -> dict[Alternative, Made]:
+    """A layer's alternatives as they are made, first the layer as it is; what cannot be had goes to `left`."""
     model, runs = calibration.model, offers.runs
     own = model.layers[layer]
     experts = own.spec.output.experts
     whole = Alternative(experts)
-    made: dict[Alternative, Step] = {whole: own}
+    made = {whole: Made(own, own)}
     legal = Family.of(model.config).legal_counts(experts)
     counts = sorted({_nearest(part * experts, legal) for part in offers.counts} - {experts})
     made |= _fewer(calibration, offers, layer, counts)
@@ -101,10 +153,10 @@ def _of_layer(
         made |= _lower(calibration, offers, layer, exchange, ratio, 0, left)
         for b in bits:
             for factored in _lower(calibration, offers, layer, exchange, ratio, b, left).values():
-                made |= _packed(calibration, offers, layer, Alternative(experts, ratio, b), factored, left)
+                made |= _packed(calibration, offers, layer, Alternative(experts, ratio, b), factored.file, left)
     for b in bits:
-        for alternative, file in pruned.items():
-            made |= _packed(calibration, offers, layer, replace(alternative, bits=b), file, left)
+        for alternative, plain in pruned.items():
+            made |= _packed(calibration, offers, layer, replace(alternative, bits=b), plain.file, left)
     if offers.gone and runs.gone:
         made |= _allowed(Alternative(0), lambda: gone(model.essential, own, layer=layer), left)
     return made
@@ -114,30 +166,34 @@ def _nearest(wanted: float, legal: Sequence[int]) -> int:
     return min(legal, key=lambda n: abs(n - wanted))
 
 
-def _allowed(alternative: Alternative, make: Callable[[], Step], left: dict[str, str]) -> dict[Alternative, Step]:
+def _allowed(
+    alternative: Alternative, make: Callable[[], Step], left: dict[str, str], plain: Step | None = None
+) -> dict[Alternative, Made]:
     """The alternative, unless this layer or this family cannot have it: then the reason goes to `left`."""
     try:
-        return {alternative: make()}
+        file = make()
+        return {alternative: Made(file, plain or file)}
     except ValueError as error:
         left.setdefault(alternative.name, str(error))
         return {}
 
 
-def _fewer(calibration: Calibration, offers: Offers, layer: int, counts: list[int]) -> dict[Alternative, Step]:
+def _fewer(calibration: Calibration, offers: Offers, layer: int, counts: list[int]) -> dict[Alternative, Made]:
     if not counts:
         return {}
     model, how = calibration.model, Search(offers.search).for_candidates()
     sets = candidates(*calibration.of(layer), at=layer, keep=counts, protected=[], how=how, dtype=calibration.dtype)
 
-    def pruned(n: int) -> Step:
-        return rewrite.experts(model.essential, model.layers[layer], pick(sets, keep=n), layer=layer, keep=n)
+    def pruned(n: int) -> Made:
+        file = rewrite.experts(model.essential, model.layers[layer], pick(sets, keep=n), layer=layer, keep=n)
+        return Made(file, file)
 
     return {Alternative(n): pruned(n) for n in reversed(counts)}
 
 
 def _lower_ranks(offers: Offers, ratio: float, bits: int = 0) -> Decomposition:
     """How ranks are lowered that take this part of the parameters away, to be packed at so many bits or not (0)."""
-    return Decomposition(ratio, multiple=offers.group if bits else 1)
+    return Decomposition(ratio, multiple=lcm(offers.group, 32 // gcd(32, bits)) if bits else 1)
 
 
 def _exchange(calibration: Calibration, offers: Offers, left: dict[str, str]) -> Step | None:
@@ -163,7 +219,7 @@ def _exchange(calibration: Calibration, offers: Offers, left: dict[str, str]) ->
 
 def _lower(
     calibration: Calibration, offers: Offers, layer: int, exchange: Step, ratio: float, bits: int, left: dict[str, str]
-) -> dict[Alternative, Step]:
+) -> dict[Alternative, Made]:
     how, dtype, own = _lower_ranks(offers, ratio, bits), calibration.dtype, calibration.model.layers[layer]
 
     def factored() -> Step:
@@ -175,11 +231,18 @@ def _lower(
 
 
 def _packed(
-    calibration: Calibration, offers: Offers, layer: int, alternative: Alternative, file: Step, left: dict[str, str]
-) -> dict[Alternative, Step]:
-    model, observed = calibration.model, calibration.observed[layer]
-    how = Slimming("gptq", bits=alternative.bits, group=offers.group, activation_order=True)
-    return _allowed(alternative, lambda: slimmed(model.essential, file, observed, at=layer, how=how, dtype=calibration.dtype), left)
+    calibration: Calibration, offers: Offers, layer: int, alternative: Alternative, plain: Step, left: dict[str, str]
+) -> dict[Alternative, Made]:
+    observed, how = calibration.observed[layer], _quantized(offers, alternative.bits)
+
+    def packed() -> Step:
+        return slimmed(calibration.model.essential, plain, observed, at=layer, how=how, dtype=calibration.dtype)
+
+    return _allowed(alternative, packed, left, plain)
+
+
+def _quantized(offers: Offers, bits: int) -> Slimming:
+    return Slimming("gptq", bits=bits, group=offers.group, activation_order=True)
 
 
 def _why(calibration: Calibration, offers: Offers) -> str:

@@ -7,16 +7,19 @@
 Instead of `-p budget.bytes=24GB`: `-p budget.ratio=0.25` (a quarter of the bytes goes), `-p budget.resident=24GB` (in memory),
 `-p budget.speed=1.5` (fewer multiplications a token). Every layer is offered fewer experts, lower ranks, fewer bits, two of these
 together, and no MoE block; each alternative is measured once, and the cheapest combination is found exactly. Another budget on the
-same model measures nothing again but the round around its own choice.
+same model makes and measures no alternative again but the round around its own choice. `-p recover.rows=4096` fine-tunes what was
+chosen towards the original, before it is quantized, on so many rows of the calibration's texts.
 """
 
 from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data
+from moeflow.methods.finetune.recipe import Gang
 from moeflow.methods.fit.options import Budget, Offers
 from moeflow.methods.graph import Calibrating
 from moeflow.methods.recipes import compare, fit
 from moeflow.methods.recipes.compare import HeldOut
+from moeflow.methods.recipes.tune import Recovering, tuned
 from moeflow.sources import Source, Texts
 from moeflow.step import Step
 
@@ -32,9 +35,14 @@ def build(
     heldout: HeldOut = HeldOut(WIKITEXT2, bos=False),
     offers: Offers = Offers(),
     calibration: Calibrating = Calibrating(seed=42, group=1000, shard=128),
+    recover: Recovering | None = None,
+    gang: Gang = Gang(),
 ) -> Step:
     original = checkpoint.pinned(model)
     matrix = data.tokens(tokens, original, calibration.sample)
-    fitted = fit.compress(calibrate.run(original, matrix, calibration.passed), budget, offers)
-    reports = compare.reports(original, fitted.model, heldout, calibration.passed, tokens=matrix)
+    passed = calibration.passed
+    how = recover and recover.on(tokens, heldout.texts)
+    healed = (lambda plain: tuned(plain, original, how, gang, passed)) if how else None
+    fitted = fit.compress(calibrate.run(original, matrix, passed), budget, offers, healed)
+    reports = compare.reports(original, fitted.model, heldout, passed, tokens=matrix)
     return checkpoint.checkpoint_of(fitted.model).reporting(*fitted.reports, *reports)

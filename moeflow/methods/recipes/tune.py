@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from moeflow.arch import Config
 from moeflow.methods.calibrate.steps import hidden_states
@@ -56,6 +56,31 @@ class FineTuning(Recipe, NamesFiles):
         """The rows in the model's own tokens."""
         sample = Examples(self.rows, self.length, seed=self.seed, bos=self.bos, repeat=True)
         return examples(Texts(self.text), model, sample)
+
+
+@dataclass(frozen=True)
+class Recovering(FineTuning):
+    """As a fine-tuning, but towards the original's predictions, and on the calibration's own texts unless told otherwise."""
+
+    text: str = ""
+    """The training text, as of a fine-tuning; none: other rows of the texts that the model is calibrated on."""
+    loss: Literal["lm", "kl", "both"] = "kl"
+    """Predict the text, predict what the original predicts (KL divergence), or both."""
+    rate: float = 1e-3
+    """The highest learning rate of AdamW."""
+
+    def on(self, texts: Texts, heldout: str) -> "Recovering":
+        """With its text said. Raises ValueError if a held-out text would be trained on."""
+        text = self.text or texts.spec
+        trained = _files(Texts(text))
+        for judge in Texts(heldout).each() if heldout else ():
+            if trained & _files(judge):
+                raise ValueError(f"heldout.texts names {judge.spec}, which is trained on, too; judge by text that nothing has seen")
+        return replace(self, text=text)
+
+
+def _files(texts: Texts) -> set[tuple[str, str]]:
+    return {(e.source.uri, f.name) for e in texts.entries() for f in e.source.files}
 
 
 def tuned(model: Model, original: Model, how: FineTuning | None, gang: Gang, passed: Pass) -> Tuned:

@@ -10,7 +10,7 @@ from math import gcd, lcm
 from typing import Any
 
 from moeflow.arch import Family
-from moeflow.methods.records import Facts
+from moeflow.methods.records import Bits, Facts
 from moeflow.methods.rewrite import link_all
 from moeflow.methods.slim.methods import AT_ONCE, METHODS, Slimming
 from moeflow.methods.slim.pattern import Pattern
@@ -127,6 +127,31 @@ def layer(
         facts = facts.and_then("slim.layer", **how.facts, experts=report)
     if report is not None or part:  # otherwise the layer is unchanged
         facts.write(context.out)
+
+
+def _decided_spec(
+    bits: Any, rest: RestSpec, before: LayerSpec, observed: tuple[ObservedSpec, ...], *, layer: int, how: Slimming, dtype: str
+) -> Spec:  # fmt: skip
+    """As at the bits of `how`, the most that may be decided."""
+    spec = _layer_spec(rest, before, observed, layer=layer, part=0, parts=1, how=how, dtype=dtype)
+    return replace(spec, reads=spec.reads + bits["bytes"])
+
+
+@step("slim.decided", version=1, spec=_decided_spec, gpus=1)
+def decided(
+    context: Context, bits: Artifact, config: Artifact, before: Artifact, observed: tuple[Artifact, ...],
+    *, layer: int, how: Slimming, dtype: str,
+) -> None:  # fmt: skip
+    """As `slim.layer`, at the bits that a decision says; a layer that it does not quantize is linked as it is."""
+    from moeflow.methods.slim import experts
+
+    if (chosen := Bits.read(bits).layers.get(layer)) is None:
+        link_all(context, before)
+        return
+    how, facts = replace(how, bits=chosen), Facts.of(before)
+    report = experts.rewrite(context, read_config(config), before, observed, how, layer=layer, part=0, parts=1, dtype=dtype)
+    if report is not None:
+        facts.and_then("slim.layer", **how.facts, experts=report).write(context.out)
 
 
 def _joined_spec(parts: tuple[LayerSpec, ...]) -> Spec:

@@ -14,9 +14,12 @@ from moeflow.cli import app
 from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data
+from moeflow.methods.finetune.recipe import Gang, Recipe
 from moeflow.methods.fit.options import Budget, Offers
-from moeflow.methods.graph import Calibration, Pass, Sample
-from moeflow.methods.recipes import fit
+from moeflow.methods.graph import Calibration, Model, Pass, Sample
+from moeflow.methods.recipes import fit, tune
+from moeflow.methods.recipes.tune import Recovering, Tuned
+from moeflow.sources import Texts
 from moeflow.step import Step
 from moeflow.store import Store
 from tests import running, tiny
@@ -49,7 +52,8 @@ def weights(folder: Path) -> int:
 def test_a_fitted_model_takes_no_more_than_its_budget_and_is_as_far_as_was_measured(family: Path, tmp_path: Path) -> None:
     store, calibration = running.store_in(tmp_path), calibrated(family, tmp_path)
     half, three_quarters = (fitted(calibration, Budget(ratio=ratio)) for ratio in (0.5, 0.25))
-    running.run(store, half)
+    steps = {s.name for s in running.run(store, half).steps if s.state == "run"}
+    assert "slim.decided" in steps, "what was chosen is quantized in sequence, too"
     out = tmp_path / "half"
     store.fetch(half.key, out)
     said = decision(store, half)
@@ -64,7 +68,7 @@ def test_a_fitted_model_takes_no_more_than_its_budget_and_is_as_far_as_was_measu
 
     other = running.run(store, three_quarters)
     again = {s.name for s in other.steps if s.state == "run"}
-    assert not again & {"slim.layer", "decompose.layer", "prune.candidates", "calibrate.observe"}, "nothing is made again"
+    assert not again & {"slim.layer", "decompose.layer", "prune.candidates"}, "no alternative is made again"
     assert decision(store, three_quarters)["before"] <= said["before"]
 
 
@@ -137,3 +141,45 @@ def test_a_budget_out_of_reach_is_told_before_anything_runs(small_offer: Calibra
 def test_an_engine_that_runs_nothing_of_the_offer_is_told(small_offer: Calibration) -> None:
     with pytest.raises(ValueError, match="engine=transformers runs none of the alternatives on offer"):
         fitted(small_offer, Budget(ratio=0.2), engine="transformers", counts=(), bits=(3,))
+
+
+def divergence(store: Store, target: Step) -> float:
+    """As the choice says that it was measured."""
+    return float(decision(store, target)["before"])
+
+
+@pytest.mark.parametrize("bits, part", [((4,), 0.7), ((), 0.35)])
+def test_a_recovered_model_is_closer_and_takes_no_more(
+    small_offer: Calibration, tmp_path: Path, bits: tuple[int, ...], part: float
+) -> None:
+    """Fine-tuned towards the original before it is quantized; what a training made worse would be left."""
+    store, model, rows = running.store_in(tmp_path), small_offer.model, small_offer.tokens
+    how = Recipe(loss="kl", steps=16, batch=8, rate=3e-3, dtype="float32", targets=("attention", "experts"))
+
+    def recovered(plain: Model) -> Tuned:
+        return tune.tune(plain, rows, how, teacher=model, passed=small_offer.passed, gang=Gang(gpus=0))
+
+    offers = Offers(**OFFERS | {"bits": bits, "ranks": (), "counts": (0.5,), "rounds": 1})
+    targets = []
+    for recover in (None, recovered):
+        made = fit.compress(small_offer, Budget(ratio=part), offers, recover)
+        targets.append(checkpoint.checkpoint_of(made.model).reporting(made.reports[0]))
+        running.run(store, targets[-1])
+    before, after = (divergence(store, target) for target in targets)
+    assert after < 0.9 * before and decision(store, targets[1])["again"]
+    store.fetch(targets[1].key, tmp_path / "out")
+    assert weights(tmp_path / "out") <= decision(store, targets[1])["budget"]
+    ids = torch.from_numpy(running.array_of(running.matrix_of(tmp_path)))
+    with torch.inference_mode():
+        log_p, log_q = (
+            AutoModelForCausalLM.from_pretrained(p, dtype=torch.float32).eval()(ids).logits[:, :-1].log_softmax(-1)
+            for p in (tmp_path / "model", tmp_path / "out")
+        )
+    assert float(kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1).mean()) == pytest.approx(after, rel=1e-3)
+
+
+def test_held_out_text_is_never_trained_on() -> None:
+    how = Recovering()
+    assert how.on(Texts("python:stdlib/a*.py"), "python:stdlib/t*.py").text == "python:stdlib/a*.py"
+    with pytest.raises(ValueError, match=r"heldout.texts names python:stdlib/a\*.py, which is trained on"):
+        how.on(Texts("python:stdlib/a*.py*2,python:stdlib/b*.py"), "python:stdlib/t*.py,python:stdlib/a*.py")
