@@ -25,6 +25,9 @@ class Decomposition:
     importance: Literal["recon", "kl", "lm_loss"] = "kl"
     """How MoE-I2's formula measures an expert's importance: how far the layer's output (recon) or the model's predictions (kl) move
     without it, or how much the model's loss grows (lm_loss)."""
+    together: int = 1
+    """How many experts are left out at a time to measure kl or lm_loss, where each by itself costs too much; they share what it
+    did by how much each changes its layer's output."""
     alpha: float = 0.15
     """The exponent of importance in MoE-I2's formula; 0 makes all ranks the same."""
     r_min: int = 1
@@ -50,7 +53,7 @@ class Decomposition:
     def __post_init__(self) -> None:
         check_choices(self)
         check_least(self.least)
-        check_at_least(self, multiple=1, r_max=0, r_min=1, measured=1, alpha=0, rank=0)
+        check_at_least(self, multiple=1, r_max=0, r_min=1, measured=1, together=1, alpha=0, rank=0)
         if not 0 <= self.shrink <= 1:
             raise ValueError(f"shrink={self.shrink} must lie between 0, trusting the tokens alone, and 1")
         if self.ratio and self.ranks == "global" and self.svd == "vanilla":
