@@ -20,11 +20,13 @@ from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, wraps
 from itertools import islice
 from pathlib import Path
-from typing import Any, Concatenate, NoReturn, ParamSpec, Protocol
+from typing import Any, Concatenate, Literal, NoReturn, ParamSpec, Protocol
 
 from moeflow import options
 
 CODE = re.compile(r"[a-z_]\w*(\.\w+)+:\w+")  # how a table of methods refers to a row's code; see `moeflow.methods.graph.load`
+Arithmetic = Literal["bfloat16", "float16", "float32", "float64", "factors", "text"]
+"""What a step's operations are: products in a precision, eigenvalues and factors in fp32 or fp64, or words cut into tokens."""
 P = ParamSpec("P")
 _text = cache(Path.read_text)
 
@@ -122,6 +124,8 @@ class Spec:
     output: Any = None
     reads: int = 0  # bytes read from the inputs
     writes: int = 0  # bytes of its output files
+    operations: int = 0  # floating-point operations, of a multiplication and an addition two; of "text" the bytes of it
+    arithmetic: Arithmetic = "float32"  # of the operations, which decides how fast they are
     memory: int = 0  # peak bytes resident, on CPUs
     device: int = 0  # peak bytes on its GPU, if it has one
     notes: tuple[str, ...] = ()

@@ -21,6 +21,7 @@ from moeflow.methods.decompose.ranks import (
     paper_ranks,
 )
 from moeflow.methods.records import Curves, Facts, Importance, Ranks
+from moeflow.model import operations
 from moeflow.model.layout import read_config
 from moeflow.model.memory import on_device
 from moeflow.model.spec import LayerSpec, ObservedSpec, RestSpec, TensorTable, element_bytes
@@ -56,7 +57,20 @@ def _spectra_spec(
     out = {"layer": layer, "bytes": writes, "experts": before.experts, "sides": [rows, columns]}
     working = before.loaded(dtype) + 2 * recorded + (2 << 30)
     memory, device = 2 * before.nbytes + before.loaded(dtype) + working, on_device(working)
-    return Spec(out, reads=before.headers + before.block_bytes + recorded, writes=writes, memory=memory, device=device)
+    return Spec(
+        out, reads=before.headers + before.block_bytes + recorded, writes=writes, operations=_operations(before, observed),
+        arithmetic="factors", memory=memory, device=device,
+    )  # fmt: skip
+
+
+def _operations(before: LayerSpec, observed: tuple[ObservedSpec, ...], *, whitened: bool = True) -> int:
+    """Of a layer's decomposition, with the moments of its experts' tokens where their outputs are to be preserved."""
+    rows, columns = sides(before)
+    done = operations.factored(before.experts, rows, columns)
+    if whitened:
+        tokens, top_k = sum(shard.rows for shard in observed), Family.of(before.config).top_k
+        done += operations.moments(before, tokens, top_k, (rows, columns))
+    return done
 
 
 @step("decompose.spectra", version=2, spec=_spectra_spec, gpus=1)
@@ -139,7 +153,10 @@ def _layer_spec(
     recorded = _recorded_bytes(rest.config, observed, dtype)
     working, writes = before.loaded(dtype) + 2 * recorded + (2 << 30), out.nbytes + 200 + 90 * before.experts
     memory, device = 2 * before.nbytes + before.loaded(dtype) + working, on_device(working)
-    return Spec(out, reads=before.nbytes + recorded, writes=writes, memory=memory, device=device)
+    done = _operations(before, observed, whitened=how.svd == "whitened")
+    return Spec(
+        out, reads=before.nbytes + recorded, writes=writes, operations=done, arithmetic="factors", memory=memory, device=device
+    )
 
 
 def _cut(before: LayerSpec, uniform: Mapping[str, int]) -> TensorTable:

@@ -14,6 +14,7 @@ from moeflow.methods.records import Facts
 from moeflow.methods.rewrite import link_all
 from moeflow.methods.slim.methods import AT_ONCE, METHODS, Slimming
 from moeflow.methods.slim.pattern import Pattern
+from moeflow.model import operations
 from moeflow.model.layout import LAYER, read_config
 from moeflow.model.memory import on_device
 from moeflow.model.packed import PACKED, SCALE, SHAPE
@@ -80,7 +81,15 @@ def _layer_spec(
     memory = share + together + 3 * tokens + one + (1 << 29)
     device = on_device(before.loaded(dtype) + together + 3 * tokens + max(one, AT_ONCE))
     writes = share + 300 + 200 * before.experts // parts
-    return Spec(out, reads=before.nbytes // parts + tokens, writes=writes, memory=memory, device=device)
+    done = 2 * before.expert_numel // parts
+    if how.row.needs != "weights":
+        done += operations.moments(before, sum(shard.rows for shard in observed), family.top_k, (rows, columns)) // parts
+        # of each matrix its inputs' moment is factored and inverted, and its columns are rounded one after the other
+        done += before.experts * (4 * columns**3 + 2 * rows**3) // parts + before.expert_numel * max(rows, columns) // parts
+    return Spec(
+        out, reads=before.nbytes // parts + tokens, writes=writes, operations=done, arithmetic="factors", memory=memory,
+        device=device,
+    )  # fmt: skip
 
 
 def check_scalable(family: Family, how: Slimming) -> None:
