@@ -104,13 +104,16 @@ class Resources:
     gpus: float = 0  # for a step that computes on a GPU if there is one
     memory: int = 0  # bytes; 0 means what the step's spec says
     processes: int = 0  # of a gang; 0 means one call on one worker
-    device: int = 0  # bytes that each process of a gang needs on its device, for plans
+    device: int = 0  # bytes that each process of a gang needs on its device, for plans, as the next three
+    exchanged: int = 0  # bytes that each process sends to the others in all
+    times: float = 1.0  # how often the operations of its spec are done: more than once where memory is saved so
+    repeats: float = 0.0  # the part of its work that is done again, at most, when a process is lost
     settings: Mapping[str, Any] = field(default_factory=dict)  # JSON values that say how a gang runs, as its steps see them
 
     def __post_init__(self) -> None:
         if self.processes < 0 or self.device < 0:
             raise ValueError(f"processes={self.processes} and device={self.device} must not be negative")
-        if (self.settings or self.device) and not self.processes:
+        if (self.settings or self.device or self.exchanged) and not self.processes:
             raise ValueError(f"settings={dict(self.settings)} and device={self.device} are for gangs; say processes=1 or more")
         if self.processes and self.cpus <= 0:
             raise ValueError(f"cpus={self.cpus}: each process of a gang holds some; say cpus=1")

@@ -63,6 +63,13 @@ def many(n: float) -> str:
     return f"{n / 1000**at:.3g} {units[at]}".strip() if n else ""
 
 
+def span(seconds: float) -> str:
+    """A time to plan with: `40 s`, `12 min`, `6.3 h`."""
+    if seconds < 100:
+        return f"{seconds:.3g} s"
+    return f"{seconds / 60:.0f} min" if seconds < 100 * 60 else f"{seconds / 3600:,.1f} h"
+
+
 def clock(seconds: float) -> str:
     """`00:12`, or `1:02:03`."""
     minutes, rest = divmod(int(seconds), 60)
