@@ -26,7 +26,8 @@ from moeflow import options
 
 CODE = re.compile(r"[a-z_]\w*(\.\w+)+:\w+")  # how a table of methods refers to a row's code; see `moeflow.methods.graph.load`
 Arithmetic = Literal["bfloat16", "float16", "float32", "float64", "factors", "text"]
-"""What a step's operations are: products in a precision, eigenvalues and factors in fp32 or fp64, or words cut into tokens."""
+"""What operations are, which decides how fast they are: products of matrices in a precision, eigenvalues and triangular factors,
+or bytes of "text" that become tokens."""
 P = ParamSpec("P")
 _text = cache(Path.read_text)
 
@@ -127,8 +128,7 @@ class Spec:
     output: Any = None
     reads: int = 0  # bytes read from the inputs
     writes: int = 0  # bytes of its output files
-    operations: int = 0  # floating-point operations, of a multiplication and an addition two; of "text" the bytes of it
-    arithmetic: Arithmetic = "float32"  # of the operations, which decides how fast they are
+    operations: Mapping[Arithmetic, int] = field(default_factory=dict)  # a multiplication and an addition are two
     memory: int = 0  # peak bytes resident, on CPUs
     device: int = 0  # peak bytes on its GPU, if it has one
     notes: tuple[str, ...] = ()
@@ -196,6 +196,12 @@ class Step(Promise):
             return Spec()
         args, params = arguments(self.fn, self.slots, [i.spec.output for i in self.inputs], self.params)
         return self.describe(*args, **params)
+
+    @property
+    def operations(self) -> Mapping[Arithmetic, int]:
+        """What one run of it takes; of a gang, each of its processes."""
+        part = self.resources.times / max(1, self.resources.processes)
+        return {kind: round(n * part) for kind, n in self.spec.operations.items() if n}
 
     @property
     def source(self) -> str:

@@ -34,7 +34,7 @@ class Call:
             inputs=inputs,
             content=step.content(digests),
             source=step.source,
-            operations=round(step.spec.operations * step.resources.times / max(1, step.resources.processes)),
+            operations={**step.operations},
         )
         return Call(_code(step.fn), step.key, record, step.slots, step.resources, tuple(parts))
 

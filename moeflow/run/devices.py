@@ -23,19 +23,18 @@ class Device:
     network: float = 1e9  # bytes a second to other nodes, where all GPUs of its node send at once
     shares: "Shares | None" = None
 
-    def seconds(self, operations: float, arithmetic: Arithmetic) -> float:
-        """How long one device takes for these operations at the share of its peak that steps reach."""
-        if arithmetic == "text":
-            return operations / TEXT
+    def seconds(self, operations: Mapping[Arithmetic, int]) -> float:
+        """How long one device takes for these operations, one kind after another, at the share of its peak that steps reach."""
         shares = self.shares or ON_GPUS
-        peak, share = {
-            "bfloat16": (self.half, shares.products),
-            "float16": (self.half, shares.products),
-            "float32": (self.single, shares.products),
-            "float64": (self.double, shares.products),
-            "factors": (self.single, shares.factors),
-        }[arithmetic]
-        return operations / (peak * share)
+        rates: dict[Arithmetic, float] = {
+            "bfloat16": self.half * shares.products,
+            "float16": self.half * shares.products,
+            "float32": self.single * shares.products,
+            "float64": self.double * shares.products,
+            "factors": self.single * shares.factors,
+            "text": TEXT,
+        }
+        return sum(n / rates[kind] for kind, n in operations.items())
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class Shares:
     """The part of a device's peak that steps reach where no finished step says better."""
 
     products: float  # of matrices
-    factors: float  # eigenvalues, triangular factors and moments, of the peak in fp32
+    factors: float  # eigenvalues and triangular factors, of the peak in fp32
 
 
 TEXT = 4e6

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from math import exp, inf, log
 from statistics import NormalDist, median, pstdev
+from typing import get_args
 
 from moeflow.run.devices import CORE, Device, is_kind
 from moeflow.step import Arithmetic, Step
@@ -31,21 +32,22 @@ GANG = 35.0
 class Work:
     """What one step, or one process of a gang, does."""
 
-    operations: float
-    arithmetic: Arithmetic
+    operations: Mapping[Arithmetic, int]
     moved: int  # bytes read and written
     threads: int = 1
 
     def seconds(self, device: Device | None) -> float:
         """On this GPU, or on as many cores as it has threads."""
-        computing = device.seconds(self.operations, self.arithmetic) if device else 0.0
-        if device is None:
-            computing = CORE.seconds(self.operations, self.arithmetic) / (1 if self.arithmetic == "text" else self.threads)
+        computing = (device or CORE).seconds(self.operations) / (1 if device else self.threads)
         return STEP + computing + self.moved / DISK
+
+    @property
+    def counted(self) -> int:
+        return sum(self.operations.values())
 
     def likeness(self, other: "Work") -> float:
         """How many times more one does than the other, by operations, or by bytes where neither has any."""
-        one, two = (w.operations if self.operations or other.operations else w.moved for w in (self, other))
+        one, two = (w.counted if self.counted or other.counted else w.moved for w in (self, other))
         return inf if not one or not two else max(one / two, two / one)
 
 
@@ -106,10 +108,8 @@ def _exchanging(step: Step, device: Device | None) -> float:
 
 def work_of(step: Step) -> Work:
     """What the step does by its spec; of a gang, what each process does."""
-    spec, asked = step.spec, step.resources
-    parts = max(1, asked.processes)
-    operations = spec.operations * asked.times / parts
-    return Work(operations, spec.arithmetic, (spec.reads + spec.writes) // parts, max(1, int(asked.cpus)))
+    moved = (step.spec.reads + step.spec.writes) // max(1, step.resources.processes)
+    return Work(step.operations, moved, max(1, int(step.resources.cpus)))
 
 
 def finished(steps: Iterable[Step], store: Store, index: Index) -> dict[str, tuple[Finished, ...]]:
@@ -122,14 +122,11 @@ def finished(steps: Iterable[Step], store: Store, index: Index) -> dict[str, tup
         if name in names and len(keys[name]) < LOOKED_AT:
             keys[name].append(key)
     made: dict[str, list[Finished]] = defaultdict(list)
-    arithmetic = {s.name: s.spec.arithmetic for s in known.values() if s.spec.operations}
-    for key, m in store.manifests([k for several in keys.values() for k in several]).items():
-        operations = m.operations or (known[key].spec.operations if key in known else 0)
-        if m.same_as or not m.seconds or (m.step in arithmetic and not operations):
-            continue
-        written = sum(f.size for f in m.files.values())
-        work = Work(operations, arithmetic.get(m.step, "float32"), m.reads + written, max(1, m.threads))
-        made[m.step].append(Finished(work, m.seconds, m.device))
+    for m in store.manifests([k for several in keys.values() for k in several]).values():
+        gpu, threads = m.machine.get("gpu"), m.machine.get("threads")
+        counted = {kind: n for kind in get_args(Arithmetic) if type(n := m.operations.get(kind)) is int}
+        if not m.same_as and m.seconds and type(gpu) is str and type(threads) is int:  # not of an older version
+            made[m.step].append(Finished(Work(counted, m.reads + m.bytes, max(1, threads)), m.seconds, gpu))
     return {name: tuple(several) for name, several in made.items()}
 
 

@@ -166,7 +166,7 @@ def commit(call: Call, store: Store, context: Running, seconds: float) -> Done:
     writes = sum(p.stat().st_size for p in context.out.rglob("*") if p.is_file())
     record = replace(
         call.record, libraries=libraries(), notes=notes, seconds=seconds, reads=reads, stands_for=dict(context.stands_for),
-        device=gpu_model() if call.resources.gpus else "", threads=call.threads,
+        machine={"gpu": gpu_model() if call.resources.gpus else "", "threads": call.threads},
     )  # fmt: skip
     made = store.commit(call.key, context.out, record=record, links=context.links)
     parts = _parts(call, store.manifest(call.key)) if call.parts else {}

@@ -118,8 +118,8 @@ def plan(
 
 def _row(step: Step, state: State, label: str) -> Row:
     spec, asked = step.spec, step.resources
-    runs, counted = state == "run", spec.arithmetic != "text"
-    reads, writes, operations = (spec.reads, spec.writes, spec.operations * counted) if runs else (0, 0, 0)
+    counted = sum(n for kind, n in spec.operations.items() if kind != "text")
+    reads, writes, operations = (spec.reads, spec.writes, counted) if state == "run" else (0, 0, 0)
     memory = asked.memory or spec.memory
     device = asked.device or (spec.device if asked.gpus else 0)
     needs = memory, asked.cpus, asked.gpus, asked.processes, device

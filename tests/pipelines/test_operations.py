@@ -35,7 +35,7 @@ def test_every_step_that_asks_for_a_gpu_says_its_operations() -> None:
         *steps_of("fit", "budget.ratio=0.25", "offers.group=16", "offers.measured=128"),
     ]
     asked = {s.name for s in steps if s.resources.gpus} - MOVES
-    assert not {s.name for s in steps if s.name in asked and not s.spec.operations}
+    assert not {s.name for s in steps if s.name in asked and not sum(s.spec.operations.values())}
     marked = {
         name
         for file in (ROOT / "moeflow" / "methods").glob("*/steps.py")
@@ -47,16 +47,16 @@ def test_every_step_that_asks_for_a_gpu_says_its_operations() -> None:
 def test_a_pass_takes_as_many_operations_as_transformers_own_model(family: Path) -> None:
     model, length = running.model_in(family), 16
     layers = [layer.spec.output for layer in model.layers]
-    ours = operations.forward(layers, 2 * length, length) + operations.head(model.rest.spec.output, 2 * length)
-    assert ours == pytest.approx(2 * forward_flops(model.config, length), rel=0.05)
+    (of_head,) = operations.head(model.rest.spec.output, 2 * length, "auto").values()
+    assert operations.forward(layers, 2, length) + of_head == pytest.approx(2 * forward_flops(model.config, length), rel=0.05)
 
 
 def test_a_fork_is_one_more_pass_behind_the_layer_where_it_begins() -> None:
     steps = steps_of("fit", "budget.ratio=0.25", "offers.group=16", "offers.measured=128", "offers.rounds=1")
     (advance, *_) = (s for s in steps if s.name == "calibrate.advance")
-    of_layer = advance.spec.operations / len(advance.inputs[2:])
+    of_layer = sum(advance.spec.operations.values()) / len(advance.inputs[2:])
     per_token = of_layer / advance.spec.output.sequences / advance.spec.output.length
     for sweep in (s for s in steps if s.name == "calibrate.forks"):
         hidden, begun = sweep.spec.output.hidden, Counter(name.split(".")[1] for name in sweep.spec.output.forks)
-        passes = sweep.spec.operations / per_token / hidden.sequences / hidden.length
+        passes = sum(sweep.spec.operations.values()) / per_token / hidden.sequences / hidden.length
         assert passes == pytest.approx(sum(1 + sum(n for layer, n in begun.items() if int(layer) <= i) for i in range(4)), rel=0.01)

@@ -25,7 +25,7 @@ HOUR = 3600 * 989 * TERA * 0.35  # operations of an hour on an H100
 @step(
     "toy.compute",
     version=1,
-    spec=lambda before, n, operations, memory: Spec(operations=operations, arithmetic="bfloat16", memory=memory),
+    spec=lambda before, n, operations, memory: Spec(operations={"bfloat16": operations}, memory=memory),
     gpus=1,
 )
 def compute(context: Context, before: tuple[Artifact, ...], *, n: int, operations: int, memory: int) -> None:
@@ -87,7 +87,8 @@ def test_a_gang_waits_until_all_its_processes_have_room_and_shares_its_work(stor
 
 
 def record(seconds: float, device: str, operations: float = HOUR) -> Record:
-    return Record(step="toy.compute", version=1, seconds=seconds, operations=int(operations), device=device)
+    machine = {"gpu": device, "threads": 1}
+    return Record(step="toy.compute", version=1, seconds=seconds, operations={"bfloat16": int(operations)}, machine=machine)
 
 
 def test_finished_steps_of_like_size_on_such_a_device_tell_how_long_others_take(store: Store, tmp_path: Path) -> None:

@@ -179,10 +179,8 @@ def _pass_spec(hidden: Any, layers: tuple[LayerSpec, ...], dtype: str) -> tuple[
 def _advance_spec(config: RestSpec, hidden: Any, layers: tuple[LayerSpec, ...], *, first: int, batch: int, dtype: str) -> Spec:
     states, reads, memory = _pass_spec(hidden, layers, dtype)
     device = on_device(passing(layers, batch * states.length, dtype, handed_on=states.handed_on))
-    return Spec(
-        states, reads=reads, writes=states.nbytes, operations=operations.passing(layers, states),
-        arithmetic=precision(states.config, dtype), memory=memory, device=device,
-    )  # fmt: skip
+    done = operations.passing(layers, states, dtype)
+    return Spec(states, reads=reads, writes=states.nbytes, operations=done, memory=memory, device=device)
 
 
 @step("calibrate.advance", version=1, spec=_advance_spec, gpus=1)
@@ -214,10 +212,8 @@ def _observe_spec(
             most = max(most, rows)
             writes += rows * (row + 8) + tokens * layer.experts * 4 + 8 * 7 * layer.experts + 1400
     moe = tuple(spec.layer for spec in layers if spec.experts)
-    return Spec(
-        ObservedSpec(states, kept, most, moe), reads=reads, writes=writes, operations=operations.passing(layers, states),
-        arithmetic=precision(states.config, dtype), memory=memory + writes, device=device,
-    )  # fmt: skip
+    out, done = ObservedSpec(states, kept, most, moe), operations.passing(layers, states, dtype)
+    return Spec(out, reads=reads, writes=writes, operations=done, memory=memory + writes, device=device)
 
 
 @step("calibrate.observe", version=1, spec=_observe_spec, gpus=1)
@@ -313,11 +309,8 @@ def _forks_spec(
     device = on_device(passing(layers, batch * hidden.length, dtype, handed_on=hidden.handed_on, copies=2))
     begun = [len(one.names) if one else 0 for one in alternatives]
     runs = [1 + len(before.forks) + sum(begun[: at + 1]) for at in range(len(layers))]  # of each layer: the model's, and its forks'
-    done = sum(n * operations.passing((layer,), hidden) for n, layer in zip(runs, layers, strict=True))
-    return Spec(
-        out, reads=before.nbytes + read, writes=out.nbytes, operations=done, arithmetic=precision(hidden.config, dtype),
-        memory=memory, device=device,
-    )  # fmt: skip
+    done = operations.passing((layer for n, layer in zip(runs, layers, strict=True) for _ in range(n)), hidden, dtype)
+    return Spec(out, reads=before.nbytes + read, writes=out.nbytes, operations=done, memory=memory, device=device)
 
 
 @step("calibrate.forks", version=1, spec=_forks_spec, gpus=1)
@@ -367,11 +360,8 @@ def _measure_spec(
     writes = 200 + 90 * count
     head = rest.loaded(dtype, head=True)
     memory = 2 * rest.head_bytes + 2 * head + 4 * end.hidden.nbytes + width
-    done = (1 + count) * operations.head(rest, end.hidden.sequences * end.hidden.length)
-    return Spec(
-        {"bytes": writes}, reads=reads, writes=writes, operations=done, arithmetic=precision(rest.config, dtype), memory=memory,
-        device=on_device(head + width),
-    )  # fmt: skip
+    done = operations.head(rest, (1 + count) * end.hidden.sequences * end.hidden.length, dtype)
+    return Spec({"bytes": writes}, reads=reads, writes=writes, operations=done, memory=memory, device=on_device(head + width))
 
 
 @step("calibrate.curves", version=1, spec=_measure_spec, gpus=1)

@@ -31,7 +31,7 @@ def assemble_spec(
     names = sum(len(n) + 44 for table in tables for n in table)
     weights = sum(layer.nbytes for layer in layers) + file_bytes(rest.tensors)
     parameters = sum(layer.numel for layer in layers) + LayerSpec(config, -1, 0, rest.tensors).numel
-    active = sum(layer.active for layer in layers) + operations.head(rest, 1) // 2
+    active = sum(layer.active for layer in layers) + operations.head_numel(rest)
     out = CheckpointSpec(config, weights, parameters, headers, sum(rest.files.values()) + names + 3000, active)
     return Spec(out, reads=headers, writes=names + 3000, memory=1 << 24)
 

@@ -190,7 +190,7 @@ def _rows_spec(
     reads = sum(sum(t["files"].values()) for t in (tokenizer, *texts))
     writes = sample.sequences * sample.length * (4 + masked) + 128 * (1 + masked) + 300 * len(mix)
     return Spec(
-        TokensSpec(sample.sequences, sample.length), reads=reads, writes=writes, operations=reads, arithmetic="text",
+        TokensSpec(sample.sequences, sample.length), reads=reads, writes=writes, operations={"text": reads},
         memory=4 * reads,
     )  # fmt: skip
 

@@ -25,7 +25,7 @@ from moeflow.model import operations
 from moeflow.model.layout import read_config
 from moeflow.model.memory import on_device
 from moeflow.model.spec import LayerSpec, ObservedSpec, RestSpec, TensorTable, element_bytes
-from moeflow.step import Artifact, Context, Spec, step
+from moeflow.step import Arithmetic, Artifact, Context, Spec, step
 
 
 def sides(before: LayerSpec) -> tuple[int, int]:
@@ -59,18 +59,18 @@ def _spectra_spec(
     memory, device = 2 * before.nbytes + before.loaded(dtype) + working, on_device(working)
     return Spec(
         out, reads=before.headers + before.block_bytes + recorded, writes=writes, operations=_operations(before, observed),
-        arithmetic="factors", memory=memory, device=device,
+        memory=memory, device=device,
     )  # fmt: skip
 
 
-def _operations(before: LayerSpec, observed: tuple[ObservedSpec, ...], *, whitened: bool = True) -> int:
+def _operations(before: LayerSpec, observed: tuple[ObservedSpec, ...], *, whitened: bool = True) -> Mapping[Arithmetic, int]:
     """Of a layer's decomposition, with the moments of its experts' tokens where their outputs are to be preserved."""
     rows, columns = sides(before)
-    done = operations.factored(before.experts, rows, columns)
+    less, tokens = min(rows, columns), sum(shard.rows for shard in observed)
+    products = before.experts * 3 * 4 * max(rows, columns) * less**2
     if whitened:
-        tokens, top_k = sum(shard.rows for shard in observed), Family.of(before.config).top_k
-        done += operations.moments(before, tokens, top_k, (rows, columns))
-    return done
+        products += operations.moments(before, tokens, (columns, less))
+    return {"float32": products, "factors": before.experts * 3 * operations.DECOMPOSED * less**3}
 
 
 @step("decompose.spectra", version=2, spec=_spectra_spec, gpus=1)
@@ -154,9 +154,7 @@ def _layer_spec(
     working, writes = before.loaded(dtype) + 2 * recorded + (2 << 30), out.nbytes + 200 + 90 * before.experts
     memory, device = 2 * before.nbytes + before.loaded(dtype) + working, on_device(working)
     done = _operations(before, observed, whitened=how.svd == "whitened")
-    return Spec(
-        out, reads=before.nbytes + recorded, writes=writes, operations=done, arithmetic="factors", memory=memory, device=device
-    )
+    return Spec(out, reads=before.nbytes + recorded, writes=writes, operations=done, memory=memory, device=device)
 
 
 def _cut(before: LayerSpec, uniform: Mapping[str, int]) -> TensorTable:

@@ -117,10 +117,8 @@ def _quality_spec(
     width = int(original.config["vocab_size"]) * 1024 * 4 * 6
     loaded = original.loaded(dtype, head=True) + compressed.loaded(dtype, head=True)
     memory = 2 * head + loaded + 2 * max(s.nbytes for s in states) + width
-    return Spec(
-        reads=reads, writes=800 + 24 * matrix.sequences, operations=2 * operations.head(original, matrix.tokens),
-        arithmetic=precision(original.config, dtype), memory=memory, device=on_device(loaded + width),
-    )  # fmt: skip
+    writes, done = 800 + 24 * matrix.sequences, operations.head(original, 2 * matrix.tokens, dtype)
+    return Spec(reads=reads, writes=writes, operations=done, memory=memory, device=on_device(loaded + width))
 
 
 @step("evaluate.quality", version=2, spec=_quality_spec, gpus=1)
@@ -180,7 +178,7 @@ def _speed_spec(original: CheckpointSpec, compressed: CheckpointSpec, *, machine
     need = int(both * ROOM)
     done = RUNS_OF_SPEED * 2 * length * (original.active + compressed.active)
     return Spec(
-        reads=both, writes=1200, operations=done, arithmetic=precision(original.config, "auto"), memory=need,
+        reads=both, writes=1200, operations={precision(original.config, "auto"): done}, memory=need,
         device=on_device(need), optional=True,
     )  # fmt: skip
 
@@ -236,8 +234,8 @@ def _written_spec(original: CheckpointSpec, compressed: CheckpointSpec, *, promp
     need = int(largest * ROOM)
     done = 2 * (len(prompt) + tokens) * (original.active + compressed.active)  # a letter is a token at most
     return Spec(
-        reads=original.nbytes + compressed.nbytes, writes=400 + 16 * tokens, operations=done,
-        arithmetic=precision(original.config, "auto"), memory=need, device=on_device(need),
+        reads=original.nbytes + compressed.nbytes, writes=400 + 16 * tokens, memory=need, device=on_device(need),
+        operations={precision(original.config, "auto"): done},
     )  # fmt: skip
 
 

@@ -44,10 +44,8 @@ def _predictions_spec(rest: RestSpec, hidden: Any, *, top: int, dtype: str) -> S
     reads = rest.head_bytes + header_bytes(rest.tensors) + states.nbytes
     head, logits = rest.loaded(dtype, head=True), 16 * 1024 * vocabulary
     memory = 2 * rest.head_bytes + head + states.nbytes + 2 * out.nbytes + logits
-    return Spec(
-        out, reads=reads, writes=out.nbytes, operations=operations.head(rest, states.sequences * states.length),
-        arithmetic=precision(rest.config, dtype), memory=memory, device=on_device(head + logits),
-    )  # fmt: skip
+    done = operations.head(rest, states.sequences * states.length, dtype)
+    return Spec(out, reads=reads, writes=out.nbytes, operations=done, memory=memory, device=on_device(head + logits))
 
 
 @step("finetune.predictions", version=1, spec=_predictions_spec, gpus=1)
@@ -65,12 +63,10 @@ def _train_spec(
     reads = checkpoint.nbytes + checkpoint.others + 5 * data.tokens
     # a layer with trained tensors is written whole, except for its routing file
     writes = checkpoint.headers if recipe.mode == "compressed_experts" else checkpoint.nbytes
-    # the gradients of all weights, or of the activations alone, on which those of what is added depend
-    each = operations.TRAINED if recipe.mode == "full" else operations.TRAINED - 2
-    done = each * checkpoint.active * recipe.steps * recipe.batch * data.length
+    done = recipe.operations * checkpoint.active * recipe.steps * recipe.batch * data.length
     return Spec(
-        {"bytes": 80 * recipe.steps + 2000}, reads=reads, writes=writes, operations=done,
-        arithmetic=precision(checkpoint.config, recipe.dtype), memory=checkpoint.nbytes, compiles=True,
+        {"bytes": 80 * recipe.steps + 2000}, reads=reads, writes=writes, memory=checkpoint.nbytes, compiles=True,
+        operations={precision(checkpoint.config, recipe.dtype): done},
     )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from moeflow.methods.graph import HIDDEN, REST, TOKENS, Calibration
 from moeflow.model import operations
 from moeflow.model.layout import LAYER, file_of, read_config
 from moeflow.model.memory import on_device, passing
-from moeflow.model.spec import HiddenSpec, LayerSpec, ObservedSpec, Recording, RestSpec, TokensSpec, precision
+from moeflow.model.spec import HiddenSpec, LayerSpec, ObservedSpec, Recording, RestSpec, TokensSpec
 from moeflow.step import Artifact, Context, Spec, step
 
 
@@ -64,10 +64,8 @@ def _observe_spec(
     memory = max(layer.nbytes + 2 * layer.loaded(dtype) for layer in layers) + 2 * loaded + 6 * states.nbytes + writes
     device = on_device(passing(layers, batch * states.length, dtype, recorded=True) + loaded)
     out = ObservedSpec(states, kept, most, tuple(layer.layer for layer in layers))
-    return Spec(
-        out, reads=reads, writes=writes, operations=operations.passing(layers, states),
-        arithmetic=precision(states.config, dtype), memory=memory, device=device,
-    )  # fmt: skip
+    done = operations.passing(layers, states, dtype)
+    return Spec(out, reads=reads, writes=writes, operations=done, memory=memory, device=device)
 
 
 @step("predict.observe", version=1, spec=_observe_spec, gpus=1)

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from moeflow.arch import EMBEDDING, FINAL_NORM, MIXTRAL, Config, Family
-from moeflow.model import operations
 from moeflow.model.spec import TensorTable, file_bytes
 from moeflow.step import Artifact, Context, Spec, step
 
@@ -86,8 +85,10 @@ def _train_spec(texts: tuple[Any, ...], *, config: Config, how: Pretraining) -> 
     size = file_bytes(table_of(config))
     text = sum(sum(t["files"].values()) for t in texts)
     output = {"files": dict.fromkeys(TOKENIZER_FILES, 40 * int(config["vocab_size"])) | {WEIGHTS: size}}
-    done = operations.TRAINED * size // 4 * how.steps * how.batch * how.length  # of all experts at most
-    return Spec(output, reads=text, writes=size + 60 * int(config["vocab_size"]), operations=done, memory=8 * size + 4 * text)
+    done = 6 * size // 4 * how.steps * how.batch * how.length  # of a forward and a backward pass, of all experts at most
+    return Spec(
+        output, reads=text, writes=size + 60 * int(config["vocab_size"]), operations={"float32": done}, memory=8 * size + 4 * text
+    )
 
 
 @step("pretrain.mixtral", version=1, spec=_train_spec, cpus=2)

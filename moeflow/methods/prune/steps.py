@@ -62,7 +62,7 @@ def _choose_spec(
     writes = 1500 + (subsets.count if exact else 0) * (26 + 3 * keep)
     out = {"layer": at, "keep": keep, "bytes": writes}
     compared = (subsets.count if exact else 1) + len(SCORES)
-    done = operations.errors_of_subsets(layer, sum(o.rows for o in every), compared, family.top_k)
+    done = operations.errors_of_subsets(layer, sum(o.rows for o in every), compared, dtype)
     return Spec(out, reads=reads, writes=writes, operations=done, memory=layer.nbytes + working, device=on_device(working))
 
 
@@ -102,7 +102,7 @@ def _candidates_spec(
     writes = 300 + sets * (70 + 4 * layer.experts)
     out = {"layer": at, "counts": keep, "experts": layer.experts, "bytes": writes}
     working = layer.loaded(dtype) + GRAM
-    done = operations.errors_of_subsets(layer, sum(o.rows for o in observed), compared + len(SCORES), family.top_k)
+    done = operations.errors_of_subsets(layer, sum(o.rows for o in observed), compared + len(SCORES), dtype)
     return Spec(out, reads=reads, writes=writes, operations=done, memory=layer.nbytes + working, device=on_device(working))
 
 
@@ -131,8 +131,7 @@ def _importance_spec(rest: RestSpec, layer: LayerSpec, observed: tuple[ObservedS
     writes = 80 + 32 * layer.experts
     out = {"layer": at, "experts": layer.experts, "bytes": writes}
     working = layer.loaded(dtype) + GRAM
-    rows, top_k = sum(o.rows for o in observed), Family.of(rest.config).top_k
-    done = operations.errors_of_subsets(layer, rows, layer.experts, top_k)
+    done = operations.errors_of_subsets(layer, sum(o.rows for o in observed), layer.experts, dtype)
     return Spec(out, reads=reads, writes=writes, operations=done, memory=layer.nbytes + working, device=on_device(working))
 
 
@@ -233,9 +232,9 @@ def _combinations_spec(
     runs, done = 1, 0  # the prefixes of all combinations, each once, and the target where it is not there
     for layer in layers:
         runs *= best if layer.experts else 1
-        done += (runs + (not behind)) * sum(operations.passing((layer,), s) for s in states[: len(before)])
+        done += (runs + (not behind)) * sum(operations.forward((layer,), s.sequences, s.length) for s in states[: len(before)])
     return Spec(
-        {"bytes": writes}, reads=reads, writes=writes, operations=done, arithmetic=precision(rest.config, dtype), memory=memory,
+        {"bytes": writes}, reads=reads, writes=writes, operations={precision(rest.config, dtype): done}, memory=memory,
         device=device,
     )  # fmt: skip
 
