@@ -7,7 +7,7 @@ import typer
 
 import moeflow
 from moeflow.cli import runs
-from moeflow.cli.common import Cpus, Gpus, Json, Name, On, Params, Patience, RunnerName, Url, asking, command, own
+from moeflow.cli.common import Cpus, GpuKind, Gpus, Json, Name, On, Params, Patience, RunnerName, Url, asking, command, own
 from moeflow.run import pipeline
 from moeflow.run.go import Runner
 
@@ -39,6 +39,7 @@ def fit(
     runner: RunnerName = Runner.auto,
     on: On = None,
     gpus: Gpus = None,
+    gpu_kind: GpuKind = "",
     cpus: Cpus = None,
     patience: Patience = "15m",
     json: Json = False,
@@ -55,7 +56,7 @@ def fit(
     before = own.set(build)
     try:
         if planned:
-            runs.plan(PIPELINE, words, on=on, **same)
+            runs.plan(PIPELINE, words, on=on, gpu_kind=gpu_kind, **same)
         else:
             runs.run(PIPELINE, words, name=name or "fit", **same)
     finally:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import moeflow
+from moeflow.machine import gpu_model
 from moeflow.run.call import Call
 from moeflow.run.work import threads, work_folder
 from moeflow.step import Artifact
@@ -164,8 +165,9 @@ def commit(call: Call, store: Store, context: Running, seconds: float) -> Done:
     reads, notes = context.reads + sum(i.reads for i in context.inputs), tuple(context.notes)
     writes = sum(p.stat().st_size for p in context.out.rglob("*") if p.is_file())
     record = replace(
-        call.record, libraries=libraries(), notes=notes, seconds=seconds, reads=reads, stands_for=dict(context.stands_for)
-    )
+        call.record, libraries=libraries(), notes=notes, seconds=seconds, reads=reads, stands_for=dict(context.stands_for),
+        machine={"gpu": gpu_model() if call.resources.gpus else "", "threads": call.threads},
+    )  # fmt: skip
     made = store.commit(call.key, context.out, record=record, links=context.links)
     parts = _parts(call, store.manifest(call.key)) if call.parts else {}
     return Done(call.key, made.digest, parts, made.bytes, True, reads, writes, seconds, notes, made.intact)

@@ -16,6 +16,7 @@ from moeflow.arch import EMBEDDING, Family
 from moeflow.methods.calibrate.chains import Alternatives, Chain, Forks, groups
 from moeflow.methods.graph import HIDDEN, REST, TOKENS, Calibration, Model, Pass
 from moeflow.methods.records import Curves
+from moeflow.model import operations
 from moeflow.model.layout import LAYER, ROUTING, file_before, file_of, read_config
 from moeflow.model.memory import on_device, passing
 from moeflow.model.spec import (
@@ -178,7 +179,8 @@ def _pass_spec(hidden: Any, layers: tuple[LayerSpec, ...], dtype: str) -> tuple[
 def _advance_spec(config: RestSpec, hidden: Any, layers: tuple[LayerSpec, ...], *, first: int, batch: int, dtype: str) -> Spec:
     states, reads, memory = _pass_spec(hidden, layers, dtype)
     device = on_device(passing(layers, batch * states.length, dtype, handed_on=states.handed_on))
-    return Spec(states, reads=reads, writes=states.nbytes, memory=memory, device=device)
+    done = operations.passing(layers, states, dtype)
+    return Spec(states, reads=reads, writes=states.nbytes, operations=done, memory=memory, device=device)
 
 
 @step("calibrate.advance", version=1, spec=_advance_spec, gpus=1)
@@ -210,7 +212,8 @@ def _observe_spec(
             most = max(most, rows)
             writes += rows * (row + 8) + tokens * layer.experts * 4 + 8 * 7 * layer.experts + 1400
     moe = tuple(spec.layer for spec in layers if spec.experts)
-    return Spec(ObservedSpec(states, kept, most, moe), reads=reads, writes=writes, memory=memory + writes, device=device)
+    out, done = ObservedSpec(states, kept, most, moe), operations.passing(layers, states, dtype)
+    return Spec(out, reads=reads, writes=writes, operations=done, memory=memory + writes, device=device)
 
 
 @step("calibrate.observe", version=1, spec=_observe_spec, gpus=1)
@@ -325,7 +328,12 @@ def _forks_spec(
     memory = (count + 7) * states.nbytes + max(running, 2 * rest.head_bytes + 2 * head + width)
     passed = passing(layers, how.batch * states.length, how.dtype, handed_on=states.handed_on, copies=2) if layers else 0
     writes = 200 + 90 * count
-    return Spec({"bytes": writes}, reads=reads, writes=writes, memory=memory, device=on_device(max(passed, head + width)))
+    begun = [len(one.names) if one else 0 for one in (*alternatives, *[None] * (len(layers) - len(alternatives)))]
+    runs = [1 + sum(begun[: at + 1]) for at in range(len(layers))]  # of each layer: the model's, and its forks'
+    done = operations.passing((layer for n, layer in zip(runs, layers, strict=True) for _ in range(n)), states, how.dtype)
+    done = operations.together(done, operations.head(rest, (1 + count) * states.sequences * states.length, how.dtype))
+    device = on_device(max(passed, head + width))
+    return Spec({"bytes": writes}, reads=reads, writes=writes, operations=done, memory=memory, device=device)
 
 
 @step("calibrate.forks", version=2, spec=_forks_spec, gpus=1)
