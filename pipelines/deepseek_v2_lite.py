@@ -5,8 +5,9 @@
 The constants are the paper's, as in `mixtral_moei2.py`: a quarter of a layer's 64 experts is dropped on average, no shared expert
 and nothing of the dense first layer; 53.98 % of the routed experts' parameters go in the end.
 
-Each expert of each layer is left out once to measure what the model loses (`importance`), on 4,096 tokens, since all these models
-run to the end. `-p counts.importance=recon -p decomposition.importance=recon` looks at the layers' own outputs instead.
+Each expert of each layer is left out once to measure how far the model's predictions move (`importance`), on 4,096 tokens, since
+all these models run to the end. `-p counts.importance=recon -p decomposition.importance=recon` looks at the layers' own outputs
+instead.
 """
 
 from functools import partial

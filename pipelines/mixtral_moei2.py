@@ -9,6 +9,9 @@ experts' parameters by SVD, with ranks by importance at alpha 0.15. 2,048 sequen
 rank, rate and epochs were not at hand, so those here are usual ones. It takes eight GPUs of 48 GB, as `ray_cluster.yaml` has them;
 with one larger GPU say `-p gang.processes=1`. `-p tune=none` leaves it out.
 
+The paper leaves open what importance is measured in. Here it is how far the predictions move without an expert; `-p
+counts.importance=lm_loss -p decomposition.importance=lm_loss` takes the growth of the loss, `recon` the layer's own output.
+
 What moeflow puts beside it: `-p counts.rule=exact -p search=swap -p search.span=1 -p decomposition.svd=whitened
 -p decomposition.ranks=global`.
 """

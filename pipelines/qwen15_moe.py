@@ -5,9 +5,9 @@
 The constants are the paper's, as in `mixtral_moei2.py`: on average a quarter of a layer's 60 experts is dropped, the shared one
 always stays, and the rest is cut to about half of the routed experts' parameters.
 
-Each expert of each layer is left out once to measure what the model loses (`importance`), on 4,096 tokens, since all these models
-run to the end. `-p counts.importance=recon -p decomposition.importance=recon` looks at the layers' own outputs instead. The
-tokenizer has no beginning-of-sequence token.
+Each expert of each layer is left out once to measure how far the model's predictions move (`importance`), on 4,096 tokens, since
+all these models run to the end. `-p counts.importance=recon -p decomposition.importance=recon` looks at the layers' own outputs
+instead. The tokenizer has no beginning-of-sequence token.
 """
 
 from functools import partial

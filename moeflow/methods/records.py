@@ -214,6 +214,11 @@ class Bits(Record):
     layers: Mapping[int, int]
 
 
+def left_out(name: str) -> tuple[int, ...]:
+    """The experts that an alternative leaves out, by its name among curves: "3", or "3+7" for two together."""
+    return tuple(map(int, name.split("+")))
+
+
 @dataclass(frozen=True)
 class Ranks(Record):
     """The rank of every expert's matrices, decided for all layers together."""

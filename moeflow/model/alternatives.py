@@ -27,9 +27,9 @@ class Kept:
 
 @dataclass(frozen=True)
 class Without:
-    """One expert is left out."""
+    """These experts are left out."""
 
-    expert: int
+    experts: tuple[int, ...]
 
 
 Alternative = Kept | Without | Path
@@ -42,7 +42,7 @@ def alternative_blocks(
 ) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:  # fmt: skip
     """The name and the MoE block of each alternative, one after the other. Blocks with fewer experts share their tensors.
 
-    Skips a `Without` whose expert the layer does not have or cannot spare.
+    Skips a `Without` whose experts the layer does not have or cannot spare.
     """
     if not alternatives:
         return
@@ -53,11 +53,12 @@ def alternative_blocks(
         elif isinstance(alternative, Path):
             yield name, read_moe(Tensors(alternative), config, layer).to(device=device, dtype=dtype)
         elif isinstance(alternative, Without):
-            if alternative.expert >= whole.num_experts or not whole.router.can_spare(whole.num_experts):
+            gone = alternative.experts
+            if max(gone) >= whole.num_experts or not whole.router.can_spare(whole.num_experts, len(gone)):
                 continue
             # forbidden, not cut out, because the router's groups may then differ in size
             allowed_E = torch.ones(whole.num_experts, dtype=torch.bool, device=device)
-            allowed_E[alternative.expert] = False
+            allowed_E[list(gone)] = False
             yield name, partial(whole, allowed_E=allowed_E)
         else:
             yield name, whole.keep(list(alternative.experts))

@@ -45,11 +45,11 @@ class Router:
         """The router of the layer with only these experts."""
         return replace(self, bias_E=None if self.bias_E is None else self.bias_E[experts])
 
-    def can_spare(self, experts: int) -> bool:
-        """Whether any one of a layer's `experts` can be forbidden while every token still gets its top k."""
+    def can_spare(self, experts: int, gone: int = 1) -> bool:
+        """Whether any `gone` of a layer's `experts` can be forbidden while every token still gets its top k."""
         least = 2 if self.groups > 1 and self.arch.group_score == "top2" else 1
-        left = experts // self.groups - 1
-        return left >= least and (self.top_k < experts if self.groups == 1 else left * self.topk_groups >= self.top_k)
+        left = experts // self.groups - gone
+        return left >= least and (self.top_k <= left if self.groups == 1 else left * self.topk_groups >= self.top_k)
 
     def choose(self, logits: Tensor, allowed: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Weights [..., k] (fp32) and indices [..., k] (int64) of the chosen experts, in no particular order.

@@ -312,19 +312,20 @@ def test_a_pruned_graph_whose_counts_a_run_decides_is_not_pruned_again(tmp_path:
 
 
 @torch.inference_mode()
-def test_importance_is_what_the_output_or_the_loss_is_without_the_expert(tmp_path: Path) -> None:
+def test_importance_is_what_the_output_the_predictions_or_the_loss_are_without_the_expert(tmp_path: Path) -> None:
     source, store = tiny.write("qwen3_moe", tmp_path / "model"), running.store_in(tmp_path)
     model = running.model_in(source)
     seen = calibrated(model, tmp_path)
-    own, loss = (moei2.IMPORTANCES[n](seen, model.moe_layers, 128)[2] for n in ("recon", "lm_loss"))
-    running.run(store, own, loss)
-    recon, lm = (json.loads(store.artifact(s.key).file("importance.json").read_text()) for s in (own, loss))
+    hows = [Counts(0.75, importance=n, measured=128) for n in ("recon", "kl", "lm_loss")]
+    steps = [moei2.importance_by(how, seen, model.moe_layers)[2] for how in hows]
+    running.run(store, *steps)
+    recon, kl, lm = (json.loads(store.artifact(s.key).file("importance.json").read_text()) for s in steps)
     whole_model = AutoModelForCausalLM.from_pretrained(source).eval()
     ids = torch.from_numpy(running.array_of(running.matrix_of(tmp_path)))
     block = whole_model.model.layers[2].mlp
     moe, inputs = read_moe(Tensors(source), read_config(Folder(source)), 2), []
     hook = block.register_forward_hook(lambda _, args, out: inputs.append(args[0].flatten(0, -2)))
-    before = float(whole_model(ids, labels=ids).loss)
+    before, log_p = float((out := whole_model(ids, labels=ids)).loss), out.logits[:, :-1].log_softmax(-1)
     hook.remove()
     out_TD = moe(inputs[0])
     for expert in range(8):
@@ -333,10 +334,36 @@ def test_importance_is_what_the_output_or_the_loss_is_without_the_expert(tmp_pat
         changed = float((moe(inputs[0], allowed) - out_TD).norm() / out_TD.norm())
         assert recon["importance"][expert] == pytest.approx(changed, rel=1e-3)
         hook = block.register_forward_hook(lambda _, args, out, a=allowed: moe(args[0].flatten(0, -2), a).view(args[0].shape))
-        after = float(whole_model(ids, labels=ids).loss)
+        after, log_q = float((out := whole_model(ids, labels=ids)).loss), out.logits[:, :-1].log_softmax(-1)
         hook.remove()
+        apart = float(kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1).mean())
+        assert kl["importance"][expert] == pytest.approx(apart, rel=1e-3, abs=1e-7)
         assert lm["importance"][expert] == pytest.approx(max(0.0, after - before), abs=1e-5)
-    assert sum(recon["tokens"]) == ids.numel() * 3
+    assert sum(recon["tokens"]) == ids.numel() * 3 and recon["tokens"] == kl["tokens"] == lm["tokens"]
+    assert Counts(0.75).importance == Decomposition().importance == "kl"
+
+
+def test_experts_that_are_left_out_together_share_what_it_did_by_what_each_changes_in_its_layer(tmp_path: Path) -> None:
+    store, model = running.store_in(tmp_path), running.model_in(tiny.write("qwen3_moe", tmp_path / "model"))
+    seen = calibrated(model, tmp_path)
+    hows = [Decomposition(importance=n, measured=128, together=3) for n in ("recon", "kl", "lm_loss")]  # 0+3+6, 1+4+7 and 2+5
+    steps = [moei2.importance_by(how, seen, model.moe_layers)[2] for how in hows]
+    curves = next(s for s in steps[1].inputs if s.name == "calibrate.curves")
+    running.run(store, *steps)
+    recon, kl, loss = (json.loads(store.artifact(s.key).file("importance.json").read_text())["importance"] for s in steps)
+    measured = json.loads(store.artifact(curves.key).file("curves.json").read_text())
+    assert set(measured["curves"]["2"]) == {"0+3+6", "1+4+7", "2+5"}
+    for name, apart in measured["curves"]["2"].items():
+        together = [int(e) for e in name.split("+")]
+        assert sum(kl[e] for e in together) == pytest.approx(apart) != 0
+        assert sum(loss[e] for e in together) == pytest.approx(max(0.0, measured["losses"]["2"][name] - measured["loss"]))
+        for e in together:
+            assert kl[e] == pytest.approx(apart * recon[e] ** 2 / sum(recon[o] ** 2 for o in together))
+    spared = moei2.importance_by(Counts(0.75, measured=128, together=100), seen, model.moe_layers)[2]
+    running.run(store, spared)  # at least as many stay as a token needs
+    assert any(json.loads(store.artifact(spared.key).file("importance.json").read_text())["importance"])
+    with pytest.raises(ValueError, match="together=0 must be at least 1"):
+        Counts(0.75, together=0)
 
 
 def test_a_search_that_was_killed_goes_on_to_the_same_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

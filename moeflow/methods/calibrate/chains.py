@@ -12,9 +12,9 @@ class Forks:
     """The alternatives of one layer: where they come from, and their names."""
 
     kind: Literal["sets", "each", "files"]
-    """The best sets of a layer's candidates, the layer without one of its experts, or other files of the layer."""
+    """The best sets of a layer's candidates, the layer without one or several of its experts, or other files of the layer."""
     names: tuple[str, ...]
-    """The name of each: the count that a set keeps, the expert that is left out, or a file's name."""
+    """The name of each: the count that a set keeps, the experts that are left out (`left_out`), or a file's name."""
     replaced: bool = False
     """The layer is itself an alternative already; its last source is the layer as it was."""
 

@@ -14,7 +14,7 @@ from torch.nn.functional import kl_div
 
 from moeflow.arch import Config
 from moeflow.methods.calibrate.chains import Forks
-from moeflow.methods.records import Candidates, Curves
+from moeflow.methods.records import Candidates, Curves, left_out
 from moeflow.model.alternatives import Alternative, Kept, Without, alternative_blocks, slices, watched, with_block
 from moeflow.model.checkpoint import Tensors, save, tensor_of
 from moeflow.model.header import TensorInfo
@@ -62,7 +62,7 @@ def begun(which: Forks | None, sources: Sequence[Artifact]) -> dict[str, Alterna
         return {name: Kept(counts[int(name)].best[0].keep) for name in which.names}
     if which.kind == "files":
         return {name: artifact.file(LAYER) for name, artifact in zip(which.names, sources, strict=False)}
-    return {name: Without(int(name)) for name in which.names}
+    return {name: Without(left_out(name)) for name in which.names}
 
 
 @torch.inference_mode()

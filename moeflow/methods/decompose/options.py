@@ -22,8 +22,12 @@ class Decomposition:
     """How the remaining parameters are spread: the same rank everywhere, MoE-I2's formula, or what costs least in the model."""
     svd: Literal["vanilla", "whitened"] = "whitened"
     """What a factored matrix preserves best: its weights (MoE-I2), or its outputs on the expert's tokens."""
-    importance: Literal["recon", "kl", "lm_loss"] = "lm_loss"
-    """How MoE-I2's formula measures an expert's importance: by the layer's output, or by the model's loss."""
+    importance: Literal["recon", "kl", "lm_loss"] = "kl"
+    """How MoE-I2's formula measures an expert's importance: how far the layer's output (recon) or the model's predictions (kl) move
+    without it, or how much the model's loss grows (lm_loss)."""
+    together: int = 1
+    """How many experts are left out at a time to measure kl or lm_loss, where each by itself costs too much; they share what it
+    did by how much each changes its layer's output."""
     alpha: float = 0.15
     """The exponent of importance in MoE-I2's formula; 0 makes all ranks the same."""
     r_min: int = 1
@@ -43,13 +47,13 @@ class Decomposition:
     force: bool = False
     """Allow a rank above break-even."""
     measured: int = 16_384
-    """Approximate number of tokens measured through the whole model, for ranks=global and importance=lm_loss; for each alternative
-    of each layer their hidden states are kept."""
+    """Approximate number of tokens measured through the whole model, for ranks=global and importance=kl or lm_loss; for each
+    alternative of each layer their hidden states are in memory."""
 
     def __post_init__(self) -> None:
         check_choices(self)
         check_least(self.least)
-        check_at_least(self, multiple=1, r_max=0, r_min=1, measured=1, alpha=0, rank=0)
+        check_at_least(self, multiple=1, r_max=0, r_min=1, measured=1, together=1, alpha=0, rank=0)
         if not 0 <= self.shrink <= 1:
             raise ValueError(f"shrink={self.shrink} must lie between 0, trusting the tokens alone, and 1")
         if self.ratio and self.ranks == "global" and self.svd == "vanilla":

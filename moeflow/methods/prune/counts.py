@@ -15,7 +15,7 @@ from moeflow.arch import Family
 from moeflow.methods.allocate import allocate_curves
 from moeflow.methods.graph import Model
 from moeflow.model.spec import LayerSpec
-from moeflow.options import check_choices
+from moeflow.options import check_at_least, check_choices
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,12 @@ class Counts:
     """The unit of keep."""
     rule: Literal["uniform", "paper", "exact"] = "exact"
     """uniform: the same number in each layer; paper: by importance, as in MoE-I²; exact: the least sum of measured costs."""
-    importance: Literal["recon", "kl", "lm_loss"] = "lm_loss"
-    """The importance of an expert in the paper's rule: how much its layer's output, or the model's loss, changes without it."""
+    importance: Literal["recon", "kl", "lm_loss"] = "kl"
+    """The importance of an expert in the paper's rule: how far its layer's output (recon) or the model's predictions (kl) move
+    without it, or how much the model's loss grows (lm_loss)."""
+    together: int = 1
+    """How many experts are left out at a time to measure kl or lm_loss, where each by itself costs too much; they share what it
+    did by how much each changes its layer's output."""
     legal: tuple[int, ...] = ()
     """The numbers of experts that serving kernels accept; empty: any."""
     divisor: int = 1
@@ -43,6 +47,7 @@ class Counts:
 
     def __post_init__(self) -> None:
         check_choices(self)
+        check_at_least(self, together=1)
         if self.divisor < 1:
             raise ValueError(f"divisor={self.divisor} must be at least 1")
         if self.grid < 2 or self.measured < 1:

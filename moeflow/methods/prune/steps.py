@@ -12,7 +12,18 @@ from moeflow.methods.graph import HIDDEN
 from moeflow.methods.prune.counts import between, fit, neighbours, shares
 from moeflow.methods.prune.searches import ENUMERATE, SUBSET_SEARCHES, Search
 from moeflow.methods.prune.subsets import MAX_SUBSETS, Subsets
-from moeflow.methods.records import Candidates, Choice, Combination, Combinations, Curves, Importance, KeptCounts, LayerLoss, Spread
+from moeflow.methods.records import (
+    Candidates,
+    Choice,
+    Combination,
+    Combinations,
+    Curves,
+    Importance,
+    KeptCounts,
+    LayerLoss,
+    Spread,
+    left_out,
+)
 from moeflow.methods.scores import SCORES
 from moeflow.model import operations
 from moeflow.model.layout import LAYER, read_config
@@ -163,14 +174,21 @@ def _importance_measured_spec(curves: Mapping[str, Any], recon: Mapping[str, Any
 def importance_measured(context: Context, curves: Artifact, recon: Artifact, *, by: Literal["kl", "lm_loss"]) -> None:
     """For each expert of a layer, how far the model's predictions move without it, or how much its loss grows: `Importance`.
 
-    `curves`: both without each expert, for all layers; `recon`: the importance in this layer by its own output, from which the
-    number of tokens of each expert is taken. A loss that falls counts as one that does not change.
+    `curves`: both without each expert, or without several together, for all layers; `recon`: the importance in this layer by its
+    own output. Experts that were left out together share what that did, in proportion to the squared change of the layer's output
+    without each of them, to which the divergence is proportional while it is small. A loss that falls counts as one that does not
+    change.
     """
     measured, own = Curves.read(curves), Importance.read(recon)
     whole, of = (0.0, measured.curves) if by == "kl" else (measured.loss, measured.losses)
-    without = of.get(own.layer, {})
-    growth = (max(0.0, without.get(str(e), whole) - whole) for e in range(len(own.tokens)))
-    Importance(own.layer, tuple(growth), own.tokens).write(context.out)
+    importance = [0.0] * len(own.tokens)
+    for name, value in of.get(own.layer, {}).items():
+        together = left_out(name)
+        squares = [own.importance[e] ** 2 for e in together]
+        for e, square in zip(together, squares, strict=True):
+            part = square / sum(squares) if sum(squares) else 1 / len(squares)
+            importance[e] = max(0.0, value - whole) * part
+    Importance(own.layer, tuple(importance), own.tokens).write(context.out)
 
 
 def _counts_spec(measured: Any, *, legal: dict[str, list[int]], experts: dict[str, int], total: int) -> Spec:

@@ -5,9 +5,8 @@ Yang et al., EMNLP Findings 2024, arXiv 2411.01016, and moeflow's alternative to
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from math import ceil
-from typing import Any, Literal
+from typing import Any
 
 from moeflow.arch import MATRICES, Family
 from moeflow.methods import rewrite
@@ -117,7 +116,7 @@ def _uniform(budget: Budget) -> Searched:
 
 
 def _paper(budget: Budget) -> Searched:
-    importances = IMPORTANCES[budget.counts.importance](budget.calibration, list(budget.legal), budget.counts.measured)
+    importances = importance_by(budget.counts, budget.calibration, list(budget.legal))
     return budget.searched(counts_paper(tuple(importances.values()), **budget.limits))
 
 
@@ -133,25 +132,33 @@ RULES: dict[str, Callable[[Budget], Searched]] = {"uniform": _uniform, "paper": 
 """The rules of `Counts`, by name."""
 
 
-def _recon(calibration: Calibration, layers: Sequence[int], measured: int) -> dict[int, Step]:
-    return {i: importance(*calibration.of(i), at=i, dtype=calibration.dtype) for i in layers}
+def importance_by(how: Counts | Decomposition, calibration: Calibration, layers: Sequence[int]) -> dict[int, Step]:
+    """The importance of the experts of these layers, by the measure that `how` names."""
+    own = {i: importance(*calibration.of(i), at=i, dtype=calibration.dtype) for i in layers}
+    if how.importance == "recon":
+        return own
+    family, each = Family.of(calibration.model.config), {}
+    for i in layers:
+        experts = counts_.spec_of(calibration.model, i).experts
+        if (most := _spared(family, experts)) > 0:
+            each[i] = Alternatives(Forks("each", _left_out(experts, min(how.together, most))))
+    curves = calibrate.curves(calibration, each, tokens=how.measured)
+    return {i: importance_measured(curves, own[i], by=how.importance) for i in layers}
 
 
-def _measured(calibration: Calibration, layers: Sequence[int], measured: int, *, by: Literal["kl", "lm_loss"]) -> dict[int, Step]:
-    model, own = calibration.model, _recon(calibration, layers, measured)
-    experts = {i: counts_.spec_of(model, i).experts for i in layers}
-    top_k = Family.of(model.config).top_k
-    each = {i: Alternatives(Forks("each", tuple(map(str, range(experts[i]))))) for i in layers if experts[i] > top_k}
-    curves = calibrate.curves(calibration, each, tokens=measured)
-    return {i: importance_measured(curves, own[i], by=by) for i in layers}
+def _spared(family: Family, experts: int) -> int:
+    """How many experts of a layer may be missing, whichever they are, while every token still gets its top k."""
+    groups, topk_groups = family.group_limit
+    if groups == 1:
+        return experts - family.top_k
+    least = 2 if family.arch.group_score == "top2" else 1
+    return experts // groups - max(least, ceil(family.top_k / topk_groups))
 
 
-IMPORTANCES: dict[str, Callable[[Calibration, Sequence[int], int], dict[int, Step]]] = {
-    "recon": _recon,
-    "kl": partial(_measured, by="kl"),
-    "lm_loss": partial(_measured, by="lm_loss"),
-}
-"""The measures of an expert's importance, by name: functions of (calibration, layers, measured tokens) to one step per layer."""
+def _left_out(experts: int, together: int) -> tuple[str, ...]:
+    """The names of alternatives that leave out every expert once, `together` at a time, and no neighbours together."""
+    count = -(-experts // together)
+    return tuple("+".join(map(str, range(n, experts, count))) for n in range(count))
 
 
 def ratio_left(remove: float, drop: float) -> float:
@@ -207,7 +214,7 @@ def _same_ranks(calibration: Calibration, how: Decomposition, sides: Sides) -> R
 
 
 def _ranks_by_importance(calibration: Calibration, how: Decomposition, sides: Sides) -> Ranked:
-    importances = IMPORTANCES[how.importance](calibration, list(sides), how.measured)
+    importances = importance_by(how, calibration, list(sides))
     lists = {str(i): list(of_layer) for i, of_layer in sides.items()}
     return decompose_.by_importance(tuple(importances.values()), sides=lists, how=how.of_paper_ranks), {}
 
