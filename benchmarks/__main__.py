@@ -19,6 +19,7 @@ ALL = (
     "store",
     "recompression",
     "traffic",
+    "scale",
     "genetic",
     "decompose",
     "lowrank",

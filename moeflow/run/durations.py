@@ -15,7 +15,7 @@ from moeflow.store import Index, Store
 STEP = 0.05
 """Seconds that any step takes beside its work, without its process."""
 DISK = 1e9
-"""Bytes a second at which a step reads and verifies, or writes and hashes, what lies on its node."""
+"""Bytes a second at which a step reads and verifies, or writes, what lies on its node."""
 BUCKET = 0.5e9
 """Bytes a second between a step and a bucket, at most; less where its node's network is slower."""
 SKEW = 0.1
@@ -88,6 +88,7 @@ class Durations:
         ratios = self._ratios(step.name, work, device)
         mean = modelled * (median(ratios) if ratios else 1.0)
         spread = min(0.5, max(0.02, pstdev(map(log, ratios)))) if len(ratios) > 3 else SKEW
+        mean += step.spec.writes / DISK  # what it has written is read once more, to be hashed and stored
         if step.resources.processes:
             mean += GANG + _exchanging(step, device)
             spread = 0.0  # the slowest process is the gang's speed

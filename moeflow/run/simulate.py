@@ -12,7 +12,7 @@ from itertools import count
 
 from moeflow.run.call import Call
 from moeflow.run.devices import GPUS, Device
-from moeflow.run.durations import BUCKET, DISK, Duration, Durations
+from moeflow.run.durations import BUCKET, Duration, Durations
 from moeflow.run.node_kinds import NodeKind, NodeKinds
 from moeflow.run.plan import Plan, Row
 from moeflow.run.schedule import Schedule
@@ -244,8 +244,6 @@ class _Run:
             far = sum(size for k, size in sizes.items() if k not in node.cached) / max(1, sum(sizes.values()))
             began += row.reads * far / min(BUCKET, network) + row.writes / min(BUCKET, network)
             node.cached.update(sizes, (key,))
-        else:
-            began += row.writes / DISK  # from the step's folder into the store
         self.sizes[key] = row.writes
         seconds = began + took.skewed
         self.busy += (need.gpus if self.with_gpus else need.cpus) * seconds * len(held)
