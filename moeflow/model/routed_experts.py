@@ -103,8 +103,9 @@ class RoutedExperts(nn.Module):
         return self._outputs(x_SD, torch.arange(len(x_SD), device=x_SD.device), None, expert_S, counts_E).to(x_SD.dtype)
 
     def _outputs(self, x_TD: Tensor, token_S: Tensor, scales: Scales | None, expert_S: Tensor, counts_E: Tensor) -> Tensor:
+        x_TD = x_TD.to(next(p.dtype for p in self.parameters(recurse=False)))
         work = self._together if in_one_kernel(x_TD) else self._one_by_one
-        return work(x_TD.to(next(p.dtype for p in self.parameters(recurse=False))), token_S, scales, expert_S, counts_E)
+        return work(x_TD, token_S, scales, expert_S, counts_E)
 
     def _one_by_one(self, x_TD: Tensor, token_S: Tensor, scales: Scales | None, expert_S: Tensor, counts_E: Tensor) -> Tensor:
         """The outputs [S, D], one expert after the other, which keeps the processor's cache warm."""
@@ -238,7 +239,8 @@ def _grouped(offsets_E: Tensor, x_SN: Tensor, weight_EMN: Tensor) -> Tensor:
 
 
 def in_one_kernel(x_SN: Tensor) -> bool:
-    return x_SN.is_cuda and torch.cuda.get_device_capability(x_SN.device) >= (8, 0)
+    """Whether one kernel can compute all experts' products; it knows no fp64."""
+    return x_SN.is_cuda and x_SN.itemsize <= 4 and torch.cuda.get_device_capability(x_SN.device) >= (8, 0)
 
 
 def _product(x_SN: Tensor, weight_MN: Tensor) -> Tensor:
