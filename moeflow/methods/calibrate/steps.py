@@ -327,7 +327,7 @@ def _forks_spec(
     running = 2 * max((layer.nbytes + layer.loaded(how.dtype) for layer in layers), default=0)
     memory = (count + 7) * states.nbytes + max(running, 2 * rest.head_bytes + 2 * head + width)
     passed = passing(layers, how.batch * states.length, how.dtype, handed_on=states.handed_on, copies=2) if layers else 0
-    writes = 200 + 90 * count
+    writes = 200 + 90 * count + 14 * (1 + count) * states.sequences
     begun = [len(one.names) if one else 0 for one in (*alternatives, *[None] * (len(layers) - len(alternatives)))]
     runs = [1 + sum(begun[: at + 1]) for at in range(len(layers))]  # of each layer: the model's, and its forks'
     done = operations.passing((layer for n, layer in zip(runs, layers, strict=True) for _ in range(n)), states, how.dtype)
@@ -336,7 +336,7 @@ def _forks_spec(
     return Spec({"bytes": writes}, reads=reads, writes=writes, operations=done, memory=memory, device=device)
 
 
-@step("calibrate.forks", version=2, spec=_forks_spec, gpus=1)
+@step("calibrate.forks", version=3, spec=_forks_spec, gpus=1)
 def forks(
     context: Context, rest: Artifact, matrix: Artifact, before: tuple[Artifact, ...], layers: tuple[Artifact, ...],
     sources: tuple[tuple[Artifact, ...], ...], ends: tuple[Artifact, ...], against: tuple[Artifact, ...] = (),
@@ -380,12 +380,15 @@ def _measure_spec(chains: tuple[Mapping[str, Any], ...]) -> Spec:
     return Spec({"bytes": size}, reads=size, writes=size)
 
 
-@step("calibrate.curves", version=2, spec=_measure_spec)
+@step("calibrate.curves", version=3, spec=_measure_spec)
 def measure(context: Context, chains: tuple[Artifact, ...]) -> None:
     """What several chains measured, as one `Curves`."""
     first, *more = map(Curves.read, chains)
     for one in more:
         curves = {i: {**first.curves.get(i, {}), **by_name} for i, by_name in one.curves.items()}
         losses = {i: {**first.losses.get(i, {}), **by_name} for i, by_name in one.losses.items()}
-        first = replace(first, curves={**first.curves, **curves}, losses={**first.losses, **losses})
+        each = {i: {**first.sequences.get(i, {}), **by_name} for i, by_name in one.sequences.items()}
+        first = replace(
+            first, curves={**first.curves, **curves}, losses={**first.losses, **losses}, sequences={**first.sequences, **each}
+        )
     first.write(context.out)
