@@ -29,18 +29,19 @@ MODELS = {"Mixtral-8x7B": real_sizes.MIXTRAL_8X7B, "Qwen3-30B-A3B": real_sizes.Q
 TEXTS = ("tokens=python:stdlib/a*.py", "heldout=python:stdlib/t*.py")
 LARGE = {
     "fit": ("moeflow/methods/recipes/fitted.py", ("budget.ratio=0.25",)),
-    "MoE-I²": ("pipelines/mixtral_moei2.py", ("tune=none", "counts.importance=recon", "decomposition.importance=recon")),
+    "MoE-I²": ("pipelines/mixtral_moei2.py", ("tune=none",)),
 }
 TARGETS = {16: 0.8, 64: 0.6}
 SHORT = ("calibration.sequences=32", "calibration.length=64", "calibration.shard=16", "heldout.sequences=8", "heldout.length=64")
+MORE = ("calibration.sequences=64", "calibration.seed=1")
 GENETIC = ("search.population=20", "search.generations=5", "calibration.record=2048", "calibration.stage=4", "tune=none")
 SMALL = {
-    "mixtral": ("pipelines/mixtral.py", (*SHORT, "keep=6"), ("keep=5", "calibration.sequences=64")),
-    "MoE-I²": ("pipelines/mixtral_moei2.py", (*SHORT, *GENETIC), ("counts.keep=0.5", "calibration.sequences=64")),
+    "mixtral": ("pipelines/mixtral.py", (*SHORT, "keep=6"), ("keep=5", *MORE)),
+    "MoE-I²": ("pipelines/mixtral_moei2.py", (*SHORT, *GENETIC), ("counts.keep=0.5", *MORE)),
     "fit": (
         "moeflow/methods/recipes/fitted.py",
         (*SHORT, "budget.ratio=0.25", "offers.group=16", "offers.measured=1024"),
-        ("calibration.sequences=64",),
+        MORE,
     ),
 }
 """Pipelines, what makes them run on the small model, and how a second run of each differs from the first."""

@@ -114,7 +114,7 @@ def work_of(step: Step) -> Work:
 
 
 def finished(steps: Iterable[Step], store: Store, index: Index) -> dict[str, tuple[Finished, ...]]:
-    """What the latest stored steps of these names took. Requests: their manifests, in parallel."""
+    """What the latest stored steps of these names took, but for those that loaded libraries. Requests: their manifests."""
     known = {s.key: s for s in steps}
     keys: dict[str, list[str]] = defaultdict(list)
     names = {s.name for s in known.values()}
@@ -126,7 +126,9 @@ def finished(steps: Iterable[Step], store: Store, index: Index) -> dict[str, tup
     for m in store.manifests([k for several in keys.values() for k in several]).values():
         gpu, threads = m.machine.get("gpu"), m.machine.get("threads")
         counted = {kind: n for kind in get_args(Arithmetic) if type(n := m.operations.get(kind)) is int}
-        if not m.same_as and m.seconds and type(gpu) is str and type(threads) is int:  # not of an older version
+        if not isinstance(gpu, str) or not isinstance(threads, int):  # of an older version
+            continue
+        if m.seconds and not m.same_as and not m.machine.get("loaded"):
             made[m.step].append(Finished(Work(counted, m.reads + m.bytes, max(1, threads)), m.seconds, gpu))
     return {name: tuple(several) for name, several in made.items()}
 

@@ -51,7 +51,7 @@ class Record:
     seconds: float = 0
     reads: int = 0  # bytes read from the inputs, or from a source
     operations: Mapping[str, int] = field(default_factory=dict)  # by its spec; of a gang, those of each process
-    machine: Mapping[str, Any] = field(default_factory=dict)  # its GPU, as its driver calls it, "" if none; and its threads
+    machine: Mapping[str, Any] = field(default_factory=dict)  # gpu, as its driver calls it, or ""; threads; loaded
     stands_for: Mapping[str, str] = field(default_factory=dict)  # of a note: the files elsewhere, by name with their SHA-256
 
 

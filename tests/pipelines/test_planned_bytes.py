@@ -15,9 +15,13 @@ ROOT = Path(__file__).parents[2]
 SHORT = ["calibration.sequences=16", "calibration.length=64", "calibration.batch=4", "heldout.sequences=4", "heldout.length=64"]
 RUNS = [
     ("mixtral", ["keep=6"]),
-    pytest.param("mixtral_moei2", ["calibration.record=1024", "tune=none", *words.GENETIC], marks=pytest.mark.slow),
+    # by lm_loss, experts of a pruned model are left out one by one, and how many it has left is not known when a plan is made
+    pytest.param(
+        "mixtral_moei2", ["decomposition.importance=recon", "calibration.record=1024", "tune=none", *words.GENETIC],
+        marks=pytest.mark.slow,
+    ),
     pytest.param("fit", ["budget.ratio=0.25", "offers.group=16", "offers.measured=512"], marks=pytest.mark.slow),
-]
+]  # fmt: skip
 
 
 def built(name: str, params: list[str]) -> Step:

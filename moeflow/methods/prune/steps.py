@@ -248,9 +248,7 @@ def _combinations_spec(
             "or T"
         )
     states: list[HiddenSpec] = [s.hidden if isinstance(s, ObservedSpec) else s for s in (*before, *behind)]
-    reads = (
-        len(before) * sum(layer.nbytes for layer in layers) + sum(c["bytes"] for c in candidates) + sum(s.nbytes for s in states)
-    )
+    reads = sum(layer.nbytes for layer in layers) + sum(c["bytes"] for c in candidates) + sum(s.nbytes for s in states)
     resident = sum(best**t for t in range(max(1, len(candidates)))) + 2  # prefixes whose hidden states are in memory
     memory = max(layer.nbytes + 2 * layer.loaded(dtype) for layer in layers) + resident * max(s.nbytes for s in states)
     writes = 200 + count * (60 + 8 * len(candidates))
