@@ -150,7 +150,7 @@ def test_streaming_is_the_whole_model_bit_for_bit_and_recording_changes_nothing(
         layers.append((i, tmp_path / f"{i}.part"))
         save({n: tensors[n] for n in tensors if n.startswith(family.prefix(i))}, layers[-1][1])
     passes.embed(config, Folder(tmp_path), ids(), tmp_path / "start", dtype="float32")
-    run = dict(batch=2, dtype="float32", progress=lambda *_: None)
+    run = dict(count=3, batch=2, dtype="float32", progress=lambda *_: None)
     passes.through(config, tmp_path / "start", layers, tmp_path / "plain", **run)
     passes.through(config, tmp_path / "start", layers, tmp_path / "observed", recording=Recording(10**6), **run)
     model, last = load(smaller), []

@@ -7,6 +7,7 @@ whole model: a chain begins at every stage, forks there at every layer, once for
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from moeflow.methods.calibrate.chains import Alternatives, Chain, Forks, groups
 from moeflow.methods.graph import HIDDEN, REST, TOKENS, Calibration, Model, Pass
 from moeflow.methods.records import Curves
 from moeflow.model import operations
+from moeflow.model.ahead import ahead
 from moeflow.model.layout import LAYER, ROUTING, file_before, file_of, read_config
 from moeflow.model.memory import on_device, passing
 from moeflow.model.spec import (
@@ -136,9 +138,13 @@ def _behind(
     return tuple(observe(model.essential, hidden, layers, recording=recording, **how) for hidden in states)
 
 
-def _numbered(layers: tuple[Artifact, ...], first: int) -> list[tuple[int, Path]]:
-    """The number of each layer, and its file, or the folder of its files if there are several."""
-    return list(enumerate((a.folder() if ROUTING in a.names() else a.file(LAYER) for a in layers), first))
+def _read(layers: tuple[Artifact, ...]) -> Iterator[Path]:
+    """The file of each layer, or the folder of its files if there are several; the next is read while one is computed with."""
+
+    def of(layer: Artifact) -> Path:
+        return layer.folder() if ROUTING in layer.names() else layer.file(LAYER)
+
+    return ahead(partial(of, layer) for layer in layers)
 
 
 def _embed_spec(essential: RestSpec, rest: RestSpec, tokens: TokensSpec, *, first: int, count: int, dtype: str) -> Spec:
@@ -191,7 +197,8 @@ def advance(
     from moeflow.model import passes
 
     passes.through(
-        read_config(config), hidden.file(HIDDEN), _numbered(layers, first), context.out / HIDDEN,
+        read_config(config), hidden.file(HIDDEN), enumerate(_read(layers), first), context.out / HIDDEN,
+        count=len(layers),
         batch=batch, dtype=dtype, progress=context.progress,
     )  # fmt: skip
 
@@ -229,7 +236,8 @@ def observe(
     from moeflow.model import passes
 
     passes.through(
-        read_config(config), hidden.file(HIDDEN), _numbered(layers, first), context.out / HIDDEN,
+        read_config(config), hidden.file(HIDDEN), enumerate(_read(layers), first), context.out / HIDDEN,
+        count=len(layers),
         batch=batch, dtype=dtype, progress=context.progress, recording=recording,
     )  # fmt: skip
 
@@ -353,11 +361,11 @@ def forks(
     from moeflow.methods.calibrate import forking
 
     def stages() -> Iterator[forking.Stage]:
-        for done, file in enumerate(layers):
+        for done, file in enumerate(ahead(partial(layer.file, LAYER) for layer in layers)):
             which = alternatives[done] if done < len(alternatives) else None
             held = sources[done] if which and sources else ()
             whole = held[-1].file(LAYER) if which and which.replaced else None
-            yield forking.Stage(how.first + done, file.file(LAYER), forking.begun(which, held), whole)
+            yield forking.Stage(how.first + done, file, forking.begun(which, held), whole)
             context.progress(done + 1, len(layers), "layers")
 
     def rows_of(states: tuple[Artifact, ...]) -> dict[str, Any]:
