@@ -15,6 +15,7 @@ from moeflow.methods.evaluate.steps import here
 ALL = (
     "search",
     "calibrate",
+    "overlap",
     "driver",
     "store",
     "recompression",
