@@ -39,7 +39,7 @@ from moeflow.methods.slim.rounding import round_to_nearest
 from moeflow.methods.slim.sparsegpt import sparsegpt
 from moeflow.model.alternatives import watched, with_block
 from moeflow.model.checkpoint import read_moe
-from moeflow.model.factors import PLAIN, Form
+from moeflow.model.factors import PLAIN, Form, stacks
 from moeflow.model.fewer_active import CompressedExperts, Skip
 from moeflow.model.formats import Format
 from moeflow.model.moe import MLP, MoELayer
@@ -290,7 +290,7 @@ def _awq(how: Slimming, at: Place) -> Tensor:
     return torch.stack([MLP(*(kind[e] for kind in kinds))(x_TD) for e in range(E)])  # type: ignore[arg-type]
 
 
-RAGGED = tuple(8 + 3 * e for e in range(E))
+RAGGED, ODD = tuple(32 + 8 * (5 * e % E) for e in range(E)), tuple(8 + 3 * e for e in range(E))
 LOW, SOME = Format(E, *((24,) * E,) * 3), tuple(0 if e % 3 == 0 else r for e, r in enumerate(RAGGED))
 silu = nn.functional.silu
 
@@ -309,6 +309,7 @@ EXPERTS: dict[str, Callable[[], RoutedExperts]] = {
     "whole": lambda: _experts(Format(E)),
     "equal ranks": lambda: _experts(LOW),
     "ragged ranks": lambda: _experts(Format(E, RAGGED, RAGGED[::-1], RAGGED)),
+    "ragged ranks, multiples of nothing": lambda: _experts(Format(E, ODD, ODD[::-1], ODD)),
     "some whole, others ragged": lambda: _experts(Format(E, SOME, SOME, RAGGED)),
     "no gate, biases": lambda: _experts(Format(E, up=SOME, down=SOME), Form(gated=False, biased=True)),
     "skipping": lambda: _experts(LOW, skip=_skip("tail", 0.3)),
@@ -345,10 +346,13 @@ def _gradients(make: Callable[[], RoutedExperts], at: Place) -> Tensor:
 
 
 def _addition(at: Place) -> Tensor:
-    made = Addition(at(drawn(3, E, F, D)), "x", Recipe(rank=4), open_EBMN=(drawn(4, E, 2, F // 2, 1) > 0).float())
+    format = Format(E, RAGGED, RAGGED[::-1], RAGGED)
+    (stack,) = (s for s in stacks(format) if s.name == "gate_up_in")
+    weight, shape = at(drawn(3, *stack.shape(format, D, F))), stack.apart(format, D)
+    made = Addition(weight, "x", Recipe(rank=4), shape=shape, joined=partial(stack.joined, format=format))
     with torch.no_grad():
         made.b.copy_(at(drawn(5, *made.b.shape)))
-        return made(at(drawn(3, E, F, D)))
+        return made(weight)
 
 
 _SIZES: dict[str, Any] = {
