@@ -123,7 +123,8 @@ class _Run:
         self.there: list[_Node] = []
         self.busy = 0.0
         self.sizes = {key: listed.bytes for key, listed in schedule.index.keys.items()}
-        for kind, joined in nodes.all():
+        processes = sum(max(1, row.processes) for row in self.rows.values())  # more nodes than these have nothing to do
+        for kind, joined in nodes.all(processes):
             node = _Node(kind, kind.cpus, kind.memory, kind.gpus if self.with_gpus else 0, BOOT * joined)
             self.there.append(node)
             if node.joined:
