@@ -231,7 +231,8 @@ class _Run:
 
     def _begin(self, key: str, need: _Need, held: list[_Node]) -> None:
         step, row, node = self.schedule.steps[key], self.rows[key], held[0]
-        took = self.took[key] = self.durations.of(step, node.device, idle=row.optional and not row.reads)
+        idle, apart = row.optional and not row.reads, any(one is not node for one in held)
+        took = self.took[key] = self.durations.of(step, node.device, idle=idle, apart=apart)
         began = 0.0
         computes = bool(step.spec.operations)
         for one in held:

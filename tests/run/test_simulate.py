@@ -80,6 +80,9 @@ def test_a_gang_waits_until_all_its_processes_have_room_and_shares_its_work(stor
     alone = simulated(store, h100s(8), gang)
     assert alone.seconds == pytest.approx(3600 + 100 + GANG + LIBRARIES, rel=0.01)
     assert list(alone.lost.values()) == [pytest.approx(0.25 * (3600 + 100 + GANG), rel=0.01)]
+    wide = gang.on(processes=12, gpus=1, exchanged=10**13)
+    apart = simulated(store, h100s(16), wide)
+    assert list(apart.gangs.values()) == [pytest.approx(8 / 12 * 3600 + 10**13 / GPUS["h100"].network + GANG, rel=0.01)]
     beside = simulated(store, h100s(8), computing(1, hours=0.5), gang)
     assert beside.seconds > alone.seconds + 1000
     (line,) = (text for text in forecast_lines(alone, h100s(8)) if "lost" in text)
