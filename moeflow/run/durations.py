@@ -75,10 +75,10 @@ class Durations:
 
     finished: Mapping[str, tuple[Finished, ...]] = field(default_factory=dict)
 
-    def of(self, step: Step, gpu: Device | None, *, idle: bool = False) -> Duration:
+    def of(self, step: Step, gpu: Device | None, *, idle: bool = False, apart: bool = False) -> Duration:
         """On a node with this GPU, or without one. Starting processes and reaching a bucket are not in it.
 
-        `idle`: the step finds too little memory, and ends at once.
+        `idle`: the step finds too little memory, and ends at once. `apart`: a gang's processes lie on several nodes.
         """
         if idle:
             return Duration(STEP, STEP, False)
@@ -90,7 +90,7 @@ class Durations:
         spread = min(0.5, max(0.02, pstdev(map(log, ratios)))) if len(ratios) > 3 else SKEW
         mean += step.spec.writes / DISK  # what it has written is read once more, to be hashed and stored
         if step.resources.processes:
-            mean += GANG + _exchanging(step, device)
+            mean += GANG + step.resources.exchanged / ((device.network if apart else device.links) if device else DISK)
             spread = 0.0  # the slowest process is the gang's speed
         return Duration(mean, mean * exp(spread * _drawn(step.key)), bool(ratios))
 
@@ -99,12 +99,6 @@ class Durations:
         kind = device.kind if device else "cpu"
         alike = [f for f in self.finished.get(name, ()) if is_kind(f.device, kind) and work.likeness(f.work) <= ALIKE]
         return [max(f.seconds, 1e-4) / f.work.seconds(device) for f in alike]
-
-
-def _exchanging(step: Step, device: Device | None) -> float:
-    """What the processes of a gang send each other, which they do between products and not beside them."""
-    asked = step.resources
-    return asked.exchanged / ((device.links if asked.processes <= 8 else device.network) if device else DISK)
 
 
 def work_of(step: Step) -> Work:

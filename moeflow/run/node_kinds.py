@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ GPU_MEMORY = "gpu-memory-gib"
 """The label of a node kind that says how many GiB each of its GPUs has, for machines that `machine` does not know."""
 GPU_KIND = "gpu-kind"
 """The label that says of which kind its GPUs are, by a name that `devices` knows."""
+MOST_GPUS = 65_536
 PRICE = "dollars-per-hour"
 """The label that says what a node costs. Labels are the one place for it that Ray's schema of cluster files leaves."""
 
@@ -73,11 +75,15 @@ class NodeKinds:
         where = f"{self.file}: available_node_types.{names[0]}"
         return f"{where}: how long steps take is not known without the kind of its GPUs; say it, as labels: {{{GPU_KIND}: h100}}"
 
-    def all(self) -> list[tuple[NodeKind, bool]]:
-        """Each node that there may be at once, those with GPUs first behind the head, and whether it has to be started."""
+    def all(self, most: int) -> list[tuple[NodeKind, bool]]:
+        """Each node that there may be at once, those with GPUs first behind the head, and whether it has to be started.
+
+        At most `most` besides the head.
+        """
         head = [(kind, False) for kind in self.kinds if kind.name == self.head]
         others = sorted((kind for kind in self.kinds if kind.name != self.head), key=lambda kind: not kind.gpus)
-        return head + [(kind, n >= kind.least) for kind in others for n in range(kind.most)][: self.workers]
+        workers = ((kind, n >= kind.least) for kind in others for n in range(kind.most))
+        return [*head, *islice(workers, min(self.workers, most))]
 
     def unfit(self, rows: Iterable["Row"]) -> dict["Row", str]:
         """For each step name the row that would run and asks for most of what no node has, and why it cannot run here."""
@@ -93,8 +99,10 @@ class NodeKinds:
     def _why(self, row: "Row", *, gpus: bool) -> str:
         """Why the cluster can never run this step; empty if it can."""
         rooms = sorted(((kind.room(row, gpus=gpus), kind.most) for kind in self.kinds if kind.name != self.head), reverse=True)
-        workers = [room for room, most in rooms for _ in range(most)][: self.workers]
-        room = sum(workers) + sum(kind.room(row, gpus=gpus) for kind in self.kinds if kind.name == self.head)
+        room, left = 0, self.workers
+        for fit, most in rooms:
+            room, left = room + fit * min(most, left), left - min(most, left)
+        room += sum(kind.room(row, gpus=gpus) for kind in self.kinds if kind.name == self.head)
         if room >= max(row.processes, 1):
             return ""
         asked = f"{row.cpus:g} CPUs, {size(row.memory)} of memory"
@@ -167,8 +175,10 @@ def _kind(where: str, name: str, described: Any, head: bool, workers: int) -> No
 def of_gpus(kind: str, count: float | None) -> NodeKinds:
     """So many GPUs of a kind, in the machines that EC2 has them in, all there from the start. Raises ValueError."""
     device = devices.gpu(kind, "--gpu-kind").kind
-    if count is None or count < 1 or count != int(count):
-        raise ValueError(f"--gpu-kind {kind} needs --gpus, how many of them there are, as a whole number; it is {count}")
+    if count is None or not 1 <= count <= MOST_GPUS or count != int(count):
+        raise ValueError(
+            f"--gpu-kind {kind} needs --gpus, how many of them there are, as a whole number from 1 to {MOST_GPUS:,}; it is {count}"
+        )
     of, left, kinds = with_gpus(device), int(count), []
     while left:
         gpus = min(left, of.gpus)

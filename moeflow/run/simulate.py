@@ -123,7 +123,8 @@ class _Run:
         self.there: list[_Node] = []
         self.busy = 0.0
         self.sizes = {key: listed.bytes for key, listed in schedule.index.keys.items()}
-        for kind, joined in nodes.all():
+        processes = sum(max(1, row.processes) for row in self.rows.values())  # more nodes than these have nothing to do
+        for kind, joined in nodes.all(processes):
             node = _Node(kind, kind.cpus, kind.memory, kind.gpus if self.with_gpus else 0, BOOT * joined)
             self.there.append(node)
             if node.joined:
@@ -230,7 +231,8 @@ class _Run:
 
     def _begin(self, key: str, need: _Need, held: list[_Node]) -> None:
         step, row, node = self.schedule.steps[key], self.rows[key], held[0]
-        took = self.took[key] = self.durations.of(step, node.device, idle=row.optional and not row.reads)
+        idle, apart = row.optional and not row.reads, any(one is not node for one in held)
+        took = self.took[key] = self.durations.of(step, node.device, idle=idle, apart=apart)
         began = 0.0
         computes = bool(step.spec.operations)
         for one in held:

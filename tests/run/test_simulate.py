@@ -80,6 +80,9 @@ def test_a_gang_waits_until_all_its_processes_have_room_and_shares_its_work(stor
     alone = simulated(store, h100s(8), gang)
     assert alone.seconds == pytest.approx(3600 + 100 + GANG + LIBRARIES, rel=0.01)
     assert list(alone.lost.values()) == [pytest.approx(0.25 * (3600 + 100 + GANG), rel=0.01)]
+    wide = gang.on(processes=12, gpus=1, exchanged=10**13)
+    apart = simulated(store, h100s(16), wide)
+    assert list(apart.gangs.values()) == [pytest.approx(8 / 12 * 3600 + 10**13 / GPUS["h100"].network + GANG, rel=0.01)]
     beside = simulated(store, h100s(8), computing(1, hours=0.5), gang)
     assert beside.seconds > alone.seconds + 1000
     (line,) = (text for text in forecast_lines(alone, h100s(8)) if "lost" in text)
@@ -123,13 +126,19 @@ def test_nodes_that_must_be_started_come_later_and_cost_what_their_label_says(st
     labelled = ', labels: {dollars-per-hour: "10.5"}'
     nodes = node_kinds.read(cluster(tmp_path, more=labelled))
     result = simulated(store, nodes, computing(1))
-    assert result.seconds > BOOT and result.gpus == 8 and result.dollars is None, "the head's price is not said"
+    assert result.seconds > BOOT and result.gpus == 4 and result.dollars is None, "the head's price is not said"
     path = cluster(tmp_path, more=labelled)
     path.write_text(path.read_text().replace("resources: {}}", 'resources: {}, labels: {dollars-per-hour: "1"}}'))
     nodes = node_kinds.read(path)
     result = simulated(store, nodes, computing(1))
-    assert result.dollars == pytest.approx((1 + 2 * 10.5) * result.seconds / 3600)
+    assert result.dollars == pytest.approx((1 + 10.5) * result.seconds / 3600)
     assert f"{result.dollars:,.2f} dollars" in forecast_lines(result, nodes)[0]
+
+
+def test_more_nodes_than_steps_are_not_simulated(store: Store, tmp_path: Path) -> None:
+    path = cluster(tmp_path, workers="1000000000")
+    path.write_text(path.read_text().replace("max_workers: 2", "max_workers: 1000000000"))
+    assert simulated(store, node_kinds.read(path), computing(1)).gpus == 4
 
 
 def test_gpus_of_an_unknown_kind_are_asked_for(store: Store, tmp_path: Path) -> None:
@@ -145,7 +154,7 @@ def test_gpus_of_an_unknown_kind_are_asked_for(store: Store, tmp_path: Path) -> 
 
 def test_gpus_are_divided_into_machines_of_their_kind() -> None:
     twenty = h100s(20)
-    assert [(kind.gpus, kind.most) for kind in twenty.kinds] == [(8, 2), (4, 1)] and len(twenty.all()) == 3
+    assert [(kind.gpus, kind.most) for kind in twenty.kinds] == [(8, 2), (4, 1)] and len(twenty.all(99)) == 3
     assert {node_kinds.of_gpus(kind, 8).kinds[0].gpu for kind in GPUS} == set(GPUS)
 
 
@@ -161,7 +170,9 @@ def test_a_serial_run_takes_one_step_after_another(store: Store) -> None:
     [
         (["--gpu-kind", "h9", "--gpus", "8"], "--gpu-kind='h9' is no known kind of GPU; say one of t4, "),
         (["--gpu-kind", "h100"], "--gpu-kind h100 needs --gpus, how many of them there are"),
-        (["--gpu-kind", "h100", "--gpus", "2.5"], "as a whole number; it is 2.5"),
+        (["--gpu-kind", "h100", "--gpus", "2.5"], "as a whole number from 1 to 65,536; it is 2.5"),
+        (["--gpu-kind", "h100", "--gpus", "1e12"], "from 1 to 65,536; it is 1000000000000.0"),
+        (["--gpu-kind", "h100", "--gpus", "inf"], "from 1 to 65,536; it is inf"),
         (["--gpu-kind", "h100", "--gpus", "8", "--on", "ray_cluster.yaml"], "give one of them"),
     ],
 )
