@@ -161,8 +161,9 @@ def test_a_fork_is_the_model_whose_layer_is_pruned(name: str, written: Written, 
         passes.through(config, tmp_path / "start", stack, tmp_path / what, **run)
     stages = [forking.Stage(i, file, {"f": Kept(tuple(KEPT))} if i == forked else {}) for i, file in layers]
     start = load_file(tmp_path / "start")
-    forks = forking.through(config, start, stages, last=forked, forks=1, batch=1, dtype="float32")
+    own_NLD, forks = forking.through(config, start, stages, forks=1, batch=1, dtype="float32")
     goal_NLD = load_file(tmp_path / "pruned")[HIDDEN]
+    assert torch.equal(own_NLD, load_file(tmp_path / "whole")[HIDDEN])
     torch.testing.assert_close(forks[forked, "f"], goal_NLD, rtol=1e-4, atol=1e-4)
 
     sets = {forked: [KEPT]}

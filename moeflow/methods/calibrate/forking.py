@@ -67,13 +67,12 @@ def begun(which: Forks | None, sources: Sequence[Artifact]) -> dict[str, Alterna
 
 @torch.inference_mode()
 def through(
-    config: Config, base: States, stages: Iterable[Stage], *, last: int, forks: int, batch: int, dtype: str
-) -> dict[Fork, Tensor]:
-    """The hidden states [N, L, D] of every fork behind the last of these consecutive layers.
+    config: Config, base: States, stages: Iterable[Stage], *, forks: int, batch: int, dtype: str
+) -> tuple[Tensor, dict[Fork, Tensor]]:
+    """The hidden states [N, L, D] behind the last of these consecutive layers, of the unchanged model and of every fork.
 
-    `base`: the unchanged model's states before the first, which run as far as layer `last`, the last with alternatives. `forks`:
-    how many will begin; their states stay on the device where they fit. One layer's weights are in memory at a time, and those of
-    one alternative.
+    `base`: the unchanged model's states before the first. `forks`: how many will begin; their states stay on the device where they
+    fit. One layer's weights are in memory at a time, and those of one alternative.
     """
     stream = stream_of(config, dtype)
     home = _home(stream.device, forks * base[HIDDEN].nbytes)
@@ -98,9 +97,9 @@ def through(
             for name, moe in blocks:
                 begun[layer, name] = base | {HIDDEN: fork_of(moe).to(home)}
             del own, fork_of
-        elif layer < last:
+        else:
             base = _run(stream, module, layer, base, batch)
-    return {fork: states[HIDDEN] for fork, states in begun.items()}
+    return base[HIDDEN], {fork: states[HIDDEN] for fork, states in begun.items()}
 
 
 class _Forking:

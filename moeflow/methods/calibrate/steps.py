@@ -251,32 +251,32 @@ def curves(calibration: Calibration, alternatives: Mapping[int, Alternatives], *
     `around`: the model of which one layer at a time is another, if that is not the calibrated one; what is measured is how far it
     is from the calibrated one then. Its own states are run once, for all chains.
     """
-    model, passed = around or calibration.model, calibration.passed
-    rows = _rows(calibration, tokens)
-    states, ends = calibration.states, _hidden(calibration.ends)
+    model, passed, rows = around or calibration.model, calibration.passed, _rows(calibration, tokens)
+    states, ends = calibration.states, calibration.ends
     against: tuple[Part, ...] = ()
     if around is not None:
+        against = _hidden(calibration.ends)
         state: tuple[Step, ...] = (start(_hidden(calibration.starts), taken=[n for _, n in rows]),)
-        states, against = {}, ends
+        states = {}
         for first, layers in _stages(model, passed.stage):
             states[first] = state
             state = _behind(model, passed, state, first, layers)
-        ends = _hidden(state)
+        ends = state
     fork = replace(_states(calibration.starts[0].spec.output), sequences=sum(n for _, n in rows)).nbytes
 
-    def chain(first: int, group: Mapping[int, Alternatives]) -> Step:
+    def chain(first: int, before: tuple[Step, ...], group: Mapping[int, Alternatives]) -> Step:
         begun = [group.get(i) for i in range(first, max(group, default=first - 1) + 1)]
-        before, layers = (_hidden(states[first]), model.layers[first:]) if group else ((), ())
+        sources = tuple(a.sources if a else () for a in begun)
         return forks(
-            model.rest, calibration.tokens, before, layers, tuple(a.sources if a else () for a in begun), ends, against,
+            model.rest, calibration.tokens, _hidden(before), model.layers[first:], sources, against,
             alternatives=[a.forks if a else None for a in begun], how=Chain(first, rows, passed.batch, passed.dtype),
         )  # fmt: skip
 
     chains = []
     for first, layers in _stages(model, passed.stage):
         of_stage = {i: alternatives[i] for i in range(first, first + len(layers)) if i in alternatives}
-        chains += [chain(first, group) for group in groups(of_stage, max(1, HELD // fork))]
-    return measure(tuple(chains or [chain(len(model.layers), {})]))
+        chains += [chain(first, states[first], group) for group in groups(of_stage, max(1, HELD // fork))]
+    return measure(tuple(chains or [chain(len(model.layers), ends, {})]))
 
 
 def sampled(calibration: Calibration, tokens: int) -> Calibration:
@@ -322,12 +322,11 @@ def start(context: Context, starts: tuple[Artifact, ...], *, taken: list[int]) -
 
 def _forks_spec(
     rest: RestSpec, matrix: TokensSpec, before: tuple[Any, ...], layers: tuple[LayerSpec, ...],
-    sources: tuple[tuple[Any, ...], ...], ends: tuple[Any, ...], against: tuple[Any, ...] = (),
-    *, alternatives: list[Forks | None], how: Chain,
+    sources: tuple[tuple[Any, ...], ...], against: tuple[Any, ...] = (), *, alternatives: list[Forks | None], how: Chain,
 ) -> Spec:  # fmt: skip
-    states = replace(_states(ends[0]), sequences=sum(how.taken))
+    states = replace(_states(before[0]), sequences=sum(how.taken))
     states = replace(states, handed_on=Family.of(states.config).handed_on(states.length))
-    reads = states.nbytes * (bool(before) + 1 + bool(against)) + sum(layer.nbytes for layer in layers)
+    reads = states.nbytes * (2 if against else 1) + sum(layer.nbytes for layer in layers)
     reads += sum(one.nbytes if isinstance(one, LayerSpec) else one["bytes"] for several in sources for one in several)
     reads += rest.head_bytes + header_bytes(rest.tensors) + matrix.tokens * 4
     count = sum(len(one.names) for one in alternatives if one)
@@ -347,16 +346,16 @@ def _forks_spec(
 @step("calibrate.forks", version=3, spec=_forks_spec, gpus=1)
 def forks(
     context: Context, rest: Artifact, matrix: Artifact, before: tuple[Artifact, ...], layers: tuple[Artifact, ...],
-    sources: tuple[tuple[Artifact, ...], ...], ends: tuple[Artifact, ...], against: tuple[Artifact, ...] = (),
+    sources: tuple[tuple[Artifact, ...], ...], against: tuple[Artifact, ...] = (),
     *, alternatives: list[Forks | None], how: Chain,
 ) -> None:  # fmt: skip
     """How far the model's predictions move, and its loss, for every fork that begins in a stage: `Curves`, in nats per token.
 
     `before`: the unchanged model's hidden states before layer `how.first`, shard by shard, or all sequences as one; `layers`: that
     layer and all behind it; `sources`: for the layers in which forks begin, the artifacts that hold the alternatives: one of
-    candidates for "sets", a layer for each name for "files", none if no layer needs any; `ends`: the unchanged model's states
-    behind the last layer; `against`: those of the model from which the divergence is measured, if that is not the unchanged one.
-    Without layers only the unchanged model is measured.
+    candidates for "sets", a layer for each name for "files", none if no layer needs any; `against`: the states behind the last
+    layer of the model from which the divergence is measured, if that is not the unchanged one. The unchanged model runs along, so
+    that no chain waits for the end of another pass.
     """
     from moeflow.methods.calibrate import forking
 
@@ -371,13 +370,9 @@ def forks(
     def rows_of(states: tuple[Artifact, ...]) -> dict[str, Any]:
         return forking.first_rows(states, how.taken if len(states) == len(how.rows) else [sum(how.taken)])
 
-    made = {}
-    if layers:
-        made = forking.through(
-            read_config(rest), rows_of(before), stages(), last=how.first + len(alternatives) - 1,
-            forks=sum(len(one.names) for one in alternatives if one), batch=how.batch, dtype=how.dtype,
-        )  # fmt: skip
-    own, goal = rows_of(ends)[forking.HIDDEN], rows_of(against)[forking.HIDDEN] if against else None
+    count = sum(len(one.names) for one in alternatives if one)
+    own, made = forking.through(read_config(rest), rows_of(before), stages(), forks=count, batch=how.batch, dtype=how.dtype)
+    goal = rows_of(against)[forking.HIDDEN] if against else None
     ids = np.load(matrix.file(TOKENS), mmap_mode="r")
     taken = np.concatenate([ids[first : first + count] for first, count in how.rows])
     forking.measured(rest, taken, own, made, goal, dtype=how.dtype).write(context.out)

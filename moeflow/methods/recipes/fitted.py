@@ -34,7 +34,7 @@ def build(
     tokens: Texts = Texts(C4),
     heldout: HeldOut = HeldOut(WIKITEXT2, bos=False),
     offers: Offers = Offers(),
-    calibration: Calibrating = Calibrating(seed=42, group=1000, shard=128),
+    calibration: Calibrating = Calibrating(seed=42, group=1000, shard=128, record=65_536, per_expert=64),
     recover: Recovering | None = None,
     gang: Gang = Gang(),
     frontier: bool = False,
