@@ -15,10 +15,12 @@ from moeflow.methods.evaluate.steps import here
 ALL = (
     "search",
     "calibrate",
+    "overlap",
     "driver",
     "store",
     "recompression",
     "traffic",
+    "scale",
     "genetic",
     "decompose",
     "lowrank",

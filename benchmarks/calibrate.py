@@ -62,8 +62,8 @@ def ours(folder: Path, ids_NL: torch.Tensor) -> float:
     start = time.perf_counter()
     passes.embed(config, Folder(folder / "rest"), ids_NL, folder / "hidden.safetensors", dtype="float32")
     passes.through(
-        config, folder / "hidden.safetensors", layers, folder / "end.safetensors", batch=BATCH, dtype="float32",
-        progress=lambda *_: None, recording=Recording(TOKENS // 4),
+        config, folder / "hidden.safetensors", layers, folder / "end.safetensors", count=LAYERS, batch=BATCH,
+        dtype="float32", progress=lambda *_: None, recording=Recording(TOKENS // 4),
     )  # fmt: skip
     return time.perf_counter() - start
 

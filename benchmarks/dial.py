@@ -12,6 +12,7 @@ what is new.
 import argparse
 import json
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -137,6 +138,7 @@ def main(names: Sequence[str] = (), seeds: int = 3, budgets: Sequence[float] = B
                 known = {n: r for n, r in recipes.items() if r.part <= part}
                 rows_of, line = _beside(name, seed, part, known, ours)
                 lines.append(line)
+                print(line, file=sys.stderr, flush=True)
                 rows += rows_of
                 ahead += [r.value for r in rows_of]
             for removed in REMOVED:

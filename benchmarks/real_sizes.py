@@ -8,6 +8,10 @@ import shutil
 import struct
 from math import prod
 from pathlib import Path
+from typing import Any
+
+from moeflow.arch import EMBEDDING, Family
+from moeflow.arch.shapes import attention_shapes, mlp_shapes, rest_shapes, shared_shapes
 
 SMALL = Path(__file__).parents[1] / "models/mixtral-small"  # whose tokenizer stands in for the real one
 SHARD = 5_000_000_000  # bytes of data in a file at most, as transformers writes it
@@ -20,30 +24,63 @@ MIXTRAL_8X7B = {
     "rope_theta": 1000000.0, "hidden_act": "silu", "tie_word_embeddings": False, "torch_dtype": "bfloat16",
     "bos_token_id": 1, "eos_token_id": 2, "router_aux_loss_coef": 0.02,
 }  # fmt: skip
+QWEN3_30B_A3B = {
+    "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "vocab_size": 151936, "hidden_size": 2048,
+    "intermediate_size": 6144, "moe_intermediate_size": 768, "num_hidden_layers": 48, "num_attention_heads": 32,
+    "num_key_value_heads": 4, "head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True,
+    "decoder_sparse_step": 1, "mlp_only_layers": [], "max_position_embeddings": 40960, "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0, "hidden_act": "silu", "tie_word_embeddings": False, "attention_bias": False,
+    "torch_dtype": "bfloat16", "bos_token_id": 151643, "eos_token_id": 151645,
+}  # fmt: skip
+DEEPSEEK_V3 = {  # in bf16, as fine-tunes are: what is in FP8 cannot be decomposed
+    "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "vocab_size": 129280, "hidden_size": 7168,
+    "intermediate_size": 18432, "moe_intermediate_size": 2048, "num_hidden_layers": 61, "num_attention_heads": 128,
+    "num_key_value_heads": 128, "n_routed_experts": 256, "n_shared_experts": 1, "num_experts_per_tok": 8, "n_group": 8,
+    "topk_group": 4, "first_k_dense_replace": 3, "moe_layer_freq": 1, "norm_topk_prob": True, "routed_scaling_factor": 2.5,
+    "scoring_func": "sigmoid", "topk_method": "noaux_tc", "kv_lora_rank": 512, "q_lora_rank": 1536, "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64, "v_head_dim": 128, "max_position_embeddings": 163840, "rms_norm_eps": 1e-06, "rope_theta": 10000.0,
+    "hidden_act": "silu", "tie_word_embeddings": False, "attention_bias": False, "num_nextn_predict_layers": 0,
+    "torch_dtype": "bfloat16", "bos_token_id": 0, "eos_token_id": 1,
+}  # fmt: skip
 
 
 def mixtral_8x7b(folder: Path) -> Path:
     """Mixtral-8x7B in bf16, 93 GB in 19 files, as an empty `folder` that takes no more than its headers."""
-    c = MIXTRAL_8X7B
-    hidden, inner, vocabulary = (int(str(c[n])) for n in ("hidden_size", "intermediate_size", "vocab_size"))
-    narrow = hidden // int(str(c["num_attention_heads"])) * int(str(c["num_key_value_heads"]))
-    shapes: Shapes = {"model.embed_tokens.weight": (vocabulary, hidden)}
-    for i in range(int(str(c["num_hidden_layers"]))):
-        layer = f"model.layers.{i}."
-        shapes |= {f"{layer}self_attn.{n}_proj.weight": (hidden, hidden) for n in ("q", "o")}
-        shapes |= {f"{layer}self_attn.{n}_proj.weight": (narrow, hidden) for n in ("k", "v")}
-        shapes[f"{layer}block_sparse_moe.gate.weight"] = (int(str(c["num_local_experts"])), hidden)
-        for e in range(int(str(c["num_local_experts"]))):
-            expert = f"{layer}block_sparse_moe.experts.{e}."
-            shapes |= {f"{expert}w{n}.weight": (inner, hidden) for n in (1, 3)} | {f"{expert}w2.weight": (hidden, inner)}
-        shapes |= {f"{layer}{n}_layernorm.weight": (hidden,) for n in ("input", "post_attention")}
-    shapes |= {"model.norm.weight": (hidden,), "lm_head.weight": (vocabulary, hidden)}
+    return checkpoint(MIXTRAL_8X7B, folder)
+
+
+def checkpoint(config: dict[str, Any], folder: Path) -> Path:
+    """A model with this config.json in bf16, as an empty `folder` that takes no more than its headers."""
+    family = Family.of(config)
+    shapes: dict[str, tuple[int | None, ...]] = {}
+    for i in range(family.num_layers):
+        shapes |= attention_shapes(family, i)
+        if i in family.moe_layers:
+            shapes |= shared_shapes(family, i) | {family.router(i): (family.num_experts, config["hidden_size"])}
+            if config.get("topk_method") == "noaux_tc":
+                shapes[family.router_bias(i)] = (family.num_experts,)
+            for e in range(family.num_experts):
+                shapes |= mlp_shapes(family, family.expert(i, e), family.expert_size)
+        else:
+            names = tuple(f"{family.prefix(i)}mlp.{n}_proj.weight" for n in ("gate", "up", "down"))
+            shapes |= mlp_shapes(family, names, config["intermediate_size"])
+        shapes |= {f"{family.prefix(i)}{n}_layernorm.weight": (config["hidden_size"],) for n in ("input", "post_attention")}
+    rest = rest_shapes(family)
+    shapes = {EMBEDDING: rest.pop(EMBEDDING)} | shapes | rest
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(c, indent=1))
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(SMALL / name, folder / name)
-    write(shapes, folder)
+    write({name: tuple(size or 0 for size in shape) for name, shape in shapes.items()}, folder)
     return folder
+
+
+def in_hub_cache(config: dict[str, Any], cache: Path, name: str) -> None:
+    """The model in the hub's cache, as if it had been fetched as `name`: of what lies there plans read headers alone."""
+    repository = cache / f"models--{name.replace('/', '--')}"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    checkpoint(config, repository / "snapshots" / ("0" * 40))
 
 
 def write(shapes: Shapes, folder: Path) -> None:

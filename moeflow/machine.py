@@ -27,6 +27,15 @@ def has_gpu() -> bool:
     return any(Path("/proc/driver/nvidia/gpus").glob("*")) or Path("/dev/kfd").exists()
 
 
+def gpu_model() -> str:
+    """What its driver calls the first GPU; "" if this process sees none."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "0") == "":  # as Ray says to a step that was given none
+        return ""
+    for about in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
+        return next((line.partition(":")[2].strip() for line in about.read_text().splitlines() if line.startswith("Model:")), "")
+    return ""
+
+
 def this_process() -> str:
     """A name for this process that no other has, on any machine and after any restart; "" where the system tells too little."""
     try:

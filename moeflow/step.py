@@ -20,11 +20,14 @@ from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, wraps
 from itertools import islice
 from pathlib import Path
-from typing import Any, Concatenate, NoReturn, ParamSpec, Protocol
+from typing import Any, Concatenate, Literal, NoReturn, ParamSpec, Protocol
 
 from moeflow import options
 
 CODE = re.compile(r"[a-z_]\w*(\.\w+)+:\w+")  # how a table of methods refers to a row's code; see `moeflow.methods.graph.load`
+Arithmetic = Literal["bfloat16", "float16", "float32", "float64", "factors", "text"]
+"""What operations are, which decides how fast they are: products of matrices in a precision, eigenvalues and triangular factors,
+or bytes of "text" that become tokens."""
 P = ParamSpec("P")
 _text = cache(Path.read_text)
 
@@ -102,13 +105,16 @@ class Resources:
     gpus: float = 0  # for a step that computes on a GPU if there is one
     memory: int = 0  # bytes; 0 means what the step's spec says
     processes: int = 0  # of a gang; 0 means one call on one worker
-    device: int = 0  # bytes that each process of a gang needs on its device, for plans
+    device: int = 0  # bytes that each process of a gang needs on its device, for plans, as the next three
+    exchanged: int = 0  # bytes that each process sends to the others in all
+    times: float = 1.0  # how often the operations of its spec are done: more than once where memory is saved so
+    repeats: float = 0.0  # the part of its work that is done again, at most, when a process is lost
     settings: Mapping[str, Any] = field(default_factory=dict)  # JSON values that say how a gang runs, as its steps see them
 
     def __post_init__(self) -> None:
         if self.processes < 0 or self.device < 0:
             raise ValueError(f"processes={self.processes} and device={self.device} must not be negative")
-        if (self.settings or self.device) and not self.processes:
+        if (self.settings or self.device or self.exchanged) and not self.processes:
             raise ValueError(f"settings={dict(self.settings)} and device={self.device} are for gangs; say processes=1 or more")
         if self.processes and self.cpus <= 0:
             raise ValueError(f"cpus={self.cpus}: each process of a gang holds some; say cpus=1")
@@ -122,6 +128,7 @@ class Spec:
     output: Any = None
     reads: int = 0  # bytes read from the inputs
     writes: int = 0  # bytes of its output files
+    operations: Mapping[Arithmetic, int] = field(default_factory=dict)  # a multiplication and an addition are two
     memory: int = 0  # peak bytes resident, on CPUs
     device: int = 0  # peak bytes on its GPU, if it has one
     notes: tuple[str, ...] = ()
@@ -189,6 +196,12 @@ class Step(Promise):
             return Spec()
         args, params = arguments(self.fn, self.slots, [i.spec.output for i in self.inputs], self.params)
         return self.describe(*args, **params)
+
+    @property
+    def operations(self) -> Mapping[Arithmetic, int]:
+        """What one run of it takes; of a gang, each of its processes."""
+        part = self.resources.times / max(1, self.resources.processes)
+        return {kind: round(n * part) for kind, n in self.spec.operations.items() if n}
 
     @property
     def source(self) -> str:

@@ -39,6 +39,17 @@ def said(pattern: str) -> list[float]:
     return [float(n) for n in numbers]
 
 
+def test_the_plan_in_the_readme_simulates_what_it_says() -> None:
+    (cited,) = re.findall(r"^ +moeflow (plan pipelines/mixtral.py -p model=models/.*?)\n\n", README, re.DOTALL | re.MULTILINE)
+    words = [*shlex.split(cited.replace("\\\n", " ")), "--json", "--store", "none"]
+
+    done = subprocess.run(
+        [sys.executable, "-c", "from moeflow.cli import main; main()", *words], cwd=ROOT, capture_output=True, check=True
+    )
+    (takes,) = re.findall(r"which takes (\d+) s, as simulated", README)
+    assert json.loads(done.stdout)["simulated"]["seconds"] == pytest.approx(float(takes), rel=0.2)
+
+
 def test_the_shipped_model_is_pruned_by_the_command_in_the_readme_to_what_it_says(tmp_path: Path) -> None:
     """The text is the running Python's own, so that another Python's figures are others, but near."""
     made = figures(command("pipelines/mixtral.py"), tmp_path / "store")

@@ -79,7 +79,10 @@ Patience = Annotated[
 ]
 On = Annotated[
     Path | None,
-    typer.Option("--on", metavar="CLUSTER.yaml", help="check against the nodes of a file for `ray up`, not this machine"),
+    typer.Option("--on", metavar="CLUSTER.yaml", help="check against, and simulate on, the nodes of a file for `ray up`"),
+]
+GpuKind = Annotated[
+    str, typer.Option("--gpu-kind", metavar="KIND", help="plan for --gpus N GPUs of this kind in all, h100 for example, one a step")
 ]
 Json = Annotated[bool, typer.Option("--json", help="machine-readable output")]
 Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]

@@ -6,11 +6,34 @@ from typing import Annotated
 import typer
 
 import moeflow
+from moeflow import report
 from moeflow.cli import runs
-from moeflow.cli.common import Cpus, Gpus, Json, Name, On, Params, Patience, RunnerName, Url, asking, command, own
-from moeflow.run import pipeline
+from moeflow.cli.common import (
+    Cpus,
+    GpuKind,
+    Gpus,
+    Json,
+    Name,
+    On,
+    Params,
+    Patience,
+    RunnerName,
+    Url,
+    asking,
+    command,
+    open_store,
+    own,
+    print_json,
+    print_reports,
+    seconds,
+    working,
+)
+from moeflow.run import in_process, pipeline
+from moeflow.run import plan as plans
 from moeflow.run.go import Runner
 
+MEASURES = ("calibrate.forks", "calibrate.curves")
+"""The steps that measure alternatives, and put together what they cost."""
 PIPELINE = Path(moeflow.__file__).parent / "methods" / "recipes" / "fitted.py"
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="a folder, org/name[@revision] on the hub, or s3://bucket/prefix")]
@@ -20,6 +43,7 @@ Resident = Annotated[str, typer.Option("--resident", metavar="SIZE", help="all w
 Speed = Annotated[str, typer.Option("--speed", metavar="TIMES", help="so many times fewer multiplications a token: 1.5x")]
 Engine = Annotated[str, typer.Option("--engine", help="what is to load the result: moeflow or transformers")]
 Recover = Annotated[bool, typer.Option("--recover", help="then fine-tune it towards the original, before it is quantized")]
+Frontier = Annotated[bool, typer.Option("--frontier", help="show what each budget would cost, as a fit has measured")]
 Planned = Annotated[bool, typer.Option("--plan", help="show what would be measured, and what it takes; run nothing")]
 
 
@@ -32,6 +56,7 @@ def fit(
     speed: Speed = "",
     engine: Engine = "",
     recover: Recover = False,
+    frontier: Frontier = False,
     param: Params = [],  # noqa: B006
     planned: Planned = False,
     store: Url = "",
@@ -39,6 +64,7 @@ def fit(
     runner: RunnerName = Runner.auto,
     on: On = None,
     gpus: Gpus = None,
+    gpu_kind: GpuKind = "",
     cpus: Cpus = None,
     patience: Patience = "15m",
     json: Json = False,
@@ -47,6 +73,9 @@ def fit(
     budget = {"bytes": bytes, "ratio": "" if ratio is None else ratio, "resident": resident, "speed": speed.removesuffix("x")}
     words = [f"model={model}", *(f"budget.{unit}={word}" for unit, word in budget.items() if word != "")]
     words += [f"offers.engine={engine}"] * bool(engine) + ["recover.loss=kl"] * recover + param
+    if frontier:
+        _frontier([*words, *["budget.ratio=1e-6"] * (not any(map(budget.get, budget)))], store, patience, json=json)
+        return
     with asking():
         if not any(word.startswith("budget.") for word in words):
             raise ValueError("give one budget: --bytes 24GB, --ratio 0.25, --resident 24GB or --speed 1.5x")
@@ -55,8 +84,27 @@ def fit(
     before = own.set(build)
     try:
         if planned:
-            runs.plan(PIPELINE, words, on=on, **same)
+            runs.plan(PIPELINE, words, on=on, gpu_kind=gpu_kind, **same)
         else:
             runs.run(PIPELINE, words, name=name or "fit", **same)
     finally:
         own.reset(before)  # another command in this process runs its own pipeline
+
+
+def _frontier(words: list[str], url: str, patience: str, *, json: bool) -> None:
+    """Show the frontier of this model and these options, if the store has what a fit of them has measured."""
+    with asking():
+        opened = open_store(url, seconds("--patience", patience))
+        target = pipeline.call(pipeline.load(PIPELINE), [*words, "frontier=true"])
+        lacking = [row for row in plans.plan([target], opened).rows if row.state == "run" and row.name in MEASURES]
+        if lacking:
+            raise ValueError(
+                f"{opened.url} has no curves of this model with these options; run moeflow fit without --frontier first"
+            )
+    with working():
+        in_process.run([target], opened)
+        reports = report.read(opened, [target.key])
+    if json:
+        print_json({"rows": reports[0].rows})
+    else:
+        print_reports(reports)

@@ -12,6 +12,7 @@ from moeflow.cli.common import (
     All,
     Cpus,
     File,
+    GpuKind,
     Gpus,
     InFlight,
     Json,
@@ -34,11 +35,12 @@ from moeflow.cli.common import (
 )
 from moeflow.run import Options, node_kinds, pipeline
 from moeflow.run import plan as plans
+from moeflow.run.forecast import forecast, forecast_json, forecast_lines
 from moeflow.run.go import Runner, go, prepare
 from moeflow.run.outcome import printable
 from moeflow.run.plan_table import plan_lines, plan_table
 from moeflow.run.progress import show as show_progress
-from moeflow.step import Step
+from moeflow.step import Step, upstream
 from moeflow.store import Store
 from moeflow.store.patience import heard, wait_out
 
@@ -51,24 +53,33 @@ def plan(
     runner: RunnerName = Runner.auto,
     on: On = None,
     gpus: Gpus = None,
+    gpu_kind: GpuKind = "",
     cpus: Cpus = None,
     patience: Patience = "15m",
     all: All = False,
     json: Json = False,
 ) -> None:
-    """Show what is stored, what would run, what it would read and write, and what cannot work. Writes nothing."""
+    """Show what is stored, what would run, what it would read, write, take and cost, and what cannot work. Writes nothing."""
     with asking(), heard(show_progress(json=True).waits):
-        nodes = node_kinds.read(on) if on else None
+        if on and gpu_kind:
+            raise ValueError(f"--on {on} and --gpu-kind {gpu_kind} both say which nodes there are; give one of them")
+        nodes = node_kinds.read(on) if on else node_kinds.of_gpus(gpu_kind, gpus) if gpu_kind else None
         opened = Store.open(store or STORE, patience=seconds("--patience", patience))
         opened.look()
-        target = Options(gpus=gpus, cpus=cpus).place(_called(file, param, opened))
-        planned = plans.plan([target, *target.reports], opened, memory=None if on else runner.memory, nodes=nodes)
+        target = Options(gpus=None if gpu_kind else gpus, cpus=cpus).place(_called(file, param, opened))
+        targets, memory = [target, *target.reports], None if nodes else runner.memory
+        index = opened.index({s.name for s in upstream(targets)})
+        planned = plans.plan(targets, opened, index=index, memory=memory, nodes=nodes)
+        where = node_kinds.here(memory) if memory else nodes
+        simulated = forecast(targets, opened, planned, where, index) if where else None
     if json:
-        print_json({"key": target.key, **planned.json()})
+        print_json({"key": target.key, **planned.json(), "simulated": forecast_json(simulated) if simulated else None})
     else:
         out = report.console()
         out.print(plan_table(planned, every=all, plain=not out.is_terminal))
-        for line in plan_lines(planned):
+        lines = plan_lines(planned)
+        lines += forecast_lines(simulated, where) if simulated and where else [where.unknown] if where and where.unknown else []
+        for line in lines:
             print(printable(line))
     if planned.problems:
         raise typer.Exit(2)

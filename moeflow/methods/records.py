@@ -203,6 +203,10 @@ class Curves(Record):
     """The same for the loss, in nats per token."""
     apart: float = 0.0
     """The divergence of the unchanged model itself, if it was compared with another; those of `curves` are from that one then."""
+    sequences: Mapping[int, Mapping[str, tuple[float, ...]]] = field(default_factory=dict)
+    """As `curves`, of each sequence by itself, in the same order everywhere: what is noise, and what a difference."""
+    apart_of_sequences: tuple[float, ...] = ()
+    """As `apart`, of each sequence by itself."""
 
 
 @dataclass(frozen=True)

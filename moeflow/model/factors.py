@@ -1,4 +1,4 @@
-"""A layer's experts on disk and in memory: matrices or pairs of factors on disk, padded stacks in memory; or multiplied out.
+"""A layer's experts on disk and in memory: matrices or pairs of factors on disk, stacks of them in memory; or multiplied out.
 
 Shapes are suffixes: E experts, M rows, N columns, R rank, D model width, F expert width. This file knows neither files nor
 transformers.
@@ -12,14 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from moeflow.arch import Family
+from moeflow.model.buckets import MULTIPLES, Buckets, buckets
 from moeflow.model.formats import Format, routing_shapes
 from moeflow.model.moe import MLP, Activation, LowRank
 
 OUT, IN = ".factor_out", ".factor_in"
 """The endings with which `Family.factors` replaces `.weight`."""
-
-RANK_MULTIPLE = 16
-"""In memory ranks are padded to a multiple of this, which tensor cores and vector units need or run faster with."""
 
 
 @dataclass(frozen=True)
@@ -63,10 +61,10 @@ def sizes_of(experts: Any, form: Form) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Stack:
-    """One parameter of the fused experts, [E, M, N]: the whole matrices of some experts, or one factor of the others' matrices.
+    """One parameter of the fused experts: the whole matrices of some experts, or one factor of the others' matrices.
 
-    The pieces of one expert lie below each other, each padded with zeros to the rows and columns of the largest. A stack of biases
-    is [E, M].
+    Whole matrices are [E, M, N], those of one expert below each other. Factors are [R, N] or [R, M], with a row for each rank of
+    each expert; `Buckets` says where an expert's lie. A stack of biases is [E, M].
     """
 
     name: str
@@ -95,19 +93,60 @@ class Stack:
     def shape(self, format: Format, width: int, inner: int, form: Form = PLAIN) -> tuple[int, ...]:
         """The shape of the whole stack in memory, padding included."""
         m, n = (width, inner) if self.matrices[0] == "down" else (inner, width)
-        m, *columns = self._sides(m, n, padded(max((r for x in self.matrices for r in format.ranks(x)), default=0)))
+        if self.factors:
+            return self.buckets(format).rows, n if self.kind == "in" else m
+        m, *columns = self._sides(m, n, 0)
         return len(self.experts(format)), *self.turned((len(self.matrices) * m, *columns), form)
+
+    def apart(self, format: Format, columns: int) -> tuple[int, ...]:
+        """The shape [E, M, N] of factors that all have the largest rank, those of one expert below each other; `columns` is that of
+        the parameter."""
+        rank = -(-max(map(max, self._ranks(format))) // MULTIPLES[0]) * MULTIPLES[0]
+        sides = (rank, columns) if self.kind == "in" else (columns, rank)
+        return len(self.experts(format)), len(self.matrices) * sides[0], sides[1]
+
+    def joined(self, apart_EMN: Tensor, format: Format) -> Tensor:
+        """Factors of the shape `apart` as they lie in the parameter, zero in its padding. What is beyond their rank is lost."""
+        columns = apart_EMN.shape[2] if self.kind == "in" else apart_EMN.shape[1] // len(self.matrices)
+        made: list[Tensor] = []
+        for bucket in self.buckets(format).every:
+            parts = []
+            of_bucket = apart_EMN[list(bucket.experts)].chunk(len(self.matrices), dim=1)
+            for part_EMN, rank, ranks in zip(of_bucket, bucket.ranks, self._ranks(format), strict=True):
+                own_E1 = torch.tensor([[ranks[e]] for e in bucket.experts], device=part_EMN.device)
+                open_ER = torch.arange(rank, device=part_EMN.device) < own_E1
+                cut_EMN = part_EMN[:, :rank] if self.kind == "in" else part_EMN[:, :, :rank]
+                parts.append(cut_EMN * (open_ER[..., None] if self.kind == "in" else open_ER[:, None]))
+            made += [torch.cat(parts, dim=1)] if self.kind == "in" else parts
+        return torch.cat([part.reshape(-1, columns) for part in made])
+
+    def _ranks(self, format: Format) -> tuple[tuple[int, ...], ...]:
+        experts = self.experts(format)
+        return tuple(tuple(format.ranks(matrix)[e] for e in experts) for matrix in self.matrices)
+
+    @property
+    def factors(self) -> bool:
+        return self.kind in ("in", "out")
+
+    def buckets(self, format: Format) -> Buckets:
+        """Where the factors of each expert lie."""
+        return buckets(self._ranks(format))
 
     def stacked(self, pieces: Sequence[Sequence[Tensor]], form: Form = PLAIN) -> Tensor:
         """The stack of these pieces: for each of its matrices, one piece per expert."""
-        rows, *columns = (max(t.shape[d] for part in pieces for t in part) for d in range(pieces[0][0].dim()))
-        if columns:
-            rows, *columns = self._sides(rows, columns[0], padded(rows if self.kind == "in" else columns[0]))
-        out_EMN = pieces[0][0].new_zeros(len(pieces[0]), *self.turned((len(pieces) * rows, *columns), form))
-        for at, part in enumerate(pieces):
-            for e, piece_MN in enumerate(part):
-                self.slot(out_EMN, at, e, piece_MN.shape, form).copy_(piece_MN)
-        return out_EMN
+        if self.factors:
+            side = int(self.kind == "out")
+            lie = buckets(tuple(tuple(t.shape[side] for t in part) for part in pieces))
+            out = pieces[0][0].new_zeros(lie.rows, pieces[0][0].shape[1 - side])
+            slots = self._slots(out, lie)
+        else:
+            rows, *columns = pieces[0][0].shape
+            out = pieces[0][0].new_zeros(len(pieces[0]), *self.turned((len(pieces) * rows, *columns), form))
+            slots = [[self.slot(out, at, e, (rows, *columns), form) for e in range(len(out))] for at in range(len(pieces))]
+        for part, places in zip(pieces, slots, strict=True):
+            for piece_MN, place in zip(part, places, strict=True):
+                place[tuple(map(slice, piece_MN.shape))].copy_(piece_MN)
+        return out
 
     def slot(self, stack_EMN: Tensor, at: int, expert: int, shape: Sequence[int], form: Form = PLAIN) -> Tensor:
         """The place in the stack of a piece of this shape: that of its matrix number `at` and its expert number `expert`."""
@@ -117,13 +156,27 @@ class Stack:
         one_MN = all_MN[at::count] if form.interleaved else all_MN[at * rows : (at + 1) * rows]
         return one_MN[tuple(slice(side) for side in shape)]
 
-    def pieces(self, stack_EMN: Tensor, format: Format, form: Form = PLAIN) -> Iterator[tuple[str, int, Tensor]]:
-        """The pieces without their padding, as (matrix, expert, tensor [M, N])."""
-        m, *n = self.turned(stack_EMN.shape[1:], form)
+    def pieces(self, stack: Tensor, format: Format, form: Form = PLAIN) -> Iterator[tuple[str, int, Tensor]]:
+        """The pieces without their padding, as (matrix, expert, tensor [M, N]), which share the stack's memory."""
+        if self.factors:
+            slots = self._slots(stack, self.buckets(format))
+        else:
+            m, *n = self.turned(stack.shape[1:], form)
+            shape = self._sides(m // len(self.matrices), n[0] if n else 0, 0)
+            slots = [[self.slot(stack, at, e, shape, form) for e in range(len(stack))] for at in range(len(self.matrices))]
         for e, expert in enumerate(self.experts(format)):
             for at, matrix in enumerate(self.matrices):
-                shape = self._sides(m // len(self.matrices), n[0] if n else 0, format.ranks(matrix)[expert])
-                yield matrix, expert, self.slot(stack_EMN, at, e, shape, form)
+                place, rank = slots[at][e], format.ranks(matrix)[expert]
+                yield matrix, expert, place[:rank] if self.kind == "in" else place[:, :rank] if self.kind == "out" else place
+
+    def _slots(self, stack: Tensor, lie: Buckets) -> list[list[Tensor]]:
+        """The padded place of each expert's factor, by matrix: [R, N] or [M, R]."""
+        if self.kind == "in":
+            ranks = {e: b.ranks for b in lie.every for e in b.experts}
+            each = [rows.split(ranks[e]) for e, rows in enumerate(lie.first_of(stack))]
+        else:
+            each = [tuple(t.view(stack.shape[1], -1) for t in parts) for parts in lie.second_of(stack)]
+        return [list(of_matrix) for of_matrix in zip(*each, strict=True)]
 
     @staticmethod
     def turned(sides: Sequence[int], form: Form) -> Sequence[int]:
@@ -155,10 +208,6 @@ def stacks(format: Format, form: Form = PLAIN) -> list[Stack]:
     return [s for s in all_stacks(gated=form.gated, biased=form.biased) if s.experts(format)]
 
 
-def padded(rank: int) -> int:
-    return -(-rank // RANK_MULTIPLE) * RANK_MULTIPLE
-
-
 def expert_shapes(family: Family, format: Format, layer: int, width: int, inner: int) -> dict[str, tuple[int, ...]]:
     """The names and shapes on disk of a layer's experts, and of the threshold or vectors stored beside them."""
     form = Form(gated=family.gated, biased=bool(family.arch.expert_biases))
@@ -181,15 +230,13 @@ def fused(
     stacked, form = {}, form_of(experts)
     width, inner = sizes_of(experts, form)
     for stack in stacks(format, form):
-        out_EMN = torch.zeros(stack.shape(format, width, inner, form), **where)  # type: ignore[call-overload]
-        for at, matrix in enumerate(stack.matrices):
-            for e, expert in enumerate(stack.experts(format)):
-                name = stack.on_disk(family, layer, matrix, expert)
-                piece_MN, shape = tensors[name], stack.piece_shape(format, matrix, expert, width, inner)
-                if tuple(piece_MN.shape) != shape:
-                    raise ValueError(f"{name} has shape {tuple(piece_MN.shape)} where config.json asks for {shape}")
-                stack.slot(out_EMN, at, e, shape, form).copy_(piece_MN)
-        stacked[stack.name] = out_EMN
+        stacked[stack.name] = torch.zeros(stack.shape(format, width, inner, form), **where)  # type: ignore[call-overload]
+        for matrix, expert, place_MN in stack.pieces(stacked[stack.name], format, form):
+            name = stack.on_disk(family, layer, matrix, expert)
+            piece_MN, shape = tensors[name], stack.piece_shape(format, matrix, expert, width, inner)
+            if tuple(piece_MN.shape) != shape:
+                raise ValueError(f"{name} has shape {tuple(piece_MN.shape)} where config.json asks for {shape}")
+            place_MN.copy_(piece_MN)
     return stacked
 
 

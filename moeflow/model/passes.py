@@ -6,7 +6,7 @@ files, and knows nothing of steps.
 
 import copy
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
@@ -42,10 +42,11 @@ def embed(config: Config, rest: Files, ids_NL: Tensor, out: Path, *, dtype: str)
 
 @torch.inference_mode()
 def through(
-    config: Config, hidden: Path, layers: Sequence[tuple[int, Path]], out: Path,
-    *, batch: int, dtype: str, progress: Progress, recording: Recording | None = None,
+    config: Config, hidden: Path, layers: Iterable[tuple[int, Path]], out: Path,
+    *, count: int, batch: int, dtype: str, progress: Progress, recording: Recording | None = None,
 ) -> None:  # fmt: skip
-    """Run hidden states through consecutive layers (number, file), `batch` sequences together, and write those behind the last.
+    """Run hidden states through `count` consecutive layers (number, file), `batch` sequences together, and write those behind the
+    last.
 
     With `recording` there is a file beside `out` for the statistics of each MoE layer (`file_of`), and one for the hidden states
     before each layer if some are kept (`file_before`).
@@ -63,7 +64,7 @@ def through(
         for rows in slices(n, batch):
             with recorder.on(module) if recorder else nullcontext():
                 put(behind, stream.run(module, layer, taken(states, rows, stream.device)), rows, n)
-            progress((at * n + rows.stop) * length, len(layers) * n * length, "token layers")
+            progress((at * n + rows.stop) * length, count * n * length, "token layers")
         if recording and layer in stream.family.moe_layers:
             gone = {"tokens": torch.tensor(n * length)}  # its experts are
             save_file(recorder.result() if recorder else gone, out.with_name(file_of(layer)))

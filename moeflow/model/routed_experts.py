@@ -6,13 +6,14 @@ width, F expert width, k experts a token.
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import grouped_mm, linear
 
 from moeflow.arch import Config, Family
+from moeflow.model.buckets import Buckets
 from moeflow.model.checkpoint import activation
 from moeflow.model.factors import PLAIN, Form, form_of, sizes_of, stacks
 from moeflow.model.fewer_active import CompressedExperts, Scales, Skip
@@ -22,6 +23,9 @@ from moeflow.model.moe import MLP, Activation, Clamped, LowRank
 Product = Callable[[Tensor, Tensor], Tensor]
 """Multiplies rows [S, N] with a matrix [M, N], or each row with its expert's matrix in a stack [E, M, N]."""
 
+Factors = tuple[Tensor, tuple[Tensor, ...] | None]
+"""Whole matrices, or the first factors and the second ones of each matrix."""
+
 UPCAST_ROWS = 4
 """Products in bf16 with at least this many rows run in fp32 on a processor without bf16 instructions: 3 to 6 times faster."""
 
@@ -30,12 +34,12 @@ class RoutedExperts(nn.Module):
     """A layer's routed experts, called like transformers' own: (x [T, D], index [T, k], weights [T, k]) to [T, D]. Where a family
     weighs inputs, it is called with those of every expert, one expert after the other: x [E T, D] to [E T, D].
 
-    Its parameters are stacks [E, M, N] (`factors.Stack`): `gate_up_proj` and `down_proj` of the experts with whole matrices,
-    `gate_up_in`, `gate_up_out`, `down_in` and `down_out` of the others, padded with zeros to the same rank; `up` in place of
-    `gate_up` where experts have no gate. The padding takes part in the products but adds nothing; its gradient is zero, because
-    the other factor is zero there. Biases are stacks [E, M]. The parameters start as zeros and are filled by a loader. `skip` and
-    `compressed` decide which of a token's experts are computed; the others cost nothing. If `recorder` is set, it is shown the
-    output of each routed pair.
+    Its parameters are stacks (`factors.Stack`): `gate_up_proj` and `down_proj` [E, M, N] of the experts with whole matrices,
+    `gate_up_in`, `gate_up_out`, `down_in` and `down_out` [R, N] of the others, padded with zeros to the ranks of their bucket
+    (`Buckets`); `up` in place of `gate_up` where experts have no gate. The padding takes part in the products but adds nothing; its
+    gradient is zero, because the other factor is zero there. Biases are stacks [E, M]. The parameters start as zeros and are filled
+    by a loader. `skip` and `compressed` decide which of a token's experts are computed; the others cost nothing. If `recorder` is
+    set, it is shown the output of each routed pair.
     """
 
     act_fn: Callable[..., Tensor]
@@ -50,8 +54,13 @@ class RoutedExperts(nn.Module):
         self.form, self.first = form, "gate_up" if form.gated else "up"
         self.first_low = [rank > 0 for rank in format.ranks("up")]
         self.down_low = [rank > 0 for rank in format.ranks("down")]
+        both = {self.first: self.first_low, "down": self.down_low}
+        self.number = {stem: [low[:e].count(low[e]) for e in range(len(low))] for stem, low in both.items()}  # among its kind
         self.recorder: Any = None
+        self.buckets: dict[str, Buckets] = {}
         for stack in stacks(format, form):
+            if stack.factors:
+                self.buckets[stack.name.rpartition("_")[0]] = stack.buckets(format)
             self.register_parameter(stack.name, nn.Parameter(torch.zeros(stack.shape(format, width, inner))))
         self.skip, self.compressed = skip, compressed
 
@@ -83,11 +92,12 @@ class RoutedExperts(nn.Module):
 
     def mlps(self, act: Activation) -> Iterator[MLP]:
         """The experts one after the other; they share this module's memory."""
-        for e, (first, first_out, down, down_out) in enumerate(self._matrices()):
-            count = 2 if self.form.gated else 1
-            parts = first.chunk(count, dim=-2)
-            outs = (None,) * count if first_out is None else first_out.chunk(count, dim=-2)
-            pairs = zip((*parts, down), (*outs, down_out), strict=True)
+        count = 2 if self.form.gated else 1
+        gate_and_up, last_one = self._parts(self.first, self.first_low), self._parts("down", self.down_low)
+        for e in range(self.num_experts):
+            (first, first_outs), (down, down_outs) = gate_and_up(e), last_one(e)
+            parts = first.split(self._sizes(first, first_outs), dim=-2)
+            pairs = zip((*parts, down), (*(first_outs or (None,) * count), *(down_outs or (None,))), strict=True)
             *gate, up, last = (inner if out is None else LowRank(out, inner) for inner, out in pairs)
             biases: tuple[Tensor, ...] = ()
             if self.form.biased:
@@ -103,73 +113,95 @@ class RoutedExperts(nn.Module):
         return self._outputs(x_SD, torch.arange(len(x_SD), device=x_SD.device), None, expert_S, counts_E).to(x_SD.dtype)
 
     def _outputs(self, x_TD: Tensor, token_S: Tensor, scales: Scales | None, expert_S: Tensor, counts_E: Tensor) -> Tensor:
-        work = self._together if in_one_kernel(x_TD) else self._one_by_one
-        return work(x_TD.to(next(p.dtype for p in self.parameters(recurse=False))), token_S, scales, expert_S, counts_E)
+        x_TD = x_TD.to(next(p.dtype for p in self.parameters(recurse=False)))
+        aligned = all(lie.aligned for lie in self.buckets.values())
+        work = self._together if aligned and in_one_kernel(x_TD) else self._one_by_one
+        return work(x_TD, token_S, scales, expert_S, counts_E)
 
     def _one_by_one(self, x_TD: Tensor, token_S: Tensor, scales: Scales | None, expert_S: Tensor, counts_E: Tensor) -> Tensor:
         """The outputs [S, D], one expert after the other, which keeps the processor's cache warm."""
         y, start = [], 0
-        for e, (matrices, stop) in enumerate(zip(self._matrices(), counts_E.cumsum(0).tolist(), strict=True)):
+        first, down = self._parts(self.first, self.first_low), self._parts("down", self.down_low)
+        for e, stop in enumerate(counts_E.cumsum(0).tolist()):
             # an expert without rows takes part if gradients are computed, so that its gradient is zero and not absent
             if stop > start or torch.is_grad_enabled():
                 token_s = token_S[start:stop]
                 bias, down_bias = self._bias(self.first, e), self._bias("down", e)
-                inner_sF = self._inner(_product, *matrices[:2], _inputs(x_TD, token_s, scales), bias)
-                y.append(_added(_outer(_product, *matrices[2:], _scaled(inner_sF, token_s, scales)), down_bias))
+                inner_sF = self._inner(_product, *first(e), _inputs(x_TD, token_s, scales), bias)
+                y.append(_added(_outer(_product, *down(e), _scaled(inner_sF, token_s, scales)), down_bias))
             start = stop
         return torch.cat(y) if y else x_TD.new_empty(0, self.hidden_dim)
 
     def _together(self, x_TD: Tensor, token_S: Tensor, scales: Scales | None, expert_S: Tensor, counts_E: Tensor) -> Tensor:
-        """The outputs [S, D], with one kernel for each product of all experts."""
+        """The outputs [S, D], with one kernel for each product of all experts of a bucket."""
 
-        def first(low: bool, offsets_E: Tensor, expert_S: Tensor, *inputs_SD: Tensor) -> Tensor:
-            bias = self._bias(self.first, expert_S)
-            return self._inner(partial(_grouped, offsets_E), *self._factors(self.first, low), inputs_SD, bias)
+        def first(factors: Factors, offsets_E: Tensor, expert_S: Tensor, *inputs_SD: Tensor) -> Tensor:
+            return self._inner(partial(_grouped, offsets_E), *factors, inputs_SD, self._bias(self.first, expert_S))
 
-        def down(low: bool, offsets_E: Tensor, expert_S: Tensor, x_SF: Tensor) -> Tensor:
-            return _added(_outer(partial(_grouped, offsets_E), *self._factors("down", low), x_SF), self._bias("down", expert_S))
+        def down(factors: Factors, offsets_E: Tensor, expert_S: Tensor, x_SF: Tensor) -> Tensor:
+            return _added(_outer(partial(_grouped, offsets_E), *factors, x_SF), self._bias("down", expert_S))
 
-        inner_SF = _either(self.first_low, first, _inputs(x_TD, token_S, scales), expert_S, counts_E)
-        return _either(self.down_low, down, (_scaled(inner_SF, token_S, scales),), expert_S, counts_E)
+        def each(stem: str, work: Callable[..., Tensor], low: bool, counts_E: Tensor, expert_S: Tensor, *inputs: Tensor) -> Tensor:
+            if not low:
+                return work((getattr(self, f"{stem}_proj"), None), _offsets(counts_E), expert_S, *inputs)
+            lie = self.buckets[stem]
+            factors = zip(lie.first(getattr(self, f"{stem}_in")), lie.second(getattr(self, f"{stem}_out")), strict=True)
+            return _by_bucket(lie, work, list(factors), counts_E, expert_S, *inputs)
 
-    def _matrices(self) -> Iterator[tuple[Tensor, Tensor | None, Tensor, Tensor | None]]:
-        """The matrices of each expert: gate and up, their second factor, down, its second factor."""
+        inner_SF = _either(self.first_low, partial(each, self.first, first), _inputs(x_TD, token_S, scales), expert_S, counts_E)
+        return _either(self.down_low, partial(each, "down", down), (_scaled(inner_SF, token_S, scales),), expert_S, counts_E)
+
+    def _parts(self, stem: str, low: list[bool]) -> Callable[[int], Factors]:
+        """The function that gives an expert's gate and up matrices, or its down matrix."""
+        # with gradients, split all at once, so that there is one backward pass of it; without, only what is asked for
+        learns, lie = torch.is_grad_enabled(), self.buckets.get(stem)
         # by attribute, because LoRA may replace the parameter by a sum
-        stacked = {name: iter(getattr(self, name).unbind()) for name, _ in self.named_parameters(recurse=False)}
+        whole, inner, outer = (cast(Any, getattr(self, f"{stem}_{part}", None)) for part in ("proj", "in", "out"))
+        if learns:
+            whole = None if whole is None else whole.unbind()
+            firsts, seconds = ([], []) if lie is None else (lie.first_of(inner), lie.second_of(outer))
 
-        def factors(stem: str, low: bool) -> tuple[Tensor, Tensor | None]:
-            return (next(stacked[f"{stem}_in"]), next(stacked[f"{stem}_out"])) if low else (next(stacked[f"{stem}_proj"]), None)
+        def of(e: int) -> Factors:
+            at = self.number[stem][e]
+            if not low[e]:
+                return whole[at], None
+            if learns:
+                return firsts[at], tuple(t.view(t.shape[1], t.shape[0]) for t in seconds[at])
+            assert lie is not None
+            rows, each = lie.spans[at]
+            return inner[rows], tuple(outer[now].view(outer.shape[1], -1) for now in each)
 
-        for first_low, down_low in zip(self.first_low, self.down_low, strict=True):
-            yield *factors(self.first, first_low), *factors("down", down_low)
+        return of
 
-    def _factors(self, stem: str, low: bool) -> tuple[Tensor, Tensor | None]:
-        """The stack of the whole matrices, or the two stacks of the factors of the others."""
-        return (getattr(self, f"{stem}_in"), getattr(self, f"{stem}_out")) if low else (getattr(self, f"{stem}_proj"), None)
+    def _sizes(self, first: Tensor, seconds: tuple[Tensor, ...] | None) -> list[int]:
+        """How many rows of the first factors, or of the matrices, are gate's and up's."""
+        count = 2 if self.form.gated else 1
+        return [first.shape[-2] // count] * count if seconds is None else [second.shape[-1] for second in seconds]
 
     def _bias(self, stem: str, experts: int | Tensor) -> Tensor | None:
         """The bias of one expert, or for each row that of its own."""
         return getattr(self, f"{stem}_proj_bias")[experts] if self.form.biased else None
 
     def _inner(
-        self, product: Product, first: Tensor, second: Tensor | None, inputs: tuple[Tensor, ...], bias: Tensor | None
+        self, product: Product, first: Tensor, seconds: tuple[Tensor, ...] | None, inputs: tuple[Tensor, ...], bias: Tensor | None
     ) -> Tensor:
         """The input of down, [S, F]; `inputs` are those of gate and of up, or one tensor for both."""
-        if not self.form.gated:
-            (x_SD,) = inputs[-1:]
-            inner: Tensor = self.act_fn(_added(_outer(product, first, second, x_SD), bias))
-            return inner
-        if len(inputs) == 1:
-            both = product(inputs[0], first)
+        sizes = self._sizes(first, seconds)
+        if len(inputs) == 1 or not self.form.gated:
+            both = product(inputs[-1], first)
         else:
             # in one tensor, too, because how an activation rounds its last bits depends on its input's layout in memory
-            both = torch.cat([product(x, w) for x, w in zip(inputs, first.chunk(2, dim=-2), strict=True)], dim=-1)
-        both = both if second is not None else _added(both, bias)
-        gate, up = both.chunk(2, dim=-1)
-        if second is not None:
-            parts = (None, None) if bias is None else bias.chunk(2, dim=-1)
-            factors = zip((gate, up), second.chunk(2, dim=-2), parts, strict=True)
-            gate, up = (_added(product(x, w), b) for x, w, b in factors)
+            both = torch.cat([product(x, w) for x, w in zip(inputs, first.split(sizes, dim=-2), strict=True)], dim=-1)
+        if seconds is None:
+            parts = list(_added(both, bias).split(sizes, dim=-1))
+        else:
+            biases = (None,) * len(sizes) if bias is None else bias.chunk(len(sizes), dim=-1)
+            factors = zip(both.split(sizes, dim=-1), seconds, biases, strict=True)
+            parts = [_added(product(x, w), b) for x, w, b in factors]
+        if not self.form.gated:
+            inner: Tensor = self.act_fn(parts[0])
+            return inner
+        gate, up = parts
         return self.act_fn(gate, up) if isinstance(self.act_fn, Clamped) else self.act_fn(gate) * up
 
 
@@ -210,9 +242,9 @@ def _scaled(inner_SF: Tensor, token_S: Tensor, scales: Scales | None) -> Tensor:
     return (inner_SF * scales.inner[token_S]).to(inner_SF.dtype)
 
 
-def _outer(product: Product, first: Tensor, second: Tensor | None, x_SF: Tensor) -> Tensor:
+def _outer(product: Product, first: Tensor, seconds: tuple[Tensor, ...] | None, x_SF: Tensor) -> Tensor:
     y = product(x_SF, first)
-    return y if second is None else product(y, second)
+    return y if seconds is None else product(y, *seconds)
 
 
 def _added(y_SM: Tensor, bias: Tensor | None) -> Tensor:
@@ -222,23 +254,51 @@ def _added(y_SM: Tensor, bias: Tensor | None) -> Tensor:
 def _either(low: list[bool], work: Callable[..., Tensor], inputs: tuple[Tensor, ...], expert_S: Tensor, counts_E: Tensor) -> Tensor:
     """Compute the rows of experts with low-rank matrices and the rows of the others separately."""
     if all(low) or not any(low):
-        return work(low[0], _offsets(counts_E), expert_S, *inputs)
+        return work(low[0], counts_E, expert_S, *inputs)
     low_E = torch.tensor(low, device=expert_S.device)
     rows_S = low_E[expert_S]
-    y_whole = work(False, _offsets(counts_E[~low_E]), expert_S[~rows_S], *(x_SN[~rows_S] for x_SN in inputs))
-    y_low = work(True, _offsets(counts_E[low_E]), expert_S[rows_S], *(x_SN[rows_S] for x_SN in inputs))
+    y_whole = work(False, counts_E[~low_E], expert_S[~rows_S], *(x_SN[~rows_S] for x_SN in inputs))
+    y_low = work(True, counts_E[low_E], expert_S[rows_S], *(x_SN[rows_S] for x_SN in inputs))
     y_SM = y_low.new_empty(len(rows_S), y_low.shape[1])
     y_SM[rows_S], y_SM[~rows_S] = y_low, y_whole
     return y_SM
 
 
+def _by_bucket(
+    lie: Buckets, work: Callable[..., Tensor], factors: list[Factors], counts_E: Tensor, expert_S: Tensor, *inputs: Tensor
+) -> Tensor:
+    """Compute the rows of each bucket's experts together, and put them in the experts' order again."""
+    if len(lie.every) == 1:
+        return work(factors[0], _offsets(counts_E), expert_S, *inputs)
+    order = torch.tensor([e for bucket in lie.every for e in bucket.experts], device=counts_E.device)
+    place_E = torch.empty_like(order)
+    place_E[order] = torch.arange(len(order), device=order.device)
+    begin_E = counts_E.cumsum(0) - counts_E
+    # each row's place in the order of buckets: where its expert's begin there, and its number among them
+    moved_E = counts_E[order].cumsum(0) - counts_E[order]
+    shift_E = moved_E[place_E] - begin_E
+    row_S = torch.arange(len(expert_S), device=order.device) + shift_E.repeat_interleave(counts_E, output_size=len(expert_S))
+    back_S = torch.empty_like(row_S)
+    back_S[row_S] = torch.arange(len(row_S), device=order.device)
+    counts = counts_E[order].split([len(bucket.experts) for bucket in lie.every])
+    rows = torch.stack([of_bucket.sum() for of_bucket in counts]).tolist()
+    made = [
+        work(factor, _offsets(of_bucket), expert_S[now], *(x_SN[now] for x_SN in inputs))
+        for factor, of_bucket, now in zip(factors, counts, back_S.split(rows), strict=True)
+    ]
+    return torch.cat(made)[row_S]
+
+
 def _grouped(offsets_E: Tensor, x_SN: Tensor, weight_EMN: Tensor) -> Tensor:
     """Rows sorted by expert, each times its expert's matrix: [S, M]. The rows of expert e end before `offsets_E[e]`."""
+    if not len(x_SN):  # no work for a kernel, but the gradient is zero and not absent
+        return x_SN @ weight_EMN[0].mT
     return grouped_mm(x_SN, weight_EMN.transpose(-2, -1), offs=offsets_E)
 
 
 def in_one_kernel(x_SN: Tensor) -> bool:
-    return x_SN.is_cuda and torch.cuda.get_device_capability(x_SN.device) >= (8, 0)
+    """Whether one kernel can compute all experts' products; it knows no fp64."""
+    return x_SN.is_cuda and x_SN.itemsize <= 4 and torch.cuda.get_device_capability(x_SN.device) >= (8, 0)
 
 
 def _product(x_SN: Tensor, weight_MN: Tensor) -> Tensor:

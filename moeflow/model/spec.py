@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
+from typing import Literal, get_args
 
 from moeflow.arch import EMBEDDING, HEAD, Config, Family
 from moeflow.model.formats import Format, format_of
@@ -15,7 +16,8 @@ BITS = {
     "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4, "U64": 64, "U32": 32, "U16": 16, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
 }  # fmt: skip
 """The dtypes of real numbers that safetensors writes and torch has, and the bits of each number."""
-PRECISIONS = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+Precision = Literal["float64", "float32", "float16", "bfloat16"]
+PRECISIONS: Mapping[str, int] = dict(zip(get_args(Precision), (8, 4, 2, 2), strict=True))
 """The precisions that a model runs in, by torch's names, and the bytes of a number."""
 
 TensorTable = Mapping[str, tuple[str, tuple[int, ...]]]
@@ -46,12 +48,13 @@ def file_bytes(table: TensorTable) -> int:
     return 8 + -(-length // 8) * 8 + at
 
 
-def precision(config: Config, dtype: str) -> str:
+def precision(config: Config, dtype: str) -> Precision:
     """The precision of a run by torch's name: `dtype`, or for "auto" that of the checkpoint. Raises ValueError if unknown."""
     name = str(config.get("dtype") or config.get("torch_dtype") or "float32") if dtype == "auto" else dtype
-    if name not in PRECISIONS:
-        raise ValueError(f"dtype={name!r} is not known; choose one of auto, {', '.join(PRECISIONS)}")
-    return name
+    for known in get_args(Precision):
+        if known == name:
+            return known
+    raise ValueError(f"dtype={name!r} is not known; choose one of auto, {', '.join(PRECISIONS)}")
 
 
 def element_bytes(config: Config, dtype: str) -> int:
@@ -160,6 +163,24 @@ class LayerSpec:
         return sum(number for name, number in numel.items() if name.startswith(stem))
 
     @cached_property
+    def active(self) -> int:
+        """The weights that a token is multiplied with: of as many experts as the router gives it, at their mean size."""
+        whole = sum(numels(shapes_of(self.tensors), self.config).values())
+        if not self.experts:
+            return whole
+        family = Family.of(self.config)
+        each = self.expert_numel * (self.share if self.ranks_decided else 1) / self.experts
+        return whole - self.expert_numel + round(each * min(family.main_experts, family.experts_per_token(self.experts)))
+
+    @cached_property
+    def heads(self) -> int:
+        """How many numbers of one token the values of all heads have: what the attention's last matrix takes; 0 without one."""
+        family, width = Family.of(self.config), int(self.config["hidden_size"])
+        experts = family.experts(self.layer)
+        matrices = (n for n, (_, s) in self.tensors.items() if len(s) == 2 and s[0] == width and not n.startswith(experts))
+        return max((self.tensors[n][1][1] for n in matrices if family.kind(n) == "attention"), default=0)
+
+    @cached_property
     def block_bytes(self) -> int:
         """The bytes of the MoE block's tensors."""
         return self._bytes_of(Family.of(self.config).moe(self.layer)) - self._taken_out
@@ -212,6 +233,7 @@ class CheckpointSpec:
     parameters: int
     headers: int  # bytes of its safetensors headers
     others: int  # bytes of its other files
+    active: int  # weights that a token is multiplied with, those of the head among them
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ class Call:
             inputs=inputs,
             content=step.content(digests),
             source=step.source,
+            operations={str(kind): n for kind, n in step.operations.items()},
         )
         return Call(_code(step.fn), step.key, record, step.slots, step.resources, tuple(parts))
 

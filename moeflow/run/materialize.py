@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import moeflow
+from moeflow.machine import gpu_model
 from moeflow.run.call import Call
 from moeflow.run.work import threads, work_folder
 from moeflow.step import Artifact
@@ -23,6 +24,7 @@ from moeflow.store.errors import too_large
 from moeflow.store.patience import heard, wait_out
 
 LIBRARIES = ("torch", "transformers", "safetensors", "pyarrow", "numpy", "ray")
+LARGE = ("torch", "transformers", "tokenizers")  # of those the ones that take seconds to load
 THREADS = 8
 FULL = ("No space left on device", "os error 28")  # in the errors of libraries that do not raise OSError
 LIMITED = "os error 27"
@@ -75,6 +77,7 @@ class Running:
         self.reads = 0  # bytes from elsewhere than the inputs
         self.stands_for: Mapping[str, str] = {}
         self.kept = False  # whether there may be partial state
+        self.loaded = False  # whether the process loaded large libraries meanwhile, which it does once
         self._call, self._store, self._report = call, store, report
         self._reported = 0.0
         inputs = call.record.inputs
@@ -152,10 +155,11 @@ def stored(call: Call, store: Store) -> Done | None:
 
 def carry_out(function: Callable[..., None], call: Call, store: Store, context: Running) -> float:
     """Run the step's function; return the seconds it took. Raises what it raises, and StoreError."""
-    began = time.monotonic()
+    began, before = time.monotonic(), {*LARGE} & {*sys.modules}
     with threads(call.threads), _room(store.cache):
         args, params = call.arguments(context.inputs)
         function(context, *args, **params)
+    context.loaded = {*LARGE} & {*sys.modules} != before
     return time.monotonic() - began
 
 
@@ -164,8 +168,9 @@ def commit(call: Call, store: Store, context: Running, seconds: float) -> Done:
     reads, notes = context.reads + sum(i.reads for i in context.inputs), tuple(context.notes)
     writes = sum(p.stat().st_size for p in context.out.rglob("*") if p.is_file())
     record = replace(
-        call.record, libraries=libraries(), notes=notes, seconds=seconds, reads=reads, stands_for=dict(context.stands_for)
-    )
+        call.record, libraries=libraries(), notes=notes, seconds=seconds, reads=reads, stands_for=dict(context.stands_for),
+        machine={"gpu": gpu_model() if call.resources.gpus else "", "threads": call.threads, "loaded": context.loaded},
+    )  # fmt: skip
     made = store.commit(call.key, context.out, record=record, links=context.links)
     parts = _parts(call, store.manifest(call.key)) if call.parts else {}
     return Done(call.key, made.digest, parts, made.bytes, True, reads, writes, seconds, notes, made.intact)

@@ -1,14 +1,18 @@
 """The kinds of nodes that a cluster file for `ray up` names, and what of a plan none of them could run. Starts nothing."""
 
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from moeflow.run.machines import Machine, machine
+from moeflow.machine import gpu_model
+from moeflow.run import devices
+from moeflow.run.machines import Machine, machine, with_gpus
 from moeflow.run.words import count, size
 
 if TYPE_CHECKING:
@@ -18,6 +22,11 @@ FOR_STEPS = 0.7
 """The part of a node's memory that Ray gives to steps; the rest is its object store's."""
 GPU_MEMORY = "gpu-memory-gib"
 """The label of a node kind that says how many GiB each of its GPUs has, for machines that `machine` does not know."""
+GPU_KIND = "gpu-kind"
+"""The label that says of which kind its GPUs are, by a name that `devices` knows."""
+MOST_GPUS = 65_536
+PRICE = "dollars-per-hour"
+"""The label that says what a node costs. Labels are the one place for it that Ray's schema of cluster files leaves."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +39,9 @@ class NodeKind:
     gpus: int
     device: int  # bytes of each GPU
     most: int
+    least: int = 0  # that are there from the start
+    gpu: str = ""  # the kind of its GPUs, "" if it has none or they are not known
+    price: float | None = None  # dollars an hour
 
     def room(self, row: "Row", *, gpus: bool) -> int:
         """How many times one empty node of this kind holds a step, or a process of a gang."""
@@ -52,6 +64,26 @@ class NodeKinds:
     kinds: tuple[NodeKind, ...]
     workers: int  # nodes besides the head, at most
     head: str
+    serial: bool = False  # one step runs after another, in one process
+
+    @property
+    def unknown(self) -> str:
+        """Why no time can be told: the kind of some GPUs is not known; empty if all are."""
+        names = [kind.name for kind in self.kinds if kind.gpus and not kind.gpu]
+        if not names:
+            return ""
+        where = f"{self.file}: available_node_types.{names[0]}"
+        return f"{where}: how long steps take is not known without the kind of its GPUs; say it, as labels: {{{GPU_KIND}: h100}}"
+
+    def all(self, most: int) -> list[tuple[NodeKind, bool]]:
+        """Each node that there may be at once, those with GPUs first behind the head, and whether it has to be started.
+
+        At most `most` besides the head.
+        """
+        head = [(kind, False) for kind in self.kinds if kind.name == self.head]
+        others = sorted((kind for kind in self.kinds if kind.name != self.head), key=lambda kind: not kind.gpus)
+        workers = ((kind, n >= kind.least) for kind in others for n in range(kind.most))
+        return [*head, *islice(workers, min(self.workers, most))]
 
     def unfit(self, rows: Iterable["Row"]) -> dict["Row", str]:
         """For each step name the row that would run and asks for most of what no node has, and why it cannot run here."""
@@ -67,8 +99,10 @@ class NodeKinds:
     def _why(self, row: "Row", *, gpus: bool) -> str:
         """Why the cluster can never run this step; empty if it can."""
         rooms = sorted(((kind.room(row, gpus=gpus), kind.most) for kind in self.kinds if kind.name != self.head), reverse=True)
-        workers = [room for room, most in rooms for _ in range(most)][: self.workers]
-        room = sum(workers) + sum(kind.room(row, gpus=gpus) for kind in self.kinds if kind.name == self.head)
+        room, left = 0, self.workers
+        for fit, most in rooms:
+            room, left = room + fit * min(most, left), left - min(most, left)
+        room += sum(kind.room(row, gpus=gpus) for kind in self.kinds if kind.name == self.head)
         if room >= max(row.processes, 1):
             return ""
         asked = f"{row.cpus:g} CPUs, {size(row.memory)} of memory"
@@ -122,6 +156,9 @@ def _kind(where: str, name: str, described: Any, head: bool, workers: int) -> No
     device = int(_number(f"{where}.labels.{GPU_MEMORY}", labels[GPU_MEMORY]) * 2**30) if GPU_MEMORY in labels else known.device
     if gpus and not device:
         raise ValueError(f'{where}: the memory of its GPUs is not known; say it in GiB, as labels: {{{GPU_MEMORY}: "80"}}')
+    kind = labels.get(GPU_KIND, known.gpu)
+    if GPU_KIND in labels:
+        kind = devices.gpu(str(kind), f"{where}.labels.{GPU_KIND}").kind
     return NodeKind(
         name,
         _number(f"{where}.resources.CPU", resources.get("CPU", known.cpus)),
@@ -129,7 +166,37 @@ def _kind(where: str, name: str, described: Any, head: bool, workers: int) -> No
         int(gpus),
         device,
         1 if head else int(_number(f"{where}.max_workers", described.get("max_workers", workers))),
+        int(_number(f"{where}.min_workers", described.get("min_workers", 0))),
+        kind if gpus else "",
+        _number(f"{where}.labels.{PRICE}", labels[PRICE]) if PRICE in labels else None,
     )
+
+
+def of_gpus(kind: str, count: float | None) -> NodeKinds:
+    """So many GPUs of a kind, in the machines that EC2 has them in, all there from the start. Raises ValueError."""
+    device = devices.gpu(kind, "--gpu-kind").kind
+    if count is None or not 1 <= count <= MOST_GPUS or count != int(count):
+        raise ValueError(
+            f"--gpu-kind {kind} needs --gpus, how many of them there are, as a whole number from 1 to {MOST_GPUS:,}; it is {count}"
+        )
+    of, left, kinds = with_gpus(device), int(count), []
+    while left:
+        gpus = min(left, of.gpus)
+        cpus, memory = of.cpus / of.gpus * gpus, int(of.memory / of.gpus * gpus * FOR_STEPS)
+        most = left // gpus
+        kinds.append(NodeKind(f"{gpus}-{device}", cpus, memory, gpus, of.device, most, most, device))
+        left -= most * gpus
+    return NodeKinds(f"--gpus {count:g} --gpu-kind {kind}", tuple(kinds), sum(k.most for k in kinds), "")
+
+
+def here(memory: int) -> NodeKinds | None:
+    """This machine, where steps run one after another; None if it has a GPU of an unknown kind."""
+    model = gpu_model()
+    gpu = next((kind for kind in devices.GPUS if model and devices.is_kind(model, kind)), "")
+    if model and not gpu:
+        return None
+    kind = NodeKind("this machine", os.cpu_count() or 1, memory, 1 if gpu else 0, 1 << 50, 1, 1, gpu)
+    return NodeKinds("this machine", (kind,), 1, "", serial=True)
 
 
 def _number(where: str, value: Any) -> float:

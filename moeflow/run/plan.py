@@ -17,7 +17,7 @@ from moeflow.store import Index, LocalBlobs, Store
 
 @dataclass(frozen=True)
 class Row:
-    """One step. Bytes are what it would read and write in this run: zero if it does not run.
+    """One step. Bytes and operations are those of this run: zero if it does not run.
 
     For a gang, memory, CPUs, GPUs and device are those of each process.
     """
@@ -28,6 +28,7 @@ class Row:
     state: State
     reads: int
     writes: int
+    operations: int  # floating-point ones, in this run
     memory: int  # peak bytes resident
     cpus: float
     gpus: float
@@ -60,6 +61,10 @@ class Plan:
         return sum(r.writes for r in self.rows)
 
     @property
+    def operations(self) -> int:
+        return sum(r.operations for r in self.rows)
+
+    @property
     def memory(self) -> int:
         """The most peak bytes of a step that runs, or of one process of a gang."""
         return max((r.memory for r in self.rows if r.state == "run"), default=0)
@@ -75,6 +80,7 @@ class Plan:
             "steps": {state: len(self.keys(state)) for state in states},
             "reads": self.reads,
             "writes": self.writes,
+            "operations": self.operations,
             "memory": self.memory,
             "device": self.device,
             "problems": list(self.problems),
@@ -102,7 +108,7 @@ def plan(
     if memory is not None:
         problems += _compiler(schedule.steps[r.key] for r in rows if r.state == "run")
     idle = {row.name for row in unfit if row.optional}  # they look at the memory first, and then read nothing
-    rows = tuple(replace(row, reads=0) if row.name in idle else row for row in rows)
+    rows = tuple(replace(row, reads=0, operations=0) if row.name in idle else row for row in rows)
     warnings = [
         *schedule.warnings(),
         *(f"{why}; until then it leaves its figures out" for row, why in unfit.items() if row.optional),
@@ -112,11 +118,12 @@ def plan(
 
 def _row(step: Step, state: State, label: str) -> Row:
     spec, asked = step.spec, step.resources
-    reads, writes = (spec.reads, spec.writes) if state == "run" else (0, 0)
+    counted = sum(n for kind, n in spec.operations.items() if kind != "text")
+    reads, writes, operations = (spec.reads, spec.writes, counted) if state == "run" else (0, 0, 0)
     memory = asked.memory or spec.memory
     device = asked.device or (spec.device if asked.gpus else 0)
     needs = memory, asked.cpus, asked.gpus, asked.processes, device
-    return Row(step.key, step.name, label, state, reads, writes, *needs, spec.optional, spec.notes + step.notes)
+    return Row(step.key, step.name, label, state, reads, writes, operations, *needs, spec.optional, spec.notes + step.notes)
 
 
 def _disk(rows: Iterable[Row], store: Store, *, here: bool) -> list[str]:

@@ -1,6 +1,7 @@
 """Numbers, sizes and steps as text for people. No I/O."""
 
 import json
+import math
 from collections import defaultdict
 from typing import Any
 
@@ -53,6 +54,20 @@ def amount(done: int, total: int, unit: str) -> str:
     if unit == "bytes":
         return f"{size(done)}/{size(total)}" if total else size(done)
     return f"{done:,}/{total:,} {unit}" if total else f"{done:,} {unit}"
+
+
+def many(n: float) -> str:
+    """A large number in the units of operations: `3.1 T`, `870 P`; empty for zero."""
+    units = ("", "k", "M", "G", "T", "P", "E", "Z")
+    at = min(len(units) - 1, int(math.log10(n) / 3)) if n >= 1 else 0
+    return f"{n / 1000**at:.3g} {units[at]}".strip() if n else ""
+
+
+def span(seconds: float) -> str:
+    """A time to plan with: `40 s`, `12 min`, `6.3 h`."""
+    if seconds < 100:
+        return f"{seconds:.3g} s"
+    return f"{seconds / 60:.0f} min" if seconds < 100 * 60 else f"{seconds / 3600:,.1f} h"
 
 
 def clock(seconds: float) -> str:

@@ -14,7 +14,8 @@ WIDTH = 16  # hexadecimal digits of that digest
 Bytes = bytes  # the class below has a property of that name
 KINDS: Mapping[str, tuple[type, ...]] = {
     **dict.fromkeys(("key", "step", "content", "source", "created", "same_as", "writer", "digest"), (str,)),
-    **dict.fromkeys(("version", "reads"), (int,)), **dict.fromkeys(("params", "libraries", "files", "stands_for"), (dict,)),
+    **dict.fromkeys(("version", "reads"), (int,)),
+    **dict.fromkeys(("params", "libraries", "files", "stands_for", "operations", "machine"), (dict,)),
     **dict.fromkeys(("inputs", "notes"), (list,)), "seconds": (int, float),
 }  # fmt: skip
 """The types that the fields of a manifest have in JSON."""
@@ -49,6 +50,8 @@ class Record:
     notes: tuple[str, ...] = ()
     seconds: float = 0
     reads: int = 0  # bytes read from the inputs, or from a source
+    operations: Mapping[str, int] = field(default_factory=dict)  # by its spec; of a gang, those of each process
+    machine: Mapping[str, Any] = field(default_factory=dict)  # gpu, as its driver calls it, or ""; threads; loaded
     stands_for: Mapping[str, str] = field(default_factory=dict)  # of a note: the files elsewhere, by name with their SHA-256
 
 

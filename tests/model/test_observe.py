@@ -34,7 +34,7 @@ def calibrated(folder: Path, out: Path, ids_NL: Tensor, recording: Recording = R
     config, layers = read_config(Folder(folder)), split(folder, out)
     passes.embed(config, Folder(out / "rest"), ids_NL, out / "start.safetensors", dtype="float32")
     passes.through(
-        config, out / "start.safetensors", layers, out / "end.safetensors", batch=2, dtype="float32",
+        config, out / "start.safetensors", layers, out / "end.safetensors", count=LAYERS, batch=2, dtype="float32",
         progress=lambda *_: None, recording=recording,
     )  # fmt: skip
     return {i: load_file(out / file_of(i)) for i in Family.of(config).moe_layers}

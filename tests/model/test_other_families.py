@@ -120,11 +120,9 @@ def test_what_is_recorded_is_what_the_layer_computes(name: str, written: Written
     folder = written(name)
     config, layers = read_config(Folder(folder)), split(folder, tmp_path)
     passes.embed(config, Folder(tmp_path / "rest"), ids(), tmp_path / "start", dtype="float32")
-    passes.through(
-        config, tmp_path / "start", layers, tmp_path / "end", batch=2, dtype="float32", progress=without_progress,
-        recording=Recording(10**9),
-    )  # fmt: skip
-    passes.through(config, tmp_path / "start", layers, tmp_path / "plain", batch=2, dtype="float32", progress=without_progress)
+    run: dict[str, Any] = {"count": len(layers), "batch": 2, "dtype": "float32", "progress": without_progress}
+    passes.through(config, tmp_path / "start", layers, tmp_path / "end", recording=Recording(10**9), **run)
+    passes.through(config, tmp_path / "start", layers, tmp_path / "plain", **run)
     assert torch.equal(load_file(tmp_path / "end")[HIDDEN], load_file(tmp_path / "plain")[HIDDEN])
     for layer in Family.of(config).moe_layers:
         mine, moe = load_file(tmp_path / file_of(layer)), read_moe(Tensors(folder), config, layer)
@@ -158,8 +156,9 @@ def test_a_fork_is_the_model_whose_layer_is_pruned(name: str, written: Written, 
             file = kept(file, config, layer, tmp_path)
         pruned.append((layer, file))
     passes.embed(config, Folder(tmp_path / "rest"), ids(), tmp_path / "start", dtype="float32")
+    run: dict[str, Any] = {"count": len(layers), "batch": 1, "dtype": "float32", "progress": without_progress}
     for what, stack in (("whole", layers), ("pruned", pruned)):
-        passes.through(config, tmp_path / "start", stack, tmp_path / what, batch=1, dtype="float32", progress=without_progress)
+        passes.through(config, tmp_path / "start", stack, tmp_path / what, **run)
     stages = [forking.Stage(i, file, {"f": Kept(tuple(KEPT))} if i == forked else {}) for i, file in layers]
     start = load_file(tmp_path / "start")
     own_NLD, forks = forking.through(config, start, stages, forks=1, batch=1, dtype="float32")

@@ -59,6 +59,11 @@ def test_a_pipeline_fits_the_nodes_as_it_is_written_and_says_the_gpu_memory_of_e
     for row in plan["rows"]:
         assert bool(row["device"]) == bool(row["gpus"]), row["label"]
         assert row["device"] <= 45776 << 20 or row["optional"], row["label"]
+    simulated = plan["simulated"]
+    assert simulated["nodes"] == [["head", 1], ["gpu", 4]] and simulated["chain"]["seconds"] < simulated["seconds"] < 10**7
+    assert simulated["dollars"] == pytest.approx((0.768 + 4 * 10.493) * simulated["seconds"] / 3600, rel=0.01)
+    trained = {row["label"]: row["processes"] for row in plan["rows"] if row["name"] == "finetune.train"}
+    assert simulated["gangs"].keys() == simulated["lost"].keys() == trained.keys()
 
 
 @pytest.mark.slow

@@ -162,21 +162,25 @@ def measured(
     goal_NLD, others = own_NLD, dict[Fork | None, Tensor](forks.items())
     if against_NLD is not None:
         goal_NLD, others[None] = against_NLD, own_NLD
-    sums: dict[Fork | None, Tensor] = {fork: torch.zeros(2, dtype=torch.float64, device=head.device) for fork in (None, *forks)}
+    count = len(ids_NL)
+    sums = {fork: torch.zeros(count, 2, dtype=torch.float64, device=head.device) for fork in (None, *forks)}
     tokens = ids_NL[:, 1:].numel()
     for n, ids_L in enumerate(ids_NL):
         for rows, goal in head.by_chunk(goal_NLD[n, :-1]):
             log_p, wanted_T1 = goal.log_softmax(-1), ids_L[1:][rows, None].to(head.device)
             if against_NLD is None:
-                sums[None][1] -= log_p.gather(-1, wanted_T1).double().sum()
+                sums[None][n, 1] -= log_p.gather(-1, wanted_T1).double().sum()
             for fork, fork_NLD in others.items():
                 log_q = head.logits(fork_NLD[n, :-1][rows]).log_softmax(-1)
                 apart = kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1).double().sum()
-                sums[fork] += torch.stack([apart, -log_q.gather(-1, wanted_T1).double().sum()])
-    means = {fork: (each / tokens).tolist() for fork, each in sums.items()}
+                sums[fork][n] += torch.stack([apart, -log_q.gather(-1, wanted_T1).double().sum()])
+    means = {fork: (each.sum(0) / tokens).tolist() for fork, each in sums.items()}
+    each = {fork: tuple(float(f"{x:.6g}") for x in (s[:, 0] * count / tokens).tolist()) for fork, s in sums.items()}
     curves: dict[int, dict[str, float]] = {}
     losses: dict[int, dict[str, float]] = {}
+    sequences: dict[int, dict[str, tuple[float, ...]]] = {}
     for layer, name in forks:
         curves.setdefault(layer, {})[name], losses.setdefault(layer, {})[name] = means[layer, name]
+        sequences.setdefault(layer, {})[name] = each[layer, name]
     own, plain = means[None]
-    return Curves(tokens, plain, curves, losses, own)
+    return Curves(tokens, plain, curves, losses, own, sequences, each[None])

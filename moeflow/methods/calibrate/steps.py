@@ -7,6 +7,7 @@ whole model: a chain begins at every stage, forks there at every layer, once for
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from moeflow.arch import EMBEDDING, Family
 from moeflow.methods.calibrate.chains import Alternatives, Chain, Forks, groups
 from moeflow.methods.graph import HIDDEN, REST, TOKENS, Calibration, Model, Pass
 from moeflow.methods.records import Curves
+from moeflow.model import operations
+from moeflow.model.ahead import ahead
 from moeflow.model.layout import LAYER, ROUTING, file_before, file_of, read_config
 from moeflow.model.memory import on_device, passing
 from moeflow.model.spec import (
@@ -135,9 +138,13 @@ def _behind(
     return tuple(observe(model.essential, hidden, layers, recording=recording, **how) for hidden in states)
 
 
-def _numbered(layers: tuple[Artifact, ...], first: int) -> list[tuple[int, Path]]:
-    """The number of each layer, and its file, or the folder of its files if there are several."""
-    return list(enumerate((a.folder() if ROUTING in a.names() else a.file(LAYER) for a in layers), first))
+def _read(layers: tuple[Artifact, ...]) -> Iterator[Path]:
+    """The file of each layer, or the folder of its files if there are several; the next is read while one is computed with."""
+
+    def of(layer: Artifact) -> Path:
+        return layer.folder() if ROUTING in layer.names() else layer.file(LAYER)
+
+    return ahead(partial(of, layer) for layer in layers)
 
 
 def _embed_spec(essential: RestSpec, rest: RestSpec, tokens: TokensSpec, *, first: int, count: int, dtype: str) -> Spec:
@@ -178,7 +185,8 @@ def _pass_spec(hidden: Any, layers: tuple[LayerSpec, ...], dtype: str) -> tuple[
 def _advance_spec(config: RestSpec, hidden: Any, layers: tuple[LayerSpec, ...], *, first: int, batch: int, dtype: str) -> Spec:
     states, reads, memory = _pass_spec(hidden, layers, dtype)
     device = on_device(passing(layers, batch * states.length, dtype, handed_on=states.handed_on))
-    return Spec(states, reads=reads, writes=states.nbytes, memory=memory, device=device)
+    done = operations.passing(layers, states, dtype)
+    return Spec(states, reads=reads, writes=states.nbytes, operations=done, memory=memory, device=device)
 
 
 @step("calibrate.advance", version=1, spec=_advance_spec, gpus=1)
@@ -189,7 +197,8 @@ def advance(
     from moeflow.model import passes
 
     passes.through(
-        read_config(config), hidden.file(HIDDEN), _numbered(layers, first), context.out / HIDDEN,
+        read_config(config), hidden.file(HIDDEN), enumerate(_read(layers), first), context.out / HIDDEN,
+        count=len(layers),
         batch=batch, dtype=dtype, progress=context.progress,
     )  # fmt: skip
 
@@ -210,7 +219,8 @@ def _observe_spec(
             most = max(most, rows)
             writes += rows * (row + 8) + tokens * layer.experts * 4 + 8 * 7 * layer.experts + 1400
     moe = tuple(spec.layer for spec in layers if spec.experts)
-    return Spec(ObservedSpec(states, kept, most, moe), reads=reads, writes=writes, memory=memory + writes, device=device)
+    out, done = ObservedSpec(states, kept, most, moe), operations.passing(layers, states, dtype)
+    return Spec(out, reads=reads, writes=writes, operations=done, memory=memory + writes, device=device)
 
 
 @step("calibrate.observe", version=1, spec=_observe_spec, gpus=1)
@@ -226,7 +236,8 @@ def observe(
     from moeflow.model import passes
 
     passes.through(
-        read_config(config), hidden.file(HIDDEN), _numbered(layers, first), context.out / HIDDEN,
+        read_config(config), hidden.file(HIDDEN), enumerate(_read(layers), first), context.out / HIDDEN,
+        count=len(layers),
         batch=batch, dtype=dtype, progress=context.progress, recording=recording,
     )  # fmt: skip
 
@@ -323,8 +334,13 @@ def _forks_spec(
     running = 2 * max((layer.nbytes + layer.loaded(how.dtype) for layer in layers), default=0)
     memory = (count + 7) * states.nbytes + max(running, 2 * rest.head_bytes + 2 * head + width)
     passed = passing(layers, how.batch * states.length, how.dtype, handed_on=states.handed_on, copies=2) if layers else 0
-    writes = 200 + 90 * count
-    return Spec({"bytes": writes}, reads=reads, writes=writes, memory=memory, device=on_device(max(passed, head + width)))
+    writes = 200 + 90 * count + 14 * (1 + count) * states.sequences
+    begun = [len(one.names) if one else 0 for one in (*alternatives, *[None] * (len(layers) - len(alternatives)))]
+    runs = [1 + sum(begun[: at + 1]) for at in range(len(layers))]  # of each layer: the model's, and its forks'
+    done = operations.passing((layer for n, layer in zip(runs, layers, strict=True) for _ in range(n)), states, how.dtype)
+    done = operations.together(done, operations.head(rest, (1 + count) * states.sequences * states.length, how.dtype))
+    device = on_device(max(passed, head + width))
+    return Spec({"bytes": writes}, reads=reads, writes=writes, operations=done, memory=memory, device=device)
 
 
 @step("calibrate.forks", version=3, spec=_forks_spec, gpus=1)
@@ -344,11 +360,11 @@ def forks(
     from moeflow.methods.calibrate import forking
 
     def stages() -> Iterator[forking.Stage]:
-        for done, file in enumerate(layers):
+        for done, file in enumerate(ahead(partial(layer.file, LAYER) for layer in layers)):
             which = alternatives[done] if done < len(alternatives) else None
             held = sources[done] if which and sources else ()
             whole = held[-1].file(LAYER) if which and which.replaced else None
-            yield forking.Stage(how.first + done, file.file(LAYER), forking.begun(which, held), whole)
+            yield forking.Stage(how.first + done, file, forking.begun(which, held), whole)
             context.progress(done + 1, len(layers), "layers")
 
     def rows_of(states: tuple[Artifact, ...]) -> dict[str, Any]:
@@ -367,12 +383,15 @@ def _measure_spec(chains: tuple[Mapping[str, Any], ...]) -> Spec:
     return Spec({"bytes": size}, reads=size, writes=size)
 
 
-@step("calibrate.curves", version=2, spec=_measure_spec)
+@step("calibrate.curves", version=3, spec=_measure_spec)
 def measure(context: Context, chains: tuple[Artifact, ...]) -> None:
     """What several chains measured, as one `Curves`."""
     first, *more = map(Curves.read, chains)
     for one in more:
         curves = {i: {**first.curves.get(i, {}), **by_name} for i, by_name in one.curves.items()}
         losses = {i: {**first.losses.get(i, {}), **by_name} for i, by_name in one.losses.items()}
-        first = replace(first, curves={**first.curves, **curves}, losses={**first.losses, **losses})
+        each = {i: {**first.sequences.get(i, {}), **by_name} for i, by_name in one.sequences.items()}
+        first = replace(
+            first, curves={**first.curves, **curves}, losses={**first.losses, **losses}, sequences={**first.sequences, **each}
+        )
     first.write(context.out)

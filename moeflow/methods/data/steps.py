@@ -189,7 +189,10 @@ def _rows_spec(
         raise ValueError(f"length={sample.length} is more than the model's {positions} positions; make sequences shorter")
     reads = sum(sum(t["files"].values()) for t in (tokenizer, *texts))
     writes = sample.sequences * sample.length * (4 + masked) + 128 * (1 + masked) + 300 * len(mix)
-    return Spec(TokensSpec(sample.sequences, sample.length), reads=reads, writes=writes, memory=4 * reads)
+    return Spec(
+        TokensSpec(sample.sequences, sample.length), reads=reads, writes=writes, operations={"text": reads},
+        memory=4 * reads,
+    )  # fmt: skip
 
 
 @step("data.tokens", version=2, spec=_rows_spec)

@@ -61,9 +61,10 @@ def components(
     """The components of a matrix under the second moment of its inputs or of its outputs.
 
     Works on the smaller side (if M > N, on the R of W = Q R), in fp32 or the matrix's own precision if higher, and again in fp64 if
-    fp32 cannot resolve the cut at `rank` (by default break-even). `shrink` adds that part of the moment's weight, spread evenly
-    over all directions as if inputs were white; this helps experts with few tokens. A negative eigenvalue within rounding counts as
-    zero. Raises ValueError for a bad moment (`check_moment`), and for one with a negative direction that the matrix sees.
+    fp32 gives up or cannot resolve the cut at `rank` (by default break-even). `shrink` adds that part of the moment's weight,
+    spread evenly over all directions as if inputs were white; this helps experts with few tokens. A negative eigenvalue within
+    rounding counts as zero. Raises ValueError for a bad moment (`check_moment`), and for one with a negative direction that the
+    matrix sees.
     """
     rows, columns = w_MN.shape[-2:]
     moment, name, side = (
@@ -135,7 +136,12 @@ def _sandwich(a_KN: Tensor, s_NN: Tensor) -> Tensor:
 def _in_fp64_where_needed(
     solve: Callable[[Tensor, Tensor], tuple[Tensor, ...]], w_MN: Tensor, moment: Tensor, dtype: torch.dtype, cut: int
 ) -> tuple[Tensor, ...]:
-    solved = solve(w_MN.to(dtype), moment.to(dtype))
+    try:
+        solved = solve(w_MN.to(dtype), moment.to(dtype))
+    except torch.linalg.LinAlgError:  # a GPU's solver gives up in fp32 where eigenvalues lie close together
+        if dtype == torch.float64:
+            raise
+        return tuple(part.to(dtype) for part in solve(w_MN.double(), moment.double()))
     if dtype == torch.float64 or cut >= min(w_MN.shape[-2:]):
         return solved
     value_K = solved[0]

@@ -21,10 +21,11 @@ from moeflow.methods.decompose.ranks import (
     paper_ranks,
 )
 from moeflow.methods.records import Curves, Facts, Importance, Ranks
+from moeflow.model import operations
 from moeflow.model.layout import read_config
 from moeflow.model.memory import on_device
 from moeflow.model.spec import LayerSpec, ObservedSpec, RestSpec, TensorTable, element_bytes
-from moeflow.step import Artifact, Context, Spec, step
+from moeflow.step import Arithmetic, Artifact, Context, Spec, step
 
 
 def sides(before: LayerSpec) -> tuple[int, int]:
@@ -56,7 +57,20 @@ def _spectra_spec(
     out = {"layer": layer, "bytes": writes, "experts": before.experts, "sides": [rows, columns]}
     working = before.loaded(dtype) + 2 * recorded + (2 << 30)
     memory, device = 2 * before.nbytes + before.loaded(dtype) + working, on_device(working)
-    return Spec(out, reads=before.headers + before.block_bytes + recorded, writes=writes, memory=memory, device=device)
+    return Spec(
+        out, reads=before.headers + before.block_bytes + recorded, writes=writes, operations=_operations(before, observed),
+        memory=memory, device=device,
+    )  # fmt: skip
+
+
+def _operations(before: LayerSpec, observed: tuple[ObservedSpec, ...], *, whitened: bool = True) -> Mapping[Arithmetic, int]:
+    """Of a layer's decomposition, with the moments of its experts' tokens where their outputs are to be preserved."""
+    rows, columns = sides(before)
+    less, tokens = min(rows, columns), sum(shard.rows for shard in observed)
+    products = before.experts * 3 * 4 * max(rows, columns) * less**2
+    if whitened:
+        products += operations.moments(before, tokens, (columns, less))
+    return {"float32": products, "factors": before.experts * 3 * operations.DECOMPOSED * less**3}
 
 
 @step("decompose.spectra", version=2, spec=_spectra_spec, gpus=1)
@@ -139,7 +153,8 @@ def _layer_spec(
     recorded = _recorded_bytes(rest.config, observed, dtype)
     working, writes = before.loaded(dtype) + 2 * recorded + (2 << 30), out.nbytes + 200 + 90 * before.experts
     memory, device = 2 * before.nbytes + before.loaded(dtype) + working, on_device(working)
-    return Spec(out, reads=before.nbytes + recorded, writes=writes, memory=memory, device=device)
+    done = _operations(before, observed, whitened=how.svd == "whitened")
+    return Spec(out, reads=before.nbytes + recorded, writes=writes, operations=done, memory=memory, device=device)
 
 
 def _cut(before: LayerSpec, uniform: Mapping[str, int]) -> TensorTable:

@@ -16,10 +16,11 @@ from moeflow.methods.graph import HIDDEN, TOKENS
 from moeflow.methods.records import Choice
 from moeflow.methods.reports import row, write_report
 from moeflow.methods.scores import SCORES
+from moeflow.model import operations
 from moeflow.model.layout import experts_in, headers, read_config
 from moeflow.model.memory import on_device
 from moeflow.model.packed import numels
-from moeflow.model.spec import CheckpointSpec, HiddenSpec, ObservedSpec, RestSpec, TokensSpec, header_bytes
+from moeflow.model.spec import CheckpointSpec, HiddenSpec, ObservedSpec, RestSpec, TokensSpec, header_bytes, precision
 from moeflow.step import Artifact, Context, Spec, step
 
 LENGTH = 2048
@@ -116,7 +117,8 @@ def _quality_spec(
     width = int(original.config["vocab_size"]) * 1024 * 4 * 6
     loaded = original.loaded(dtype, head=True) + compressed.loaded(dtype, head=True)
     memory = 2 * head + loaded + 2 * max(s.nbytes for s in states) + width
-    return Spec(reads=reads, writes=800 + 24 * matrix.sequences, memory=memory, device=on_device(loaded + width))
+    writes, done = 800 + 24 * matrix.sequences, operations.head(original, 2 * matrix.tokens, dtype)
+    return Spec(reads=reads, writes=writes, operations=done, memory=memory, device=on_device(loaded + width))
 
 
 @step("evaluate.quality", version=2, spec=_quality_spec, gpus=1)
@@ -165,6 +167,8 @@ def _named(path: Path, what: str) -> str:
     return next((value.strip() for name, _, value in lines if name.strip() == what), "")
 
 
+RUNS_OF_SPEED = 8
+"""How often a speed is measured: a warm-up, and the rounds of `timing`."""
 ROOM = 1.2
 """What both models and their activations take, as a multiple of their bytes on disk."""
 
@@ -172,7 +176,11 @@ ROOM = 1.2
 def _speed_spec(original: CheckpointSpec, compressed: CheckpointSpec, *, machine: Any, length: int) -> Spec:
     both = sum(c.nbytes + c.others for c in (original, compressed))
     need = int(both * ROOM)
-    return Spec(reads=both, writes=1200, memory=need, device=on_device(need), optional=True)
+    done = RUNS_OF_SPEED * 2 * length * (original.active + compressed.active)
+    return Spec(
+        reads=both, writes=1200, operations={precision(original.config, "auto"): done}, memory=need,
+        device=on_device(need), optional=True,
+    )  # fmt: skip
 
 
 @step("evaluate.speed", version=2, spec=_speed_spec, gpus=1)
@@ -224,7 +232,11 @@ def _written_spec(original: CheckpointSpec, compressed: CheckpointSpec, *, promp
         raise ValueError(f"prompt={prompt!r} and tokens={tokens}: there must be words to go on from, and at least one token")
     largest = max(c.nbytes + c.others for c in (original, compressed))
     need = int(largest * ROOM)
-    return Spec(reads=original.nbytes + compressed.nbytes, writes=400 + 16 * tokens, memory=need, device=on_device(need))
+    done = 2 * (len(prompt) + tokens) * (original.active + compressed.active)  # a letter is a token at most
+    return Spec(
+        reads=original.nbytes + compressed.nbytes, writes=400 + 16 * tokens, memory=need, device=on_device(need),
+        operations={precision(original.config, "auto"): done},
+    )  # fmt: skip
 
 
 @step("evaluate.written", version=1, spec=_written_spec, gpus=1)

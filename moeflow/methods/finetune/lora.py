@@ -2,11 +2,12 @@
 
 Hu et al., ICLR 2022, arXiv 2106.09685: W + alpha / rank * B A. The product is added to the parameter itself, so that linear layers,
 routers and fused experts in any kernel need no code of their own. The sum is made anew in each forward pass of a module. Shapes
-are suffixes: E experts, M rows, N columns, R rank, B blocks of rows.
+are suffixes: E experts, M rows, N columns, R rank.
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,8 +15,8 @@ from torch import Tensor, nn
 
 from moeflow.arch import Family
 from moeflow.methods.finetune.recipe import Recipe
-from moeflow.model.factors import STACKS, Stack
-from moeflow.model.formats import Format, layer_formats
+from moeflow.model.factors import STACKS
+from moeflow.model.formats import layer_formats
 
 A, B = ".lora_a", ".lora_b"
 """The names of a matrix's two factors: the matrix's own name with these endings."""
@@ -25,33 +26,31 @@ ADDITIONS = "additions"
 
 
 class Addition(nn.Module):
-    """Adds the product of two factors to `weight`, a matrix [M, N] or a stack [E, M, N], which ZeRO-3 may have divided.
+    """Adds the product of two factors to `weight`, a matrix [M, N] or stack [E, M, N], which ZeRO-3 may have divided.
 
     The rank is the recipe's, or the smaller side if that is less. `b` starts at zero. `a` is drawn uniformly within 1 / sqrt(N)
-    from a generator seeded with the recipe's seed and `name`, so that every process and every resumed run draws the same.
-    `open_EBMN` is 1 in a stack's matrices and 0 in their padding, and broadcasts over the stack's B blocks of M rows. `keep_zeros`:
-    add nothing where the matrix is zero.
+    from a generator seeded with the recipe's seed and `name`, so that every process and every resumed run draws the same. If the
+    matrices of a stack lie otherwise in memory, `shape` is [E, M, N], and `joined` makes of such a product what is added.
+    `keep_zeros`: add nothing where the matrix is zero.
     """
 
     def __init__(
-        self, weight: Tensor, name: str, recipe: Recipe, *, open_EBMN: Tensor | None = None, keep_zeros: bool = False
-    ) -> None:
+        self, weight: Tensor, name: str, recipe: Recipe,
+        *, shape: tuple[int, ...] = (), joined: Callable[[Tensor], Tensor] | None = None, keep_zeros: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.open: Tensor | None
-        *experts, m, n = shape_of(weight)
+        *experts, m, n = shape or shape_of(weight)
         rank = min(recipe.rank, m, n)
         start = int.from_bytes(hashlib.sha256(f"{recipe.seed}/{name}".encode()).digest()[:7])
         drawn = torch.rand(*experts, rank, n, generator=torch.Generator().manual_seed(start))
         self.a = nn.Parameter(((2 * drawn - 1) * n**-0.5).to(weight))
         self.b = nn.Parameter(weight.new_zeros(*experts, m, rank))
-        self.scale, self.keep_zeros = recipe.scale, keep_zeros
-        self.register_buffer("open", None if open_EBMN is None else open_EBMN.to(weight), persistent=False)
+        self.scale, self.joined, self.keep_zeros = recipe.scale, joined, keep_zeros
 
     def forward(self, w: Tensor) -> Tensor:
         added = self.b @ self.a
-        if self.open is not None:
-            e, m, n = added.shape
-            added = (added.view(e, self.open.shape[1], -1, n) * self.open).view(e, m, n)
+        if self.joined is not None:
+            added = self.joined(added)
         if self.keep_zeros:
             added = added * (w != 0)
         return torch.add(w, added, alpha=self.scale)
@@ -65,15 +64,16 @@ def attach(model: Any, names: Iterable[str], recipe: Recipe) -> None:
     for name in names:
         path, _, last = name.rpartition(".")
         module = model.get_submodule(path)
-        weight, open_EBMN = getattr(module, last), None
-        if path.endswith(f"{family.arch.block}.experts") and last in stacks:
+        weight, lies = getattr(module, last), dict[str, Any]()
+        if path.endswith(f"{family.arch.block}.experts") and last in stacks and stacks[last].factors:
             format = formats[int(name.split(".")[2])]
             assert format is not None
-            open_EBMN = opening(stacks[last], format, *shape_of(weight)[-2:])
+            shape = stacks[last].apart(format, shape_of(weight)[-1])
+            lies = {"shape": shape, "joined": partial(stacks[last].joined, format=format)}
         if ADDITIONS not in dict(module.named_children()):
             module.add_module(ADDITIONS, nn.ModuleDict())
         keep_zeros = bool(recipe.keep_zeros) and family.in_expert(family.on_disk(name))
-        module.additions[last] = Addition(weight, name, recipe, open_EBMN=open_EBMN, keep_zeros=keep_zeros)
+        module.additions[last] = Addition(weight, name, recipe, keep_zeros=keep_zeros, **lies)
 
 
 def apply(model: nn.Module) -> None:
@@ -84,26 +84,13 @@ def apply(model: nn.Module) -> None:
             module.register_forward_hook(_end, always_call=True)
 
 
-def opening(stack: Stack, format: Format, rows: int, columns: int) -> Tensor | None:
-    """A mask per expert, block and row or column of a stack of factors [E, rows, columns]: 1, but 0 in the padding.
-
-    None for a stack of whole matrices or biases, which has no padding.
-    """
-    if stack.kind in ("whole", "bias"):
-        return None
-    side = rows // len(stack.matrices) if stack.kind == "in" else columns
-    ranks = [[format.ranks(matrix)[e] for matrix in stack.matrices] for e in stack.experts(format)]
-    open_EBR = (torch.arange(side) < torch.tensor(ranks)[..., None]).float()
-    return open_EBR[..., None] if stack.kind == "in" else open_EBR[..., None, :]
-
-
 def shape_of(parameter: Any) -> tuple[int, ...]:
     """The shape of a parameter, also if ZeRO-3 has divided it."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def product(a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """What two trained factors add to their matrix, in fp32; the numbers in a stack's padding are meaningless."""
+    """What two trained factors add to their matrix, in fp32; beyond the rank of a factor it is meaningless."""
     return (b.float() @ a.float()) * scale
 
 

@@ -1,6 +1,6 @@
-"""How much memory a fine-tuning needs per device, from configurations alone, and what to do if it is too much. No torch.
+"""How much memory a fine-tuning needs per device, and what its processes send, from configurations alone. No torch.
 
-It is an estimate of the peak of an optimizer step; 10 % are added for fragmentation and libraries.
+Memory is an estimate of the peak of an optimizer step; 10 % are added for fragmentation and libraries.
 """
 
 from collections.abc import Mapping
@@ -28,6 +28,24 @@ class Work:
     recipe: Recipe
     length: int
 
+    @property
+    def size(self) -> int:
+        """Bytes of a weight in the training."""
+        return 2 if self.recipe.dtype == "bfloat16" else 4
+
+    @property
+    def whole(self) -> int:
+        """The weights of the model."""
+        return sum(map(_numel, self.layers.values())) + _numel(self.rest)
+
+    @property
+    def count(self) -> int:
+        """The numbers that are trained; LoRA's factors of a matrix [M, N] have R (M + N)."""
+        shapes = [s for each in self.trained.values() for s in each.values()]
+        if self.recipe.mode != "lora":
+            return sum(map(prod, shapes))
+        return sum(min(self.recipe.rank, *s[-2:]) * sum(s[-2:]) for s in shapes)
+
 
 @dataclass(frozen=True)
 class Need:
@@ -47,13 +65,9 @@ def need_of(work: Work, gang: Gang) -> Need:
     all layers (of one, with checkpointing), the sums that LoRA makes in a forward pass, and the logits.
     """
     recipe, n = work.recipe, gang.processes
-    size = 2 if recipe.dtype == "bfloat16" else 4
-    lora = recipe.mode == "lora"
+    size, lora = work.size, recipe.mode == "lora"
     layers, touched = ([_numel(s) for s in shapes.values()] for shapes in (work.layers, work.trained))
-    largest, whole = max(layers), sum(layers) + _numel(work.rest)
-    # LoRA's factors of a matrix [M, N] have R (M + N) numbers
-    factors = (min(recipe.rank, *s[-2:]) * sum(s[-2:]) for shapes in work.trained.values() for s in shapes.values())
-    trained = sum(factors) if lora else sum(touched)
+    largest, whole, trained = max(layers), work.whole, work.count
     zero = max(gang.zero, 1) if size == 2 else gang.zero
     state = (12 if size == 2 or zero in (1, 2) else 8) * trained // (n if zero else 1)
     gradients = size * trained // (n if zero > 1 else 1)
@@ -74,6 +88,20 @@ def need_of(work: Work, gang: Gang) -> Need:
     device = int(MARGIN * sum(parts.values()))
     host = 2 * 4 * largest + (state + 4 * trained // n if gang.offload else 0) + (0 if gang.gpus else device)
     return Need(device, host, parts)
+
+
+def exchanged(work: Work, gang: Gang) -> int:
+    """The bytes that each process of this gang sends the others in the whole training.
+
+    With ZeRO 3 the weights are gathered in each forward and each backward pass, and the gradients of what is trained are divided
+    (Rajbhandari et al., section 7); with less of it gradients are added up, and the weights that they change are gathered, once for
+    each optimizer step.
+    """
+    n, recipe = gang.processes, work.recipe
+    micro_steps = recipe.batch // (n * gang.micro_of(recipe.batch, work.length))
+    passes = 2 + gang.checkpointing
+    a_step = micro_steps * (passes * work.whole + work.count) if gang.zero == 3 else 2 * work.count
+    return work.size * a_step * recipe.steps * (n - 1) // n
 
 
 def fitted(work: Work, gang: Gang) -> tuple[Gang, Need]:

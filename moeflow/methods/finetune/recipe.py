@@ -90,6 +90,11 @@ class Recipe:
         return {"lm": 0.0, "kl": 1.0, "both": self.mix}[self.loss]
 
     @property
+    def operations(self) -> int:
+        """Operations for each weight and token: 2 of a forward pass, 2 of gradients of activations, 2 of those of all weights."""
+        return 6 if self.mode == "full" else 4
+
+    @property
     def scale(self) -> float:
         """The factor that LoRA's additions are multiplied by."""
         return 2.0 if self.alpha is None else self.alpha / self.rank

@@ -12,8 +12,9 @@ from moeflow.methods.finetune.recipe import Recipe
 from moeflow.methods.graph import HIDDEN
 from moeflow.methods.records import Facts, read_json
 from moeflow.methods.reports import row, write_report
+from moeflow.model import operations
 from moeflow.model.memory import on_device
-from moeflow.model.spec import CheckpointSpec, HiddenSpec, LayerSpec, RestSpec, TokensSpec, header_bytes
+from moeflow.model.spec import CheckpointSpec, HiddenSpec, LayerSpec, RestSpec, TokensSpec, header_bytes, precision
 from moeflow.options import plain
 from moeflow.step import Artifact, Context, Spec, step
 
@@ -43,7 +44,8 @@ def _predictions_spec(rest: RestSpec, hidden: Any, *, top: int, dtype: str) -> S
     reads = rest.head_bytes + header_bytes(rest.tensors) + states.nbytes
     head, logits = rest.loaded(dtype, head=True), 16 * 1024 * vocabulary
     memory = 2 * rest.head_bytes + head + states.nbytes + 2 * out.nbytes + logits
-    return Spec(out, reads=reads, writes=out.nbytes, memory=memory, device=on_device(head + logits))
+    done = operations.head(rest, states.sequences * states.length, dtype)
+    return Spec(out, reads=reads, writes=out.nbytes, operations=done, memory=memory, device=on_device(head + logits))
 
 
 @step("finetune.predictions", version=1, spec=_predictions_spec, gpus=1)
@@ -61,7 +63,11 @@ def _train_spec(
     reads = checkpoint.nbytes + checkpoint.others + 5 * data.tokens
     # a layer with trained tensors is written whole, except for its routing file
     writes = checkpoint.headers if recipe.mode == "compressed_experts" else checkpoint.nbytes
-    return Spec({"bytes": 80 * recipe.steps + 2000}, reads=reads, writes=writes, memory=checkpoint.nbytes, compiles=True)
+    done = recipe.operations * checkpoint.active * recipe.steps * recipe.batch * data.length
+    return Spec(
+        {"bytes": 80 * recipe.steps + 2000}, reads=reads, writes=writes, memory=checkpoint.nbytes, compiles=True,
+        operations={precision(checkpoint.config, recipe.dtype): done},
+    )  # fmt: skip
 
 
 @step("finetune.train", version=1, spec=_train_spec, gpus=1)

@@ -103,6 +103,8 @@ def _pieces(family: Family, format: Format, layer: int | None, name: str, value:
     if stack is None or layer is None:
         yield family.on_disk(name), value
     else:
+        if stack.factors and value.dim() == 3:  # what LoRA adds
+            value = stack.joined(value, format)
         form = PLAIN if format.own or family.arch in FAMILIES else expert_form(family.config, layer)
         for matrix, expert, piece_MN in stack.pieces(value, format, form):
             yield stack.on_disk(family, layer, matrix, expert), piece_MN

@@ -1,7 +1,8 @@
 """Choose one alternative of each layer: the least cost within a budget, among what an engine runs together. Numbers, no torch."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import sqrt
 
 from moeflow.methods.fit.engines import Engine
 from moeflow.methods.fit.knapsack import cheapest, least
@@ -25,6 +26,34 @@ class Option:
 
 Offered = Mapping[int, Mapping[str, Option]]
 """By layer and name of the alternative."""
+
+
+@dataclass(frozen=True)
+class Lead:
+    """By how much a choice costs less than the next best, paired over the sequences that both were measured on."""
+
+    mean: float
+    """Nats per token."""
+    noise: float
+    """Half of its 95 % interval."""
+    tokens: int
+    """The tokens that were compared."""
+
+    @property
+    def asks(self) -> int:
+        """How many tokens would tell the two apart, if the lead is what it was measured to be."""
+        return round(self.tokens * (self.noise / self.mean) ** 2) if self.mean > 0 else 0
+
+    @property
+    def words(self) -> str:
+        """Why the calibration is too small to tell; "" if it is not."""
+        if self.mean > self.noise:
+            return ""
+        more = f"about {self.asks:,} would tell" if self.asks else "more would tell"
+        return (
+            f"the choice leads the next best by {self.mean:.2g} nats a token, give or take {self.noise:.2g}: {self.tokens:,} "
+            f"tokens are too few to tell them apart, {more} (offers.measured)"
+        )
 
 
 @dataclass(frozen=True)
@@ -58,11 +87,15 @@ class Fitted(Record):
     """The predictions that the costs were measured on."""
     frontier: tuple[Point, ...] = ()
     """The least predicted cost at other budgets, from the smallest."""
+    marks: Mapping[str, Point] = field(default_factory=dict)
+    """The recipes of the papers on the same scale: predicted, too."""
     before: float | None = None
     """The measured divergence: of this choice, or of the one around which its costs were measured, if it was decided behind one."""
     again: bool = False
     """Whether the chosen layers were made again, fine-tuned if asked for and each quantized behind those before it, which brought
     the model closer."""
+    lead: Lead | None = None
+    """By how much it costs less than the next best; None if nothing else fits."""
     table: Mapping[int, Mapping[str, tuple[float, float]]] = field(default_factory=dict)
     """By layer and alternative, its size and its cost."""
 
@@ -86,6 +119,31 @@ def choose(offered: Offered, engine: Engine, room: float, rest: float = 0.0) -> 
         nearest = smallest(offered, engine) + rest
         raise ValueError(f"nothing that was offered takes {room + rest:,.0f} or less; the nearest is {nearest:,.0f}")
     return best[1]
+
+
+def next_best(offered: Offered, engine: Engine, room: float, chosen: Mapping[int, str]) -> dict[int, str] | None:
+    """What costs least of all that fits and differs from the chosen in some layer, packed alike; None if nothing does."""
+    bits = {offered[i][name].what.bits for i, name in chosen.items() if offered[i][name].what.keep}
+    alike = {i: {n: o for n, o in options.items() if o.what.bits in bits or not o.what.keep} for i, options in offered.items()}
+    best: tuple[float, dict[int, str]] | None = None
+    for layer, name in chosen.items():
+        others = alike | {layer: {n: o for n, o in alike[layer].items() if n != name}}
+        try:
+            picked = choose(others, engine, room)
+        except ValueError:
+            continue
+        cost = sum(offered[i][n].cost for i, n in picked.items())
+        if best is None or cost < best[0]:
+            best = cost, picked
+    return None if best is None else best[1]
+
+
+def lead(ours: Sequence[float], theirs: Sequence[float], tokens: int) -> Lead:
+    """By how much `ours` cost less than `theirs`, sequence by sequence; there are at least two."""
+    differences = [b - a for a, b in zip(ours, theirs, strict=True)]
+    count, mean = len(differences), sum(differences) / len(differences)
+    variance = sum((d - mean) ** 2 for d in differences) / (count - 1)
+    return Lead(mean, 1.96 * sqrt(variance / count), tokens)
 
 
 def smallest(offered: Offered, engine: Engine) -> float:

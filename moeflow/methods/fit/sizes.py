@@ -5,6 +5,8 @@ from math import prod
 
 from moeflow.arch import EMBEDDING, HEAD, Config, Family
 from moeflow.methods.fit.engines import Engine
+from moeflow.model.buckets import buckets
+from moeflow.model.formats import Format, format_of
 from moeflow.model.header import TensorInfo
 from moeflow.model.layout import experts_in, headers
 from moeflow.model.packed import PACKED, numels
@@ -26,21 +28,27 @@ def size(artifact: Artifact, unit: str, engine: Engine, config: Config, layer: i
 
 
 def _resident(tensors: Mapping[str, TensorInfo], engine: Engine, config: Config, layer: int | None) -> float:
-    """The bytes in memory: unpacked where the engine unpacks, and every rank as large as the layer's largest of that matrix."""
+    """The bytes in memory: unpacked where the engine unpacks, and ranks padded as `RoutedExperts` pads them."""
     stored, element = {n: t.shape for n, t in tensors.items()}, element_bytes(config, "auto")
     each = numels(stored, config)
     unpacked = engine.unpacks and any(n.endswith(PACKED) for n in stored)
     bytes_ = sum(each.values()) * element if unpacked else sum(t.nbytes for t in tensors.values())
     if layer is None:
         return bytes_
-    family = Family.of(config)
-    experts = [family.expert(layer, e) for e in range(experts_in(stored, config, layer))]
+    return bytes_ + _padding(each, format_of(stored, config, layer), Family.of(config), layer) * element
+
+
+def _padding(each: Mapping[str, int], format: Format, family: Family, layer: int) -> int:
+    """How many zeros lie beside the factors of a layer's experts in memory."""
     padding = 0
-    for matrix in zip(*experts, strict=True):
-        for factor in zip(*map(family.factors, matrix), strict=True):
-            sizes = [each.get(name, 0) for name in factor]
-            padding += sum(max(sizes) - size for size in sizes if size)
-    return bytes_ + padding * element
+    for matrices in (family.matrices[:-1], family.matrices[-1:]):
+        low = [e for e, rank in enumerate(format.ranks(matrices[0])) if rank]
+        if low:
+            ranks = tuple(tuple(format.ranks(matrix)[e] for e in low) for matrix in matrices)
+            name = family.expert(layer, low[0])[family.matrices.index(matrices[0])]
+            both_sides = sum(each[factor] for factor in family.factors(name)) // ranks[0][0]
+            padding += (buckets(ranks).rows - sum(map(sum, ranks))) * both_sides
+    return padding
 
 
 def _operations(tensors: Mapping[str, TensorInfo], config: Config, layer: int) -> float:

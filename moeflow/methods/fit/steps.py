@@ -1,11 +1,12 @@
 """Choose what each layer becomes, and take it: one budget, and the least divergence from the original that fits into it."""
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 from moeflow.arch import Family
-from moeflow.methods.fit.choosing import Fitted, Offered, Option, choose, frontier
+from moeflow.methods.fit.choosing import Fitted, Lead, Offered, Option, Point, choose, frontier, lead, next_best
 from moeflow.methods.fit.engines import ENGINES
 from moeflow.methods.fit.options import Alternative, Budget
 from moeflow.methods.fit.sizes import size
@@ -58,7 +59,7 @@ def _reach(whole: int, offer: Offer, files: tuple[tuple[LayerSpec, ...], ...]) -
     return ", ".join(reached)
 
 
-@step("fit.decide", version=2, spec=_decide_spec)
+@step("fit.decide", version=3, spec=_decide_spec)
 def decide(
     context: Context, rest: Artifact, config: Artifact, curves: Artifact, fixed: tuple[Artifact, ...],
     files: tuple[tuple[Artifact, ...], ...], before: Artifact | None = None,
@@ -92,12 +93,34 @@ def decide(
     room = budget.most(int(whole)) - others
     chosen = choose(offered, runs, room, others)
     picked = [offered[i][name] for i, name in chosen.items()]
+    ahead = _lead(offered, measured, chosen, next_best(offered, runs, room, chosen), first)
+    if ahead is not None and ahead.words:
+        context.note(ahead.words)
     Fitted(
         engine=engine, unit=budget.unit, budget=room + others, size=others + sum(o.size for o in picked), whole=whole,
         cost=measured.apart + sum(o.cost for o in picked), chosen=chosen, tokens=measured.tokens,
         frontier=frontier(offered, runs, others) if first is None else first.frontier,
-        before=None if first is None else measured.apart, table=_table(offered),
+        marks=_marks(offered, others) if first is None else first.marks,
+        before=None if first is None else measured.apart, lead=ahead, table=_table(offered),
     ).write(context.out)  # fmt: skip
+
+
+def _lead(
+    offered: Offered, measured: Curves, chosen: Mapping[int, str], other: Mapping[int, str] | None, first: Fitted | None
+) -> Lead | None:
+    """By how much the chosen costs less than the other combination, on the same sequences."""
+    if other is None or len(measured.apart_of_sequences) < 2:
+        return None
+
+    def each(names: Mapping[int, str]) -> list[float]:
+        total = [0.0] * len(measured.apart_of_sequences)
+        for i, name in names.items():
+            own = next(iter(offered[i])) if first is None else first.chosen[i]
+            costs = measured.apart_of_sequences if name == own else measured.sequences[i][name]
+            total = [t + c - a for t, c, a in zip(total, costs, measured.apart_of_sequences, strict=True)]
+        return total
+
+    return lead(each(chosen), each(other), measured.tokens)
 
 
 def _table(offered: Offered) -> dict[int, dict[str, tuple[float, float]]]:
@@ -190,4 +213,27 @@ def report(context: Context, chosen: Artifact) -> None:
     if fit.before is not None:
         rows.append(row("KL to the original, measured (calibration text)", 0.0, fit.before, "nats/token"))
     rows += [row(f"predicted KL at {point.size / fit.whole:.0%} of the {fit.unit}", 0.0, point.cost, "") for point in fit.frontier]
+    rows += [
+        row(f"predicted KL of {what}, at {point.size / fit.whole:.0%}", 0.0, point.cost, "") for what, point in fit.marks.items()
+    ]
     write_report(context, "fit", rows, engine=fit.engine, tokens=fit.tokens, chosen=fit.chosen)
+
+
+def _marks(offered: Offered, others: float) -> dict[str, Point]:
+    """The recipes of the papers on the same scale: one alternative of one kind, the same in all layers."""
+    first, *more = offered.values()
+    marks = {}
+    for name in first:
+        kind = next((words for pattern, words in MARKS.items() if re.fullmatch(pattern, name)), "")
+        if kind and all(name in of_layer for of_layer in more):
+            everywhere = [of_layer[name] for of_layer in offered.values()]
+            marks[f"{kind}, {name} everywhere"] = Point(others + sum(o.size for o in everywhere), sum(o.cost for o in everywhere))
+    return marks
+
+
+MARKS = {
+    r"\d+ experts": "NAEE",
+    r"\d+ experts, [\d.]+ off": "ranks alone, as MoE-I²",
+    r"\d+ experts, \d bits": "GPTQ, as expert slimming",
+}
+"""By the name of an alternative, the recipe that gives it to all layers."""

@@ -10,6 +10,7 @@ import numpy as np
 
 from moeflow.arch import Family
 from moeflow.methods.graph import HIDDEN, REST, TOKENS, Calibration
+from moeflow.model import operations
 from moeflow.model.layout import LAYER, file_of, read_config
 from moeflow.model.memory import on_device, passing
 from moeflow.model.spec import HiddenSpec, LayerSpec, ObservedSpec, Recording, RestSpec, TokensSpec
@@ -63,7 +64,8 @@ def _observe_spec(
     memory = max(layer.nbytes + 2 * layer.loaded(dtype) for layer in layers) + 2 * loaded + 6 * states.nbytes + writes
     device = on_device(passing(layers, batch * states.length, dtype, recorded=True) + loaded)
     out = ObservedSpec(states, kept, most, tuple(layer.layer for layer in layers))
-    return Spec(out, reads=reads, writes=writes, memory=memory, device=device)
+    done = operations.passing(layers, states, dtype)
+    return Spec(out, reads=reads, writes=writes, operations=done, memory=memory, device=device)
 
 
 @step("predict.observe", version=1, spec=_observe_spec, gpus=1)

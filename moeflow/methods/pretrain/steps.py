@@ -85,7 +85,10 @@ def _train_spec(texts: tuple[Any, ...], *, config: Config, how: Pretraining) -> 
     size = file_bytes(table_of(config))
     text = sum(sum(t["files"].values()) for t in texts)
     output = {"files": dict.fromkeys(TOKENIZER_FILES, 40 * int(config["vocab_size"])) | {WEIGHTS: size}}
-    return Spec(output, reads=text, writes=size + 60 * int(config["vocab_size"]), memory=8 * size + 4 * text)
+    done = 6 * size // 4 * how.steps * how.batch * how.length  # of a forward and a backward pass, of all experts at most
+    return Spec(
+        output, reads=text, writes=size + 60 * int(config["vocab_size"]), operations={"float32": done}, memory=8 * size + 4 * text
+    )
 
 
 @step("pretrain.mixtral", version=1, spec=_train_spec, cpus=2)

@@ -93,6 +93,10 @@ class Search:
         """How many members of a generation stay and have children."""
         return round(self.population * self.parents)
 
+    def evaluations(self, experts: int) -> int:
+        """About how many subsets of a layer's experts a search compares that does not compare all."""
+        return self.population * self.generations if self.method == "genetic" else self.starts * experts**2
+
     def for_choice(self) -> "Search":
         """Only the options that one layer's choice by NAEE or a score depends on; the others are reset, so that no key has them."""
         if self.method in SCORES:

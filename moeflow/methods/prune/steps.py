@@ -25,9 +25,10 @@ from moeflow.methods.records import (
     left_out,
 )
 from moeflow.methods.scores import SCORES
+from moeflow.model import operations
 from moeflow.model.layout import LAYER, read_config
 from moeflow.model.memory import on_device, passing
-from moeflow.model.spec import HiddenSpec, LayerSpec, ObservedSpec, RestSpec, element_bytes
+from moeflow.model.spec import HiddenSpec, LayerSpec, ObservedSpec, RestSpec, element_bytes, precision
 from moeflow.step import Artifact, Context, Spec, step
 
 MAX_COMBINATIONS = 10_000
@@ -77,7 +78,10 @@ def _choose_spec(
     working = layer.loaded(dtype) + 4 * max(_input_bytes(rest, [o], dtype) for o in every) + (1 << 30)
     writes = 1500 + (subsets.count if exact else 0) * (26 + 3 * keep)
     out["bytes"] = writes
-    return Spec(out, reads=reads, writes=writes, memory=layer.nbytes + working, device=on_device(working))
+    compared = (subsets.count if exact else 1) + len(SCORES)
+    tokens = sum(o.rows for o in every)
+    done = operations.errors_of_subsets(layer, tokens if exact else min(tokens, how.measured), compared, dtype)
+    return Spec(out, reads=reads, writes=writes, operations=done, memory=layer.nbytes + working, device=on_device(working))
 
 
 @step("prune.choose", version=4, spec=_choose_spec, gpus=1)
@@ -105,17 +109,21 @@ def _candidates_spec(
     *, at: int, keep: list[int], protected: list[int], how: Search, dtype: str,
 ) -> Spec:  # fmt: skip
     family = Family.of(rest.config)
+    compared = 0
     for count in keep:
         family.check_keep(count, layer.experts)
         subsets = Subsets(layer.experts, count, family.group_limit[0], tuple(protected))
         if how.method == ENUMERATE:
             _check_enumeration(subsets)
+        each = subsets.count if how.method == ENUMERATE else how.evaluations(layer.experts)
+        compared = compared + each if counts is None else max(compared, each)  # of several counts one is searched
     reads = layer.headers + layer.block_bytes + _input_bytes(rest, observed, dtype) + _statistics_bytes(layer, observed)
     sets = (len(keep) if counts is None else 1) * (how.best + 1 + len(SCORES))
     writes = 300 + sets * (70 + 4 * layer.experts)
     out = {"layer": at, "counts": keep, "experts": layer.experts, "bytes": writes}
     working = layer.loaded(dtype) + GRAM
-    return Spec(out, reads=reads, writes=writes, memory=layer.nbytes + working, device=on_device(working))
+    done = operations.errors_of_subsets(layer, sum(o.rows for o in observed), compared + len(SCORES), dtype)
+    return Spec(out, reads=reads, writes=writes, operations=done, memory=layer.nbytes + working, device=on_device(working))
 
 
 @step("prune.candidates", version=2, spec=_candidates_spec, gpus=1)
@@ -143,7 +151,8 @@ def _importance_spec(rest: RestSpec, layer: LayerSpec, observed: tuple[ObservedS
     writes = 80 + 32 * layer.experts
     out = {"layer": at, "experts": layer.experts, "bytes": writes}
     working = layer.loaded(dtype) + GRAM
-    return Spec(out, reads=reads, writes=writes, memory=layer.nbytes + working, device=on_device(working))
+    done = operations.errors_of_subsets(layer, sum(o.rows for o in observed), layer.experts, dtype)
+    return Spec(out, reads=reads, writes=writes, operations=done, memory=layer.nbytes + working, device=on_device(working))
 
 
 @step("prune.importance", version=2, spec=_importance_spec, gpus=1)
@@ -239,16 +248,21 @@ def _combinations_spec(
             "or T"
         )
     states: list[HiddenSpec] = [s.hidden if isinstance(s, ObservedSpec) else s for s in (*before, *behind)]
-    reads = (
-        len(before) * sum(layer.nbytes for layer in layers) + sum(c["bytes"] for c in candidates) + sum(s.nbytes for s in states)
-    )
+    reads = sum(layer.nbytes for layer in layers) + sum(c["bytes"] for c in candidates) + sum(s.nbytes for s in states)
     resident = sum(best**t for t in range(max(1, len(candidates)))) + 2  # prefixes whose hidden states are in memory
     memory = max(layer.nbytes + 2 * layer.loaded(dtype) for layer in layers) + resident * max(s.nbytes for s in states)
     writes = 200 + count * (60 + 8 * len(candidates))
     tokens = batch * states[0].length
     compared = 3 * 8 * tokens * int(rest.config["hidden_size"])  # in fp64
     device = on_device(passing(layers, tokens, dtype, copies=2) + compared)
-    return Spec({"bytes": writes}, reads=reads, writes=writes, memory=memory, device=device)
+    runs, done = 1, 0  # the prefixes of all combinations, each once, and the target where it is not there
+    for layer in layers:
+        runs *= best if layer.experts else 1
+        done += (runs + (not behind)) * sum(operations.forward((layer,), s.sequences, s.length) for s in states[: len(before)])
+    return Spec(
+        {"bytes": writes}, reads=reads, writes=writes, operations={precision(rest.config, dtype): done}, memory=memory,
+        device=device,
+    )  # fmt: skip
 
 
 @step("prune.span", version=2, spec=_combinations_spec, gpus=1)

@@ -39,10 +39,11 @@ class Made:
 
 @dataclass(frozen=True)
 class Fitting:
-    """The fitted model, and the step that reports on the choice."""
+    """The fitted model, the steps that report on it, and one that reports what every budget would cost, before any is chosen."""
 
     model: Model
     reports: tuple[Step, ...]
+    frontier: Step
 
 
 def compress(calibration: Calibration, budget: Budget, offers: Offers, recover: Callable[[Model], Tuned] | None = None) -> Fitting:
@@ -89,7 +90,9 @@ def compress(calibration: Calibration, budget: Budget, offers: Offers, recover: 
         best = fit.nearer(best, measured(again, alternatives=False))
         made = _either(best, made, again)
     told = (f"{what} not on offer: {why}" for what, why in left.items())
-    return Fitting(replace(made, choices=(*model.choices, best)), (fit.report(best).noting(*told), *healed.reports))
+    return Fitting(
+        replace(made, choices=(*model.choices, best)), (fit.report(best).noting(*told), *healed.reports), fit.report(choices[0])
+    )
 
 
 def _in_sequence(calibration: Calibration, plain: Model, bits: Step, offers: Offers, left: dict[str, str]) -> Model | None:

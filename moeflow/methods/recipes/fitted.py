@@ -37,6 +37,7 @@ def build(
     calibration: Calibrating = Calibrating(seed=42, group=1000, shard=128, record=65_536, per_expert=64),
     recover: Recovering | None = None,
     gang: Gang = Gang(),
+    frontier: bool = False,
 ) -> Step:
     original = checkpoint.pinned(model)
     matrix = data.tokens(tokens, original, calibration.sample)
@@ -44,5 +45,7 @@ def build(
     how = recover and recover.on(tokens, heldout.texts)
     healed = (lambda plain: tuned(plain, original, how, gang, passed)) if how else None
     fitted = fit.compress(calibrate.run(original, matrix, passed), budget, offers, healed)
+    if frontier:
+        return fitted.frontier
     reports = compare.reports(original, fitted.model, heldout, passed, tokens=matrix)
     return checkpoint.checkpoint_of(fitted.model).reporting(*fitted.reports, *reports)

@@ -11,7 +11,7 @@ from moeflow.methods.checkpoint.steps import told_model_of
 from moeflow.methods.data.steps import Examples, examples
 from moeflow.methods.finetune import deepspeed_config
 from moeflow.methods.finetune import steps as finetune
-from moeflow.methods.finetune.memory import Work, fitted
+from moeflow.methods.finetune.memory import Work, exchanged, fitted
 from moeflow.methods.finetune.recipe import Gang, Recipe
 from moeflow.methods.finetune.targets import trained_in
 from moeflow.methods.graph import Model, Pass
@@ -118,11 +118,14 @@ def tune(
     layers = {i: _shapes(layer.spec.output.tensors) for i, layer in enumerate(model.layers)}
     rest = _shapes(model.rest.spec.output.tensors)
     opened = trained_in(model.config, recipe.mode, recipe.targets, layers, rest)
-    gang, need = fitted(Work(model.config, layers, rest, opened, recipe, spec.length), gang)
+    work = Work(model.config, layers, rest, opened, recipe, spec.length)
+    gang, need = fitted(work, gang)
     checkpoint, heldout = told_model_of(model), tuple(matrices.values())
     trained = finetune.train(checkpoint, data, predictions, heldout, names=list(matrices), recipe=recipe).on(
-        cpus=gang.cpus, gpus=gang.gpus, memory=need.host, processes=gang.processes, device=need.device, settings=gang.settings()
-    )
+        cpus=gang.cpus, gpus=gang.gpus, memory=need.host, processes=gang.processes, device=need.device, settings=gang.settings(),
+        exchanged=exchanged(work, gang), times=1 + 2 / recipe.operations if gang.checkpointing else 1.0,  # one more forward pass
+        repeats=min(1.0, gang.save_every / recipe.steps),
+    )  # fmt: skip
     parts = {i: trained.part(f"layer-{i:03d}/") for i in opened if i is not None}
     tuned = model.with_layers({i: finetune.layer(part, model.layers[i], layer=i, recipe=recipe) for i, part in parts.items()})
     if None in opened:

@@ -5,6 +5,7 @@ gates of shared experts, norms and everything outside the MoE blocks compute the
 and all that it feeds, including the router.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from math import gcd, lcm
 from typing import Any
@@ -14,11 +15,12 @@ from moeflow.methods.records import Bits, Facts
 from moeflow.methods.rewrite import link_all
 from moeflow.methods.slim.methods import AT_ONCE, METHODS, Slimming
 from moeflow.methods.slim.pattern import Pattern
+from moeflow.model import operations
 from moeflow.model.layout import LAYER, read_config
 from moeflow.model.memory import on_device
 from moeflow.model.packed import PACKED, SCALE, SHAPE
 from moeflow.model.spec import LayerSpec, ObservedSpec, RestSpec, element_bytes
-from moeflow.step import Artifact, Context, Part, Spec, Step, step
+from moeflow.step import Arithmetic, Artifact, Context, Part, Spec, Step, step
 
 
 def slimmed(rest: Step | Part, before: Step, observed: tuple[Step | Part, ...], *, at: int, how: Slimming, dtype: str) -> Step:
@@ -80,7 +82,13 @@ def _layer_spec(
     memory = share + together + 3 * tokens + one + (1 << 29)
     device = on_device(before.loaded(dtype) + together + 3 * tokens + max(one, AT_ONCE))
     writes = share + 300 + 200 * before.experts // parts
-    return Spec(out, reads=before.nbytes // parts + tokens, writes=writes, memory=memory, device=device)
+    products, factors = 2 * before.expert_numel, 0
+    if how.row.needs != "weights":  # the inputs' moment of each matrix is factored, and its columns are treated one after another
+        products += operations.moments(before, sum(shard.rows for shard in observed), (columns, rows))
+        products += before.expert_numel // 3 * (2 * columns + rows)
+        factors = before.experts * 4 * (2 * columns**3 + rows**3) // 3
+    done: Mapping[Arithmetic, int] = {"float32": products // parts, "factors": factors // parts}
+    return Spec(out, reads=before.nbytes // parts + tokens, writes=writes, operations=done, memory=memory, device=device)
 
 
 def check_scalable(family: Family, how: Slimming) -> None:

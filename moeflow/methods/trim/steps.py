@@ -199,7 +199,8 @@ def _scores_spec(
     writes = 60 + 26 * layer_spec.experts
     reads = weights + len(observed) * (1400 + 8 * 8 * layer_spec.experts)
     out = {"layer": layer, "bytes": writes, "experts": layer_spec.experts}
-    return Spec(out, reads=reads, writes=writes, memory=3 * weights + (1 << 28))
+    done = 2 * layer_spec.expert_numel if DROP_SCORES[criterion].weights else 0
+    return Spec(out, reads=reads, writes=writes, operations={"float32": done}, memory=3 * weights + (1 << 28))
 
 
 @step("trim.scores", version=1, spec=_scores_spec)

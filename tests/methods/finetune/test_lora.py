@@ -1,5 +1,6 @@
 """Low-rank additions: they begin at nothing, are the same everywhere, leave padding alone, and cost one sum a forward pass."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from moeflow.methods.finetune import lora
 from moeflow.methods.finetune.lora import Addition
 from moeflow.methods.finetune.recipe import Recipe
 from moeflow.methods.finetune.trained import parameters_of, part_of
-from moeflow.model.factors import STACKS
+from moeflow.model.factors import STACKS, Stack
 from moeflow.model.formats import Format
 from tests import tiny
 from tests.compressed import compress
@@ -31,19 +32,34 @@ def test_an_addition_begins_at_nothing_and_is_drawn_alike_in_every_process() -> 
     assert torch.allclose(made[0](w) - w, lora.product(made[0].a, made[0].b, 4.0), atol=1e-6)
 
 
-@pytest.mark.parametrize("stack", [s for s in STACKS if s.kind != "bias"], ids=lambda s: s.name)
-def test_padding_of_stacked_factors_stays_zero(stack: object) -> None:
-    format = Format(3, gate=(5, 0, 2), up=(3, 0, 7), down=(0, 4, 6))
+@pytest.mark.parametrize("stack", [s for s in STACKS if s.factors], ids=lambda s: s.name)
+def test_padding_of_stacked_factors_stays_zero(stack: Stack) -> None:
+    """Also where the sizes of experts put them in another order, and into several buckets."""
+    format = Format(4, gate=(5, 0, 2, 30), up=(3, 0, 7, 33), down=(0, 4, 6, 5))
     shape = stack.shape(format, 12, 10)
-    opened = lora.opening(stack, format, *shape[-2:])
     pieces = [torch.ones(stack.piece_shape(format, m, e, 12, 10)) for m in stack.matrices for e in stack.experts(format)]
     each = len(stack.experts(format))
     full = stack.stacked([pieces[i : i + each] for i in range(0, len(pieces), each)])
-    addition = Addition(torch.zeros(shape), "x", Recipe(rank=2, alpha=2.0), open_EBMN=opened)
+    apart, joined = stack.apart(format, shape[-1]), partial(stack.joined, format=format)
+    addition = Addition(torch.zeros(shape), "x", Recipe(rank=2, alpha=2.0), shape=apart, joined=joined)
+    assert addition.a.shape[0] == addition.b.shape[0] == each
     torch.nn.init.ones_(addition.b)
     changed = addition(torch.zeros(shape)) != 0
     assert torch.equal(changed, full != 0) and changed.any()
-    assert (opened is None) == (stack.kind == "whole")
+
+
+@pytest.mark.parametrize("stack", [s for s in STACKS if s.factors], ids=lambda s: s.name)
+def test_what_is_added_to_factors_is_each_experts_own_product(stack: Stack) -> None:
+    format = Format(4, gate=(5, 0, 2, 30), up=(3, 0, 7, 33), down=(0, 4, 6, 5))
+    shape = stack.shape(format, 12, 10)
+    apart, joined = stack.apart(format, shape[-1]), partial(stack.joined, format=format)
+    addition = Addition(torch.zeros(shape), "x", Recipe(rank=2, alpha=2.0), shape=apart, joined=joined)
+    torch.nn.init.normal_(addition.b)
+    products = lora.product(addition.a, addition.b, 1.0).chunk(len(stack.matrices), dim=1)
+    experts = stack.experts(format)
+    for matrix, expert, piece_MN in stack.pieces(addition(torch.zeros(shape)), format):
+        whole_MN = products[stack.matrices.index(matrix)][experts.index(expert)]
+        torch.testing.assert_close(piece_MN, whole_MN[tuple(map(slice, piece_MN.shape))])
 
 
 def test_a_sum_is_made_once_for_each_forward_pass_and_is_gone_behind_it(tmp_path: Path) -> None:

@@ -119,3 +119,19 @@ def test_activations_are_those_that_autograd_keeps(family: Path) -> None:
         bytes_per_token(config, {n: t.shape for n, t in tensors.items() if n.startswith(f"model.layers.{i}.")}, 4) for i in range(3)
     )
     assert 0.9 * measured < estimate < 1.5 * measured
+
+
+def test_what_zero_sends_and_does_again_is_in_the_plan() -> None:
+    """Rajbhandari et al., section 7: with ZeRO 3 weights are gathered twice and gradients sent once, else gradients twice."""
+
+    def asked(mode: str, **gang: Any) -> Any:
+        return tuned(mode, Gang(8, **gang)).trained.resources
+
+    once = 100 * 2 * 46.7e9 * 7 / 8  # bytes of all weights, in each of 100 steps, but for a process's own part
+    whole = asked("full", zero=3, micro=8)
+    assert whole.exchanged == pytest.approx(3 * once, rel=0.01) and whole.times == 1 and whole.repeats == 0.5
+    assert asked("full", zero=3, micro=4).exchanged == pytest.approx(6 * once, rel=0.01)
+    assert asked("full", zero=2, micro=4).exchanged == pytest.approx(2 * once, rel=0.01)
+    again = asked("lora", zero=3, micro=8, checkpointing=True, save_every=4)
+    assert again.exchanged == pytest.approx(3 * once, rel=0.02) and again.times == 1.5 and again.repeats == 0.04
+    assert asked("full", zero=3, micro=8, save_every=999).repeats == 1

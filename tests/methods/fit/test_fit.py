@@ -118,6 +118,29 @@ def test_the_command_plans_and_asks_for_one_budget(tmp_path: Path) -> None:
     assert refused.exit_code == 2 and "a budget of 1,000 bytes cannot be met" in refused.output
 
 
+def test_a_frontier_is_shown_once_a_fit_has_measured_it(tmp_path: Path) -> None:
+    tiny.write("mixtral", tmp_path / "model")
+    words = [
+        "fit",
+        str(tmp_path / "model"),
+        "--store",
+        str(tmp_path / "store"),
+        "-p",
+        "offers.group=8",
+        "-p",
+        "offers.counts=[0.75]",
+    ]
+    words += ["-p", "offers.ranks=[]", "-p", "offers.bits=[4]", "-p", "calibration.sequences=8", "-p", "calibration.length=16"]
+    words += ["-p", "heldout=", "-p", f"tokens={running.matrix_of(tmp_path).spec}", "-p", "offers.rounds=1"]
+    none = CliRunner().invoke(app, [*words, "--frontier"])
+    assert none.exit_code == 2 and "has no curves of this model with these options; run moeflow fit" in none.output
+    assert CliRunner().invoke(app, [*words, "--ratio", "0.3"]).exit_code == 0
+    shown = CliRunner().invoke(app, [*words, "--frontier"])
+    assert shown.exit_code == 0, shown.output
+    assert "predicted KL at" in shown.output and "NAEE, 6 experts everywhere" in shown.output
+    assert "GPTQ, as expert slimming, 8 experts, 4 bits everywhere" in shown.output
+
+
 @pytest.fixture
 def small_offer(tmp_path: Path) -> Calibration:
     return calibrated(tiny.write("mixtral", tmp_path / "model"), tmp_path)

@@ -1,0 +1,62 @@
+"""Every step says before it runs how many operations it takes, and the sum is what transformers' own model asks for."""
+
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from moeflow.model import operations
+from moeflow.model.cost import forward_flops
+from moeflow.run import pipeline
+from moeflow.step import Step, upstream
+from tests import running
+from tests.pipelines import words
+
+ROOT = Path(__file__).parents[2]
+TEXTS = ["tokens=python:stdlib/a*.py", "heldout=python:stdlib/t*.py", *words.SMALL]
+TUNED = ["tune.text=python:stdlib/a*.py", *words.TUNED, "tune.loss=kl"]
+MOVES = {"calibrate.embed"}
+"""Steps that ask for a GPU and compute nothing: they look rows up."""
+
+
+def steps_of(name: str, *params: str) -> list[Step]:
+    model = f"model={running.SMALL}"
+    target = pipeline.call(pipeline.load(ROOT / "pipelines" / f"{name}.py"), [model, *TEXTS, *params])
+    return upstream([target, *target.reports])
+
+
+def test_every_step_that_asks_for_a_gpu_says_its_operations() -> None:
+    steps = [
+        *steps_of("mixtral", "keep=6", "skipping=none"),
+        *steps_of("mixtral_moei2", "search.span=2", *words.GENETIC, *TUNED),
+        *steps_of("mixtral_moei2", "decomposition.svd=whitened", "decomposition.ranks=global", "tune=none"),
+        *steps_of("mixtral_unified", "slim.group=16", "trim=none"),
+        *steps_of("fit", "budget.ratio=0.25", "offers.group=16", "offers.measured=128"),
+    ]
+    asked = {s.name for s in steps if s.resources.gpus} - MOVES
+    assert not {s.name for s in steps if s.name in asked and not sum(s.spec.operations.values())}
+    marked = {
+        name
+        for file in (ROOT / "moeflow" / "methods").glob("*/steps.py")
+        for name in re.findall(r'^@step\("([\w.]+)"[^\n]*gpus=1', file.read_text(), re.M)
+    }
+    assert marked - asked - MOVES <= {"evaluate.written", "predict.observe"}, "of demonstrations and of other models"
+
+
+def test_a_pass_takes_as_many_operations_as_transformers_own_model(family: Path) -> None:
+    model, length = running.model_in(family), 16
+    layers = [layer.spec.output for layer in model.layers]
+    (of_head,) = operations.head(model.rest.spec.output, 2 * length, "auto").values()
+    assert operations.forward(layers, 2, length) + of_head == pytest.approx(2 * forward_flops(model.config, length), rel=0.05)
+
+
+def test_a_fork_is_one_more_pass_behind_the_layer_where_it_begins() -> None:
+    steps = steps_of("fit", "budget.ratio=0.25", "offers.group=16", "offers.measured=128", "offers.rounds=1")
+    (advance, *_) = (s for s in steps if s.name == "calibrate.advance")
+    of_layer = sum(advance.spec.operations.values()) / len(advance.inputs[2:])
+    per_token = of_layer / advance.spec.output.sequences / advance.spec.output.length
+    for sweep in (s for s in steps if s.name == "calibrate.forks"):
+        hidden, begun = sweep.spec.output.hidden, Counter(name.split(".")[1] for name in sweep.spec.output.forks)
+        passes = sum(sweep.spec.operations.values()) / per_token / hidden.sequences / hidden.length
+        assert passes == pytest.approx(sum(1 + sum(n for layer, n in begun.items() if int(layer) <= i) for i in range(4)), rel=0.01)

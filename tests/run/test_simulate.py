@@ -1,0 +1,188 @@
+"""A simulated run obeys what a real one does: inputs first, no more on a node than it has; and it learns from finished steps."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from moeflow.cli import app
+from moeflow.run import in_process, node_kinds
+from moeflow.run.devices import GPUS, is_kind
+from moeflow.run.durations import GANG, Durations, finished
+from moeflow.run.forecast import forecast, forecast_lines
+from moeflow.run.node_kinds import NodeKind, NodeKinds
+from moeflow.run.plan import plan
+from moeflow.run.simulate import BOOT, LIBRARIES, Simulation
+from moeflow.step import Artifact, Context, Spec, Step, step, upstream
+from moeflow.store import Record, Store
+from tests.run.test_node_kinds import cluster
+
+TERA = 10**12
+HOUR = 3600 * 989 * TERA * 0.35  # operations of an hour on an H100
+
+
+@step(
+    "toy.compute",
+    version=1,
+    spec=lambda before, n, operations, memory: Spec(operations={"bfloat16": operations}, memory=memory),
+    gpus=1,
+)
+def compute(context: Context, before: tuple[Artifact, ...], *, n: int, operations: int, memory: int) -> None:
+    (context.out / "n").write_text(str(n))
+
+
+def computing(n: int, *before: Step, hours: float = 1.0, memory: int = 1) -> Step:
+    return compute(before, n=n, operations=int(hours * HOUR), memory=memory)
+
+
+def simulated(store: Store, nodes: NodeKinds, *targets: Step) -> Simulation:
+    index = store.index({s.name for s in upstream(targets)})
+    result = forecast(targets, store, plan(targets, store, index=index, nodes=nodes), nodes, index)
+    assert result is not None
+    return result
+
+
+def h100s(n: int) -> NodeKinds:
+    return node_kinds.of_gpus("h100", n)
+
+
+def test_steps_that_need_not_wait_for_each_other_share_the_gpus_and_a_chain_does_not(store: Store) -> None:
+    apart = [computing(n) for n in range(64)]
+    one, sixteen = (simulated(store, h100s(n), *apart) for n in (1, 16))
+    assert one.seconds == pytest.approx(64 * 3600, rel=0.05) and sixteen.seconds == pytest.approx(4 * 3600, rel=0.2)
+    assert sixteen.busy <= sixteen.held and 0.8 < sixteen.utilisation <= 1
+    chain = computing(0)
+    for n in range(1, 6):
+        chain = computing(n, chain)
+    assert simulated(store, h100s(16), chain).seconds == pytest.approx(6 * 3600, rel=0.2)
+    assert simulated(store, h100s(16), chain).chain.names == ("toy.compute",) * 6
+
+
+def test_a_node_never_holds_more_than_it_has(store: Store) -> None:
+    memory = h100s(8).kinds[0].memory
+    wide = [computing(n, memory=int(0.6 * memory)) for n in range(4)]
+    assert simulated(store, h100s(8), *wide).seconds == pytest.approx(4 * 3600, rel=0.2), "two of them have no room"
+    assert forecast([computing(0, memory=2 * memory)], store, plan([computing(0, memory=2 * memory)], store), h100s(8),
+                    store.index(["toy.compute"])) is None  # fmt: skip
+
+
+def test_what_is_stored_takes_no_time(store: Store) -> None:
+    first = computing(1)
+    in_process.run([first], store)
+    assert simulated(store, h100s(1), computing(2, first)).steps == 1
+    index = store.index(["toy.compute"])
+    assert forecast([first], store, plan([first], store), h100s(1), index) is None
+
+
+def test_a_gang_waits_until_all_its_processes_have_room_and_shares_its_work(store: Store) -> None:
+    gang = computing(0, hours=8).on(gpus=1, processes=8, exchanged=int(100 * GPUS["h100"].links), repeats=0.25)
+    alone = simulated(store, h100s(8), gang)
+    assert alone.seconds == pytest.approx(3600 + 100 + GANG + LIBRARIES, rel=0.01)
+    assert list(alone.lost.values()) == [pytest.approx(0.25 * (3600 + 100 + GANG), rel=0.01)]
+    wide = gang.on(processes=12, gpus=1, exchanged=10**13)
+    apart = simulated(store, h100s(16), wide)
+    assert list(apart.gangs.values()) == [pytest.approx(8 / 12 * 3600 + 10**13 / GPUS["h100"].network + GANG, rel=0.01)]
+    beside = simulated(store, h100s(8), computing(1, hours=0.5), gang)
+    assert beside.seconds > alone.seconds + 1000
+    (line,) = (text for text in forecast_lines(alone, h100s(8)) if "lost" in text)
+    assert line.startswith("toy.compute: 62 min; a process that is lost costs 16 min at most")
+
+
+def record(seconds: float, device: str, operations: float = HOUR, *, loaded: bool = False) -> Record:
+    machine = {"gpu": device, "threads": 1, "loaded": loaded}
+    return Record(step="toy.compute", version=1, seconds=seconds, operations={"bfloat16": int(operations)}, machine=machine)
+
+
+def test_finished_steps_of_like_size_on_such_a_device_tell_how_long_others_take(store: Store, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+
+    def put(*records: Record) -> None:
+        for one in records:
+            store.commit(f"toy.compute-{len([*store.blobs.list('manifests/')]):032x}", tmp_path / "out", record=one)
+
+    put(record(1, "NVIDIA L40S"), record(1, ""), record(5e6, "NVIDIA H100 80GB HBM3", HOUR * 1000))
+    put(record(9, "NVIDIA H100 80GB HBM3", loaded=True))
+    assert simulated(store, h100s(1), computing(1)).known == 0, "of other devices, of another size, or mostly loading libraries"
+    put(*(record(2 * 3600, "NVIDIA H100 80GB HBM3") for _ in range(3)))
+    slow = simulated(store, h100s(1), computing(1), computing(2, hours=2))
+    assert slow.known == 2 and slow.seconds == pytest.approx(6 * 3600, rel=0.2)
+
+
+def test_a_run_records_what_a_forecast_needs(store: Store) -> None:
+    target = computing(1)
+    in_process.run([target], store)
+    (of_one,) = finished([target], store, store.index(["toy.compute"]))["toy.compute"]
+    assert of_one.work.operations == target.spec.operations and of_one.device == "" and of_one.seconds > 0
+    assert Durations({"toy.compute": (of_one,)}).of(target, None).known
+
+
+def test_an_l4_is_no_l40s_and_a_100_no_a10() -> None:
+    assert is_kind("NVIDIA L4", "l4") and not is_kind("NVIDIA L40S", "l4") and is_kind("Tesla T4", "t4")
+    assert is_kind("NVIDIA A100-SXM4-80GB", "a100") and not is_kind("NVIDIA A10G", "a100") and is_kind("", "cpu")
+
+
+def test_nodes_that_must_be_started_come_later_and_cost_what_their_label_says(store: Store, tmp_path: Path) -> None:
+    labelled = ', labels: {dollars-per-hour: "10.5"}'
+    nodes = node_kinds.read(cluster(tmp_path, more=labelled))
+    result = simulated(store, nodes, computing(1))
+    assert result.seconds > BOOT and result.gpus == 4 and result.dollars is None, "the head's price is not said"
+    path = cluster(tmp_path, more=labelled)
+    path.write_text(path.read_text().replace("resources: {}}", 'resources: {}, labels: {dollars-per-hour: "1"}}'))
+    nodes = node_kinds.read(path)
+    result = simulated(store, nodes, computing(1))
+    assert result.dollars == pytest.approx((1 + 10.5) * result.seconds / 3600)
+    assert f"{result.dollars:,.2f} dollars" in forecast_lines(result, nodes)[0]
+
+
+def test_more_nodes_than_steps_are_not_simulated(store: Store, tmp_path: Path) -> None:
+    path = cluster(tmp_path, workers="1000000000")
+    path.write_text(path.read_text().replace("max_workers: 2", "max_workers: 1000000000"))
+    assert simulated(store, node_kinds.read(path), computing(1)).gpus == 4
+
+
+def test_gpus_of_an_unknown_kind_are_asked_for(store: Store, tmp_path: Path) -> None:
+    own = ', resources: {CPU: 64, memory: 500000000000, GPU: 8}, labels: {gpu-memory-gib: "141"'
+    nodes = node_kinds.read(cluster(tmp_path, "{}", own + "}"))
+    assert "labels: {gpu-kind: h100}" in nodes.unknown
+    assert node_kinds.read(cluster(tmp_path, "{}", own + ", gpu-kind: h200}")).unknown == ""
+    with pytest.raises(ValueError, match="available_node_types.gpu.labels.gpu-kind='h9' is no known kind of GPU; say one of t4, "):
+        node_kinds.read(cluster(tmp_path, "{}", own + ", gpu-kind: h9}"))
+    with pytest.raises(ValueError, match="available_node_types.gpu.labels.dollars-per-hour='much' must be a number"):
+        node_kinds.read(cluster(tmp_path, more=", labels: {dollars-per-hour: much}"))
+
+
+def test_gpus_are_divided_into_machines_of_their_kind() -> None:
+    twenty = h100s(20)
+    assert [(kind.gpus, kind.most) for kind in twenty.kinds] == [(8, 2), (4, 1)] and len(twenty.all(99)) == 3
+    assert {node_kinds.of_gpus(kind, 8).kinds[0].gpu for kind in GPUS} == set(GPUS)
+
+
+def test_a_serial_run_takes_one_step_after_another(store: Store) -> None:
+    here = NodeKinds("here", (NodeKind("here", 64, 1 << 40, 0, 0, 1, 1),), 1, "", serial=True)
+    steps = [computing(n, hours=1e-6) for n in range(8)]
+    result = simulated(store, here, *steps)
+    assert result.seconds == pytest.approx(LIBRARIES + sum(Durations().of(s, None).skewed for s in steps), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--gpu-kind", "h9", "--gpus", "8"], "--gpu-kind='h9' is no known kind of GPU; say one of t4, "),
+        (["--gpu-kind", "h100"], "--gpu-kind h100 needs --gpus, how many of them there are"),
+        (["--gpu-kind", "h100", "--gpus", "2.5"], "as a whole number from 1 to 65,536; it is 2.5"),
+        (["--gpu-kind", "h100", "--gpus", "1e12"], "from 1 to 65,536; it is 1000000000000.0"),
+        (["--gpu-kind", "h100", "--gpus", "inf"], "from 1 to 65,536; it is inf"),
+        (["--gpu-kind", "h100", "--gpus", "8", "--on", "ray_cluster.yaml"], "give one of them"),
+    ],
+)
+def test_nodes_that_cannot_be_are_refused(words: list[str], told: str, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["plan", "tests/toy_pipeline.py", "--store", str(tmp_path / "store"), *words])
+    assert result.exit_code == 2 and told in result.output and result.output.count("\n") == 1
+
+
+def test_the_command_shows_and_prints_the_simulation(tmp_path: Path) -> None:
+    words = ["plan", "tests/toy_pipeline.py", "--store", str(tmp_path / "store"), "--gpu-kind", "H100", "--gpus", "8"]
+    shown = CliRunner().invoke(app, words).output
+    assert "simulated on --gpus 8 --gpu-kind H100: " in shown and "longest chain: " in shown
+    assert json.loads(CliRunner().invoke(app, [*words, "--json"]).stdout)["simulated"]["gpus"] == 8
