@@ -1,6 +1,5 @@
 """Choose what each layer becomes, and take it: one budget, and the least divergence from the original that fits into it."""
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -223,17 +222,18 @@ def _marks(offered: Offered, others: float) -> dict[str, Point]:
     """The recipes of the papers on the same scale: one alternative of one kind, the same in all layers."""
     first, *more = offered.values()
     marks = {}
-    for name in first:
-        kind = next((words for pattern, words in MARKS.items() if re.fullmatch(pattern, name)), "")
+    for name, option in first.items():
+        kind = _recipe(option.what, next(iter(first.values())).what.keep)
         if kind and all(name in of_layer for of_layer in more):
             everywhere = [of_layer[name] for of_layer in offered.values()]
             marks[f"{kind}, {name} everywhere"] = Point(others + sum(o.size for o in everywhere), sum(o.cost for o in everywhere))
     return marks
 
 
-MARKS = {
-    r"\d+ experts": "NAEE",
-    r"\d+ experts, [\d.]+ off": "ranks alone, as MoE-I²",
-    r"\d+ experts, \d bits": "GPTQ, as expert slimming",
-}
-"""By the name of an alternative, the recipe that gives it to all layers."""
+def _recipe(alternative: Alternative, experts: int) -> str:
+    """The recipe that gives this alternative to all layers of so many experts; "" if none is known by a name."""
+    if 0 < alternative.keep < experts:
+        return "" if alternative.ratio or alternative.bits else "NAEE"
+    if alternative.ratio:
+        return "" if alternative.bits else "ranks alone, as MoE-I²"
+    return "GPTQ, as expert slimming" if alternative.bits else ""
