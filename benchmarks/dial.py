@@ -43,7 +43,7 @@ BUDGETS = (0.16, 0.185, 0.22, 0.25, 0.31, 0.40)
 """Parts of all bytes beside the embedding that may stay."""
 REMOVED = (0.25, 0.5)
 """Parts of the experts' bytes that ranks alone take away, beside a fit of no more bytes."""
-OFFERS: dict[str, Any] = {"bits": (8, 4, 3, 2)}
+OFFERS: dict[str, Any] = {"measured": 6144}
 
 
 def _gptq(bits: int, group: int) -> Stage:
