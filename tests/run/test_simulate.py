@@ -55,8 +55,9 @@ def test_steps_that_need_not_wait_for_each_other_share_the_gpus_and_a_chain_does
     chain = computing(0)
     for n in range(1, 6):
         chain = computing(n, chain)
-    assert simulated(store, h100s(16), chain).seconds == pytest.approx(6 * 3600, rel=0.2)
-    assert simulated(store, h100s(16), chain).chain.names == ("toy.compute",) * 6
+    alone = simulated(store, h100s(16), chain)
+    assert alone.seconds == pytest.approx(6 * 3600, rel=0.2) and alone.chain.names == ("toy.compute",) * 6
+    assert alone.chain.seconds <= alone.seconds <= alone.chain.seconds + LIBRARIES + 1
 
 
 def test_a_node_never_holds_more_than_it_has(store: Store) -> None:
