@@ -79,6 +79,8 @@ def fit(
     with asking():
         if not any(word.startswith("budget.") for word in words):
             raise ValueError("give one budget: --bytes 24GB, --ratio 0.25, --resident 24GB or --speed 1.5x")
+        if (on or gpu_kind) and not planned:
+            raise ValueError("--on and --gpu-kind say which nodes to plan for; add --plan, or leave them away")
         build = pipeline.load(PIPELINE)
     same = {"store": store, "runner": runner, "gpus": gpus, "cpus": cpus, "patience": patience, "json": json}
     before = own.set(build)

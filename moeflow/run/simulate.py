@@ -269,14 +269,14 @@ class _Run:
         for key, step in self.schedule.steps.items():
             if key in self.took:
                 before = max(((longest[k][0], k) for i in step.inputs if (k := step_of(i).key) in longest), default=(0.0, ""))
-                longest[key] = before[0] + self.took[key].seconds, before[1]
+                longest[key] = before[0] + self.took[key].skewed, before[1]
         at = max(longest, key=lambda k: longest[k][0])
         seconds = longest[at][0]
         names: list[str] = []
         parts: dict[str, float] = defaultdict(float)
         while at:
             names.append(self.schedule.steps[at].name)
-            parts[names[-1]] += self.took[at].seconds
+            parts[names[-1]] += self.took[at].skewed
             at = longest[at][1]
         ordered = sorted(parts.items(), key=lambda part: -part[1])
         return Chain(seconds, tuple(reversed(names)), tuple(ordered))

@@ -16,9 +16,12 @@ from moeflow.run.plan import plan
 from moeflow.run.simulate import BOOT, LIBRARIES, Simulation
 from moeflow.step import Artifact, Context, Spec, Step, step, upstream
 from moeflow.store import Record, Store
+from tests import running
+from tests.pipelines import words as sizes
 from tests.run.test_node_kinds import cluster
 
 TERA = 10**12
+TEXTS = ["tokens=python:stdlib/a*.py", "heldout=python:stdlib/t*.py", "offers.group=16", *sizes.SMALL]
 HOUR = 3600 * 989 * TERA * 0.35  # operations of an hour on an H100
 
 
@@ -55,8 +58,9 @@ def test_steps_that_need_not_wait_for_each_other_share_the_gpus_and_a_chain_does
     chain = computing(0)
     for n in range(1, 6):
         chain = computing(n, chain)
-    assert simulated(store, h100s(16), chain).seconds == pytest.approx(6 * 3600, rel=0.2)
-    assert simulated(store, h100s(16), chain).chain.names == ("toy.compute",) * 6
+    alone = simulated(store, h100s(16), chain)
+    assert alone.seconds == pytest.approx(6 * 3600, rel=0.2) and alone.chain.names == ("toy.compute",) * 6
+    assert alone.chain.seconds <= alone.seconds <= alone.chain.seconds + LIBRARIES + 1
 
 
 def test_a_node_never_holds_more_than_it_has(store: Store) -> None:
@@ -179,6 +183,16 @@ def test_a_serial_run_takes_one_step_after_another(store: Store) -> None:
 def test_nodes_that_cannot_be_are_refused(words: list[str], told: str, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["plan", "tests/toy_pipeline.py", "--store", str(tmp_path / "store"), *words])
     assert result.exit_code == 2 and told in result.output and result.output.count("\n") == 1
+
+
+@pytest.mark.parametrize("where", [["--gpu-kind", "h100", "--gpus", "8"], ["--on", "ray_cluster.yaml"]])
+def test_a_fit_is_planned_for_other_nodes_and_not_run_as_if_it_had_them(where: list[str], tmp_path: Path) -> None:
+    model = [str(running.SMALL), "--ratio", "0.25", "--store", str(tmp_path / "store")]
+    refused = CliRunner().invoke(app, ["fit", *model, *where])
+    assert refused.exit_code == 2 and "which nodes to plan for; add --plan" in refused.output
+    texts = [w for p in TEXTS for w in ("-p", p)]
+    shown = CliRunner().invoke(app, ["fit", *model, *where, "--plan", *texts])
+    assert shown.exit_code == 0 and "longest chain: " in shown.output and "simulated on " in shown.output
 
 
 def test_the_command_shows_and_prints_the_simulation(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from tests import running, tiny
 from tests.models import graph
 
 
-@step("test.strange", version=1, spec=lambda config: Spec(CheckpointSpec(config, 0, 0, 0, 0)))
+@step("test.strange", version=1, spec=lambda config: Spec(CheckpointSpec(config, 0, 0, 0, 0, 0)))
 def strange(context: Context, *, config: dict[str, Any]) -> None:
     """A checkpoint that has nothing but a configuration."""
     (context.out / "config.json").write_text(json.dumps(config))
