@@ -19,7 +19,7 @@ from moeflow.methods.prune import reception
 from moeflow.methods.prune.counts import Counts, legal_counts
 from moeflow.methods.prune.searches import Search
 from moeflow.methods.recipes import moei2
-from moeflow.methods.records import Candidates, Combinations
+from moeflow.methods.records import Candidates, Combinations, Curves
 from moeflow.model.layout import Folder, read_config
 from moeflow.step import Step, step_of, upstream
 from tests import running, tiny
@@ -128,6 +128,23 @@ def test_chains_that_hold_few_forks_measure_what_one_does(around: bool, tmp_path
             assert one["curves"][str(i)]["own"] != pytest.approx(one["apart"], rel=1e-3)
     else:
         assert sorted(one["curves"]) == ["0", "2"] and sorted(one["curves"]["2"]) == [*"01234"] and "apart" not in one
+
+
+def test_a_model_whose_last_states_are_there_already_is_measured_without_another_pass(tmp_path: Path) -> None:
+    """As those of a model that was rewritten layer by layer, each behind the rewritten ones before it."""
+    model, store = running.model_in(tiny.write("mixtral", tmp_path / "model")), running.store_in(tmp_path)
+    calibration = calibrate.run(
+        model, data.tokens(running.matrix_of(tmp_path), model, Sample(8, 16)), Pass(batch=2, shard=4, stage=2)
+    )
+    pruned = moei2.prune(calibration, Counts(5 / 8, rule="uniform"), Search("swap"))
+    layers, ends = calibrate.in_sequence(calibration, lambda i, *_: pruned.layers[i])
+    around = model.with_layers(layers)
+    passed, there = (calibrate.curves(calibration, {}, tokens=64, around=around, ends=e) for e in ((), ends))
+    running.run(store, passed, there)
+    one, two = (Curves.read(store.artifact(s.key)) for s in (passed, there))
+    assert two.tokens == one.tokens == 4 * 15 and two.apart == pytest.approx(one.apart, rel=1e-5) != 0
+    assert two.loss == pytest.approx(one.loss, rel=1e-6)
+    assert "calibrate.start" in {s.name for s in upstream([passed])} - {s.name for s in upstream([there])}
 
 
 def test_a_span_compares_its_combinations_on_about_as_many_tokens_as_told(tmp_path: Path) -> None:

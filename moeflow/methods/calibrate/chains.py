@@ -4,6 +4,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from moeflow.methods.graph import Calibration
+from moeflow.model.spec import ObservedSpec
 from moeflow.step import Step
 
 
@@ -64,3 +66,11 @@ def groups(alternatives: Mapping[int, Alternatives], most: int) -> list[dict[int
     count = -(-len(every) // most)
     parts = [every[len(every) * g // count : len(every) * (g + 1) // count] for g in range(count)]
     return [{i: alternatives[i].some([name for j, name in part if j == i]) for i in dict(part)} for part in parts]
+
+
+def rows_of(calibration: Calibration, tokens: int) -> tuple[tuple[int, int], ...]:
+    """The sequences, as runs of (first, count), that hold about `tokens` tokens: the first of every shard, equally many."""
+    specs = [s.spec.output for s in calibration.starts]
+    sizes = [(spec.hidden if isinstance(spec, ObservedSpec) else spec).sequences for spec in specs]
+    each = max(1, round(tokens / calibration.tokens.spec.output.length / len(sizes)))
+    return tuple((sum(sizes[:i]), min(each, size)) for i, size in enumerate(sizes))

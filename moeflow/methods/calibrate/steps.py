@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from moeflow.arch import EMBEDDING, Family
-from moeflow.methods.calibrate.chains import Alternatives, Chain, Forks, groups
+from moeflow.methods.calibrate.chains import Alternatives, Chain, Forks, groups, rows_of
 from moeflow.methods.graph import HIDDEN, REST, TOKENS, Calibration, Model, Pass
 from moeflow.methods.records import Curves
 from moeflow.model import operations
@@ -92,15 +92,16 @@ Rewrite = Callable[[int, Step, tuple[Part, ...]], Step]
 """Takes a layer's number, its file and what every shard recorded in it; returns the file that replaces it."""
 
 
-def in_sequence(calibration: Calibration, rewrite: Rewrite) -> dict[int, Step]:
+def in_sequence(calibration: Calibration, rewrite: Rewrite) -> tuple[dict[int, Step], tuple[Step, ...]]:
     """Rewrite the MoE layers one after the other; each is observed behind the layers that are already rewritten.
 
-    NAEE calls this progressive pruning (Table 6 of the paper); GPTQ and SparseGPT treat a model this way.
+    NAEE calls this progressive pruning (Table 6 of the paper); GPTQ and SparseGPT treat a model this way. Returns the rewritten
+    layers, and the states of every shard behind the last layer of the model with them.
     """
     model, passed = calibration.model, calibration.passed
     rewritten: dict[int, Step] = {}
     hidden = calibration.starts
-    last = max(calibration.observed, default=-1)
+    last = max(calibration.observed, default=0)
     for i, layer in enumerate(model.layers[: last + 1]):
         if i in calibration.observed:
             recorded = calibration.observed[i]
@@ -108,9 +109,8 @@ def in_sequence(calibration: Calibration, rewrite: Rewrite) -> dict[int, Step]:
                 again = _behind(model, passed, hidden, i, (layer,), Recording(calibration.recorded))
                 recorded = tuple(h.part(file_of(i)) for h in again)
             layer = rewritten[i] = rewrite(i, layer, recorded)
-        if i < last:
-            hidden = _behind(model, passed, hidden, i, (layer,))
-    return rewritten
+        hidden = _behind(model, passed, hidden, i, (layer, *model.layers[i + 1 :]) if i == last else (layer,))
+    return rewritten, hidden
 
 
 def _stages(model: Model, size: int) -> list[tuple[int, tuple[Step, ...]]]:
@@ -242,20 +242,23 @@ def observe(
     )  # fmt: skip
 
 
-def curves(calibration: Calibration, alternatives: Mapping[int, Alternatives], *, tokens: int, around: Model | None = None) -> Step:
+def curves(
+    calibration: Calibration, alternatives: Mapping[int, Alternatives], *, tokens: int, around: Model | None = None,
+    ends: tuple[Step, ...] = (),
+) -> Step:  # fmt: skip
     """Measure every alternative of every layer alone, on about `tokens` calibration tokens, equally many from every shard.
 
     A chain for each stage of the calibration in which alternatives begin, from its own states there to the end; several where
     their forks would take more than `HELD` bytes. Chains do not wait for each other, and store no states.
 
     `around`: the model of which one layer at a time is another, if that is not the calibrated one; what is measured is how far it
-    is from the calibrated one then. Its own states are run once, for all chains.
+    is from the calibrated one then. Its own states are run once, for all chains; where there are no alternatives, its states
+    behind the last layer may be given as `ends`, for the calibration's tokens, shard by shard.
     """
-    model, passed, rows = around or calibration.model, calibration.passed, _rows(calibration, tokens)
-    states, ends = calibration.states, calibration.ends
-    against: tuple[Part, ...] = ()
-    if around is not None:
-        against = _hidden(calibration.ends)
+    model, passed, rows = around or calibration.model, calibration.passed, rows_of(calibration, tokens)
+    states, against = calibration.states, () if around is None else _hidden(calibration.ends)
+    ends = ends or (calibration.ends if around is None else ())
+    if around is not None and not ends:
         state: tuple[Step, ...] = (start(_hidden(calibration.starts), taken=[n for _, n in rows]),)
         states = {}
         for first, layers in _stages(model, passed.stage):
@@ -281,7 +284,7 @@ def curves(calibration: Calibration, alternatives: Mapping[int, Alternatives], *
 
 def sampled(calibration: Calibration, tokens: int) -> Calibration:
     """The calibration with the hidden states of about `tokens` tokens only, equally many from every shard, as one shard."""
-    rows = _rows(calibration, tokens)
+    rows = rows_of(calibration, tokens)
     if sum(n for _, n in rows) == calibration.tokens.spec.output.sequences:
         return calibration
 
@@ -290,13 +293,6 @@ def sampled(calibration: Calibration, tokens: int) -> Calibration:
 
     states = {i: first(of_stage) for i, of_stage in calibration.states.items()}
     return replace(calibration, starts=first(calibration.starts), ends=first(calibration.ends), states=states)
-
-
-def _rows(calibration: Calibration, tokens: int) -> tuple[tuple[int, int], ...]:
-    """The sequences, as runs of (first, count), that hold about `tokens` tokens: the first of every shard, equally many."""
-    sizes = [_states(s.spec.output).sequences for s in calibration.starts]
-    each = max(1, round(tokens / calibration.tokens.spec.output.length / len(sizes)))
-    return tuple((sum(sizes[:i]), min(each, size)) for i, size in enumerate(sizes))
 
 
 def _hidden(steps: tuple[Step, ...]) -> tuple[Part, ...]:
@@ -367,12 +363,12 @@ def forks(
             yield forking.Stage(how.first + done, file, forking.begun(which, held), whole)
             context.progress(done + 1, len(layers), "layers")
 
-    def rows_of(states: tuple[Artifact, ...]) -> dict[str, Any]:
+    def taken_of(states: tuple[Artifact, ...]) -> dict[str, Any]:
         return forking.first_rows(states, how.taken if len(states) == len(how.rows) else [sum(how.taken)])
 
     count = sum(len(one.names) for one in alternatives if one)
-    own, made = forking.through(read_config(rest), rows_of(before), stages(), forks=count, batch=how.batch, dtype=how.dtype)
-    goal = rows_of(against)[forking.HIDDEN] if against else None
+    own, made = forking.through(read_config(rest), taken_of(before), stages(), forks=count, batch=how.batch, dtype=how.dtype)
+    goal = taken_of(against)[forking.HIDDEN] if against else None
     ids = np.load(matrix.file(TOKENS), mmap_mode="r")
     taken = np.concatenate([ids[first : first + count] for first, count in how.rows])
     forking.measured(rest, taken, own, made, goal, dtype=how.dtype).write(context.out)

@@ -85,9 +85,9 @@ def compress(calibration: Calibration, budget: Budget, offers: Offers, recover: 
     best = fit.better(tuple(choices), tuple(measured(built(c), alternatives=False) for c in choices))
     made, plain = built(best), built(best, packed=False)
     healed = Tuned(plain, None, ()) if recover is None else recover(plain)
-    again = _in_sequence(calibration, healed.model, fit.bits(best, offer=offer), offers, left)
+    again, ends = _in_sequence(calibration, healed.model, fit.bits(best, offer=offer), offers, left)
     if again is not None and again is not plain:
-        best = fit.nearer(best, measured(again, alternatives=False))
+        best = fit.nearer(best, calibrate.curves(calibration, {}, tokens=offers.measured, around=again, ends=ends))
         made = _either(best, made, again)
     told = (f"{what} not on offer: {why}" for what, why in left.items())
     return Fitting(
@@ -95,15 +95,17 @@ def compress(calibration: Calibration, budget: Budget, offers: Offers, recover: 
     )
 
 
-def _in_sequence(calibration: Calibration, plain: Model, bits: Step, offers: Offers, left: dict[str, str]) -> Model | None:
-    """The chosen model, calibrated before it is quantized, and quantized layer by layer behind the quantized ones.
+def _in_sequence(
+    calibration: Calibration, plain: Model, bits: Step, offers: Offers, left: dict[str, str]
+) -> tuple[Model | None, tuple[Step, ...]]:
+    """The chosen model, calibrated before it is quantized, and quantized layer by layer behind the quantized ones; its last states.
 
-    As it is if no bits are on offer; None if not every layer can be quantized, and the reason goes to `left` then.
+    As it is if no bits are on offer, without states; None if not every layer can be quantized, and the reason goes to `left` then.
     """
     passed, dtype = calibration.passed, calibration.dtype
     runs = [b for b in offers.bits if b in offers.runs.bits]
     if not runs:
-        return plain
+        return plain, ()
     how = _quantized(offers, max(runs))
 
     def packed(at: int, file: Step, recorded: tuple[Part, ...]) -> Step:
@@ -111,10 +113,11 @@ def _in_sequence(calibration: Calibration, plain: Model, bits: Step, offers: Off
 
     again = calibrate.run(plain, calibration.tokens, passed)
     try:
-        return plain.with_layers(calibrate.in_sequence(again, packed))
+        layers, ends = calibrate.in_sequence(again, packed)
     except ValueError as error:
         left["quantizing in sequence"] = str(error)
-        return None
+        return None, ()
+    return plain.with_layers(layers), ends
 
 
 def _either(best: Step, alone: Model, again: Model) -> Model:

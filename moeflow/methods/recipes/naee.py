@@ -47,7 +47,7 @@ def prune(calibration: Calibration, keep: int, how: Search = Search(LAYERWISE)) 
         choices.append(choice(layer, recorded, calibration.observed[layer]))
         return rewrite.experts(model.essential, file, choices[-1], layer=layer, keep=keep)
 
-    layers = calibrate.in_sequence(calibration, pruned)
+    layers, _ = calibrate.in_sequence(calibration, pruned)
     return rewrite.pruned(model.with_layers(layers, tuple(choices)), behind)
 
 

@@ -37,7 +37,7 @@ def slim(calibration: Calibration, how: Slimming) -> Model:
         return slimmed(model.essential, file, recorded, at=at, how=how, dtype=dtype)
 
     if how.inputs == "sequential":
-        return model.with_layers(calibrate.in_sequence(calibration, layer))
+        return model.with_layers(calibrate.in_sequence(calibration, layer)[0])
     return model.with_layers({i: slimmed(*calibration.of(i), at=i, how=how, dtype=dtype) for i in calibration.observed})
 
 
