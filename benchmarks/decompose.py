@@ -7,7 +7,7 @@ outputs. Forming means a Cholesky factor L of the inputs' moment and W L. Ours i
 
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ def moment(columns: int) -> Tensor:
     return strong_NL @ strong_NL.mT / columns + torch.diag(torch.rand(columns) + 0.5)
 
 
-def whitened(w_MN: Tensor, rank: int, **moment: Tensor) -> LowRank:
+def whitened(w_MN: Tensor, rank: int, **moment: Any) -> LowRank:
     """The matrix of this rank whose outputs differ least over the moment's tokens."""
     return components(w_MN, rank=rank, **moment).truncated(rank)
 
