@@ -25,7 +25,7 @@ from moeflow.methods.finetune.lora import Addition
 from moeflow.methods.finetune.recipe import Recipe
 from moeflow.methods.moments import layer_moments, second_moment
 from moeflow.methods.prune import evaluated, genetic, swap
-from moeflow.methods.prune.errors import mask_of, squared_errors, squared_errors_direct
+from moeflow.methods.prune.errors import mask_of, squared_errors
 from moeflow.methods.prune.gram import Weighed
 from moeflow.methods.prune.searches import Search
 from moeflow.methods.prune.subsets import Subsets
@@ -49,6 +49,7 @@ from moeflow.model.routed_experts import RoutedExperts
 from moeflow.model.router import Router
 from moeflow.model.spec import Recording
 from moeflow.model.stream import HIDDEN, Stream
+from tests.layers import squared_errors_direct
 
 D, F, E, TOP_K, T = 64, 48, 16, 4, 96
 ARCHS = {arch.model_type: arch for arch in FAMILIES}

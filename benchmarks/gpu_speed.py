@@ -25,7 +25,7 @@ from moeflow.arch import Family
 from moeflow.methods.decompose.lowrank import components
 from moeflow.methods.decompose.ranks import break_even
 from moeflow.methods.prune import genetic
-from moeflow.methods.prune.errors import mask_of, squared_errors_direct
+from moeflow.methods.prune.errors import mask_of
 from moeflow.methods.prune.gram import Weighed
 from moeflow.methods.prune.searches import Search
 from moeflow.methods.prune.subsets import Subsets
@@ -38,6 +38,7 @@ from moeflow.model.observe import OBSERVED, Recorder
 from moeflow.model.routed_experts import RoutedExperts
 from moeflow.model.spec import Recording
 from moeflow.model.stream import HIDDEN, Stream
+from tests.layers import squared_errors_direct
 
 BF16 = torch.bfloat16
 

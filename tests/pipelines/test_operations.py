@@ -1,7 +1,6 @@
 """Every step says before it runs how many operations it takes, and the sum is what transformers' own model asks for."""
 
 import re
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -9,7 +8,7 @@ import pytest
 from moeflow.model import operations
 from moeflow.model.cost import forward_flops
 from moeflow.run import pipeline
-from moeflow.step import Step, upstream
+from moeflow.step import Step, step_of, upstream
 from tests import running
 from tests.pipelines import words
 
@@ -56,7 +55,17 @@ def test_a_fork_is_one_more_pass_behind_the_layer_where_it_begins() -> None:
     (advance, *_) = (s for s in steps if s.name == "calibrate.advance")
     of_layer = sum(advance.spec.operations.values()) / len(advance.inputs[2:])
     per_token = of_layer / advance.spec.output.sequences / advance.spec.output.length
-    for sweep in (s for s in steps if s.name == "calibrate.forks"):
-        hidden, begun = sweep.spec.output.hidden, Counter(name.split(".")[1] for name in sweep.spec.output.forks)
-        passes = sum(sweep.spec.operations.values()) / per_token / hidden.sequences / hidden.length
-        assert passes == pytest.approx(sum(1 + sum(n for layer, n in begun.items() if int(layer) <= i) for i in range(4)), rel=0.01)
+    sweeps = [s for s in steps if s.name == "calibrate.forks"]
+    assert sum(sum(n for _, n in begun_in(s)) > 0 for s in sweeps) >= 2
+    for sweep in sweeps:
+        first, tokens = sweep.params["how"]["first"], 16 * sum(n for _, n in sweep.params["how"]["rows"])
+        begun, (rest, *_) = begun_in(sweep), sweep.inputs
+        head = operations.head(step_of(rest).spec.output, tokens * (1 + sum(n for _, n in begun)), "auto")
+        passes = (sum(sweep.spec.operations.values()) - sum(head.values())) / per_token / tokens
+        assert passes == pytest.approx(sum(1 + sum(n for at, n in begun if at <= i) for i in range(first, 4)), rel=0.01)
+
+
+def begun_in(sweep: Step) -> list[tuple[int, int]]:
+    """The layers in which forks begin, and how many."""
+    alternatives = enumerate(sweep.params["alternatives"], sweep.params["how"]["first"])
+    return [(layer, len(of_layer["names"])) for layer, of_layer in alternatives if of_layer]
