@@ -8,13 +8,13 @@ from typing import Any, Literal
 from moeflow.arch import Config
 from moeflow.methods.calibrate.steps import hidden_states
 from moeflow.methods.checkpoint.steps import told_model_of
-from moeflow.methods.data.steps import Examples, examples
+from moeflow.methods.data.steps import Examples, examples, tokens
 from moeflow.methods.finetune import deepspeed_config
 from moeflow.methods.finetune import steps as finetune
 from moeflow.methods.finetune.memory import Work, exchanged, fitted
 from moeflow.methods.finetune.recipe import Gang, Recipe
 from moeflow.methods.finetune.targets import trained_in
-from moeflow.methods.graph import Model, Pass
+from moeflow.methods.graph import Model, Pass, Sample
 from moeflow.model.spec import TensorTable, TokensSpec, precision
 from moeflow.sources import NamesFiles, Texts
 from moeflow.step import Step
@@ -68,6 +68,16 @@ class Recovering(FineTuning):
     """Predict the text, predict what the original predicts (KL divergence), or both."""
     rate: float = 1e-3
     """The highest learning rate of AdamW."""
+
+    def check_files(self) -> None:
+        if self.text:
+            Texts(self.text).check_local()
+        deepspeed_config.read(self.deepspeed or None)
+
+    def data(self, model: Model) -> Step:
+        """The rows in the model's own tokens; all of a ready-made matrix."""
+        texts = Texts(self.text)
+        return tokens(texts, model, Sample(self.rows, self.length, self.seed)) if texts.is_tokens else super().data(model)
 
     def on(self, texts: Texts, heldout: str) -> "Recovering":
         """With its text said. Raises ValueError if a held-out text would be trained on."""

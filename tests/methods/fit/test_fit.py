@@ -114,6 +114,10 @@ def test_the_command_plans_and_asks_for_one_budget(tmp_path: Path) -> None:
     planned = CliRunner().invoke(app, [*words, "--ratio", "0.3"])
     assert planned.exit_code == 0, planned.output
     assert "fit.decide" in planned.output and "a budget in bytes can be from" in planned.output
+    assert "finetune.train" not in planned.output
+    recovered = CliRunner().invoke(app, [*words, "--ratio", "0.3", "--recover", "-p", "recover.batch=4", "-p", "gang.gpus=0"])
+    assert recovered.exit_code == 0, recovered.output
+    assert "finetune.train" in recovered.output
     refused = CliRunner().invoke(app, [*words, "--bytes", "1KB"])
     assert refused.exit_code == 2 and "a budget of 1,000 bytes cannot be met" in refused.output
 
