@@ -61,10 +61,6 @@ class Contest:
     method: str
     ours: tuple[str, ...]
 
-    @property
-    def name(self) -> str:
-        return f"{self.method} of {self.peer.name}"
-
 
 CONTESTS = (
     Contest(LLM_COMPRESSOR, "reap", PRUNING),
@@ -134,14 +130,15 @@ def beside(cases: Sequence[Case], contests: Sequence[Contest], matrix_BL: NDArra
         for case in cases:
             bench = _Bench(Path(scratch) / case.name.replace(" ", "-"), case, tokens)
             for contest in contests:
-                print(f"{case.name}: {contest.name} ...", file=sys.stderr, flush=True)
                 try:
                     ours, theirs = bench.compared(contest)
                 except NotMeasured as reason:
-                    lines.append(f"| {case.name} | {contest.method} | {contest.peer.name} | {reason} |" + " |" * 4)
-                    continue
-                rows += claims(case, contest, ours, theirs)
-                lines += [_line(case, contest, contest.peer.name, theirs), _line(case, contest, "moeflow", ours)]
+                    new = [f"| {case.name} | {contest.method} | {contest.peer.name} | {reason} |" + " |" * 4]
+                else:
+                    rows += claims(case, contest, ours, theirs)
+                    new = [_line(case, contest, contest.peer.name, theirs), _line(case, contest, "moeflow", ours)]
+                print(*new, sep="\n", file=sys.stderr, flush=True)  # the next may take an hour
+                lines += new
             shutil.rmtree(bench.folder)
     return rows, "\n".join(lines)
 
@@ -149,7 +146,7 @@ def beside(cases: Sequence[Case], contests: Sequence[Contest], matrix_BL: NDArra
 def claims(case: Case, contest: Contest, ours: Side, theirs: Side) -> list[Row]:
     """The rows of one contest: our seconds, peak, bytes and KL as multiples of the peer's."""
     reap = contest.method == "reap"
-    what = f"{contest.name} on {case.name}"
+    what = f"{contest.method} of {contest.peer.name} on {case.name}"
     return [
         Row(f"seconds, {what}", ours.seconds / theirs.seconds, "at most", case.seconds if reap else 1.0, "times"),
         Row(f"peak memory, {what}", ours.peak / theirs.peak, "at most", case.memory if reap else 1.0, "times"),
