@@ -5,6 +5,7 @@ METHOD is signround, with auto-round's own 200 iterations, MODEL and OUT are fol
 """
 
 import sys
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from auto_round import AutoRound
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 BATCH = 8
-WHOLE = "self_attn,gate,lm_head"
+WHOLE = "self_attn,mlp.gate,lm_head"
 
 
 def main(method: str, model: str, tokens: str, out: str) -> None:
@@ -34,7 +35,11 @@ def main(method: str, model: str, tokens: str, out: str) -> None:
         device_map="cpu",
         amp=False,
     )
-    rounding.quantize_and_save(out, format="llm_compressor")
+    parent = Path(f"{out}-named")  # auto-round makes a folder inside, named after the model and the scheme
+    rounding.quantize_and_save(str(parent), format="llm_compressor")
+    (made,) = parent.iterdir()
+    made.rename(out)
+    parent.rmdir()
 
 
 if __name__ == "__main__":

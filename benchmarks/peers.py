@@ -44,7 +44,7 @@ class Peer:
 
 LLM_COMPRESSOR = Peer("llm-compressor", (TORCH, "llmcompressor>=0.14,<0.15"), "peer_llmcompressor.py")
 GPTQMODEL = Peer("GPTQModel", (TORCH, "gptqmodel>=7.7,<7.8"), "peer_gptqmodel.py", unpacks=True)
-AUTO_ROUND = Peer("auto-round", (TORCH, "auto-round>=0.16,<0.17"), "peer_autoround.py")
+AUTO_ROUND = Peer("auto-round", (TORCH, "auto-round>=0.16,<0.17", "compressed-tensors"), "peer_autoround.py")
 
 PRUNING = ("benchmarks/peer_pruning.py", "search=reap", "keep=6", "calibration.record=0")
 _SLIM = ("benchmarks/peer_slimming.py", "slim.bits=4", "slim.group=64", "slim.inputs=sequential")
