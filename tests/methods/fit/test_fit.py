@@ -175,7 +175,8 @@ def divergence(store: Store, target: Step) -> float:
     return float(decision(store, target)["before"])
 
 
-@pytest.mark.parametrize("bits, part", [((4,), 0.7), pytest.param((), 0.35, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("bits, part", [((4,), 0.7), ((), 0.35)])
 def test_a_recovered_model_is_closer_and_takes_no_more(
     small_offer: Calibration, tmp_path: Path, bits: tuple[int, ...], part: float
 ) -> None:
