@@ -23,7 +23,7 @@ import numpy as np
 from benchmarks import models
 from benchmarks.quality import CALIBRATION, HELDOUT, HELDOUT_PASS, HELDOUT_SEQUENCES, LENGTH, SEQUENCES, SHARED, interval
 from benchmarks.rows import Row
-from benchmarks.unified import GROUP, SMALL, Stage
+from benchmarks.unified import GROUP, SMALL, Stage, low_rank, slim
 from moeflow.arch import EMBEDDING
 from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.checkpoint import steps as checkpoint
@@ -32,8 +32,7 @@ from moeflow.methods.decompose.options import Decomposition
 from moeflow.methods.fit.options import Budget, Offers
 from moeflow.methods.graph import Calibration, Model, Pass, Sample
 from moeflow.methods.prune.searches import Search
-from moeflow.methods.recipes import compare, fit, moei2, naee, unified
-from moeflow.methods.slim.methods import Slimming
+from moeflow.methods.recipes import compare, fit, moei2, naee
 from moeflow.run import in_process
 from moeflow.sources import Texts, pin
 from moeflow.step import Step
@@ -47,8 +46,7 @@ OFFERS: dict[str, Any] = {"measured": 6144}
 
 
 def _gptq(bits: int, group: int) -> Stage:
-    how = Slimming(method="gptq", bits=bits, group=group, inputs="sequential", activation_order=True)
-    return partial(unified.slim, how=how)
+    return slim("gptq", inputs="sequential", activation_order=True, bits=bits, group=group)
 
 
 def _pruned(calibration: Calibration) -> Model:
@@ -58,16 +56,12 @@ def _pruned(calibration: Calibration) -> Model:
     return naee.prune(calibration, round(0.75 * experts), Search("enumerate" if experts <= 8 else "swap"))
 
 
-def _low_rank(ratio: float) -> Stage:
-    return partial(moei2.decompose, how=Decomposition(ratio=ratio, multiple=SMALL))
-
-
 RECIPES: dict[str, tuple[Stage, ...]] = {
     "three quarters of the experts, GPTQ, 2 bits": (_pruned, _gptq(2, GROUP)),
-    "low rank, two fifths, GPTQ, 3 bits": (_low_rank(0.4), _gptq(3, SMALL)),
-    "low rank, two fifths, GPTQ": (_low_rank(0.4), _gptq(4, SMALL)),
-    "low rank, three tenths, GPTQ": (_low_rank(0.3), _gptq(4, SMALL)),
-    "low rank, a sixteenth, GPTQ": (_low_rank(1 / 16), _gptq(4, SMALL)),
+    "low rank, two fifths, GPTQ, 3 bits": (low_rank(0.4), _gptq(3, SMALL)),
+    "low rank, two fifths, GPTQ": (low_rank(0.4), _gptq(4, SMALL)),
+    "low rank, three tenths, GPTQ": (low_rank(0.3), _gptq(4, SMALL)),
+    "low rank, a sixteenth, GPTQ": (low_rank(1 / 16), _gptq(4, SMALL)),
     "GPTQ, 2 bits": (_gptq(2, GROUP),),
     "GPTQ, 3 bits": (_gptq(3, GROUP),),
     "GPTQ": (_gptq(4, GROUP),),

@@ -41,6 +41,10 @@ def machine(device: str) -> str:
     return f"{datetime.date.today()}, {name}; {versions}"
 
 
+FAILURES = (RuntimeError, TypeError, ValueError, IndexError)
+"""What torch raises where a device cannot do what it is asked for; each is told in the row of what failed, and the others go on."""
+
+
 def correctness(device: str, every: Iterable[TensorPath], end: float) -> Half:
     """All paths in both precisions; one that no longer fits is a row, too."""
     rows, right, whole = [], True, True
@@ -54,7 +58,7 @@ def correctness(device: str, every: Iterable[TensorPath], end: float) -> Half:
                 apart = path.distance(device, dtype)
                 holds = apart <= path.bound(dtype)
                 rows.append(f"| {path.name} | {name} | {apart:.2g} | {path.bound(dtype):g} | {'yes' if holds else 'NO'} |")
-            except (RuntimeError, TypeError, ValueError, NotImplementedError, IndexError) as error:
+            except FAILURES as error:
                 holds = False
                 rows.append(f"| {path.name} | {name} | | {path.bound(dtype):g} | NO: {one_line(error)} |")
             right &= holds
@@ -72,7 +76,7 @@ def speed(clock: Clock, sizes: list[Size], peaks: Peaks, end: float) -> Half:
                 continue
             try:
                 rows += [timed.line(size.name) for timed in work(size, clock, peaks)]
-            except (RuntimeError, TypeError, ValueError, NotImplementedError, IndexError) as error:
+            except FAILURES as error:
                 right = False
                 rows.append(f"| {size.name} | {name} | failed: {one_line(error)} | | | | | |")
             gc.collect()

@@ -35,23 +35,23 @@ Stage = Callable[[Calibration], Model]
 GROUP, SMALL = 64, 32
 
 
-def _slim(method: str, **options: Any) -> Stage:
+def slim(method: str, **options: Any) -> Stage:
     return partial(unified.slim, how=Slimming(method=method, **({"group": GROUP, "inputs": "parallel"} | options)))
 
 
-AWQ, GPTQ = _slim("awq"), _slim("gptq", inputs="sequential", activation_order=True)
+AWQ, GPTQ = slim("awq"), slim("gptq", inputs="sequential", activation_order=True)
 EXPERTS: Stage = partial(trim.trim, how=trim.Trimming("experts", 2, least=2))
 LAYERS: Stage = partial(trim.trim, how=trim.Trimming("moe_blocks", 2))
 BLOCKS: Stage = partial(trim.trim, how=trim.Trimming("decoder_layers", 1))
 ENUMERATED: Stage = partial(naee.prune, keep=6)
 
 
-def _low_rank(ratio: float) -> Stage:
+def low_rank(ratio: float) -> Stage:
     return partial(moei2.decompose, how=Decomposition(ratio=ratio, multiple=SMALL))
 
 
 def _grouped(bits: int = 4) -> Stage:
-    return _slim("gptq", inputs="sequential", activation_order=True, bits=bits, group=SMALL)
+    return slim("gptq", inputs="sequential", activation_order=True, bits=bits, group=SMALL)
 
 
 SINGLE: dict[str, tuple[Stage, ...]] = {
@@ -59,11 +59,11 @@ SINGLE: dict[str, tuple[Stage, ...]] = {
     "L2/6": (LAYERS,),
     "B1/6": (BLOCKS,),
     "AWQ": (AWQ,),
-    "GPTQ": (_slim("gptq"),),
-    "Wanda 2:4": (_slim("wanda", pattern="2:4"),),
-    "SparseGPT 2:4": (_slim("sparsegpt", pattern="2:4"),),
-    "Wanda 50 %": (_slim("wanda", pattern="0.5"),),
-    "SparseGPT 50 %": (_slim("sparsegpt", pattern="0.5"),),
+    "GPTQ": (slim("gptq"),),
+    "Wanda 2:4": (slim("wanda", pattern="2:4"),),
+    "SparseGPT 2:4": (slim("sparsegpt", pattern="2:4"),),
+    "Wanda 50 %": (slim("wanda", pattern="0.5"),),
+    "SparseGPT 50 %": (slim("sparsegpt", pattern="0.5"),),
 }
 """The paper's methods, each by itself."""
 
@@ -78,15 +78,15 @@ COMBINED: dict[str, tuple[Stage, ...]] = {
 """The paper's recipes, in its order and the other."""
 
 OURS: dict[str, tuple[Stage, ...]] = {
-    "rounding to nearest": (_slim("round_to_nearest"),),
+    "rounding to nearest": (slim("round_to_nearest"),),
     "GPTQ in sequence, by activation": (GPTQ,),
-    "GPTQ in sequence": (_slim("gptq", inputs="sequential"),),
-    "AWQ in sequence": (_slim("awq", inputs="sequential"),),
-    "Wanda 2:4 in sequence": (_slim("wanda", pattern="2:4", inputs="sequential"),),
-    "SparseGPT 2:4 in sequence": (_slim("sparsegpt", pattern="2:4", inputs="sequential"),),
-    "GPTQ in sequence, 8 bits": (_slim("gptq", inputs="sequential", activation_order=True, bits=8),),
-    "GPTQ in sequence, 3 bits": (_slim("gptq", inputs="sequential", activation_order=True, bits=3),),
-    "GPTQ in sequence, 2 bits": (_slim("gptq", inputs="sequential", activation_order=True, bits=2),),
+    "GPTQ in sequence": (slim("gptq", inputs="sequential"),),
+    "AWQ in sequence": (slim("awq", inputs="sequential"),),
+    "Wanda 2:4 in sequence": (slim("wanda", pattern="2:4", inputs="sequential"),),
+    "SparseGPT 2:4 in sequence": (slim("sparsegpt", pattern="2:4", inputs="sequential"),),
+    "GPTQ in sequence, 8 bits": (slim("gptq", inputs="sequential", activation_order=True, bits=8),),
+    "GPTQ in sequence, 3 bits": (slim("gptq", inputs="sequential", activation_order=True, bits=3),),
+    "GPTQ in sequence, 2 bits": (slim("gptq", inputs="sequential", activation_order=True, bits=2),),
     "GPTQ in sequence, groups of 32": (_grouped(),),
     "NAEE, 6 of 8": (ENUMERATED,),
     "low rank, whitened, a quarter": (partial(moei2.decompose, how=Decomposition(ratio=0.25)),),
@@ -96,13 +96,13 @@ OURS: dict[str, tuple[Stage, ...]] = {
 
 TOGETHER: dict[str, tuple[Stage, ...]] = {
     "NAEE, 6 of 8, then GPTQ": (ENUMERATED, GPTQ),
-    "NAEE, 6 of 8, then GPTQ, 2 bits": (ENUMERATED, _slim("gptq", inputs="sequential", activation_order=True, bits=2)),
+    "NAEE, 6 of 8, then GPTQ, 2 bits": (ENUMERATED, slim("gptq", inputs="sequential", activation_order=True, bits=2)),
     "E2/8, then GPTQ": (EXPERTS, GPTQ),
-    "low rank, a tenth, then GPTQ, 8 bits": (_low_rank(0.1), _grouped(8)),
-    "low rank, a sixteenth, then GPTQ": (_low_rank(1 / 16), _grouped()),
-    "low rank, three tenths, then GPTQ": (_low_rank(0.3), _grouped()),
-    "low rank, two fifths, then GPTQ": (_low_rank(0.4), _grouped()),
-    "low rank, two fifths, then GPTQ, 3 bits": (_low_rank(0.4), _grouped(3)),
+    "low rank, a tenth, then GPTQ, 8 bits": (low_rank(0.1), _grouped(8)),
+    "low rank, a sixteenth, then GPTQ": (low_rank(1 / 16), _grouped()),
+    "low rank, three tenths, then GPTQ": (low_rank(0.3), _grouped()),
+    "low rank, two fifths, then GPTQ": (low_rank(0.4), _grouped()),
+    "low rank, two fifths, then GPTQ, 3 bits": (low_rank(0.4), _grouped(3)),
 }
 """Our combinations: in every row at least two methods."""
 

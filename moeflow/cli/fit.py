@@ -73,11 +73,12 @@ def fit(
     budget = {"bytes": bytes, "ratio": "" if ratio is None else ratio, "resident": resident, "speed": speed.removesuffix("x")}
     words = [f"model={model}", *(f"budget.{unit}={word}" for unit, word in budget.items() if word != "")]
     words += [f"offers.engine={engine}"] * bool(engine) + ["recover.loss=kl"] * recover + param
+    budgeted = any(word.startswith("budget.") for word in words)
     if frontier:
-        _frontier([*words, *["budget.ratio=1e-6"] * (not any(map(budget.get, budget)))], store, patience, json=json)
+        _frontier([*words, *["budget.ratio=1e-6"] * (not budgeted)], store, patience, json=json)
         return
     with asking():
-        if not any(word.startswith("budget.") for word in words):
+        if not budgeted:
             raise ValueError("give one budget: --bytes 24GB, --ratio 0.25, --resident 24GB or --speed 1.5x")
         if (on or gpu_kind) and not planned:
             raise ValueError("--on and --gpu-kind say which nodes to plan for; add --plan, or leave them away")

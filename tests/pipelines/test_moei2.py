@@ -30,7 +30,7 @@ OURS = [
     [
         ("mixtral_moei2", "mixtral", 0.5, []),
         ("mixtral_moei2", "mixtral", 0.5, OURS),
-        ("qwen15_moe", "qwen2_moe", 0.5, []),
+        pytest.param("qwen15_moe", "qwen2_moe", 0.5, [], marks=pytest.mark.slow),
         pytest.param("qwen15_moe", "qwen2_moe", 0.5, OURS, marks=pytest.mark.slow),
         pytest.param("deepseek_v2_lite", "deepseek_v2", 0.5398, [], marks=pytest.mark.slow),
         ("deepseek_v2_lite", "deepseek_v2", 0.5398, OURS),

@@ -26,7 +26,7 @@ DISTILLED = ["tune=compressed_experts", "tune.loss=kl"]
     [
         ("mixtral_moei2", "mixtral", MOEI2, (".experts.", ".self_attn.")),
         ("mixtral", "mixtral", [*words.TEXT, "tune=lora", "skipping=median"], (".experts.", ".self_attn.")),
-        ("olmoe", "olmoe", [], (".experts.compressed.", ".mlp.gate.", "embed_tokens")),
+        pytest.param("olmoe", "olmoe", [], (".experts.compressed.", ".mlp.gate.", "embed_tokens"), marks=pytest.mark.slow),
         pytest.param("phimoe", "phimoe", DISTILLED, (".experts.compressed.",), marks=pytest.mark.slow),
     ],
 )

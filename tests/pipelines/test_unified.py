@@ -34,7 +34,7 @@ EXPERTS = ["trim=experts", "trim.dropped=2"]
         ("mixtral_unified", "mixtral", ("slim,trim", "trim,slim"), LAYERS),
         ("deepseek_v2_lite_unified", "deepseek_v2", ("slim,trim",), LAYERS),
         ("deepseek_v2_lite_unified", "deepseek_v2", ("trim,slim",), BLOCKS),
-        ("qwen15_moe_unified", "qwen2_moe", ("trim,slim",), EXPERTS),
+        pytest.param("qwen15_moe_unified", "qwen2_moe", ("trim,slim",), EXPERTS, marks=pytest.mark.slow),
         pytest.param("mixtral_unified", "mixtral", ("slim,trim", "trim,slim"), BLOCKS, marks=pytest.mark.slow),
         pytest.param("mixtral_unified", "mixtral", ("slim,trim", "trim,slim"), EXPERTS, marks=pytest.mark.slow),
         pytest.param("deepseek_v2_lite_unified", "deepseek_v2", ("trim,slim",), LAYERS, marks=pytest.mark.slow),

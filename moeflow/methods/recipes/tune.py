@@ -63,7 +63,7 @@ class Recovering(FineTuning):
     """As a fine-tuning, but towards the original's predictions, and on the calibration's own texts unless told otherwise."""
 
     text: str = ""
-    """The training text, as of a fine-tuning; none: other rows of the texts that the model is calibrated on."""
+    """The training text, as of a fine-tuning; none: the texts that the model is calibrated on."""
     loss: Literal["lm", "kl", "both"] = "kl"
     """Predict the text, predict what the original predicts (KL divergence), or both."""
     rate: float = 1e-3
