@@ -89,8 +89,10 @@ class Recovering(FineTuning):
         return replace(self, text=text)
 
 
-def _files(texts: Texts) -> set[tuple[str, str]]:
-    return {(e.source.uri, f.name) for e in texts.entries() for f in e.source.files}
+def _files(texts: Texts) -> set[str]:
+    """All files, by their places and, where the pin tells it, by what they hold: a copy under another name is the same file."""
+    every = [(e.source.uri, f) for e in texts.entries() for f in e.source.files if f.size]
+    return {f"{uri}/{f.name}" for uri, f in every} | {f.pin for _, f in every if ":" in f.pin}  # a hub's is its commit
 
 
 def tuned(model: Model, original: Model, how: FineTuning | None, gang: Gang, passed: Pass) -> Tuned:

@@ -86,7 +86,7 @@ def test_budgets_of_other_units_are_kept(small_offer: Calibration, tmp_path: Pat
 
 
 def test_resident_bytes_are_those_of_the_loaded_model(small_offer: Calibration, tmp_path: Path) -> None:
-    """Unpacked, and with every rank padded to the layer's largest."""
+    """Unpacked, and with ranks padded as they are in memory."""
     store = running.store_in(tmp_path)
     whole = sum(layer.spec.output.nbytes for layer in small_offer.model.layers) + small_offer.model.rest.spec.output.nbytes
     target = fitted(small_offer, Budget(resident=str(int(0.9 * whole))), rounds=1, counts=(), bits=(), gone=False)
@@ -124,16 +124,8 @@ def test_the_command_plans_and_asks_for_one_budget(tmp_path: Path) -> None:
 
 def test_a_frontier_is_shown_once_a_fit_has_measured_it(tmp_path: Path) -> None:
     tiny.write("mixtral", tmp_path / "model")
-    words = [
-        "fit",
-        str(tmp_path / "model"),
-        "--store",
-        str(tmp_path / "store"),
-        "-p",
-        "offers.group=8",
-        "-p",
-        "offers.counts=[0.75]",
-    ]
+    words = ["fit", str(tmp_path / "model"), "--store", str(tmp_path / "store"), "-p", "offers.group=8"]
+    words += ["-p", "offers.counts=[0.75]"]
     words += ["-p", "offers.ranks=[]", "-p", "offers.bits=[4]", "-p", "calibration.sequences=8", "-p", "calibration.length=16"]
     words += ["-p", "heldout=", "-p", f"tokens={running.matrix_of(tmp_path).spec}", "-p", "offers.rounds=1"]
     none = CliRunner().invoke(app, [*words, "--frontier"])
@@ -206,8 +198,12 @@ def test_a_recovered_model_is_closer_and_takes_no_more(
     assert float(kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1).mean()) == pytest.approx(after, rel=1e-3)
 
 
-def test_held_out_text_is_never_trained_on() -> None:
+def test_held_out_text_is_never_trained_on(tmp_path: Path) -> None:
     how = Recovering()
+    for name in ("one.txt", "copy.txt"):
+        (tmp_path / name).write_text("the same words")
+    with pytest.raises(ValueError, match=r"heldout.texts names .*copy.txt, which is trained on"):
+        how.on(Texts(f"{tmp_path}/one.txt"), f"{tmp_path}/copy.txt")
     assert how.on(Texts("python:stdlib/a*.py"), "python:stdlib/t*.py").text == "python:stdlib/a*.py"
     with pytest.raises(ValueError, match=r"heldout.texts names python:stdlib/a\*.py, which is trained on"):
         how.on(Texts("python:stdlib/a*.py*2,python:stdlib/b*.py"), "python:stdlib/t*.py,python:stdlib/a*.py")
