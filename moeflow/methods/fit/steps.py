@@ -58,7 +58,7 @@ def _reach(whole: int, offer: Offer, files: tuple[tuple[LayerSpec, ...], ...]) -
     return ", ".join(reached)
 
 
-@step("fit.decide", version=3, spec=_decide_spec)
+@step("fit.decide", version=4, spec=_decide_spec)
 def decide(
     context: Context, rest: Artifact, config: Artifact, curves: Artifact, fixed: tuple[Artifact, ...],
     files: tuple[tuple[Artifact, ...], ...], before: Artifact | None = None,
@@ -184,8 +184,11 @@ def _layer_spec(chosen: Any, files: tuple[LayerSpec, ...], *, layer: int, offer:
     near = min(packed or [f for f in files if f.experts], key=lambda f: abs(f.nbytes - chosen["part"] * own.nbytes))
     fewest = min(a.keep for a in offer)
     multiple = max(f.multiple for f in files)  # what is to be packed has ranks that can be
-    decided = any(f.ranks_decided or f.low_rank for f in files)
-    out = replace(near, share=1.0, fewest=fewest, alike=not runs.counts, ranks_decided=decided, multiple=multiple)
+    decided, widths = any(f.ranks_decided or f.low_rank for f in files), {f.packed for f in files}
+    out = replace(
+        near, share=1.0, fewest=fewest, alike=not runs.counts, ranks_decided=decided, multiple=multiple,
+        bits_decided=runs.mixed and len(widths) > 1,
+    )  # fmt: skip
     return Spec(out, reads=0, writes=0, memory=1 << 24)
 
 

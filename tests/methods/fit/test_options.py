@@ -1,5 +1,6 @@
 """Budgets and offers as people write them, and what an engine runs together."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -58,14 +59,16 @@ WHOLE, SIX, FOUR_BITS, THREE_BITS, GONE = (
 )  # fmt: skip
 
 
-def test_packed_experts_are_packed_alike_in_all_layers() -> None:
-    """What transformers loads: one scheme, and no whole layers beside packed ones."""
+def test_layers_are_packed_alike_where_the_engine_loads_nothing_else() -> None:
     layer = {WHOLE: (80.0, 0.0), FOUR_BITS: (20.0, 0.1), THREE_BITS: (15.0, 0.3), GONE: (0.0, 9.0)}
-    for subset in together(offer(layer, layer), ENGINES["moeflow"]):
+    alike, mixed = replace(ENGINES["moeflow"], mixed=False), ENGINES["moeflow"]
+    for subset in together(offer(layer, layer), alike):
         bits = {o.what.bits for options in subset.values() for o in options.values() if o.what.keep}
         assert len(bits) == 1
-    # each layer alone would take whole and four bits at a hundred: together they are packed in four bits
-    assert set(choose(offer(layer, layer), ENGINES["moeflow"], 100.0).values()) == {FOUR_BITS.name}
+    assert set(choose(offer(layer, layer), alike, 100.0).values()) == {FOUR_BITS.name}
+    assert set(choose(offer(layer, layer), mixed, 100.0).values()) == {WHOLE.name, FOUR_BITS.name}
+    assert set(choose(offer(layer, layer), mixed, 35.0).values()) == {FOUR_BITS.name, THREE_BITS.name}
+    assert not ENGINES["transformers"].mixed
 
 
 def test_transformers_gets_one_number_of_experts() -> None:
