@@ -12,6 +12,9 @@ from moeflow.methods.records import Record
 POINTS = 24
 """Budgets of the predicted frontier."""
 
+LISTED = 12
+"""The alternatives of each layer that are measured again around a choice."""
+
 
 @dataclass(frozen=True)
 class Option:
@@ -141,6 +144,30 @@ def next_best(offered: Offered, engine: Engine, room: float, chosen: Mapping[int
         if best is None or cost < best[0]:
             best = cost, picked
     return None if best is None else best[1]
+
+
+def promising(offered: Offered, engine: Engine, chosen: Mapping[int, str]) -> dict[int, tuple[str, ...]]:
+    """The `LISTED` alternatives of each layer that cost least at the price of the chosen sizes, the chosen one first.
+
+    The price of a unit of size is the lowest at which all layers together, each by its own, take no more than was chosen: what is
+    best around there is what another choice could be made of.
+    """
+    size = sum(offered[i][name].size for i, name in chosen.items())
+    parts = [p for p in together(offered, engine) if all(name in p[i] for i, name in chosen.items())]
+    part = max(parts, key=lambda p: sum(map(len, p.values())))
+
+    def at(price: float) -> dict[int, list[str]]:
+        return {i: sorted(options, key=lambda n: options[n].cost + price * options[n].size) for i, options in part.items()}
+
+    def taken(price: float) -> float:
+        return sum(part[i][names[0]].size for i, names in at(price).items())
+
+    low, high = 0.0, max(o.cost for options in part.values() for o in options.values())  # sizes differ by one unit at the least
+    for _ in range(96):
+        middle = (low + high) / 2
+        low, high = (middle, high) if taken(middle) > size else (low, middle)
+    best = at(high)
+    return {i: (name, *(n for n in best[i] if n != name))[:LISTED] for i, name in chosen.items()}
 
 
 def lead(ours: Sequence[float], theirs: Sequence[float], tokens: int) -> Lead:

@@ -5,11 +5,11 @@ from dataclasses import replace
 from typing import Any
 
 from moeflow.arch import Family
-from moeflow.methods.fit.choosing import Fitted, Lead, Offered, Option, Point, choose, frontier, lead, next_best
+from moeflow.methods.fit.choosing import Fitted, Lead, Offered, Option, Point, choose, frontier, lead, next_best, promising
 from moeflow.methods.fit.engines import ENGINES
 from moeflow.methods.fit.options import Alternative, Budget
 from moeflow.methods.fit.sizes import size
-from moeflow.methods.records import Bits, Curves
+from moeflow.methods.records import Bits, Curves, Shortlist
 from moeflow.methods.reports import row, write_report
 from moeflow.methods.rewrite import link_all
 from moeflow.model.layout import read_config
@@ -64,7 +64,8 @@ def decide(
     files: tuple[tuple[Artifact, ...], ...], before: Artifact | None = None,
     *, offer: Offer, budget: Budget, engine: str,
 ) -> None:  # fmt: skip
-    """Which of its alternatives each layer becomes, as `Fitted`: the least cost that takes no more than the budget, exactly.
+    """Which of its alternatives each layer becomes, as `Fitted`: the least cost that takes no more than the budget, exactly; and a
+    `Shortlist` of those that are worth being measured again around it.
 
     `files`: for each layer of `offer` its alternatives; `fixed`: the other layers, which have no experts, and what else is in the
     checkpoint beside `rest`, the embedding and head; `curves`: what each alternative costs alone. `before`: the choice around which
@@ -102,6 +103,7 @@ def decide(
         marks=_marks(offered, others) if first is None else first.marks,
         before=None if first is None else measured.apart, lead=ahead, table=_table(offered),
     ).write(context.out)  # fmt: skip
+    Shortlist(promising(offered, runs, chosen)).write(context.out)
 
 
 def _lead(
