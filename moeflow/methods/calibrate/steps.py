@@ -369,9 +369,8 @@ def forks(
             which = alternatives[done] if done < len(alternatives) else None
             held = sources[done] if which and sources else ()
             whole = held[-1].file(LAYER) if which and which.replaced else None
-            yield forking.Stage(
-                how.first + done, file, forking.begun(which, held, None if only is None else only.get(how.first + done)), whole
-            )
+            named = None if only is None else only.get(how.first + done)
+            yield forking.Stage(how.first + done, file, forking.begun(which, held, named), whole)
             context.progress(done + 1, len(layers), "layers")
 
     def taken_of(states: tuple[Artifact, ...]) -> dict[str, Any]:

@@ -69,9 +69,8 @@ def compress(calibration: Calibration, budget: Budget, offers: Offers, recover: 
         of = {i: _forks(of_layer, around) for i, of_layer in offered.items()} if alternatives else {}
         if around is None:
             return calibrate.curves(calibration, of, tokens=offers.measured)
-        return calibrate.curves(
-            calibration, of, tokens=offers.measured, around=built(around), shortlist=around.part(Shortlist.FILE), listed=LISTED
-        )
+        listed = around.part(Shortlist.FILE)
+        return calibrate.curves(calibration, of, tokens=offers.measured, around=built(around), shortlist=listed, listed=LISTED)
 
     def chosen(curves: Step, before: Step | None = None) -> Step:
         return fit.decide(
