@@ -89,7 +89,7 @@ def decide(
         size(f, budget.unit, runs, read, i) for f, i in zip(fixed, dense, strict=False)
     )
     others += sum(size(f, "bytes", runs, read) for f in fixed[len(dense) :] if budget.unit != "operations")
-    whole = others + sum(offered[int(i)][alternatives[0].name].size for i, alternatives in offer.items())
+    whole = others + sum(size(of_layer[0], budget.unit, runs, read, int(i)) for i, of_layer in zip(offer, files, strict=True))
     room = budget.most(int(whole)) - others
     chosen = choose(offered, runs, room, others)
     picked = [offered[i][name] for i, name in chosen.items()]
