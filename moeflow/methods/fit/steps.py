@@ -79,7 +79,7 @@ def decide(
         layer, costs = int(name), measured.curves.get(int(name), {})
         own = alternatives[0].name if first is None else first.chosen[layer]
         offered[layer] = {
-            a.name: Option(a, size(f, budget.unit, runs, read, layer), 0.0 if a.name == own else costs[a.name] - measured.apart)
+            a.name: Option(a, size(f, budget.unit, runs, read, layer), _cost(costs, a.name, measured.apart, own))
             for a, f in zip(alternatives, artifacts, strict=True)
             if a.name == own or a.name in costs
         }
@@ -104,6 +104,11 @@ def decide(
         before=None if first is None else measured.apart, lead=ahead, table=_table(offered),
     ).write(context.out)  # fmt: skip
     Shortlist(promising(offered, runs, chosen)).write(context.out)
+
+
+def _cost(costs: Mapping[str, float], name: str, apart: float, own: str) -> float:
+    """How much farther from the original a layer's alternative is than its `own`; from the original nothing is nearer than that."""
+    return 0.0 if name == own else costs[name] - apart if apart else max(0.0, costs[name])
 
 
 def _lead(
