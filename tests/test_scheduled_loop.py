@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -50,27 +51,28 @@ def put(client: Any, bucket: str, folder: Path, name: str) -> None:
 
 @pytest.mark.slow
 def test_of_two_fine_tunes_the_good_one_is_served_and_the_broken_one_is_not(
-    server: servers.Proxy, bucket: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+    server: servers.Proxy, bucket: str, tmp_path: Path
 ) -> None:
     (tmp_path / "gate.yaml").write_text(GATE)
     client, where = s3.client(server.url), f"?endpoint={server.url}"
     words = [
         "recompress", "pipelines/mixtral.py", "--source", f"s3://{bucket}/tunes{where}", "--store", f"s3://{bucket}/store{where}",
         "--gate", str(tmp_path / "gate.yaml"), "--promote", "production", "--keep", "3", "--settle", "1s",
-        "--notify", f"tee -a {tmp_path}/notices.jsonl", "--json", "-p", "tokens=python:stdlib/a*.py", "-p", "heldout=python:stdlib/t*.py",
+        "--notify", f"tee -a {tmp_path}/notices.jsonl", "--json",
+        "-p", "tokens=python:stdlib/a*.py", "-p", "heldout=python:stdlib/t*.py",
         "-p", "calibration.sequences=16", "-p", "calibration.length=64", "-p", "calibration.batch=4",
         "-p", "heldout.sequences=8", "-p", "heldout.length=64",
     ]  # fmt: skip
 
     def scheduled(address: str) -> tuple[int, dict[str, Any]]:
         """One call of the scheduler."""
-        env = os.environ | {"RAY_ADDRESS": address, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        env = os.environ | {"RAY_ADDRESS": address, "RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-c", "from moeflow.cli import main; main()", *words]
         done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
         assert done.stdout, done.stderr
         return done.returncode, json.loads(done.stdout.splitlines()[-1])
 
-    with cluster.head(tmp_path_factory.mktemp("r")) as (address, _):
+    with tempfile.TemporaryDirectory(prefix="mf") as short, cluster.head(Path(short)) as (address, _):
         good = fine_tune(1e-4, tmp_path / "good")
         client.upload_file(str(good / "config.json"), bucket, "tunes/monday/config.json")
         assert scheduled(address)[0] == Exit.LATER, "half of it has arrived"

@@ -52,6 +52,10 @@ Notify = Annotated[
 Marker = Annotated[str, typer.Option("--marker", metavar="FILE", help="a checkpoint is complete when this file lies in it")]
 Settle = Annotated[str, typer.Option("--settle", metavar="TIME", help="without a marker: how long a checkpoint must stand still")]
 
+NothingNewCode = Annotated[
+    int, typer.Option("--nothing-new", metavar="CODE", help="the exit code when nothing is new; 0 where only success counts")
+]
+
 
 @command()
 def recompress(
@@ -64,6 +68,7 @@ def recompress(
     notify: Notify = "",
     marker: Marker = "",
     settle: Settle = "30s",
+    nothing_new: NothingNewCode = Exit.NOTHING_NEW,
     name: Name = "",
     store: Url = "",
     runner: RunnerName = Runner.auto,
@@ -86,7 +91,7 @@ def recompress(
         build = own.get() or pipeline.load(file)
         wanted = Request(file, source, promote, name or file.stem, tuple(param), bounds, marker, seconds("--settle", settle))
         opened = open_store(store, seconds("--patience", patience))
-    with _told(opened, notify, source), heard(shown.waits):
+    with _told(opened, notify, source, nothing_new), heard(shown.waits):
         with asking(Exit.LATER):
             there = work.find(wanted, opened, say=shown.say)
         with work.alone(wanted, opened):
@@ -107,7 +112,7 @@ def recompress(
 
 
 @contextmanager
-def _told(store: Store, notify: str, source: str) -> Iterator[None]:
+def _told(store: Store, notify: str, source: str, nothing_new: int) -> Iterator[None]:
     """End with the exit code of what could not be done, in one line; what failed is also sent as a notice."""
     try:
         yield
@@ -116,7 +121,7 @@ def _told(store: Store, notify: str, source: str) -> Iterator[None]:
         print(printable(said + " ".join(str(error).split())), file=sys.stderr, flush=True)
         if as_json():
             print_json(Result(code, str(error), source).json())
-        raise typer.Exit(code) from None
+        raise typer.Exit(nothing_new if code is Exit.NOTHING_NEW else code) from None
     except typer.Exit as error:
         if error.exit_code in (Exit.FAILED, Exit.WRONG):
             _send(store, notify, Result(Exit(error.exit_code), " ".join(str(error.__context__ or "").split()), source))
