@@ -7,6 +7,10 @@ continues from what is stored.
 
 import hashlib
 import json
+import os
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +19,7 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
+from moeflow.home import home
 from moeflow.report import promotion
 from moeflow.report.drift import Drift, drift_lines, drift_of
 from moeflow.report.gate import check_measured, read_gate, refusal
@@ -26,11 +31,13 @@ from moeflow.run.pipeline import Build
 from moeflow.run.progress import Show
 from moeflow.run.words import count, span
 from moeflow.sources.newest import Checkpoint, newest
+from moeflow.sources.newest import brought as brought_here
 from moeflow.store import Store, gc, versions
 from moeflow.store.claims import Busy, claimed
 from moeflow.store.errors import LabelMoved, MissingSource
 from moeflow.store.patience import wait_out
 from moeflow.store.runs import Mark
+from moeflow.store.store import arriving
 
 DONE = "recompressed/"
 
@@ -131,7 +138,6 @@ def find(request: Request, store: Store, *, say: Callable[[str], None]) -> Check
         raise NothingNew(f"{there.uri} was compressed before, and has not changed")
     if arriving is not None:
         say(f"{arriving.uri} is newer and not complete ({arriving.lacks}); {there.uri} is taken")
-    _check(there)
     if request.marker or not request.settle or ("://" not in there.uri and not Path(there.uri).is_dir()):
         return there  # a commit on the hub stands still
     say(f"{there.uri} is new; it is looked at again in {span(request.settle)}")
@@ -142,13 +148,23 @@ def find(request: Request, store: Store, *, say: Callable[[str], None]) -> Check
     return there
 
 
-def _check(there: Checkpoint) -> None:
-    """Raise ValueError for a checkpoint that has to be made another one first."""
-    if there.kind == "zero":
-        raise ValueError(
-            f"{there.uri} holds the shards of a DeepSpeed ZeRO run, which are pickles, and no weights; convert them where it was "
-            "trained: python zero_to_fp32.py . OUT --safe_serialization, or train with stage3_gather_16bit_weights_on_model_save"
-        )
+def converted(there: Checkpoint) -> Path:
+    """The folder with the checkpoint that DeepSpeed's own code makes of ZeRO shards, in moeflow's home on this machine.
+
+    Raises ValueError with what DeepSpeed says of shards that it cannot put together.
+    """
+    out = home() / "converted" / there.mark[:32]
+    if out.is_dir():
+        return out
+    with tempfile.TemporaryDirectory() as scratch, arriving(out) as half:
+        folder = brought_here(there, Path(scratch))
+        command = [sys.executable, "-P", "-m", "moeflow.methods.finetune.zero", str(folder), str(half)]
+        env = os.environ | {"DS_ACCELERATOR": os.environ.get("DS_ACCELERATOR", "cpu")}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+        if done.returncode:
+            said = (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1]
+            raise ValueError(f"{there.uri} holds the shards of a DeepSpeed ZeRO run, which DeepSpeed cannot convert: {said}")
+    return out
 
 
 def words(request: Request, there: Checkpoint) -> list[str]:
@@ -157,6 +173,9 @@ def words(request: Request, there: Checkpoint) -> list[str]:
     if there.kind != "adapter":
         if own:
             raise ValueError(f"-p {own}: --source says what is compressed; leave -p {request.parameter}=... away")
+        if there.kind == "zero":  # copied into the store, because no other machine has the folder
+            copied = [] if any(w.startswith("source=") for w in request.params) else ["source=copy"]
+            return [f"{request.parameter}={converted(there)}", *copied, *request.params]
         return [f"{request.parameter}={there.uri}", *request.params]
     if not own and not there.base:
         raise ValueError(
@@ -199,7 +218,7 @@ def run(request: Request, store: Store, there: Checkpoint, prepared: Prepared, o
     began = time.monotonic()
     most = len(prepared.plan.keys("run"))
     try:
-        prepared = brought(prepared, progress=shown, options=options)
+        prepared = brought(prepared, progress=shown, options=options, here=there.kind == "zero")
         if most:
             left, same = (len(prepared.plan.keys(state)) for state in ("run", "same content"))
             shown.say(f"plan: of {count(most, 'step')} behind the new files {left} are to run, {same} have the contents of before")

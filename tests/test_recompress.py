@@ -264,7 +264,7 @@ def test_a_wrong_request_is_told_in_one_line_and_does_nothing(words: list[str], 
     assert not Path("store").exists() or not versions.list(store())
 
 
-def test_an_adapter_without_a_base_and_a_zero_folder_are_refused_by_name(cli: Cli) -> None:
+def test_an_adapter_without_a_base_is_refused_by_name(cli: Cli) -> None:
     adapter = Path("tunes/a")
     adapter.mkdir(parents=True)
     (adapter / "adapter_model.safetensors").write_bytes(fine_tuned.shard(b"xx"))
@@ -274,12 +274,14 @@ def test_an_adapter_without_a_base_and_a_zero_folder_are_refused_by_name(cli: Cl
     (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "models/absent/there"}')
     result = cli()
     assert result.exit_code == Exit.WRONG and "its base cannot be had" in error(result)
-    (adapter / "global_step5").mkdir()
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        (adapter / name).unlink()
-    (adapter / "global_step5" / "mp_rank_00_model_states.pt").write_bytes(b"x")
+
+
+def test_zero_shards_without_a_config_are_refused_by_name(cli: Cli) -> None:
+    folder = Path("tunes/a/global_step5")
+    folder.mkdir(parents=True)
+    (folder / "mp_rank_00_model_states.pt").write_bytes(b"x")
     result = cli()
-    assert result.exit_code == Exit.WRONG and "zero_to_fp32.py" in error(result)
+    assert result.exit_code == Exit.WRONG and "has ZeRO shards and no config.json; copy" in error(result)
 
 
 def test_an_adapter_is_merged_into_the_base_that_it_names(cli: Cli) -> None:

@@ -21,17 +21,18 @@ def readers(targets: Sequence[Step]) -> list[Step]:
     return [s for s in upstream(targets) if all(not step_of(i).inputs for i in s.inputs)]
 
 
-def brought(prepared: Prepared, *, progress: Show, options: Options) -> Prepared:
+def brought(prepared: Prepared, *, progress: Show, options: Options, here: bool = False) -> Prepared:
     """The same run, planned again behind what it reads from its sources. Raises StepFailed, CannotRun, ClusterLost.
 
-    Bytes of the store that are damaged or deleted meanwhile are left to the run itself, which mends them.
+    `here`: in this process, because only this machine has the sources. Bytes of the store that are damaged or deleted meanwhile are
+    left to the run itself, which mends them.
     """
     needed = {*prepared.plan.keys("run")}
     first = [s for s in readers(prepared.targets) if s.key in needed]
     if not first or len(first) == len(needed):
         return prepared
     run = in_process.run
-    if prepared.runner is Runner.ray:
+    if prepared.runner is Runner.ray and not here:
         from moeflow.run.ray import runner as on_ray  # here, as in go.py
 
         run = on_ray.run

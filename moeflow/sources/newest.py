@@ -40,6 +40,8 @@ class Checkpoint:
     """What it lacks to be complete; "" if it is."""
     base: str = ""
     """Of an adapter: the model that it names as the one it was trained on."""
+    files: tuple[str, ...] = ()
+    """The names of the files that make it; none of one on the hub."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ def _parts(inside: Mapping[str, _File]) -> tuple[Kind, dict[str, _File]]:
     if ADAPTER_CONFIG in made:
         return "adapter", made
     if zero:
-        return "zero", made | zero
+        return "zero", made | zero | {n: f for n, f in inside.items() if n == "latest"}
     return "model", made if "config.json" in made else {}
 
 
@@ -117,10 +119,10 @@ def _looked(below: str, inside: Mapping[str, _File], marker: str, at: Callable[[
             lacks = lacks or f"its {ADAPTER_CONFIG} is cut short"
         if not any(named_like(n, ("adapter_model*",)) for n in parts):
             lacks = lacks or "it lacks adapter_model.safetensors"
-        return Checkpoint(at(below), kind, mark, lacks, base)
+        return Checkpoint(at(below), kind, mark, lacks, base, tuple(sorted(parts)))
     if kind == "model":
         lacks = lacks or _lacking(parts, content, lambda n: read.whole(f"{below}/{n}" if below else n, parts[n].size))
-    return Checkpoint(at(below), kind, mark, lacks)
+    return Checkpoint(at(below), kind, mark, lacks, files=tuple(sorted(parts)))
 
 
 def _weights(made: Mapping[str, _File]) -> list[str]:
@@ -209,6 +211,19 @@ def _in_bucket(uri: str) -> tuple[dict[str, _File], Callable[[str], str], Reader
             return s3.read_body(client, {"Bucket": at.bucket, "Key": f"{above}{name}"}).decode(errors="replace")
 
     return files, where, Reader(text, lambda name, size: size > 0)  # an object is there when all of it has arrived
+
+
+def brought(there: Checkpoint, to: Path) -> Path:
+    """The folder with a checkpoint's files: where it lies, or the empty folder `to`, into which they are copied from S3."""
+    if not there.uri.startswith("s3://"):
+        return Path(there.uri)
+    at = parse_s3(there.uri)
+    client = s3.client(**at.options)
+    for name in there.files:
+        (to / name).parent.mkdir(parents=True, exist_ok=True)
+        with in_s3.asked(there.uri):
+            client.download_file(at.bucket, f"{at.prefix}/{name}", str(to / name))
+    return to
 
 
 def _on_hub(uri: str) -> Checkpoint:
