@@ -32,7 +32,7 @@ from moeflow.run.progress import Show
 from moeflow.run.words import count, span
 from moeflow.sources.newest import Checkpoint, newest
 from moeflow.sources.newest import brought as brought_here
-from moeflow.store import Store, gc, versions
+from moeflow.store import NotStored, Store, StoreError, gc, versions
 from moeflow.store.claims import Busy, claimed
 from moeflow.store.errors import LabelMoved, MissingSource
 from moeflow.store.patience import wait_out
@@ -82,6 +82,8 @@ class Request:
     def __post_init__(self) -> None:
         versions.check_name(self.name)
         versions.check_name(self.label)
+        if self.label == self.name:
+            raise ValueError(f"--promote {self.label}: a label needs another name than the versions that it points at; see --name")
         if "/" in self.marker:
             raise ValueError(f"--marker {self.marker!r}: name a file in the checkpoint's own folder, as in --marker DONE")
 
@@ -259,6 +261,14 @@ def clean(request: Request, store: Store, keep: int) -> tuple[str, ...]:
     """Delete what is not needed for the newest `keep` versions of this name, and for labels. Returns the versions that went."""
     gone = gc.delete(store, gc.gc(store, gc.Policy(keep=keep, name=request.name)))
     return tuple(v.ref for v in gone.versions)
+
+
+def cleaned(request: Request, store: Store, keep: int | None, result: Result, say: Callable[[str], None]) -> None:
+    """Clean up, if it is asked for; what cannot be deleted is said, and changes nothing of the result."""
+    try:
+        result.removed = clean(request, store, keep) if keep else ()
+    except (StoreError, NotStored, OSError) as error:
+        say(f"warning: cleaning up failed ({' '.join(str(error).split())}); the next call tries again, as does moeflow gc")
 
 
 def lines(result: Result) -> list[str]:

@@ -87,6 +87,7 @@ def aws(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
+@pytest.mark.slow
 def test_the_schedule_is_one_that_eventbridge_takes_and_its_command_one_that_systems_manager_takes(aws: None) -> None:
     session = get_session()
     for service, name, asked in (("scheduler", "CreateSchedule", SCHEDULE), ("ssm", "SendCommand", SENT)):
@@ -113,6 +114,7 @@ def test_its_role_may_do_that_on_the_head_alone_and_only_the_scheduler_takes_it(
     assert SCHEDULE["Target"]["RoleArn"].split("::")[1].split(":")[0] == trust["Condition"]["StringEquals"]["aws:SourceAccount"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["eventbridge-policy.json", "eventbridge-trust.json", "finetunes-policy.json"])
 def test_a_policy_has_only_what_policies_have_and_allows_no_wildcard(name: str, aws: None) -> None:
     document = json.loads((INFRA / name).read_text())

@@ -139,6 +139,7 @@ def test_a_checkpoint_that_changes_between_two_looks_is_still_being_written(cli:
     assert cli("--marker", "DONE", "--settle", "1h").exit_code == Exit.PROMOTED, "with a marker nothing is waited for"
 
 
+@pytest.mark.slow
 def test_nothing_new_is_said_by_a_few_requests(server: servers.Proxy, bucket: str, cli: Cli) -> None:
     client, where = s3.client(server.url), f"?endpoint={server.url}"
     for name, data in fine_tuned.files(1).items():
@@ -191,11 +192,26 @@ def test_an_interrupted_call_is_done_again(cli: Cli) -> None:
     assert [v.ref for v in versions.list(opened)] == ["toy@1"]
 
 
+@pytest.mark.slow
 def test_old_versions_of_this_name_go_and_labelled_ones_stay(cli: Cli) -> None:
     for n in range(1, 5):
         fine_tuned.write(Path(f"tunes/{n}"), n, kl=0.01 * n)
         assert cli("--keep", "1", "--gate", "kl<0.03").exit_code == (Exit.PROMOTED if n < 3 else Exit.REFUSED)
     assert [v.ref for v in versions.list(store())] == ["toy@1", "toy@2", "toy@4"], "toy@1 is what a rollback returns to"
+
+
+@pytest.mark.slow
+def test_a_label_that_is_the_name_of_versions_is_refused_before_anything_runs(cli: Cli) -> None:
+    fine_tuned.write(Path("tunes/a"), 1)
+    cli()
+    result = cli("--name", "other", "--promote", "toy")
+    assert result.exit_code == Exit.WRONG and "'toy' is the name of versions" in error(result)
+
+
+def test_nothing_new_may_count_as_success_and_an_idle_call_deletes_nothing(cli: Cli) -> None:
+    fine_tuned.write(Path("tunes/a"), 1)
+    cli()
+    assert cli("--nothing-new", "0", "--keep", "1").exit_code == 0 and "nothing new: " in cli("--nothing-new", "0").stderr
 
 
 def test_a_notice_has_the_comparison(cli: Cli) -> None:
@@ -252,6 +268,7 @@ def test_a_command_gets_the_notice_on_its_input(cli: Cli, monkeypatch: pytest.Mo
         (["--notify", "'"], "is no command"),
         (["-p", "model=tunes/a"], "--source says what is compressed"),
         (["--promote", "a/b"], "use at most 128 letters"),
+        (["--promote", "toy"], "a label needs another name"),
         (["--marker", "a/b"], "name a file in the checkpoint's own folder"),
         (["--settle", "soon"], "write a number and s, m, h or d"),
         (["-p", "fail=true"], "it is to fail"),

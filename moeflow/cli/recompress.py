@@ -37,7 +37,7 @@ from moeflow.run import Options, pipeline
 from moeflow.run.go import Runner
 from moeflow.run.outcome import printable
 from moeflow.run.progress import show as show_progress
-from moeflow.store import Store
+from moeflow.store import Store, versions
 from moeflow.store.patience import heard
 
 Source = Annotated[
@@ -91,6 +91,7 @@ def recompress(
         build = own.get() or pipeline.load(file)
         wanted = Request(file, source, promote, name or file.stem, tuple(param), bounds, marker, seconds("--settle", settle))
         opened = open_store(store, seconds("--patience", patience))
+        versions.check_label(opened, promote)
     with _told(opened, notify, source, nothing_new), heard(shown.waits):
         with asking(Exit.LATER):
             there = work.find(wanted, opened, say=shown.say)
@@ -99,8 +100,7 @@ def recompress(
                 prepared = work.planned(wanted, build, opened, there, runner, options)
             with working(Exit.LATER):
                 result = work.run(wanted, opened, there, prepared, options, shown)
-        with working():
-            result.removed = work.clean(wanted, opened, keep) if keep else ()
+    work.cleaned(wanted, opened, keep, result, shown.say)
     if not json:
         for line in work.lines(result):
             print(printable(line))
