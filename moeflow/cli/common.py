@@ -20,6 +20,7 @@ from typer.core import TyperCommand, TyperGroup
 from typer.exceptions import TyperException
 
 from moeflow import report
+from moeflow.report.promotion import NotPassed
 from moeflow.run import CannotRun, ClusterLost, StepFailed, pipeline
 from moeflow.run.go import Runner
 from moeflow.run.outcome import describe, printable
@@ -30,7 +31,7 @@ from moeflow.store.patience import may_pass
 STORE = ".moeflow/store"
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 REQUEST = (ValueError, TypeError, LookupError, OSError, ImportError, StoreError)  # what a wrong request raises
-WORK = (CannotRun, ClusterLost, StepFailed, StoreError, NotStored, OSError)
+WORK = (CannotRun, ClusterLost, StepFailed, StoreError, NotStored, NotPassed, OSError)
 
 LONGEST = 2_000  # characters of an error's line
 
@@ -83,6 +84,9 @@ On = Annotated[
 ]
 GpuKind = Annotated[
     str, typer.Option("--gpu-kind", metavar="KIND", help="plan for --gpus N GPUs of this kind in all, h100 for example, one a step")
+]
+GateWords = Annotated[
+    list[str], typer.Option("--gate", metavar="BOUND", help="kl<0.02, bytes<=24GB, gsm8k>=0.95x, or a gate.yaml; repeatable")
 ]
 Json = Annotated[bool, typer.Option("--json", help="machine-readable output")]
 Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
@@ -160,22 +164,27 @@ def seconds(option: str, text: str) -> float:
     return float(match[1]) * UNITS[match[2]]
 
 
+def as_json() -> bool:
+    """Whether the command's output is to be read by a machine."""
+    return _as_json.get()
+
+
 def print_json(value: Any) -> None:
     print(json.dumps(value), flush=True)
 
 
-def asking() -> AbstractContextManager[None]:
-    """Errors inside are the request's fault: exit code 2."""
-    return _one_line(REQUEST, 2)
+def asking(passing: int = 1) -> AbstractContextManager[None]:
+    """Errors inside are the request's fault: exit code 2, or `passing` for one that may pass by itself."""
+    return _one_line(REQUEST, 2, passing)
 
 
-def working() -> AbstractContextManager[None]:
-    """Errors inside are the work's fault: exit code 1."""
-    return _one_line(WORK, 1)
+def working(passing: int = 1) -> AbstractContextManager[None]:
+    """Errors inside are the work's fault: exit code 1, or `passing` for one that may pass by itself."""
+    return _one_line(WORK, 1, passing)
 
 
 @contextmanager
-def _one_line(expected: tuple[type[Exception], ...], code: int) -> Iterator[None]:
+def _one_line(expected: tuple[type[Exception], ...], code: int, passing: int) -> Iterator[None]:
     """Turn expected errors, Ctrl-C and `ray job stop` into one line; any other error is a bug of moeflow."""
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -185,8 +194,8 @@ def _one_line(expected: tuple[type[Exception], ...], code: int) -> Iterator[None
         raise typer.Exit(1) from None
     except expected as error:
         plainly = isinstance(error, (*WORK, ValueError)) and str(error)
-        waited = isinstance(error, GaveUp) or may_pass(error)  # the request was right
-        code = 2 if isinstance(error, CannotRun) else 1 if waited else code
+        waited = isinstance(error, GaveUp | ClusterLost) or may_pass(error)  # the request was right
+        code = 2 if isinstance(error, CannotRun) else passing if waited else code
         _complain(str(error) if plainly else describe(error), code)
         if isinstance(error, ClusterLost):
             os._exit(code)  # at an orderly end Ray would wait for its head, and then end this process in its own words
