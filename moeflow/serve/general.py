@@ -5,7 +5,6 @@ divided where their number allows it.
 """
 
 from collections.abc import Iterable, Iterator
-from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -29,7 +28,7 @@ class General(TransformersForCausalLM):
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         config = vllm_config.model_config.hf_config
         check(vllm_config)
-        AutoModel.register(type(config), body_of(type(config)), exist_ok=True)
+        register_body(type(config))
         self.family = Family.of(config.to_dict())
         self.formats = layer_formats(config.to_dict())
         self.shares: dict[int, range] = {}
@@ -110,9 +109,9 @@ class OfRank(nn.Module):
         return y_TD
 
 
-@cache
-def body_of(config_class: Any) -> Any:
-    """The model without a head of a compressed family, which vLLM asks `AutoModel` for."""
-    family: Any = MODEL_MAPPING[config_class.__mro__[1]]
-    name = MODELS[config_class.model_type].__name__.removesuffix("ForCausalLM") + "Model"
-    return type(name, (Compressed, family), {"__module__": __name__, "config_class": config_class})
+def register_body(config_class: Any) -> None:
+    """Register with `AutoModel`, which vLLM asks, the model without a head of a compressed family."""
+    if config_class not in MODEL_MAPPING:
+        family: Any = MODEL_MAPPING[config_class.__mro__[1]]
+        name = MODELS[config_class.model_type].__name__.removesuffix("ForCausalLM") + "Model"
+        AutoModel.register(config_class, type(name, (Compressed, family), {"__module__": __name__, "config_class": config_class}))

@@ -40,7 +40,7 @@ _building = Lock()  # the names belong to the process
 
 @cache
 def native_class(model_type: str) -> Any:
-    """The class that makes models of this type of compressed checkpoints. Raises ValueError if vLLM has other names for its parts."""
+    """The class that makes models of this type of checkpoints. Raises ValueError if vLLM has other names for its parts."""
     family = model_type.removeprefix(COMPRESSED)
     module_name, _, name = CLASSES[family].partition(":")
     module = importlib.import_module(f"vllm.model_executor.models.{module_name}")

@@ -40,7 +40,7 @@ class Pieces:
         self.missing |= {n for n, place in self.places.items() if place is not None} - vectors
 
     def take(self, name: str, tensor: Tensor) -> bool:
-        """Put the tensor with this name on disk into its place; False if it is of no expert. Raises ValueError for a wrong shape."""
+        """Put the tensor with this name on disk into its place; False if it is of no expert. Raises ValueError for another size."""
         end = next((e for e in PARTS if name.endswith(e) and name.removesuffix(e) in self.places), "")
         name = name.removesuffix(end)
         if name not in self.places:

@@ -60,9 +60,7 @@ def settle(config: Any) -> None:
 
     parallel, chosen = config.parallel_config, way_of(config.model_config.hf_config.to_dict())
     if parallel.enable_eplb:
-        raise ValueError(
-            "--enable-eplb moves experts between layers of equal counts, which this checkpoint does not have; leave it out"
-        )
+        raise ValueError("--enable-eplb balances layers of equal counts of experts, and this checkpoint's differ; leave it out")
     if parallel.enable_expert_parallel and chosen.way == "general":
         raise ValueError(
             "--enable-expert-parallel is vLLM's own division of experts, and this checkpoint runs the general way, which divides "
