@@ -1,7 +1,6 @@
 """The commands that take a pipeline file: plan and run."""
 
 import shlex
-from collections.abc import Sequence
 from pathlib import Path
 
 import typer
@@ -26,7 +25,6 @@ from moeflow.cli.common import (
     Url,
     asking,
     command,
-    open_store,
     own,
     print_json,
     print_reports,
@@ -36,13 +34,15 @@ from moeflow.cli.common import (
 from moeflow.run import Options, node_kinds, pipeline
 from moeflow.run import plan as plans
 from moeflow.run.forecast import forecast, forecast_json, forecast_lines
-from moeflow.run.go import Runner, go, prepare
+from moeflow.run.go import Runner
+from moeflow.run.job import Job, called
+from moeflow.run.opening import pipeline_file
 from moeflow.run.outcome import printable
 from moeflow.run.plan_table import plan_lines, plan_table
 from moeflow.run.progress import show as show_progress
-from moeflow.step import Step, upstream
+from moeflow.step import upstream
 from moeflow.store import Store
-from moeflow.store.patience import heard, wait_out
+from moeflow.store.patience import heard
 
 
 @command(cls=PipelineCommand)
@@ -66,7 +66,9 @@ def plan(
         nodes = node_kinds.read(on) if on else node_kinds.of_gpus(gpu_kind, gpus) if gpu_kind else None
         opened = Store.open(store or STORE, patience=seconds("--patience", patience))
         opened.look()
-        target = Options(gpus=None if gpu_kind else gpus, cpus=cpus).place(_called(file, param, opened))
+        target = Options(gpus=None if gpu_kind else gpus, cpus=cpus).place(
+            called(own.get() or pipeline.load(pipeline_file(file)), param, opened)
+        )
         targets, memory = [target, *target.reports], None if nodes else runner.memory
         index = opened.index({s.name for s in upstream(targets)})
         planned = plans.plan(targets, opened, index=index, memory=memory, nodes=nodes)
@@ -100,28 +102,18 @@ def run(
     json: Json = False,
 ) -> None:
     """Run what is not stored yet, publish the result as NAME@N, and show what its reports say."""
-    options, name = Options(retries, in_flight, gpus, cpus), name or file.stem
+    job = Job(file, param, store, name, runner, Options(retries, in_flight, gpus, cpus), patience, own.get())
     shown = show_progress(json=json)
-    with asking(), heard(shown.waits):
-        opened = open_store(store, seconds("--patience", patience))
-        target = options.place(_called(file, param, opened))
-        prepared = prepare(target, opened, name=name, runner=runner, options=options)
-    lost = not store and "working_dir_files" in Path.cwd().parts  # of a Ray job, which is deleted with the cluster
-    if lost:
-        shown.say(f"warning: the store {opened.url} goes with the Ray cluster; pass --store to keep what this run makes")
+    with asking():
+        prepared = job.prepared(shown)
     with working(), heard(shown.waits):
-        outcome, n = go(prepared, progress=shown, options=options, record={"pipeline": str(file), "given": param})
-        reports = report.read(opened, [s.key for s in target.reports])
+        outcome, n = job.go(prepared, shown)
+        reports = report.read(prepared.store, [s.key for s in prepared.target.reports])
+    key, name, url = prepared.target.key, prepared.name, prepared.store.url
     if json:
         steps = {"run": len(outcome.ran), "stored": outcome.reused}
-        print_json({"key": target.key, "name": name, "version": n, "steps": steps, "seconds": round(outcome.seconds, 3)})
+        print_json({"key": key, "name": name, "version": n, "steps": steps, "seconds": round(outcome.seconds, 3)})
         return
     print_reports(reports)
-    where = f" --store {shlex.quote(opened.url)}" if store or lost else ""
-    print(f"{name}@{n}  {target.key}\nin {opened.url}; to use it: moeflow pull {name}@{n} DIR{where}")
-
-
-def _called(file: Path, params: Sequence[str], store: Store) -> Step:
-    """The graph of a pipeline file with these parameters, when the sources that it names have answered."""
-    build = own.get() or pipeline.load(file)
-    return wait_out(lambda: pipeline.call(build, params), store.patience, "a source")
+    where = f" --store {shlex.quote(url)}" if store or "working_dir_files" in Path.cwd().parts else ""
+    print(f"{name}@{n}  {key}\nin {url}; to use it: moeflow pull {name}@{n} DIR{where}")

@@ -1,7 +1,6 @@
 """The commands about what is stored: ls, show, pull, promote, gc, rm and verify."""
 
 import json as json_
-import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -26,6 +25,7 @@ from moeflow.cli.common import (
     working,
 )
 from moeflow.report import lineage as lineages
+from moeflow.run import pulling
 from moeflow.run.words import count, size
 from moeflow.store import Store, versions
 from moeflow.store import gc as garbage_
@@ -93,8 +93,7 @@ def pull(
             raise FileExistsError(f"{folder} is not empty; name a folder that does not exist yet")
         manifest = opened.manifest(key)
     with working():
-        opened.fetch(key, folder)
-        made = _multiplied_out(folder) if dense else {}
+        made = pulling.pull(opened, key, folder, dense=dense)
     if json:
         about = {"key": key, "folder": str(folder.absolute()), "files": len(manifest.files), "bytes": manifest.bytes}
         print_json(about | ({"dense": made} if dense else {}))
@@ -235,13 +234,3 @@ def _resolve(store: Store, ref: str) -> tuple[versions.Version | None, str]:
 def _version(v: versions.Version) -> dict[str, Any]:
     about = {"ref": v.ref, "name": v.name, "version": v.n, "key": v.key, "created": v.created}
     return about | {"labels": list(v.labels), "reports": list(v.reports), "record": dict(v.record)}
-
-
-def _multiplied_out(folder: Path) -> dict[str, Any]:
-    """Multiply the factors in a pulled folder, in a process of its own, because this one has not loaded torch."""
-    words = [sys.executable, "-P", "-m", "moeflow.model.dense", str(folder)]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    if done.returncode:
-        said = done.stderr.strip().splitlines() or [f"the process that multiplies ended with {done.returncode}"]
-        raise OSError(f"{said[-1]}; {folder} may be half done, remove it and pull again")
-    return json_.loads(done.stdout)

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TextIO
 
@@ -52,20 +52,22 @@ def table(reports: Iterable[Report], *, plain: bool = False) -> Table:
     for kind in dict.fromkeys(r.kind for r in reports):
         rows = [row for r in reports if r.kind == kind for row in r.rows]
         for row in rows:
-            unit = str(row.get("unit", ""))
-            words = [_value(row.get(c), unit) for c in columns]
-            made.add_row(_name(str(row["name"]), unit), *words, end_section=row is rows[-1])
+            name, *values = words(row, columns)
+            made.add_row(name.replace("[", r"\["), *values, end_section=row is rows[-1])
     return made
+
+
+def words(row: Mapping[str, Any], columns: Iterable[str]) -> list[str]:
+    """One row as people read it: its name with the unit, and the values under these columns."""
+    unit = str(row.get("unit", ""))
+    name = f"{row['name']} [{unit}]" if unit and unit not in BYTES else str(row["name"])
+    return [name, *(_value(row.get(c), unit) for c in columns)]
 
 
 def console(stream: TextIO | None = None) -> Console:
     """The console for tables, stdout by default; a pipe gets no colours, and is not cut at 80 columns."""
     stream = stream or sys.stdout
     return Console(file=stream) if stream.isatty() else Console(file=stream, width=PLAIN, no_color=True)
-
-
-def _name(name: str, unit: str) -> str:
-    return f"{name} [{unit}]".replace("[", r"\[") if unit and unit not in BYTES else name.replace("[", r"\[")
 
 
 def _value(value: Any, unit: str) -> str:
