@@ -61,7 +61,7 @@ app = typer.Typer(
     help="Compress mixture-of-experts models. Exit codes: 0, 1 (the work failed), 2 (the request was wrong).",
 )
 
-File = Annotated[Path, typer.Argument(metavar="PIPELINE.py", help="a file that defines build()")]
+File = Annotated[Path, typer.Argument(metavar="PIPELINE.py", help="a file that defines build(), or the recipe.yaml of a version")]
 Params = Annotated[
     list[str], typer.Option("-p", "--param", metavar="NAME=VALUE", help="a parameter; `PIPELINE.py --help` lists them")
 ]

@@ -1,4 +1,4 @@
-"""The commands that take a pipeline file: plan and run."""
+"""The commands that take a pipeline file, or the recipe of a version: plan and run."""
 
 import shlex
 from collections.abc import Sequence
@@ -33,14 +33,14 @@ from moeflow.cli.common import (
     seconds,
     working,
 )
-from moeflow.run import Options, node_kinds, pipeline
+from moeflow.run import Options, node_kinds, recipe
 from moeflow.run import plan as plans
 from moeflow.run.forecast import forecast, forecast_json, forecast_lines
 from moeflow.run.go import Runner, go, prepare
 from moeflow.run.outcome import printable
 from moeflow.run.plan_table import plan_lines, plan_table
 from moeflow.run.progress import show as show_progress
-from moeflow.step import Step, upstream
+from moeflow.step import upstream
 from moeflow.store import Store
 from moeflow.store.patience import heard, wait_out
 
@@ -66,7 +66,7 @@ def plan(
         nodes = node_kinds.read(on) if on else node_kinds.of_gpus(gpu_kind, gpus) if gpu_kind else None
         opened = Store.open(store or STORE, patience=seconds("--patience", patience))
         opened.look()
-        target = Options(gpus=None if gpu_kind else gpus, cpus=cpus).place(_called(file, param, opened))
+        target = Options(gpus=None if gpu_kind else gpus, cpus=cpus).place(_asked(file, param, opened).target)
         targets, memory = [target, *target.reports], None if nodes else runner.memory
         index = opened.index({s.name for s in upstream(targets)})
         planned = plans.plan(targets, opened, index=index, memory=memory, nodes=nodes)
@@ -100,17 +100,18 @@ def run(
     json: Json = False,
 ) -> None:
     """Run what is not stored yet, publish the result as NAME@N, and show what its reports say."""
-    options, name = Options(retries, in_flight, gpus, cpus), name or file.stem
+    options = Options(retries, in_flight, gpus, cpus)
     shown = show_progress(json=json)
     with asking(), heard(shown.waits):
         opened = open_store(store, seconds("--patience", patience))
-        target = options.place(_called(file, param, opened))
+        asked = _asked(file, param, opened)
+        target, name = options.place(asked.target), name or asked.name
         prepared = prepare(target, opened, name=name, runner=runner, options=options)
     lost = not store and "working_dir_files" in Path.cwd().parts  # of a Ray job, which is deleted with the cluster
     if lost:
         shown.say(f"warning: the store {opened.url} goes with the Ray cluster; pass --store to keep what this run makes")
     with working(), heard(shown.waits):
-        outcome, n = go(prepared, progress=shown, options=options, record={"pipeline": str(file), "given": param})
+        outcome, n = go(prepared, progress=shown, options=options, record=asked.record())
         reports = report.read(opened, [s.key for s in target.reports])
     if json:
         steps = {"run": len(outcome.ran), "stored": outcome.reused}
@@ -121,7 +122,6 @@ def run(
     print(f"{name}@{n}  {target.key}\nin {opened.url}; to use it: moeflow pull {name}@{n} DIR{where}")
 
 
-def _called(file: Path, params: Sequence[str], store: Store) -> Step:
-    """The graph of a pipeline file with these parameters, when the sources that it names have answered."""
-    build = own.get() or pipeline.load(file)
-    return wait_out(lambda: pipeline.call(build, params), store.patience, "a source")
+def _asked(file: Path, params: Sequence[str], store: Store) -> recipe.Asked:
+    """The graph of a pipeline file, or of a recipe, with these parameters, when the sources that it names have answered."""
+    return wait_out(lambda: recipe.asked(file, params, own.get()), store.patience, "a source")
