@@ -62,7 +62,8 @@ app = typer.Typer(
 File = Annotated[
     Path,
     typer.Argument(
-        metavar="PIPELINE", help="one that comes with moeflow, such as mixtral, or a file PIPELINE.py that defines build()"
+        metavar="PIPELINE",
+        help="one that comes with moeflow, such as mixtral, a file PIPELINE.py that defines build(), or the recipe.yaml of a version",
     ),
 ]
 Params = Annotated[

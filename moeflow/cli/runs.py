@@ -1,4 +1,4 @@
-"""The commands that take a pipeline file: plan and run."""
+"""The commands that take a pipeline file, or the recipe of a version: plan and run."""
 
 import shlex
 from pathlib import Path
@@ -31,7 +31,7 @@ from moeflow.cli.common import (
     seconds,
     working,
 )
-from moeflow.run import Options, node_kinds, pipeline
+from moeflow.run import Options, node_kinds, recipe
 from moeflow.run import plan as plans
 from moeflow.run.forecast import forecast, forecast_json, forecast_lines
 from moeflow.run.go import Runner
@@ -66,9 +66,7 @@ def plan(
         nodes = node_kinds.read(on) if on else node_kinds.of_gpus(gpu_kind, gpus) if gpu_kind else None
         opened = Store.open(store or STORE, patience=seconds("--patience", patience))
         opened.look()
-        target = Options(gpus=None if gpu_kind else gpus, cpus=cpus).place(
-            called(own.get() or pipeline.load(pipeline_file(file)), param, opened)
-        )
+        target = Options(gpus=None if gpu_kind else gpus, cpus=cpus).place(_asked(file, param, opened).target)
         targets, memory = [target, *target.reports], None if nodes else runner.memory
         index = opened.index({s.name for s in upstream(targets)})
         planned = plans.plan(targets, opened, index=index, memory=memory, nodes=nodes)
@@ -102,18 +100,28 @@ def run(
     json: Json = False,
 ) -> None:
     """Run what is not stored yet, publish the result as NAME@N, and show what its reports say."""
-    job = Job(file, param, store, name, runner, Options(retries, in_flight, gpus, cpus), patience, own.get())
+    options = Options(retries, in_flight, gpus, cpus)
     shown = show_progress(json=json)
-    with asking():
-        prepared = job.prepared(shown)
+    with asking(), heard(shown.waits):
+        opened = open_store(store, seconds("--patience", patience))
+        asked = _asked(file, param, opened)
+        target, name = options.place(asked.target), name or asked.name
+        prepared = prepare(target, opened, name=name, runner=runner, options=options)
+    lost = not store and "working_dir_files" in Path.cwd().parts  # of a Ray job, which is deleted with the cluster
+    if lost:
+        shown.say(f"warning: the store {opened.url} goes with the Ray cluster; pass --store to keep what this run makes")
     with working(), heard(shown.waits):
-        outcome, n = job.go(prepared, shown)
-        reports = report.read(prepared.store, [s.key for s in prepared.target.reports])
-    key, name, url = prepared.target.key, prepared.name, prepared.store.url
+        outcome, n = go(prepared, progress=shown, options=options, record=asked.record())
+        reports = report.read(opened, [s.key for s in target.reports])
     if json:
         steps = {"run": len(outcome.ran), "stored": outcome.reused}
         print_json({"key": key, "name": name, "version": n, "steps": steps, "seconds": round(outcome.seconds, 3)})
         return
     print_reports(reports)
-    where = f" --store {shlex.quote(url)}" if store or "working_dir_files" in Path.cwd().parts else ""
-    print(f"{name}@{n}  {key}\nin {url}; to use it: moeflow pull {name}@{n} DIR{where}")
+    where = f" --store {shlex.quote(opened.url)}" if store or lost else ""
+    print(f"{name}@{n}  {target.key}\nin {opened.url}; to use it: moeflow pull {name}@{n} DIR{where}")
+
+
+def _asked(file: Path, params: Sequence[str], store: Store) -> recipe.Asked:
+    """The graph of a pipeline file, or of a recipe, with these parameters, when the sources that it names have answered."""
+    return wait_out(lambda: recipe.asked(file, params, own.get()), store.patience, "a source")

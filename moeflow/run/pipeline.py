@@ -92,22 +92,17 @@ def _imported(path: Path) -> ModuleType:
 
 def call(build: Build, assignments: Iterable[str]) -> Step:
     """Call `build` with parameters from words `name=value` and `name.field=value`. Raises ValueError if they do not fit."""
-    parameters, kinds = inspect.signature(build).parameters, kinds_of(build)
-    words = _words(assignments, [*parameters, *_of_every(kinds)], kinds)
-    given = {name: words.pop(name) for name in _of_every(kinds) if name in words}
-    read: dict[str, Any] = {name: options.read(f"-p {name}", word, OF_EVERY[name][0] | None) for name, word in given.items()}
+    kinds, given = kinds_of(build), values(build, assignments)
+    words: dict[str, str] = {name: given.pop(name) for name in _of_every(kinds) if name in given}
+    read: dict[str, Any] = {name: options.read(f"-p {name}", word, OF_EVERY[name][0] | None) for name, word in words.items()}
     layout: LayoutWanted = read.get(LAYOUT) or "source"
     model = partial(sources.pin, kind="model", how=read.get(HOW), adapter=read.get(ADAPTER), layout=layout, mtp=read.get(MTP))
-    named_words = {name.partition(".")[0] for name in words}
-    if missing := [p.name for p in parameters.values() if p.default is p.empty and p.name not in named_words]:
-        raise ValueError(f"the pipeline needs {' '.join(f'-p {name}=...' for name in missing)}")
-    values = {name: _value(name, p.default, kinds[name], words) for name, p in parameters.items()}
-    models = {n: v for n, v in values.items() if isinstance(v, str) and Source in options.members(kinds[n])}
-    _check_files(values.values())
+    models = {n: v for n, v in given.items() if isinstance(v, str) and Source in options.members(kinds[n])}
+    _check_files(given.values())
     for name in sorted(models, key=lambda name: "://" in sources.address(models[name], "model")):  # those on this machine first
-        values[name] = model(models[name])
+        given[name] = model(models[name])
     try:
-        made = build(**values)
+        made = build(**given)
     except SystemExit as error:
         raise ValueError(f"build ends the program, SystemExit({error.code!r}); {ENDS}") from error
     except (ArithmeticError, AssertionError, AttributeError, NameError, RuntimeError) as error:
@@ -115,6 +110,21 @@ def call(build: Build, assignments: Iterable[str]) -> Step:
     if not isinstance(made, Step):
         raise ValueError(f"build returned {type(made).__name__}, and a pipeline returns the Step to publish")
     return made
+
+
+def values(build: Build, assignments: Iterable[str]) -> dict[str, Any]:
+    """Every parameter of a pipeline with the value that these words and its defaults give it, and as words those of `OF_EVERY` that
+    are given.
+
+    Nothing is pinned: a model is the word for it. Raises ValueError if the words do not fit.
+    """
+    parameters, kinds = inspect.signature(build).parameters, kinds_of(build)
+    words = _words(assignments, [*parameters, *_of_every(kinds)], kinds)
+    given = {name: words.pop(name) for name in _of_every(kinds) if name in words}
+    named_words = {name.partition(".")[0] for name in words}
+    if missing := [p.name for p in parameters.values() if p.default is p.empty and p.name not in named_words]:
+        raise ValueError(f"the pipeline needs {' '.join(f'-p {name}=...' for name in missing)}")
+    return {name: _value(name, p.default, kinds[name], words) for name, p in parameters.items()} | given
 
 
 def _check_files(values: Iterable[Any]) -> None:
