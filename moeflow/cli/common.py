@@ -19,6 +19,7 @@ from typer.core import TyperCommand, TyperGroup
 from typer.exceptions import TyperException
 
 from moeflow import report
+from moeflow.report.promotion import NotPassed
 from moeflow.run import CannotRun, ClusterLost, StepFailed, pipeline
 from moeflow.run.go import Runner
 from moeflow.run.opening import STORE, open_store, pipeline_file, reading, seconds, shipped  # noqa: F401  for the commands
@@ -28,7 +29,7 @@ from moeflow.store.errors import GaveUp
 from moeflow.store.patience import may_pass
 
 REQUEST = (ValueError, TypeError, LookupError, OSError, ImportError, StoreError)  # what a wrong request raises
-WORK = (CannotRun, ClusterLost, StepFailed, StoreError, NotStored, OSError)
+WORK = (CannotRun, ClusterLost, StepFailed, StoreError, NotStored, NotPassed, OSError)
 
 LONGEST = 2_000  # characters of an error's line
 
@@ -63,7 +64,7 @@ File = Annotated[
     Path,
     typer.Argument(
         metavar="PIPELINE",
-        help="one that comes with moeflow, such as mixtral, a file PIPELINE.py that defines build(), or the recipe.yaml of a version",
+        help="one that comes with moeflow, such as mixtral, a file that defines build(), or the recipe.yaml of a version",
     ),
 ]
 Params = Annotated[
@@ -87,6 +88,9 @@ On = Annotated[
 ]
 GpuKind = Annotated[
     str, typer.Option("--gpu-kind", metavar="KIND", help="plan for --gpus N GPUs of this kind in all, h100 for example, one a step")
+]
+GateWords = Annotated[
+    list[str], typer.Option("--gate", metavar="BOUND", help="kl<0.02, bytes<=24GB, gsm8k>=0.95x, or a gate.yaml; repeatable")
 ]
 Json = Annotated[bool, typer.Option("--json", help="machine-readable output")]
 Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]

@@ -9,6 +9,7 @@ from moeflow import report
 from moeflow.cli import runs
 from moeflow.cli.common import (
     Cpus,
+    GateWords,
     GpuKind,
     Gpus,
     Json,
@@ -60,6 +61,7 @@ def fit(
     planned: Planned = False,
     store: Url = "",
     name: Name = "",
+    gate: GateWords = [],  # noqa: B006
     runner: RunnerName = Runner.auto,
     on: On = None,
     gpus: Gpus = None,
@@ -77,6 +79,8 @@ def fit(
         return
     with asking():
         fitting.check_budget(words)
+        if gate and planned:
+            raise ValueError("--gate is asked of a result, and --plan makes none; leave one of them away")
         if (on or gpu_kind) and not planned:
             raise ValueError("--on and --gpu-kind say which nodes to plan for; add --plan, or leave them away")
         build = _pipeline()
@@ -86,7 +90,7 @@ def fit(
         if planned:
             runs.plan(Path(fitting.PIPELINE), words, on=on, gpu_kind=gpu_kind, **same)
         else:
-            runs.run(Path(fitting.PIPELINE), words, name=name, **same)
+            runs.run(Path(fitting.PIPELINE), words, name=name, gate=gate, **same)
     finally:
         own.reset(before)  # another command in this process runs its own pipeline
 

@@ -5,14 +5,15 @@ A notebook and a shell thereby ask for the same: one reading of words, one set o
 
 import dataclasses
 import inspect
-import json
 import typing
 from collections.abc import Mapping
+from contextlib import suppress
 from os import PathLike, fspath
 from typing import Any
 
 from moeflow import options
 from moeflow.run.pipeline import Build, kinds_of
+from moeflow.run.recipe import word_of
 from moeflow.sources import Texts
 
 
@@ -57,22 +58,14 @@ def _said(name: str, value: Any, kind: Any) -> str:
 
 def _word(name: str, value: Any, kind: Any) -> str:
     """One value as the word that is read as it again."""
-    if value is None:
-        return "none"
-    if isinstance(value, bool):
-        return str(value).lower()
+    if value is None or isinstance(value, bool | int | float | Texts):
+        return word_of(value)
     if isinstance(value, str | PathLike):
         return fspath(value)
-    if isinstance(value, int | float):
-        return repr(value)
-    if isinstance(value, Texts):
-        return value.spec
     if isinstance(value, tuple | list):
         listed = any(typing.get_origin(one) in (tuple, list) for one in options.members(kind))
         if not listed and value and all(isinstance(one, str | PathLike) for one in value):
             return ",".join(map(fspath, value))  # several texts
-        try:
-            return json.dumps(list(value))
-        except TypeError:
-            pass
+        with suppress(TypeError):
+            return word_of(value)
     raise TypeError(f"{name}={value!r:.80}: give a number, a text, true or false, a list of them, or options")
