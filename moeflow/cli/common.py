@@ -18,6 +18,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 from typer.exceptions import TyperException
 
+import moeflow
 from moeflow import report
 from moeflow.report.promotion import NotPassed
 from moeflow.run import CannotRun, ClusterLost, StepFailed, pipeline
@@ -55,14 +56,29 @@ class OneLine(TyperGroup):
 
 app = typer.Typer(
     cls=OneLine,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="Compress mixture-of-experts models. Exit codes: 0, 1 (the work failed), 2 (the request was wrong).",
 )
 
+
+@app.callback()
+def _of_every(
+    version: Annotated[bool, typer.Option("--version", is_eager=True, help="show the version of moeflow and end")] = False,
+) -> None:
+    if version:
+        print(f"moeflow {moeflow.__version__}")
+        raise typer.Exit
+
+
+def _pipelines(incomplete: str) -> list[str]:
+    """The names of pipelines that begin so, for a shell that completes them."""
+    return [name for name in shipped() if name.startswith(incomplete)]
+
+
 File = Annotated[
     Path,
     typer.Argument(
+        autocompletion=_pipelines,
         metavar="PIPELINE",
         help="one that comes with moeflow, such as mixtral, a file that defines build(), or the recipe.yaml of a version",
     ),
@@ -91,6 +107,10 @@ GpuKind = Annotated[
 ]
 GateWords = Annotated[
     list[str], typer.Option("--gate", metavar="BOUND", help="kl<0.02, bytes<=24GB, gsm8k>=0.95x, or a gate.yaml; repeatable")
+]
+Track = Annotated[
+    list[str],
+    typer.Option("--track", metavar="WHERE", help="tensorboard:DIR, mlflow:URI or wandb:PROJECT also gets the numbers; repeatable"),
 ]
 Json = Annotated[bool, typer.Option("--json", help="machine-readable output")]
 Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
