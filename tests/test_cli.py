@@ -194,7 +194,8 @@ def test_show_tells_the_pipeline_and_the_parameters_that_were_given_whatever_the
     assert lines[0] == "small@1" and f"pipeline   {shlex.quote(str(PIPELINE))}" in lines
     assert [line.split() for line in lines if " -p " in f" {line}"] == [["given", "-p", "numbers=2"], ["-p", "size=16"]]
     record = last_json(cli("show", "small", "--json"))["version"]["record"]
-    assert record == {"pipeline": str(PIPELINE), "given": ["numbers=2", "size=16"]}
+    assert (record["pipeline"], record["given"]) == (str(PIPELINE), ["numbers=2", "size=16"])
+    assert record["parameters"] == {"numbers": "2", "size": "16", "fail": "false", "huge": "false"}
     cli("run", PIPELINE)
     assert not any("-p" in line.split() for line in cli("show", "toy_pipeline").stdout.splitlines())
 

@@ -25,6 +25,8 @@ from moeflow.cli.common import (
     seconds,
     working,
 )
+from moeflow.report import about as abouts
+from moeflow.report import card
 from moeflow.report import lineage as lineages
 from moeflow.run.words import count, size
 from moeflow.store import Store, versions
@@ -85,21 +87,25 @@ def pull(
     store: Url = "",
     json: Json = False,
 ) -> None:
-    """Copy a version's files into a folder that transformers loads; the copies are yours to change."""
+    """Copy a version's files into a folder that transformers loads, with a model card and its recipe; the copies are yours."""
     with asking():
         opened = reading(store)
-        _, key = _resolve(opened, ref)
+        about = abouts.of(opened, ref)
+        key = about.key
         if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
             raise FileExistsError(f"{folder} is not empty; name a folder that does not exist yet")
         manifest = opened.manifest(key)
     with working():
         opened.fetch(key, folder)
         made = _multiplied_out(folder) if dense else {}
+        described = card.describe(about, folder, dense=bool(made.get("matrices")))
     if json:
-        about = {"key": key, "folder": str(folder.absolute()), "files": len(manifest.files), "bytes": manifest.bytes}
-        print_json(about | ({"dense": made} if dense else {}))
+        pulled = {"key": key, "folder": str(folder.absolute()), "files": len(manifest.files), "bytes": manifest.bytes}
+        print_json(pulled | {"described": described} | ({"dense": made} if dense else {}))
         return
     print(f"{folder}: {count(len(manifest.files), 'file')}, {size(manifest.bytes)}, from {key}")
+    if described:
+        print(f"{' and '.join(described)} say what it is, and make it again")
     if dense and made["matrices"]:
         print(
             f"{made['matrices']:,} low-rank matrices multiplied out: {size(made['before'])} of weights have become "

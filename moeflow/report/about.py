@@ -10,7 +10,7 @@ from moeflow.report import layers, usage
 from moeflow.report.figures import Figure, figures_of
 from moeflow.report.layers import Checkpoint
 from moeflow.report.table import raw_reports
-from moeflow.run.recipe import pins
+from moeflow.run.recipe import model_among, pins
 from moeflow.store import Manifest, NotStored, Store, versions
 from moeflow.store.versions import Version
 
@@ -88,8 +88,7 @@ class About:
         told = self.record.get("model")
         if isinstance(told, Mapping) and told.get("uri"):
             return str(told["uri"])
-        weights = [uri for uri, files in self.sources.items() if any(name.endswith(".safetensors") for name in files)]
-        return next(iter(weights), "")
+        return model_among(self.sources)
 
     @property
     def model_name(self) -> str:
@@ -118,7 +117,10 @@ class About:
 
 
 def of(store: Store, ref: str) -> About:
-    """The version, or the artifact, that `ref` means; of a key the newest version that published it. Raises NotStored, ValueError."""
+    """The version, or the artifact, that `ref` means; for a key the newest version that published it.
+
+    Raises NotStored, and ValueError if it could mean several.
+    """
     target = versions.resolve(store, ref)
     if isinstance(target, Version):
         (known,) = (v for v in versions.list(store, target.name) if v.n == target.n)

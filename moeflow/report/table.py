@@ -9,6 +9,7 @@ from typing import Any, TextIO
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from moeflow.store import Store
 from moeflow.store.errors import bytes_text
@@ -58,8 +59,8 @@ def table(reports: Iterable[Report], *, plain: bool = False) -> Table:
         rows = [row for r in reports if r.kind == kind for row in r.rows]
         for row in rows:
             unit = str(row.get("unit", ""))
-            words = [_value(row.get(c), unit) for c in columns]
-            made.add_row(_name(str(row["name"]), unit), *words, end_section=row is rows[-1])
+            words = [shown(row.get(c), unit) for c in columns]
+            made.add_row(Text(titled(str(row["name"]), unit)), *words, end_section=row is rows[-1])
     return made
 
 
@@ -69,11 +70,12 @@ def console(stream: TextIO | None = None) -> Console:
     return Console(file=stream) if stream.isatty() else Console(file=stream, width=PLAIN, no_color=True)
 
 
-def _name(name: str, unit: str) -> str:
-    return f"{name} [{unit}]".replace("[", r"\[") if unit and unit not in BYTES else name.replace("[", r"\[")
+def titled(name: str, unit: str) -> str:
+    """The name of a row, with its unit unless that is seen in its values."""
+    return f"{name} [{unit}]" if unit and unit not in BYTES else name
 
 
-def _value(value: Any, unit: str) -> str:
+def shown(value: Any, unit: str) -> str:
     """A number as people read it; a dash for None."""
     if value is None:
         return "-"
