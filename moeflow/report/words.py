@@ -56,6 +56,8 @@ def verdict(figure: Figure) -> str:
         return ""
     if figure.change_interval is not None and figure.change_interval[0] <= 0 <= figure.change_interval[1]:
         return "undecided"
+    if any("no difference measured" in note and figure.name in note.partition(":")[0].split() for note in figure.notes):
+        return "undecided"  # a speed whose quartiles overlap
     return "better" if (figure.change < 0) == (figure.better == "lower") else "worse"
 
 
