@@ -11,7 +11,7 @@ from moeflow.report.figures import Figure, figures_of
 from moeflow.report.layers import Checkpoint
 from moeflow.report.table import raw_reports
 from moeflow.run.recipe import model_among, pins
-from moeflow.store import Manifest, NotStored, Store, versions
+from moeflow.store import Manifest, Store, versions
 from moeflow.store.versions import Version
 
 HUB = re.compile(r"hf://models/(?P<name>[^/@]+/[^/@]+)(?:@(?P<commit>[^/]+))?")
@@ -50,12 +50,14 @@ class About:
         return versions.reach(self.store, keys, remembered=True)
 
     @cached_property
+    def raw(self) -> dict[str, Mapping[str, Any]]:
+        """Its reports as they are stored, with every fact beside the rows, by key; one that is gone is left out."""
+        keys = self.version.reports if self.version else ()
+        return dict(raw_reports(self.store, [k for k in keys if k in self.store.manifests(keys)]))
+
+    @property
     def reports(self) -> tuple[Mapping[str, Any], ...]:
-        """Its reports as they are stored, with every fact beside the rows; one that is gone is left out."""
-        try:
-            return tuple(raw for _, raw in raw_reports(self.store, self.version.reports if self.version else ()))
-        except NotStored:
-            return ()
+        return tuple(self.raw.values())
 
     def of_kind(self, kind: str) -> list[Mapping[str, Any]]:
         return [raw for raw in self.reports if raw.get("kind") == kind]
