@@ -167,7 +167,8 @@ def test_ls_lists_versions_newest_last_with_labels(cli: Cli) -> None:
     cli("run", PIPELINE)
     cli("run", PIPELINE, "-p", "size=9")
     assert cli("promote", "toy_pipeline@1", "production").exit_code == 0
-    lines = cli("ls").stdout.splitlines()
+    head, *lines = (line.strip() for line in cli("ls").stdout.splitlines())
+    assert head.split() == ["version", "made", "(UTC)", "bytes", "resident", "KL", "key", "labels"]
     assert [line.split()[0] for line in lines] == ["toy_pipeline@1", "toy_pipeline@2"]
     assert lines[0].endswith("production") and not lines[1].endswith("production")
     printed = last_json(cli("ls", "--json"))

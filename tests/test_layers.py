@@ -19,6 +19,9 @@ LAYERS = [
     "moeflow.methods",
     "moeflow.run",
     "moeflow.report",
+    "moeflow.job",
+    "moeflow.result",
+    "moeflow.api",
     "moeflow.cli",
     "pipelines",
 ]
@@ -46,6 +49,7 @@ NEVER = {
     ("moeflow.report", "moeflow.arch"),
     ("moeflow.report", "moeflow.model"),
     ("moeflow.report", "moeflow.methods"),
+    *((one, other) for one in ("moeflow.job", "moeflow.result", "moeflow.api") for other in ("moeflow.arch", "moeflow.methods")),
     ("moeflow.cli", "moeflow.arch"),
     ("moeflow.cli", "moeflow.model"),
     ("moeflow.cli", "moeflow.methods"),

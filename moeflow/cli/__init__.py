@@ -7,11 +7,11 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from moeflow.cli import explain, families, fit, runs, stored
+from moeflow.cli import explain, families, fit, labels, listing, runs, stored
 from moeflow.cli.common import app, own
 from moeflow.machine import restart_without_spaces
 
-__all__ = ["app", "explain", "families", "fit", "main", "runs", "stored"]
+__all__ = ["app", "explain", "families", "fit", "labels", "listing", "main", "runs", "stored"]
 
 
 def main(build: Callable[..., Any] | None = None) -> None:

@@ -12,6 +12,7 @@ from moeflow.cli.common import (
     All,
     Cpus,
     File,
+    GateWords,
     GpuKind,
     Gpus,
     InFlight,
@@ -26,23 +27,23 @@ from moeflow.cli.common import (
     Url,
     asking,
     command,
-    open_store,
     own,
     print_json,
     print_reports,
     seconds,
     working,
 )
-from moeflow.run import Options, node_kinds, recipe
+from moeflow.job import Job, asked
+from moeflow.run import Options, node_kinds
 from moeflow.run import plan as plans
 from moeflow.run.forecast import forecast, forecast_json, forecast_lines
-from moeflow.run.go import Runner, go, prepare
+from moeflow.run.go import Runner
 from moeflow.run.outcome import printable
 from moeflow.run.plan_table import plan_lines, plan_table
 from moeflow.run.progress import show as show_progress
-from moeflow.step import upstream
+from moeflow.step import Step, upstream
 from moeflow.store import Store
-from moeflow.store.patience import heard, wait_out
+from moeflow.store.patience import heard
 
 
 @command(cls=PipelineCommand)
@@ -66,7 +67,7 @@ def plan(
         nodes = node_kinds.read(on) if on else node_kinds.of_gpus(gpu_kind, gpus) if gpu_kind else None
         opened = Store.open(store or STORE, patience=seconds("--patience", patience))
         opened.look()
-        target = Options(gpus=None if gpu_kind else gpus, cpus=cpus).place(_asked(file, param, opened).target)
+        target = Options(gpus=None if gpu_kind else gpus, cpus=cpus).place(called(file, param, opened))
         targets, memory = [target, *target.reports], None if nodes else runner.memory
         index = opened.index({s.name for s in upstream(targets)})
         planned = plans.plan(targets, opened, index=index, memory=memory, nodes=nodes)
@@ -91,6 +92,7 @@ def run(
     param: Params = [],  # noqa: B006
     store: Url = "",
     name: Name = "",
+    gate: GateWords = [],  # noqa: B006
     runner: RunnerName = Runner.auto,
     in_flight: InFlight = 0,
     retries: Retries = 3,
@@ -100,28 +102,25 @@ def run(
     json: Json = False,
 ) -> None:
     """Run what is not stored yet, publish the result as NAME@N, and show what its reports say."""
-    options = Options(retries, in_flight, gpus, cpus)
+    job = Job(file, param, store, name, gate, runner, Options(retries, in_flight, gpus, cpus), patience, own.get())
     shown = show_progress(json=json)
-    with asking(), heard(shown.waits):
-        opened = open_store(store, seconds("--patience", patience))
-        asked = _asked(file, param, opened)
-        target, name = options.place(asked.target), name or asked.name
-        prepared = prepare(target, opened, name=name, runner=runner, options=options)
-    lost = not store and "working_dir_files" in Path.cwd().parts  # of a Ray job, which is deleted with the cluster
-    if lost:
-        shown.say(f"warning: the store {opened.url} goes with the Ray cluster; pass --store to keep what this run makes")
-    with working(), heard(shown.waits):
-        outcome, n = go(prepared, progress=shown, options=options, record=asked.record())
-        reports = report.read(opened, [s.key for s in target.reports])
+    with asking():
+        ready = job.ready(shown)
+    with working():
+        done = ready.go(shown)
     if json:
-        steps = {"run": len(outcome.ran), "stored": outcome.reused}
-        print_json({"key": target.key, "name": name, "version": n, "steps": steps, "seconds": round(outcome.seconds, 3)})
+        name, _, n = done.ref.partition("@")
+        steps = {"run": len(done.outcome.ran), "stored": done.outcome.reused}
+        seconds = round(done.outcome.seconds, 3)
+        print_json({"key": done.key, "name": name, "version": int(n), "steps": steps, "seconds": seconds})
         return
-    print_reports(reports)
-    where = f" --store {shlex.quote(opened.url)}" if store or lost else ""
-    print(f"{name}@{n}  {target.key}\nin {opened.url}; to use it: moeflow pull {name}@{n} DIR{where}")
+    print_reports(done.reports)
+    if done.refused:
+        print(f"its gate would refuse it: {printable(done.refused)}")
+    where = f" --store {shlex.quote(done.store.url)}" if store or job.temporary else ""
+    print(f"{done.ref}  {done.key}\nin {done.store.url}; to use it: moeflow pull {done.ref} DIR{where}")
 
 
-def _asked(file: Path, params: Sequence[str], store: Store) -> recipe.Asked:
-    """The graph of a pipeline file, or of a recipe, with these parameters, when the sources that it names have answered."""
-    return wait_out(lambda: recipe.asked(file, params, own.get()), store.patience, "a source")
+def called(file: Path, params: Sequence[str], store: Store) -> Step:
+    """The graph of a pipeline, or of a recipe, with these parameters, when the sources that it names have answered."""
+    return asked(file, params, store, own.get()).target

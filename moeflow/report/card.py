@@ -35,6 +35,7 @@ def describe(about: About, folder: Path, *, dense: bool = False) -> list[str]:
     made = {FILE: card(about, checkpoint, dense=dense), recipe.FILE: recipe.text(about)}
     for name, text in made.items():
         if text:
+            (folder / name).unlink(missing_ok=True)  # it may be a link to what others read, too
             (folder / name).write_text(text)
     return [name for name, text in made.items() if text]
 

@@ -68,7 +68,8 @@ def paired(versions: Sequence[About]) -> list[dict[str, Any]]:
                 {
                     "text": text, "figure": "kl", "version": versions[at].title, "against": versions[0].title,
                     "difference": float(difference.mean()), "interval": interval, "sequences": len(ours),
-                    "wins": int((difference < 0).sum()), "losses": int((difference > 0).sum()), "verdict": _verdict(interval),
+                    "wins": int((difference < 0).sum()), "losses": int((difference > 0).sum()),
+                    "verdict": _verdict(interval) if difference.any() else "the same",
                 }
             )  # fmt: skip
     return rows
@@ -131,7 +132,8 @@ def options(versions: Sequence[About]) -> list[dict[str, Any]]:
     """The parameters in which they differ, and the pipeline, by what their records say; None where a record does not have one."""
     each = [{"pipeline": v.record.get("pipeline")} | _parameters(v.record) for v in versions]
     names = dict.fromkeys(name for of in each for name in of)
-    rows = [{"name": name, "values": [of.get(name) for of in each]} for name in names]
+    given = [{str(word).partition("=")[0] for word in v.record.get("given") or ()} for v in versions]
+    rows = [{"name": n, "values": [of.get(n) for of in each], "given": [n in words for words in given]} for n in names]
     return [row for row in rows if any(value != row["values"][0] for value in row["values"])]
 
 

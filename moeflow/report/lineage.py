@@ -1,7 +1,6 @@
 """Where a stored artifact came from, as text: its parameters, everything upstream, libraries and sources."""
 
 import json
-import shlex
 from collections import defaultdict
 from collections.abc import Mapping
 
@@ -11,32 +10,15 @@ from rich.text import Text
 
 from moeflow.store import Manifest
 from moeflow.store.errors import bytes_text
-from moeflow.store.versions import Version
 
 COLUMNS = ("step", "version", "keys", "bytes", "seconds", "source", "parameters")
 
 
-def facts(manifest: Manifest, version: Version | None) -> list[str]:
-    """The facts about the artifact itself, one per line."""
-    lines = [f"{version.ref}  {' '.join(version.labels)}".rstrip(), *_asked(version)] if version else []
-    lines.append(f"key        {manifest.key}")
-    lines.append(f"step       {manifest.step}, version {manifest.version}")
+def parameters(manifest: Manifest) -> list[str]:
+    """The parameters of the step that made it, and its notes, one a line."""
     params = [f"{name} = {_cut(json.dumps(value, sort_keys=True))}" for name, value in manifest.params.items()]
-    lines += [f"{'parameters' if n == 0 else '':<11}{param}" for n, param in enumerate(params)]
-    files = f"{len(manifest.files):,} file{'s' * (len(manifest.files) != 1)}"
-    lines.append(f"contents   {manifest.digest}, {files}, {bytes_text(manifest.bytes)}")
-    lines.append(f"made       {manifest.created} in {manifest.seconds:.1f} s")
-    if manifest.same_as:
-        lines.append(f"same as    {manifest.same_as}")
-    lines += [f"{'notes' if n == 0 else '':<11}{note}" for n, note in enumerate(manifest.notes)]
-    return lines
-
-
-def _asked(version: Version) -> list[str]:
-    """What the version was made by: its pipeline and the parameters that were given, as words for a shell."""
-    pipeline, given = version.record.get("pipeline"), version.record.get("given") or ()
-    lines = [f"pipeline   {shlex.quote(pipeline)}"] if pipeline else []
-    return lines + [f"{'given' if n == 0 else '':<11}-p {shlex.quote(word)}" for n, word in enumerate(given)]
+    lines = [f"{'parameters' if n == 0 else '':<11}{param}" for n, param in enumerate(params)]
+    return lines + [f"{'notes' if n == 0 else '':<11}{note}" for n, note in enumerate(manifest.notes)]
 
 
 def step_rows(lineage: Mapping[str, Manifest], *, every: bool = False) -> list[tuple[str, ...]]:

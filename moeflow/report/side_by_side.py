@@ -23,11 +23,19 @@ def tables(made: Mapping[str, Any], *, plain: bool = False) -> Iterator[tuple[st
         yield "layers that differ", _layers(made["layers"], refs, plain)
     else:
         yield "layers that differ", "none: the same was done to every layer"
-    yield "options that differ", _rows(("", *refs), [(o["name"], *map(_word, o["values"])) for o in made["options"]], plain)
+    asked = [o for o in made["options"] if _asked(o)]
+    yield "options that differ", _rows(("", *refs), [(o["name"], *map(_word, o["values"])) for o in asked], plain)
     yield "made from", _upstream(made["lineage"], refs, plain)
 
 
+def _asked(option: Mapping[str, Any]) -> bool:
+    """Whether people asked for it, or two have it with other values; the defaults of another pipeline say nothing."""
+    had = [v for v in option["values"] if v is not None]
+    return any(option["given"]) or any(v != had[0] for v in had)
+
+
 def _figures(rows: Sequence[Mapping[str, Any]], refs: Sequence[str], plain: bool) -> Table | str:
+    named = any(r["figure"] for r in rows)
     changes = [f"{ref} against {refs[0]}" for ref in refs[1:]]
     cells = [
         (
@@ -35,6 +43,7 @@ def _figures(rows: Sequence[Mapping[str, Any]], refs: Sequence[str], plain: bool
             *(_change(c, r["better"]) for c in r["change"][1:]),
         )
         for r in rows
+        if r["figure"] or not named
     ]  # fmt: skip
     return _rows(("", "original", *refs, *changes), cells, plain, right=range(1, len(refs) + 2))
 
@@ -52,7 +61,7 @@ def _paired(rows: Sequence[Mapping[str, Any]], plain: bool) -> Table | str:
     cells = []
     for r in rows:
         low, high = r["interval"] or (None, None)
-        words = f"{r['version']} is {r['verdict']}" if r["verdict"] != "undecided" else "undecided"
+        words = f"{r['version']} is {r['verdict']}" if r["verdict"] in ("closer", "farther") else r["verdict"]
         within = "-" if low is None else f"{low:+.3g} to {high:+.3g}"
         won = f"{r['wins']:,} closer, {r['losses']:,} farther"
         cells.append((r["text"], r["version"], f"{r['difference']:+.3g}", within, won, words))
@@ -84,7 +93,9 @@ def _upstream(lineage: Mapping[str, Any], refs: Sequence[str], plain: bool) -> T
     cells = [("keys", *(f"{n:,}, {lineage['shared']:,} of them in all" for n in lineage["keys"]))]
     for source in lineage["sources"]:
         words = ["-" if n is None else f"{n:,} files" for n in source["files"]]
-        cells.append((source["uri"], *(f"{w}, {d:,} others" if d else w for w, d in zip(words, source["differ"], strict=True))))
+        cells.append(
+            (source["uri"], *(f"{w}, {d:,} of them others" if d else w for w, d in zip(words, source["differ"], strict=True)))
+        )
     for step in lineage["steps"]:
         both = zip(step["versions"], step["keys"], strict=True)
         cells.append((step["step"], *(f"{n:,} of its own, version {' and '.join(map(str, v))}" if v else "-" for v, n in both)))

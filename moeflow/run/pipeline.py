@@ -60,7 +60,9 @@ MEANING = {
 def load(path: Path) -> Build:
     """Import a pipeline file and return its `build`. Raises FileNotFoundError, and ValueError if it is no pipeline."""
     if not path.is_file():
-        raise FileNotFoundError(f"there is no pipeline {path}; name a file like pipelines/mixtral.py")
+        raise FileNotFoundError(
+            f"there is no pipeline {path}; name one that comes with moeflow, such as mixtral, or a file PIPELINE.py"
+        )
     module = sys.modules["__main__"]
     if Path(getattr(module, "__file__", None) or "").resolve() != path.resolve():  # else it is running already
         module = _imported(path)
@@ -90,7 +92,7 @@ def _imported(path: Path) -> ModuleType:
 
 def call(build: Build, assignments: Iterable[str]) -> Step:
     """Call `build` with parameters from words `name=value` and `name.field=value`. Raises ValueError if they do not fit."""
-    kinds, given = _kinds(build), values(build, assignments)
+    kinds, given = kinds_of(build), values(build, assignments)
     words: dict[str, str] = {name: given.pop(name) for name in _of_every(kinds) if name in given}
     read: dict[str, Any] = {name: options.read(f"-p {name}", word, OF_EVERY[name][0] | None) for name, word in words.items()}
     layout: LayoutWanted = read.get(LAYOUT) or "source"
@@ -116,7 +118,7 @@ def values(build: Build, assignments: Iterable[str]) -> dict[str, Any]:
 
     Nothing is pinned: a model is the word for it. Raises ValueError if the words do not fit.
     """
-    parameters, kinds = inspect.signature(build).parameters, _kinds(build)
+    parameters, kinds = inspect.signature(build).parameters, kinds_of(build)
     words = _words(assignments, [*parameters, *_of_every(kinds)], kinds)
     given = {name: words.pop(name) for name in _of_every(kinds) if name in words}
     named_words = {name.partition(".")[0] for name in words}
@@ -136,7 +138,7 @@ def _check_files(values: Iterable[Any]) -> None:
 
 def page(build: Build, about: str = "") -> str:
     """The page of help: `about`, then all parameters and fields of options with type, default, choices and meaning."""
-    kinds = _kinds(build)
+    kinds = kinds_of(build)
     lines = [about, "", "-p name=value, or -p name.field=value:", ""]
     for name, parameter in inspect.signature(build).parameters.items():
         kind, default = kinds[name], parameter.default
@@ -180,7 +182,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _kinds(build: Build) -> dict[str, Any]:
+def kinds_of(build: Build) -> dict[str, Any]:
     """The annotation of every parameter, or the type of its default if there is none."""
     kinds = typing.get_type_hints(build.func if isinstance(build, partial) else build)
     parameters = inspect.signature(build).parameters.items()

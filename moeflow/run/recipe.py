@@ -20,6 +20,7 @@ import moeflow
 from moeflow import options
 from moeflow.model_files import ADAPTERS, named_like
 from moeflow.run import pipeline
+from moeflow.run.opening import pipeline_file, shipped
 from moeflow.run.outcome import CannotRun
 from moeflow.sources import Texts
 from moeflow.sources.card import facts_of
@@ -47,7 +48,7 @@ class Recipe:
 
     file: Path
     pipeline: str
-    """The pipeline's file, relative to `directory` unless absolute."""
+    """The name of one that comes with moeflow, or the pipeline's file, relative to `directory` unless absolute."""
     parameters: Mapping[str, str]
     """Every parameter as a word, as after `-p`."""
     key: str
@@ -68,6 +69,8 @@ class Recipe:
     @property
     def place(self) -> Path:
         """The pipeline's file on this machine. Raises FileNotFoundError."""
+        if self.pipeline in (known := shipped()):
+            return known[self.pipeline]
         given = Path(self.pipeline)
         tried = [Path(self.directory) / given, given, self.file.parent / given]
         if "moeflow" in given.parts and given.is_absolute():  # one of the package's own, wherever that is installed
@@ -160,7 +163,7 @@ def asked(file: Path, words: Sequence[str], own: pipeline.Build | None = None) -
     would make another key than it says.
     """
     if file.suffix not in ENDINGS:
-        build = own or pipeline.load(file)
+        build = own or pipeline.load(pipeline_file(file))
         target = pipeline.call(build, words)
         return Asked(target, lambda: record(file, words, build, target), file.stem)
     recipe = read(file)
@@ -173,9 +176,15 @@ def asked(file: Path, words: Sequence[str], own: pipeline.Build | None = None) -
 
     def again() -> dict[str, Any]:
         with recipe.at_home():
-            return record(Path(recipe.pipeline) if Path(recipe.pipeline).is_file() else place, every, build, target)
+            same = recipe.pipeline in shipped() or Path(recipe.pipeline).is_file()
+            return record(Path(recipe.pipeline) if same else place, every, build, target)
 
     return Asked(target, again, recipe.name or file.stem)
+
+
+def build_of(file: Path) -> pipeline.Build:
+    """The pipeline that a recipe names. Raises ValueError and FileNotFoundError."""
+    return pipeline.load(read(file).place)
 
 
 def read(path: Path) -> Recipe:
@@ -204,12 +213,13 @@ def record(file: Path, words: Sequence[str], build: pipeline.Build, target: Step
     Of the model that it is made from also what its own card says of licence, language and base model, if it has one.
     """
     model = model_among(pins(upstream([target])))
+    code = pipeline_file(file)
     return {
         "pipeline": str(file),
         "given": [*words],
         "parameters": parameters(build, words, target),
         "directory": str(Path.cwd()),
-        "pipeline_sha256": hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else "",
+        "pipeline_sha256": hashlib.sha256(code.read_bytes()).hexdigest() if code.is_file() else "",
         "moeflow": moeflow.__version__,
         **({"model": {"uri": model, **facts_of(model)}} if model else {}),
     }
