@@ -30,7 +30,7 @@ ONLY_IN = {
     "ray": {"moeflow.run.ray"},
     "boto3": {"moeflow.store", "moeflow.sources"},
     "botocore": {"moeflow.store", "moeflow.sources"},
-    "huggingface_hub": {"moeflow.sources"},
+    "huggingface_hub": {"moeflow.sources", "moeflow.report.card"},
     "torch": {"moeflow.model", "moeflow.methods"},
     "transformers": {"moeflow.model", "moeflow.methods"},
     "datasets": set(),

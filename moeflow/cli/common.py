@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from functools import wraps
@@ -157,11 +157,12 @@ def command(**options: Any) -> Callable[[Callable[..., None]], Callable[..., Non
     return add
 
 
-def print_reports(reports: Sequence[report.Report]) -> None:
+def print_reports(reports: Sequence[report.Report], extra: Mapping[str, report.Extra] | None = None) -> None:
+    """Print the reports as one table, with their notes; `extra`: more columns, by their titles."""
     out = report.console()
     if any(r.rows for r in reports):
         print()
-        out.print(report.table(reports, plain=not out.is_terminal))
+        out.print(report.table(reports, plain=not out.is_terminal, extra=extra or {}))
     for note in dict.fromkeys(note for r in reports for note in r.notes):
         print(f"- {printable(note)}")
     print()

@@ -10,8 +10,8 @@ from moeflow.report import layers, usage
 from moeflow.report.figures import Figure, figures_of
 from moeflow.report.layers import Checkpoint
 from moeflow.report.table import raw_reports
-from moeflow.run.recipe import pins
-from moeflow.store import Manifest, NotStored, Store, versions
+from moeflow.run.recipe import model_among, pins
+from moeflow.store import Manifest, Store, versions
 from moeflow.store.versions import Version
 
 HUB = re.compile(r"hf://models/(?P<name>[^/@]+/[^/@]+)(?:@(?P<commit>[^/]+))?")
@@ -50,12 +50,14 @@ class About:
         return versions.reach(self.store, keys, remembered=True)
 
     @cached_property
+    def raw(self) -> dict[str, Mapping[str, Any]]:
+        """Its reports as they are stored, with every fact beside the rows, by key; one that is gone is left out."""
+        keys = self.version.reports if self.version else ()
+        return dict(raw_reports(self.store, [k for k in keys if k in self.store.manifests(keys)]))
+
+    @property
     def reports(self) -> tuple[Mapping[str, Any], ...]:
-        """Its reports as they are stored, with every fact beside the rows; one that is gone is left out."""
-        try:
-            return tuple(raw for _, raw in raw_reports(self.store, self.version.reports if self.version else ()))
-        except NotStored:
-            return ()
+        return tuple(self.raw.values())
 
     def of_kind(self, kind: str) -> list[Mapping[str, Any]]:
         return [raw for raw in self.reports if raw.get("kind") == kind]
@@ -88,8 +90,7 @@ class About:
         told = self.record.get("model")
         if isinstance(told, Mapping) and told.get("uri"):
             return str(told["uri"])
-        weights = [uri for uri, files in self.sources.items() if any(name.endswith(".safetensors") for name in files)]
-        return next(iter(weights), "")
+        return model_among(self.sources)
 
     @property
     def model_name(self) -> str:
@@ -118,7 +119,10 @@ class About:
 
 
 def of(store: Store, ref: str) -> About:
-    """The version, or the artifact, that `ref` means; of a key the newest version that published it. Raises NotStored, ValueError."""
+    """The version, or the artifact, that `ref` means; for a key the newest version that published it.
+
+    Raises NotStored, and ValueError if it could mean several.
+    """
     target = versions.resolve(store, ref)
     if isinstance(target, Version):
         (known,) = (v for v in versions.list(store, target.name) if v.n == target.n)

@@ -4,10 +4,9 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean
-from typing import Any
-
-from moeflow.step import Artifact
+from typing import Any, Protocol
 
 EXPERT = re.compile(r"layers\.(\d+)\..*?experts\.(\d+)\.")
 COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
@@ -63,8 +62,36 @@ class Checkpoint:
     """The names of its files."""
 
 
-def read(artifact: Artifact) -> Checkpoint | None:
-    """A stored checkpoint; None for an artifact that is none."""
+class Readable(Protocol):
+    """A folder whose small files are read: a stored one, or one that was pulled."""
+
+    def names(self) -> list[str]: ...
+
+    def size(self, name: str) -> int: ...
+
+    def read(self, name: str, start: int, stop: int) -> bytes: ...
+
+
+@dataclass(frozen=True)
+class Files:
+    """A folder on this machine, read as a stored one is."""
+
+    folder: Path
+
+    def names(self) -> list[str]:
+        return sorted(p.relative_to(self.folder).as_posix() for p in self.folder.rglob("*") if p.is_file())
+
+    def size(self, name: str) -> int:
+        return (self.folder / name).stat().st_size
+
+    def read(self, name: str, start: int, stop: int) -> bytes:
+        with (self.folder / name).open("rb") as file:
+            file.seek(start)
+            return file.read(stop - start)
+
+
+def read(artifact: Readable) -> Checkpoint | None:
+    """A checkpoint; None for what is none."""
     names = artifact.names()
     if "config.json" not in names:
         return None
@@ -84,7 +111,7 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return inside if isinstance(inside, Mapping) else config
 
 
-def _json(artifact: Artifact, name: str) -> Any:
+def _json(artifact: Readable, name: str) -> Any:
     return json.loads(artifact.read(name, 0, artifact.size(name)))
 
 
@@ -133,7 +160,8 @@ def _layer(number: int, done: Sequence[Mapping[str, Any]], now: int | None, choi
 
 def _words(d: Mapping[str, Any]) -> str:
     """What one step did to a layer, as a phrase; a step that is not known here by its name."""
-    step, each = d["step"], d.get("experts") if isinstance(d.get("experts"), list) else []
+    step = d["step"]
+    each: list[Any] = d["experts"] if isinstance(d.get("experts"), list) else []
     if step == "rewrite.experts":
         return f"{len(d['keep'])} of {d['experts']} experts stay"
     if step == "slim.layer":

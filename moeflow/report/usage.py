@@ -1,4 +1,4 @@
-"""How much each expert of the original was used while it was calibrated: read from what is stored of that, nothing is counted anew."""
+"""How much each expert of the original was used while it was calibrated: read from what is stored of that, not counted anew."""
 
 import json
 import struct
@@ -18,7 +18,7 @@ CODES = {"F64": "d", "F32": "f", "I64": "q"}
 
 
 def of_experts(store: Store, lineage: Mapping[str, Manifest]) -> dict[int, tuple[float, ...]]:
-    """By layer of the original, the part of its tokens that each expert computed: `top_k` experts each, so that the parts add to it.
+    """By layer of the original, the part of its tokens that each expert computed; the parts of a layer add up to its top k.
 
     Layers of which nothing is stored any more are left out, as after `moeflow gc --keep-results`.
     """

@@ -18,6 +18,7 @@ import yaml
 
 import moeflow
 from moeflow import options
+from moeflow.model_files import ADAPTERS, named_like
 from moeflow.run import pipeline
 from moeflow.run.opening import pipeline_file, shipped
 from moeflow.run.outcome import CannotRun
@@ -137,6 +138,14 @@ def pins(steps: Iterable[Any]) -> dict[str, dict[str, str]]:
     return {uri: dict(sorted(files.items())) for uri, files in sorted(found.items())}
 
 
+def model_among(sources: Mapping[str, Mapping[str, str]]) -> str:
+    """The address of the model among sources with their files: what has weights that are no adapter's; "" if there is none."""
+    weights = (
+        (uri, [n for n in files if n.endswith(".safetensors") and not named_like(n, ADAPTERS)]) for uri, files in sources.items()
+    )
+    return next((uri for uri, names in weights if names), "")
+
+
 @dataclass(frozen=True)
 class Asked:
     """What is to be run: the graph, and what a version of it keeps of how it was asked for."""
@@ -188,7 +197,8 @@ def read(path: Path) -> Recipe:
         raise ValueError(f"{path} is no YAML ({' '.join(str(error).split())}); a recipe is what `moeflow pull` writes") from None
     for name, (kind, what, required) in FIELDS.items():
         value = raw.get(name) if isinstance(raw, dict) else None
-        if (required and not value) or (value is not None and not isinstance(value, kind)):
+        absent = value is None or value == ""
+        if (absent and required) or not (absent or isinstance(value, kind)):
             said = "is missing" if value is None else f"is {str(value)[:60]!r}"
             raise ValueError(f"{path}: its `{name}` {said}, and must be {what}; a recipe is what `moeflow pull` writes")
     words = {str(name): word_of(value) for name, value in raw["parameters"].items()}
@@ -202,7 +212,7 @@ def record(file: Path, words: Sequence[str], build: pipeline.Build, target: Step
 
     Of the model that it is made from also what its own card says of licence, language and base model, if it has one.
     """
-    model = next((uri for uri, files in pins(upstream([target])).items() if "config.json" in files), "")
+    model = model_among(pins(upstream([target])))
     code = pipeline_file(file)
     return {
         "pipeline": str(file),
@@ -224,7 +234,7 @@ def parameters(build: pipeline.Build, words: Sequence[str], target: Step | None 
             made |= {f"{name}.{f.name}": word_of(getattr(value, f.name)) for f in fields(value) if f.init}
         else:
             made[name] = word_of(value)
-    return {name: _with_commits(word, pinned) for name, word in made.items()}
+    return {name: with_commits(word, pinned) for name, word in made.items()}
 
 
 def word_of(value: Any) -> str:
@@ -238,7 +248,7 @@ def word_of(value: Any) -> str:
     return repr(value) if isinstance(value, float) else str(value)
 
 
-def _with_commits(word: str, pinned: Iterable[str]) -> str:
+def with_commits(word: str, pinned: Iterable[str]) -> str:
     """A word with the names on the hub in it at the commits that were pinned."""
     commits = {m[1]: uri for uri in pinned if uri.startswith("hf://") and (m := ON_THE_HUB.match(uri))}
 
