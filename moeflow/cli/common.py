@@ -20,6 +20,7 @@ from typer.core import TyperCommand, TyperGroup
 from typer.exceptions import TyperException
 
 from moeflow import report
+from moeflow.report.promotion import NotPassed
 from moeflow.run import CannotRun, ClusterLost, StepFailed, pipeline
 from moeflow.run.go import Runner
 from moeflow.run.outcome import describe, printable
@@ -30,7 +31,7 @@ from moeflow.store.patience import may_pass
 STORE = ".moeflow/store"
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 REQUEST = (ValueError, TypeError, LookupError, OSError, ImportError, StoreError)  # what a wrong request raises
-WORK = (CannotRun, ClusterLost, StepFailed, StoreError, NotStored, OSError)
+WORK = (CannotRun, ClusterLost, StepFailed, StoreError, NotStored, NotPassed, OSError)
 
 LONGEST = 2_000  # characters of an error's line
 
@@ -83,6 +84,9 @@ On = Annotated[
 ]
 GpuKind = Annotated[
     str, typer.Option("--gpu-kind", metavar="KIND", help="plan for --gpus N GPUs of this kind in all, h100 for example, one a step")
+]
+GateWords = Annotated[
+    list[str], typer.Option("--gate", metavar="BOUND", help="kl<0.02, bytes<=24GB, gsm8k>=0.95x, or a gate.yaml; repeatable")
 ]
 Json = Annotated[bool, typer.Option("--json", help="machine-readable output")]
 Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]

@@ -10,6 +10,7 @@ from moeflow import report
 from moeflow.cli import runs
 from moeflow.cli.common import (
     Cpus,
+    GateWords,
     GpuKind,
     Gpus,
     Json,
@@ -61,6 +62,7 @@ def fit(
     planned: Planned = False,
     store: Url = "",
     name: Name = "",
+    gate: GateWords = [],  # noqa: B006
     runner: RunnerName = Runner.auto,
     on: On = None,
     gpus: Gpus = None,
@@ -80,6 +82,8 @@ def fit(
     with asking():
         if not budgeted:
             raise ValueError("give one budget: --bytes 24GB, --ratio 0.25, --resident 24GB or --speed 1.5x")
+        if gate and planned:
+            raise ValueError("--gate is asked of a result, and --plan makes none; leave one of them away")
         if (on or gpu_kind) and not planned:
             raise ValueError("--on and --gpu-kind say which nodes to plan for; add --plan, or leave them away")
         build = pipeline.load(PIPELINE)
@@ -89,7 +93,7 @@ def fit(
         if planned:
             runs.plan(PIPELINE, words, on=on, gpu_kind=gpu_kind, **same)
         else:
-            runs.run(PIPELINE, words, name=name or "fit", **same)
+            runs.run(PIPELINE, words, name=name or "fit", gate=gate, **same)
     finally:
         own.reset(before)  # another command in this process runs its own pipeline
 

@@ -12,6 +12,7 @@ from moeflow.cli.common import (
     All,
     Cpus,
     File,
+    GateWords,
     GpuKind,
     Gpus,
     InFlight,
@@ -33,6 +34,8 @@ from moeflow.cli.common import (
     seconds,
     working,
 )
+from moeflow.report.figures import read_figures
+from moeflow.report.gate import check_measured, judge, read_gate, refusal
 from moeflow.run import Options, node_kinds, pipeline
 from moeflow.run import plan as plans
 from moeflow.run.forecast import forecast, forecast_json, forecast_lines
@@ -66,7 +69,7 @@ def plan(
         nodes = node_kinds.read(on) if on else node_kinds.of_gpus(gpu_kind, gpus) if gpu_kind else None
         opened = Store.open(store or STORE, patience=seconds("--patience", patience))
         opened.look()
-        target = Options(gpus=None if gpu_kind else gpus, cpus=cpus).place(_called(file, param, opened))
+        target = Options(gpus=None if gpu_kind else gpus, cpus=cpus).place(called(file, param, opened))
         targets, memory = [target, *target.reports], None if nodes else runner.memory
         index = opened.index({s.name for s in upstream(targets)})
         planned = plans.plan(targets, opened, index=index, memory=memory, nodes=nodes)
@@ -91,6 +94,7 @@ def run(
     param: Params = [],  # noqa: B006
     store: Url = "",
     name: Name = "",
+    gate: GateWords = [],  # noqa: B006
     runner: RunnerName = Runner.auto,
     in_flight: InFlight = 0,
     retries: Retries = 3,
@@ -103,25 +107,30 @@ def run(
     options, name = Options(retries, in_flight, gpus, cpus), name or file.stem
     shown = show_progress(json=json)
     with asking(), heard(shown.waits):
+        bounds = read_gate(gate)
         opened = open_store(store, seconds("--patience", patience))
-        target = options.place(_called(file, param, opened))
+        target = options.place(called(file, param, opened))
+        check_measured(bounds, target)
         prepared = prepare(target, opened, name=name, runner=runner, options=options)
     lost = not store and "working_dir_files" in Path.cwd().parts  # of a Ray job, which is deleted with the cluster
     if lost:
         shown.say(f"warning: the store {opened.url} goes with the Ray cluster; pass --store to keep what this run makes")
     with working(), heard(shown.waits):
-        outcome, n = go(prepared, progress=shown, options=options, record={"pipeline": str(file), "given": param})
+        record = {"pipeline": str(file), "given": param} | ({"gate": [b.word for b in bounds]} if bounds else {})
+        outcome, n = go(prepared, progress=shown, options=options, record=record)
         reports = report.read(opened, [s.key for s in target.reports])
     if json:
         steps = {"run": len(outcome.ran), "stored": outcome.reused}
         print_json({"key": target.key, "name": name, "version": n, "steps": steps, "seconds": round(outcome.seconds, 3)})
         return
     print_reports(reports)
+    if bounds and (why := refusal(judge(bounds, read_figures(opened, [s.key for s in target.reports])))):
+        print(f"its gate would refuse it: {printable(why)}")
     where = f" --store {shlex.quote(opened.url)}" if store or lost else ""
     print(f"{name}@{n}  {target.key}\nin {opened.url}; to use it: moeflow pull {name}@{n} DIR{where}")
 
 
-def _called(file: Path, params: Sequence[str], store: Store) -> Step:
+def called(file: Path, params: Sequence[str], store: Store) -> Step:
     """The graph of a pipeline file with these parameters, when the sources that it names have answered."""
     build = own.get() or pipeline.load(file)
     return wait_out(lambda: pipeline.call(build, params), store.patience, "a source")

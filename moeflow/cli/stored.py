@@ -1,4 +1,4 @@
-"""The commands about what is stored: ls, show, pull, promote, gc, rm and verify."""
+"""The commands about what is stored: ls, show, pull, gc, rm and verify."""
 
 import json as json_
 import subprocess
@@ -18,7 +18,6 @@ from moeflow.cli.common import (
     Url,
     asking,
     command,
-    open_store,
     print_json,
     print_reports,
     reading,
@@ -107,22 +106,6 @@ def pull(
         )
     elif dense:
         print("no matrix is low-rank: there was nothing to multiply out")
-
-
-@command()
-def promote(
-    ref: Ref,
-    label: Annotated[str, typer.Argument(help="a word like production")],
-    store: Url = "",
-    json: Json = False,
-) -> None:
-    """Point a label at a version; afterwards REF may be the label."""
-    with asking():
-        version = versions.promote(open_store(store), ref, label)
-    if json:
-        print_json({"label": label, "ref": version.ref, "key": version.key})
-    else:
-        print(f"{label} is {version.ref}, {version.key}")
 
 
 @command()

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TextIO
 
@@ -32,13 +32,18 @@ class Report:
 def read(store: Store, keys: Iterable[str]) -> tuple[Report, ...]:
     """The reports of these steps, in this order; a step without one is skipped. Raises NotStored."""
     reports = []
+    for key, raw in raw_reports(store, keys):
+        columns, rows, notes = (tuple(raw.get(name, ())) for name in ("columns", "rows", "notes"))
+        reports.append(Report(key, raw.get("kind", ""), columns, rows, notes))
+    return tuple(reports)
+
+
+def raw_reports(store: Store, keys: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The reports of these steps as they are stored, with all facts, each with its key. Raises NotStored."""
     for key in keys:
         artifact = store.artifact(key)
         if FILE in artifact.names():
-            raw = json.loads(artifact.file(FILE).read_text())
-            columns, rows, notes = (tuple(raw.get(name, ())) for name in ("columns", "rows", "notes"))
-            reports.append(Report(key, raw.get("kind", ""), columns, rows, notes))
-    return tuple(reports)
+            yield key, json.loads(artifact.file(FILE).read_text())
 
 
 def table(reports: Iterable[Report], *, plain: bool = False) -> Table:

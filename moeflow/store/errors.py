@@ -22,6 +22,10 @@ class GaveUp(StoreError):
     """What was asked did not answer for as long as it was to be waited for."""
 
 
+class LabelMoved(StoreError):
+    """Another process moved the label since it was looked at."""
+
+
 class CorruptBlob(StoreError):
     """A blob or a manifest is missing, or its bytes are not those that were written. `name` is its name in the store."""
 

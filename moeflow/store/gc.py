@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from moeflow.store import names, runs, versions
+from moeflow.store import labels, names, runs, versions
 from moeflow.store.manifest import Manifest
 from moeflow.store.names import Entry, split_part
 from moeflow.store.store import RENEW, THREADS, Store
@@ -23,8 +23,9 @@ DAY = 86400
 class Policy:
     """What may go. `grace`: seconds for which stays what no version reached, 0 or more.
 
-    `keep`: the newest versions of each name that stay, beside labelled ones; None keeps all. `results`: of the versions only
-    their own files and reports stay, not what they were made from. `only`: names a version that goes, alone.
+    `keep`: the newest versions of each name that stay, beside labelled ones and those that a rollback would return to; None keeps
+    all. `results`: of the versions only their own files and reports stay, not what they were made from. `only`: names a version
+    that goes, alone.
     """
 
     grace: float = 7 * DAY
@@ -38,8 +39,8 @@ class Policy:
         if self.keep is not None and self.keep < 1:
             raise ValueError(f"keep is {self.keep}; keep 1 version of each name or more, and remove single ones with `moeflow rm`")
 
-    def leaving(self, listed: Sequence[Version]) -> tuple[Version, ...]:
-        """The versions that go. Raises ValueError for one that a label points at."""
+    def leaving(self, listed: Sequence[Version], spared: Iterable[str] = ()) -> tuple[Version, ...]:
+        """The versions that go; `spared`: those that a rollback returns to. Raises ValueError for one that a label points at."""
         if self.only:
             gone = tuple(v for v in listed if v.ref == self.only)
             if gone and gone[0].labels:
@@ -51,7 +52,8 @@ class Policy:
         for v in listed:
             newest[v.name].append(v.n)
         last = {name: sorted(ns)[-self.keep :] for name, ns in newest.items()}
-        return tuple(v for v in listed if v.n not in last[v.name] and not v.labels)
+        spared = {*spared}
+        return tuple(v for v in listed if v.n not in last[v.name] and not v.labels and v.ref not in spared)
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ def gc(store: Store, policy: Policy = Policy()) -> Garbage:
     stored = {names.key_of(e.name): e for e in store.blobs.list("manifests/")}
     live = runs.live(store, now)  # before the versions: a run publishes its version, and only then ends its mark
     listed = versions.list(store)
-    leaving = policy.leaving(listed)
+    leaving = policy.leaving(listed, _returned_to(store) if policy.keep is not None else ())
     staying = [k for v in listed if v not in leaving for k in (v.key, *v.reports)]
     left = [k for v in leaving for k in (v.key, *v.reports)]
     before = now - policy.grace
@@ -156,6 +158,11 @@ def delete(store: Store, garbage: Garbage) -> Garbage:
         store.node.sweep()
     total = sum(e.size for e in (*blobs, *leftovers, *partial))
     return Garbage(policy, gone, tuple(sorted(dead)), blobs, tuple(sorted(stale)), leftovers, total, now.broken, now.runs)
+
+
+def _returned_to(store: Store) -> set[str]:
+    """The versions that a rollback of a label would return to."""
+    return {back.ref for there in labels.pointing(store).values() if (back := labels.before(store, there))}
 
 
 def _idle(policy: Policy, live: int) -> float:

@@ -9,17 +9,16 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 from itertools import islice
 from typing import Any
 
-from moeflow.store import names
-from moeflow.store.errors import CorruptBlob, NotStored
+from moeflow.store import labels, names
+from moeflow.store.errors import NotStored
 from moeflow.store.manifest import Manifest
 from moeflow.store.names import split_part
+from moeflow.store.records import RECORD, newest, now, read_record
 from moeflow.store.store import THREADS, Store
 
-RECORD = re.compile(r"(versions|labels)/[^/]+/[0-9]{6,9}\.json")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
@@ -41,7 +40,7 @@ class Version:
 def publish(store: Store, name: str, key: str, *, record: Mapping[str, Any] | None = None, reports: Sequence[str] = ()) -> int:
     """Make `key` the newest version of `name`; return its number.
 
-    If that has the same files and reports already, under whatever keys, nothing changes.
+    If that has the same files and reports already, under whatever keys, nothing changes, unless `record` names another gate.
 
     Raises ValueError, NotStored.
     """
@@ -50,18 +49,23 @@ def publish(store: Store, name: str, key: str, *, record: Mapping[str, Any] | No
     if not store.has(key):
         raise NotStored(f"{key} is not stored in {store.url}, so it cannot be published as {name}")
     while True:
-        if n := published(store, name, key, reports):
+        if (n := published(store, name, key, reports)) and same_gate(_read(store, name, n).record, record or {}):
             return n
-        n = max(_newest(store, f"versions/{name}/"), _newest(store, f"removed/{name}/"))
-        about = {"name": name, "n": n + 1, "key": key, "created": _now(), "reports": reports, "record": record or {}}
+        n = max(newest(store, f"versions/{name}/"), newest(store, f"removed/{name}/"))
+        about = {"name": name, "n": n + 1, "key": key, "created": now(), "reports": reports, "record": record or {}}
         if store.blobs.create(_version(name, n + 1), json.dumps(about, indent=1).encode()):
             return n + 1
 
 
 def published(store: Store, name: str, key: str, reports: Sequence[str] = ()) -> int:
     """The number of the newest version of `name` if it has the files of `key` and of these reports; else 0."""
-    n = _newest(store, f"versions/{name}/")
+    n = newest(store, f"versions/{name}/")
     return n if n and _identical(store, _read(store, name, n), key, reports) else 0
+
+
+def same_gate(there: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    """Whether a version's record names the gate that is wanted for it; none wanted is no change."""
+    return not wanted.get("gate") or there.get("gate") == wanted["gate"]
 
 
 def _identical(store: Store, version: Version, key: str, reports: Sequence[str]) -> bool:
@@ -87,11 +91,10 @@ def resolve(store: Store, ref: str) -> Version | str:
         check_name(name)
         return _read(store, name, int(number))
     if NAME.fullmatch(ref):
-        if n := _newest(store, f"versions/{ref}/"):
+        if n := newest(store, f"versions/{ref}/"):
             return _read(store, ref, n)
-        if n := _newest(store, f"labels/{ref}/"):
-            labelled = _record(store, _label(ref, n))
-            return _read(store, labelled["name"], labelled["n"])
+        if there := labels.last(store, ref):
+            return resolve(store, there.ref)
     keys = [names.key_of(e.name) for e in islice(store.blobs.list(f"manifests/{ref}"), 5)]
     if len(keys) == 1 or ref in keys:
         return ref if ref in keys else keys[0]
@@ -103,39 +106,55 @@ def resolve(store: Store, ref: str) -> Version | str:
 def list(store: Store, name: str = "") -> tuple[Version, ...]:
     """All versions, or those of one name, with the labels that point at them; sorted by name, oldest first."""
     entries = [e.name for e in store.blobs.list(f"versions/{name}/" if name else "versions/") if RECORD.fullmatch(e.name)]
-    labels = labelled(store)
+    at = labelled(store)
     with ThreadPoolExecutor(THREADS) as pool:
         published = [*pool.map(lambda e: _parse(store, e), entries)]
     published.sort(key=lambda v: (v.name, v.n))
-    return tuple(replace(v, labels=tuple(k for k, at in labels.items() if at == v.ref)) for v in published)
+    return tuple(replace(v, labels=tuple(label for label, ref in at.items() if ref == v.ref)) for v in published)
 
 
 def labelled(store: Store) -> dict[str, str]:
     """The `name@n` that each label points at now."""
-    newest: dict[str, str] = {}
-    for entry in sorted(e.name for e in store.blobs.list("labels/") if RECORD.fullmatch(e.name)):
-        newest[entry.split("/")[1]] = entry
-    read = {k: _record(store, at) for k, at in newest.items()}
-    return {k: f"{r['name']}@{r['n']}" for k, r in read.items()}
+    return {label: there.ref for label, there in labels.pointing(store).items()}
 
 
-def promote(store: Store, ref: str, label: str) -> Version:
-    """Point `label` at a version; its records keep where it pointed before. Raises ValueError, NotStored."""
+def promote(store: Store, ref: str, label: str, *, about: Mapping[str, Any] | None = None, since: int | None = None) -> Version:
+    """Point `label` at a version; its records keep where it pointed before, and `about` this move (`labels.Move`).
+
+    `since`: how often the label had been moved when that was decided; None: until now. Raises ValueError, NotStored, and
+    LabelMoved if it was moved meanwhile.
+    """
+    version = promotable(store, ref, label)
+    there = labels.last(store, label)
+    if there is None or there.ref != version.ref:
+        labels.move(store, label, version.ref, since=(there.n if there else 0) if since is None else since, about=about)
+    return version
+
+
+def promotable(store: Store, ref: str, label: str) -> Version:
+    """The version that `ref` means, if this label can point at it. Raises ValueError, NotStored."""
     check_name(label)
     version = resolve(store, ref)
     if isinstance(version, str):
         raise ValueError(f"{ref!r} is a key; only versions are promoted: publish it by running with --name")
-    if _newest(store, f"versions/{label}/"):
+    if newest(store, f"versions/{label}/"):
         raise ValueError(f"{label!r} is the name of versions; choose another label")
-    while True:
-        n = _newest(store, f"labels/{label}/")
-        if n:
-            now = _record(store, _label(label, n))
-            if (now["name"], now["n"]) == (version.name, version.n):
-                return version
-        about = {"name": version.name, "n": version.n, "created": _now()}
-        if store.blobs.create(_label(label, n + 1), json.dumps(about).encode()):
-            return version
+    return version
+
+
+def rollback(store: Store, label: str, *, about: Mapping[str, Any] | None = None) -> Version:
+    """Point `label` where it pointed before; a second time, where it pointed before that.
+
+    Raises NotStored if it never pointed elsewhere or that version is gone, and LabelMoved.
+    """
+    there = labels.history(store, label)[-1]
+    earlier = labels.before(store, there)
+    if earlier is None:
+        raise NotStored(f"{label} has pointed at nothing before {there.ref}; promote another version, or see `moeflow ls`")
+    version = resolve(store, earlier.ref)
+    assert isinstance(version, Version)
+    labels.move(store, label, version.ref, since=there.n, about=about, back_to=earlier.back_to or earlier.n)
+    return version
 
 
 def withdraw(store: Store, version: Version) -> None:
@@ -184,51 +203,25 @@ def _remembered(store: Store, keys: Iterable[str]) -> dict[str, Manifest]:
         return {k: m for k, m in zip(asked, pool.map(read, asked), strict=True) if m is not None}
 
 
-def _newest(store: Store, prefix: str) -> int:
-    """The highest number below `prefix`; 0 if there is none."""
-    numbers = (re.fullmatch(r"([0-9]{1,9})\.json", e.name.removeprefix(prefix)) for e in store.blobs.list(prefix))
-    return max((int(number[1]) for number in numbers if number), default=0)
-
-
 def _read(store: Store, name: str, n: int) -> Version:
     try:
         return _parse(store, _version(name, n))
     except FileNotFoundError:
-        newest = _newest(store, f"versions/{name}/")
-        known = f"the newest is {name}@{newest}" if newest else f"there is no version of {name}; see `moeflow ls`"
+        last = newest(store, f"versions/{name}/")
+        known = f"the newest is {name}@{last}" if last else f"there is no version of {name}; see `moeflow ls`"
         raise NotStored(f"{name}@{n} is not in {store.url}; {known}") from None
 
 
 def _parse(store: Store, at: str) -> Version:
-    raw = _record(store, at, key=str, reports=builtins.list, record=dict)
+    raw = read_record(store, at, key=str, reports=builtins.list, record=dict)
     return Version(raw["name"], raw["n"], raw["key"], raw["created"], tuple(raw["reports"]), raw["record"])
-
-
-def _record(store: Store, at: str, **kinds: type) -> dict[str, Any]:
-    """The record of a version or a label. Raises CorruptBlob if it is damaged, and FileNotFoundError."""
-    try:
-        raw = json.loads(store.blobs.read(at))
-        wrong = [k for k, kind in ({"name": str, "n": int, "created": str} | kinds).items() if type(raw[k]) is not kind]
-    except (ValueError, TypeError, KeyError) as error:
-        raise CorruptBlob(f"{at} in {store.url} is damaged ({type(error).__name__}: {error}); restore or delete it") from error
-    if wrong:
-        raise CorruptBlob(f"{at} in {store.url} is damaged ({wrong[0]} is {raw[wrong[0]]!r:.60}); restore or delete it")
-    return dict(raw)
 
 
 def _version(name: str, n: int) -> str:
     return f"versions/{name}/{n:06d}.json"
 
 
-def _label(label: str, n: int) -> str:
-    return f"labels/{label}/{n:06d}.json"
-
-
 def check_name(name: str) -> None:
     """Raise ValueError unless versions can have this name."""
     if not NAME.fullmatch(name):
         raise ValueError(f"name {name!r}: use at most 128 letters, digits, '.', '_', '-', not beginning with a sign")
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")

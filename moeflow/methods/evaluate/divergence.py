@@ -31,6 +31,10 @@ class Comparison:
     """The fraction of positions at which both predict the same token."""
     by_sequence: list[float]
     """The divergence of each sequence."""
+    losses_by_sequence: tuple[list[float], list[float]]
+    """The mean loss of each model on each sequence, in nats."""
+    agreement_by_sequence: list[float]
+    """The fraction of each sequence's positions at which both predict the same token."""
 
 
 @torch.inference_mode()
@@ -47,17 +51,19 @@ def compared(
     ids_NL = torch.from_numpy(ids.astype(np.int64))
     sums = torch.zeros(4, dtype=torch.float64)
     done, total = 0, ids_NL[:, 1:].numel()
-    by_sequence: list[float] = []
+    by_sequence: list[list[float]] = []  # the four means of each sequence
     for ids_L, one_LD, other_LD in zip(ids_NL, _sequences(first_states), _sequences(second_states), strict=True):
         target_T = ids_L[1:].to(one.device)
-        before = float(sums[2])
+        before = sums.clone()
         for (rows, one_TV), (_, other_TV) in zip(one.by_chunk(one_LD[:-1]), other.by_chunk(other_LD[:-1]), strict=True):
             sums += _sums(one_TV, other_TV, target_T[rows])
             done += len(one_TV)
-        by_sequence.append((float(sums[2]) - before) / max(1, len(target_T)))
+        by_sequence.append(((sums - before) / max(1, len(target_T))).tolist())
         progress(done, total, "tokens")
     first_loss, second_loss, divergence, agreement = (sums / done).tolist()
-    return Comparison(done, (first_loss, second_loss), divergence, agreement, by_sequence)
+    one_N, other_N, divergence_N, agreement_N = ([means[n] for means in by_sequence] for n in range(4))
+    losses = first_loss, second_loss
+    return Comparison(done, losses, divergence, agreement, divergence_N, (one_N, other_N), agreement_N)
 
 
 def _sequences(files: Sequence[Path]) -> Iterator[Tensor]:

@@ -14,7 +14,7 @@ import numpy as np
 from moeflow.arch import Family
 from moeflow.methods.graph import HIDDEN, TOKENS
 from moeflow.methods.records import Choice
-from moeflow.methods.reports import row, write_report
+from moeflow.methods.reports import figures, row, write_report
 from moeflow.methods.scores import SCORES
 from moeflow.model import operations
 from moeflow.model.layout import experts_in, headers, read_config
@@ -28,10 +28,10 @@ LENGTH = 2048
 
 
 def _layers_spec(chosen: tuple[Any, ...]) -> Spec:
-    return Spec(reads=sum(c["bytes"] for c in chosen), writes=1100)
+    return Spec(reads=sum(c["bytes"] for c in chosen), writes=1160, figures=("layer_error",))
 
 
-@step("evaluate.layers", version=1, spec=_layers_spec)
+@step("evaluate.layers", version=2, spec=_layers_spec)
 def layers(context: Context, chosen: tuple[Artifact, ...]) -> None:
     """The relative error of a MoE layer's output, averaged over layers, for the chosen experts and for each baseline's.
 
@@ -42,14 +42,33 @@ def layers(context: Context, chosen: tuple[Artifact, ...]) -> None:
     shared = [name for name in SCORES if all(name in c.baselines for c in choices)]  # a choice may be older than a score
     parts |= {f"by {name}": [c.baselines[name].of_output for c in choices] for name in shared}
     rows = [row(f"layer error, {name}", 0.0, float(np.mean(values)), "of output") for name, values in parts.items()]
+    rows[0] |= {"figure": "layer_error", "better": "lower"}
     write_report(context, "layers", rows)
 
 
+SIZES = {
+    "parameters": ("parameters", "lower"),
+    "active parameters": ("active", "lower"),
+    "bytes": ("bytes", "lower"),
+    "expert bytes": ("expert_bytes", "lower"),
+    "experts per layer": ("experts", ""),
+    "decoder layers": ("layers", ""),
+    f"operations at {LENGTH:,} tokens": ("operations", "lower"),
+    "cache bytes a token": ("cache", "lower"),
+}
+"""What `size` counts: the words by which a gate names each, and which is better."""
+
+
 def _size_spec(original: CheckpointSpec, compressed: CheckpointSpec, *, zeros: list[str]) -> Spec:
-    return Spec(reads=original.headers + compressed.headers, writes=860 + 80 * len(zeros), memory=1 << 24)
+    return Spec(
+        reads=original.headers + compressed.headers,
+        writes=1280 + 80 * len(zeros),
+        memory=1 << 24,
+        figures=tuple(word for word, _ in SIZES.values()),
+    )
 
 
-@step("evaluate.size", version=4, spec=_size_spec)
+@step("evaluate.size", version=5, spec=_size_spec)
 def size(context: Context, original: Artifact, compressed: Artifact, *, zeros: list[str]) -> None:
     """Parameters, bytes on disk (of the model and of its routed experts), experts per MoE layer, and operations.
 
@@ -79,16 +98,17 @@ def size(context: Context, original: Artifact, compressed: Artifact, *, zeros: l
             }
         )
     units = {"bytes": "B", "expert bytes": "B", f"operations at {LENGTH:,} tokens": "TFLOPs", "cache bytes a token": "B"}
-    rows = [row(n, value, counts[1][n], units.get(n, "")) for n, value in counts[0].items()]
+    rows = [row(n, value, counts[1][n], units.get(n, ""), figure=SIZES[n][0], better=SIZES[n][1]) for n, value in counts[0].items()]
     note = f"zeros of {', '.join(zeros)} are stored as weights: they save no bytes at rest" if zeros else ""
     write_report(context, "size", rows, note=note)
 
 
 def _experts_spec(rest: RestSpec, observed: tuple[tuple[ObservedSpec, ...], ...], *, layers: list[int], name: str) -> Spec:
-    return Spec(reads=sum(map(len, observed)) * 1400, writes=400 + 20 * len(layers), memory=1 << 24)
+    named = figures("experts_per_token", "expert_products", text=name)
+    return Spec(reads=sum(map(len, observed)) * 1400, writes=560 + 20 * len(layers), memory=1 << 24, figures=named)
 
 
-@step("evaluate.experts_per_token", version=1, spec=_experts_spec)
+@step("evaluate.experts_per_token", version=2, spec=_experts_spec)
 def experts_per_token(
     context: Context, config: Artifact, observed: tuple[tuple[Artifact, ...], ...], *, layers: list[int], name: str
 ) -> None:
@@ -99,10 +119,10 @@ def experts_per_token(
     from moeflow.methods.recorded import counted
 
     counts = [counted(shards) for shards in observed]
-    top_k = Family.of(read_config(config)).top_k
+    top_k, of = Family.of(read_config(config)).top_k, {"text": name, "better": "lower"}
     rows = [
-        row(f"experts a token ({name})", top_k, float(np.mean(counts)), ""),
-        row(f"expert products a token ({name})", top_k * len(layers), float(np.sum(counts)), ""),
+        row(f"experts a token ({name})", top_k, float(np.mean(counts)), "", figure="experts_per_token", **of),
+        row(f"expert products a token ({name})", top_k * len(layers), float(np.sum(counts)), "", figure="expert_products", **of),
     ]
     write_report(context, "experts per token", rows, text=name, layers=dict(zip(map(str, layers), counts, strict=True)))
 
@@ -117,11 +137,12 @@ def _quality_spec(
     width = int(original.config["vocab_size"]) * 1024 * 4 * 6
     loaded = original.loaded(dtype, head=True) + compressed.loaded(dtype, head=True)
     memory = 2 * head + loaded + 2 * max(s.nbytes for s in states) + width
-    writes, done = 800 + 24 * matrix.sequences, operations.head(original, 2 * matrix.tokens, dtype)
-    return Spec(reads=reads, writes=writes, operations=done, memory=memory, device=on_device(loaded + width))
+    writes, done = 1200 + 96 * matrix.sequences, operations.head(original, 2 * matrix.tokens, dtype)
+    named = figures("perplexity", "loss", "kl", "agreement", text=name)
+    return Spec(reads=reads, writes=writes, operations=done, memory=memory, device=on_device(loaded + width), figures=named)
 
 
-@step("evaluate.quality", version=2, spec=_quality_spec, gpus=1)
+@step("evaluate.quality", version=3, spec=_quality_spec, gpus=1)
 def quality(
     context: Context, original: Artifact, compressed: Artifact, matrix: Artifact, original_states: tuple[Artifact, ...],
     compressed_states: tuple[Artifact, ...], *, name: str, note: str, dtype: str,
@@ -129,8 +150,8 @@ def quality(
     """Perplexity of both models on a token matrix, the compressed model's KL divergence from the original, and top-1 agreement.
 
     The states are the hidden states behind each model's last layer, shard by shard. The KL divergence is that of the compressed
-    model from the original, in nats per token, over the positions that predict a token. The report also has it per sequence, so
-    that two reports on one text can be compared pair by pair.
+    model from the original, in nats per token, over the positions that predict a token. The report also has all but perplexity per
+    sequence, so that it can tell intervals, and two reports on one text can be compared pair by pair.
     """
     from moeflow.methods.evaluate.divergence import compared
 
@@ -139,13 +160,17 @@ def quality(
         [s.file(HIDDEN) for s in compressed_states], dtype=dtype, progress=context.progress,
     )  # fmt: skip
     first, second = result.losses
+    of = {"text": name, "better": "lower"}
     rows = [
-        row(f"perplexity ({name})", float(np.exp(first)), float(np.exp(second)), ""),
-        row(f"loss ({name})", first, second, "nats/token"),
-        row(f"KL to the original ({name})", 0.0, result.divergence, "nats/token"),
-        row(f"top-1 agreement ({name})", 1.0, result.agreement, ""),
+        row(f"perplexity ({name})", float(np.exp(first)), float(np.exp(second)), "", figure="perplexity", **of),
+        row(f"loss ({name})", first, second, "nats/token", figure="loss", **of),
+        row(f"KL to the original ({name})", 0.0, result.divergence, "nats/token", figure="kl", **of),
+        row(f"top-1 agreement ({name})", 1.0, result.agreement, "", figure="agreement", text=name, better="higher"),
     ]
-    write_report(context, "quality", rows, note=note, tokens=result.tokens, text=name, divergence_of_sequences=result.by_sequence)
+    write_report(
+        context, "quality", rows, note=note, tokens=result.tokens, text=name, divergence_of_sequences=result.by_sequence,
+        losses_of_sequences=result.losses_by_sequence, agreement_of_sequences=result.agreement_by_sequence,
+    )  # fmt: skip
 
 
 def here() -> dict[str, Any]:
@@ -173,17 +198,30 @@ ROOM = 1.2
 """What both models and their activations take, as a multiple of their bytes on disk."""
 
 
+SPEEDS = {
+    "prefill": ("prefill", "tokens/s", "higher"),
+    "decode": ("decode", "tokens/s", "higher"),
+    "resident bytes": ("resident", "B", "lower"),
+}
+"""What `speed` measures: the words by which a gate names each, the units, and which is better."""
+
+
+def _measured(name: str, original: float | None, compressed: float | None) -> dict[str, Any]:
+    figure, unit, better = SPEEDS[name]
+    return row(name, original, compressed, unit, figure=figure, better=better)
+
+
 def _speed_spec(original: CheckpointSpec, compressed: CheckpointSpec, *, machine: Any, length: int) -> Spec:
     both = sum(c.nbytes + c.others for c in (original, compressed))
     need = int(both * ROOM)
     done = RUNS_OF_SPEED * 2 * length * (original.active + compressed.active)
     return Spec(
-        reads=both, writes=1200, operations={precision(original.config, "auto"): done}, memory=need,
-        device=on_device(need), optional=True,
+        reads=both, writes=1400, operations={precision(original.config, "auto"): done}, memory=need,
+        device=on_device(need), optional=True, figures=tuple(word for word, _, _ in SPEEDS.values()),
     )  # fmt: skip
 
 
-@step("evaluate.speed", version=2, spec=_speed_spec, gpus=1)
+@step("evaluate.speed", version=3, spec=_speed_spec, gpus=1)
 def speed(context: Context, original: Artifact, compressed: Artifact, *, machine: dict[str, Any], length: int) -> None:
     """Tokens per second of prefill (one sequence of `length`) and decode (one token at a time behind it), and resident bytes.
 
@@ -208,23 +246,17 @@ def speed(context: Context, original: Artifact, compressed: Artifact, *, machine
         return _without_speed(context, f"measuring it failed with {type(error).__name__}: {' '.join(str(error).split())[:300]}")
     rows, same = [], []
     for name, both in speeds.items():
-        parts = {
-            "": [s.median for s in both],
-            ", lower quartile": [s.low for s in both],
-            ", upper quartile": [s.high for s in both],
-        }
+        rows.append(_measured(name, *(s.median for s in both)))
+        parts = {", lower quartile": [s.low for s in both], ", upper quartile": [s.high for s in both]}
         rows += [row(name + part, one, other, "tokens/s") for part, (one, other) in parts.items()]
         same += [name] if both[0].overlaps(both[1]) else []
-    rows.append(row("resident bytes", resident[0], resident[1], "B"))
+    rows.append(_measured("resident bytes", resident[0], resident[1]))
     note = f"{' and '.join(same)}: no difference measured, the quartiles of {ROUNDS} alternating rounds overlap" if same else ""
     write_report(context, "speed", rows, note=note, machine=here(), asked_on=machine, sequence=length, rounds=ROUNDS)
 
 
 def _without_speed(context: Context, why: str) -> None:
-    rows = [
-        row(name, None, None, unit) for name, unit in {"prefill": "tokens/s", "decode": "tokens/s", "resident bytes": "B"}.items()
-    ]
-    write_report(context, "speed", rows, note=f"speed is left out: {why}")
+    write_report(context, "speed", [_measured(name, None, None) for name in SPEEDS], note=f"speed is left out: {why}")
 
 
 def _written_spec(original: CheckpointSpec, compressed: CheckpointSpec, *, prompt: str, tokens: int) -> Spec:

@@ -113,14 +113,14 @@ def _linked(context: Context, trained: Artifact, before: Artifact) -> None:
 
 
 def _report_spec(trained: Any) -> Spec:
-    return Spec(reads=trained["bytes"], writes=1500, memory=1 << 20)
+    return Spec(reads=trained["bytes"], writes=1600, memory=1 << 20, figures=("training_loss",))
 
 
-@step("finetune.report", version=1, spec=_report_spec)
+@step("finetune.report", version=2, spec=_report_spec)
 def report(context: Context, trained: Artifact) -> None:
     """Report the loss on the first and last batch, and on each held-out text before the training and for the kept state."""
     curve = Curve(**read_json(trained, TRAINING))
-    rows = [row("training loss", curve.losses[0], curve.losses[-1], "nats/token")]
+    rows = [row("training loss", curve.losses[0], curve.losses[-1], "nats/token", figure="training_loss", better="lower")]
     if curve.validations:
         before, kept = curve.validations[0]["losses"], curve.best_validation["losses"]
         rows += [row(f"loss while tuning ({name})", loss, kept[name], "nats/token") for name, loss in before.items()]

@@ -19,6 +19,7 @@ from moeflow.methods.graph import Pass, Sample
 from moeflow.methods.prune.searches import Search
 from moeflow.methods.recipes import naee
 from moeflow.model.spec import CheckpointSpec
+from moeflow.report.figures import read_figures
 from moeflow.run import StepFailed
 from moeflow.step import Context, Spec, Step, step, upstream
 from moeflow.store import Store
@@ -73,7 +74,13 @@ def test_sizes_are_counted_and_speed_is_measured(done: tuple[Store, Step, Path])
         assert rows["resident bytes"][side] == sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
         assert rows["prefill"][side] > 0 and rows["decode"][side] > 0
     assert rows["bytes"]["compressed"] == sum(f.stat().st_size for f in (folder / "out").glob("*.safetensors"))
-    assert rows["experts per layer"] == {"name": "experts per layer", "original": 8, "compressed": 5, "unit": ""}
+    assert rows["experts per layer"] == {
+        "name": "experts per layer",
+        "original": 8,
+        "compressed": 5,
+        "unit": "",
+        "figure": "experts",
+    }
 
 
 def test_speeds_have_quartiles_and_where_they_overlap_no_difference_was_measured(done: tuple[Store, Step, Path]) -> None:
@@ -145,7 +152,8 @@ def test_a_search_by_score_keeps_what_the_exact_search_calls_its_baseline(how: s
         for name, measured in choice["baselines"].items():
             assert measured["of_output"] == pytest.approx(theirs[name]["of_output"], rel=1e-3)
     rows = running.reports(store, scored)
-    assert rows["layer error, as chosen"] == rows[f"layer error, by {how}"] | {"name": "layer error, as chosen"}
+    told = rows[f"layer error, by {how}"] | {"name": "layer error, as chosen"}
+    assert rows["layer error, as chosen"] == told | {"figure": "layer_error", "better": "lower"}
 
 
 @pytest.mark.parametrize("how", ["random", "frequency", "router_score", "reap", "aimer"])
@@ -238,3 +246,12 @@ def test_the_cache_is_asked_for_as_this_release_of_transformers_calls_it(tmp_pat
     assert cache_name(Renamed()) == "cache"
     model = AutoModelForCausalLM.from_pretrained(tiny.write("mixtral", tmp_path / "model"))
     assert cache_name(model) in model(torch.ones(1, 4, dtype=torch.long), use_cache=True)
+
+
+def test_the_steps_that_report_say_before_the_run_which_figures_they_will_report(done: tuple[Store, Step, Path]) -> None:
+    store, target, _ = done
+    figures = read_figures(store, [r.key for r in target.reports])
+    assert {f.word for f in figures if f.figure} == {word for r in target.reports for word in r.spec.figures}
+    assert {"kl[token matrix]", "bytes", "prefill", "layer_error"} <= {f.word for f in figures}
+    (kl,) = (f for f in figures if f.figure == "kl")
+    assert kl.items == 8 and kl.interval and kl.interval[0] < (kl.compressed or 0) < kl.interval[1]
