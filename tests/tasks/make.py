@@ -3,13 +3,15 @@
     python -m tests.tasks.make
 
 Only files that it was not trained on (s to z) are taken. Another Python has other sources and gives other tasks, so what counts is
-what lies here. `next_line` is a task of lm-evaluation-harness; the others are files of rows (docs/evaluate.md).
+what lies here. `closing` and `order` are data of lm-evaluation-harness's tasks of that name; the others are files of rows
+(docs/evaluate.md).
 """
 
 import json
 import re
 import sysconfig
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -17,55 +19,97 @@ from typing import Any
 HERE = Path(__file__).parent
 BEFORE = 6
 """Lines of code in front of what is asked."""
+CLOSING = [")", "]", "}", '"']
 NUMBER = re.compile(r"(?<=[\[(=,:] )\d\b|(?<=[\[(:-])\d\b")
-WORDS = ("True", "False", "None", "self", "isinstance", "range", "return", "raise", "import")
+Row = dict[str, Any]
 
 
-def files() -> list[list[str]]:
-    """The lines of every file, those of its licence and its documentation among them."""
-    return [path.read_text().splitlines() for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("[s-z]*.py"))]
-
-
-def places(random: Random, sources: list[list[str]]) -> Iterator[tuple[list[str], str]]:
-    """Lines of code in front of a line, and that line, at random; no line is asked twice."""
+def places(random: Random, sources: list[list[str]]) -> Iterator[tuple[str, str]]:
+    """A few lines of code and the line behind them, at random places; no line is asked twice."""
     asked = set()
     while True:
         lines = random.choice(sources)
         at = random.randrange(BEFORE, max(BEFORE + 1, len(lines)))
-        if at < len(lines) and (line := lines[at]).strip() and line not in asked and len("\n".join(lines[at - BEFORE : at])) < 300:
-            asked.add(line)
-            yield lines[at - BEFORE : at], line
+        before = "\n".join(lines[at - BEFORE : at])
+        if at < len(lines) and len(before) < 300 and lines[at].strip() and lines[at] not in asked:
+            asked.add(lines[at])
+            yield before, lines[at]
 
 
-def next_lines(random: Random, sources: list[list[str]], count: int) -> Iterator[dict[str, Any]]:
-    """Code, and four lines of which one continues it; the others stand elsewhere and are about as long."""
-    every = [line for lines in sources for line in lines if line.strip()]
+def closing(random: Random, sources: list[list[str]]) -> Iterator[Row]:
+    """Code that breaks off in front of a closing sign, each of four as often as the others; which one is it?"""
+    left = dict.fromkeys(CLOSING, 20)
     for before, line in places(random, sources):
-        if not 12 <= len(line.strip()) <= 60:
-            continue
-        others = [o for o in random.sample(every, 400) if o.strip() != line.strip() and abs(len(o) - len(line)) < 4][:3]
-        choices = [line, *others]
-        random.shuffle(choices)
-        yield {"code": "\n".join(before), "lines": choices, "right": choices.index(line)}
-        if not (count := count - 1):
+        for sign in CLOSING:
+            at = line.find(sign)
+            if at > 8 and left[sign]:
+                left[sign] -= 1
+                yield {"code": f"{before}\n{line[:at]}", "choices": CLOSING, "right": CLOSING.index(sign)}
+                break
+        if not any(left.values()):
             return
 
 
-def numbers(random: Random, sources: list[list[str]], count: int) -> Iterator[dict[str, Any]]:
-    """Code that breaks off in front of a number of one digit, and that number."""
+def order(random: Random, sources: list[list[str]]) -> Iterator[Row]:
+    """Code, and the line behind it with its words in four orders; which is the author's?"""
+    for before, line in places(random, sources):
+        words, indent = line.split(), line[: len(line) - len(line.lstrip())]
+        lines = [line]
+        for _ in range(20):
+            random.shuffle(words)
+            if (other := indent + " ".join(words)) not in lines and len(lines) < 4:
+                lines.append(other)
+        if len(lines) == 4:
+            random.shuffle(lines)
+            yield {"code": before, "lines": lines, "right": lines.index(line)}
+
+
+def numbers(random: Random, sources: list[list[str]]) -> Iterator[Row]:
+    """Code that breaks off in front of a number of one digit; which one is it?"""
     for before, line in places(random, sources):
         if match := NUMBER.search(line):
-            start = "\n".join([*before, line[: match.start()].rstrip(" ")])
-            yield {"prompt": start, "answer": match[0], "stop": ["\n", ",", ")", "]", ":"]}
-            if not (count := count - 1):
-                return
+            yield {"prompt": f"{before}\n{line[: match.start()].rstrip(' ')}", "answer": match[0], "stop": ["\n", *",)]:"]}
+
+
+def code(random: Random) -> Iterator[Row]:
+    """The beginning of a function that returns True or False, cut within that word, and a test that needs all of it."""
+    for name in ("check", "test", "is_open", "isfile", "match", "closed"):
+        for word, cut in (("False", 3), ("True", 2)):
+            for condition in ("if x:", "if not x:"):
+                other = str(word != "True")
+                yield {
+                    "prompt": f"def {name}(x):\n    {condition}\n        return {other}\n    return {word[:cut]}",
+                    "test": f"assert {name}({int(condition != 'if x:')}) is {word}",
+                    "stop": ["\n"],
+                }
+
+
+def calls(random: Random) -> Iterator[Row]:
+    """A call of a tool that breaks off within its arguments, to be closed as JSON."""
+    names = ["get", "read", "write", "open", "find", "send"]
+    for name in names:
+        for key in ("a", "b", "x", "path"):
+            yield {
+                "prompt": "", "begin": f'{{"name": "{name}", "arguments": {{"{key}": {{"{key}": {{', "stop": ["\n"],
+                "tools": [{"name": n} for n in names],
+            }  # fmt: skip
+
+
+def prompts(random: Random, sources: list[list[str]]) -> Iterator[Row]:
+    """Code to go on from."""
+    for before, line in places(random, sources):
+        yield {"prompt": f"{before}\n{line}"}
 
 
 def main() -> None:
-    random, sources = Random(0), files()
+    sources = [path.read_text().splitlines() for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("[s-z]*.py"))]
     made = {
-        "next_line": next_lines(random, sources, 120),
-        "numbers": numbers(random, sources, 40),
+        "closing": closing(Random(0), sources),
+        "order": islice(order(Random(1), sources), 60),
+        "numbers": islice(numbers(Random(2), sources), 40),
+        "code": islice(code(Random(3)), 24),
+        "calls": islice(calls(Random(4)), 24),
+        "prompts": islice(prompts(Random(5), sources), 16),
     }
     for name, rows in made.items():
         (HERE / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -10,13 +10,9 @@ from moeflow.methods.judge import sandbox, scoring
 from moeflow.methods.judge.answers import Answers, Asked, Metric
 from moeflow.methods.judge.generating import Drawing, Writer, Written
 from moeflow.methods.judge.options import Prompts, Tasks
-from moeflow.methods.judge.task_files import Item, Kind
+from moeflow.methods.judge.task_files import METRICS, Item, Kind, strict
 
 Progress = Callable[[int, int, str], None]
-METRICS: dict[Kind, tuple[str, ...]] = {
-    "answers": ("exact_match", "exact_match,strict"), "code": ("passed",), "calls": ("valid_call",), "prompts": ()
-}  # fmt: skip
-"""What is measured of each kind of file; the first is the task's figure."""
 
 
 def answered(model: Path, name: str, kind: Kind, items: Sequence[Item], how: Tasks, dtype: str, progress: Progress) -> Answers:
@@ -44,7 +40,7 @@ def answered(model: Path, name: str, kind: Kind, items: Sequence[Item], how: Tas
             )
         elif kind == "calls":
             values.append({"valid_call": float(scoring.right_call(whole, item.tools))})
-    keys = METRICS[kind] if kind != "answers" or any("####" in i.answer for i in items) else METRICS[kind][:1]
+    keys = METRICS[kind][: 1 if kind == "answers" and not strict(items) else None]
     metrics = {key: _mean(key, [v[key] for v in values]) for key in keys}
     kept = [Asked(_digest(p), {k: v[k] for k in keys}, text=w.text) for p, v, w in zip(prompts, values, written, strict=True)]
     return Answers(name, metrics, kept, notes)

@@ -8,16 +8,18 @@ import numpy as np
 from moeflow.methods.judge import intervals
 from moeflow.methods.judge.answers import Answers, Metric
 from moeflow.methods.judge.scoring import agreed
+from moeflow.methods.judge.task_files import figure_of
 from moeflow.methods.reports import row
 
 
-def rows(first: Answers, second: Answers, metrics: Sequence[str]) -> list[dict[str, Any]]:
-    """A row for every metric; where some are named and the task has one of them, for these alone. The first is the task's figure.
+def rows(first: Answers, second: Answers, metrics: Sequence[str], *, only: bool = False) -> list[dict[str, Any]]:
+    """A row for every metric, those of `metrics` first and in their order; with `only` these alone, if the task has one of them.
 
-    Raises ValueError if the two models were not asked the same.
+    The first is the task's own figure. Raises ValueError if the two models were not asked the same.
     """
     check_same(first, second)
-    keys = [k for name in metrics for k, m in first.metrics.items() if m.name == name] or [*first.metrics]
+    listed = [k for name in metrics for k, m in first.metrics.items() if m.name == name]
+    keys = listed if only and listed else list(dict.fromkeys([*listed, *first.metrics]))
     return [_row(first, second, key, main=key == keys[0]) for key in keys]
 
 
@@ -36,7 +38,7 @@ def _row(first: Answers, second: Answers, key: str, *, main: bool) -> dict[str, 
     ]
     before, after = [a for a, _ in pairs], [b for _, b in pairs]
     made = row(name_of(first.task, metric), metric.value, other.value, metric.unit)
-    made |= {"figure": figure_of(first.task, metric, main=main), "text": first.task, "items": len(pairs)}
+    made |= {"figure": figure_of(first.task, metric.name, metric.filter, main=main), "items": len(pairs)}
     if metric.higher is not None:
         made["better"] = "higher" if metric.higher else "lower"
     if all(isinstance(v, int | float) for v in (*before, *after)):
@@ -57,11 +59,6 @@ def _row(first: Answers, second: Answers, key: str, *, main: bool) -> dict[str, 
 def name_of(task: str, metric: Metric) -> str:
     words = metric.name.replace("_", " ")
     return f"{words}, {metric.filter} ({task})" if metric.filter else f"{words} ({task})"
-
-
-def figure_of(task: str, metric: Metric, *, main: bool) -> str:
-    """The word by which a gate names a figure: the task's name, and with the metric for its further metrics."""
-    return task if main else ".".join(part for part in (task, metric.name, metric.filter) if part)
 
 
 def _with(interval: intervals.Interval | None, change: intervals.Interval | None) -> dict[str, Any]:
@@ -107,7 +104,7 @@ def _group_row(
     )
     parts = [_row(a, b, key, main=False) for a, b in pairs]
     made = row(name_of(name, metric), before, after, metric.unit)
-    made |= {"figure": figure_of(name, metric, main=main), "text": name, "items": sum(len(a.items) for a, _ in pairs)}
+    made |= {"figure": figure_of(name, metric.name, metric.filter, main=main), "items": sum(len(a.items) for a, _ in pairs)}
     made |= {field: parts[0][field] for field in ("better",) if field in parts[0]}
     made |= {field: sum(p[field] for p in parts) for field in ("wins", "losses") if all(field in p for p in parts)}
     if all("chance" in p for p in parts):
@@ -121,7 +118,7 @@ def _group_row(
 
 
 def of_prompts(first: Answers, second: Answers, name: str) -> list[dict[str, Any]]:
-    """The rows of a file of prompts: how long both models agree, by likeliest words and drawn ones, their length, and repetition."""
+    """The rows of a file of prompts: how long both models agree, by likeliest words and drawn ones, length, and repetition."""
     check_same(first, second)
     made = []
     both = [*zip(first.items, second.items, strict=True)]

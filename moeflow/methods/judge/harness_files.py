@@ -66,7 +66,7 @@ def needed(leaf: Leaf) -> Needed:
 
 
 def placed(changes: Mapping[str, Any], data: Mapping[str, Any], inside: Path | None, scratch: Path) -> dict[str, Any]:
-    """The changes in a task's file with its data where it lies now, in the folder `inside`; what is made of it goes to `scratch`."""
+    """The changes in a task's file, with its data where it lies now, in the folder `inside`; what is made of it is in `scratch`."""
 
     def at(value: Any) -> Any:
         if isinstance(value, Mapping):

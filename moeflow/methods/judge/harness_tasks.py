@@ -165,6 +165,13 @@ def _check(leaf: Leaf, tasks: Tasks) -> None:
         raise ValueError(f"the task {leaf.name} is about pictures or sound, and only the text model is judged; leave it out")
 
 
+def figures(leaf: Leaf) -> tuple[list[str], list[tuple[str, str]]]:
+    """A task's metrics in its own order, and each of them with each way in which answers are found in texts ("" for one alone)."""
+    metrics = [str(m["metric"]) for m in _metrics(leaf.whole)]
+    filters = [str(f.get("name") or "") for f in leaf.whole.get("filter_list") or [{}]]
+    return metrics, [(m, "" if f == "none" else f) for m in metrics for f in filters]
+
+
 def _metrics(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """What a task measures; the harness's rule where it does not say."""
     if listed := config.get("metric_list"):

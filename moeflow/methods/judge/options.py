@@ -37,8 +37,8 @@ class Tasks(NamesFiles):
     """Tasks with a right answer that the original and the compressed model do, on the same requests. Raises ValueError."""
 
     names: str
-    """Names of tasks, groups or tags of lm-evaluation-harness, files of such a task (.yaml), and files of rows (.jsonl), several joined
-    by commas; see docs/evaluate.md."""
+    """Names of tasks, groups or tags of lm-evaluation-harness, files of such a task (.yaml), and files of rows (.jsonl), several
+    joined by commas; see docs/evaluate.md."""
     folder: str = ""
     """A folder of files of lm-evaluation-harness's tasks, which may then be named like its own (its --include_path)."""
     shots: int | None = None

@@ -10,8 +10,8 @@ from typing import Any
 from moeflow.methods.judge import harness_files, harness_tasks
 from moeflow.methods.judge.answers import Answers
 from moeflow.methods.judge.options import Prompts, Tasks, is_rows, names_of
-from moeflow.methods.judge.task_files import Kind, read, shot
-from moeflow.methods.reports import write_report
+from moeflow.methods.judge.task_files import METRICS, Kind, figure_of, read, shot, strict
+from moeflow.methods.reports import figures, write_report
 from moeflow.model.memory import on_device
 from moeflow.model.spec import CheckpointSpec, precision
 from moeflow.options import only
@@ -31,17 +31,22 @@ class Judged:
     original: Step
     compressed: Step
     dtype: str
+    without_tokenizer: str = ""  # why text cannot become tokens, if it cannot
+    has_template: bool = False  # whether the tokenizer renders conversations
 
 
 def reports(judged: Judged, tasks: Tasks | None, prompts: Prompts | None) -> tuple[Step, ...]:
     """The steps that report on tasks and prompts. Raises ValueError for tasks that do not exist and files that cannot be read."""
+    if judged.without_tokenizer and (tasks or prompts):
+        raise ValueError(f"{judged.without_tokenizer}, so it can be asked nothing; leave tasks and prompts away")
     made: list[Step] = []
     if tasks is not None:
+        _check_template(judged, "tasks.chat=true", needed=tasks.chat)
         leaves, groups = harness_tasks.resolved(tasks)
         asked = {leaf.name: _of_harness(judged, leaf, tasks) for leaf in leaves}
         metrics = names_of(tasks.metrics)
-        for name, both in asked.items():
-            made.append(compared(*both, task=name, metrics=metrics).noting(*both[0].notes))
+        for leaf in leaves:
+            made.append(_of_leaf(*asked[leaf.name], leaf, metrics))
         for group in groups:
             first, second = zip(*(asked[name] for name in group.tasks), strict=True)
             aggregates = [dict(a) for a in group.aggregates]
@@ -53,6 +58,19 @@ def reports(judged: Judged, tasks: Tasks | None, prompts: Prompts | None) -> tup
     if twice := next((n for n in names if names.count(n) > 1), None):
         raise ValueError(f"two tasks are named {twice}, so that no gate could tell them apart; rename one")
     return tuple(made)
+
+
+def _check_template(judged: Judged, what: str, *, needed: bool) -> None:
+    if needed and not judged.has_template:
+        raise ValueError(f"{what} needs a chat template, and the tokenizer has none; put chat_template.jinja beside the checkpoint")
+
+
+def _of_leaf(first: Step, second: Step, leaf: harness_tasks.Leaf, metrics: list[str]) -> Step:
+    own, known = harness_tasks.figures(leaf)
+    listed = [pair for name in metrics for pair in known if pair[0] == name] or known
+    words = [figure_of(leaf.name, *pair, main=i == 0) for i, pair in enumerate(listed)]
+    order, only = (metrics, True) if {*metrics} & {*own} else (own, False)
+    return compared(first, second, task=leaf.name, metrics=order, only=only, figures=words or [leaf.name]).noting(*first.notes)
 
 
 def _of_harness(judged: Judged, leaf: harness_tasks.Leaf, tasks: Tasks) -> tuple[Step, Step]:
@@ -85,17 +103,21 @@ def _of_rows(judged: Judged, address: str, tasks: Tasks) -> Step:
         raise ValueError(f"{address} holds prompts alone, nothing to judge an answer by; give it as prompts={address}")
     shots = (tasks.shots or 0) if kind == "answers" else 0
     shot(items, shots, file)
+    _check_template(judged, f"{address}, which holds messages,", needed=any(isinstance(i.asked, list) for i in items))
     how = replace(only(tasks, "names", "limit", "batch", "tokens", "chat", "seconds"), names=name)
     first, second = (
         of_rows(model, source.file(file), file=file, kind=kind, shots=shots, how=how, dtype=judged.dtype)
         for model in (judged.original, judged.compressed)
     )
-    return compared(first, second, task=name, metrics=[])
+    metrics = [*METRICS[kind]][: 1 if kind == "answers" and not strict(items) else None]
+    words = [figure_of(name, *key.partition(",")[::2], main=i == 0) for i, key in enumerate(metrics)]
+    return compared(first, second, task=name, metrics=[], only=False, figures=words)
 
 
 def _of_prompts(judged: Judged, address: str, prompts: Prompts) -> Step:
     source, file, name = _file(address)
-    read(file, source.read(file))
+    _, items = read(file, source.read(file))
+    _check_template(judged, f"{address}, which holds messages,", needed=any(isinstance(i.asked, list) for i in items))
     how = replace(prompts, files=name)
     first, second = (
         of_prompts(model, source.file(file), file=file, how=how, dtype=judged.dtype)
@@ -160,7 +182,8 @@ def of_rows(
     """What one model answers to the rows of a file, each judged by the file's kind: `answers.json`.
 
     The likeliest tokens are written. The number in an answer is found as the harness finds it for GSM8K, code runs with its tests
-    in a process of its own (`sandbox` says what that does not protect from), and a tool call has to be JSON that names a given tool.
+    in a process of its own (`sandbox` says what that does not protect from), and a tool call has to be JSON that names a given
+    tool.
     """
     from moeflow.methods.judge.asking import answered
 
@@ -183,22 +206,27 @@ def of_prompts(context: Context, model: Artifact, rows: Artifact, *, file: str, 
     continued(model.folder(), how.files, items[: how.limit], how, dtype, context.progress).write(context.out)
 
 
-def _compared_spec(original: Any, compressed: Any, **_: Any) -> Spec:
-    return Spec(reads=1 << 20, writes=2000, memory=1 << 28)
+def _compared_spec(original: Any, compressed: Any, *, figures: list[str], **_: Any) -> Spec:
+    return Spec(reads=1 << 20, writes=2000, memory=1 << 28, figures=tuple(figures))
 
 
 @step("judge.compared", version=1, spec=_compared_spec)
-def compared(context: Context, original: Artifact, compressed: Artifact, *, task: str, metrics: list[str]) -> None:
-    """Both models' figures on one task, paired by item: wins, losses, the interval of each and of the change, and chance."""
+def compared(
+    context: Context, original: Artifact, compressed: Artifact, *, task: str, metrics: list[str], only: bool, figures: list[str]
+) -> None:
+    """Both models' figures on one task, paired by item: wins, losses, the interval of each and of the change, and chance.
+
+    `metrics`: which come first; `only`: and no others; `figures`: what a gate may name, as far as it is known beforehand.
+    """
     from moeflow.methods.judge.comparing import rows
 
     first, second = Answers.read(original), Answers.read(compressed)
     notes = "; ".join(dict.fromkeys([*first.notes, *second.notes]))
-    write_report(context, "tasks", rows(first, second, metrics), note=notes, text=task)
+    write_report(context, "tasks", rows(first, second, metrics, only=only), note=notes, task=task)
 
 
-def _group_spec(original: Any, compressed: Any, **_: Any) -> Spec:
-    return Spec(reads=len(original) << 20, writes=2000, memory=1 << 28)
+def _group_spec(original: Any, compressed: Any, *, name: str, **_: Any) -> Spec:
+    return Spec(reads=len(original) << 20, writes=2000, memory=1 << 28, figures=(figure_of(name),))
 
 
 @step("judge.of_group", version=1, spec=_group_spec)
@@ -210,10 +238,15 @@ def of_group(
     from moeflow.methods.judge import comparing
 
     first, second = ([Answers.read(a) for a in side] for side in (original, compressed))
-    write_report(context, "tasks", comparing.of_group(name, first, second, aggregates, metrics), text=name)
+    write_report(context, "tasks", comparing.of_group(name, first, second, aggregates, metrics), task=name)
 
 
-@step("judge.prompts", version=1, spec=_compared_spec)
+def _compared_prompts_spec(original: Any, compressed: Any, *, name: str) -> Spec:
+    words = figures("greedy_prefix", "sampled_prefix", "length", "repetition", text=name)
+    return Spec(reads=1 << 20, writes=2000, memory=1 << 28, figures=words)
+
+
+@step("judge.prompts", version=1, spec=_compared_prompts_spec)
 def compared_prompts(context: Context, original: Artifact, compressed: Artifact, *, name: str) -> None:
     """How long both models agree behind the prompts of a file, how long they write, how far they repeat themselves; their texts."""
     from moeflow.methods.judge.comparing import of_prompts as rows

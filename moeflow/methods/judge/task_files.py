@@ -4,6 +4,7 @@ What a file is, its columns say (`KINDS`). All rows of a file are of one kind. N
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -13,6 +14,10 @@ ASKED = ("messages", "prompt", "question", "query", "text")
 """The columns that may hold what is asked, in the order in which they are looked for."""
 KINDS: Mapping[Kind, tuple[str, ...]] = {"calls": ("tools",), "code": ("test", "test_list"), "answers": ("answer",), "prompts": ()}
 """The columns by one of which each kind is known, the first kind that fits; one of `ASKED` is there besides."""
+METRICS: Mapping[Kind, tuple[str, ...]] = {
+    "answers": ("exact_match", "exact_match,strict"), "code": ("passed",), "calls": ("valid_call",), "prompts": ()
+}  # fmt: skip
+"""What is measured of each kind of file; the first is the task's figure."""
 MBPP = "You are an expert Python programmer, and here is your task: {text} Your code should pass these tests:\n\n{tests}\n[BEGIN]\n"
 STOPS: Mapping[str, tuple[str, ...]] = {
     "question": ("Question:", "</s>", "<|im_end|>"),
@@ -71,7 +76,9 @@ def _item(row: Mapping[str, Any], kind: Kind) -> Item:
     if column is None:
         raise ValueError(f"has none of the columns {', '.join(ASKED)}; it has {', '.join(row) or 'none'}")
     asked = _listed(row[column], "messages") if column == "messages" else _text(row, column)
-    if not asked:
+    if kind == "calls" and isinstance(asked, str) and column != "prompt":
+        asked = [{"role": "user", "content": asked}]  # so that the chat template tells of the tools
+    if not asked and not row.get("begin"):
         raise ValueError(f"has nothing in its column {column!r}")
     stop = row.get("stop", STOPS.get(column, ()) if kind in ("answers", "code") and (column, kind) != ("prompt", "answers") else ())
     if isinstance(stop, str):
@@ -132,6 +139,17 @@ def _tools(value: Any) -> list[dict[str, Any]]:
 def name_of(tool: Mapping[str, Any]) -> Any:
     inside = tool.get("function")
     return inside.get("name") if isinstance(inside, Mapping) else tool.get("name")
+
+
+def strict(items: Sequence[Item]) -> bool:
+    """Whether answers write their number behind "####", as GSM8K's do, so that finding it there is a measure of its own."""
+    return any("####" in item.answer for item in items)
+
+
+def figure_of(task: str, metric: str = "", filter: str = "", *, main: bool = True) -> str:
+    """The word by which a gate names a figure: the task's name, and with the metric for its further metrics."""
+    words = ".".join(part for part in ((task,) if main else (task, metric, filter)) if part)
+    return re.sub(r"^(?=\d)", "_", re.sub(r"[^\w./:-]+", "_", words))
 
 
 def shot(items: Sequence[Item], shots: int, name: str) -> list[Item]:
