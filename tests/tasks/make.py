@@ -20,7 +20,7 @@ HERE = Path(__file__).parent
 BEFORE = 6
 """Lines of code in front of what is asked."""
 CLOSING = [")", "]", "}", '"']
-NUMBER = re.compile(r"(?<=[\[(=,:] )\d\b|(?<=[\[(:-])\d\b")
+NUMBER = re.compile(r"(?<=\[)\d(?=\])|(?<=\[-)\d(?=\])")
 Row = dict[str, Any]
 
 
@@ -65,7 +65,7 @@ def order(random: Random, sources: list[list[str]]) -> Iterator[Row]:
 
 
 def numbers(random: Random, sources: list[list[str]]) -> Iterator[Row]:
-    """Code that breaks off in front of a number of one digit; which one is it?"""
+    """Code that breaks off in front of an index of one digit; which one is it?"""
     for before, line in places(random, sources):
         if match := NUMBER.search(line):
             yield {"prompt": f"{before}\n{line[: match.start()].rstrip(' ')}", "answer": match[0], "stop": ["\n", *",)]:"]}
@@ -88,11 +88,13 @@ def calls(random: Random) -> Iterator[Row]:
     """A call of a tool that breaks off within its arguments, to be closed as JSON."""
     names = ["get", "read", "write", "open", "find", "send"]
     for name in names:
-        for key in ("a", "b", "x", "path"):
+        for inner in ("", '"a": {', '"x": {', '"path": {'):
             yield {
-                "prompt": "", "begin": f'{{"name": "{name}", "arguments": {{"{key}": {{"{key}": {{', "stop": ["\n"],
+                "prompt": "{{}}{{}}\n",
+                "begin": f'{{"name": "{name}", "arguments": {{{inner}',
                 "tools": [{"name": n} for n in names],
-            }  # fmt: skip
+                "stop": ["\n"],
+            }
 
 
 def prompts(random: Random, sources: list[list[str]]) -> Iterator[Row]:

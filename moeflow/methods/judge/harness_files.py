@@ -10,13 +10,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from moeflow.methods.judge.harness_tasks import Leaf, own_folder
-from moeflow.sources import Source, pin
-from moeflow.store.errors import MissingSource
+
+if TYPE_CHECKING:
+    from moeflow.sources import Source
 
 BUILDERS = ("json", "csv", "parquet", "text", "arrow", "pandas", "xml")
 """The names by which a task says that its data set is files, in which format."""
@@ -27,14 +28,14 @@ class Needed:
     """What the step of a task is told: its file, what is changed in it, and where its data lies."""
 
     yaml: str  # within `files`, or within the harness's tasks
-    files: Source | None
+    files: "Source | None"
     changes: dict[str, Any]
     data: dict[str, Any]  # as in dataset_kwargs and dataset_path, with names within `files`
     notes: tuple[str, ...] = field(default=())
 
 
 def needed(leaf: Leaf) -> Needed:
-    """The files and the data of a task. Raises MissingSource for data that is not there."""
+    """The files and the data of a task. Raises ValueError for data that is not there."""
     config = leaf.whole
     kwargs = dict(config.get("dataset_kwargs") or {})
     dataset, notes = str(config.get("dataset_path") or ""), []
@@ -51,7 +52,7 @@ def needed(leaf: Leaf) -> Needed:
     elif "revision" not in kwargs:
         try:
             kwargs["revision"] = _commit(dataset)
-        except MissingSource as error:
+        except ValueError as error:
             if "/" in dataset:
                 raise ValueError(f"the data set of the task {leaf.name} cannot be had: {error}") from None
             notes.append(f"the data set {dataset} of {leaf.name} has no owner in its name, so its revision is not pinned")
@@ -94,7 +95,7 @@ def _found(value: Any, folder: Path, task: str, files: list[Path]) -> Any:
             continue
         places = [p for base in (folder, Path.cwd()) if (p := sorted(glob.glob(str(base / str(one)), recursive=True)))]
         if not places:
-            raise MissingSource(f"the task {task} reads {one}, which lies neither in {folder} nor in the current folder")
+            raise ValueError(f"the task {task} reads {one}, which lies neither in {folder} nor in the current folder")
         files += [Path(p) for p in places[0] if Path(p).is_file()]
         files += [f for p in places[0] if Path(p).is_dir() for f in sorted(Path(p).rglob("*")) if f.is_file()]
         paths += places[0]
@@ -131,8 +132,10 @@ def _sources(path: Path) -> list[Path]:
     return [*seen, *sorted({p for folder in {one.parent for one in seen} for p in folder.glob("*.py")})]
 
 
-def _pinned(root: Path, files: Sequence[Path]) -> Source:
+def _pinned(root: Path, files: Sequence[Path]) -> "Source":
     """These files of a folder, as one source."""
+    from moeflow.sources import Source, pin
+
     pinned = []
     for file in sorted({Path(os.path.normpath(f.absolute())) for f in files}):
         (one,) = pin(str(file), kind="data").files
@@ -142,5 +145,7 @@ def _pinned(root: Path, files: Sequence[Path]) -> Source:
 
 @cache
 def _commit(dataset: str) -> str:
-    """The commit of a data set on the hub now. Raises MissingSource."""
+    """The commit of a data set on the hub now. Raises ValueError."""
+    from moeflow.sources import pin
+
     return pin(f"hf://datasets/{dataset}", kind="data").revision

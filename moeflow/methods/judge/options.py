@@ -4,8 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moeflow.options import check_at_least
-from moeflow.sources import NamesFiles, pin
-from moeflow.store.errors import MissingSource
 
 ROWS = (".jsonl", ".ndjson")
 """The endings of files of rows, one JSON object on a line."""
@@ -27,13 +25,11 @@ def is_rows(name: str) -> bool:
 
 def _check_file(what: str, name: str) -> None:
     if "://" not in name and not Path(name).expanduser().is_file():
-        raise MissingSource(f"{what}={name}: there is no such file; check the path")
-    if "://" not in name:
-        pin(name, kind="data")
+        raise ValueError(f"{what}={name}: there is no such file; check the path")
 
 
 @dataclass(frozen=True)
-class Tasks(NamesFiles):
+class Tasks:
     """Tasks with a right answer that the original and the compressed model do, on the same requests. Raises ValueError."""
 
     names: str
@@ -69,15 +65,16 @@ class Tasks(NamesFiles):
                 raise ValueError(f"{name}={value} must be at least {int(name == 'limit')}, or none")
 
     def check_files(self) -> None:
+        """Raise ValueError for a file or folder that should be on this machine and is not."""
         if self.folder and not Path(self.folder).expanduser().is_dir():
-            raise MissingSource(f"tasks.folder={self.folder}: there is no such folder; check the path")
+            raise ValueError(f"tasks.folder={self.folder}: there is no such folder; check the path")
         for name in names_of(self.names):
             if is_rows(name) or name.endswith(YAML):
                 _check_file("tasks", name)
 
 
 @dataclass(frozen=True)
-class Prompts(NamesFiles):
+class Prompts:
     """Prompts that both models go on from: how long they agree, how long they write, and whether they repeat themselves."""
 
     files: str
@@ -105,7 +102,8 @@ class Prompts(NamesFiles):
             raise ValueError(f"temperature={self.temperature} must lie above 0; what is likeliest is written in any case")
 
     def check_files(self) -> None:
+        """Raise ValueError for a file that should be on this machine and is not, and for one that holds no rows."""
         for name in names_of(self.files):
             if not is_rows(name):
-                raise MissingSource(f"prompts={name} is no file of rows; it ends in {' or '.join(ROWS)}")
+                raise ValueError(f"prompts={name} is no file of rows; it ends in {' or '.join(ROWS)}")
             _check_file("prompts", name)

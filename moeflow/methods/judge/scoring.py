@@ -60,14 +60,14 @@ def right_call(written: str, tools: Sequence[dict[str, Any]]) -> bool:
 
 
 def _calls(text: str) -> list[Any]:
-    """The JSON values at the beginning of a text, lists opened; none if it does not begin with one that can be read."""
+    """The JSON values at the beginning of a text, lists opened; None alone where an object begins that cannot be read."""
     calls: list[Any] = []
     decoder = json.JSONDecoder()
     while (text := text.lstrip())[:1] in ("{", "["):
         try:
             value, end = decoder.raw_decode(text)
         except (ValueError, RecursionError):
-            return calls if calls else [None]
+            return calls if calls and text[0] == "[" else [None]
         calls += value if isinstance(value, list) else [value]
         text = text[end:]
     return calls
