@@ -7,6 +7,7 @@ is brought into the store whole: its file, those that it includes, the Python fi
 import glob
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -148,4 +149,6 @@ def _commit(dataset: str) -> str:
     """The commit of a data set on the hub now. Raises ValueError."""
     from moeflow.sources import pin
 
+    with suppress(ValueError):  # one small question, where the data set has a page
+        return pin(f"hf://datasets/{dataset}/README.md", kind="data").revision
     return pin(f"hf://datasets/{dataset}", kind="data").revision

@@ -52,6 +52,8 @@ def resolved(tasks: Tasks) -> tuple[list[Leaf], list[Grouped]]:
     that no task has.
     """
     names = [name for name in names_of(tasks.names) if not is_rows(name)]
+    if not names and tasks.metrics:
+        raise ValueError(f"tasks.metrics={tasks.metrics} is for tasks of lm-evaluation-harness, and none is named; leave it away")
     if not names:
         return [], []
     version()

@@ -3,7 +3,7 @@
 What the original answered is stored under its own key, so that another compression of it asks the original nothing again.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -49,15 +49,26 @@ def reports(judged: Judged, tasks: Tasks | None, prompts: Prompts | None) -> tup
             made.append(_of_leaf(*asked[leaf.name], leaf, metrics))
         for group in groups:
             first, second = zip(*(asked[name] for name in group.tasks), strict=True)
-            aggregates = [dict(a) for a in group.aggregates]
-            made.append(of_group(first, second, name=group.name, aggregates=aggregates, metrics=metrics))
+            _, known = harness_tasks.figures(next(leaf for leaf in leaves if leaf.name == group.tasks[0]))
+            order = [str(a["metric"]) for a in group.aggregates]
+            order = [m for m in metrics if m in order] or order
+            words = _words(group.name, [pair for m in order for pair in known if pair[0] == m])
+            aggregates = [dict(a) for a in group.aggregates if a["metric"] in order]
+            made.append(of_group(first, second, name=group.name, aggregates=aggregates, metrics=order, figures=words))
         made += [_of_rows(judged, file, tasks) for file in names_of(tasks.names) if is_rows(file)]
     if prompts is not None:
         made += [_of_prompts(judged, file, prompts) for file in names_of(prompts.files)]
-    names = [str(s.params.get("task", s.params.get("name"))) for s in made if s.name != "judge.prompts"]
-    if twice := next((n for n in names if names.count(n) > 1), None):
-        raise ValueError(f"two tasks are named {twice}, so that no gate could tell them apart; rename one")
+    words = [word for s in made for word in s.spec.figures]
+    if twice := next((word for word in words if words.count(word) > 1), None):
+        raise ValueError(
+            f"two tasks or files of prompts have the figure {twice}, so that no gate could tell them apart; rename one"
+        )
     return tuple(made)
+
+
+def _words(task: str, metrics: Sequence[tuple[str, ...]]) -> list[str]:
+    """The words by which a gate names a task's figures: its metrics, with the ways in which answers are found."""
+    return [figure_of(task, *pair, main=i == 0) for i, pair in enumerate(metrics)] or [figure_of(task)]
 
 
 def _check_template(judged: Judged, what: str, *, needed: bool) -> None:
@@ -68,9 +79,8 @@ def _check_template(judged: Judged, what: str, *, needed: bool) -> None:
 def _of_leaf(first: Step, second: Step, leaf: harness_tasks.Leaf, metrics: list[str]) -> Step:
     own, known = harness_tasks.figures(leaf)
     listed = [pair for name in metrics for pair in known if pair[0] == name] or known
-    words = [figure_of(leaf.name, *pair, main=i == 0) for i, pair in enumerate(listed)]
     order, only = (metrics, True) if {*metrics} & {*own} else (own, False)
-    return compared(first, second, task=leaf.name, metrics=order, only=only, figures=words or [leaf.name]).noting(*first.notes)
+    return compared(first, second, task=leaf.name, metrics=order, only=only, figures=_words(leaf.name, listed)).noting(*first.notes)
 
 
 def _of_harness(judged: Judged, leaf: harness_tasks.Leaf, tasks: Tasks) -> tuple[Step, Step]:
@@ -110,7 +120,7 @@ def _of_rows(judged: Judged, address: str, tasks: Tasks) -> Step:
         for model in (judged.original, judged.compressed)
     )
     metrics = [*METRICS[kind]][: 1 if kind == "answers" and not strict(items) else None]
-    words = [figure_of(name, *key.partition(",")[::2], main=i == 0) for i, key in enumerate(metrics)]
+    words = _words(name, [key.partition(",")[::2] for key in metrics])
     return compared(first, second, task=name, metrics=[], only=False, figures=words)
 
 
@@ -225,16 +235,16 @@ def compared(
     write_report(context, "tasks", rows(first, second, metrics, only=only), note=notes, task=task)
 
 
-def _group_spec(original: Any, compressed: Any, *, name: str, **_: Any) -> Spec:
-    return Spec(reads=len(original) << 20, writes=2000, memory=1 << 28, figures=(figure_of(name),))
+def _group_spec(original: Any, compressed: Any, *, figures: list[str], **_: Any) -> Spec:
+    return Spec(reads=len(original) << 20, writes=2000, memory=1 << 28, figures=tuple(figures))
 
 
 @step("judge.of_group", version=1, spec=_group_spec)
 def of_group(
     context: Context, original: tuple[Artifact, ...], compressed: tuple[Artifact, ...],
-    *, name: str, aggregates: list[dict[str, Any]], metrics: list[str],
+    *, name: str, aggregates: list[dict[str, Any]], metrics: list[str], figures: list[str],
 ) -> None:  # fmt: skip
-    """Both models' figures on a group of tasks, made of those of its tasks as the harness makes them."""
+    """Both models' figures on a group of tasks, made of those of its tasks as the harness makes them; see `compared`."""
     from moeflow.methods.judge import comparing
 
     first, second = ([Answers.read(a) for a in side] for side in (original, compressed))

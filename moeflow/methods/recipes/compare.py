@@ -1,6 +1,7 @@
 """Compare a compressed model with its original: every report of `moeflow.methods.evaluate`, on each held-out text."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moeflow.methods.calibrate import steps as calibrate
@@ -78,8 +79,17 @@ def reports(original: Model, compressed: Model, heldout: HeldOut, passed: Pass, 
             reports.append(experts_per_token(original.essential, observed, layers=list(run.observed), name=name))
     whole = text_model_of(original), text_model_of(compressed)
     judged = judge.Judged(*whole, passed.dtype, original.without_tokenizer, original.has_template)
-    reports += judge.reports(judged, heldout.tasks, heldout.prompts)
-    return (*reports, speed(*whole, machine=here(), length=heldout.length))
+    reports.append(speed(*whole, machine=here(), length=heldout.length))
+    answers = judge.reports(judged, heldout.tasks, heldout.prompts)
+    _check_named_apart(reports, answers)
+    return (*reports, *answers)
+
+
+def _check_named_apart(reports: Sequence[Step], answers: Sequence[Step]) -> None:
+    """Raise ValueError if a task has the name of a figure that is measured in any case, so that a gate's word would mean both."""
+    known = {word.partition("[")[0] for step in reports for word in step.spec.figures}
+    if same := next((word for step in answers for word in step.spec.figures if word in known), None):
+        raise ValueError(f"a task is named {same}, as a figure is that every report has; give it another name")
 
 
 def _names(texts: Texts) -> list[str]:

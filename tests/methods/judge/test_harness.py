@@ -22,7 +22,7 @@ from moeflow.methods.recipes import naee
 from moeflow.sources import Texts
 from moeflow.step import Step, upstream
 from moeflow.store import Store
-from tests import running
+from tests import running, servers
 from tests.methods.judge.judging import TASKS, broken, judged, rows
 
 pytestmark = pytest.mark.slow  # importing lm_eval takes five seconds
@@ -151,6 +151,30 @@ def test_what_the_harness_cannot_ask_is_refused_in_one_line(models: tuple[Store,
     refused(r"the task nothing does not exist \(in the group all\)", str(tmp_path / "group.yaml"))
     (tmp_path / "empty.yaml").write_text("- a\n")
     refused("empty.yaml is no task of lm-evaluation-harness", str(tmp_path / "empty.yaml"))
+
+
+def test_a_data_set_on_the_hub_is_pinned_to_its_commit(
+    models: tuple[Store, judge.Judged], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, both = models
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    with servers.hub_server() as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        commits = {
+            "with-page": hub.put("datasets/org/with-page", {"README.md": b"About", "a.zip": b"x"}),
+            "bare": hub.put("datasets/org/bare", {"data/test.jsonl": b"{}"}),
+        }
+        for name, commit in commits.items():
+            (tmp_path / f"{name}.yaml").write_text(
+                yaml.safe_dump({"task": name, "dataset_path": f"org/{name}", "test_split": "test"})
+            )
+            (report,) = judge.reports(both, Tasks(str(tmp_path / f"{name}.yaml")), None)
+            asked = [s for s in upstream([report]) if s.name == "judge.of_harness"]
+            assert [s.params["changes"]["dataset_kwargs"] for s in asked] == [{"revision": commit}] * 2
+        (tmp_path / "gone.yaml").write_text(yaml.safe_dump({"task": "gone", "dataset_path": "org/gone"}))
+        with pytest.raises(ValueError, match="the data set of the task gone cannot be had: .*org/gone") as told:
+            judge.reports(both, Tasks(str(tmp_path / "gone.yaml")), None)
+        assert "\n" not in str(told.value)
 
 
 def test_a_model_whose_layers_differ_is_asked_like_any_other(models: tuple[Store, judge.Judged]) -> None:

@@ -81,7 +81,11 @@ def test_what_cannot_be_judged_is_refused_in_one_line_when_the_graph_is_built(
     refused(str(TASKS / "code.jsonl"), "tasks.chat=true needs a chat template", chat=True)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "code.jsonl").write_text((TASKS / "code.jsonl").read_text())
-    refused(f"{TASKS / 'code.jsonl'},{tmp_path / 'other' / 'code.jsonl'}", "two tasks are named code")
+    refused(
+        f"{TASKS / 'code.jsonl'},{tmp_path / 'other' / 'code.jsonl'}",
+        "two tasks or files of prompts have the figure code, so that no gate",
+    )
+    refused(str(TASKS / "code.jsonl"), "tasks.metrics=acc is for tasks of lm-evaluation-harness, and none is named", metrics="acc")
     plain = judged(tiny.write("mixtral", tmp_path / "plain"), running.SMALL)
     with pytest.raises(ValueError, match="the model has no tokenizer, so it can be asked nothing"):
         judge.reports(plain, tasks(str(TASKS / "code.jsonl")), None)
