@@ -20,7 +20,7 @@ class Build(build_py):
     def _copy(self, folder: str, to: Path) -> None:
         self.mkpath(str(to))
         for file in sorted(Path(folder).iterdir()):
-            if file.suffix in (".py", ".pth"):
+            if file.suffix in (".py", ".pth", ".yaml"):
                 self.copy_file(str(file), str(to / file.name))
 
 

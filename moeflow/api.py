@@ -20,9 +20,9 @@ from moeflow.run.progress import Show
 from moeflow.run.progress import show as shown
 from moeflow.run.words_of import words_of
 from moeflow.store import NotStored
-from moeflow.store import versions as stored
+from moeflow.store import versions as published
 
-HOW = ("store", "name", "gate", "runner", "gpus", "cpus", "progress", "patience", "retries", "in_flight")
+HOW = ("store", "name", "gate", "runner", "gpus", "cpus", "progress", "patience", "retries", "in_flight", "track")
 """Which parameters of `run` and `fit` say where and how, and are none of a pipeline's."""
 
 
@@ -46,7 +46,7 @@ def run(
     `search={"seed": 1}`, or by their first field, `search="reap"`. `store`: a folder or s3://bucket/prefix, `.moeflow/store` by
     default. `name`: what the result is published as, the pipeline's name by default. `gate`: bounds on its figures, such as
     "kl<0.02", or a gate.yaml. `runner`: "auto", "process" or "ray". `gpus`, `cpus`: of each step that computes with a model.
-    `progress`: show it. Also `patience`, `retries` and `in_flight`, as of `moeflow run`.
+    `progress`: show it. Also `track`, such as "tensorboard:DIR", `patience`, `retries` and `in_flight`, as of `moeflow run`.
 
     Raises ValueError, TypeError, LookupError or OSError, in one line, for what is wrong with the request, before anything runs;
     StepFailed if a step fails: what had finished is stored, and the next run continues there.
@@ -81,21 +81,12 @@ def fit(
     return _run(fitting.PIPELINE, fitting.fit_words(fspath(model), budget, engine=engine, recover=recover), parameters, how)
 
 
-def load(where: str | PathLike[str], *, store: str = "", **options: Any) -> Any:
-    """The model in a folder, or of a version in a store, whatever form it has, ready to use.
-
-    `options` are those of transformers' `from_pretrained`, such as `dtype` and `device_map`. Raises NotStored where there is no
-    such folder and no such version.
-    """
-    from moeflow.model import loading
-
-    if Path(where).is_dir():
-        return loading.model_in(Path(where), **options)
+def stored(where: str, store: str) -> Version:
+    """The version that `moeflow.load` is to load, if there is no such folder. Raises NotStored."""
     try:
-        at = version(fspath(where), store=store)
+        return version(where, store=store)
     except (NotStored, FileNotFoundError) as error:
-        raise NotStored(f"{fspath(where)} is no folder here, and {error.args[0]}") from error
-    return at.load(**options)
+        raise NotStored(f"{where} is no folder here, and {error.args[0]}") from error
 
 
 def version(ref: str, *, store: str = "") -> Version:
@@ -106,7 +97,7 @@ def version(ref: str, *, store: str = "") -> Version:
 def versions(name: str = "", *, store: str = "") -> list[Version]:
     """All versions that a store holds, or those of one name, newest last. Raises FileNotFoundError."""
     opened = reading(store)
-    return [Version(opened, one) for one in sorted(stored.list(opened, name), key=lambda one: one.created)]
+    return [Version(opened, one) for one in sorted(published.list(opened, name), key=lambda one: one.created)]
 
 
 def pipelines() -> list[str]:
@@ -120,14 +111,19 @@ def _run(file: str, words: Sequence[str], parameters: Mapping[str, Any], how: Ma
     given = [*words, *words_of(build or recipe.build_of(Path(file)), parameters)]
     if file == fitting.PIPELINE:
         fitting.check_budget(given)
-    gate, options = how.get("gate", ()), Options(**{n: how[n] for n in ("retries", "in_flight", "gpus", "cpus") if n in how})
+    gate, track = (_words(how.get(name, ())) for name in ("gate", "track"))
+    options = Options(**{n: how[n] for n in ("retries", "in_flight", "gpus", "cpus") if n in how})
     job = Job(
-        file, given, how.get("store", ""), how.get("name", ""), (gate,) if isinstance(gate, str) else gate,
-        _runner(how.get("runner", "auto")), options, how.get("patience", "15m"), build,
+        file, given, how.get("store", ""), how.get("name", ""), gate,
+        _runner(how.get("runner", "auto")), options, how.get("patience", "15m"), build, track,
     )  # fmt: skip
     show = shown(stream=_stream()) if how.get("progress", True) else Show()
     done = job.ready(show).go(show)
     return found(done.store, done.ref)
+
+
+def _words(value: str | Sequence[str]) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(value)
 
 
 def _runner(word: str) -> Runner:

@@ -6,8 +6,10 @@ from os import PathLike
 from pathlib import Path
 
 from moeflow import report
+from moeflow.report import trackers
 from moeflow.report.figures import read_figures
 from moeflow.report.gate import Bound, check_measured, judge, read_gate, refusal
+from moeflow.report.tracking import Tracked
 from moeflow.run import pipeline, recipe
 from moeflow.run.go import Prepared, Runner, go, prepare
 from moeflow.run.opening import open_store, seconds
@@ -25,7 +27,7 @@ class Job:
     `file`: the name of a pipeline that comes with moeflow, a file, or the recipe.yaml of a version. `store`: a folder or an
     address, "" for the usual folder. `name`: what the result is published as, "" for the name of the pipeline. `gate`: bounds, or
     files with them. `patience`: how long a store or a source that does not answer is waited for, as in 15m. `build`: the
-    pipeline's function, if it is loaded already.
+    pipeline's function, if it is loaded already. `track`: where its numbers are to be looked at, as in tensorboard:DIR.
     """
 
     file: str | PathLike[str]
@@ -37,6 +39,7 @@ class Job:
     options: Options = field(default_factory=Options)
     patience: str = "15m"
     build: pipeline.Build | None = None
+    track: Sequence[str] = ()
 
     @property
     def temporary(self) -> bool:
@@ -47,6 +50,8 @@ class Job:
         """Everything checked that can be before a step starts. Raises what a wrong request raises."""
         with heard(show.waits):
             bounds = read_gate(self.gate)
+            for word in self.track:
+                trackers.check(word)
             store = open_store(self.store, seconds("--patience", self.patience))
             about = asked(self.file, self.given, store, self.build)
             target = self.options.place(about.target)
@@ -66,15 +71,17 @@ class Ready:
 
     def go(self, show: Show) -> "Done":
         """Run what is missing, publish the result and read its reports. Raises StepFailed."""
-        prepared, store = self.prepared, self.prepared.store
-        with heard(show.waits):
+        prepared, store, record = self.prepared, self.prepared.store, self.asked.record()
+        about = {"pipeline": str(record["pipeline"]), **{n: str(word) for n, word in record["parameters"].items()}}
+        record |= {"gate": [b.word for b in self.bounds]} if self.bounds else {}
+        with heard(show.waits), Tracked(self.job.track, prepared.name, show, about) as tracked:
             if self.job.temporary:
                 show.say(f"warning: the store {store.url} goes with the Ray cluster; pass --store to keep what this run makes")
-            record = self.asked.record() | ({"gate": [b.word for b in self.bounds]} if self.bounds else {})
-            outcome, n = go(prepared, progress=show, options=self.job.options, record=record)
-            keys = [s.key for s in prepared.target.reports]
+            outcome, n = go(prepared, progress=tracked, options=self.job.options, record=record)
+            ref, keys = f"{prepared.name}@{n}", [s.key for s in prepared.target.reports]
+            tracked.result(store, prepared.target, ref, outcome)
             refused = refusal(judge(self.bounds, read_figures(store, keys))) if self.bounds else ""
-            return Done(store, prepared.target.key, f"{prepared.name}@{n}", outcome, report.read(store, keys), refused)
+            return Done(store, prepared.target.key, ref, outcome, report.read(store, keys), refused)
 
 
 @dataclass(frozen=True)

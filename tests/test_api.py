@@ -10,7 +10,6 @@ import pytest
 from typer.testing import CliRunner
 
 import moeflow
-from moeflow import api
 from moeflow.cli import app
 from moeflow.methods.graph import Calibrating
 from moeflow.methods.prune.searches import Search
@@ -223,5 +222,5 @@ def test_a_model_is_compressed_fitted_and_loaded_in_a_few_lines(store: str, tmp_
     )
     assert fitted.report.row("bytes")["compressed"] <= 2 << 20
     words = fitted.tokenizer()("def __init__(self", return_tensors="pt")
-    for model in (made.load(), fitted.load(), moeflow.load(fitted.pull(tmp_path / "out")), api.load("fit", store=store)):
+    for model in (made.load(), fitted.load(), moeflow.load(fitted.pull(tmp_path / "out")), moeflow.load("fit", store=store)):
         assert model.generate(**words, max_new_tokens=4).shape[1] == words["input_ids"].shape[1] + 4

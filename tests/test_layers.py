@@ -22,6 +22,7 @@ LAYERS = [
     "moeflow.job",
     "moeflow.result",
     "moeflow.api",
+    "moeflow.recompress",
     "moeflow.cli",
     "pipelines",
 ]

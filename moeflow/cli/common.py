@@ -18,6 +18,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 from typer.exceptions import TyperException
 
+import moeflow
 from moeflow import report
 from moeflow.report.promotion import NotPassed
 from moeflow.run import CannotRun, ClusterLost, StepFailed, pipeline
@@ -55,14 +56,29 @@ class OneLine(TyperGroup):
 
 app = typer.Typer(
     cls=OneLine,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="Compress mixture-of-experts models. Exit codes: 0, 1 (the work failed), 2 (the request was wrong).",
 )
 
+
+@app.callback()
+def _of_every(
+    version: Annotated[bool, typer.Option("--version", is_eager=True, help="show the version of moeflow and end")] = False,
+) -> None:
+    if version:
+        print(f"moeflow {moeflow.__version__}")
+        raise typer.Exit
+
+
+def _pipelines(incomplete: str) -> list[str]:
+    """The names of pipelines that begin so, for a shell that completes them."""
+    return [name for name in shipped() if name.startswith(incomplete)]
+
+
 File = Annotated[
     Path,
     typer.Argument(
+        autocompletion=_pipelines,
         metavar="PIPELINE",
         help="one that comes with moeflow, such as mixtral, a file that defines build(), or the recipe.yaml of a version",
     ),
@@ -91,6 +107,10 @@ GpuKind = Annotated[
 ]
 GateWords = Annotated[
     list[str], typer.Option("--gate", metavar="BOUND", help="kl<0.02, bytes<=24GB, gsm8k>=0.95x, or a gate.yaml; repeatable")
+]
+Track = Annotated[
+    list[str],
+    typer.Option("--track", metavar="WHERE", help="tensorboard:DIR, mlflow:URI or wandb:PROJECT also gets the numbers; repeatable"),
 ]
 Json = Annotated[bool, typer.Option("--json", help="machine-readable output")]
 Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
@@ -148,22 +168,27 @@ def print_reports(reports: Sequence[report.Report], extra: Mapping[str, report.E
     print()
 
 
+def as_json() -> bool:
+    """Whether the command's output is to be read by a machine."""
+    return _as_json.get()
+
+
 def print_json(value: Any) -> None:
     print(json.dumps(value), flush=True)
 
 
-def asking() -> AbstractContextManager[None]:
-    """Errors inside are the request's fault: exit code 2."""
-    return _one_line(REQUEST, 2)
+def asking(passing: int = 1) -> AbstractContextManager[None]:
+    """Errors inside are the request's fault: exit code 2, or `passing` for one that may pass by itself."""
+    return _one_line(REQUEST, 2, passing)
 
 
-def working() -> AbstractContextManager[None]:
-    """Errors inside are the work's fault: exit code 1."""
-    return _one_line(WORK, 1)
+def working(passing: int = 1) -> AbstractContextManager[None]:
+    """Errors inside are the work's fault: exit code 1, or `passing` for one that may pass by itself."""
+    return _one_line(WORK, 1, passing)
 
 
 @contextmanager
-def _one_line(expected: tuple[type[Exception], ...], code: int) -> Iterator[None]:
+def _one_line(expected: tuple[type[Exception], ...], code: int, passing: int) -> Iterator[None]:
     """Turn expected errors, Ctrl-C and `ray job stop` into one line; any other error is a bug of moeflow."""
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -173,8 +198,8 @@ def _one_line(expected: tuple[type[Exception], ...], code: int) -> Iterator[None
         raise typer.Exit(1) from None
     except expected as error:
         plainly = isinstance(error, (*WORK, ValueError)) and str(error)
-        waited = isinstance(error, GaveUp) or may_pass(error)  # the request was right
-        code = 2 if isinstance(error, CannotRun) else 1 if waited else code
+        waited = isinstance(error, GaveUp | ClusterLost) or may_pass(error)  # the request was right
+        code = 2 if isinstance(error, CannotRun) else passing if waited else code
         _complain(str(error) if plainly else describe(error), code)
         if isinstance(error, ClusterLost):
             os._exit(code)  # at an orderly end Ray would wait for its head, and then end this process in its own words

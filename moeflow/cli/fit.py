@@ -18,6 +18,7 @@ from moeflow.cli.common import (
     Params,
     Patience,
     RunnerName,
+    Track,
     Url,
     asking,
     command,
@@ -68,6 +69,7 @@ def fit(
     gpu_kind: GpuKind = "",
     cpus: Cpus = None,
     patience: Patience = "15m",
+    track: Track = [],  # noqa: B006
     json: Json = False,
 ) -> None:
     """Make a model fit into a budget, at the least change of what it predicts: --bytes, --ratio, --resident or --speed."""
@@ -90,7 +92,7 @@ def fit(
         if planned:
             runs.plan(Path(fitting.PIPELINE), words, on=on, gpu_kind=gpu_kind, **same)
         else:
-            runs.run(Path(fitting.PIPELINE), words, name=name, gate=gate, **same)
+            runs.run(Path(fitting.PIPELINE), words, name=name, gate=gate, track=track, **same)
     finally:
         own.reset(before)  # another command in this process runs its own pipeline
 

@@ -24,6 +24,7 @@ from moeflow.cli.common import (
     PipelineCommand,
     Retries,
     RunnerName,
+    Track,
     Url,
     asking,
     command,
@@ -36,6 +37,7 @@ from moeflow.cli.common import (
 from moeflow.job import Job, asked
 from moeflow.run import Options, node_kinds
 from moeflow.run import plan as plans
+from moeflow.run.events import Events
 from moeflow.run.forecast import forecast, forecast_json, forecast_lines
 from moeflow.run.go import Runner
 from moeflow.run.outcome import printable
@@ -99,11 +101,12 @@ def run(
     gpus: Gpus = None,
     cpus: Cpus = None,
     patience: Patience = "15m",
+    track: Track = [],  # noqa: B006
     json: Json = False,
 ) -> None:
     """Run what is not stored yet, publish the result as NAME@N, and show what its reports say."""
-    job = Job(file, param, store, name, gate, runner, Options(retries, in_flight, gpus, cpus), patience, own.get())
-    shown = show_progress(json=json)
+    job = Job(file, param, store, name, gate, runner, Options(retries, in_flight, gpus, cpus), patience, own.get(), track)
+    shown = Events() if json else show_progress()
     with asking():
         ready = job.ready(shown)
     with working():

@@ -1,12 +1,12 @@
 """Load what moeflow wrote, of any form, as transformers loads what it knows. Importing this module imports no torch."""
 
-from pathlib import Path
+from os import PathLike
 from typing import Any
 
 from moeflow.model import autoload
 
 
-def model_in(folder: Path, **options: Any) -> Any:
+def model_in(folder: str | PathLike[str], **options: Any) -> Any:
     """The model in a folder, in its own precision, ready to use; `options` are those of transformers' `from_pretrained`.
 
     Of a model that reads images, too, everything is loaded. Raises what transformers raises.
@@ -20,7 +20,7 @@ def model_in(folder: Path, **options: Any) -> Any:
     return auto.from_pretrained(folder, **options).eval()
 
 
-def tokenizer_in(folder: Path, **options: Any) -> Any:
+def tokenizer_in(folder: str | PathLike[str], **options: Any) -> Any:
     """The tokenizer in a folder; `options` are those of transformers' `from_pretrained`."""
     autoload.register()
     import transformers

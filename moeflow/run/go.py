@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
+from moeflow.extras import lacking
 from moeflow.run import in_process
 from moeflow.run.options import Options
 from moeflow.run.outcome import CannotRun, Outcome, StepFailed
@@ -59,22 +60,24 @@ def prepare(target: Step, store: Store, *, name: str, runner: Runner, options: O
     """Check all that can be checked before a step starts. Raises ValueError for the name, CannotRun for the first problem."""
     versions.check_name(name)
     runner = runner.chosen()
+    if runner is Runner.ray and (why := lacking(["ray"])):
+        raise CannotRun(why)
     targets = [target, *target.reports]
     steps = upstream(targets)
     mark = Mark(store, [s.key for s in steps])  # before what is stored is listed: garbage collection may be under way
     try:
-        index, planned = _planned(targets, steps, store, runner)
-        if planned.problems:
-            raise CannotRun(planned.problems[0])
-        if runner is Runner.process and planned.keys("run"):
+        index, made = planned(targets, steps, store, runner)
+        if made.problems:
+            raise CannotRun(made.problems[0])
+        if runner is Runner.process and made.keys("run"):
             (options or Options()).check_here()
     except BaseException:
         mark.end()
         raise
-    return Prepared(target, store, name, runner, index, planned, mark)
+    return Prepared(target, store, name, runner, index, made, mark)
 
 
-def _planned(targets: Sequence[Step], steps: Iterable[Step], store: Store, runner: Runner) -> tuple[Index, Plan]:
+def planned(targets: Sequence[Step], steps: Iterable[Step], store: Store, runner: Runner) -> tuple[Index, Plan]:
     """What is stored, and the plan that follows: again, if what was listed is deleted before it is read, as garbage may be."""
     for _ in range(AGAIN):
         index = store.index({s.name for s in steps})
