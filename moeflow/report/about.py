@@ -112,10 +112,11 @@ class About:
         pipeline, given = self.record.get("pipeline"), [str(word) for word in self.record.get("given") or ()]
         if not pipeline:
             return []
-        if str(pipeline).endswith("moeflow/methods/recipes/fitted.py"):
+        gate = [w for bound in self.record.get("gate") or () for w in ("--gate", str(bound))]
+        if str(pipeline) == "fit" or str(pipeline).endswith("moeflow/methods/recipes/fitted.py"):
             model = next((w.partition("=")[2] for w in given if w.startswith("model=")), "MODEL")
-            return ["moeflow", "fit", model, *(w for g in given if not g.startswith("model=") for w in ("-p", g))]
-        return ["moeflow", "run", str(pipeline), *(w for g in given for w in ("-p", g))]
+            return ["moeflow", "fit", model, *(w for g in given if not g.startswith("model=") for w in ("-p", g)), *gate]
+        return ["moeflow", "run", str(pipeline), *(w for g in given for w in ("-p", g)), *gate]
 
 
 def of(store: Store, ref: str) -> About:
