@@ -129,7 +129,18 @@ def test_the_extra_compress_runs_a_pipeline_by_its_name_anywhere_and_names_the_e
         "-p", "calibration.sequences=4", "-p", "calibration.length=64", "-p", "heldout.sequences=2", "-p", "heldout.length=64",
     ]  # fmt: skip
     assert "mixtral@1" in ok(made.moeflow("run", "mixtral", *words, cwd=tmp_path))
-    tuned = ["-p", "tune=lora", "-p", "tune.text=python:stdlib/b*.py", "-p", "tune.rows=4", "-p", "tune.length=32"]
+    tuned = [
+        "-p",
+        "tune=lora",
+        "-p",
+        "tune.text=python:stdlib/b*.py",
+        "-p",
+        "tune.rows=4",
+        "-p",
+        "tune.length=32",
+        "-p",
+        "tune.batch=2",
+    ]
     done = made.moeflow("run", "mixtral", *words, *tuned, cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.strip().endswith("deepspeed is not installed here: pip install 'moeflow[train]'")
     done = made.moeflow("run", "mixtral", *words, "--runner", "ray", cwd=tmp_path)
