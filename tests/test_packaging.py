@@ -1,5 +1,6 @@
 """An editable install, as `make setup` and the image make it, is found from any folder; and what a wheel of moeflow brings."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -158,7 +159,12 @@ def test_the_extra_train_has_what_a_fine_tuning_takes(wheel: Path, tmp_path: Pat
         "-p", "tune=lora", "-p", "tune.text=python:stdlib/b*.py", "-p", "tune.rows=4", "-p", "tune.length=32", "-p", "tune.batch=2",
         "-p", "calibration.dtype=float32", "-p", "gang.zero=0", "-p", "gang.checkpointing=false",
     ]  # fmt: skip
+    words += ["-p", "tune.adapter=true"]
     assert "mixtral@1" in ok(made.moeflow("run", "mixtral", *words, cwd=tmp_path, DS_ACCELERATOR="cpu"))
+    lineage = json.loads(ok(made.moeflow("show", "mixtral", "--json", cwd=tmp_path)))["lineage"]
+    (key,) = [one["key"] for one in lineage if one["step"] == "finetune.train"]
+    ok(made.moeflow("pull", key, "DIR", cwd=tmp_path))
+    assert {p.name for p in (tmp_path / "DIR" / "adapter").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
 
 
 @pytest.mark.slow
