@@ -15,15 +15,19 @@ DEFINITIONS = {
     ("v1", "ServiceAccount"): "io.k8s.api.core.v1.ServiceAccount",
     ("v1", "PodTemplate"): "io.k8s.api.core.v1.PodTemplate",
     ("batch/v1", "Job"): "io.k8s.api.batch.v1.Job",
+    ("batch/v1", "CronJob"): "io.k8s.api.batch.v1.CronJob",
+}
+RESOURCES = {
+    ("ray.io/v1", "RayJob"): "ray.io_rayjobs.yaml.gz",
+    ("ray.io/v1", "RayCronJob"): "ray.io_raycronjobs.yaml.gz",
 }
 
 
 def problems(document: dict[str, Any]) -> list[str]:
     """What is wrong with a document, a line each: unknown fields too, which a server drops without a word."""
     kind = document["apiVersion"], document["kind"]
-    found = (
-        [*_errors(ray_job(), document)] if kind == ("ray.io/v1", "RayJob") else [*_errors(kubernetes(DEFINITIONS[kind]), document)]
-    )
+    schema = of_kuberay(RESOURCES[kind]) if kind in RESOURCES else kubernetes(DEFINITIONS[kind])
+    found = [*_errors(schema, document)]
     for where, template in _templates(document):
         pod = {"apiVersion": "v1", "kind": "PodTemplate", "template": template}
         found += [f"{where}: {line}" for line in _errors(kubernetes(DEFINITIONS["v1", "PodTemplate"]), pod)]
@@ -37,9 +41,9 @@ def kubernetes(name: str) -> dict[str, Any]:
 
 
 @cache
-def ray_job() -> dict[str, Any]:
-    """KubeRay's schema of a RayJob; its metadata are Kubernetes' own."""
-    resource = yaml.load(gzip.decompress((SCHEMAS / "ray.io_rayjobs.yaml.gz").read_bytes()), yaml.CSafeLoader)
+def of_kuberay(file: str) -> dict[str, Any]:
+    """KubeRay's schema of a resource; its metadata are Kubernetes' own."""
+    resource = yaml.load(gzip.decompress((SCHEMAS / file).read_bytes()), yaml.CSafeLoader)
     (version,) = (v for v in resource["spec"]["versions"] if v["name"] == "v1" and v["served"])
     schema: dict[str, Any] = closed(version["schema"]["openAPIV3Schema"])
     schema["properties"]["metadata"] = {"type": "object", "required": ["name"]}

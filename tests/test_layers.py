@@ -19,6 +19,7 @@ LAYERS = [
     "moeflow.methods",
     "moeflow.run",
     "moeflow.report",
+    "moeflow.recompress",
     "moeflow.cli",
     "pipelines",
 ]

@@ -7,11 +7,11 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from moeflow.cli import families, fit, labels, runs, stored
+from moeflow.cli import families, fit, labels, recompress, runs, stored
 from moeflow.cli.common import app, own
 from moeflow.machine import restart_without_spaces
 
-__all__ = ["app", "families", "fit", "labels", "main", "runs", "stored"]
+__all__ = ["app", "families", "fit", "labels", "main", "recompress", "runs", "stored"]
 
 
 def main(build: Callable[..., Any] | None = None) -> None:

@@ -164,22 +164,27 @@ def seconds(option: str, text: str) -> float:
     return float(match[1]) * UNITS[match[2]]
 
 
+def as_json() -> bool:
+    """Whether the command's output is to be read by a machine."""
+    return _as_json.get()
+
+
 def print_json(value: Any) -> None:
     print(json.dumps(value), flush=True)
 
 
-def asking() -> AbstractContextManager[None]:
-    """Errors inside are the request's fault: exit code 2."""
-    return _one_line(REQUEST, 2)
+def asking(passing: int = 1) -> AbstractContextManager[None]:
+    """Errors inside are the request's fault: exit code 2, or `passing` for one that may pass by itself."""
+    return _one_line(REQUEST, 2, passing)
 
 
-def working() -> AbstractContextManager[None]:
-    """Errors inside are the work's fault: exit code 1."""
-    return _one_line(WORK, 1)
+def working(passing: int = 1) -> AbstractContextManager[None]:
+    """Errors inside are the work's fault: exit code 1, or `passing` for one that may pass by itself."""
+    return _one_line(WORK, 1, passing)
 
 
 @contextmanager
-def _one_line(expected: tuple[type[Exception], ...], code: int) -> Iterator[None]:
+def _one_line(expected: tuple[type[Exception], ...], code: int, passing: int) -> Iterator[None]:
     """Turn expected errors, Ctrl-C and `ray job stop` into one line; any other error is a bug of moeflow."""
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -189,8 +194,8 @@ def _one_line(expected: tuple[type[Exception], ...], code: int) -> Iterator[None
         raise typer.Exit(1) from None
     except expected as error:
         plainly = isinstance(error, (*WORK, ValueError)) and str(error)
-        waited = isinstance(error, GaveUp) or may_pass(error)  # the request was right
-        code = 2 if isinstance(error, CannotRun) else 1 if waited else code
+        waited = isinstance(error, GaveUp | ClusterLost) or may_pass(error)  # the request was right
+        code = 2 if isinstance(error, CannotRun) else passing if waited else code
         _complain(str(error) if plainly else describe(error), code)
         if isinstance(error, ClusterLost):
             os._exit(code)  # at an orderly end Ray would wait for its head, and then end this process in its own words

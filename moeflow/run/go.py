@@ -63,18 +63,18 @@ def prepare(target: Step, store: Store, *, name: str, runner: Runner, options: O
     steps = upstream(targets)
     mark = Mark(store, [s.key for s in steps])  # before what is stored is listed: garbage collection may be under way
     try:
-        index, planned = _planned(targets, steps, store, runner)
-        if planned.problems:
-            raise CannotRun(planned.problems[0])
-        if runner is Runner.process and planned.keys("run"):
+        index, made = planned(targets, steps, store, runner)
+        if made.problems:
+            raise CannotRun(made.problems[0])
+        if runner is Runner.process and made.keys("run"):
             (options or Options()).check_here()
     except BaseException:
         mark.end()
         raise
-    return Prepared(target, store, name, runner, index, planned, mark)
+    return Prepared(target, store, name, runner, index, made, mark)
 
 
-def _planned(targets: Sequence[Step], steps: Iterable[Step], store: Store, runner: Runner) -> tuple[Index, Plan]:
+def planned(targets: Sequence[Step], steps: Iterable[Step], store: Store, runner: Runner) -> tuple[Index, Plan]:
     """What is stored, and the plan that follows: again, if what was listed is deleted before it is read, as garbage may be."""
     for _ in range(AGAIN):
         index = store.index({s.name for s in steps})

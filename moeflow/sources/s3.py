@@ -23,7 +23,7 @@ def pin(uri: str, kind: Kind) -> Pinned:
     at = parse_s3(uri)
     wild = any(c in at.prefix for c in WILD)
     fixed = at.prefix[: min(at.prefix.index(c) for c in WILD if c in at.prefix)] if wild else at.prefix
-    with _asked(uri):
+    with asked(uri):
         objects = _listed(s3.client(**at.options), at.bucket, fixed)
     left: tuple[str, ...] = ()
     if not wild and at.prefix in objects:
@@ -48,7 +48,7 @@ def read(uri: str, file: SourceFile, start: int, stop: int) -> bytes:
     if min(stop, file.size) <= start:
         return b""
     client, at = _object(uri, file)
-    with _asked(uri, file):
+    with asked(uri, file):
         return s3.read_body(client, at | {"Range": f"bytes={start}-{min(stop, file.size) - 1}"})
 
 
@@ -66,7 +66,7 @@ def known(uri: str, file: SourceFile) -> SourceFile:
 
 def bring(uri: str, file: SourceFile, to: Path, grow: Grow, start: int, stop: int) -> None:
     client, at = _object(uri, file)
-    with _asked(uri, file), to.open("wb") as out:
+    with asked(uri, file), to.open("wb") as out:
         s3.pour(client, at, out.fileno(), start, stop, grow)
     if os.path.getsize(to) != stop - start:
         raise MissingSource(f"{uri}: {file.name} ended after {os.path.getsize(to)} of {stop - start} bytes; run again")
@@ -99,7 +99,7 @@ def _object(uri: str, file: SourceFile) -> tuple[Any, dict[str, str]]:
 
 
 @contextmanager
-def _asked(uri: str, file: SourceFile | None = None) -> Iterator[None]:
+def asked(uri: str, file: SourceFile | None = None) -> Iterator[None]:
     """Turn S3's errors into MissingSource, in one line with the source's name."""
     what = f"{uri}: {file.name}" if file else uri
     try:

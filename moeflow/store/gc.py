@@ -25,13 +25,14 @@ class Policy:
 
     `keep`: the newest versions of each name that stay, beside labelled ones and those that a rollback would return to; None keeps
     all. `results`: of the versions only their own files and reports stay, not what they were made from. `only`: names a version
-    that goes, alone.
+    that goes, alone. `name`: `keep` is of the versions of this name; "" of all names.
     """
 
     grace: float = 7 * DAY
     keep: int | None = None
     results: bool = False
     only: str = ""
+    name: str = ""
 
     def __post_init__(self) -> None:
         if self.grace < 0:
@@ -53,7 +54,8 @@ class Policy:
             newest[v.name].append(v.n)
         last = {name: sorted(ns)[-self.keep :] for name, ns in newest.items()}
         spared = {*spared}
-        return tuple(v for v in listed if v.n not in last[v.name] and not v.labels and v.ref not in spared)
+        mine = [v for v in listed if self.name in ("", v.name)]
+        return tuple(v for v in mine if v.n not in last[v.name] and not v.labels and v.ref not in spared)
 
 
 @dataclass(frozen=True)

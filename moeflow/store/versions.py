@@ -133,13 +133,18 @@ def promote(store: Store, ref: str, label: str, *, about: Mapping[str, Any] | No
 
 def promotable(store: Store, ref: str, label: str) -> Version:
     """The version that `ref` means, if this label can point at it. Raises ValueError, NotStored."""
-    check_name(label)
+    check_label(store, label)
     version = resolve(store, ref)
     if isinstance(version, str):
         raise ValueError(f"{ref!r} is a key; only versions are promoted: publish it by running with --name")
+    return version
+
+
+def check_label(store: Store, label: str) -> None:
+    """Raise ValueError unless a label can have this name."""
+    check_name(label)
     if newest(store, f"versions/{label}/"):
         raise ValueError(f"{label!r} is the name of versions; choose another label")
-    return version
 
 
 def rollback(store: Store, label: str, *, about: Mapping[str, Any] | None = None) -> Version:
