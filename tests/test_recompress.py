@@ -161,6 +161,15 @@ def test_of_two_at_once_one_works_and_the_other_leaves(cli: Cli) -> None:
     assert cli().exit_code == Exit.PROMOTED
 
 
+def test_what_another_run_did_between_the_look_and_the_start_is_not_done_again(cli: Cli) -> None:
+    fine_tuned.write(Path("tunes/a"), 1)
+    opened, request = Store.open("store"), recompress.Request(PIPELINE, "tunes", "production", "toy", settle=0.0)
+    there = recompress.find(request, opened, say=print)
+    assert cli().exit_code == Exit.PROMOTED
+    with pytest.raises(recompress.NothingNew, match="by another run meanwhile"), recompress.alone(request, opened, there):
+        pass
+
+
 def test_a_label_that_another_process_moves_meanwhile_stays_there(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     fine_tuned.write(Path("tunes/a"), 1)
     cli()
