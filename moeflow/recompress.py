@@ -225,7 +225,8 @@ def run(request: Request, store: Store, there: Checkpoint, prepared: Prepared, o
         prepared = brought(prepared, progress=shown, options=options, here=there.kind == "zero")
         if most:
             left, same = (len(prepared.plan.keys(state)) for state in ("run", "same content"))
-            shown.say(f"plan: of {count(most, 'step')} behind the new files {left} are to run, {same} have the contents of before")
+            told = f"plan: of {count(most, 'step')} behind the new files at most {left} are to run"
+            shown.say(f"{told}, {same} have the contents of before")
         source = {"uri": there.uri, "kind": there.kind, "mark": there.mark} | ({"base": there.base} if there.base else {})
         record = {"pipeline": str(request.file), "given": words(request, there), "source": source}
         record |= {"gate": list(request.gate)} if request.gate else {}
