@@ -21,7 +21,7 @@ LONGEST = (
     "test_run", "test_on_ray", "test_on_s3", "test_mending", "test_finetune", "test_gang", "test_survival", "test_clusters",
     "test_interruptions", "test_compress", "test_layouts", "test_evaluate", "test_golden", "test_skipping", "test_bad_inputs",
 )  # fmt: skip
-ONE_RAY = ("test_run", "test_on_ray", "test_on_s3", "test_mending", "test_overlapping")
+ONE_RAY = ("test_run", "test_on_ray", "test_on_s3", "test_mending", "test_overlapping", "test_ray_metrics")
 """The files whose tests share a Ray: all run in one process, so that it is started once."""
 
 

@@ -60,7 +60,9 @@ MEANING = {
 def load(path: Path) -> Build:
     """Import a pipeline file and return its `build`. Raises FileNotFoundError, and ValueError if it is no pipeline."""
     if not path.is_file():
-        raise FileNotFoundError(f"there is no pipeline {path}; name a file like pipelines/mixtral.py")
+        raise FileNotFoundError(
+            f"there is no pipeline {path}; name one that comes with moeflow, such as mixtral, or a file PIPELINE.py"
+        )
     module = sys.modules["__main__"]
     if Path(getattr(module, "__file__", None) or "").resolve() != path.resolve():  # else it is running already
         module = _imported(path)
@@ -90,22 +92,17 @@ def _imported(path: Path) -> ModuleType:
 
 def call(build: Build, assignments: Iterable[str]) -> Step:
     """Call `build` with parameters from words `name=value` and `name.field=value`. Raises ValueError if they do not fit."""
-    parameters, kinds = inspect.signature(build).parameters, _kinds(build)
-    words = _words(assignments, [*parameters, *_of_every(kinds)], kinds)
-    given = {name: words.pop(name) for name in _of_every(kinds) if name in words}
-    read: dict[str, Any] = {name: options.read(f"-p {name}", word, OF_EVERY[name][0] | None) for name, word in given.items()}
+    kinds, given = kinds_of(build), values(build, assignments)
+    words: dict[str, str] = {name: given.pop(name) for name in _of_every(kinds) if name in given}
+    read: dict[str, Any] = {name: options.read(f"-p {name}", word, OF_EVERY[name][0] | None) for name, word in words.items()}
     layout: LayoutWanted = read.get(LAYOUT) or "source"
     model = partial(sources.pin, kind="model", how=read.get(HOW), adapter=read.get(ADAPTER), layout=layout, mtp=read.get(MTP))
-    named_words = {name.partition(".")[0] for name in words}
-    if missing := [p.name for p in parameters.values() if p.default is p.empty and p.name not in named_words]:
-        raise ValueError(f"the pipeline needs {' '.join(f'-p {name}=...' for name in missing)}")
-    values = {name: _value(name, p.default, kinds[name], words) for name, p in parameters.items()}
-    models = {n: v for n, v in values.items() if isinstance(v, str) and Source in options.members(kinds[n])}
-    _check_files(values.values())
+    models = {n: v for n, v in given.items() if isinstance(v, str) and Source in options.members(kinds[n])}
+    _check_files(given.values())
     for name in sorted(models, key=lambda name: "://" in sources.address(models[name], "model")):  # those on this machine first
-        values[name] = model(models[name])
+        given[name] = model(models[name])
     try:
-        made = build(**values)
+        made = build(**given)
     except SystemExit as error:
         raise ValueError(f"build ends the program, SystemExit({error.code!r}); {ENDS}") from error
     except (ArithmeticError, AssertionError, AttributeError, NameError, RuntimeError) as error:
@@ -113,6 +110,21 @@ def call(build: Build, assignments: Iterable[str]) -> Step:
     if not isinstance(made, Step):
         raise ValueError(f"build returned {type(made).__name__}, and a pipeline returns the Step to publish")
     return made
+
+
+def values(build: Build, assignments: Iterable[str]) -> dict[str, Any]:
+    """Every parameter of a pipeline with the value that these words and its defaults give it, and as words those of `OF_EVERY` that
+    are given.
+
+    Nothing is pinned: a model is the word for it. Raises ValueError if the words do not fit.
+    """
+    parameters, kinds = inspect.signature(build).parameters, kinds_of(build)
+    words = _words(assignments, [*parameters, *_of_every(kinds)], kinds)
+    given = {name: words.pop(name) for name in _of_every(kinds) if name in words}
+    named_words = {name.partition(".")[0] for name in words}
+    if missing := [p.name for p in parameters.values() if p.default is p.empty and p.name not in named_words]:
+        raise ValueError(f"the pipeline needs {' '.join(f'-p {name}=...' for name in missing)}")
+    return {name: _value(name, p.default, kinds[name], words) for name, p in parameters.items()} | given
 
 
 def _check_files(values: Iterable[Any]) -> None:
@@ -126,7 +138,7 @@ def _check_files(values: Iterable[Any]) -> None:
 
 def page(build: Build, about: str = "") -> str:
     """The page of help: `about`, then all parameters and fields of options with type, default, choices and meaning."""
-    kinds = _kinds(build)
+    kinds = kinds_of(build)
     inner = _inner(kinds)
     lines = [about, "", "-p name=value, or -p name.field=value:", ""]
     for name, parameter in inspect.signature(build).parameters.items():
@@ -177,7 +189,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _kinds(build: Build) -> dict[str, Any]:
+def kinds_of(build: Build) -> dict[str, Any]:
     """The annotation of every parameter, or the type of its default if there is none."""
     kinds = typing.get_type_hints(build.func if isinstance(build, partial) else build)
     parameters = inspect.signature(build).parameters.items()
