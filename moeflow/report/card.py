@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moeflow.report import layers, loading, recipe
+from moeflow.report import layers, loading, recipe, sections
 from moeflow.report.about import HUB, About
 from moeflow.report.figures import Figure
 from moeflow.report.layers import Checkpoint
@@ -22,6 +22,8 @@ from moeflow.report.words import change, meaning, per_cent
 FILE = "README.md"
 JUDGED = ("size", "layers", "quality", "speed", "fit", "fine-tuning", "experts per token", "written")
 """The kinds of reports that let no model do a task."""
+SHOWN = 3
+"""So many texts are shown."""
 
 
 def describe(about: About, folder: Path, *, dense: bool = False) -> list[str]:
@@ -126,15 +128,11 @@ def _table(figures: Sequence[Figure]) -> str:
 
 
 def _written(about: About) -> str:
-    blocks = []
-    for raw in about.of_kind("written"):
-        if all(isinstance(raw.get(name), str) for name in ("prompt", "original", "compressed")):
-            both = (f"{who}:\n\n{_fenced(raw['prompt'] + raw[name])}" for who, name in WRITERS.items())
-            blocks.append("\n\n".join(both))
+    blocks = [
+        f"The original:\n\n{_fenced(pair.prompt + pair.original)}\n\nThis model:\n\n{_fenced(pair.prompt + pair.compressed)}"
+        for pair in sections.generations(about)[:SHOWN]
+    ]
     return "## What it writes\n\n" + "\n\n".join(blocks) if blocks else ""
-
-
-WRITERS = {"The original": "original", "This model": "compressed"}
 
 
 def _made(about: About) -> str:

@@ -37,6 +37,8 @@ def test_the_card_tells_what_was_done_how_good_it_is_and_the_exact_command(pulle
     assert f"moeflow run {PIPELINE} -p model=model -p tokens=tokens-8-16-0.npy -p keep=6" in text
     (divergence,) = [line for line in text.splitlines() if line.startswith("| KL to the original")]
     assert "prose &#124; notes" in divergence, "a bar in a text's name ends no cell"
+    assert "| numbers, exact\\_match | 0.8 | 0.6 (0.5 to 0.7) | -25.0 %, worse |" in text
+    assert "judged by its predictions on text" not in text, "it was judged by a task, too"
     assert "It was not fine-tuned" in text and "import moeflow" not in text
     assert "\n````text\n" in text, "what a model writes may hold fences of its own"
 
