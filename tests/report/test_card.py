@@ -70,6 +70,19 @@ def test_a_recipe_whose_source_has_changed_is_refused_with_what_has_changed(told
     assert refused.exit_code == 2 and f"LICENSE at {tmp_path / 'model'} was sha256:" in line and "-p model=model" in line
 
 
+def test_a_recipe_that_somebody_has_changed_is_no_longer_that_of_its_key(told: Path, pulled: Path, tmp_path: Path) -> None:
+    text = (pulled / "recipe.yaml").read_text()
+    for before, after, said in (
+        ("keep: 6", "keep: 5", "a parameter in recipe.yaml was changed"),
+        ("prune.choose: ", "prune.choose: 9", "the step prune.choose was version 9"),
+    ):
+        assert before in text
+        (tmp_path / "recipe.yaml").write_text(text.replace(before, after).replace("key: checkpoint", "key: other"))
+        refused = call(told, "plan", tmp_path / "recipe.yaml")
+        assert refused.exit_code == 2 and said in refused.stderr, refused.stderr
+    assert call(told, "plan", tmp_path / "recipe.yaml", "-p", "keep=6").exit_code == 0, "a parameter that is given anew is meant so"
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
