@@ -6,7 +6,7 @@ intervals by resampling sequences, the same for both sides. Bytes are those of t
 nothing here touches. Everything is kept in the store that MOEFLOW_BENCH_STORE names, so that more seeds and budgets compute only
 what is new.
 
-    MOEFLOW_BENCH_STORE=FOLDER python -m benchmarks.dial [MODEL ...] [--seeds 3] [--budgets 0.16 0.185 ...]
+    MOEFLOW_BENCH_STORE=FOLDER python -m benchmarks.dial [MODEL ...] [--seeds 0 1 2] [--budgets 0.16 0.185 ...] [--removed 0.25 0.5]
 """
 
 import argparse
@@ -117,14 +117,19 @@ class Bench:
         return Judged(part, [np.array(r["divergence_of_sequences"]) for r in quality])
 
 
-def main(names: Sequence[str] = (), seeds: int = 3, budgets: Sequence[float] = BUDGETS) -> tuple[list[Row], str]:
+def main(
+    names: Sequence[str] = (),
+    seeds: Sequence[int] = (0, 1, 2),
+    budgets: Sequence[float] = BUDGETS,
+    removed: Sequence[float] = REMOVED,
+) -> tuple[list[Row], str]:
     """Rows for the targets, and the table. Raises FileNotFoundError where the model or the texts are absent."""
     store = Store.open(os.environ["MOEFLOW_BENCH_STORE"])
     rows, lines = [], ["| model | seed | budget | recipe | bytes | KL | fit: bytes | KL | ratio | 95 % |", "|" + "---|" * 10]
     for name in names or ("mixtral-21m", *models.CONFIGS):
         ahead = []
         folder = SHARED / "models" / name
-        for seed in range(seeds):
+        for seed in seeds:
             bench = Bench(store, str(folder if folder.is_dir() else models.trained(name, store)), seed)
             recipes = {recipe: bench.recipe(stages) for recipe, stages in RECIPES.items()}
             for part in budgets:
@@ -135,10 +140,10 @@ def main(names: Sequence[str] = (), seeds: int = 3, budgets: Sequence[float] = B
                 print(line, file=sys.stderr, flush=True)
                 rows += rows_of
                 ahead += [r.value for r in rows_of]
-            for removed in REMOVED:
-                alone = bench.recipe((partial(moei2.decompose, how=Decomposition(ratio=removed)),))
+            for part in removed:
+                alone = bench.recipe((partial(moei2.decompose, how=Decomposition(ratio=part)),))
                 ours = bench.fitted(alone.part, **OFFERS)
-                rows_of, line = _beside(name, seed, alone.part, {f"ranks alone, {removed:.0%} removed": alone}, ours)
+                rows_of, line = _beside(name, seed, alone.part, {f"ranks alone, {part:.0%} removed": alone}, ours)
                 lines.append(line)
                 rows += rows_of
         won = sum(ratio <= 0.9 for ratio in ahead)
@@ -168,8 +173,9 @@ def _beside(name: str, seed: int, part: float, known: dict[str, Judged], ours: J
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="*", default=(0, 1, 2))
     parser.add_argument("--budgets", type=float, nargs="*", default=BUDGETS)
+    parser.add_argument("--removed", type=float, nargs="*", default=REMOVED)
     given = parser.parse_args()
-    held, table = main(given.models, given.seeds, given.budgets)
+    held, table = main(given.models, given.seeds, given.budgets, given.removed)
     print(*(row.line() for row in held), "", table, sep="\n")

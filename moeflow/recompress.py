@@ -22,6 +22,7 @@ from typing import Any
 from moeflow.home import home
 from moeflow.report import promotion
 from moeflow.report.drift import Drift, drift_lines, drift_of
+from moeflow.report.figures import sayable
 from moeflow.report.gate import check_measured, read_gate, refusal
 from moeflow.report.promotion import Considered, NotPassed
 from moeflow.run import Options, StepFailed, pipeline
@@ -123,7 +124,8 @@ class Result:
         if self.drift is not None:
             told |= {"figures": list(self.drift.figures), "overlap": self.drift.overlap}
             told |= {"layers": [asdict(one) for one in self.drift.layers]}
-        return told
+        said: dict[str, Any] = sayable(told)
+        return said
 
 
 def find(request: Request, store: Store, *, say: Callable[[str], None]) -> Checkpoint:

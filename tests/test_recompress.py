@@ -232,6 +232,14 @@ def test_a_notice_has_the_comparison(cli: Cli) -> None:
     assert "it is to fail" in got[2]["why"] and got[2]["exit"] == 2
 
 
+def test_a_model_so_broken_that_its_figures_are_no_numbers_is_refused_and_told_in_json(cli: Cli) -> None:
+    fine_tuned.write(Path("tunes/a"), 1, kl=float("nan"))
+    with webhook() as (url, got):
+        result = cli("--gate", "kl<0.02", "--notify", url, "--json")
+    assert result.exit_code == Exit.REFUSED and "NaN" not in result.stdout
+    assert got[0]["event"] == "refused" and got[0]["figures"][0]["compressed"] == "nan"
+
+
 def test_a_webhook_that_answers_500_changes_nothing_and_is_tried_again(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("moeflow.report.notice.PAUSES", (0.0, 0.0))
     fine_tuned.write(Path("tunes/a"), 1)

@@ -354,6 +354,17 @@ class Family:
         names = (*self.shared(0)[:1], *([gate] if gate else ()))
         return tuple(name.removeprefix(self.moe(0)).split(".")[0] for name in names)
 
+    def experts_pattern(self, layer: int) -> str:
+        """A target of a quantization_config: the experts of one layer, by their names on disk and in memory."""
+        where = "[.]".join(self.prefix(layer).split(".")[-3:])  # "layers[.]3[.]": what is before it may differ in memory
+        inside = self.experts(layer).removeprefix(self.moe(layer))
+        return f"re:.*{where}{self._block(layer)}{inside}.*"
+
+    def _block(self, layer: int) -> str:
+        """A pattern of the MoE block's name, on disk and in memory."""
+        block = self.moe(layer).removeprefix(self.prefix(layer))
+        return block if block == f"{self.arch.block}." else f"({block[:-1]}|{self.arch.block})."
+
     def pattern(self, module: str) -> str:
         """An entry of `ignore` in a quantization_config for a module with this name on disk.
 
@@ -365,7 +376,7 @@ class Family:
         inside, block = module.removeprefix(self.prefix(layer)), self.moe(layer).removeprefix(self.prefix(layer))
         if inside.startswith(f"{self.arch.attention}.") and self.arch.attention != self.arch.block:
             return f"re:.*{self.arch.attention}.*"
-        either = block if block == f"{self.arch.block}." else f"({block[:-1]}|{self.arch.block})."
+        either = self._block(layer)
         if inside.startswith(block):
             inside = either + inside.removeprefix(block)
         if module + ".weight" == self.router(layer):

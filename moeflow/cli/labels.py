@@ -7,6 +7,7 @@ import typer
 
 from moeflow.cli.common import GateWords, Json, Ref, Url, asking, command, open_store, print_json, reading, working
 from moeflow.report import promotion
+from moeflow.report.figures import sayable
 from moeflow.report.gate import Decision, read_gate
 from moeflow.run.outcome import printable
 from moeflow.store import labels, versions
@@ -39,7 +40,7 @@ def promote(
     with working():
         version = promotion.promote(opened, considered, forced=force, why=why)
     if json:
-        decisions = [asdict(d) for d in considered.decisions]
+        decisions = [sayable(asdict(d)) for d in considered.decisions]
         forced = not considered.passed
         print_json({"label": label, "ref": version.ref, "key": version.key, "gate": decisions, "forced": forced})
     else:

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -85,6 +86,8 @@ def recompress(
     """
     shown, options = show_progress(json=json), Options(retries, in_flight, gpus, cpus)
     with asking(), heard(shown.waits):
+        if not store and "working_dir_files" in Path.cwd().parts:  # of a Ray job, which is deleted with the cluster
+            raise ValueError("in a Ray job the store would go with the cluster, and every call would begin anew; pass --store")
         bounds = tuple(b.word for b in read_gate(gate))
         if notify:
             notices.check_target(notify)

@@ -218,6 +218,16 @@ class Bits(Record):
     layers: Mapping[int, int]
 
 
+@dataclass(frozen=True)
+class Shortlist(Record):
+    """Which alternatives of each layer are worth being measured again."""
+
+    FILE = "shortlist.json"
+
+    layers: Mapping[int, tuple[str, ...]]
+    """By layer, the names of the alternatives, the most promising first."""
+
+
 def left_out(name: str) -> tuple[int, ...]:
     """The experts that an alternative leaves out, by its name among curves: "3", or "3+7" for two together."""
     return tuple(map(int, name.split("+")))

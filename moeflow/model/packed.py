@@ -6,12 +6,13 @@ and unpack. Shapes are suffixes: M outputs and N inputs of a matrix, G groups of
 and columns.
 """
 
+import re
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import ceil, prod
 from typing import TYPE_CHECKING, Any
 
-from moeflow.arch import HEAD, Config, Family
+from moeflow.arch import HEAD, Config, Family, layer_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,6 +41,8 @@ METHOD, FORMAT = "compressed-tensors", "pack-quantized"
 MXFP4 = "mxfp4"
 """The quant_method of a checkpoint in MXFP4."""
 Shapes = Mapping[str, Sequence[int]]
+PATTERN = "re:"
+"""How an entry of a quantization_config begins that is a pattern of names."""
 
 
 @dataclass(frozen=True)
@@ -124,14 +127,23 @@ def scheme_of(shapes: Shapes, config: Config) -> Scheme | None:
             schemes.setdefault(replace(scheme, group=0), name)
     if len(schemes) > 1:
         differ = " and ".join(f"{name} {scheme.words()}" for scheme, name in [*schemes.items()][:2])
-        raise ValueError(f"{differ}: transformers loads experts of one scheme only; quantize all alike")
+        raise ValueError(f"{differ}: a layer's experts are packed by one scheme only; quantize all alike")
     return next(iter(schemes), None)
 
 
-def check_scheme(said: Mapping[str, Any], scheme: Scheme | None, where: str) -> None:
+def schemes_of(shapes: Shapes, config: Config) -> dict[int, Scheme]:
+    """How each decoder layer that has packed matrices is packed, by its number. Raises ValueError as `scheme_of` does."""
+    layers: dict[int, dict[str, Sequence[int]]] = {}
+    for name, shape in shapes.items():
+        if (layer := layer_of(name)) is not None:
+            layers.setdefault(layer, {})[name] = shape
+    return {i: scheme for i in sorted(layers) if (scheme := scheme_of(layers[i], config)) is not None}
+
+
+def check_schemes(said: Mapping[str, Any], schemes: Mapping[int, Scheme], config: Config, where: str) -> None:
     """Raise ValueError if a `quantization_config` says that weights are packed in another way than their tensors are.
 
-    `where` names it. What it leaves out is not asked for.
+    `schemes`: how each layer's tensors are; `where` names the entry. What it leaves out is not asked for.
     """
     groups = said.get("config_groups") or {}
     if not isinstance(groups, Mapping) or not all(isinstance(g, Mapping) for g in groups.values()):
@@ -140,17 +152,36 @@ def check_scheme(said: Mapping[str, Any], scheme: Scheme | None, where: str) -> 
         weights, here = entry.get("weights") or {}, f"{where}.config_groups.{group}.weights"
         if not isinstance(weights, Mapping):
             raise ValueError(f"{here} is no object; correct it, or fetch it again")
-        known: dict[str, tuple[Any, ...]] = {"type": ("int",), "symmetric": (True,), "strategy": ("group", "channel")}
-        if scheme is not None:
+        meant = _meant(entry.get("targets"), schemes, config, f"{where}.config_groups.{group}.targets")
+        for scheme in dict.fromkeys(meant):
+            known: dict[str, tuple[Any, ...]] = {"type": ("int",), "symmetric": (True,), "strategy": ("group", "channel")}
             known["num_bits"] = (scheme.bits,)
-        if scheme is not None and scheme.group:  # one scale a row may be a group of the row's length, too
-            known["group_size"] = (scheme.group,)
-        for name, fitting in known.items():
-            if weights.get(name) is not None and weights[name] not in fitting:
-                raise ValueError(
-                    f"{here}: {name} is {weights[name]!r:.60} where the packed tensors have {' or '.join(map(str, fitting))}; "
-                    "correct it, or dequantize the checkpoint to bf16 first"
-                )
+            if scheme.group:  # one scale a row may be a group of the row's length, too
+                known["group_size"] = (scheme.group,)
+            for name, fitting in known.items():
+                if weights.get(name) is not None and weights[name] not in fitting:
+                    raise ValueError(
+                        f"{here}: {name} is {weights[name]!r:.60} where the packed tensors have {' or '.join(map(str, fitting))}; "
+                        "correct it, or dequantize the checkpoint to bf16 first"
+                    )
+
+
+def _meant(targets: Any, schemes: Mapping[int, Scheme], config: Config, where: str) -> list[Scheme]:
+    """The schemes of those layers whose experts these targets match; of all, if they name classes of modules."""
+    names = [t for t in targets or () if isinstance(t, str)] if isinstance(targets, list | None) else None
+    if names is None or len(names) != len(targets or ()):
+        raise ValueError(f"{where} is no list of names; correct it, or fetch it again")
+    if not any(t.startswith(PATTERN) for t in names):
+        return [*schemes.values()]
+    family, matched = Family.of(config), []
+    for layer, scheme in schemes.items():
+        expert = family.expert(layer, 0)[0].removesuffix(WHOLE)
+        try:
+            fits = any(re.match(t.removeprefix(PATTERN), expert) for t in names if t.startswith(PATTERN))
+        except re.error as error:
+            raise ValueError(f"{where} has a pattern that cannot be read ({error}); correct it, or fetch it again") from None
+        matched += [scheme] * fits
+    return matched
 
 
 def check_whole(shapes: Shapes, layer: int, config: Config, experts: int) -> None:
@@ -162,11 +193,29 @@ def check_whole(shapes: Shapes, layer: int, config: Config, experts: int) -> Non
         raise ValueError(f"{packed[0]} is packed and {other} is not: transformers loads no such layer; quantize both or neither")
 
 
-def quantization_config(scheme: Scheme, shapes: Shapes, config: Config) -> dict[str, Any]:
-    """The `quantization_config` of a packed checkpoint, for transformers and vLLM. It ignores by name what is not packed."""
-    family = Family.of(config)
+def quantization_config(schemes: Mapping[int, Scheme], shapes: Shapes, config: Config) -> dict[str, Any]:
+    """The `quantization_config` of a packed checkpoint, for transformers and vLLM. It ignores by name what is not packed.
+
+    `schemes`: how each layer that is packed is, at least one. Where they differ each has a group of its own, with its layers.
+    """
+    family, different = Family.of(config), [*dict.fromkeys(schemes.values())]
     # a head that is tied to the embedding has no tensor, but is a module like any other
     matrices = [HEAD, *(n for n, shape in shapes.items() if n.endswith(WHOLE) and len(shape) == 2)]
+    targets = {s: [family.experts_pattern(i) for i in schemes if schemes[i] == s] for s in different}
+    return {
+        "quant_method": METHOD,
+        "format": FORMAT,
+        "quantization_status": "compressed",
+        "global_compression_ratio": None,
+        "kv_cache_scheme": None,
+        "config_groups": {
+            f"group_{n}": _group(s, targets[s] if len(different) > 1 else ["Linear"]) for n, s in enumerate(different)
+        },
+        "ignore": sorted({family.pattern(n.removesuffix(WHOLE)) for n in matrices}),
+    }
+
+
+def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
     weights = {
         "num_bits": scheme.bits,
         "type": "int",
@@ -176,16 +225,7 @@ def quantization_config(scheme: Scheme, shapes: Shapes, config: Config) -> dict[
         "dynamic": False,
         "observer": "minmax",
     }
-    group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None, "format": FORMAT}
-    return {
-        "quant_method": METHOD,
-        "format": FORMAT,
-        "quantization_status": "compressed",
-        "global_compression_ratio": None,
-        "kv_cache_scheme": None,
-        "config_groups": {"group_0": group},
-        "ignore": sorted({family.pattern(n.removesuffix(WHOLE)) for n in matrices}),
-    }
+    return {"targets": targets, "weights": weights, "input_activations": None, "output_activations": None, "format": FORMAT}
 
 
 def pack(codes_MN: "Tensor", scale_MG: "Tensor", bits: int) -> "dict[str, Tensor]":

@@ -81,6 +81,7 @@ class LayerSpec:
     sparse: bool = False  # the experts' zeros were made by a step of this graph, and are to stay
     ranks_decided: bool = False  # the run decides the ranks of the experts' matrices
     multiple: int = 1  # the ranks that the run decides are multiples of it
+    bits_decided: bool = False  # the run decides to how many bits the experts are packed, if to any
     alike: bool = False  # how many experts stay is decided by a run, for all layers the same
 
     @cached_property

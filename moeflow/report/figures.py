@@ -130,6 +130,15 @@ def _middle(means: np.ndarray) -> Interval:
     return float(low), float(high)
 
 
+def sayable(value: Any) -> Any:
+    """The same value as JSON can say it: a number that is none, as a broken model has it, becomes the word "nan" or "inf"."""
+    if isinstance(value, float) and not np.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {k: sayable(v) for k, v in value.items()}
+    return [sayable(v) for v in value] if isinstance(value, list | tuple) else value
+
+
 def _interval(value: Sequence[float]) -> Interval:
     low, high = value
     return float(low), float(high)

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from moeflow.report.figures import Figure, read_figures
+from moeflow.report.figures import Figure, read_figures, sayable
 from moeflow.report.gate import Decision, bound, judge, passed, refusal
 from moeflow.store import Store, labels, versions
 from moeflow.store.labels import Move
@@ -61,7 +61,7 @@ def promote(store: Store, considered: Considered, *, forced: bool = False, why: 
             f"{ref} does not pass its gate, so {label} stays where it is: {refusal(considered.decisions)}; "
             f"to promote it all the same: moeflow promote {ref} {label} --force --why '...'"
         )
-    about: dict[str, Any] = {"by": who(), "gate": [asdict(d) for d in considered.decisions]}
+    about: dict[str, Any] = {"by": who(), "gate": [sayable(asdict(d)) for d in considered.decisions]}
     about |= {"forced": True} if not considered.passed else {}
     about |= {"why": why} if why else {}
     since = considered.there.n if considered.there else 0

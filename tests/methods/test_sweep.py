@@ -19,9 +19,9 @@ from moeflow.methods.prune import reception
 from moeflow.methods.prune.counts import Counts, legal_counts
 from moeflow.methods.prune.searches import Search
 from moeflow.methods.recipes import moei2
-from moeflow.methods.records import Candidates, Combinations, Curves
+from moeflow.methods.records import Candidates, Combinations, Curves, Shortlist
 from moeflow.model.layout import Folder, read_config
-from moeflow.step import Step, step_of, upstream
+from moeflow.step import Context, Spec, Step, step, step_of, upstream
 from tests import running, tiny
 
 
@@ -128,6 +128,36 @@ def test_chains_that_hold_few_forks_measure_what_one_does(around: bool, tmp_path
             assert one["curves"][str(i)]["own"] != pytest.approx(one["apart"], rel=1e-3)
     else:
         assert sorted(one["curves"]) == ["0", "2"] and sorted(one["curves"]["2"]) == [*"01234"] and "apart" not in one
+
+
+def test_a_shortlist_says_what_is_measured(tmp_path: Path) -> None:
+    model, store = running.model_in(tiny.write("mixtral", tmp_path / "model")), running.store_in(tmp_path)
+    calibration = calibrate.run(
+        model, data.tokens(running.matrix_of(tmp_path), model, Sample(8, 16)), Pass(batch=2, shard=4, stage=2)
+    )
+    cut = [moei2.prune(calibration, Counts(n / 8, rule="uniform"), Search("swap")) for n in (6, 5, 4)]
+    files = {i: tuple(c.layers[i] for c in cut) for i in range(3)}
+    alternatives = {i: Alternatives(Forks("files", ("6", "5", "4")), files[i]) for i in files}
+    named = {0: ("5", "4"), 1: ("6",), 2: ("4", "6")}
+    every = calibrate.curves(calibration, alternatives, tokens=128)
+    some = calibrate.curves(
+        calibration,
+        alternatives,
+        tokens=128,
+        shortlist=shortlisted(named={str(i): [*names] for i, names in named.items()}).part(Shortlist.FILE),
+        listed=2,
+    )
+    running.run(store, every, some)
+    whole, part = (Curves.read(store.artifact(s.key)).curves for s in (every, some))
+    assert {i: {*by_name} for i, by_name in part.items()} == {i: {*names} for i, names in named.items()}
+    assert all(part[i][name] == pytest.approx(whole[i][name], rel=1e-6) for i, names in named.items() for name in names)
+    reads, fewer = (sum(s.spec.reads for s in upstream([c]) if s.name == "calibrate.forks") for c in (every, some))
+    assert fewer < reads
+
+
+@step("test.shortlisted", version=1, spec=lambda *, named: Spec(writes=100))
+def shortlisted(context: Context, *, named: dict[str, list[str]]) -> None:
+    Shortlist({int(i): tuple(names) for i, names in named.items()}).write(context.out)
 
 
 def test_a_model_whose_last_states_are_there_already_is_measured_without_another_pass(tmp_path: Path) -> None:

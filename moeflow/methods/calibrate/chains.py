@@ -53,6 +53,13 @@ class Chain:
     """The sequences of the token matrix that run through it, as runs of (first, count), one for each shard."""
     batch: int
     dtype: str
+    listed: int = 0
+    """How many alternatives of each layer a shortlist names at most; 0: there is none, and all are measured."""
+
+    def begun(self, which: Forks | None) -> int:
+        """How many forks begin in a layer, at most."""
+        names = len(which.names) if which else 0
+        return min(names, self.listed) if self.listed else names
 
     @property
     def taken(self) -> list[int]:
@@ -60,8 +67,15 @@ class Chain:
         return [count for _, count in self.rows]
 
 
-def groups(alternatives: Mapping[int, Alternatives], most: int) -> list[dict[int, Alternatives]]:
-    """These layers' alternatives in groups of about the same number, `most` at most."""
+def groups(alternatives: Mapping[int, Alternatives], most: int, listed: int = 0) -> list[dict[int, Alternatives]]:
+    """These layers' alternatives in groups of about the same number, `most` at most.
+
+    `listed`: a shortlist names at most so many of each layer's, whichever they are; then no layer is divided.
+    """
+    if listed:
+        size = max(1, most // listed)
+        layers = [*alternatives]
+        return [{i: alternatives[i] for i in layers[at : at + size]} for at in range(0, len(layers), size)]
     every = [(i, name) for i, of_layer in alternatives.items() for name in of_layer.forks.names]
     count = -(-len(every) // most)
     parts = [every[len(every) * g // count : len(every) * (g + 1) // count] for g in range(count)]

@@ -3,7 +3,7 @@
 Shapes are suffixes: N sequences, L positions, T tokens, D model width, V vocabulary.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,15 +53,16 @@ class Stage(NamedTuple):
     """The layer as it was, if `file` is one of its alternatives already, which may lack the block that the others replace."""
 
 
-def begun(which: Forks | None, sources: Sequence[Artifact]) -> dict[str, Alternative]:
-    """The alternatives of a layer, by name."""
+def begun(which: Forks | None, sources: Sequence[Artifact], only: Collection[str] | None) -> dict[str, Alternative]:
+    """The alternatives of a layer, by name; of files `only` those that are named, if not all."""
     if which is None:
         return {}
     if which.kind == "sets":
         counts = Candidates.read(sources[0]).counts
         return {name: Kept(counts[int(name)].best[0].keep) for name in which.names}
     if which.kind == "files":
-        return {name: artifact.file(LAYER) for name, artifact in zip(which.names, sources, strict=False)}
+        files = zip(which.names, sources, strict=False)
+        return {name: artifact.file(LAYER) for name, artifact in files if only is None or name in only}
     return {name: Without(left_out(name)) for name in which.names}
 
 

@@ -8,6 +8,7 @@ whole model: a chain begins at every stage, forks there at every layer, once for
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 from moeflow.arch import EMBEDDING, Family
 from moeflow.methods.calibrate.chains import Alternatives, Chain, Forks, groups, rows_of
 from moeflow.methods.graph import HIDDEN, REST, TOKENS, Calibration, Model, Pass
-from moeflow.methods.records import Curves
+from moeflow.methods.records import Curves, Shortlist
 from moeflow.model import operations
 from moeflow.model.ahead import ahead
 from moeflow.model.layout import LAYER, ROUTING, file_before, file_of, read_config
@@ -244,7 +245,7 @@ def observe(
 
 def curves(
     calibration: Calibration, alternatives: Mapping[int, Alternatives], *, tokens: int, around: Model | None = None,
-    ends: tuple[Step, ...] = (),
+    ends: tuple[Step, ...] = (), shortlist: Part | None = None, listed: int = 0,
 ) -> Step:  # fmt: skip
     """Measure every alternative of every layer alone, on about `tokens` calibration tokens, equally many from every shard.
 
@@ -253,7 +254,8 @@ def curves(
 
     `around`: the model of which one layer at a time is another, if that is not the calibrated one; what is measured is how far it
     is from the calibrated one then. Its own states are run once, for all chains; where there are no alternatives, its states
-    behind the last layer may be given as `ends`, for the calibration's tokens, shard by shard.
+    behind the last layer may be given as `ends`, for the calibration's tokens, shard by shard. `shortlist`: the part of a step that
+    is a `Shortlist`, of at most `listed` alternatives a layer; only these are measured.
     """
     model, passed, rows = around or calibration.model, calibration.passed, rows_of(calibration, tokens)
     states, against = calibration.states, () if around is None else _hidden(calibration.ends)
@@ -269,16 +271,16 @@ def curves(
 
     def chain(first: int, before: tuple[Step, ...], group: Mapping[int, Alternatives]) -> Step:
         begun = [group.get(i) for i in range(first, max(group, default=first - 1) + 1)]
-        sources = tuple(a.sources if a else () for a in begun)
         return forks(
-            model.rest, calibration.tokens, _hidden(before), model.layers[first:], sources, against,
-            alternatives=[a.forks if a else None for a in begun], how=Chain(first, rows, passed.batch, passed.dtype),
+            model.rest, calibration.tokens, _hidden(before), model.layers[first:], tuple(a.sources if a else () for a in begun),
+            against, shortlist if group else None, alternatives=[a.forks if a else None for a in begun],
+            how=Chain(first, rows, passed.batch, passed.dtype, listed if group else 0),
         )  # fmt: skip
 
     chains = []
     for first, layers in _stages(model, passed.stage):
         of_stage = {i: alternatives[i] for i in range(first, first + len(layers)) if i in alternatives}
-        chains += [chain(first, states[first], group) for group in groups(of_stage, max(1, HELD // fork))]
+        chains += [chain(first, states[first], group) for group in groups(of_stage, max(1, HELD // fork), listed)]
     return measure(tuple(chains or [chain(len(model.layers), ends, {})]))
 
 
@@ -318,20 +320,23 @@ def start(context: Context, starts: tuple[Artifact, ...], *, taken: list[int]) -
 
 def _forks_spec(
     rest: RestSpec, matrix: TokensSpec, before: tuple[Any, ...], layers: tuple[LayerSpec, ...],
-    sources: tuple[tuple[Any, ...], ...], against: tuple[Any, ...] = (), *, alternatives: list[Forks | None], how: Chain,
+    sources: tuple[tuple[Any, ...], ...], against: tuple[Any, ...] = (), shortlist: Any = None,
+    *, alternatives: list[Forks | None], how: Chain,
 ) -> Spec:  # fmt: skip
     states = replace(_states(before[0]), sequences=sum(how.taken))
     states = replace(states, handed_on=Family.of(states.config).handed_on(states.length))
     reads = states.nbytes * (2 if against else 1) + sum(layer.nbytes for layer in layers)
-    reads += sum(one.nbytes if isinstance(one, LayerSpec) else one["bytes"] for several in sources for one in several)
+    for which, several in zip_longest(alternatives, sources):  # of a shortlist's files it is not known which they are
+        part = how.begun(which) / len(which.names) if which and which.kind == "files" else 1.0
+        reads += round(part * sum(one.nbytes if isinstance(one, LayerSpec) else one["bytes"] for one in several or ()))
     reads += rest.head_bytes + header_bytes(rest.tensors) + matrix.tokens * 4
-    count = sum(len(one.names) for one in alternatives if one)
+    count = sum(map(how.begun, alternatives))
     head, width = rest.loaded(how.dtype, head=True), int(rest.config["vocab_size"]) * 1024 * 4 * 6
     running = 2 * max((layer.nbytes + layer.loaded(how.dtype) for layer in layers), default=0)
     memory = (count + 7) * states.nbytes + max(running, 2 * rest.head_bytes + 2 * head + width)
     passed = passing(layers, how.batch * states.length, how.dtype, handed_on=states.handed_on, copies=2) if layers else 0
     writes = 200 + 90 * count + 14 * (1 + count) * states.sequences
-    begun = [len(one.names) if one else 0 for one in (*alternatives, *[None] * (len(layers) - len(alternatives)))]
+    begun = [*map(how.begun, alternatives), *[0] * (len(layers) - len(alternatives))]
     runs = [1 + sum(begun[: at + 1]) for at in range(len(layers))]  # of each layer: the model's, and its forks'
     done = operations.passing((layer for n, layer in zip(runs, layers, strict=True) for _ in range(n)), states, how.dtype)
     done = operations.together(done, operations.head(rest, (1 + count) * states.sequences * states.length, how.dtype))
@@ -342,7 +347,7 @@ def _forks_spec(
 @step("calibrate.forks", version=3, spec=_forks_spec, gpus=1)
 def forks(
     context: Context, rest: Artifact, matrix: Artifact, before: tuple[Artifact, ...], layers: tuple[Artifact, ...],
-    sources: tuple[tuple[Artifact, ...], ...], against: tuple[Artifact, ...] = (),
+    sources: tuple[tuple[Artifact, ...], ...], against: tuple[Artifact, ...] = (), shortlist: Artifact | None = None,
     *, alternatives: list[Forks | None], how: Chain,
 ) -> None:  # fmt: skip
     """How far the model's predictions move, and its loss, for every fork that begins in a stage: `Curves`, in nats per token.
@@ -350,23 +355,26 @@ def forks(
     `before`: the unchanged model's hidden states before layer `how.first`, shard by shard, or all sequences as one; `layers`: that
     layer and all behind it; `sources`: for the layers in which forks begin, the artifacts that hold the alternatives: one of
     candidates for "sets", a layer for each name for "files", none if no layer needs any; `against`: the states behind the last
-    layer of the model from which the divergence is measured, if that is not the unchanged one. The unchanged model runs along, so
-    that no chain waits for the end of another pass.
+    layer of the model from which the divergence is measured, if that is not the unchanged one; `shortlist`: the alternatives that
+    are measured, if not all. The unchanged model runs along, so that no chain waits for the end of another pass.
     """
     from moeflow.methods.calibrate import forking
+
+    only = None if shortlist is None else Shortlist.read(shortlist).layers
 
     def stages() -> Iterator[forking.Stage]:
         for done, file in enumerate(ahead(partial(layer.file, LAYER) for layer in layers)):
             which = alternatives[done] if done < len(alternatives) else None
             held = sources[done] if which and sources else ()
             whole = held[-1].file(LAYER) if which and which.replaced else None
-            yield forking.Stage(how.first + done, file, forking.begun(which, held), whole)
+            named = None if only is None else only.get(how.first + done)
+            yield forking.Stage(how.first + done, file, forking.begun(which, held, named), whole)
             context.progress(done + 1, len(layers), "layers")
 
     def taken_of(states: tuple[Artifact, ...]) -> dict[str, Any]:
         return forking.first_rows(states, how.taken if len(states) == len(how.rows) else [sum(how.taken)])
 
-    count = sum(len(one.names) for one in alternatives if one)
+    count = sum(map(how.begun, alternatives))
     own, made = forking.through(read_config(rest), taken_of(before), stages(), forks=count, batch=how.batch, dtype=how.dtype)
     goal = taken_of(against)[forking.HIDDEN] if against else None
     ids = np.load(matrix.file(TOKENS), mmap_mode="r")

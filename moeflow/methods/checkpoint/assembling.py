@@ -13,7 +13,7 @@ from moeflow.methods.rewrite import readable
 from moeflow.model import operations
 from moeflow.model.formats import config_of, format_of
 from moeflow.model.layout import headers
-from moeflow.model.packed import Shapes, check_whole, quantization_config, scheme_of
+from moeflow.model.packed import Shapes, check_whole, quantization_config, schemes_of
 from moeflow.model.spec import CheckpointSpec, LayerSpec, RestSpec, TensorTable, file_bytes, header_bytes
 from moeflow.model_files import HISTORY, INDEX
 from moeflow.step import Artifact, Context, Spec
@@ -83,9 +83,9 @@ def config_json(every: Sequence[Artifact], rest: Artifact, config: Config, decod
     tables = [{n: t.shape for n, t in headers(artifact).items()} for artifact in (*every, rest)]
     formats = [format_of(table, config, i) for i, table in enumerate(tables[:-1])]
     prediction.check_counts((f.experts for f in formats[:decoder]), (f.experts for f in formats[decoder:]))
-    packing = _packing(tables, [f.experts for f in formats], config)
+    packing, differ = _packing(tables, [f.experts for f in formats], config)
     kept = [f if f.experts or f.gone else None for f in formats[:decoder]]
-    return config_of(family_config(config), kept, own=own) | packing
+    return config_of(family_config(config), kept, own=own or differ) | packing
 
 
 def write_history(context: Context, every: Sequence[Artifact], choices: Sequence[Artifact]) -> None:
@@ -94,10 +94,12 @@ def write_history(context: Context, every: Sequence[Artifact], choices: Sequence
     (context.out / HISTORY).write_text(readable(history))
 
 
-def _packing(tables: Sequence[Shapes], experts: Sequence[int], config: Config) -> dict[str, Any]:
-    """The entries of config.json that describe packed matrices; empty if there are none."""
+def _packing(tables: Sequence[Shapes], experts: Sequence[int], config: Config) -> tuple[dict[str, Any], bool]:
+    """The entries of config.json that describe packed matrices, none if there are none; and whether layers with experts differ in
+    how they are packed, which the family's own classes do not load."""
     for layer, (table, count) in enumerate(zip(tables, experts, strict=False)):
         check_whole(table, layer, config, count)
     shapes = {n: shape for table in tables for n, shape in table.items()}
-    scheme = scheme_of(shapes, config)
-    return {"quantization_config": quantization_config(scheme, shapes, config)} if scheme else {}
+    schemes = schemes_of(shapes, config)
+    said = {"quantization_config": quantization_config(schemes, shapes, config)} if schemes else {}
+    return said, len({schemes.get(i) for i, count in enumerate(experts) if count}) > 1

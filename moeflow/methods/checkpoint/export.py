@@ -67,6 +67,8 @@ def _apart(layers: Sequence[LayerSpec], moe: Sequence[int]) -> str:
     experts = [layers[i] for i in moe]
     if len({layer.experts for layer in experts}) > 1 or any(layer.least != layer.experts and not layer.alike for layer in experts):
         return "layers differ in their experts, or a run decides it"
+    if len({layer.packed for layer in experts}) > 1 or any(layer.bits_decided for layer in experts):
+        return "layers differ in how their experts are packed, or a run decides it"
     for layer in experts:
         if layer.low_rank or layer.ranks_decided or layer.format.own:
             return f"the experts of layer {layer.layer} differ from the family's own ({layer.format.words()})"

@@ -23,8 +23,8 @@ from moeflow.model.packed import (
     SCALES,
     SHAPE,
     block_scale,
-    check_scheme,
-    scheme_of,
+    check_schemes,
+    schemes_of,
 )
 from moeflow.model_files import INDEX, named_like
 
@@ -122,7 +122,7 @@ def check_packing(tensors: dict[str, TensorInfo], config: Config, uri: str) -> N
             f"{uri} is packed (quantization_config: {said}{f', format {kind_of(form)}' if form else ''}), and moeflow reads fp8, "
             f"{MXFP4}, and {METHOD} in the format {FORMAT}; dequantize it to bf16 first"
         )
-    check_scheme(packing, scheme_of(shapes, config), f"config.json at {uri}: quantization_config")
+    check_schemes(packing, schemes_of(shapes, config), config, f"config.json at {uri}: quantization_config")
     family = Family.of(config)
     shared = [name for i in family.moe_layers for name in family.shared(i) or ()]
     stems = (*(family.experts(i) for i in family.moe_layers), *shared)

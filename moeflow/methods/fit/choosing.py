@@ -12,6 +12,9 @@ from moeflow.methods.records import Record
 POINTS = 24
 """Budgets of the predicted frontier."""
 
+LISTED = 12
+"""The alternatives of each layer that are measured again around a choice."""
+
 
 @dataclass(frozen=True)
 class Option:
@@ -122,12 +125,17 @@ def choose(offered: Offered, engine: Engine, room: float, rest: float = 0.0) -> 
 
 
 def next_best(offered: Offered, engine: Engine, room: float, chosen: Mapping[int, str]) -> dict[int, str] | None:
-    """What costs least of all that fits and differs from the chosen in some layer, packed alike; None if nothing does."""
-    bits = {offered[i][name].what.bits for i, name in chosen.items() if offered[i][name].what.keep}
-    alike = {i: {n: o for n, o in options.items() if o.what.bits in bits or not o.what.keep} for i, options in offered.items()}
+    """What costs least of all that fits and differs from the chosen in some layer; None if nothing does.
+
+    Where all layers have to be packed alike, as the chosen are.
+    """
+    alike = offered
+    if not engine.mixed:
+        bits = {offered[i][name].what.bits for i, name in chosen.items() if offered[i][name].what.keep}
+        alike = {i: {n: o for n, o in options.items() if o.what.bits in bits or not o.what.keep} for i, options in offered.items()}
     best: tuple[float, dict[int, str]] | None = None
     for layer, name in chosen.items():
-        others = alike | {layer: {n: o for n, o in alike[layer].items() if n != name}}
+        others = {**alike, layer: {n: o for n, o in alike[layer].items() if n != name}}
         try:
             picked = choose(others, engine, room)
         except ValueError:
@@ -136,6 +144,30 @@ def next_best(offered: Offered, engine: Engine, room: float, chosen: Mapping[int
         if best is None or cost < best[0]:
             best = cost, picked
     return None if best is None else best[1]
+
+
+def promising(offered: Offered, engine: Engine, chosen: Mapping[int, str]) -> dict[int, tuple[str, ...]]:
+    """The `LISTED` alternatives of each layer that cost least at the price of the chosen sizes, the chosen one first.
+
+    The price of a unit of size is the lowest at which all layers together, each by its own, take no more than was chosen: what is
+    best around there is what another choice could be made of.
+    """
+    size = sum(offered[i][name].size for i, name in chosen.items())
+    parts = [p for p in together(offered, engine) if all(name in p[i] for i, name in chosen.items())]
+    part = max(parts, key=lambda p: sum(map(len, p.values())))
+
+    def at(price: float) -> dict[int, list[str]]:
+        return {i: sorted(options, key=lambda n: options[n].cost + price * options[n].size) for i, options in part.items()}
+
+    def taken(price: float) -> float:
+        return sum(part[i][names[0]].size for i, names in at(price).items())
+
+    low, high = 0.0, max(o.cost for options in part.values() for o in options.values())  # sizes differ by one unit at the least
+    for _ in range(96):
+        middle = (low + high) / 2
+        low, high = (middle, high) if taken(middle) > size else (low, middle)
+    best = at(high)
+    return {i: (name, *(n for n in best[i] if n != name))[:LISTED] for i, name in chosen.items()}
 
 
 def lead(ours: Sequence[float], theirs: Sequence[float], tokens: int) -> Lead:
@@ -153,17 +185,20 @@ def smallest(offered: Offered, engine: Engine) -> float:
 
 
 def together(offered: Offered, engine: Engine) -> Iterator[dict[int, dict[str, Option]]]:
-    """The parts of the offer of which any combination loads: all experts packed alike or none, and one count if it has to be."""
+    """The parts of the offer of which the engine loads any combination: packed alike, and of one count, where it has to be."""
     every = [o.what for options in offered.values() for o in options.values()]
+    widths = [None] if engine.mixed else sorted({a.bits for a in every})
     counts = [None] if engine.counts else sorted({a.keep for a in every})
-    for bits in sorted({a.bits for a in every}):
+    for bits in widths:
         for count in counts:
-            part = {
-                i: {n: o for n, o in options.items() if (o.what.bits == bits or not o.what.keep) and count in (None, o.what.keep)}
-                for i, options in offered.items()
-            }
+            part = {i: {n: o for n, o in options.items() if _fits(o.what, bits, count)} for i, options in offered.items()}
             if all(part.values()):
                 yield part
+
+
+def _fits(what: Alternative, bits: int | None, count: int | None) -> bool:
+    """Whether an alternative has these bits and this count, where they are asked for; a layer without experts has no bits."""
+    return (bits in (None, what.bits) or not what.keep) and count in (None, what.keep)
 
 
 def frontier(offered: Offered, engine: Engine, rest: float, points: int = POINTS) -> tuple[Point, ...]:

@@ -16,6 +16,8 @@ class Engine:
     """Layers may lack their MoE block."""
     bits: tuple[int, ...]
     """The bits of packed experts that it loads."""
+    mixed: bool
+    """Layers may differ in their bits, and packed layers lie beside whole ones."""
     unpacks: bool
     """Packed experts take their unpacked bytes in memory."""
     source: str
@@ -24,11 +26,11 @@ class Engine:
 
 ENGINES: Mapping[str, Engine] = {
     "transformers": Engine(
-        counts=False, ranks=False, gone=False, bits=(8, 4), unpacks=True,
-        source="transformers 5.23, measured: its classes have one number of experts, and unpack packed ones",
+        counts=False, ranks=False, gone=False, bits=(8, 4), mixed=False, unpacks=True,
+        source="transformers 5.23, measured: its classes have one number of experts, and unpack packed ones of one scheme",
     ),
     "moeflow": Engine(
-        counts=True, ranks=True, gone=True, bits=(8, 4, 3, 2), unpacks=True,
+        counts=True, ranks=True, gone=True, bits=(8, 4, 3, 2), mixed=True, unpacks=True,
         source="moeflow.model.compressed on transformers 5.23, measured by this project's tests",
     ),
 }  # fmt: skip

@@ -5,11 +5,11 @@ from dataclasses import replace
 from typing import Any
 
 from moeflow.arch import Family
-from moeflow.methods.fit.choosing import Fitted, Lead, Offered, Option, Point, choose, frontier, lead, next_best
+from moeflow.methods.fit.choosing import Fitted, Lead, Offered, Option, Point, choose, frontier, lead, next_best, promising
 from moeflow.methods.fit.engines import ENGINES
 from moeflow.methods.fit.options import Alternative, Budget
 from moeflow.methods.fit.sizes import size
-from moeflow.methods.records import Bits, Curves
+from moeflow.methods.records import Bits, Curves, Shortlist
 from moeflow.methods.reports import row, write_report
 from moeflow.methods.rewrite import link_all
 from moeflow.model.layout import read_config
@@ -58,13 +58,14 @@ def _reach(whole: int, offer: Offer, files: tuple[tuple[LayerSpec, ...], ...]) -
     return ", ".join(reached)
 
 
-@step("fit.decide", version=3, spec=_decide_spec)
+@step("fit.decide", version=4, spec=_decide_spec)
 def decide(
     context: Context, rest: Artifact, config: Artifact, curves: Artifact, fixed: tuple[Artifact, ...],
     files: tuple[tuple[Artifact, ...], ...], before: Artifact | None = None,
     *, offer: Offer, budget: Budget, engine: str,
 ) -> None:  # fmt: skip
-    """Which of its alternatives each layer becomes, as `Fitted`: the least cost that takes no more than the budget, exactly.
+    """Which of its alternatives each layer becomes, as `Fitted`: the least cost that takes no more than the budget, exactly; and a
+    `Shortlist` of those that are worth being measured again around it.
 
     `files`: for each layer of `offer` its alternatives; `fixed`: the other layers, which have no experts, and what else is in the
     checkpoint beside `rest`, the embedding and head; `curves`: what each alternative costs alone. `before`: the choice around which
@@ -78,7 +79,7 @@ def decide(
         layer, costs = int(name), measured.curves.get(int(name), {})
         own = alternatives[0].name if first is None else first.chosen[layer]
         offered[layer] = {
-            a.name: Option(a, size(f, budget.unit, runs, read, layer), 0.0 if a.name == own else costs[a.name] - measured.apart)
+            a.name: Option(a, size(f, budget.unit, runs, read, layer), _cost(costs, a.name, measured.apart, own))
             for a, f in zip(alternatives, artifacts, strict=True)
             if a.name == own or a.name in costs
         }
@@ -88,7 +89,7 @@ def decide(
         size(f, budget.unit, runs, read, i) for f, i in zip(fixed, dense, strict=False)
     )
     others += sum(size(f, "bytes", runs, read) for f in fixed[len(dense) :] if budget.unit != "operations")
-    whole = others + sum(offered[int(i)][alternatives[0].name].size for i, alternatives in offer.items())
+    whole = others + sum(size(of_layer[0], budget.unit, runs, read, int(i)) for i, of_layer in zip(offer, files, strict=True))
     room = budget.most(int(whole)) - others
     chosen = choose(offered, runs, room, others)
     picked = [offered[i][name] for i, name in chosen.items()]
@@ -102,6 +103,12 @@ def decide(
         marks=_marks(offered, others) if first is None else first.marks,
         before=None if first is None else measured.apart, lead=ahead, table=_table(offered),
     ).write(context.out)  # fmt: skip
+    Shortlist(promising(offered, runs, chosen)).write(context.out)
+
+
+def _cost(costs: Mapping[str, float], name: str, apart: float, own: str) -> float:
+    """How much farther from the original a layer's alternative is than its `own`; from the original nothing is nearer than that."""
+    return 0.0 if name == own else costs[name] - apart if apart else max(0.0, costs[name])
 
 
 def _lead(
@@ -184,8 +191,11 @@ def _layer_spec(chosen: Any, files: tuple[LayerSpec, ...], *, layer: int, offer:
     near = min(packed or [f for f in files if f.experts], key=lambda f: abs(f.nbytes - chosen["part"] * own.nbytes))
     fewest = min(a.keep for a in offer)
     multiple = max(f.multiple for f in files)  # what is to be packed has ranks that can be
-    decided = any(f.ranks_decided or f.low_rank for f in files)
-    out = replace(near, share=1.0, fewest=fewest, alike=not runs.counts, ranks_decided=decided, multiple=multiple)
+    decided, widths = any(f.ranks_decided or f.low_rank for f in files), {f.packed for f in files}
+    out = replace(
+        near, share=1.0, fewest=fewest, alike=not runs.counts, ranks_decided=decided, multiple=multiple,
+        bits_decided=runs.mixed and len(widths) > 1,
+    )  # fmt: skip
     return Spec(out, reads=0, writes=0, memory=1 << 24)
 
 

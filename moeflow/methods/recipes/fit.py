@@ -2,7 +2,7 @@
 
 An alternative is a number of experts, lower ranks, fewer bits, two of these together, or no MoE block. Each is measured alone, as
 the divergence of the whole model's predictions; under one budget the best combination is a multiple-choice knapsack, solved
-exactly. Costs add up only nearly, so a second round measures every alternative again around the first choice.
+exactly. Costs add up only nearly, so a second round measures the most promising ones again around the first choice.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,11 +18,13 @@ from moeflow.methods.decompose import steps as decompose
 from moeflow.methods.decompose.options import Decomposition
 from moeflow.methods.decompose.ranks import PARTS, moved_rank
 from moeflow.methods.fit import steps as fit
+from moeflow.methods.fit.choosing import LISTED
 from moeflow.methods.fit.options import Alternative, Budget, Offers
 from moeflow.methods.graph import Calibration, Model
 from moeflow.methods.prune.searches import Search
 from moeflow.methods.prune.steps import candidates, pick
 from moeflow.methods.recipes.tune import Tuned
+from moeflow.methods.records import Shortlist
 from moeflow.methods.slim.methods import Slimming
 from moeflow.methods.slim.steps import decided, slimmed
 from moeflow.methods.trim.steps import gone
@@ -62,9 +64,13 @@ def compress(calibration: Calibration, budget: Budget, offers: Offers, recover: 
     fixed = [layer for i, layer in enumerate(model.layers) if i not in offered]
     beside = [] if model.form is None or model.form.beside is None else [model.form.beside]
 
-    def measured(around: Model | None, alternatives: bool = True) -> Step:
+    def measured(around: Step | None, alternatives: bool = True) -> Step:
+        """What the alternatives cost around the original, or those that a choice finds promising around that."""
         of = {i: _forks(of_layer, around) for i, of_layer in offered.items()} if alternatives else {}
-        return calibrate.curves(calibration, of, tokens=offers.measured, around=around)
+        if around is None:
+            return calibrate.curves(calibration, of, tokens=offers.measured)
+        listed = around.part(Shortlist.FILE)
+        return calibrate.curves(calibration, of, tokens=offers.measured, around=built(around), shortlist=listed, listed=LISTED)
 
     def chosen(curves: Step, before: Step | None = None) -> Step:
         return fit.decide(
@@ -81,8 +87,8 @@ def compress(calibration: Calibration, budget: Budget, offers: Offers, recover: 
 
     choices = [chosen(measured(None))]
     for _ in range(offers.rounds - 1):
-        choices.append(chosen(measured(built(choices[-1])), choices[-1]))
-    best = fit.better(tuple(choices), tuple(measured(built(c), alternatives=False) for c in choices))
+        choices.append(chosen(measured(choices[-1]), choices[-1]))
+    best = fit.better(tuple(choices), tuple(measured(c, alternatives=False) for c in choices))
     made, plain = built(best), built(best, packed=False)
     healed = Tuned(plain, None, ()) if recover is None else recover(plain)
     again, ends = _in_sequence(calibration, healed.model, fit.bits(best, offer=offer), offers, left)
@@ -130,7 +136,7 @@ def _either(best: Step, alone: Model, again: Model) -> Model:
     return replace(alone.with_layers(layers), rest=picked(alone.rest, again.rest))
 
 
-def _forks(of_layer: dict[Alternative, Made], around: Model | None) -> Alternatives:
+def _forks(of_layer: dict[Alternative, Made], around: Step | None) -> Alternatives:
     """What is measured of a layer's alternatives: around the original all but the original."""
     own, *others = [a.name for a in of_layer]
     files = tuple(made.file for made in of_layer.values())

@@ -20,7 +20,7 @@ from moeflow.methods.graph import Calibration, Model, Pass, Sample
 from moeflow.methods.recipes import fit, tune
 from moeflow.methods.recipes.tune import Recovering, Tuned
 from moeflow.sources import Texts
-from moeflow.step import Step
+from moeflow.step import Step, upstream
 from moeflow.store import Store
 from tests import running, tiny
 
@@ -70,6 +70,19 @@ def test_a_fitted_model_takes_no_more_than_its_budget_and_is_as_far_as_was_measu
     again = {s.name for s in other.steps if s.state == "run"}
     assert not again & {"slim.layer", "decompose.layer", "prune.candidates"}, "no alternative is made again"
     assert decision(store, three_quarters)["before"] <= said["before"]
+
+
+def test_around_a_choice_only_the_most_promising_are_measured(small_offer: Calibration, tmp_path: Path) -> None:
+    """At a third of the bytes the layers as they are are none of them."""
+    store = running.store_in(tmp_path)
+    target = fitted(small_offer, Budget(ratio=0.67), counts=(0.875, 0.75, 0.625, 0.5), ranks=(), bits=(8, 4))
+    running.run(store, target)
+    said = decision(store, target)
+    assert said["size"] <= said["budget"] < 0.34 * said["whole"]
+    first, second = sorted((s for s in upstream([target]) if s.name == "fit.decide"), key=lambda s: len(upstream([s])))
+    tables = [json.loads(store.artifact(s.key).file("fit.json").read_text())["table"] for s in (first, second)]
+    assert {len(t) for t in tables[0].values()} == {16} and {len(t) for t in tables[1].values()} == {12}
+    assert not any("8 experts" in t for t in tables[1].values())
 
 
 @pytest.mark.slow

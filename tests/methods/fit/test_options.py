@@ -1,10 +1,11 @@
 """Budgets and offers as people write them, and what an engine runs together."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 
-from moeflow.methods.fit.choosing import Offered, Option, choose, frontier, together
+from moeflow.methods.fit.choosing import LISTED, Offered, Option, choose, frontier, promising, together
 from moeflow.methods.fit.engines import ENGINES
 from moeflow.methods.fit.options import Alternative, Budget, Offers, size_of
 
@@ -58,14 +59,28 @@ WHOLE, SIX, FOUR_BITS, THREE_BITS, GONE = (
 )  # fmt: skip
 
 
-def test_packed_experts_are_packed_alike_in_all_layers() -> None:
-    """What transformers loads: one scheme, and no whole layers beside packed ones."""
+def test_layers_are_packed_alike_where_the_engine_loads_nothing_else() -> None:
     layer = {WHOLE: (80.0, 0.0), FOUR_BITS: (20.0, 0.1), THREE_BITS: (15.0, 0.3), GONE: (0.0, 9.0)}
-    for subset in together(offer(layer, layer), ENGINES["moeflow"]):
+    alike, mixed = replace(ENGINES["moeflow"], mixed=False), ENGINES["moeflow"]
+    for subset in together(offer(layer, layer), alike):
         bits = {o.what.bits for options in subset.values() for o in options.values() if o.what.keep}
         assert len(bits) == 1
-    # each layer alone would take whole and four bits at a hundred: together they are packed in four bits
-    assert set(choose(offer(layer, layer), ENGINES["moeflow"], 100.0).values()) == {FOUR_BITS.name}
+    assert set(choose(offer(layer, layer), alike, 100.0).values()) == {FOUR_BITS.name}
+    assert set(choose(offer(layer, layer), mixed, 100.0).values()) == {WHOLE.name, FOUR_BITS.name}
+    assert set(choose(offer(layer, layer), mixed, 35.0).values()) == {FOUR_BITS.name, THREE_BITS.name}
+    assert not ENGINES["transformers"].mixed
+
+
+def test_what_is_measured_again_is_what_costs_least_at_the_price_of_the_choice() -> None:
+    """The chosen one first, then its neighbours on the curve; what costs more than a larger one comes last."""
+    sizes = range(10, 110, 5)
+    layer = {Alternative(n): (float(n), (110 - n) ** 2 / 1e4 + (1.0 if n % 10 else 0.0)) for n in sizes}
+    chosen = choose(offer(layer, layer), ENGINES["moeflow"], 120.0)
+    listed = promising(offer(layer, layer), ENGINES["moeflow"], chosen)
+    for i, names in listed.items():
+        assert len(names) == LISTED and names[0] == chosen[i]
+        assert {*names[:4]} == {Alternative(n).name for n in (50, 60, 70, 80)}
+        assert not any(Alternative(n).name in names[:10] for n in sizes if n % 10), "those off the curve cost more at any price"
 
 
 def test_transformers_gets_one_number_of_experts() -> None:

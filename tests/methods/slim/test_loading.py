@@ -1,5 +1,6 @@
 """What transformers makes of a packed checkpoint in bf16 whose layers differ: in any precision, and saved again."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from moeflow.methods.evaluate.timing import measure
 from moeflow.methods.graph import Model
 from moeflow.methods.recipes import moei2, unified
 from moeflow.methods.slim.methods import Slimming
+from moeflow.methods.slim.steps import slimmed
 from moeflow.methods.trim import steps as trim
 from moeflow.model.layout import Folder, headers, read_config
 from moeflow.model.packed import PACKED
@@ -19,7 +21,7 @@ from tests.models import calibrated, close, loaded, logits, pulled
 from tests.running import model_in, store_in
 from tests.slimmed import FOUR, plain
 
-FORMS = ["counts differ", "factors beside whole matrices"]
+FORMS = ["counts differ", "factors beside whole matrices", "bits differ, and some layers are whole"]
 FAMILIES = ["mixtral", *(pytest.param(name, marks=pytest.mark.slow) for name in tiny.FAMILIES if name != "mixtral")]
 
 
@@ -37,11 +39,22 @@ def compressed(source: Path, form: str, folder: Path) -> Model:
     return trim.trim(calibration, trim.Trimming("experts", dropped=uneven / layers, across="model"))
 
 
+def slimmed_as(form: str, source: Path, folder: Path) -> Model:
+    how = Slimming("round_to_nearest", **FOUR)
+    if not form.startswith("bits"):
+        return unified.slim(calibrated(compressed(source, form, folder), folder), how)
+    calibration = calibrated(model_in(source), folder)
+    first, *others = calibration.model.moe_layers
+    bits = {first: replace(how, bits=8), others[-1]: how}  # what is between them stays whole
+    made = {i: slimmed(*calibration.of(i), at=i, how=own, dtype=calibration.dtype) for i, own in bits.items()}
+    return calibration.model.with_layers(made)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_packed_layers_that_differ_compute_in_the_precision_asked_for_and_are_saved_whole(
     source: Path, form: str, tmp_path: Path
 ) -> None:
-    model = unified.slim(calibrated(compressed(source, form, tmp_path), tmp_path), Slimming("round_to_nearest", **FOUR))
+    model = slimmed_as(form, source, tmp_path)
     out = pulled(store_in(tmp_path), model, tmp_path)
     assert any(n.endswith(PACKED) for n in headers(Folder(out))), "nothing is packed"
     assert read_config(Folder(out))["model_type"].startswith("moeflow_"), "no layer differs"
