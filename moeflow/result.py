@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.table import Table as Drawn
 
 from moeflow import report
-from moeflow.report import card
+from moeflow.report import about as abouts
+from moeflow.report import card, comparing
 from moeflow.report.about import About
 from moeflow.report.table import words
 from moeflow.run import pulling
@@ -74,6 +75,21 @@ class Table(Sequence[Mapping[str, Any]]):
     def _words(self) -> Iterator[list[str]]:
         for row in self.records:
             yield words(row, self.columns)
+
+
+class Comparison(Table):
+    """The figures of several versions side by side, and what else `moeflow compare --json` tells of them."""
+
+    def __init__(self, told: Mapping[str, Any]) -> None:
+        refs = [one["ref"] for one in told["versions"]]
+        about = ("kind", "name", "figure", "text", "unit", "original")
+        rows = [{k: row[k] for k in about} | dict(zip(refs, row["values"], strict=True)) for row in told["figures"]]
+        super().__init__(["original", *refs], rows)
+        self.paired: list[dict[str, Any]] = told["paired"]
+        """How much farther from the original each is than the first, on the same sequences, with an interval of 95 %."""
+        self.layers: list[dict[str, Any]] = told["layers"]
+        self.options: list[dict[str, Any]] = told["options"]
+        self.lineage: dict[str, Any] = told["lineage"]
 
 
 @dataclass(frozen=True)
@@ -140,42 +156,45 @@ class Version:
         return loading.tokenizer_in(files.folder(), **options)
 
     def pull(self, folder: str | PathLike[str], *, dense: bool = False) -> Path:
-        """Copy its files into a new or empty folder, which transformers loads, with its card and recipe; return the folder.
+        """Copy its files into a new or empty folder, with a model card and its recipe; return the folder, which transformers loads.
 
         `dense`: multiply low-rank matrices out, for engines without a kernel for them. Raises FileExistsError.
         """
         made = pulling.pull(self.store, self.key, Path(folder), dense=dense)
-        card.describe(self._all, Path(folder), dense=bool(made.get("matrices")))
+        card.describe(self._more, Path(folder), dense=bool(made.get("matrices")))
         return Path(folder)
 
     def push_to_hub(self, repo: str, *, private: bool | None = None, message: str = "", token: str | None = None) -> str:
-        """Upload its files, its card and its recipe to the model repository `org/name`, made if it does not exist.
-
-        Returns the commit's address.
+        """Upload what `pull` gives to the model repository `org/name`, made if it does not exist; return the commit's address.
 
         Raises StoreError if the hub refuses or does not answer, ValueError if `repo` is no name.
         """
         from moeflow.sources.upload import upload
 
         files = self.store.artifact(self.key)
-        card.describe(self._all, files.folder())
-        return upload(files.folder(), repo, private=private, message=message or f"{self.ref}, made by moeflow", token=token)
+        folder = files.folder()
+        card.describe(self._more, folder)
+        return upload(folder, repo, private=private, message=message or f"{self.ref}, made by moeflow", token=token)
 
-    def compare(self, *others: "Version | str") -> Table:
-        """The figures of this version and of others side by side, beside their originals' where these agree.
+    def compare(self, *others: "Version | str") -> "Comparison":
+        """This version and others side by side: figures, and by `.paired`, `.layers`, `.options` and `.lineage` what else differs.
 
         An other may be a version, or what names one in the same store.
         """
         every = [self, *(found(self.store, one) if isinstance(one, str) else one for one in others)]
-        rows: dict[tuple[str, str], dict[str, Any]] = {}
-        for one in every:
-            for row in one.report.records:
-                at = rows.setdefault((row["name"], row.get("unit", "")), {k: row[k] for k in ("name", "unit") if k in row})
-                at.setdefault("original", row.get("original"))
-                if at["original"] != row.get("original"):
-                    at["original"] = None  # measured again, or of another model
-                at[one.ref] = row.get("compressed")
-        return Table(["original", *(one.ref for one in every)], [*rows.values()])
+        return Comparison(comparing.compare([one._more for one in every]))
+
+    def page(self, file: str | PathLike[str] = "report.html") -> Path:
+        """Write it as one page that needs no network, as `moeflow report` does; return the file."""
+        from moeflow.report.page import page
+
+        Path(file).write_text(page(self._more), encoding="utf-8")
+        return Path(file)
+
+    @property
+    def _more(self) -> About:
+        """What reports tell of it."""
+        return abouts.of(self.store, self.ref)
 
     def __repr__(self) -> str:
         return f"<{' '.join([self.ref, *self.labels])}: {bytes_text(self.bytes)} in {self.store.url}>"

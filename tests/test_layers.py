@@ -36,6 +36,7 @@ ONLY_IN = {
     "datasets": set(),
     "pyarrow": {"moeflow.methods.data"},
     "deepspeed": {"moeflow.methods.finetune"},
+    "lm_eval": {"moeflow.methods.judge"},
 }
 NEVER = {
     ("moeflow.store", "moeflow.sources"),

@@ -79,9 +79,14 @@ def test_the_first_hour_is_spent_as_it_says(tmp_path: Path) -> None:
     python(*MOEFLOW, "show", "mixtral")
     python(*MOEFLOW, "pull", "mixtral", "DIR")
     assert (tmp_path / "DIR" / "config.json").is_file()
+    python(*MOEFLOW, "report", "mixtral", "-o", "report.html")
+    assert "<html" in (tmp_path / "report.html").read_text()
+    again = python(*MOEFLOW, "run", "DIR/recipe.yaml", "-p", "keep=5")
+    assert "mixtral@2" in again and "calibrate.observe" not in again
+    assert "mixtral@2" in python(*MOEFLOW, "compare", "mixtral@1", "mixtral@2")
     (code,) = re.findall(r"^    import moeflow\n\n.*?(?=\n\n\S)", PAGES["first-hour.md"], re.DOTALL | re.MULTILINE)
-    said_ = python("-c", textwrap.dedent(code))
-    assert "0 run" in said_ and "def __init__(self" in said_
+    told = python("-c", textwrap.dedent(code))
+    assert "0 run" in told and "def __init__(self" in told
 
 
 @pytest.mark.slow

@@ -27,6 +27,7 @@ from moeflow.cli.common import (
     command,
     open_store,
     own,
+    pipeline_file,
     print_json,
     seconds,
     working,
@@ -91,7 +92,7 @@ def recompress(
         bounds = tuple(b.word for b in read_gate(gate))
         if notify:
             notices.check_target(notify)
-        build = own.get() or pipeline.load(file)
+        build = own.get() or pipeline.load(pipeline_file(file))
         wanted = Request(file, source, promote, name or file.stem, tuple(param), bounds, marker, seconds("--settle", settle))
         opened = open_store(store, seconds("--patience", patience))
         versions.check_label(opened, promote)

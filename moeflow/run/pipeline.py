@@ -139,6 +139,7 @@ def _check_files(values: Iterable[Any]) -> None:
 def page(build: Build, about: str = "") -> str:
     """The page of help: `about`, then all parameters and fields of options with type, default, choices and meaning."""
     kinds = kinds_of(build)
+    inner = _inner(kinds)
     lines = [about, "", "-p name=value, or -p name.field=value:", ""]
     for name, parameter in inspect.signature(build).parameters.items():
         kind, default = kinds[name], parameter.default
@@ -152,7 +153,13 @@ def page(build: Build, about: str = "") -> str:
         lines += _entry(name, "", "absent" if default is None else "", _first(options_type))
         for field in options.described(options_type):
             now = field.default if default in (None, parameter.empty) else _short(getattr(default, field.name))
+            if field.name in inner:
+                continue
             lines += _entry(f"  {name}.{field.name}", field.type, now, f"{field.help} {_choice(field.choices)}".strip())
+    for name, (_, inside) in inner.items():
+        lines += _entry(name, "", "absent", _first(inside))
+        for field in options.described(inside):
+            lines += _entry(f"  {name}.{field.name}", field.type, field.default, f"{field.help} {_choice(field.choices)}".strip())
     for name in _of_every(kinds):
         kind, meaning = OF_EVERY[name]
         lines += _entry(name, options.shown(kind), "", f"{meaning} {_choice(options.choices_of(kind))}".strip())
@@ -191,13 +198,18 @@ def kinds_of(build: Build) -> dict[str, Any]:
 
 def _words(assignments: Iterable[str], known: Iterable[str], kinds: dict[str, Any]) -> dict[str, str]:
     words: dict[str, str] = {}
+    inner = _inner(kinds)
     for word in assignments:
         name, equals, value = word.partition("=")
         if not equals:
             raise ValueError(f"-p {word}: write -p name=value")
-        head, dot, _ = name.partition(".")
+        head, dot, rest = name.partition(".")
+        if head in inner:  # as a parameter of its own
+            outer, _ = inner[head]
+            name, head, dot = f"{outer}.{head}{dot}{rest}", outer, "."
         if head not in known:
-            fields = [f"{n}.{f.name}" for n, kind in kinds.items() if (t := _options(kind)) for f in options.described(t)]
+            every = {n: t for n, kind in kinds.items() if (t := _options(kind))} | {n: t for n, (_, t) in inner.items()}
+            fields = [f"{n}.{f.name}" for n, t in every.items() for f in options.described(t)]
             own = [n for n in fields if n.partition(".")[2] == name]
             advice = f"did you mean {' or '.join(own)}?" if own else options.nearest(name, known)
             raise ValueError(f"-p {word}: the pipeline has no parameter {name!r}; {advice}")
@@ -207,6 +219,17 @@ def _words(assignments: Iterable[str], known: Iterable[str], kinds: dict[str, An
             raise ValueError(f"-p {name} is given twice: {words[name]!r} and {value!r}")
         words[name] = value
     return words
+
+
+def _inner(kinds: dict[str, Any]) -> dict[str, tuple[str, type]]:
+    """The fields of options that are options themselves, which are named like parameters: the parameter of each, and its type."""
+    fields = [
+        (n, f.name, options.options_type(options.hints_of(t)[f.name]))
+        for n, kind in kinds.items()
+        if (t := _options(kind))
+        for f in options.described(t)
+    ]
+    return {field: (n, inside) for n, field, inside in fields if inside is not None and field not in kinds}
 
 
 def _options(kind: Any) -> type | None:
@@ -226,15 +249,8 @@ def _value(name: str, default: Any, kind: Any, words: dict[str, str]) -> Any:
     """The value of a parameter: texts are made from words, sources stay words, and fields of options are set one by one."""
     word, options_type = words.get(name), _options(kind)
     if options_type is not None:
-        inside = {n.partition(".")[2]: w for n, w in words.items() if n.startswith(f"{name}.")}
-        if word is not None and word.lower() in options.NOTHING:
-            if type(None) not in options.members(kind) or inside:
-                raise ValueError(f"-p {name}={word}: {name} cannot be absent{' and have fields' if inside else ''}")
-            return None
-        if word is not None:  # a word for the parameter itself sets its first field
-            inside = {options.described(options_type)[0].name: word} | inside
-        start = None if default is inspect.Parameter.empty else default
-        return options.changed(f"-p {name}", options_type, start, inside) if inside else start
+        inside = {n.partition(".")[2]: w for n, w in words.items() if n == name or n.startswith(f"{name}.")}
+        return options.given(f"-p {name}", kind, options_type, None if default is inspect.Parameter.empty else default, inside)
     text = word if word is not None else default
     if isinstance(text, str) and Source in options.members(kind):
         return text

@@ -22,7 +22,7 @@ class Heard(Show):
 
 
 def counted(name: str, step: str) -> float:
-    """The sum of a counter for one step, by what the nodes offer Prometheus; asked again for a minute, since it comes with a delay."""
+    """A counter of one step, as the nodes offer it to Prometheus: with a delay, and so asked again for a minute."""
     ports = [(node["NodeManagerAddress"], node["MetricsExportPort"]) for node in ray.nodes() if node["Alive"]]
     for _ in range(60):
         lines = [
