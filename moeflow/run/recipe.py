@@ -234,12 +234,20 @@ def record(file: Path, words: Sequence[str], build: pipeline.Build, target: Step
 def parameters(build: pipeline.Build, words: Sequence[str], target: Step | None = None) -> dict[str, str]:
     """Every parameter of a pipeline as a word, given or not; what the graph `target` pinned on the hub has its commit's name."""
     pinned = [uri for uri in pins(upstream([target]))] if target is not None else []
+    inner = pipeline.inner_of(pipeline.kinds_of(build))
     made: dict[str, str] = {}
-    for name, value in pipeline.values(build, words).items():
-        if is_dataclass(value) and not isinstance(value, type | Texts):
-            made |= {f"{name}.{f.name}": word_of(getattr(value, f.name)) for f in fields(value) if f.init}
-        else:
+
+    def say(name: str, value: Any) -> None:
+        if not is_dataclass(value) or isinstance(value, type | Texts):
             made[name] = word_of(value)
+            return
+        for f in fields(value):
+            own = inner.get(f.name, ("", None))[0] == name  # options among options are named like parameters
+            if f.init:
+                say(f.name if own else f"{name}.{f.name}", getattr(value, f.name))
+
+    for name, value in pipeline.values(build, words).items():
+        say(name, value)
     return {name: with_commits(word, pinned) for name, word in made.items()}
 
 

@@ -11,7 +11,8 @@ from huggingface_hub import ModelCard
 
 from moeflow.report import layers, loading
 from moeflow.report.layers import Checkpoint
-from moeflow.run import recipe
+from moeflow.run import pipeline, recipe
+from moeflow.run.opening import shipped
 from tests.report.conftest import PIPELINE, call, last_json
 
 
@@ -108,6 +109,17 @@ def test_names_on_the_hub_are_kept_at_their_commits() -> None:
     assert recipe.with_commits("hf://datasets/org/text@main/a.jsonl#x*2,other/one", pinned) == (
         f"hf://datasets/org/text@{commit}/a.jsonl#x*2,other/one"
     )
+
+
+@pytest.mark.parametrize("name", ["mixtral", "fit", "qwen15_moe_unified"])
+def test_all_parameters_of_a_shipped_pipeline_are_words_that_are_read_as_the_same_again(name: str) -> None:
+    build = pipeline.load(shipped()[name])
+    given = ["model=m", "tasks=a.jsonl", "tasks.tokens=12", "prompts=none", "recover.loss=kl" if name == "fit" else "tune=lora"]
+    given += ["budget.ratio=0.1234567891"] * (name == "fit")
+    every = recipe.parameters(build, given)
+    assert (every["tasks.tokens"], every["tasks.names"], every["prompts"]) == ("12", "a.jsonl", "none")
+    words = [f"{name}={word}" for name, word in every.items()]
+    assert pipeline.values(build, words) == pipeline.values(build, given)
 
 
 def form(config: dict[str, Any], kept: tuple[int, ...] | None = None) -> Checkpoint:
