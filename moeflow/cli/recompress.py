@@ -99,7 +99,7 @@ def recompress(
     with _told(opened, notify, source, nothing_new), heard(shown.waits):
         with asking(Exit.LATER):
             there = work.find(wanted, opened, say=shown.say)
-        with work.alone(wanted, opened):
+        with work.alone(wanted, opened, there):
             with asking(Exit.LATER):
                 prepared = work.planned(wanted, build, opened, there, runner, options)
             with working(Exit.LATER):

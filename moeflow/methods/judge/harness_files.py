@@ -9,7 +9,6 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,8 +34,11 @@ class Needed:
     notes: tuple[str, ...] = field(default=())
 
 
-def needed(leaf: Leaf) -> Needed:
-    """The files and the data of a task. Raises ValueError for data that is not there."""
+def needed(leaf: Leaf, commits: dict[str, str]) -> Needed:
+    """The files and the data of a task. Raises ValueError for data that is not there.
+
+    `commits`: those of data sets on the hub that were asked for already; new ones are added.
+    """
     config = leaf.whole
     kwargs = dict(config.get("dataset_kwargs") or {})
     dataset, notes = str(config.get("dataset_path") or ""), []
@@ -52,7 +54,7 @@ def needed(leaf: Leaf) -> Needed:
         data["dataset_path"] = [str(here.absolute())]
     elif "revision" not in kwargs:
         try:
-            kwargs["revision"] = _commit(dataset)
+            commits[dataset] = kwargs["revision"] = commits.get(dataset) or _commit(dataset)
         except ValueError as error:
             if "/" in dataset:
                 raise ValueError(f"the data set of the task {leaf.name} cannot be had: {error}") from None
@@ -144,7 +146,6 @@ def _pinned(root: Path, files: Sequence[Path]) -> "Source":
     return Source(root.as_posix(), "", tuple(pinned))
 
 
-@cache
 def _commit(dataset: str) -> str:
     """The commit of a data set on the hub now. Raises ValueError."""
     from moeflow.sources import pin

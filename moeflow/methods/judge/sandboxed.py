@@ -18,7 +18,7 @@ def main() -> None:
     if alone := _unshared():
         os.write(told, b"alone\n")
     if child := os.fork() if alone else 0:  # the child is the first process of its namespace: with it all others end
-        _wait(child, seconds, told)
+        _wait(child, seconds)
         return
     for limit, value in {
         resource.RLIMIT_AS: memory, resource.RLIMIT_FSIZE: file, resource.RLIMIT_CORE: 0, resource.RLIMIT_NOFILE: 64,
@@ -41,11 +41,10 @@ def _unshared() -> bool:
         return False
 
 
-def _wait(child: int, seconds: float, told: int) -> None:
+def _wait(child: int, seconds: float) -> None:
     """Wait for the child, and end it when its time is over, asleep or not."""
 
     def over(*_: object) -> None:
-        os.write(told, b"late\n")
         os.kill(child, signal.SIGKILL)
 
     signal.signal(signal.SIGALRM, over)

@@ -43,7 +43,8 @@ def reports(judged: Judged, tasks: Tasks | None, prompts: Prompts | None) -> tup
     if tasks is not None:
         _check_template(judged, "tasks.chat=true", needed=tasks.chat)
         leaves, groups = harness_tasks.resolved(tasks)
-        asked = {leaf.name: _of_harness(judged, leaf, tasks) for leaf in leaves}
+        commits: dict[str, str] = {}
+        asked = {leaf.name: _of_harness(judged, harness_files.needed(leaf, commits), leaf.name, tasks) for leaf in leaves}
         metrics = names_of(tasks.metrics)
         for leaf in leaves:
             made.append(_of_leaf(*asked[leaf.name], leaf, metrics))
@@ -83,14 +84,13 @@ def _of_leaf(first: Step, second: Step, leaf: harness_tasks.Leaf, metrics: list[
     return compared(first, second, task=leaf.name, metrics=order, only=only, figures=_words(leaf.name, listed)).noting(*first.notes)
 
 
-def _of_harness(judged: Judged, leaf: harness_tasks.Leaf, tasks: Tasks) -> tuple[Step, Step]:
-    needed = harness_files.needed(leaf)
+def _of_harness(judged: Judged, needed: harness_files.Needed, task: str, tasks: Tasks) -> tuple[Step, Step]:
     files = None if needed.files is None else needed.files.group(needed.files.names())
-    how = only(tasks, "names", "shots", "limit", "batch", "chat", "unsafe")
+    how = replace(only(tasks, "names", "shots", "limit", "batch", "chat", "unsafe"), names=task)
     first, second = (
         of_harness(
-            model, files, task=leaf.name, yaml=needed.yaml, changes=needed.changes, data=needed.data,
-            harness=harness_tasks.version(), how=replace(how, names=leaf.name), dtype=judged.dtype,
+            model, files, task=task, yaml=needed.yaml, changes=needed.changes, data=needed.data,
+            harness=harness_tasks.version(), how=how, dtype=judged.dtype,
         )
         for model in (judged.original, judged.compressed)
     )  # fmt: skip
