@@ -1,6 +1,8 @@
 """An editable install, as `make setup` and the image make it, is found from any folder; and what a wheel of moeflow brings."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -32,7 +34,7 @@ def test_a_clone_in_the_folder_that_python_is_started_in_is_no_empty_package(tmp
 
 
 def test_every_package_of_an_extra_is_one_that_pyproject_lists() -> None:
-    names = {"lm_eval": "lm_eval", "botocore": "boto3"}  # boto3 brings botocore
+    names = {"botocore": "boto3", "yaml": "PyYAML"}  # boto3 brings botocore
     for module, extra in EXTRAS.items():
         listed = PROJECT["optional-dependencies"][extra]
         assert any(line.startswith(names.get(module, module)) for line in listed), f"{extra} lists no {module}"
@@ -87,11 +89,15 @@ def test_what_pip_install_moeflow_brings_loads_every_form_and_names_the_extra_fo
 def test_programs_that_nobody_makes_import_moeflow_load_its_checkpoints_unless_they_are_told_not_to(
     plain: Installed, tmp_path: Path
 ) -> None:
-    differing = differing_in(tmp_path)
+    differing = compressed.compress(SMALL, tmp_path / "differing")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(SMALL / name, differing / name)
     code = (
         "import sys; assert not {'moeflow', 'torch', 'transformers'} & {*sys.modules}\n"
-        "from transformers import AutoModelForCausalLM, pipeline\n"
-        "print(type(AutoModelForCausalLM.from_pretrained(sys.argv[1])).__name__)\n"
+        "from transformers import pipeline\n"
+        "made = pipeline('text-generation', model=sys.argv[1])\n"
+        "assert made('def', max_new_tokens=3)[0]['generated_text'].startswith('def')\n"
+        "print(type(made.model).__name__)\n"
     )
     assert ok(plain.run("-c", code, str(differing), cwd=tmp_path)).split()[-1] == "MoeflowMixtralForCausalLM"
     done = plain.run("-c", code, str(differing), cwd=tmp_path, MOEFLOW_AUTOLOAD="0")
@@ -124,7 +130,18 @@ def test_the_extra_compress_runs_a_pipeline_by_its_name_anywhere_and_names_the_e
         "-p", "calibration.sequences=4", "-p", "calibration.length=64", "-p", "heldout.sequences=2", "-p", "heldout.length=64",
     ]  # fmt: skip
     assert "mixtral@1" in ok(made.moeflow("run", "mixtral", *words, cwd=tmp_path))
-    tuned = ["-p", "tune=lora", "-p", "tune.text=python:stdlib/b*.py", "-p", "tune.rows=4", "-p", "tune.length=32"]
+    tuned = [
+        "-p",
+        "tune=lora",
+        "-p",
+        "tune.text=python:stdlib/b*.py",
+        "-p",
+        "tune.rows=4",
+        "-p",
+        "tune.length=32",
+        "-p",
+        "tune.batch=2",
+    ]
     done = made.moeflow("run", "mixtral", *words, *tuned, cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.strip().endswith("deepspeed is not installed here: pip install 'moeflow[train]'")
     done = made.moeflow("run", "mixtral", *words, "--runner", "ray", cwd=tmp_path)
@@ -142,7 +159,12 @@ def test_the_extra_train_has_what_a_fine_tuning_takes(wheel: Path, tmp_path: Pat
         "-p", "tune=lora", "-p", "tune.text=python:stdlib/b*.py", "-p", "tune.rows=4", "-p", "tune.length=32", "-p", "tune.batch=2",
         "-p", "calibration.dtype=float32", "-p", "gang.zero=0", "-p", "gang.checkpointing=false",
     ]  # fmt: skip
+    words += ["-p", "tune.adapter=true"]
     assert "mixtral@1" in ok(made.moeflow("run", "mixtral", *words, cwd=tmp_path, DS_ACCELERATOR="cpu"))
+    lineage = json.loads(ok(made.moeflow("show", "mixtral", "--json", cwd=tmp_path)))["lineage"]
+    (key,) = [one["key"] for one in lineage if one["step"] == "finetune.train"]
+    ok(made.moeflow("pull", key, "DIR", cwd=tmp_path))
+    assert {p.name for p in (tmp_path / "DIR" / "adapter").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
 
 
 @pytest.mark.slow
