@@ -9,10 +9,11 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from moeflow.report import layers, loading
+from moeflow.report import about, card, layers, loading
 from moeflow.report.layers import Checkpoint
 from moeflow.run import pipeline, recipe
 from moeflow.run.opening import shipped
+from moeflow.store import Store
 from tests.report.conftest import PIPELINE, call, last_json
 
 
@@ -25,9 +26,9 @@ def pulled(told: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_card_has_the_metadata_of_the_hub_and_takes_the_licence_from_the_source(pulled: Path) -> None:
-    about = ModelCard.load(pulled / "README.md").data
-    assert (about.license, about.base_model, about.language) == ("apache-2.0", "org/first", ["en"])
-    assert about.library_name == "transformers" and {"moeflow", "pruned"} <= {*about.tags} and "quantized" not in about.tags
+    data = ModelCard.load(pulled / "README.md").data
+    assert (data.license, data.base_model, data.language) == ("apache-2.0", "org/first", ["en"])
+    assert data.library_name == "transformers" and {"moeflow", "pruned"} <= {*data.tags} and "quantized" not in data.tags
     assert (pulled / "LICENSE").exists()
 
 
@@ -42,6 +43,14 @@ def test_the_card_tells_what_was_done_how_good_it_is_and_the_exact_command(pulle
     assert "judged by its predictions on text" not in text, "it was judged by a task, too"
     assert "It was not fine-tuned" in text and "import moeflow" not in text
     assert "\n````text\n" in text, "what a model writes may hold fences of its own"
+
+
+def test_a_card_of_what_was_multiplied_out_claims_no_saving(told: Path) -> None:
+    of = about.of(Store.open(str(told / "store")), "told_pipeline@1")
+    assert of.checkpoint is not None
+    plain, dense = (card.card(of, of.checkpoint, dense=is_so) for is_so in (False, True))
+    assert "Its weights take" in plain and "Its weights take" not in dense
+    assert "as large and as fast as if they were whole" in dense and "Sizes and speeds above are those of" in dense
 
 
 def test_a_recipe_makes_the_same_key_again_from_anywhere(told: Path, pulled: Path, tmp_path: Path) -> None:
