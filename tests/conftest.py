@@ -37,7 +37,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [i for i in items if i not in left]
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
     for item in items:
-        item.add_marker(pytest.mark.xdist_group("ray" if item.path.stem in ONE_RAY else str(item.path)))
+        shared = "told" if "told" in getattr(item, "fixturenames", ()) else str(item.path)  # two versions that are made once
+        item.add_marker(pytest.mark.xdist_group("ray" if item.path.stem in ONE_RAY else shared))
 
 
 def _left_out(item: pytest.Item) -> bool:

@@ -127,7 +127,7 @@ def test_failed_work_is_one_line_and_exit_code_one(cli: Cli) -> None:
     assert "toy.fail failed: ArithmeticError: no such expert (key toy.fail-" in error(result)
     told = cli("run", PIPELINE, "-p", "fail=true", "--json")
     assert json.loads(told.stdout.splitlines()[-1])["exit"] == told.exit_code == 1
-    assert f"error: {json.loads(told.stdout)['error']}" == error(told)
+    assert f"error: {json.loads(told.stdout.splitlines()[-1])['error']}" == error(told)
 
 
 def test_debug_shows_the_traceback(cli: Cli) -> None:

@@ -19,8 +19,9 @@ from moeflow.report import lineage as lineages
 from moeflow.report import summary, words
 from moeflow.report.about import About
 from moeflow.report.figures import Figure, figures_of
+from moeflow.run.outcome import describe, printable
 from moeflow.run.words import size
-from moeflow.store import versions
+from moeflow.store import CorruptBlob, versions
 
 THREADS = 16
 NUMBERS = ("bytes", "resident", "KL")
@@ -38,7 +39,7 @@ def ls(
         listed = [About(opened, v.key, v) for v in sorted(versions.list(opened, name), key=lambda v: v.created)]
         sizes = {k: m.bytes for k, m in opened.manifests(a.key for a in listed).items()}
         with ThreadPoolExecutor(THREADS) as pool:
-            told = [*pool.map(summary.listed, listed)]
+            told = [*pool.map(_told, listed)]
     if json:
         print_json([version_json(a) | {"bytes": sizes.get(a.key)} | more for a, more in zip(listed, told, strict=True)])
         return
@@ -94,6 +95,16 @@ def show(ref: Ref, store: Url = "", all: All = False, json: Json = False) -> Non
 def _said(words_of: Callable[[Figure], str]) -> report.Extra:
     """A column of words about each figure."""
     return lambda of, row: words_of(figures_of({"kind": of.kind, "rows": [row], "notes": of.notes})[0])
+
+
+def _told(about: About) -> dict[str, Any]:
+    """What is said of a version beside its record; one whose reports are damaged is listed without it, and that is said."""
+    try:
+        return summary.listed(about)
+    except (CorruptBlob, ValueError, KeyError, TypeError) as error:
+        why = printable(describe(error))
+        print(f"warning: the reports of {about.title} cannot be read ({why}); see moeflow verify {about.title}", file=sys.stderr)
+        return {"resident": None, "kl": {}}
 
 
 def version_json(about: About) -> dict[str, Any]:

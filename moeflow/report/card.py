@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moeflow.report import layers, loading, recipe
+from moeflow.report import layers, loading, recipe, sections
 from moeflow.report.about import HUB, About
 from moeflow.report.figures import Figure
-from moeflow.report.layers import Checkpoint
+from moeflow.report.layers import LAYERS, Checkpoint
 from moeflow.report.loading import Loading
 from moeflow.report.table import shown, titled
 from moeflow.report.words import change, meaning, per_cent
@@ -22,6 +22,8 @@ from moeflow.report.words import change, meaning, per_cent
 FILE = "README.md"
 JUDGED = ("size", "layers", "quality", "speed", "fit", "fine-tuning", "experts per token", "written")
 """The kinds of reports that let no model do a task."""
+SHOWN = 3
+"""So many texts are shown."""
 
 
 def describe(about: About, folder: Path, *, dense: bool = False) -> list[str]:
@@ -48,7 +50,7 @@ def card(about: About, checkpoint: Checkpoint, *, dense: bool = False) -> str:
     title = about.version.name if about.version else "A compressed checkpoint"
     parts = [
         f"# {_plain(title)}", _what(about, dense), _load(how), _done(checkpoint), _table(about.figures), _written(about),
-        _made(about), _caveats(about, checkpoint, how),
+        _made(about), _caveats(about, checkpoint, how, dense),
     ]  # fmt: skip
     body = "\n\n".join(part for part in parts if part)
     return str(ModelCard(f"---\n{_data(about, checkpoint, how).to_yaml()}\n---\n\n{body}\n"))
@@ -76,8 +78,8 @@ def _tags(checkpoint: Checkpoint) -> list[str]:
     done = " ".join(layer.words for layer in checkpoint.layers)
     words = {
         "pruned": any(layer.kept is not None for layer in checkpoint.layers) or "it was layer" in done,
-        "low-rank": "low-rank" in done,
-        "quantized": any(layer.bits for layer in checkpoint.layers),
+        "low-rank": any((f or {}).get("ranks") for f in checkpoint.config.get(LAYERS) or ()),
+        "quantized": bool(checkpoint.config.get("quantization_config")),
         "sparse": "pattern" in done,
     }
     return ["moe", "mixture-of-experts", "compressed", "moeflow", *(word for word, holds in words.items() if holds)]
@@ -126,15 +128,11 @@ def _table(figures: Sequence[Figure]) -> str:
 
 
 def _written(about: About) -> str:
-    blocks = []
-    for raw in about.of_kind("written"):
-        if all(isinstance(raw.get(name), str) for name in ("prompt", "original", "compressed")):
-            both = (f"{who}:\n\n{_fenced(raw['prompt'] + raw[name])}" for who, name in WRITERS.items())
-            blocks.append("\n\n".join(both))
+    blocks = [
+        f"The original:\n\n{_fenced(pair.prompt + pair.original)}\n\nThis model:\n\n{_fenced(pair.prompt + pair.compressed)}"
+        for pair in sections.generations(about)[:SHOWN]
+    ]
     return "## What it writes\n\n" + "\n\n".join(blocks) if blocks else ""
-
-
-WRITERS = {"The original": "original", "This model": "compressed"}
 
 
 def _made(about: About) -> str:
@@ -147,8 +145,10 @@ def _made(about: About) -> str:
     )
 
 
-def _caveats(about: About, checkpoint: Checkpoint, how: Loading) -> str:
+def _caveats(about: About, checkpoint: Checkpoint, how: Loading, dense: bool) -> str:
     lines = [*how.caveats]
+    if dense:
+        lines.append("Sizes and speeds above are those of the low-rank checkpoint that it was made of.")
     kinds = {str(raw.get("kind")) for raw in about.reports}
     done = " ".join(layer.words for layer in checkpoint.layers)
     if any(layer.kept is not None for layer in checkpoint.layers) and "fine-tuned" not in done:

@@ -143,7 +143,9 @@ def _layer(number: int, done: Sequence[Mapping[str, Any]], now: int | None, choi
             else:
                 kept = [kept[e] for e in d["keep"]]
         elif d["step"] in ("trim.without_moe_block", "trim.gone"):
-            experts, kept = experts if kept is not None else None, []
+            treated = [of for one in done for of in one.get("experts") or () if isinstance(one.get("experts"), list)]
+            known = len([of for of in treated if isinstance(of.get("expert"), int)]) or None
+            experts, kept = experts if kept is not None else known, []
         bits = d.get("bits", bits) if d["step"] == "slim.layer" else bits
         for of in d.get("experts") or () if isinstance(d.get("experts"), list) else ():
             lost += [v for v in (of.get("lost") or {}).values() if isinstance(v, int | float)]

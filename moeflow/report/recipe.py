@@ -10,7 +10,8 @@ from moeflow.report.lineage import libraries
 FILE = "recipe.yaml"
 HEAD = """\
 # What made this checkpoint. The same again, under the same key, where its sources are what they were: moeflow run recipe.yaml
-# Another of its kind: moeflow run recipe.yaml -p NAME=VALUE. All parameters are here, also those that were left at their defaults.
+# Another of its kind: moeflow run recipe.yaml -p NAME=VALUE. All parameters are here, also those that were left at their defaults;
+# what stands below them, but for the key, is there to say what differs if another key comes out.
 """
 
 

@@ -18,6 +18,10 @@ from moeflow.store import NotStored, StoreError
 from moeflow.store.errors import bytes_text
 
 TRAIN, TRAINING = "finetune.train", "training.json"
+JUDGED = ("quality", "tasks", "prompts")
+"""The kinds of reports on how good a model is."""
+SHOWN = 24
+"""So many texts are shown side by side."""
 KEY = Markup('<span class="key"><i class="before"></i>original <i class="after"></i>this model</span>')
 
 
@@ -155,16 +159,12 @@ def _amount(size: float, unit: str) -> str:
 
 def quality(about: About) -> Section | None:
     """Quality by text and by task, with intervals."""
-    judged = [
-        f
-        for f in about.figures
-        if f.compressed is not None and (f.text or f.kind == "quality" or f.chance is not None or f.wins is not None)
-    ]
+    judged = [f for f in about.figures if f.compressed is not None and (f.text or f.kind in JUDGED)]
     if not judged:
         return None
     groups: dict[str, list[Figure]] = {}
     for f in judged:
-        groups.setdefault(f.name.partition(" (")[0] if f.text else f.name, []).append(f)
+        groups.setdefault(_group(f), []).append(f)
     pictures = []
     for name, of in groups.items():
         if any(f.interval for f in of):
@@ -174,6 +174,13 @@ def quality(about: About) -> Section | None:
     table = Table(("", "original", "this model", "change", "judged on"), rows, right=(1, 2))
     words = "Lines are 95 % intervals: what another sample of the same kind of text would give."
     return Section("How good it is", words if pictures else "", tuple(pictures), (table,), key=KEY if pictures else "")
+
+
+def _group(f: Figure) -> str:
+    """The name of the picture that a figure stands in: one for each measure of text, and one for the scores of tasks."""
+    if f.kind == "tasks" and all(0 <= (v or 0) <= 1 for v in (f.original, f.compressed)):
+        return "scores of tasks"
+    return f.name.partition(" (")[0] if f.text else f.name
 
 
 def _range(f: Figure) -> Range:
@@ -194,13 +201,18 @@ def _items(f: Figure) -> str:
 
 def written(about: About) -> Section | None:
     """What both models write behind the same words."""
-    pairs = tuple(
-        Pair(str(raw["prompt"]), str(raw["original"]), str(raw["compressed"]))
-        for raw in about.of_kind("written")
-        if all(name in raw for name in ("prompt", "original", "compressed"))
-    )
+    pairs = generations(about)
     words = "Both models go on from the same words, each by its likeliest next token."
-    return Section("What it writes", words, pairs=pairs) if pairs else None
+    more = f"{len(pairs) - SHOWN:,} more are in its reports: moeflow show {about.title} --json" if len(pairs) > SHOWN else ""
+    return Section("What it writes", words, pairs=pairs[:SHOWN], after=more) if pairs else None
+
+
+def generations(about: About) -> tuple[Pair, ...]:
+    """What both models wrote, behind one prompt or behind each of a file of them."""
+    one = [raw for raw in about.of_kind("written") if "prompt" in raw]
+    several = [of for raw in about.of_kind("prompts") for of in raw.get("written") or () if isinstance(of, Mapping)]
+    both = [of for of in (*one, *several) if "original" in of and "compressed" in of]
+    return tuple(Pair(str(of.get("prompt", "")), str(of["original"]), str(of["compressed"])) for of in both)
 
 
 def speed(about: About) -> Section | None:

@@ -39,9 +39,9 @@ def hashes(about: About) -> list[str]:
 
 def listed(about: About) -> dict[str, Any]:
     """What `moeflow ls` says of a version beside its record: resident bytes, None if not measured, and the divergence by text."""
-    resident = about.figure("resident")
-    divergence = {f.text: f.compressed for f in about.figures if f.figure == "kl" and f.compressed is not None}
-    return {"resident": None if resident is None else resident.compressed, "kl": divergence}
+    rows = [row for raw in about.reports for row in raw.get("rows", ()) if row.get("compressed") is not None]
+    resident = next((row["compressed"] for row in rows if row.get("figure") == "resident"), None)
+    return {"resident": resident, "kl": {str(r.get("text", "")): r["compressed"] for r in rows if r.get("figure") == "kl"}}
 
 
 def _what(about: About) -> list[str]:

@@ -86,6 +86,7 @@ footer { margin-top: 48px; color: var(--soft); font-size: .8rem; overflow-wrap: 
   figure, .tile, .pair, tr, pre { break-inside: avoid; }
   h2, h3 { break-after: avoid; }
   .wide, figure { overflow: visible; }
+  svg.map { max-width: 100%; height: auto; }
   details::details-content { content-visibility: visible; height: auto; }
   summary { list-style: none; color: inherit; font-weight: 600; }
 }

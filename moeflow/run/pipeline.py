@@ -139,7 +139,7 @@ def _check_files(values: Iterable[Any]) -> None:
 def page(build: Build, about: str = "") -> str:
     """The page of help: `about`, then all parameters and fields of options with type, default, choices and meaning."""
     kinds = kinds_of(build)
-    inner = _inner(kinds)
+    inner = inner_of(kinds)
     lines = [about, "", "-p name=value, or -p name.field=value:", ""]
     for name, parameter in inspect.signature(build).parameters.items():
         kind, default = kinds[name], parameter.default
@@ -198,7 +198,7 @@ def kinds_of(build: Build) -> dict[str, Any]:
 
 def _words(assignments: Iterable[str], known: Iterable[str], kinds: dict[str, Any]) -> dict[str, str]:
     words: dict[str, str] = {}
-    inner = _inner(kinds)
+    inner = inner_of(kinds)
     for word in assignments:
         name, equals, value = word.partition("=")
         if not equals:
@@ -221,7 +221,7 @@ def _words(assignments: Iterable[str], known: Iterable[str], kinds: dict[str, An
     return words
 
 
-def _inner(kinds: dict[str, Any]) -> dict[str, tuple[str, type]]:
+def inner_of(kinds: dict[str, Any]) -> dict[str, tuple[str, type]]:
     """The fields of options that are options themselves, which are named like parameters: the parameter of each, and its type."""
     fields = [
         (n, f.name, options.options_type(options.hints_of(t)[f.name]))

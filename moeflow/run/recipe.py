@@ -36,6 +36,7 @@ FIELDS: Mapping[str, tuple[Any, str, bool]] = {
     "key": (str, "the key that it makes", True),
     "name": (str, "a name", False),
     "directory": (str, "a folder", False),
+    "pipeline_sha256": (str, "a digest", False),
     "sources": (list, "a list", False),
     "steps": (dict, "a mapping of names to versions", False),
 }
@@ -61,6 +62,8 @@ class Recipe:
     """Of each source its `uri`, and its `files` with their pins."""
     steps: Mapping[str, int] = field(default_factory=dict)
     """The version of each step, by name."""
+    pipeline_sha256: str = ""
+    """Of the pipeline's file."""
 
     @property
     def words(self) -> list[str]:
@@ -121,7 +124,10 @@ class Recipe:
             if versions.get(name) != version:
                 here = f"is version {versions[name]} here" if name in versions else "is no part of it here"
                 return f"the step {name} was version {version} and {here}, in moeflow {moeflow.__version__}"
-        return f"{self.pipeline} builds another graph than it did"
+        code = hashlib.sha256(self.place.read_bytes()).hexdigest()
+        if self.pipeline_sha256 and code != self.pipeline_sha256:
+            return f"{self.pipeline} is another file than it was, of SHA-256 {self.pipeline_sha256[:12]}..."
+        return f"a parameter in {self.file.name} was changed, or what {self.pipeline} imports"
 
 
 def pins(steps: Iterable[Any]) -> dict[str, dict[str, str]]:
@@ -202,7 +208,7 @@ def read(path: Path) -> Recipe:
             said = "is missing" if value is None else f"is {str(value)[:60]!r}"
             raise ValueError(f"{path}: its `{name}` {said}, and must be {what}; a recipe is what `moeflow pull` writes")
     words = {str(name): word_of(value) for name, value in raw["parameters"].items()}
-    about = {n: raw[n] for n in ("name", "directory", "steps") if raw.get(n)}
+    about = {n: raw[n] for n in ("name", "directory", "steps", "pipeline_sha256") if raw.get(n)}
     given = tuple(s for s in raw.get("sources") or () if isinstance(s, dict))
     return Recipe(path, raw["pipeline"], words, raw["key"], sources=given, **about)
 
@@ -228,12 +234,20 @@ def record(file: Path, words: Sequence[str], build: pipeline.Build, target: Step
 def parameters(build: pipeline.Build, words: Sequence[str], target: Step | None = None) -> dict[str, str]:
     """Every parameter of a pipeline as a word, given or not; what the graph `target` pinned on the hub has its commit's name."""
     pinned = [uri for uri in pins(upstream([target]))] if target is not None else []
+    inner = pipeline.inner_of(pipeline.kinds_of(build))
     made: dict[str, str] = {}
-    for name, value in pipeline.values(build, words).items():
-        if is_dataclass(value) and not isinstance(value, type | Texts):
-            made |= {f"{name}.{f.name}": word_of(getattr(value, f.name)) for f in fields(value) if f.init}
-        else:
+
+    def say(name: str, value: Any) -> None:
+        if not is_dataclass(value) or isinstance(value, type | Texts):
             made[name] = word_of(value)
+            return
+        for f in fields(value):
+            own = inner.get(f.name, ("", None))[0] == name  # options among options are named like parameters
+            if f.init:
+                say(f.name if own else f"{name}.{f.name}", getattr(value, f.name))
+
+    for name, value in pipeline.values(build, words).items():
+        say(name, value)
     return {name: with_commits(word, pinned) for name, word in made.items()}
 
 

@@ -9,9 +9,11 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from moeflow.report import layers, loading
+from moeflow.report import about, card, layers, loading
 from moeflow.report.layers import Checkpoint
-from moeflow.run import recipe
+from moeflow.run import pipeline, recipe
+from moeflow.run.opening import shipped
+from moeflow.store import Store
 from tests.report.conftest import PIPELINE, call, last_json
 
 
@@ -24,9 +26,9 @@ def pulled(told: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_card_has_the_metadata_of_the_hub_and_takes_the_licence_from_the_source(pulled: Path) -> None:
-    about = ModelCard.load(pulled / "README.md").data
-    assert (about.license, about.base_model, about.language) == ("apache-2.0", "org/first", ["en"])
-    assert about.library_name == "transformers" and {"moeflow", "pruned"} <= {*about.tags} and "quantized" not in about.tags
+    data = ModelCard.load(pulled / "README.md").data
+    assert (data.license, data.base_model, data.language) == ("apache-2.0", "org/first", ["en"])
+    assert data.library_name == "transformers" and {"moeflow", "pruned"} <= {*data.tags} and "quantized" not in data.tags
     assert (pulled / "LICENSE").exists()
 
 
@@ -37,8 +39,18 @@ def test_the_card_tells_what_was_done_how_good_it_is_and_the_exact_command(pulle
     assert f"moeflow run {PIPELINE} -p model=model -p tokens=tokens-8-16-0.npy -p keep=6" in text
     (divergence,) = [line for line in text.splitlines() if line.startswith("| KL to the original")]
     assert "prose &#124; notes" in divergence, "a bar in a text's name ends no cell"
+    assert "| numbers, exact\\_match | 0.8 | 0.6 (0.5 to 0.7) | -25.0 %, worse |" in text
+    assert "judged by its predictions on text" not in text, "it was judged by a task, too"
     assert "It was not fine-tuned" in text and "import moeflow" not in text
     assert "\n````text\n" in text, "what a model writes may hold fences of its own"
+
+
+def test_a_card_of_what_was_multiplied_out_claims_no_saving(told: Path) -> None:
+    of = about.of(Store.open(str(told / "store")), "told_pipeline@1")
+    assert of.checkpoint is not None
+    plain, dense = (card.card(of, of.checkpoint, dense=is_so) for is_so in (False, True))
+    assert "Its weights take" in plain and "Its weights take" not in dense
+    assert "as large and as fast as if they were whole" in dense and "Sizes and speeds above are those of" in dense
 
 
 def test_a_recipe_makes_the_same_key_again_from_anywhere(told: Path, pulled: Path, tmp_path: Path) -> None:
@@ -68,6 +80,19 @@ def test_a_recipe_whose_source_has_changed_is_refused_with_what_has_changed(told
     assert refused.exit_code == 2 and f"LICENSE at {tmp_path / 'model'} was sha256:" in line and "-p model=model" in line
 
 
+def test_a_recipe_that_somebody_has_changed_is_no_longer_that_of_its_key(told: Path, pulled: Path, tmp_path: Path) -> None:
+    text = (pulled / "recipe.yaml").read_text()
+    for before, after, said in (
+        ("keep: 6", "keep: 5", "a parameter in recipe.yaml was changed"),
+        ("prune.choose: ", "prune.choose: 9", "the step prune.choose was version 9"),
+    ):
+        assert before in text
+        (tmp_path / "recipe.yaml").write_text(text.replace(before, after).replace("key: checkpoint", "key: other"))
+        refused = call(told, "plan", tmp_path / "recipe.yaml")
+        assert refused.exit_code == 2 and said in refused.stderr, refused.stderr
+    assert call(told, "plan", tmp_path / "recipe.yaml", "-p", "keep=6").exit_code == 0, "a parameter that is given anew is meant so"
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -93,6 +118,17 @@ def test_names_on_the_hub_are_kept_at_their_commits() -> None:
     assert recipe.with_commits("hf://datasets/org/text@main/a.jsonl#x*2,other/one", pinned) == (
         f"hf://datasets/org/text@{commit}/a.jsonl#x*2,other/one"
     )
+
+
+@pytest.mark.parametrize("name", ["mixtral", "fit", "qwen15_moe_unified"])
+def test_all_parameters_of_a_shipped_pipeline_are_words_that_are_read_as_the_same_again(name: str) -> None:
+    build = pipeline.load(shipped()[name])
+    given = ["model=m", "tasks=a.jsonl", "tasks.tokens=12", "prompts=none", "recover.loss=kl" if name == "fit" else "tune=lora"]
+    given += ["budget.ratio=0.1234567891"] * (name == "fit")
+    every = recipe.parameters(build, given)
+    assert (every["tasks.tokens"], every["tasks.names"], every["prompts"]) == ("12", "a.jsonl", "none")
+    words = [f"{name}={word}" for name, word in every.items()]
+    assert pipeline.values(build, words) == pipeline.values(build, given)
 
 
 def form(config: dict[str, Any], kept: tuple[int, ...] | None = None) -> Checkpoint:

@@ -70,6 +70,13 @@ def test_what_a_model_writes_is_text_on_the_page(text: str) -> None:
     assert MARKUP not in text and MARKUP in "".join(Page(text).words)
 
 
+def test_tasks_have_their_interval_chance_wins_and_losses_and_prompts_stand_side_by_side(text: str) -> None:
+    words = "".join(Page(text).words)
+    assert "scores of tasks" in words and "guessing: 0.25" in text and "40 items, 1 won, 9 lost" in words
+    assert "-25.0 %, worse" in words and "second 22" in words and "second 23" not in words
+    assert "7 more are in its reports: moeflow show told_pipeline@1 --json" in words
+
+
 def test_the_map_crosses_out_what_went_and_shades_by_the_use_that_the_calibration_counted(told: Path, text: str) -> None:
     opened = Store.open(str(told / "store"))
     of = about.of(opened, "told_pipeline@1")

@@ -1,8 +1,10 @@
 """What `ls` and `show` say first of a version, and last."""
 
 import json
+import shutil
 from pathlib import Path
 
+from moeflow.store import Store, names, versions
 from tests.report.conftest import call
 
 
@@ -19,7 +21,20 @@ def test_show_begins_with_what_people_ask_and_ends_with_the_hashes(told: Path) -
 
 
 def test_ls_has_memory_and_divergence_beside_the_bytes(told: Path) -> None:
-    six, five, *_ = json.loads(call(told, "ls", "--json").stdout)
+    six, five, *_ = json.loads(call(told, "ls", "told_pipeline", "--json").stdout)
     assert six["resident"] is None and {*six["kl"]} == {"prose | notes"} and six["bytes"] > five["bytes"]
-    head, line, *_ = call(told, "ls").stdout.splitlines()
+    head, line, *_ = call(told, "ls", "told_pipeline").stdout.splitlines()
     assert head.split()[-3:] == ["KL", "key", "labels"] and f"{six['kl']['prose | notes']:.3g}" in line.split()
+
+
+def test_a_version_whose_report_is_damaged_is_listed_without_what_it_says(told: Path, tmp_path: Path) -> None:
+    shutil.copytree(told / "store", tmp_path / "store")
+    store = Store.open(str(tmp_path / "store"))
+    version = versions.resolve(store, "told_pipeline@1")
+    assert isinstance(version, versions.Version)
+    (judged,) = [key for key in version.reports if key.startswith("evaluate.quality")]
+    store.blobs.delete([names.blob(store.manifest(judged).files["report.json"].sha256)])
+    listed = call(tmp_path, "ls", "told_pipeline", "--json")
+    six, five, *_ = json.loads(listed.stdout)
+    assert six["kl"] == {} and five["kl"] != {} and six["bytes"] > 0
+    assert "the reports of told_pipeline@1 cannot be read" in listed.stderr and "moeflow verify told_pipeline@1" in listed.stderr

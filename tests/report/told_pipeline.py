@@ -19,6 +19,11 @@ SPEED = (
     ("prefill, upper quartile", 110.0, 140.0, "tokens/s"),
 )
 
+SCORE = {"name": "numbers, exact_match", "figure": "numbers", "unit": "", "original": 0.8, "compressed": 0.6, "better": "higher"}
+PAIRED = {"interval": [0.5, 0.7], "change_interval": [-0.3, -0.1], "chance": 0.25, "items": 40, "wins": 1, "losses": 9}
+TASKS = {"kind": "tasks", "columns": ["original", "compressed"], "rows": [SCORE | PAIRED], "notes": []}
+PROMPTS = {"kind": "prompts", "rows": [], "written": [{"original": f"first {n}", "compressed": f"second {n}"} for n in range(30)]}
+
 
 def build(
     model: Source, *, tokens: Texts, keep: int = 6, search: Search = Search("frequency", seed=3), prompt: str = MARKUP
@@ -30,7 +35,8 @@ def build(
     judged = quality(original.rest, pruned.rest, matrix, *states, name="prose | notes", note="", dtype="float32")
     counted = size(checkpoint.counted(original), checkpoint.counted(pruned), zeros=[])
     writes = reported(report={"kind": "written", "rows": [], "prompt": prompt, "original": " and so on", "compressed": "```\nno"})
-    return checkpoint.checkpoint_of(pruned).reporting(counted, judged, report("speed", *SPEED), writes)
+    more = (reported(report=one) for one in (TASKS, PROMPTS))
+    return checkpoint.checkpoint_of(pruned).reporting(counted, judged, report("speed", *SPEED), writes, *more)
 
 
 if __name__ == "__main__":
