@@ -10,7 +10,6 @@ from safetensors.torch import load_file, save_file
 from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.judge import steps as judge
 from moeflow.methods.judge.options import Prompts, Tasks
-from moeflow.step import Step
 from moeflow.store import Store
 from tests import running
 
@@ -41,7 +40,3 @@ def rows(
     made = judge.reports(models, asked, prompts)
     running.run(store, *made)
     return {row["figure"]: row for row in running.reports(store, models.compressed.reporting(*made)).values()}
-
-
-def kinds(steps: tuple[Step, ...]) -> list[str]:
-    return [s.name for s in steps]
