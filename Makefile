@@ -1,5 +1,5 @@
 # make demo: the whole of moeflow on a small model, from nothing. make test: ruff, the type checker and the tests.
-.PHONY: setup demo test test-all test-serve pytest check bench chaos
+.PHONY: setup demo test test-all test-serve pytest check bench chaos docs
 
 setup:
 	@infra/setup.sh
@@ -32,3 +32,8 @@ chaos: setup
 
 bench: setup
 	@infra/python.sh -m benchmarks
+
+# The pages of docs/ as a site in build/site, with the options made from the code; a link that leads nowhere ends it.
+docs: setup
+	@infra/python.sh -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	@NO_MKDOCS_2_WARNING=1 infra/python.sh -m mkdocs build -q && echo "the site is in build/site"

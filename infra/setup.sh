@@ -4,7 +4,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 stamp=.venv/moeflow-setup
-wanted=$(cat pyproject.toml constraints.txt infra/setup.sh | cksum)
+wanted=$(cat pyproject.toml setup.py infra/autoload/* constraints.txt infra/setup.sh | cksum)
 [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ] && [ "$(cat .venv/moeflow-place)" = "$PWD" ] && exit 0
 
 fail() { echo "setup: $1" >&2; exit 2; }

@@ -107,18 +107,49 @@ def described(kind: type) -> list[Described]:
 def changed(name: str, kind: type, value: Any, words: Mapping[str, str]) -> Any:
     """`value`, or one made of defaults if it is None, with the fields in `words`, each word read as its field's type.
 
-    `name`: what messages call the value. Raises ValueError for a missing or unknown field, with the nearest name.
+    A field that is options itself has words of its own ("tasks.shots"). `name`: what messages call the value. Raises ValueError for
+    a missing or unknown field, with the nearest name.
     """
     kinds = hints_of(kind)
-    if strange := [n for n in words if n not in kinds]:
+    if strange := [n for n in words if n.partition(".")[0] not in kinds]:
         raise ValueError(f"{name} has no {strange[0]!r}; {nearest(strange[0], kinds)}")
-    changes = {n: read(f"{name}.{n}", word, kinds[n]) for n, word in words.items()}
+    heads = dict.fromkeys(n.partition(".")[0] for n in words)
+    changes = {n: _of_field(f"{name}.{n}", kinds[n], getattr(value, n, None), _inside(n, words)) for n in heads}
     if value is not None:
         return dataclasses.replace(value, **changes)
     lacking = [f.name for f in fields(kind) if default_of(f) is dataclasses.MISSING and f.name not in changes]
     if lacking:
         raise ValueError(f"{name} is absent; say {name}.{lacking[0]}=... to have it")
     return kind(**changes)
+
+
+def _inside(field: str, words: Mapping[str, str]) -> dict[str, str]:
+    """The words of a field: its own under "", and those of its fields."""
+    return {n.partition(".")[2]: word for n, word in words.items() if n.partition(".")[0] == field}
+
+
+def _of_field(name: str, kind: Any, value: Any, words: Mapping[str, str]) -> Any:
+    if (inside := options_type(kind)) is not None:
+        return given(name, kind, inside, value, words)
+    if beyond := [n for n in words if n]:
+        raise ValueError(f"{name} has no fields, so {name}.{beyond[0]} says nothing; write {name}=value")
+    return read(name, words[""], kind)
+
+
+def given(name: str, kind: Any, inside: type, value: Any, words: Mapping[str, str]) -> Any:
+    """`value` with the fields in `words`; a word for itself, under "", takes it away or sets its first field.
+
+    `kind`: its annotation, of which `inside` is the options type. Raises ValueError for words that do not fit.
+    """
+    own = {n: word for n, word in words.items() if n}
+    word = words.get("")
+    if word is not None and word.lower() in NOTHING:
+        if type(None) not in members(kind) or own:
+            raise ValueError(f"{name}={word}: {name.rpartition(' ')[2]} cannot be absent{' and have fields' if own else ''}")
+        return None
+    if word is not None:
+        own = {described(inside)[0].name: word} | own
+    return changed(name, inside, value, own) if own else value
 
 
 def read(name: str, word: str, kind: Any) -> Any:

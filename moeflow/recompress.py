@@ -77,8 +77,6 @@ class Request:
     """The name of the file that a checkpoint's writer leaves at the end; "" for one that is watched until it stands still."""
     settle: float = 30.0
     """Seconds between two looks at a checkpoint without a marker."""
-    parameter: str = "model"
-    """The pipeline's parameter that takes the checkpoint."""
 
     def __post_init__(self) -> None:
         versions.check_name(self.name)
@@ -173,29 +171,31 @@ def converted(there: Checkpoint) -> Path:
 
 def words(request: Request, there: Checkpoint) -> list[str]:
     """The parameters of the pipeline for this checkpoint. Raises ValueError for an adapter whose base is not known."""
-    own = next((w for w in request.params if w.startswith(f"{request.parameter}=")), "")
+    own = next((w for w in request.params if w.startswith("model=")), "")
     if there.kind != "adapter":
         if own:
-            raise ValueError(f"-p {own}: --source says what is compressed; leave -p {request.parameter}=... away")
+            raise ValueError(f"-p {own}: --source says what is compressed; leave -p model=... away")
         if there.kind == "zero":  # copied into the store, because no other machine has the folder
             copied = [] if any(w.startswith("source=") for w in request.params) else ["source=copy"]
-            return [f"{request.parameter}={converted(there)}", *copied, *request.params]
-        return [f"{request.parameter}={there.uri}", *request.params]
+            return [f"model={converted(there)}", *copied, *request.params]
+        return [f"model={there.uri}", *request.params]
     if not own and not there.base:
         raise ValueError(
-            f"{there.uri} is an adapter that names no model as its base; say it with -p {request.parameter}=BASE, or save it with "
+            f"{there.uri} is an adapter that names no model as its base; say it with -p model=BASE, or save it with "
             "base_model_name_or_path in its adapter_config.json"
         )
-    base = own or f"{request.parameter}={there.base}"
+    base = own or f"model={there.base}"
     return [base, f"adapter={there.uri}", *(w for w in request.params if w != own)]
 
 
 @contextmanager
-def alone(request: Request, store: Store) -> Iterator[None]:
-    """Hold the label's place for one run at a time. Raises Later if another run that is alive has it."""
+def alone(request: Request, store: Store, there: Checkpoint) -> Iterator[None]:
+    """Hold the label's place for one run at a time. Raises Later if another run that lives has it, NothingNew if one was first."""
     mark = Mark(store, [])
     try:
         with claimed(store, f"recompress-{request.label}", mark.name):
+            if store.blobs.stat(_record(request, there)) is not None:
+                raise NothingNew(f"{there.uri} was compressed by another run meanwhile")
             yield
     except Busy:
         raise Later(f"another run is compressing for {request.label} now") from None
@@ -225,7 +225,8 @@ def run(request: Request, store: Store, there: Checkpoint, prepared: Prepared, o
         prepared = brought(prepared, progress=shown, options=options, here=there.kind == "zero")
         if most:
             left, same = (len(prepared.plan.keys(state)) for state in ("run", "same content"))
-            shown.say(f"plan: of {count(most, 'step')} behind the new files {left} are to run, {same} have the contents of before")
+            told = f"plan: of {count(most, 'step')} behind the new files at most {left} are to run"
+            shown.say(f"{told}, {same} have the contents of before")
         source = {"uri": there.uri, "kind": there.kind, "mark": there.mark} | ({"base": there.base} if there.base else {})
         record = {"pipeline": str(request.file), "given": words(request, there), "source": source}
         record |= {"gate": list(request.gate)} if request.gate else {}

@@ -134,6 +134,7 @@ class Spec:
     notes: tuple[str, ...] = ()
     optional: bool = False  # with less memory than that the step still ends well: it leaves figures out, and says so
     compiles: bool = False  # whether it needs a C++ compiler where it finds no GPU
+    packages: tuple[str, ...] = ()  # what it imports that not every installation of moeflow has (`moeflow.extras`)
     figures: tuple[str, ...] = ()  # of a step that reports: those that a gate may name, "bytes", "kl[prose]" where it is of a text
 
 

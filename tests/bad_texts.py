@@ -128,6 +128,6 @@ PLACES = [
 ABSENT = (
     "tokens=nowhere.jsonl", "tokens=alpaca,nowhere/*.parquet#text", "tokens=nowhere.npy", "tokens=nowhere/at.txt",
     "heldout=nowhere.jsonl", "heldout.texts=c4-en,nowhere.npy", "tune.text=nowhere.jsonl#messages", "tune.deepspeed=nowhere.json",
-    "adapter=./nowhere/adapter",
+    "adapter=./nowhere/adapter", "tasks=nowhere.jsonl", "tasks=a,nowhere.yaml", "prompts=nowhere.jsonl",
 )  # fmt: skip
 """Parameters that name a file which is not there."""

@@ -21,7 +21,7 @@ LONGEST = (
     "test_run", "test_on_ray", "test_on_s3", "test_mending", "test_finetune", "test_gang", "test_survival", "test_clusters",
     "test_interruptions", "test_compress", "test_layouts", "test_evaluate", "test_golden", "test_skipping", "test_bad_inputs",
 )  # fmt: skip
-ONE_RAY = ("test_run", "test_on_ray", "test_on_s3", "test_mending", "test_overlapping")
+ONE_RAY = ("test_run", "test_on_ray", "test_on_s3", "test_mending", "test_overlapping", "test_ray_metrics")
 """The files whose tests share a Ray: all run in one process, so that it is started once."""
 
 
@@ -37,7 +37,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [i for i in items if i not in left]
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
     for item in items:
-        item.add_marker(pytest.mark.xdist_group("ray" if item.path.stem in ONE_RAY else str(item.path)))
+        shared = "told" if "told" in getattr(item, "fixturenames", ()) else str(item.path)  # two versions that are made once
+        item.add_marker(pytest.mark.xdist_group("ray" if item.path.stem in ONE_RAY else shared))
 
 
 def _left_out(item: pytest.Item) -> bool:

@@ -21,6 +21,8 @@ from urllib.parse import unquote, urlsplit
 
 from moto.server import ThreadedMotoServer
 
+from tests import hub_writing
+
 HOP = {"connection", "transfer-encoding", "keep-alive", "server", "date"}
 
 
@@ -165,6 +167,7 @@ class Hub:
     gated: set[str] = field(default_factory=set)  # "models/org/name"
     sizes: bool = True  # whether listings tell them
     cut: int = 0  # so many answers break off in the middle
+    writers: tuple[str, ...] = ()  # the names under which repositories may be written
 
     def put(self, repo: str, files: dict[str, bytes], branch: str = "main") -> str:
         """A new commit on a branch of "models/org/name" or "datasets/org/name"."""
@@ -175,8 +178,8 @@ class Hub:
 
 
 @contextmanager
-def hub_server() -> Iterator[Hub]:
-    hub = Hub()
+def hub_server(writers: tuple[str, ...] = ()) -> Iterator[Hub]:
+    hub = Hub(writers=writers)
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -212,6 +215,12 @@ def hub_server() -> Iterator[Hub]:
                 self._say(404, b"")
 
         do_HEAD = do_GET
+
+        def do_POST(self) -> None:
+            hub.asked.append(f"{self.command} {self.path}")
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            status, said = hub_writing.answer(hub, unquote(urlsplit(self.path).path), body)
+            self._say(status, json.dumps(said).encode())
 
         def log_message(self, *args: object) -> None:
             pass

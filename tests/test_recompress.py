@@ -111,7 +111,7 @@ def test_the_plan_says_what_early_cutoff_will_save(cli: Cli) -> None:
     assert "plan:" not in cli("--gate", "kl<1").stderr, "these bytes are stored"
     fine_tuned.write(Path("tunes/c"), 3, shards=4)
     planned = cli().stderr
-    most, left = map(int, re.findall(r"plan: of (\d+) steps behind the new files (\d+) are to run", planned)[0])
+    most, left = map(int, re.findall(r"plan: of (\d+) steps behind the new files at most (\d+) are to run", planned)[0])
     assert most > 8 and left == 1, planned
 
 
@@ -159,6 +159,15 @@ def test_of_two_at_once_one_works_and_the_other_leaves(cli: Cli) -> None:
     assert result.exit_code == Exit.LATER and "another run is compressing for production now" in result.stderr
     other.end()
     assert cli().exit_code == Exit.PROMOTED
+
+
+def test_what_another_run_did_between_the_look_and_the_start_is_not_done_again(cli: Cli) -> None:
+    fine_tuned.write(Path("tunes/a"), 1)
+    opened, request = Store.open("store"), recompress.Request(PIPELINE, "tunes", "production", "toy", settle=0.0)
+    there = recompress.find(request, opened, say=print)
+    assert cli().exit_code == Exit.PROMOTED
+    with pytest.raises(recompress.NothingNew, match="by another run meanwhile"), recompress.alone(request, opened, there):
+        pass
 
 
 def test_a_label_that_another_process_moves_meanwhile_stays_there(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:

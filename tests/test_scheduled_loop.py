@@ -5,6 +5,7 @@ The first fine-tune is good, the second is broken; a scheduler asks again and ag
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -69,6 +70,7 @@ def test_of_two_fine_tunes_the_good_one_is_served_and_the_broken_one_is_not(
         env = os.environ | {"RAY_ADDRESS": address, "RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-c", "from moeflow.cli import main; main()", *words]
         done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+        print(f"$ moeflow {shlex.join(words)}\n{done.stderr}{done.stdout}exit code {done.returncode}\n")  # for `pytest -s`
         assert done.stdout, done.stderr
         return done.returncode, json.loads(done.stdout.splitlines()[-1])
 

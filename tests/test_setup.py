@@ -15,8 +15,8 @@ TOOLS = ("bash", "cat", "cksum", "dirname", "awk", "df", "rm", "env")
 def bare(tmp_path: Path) -> Path:
     """A copy of what setup reads, under a name with a space, and a PATH with nothing but the simplest tools."""
     folder = tmp_path / "a clone"
-    (folder / "infra").mkdir(parents=True)
-    for name in ("infra/setup.sh", "pyproject.toml", "constraints.txt"):
+    shutil.copytree(ROOT / "infra" / "autoload", folder / "infra" / "autoload")
+    for name in ("infra/setup.sh", "pyproject.toml", "setup.py", "constraints.txt"):
         shutil.copy(ROOT / name, folder / name)
     tools = tmp_path / "bin"
     tools.mkdir()

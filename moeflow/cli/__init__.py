@@ -7,11 +7,22 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from moeflow.cli import families, fit, labels, recompress, runs, stored
-from moeflow.cli.common import app, own
+from moeflow import __version__, extras
 from moeflow.machine import restart_without_spaces
 
-__all__ = ["app", "families", "fit", "labels", "main", "recompress", "runs", "stored"]
+try:
+    from moeflow.cli import explain, families, fit, labels, listing, recompress, runs, stored
+    from moeflow.cli.common import app, own
+except ModuleNotFoundError as error:
+    if (error.name or "moeflow").partition(".")[0] not in extras.EXTRAS:
+        raise
+    if "--version" in sys.argv[1:]:
+        print(f"moeflow {__version__}")
+        raise SystemExit(0) from None
+    print(f"error: {extras.said(str(error.name))}", file=sys.stderr)
+    raise SystemExit(2) from None
+
+__all__ = ["app", "explain", "families", "fit", "labels", "listing", "main", "recompress", "runs", "stored"]
 
 
 def main(build: Callable[..., Any] | None = None) -> None:

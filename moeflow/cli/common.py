@@ -4,11 +4,10 @@ import ast
 import inspect
 import json
 import os
-import re
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from functools import wraps
@@ -19,17 +18,17 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 from typer.exceptions import TyperException
 
+import moeflow
 from moeflow import report
 from moeflow.report.promotion import NotPassed
 from moeflow.run import CannotRun, ClusterLost, StepFailed, pipeline
 from moeflow.run.go import Runner
+from moeflow.run.opening import STORE, open_store, pipeline_file, reading, seconds, shipped  # noqa: F401  for the commands
 from moeflow.run.outcome import describe, printable
-from moeflow.store import LocalBlobs, NotStored, Store, StoreError
+from moeflow.store import NotStored, StoreError
 from moeflow.store.errors import GaveUp
 from moeflow.store.patience import may_pass
 
-STORE = ".moeflow/store"
-UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 REQUEST = (ValueError, TypeError, LookupError, OSError, ImportError, StoreError)  # what a wrong request raises
 WORK = (CannotRun, ClusterLost, StepFailed, StoreError, NotStored, NotPassed, OSError)
 
@@ -57,12 +56,33 @@ class OneLine(TyperGroup):
 
 app = typer.Typer(
     cls=OneLine,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="Compress mixture-of-experts models. Exit codes: 0, 1 (the work failed), 2 (the request was wrong).",
 )
 
-File = Annotated[Path, typer.Argument(metavar="PIPELINE.py", help="a file that defines build()")]
+
+@app.callback()
+def _of_every(
+    version: Annotated[bool, typer.Option("--version", is_eager=True, help="show the version of moeflow and end")] = False,
+) -> None:
+    if version:
+        print(f"moeflow {moeflow.__version__}")
+        raise typer.Exit
+
+
+def _pipelines(incomplete: str) -> list[str]:
+    """The names of pipelines that begin so, for a shell that completes them."""
+    return [name for name in shipped() if name.startswith(incomplete)]
+
+
+File = Annotated[
+    Path,
+    typer.Argument(
+        autocompletion=_pipelines,
+        metavar="PIPELINE",
+        help="one that comes with moeflow, such as mixtral, a file that defines build(), or the recipe.yaml of a version",
+    ),
+]
 Params = Annotated[
     list[str], typer.Option("-p", "--param", metavar="NAME=VALUE", help="a parameter; `PIPELINE.py --help` lists them")
 ]
@@ -88,6 +108,10 @@ GpuKind = Annotated[
 GateWords = Annotated[
     list[str], typer.Option("--gate", metavar="BOUND", help="kl<0.02, bytes<=24GB, gsm8k>=0.95x, or a gate.yaml; repeatable")
 ]
+Track = Annotated[
+    list[str],
+    typer.Option("--track", metavar="WHERE", help="tensorboard:DIR, mlflow:URI or wandb:PROJECT also gets the numbers; repeatable"),
+]
 Json = Annotated[bool, typer.Option("--json", help="machine-readable output")]
 Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
 All = Annotated[bool, typer.Option("--all", help="a line for every step")]
@@ -103,10 +127,11 @@ class PipelineCommand(TyperCommand):
     """A command whose `--help` shows the pipeline's page if a pipeline file is named."""
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
-        file = next((Path(word) for word in args if word.endswith(".py")), None)
-        if "--help" in args and file is not None:
+        word = next((word for word in args if word.endswith(".py") or word in shipped()), None) if "--help" in args else None
+        if word is not None:
             _debug.set("--debug" in args)
             with asking():
+                file = pipeline_file(word)
                 build = own.get() or pipeline.load(file)
             print(pipeline.page(build, ast.get_docstring(ast.parse(file.read_text())) or ""))
             print(f"\nThe options --store, --runner and so on are those of: moeflow {self.name} --help")
@@ -132,36 +157,15 @@ def command(**options: Any) -> Callable[[Callable[..., None]], Callable[..., Non
     return add
 
 
-def print_reports(reports: Sequence[report.Report]) -> None:
+def print_reports(reports: Sequence[report.Report], extra: Mapping[str, report.Extra] | None = None) -> None:
+    """Print the reports as one table, with their notes; `extra`: more columns, by their titles."""
     out = report.console()
     if any(r.rows for r in reports):
         print()
-        out.print(report.table(reports, plain=not out.is_terminal))
+        out.print(report.table(reports, plain=not out.is_terminal, extra=extra or {}))
     for note in dict.fromkeys(note for r in reports for note in r.notes):
         print(f"- {printable(note)}")
     print()
-
-
-def open_store(url: str, patience: float = 0.0) -> Store:
-    """Open and check a store that will be written to. Raises StoreError."""
-    store = Store.open(url or STORE, patience=patience)
-    store.check()
-    return store
-
-
-def reading(url: str) -> Store:
-    """Open a store that must exist. Raises FileNotFoundError."""
-    store = Store.open(url or STORE)
-    if isinstance(store.blobs, LocalBlobs) and not store.blobs.root.is_dir():
-        raise FileNotFoundError(f"there is no store {store.url}; pass --store, or run a pipeline")
-    return store
-
-
-def seconds(option: str, text: str) -> float:
-    """A time like 15m as seconds. Raises ValueError with the option's name."""
-    if not (match := re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text)):
-        raise ValueError(f"{option} {text}: write a number and s, m, h or d, as in 7d")
-    return float(match[1]) * UNITS[match[2]]
 
 
 def as_json() -> bool:

@@ -5,7 +5,6 @@ from typing import Annotated
 
 import typer
 
-import moeflow
 from moeflow import report
 from moeflow.cli import runs
 from moeflow.cli.common import (
@@ -19,6 +18,7 @@ from moeflow.cli.common import (
     Params,
     Patience,
     RunnerName,
+    Track,
     Url,
     asking,
     command,
@@ -29,13 +29,13 @@ from moeflow.cli.common import (
     seconds,
     working,
 )
-from moeflow.run import in_process, pipeline
+from moeflow.run import fitting, in_process, pipeline
 from moeflow.run import plan as plans
 from moeflow.run.go import Runner
+from moeflow.run.opening import pipeline_file
 
 MEASURES = ("calibrate.forks", "calibrate.curves")
 """The steps that measure alternatives, and put together what they cost."""
-PIPELINE = Path(moeflow.__file__).parent / "methods" / "recipes" / "fitted.py"
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="a folder, org/name[@revision] on the hub, or s3://bucket/prefix")]
 Bytes = Annotated[str, typer.Option("--bytes", metavar="SIZE", help="all weights on disk take at most this: 24GB, 22.5GiB")]
@@ -69,40 +69,43 @@ def fit(
     gpu_kind: GpuKind = "",
     cpus: Cpus = None,
     patience: Patience = "15m",
+    track: Track = [],  # noqa: B006
     json: Json = False,
 ) -> None:
     """Make a model fit into a budget, at the least change of what it predicts: --bytes, --ratio, --resident or --speed."""
-    budget = {"bytes": bytes, "ratio": "" if ratio is None else ratio, "resident": resident, "speed": speed.removesuffix("x")}
-    words = [f"model={model}", *(f"budget.{unit}={word}" for unit, word in budget.items() if word != "")]
-    words += [f"offers.engine={engine}"] * bool(engine) + ["recover.loss=kl"] * recover + param
-    budgeted = any(word.startswith("budget.") for word in words)
+    budget = fitting.budget_words(bytes=bytes, ratio=ratio, resident=resident, speed=speed)
+    words = [*fitting.fit_words(model, budget, engine=engine, recover=recover), *param]
     if frontier:
+        budgeted = any(word.startswith("budget.") for word in words)
         _frontier([*words, *["budget.ratio=1e-6"] * (not budgeted)], store, patience, json=json)
         return
     with asking():
-        if not budgeted:
-            raise ValueError("give one budget: --bytes 24GB, --ratio 0.25, --resident 24GB or --speed 1.5x")
+        fitting.check_budget(words)
         if gate and planned:
             raise ValueError("--gate is asked of a result, and --plan makes none; leave one of them away")
         if (on or gpu_kind) and not planned:
             raise ValueError("--on and --gpu-kind say which nodes to plan for; add --plan, or leave them away")
-        build = pipeline.load(PIPELINE)
+        build = _pipeline()
     same = {"store": store, "runner": runner, "gpus": gpus, "cpus": cpus, "patience": patience, "json": json}
     before = own.set(build)
     try:
         if planned:
-            runs.plan(PIPELINE, words, on=on, gpu_kind=gpu_kind, **same)
+            runs.plan(Path(fitting.PIPELINE), words, on=on, gpu_kind=gpu_kind, **same)
         else:
-            runs.run(PIPELINE, words, name=name or "fit", gate=gate, **same)
+            runs.run(Path(fitting.PIPELINE), words, name=name, gate=gate, track=track, **same)
     finally:
         own.reset(before)  # another command in this process runs its own pipeline
+
+
+def _pipeline() -> pipeline.Build:
+    return pipeline.load(pipeline_file(fitting.PIPELINE))
 
 
 def _frontier(words: list[str], url: str, patience: str, *, json: bool) -> None:
     """Show the frontier of this model and these options, if the store has what a fit of them has measured."""
     with asking():
         opened = open_store(url, seconds("--patience", patience))
-        target = pipeline.call(pipeline.load(PIPELINE), [*words, "frontier=true"])
+        target = pipeline.call(_pipeline(), [*words, "frontier=true"])
         lacking = [row for row in plans.plan([target], opened).rows if row.state == "run" and row.name in MEASURES]
         if lacking:
             raise ValueError(

@@ -27,6 +27,7 @@ from moeflow.cli.common import (
     command,
     open_store,
     own,
+    pipeline_file,
     print_json,
     seconds,
     working,
@@ -91,14 +92,14 @@ def recompress(
         bounds = tuple(b.word for b in read_gate(gate))
         if notify:
             notices.check_target(notify)
-        build = own.get() or pipeline.load(file)
+        build = own.get() or pipeline.load(pipeline_file(file))
         wanted = Request(file, source, promote, name or file.stem, tuple(param), bounds, marker, seconds("--settle", settle))
         opened = open_store(store, seconds("--patience", patience))
         versions.check_label(opened, promote)
     with _told(opened, notify, source, nothing_new), heard(shown.waits):
         with asking(Exit.LATER):
             there = work.find(wanted, opened, say=shown.say)
-        with work.alone(wanted, opened):
+        with work.alone(wanted, opened, there):
             with asking(Exit.LATER):
                 prepared = work.planned(wanted, build, opened, there, runner, options)
             with working(Exit.LATER):

@@ -1,4 +1,4 @@
-"""The commands that take a pipeline file: plan and run."""
+"""The commands that take a pipeline file, or the recipe of a version: plan and run."""
 
 import shlex
 from collections.abc import Sequence
@@ -24,28 +24,28 @@ from moeflow.cli.common import (
     PipelineCommand,
     Retries,
     RunnerName,
+    Track,
     Url,
     asking,
     command,
-    open_store,
     own,
     print_json,
     print_reports,
     seconds,
     working,
 )
-from moeflow.report.figures import read_figures
-from moeflow.report.gate import check_measured, judge, read_gate, refusal
-from moeflow.run import Options, node_kinds, pipeline
+from moeflow.job import Job, asked
+from moeflow.run import Options, node_kinds
 from moeflow.run import plan as plans
+from moeflow.run.events import Events
 from moeflow.run.forecast import forecast, forecast_json, forecast_lines
-from moeflow.run.go import Runner, go, prepare
+from moeflow.run.go import Runner
 from moeflow.run.outcome import printable
 from moeflow.run.plan_table import plan_lines, plan_table
 from moeflow.run.progress import show as show_progress
 from moeflow.step import Step, upstream
 from moeflow.store import Store
-from moeflow.store.patience import heard, wait_out
+from moeflow.store.patience import heard
 
 
 @command(cls=PipelineCommand)
@@ -101,36 +101,29 @@ def run(
     gpus: Gpus = None,
     cpus: Cpus = None,
     patience: Patience = "15m",
+    track: Track = [],  # noqa: B006
     json: Json = False,
 ) -> None:
     """Run what is not stored yet, publish the result as NAME@N, and show what its reports say."""
-    options, name = Options(retries, in_flight, gpus, cpus), name or file.stem
-    shown = show_progress(json=json)
-    with asking(), heard(shown.waits):
-        bounds = read_gate(gate)
-        opened = open_store(store, seconds("--patience", patience))
-        target = options.place(called(file, param, opened))
-        check_measured(bounds, target)
-        prepared = prepare(target, opened, name=name, runner=runner, options=options)
-    lost = not store and "working_dir_files" in Path.cwd().parts  # of a Ray job, which is deleted with the cluster
-    if lost:
-        shown.say(f"warning: the store {opened.url} goes with the Ray cluster; pass --store to keep what this run makes")
-    with working(), heard(shown.waits):
-        record = {"pipeline": str(file), "given": param} | ({"gate": [b.word for b in bounds]} if bounds else {})
-        outcome, n = go(prepared, progress=shown, options=options, record=record)
-        reports = report.read(opened, [s.key for s in target.reports])
+    job = Job(file, param, store, name, gate, runner, Options(retries, in_flight, gpus, cpus), patience, own.get(), track)
+    shown = Events() if json else show_progress()
+    with asking():
+        ready = job.ready(shown)
+    with working():
+        done = ready.go(shown)
     if json:
-        steps = {"run": len(outcome.ran), "stored": outcome.reused}
-        print_json({"key": target.key, "name": name, "version": n, "steps": steps, "seconds": round(outcome.seconds, 3)})
+        name, _, n = done.ref.partition("@")
+        steps = {"run": len(done.outcome.ran), "stored": done.outcome.reused}
+        seconds = round(done.outcome.seconds, 3)
+        print_json({"key": done.key, "name": name, "version": int(n), "steps": steps, "seconds": seconds})
         return
-    print_reports(reports)
-    if bounds and (why := refusal(judge(bounds, read_figures(opened, [s.key for s in target.reports])))):
-        print(f"its gate would refuse it: {printable(why)}")
-    where = f" --store {shlex.quote(opened.url)}" if store or lost else ""
-    print(f"{name}@{n}  {target.key}\nin {opened.url}; to use it: moeflow pull {name}@{n} DIR{where}")
+    print_reports(done.reports)
+    if done.refused:
+        print(f"its gate would refuse it: {printable(done.refused)}")
+    where = f" --store {shlex.quote(done.store.url)}" if store or job.temporary else ""
+    print(f"{done.ref}  {done.key}\nin {done.store.url}; to use it: moeflow pull {done.ref} DIR{where}")
 
 
 def called(file: Path, params: Sequence[str], store: Store) -> Step:
-    """The graph of a pipeline file with these parameters, when the sources that it names have answered."""
-    build = own.get() or pipeline.load(file)
-    return wait_out(lambda: pipeline.call(build, params), store.patience, "a source")
+    """The graph of a pipeline, or of a recipe, with these parameters, when the sources that it names have answered."""
+    return asked(file, params, store, own.get()).target

@@ -1,79 +1,29 @@
-"""The commands about what is stored: ls, show, pull, gc, rm and verify."""
+"""The commands about what is stored: pull, gc, rm and verify."""
 
-import json as json_
-import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from moeflow import report
 from moeflow.cli.common import (
-    STORE,
-    All,
     Json,
     Ref,
     Url,
     asking,
     command,
     print_json,
-    print_reports,
     reading,
     seconds,
     working,
 )
-from moeflow.report import lineage as lineages
+from moeflow.report import about as abouts
+from moeflow.report import card
+from moeflow.run import pulling
 from moeflow.run.words import count, size
 from moeflow.store import Store, versions
 from moeflow.store import gc as garbage_
 from moeflow.store import repair as repair_
-
-
-@command()
-def ls(
-    name: Annotated[str, typer.Argument(help="only versions of this name")] = "",
-    store: Url = "",
-    json: Json = False,
-) -> None:
-    """List the versions, newest last, with the size of their files and their labels."""
-    with asking():
-        opened = reading(store)
-        listed = sorted(versions.list(opened, name), key=lambda v: v.created)
-        sizes = {k: m.bytes for k, m in opened.manifests(v.key for v in listed).items()}
-    if json:
-        print_json([_version(v) | {"bytes": sizes.get(v.key)} for v in listed])
-        return
-    for v in listed:
-        held = size(sizes[v.key]) if v.key in sizes else "gone"
-        print(f"{v.ref:<24} {v.created}  {held:>10}  {v.key}  {' '.join(v.labels)}".rstrip())
-    if not listed:
-        print(f"no versions{f' of {name}' if name else ''} in {store or STORE}", file=sys.stderr)
-
-
-@command()
-def show(ref: Ref, store: Url = "", all: All = False, json: Json = False) -> None:
-    """Show a version: parameters, everything upstream, library versions, source digests and reports."""
-    with asking():
-        opened = reading(store)
-        version, key = _resolve(opened, ref)
-        upstream = versions.lineage(opened, key)
-        reports = report.read(opened, version.reports if version else [])
-    if json:
-        about = {"version": _version(version) if version else None, "key": key}
-        libraries = lineages.libraries(upstream)
-        lineage = [json_.loads(m.dump()) for m in upstream.values()]
-        print_json(about | {"libraries": libraries, "lineage": lineage, "reports": [asdict(r) for r in reports]})
-        return
-    out = report.console()
-    plain = not out.is_terminal
-    for line in lineages.facts(upstream[key], version):
-        print(line)
-    print(f"\n{len(upstream):,} keys, with everything upstream:")
-    out.print(lineages.steps(upstream, every=all, plain=plain))
-    print("\nlibraries  " + ", ".join(f"{k} {' and '.join(v)}" for k, v in lineages.libraries(upstream).items()))
-    print_reports(reports)
 
 
 @command()
@@ -84,21 +34,24 @@ def pull(
     store: Url = "",
     json: Json = False,
 ) -> None:
-    """Copy a version's files into a folder that transformers loads; the copies are yours to change."""
+    """Copy a version's files into a folder that transformers loads, with a model card and its recipe; the copies are yours."""
     with asking():
         opened = reading(store)
-        _, key = _resolve(opened, ref)
+        about = abouts.of(opened, ref)
+        key = about.key
         if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
             raise FileExistsError(f"{folder} is not empty; name a folder that does not exist yet")
         manifest = opened.manifest(key)
     with working():
-        opened.fetch(key, folder)
-        made = _multiplied_out(folder) if dense else {}
+        made = pulling.pull(opened, key, folder, dense=dense)
+        described = card.describe(about, folder, dense=bool(made.get("matrices")))
     if json:
-        about = {"key": key, "folder": str(folder.absolute()), "files": len(manifest.files), "bytes": manifest.bytes}
-        print_json(about | ({"dense": made} if dense else {}))
+        pulled = {"key": key, "folder": str(folder.absolute()), "files": len(manifest.files), "bytes": manifest.bytes}
+        print_json(pulled | {"described": described} | ({"dense": made} if dense else {}))
         return
     print(f"{folder}: {count(len(manifest.files), 'file')}, {size(manifest.bytes)}, from {key}")
+    if described:
+        print(f"{' and '.join(described)} say what it is, and make it again")
     if dense and made["matrices"]:
         print(
             f"{made['matrices']:,} low-rank matrices multiplied out: {size(made['before'])} of weights have become "
@@ -213,18 +166,3 @@ def _resolve(store: Store, ref: str) -> tuple[versions.Version | None, str]:
         published = [v for v in versions.list(store) if v.key == target]
         return max(published, key=lambda v: v.created, default=None), target
     return target, target.key
-
-
-def _version(v: versions.Version) -> dict[str, Any]:
-    about = {"ref": v.ref, "name": v.name, "version": v.n, "key": v.key, "created": v.created}
-    return about | {"labels": list(v.labels), "reports": list(v.reports), "record": dict(v.record)}
-
-
-def _multiplied_out(folder: Path) -> dict[str, Any]:
-    """Multiply the factors in a pulled folder, in a process of its own, because this one has not loaded torch."""
-    words = [sys.executable, "-P", "-m", "moeflow.model.dense", str(folder)]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    if done.returncode:
-        said = done.stderr.strip().splitlines() or [f"the process that multiplies ended with {done.returncode}"]
-        raise OSError(f"{said[-1]}; {folder} may be half done, remove it and pull again")
-    return json_.loads(done.stdout)

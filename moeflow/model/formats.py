@@ -178,6 +178,12 @@ def layer_formats(config: Config) -> list[Format | None]:
     return formats
 
 
+NEEDS_MOEFLOW = {"AutoConfig": "the Python package moeflow (pip install moeflow)--moeflow.Config"}
+"""The `auto_map` of a compressed checkpoint. Where moeflow is installed, its classes stand before what an `auto_map` names;
+elsewhere transformers says that the checkpoint takes code from "the Python package moeflow (pip install moeflow)", which is no name
+of a repository, so that nobody can put code there."""
+
+
 def config_of(config: Config, formats: Sequence[Format | None], *, own: bool = False) -> Config:
     """The config.json of a checkpoint whose decoder layers have these formats; `config` is that of the model it was made of.
 
@@ -194,7 +200,7 @@ def config_of(config: Config, formats: Sequence[Format | None], *, own: bool = F
     if own or len(counts) > 1 or any(f is not None and (f.own or f.gone) for f in formats):
         new |= {"model_type": COMPRESSED + family.arch.model_type, LAYERS: [{} if f is None else f.to_json() for f in formats]}
         new |= {"architectures": [CLASSES + a for a in names]} if names else {}
-        new.pop("auto_map", None)  # the checkpoint's own classes cannot load it
+        new["auto_map"] = dict(NEEDS_MOEFLOW)  # the checkpoint's own classes cannot load it
     if [f is not None for f in formats] != [f is not None for f in layer_formats(new)]:
         raise ValueError(f"the formats of {len(formats)} layers do not fit those of the family's {family.num_layers}")
     return new

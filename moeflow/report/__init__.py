@@ -1,5 +1,5 @@
 """Tables of stored reports, versions and lineages. This package computes nothing, and knows neither runners nor models."""
 
-from moeflow.report.table import Report, console, read, table
+from moeflow.report.table import Extra, Report, console, read, table
 
-__all__ = ["Report", "console", "read", "table"]
+__all__ = ["Extra", "Report", "console", "read", "table"]

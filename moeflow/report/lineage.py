@@ -1,7 +1,6 @@
 """Where a stored artifact came from, as text: its parameters, everything upstream, libraries and sources."""
 
 import json
-import shlex
 from collections import defaultdict
 from collections.abc import Mapping
 
@@ -11,48 +10,40 @@ from rich.text import Text
 
 from moeflow.store import Manifest
 from moeflow.store.errors import bytes_text
-from moeflow.store.versions import Version
+
+COLUMNS = ("step", "version", "keys", "bytes", "seconds", "source", "parameters")
 
 
-def facts(manifest: Manifest, version: Version | None) -> list[str]:
-    """The facts about the artifact itself, one per line."""
-    lines = [f"{version.ref}  {' '.join(version.labels)}".rstrip(), *_asked(version)] if version else []
-    lines.append(f"key        {manifest.key}")
-    lines.append(f"step       {manifest.step}, version {manifest.version}")
+def parameters(manifest: Manifest) -> list[str]:
+    """The parameters of the step that made it, and its notes, one a line."""
     params = [f"{name} = {_cut(json.dumps(value, sort_keys=True))}" for name, value in manifest.params.items()]
-    lines += [f"{'parameters' if n == 0 else '':<11}{param}" for n, param in enumerate(params)]
-    files = f"{len(manifest.files):,} file{'s' * (len(manifest.files) != 1)}"
-    lines.append(f"contents   {manifest.digest}, {files}, {bytes_text(manifest.bytes)}")
-    lines.append(f"made       {manifest.created} in {manifest.seconds:.1f} s")
-    if manifest.same_as:
-        lines.append(f"same as    {manifest.same_as}")
-    lines += [f"{'notes' if n == 0 else '':<11}{note}" for n, note in enumerate(manifest.notes)]
-    return lines
+    lines = [f"{'parameters' if n == 0 else '':<11}{param}" for n, param in enumerate(params)]
+    return lines + [f"{'notes' if n == 0 else '':<11}{note}" for n, note in enumerate(manifest.notes)]
 
 
-def _asked(version: Version) -> list[str]:
-    """What the version was made by: its pipeline and the parameters that were given, as words for a shell."""
-    pipeline, given = version.record.get("pipeline"), version.record.get("given") or ()
-    lines = [f"pipeline   {shlex.quote(pipeline)}"] if pipeline else []
-    return lines + [f"{'given' if n == 0 else '':<11}-p {shlex.quote(word)}" for n, word in enumerate(given)]
-
-
-def steps(lineage: Mapping[str, Manifest], *, every: bool = False, plain: bool = False) -> Table:
-    """A table of everything upstream, with a line per step name, or with `every` per key."""
+def step_rows(lineage: Mapping[str, Manifest], *, every: bool = False) -> list[tuple[str, ...]]:
+    """Everything upstream, a row for each step name, or with `every` for each key: the cells under `COLUMNS`."""
     groups: dict[tuple[str, int, str], list[Manifest]] = defaultdict(list)
     for manifest in lineage.values():
         groups[(manifest.step, manifest.version, manifest.key if every else "")].append(manifest)
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for (name, version, key), group in groups.items():
         keys = key or (group[0].key if len(group) == 1 else f"{len(group):,}")
         size, seconds = bytes_text(sum(m.bytes for m in group)), f"{sum(m.seconds for m in group):.1f}"
         sources = " ".join(sorted({m.source[:8] for m in group}))
         rows.append((name, str(version), keys, size, seconds, sources, _cut(_params(group), 64)))
+    return rows
+
+
+def steps(lineage: Mapping[str, Manifest], *, every: bool = False, plain: bool = False) -> Table:
+    """A table of everything upstream, with a line per step name, or with `every` per key."""
+    rows = step_rows(lineage, every=every)
     made = Table(box=None if plain else SIMPLE, pad_edge=False)
-    for at, title in enumerate(("step", "version", "key" if every else "keys", "bytes", "seconds", "source")):
+    for at, title in enumerate(COLUMNS[:-1]):
+        title = "key" if title == "keys" and every else title
         widest = max(len(title), *(len(row[at]) for row in rows))
         made.add_column(title, min_width=widest, no_wrap=True, justify="right" if title in ("bytes", "seconds") else "left")
-    made.add_column("parameters", overflow="ellipsis", no_wrap=True)
+    made.add_column(COLUMNS[-1], overflow="ellipsis", no_wrap=True)
     for row in rows:
         made.add_row(*row[:-1], Text(row[-1]))
     return made

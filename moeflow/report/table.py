@@ -2,13 +2,14 @@
 
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TextIO
 
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from moeflow.store import Store
 from moeflow.store.errors import bytes_text
@@ -29,6 +30,10 @@ class Report:
     notes: tuple[str, ...]
 
 
+Extra = Callable[[Report, Mapping[str, Any]], str]
+"""What one more column has for a row of a report."""
+
+
 def read(store: Store, keys: Iterable[str]) -> tuple[Report, ...]:
     """The reports of these steps, in this order; a step without one is skipped. Raises NotStored."""
     reports = []
@@ -46,21 +51,31 @@ def raw_reports(store: Store, keys: Iterable[str]) -> Iterator[tuple[str, dict[s
             yield key, json.loads(artifact.file(FILE).read_text())
 
 
-def table(reports: Iterable[Report], *, plain: bool = False) -> Table:
-    """One table of all reports: a section per kind, and their columns in the order in which they come."""
+def table(reports: Iterable[Report], *, plain: bool = False, extra: Mapping[str, Extra] | None = None) -> Table:
+    """One table of all reports: a section per kind, and their columns in the order in which they come.
+
+    `extra`: more columns behind these, by their titles, with what each has for a row.
+    """
     reports = [r for r in reports if r.rows]
     columns = list(dict.fromkeys(c for r in reports for c in r.columns))
     made = Table(box=None if plain else SIMPLE, pad_edge=False)
     made.add_column("")
     for column in columns:
         made.add_column(column, justify="right")
+    for title in extra or {}:
+        made.add_column(title)
     for kind in dict.fromkeys(r.kind for r in reports):
-        rows = [row for r in reports if r.kind == kind for row in r.rows]
-        for row in rows:
-            unit = str(row.get("unit", ""))
-            words = [_value(row.get(c), unit) for c in columns]
-            made.add_row(_name(str(row["name"]), unit), *words, end_section=row is rows[-1])
+        rows = [(r, row) for r in reports if r.kind == kind for row in r.rows]
+        for r, row in rows:
+            more = [of_row(r, row) for of_row in (extra or {}).values()]
+            made.add_row(*map(Text, (*words(row, columns), *more)), end_section=row is rows[-1][1])
     return made
+
+
+def words(row: Mapping[str, Any], columns: Iterable[str]) -> list[str]:
+    """One row as people read it: its name with the unit, and the values under these columns."""
+    unit = str(row.get("unit", ""))
+    return [titled(str(row["name"]), unit), *(shown(row.get(c), unit) for c in columns)]
 
 
 def console(stream: TextIO | None = None) -> Console:
@@ -69,11 +84,12 @@ def console(stream: TextIO | None = None) -> Console:
     return Console(file=stream) if stream.isatty() else Console(file=stream, width=PLAIN, no_color=True)
 
 
-def _name(name: str, unit: str) -> str:
-    return f"{name} [{unit}]".replace("[", r"\[") if unit and unit not in BYTES else name.replace("[", r"\[")
+def titled(name: str, unit: str) -> str:
+    """The name of a row, with its unit unless that is seen in its values."""
+    return f"{name} [{unit}]" if unit and unit not in BYTES else name
 
 
-def _value(value: Any, unit: str) -> str:
+def shown(value: Any, unit: str) -> str:
     """A number as people read it; a dash for None."""
     if value is None:
         return "-"

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
+from moeflow.extras import lacking
 from moeflow.run import in_process
 from moeflow.run.options import Options
 from moeflow.run.outcome import CannotRun, Outcome, StepFailed
@@ -59,6 +60,8 @@ def prepare(target: Step, store: Store, *, name: str, runner: Runner, options: O
     """Check all that can be checked before a step starts. Raises ValueError for the name, CannotRun for the first problem."""
     versions.check_name(name)
     runner = runner.chosen()
+    if runner is Runner.ray and (why := lacking(["ray"])):
+        raise CannotRun(why)
     targets = [target, *target.reports]
     steps = upstream(targets)
     mark = Mark(store, [s.key for s in steps])  # before what is stored is listed: garbage collection may be under way

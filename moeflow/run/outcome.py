@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from moeflow.extras import EXTRAS, said
 from moeflow.step import Step
 
 State = Literal["stored", "same content", "run", "not needed"]
@@ -86,6 +87,8 @@ class Outcome:
 
 def describe(error: BaseException) -> str:
     """An exception as part of one line."""
+    if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] in EXTRAS:
+        return said(str(error.name))
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     text = " ".join(text.split())
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

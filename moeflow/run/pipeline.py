@@ -60,7 +60,9 @@ MEANING = {
 def load(path: Path) -> Build:
     """Import a pipeline file and return its `build`. Raises FileNotFoundError, and ValueError if it is no pipeline."""
     if not path.is_file():
-        raise FileNotFoundError(f"there is no pipeline {path}; name a file like pipelines/mixtral.py")
+        raise FileNotFoundError(
+            f"there is no pipeline {path}; name one that comes with moeflow, such as mixtral, or a file PIPELINE.py"
+        )
     module = sys.modules["__main__"]
     if Path(getattr(module, "__file__", None) or "").resolve() != path.resolve():  # else it is running already
         module = _imported(path)
@@ -90,22 +92,17 @@ def _imported(path: Path) -> ModuleType:
 
 def call(build: Build, assignments: Iterable[str]) -> Step:
     """Call `build` with parameters from words `name=value` and `name.field=value`. Raises ValueError if they do not fit."""
-    parameters, kinds = inspect.signature(build).parameters, _kinds(build)
-    words = _words(assignments, [*parameters, *_of_every(kinds)], kinds)
-    given = {name: words.pop(name) for name in _of_every(kinds) if name in words}
-    read: dict[str, Any] = {name: options.read(f"-p {name}", word, OF_EVERY[name][0] | None) for name, word in given.items()}
+    kinds, given = kinds_of(build), values(build, assignments)
+    words: dict[str, str] = {name: given.pop(name) for name in _of_every(kinds) if name in given}
+    read: dict[str, Any] = {name: options.read(f"-p {name}", word, OF_EVERY[name][0] | None) for name, word in words.items()}
     layout: LayoutWanted = read.get(LAYOUT) or "source"
     model = partial(sources.pin, kind="model", how=read.get(HOW), adapter=read.get(ADAPTER), layout=layout, mtp=read.get(MTP))
-    named_words = {name.partition(".")[0] for name in words}
-    if missing := [p.name for p in parameters.values() if p.default is p.empty and p.name not in named_words]:
-        raise ValueError(f"the pipeline needs {' '.join(f'-p {name}=...' for name in missing)}")
-    values = {name: _value(name, p.default, kinds[name], words) for name, p in parameters.items()}
-    models = {n: v for n, v in values.items() if isinstance(v, str) and Source in options.members(kinds[n])}
-    _check_files(values.values())
+    models = {n: v for n, v in given.items() if isinstance(v, str) and Source in options.members(kinds[n])}
+    _check_files(given.values())
     for name in sorted(models, key=lambda name: "://" in sources.address(models[name], "model")):  # those on this machine first
-        values[name] = model(models[name])
+        given[name] = model(models[name])
     try:
-        made = build(**values)
+        made = build(**given)
     except SystemExit as error:
         raise ValueError(f"build ends the program, SystemExit({error.code!r}); {ENDS}") from error
     except (ArithmeticError, AssertionError, AttributeError, NameError, RuntimeError) as error:
@@ -113,6 +110,21 @@ def call(build: Build, assignments: Iterable[str]) -> Step:
     if not isinstance(made, Step):
         raise ValueError(f"build returned {type(made).__name__}, and a pipeline returns the Step to publish")
     return made
+
+
+def values(build: Build, assignments: Iterable[str]) -> dict[str, Any]:
+    """Every parameter of a pipeline with the value that these words and its defaults give it, and as words those of `OF_EVERY` that
+    are given.
+
+    Nothing is pinned: a model is the word for it. Raises ValueError if the words do not fit.
+    """
+    parameters, kinds = inspect.signature(build).parameters, kinds_of(build)
+    words = _words(assignments, [*parameters, *_of_every(kinds)], kinds)
+    given = {name: words.pop(name) for name in _of_every(kinds) if name in words}
+    named_words = {name.partition(".")[0] for name in words}
+    if missing := [p.name for p in parameters.values() if p.default is p.empty and p.name not in named_words]:
+        raise ValueError(f"the pipeline needs {' '.join(f'-p {name}=...' for name in missing)}")
+    return {name: _value(name, p.default, kinds[name], words) for name, p in parameters.items()} | given
 
 
 def _check_files(values: Iterable[Any]) -> None:
@@ -126,7 +138,8 @@ def _check_files(values: Iterable[Any]) -> None:
 
 def page(build: Build, about: str = "") -> str:
     """The page of help: `about`, then all parameters and fields of options with type, default, choices and meaning."""
-    kinds = _kinds(build)
+    kinds = kinds_of(build)
+    inner = inner_of(kinds)
     lines = [about, "", "-p name=value, or -p name.field=value:", ""]
     for name, parameter in inspect.signature(build).parameters.items():
         kind, default = kinds[name], parameter.default
@@ -140,7 +153,13 @@ def page(build: Build, about: str = "") -> str:
         lines += _entry(name, "", "absent" if default is None else "", _first(options_type))
         for field in options.described(options_type):
             now = field.default if default in (None, parameter.empty) else _short(getattr(default, field.name))
+            if field.name in inner:
+                continue
             lines += _entry(f"  {name}.{field.name}", field.type, now, f"{field.help} {_choice(field.choices)}".strip())
+    for name, (_, inside) in inner.items():
+        lines += _entry(name, "", "absent", _first(inside))
+        for field in options.described(inside):
+            lines += _entry(f"  {name}.{field.name}", field.type, field.default, f"{field.help} {_choice(field.choices)}".strip())
     for name in _of_every(kinds):
         kind, meaning = OF_EVERY[name]
         lines += _entry(name, options.shown(kind), "", f"{meaning} {_choice(options.choices_of(kind))}".strip())
@@ -170,7 +189,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _kinds(build: Build) -> dict[str, Any]:
+def kinds_of(build: Build) -> dict[str, Any]:
     """The annotation of every parameter, or the type of its default if there is none."""
     kinds = typing.get_type_hints(build.func if isinstance(build, partial) else build)
     parameters = inspect.signature(build).parameters.items()
@@ -179,13 +198,18 @@ def _kinds(build: Build) -> dict[str, Any]:
 
 def _words(assignments: Iterable[str], known: Iterable[str], kinds: dict[str, Any]) -> dict[str, str]:
     words: dict[str, str] = {}
+    inner = inner_of(kinds)
     for word in assignments:
         name, equals, value = word.partition("=")
         if not equals:
             raise ValueError(f"-p {word}: write -p name=value")
-        head, dot, _ = name.partition(".")
+        head, dot, rest = name.partition(".")
+        if head in inner:  # as a parameter of its own
+            outer, _ = inner[head]
+            name, head, dot = f"{outer}.{head}{dot}{rest}", outer, "."
         if head not in known:
-            fields = [f"{n}.{f.name}" for n, kind in kinds.items() if (t := _options(kind)) for f in options.described(t)]
+            every = {n: t for n, kind in kinds.items() if (t := _options(kind))} | {n: t for n, (_, t) in inner.items()}
+            fields = [f"{n}.{f.name}" for n, t in every.items() for f in options.described(t)]
             own = [n for n in fields if n.partition(".")[2] == name]
             advice = f"did you mean {' or '.join(own)}?" if own else options.nearest(name, known)
             raise ValueError(f"-p {word}: the pipeline has no parameter {name!r}; {advice}")
@@ -195,6 +219,17 @@ def _words(assignments: Iterable[str], known: Iterable[str], kinds: dict[str, An
             raise ValueError(f"-p {name} is given twice: {words[name]!r} and {value!r}")
         words[name] = value
     return words
+
+
+def inner_of(kinds: dict[str, Any]) -> dict[str, tuple[str, type]]:
+    """The fields of options that are options themselves, which are named like parameters: the parameter of each, and its type."""
+    fields = [
+        (n, f.name, options.options_type(options.hints_of(t)[f.name]))
+        for n, kind in kinds.items()
+        if (t := _options(kind))
+        for f in options.described(t)
+    ]
+    return {field: (n, inside) for n, field, inside in fields if inside is not None and field not in kinds}
 
 
 def _options(kind: Any) -> type | None:
@@ -214,15 +249,8 @@ def _value(name: str, default: Any, kind: Any, words: dict[str, str]) -> Any:
     """The value of a parameter: texts are made from words, sources stay words, and fields of options are set one by one."""
     word, options_type = words.get(name), _options(kind)
     if options_type is not None:
-        inside = {n.partition(".")[2]: w for n, w in words.items() if n.startswith(f"{name}.")}
-        if word is not None and word.lower() in options.NOTHING:
-            if type(None) not in options.members(kind) or inside:
-                raise ValueError(f"-p {name}={word}: {name} cannot be absent{' and have fields' if inside else ''}")
-            return None
-        if word is not None:  # a word for the parameter itself sets its first field
-            inside = {options.described(options_type)[0].name: word} | inside
-        start = None if default is inspect.Parameter.empty else default
-        return options.changed(f"-p {name}", options_type, start, inside) if inside else start
+        inside = {n.partition(".")[2]: w for n, w in words.items() if n == name or n.startswith(f"{name}.")}
+        return options.given(f"-p {name}", kind, options_type, None if default is inspect.Parameter.empty else default, inside)
     text = word if word is not None else default
     if isinstance(text, str) and Source in options.members(kind):
         return text

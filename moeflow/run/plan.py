@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from moeflow.extras import lacking
 from moeflow.machine import NO_COMPILER, compiler, has_gpu
 from moeflow.run.node_kinds import NodeKinds
 from moeflow.run.outcome import State
@@ -106,7 +107,8 @@ def plan(
     unfit = nodes.unfit(rows) if nodes else {} if memory is None else _memory(rows, memory)
     problems += [why for row, why in unfit.items() if not row.optional]
     if memory is not None:
-        problems += _compiler(schedule.steps[r.key] for r in rows if r.state == "run")
+        run = [schedule.steps[r.key] for r in rows if r.state == "run"]
+        problems += [*_packages(run), *_compiler(run)]
     idle = {row.name for row in unfit if row.optional}  # they look at the memory first, and then read nothing
     rows = tuple(replace(row, reads=0, operations=0) if row.name in idle else row for row in rows)
     warnings = [
@@ -138,6 +140,12 @@ def _disk(rows: Iterable[Row], store: Store, *, here: bool) -> list[str]:
         return []
     way_out = "pass another --store" if local else "point MOEFLOW_CACHE to another disk"
     return [f"{folder} has {size(free)} free, and the run writes {size(need)} there; free some, or {way_out}"]
+
+
+def _packages(steps: Iterable[Step]) -> list[str]:
+    """One line if a step imports what is not installed here."""
+    lacks = ((step, lacking(step.spec.packages)) for step in steps)
+    return [f"{step.name}: {why}" for step, why in lacks if why][:1]
 
 
 def _compiler(steps: Iterable[Step]) -> list[str]:

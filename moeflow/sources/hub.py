@@ -89,7 +89,7 @@ def _asked(repo: str, type_: str, revision: str, glob: str) -> tuple[str, dict[s
         with suppress(EntryNotFoundError):  # then it is a folder, or does not exist
             commit, size = _headers(repo, type_, revision, glob)
             return commit, {glob: size}
-    hub = HfApi(endpoint=_endpoint())
+    hub = HfApi(endpoint=endpoint())
     ask = hub.model_info if type_ == "model" else hub.dataset_info
     about = ask(repo, revision=revision, files_metadata=True, timeout=60)
     return str(about.sha), {s.rfilename: s.size for s in about.siblings or ()}
@@ -97,7 +97,7 @@ def _asked(repo: str, type_: str, revision: str, glob: str) -> tuple[str, dict[s
 
 def _headers(repo: str, type_: str, revision: str, name: str) -> tuple[str, int]:
     """The commit of one file at this revision, and its size."""
-    about = get_hf_file_metadata(hf_hub_url(repo, name, repo_type=type_, revision=revision, endpoint=_endpoint()))
+    about = get_hf_file_metadata(hf_hub_url(repo, name, repo_type=type_, revision=revision, endpoint=endpoint()))
     return about.commit_hash or revision, about.size or 0
 
 
@@ -111,7 +111,7 @@ def read(uri: str, file: SourceFile, start: int, stop: int) -> bytes:
             return opened.read(max(0, stop - start))
     if (stop := min(stop, file.size)) <= start:
         return b""
-    url = hf_hub_url(repo, file.name, repo_type=type_, revision=commit, endpoint=_endpoint())
+    url = hf_hub_url(repo, file.name, repo_type=type_, revision=commit, endpoint=endpoint())
     try:
         with _in_words(f"{uri}/{file.name}"):
             headers = build_hf_headers() | {"Range": f"bytes={start}-{stop - 1}"}
@@ -151,7 +151,7 @@ def bring(uri: str, file: SourceFile, to: Path, grow: Grow, start: int, stop: in
     folder = home() / "hub" / hashlib.sha256(f"{uri}/{file.name}".encode()).hexdigest()[:32]
     try:
         with _in_words(f"{uri}/{file.name}"):
-            at: dict[str, Any] = {"repo_type": type_, "revision": commit, "cache_dir": folder, "endpoint": _endpoint()}
+            at: dict[str, Any] = {"repo_type": type_, "revision": commit, "cache_dir": folder, "endpoint": endpoint()}
             path = Path(hf_hub_download(repo, file.name, **at, tqdm_class=_progress(grow)))
     except _Away as away:
         raise away.wrong(f"{uri}/{file.name}: {away}; run again when the hub can be reached") from away
@@ -204,7 +204,7 @@ def _cache() -> Path:
     return Path(os.environ.get("HF_HUB_CACHE") or constants.HF_HUB_CACHE)
 
 
-def _endpoint() -> str:
+def endpoint() -> str:
     return (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from moeflow.report import console, lineage
+from moeflow.report import about, console, lineage, summary
 from moeflow.run import in_process
 from moeflow.store import Store, versions
 from tests.run import toy
@@ -29,11 +29,11 @@ def test_a_version_is_described_a_fact_a_line(store: Store) -> None:
     versions.publish(store, "small", target.key)
     versions.promote(store, "small", "production")
     (version,) = versions.list(store)
-    lines = lineage.facts(store.manifest(target.key), version)
-    assert lines[0] == "small@1  production"
-    assert lines[1].endswith(target.key)
-    assert any(line.endswith("size = 100") for line in lines)
-    assert any("1 file, 100 bytes" in line for line in lines)
+    told = about.of(store, version.ref)
+    assert summary.lines(told)[0] == "small@1  production"
+    assert [line.endswith("size = 100") for line in lineage.parameters(told.manifest)] == [True, False]
+    *_, contents, key = summary.hashes(told)
+    assert key.endswith(target.key) and "1 file, 100 bytes" in contents
 
 
 def test_upstream_is_a_line_for_each_name_or_for_each_key(store: Store) -> None:

@@ -215,6 +215,49 @@ def test_a_page_lists_every_field_with_its_type_default_choices_and_documentatio
     assert "How weights are rounded" in text and "More is said" not in text
 
 
+@dataclass(frozen=True)
+class Quantizing:
+    """How a matrix is quantized."""
+
+    group: int = 64
+    """Weights that share a scale."""
+    rounding: Rounding | None = None
+    """How its weights are rounded."""
+
+
+def quantized(*, how: Quantizing = Quantizing(), bits: int = 3) -> Step:
+    return toy.shards(values=[plain(how), bits])
+
+
+def test_options_within_options_are_named_like_parameters_or_within_their_own() -> None:
+    whole = [{"group": 8, "rounding": {"method": "gptq", "bits": 2}}, 3]
+    assert received(quantized, "how.group=8", "rounding=gptq", "rounding.bits=2")["values"] == whole
+    assert received(quantized, "how=8", "how.rounding=gptq", "how.rounding.bits=2")["values"] == whole
+    assert received(quantized)["values"] == received(quantized, "rounding=none")["values"] == [{}, 3]
+    with_rounding = partial(quantized, how=Quantizing(rounding=Rounding(bits=2)))
+    assert received(with_rounding, "rounding.damp=1")["values"] == [{"rounding": {"bits": 2, "damp": 1.0}}, 3]
+    assert received(with_rounding, "rounding=none")["values"] == [{}, 3]
+    lines = page(quantized).splitlines()
+    (at,) = (n for n, line in enumerate(lines) if "rounding.bits" in line)
+    assert lines[at].split() == ["rounding.bits", "int", "4"] and lines[at + 1].strip() == "Bits of a weight."
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["rounding.bitz=8"], "-p how.rounding has no 'bitz'; did you mean 'bits'?"),
+        (["rounding=none", "rounding.bits=8"], "-p how.rounding=none: how.rounding cannot be absent and have fields"),
+        (["rounding=gptq", "how.rounding=gptq"], "-p how.rounding is given twice"),
+        (["damp=0.1"], "no parameter 'damp'; did you mean rounding.damp?"),
+        (["how.group.more=1"], "-p how.group has no fields"),
+        (["rounding.bits.more=1"], "-p how.rounding.bits has no fields"),
+    ],
+)
+def test_words_for_options_within_options_that_do_not_fit_are_refused(words: list[str], said: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(said)):
+        call(quantized, words)
+
+
 PIPELINES = sorted((Path(__file__).parents[2] / "pipelines").glob("*.py"))
 
 

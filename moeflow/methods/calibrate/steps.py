@@ -254,9 +254,8 @@ def curves(
 
     `around`: the model of which one layer at a time is another, if that is not the calibrated one; what is measured is how far it
     is from the calibrated one then. Its own states are run once, for all chains; where there are no alternatives, its states
-    behind the last layer may be given as `ends`, for the calibration's tokens, shard by shard.
-
-    `shortlist`: the part of a step that is a `Shortlist`, of at most `listed` alternatives a layer; only these are measured.
+    behind the last layer may be given as `ends`, for the calibration's tokens, shard by shard. `shortlist`: the part of a step that
+    is a `Shortlist`, of at most `listed` alternatives a layer; only these are measured.
     """
     model, passed, rows = around or calibration.model, calibration.passed, rows_of(calibration, tokens)
     states, against = calibration.states, () if around is None else _hidden(calibration.ends)
@@ -272,10 +271,9 @@ def curves(
 
     def chain(first: int, before: tuple[Step, ...], group: Mapping[int, Alternatives]) -> Step:
         begun = [group.get(i) for i in range(first, max(group, default=first - 1) + 1)]
-        sources = tuple(a.sources if a else () for a in begun)
         return forks(
-            model.rest, calibration.tokens, _hidden(before), model.layers[first:], sources, against, shortlist if group else None,
-            alternatives=[a.forks if a else None for a in begun],
+            model.rest, calibration.tokens, _hidden(before), model.layers[first:], tuple(a.sources if a else () for a in begun),
+            against, shortlist if group else None, alternatives=[a.forks if a else None for a in begun],
             how=Chain(first, rows, passed.batch, passed.dtype, listed if group else 0),
         )  # fmt: skip
 

@@ -182,7 +182,7 @@ def beside(context: Context, shards: tuple[Artifact, ...], *, tensors: Table) ->
     splitting.gather(context, shards, tensors, context.out / export.BESIDE, finite=False)
 
 
-@step("checkpoint.assemble", version=1, spec=assembling.assemble_spec)
+@step("checkpoint.assemble", version=2, spec=assembling.assemble_spec)
 def assemble(
     context: Context, rest: Artifact, layers: tuple[Artifact, ...], prediction_layers: tuple[Artifact, ...] = (),
     choices: tuple[Artifact, ...] = (), *, config: Config,
@@ -201,7 +201,7 @@ def assemble(
     assembling.write_history(context, every, choices)
 
 
-@step("checkpoint.assemble_as", version=1, spec=assembling.assemble_as_spec)
+@step("checkpoint.assemble_as", version=2, spec=assembling.assemble_as_spec)
 def assemble_as(
     context: Context, rest: Artifact, layers: tuple[Artifact, ...], files: tuple[Artifact, ...] = (),
     beside: Artifact | None = None, choices: tuple[Artifact, ...] = (), *, config: Config, form: dict[str, Any],

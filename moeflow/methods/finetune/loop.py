@@ -12,12 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from moeflow.methods.finetune.batches import Rows, batch_of, dealt
 from moeflow.methods.finetune.curve import Curve
 from moeflow.methods.finetune.deepspeed_config import used
 from moeflow.methods.finetune.learner import distributed, engine_of, learning, load
+from moeflow.methods.finetune.peft_format import inexpressible, write_adapter
 from moeflow.methods.finetune.recipe import Gang, Recipe
 from moeflow.methods.finetune.snapshots import Snapshots
 from moeflow.methods.finetune.steps import TRAINING
@@ -141,6 +143,12 @@ def tune(
         files = sorted(trained.glob("*.safetensors"))
         for done, _ in enumerate(write(Folder(folder), read_config(Folder(folder)), trained, context.out, recipe), 1):
             context.progress(done, len(files), "layers")
+        if recipe.adapter:
+            additions = {name: tensor for file in files for name, tensor in load_file(file).items()}
+            if why := inexpressible(additions, recipe):
+                context.note(f"no adapter is written: {why}")
+            else:
+                write_adapter(additions, tuning.engine.module, recipe, context.out / "adapter")
         (context.out / TRAINING).write_text(json.dumps(asdict(tuning.curve)) + "\n")
         (context.out / "deepspeed.json").write_text(json.dumps(tuning.config, indent=1) + "\n")
         context.note(tuning.curve.summary())

@@ -59,12 +59,18 @@ class Recipe:
     """Keep experts' zero weights at zero; none: if the experts were made sparse."""
     seed: int = 0
     """The seed of the rows' order and LoRA's first factors."""
+    adapter: bool = False
+    """Also leave LoRA's additions as an adapter in PEFT's format, in the folder `adapter` of what finetune.train stores."""
 
     def __post_init__(self) -> None:
         check_choices(self)
         for target in self.targets:
             if target not in TARGETS:
                 raise ValueError(f"target {target!r} is not known; choose of {', '.join(TARGETS)}")
+        if self.adapter and self.mode != "lora":
+            raise ValueError(
+                f"adapter=true writes what LoRA adds, and mode={self.mode!r} trains the weights themselves; leave it away"
+            )
         if self.steps < 0 or self.batch < 1 or (not self.steps and self.epochs <= 0):
             raise ValueError(f"steps={self.steps} or epochs={self.epochs:g} of batch={self.batch}: none may be 0 or less")
         if not 0 < self.rate < 1:

@@ -66,6 +66,7 @@ def _train_spec(
     done = recipe.operations * checkpoint.active * recipe.steps * recipe.batch * data.length
     return Spec(
         {"bytes": 80 * recipe.steps + 2000}, reads=reads, writes=writes, memory=checkpoint.nbytes, compiles=True,
+        packages=("deepspeed", "ninja"),
         operations={precision(checkpoint.config, recipe.dtype): done},
     )  # fmt: skip
 

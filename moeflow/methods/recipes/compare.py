@@ -1,6 +1,7 @@
 """Compare a compressed model with its original: every report of `moeflow.methods.evaluate`, on each held-out text."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moeflow.methods.calibrate import steps as calibrate
@@ -8,6 +9,8 @@ from moeflow.methods.checkpoint.steps import counted, text_model_of
 from moeflow.methods.data import steps as data
 from moeflow.methods.evaluate.steps import experts_per_token, here, layers, quality, size, speed
 from moeflow.methods.graph import Model, Pass, Sample
+from moeflow.methods.judge import steps as judge
+from moeflow.methods.judge.options import Prompts, Tasks
 from moeflow.sources import NamesFiles, Source, Texts
 from moeflow.sources.texts import WEIGHT
 from moeflow.step import Step
@@ -15,7 +18,7 @@ from moeflow.step import Step
 
 @dataclass(frozen=True)
 class HeldOut(NamesFiles):
-    """The text on which a compressed model and its original are compared."""
+    """The text, the tasks and the prompts on which a compressed model and its original are compared."""
 
     texts: str
     """URI[#column[+column]], or a ready-made .npy matrix; several joined by commas, each gets its own report."""
@@ -25,17 +28,24 @@ class HeldOut(NamesFiles):
     """Tokens of a sequence."""
     bos: bool | None = None
     """A beginning-of-sequence token before each document; none: as of `Sample`."""
+    tasks: Tasks | None = None
+    """Tasks with a right answer."""
+    prompts: Prompts | None = None
+    """Prompts that both models go on from."""
 
     def check_files(self) -> None:
         if self.texts:
             Texts(self.texts).check_local()
+        for more in (self.tasks, self.prompts):
+            if more is not None:
+                more.check_files()
 
 
 NO_TOKENIZER = "held-out text is left out, the loss on the token matrix stands for it"
 
 
 def reports(original: Model, compressed: Model, heldout: HeldOut, passed: Pass, *, tokens: Step | None = None) -> tuple[Step, ...]:
-    """Report on `compressed` beside `original`: size, quality on each held-out text, speed.
+    """Report on `compressed` beside `original`: size, quality on each held-out text, tasks and prompts, speed.
 
     `passed`: the pass of the calibration, of which batch size and precision are taken; eight batches go to a task, and nothing is
     recorded. Where a text is no ready-made matrix, a model without a tokenizer is evaluated on the matrix `tokens` instead, and the
@@ -67,7 +77,19 @@ def reports(original: Model, compressed: Model, heldout: HeldOut, passed: Pass, 
         if run:
             observed = tuple(run.observed.values())
             reports.append(experts_per_token(original.essential, observed, layers=list(run.observed), name=name))
-    return (*reports, speed(text_model_of(original), text_model_of(compressed), machine=here(), length=heldout.length))
+    whole = text_model_of(original), text_model_of(compressed)
+    judged = judge.Judged(*whole, passed.dtype, original.without_tokenizer, original.has_template)
+    reports.append(speed(*whole, machine=here(), length=heldout.length))
+    answers = judge.reports(judged, heldout.tasks, heldout.prompts)
+    _check_named_apart(reports, answers)
+    return (*reports, *answers)
+
+
+def _check_named_apart(reports: Sequence[Step], answers: Sequence[Step]) -> None:
+    """Raise ValueError if a task has the name of a figure that is measured in any case, so that a gate's word would mean both."""
+    known = {word.partition("[")[0] for step in reports for word in step.spec.figures}
+    if same := next((word for step in answers for word in step.spec.figures if word in known), None):
+        raise ValueError(f"a task is named {same}, as a figure is that every report has; give it another name")
 
 
 def _names(texts: Texts) -> list[str]:

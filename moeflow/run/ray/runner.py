@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any
 
 import ray
+from ray._private.worker import get_dashboard_url
 from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -28,6 +29,7 @@ from moeflow.run.progress import Show
 from moeflow.run.ray.board import Event, RemoteBoard
 from moeflow.run.ray.gang import gang_task
 from moeflow.run.ray.head import answers, beside, quiet, watched
+from moeflow.run.ray.metrics import Metrics
 from moeflow.run.ray.nodes import Nodes, demand, free_orphans, largest, offers, too_large
 from moeflow.run.ray.tasks import Failed, Made, Postponed, step_task
 from moeflow.run.ray.travel import take_along
@@ -57,8 +59,10 @@ def run(
 
     def execute(ledger: Ledger) -> None:
         if ledger.left:
-            with connected() as own, watched() as watch, _Drive(ledger, options or Options(), own=own) as drive:
-                beside(drive.loop, watch)
+            with connected() as own, watched() as watch:
+                _tell_dashboard(ledger.show)
+                with _Drive(ledger, options or Options(), own=own) as drive:
+                    beside(drive.loop, watch)
 
     try:
         return follow(targets, store, execute, progress, index)
@@ -66,6 +70,13 @@ def run(
         raise ClusterLost(
             f"the Ray cluster was lost ({brief(error)}); what had finished is stored: see that the cluster is up, then run again"
         ) from error
+
+
+def _tell_dashboard(show: Show) -> None:
+    """Say where Ray's dashboard is, if the cluster has one."""
+    url = get_dashboard_url()
+    if url:
+        show.say(f"Ray's dashboard: http://{url.removeprefix('http://')}")
 
 
 @contextmanager
@@ -123,6 +134,7 @@ class _Drive:
         # A cluster without GPUs computes on CPUs, unless GPUs were asked for: an autoscaler may add them.
         self._gpus = options.gpus is not None or any(offer.get("GPU") for offer in offers())
         self._check(own)
+        self._metrics = Metrics()
         free_orphans()
         # The board and the gangs' tasks hold no CPU and must not get lost: they run on the driver's own node.
         self._here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -242,10 +254,12 @@ class _Drive:
                 self._fail(call, result.cause)
             elif isinstance(result, Postponed):
                 self._show.waits("another run", result.why)
+                self._metrics.postponed(call.key)
                 self._waiting.append((time.monotonic() + WAIT, call))
             elif isinstance(result, Made):
                 self._nodes.holds(call, result.node, result.done.bytes)
                 self._ledger.done(result.done)
+                self._metrics.done(result.done)
 
     def _fail(self, call: Call, cause: BaseException) -> None:
         """Keep the first failure, to raise it at the end; show those of steps that were running then."""
@@ -261,6 +275,7 @@ class _Drive:
         for event in news:
             if event.kind == "start":
                 self._show.start(event.key)
+                self._metrics.started(event.key)
             elif event.kind == "progress":
                 self._show.progress(event.key, event.done, event.total, event.text, event.detail)
             elif event.kind == "note":

@@ -13,6 +13,7 @@ from moeflow.methods.data import steps as data
 from moeflow.methods.graph import Pass, Sample
 from moeflow.methods.prune.searches import Search
 from moeflow.methods.recipes import compare, naee
+from moeflow.model.formats import NEEDS_MOEFLOW
 from moeflow.sources import Texts
 from tests import tiny
 from tests.models import calibrated, pulled
@@ -112,4 +113,4 @@ def test_a_result_in_moeflow_s_own_format_does_not_name_classes_that_cannot_load
     pruned = naee.prune(model, 6, Search("frequency")).layers
     out = pulled(store_in(tmp_path), model.model.with_layers({0: pruned[0]}), tmp_path)
     config = json.loads((out / "config.json").read_text())
-    assert config["model_type"] == "moeflow_mixtral" and "auto_map" not in config
+    assert config["model_type"] == "moeflow_mixtral" and config["auto_map"] == NEEDS_MOEFLOW

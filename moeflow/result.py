@@ -1,0 +1,224 @@
+"""A version as Python code holds it: what it is, its figures, and what is done with it."""
+
+import html
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table as Drawn
+
+from moeflow import report
+from moeflow.report import about as abouts
+from moeflow.report import card, comparing
+from moeflow.report.about import About
+from moeflow.report.table import words
+from moeflow.run import pulling
+from moeflow.store import Store, versions
+from moeflow.store.errors import bytes_text
+
+
+class Table(Sequence[Mapping[str, Any]]):
+    """Rows of figures: a sequence of mappings, shown as a table, and a DataFrame where pandas is installed."""
+
+    def __init__(self, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
+        self.columns, self.records = tuple(columns), [dict(row) for row in rows]
+
+    def frame(self) -> Any:
+        """The rows as a pandas DataFrame. Raises ImportError where pandas is not installed."""
+        try:
+            import pandas
+        except ImportError as error:
+            raise ImportError("pandas is not installed: pip install pandas, or use .records") from error
+        return pandas.DataFrame(self.records)
+
+    def row(self, name: str) -> dict[str, Any]:
+        """The row of this name, or the first that a gate knows by this word. Raises KeyError."""
+        for field in ("name", "figure"):
+            for row in self.records:
+                if row.get(field) == name:
+                    return row
+        raise KeyError(f"there is no figure {name!r}; there are {', '.join(str(r['name']) for r in self.records) or 'none'}")
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, at: Any) -> Any:
+        return self.records[at]
+
+    def __iter__(self) -> Iterator[Mapping[str, Any]]:
+        return iter(self.records)
+
+    def __repr__(self) -> str:
+        drawn = Drawn(box=SIMPLE, pad_edge=False)
+        drawn.add_column("")
+        for column in self.columns:
+            drawn.add_column(column, justify="right")
+        for name, *values in self._words():
+            drawn.add_row(name.replace("[", r"\["), *values)
+        out = Console(width=200, no_color=True)
+        with out.capture() as said:
+            out.print(drawn)
+        return "\n".join(line.rstrip() for line in said.get().strip("\n").splitlines())
+
+    def _repr_html_(self) -> str:
+        cells = [f"<th></th>{''.join(f'<th>{html.escape(c)}</th>' for c in self.columns)}"]
+        for name, *values in self._words():
+            numbers = "".join(f'<td style="text-align:right">{html.escape(v)}</td>' for v in values)
+            cells.append(f'<td style="text-align:left">{html.escape(name)}</td>{numbers}')
+        return f"<table>{''.join(f'<tr>{row}</tr>' for row in cells)}</table>"
+
+    def _words(self) -> Iterator[list[str]]:
+        for row in self.records:
+            yield words(row, self.columns)
+
+
+class Comparison(Table):
+    """The figures of several versions side by side, and what else `moeflow compare --json` tells of them."""
+
+    def __init__(self, told: Mapping[str, Any]) -> None:
+        refs = [one["ref"] for one in told["versions"]]
+        about = ("kind", "name", "figure", "text", "unit", "original")
+        rows = [{k: row[k] for k in about} | dict(zip(refs, row["values"], strict=True)) for row in told["figures"]]
+        super().__init__(["original", *refs], rows)
+        self.paired: list[dict[str, Any]] = told["paired"]
+        """How much farther from the original each is than the first, on the same sequences, with an interval of 95 %."""
+        self.layers: list[dict[str, Any]] = told["layers"]
+        self.options: list[dict[str, Any]] = told["options"]
+        self.lineage: dict[str, Any] = told["lineage"]
+
+
+@dataclass(frozen=True)
+class Version:
+    """A published result in a store. `found` names it by what people write: `mixtral@3`, a label, a key."""
+
+    store: Store
+    about: versions.Version
+
+    @property
+    def ref(self) -> str:
+        """`name@n`."""
+        return self.about.ref
+
+    @property
+    def key(self) -> str:
+        """The key under which its files are stored."""
+        return self.about.key
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The labels that point at it now."""
+        return tuple(label for label, ref in versions.labelled(self.store).items() if ref == self.ref)
+
+    @property
+    def bytes(self) -> int:
+        """The bytes of its files."""
+        return self.store.manifest(self.key).bytes
+
+    @cached_property
+    def _all(self) -> About:
+        return About(self.store, self.key, self.about)
+
+    @cached_property
+    def reports(self) -> tuple[report.Report, ...]:
+        """Its reports as the steps wrote them."""
+        return report.read(self.store, self.about.reports)
+
+    @property
+    def report(self) -> Table:
+        """Every figure of its reports, of the original and of this version: `.records`, or `.frame()` for a DataFrame."""
+        columns = dict.fromkeys(c for one in self.reports if one.rows for c in one.columns)
+        return Table([*columns], [{"kind": one.kind, **row} for one in self.reports for row in one.rows])
+
+    @property
+    def notes(self) -> list[str]:
+        """What its reports say in words."""
+        return [*dict.fromkeys(note for one in self.reports for note in one.notes)]
+
+    def load(self, **options: Any) -> Any:
+        """The model, ready to use; `options` are those of transformers' `from_pretrained`, such as `dtype` and `device_map`."""
+        from moeflow.model import loading
+
+        files = self.store.artifact(self.key)  # its folder lives as long as this object
+        model = loading.model_in(files.folder(), **options)
+        model.name_or_path = self.ref
+        return model
+
+    def tokenizer(self, **options: Any) -> Any:
+        """Its tokenizer, as transformers gives it."""
+        from moeflow.model import loading
+
+        files = self.store.artifact(self.key)
+        return loading.tokenizer_in(files.folder(), **options)
+
+    def pull(self, folder: str | PathLike[str], *, dense: bool = False) -> Path:
+        """Copy its files into a new or empty folder, with a model card and its recipe; return the folder, which transformers loads.
+
+        `dense`: multiply low-rank matrices out, for engines without a kernel for them. Raises FileExistsError.
+        """
+        made = pulling.pull(self.store, self.key, Path(folder), dense=dense)
+        card.describe(self._more, Path(folder), dense=bool(made.get("matrices")))
+        return Path(folder)
+
+    def push_to_hub(self, repo: str, *, private: bool | None = None, message: str = "", token: str | None = None) -> str:
+        """Upload what `pull` gives to the model repository `org/name`, made if it does not exist; return the commit's address.
+
+        Raises StoreError if the hub refuses or does not answer, ValueError if `repo` is no name.
+        """
+        from moeflow.sources.upload import upload
+
+        files = self.store.artifact(self.key)
+        folder = files.folder()
+        card.describe(self._more, folder)
+        return upload(folder, repo, private=private, message=message or f"{self.ref}, made by moeflow", token=token)
+
+    def compare(self, *others: "Version | str") -> "Comparison":
+        """This version and others side by side: figures, and by `.paired`, `.layers`, `.options` and `.lineage` what else differs.
+
+        An other may be a version, or what names one in the same store.
+        """
+        every = [self, *(found(self.store, one) if isinstance(one, str) else one for one in others)]
+        return Comparison(comparing.compare([one._more for one in every]))
+
+    def page(self, file: str | PathLike[str] = "report.html") -> Path:
+        """Write it as one page that needs no network, as `moeflow report` does; return the file."""
+        from moeflow.report.page import page
+
+        Path(file).write_text(page(self._more), encoding="utf-8")
+        return Path(file)
+
+    @property
+    def _more(self) -> About:
+        """What reports tell of it."""
+        return abouts.of(self.store, self.ref)
+
+    def __repr__(self) -> str:
+        return f"<{' '.join([self.ref, *self.labels])}: {bytes_text(self.bytes)} in {self.store.url}>"
+
+    def __str__(self) -> str:
+        made = self._made()
+        return "\n".join([f"{self.ref}  {self.key}", *[f"made by {made}"] * bool(made), str(self.report)])
+
+    def _made(self) -> str:
+        """The pipeline and the words that were given."""
+        return " ".join([str(self.about.record.get("pipeline") or ""), *map(str, self.about.record.get("given") or ())]).strip()
+
+    def _repr_html_(self) -> str:
+        made = html.escape(self._made())
+        notes = "".join(f"<li>{html.escape(note)}</li>" for note in self.notes)
+        return f"<b>{html.escape(self.ref)}</b> <code>{made}</code>{self.report._repr_html_()}<ul>{notes}</ul>"
+
+
+def found(store: Store, ref: str) -> Version:
+    """The version that `ref` means; of a key, the newest that published it. Raises NotStored, and ValueError for a bare key."""
+    target = versions.resolve(store, ref)
+    if isinstance(target, versions.Version):
+        return Version(store, target)
+    published = [v for v in versions.list(store) if v.key == target]
+    if not published:
+        raise ValueError(f"{ref!r} is the key of a step that is published under no name; see `moeflow ls`")
+    return Version(store, max(published, key=lambda v: v.created))

@@ -1,0 +1,23 @@
+"""The words of a fit: a model and one budget, as parameters of the pipeline `fit`. For the command line and for Python alike."""
+
+from collections.abc import Sequence
+
+PIPELINE = "fit"
+"""The pipeline that comes with moeflow under this name."""
+
+
+def budget_words(*, bytes: str = "", ratio: float | None = None, resident: str = "", speed: str = "") -> list[str]:
+    """The words of a budget, of what is given of it."""
+    budget = {"bytes": bytes, "ratio": "" if ratio is None else ratio, "resident": resident, "speed": speed.removesuffix("x")}
+    return [f"budget.{unit}={word}" for unit, word in budget.items() if word != ""]
+
+
+def fit_words(model: str, budget: Sequence[str], *, engine: str = "", recover: bool = False) -> list[str]:
+    """The words that fit this model into a budget."""
+    return [f"model={model}", *budget, *[f"offers.engine={engine}"] * bool(engine), *["recover.loss=kl"] * recover]
+
+
+def check_budget(words: Sequence[str]) -> None:
+    """Raise ValueError if none of the words gives a budget."""
+    if not any(word.startswith("budget.") for word in words):
+        raise ValueError("give one budget: --bytes 24GB, --ratio 0.25, --resident 24GB or --speed 1.5x")

@@ -1,0 +1,78 @@
+"""Versions side by side: what differs is told, and what is the same is not."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moeflow.report import about, comparing
+from moeflow.store import Store
+from tests.report.conftest import call
+
+
+@pytest.fixture(scope="module")
+def compared(told: Path) -> dict:
+    made: dict = json.loads(call(told, "compare", "told_pipeline@1", "told_pipeline@2", "--json").stdout)
+    return made
+
+
+def test_figures_stand_side_by_side_with_their_change(compared: dict) -> None:
+    rows = {row["figure"]: row for row in compared["figures"]}
+    assert [v["ref"] for v in compared["versions"]] == ["told_pipeline@1", "told_pipeline@2"]
+    assert (rows["experts"]["original"], rows["experts"]["values"]) == (8, [6, 5])
+    six, five = rows["bytes"]["values"]
+    assert rows["bytes"]["change"] == [None, pytest.approx(100 * (five - six) / six)] and five < six
+    assert rows["kl"]["text"] == "prose | notes" and all(low <= high for low, high in rows["kl"]["intervals"])
+
+
+def test_divergences_on_one_text_are_paired_sequence_by_sequence(told: Path, compared: dict) -> None:
+    (row,) = compared["paired"]
+    opened = Store.open(str(told / "store"))
+    each = []
+    for ref in ("told_pipeline@1", "told_pipeline@2"):
+        (raw,) = about.of(opened, ref).of_kind("quality")
+        each.append(np.array(raw["divergence_of_sequences"]))
+    difference = each[1] - each[0]
+    assert row["difference"] == pytest.approx(difference.mean()) and row["sequences"] == 8
+    assert row["interval"][0] <= row["difference"] <= row["interval"][1]
+    assert (row["wins"], row["losses"]) == ((difference < 0).sum(), (difference > 0).sum())
+    assert row["verdict"] == ("farther" if row["interval"][0] > 0 else "undecided" if row["interval"][1] > 0 else "closer")
+
+
+def test_layers_tell_which_experts_differ_and_how_much_is_shared(compared: dict) -> None:
+    assert [row["layer"] for row in compared["layers"]] == [0, 1, 2]
+    for row in compared["layers"]:
+        six, five = map(set, row["kept"])
+        assert five < six and row["overlap"] == [None, pytest.approx(5 / 6)]
+
+
+def test_options_and_lineage_tell_only_what_differs(compared: dict) -> None:
+    assert [(o["name"], o["values"]) for o in compared["options"]] == [("keep", ["6", "5"])]
+    lineage = compared["lineage"]
+    assert lineage["sources"] == [] and lineage["libraries"] == []
+    assert {s["step"] for s in lineage["steps"]} == {"checkpoint.assemble", "prune.choose", "rewrite.experts"}
+    assert all(s["keys"][0] == s["keys"][1] for s in lineage["steps"]) and 0 < lineage["shared"] < min(lineage["keys"])
+
+
+def test_a_version_beside_itself_differs_in_nothing(told: Path) -> None:
+    opened = Store.open(str(told / "store"))
+    same = comparing.compare([about.of(opened, "told_pipeline@1"), about.of(opened, "told_pipeline@1")])
+    assert same["layers"] == same["options"] == same["lineage"]["steps"] == []
+    assert [row["verdict"] for row in same["paired"]] == ["the same"]
+    assert all(row["change"][1] in (0, None) for row in same["figures"])
+
+
+def test_the_terminal_has_the_same_in_words(told: Path) -> None:
+    shown = call(told, "compare", "told_pipeline@1", "told_pipeline@2", "told_pipeline@1")
+    assert shown.exit_code == 0
+    text = " ".join(shown.stdout.split())
+    assert "told_pipeline@2 against told_pipeline@1" in text and "83% of the experts in common; less:" in text
+    assert "KL to the original (prose | notes)" in text and "keep 6 5 6" in text
+
+
+@pytest.mark.parametrize(("refs", "said"), [(["told_pipeline@1"], "needs two versions"), (["told_pipeline", "nobody"], "nobody")])
+def test_what_cannot_be_compared_is_told_in_one_line(told: Path, refs: list[str], said: str) -> None:
+    refused = call(told, "compare", *refs)
+    (line,) = refused.stderr.splitlines()
+    assert refused.exit_code == 2 and said in line
