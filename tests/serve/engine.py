@@ -61,7 +61,6 @@ def way(engine: Any) -> str:
 @contextmanager
 def told() -> Iterator[list[str]]:
     """The lines that the plug-in logs inside."""
-    import vllm  # noqa: F401  it takes all handlers away where it sets up its own
 
     lines: list[str] = []
 

@@ -12,7 +12,7 @@ from moeflow.arch import MAIN, Family
 from moeflow.model.checkpoint import Tensors
 from moeflow.model.formats import FORMS, Format, config_of, layer_formats, routing_shapes
 from moeflow.model.layout import Folder, read_config
-from moeflow.model.packed import PACKED, SCALE, SHAPE, Scheme, pack, quantization_config, unpack
+from moeflow.model.packed import Scheme, pack, quantization_config
 from tests import tiny
 from tests.compressed import compress, write
 
@@ -27,7 +27,8 @@ def original(family: str, folder: Path) -> Path:
     known = tiny.COMMON | tiny.FAMILIES[family]
     widths = {k: v for k, v in WIDTHS.items() if k in known}
     heads = LATENT if family.startswith("deepseek") else HEADS if "head_dim" in known or family in ("mixtral", "qwen3_moe") else {}
-    return tiny.write(family, folder, **(SIZES | widths | heads))
+    biases = {"attention_bias": True, "lm_head_bias": True} if family == "phimoe" else {}
+    return tiny.write(family, folder, **(SIZES | widths | heads | biases))
 
 
 def rewritten(source: Path, out: Path, change: Callable[[Family, int, Format, dict[str, Tensor]], Format], **more: Any) -> Path:
@@ -123,12 +124,9 @@ def _packed(w_MN: Tensor, scheme: Scheme) -> dict[str, Tensor]:
 
 def plain(source: Path, out: Path) -> Path:
     """The packed checkpoint with its matrices multiplied out, which transformers loads whatever its quantizer is."""
-    config, tensors = read_config(Folder(source)), dict(Tensors(source))
-    for name in [n for n in tensors if n.endswith(PACKED)]:
-        stem = name.removesuffix(PACKED)
-        tensors[stem] = unpack(*(tensors.pop(stem + end) for end in (PACKED, SCALE, SHAPE)))
+    config = read_config(Folder(source))
     config.pop("quantization_config")
-    write(tensors, config, out)
+    write(dict(Tensors(source)), config, out)
     return out
 
 
