@@ -139,3 +139,22 @@ FORMS_OF: dict[str, Callable[[Path, Path], Path]] = {
     "packed": packed,
 }
 """Every form, and how it is made. "low_rank": ranks that differ, whole and low-rank experts in one layer, counts that differ."""
+
+
+def heads_of_32(source: Path, out: Path) -> Path:
+    """The same function as a Mixtral with heads of 16, in heads of 32, which attention on a processor knows.
+
+    A rotary frequency of a head of 16 is every second one of a head of 32: its coordinates go there, the others are zero. Scores
+    are divided by another root, for which the queries make up.
+    """
+    config, tensors = read_config(Folder(source)), dict(Tensors(source))
+    half = torch.arange(0, 16, 2)
+    place = torch.cat([half, half + 16])
+    for name in [n for n in tensors if ".self_attn." in n]:
+        w_MN = tensors[name].T if ".o_proj." in name else tensors[name]
+        heads = w_MN.unflatten(0, (-1, 16))
+        wide = heads.new_zeros(heads.shape[0], 32, heads.shape[2])
+        wide[:, place] = heads * 2**0.5 if ".q_proj." in name else heads
+        tensors[name] = wide.flatten(0, 1).T.contiguous() if ".o_proj." in name else wide.flatten(0, 1)
+    write(tensors, config | {"head_dim": 32}, out)
+    return out
