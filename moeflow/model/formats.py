@@ -56,6 +56,11 @@ class Format:
         """The rank of `matrix` ("gate", "up" or "down") in each expert; 0 if it is whole."""
         return getattr(self, matrix) or (0,) * self.experts
 
+    def part(self, experts: range) -> "Format":
+        """The format of these experts alone."""
+        gate, up, down = (ranks[experts.start : experts.stop] for ranks in (self.gate, self.up, self.down))
+        return Format(len(experts), gate, up, down, self.skip, self.compressed)
+
     def words(self) -> str:
         """The format in words, for a message."""
         if self.gone:
