@@ -106,8 +106,8 @@ class Slimming:
         Grid(self.bits, self.symmetric, self.group)
         if self.packed and not self.symmetric:
             raise ValueError(
-                "zero points of packed experts are read by vLLM (0.25 and newer, at 4 bits) and not by transformers, which loads no "
-                "experts with them; give symmetric=True, or packed=False"
+                "zero points of packed experts are read by vLLM (0.25 and newer, at 4 bits) and not by transformers, which loads "
+                "no experts with them; give symmetric=True, or packed=False"
             )
         if self.packed and self.rare == "keep":
             raise ValueError(
