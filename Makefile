@@ -1,5 +1,5 @@
 # make demo: the whole of moeflow on a small model, from nothing. make test: ruff, the type checker and the tests.
-.PHONY: setup demo test test-all pytest check bench chaos docs
+.PHONY: setup demo test test-all test-serve pytest check bench chaos docs
 
 setup:
 	@infra/setup.sh
@@ -19,6 +19,10 @@ pytest: setup
 # Also what takes long: every family everywhere, every pair of methods on every family, the newest transformers, clusters that lose nodes.
 test-all: check
 	@OMP_NUM_THREADS=1 infra/python.sh -m pytest --slow -n 3 --dist loadgroup --no-loadscope-reorder
+
+# What moeflow writes, in vLLM on a processor, in an environment of its own: .venv-serve, or $SERVE_VENV. ONLY="-k mixtral" and so on.
+test-serve:
+	@infra/serve.sh $(ONLY)
 
 # Hurts runs on a folder, on moto and on SeaweedFS until MINUTES are over, and compares every byte; ONLY="--only faults" and so on.
 MINUTES ?= 60

@@ -76,7 +76,7 @@ def test_what_a_page_says_of_python_is_there(page: Path) -> None:
 def test_the_extras_that_are_named_exist() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     named = {name for page in PAGES for inside in re.findall(r"moeflow\[(\w+)\]", page.read_text()) for name in inside.split(",")}
-    assert named == {"compress", "train", "ray", "eval", "all"} and named <= {*extras}
+    assert named == {"compress", "train", "ray", "eval", "all", "vllm"} and named <= {*extras}
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda p: p.name)

@@ -16,6 +16,7 @@ LAYERS = [
     "moeflow.sources",
     "moeflow.arch",
     "moeflow.model",
+    "moeflow.serve",
     "moeflow.methods",
     "moeflow.run",
     "moeflow.report",
@@ -31,8 +32,9 @@ ONLY_IN = {
     "boto3": {"moeflow.store", "moeflow.sources"},
     "botocore": {"moeflow.store", "moeflow.sources"},
     "huggingface_hub": {"moeflow.sources", "moeflow.report.card"},
-    "torch": {"moeflow.model", "moeflow.methods"},
-    "transformers": {"moeflow.model", "moeflow.methods"},
+    "torch": {"moeflow.model", "moeflow.methods", "moeflow.serve"},
+    "transformers": {"moeflow.model", "moeflow.methods", "moeflow.serve"},
+    "vllm": {"moeflow.serve"},
     "datasets": set(),
     "pyarrow": {"moeflow.methods.data"},
     "deepspeed": {"moeflow.methods.finetune"},
@@ -45,6 +47,13 @@ NEVER = {
     ("moeflow.arch", "moeflow.store"),
     ("moeflow.model", "moeflow.store"),
     ("moeflow.methods", "moeflow.store"),
+    ("moeflow.methods", "moeflow.serve"),
+    ("moeflow.serve", "moeflow.step"),
+    ("moeflow.serve", "moeflow.store"),
+    ("moeflow.serve", "moeflow.sources"),
+    ("moeflow.run", "moeflow.serve"),
+    ("moeflow.report", "moeflow.serve"),
+    ("moeflow.cli", "moeflow.serve"),
     ("moeflow.run", "moeflow.arch"),
     ("moeflow.run", "moeflow.model"),
     ("moeflow.run", "moeflow.methods"),
@@ -166,6 +175,11 @@ def test_the_tensor_code_runs_where_ray_and_boto3_are_not_installed() -> None:
         "sys.modules |= dict.fromkeys(('ray', 'boto3', 'botocore', 'deepspeed'))\n"
         f"for name in {modules}: importlib.import_module(name)\n"
     )
+
+
+def test_the_plug_in_of_vllm_costs_nothing_before_vllm_calls_it() -> None:
+    loaded = python("import sys, moeflow.serve.plugin, moeflow.serve.ways; print(*sys.modules)").split()
+    assert not {"vllm", "torch", "transformers"} & set(loaded)
 
 
 def test_a_finished_pipeline_is_found_finished_without_torch(tmp_path: Path) -> None:

@@ -100,11 +100,10 @@ class Compressed:
         if not isinstance(config, PreTrainedConfig):
             asked = cls.config_class.from_pretrained(config or name, **hub)  # type: ignore[attr-defined]
         state = options.get("state_dict")
-        stored = _shapes_of(_files(name, options.get("variant"), hub)) if state is None else {n: t.shape for n, t in state.items()}
-        packed = packed_shapes(stored, asked.to_dict()) if getattr(asked, "quantization_config", None) else {}
-        _compare(cls, asked, {n: packed.get(n, stored.get(n, ())) for n in logical(stored)}, str(name))
+        stored = shapes_of(files_of(name, options.get("variant"), hub)) if state is None else {n: t.shape for n, t in state.items()}
+        packed = check_checkpoint(asked, stored, str(name))
         wanted = options.pop("output_loading_info", False)
-        with _names_of(Family.of(asked.to_dict()).arch, packed=bool(packed)):
+        with _names_of(Family.of(asked.to_dict()).arch, packed=packed):
             model, info = super().from_pretrained(name, *args, config=config, output_loading_info=True, **options)  # type: ignore[misc]
         left = sorted(str(k) for what in ("missing_keys", "unexpected_keys", "mismatched_keys") for k in info[what])
         if left := [k for k in left if VECTORS not in k]:
@@ -208,8 +207,17 @@ def _conversions(arch: Arch, *, packed: bool = False) -> list[Any]:
     return [*renamings, *converters]
 
 
+def check_checkpoint(config: Any, stored: Mapping[str, Sequence[int]], where: str) -> bool:
+    """Whether the tensors with these shapes are packed. Raises ValueError if they are not those that the configuration asks for.
+
+    `stored` are the shapes by the names on disk, `where` is the checkpoint's name in the message.
+    """
+    packed = packed_shapes(stored, config.to_dict()) if getattr(config, "quantization_config", None) else {}
+    _compare(MODELS[config.model_type], config, {n: packed.get(n, stored.get(n, ())) for n in logical(stored)}, where)
+    return bool(packed)
+
+
 def _compare(model_class: Any, config: Any, stored: Mapping[str, Sequence[int]], where: str) -> None:
-    """Raise ValueError if the tensors of a checkpoint are not those that its configuration asks for."""
     asked, tied, ignored = _asked(model_class, config)
     vectors = {n for n in asked if VECTORS in n}
     optional = tied if vectors & set(stored) else tied | vectors
@@ -237,8 +245,8 @@ def _asked(model_class: Any, config: Any) -> tuple[dict[str, Sequence[int]], set
     return asked, set(model.all_tied_weights_keys), model._keys_to_ignore_on_load_unexpected
 
 
-def _files(name: Any, variant: str | None, hub: Mapping[str, Any]) -> list[Path]:
-    """A checkpoint's safetensors files, from a folder or the hub."""
+def files_of(name: Any, variant: str | None, hub: Mapping[str, Any]) -> list[Path]:
+    """A checkpoint's safetensors files, from a folder or the hub. `hub` is what `HUB` names. Raises ValueError if one is absent."""
 
     def find(file: str) -> Path | None:
         path = cached_file(name, file, _raise_exceptions_for_missing_entries=False, **hub)
@@ -256,7 +264,8 @@ def _files(name: Any, variant: str | None, hub: Mapping[str, Any]) -> list[Path]
     return [path for path in parts.values() if path is not None]
 
 
-def _shapes_of(files: Iterable[Path]) -> dict[str, tuple[int, ...]]:
+def shapes_of(files: Iterable[Path]) -> dict[str, tuple[int, ...]]:
+    """The shapes of all tensors in safetensors files, of which only the headers are read."""
     shapes: dict[str, tuple[int, ...]] = {}
     for path in files:
         tensors = read_header(path.name, path.stat().st_size, Folder(path.parent).read)

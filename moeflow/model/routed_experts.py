@@ -39,16 +39,18 @@ class RoutedExperts(nn.Module):
     (`Buckets`); `up` in place of `gate_up` where experts have no gate. The padding takes part in the products but adds nothing; its
     gradient is zero, because the other factor is zero there. Biases are stacks [E, M]. The parameters start as zeros and are filled
     by a loader. `skip` and `compressed` decide which of a token's experts are computed; the others cost nothing. If `recorder` is
-    set, it is shown the output of each routed pair.
+    set, it is shown the output of each routed pair. With a `share` it has only these of the layer's experts, and its result is the
+    part of the sum that they give.
     """
 
     act_fn: Callable[..., Tensor]
 
     def __init__(
         self, format: Format, width: int, inner: int, act: Callable[..., Tensor],
-        *, form: Form = PLAIN, skip: Skip | None = None, compressed: CompressedExperts | None = None,
+        *, form: Form = PLAIN, skip: Skip | None = None, compressed: CompressedExperts | None = None, share: range | None = None,
     ) -> None:  # fmt: skip
-        """`act` is the activation of the gate, or of up if there is no gate; a `Clamped` takes both."""
+        """`act` is the activation of the gate, or of up if there is no gate; a `Clamped` takes both. `format` is that of its own
+        experts, `share` their numbers among all of the layer's."""
         super().__init__()
         self.num_experts, self.hidden_dim, self.intermediate_dim, self.act_fn = format.experts, width, inner, act
         self.form, self.first = form, "gate_up" if form.gated else "up"
@@ -62,7 +64,7 @@ class RoutedExperts(nn.Module):
             if stack.factors:
                 self.buckets[stack.name.rpartition("_")[0]] = stack.buckets(format)
             self.register_parameter(stack.name, nn.Parameter(torch.zeros(stack.shape(format, width, inner))))
-        self.skip, self.compressed = skip, compressed
+        self.skip, self.compressed, self.share = skip, compressed, share
 
     def forward(self, x_TD: Tensor, index_Tk: Tensor | None = None, weights_Tk: Tensor | None = None) -> Tensor:
         if index_Tk is None or weights_Tk is None:
@@ -70,13 +72,16 @@ class RoutedExperts(nn.Module):
         scales = None
         if self.compressed is not None:
             weights_Tk, index_Tk, scales = self.compressed(weights_Tk, index_Tk)
-        if self.skip is not None:
-            weights_Tk, index_Tk = self.skip(weights_Tk, index_Tk, self.num_experts)
+        if self.skip is not None:  # the index of a skipped one is below those of all experts, so in no share
+            weights_Tk, index_Tk = self.skip(weights_Tk, index_Tk, -1 if self.share else self.num_experts)
+        if self.share:
+            index_Tk = index_Tk - self.share.start
+            index_Tk = torch.where((index_Tk < 0) | (index_Tk >= self.num_experts), self.num_experts, index_Tk)
         tokens, k = index_Tk.shape
         expert_S, order_S = index_Tk.reshape(-1).sort()
         # counting by comparison does not wait for the GPU, and works with deterministic algorithms
         counts_E = (expert_S == torch.arange(self.num_experts, device=expert_S.device)[:, None]).sum(1)
-        if self.skip is not None:  # skipped pairs are at the end, and are cut off
+        if self.skip is not None or self.share:  # skipped pairs, and those of other shares, are at the end, and are cut off
             computed = int(counts_E.sum())
             expert_S, order_S = expert_S[:computed], order_S[:computed]
         y_SD = self._outputs(x_TD, order_S // k, scales, expert_S, counts_E)
@@ -205,9 +210,9 @@ class RoutedExperts(nn.Module):
         return self.act_fn(gate, up) if isinstance(self.act_fn, Clamped) else self.act_fn(gate) * up
 
 
-def experts_of(standard: Any, format: Format, config: Config) -> Any:
-    """The family's fused experts, or `RoutedExperts` if the layer's format needs them."""
-    if not format.own:
+def experts_of(standard: Any, format: Format, config: Config, share: range | None = None) -> Any:
+    """The family's fused experts, or `RoutedExperts` if the layer's format needs them, or if it is to have only a share of them."""
+    if not format.own and share is None:
         return standard
     form = form_of(standard)
     family, (width, inner) = Family.of(config), sizes_of(standard, form)
@@ -223,7 +228,8 @@ def experts_of(standard: Any, format: Format, config: Config) -> Any:
     act = activation(config)
     own = Form(gated=form.gated, biased=form.biased)
     act_fn = act if isinstance(act, Clamped) else standard.act_fn
-    return RoutedExperts(format, width, inner, act_fn, form=own, skip=skip, compressed=compressed)
+    here = format if share is None else format.part(share)
+    return RoutedExperts(here, width, inner, act_fn, form=own, skip=skip, compressed=compressed, share=share)
 
 
 def _inputs(x_TD: Tensor, token_S: Tensor, scales: Scales | None) -> tuple[Tensor, ...]:

@@ -1,6 +1,7 @@
 """What travels with a checkpoint: a card that holds for it, and a recipe that makes it again."""
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ def test_the_card_tells_what_was_done_how_good_it_is_and_the_exact_command(pulle
     text = (pulled / "README.md").read_text()
     assert "The source's own card" not in text
     assert "| 0 to 2 | 8 | 6 | 6 of 8 experts stay |" in text
-    assert f"moeflow run {PIPELINE} -p model=model -p tokens=tokens-8-16-0.npy -p keep=6" in text
+    assert f"moeflow run {shlex.quote(str(PIPELINE))} -p model=model -p tokens=tokens-8-16-0.npy -p keep=6" in text
     (divergence,) = [line for line in text.splitlines() if line.startswith("| KL to the original")]
     assert "prose &#124; notes" in divergence, "a bar in a text's name ends no cell"
     assert "| numbers, exact\\_match | 0.8 | 0.6 (0.5 to 0.7) | -25.0 %, worse |" in text

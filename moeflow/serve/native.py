@@ -1,0 +1,105 @@
+"""The native way: vLLM's own class of a family, with each layer's own number of whole experts.
+
+While it is built, the names by which its module makes routers and fused experts stand for ones that put in the layer's own number.
+"""
+
+import importlib
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from threading import Lock
+from typing import Any
+
+from moeflow.arch import COMPRESSED, Family
+from moeflow.model.formats import Format, layer_formats, some
+from moeflow.serve.checks import check
+
+CLASSES = {
+    "mixtral": "mixtral:MixtralForCausalLM",
+    "qwen2_moe": "qwen2_moe:Qwen2MoeForCausalLM",
+    "qwen3_moe": "qwen3_moe:Qwen3MoeForCausalLM",
+    "olmoe": "olmoe:OlmoeForCausalLM",
+    "phimoe": "phimoe:PhiMoEForCausalLM",
+    "deepseek_v2": "deepseek_v2:DeepseekV2ForCausalLM",
+    "deepseek_v3": "deepseek_v2:DeepseekV3ForCausalLM",
+}
+"""The module of vllm.model_executor.models, and the class in it, of each family."""
+
+ROUTER, EXPERTS = "GateLinear", "FusedMoEFactory"
+"""The names by which vLLM's modules make a router and fused experts, since 0.31."""
+
+SAID: dict[str, dict[str, Any]] = {
+    "deepseek_v3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
+}
+"""What vLLM's classes read in a configuration where transformers takes it for granted."""
+
+GENERAL = """'{"moeflow_way": "general"}'"""
+"""What asks for the general way, for a message."""
+
+_building = Lock()  # the names belong to the process
+
+
+@cache
+def native_class(model_type: str) -> Any:
+    """The class that makes models of this type of checkpoints. Raises ValueError if vLLM has other names for its parts."""
+    family = model_type.removeprefix(COMPRESSED)
+    module_name, _, name = CLASSES[family].partition(":")
+    module = importlib.import_module(f"vllm.model_executor.models.{module_name}")
+    if absent := [n for n in (ROUTER, EXPERTS) if not hasattr(module, n)]:
+        raise ValueError(
+            f"{module.__name__} of this vLLM has no {absent[0]}: the native way knows 0.31 and 0.32; take --hf-overrides {GENERAL}"
+        )
+    base: Any = getattr(module, name)
+
+    def __init__(self: Any, *, vllm_config: Any, prefix: str = "") -> None:
+        config = vllm_config.model_config.hf_config
+        check(vllm_config)
+        for key, value in SAID.get(family, {}).items():
+            setattr(config, key, value)
+        plain = config.to_dict()
+        with _counts_of(module, Family.of(plain), layer_formats(plain)):
+            base.__init__(self, vllm_config=vllm_config, prefix=prefix)
+
+    def load_weights(self: Any, weights: Any) -> set[str]:
+        loaded: set[str] = base.load_weights(self, weights)
+        if absent := sorted({n for n, _ in self.named_parameters()} - loaded):
+            raise ValueError(
+                f"vLLM's class of a {family} has {some(absent)}, which the checkpoint has not; take --hf-overrides {GENERAL}"
+            )
+        return loaded
+
+    return type(base.__name__, (base,), {"__module__": __name__, "__init__": __init__, "load_weights": load_weights})
+
+
+@contextmanager
+def _counts_of(module: Any, family: Family, formats: Sequence[Format | None]) -> Iterator[None]:
+    """Inside, the module's routers and fused experts have the number of experts that their layer has."""
+
+    def experts_at(prefix: str) -> int:
+        layer = re.search(r"layers\.(\d+)\.", prefix)
+        format = formats[int(layer[1])] if layer else None
+        assert format is not None, f"vLLM makes experts at {prefix}, where there are none"
+        return format.experts
+
+    def router(make: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda width, experts, *rest, prefix, **more: make(width, experts_at(prefix), *rest, prefix=prefix, **more)
+
+    def routed(make: Callable[..., Any]) -> Callable[..., Any]:
+        def made(*, num_experts: int, top_k: int, prefix: str, **more: Any) -> Any:
+            experts = experts_at(prefix)
+            if (bias := more.get("e_score_correction_bias")) is not None:
+                bias.data = bias.data[:experts].clone()
+            return make(num_experts=experts, top_k=family.experts_per_token(experts), prefix=prefix, **more)
+
+        return made
+
+    with _building:
+        before = {ROUTER: getattr(module, ROUTER), EXPERTS: getattr(module, EXPERTS)}
+        setattr(module, ROUTER, router(before[ROUTER]))
+        setattr(module, EXPERTS, routed(before[EXPERTS]))
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                setattr(module, name, value)

@@ -1,0 +1,71 @@
+"""The entry point that vLLM calls in each of its processes, and what is settled before a model is built."""
+
+import logging
+from typing import Any
+
+from moeflow.arch import COMPRESSED, FAMILIES
+from moeflow.serve.ways import architectures, way_of
+
+log = logging.getLogger("vllm.moeflow")  # vLLM shows what is said below its own name
+ENTRY = "moeflow.serve.models"
+"""The module with a class for each model type, imported by vLLM when it needs one."""
+
+
+def register() -> None:
+    """Tell vLLM of the architectures of compressed checkpoints, how their attention is, and what has to be set for them."""
+    from vllm import ModelRegistry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
+    from vllm.transformers_utils.model_arch_config_convertor import MODEL_ARCH_CONFIG_CONVERTORS, ModelArchConfigConvertorBase
+
+    import moeflow  # noqa: F401  transformers then knows the configurations
+
+    class Latent(ModelArchConfigConvertorBase):
+        """The attention of DeepSeek, which vLLM knows by its model types alone."""
+
+        def is_deepseek_mla(self) -> bool:
+            return getattr(self.hf_text_config, "kv_lora_rank", None) is not None
+
+    class Settled(VerifyAndUpdateConfig):
+        verify_and_update_model_config = staticmethod(settle_model)
+        verify_and_update_config = staticmethod(settle)
+
+    for name, model_type in architectures().items():
+        ModelRegistry.register_model(name, f"{ENTRY}:{model_type}")
+        MODELS_CONFIG_MAP[name] = Settled
+    for arch in FAMILIES:
+        if arch.latent:
+            MODEL_ARCH_CONFIG_CONVERTORS[COMPRESSED + arch.model_type] = Latent
+
+
+def settle_model(model: Any) -> None:
+    """Set what the way of a checkpoint needs in vLLM's `ModelConfig`: eager execution, and no quantization of vLLM's own.
+
+    Raises ValueError if the configuration contradicts itself or asks for a way that cannot be.
+    """
+    chosen = way_of(model.hf_config.to_dict())
+    log.info("moeflow: %s runs the %s way: %s", model.model, chosen.way, chosen.why)
+    if chosen.way == "native":
+        return
+    if not model.enforce_eager:
+        log.info("moeflow: without CUDA graphs and torch.compile, because rows are counted for each expert in the forward")
+        model.enforce_eager = True
+    if model.model_arch_config.quantization_config is not None:
+        log.info("moeflow: packed experts are unpacked while they are loaded, and take the memory of whole ones")
+        model.model_arch_config.quantization_config = None
+
+
+def settle(config: Any) -> None:
+    """Set what a compressed checkpoint needs in vLLM's `VllmConfig`. Raises ValueError for what it cannot be run with."""
+    from vllm.platforms import current_platform
+
+    parallel, chosen = config.parallel_config, way_of(config.model_config.hf_config.to_dict())
+    if parallel.enable_eplb:
+        raise ValueError("--enable-eplb balances layers of equal counts of experts, and this checkpoint's differ; leave it out")
+    if parallel.enable_expert_parallel and chosen.way == "general":
+        raise ValueError(
+            "--enable-expert-parallel is vLLM's own division of experts, and this checkpoint runs the general way, which divides "
+            "them over the tensor-parallel ranks by itself; leave it out"
+        )
+    operations = config.compilation_config.custom_ops
+    if current_platform.is_cpu() and config.model_config.use_mla and not any("rotary_embedding" in o for o in operations):
+        operations.append("-rotary_embedding")  # the processor's own misreads the queries of latent attention

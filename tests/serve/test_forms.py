@@ -1,0 +1,38 @@
+"""Every form of every family writes in vLLM what it writes in transformers."""
+
+from pathlib import Path
+
+import pytest
+
+from tests import tiny
+from tests.serve import forms
+from tests.serve.engine import PROMPTS, STEPS, agreement, served, told, way
+
+pytest.importorskip("vllm", reason="needs vLLM; `make test-serve` makes an environment with it")
+pytestmark = pytest.mark.serve
+
+ALL = len(PROMPTS) * STEPS
+NEAR = 5e-4
+"""How far log-probabilities of random models may be apart, in fp32."""
+
+
+@pytest.fixture(scope="module", params=tiny.FAMILIES)
+def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return forms.original(request.param, tmp_path_factory.mktemp(request.param) / "original")
+
+
+@pytest.mark.parametrize("form", forms.FORMS_OF)
+def test_it_writes_what_it_writes_in_transformers(source: Path, form: str, tmp_path: Path) -> None:
+    made = forms.FORMS_OF[form](source, tmp_path / form)
+    reference = forms.plain(made, tmp_path / "plain") if form == "packed" else made
+    with told() as lines, served(made) as engine:
+        same, apart = agreement(engine, reference)
+        assert same == ALL and apart < NEAR, f"{same} of {ALL} tokens, {apart} apart"
+        assert way(engine) == ("native" if form == "counts" else "general")
+    assert any(f"runs the {'native' if form == 'counts' else 'general'} way: " in line for line in lines)
+
+
+def test_layers_of_differing_counts_run_the_general_way_where_it_is_asked_for(source: Path, tmp_path: Path) -> None:
+    made = forms.counts(source, tmp_path / "counts")
+    with served(made, hf_overrides={"moeflow_way": "general"}) as engine:
+        assert way(engine) == "general" and agreement(engine, made) == (ALL, pytest.approx(0, abs=NEAR))
