@@ -22,7 +22,7 @@ from moeflow.run.words_of import words_of
 from moeflow.store import NotStored
 from moeflow.store import versions as published
 
-HOW = ("store", "name", "gate", "runner", "gpus", "cpus", "progress", "patience", "retries", "in_flight", "track")
+HOW = ("store", "name", "gate", "runner", "gpus", "cpus", "progress", "patience", "retries", "in_flight", "track", "engine")
 """Which parameters of `run` and `fit` say where and how, and are none of a pipeline's."""
 
 
@@ -46,7 +46,8 @@ def run(
     `search={"seed": 1}`, or by their first field, `search="reap"`. `store`: a folder or s3://bucket/prefix, `.moeflow/store` by
     default. `name`: what the result is published as, the pipeline's name by default. `gate`: bounds on its figures, such as
     "kl<0.02", or a gate.yaml. `runner`: "auto", "process" or "ray". `gpus`, `cpus`: of each step that computes with a model.
-    `progress`: show it. Also `track`, such as "tensorboard:DIR", `patience`, `retries` and `in_flight`, as of `moeflow run`.
+    `progress`: show it. Also `track`, such as "tensorboard:DIR", `patience`, `retries` and `in_flight`, as of `moeflow run`, and
+    `engine`, such as "vllm" or "vllm,tp=4": what that does not run is refused before anything runs.
 
     Raises ValueError, TypeError, LookupError or OSError, in one line, for what is wrong with the request, before anything runs;
     StepFailed if a step fails: what had finished is stored, and the next run continues there.
@@ -65,6 +66,8 @@ def fit(
     resident: str | int = "",
     speed: str | float = "",
     engine: str = "",
+    tp: int = 1,
+    ep: int = 1,
     recover: bool = False,
     **parameters: Any,
 ) -> Version:
@@ -72,13 +75,15 @@ def fit(
 
     `model`: a folder, org/name[@revision] on the hub, or s3://bucket/prefix. The budget: `bytes` on disk at most ("24GB", or a
     number of bytes), `ratio`, the part of them that goes, `resident` bytes in the engine's memory, or `speed`, so many times fewer
-    multiplications a token. `engine`: what is to load the result, "moeflow" or "transformers". `recover`: fine-tune it towards the
-    original before it is quantized. `parameters`: further ones of the pipeline "fit" (tokens, heldout, offers, calibration), and
-    those of `run`: store, name, gate, runner, gpus, cpus, progress. Raises as `run` does.
+    multiplications a token. `engine`: what is to load the result, such as "moeflow", "vllm" or "transformers"; `tp`, `ep`: its
+    tensor- and expert-parallel sizes. `recover`: fine-tune it towards the original before it is quantized. `parameters`: further
+    ones of the pipeline "fit" (tokens, heldout, offers, calibration), and those of `run`: store, name, gate, runner, gpus, cpus,
+    progress. Raises as `run` does.
     """
     budget = fitting.budget_words(bytes=str(bytes), ratio=ratio, resident=str(resident), speed=str(speed))
     how = {name: parameters.pop(name) for name in HOW if name in parameters}
-    return _run(fitting.PIPELINE, fitting.fit_words(fspath(model), budget, engine=engine, recover=recover), parameters, how)
+    words = fitting.fit_words(fspath(model), budget, engine=fitting.engine_words(engine, tp, ep), recover=recover)
+    return _run(fitting.PIPELINE, words, parameters, how)
 
 
 def stored(where: str, store: str) -> Version:
@@ -115,7 +120,7 @@ def _run(file: str, words: Sequence[str], parameters: Mapping[str, Any], how: Ma
     options = Options(**{n: how[n] for n in ("retries", "in_flight", "gpus", "cpus") if n in how})
     job = Job(
         file, given, how.get("store", ""), how.get("name", ""), gate,
-        _runner(how.get("runner", "auto")), options, how.get("patience", "15m"), build, track,
+        _runner(how.get("runner", "auto")), options, how.get("patience", "15m"), build, track, how.get("engine", ""),
     )  # fmt: skip
     show = shown(stream=_stream()) if how.get("progress", True) else Show()
     done = job.ready(show).go(show)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moeflow import report
+from moeflow.engines import Form, engine_of
 from moeflow.report import trackers
 from moeflow.report.figures import read_figures
 from moeflow.report.gate import Bound, check_measured, judge, read_gate, refusal
@@ -17,6 +18,7 @@ from moeflow.run.opening import open_store, seconds
 from moeflow.run.options import Options
 from moeflow.run.outcome import Outcome
 from moeflow.run.progress import Show
+from moeflow.step import Step
 from moeflow.store import Store
 from moeflow.store.patience import heard, wait_out
 
@@ -28,7 +30,8 @@ class Job:
     `file`: the name of a pipeline that comes with moeflow, a file, or the recipe.yaml of a version. `store`: a folder or an
     address, "" for the usual folder. `name`: what the result is published as, "" for the name of the pipeline. `gate`: bounds, or
     files with them. `patience`: how long a store or a source that does not answer is waited for, as in 15m. `build`: the
-    pipeline's function, if it is loaded already. `track`: where its numbers are to be looked at, as in tensorboard:DIR.
+    pipeline's function, if it is loaded already. `track`: where its numbers are to be looked at, as in tensorboard:DIR. `engine`:
+    what is to load the result, as in vllm or vllm,tp=4; "" for no one in particular.
     """
 
     file: str | PathLike[str]
@@ -41,6 +44,7 @@ class Job:
     patience: str = "15m"
     build: pipeline.Build | None = None
     track: Sequence[str] = ()
+    engine: str = ""
 
     @property
     def temporary(self) -> bool:
@@ -56,6 +60,7 @@ class Job:
     def ready_in(self, store: Store) -> "Ready":
         """The same in a store that is open. Raises as `ready`."""
         bounds, about = self.bounds(), asked(self.file, self.given, store, self.build)
+        check_engine(about.target, self.engine)
         target = self.options.place(about.target)
         check_measured(bounds, target)
         name = self.name or about.name
@@ -105,6 +110,17 @@ class Done:
     outcome: Outcome
     reports: tuple[report.Report, ...]
     refused: str
+
+
+def check_engine(target: Step, word: str) -> None:
+    """Raise ValueError if the engine of this word, or "", does not run the checkpoint that a graph makes."""
+    if not word:
+        return
+    engine, form = engine_of(word), getattr(target.spec.output, "form", None)
+    if not isinstance(form, Form):
+        raise ValueError(f"--engine {word} says what is to load a checkpoint, and {target.name} makes none; leave it away")
+    if why := form.why_not(engine):
+        raise ValueError(f"--engine {word}: {'; '.join(why)}; ask for another form, or for --engine {form.runs_in()}")
 
 
 def asked(file: str | PathLike[str], given: Sequence[str], store: Store, build: pipeline.Build | None = None) -> recipe.Asked:

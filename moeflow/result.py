@@ -181,13 +181,15 @@ class Version:
         files = self.store.artifact(self.key)
         return loading.tokenizer_in(files.folder(), **options)
 
-    def pull(self, folder: str | PathLike[str], *, dense: bool = False) -> Path:
+    def pull(self, folder: str | PathLike[str], *, dense: bool = False, engine: str = "") -> Path:
         """Copy its files into a new or empty folder, with a model card and its recipe; return the folder, which transformers loads.
 
-        `dense`: multiply low-rank matrices out, for engines without a kernel for them. Raises FileExistsError.
+        `dense`: multiply low-rank matrices out, for engines without a kernel for them. `engine`: what is to load it, such as
+        "vllm". Raises FileExistsError, and ValueError for an engine that loads no form of it.
         """
-        made = pulling.pull(self.store, self.key, Path(folder), dense=dense)
-        card.describe(self._more, Path(folder), dense=bool(made.get("matrices")))
+        wanted = pulling.Wanted.of(self.store, self.key, engine, dense=dense) if engine else pulling.Wanted(dense=dense)
+        made = pulling.pull(self.store, self.key, Path(folder), wanted)
+        card.describe(self._more, Path(folder), dense=bool(made.get("dense", {}).get("matrices")))
         return Path(folder)
 
     def push_to_hub(self, repo: str, *, private: bool | None = None, message: str = "", token: str | None = None) -> str:

@@ -11,7 +11,7 @@ from moeflow import __version__, extras
 from moeflow.machine import restart_without_spaces
 
 try:
-    from moeflow.cli import explain, families, fit, labels, listing, recompress, runs, stored
+    from moeflow.cli import explain, families, fit, labels, listing, pulled, recompress, runs, stored
     from moeflow.cli.common import app, own
 except ModuleNotFoundError as error:
     if (error.name or "moeflow").partition(".")[0] not in extras.EXTRAS:
@@ -22,7 +22,7 @@ except ModuleNotFoundError as error:
     print(f"error: {extras.said(str(error.name))}", file=sys.stderr)
     raise SystemExit(2) from None
 
-__all__ = ["app", "explain", "families", "fit", "labels", "listing", "main", "recompress", "runs", "stored"]
+__all__ = ["app", "explain", "families", "fit", "labels", "listing", "main", "pulled", "recompress", "runs", "stored"]
 
 
 def main(build: Callable[..., Any] | None = None) -> None:

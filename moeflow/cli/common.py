@@ -20,6 +20,7 @@ from typer.exceptions import TyperException
 
 import moeflow
 from moeflow import report
+from moeflow.engines import ENGINES
 from moeflow.report.promotion import NotPassed
 from moeflow.run import CannotRun, ClusterLost, StepFailed, pipeline
 from moeflow.run.go import Runner
@@ -112,6 +113,11 @@ Track = Annotated[
     list[str],
     typer.Option("--track", metavar="WHERE", help="tensorboard:DIR, mlflow:URI or wandb:PROJECT also gets the numbers; repeatable"),
 ]
+Engine = Annotated[
+    str, typer.Option("--engine", metavar="ENGINE", help=f"what is to load the result: {', '.join(ENGINES)}; docs/engines.md")
+]
+Tp = Annotated[int, typer.Option("--tp", min=1, help="its tensor-parallel size: so many devices share each expert")]
+Ep = Annotated[int, typer.Option("--ep", min=1, help="its expert-parallel size: experts are spread over so many devices")]
 Json = Annotated[bool, typer.Option("--json", help="machine-readable output")]
 Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
 All = Annotated[bool, typer.Option("--all", help="a line for every step")]

@@ -9,6 +9,8 @@ from moeflow import report
 from moeflow.cli import runs
 from moeflow.cli.common import (
     Cpus,
+    Engine,
+    Ep,
     GateWords,
     GpuKind,
     Gpus,
@@ -18,6 +20,7 @@ from moeflow.cli.common import (
     Params,
     Patience,
     RunnerName,
+    Tp,
     Track,
     Url,
     asking,
@@ -42,7 +45,6 @@ Bytes = Annotated[str, typer.Option("--bytes", metavar="SIZE", help="all weights
 Ratio = Annotated[float | None, typer.Option("--ratio", help="this part of the bytes of all weights goes: 0.25")]
 Resident = Annotated[str, typer.Option("--resident", metavar="SIZE", help="all weights in the engine's memory take at most this")]
 Speed = Annotated[str, typer.Option("--speed", metavar="TIMES", help="so many times fewer multiplications a token: 1.5x")]
-Engine = Annotated[str, typer.Option("--engine", help="what is to load the result: moeflow or transformers")]
 Recover = Annotated[bool, typer.Option("--recover", help="then fine-tune it towards the original, before it is quantized")]
 Frontier = Annotated[bool, typer.Option("--frontier", help="show what each budget would cost, as a fit has measured")]
 Planned = Annotated[bool, typer.Option("--plan", help="show what would be measured, and what it takes; run nothing")]
@@ -56,6 +58,8 @@ def fit(
     resident: Resident = "",
     speed: Speed = "",
     engine: Engine = "",
+    tp: Tp = 1,
+    ep: Ep = 1,
     recover: Recover = False,
     frontier: Frontier = False,
     param: Params = [],  # noqa: B006
@@ -74,7 +78,9 @@ def fit(
 ) -> None:
     """Make a model fit into a budget, at the least change of what it predicts: --bytes, --ratio, --resident or --speed."""
     budget = fitting.budget_words(bytes=bytes, ratio=ratio, resident=resident, speed=speed)
-    words = [*fitting.fit_words(model, budget, engine=engine, recover=recover), *param]
+    with asking():
+        loads = fitting.engine_words(engine, tp, ep)
+    words = [*fitting.fit_words(model, budget, engine=loads, recover=recover), *param]
     if frontier:
         budgeted = any(word.startswith("budget.") for word in words)
         _frontier([*words, *["budget.ratio=1e-6"] * (not budgeted)], store, patience, json=json)

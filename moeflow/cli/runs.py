@@ -11,6 +11,8 @@ from moeflow.cli.common import (
     STORE,
     All,
     Cpus,
+    Engine,
+    Ep,
     File,
     GateWords,
     GpuKind,
@@ -24,6 +26,7 @@ from moeflow.cli.common import (
     PipelineCommand,
     Retries,
     RunnerName,
+    Tp,
     Track,
     Url,
     asking,
@@ -34,7 +37,8 @@ from moeflow.cli.common import (
     seconds,
     working,
 )
-from moeflow.job import Job, asked
+from moeflow.engines import engine_of
+from moeflow.job import Job, asked, check_engine
 from moeflow.run import Options, node_kinds
 from moeflow.run import plan as plans
 from moeflow.run.events import Events
@@ -54,6 +58,9 @@ def plan(
     param: Params = [],  # noqa: B006
     store: Url = "",
     runner: RunnerName = Runner.auto,
+    engine: Engine = "",
+    tp: Tp = 1,
+    ep: Ep = 1,
     on: On = None,
     gpus: Gpus = None,
     gpu_kind: GpuKind = "",
@@ -69,7 +76,9 @@ def plan(
         nodes = node_kinds.read(on) if on else node_kinds.of_gpus(gpu_kind, gpus) if gpu_kind else None
         opened = Store.open(store or STORE, patience=seconds("--patience", patience))
         opened.look()
-        target = Options(gpus=None if gpu_kind else gpus, cpus=cpus).place(called(file, param, opened))
+        made = called(file, param, opened)
+        check_engine(made, engine_word(engine, tp, ep))
+        target = Options(gpus=None if gpu_kind else gpus, cpus=cpus).place(made)
         targets, memory = [target, *target.reports], None if nodes else runner.memory
         index = opened.index({s.name for s in upstream(targets)})
         planned = plans.plan(targets, opened, index=index, memory=memory, nodes=nodes)
@@ -102,12 +111,16 @@ def run(
     cpus: Cpus = None,
     patience: Patience = "15m",
     track: Track = [],  # noqa: B006
+    engine: Engine = "",
+    tp: Tp = 1,
+    ep: Ep = 1,
     json: Json = False,
 ) -> None:
     """Run what is not stored yet, publish the result as NAME@N, and show what its reports say."""
-    job = Job(file, param, store, name, gate, runner, Options(retries, in_flight, gpus, cpus), patience, own.get(), track)
-    shown = Events() if json else show_progress()
+    shown, options = Events() if json else show_progress(), Options(retries, in_flight, gpus, cpus)
     with asking():
+        loads = engine_word(engine, tp, ep)
+        job = Job(file, param, store, name, gate, runner, options, patience, own.get(), track, loads)
         ready = job.ready(shown)
     with working():
         done = ready.go(shown)
@@ -127,3 +140,10 @@ def run(
 def called(file: Path, params: Sequence[str], store: Store) -> Step:
     """The graph of a pipeline, or of a recipe, with these parameters, when the sources that it names have answered."""
     return asked(file, params, store, own.get()).target
+
+
+def engine_word(name: str, tp: int, ep: int) -> str:
+    """An engine and its sizes as one word, "" for none. Raises ValueError for sizes of no engine, and for what is no engine."""
+    if not name and (tp, ep) != (1, 1):
+        raise ValueError("--tp and --ep are sizes of an engine: say which, as in --engine vllm")
+    return engine_of(name, tp=tp, ep=ep).word if name else ""

@@ -1,14 +1,12 @@
-"""The commands about what is stored: pull, gc, rm and verify."""
+"""The commands about what is stored: gc, rm and verify."""
 
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from moeflow.cli.common import (
     Json,
-    Ref,
     Url,
     asking,
     command,
@@ -17,48 +15,10 @@ from moeflow.cli.common import (
     seconds,
     working,
 )
-from moeflow.report import about as abouts
-from moeflow.report import card
-from moeflow.run import pulling
 from moeflow.run.words import count, size
 from moeflow.store import Store, versions
 from moeflow.store import gc as garbage_
 from moeflow.store import repair as repair_
-
-
-@command()
-def pull(
-    ref: Ref,
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="a new or empty folder")],
-    dense: Annotated[bool, typer.Option("--dense", help="multiply low-rank matrices out, for engines without a kernel")] = False,
-    store: Url = "",
-    json: Json = False,
-) -> None:
-    """Copy a version's files into a folder that transformers loads, with a model card and its recipe; the copies are yours."""
-    with asking():
-        opened = reading(store)
-        about = abouts.of(opened, ref)
-        key = about.key
-        if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-            raise FileExistsError(f"{folder} is not empty; name a folder that does not exist yet")
-        manifest = opened.manifest(key)
-    with working():
-        made = pulling.pull(opened, key, folder, dense=dense)
-        described = card.describe(about, folder, dense=bool(made.get("matrices")))
-    if json:
-        pulled = {"key": key, "folder": str(folder.absolute()), "files": len(manifest.files), "bytes": manifest.bytes}
-        print_json(pulled | {"described": described} | ({"dense": made} if dense else {}))
-        return
-    print(f"{folder}: {count(len(manifest.files), 'file')}, {size(manifest.bytes)}, from {key}")
-    if described:
-        print(f"{' and '.join(described)} say what it is, and make it again")
-    if dense and made["matrices"]:
-        print(
-            f"{made['matrices']:,} low-rank matrices multiplied out: {size(made['before'])} of weights have become "
-            f"{size(made['after'])}, and run no faster than what was never cut"
-        )
-    elif dense:
-        print("no matrix is low-rank: there was nothing to multiply out")
 
 
 @command()

@@ -8,6 +8,7 @@ from math import prod
 from typing import Literal, get_args
 
 from moeflow.arch import EMBEDDING, HEAD, Config, Family
+from moeflow.engines import Form
 from moeflow.model.formats import Format, format_of
 from moeflow.model.packed import BLOCKS, Scheme, numels, scheme_of
 
@@ -235,6 +236,7 @@ class CheckpointSpec:
     headers: int  # bytes of its safetensors headers
     others: int  # bytes of its other files
     active: int  # weights that a token is multiplied with, those of the head among them
+    form: Form | None = None  # what an engine asks of it
 
 
 @dataclass(frozen=True)

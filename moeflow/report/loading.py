@@ -4,13 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from moeflow.engines import ENGINES, form_of
 from moeflow.report.layers import LAYERS, Checkpoint, text_config
 
 OWN = "moeflow_"
 """The beginning of the model type of a checkpoint in moeflow's own format."""
 TOKENIZERS = ("tokenizer", "vocab", "merges")
-GROUPS = (32, 64, 128)
-"""The group sizes for which vLLM has kernels for packed experts."""
+VLLM = ENGINES["vllm"]
 
 
 @dataclass(frozen=True)
@@ -69,10 +69,10 @@ def _engine(config: Mapping[str, Any], own: bool, packed: tuple[int, int] | None
             text += f" `moeflow pull {ref or 'REF'} DIR --dense` writes the family's own format, at the size that it had before."
         return text
     if packed:
-        bits, group = packed
-        if bits in (4, 8) and group in GROUPS:
-            return "`vllm serve DIR` on a GPU: vLLM has kernels for experts packed so; moeflow's tests load them with transformers."
-        return f"No engine is known to have a kernel for experts of {bits} bits in groups of {group or 'a row'}; load it as above."
+        if why := form_of(config).why_not(VLLM):
+            runs = [name for name, engine in ENGINES.items() if not form_of(config).why_not(engine)]
+            return f"vLLM does not load it: {'; '.join(why)}. It is loaded by {', '.join(runs)}."
+        return "`vllm serve DIR` on a GPU: vLLM has kernels for experts packed so; moeflow's tests load them with transformers."
     return "It is in its family's own format, so that an engine which serves the original serves it too: `vllm serve DIR`."
 
 

@@ -12,9 +12,17 @@ def budget_words(*, bytes: str = "", ratio: float | None = None, resident: str =
     return [f"budget.{unit}={word}" for unit, word in budget.items() if word != ""]
 
 
-def fit_words(model: str, budget: Sequence[str], *, engine: str = "", recover: bool = False) -> list[str]:
-    """The words that fit this model into a budget."""
-    return [f"model={model}", *budget, *[f"offers.engine={engine}"] * bool(engine), *["recover.loss=kl"] * recover]
+def engine_words(engine: str = "", tp: int = 1, ep: int = 1) -> list[str]:
+    """The words that say what is to load the result, and on how many devices. Raises ValueError for sizes of no engine."""
+    if not engine and (tp, ep) != (1, 1):
+        raise ValueError("--tp and --ep are sizes of an engine: say which, as in --engine vllm")
+    given = {"engine": engine, "tp": tp if tp > 1 else "", "ep": ep if ep > 1 else ""}
+    return [f"offers.{name}={word}" for name, word in given.items() if word != ""]
+
+
+def fit_words(model: str, budget: Sequence[str], *, engine: Sequence[str] = (), recover: bool = False) -> list[str]:
+    """The words that fit this model into a budget; `engine`: those of `engine_words`."""
+    return [f"model={model}", *budget, *engine, *["recover.loss=kl"] * recover]
 
 
 def check_budget(words: Sequence[str]) -> None:

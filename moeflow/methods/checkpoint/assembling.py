@@ -11,6 +11,7 @@ from moeflow.methods.checkpoint import export, prediction
 from moeflow.methods.records import Facts, decision
 from moeflow.methods.rewrite import readable
 from moeflow.model import operations
+from moeflow.model.engine_form import form_of
 from moeflow.model.formats import config_of, format_of
 from moeflow.model.layout import headers
 from moeflow.model.packed import Shapes, check_whole, quantization_config, schemes_of
@@ -32,7 +33,8 @@ def assemble_spec(
     weights = sum(layer.nbytes for layer in layers) + file_bytes(rest.tensors)
     parameters = sum(layer.numel for layer in layers) + LayerSpec(config, -1, 0, rest.tensors).numel
     active = sum(layer.active for layer in layers) + operations.head_numel(rest)
-    out = CheckpointSpec(config, weights, parameters, headers, sum(rest.files.values()) + names + 3000, active)
+    form = form_of(layers, config)
+    out = CheckpointSpec(config, weights, parameters, headers, sum(rest.files.values()) + names + 3000, active, form)
     return Spec(out, reads=headers, writes=names + 3000, memory=1 << 24)
 
 
@@ -48,7 +50,7 @@ def assemble_as_spec(
     weights = sum(f.nbytes for f in more) + file_bytes(rest.tensors) + file_bytes(others)
     parameters = plain.parameters + sum(prod(shape) for _, shape in others.values())
     written = plain.others - sum(rest.files.values()) + len(form["whole"]) + sum(len(n) + 44 for n in others)
-    out = CheckpointSpec(config, weights, parameters, headers, written + sum(rest.files.values()), plain.active)
+    out = CheckpointSpec(config, weights, parameters, headers, written + sum(rest.files.values()), plain.active, plain.form)
     return Spec(out, reads=headers, writes=written, memory=1 << 24, notes=(form["note"],) if form["note"] else ())
 
 

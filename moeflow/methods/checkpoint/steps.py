@@ -11,6 +11,7 @@ from typing import Any, get_args
 
 from moeflow.arch import ARCH, Config, Family, Layout, essential, layer_of
 from moeflow.arch.found import Found
+from moeflow.arch.stock import as_engines_read
 from moeflow.methods.checkpoint import adapter as adapters
 from moeflow.methods.checkpoint import assembling, export, foreign, intake, prediction, reading, remote_code, splitting
 from moeflow.methods.checkpoint.adapter import Addition
@@ -257,7 +258,7 @@ def told_model_of(model: Model) -> Step:
 
 def counted(model: Model) -> Step:
     """The same weights under the names that moeflow works on, for what counts them by name; transformers may not load it."""
-    return assemble(model.rest, model.layers, model.extra, model.choices, config=model.config)
+    return assemble(model.rest, model.layers, model.extra, model.choices, config=as_engines_read(model.config))
 
 
 def _assembled_as(model: Model, as_: export.Written, form: Form) -> Step:
@@ -273,4 +274,4 @@ def _assembled_as(model: Model, as_: export.Written, form: Form) -> Step:
     whole = json.dumps(form.whole) if as_.as_source else ""  # a text, because values lose the order of their keys
     told = {"whole": whole, "layout": layout.to_json(), "own": as_.own, "note": as_.note}
     beside = form.beside if as_.as_source else None
-    return assemble_as(model.rest, every, files, beside, model.choices, config=model.config, form=told)
+    return assemble_as(model.rest, every, files, beside, model.choices, config=as_engines_read(model.config), form=told)

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import sqrt
 
-from moeflow.methods.fit.engines import Engine
+from moeflow.engines import Engine
 from moeflow.methods.fit.knapsack import cheapest, least
 from moeflow.methods.fit.options import Alternative
 from moeflow.methods.records import Record
@@ -186,14 +186,20 @@ def smallest(offered: Offered, engine: Engine) -> float:
 
 def together(offered: Offered, engine: Engine) -> Iterator[dict[int, dict[str, Option]]]:
     """The parts of the offer of which the engine loads any combination: packed alike, and of one count, where it has to be."""
-    every = [o.what for options in offered.values() for o in options.values()]
+    loaded = {i: {n: o for n, o in options.items() if not _odd(o.what, engine)} for i, options in offered.items()}
+    every = [o.what for options in loaded.values() for o in options.values()]
     widths = [None] if engine.mixed else sorted({a.bits for a in every})
     counts = [None] if engine.counts else sorted({a.keep for a in every})
     for bits in widths:
         for count in counts:
-            part = {i: {n: o for n, o in options.items() if _fits(o.what, bits, count)} for i, options in offered.items()}
+            part = {i: {n: o for n, o in options.items() if _fits(o.what, bits, count)} for i, options in loaded.items()}
             if all(part.values()):
                 yield part
+
+
+def _odd(what: Alternative, engine: Engine) -> bool:
+    """Whether the engine runs no layer with so many experts, which the original may have."""
+    return bool(what.keep and engine.why_not_count(what.keep))
 
 
 def _fits(what: Alternative, bits: int | None, count: int | None) -> bool:

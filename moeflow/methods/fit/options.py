@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from moeflow.methods.fit.engines import ENGINES, Engine
+from moeflow.engines import ENGINES, Engine, engine_of
 from moeflow.options import check_at_least, check_choices
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12} | {
@@ -61,7 +61,7 @@ class Offers:
     """The alternatives that every layer is offered, and how they are made and measured. Raises ValueError for invalid options."""
 
     engine: Annotated[str, ENGINES] = "moeflow"
-    """What is to load the result: transformers alone, or transformers with moeflow's classes."""
+    """What is to load the result: transformers alone or with moeflow's classes, vLLM alone or with its plug-in, and so on."""
     counts: tuple[float, ...] = (0.875, 0.75, 0.625, 0.5)
     """Parts of a layer's experts that may stay."""
     ranks: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
@@ -78,19 +78,34 @@ class Offers:
     """Roughly how many calibration tokens run through the whole model for each alternative."""
     rounds: int = 2
     """1: alternatives are measured around the original; 2: again around the first choice, since costs do not simply add up."""
+    tp: int = 1
+    """The engine's tensor-parallel size, which has to divide experts and leave whole groups."""
+    ep: int = 1
+    """The engine's expert-parallel size, which has to divide the number of experts."""
 
     def __post_init__(self) -> None:
         check_choices(self)
-        check_at_least(self, group=1, measured=1, rounds=1)
+        check_at_least(self, group=1, measured=1, rounds=1, tp=1, ep=1)
         if self.rounds > 2:
             raise ValueError(f"rounds={self.rounds}: give 1 or 2")
         for name in ("counts", "ranks"):
             if odd := [part for part in getattr(self, name) if not 0 < part < 1]:
                 raise ValueError(f"{name} has {odd[0]}: every part must lie between 0 and 1")
+        groups = self.runs.groups
+        if self.packs and groups and self.group not in groups:
+            raise ValueError(
+                f"group={self.group}: {self.engine} has kernels for groups of {', '.join(str(g) for g in groups if g)} "
+                f"({self.runs.sources['groups']}); take one of them"
+            )
 
     @property
     def runs(self) -> Engine:
-        return ENGINES[self.engine]
+        return engine_of(self.engine, tp=self.tp, ep=self.ep)
+
+    @property
+    def packs(self) -> tuple[int, ...]:
+        """The bits on offer that the engine runs."""
+        return tuple(b for b in self.bits if b in self.runs.bits)
 
 
 @dataclass(frozen=True)

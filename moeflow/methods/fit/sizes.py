@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from math import prod
 
 from moeflow.arch import EMBEDDING, HEAD, Config, Family
-from moeflow.methods.fit.engines import Engine
+from moeflow.engines import Engine
 from moeflow.model.buckets import buckets
 from moeflow.model.formats import Format, format_of
 from moeflow.model.header import TensorInfo

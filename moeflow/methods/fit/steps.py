@@ -5,8 +5,8 @@ from dataclasses import replace
 from typing import Any
 
 from moeflow.arch import Family
+from moeflow.engines import engine_of
 from moeflow.methods.fit.choosing import Fitted, Lead, Offered, Option, Point, choose, frontier, lead, next_best, promising
-from moeflow.methods.fit.engines import ENGINES
 from moeflow.methods.fit.options import Alternative, Budget
 from moeflow.methods.fit.sizes import size
 from moeflow.methods.records import Bits, Curves, Shortlist
@@ -72,7 +72,8 @@ def decide(
     these costs were measured, None for the original.
     Raises ValueError if nothing on offer fits.
     """
-    read, runs, measured = read_config(config), ENGINES[engine], Curves.read(curves)
+    read, measured = read_config(config), Curves.read(curves)
+    runs = engine_of(engine, model_type=Family.of(read).arch.model_type)
     first = None if before is None else Fitted.read(before)
     offered: dict[int, dict[str, Option]] = {}
     for (name, alternatives), artifacts in zip(offer.items(), files, strict=True):
@@ -186,7 +187,7 @@ def either(context: Context, chosen: Artifact, alone: Artifact, again: Artifact)
 
 def _layer_spec(chosen: Any, files: tuple[LayerSpec, ...], *, layer: int, offer: list[Alternative], engine: str) -> Spec:
     """As the alternative that is nearest to the budget; packed if any is, which says how the checkpoint may be written."""
-    own, runs = files[0], ENGINES[engine]
+    own, runs = files[0], engine_of(engine)
     packed = [f for f in files if f.packed]
     near = min(packed or [f for f in files if f.experts], key=lambda f: abs(f.nbytes - chosen["part"] * own.nbytes))
     fewest = min(a.keep for a in offer)

@@ -75,13 +75,13 @@ def compress(calibration: Calibration, budget: Budget, offers: Offers, recover: 
     def chosen(curves: Step, before: Step | None = None) -> Step:
         return fit.decide(
             model.rest, model.essential, curves, (*fixed, *beside), files, before,
-            offer=offer, budget=budget, engine=offers.engine,
+            offer=offer, budget=budget, engine=offers.runs.word,
         )  # fmt: skip
 
     def built(choice: Step, *, packed: bool = True) -> Model:
         def layer(i: int, of_layer: dict[Alternative, Made]) -> Step:
             made = tuple(m.file if packed else m.plain for m in of_layer.values())
-            return fit.layer(choice, made, layer=i, offer=offer[str(i)], engine=offers.engine)
+            return fit.layer(choice, made, layer=i, offer=offer[str(i)], engine=offers.runs.word)
 
         return model.with_layers({i: layer(i, of_layer) for i, of_layer in offered.items()})
 
@@ -109,10 +109,9 @@ def _in_sequence(
     As it is if no bits are on offer, without states; None if not every layer can be quantized, and the reason goes to `left` then.
     """
     passed, dtype = calibration.passed, calibration.dtype
-    runs = [b for b in offers.bits if b in offers.runs.bits]
-    if not runs:
+    if not offers.packs:
         return plain, ()
-    how = _quantized(offers, max(runs))
+    how = _quantized(offers, max(offers.packs))
 
     def packed(at: int, file: Step, recorded: tuple[Part, ...]) -> Step:
         return decided(bits, plain.essential, file, recorded, layer=at, how=how.of_a_layer, dtype=dtype)
@@ -149,24 +148,28 @@ def _of_layer(
     calibration: Calibration, offers: Offers, layer: int, exchange: Step | None, left: dict[str, str]
 ) -> dict[Alternative, Made]:
     """A layer's alternatives as they are made, first the layer as it is; what cannot be had goes to `left`."""
-    model, runs = calibration.model, offers.runs
+    model, family = calibration.model, Family.of(calibration.model.config)
+    runs = replace(offers.runs, model_type=family.arch.model_type)
     own = model.layers[layer]
     experts = own.spec.output.experts
     whole = Alternative(experts)
     made = {whole: Made(own, own)}
-    legal = Family.of(model.config).legal_counts(experts)
+    legal = [n for n in family.legal_counts(experts) if not runs.why_not_count(n)]
+    if why := runs.why_not_width(family.expert_size, offers.group * bool(offers.packs)):
+        raise ValueError(f"layer {layer}: {why}")
+    if not legal:
+        raise ValueError(f"layer {layer}: {runs.why_not_count(experts)}, which a search cannot reach from {experts}")
     counts = sorted({_nearest(part * experts, legal) for part in offers.counts} - {experts})
     made |= _fewer(calibration, offers, layer, counts)
-    bits = [b for b in offers.bits if b in runs.bits]
-    pruned = dict(made)
+    pruned = {a: one for a, one in made.items() if not runs.why_not_count(a.keep)}
     for ratio in offers.ranks:
         if exchange is None:
             break
         made |= _lower(calibration, offers, layer, exchange, ratio, 0, left)
-        for b in bits:
+        for b in offers.packs:
             for factored in _lower(calibration, offers, layer, exchange, ratio, b, left).values():
                 made |= _packed(calibration, offers, layer, Alternative(experts, ratio, b), factored.file, left)
-    for b in bits:
+    for b in offers.packs:
         for alternative, plain in pruned.items():
             made |= _packed(calibration, offers, layer, replace(alternative, bits=b), plain.file, left)
     if offers.gone and runs.gone:

@@ -5,8 +5,8 @@ from itertools import product
 import numpy as np
 import pytest
 
+from moeflow.engines import ENGINES
 from moeflow.methods.fit.choosing import Option, choose, lead, next_best
-from moeflow.methods.fit.engines import ENGINES
 from moeflow.methods.fit.options import Alternative
 
 MOEFLOW = ENGINES["moeflow"]

@@ -5,8 +5,8 @@ from itertools import pairwise
 
 import pytest
 
+from moeflow.engines import ENGINES
 from moeflow.methods.fit.choosing import LISTED, Offered, Option, choose, frontier, promising, together
-from moeflow.methods.fit.engines import ENGINES
 from moeflow.methods.fit.options import Alternative, Budget, Offers, size_of
 
 

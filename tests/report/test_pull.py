@@ -1,0 +1,116 @@
+"""A version pulled for an engine: the form that it loads or a refusal in one line, and the profile for engines that mask."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moeflow.engines import engine_of
+from moeflow.model.for_engine import prepare
+from moeflow.run.pulling import Wanted, converted
+from moeflow.step import Context, step
+from tests import running, tiny
+from tests.report.conftest import call, last_json
+
+PACKED = {"quant_method": "compressed-tensors", "config_groups": {"g": {"weights": {"num_bits": 4, "group_size": 32}}}}
+MIXTRAL = {"model_type": "mixtral", "num_local_experts": 6}
+
+
+@step("evaluate.configured", version=1)
+def configured(context: Context, *, config: dict[str, Any]) -> None:
+    (context.out / "config.json").write_text(json.dumps(config))
+
+
+def own(*layers: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return MIXTRAL | {"model_type": "moeflow_mixtral", "moeflow_layers": [*layers]} | more
+
+
+@pytest.mark.parametrize(
+    "engine, config, why",
+    [
+        ("vllm", own({"experts": 6}, {"experts": 4}), "have 4 and 6 experts.* --engine moeflow or vllm-moeflow, or .*fit"),
+        ("sglang", own({"experts": 6, "skip": "ratio"}), "sglang has no skipping of experts"),
+        ("llama.cpp", own({"experts": 6}, {"experts": 0, "gone": "moe"}), "no MoE block, which llama.cpp"),
+        ("vllm", own({"experts": 6, "ranks": {"up": [2] * 6}}, {"experts": 4}), "layers have 4 and 6 experts"),
+        ("vllm", {"model_type": "phimoe", "num_local_experts": 6}, "a Phi without attention_bias and lm_head_bias"),
+        ("sglang,ep=4", MIXTRAL, "ep=4 does not divide 6 experts"),
+    ],
+)  # fmt: skip
+def test_what_an_engine_loads_in_no_form_is_refused_before_a_file_is_copied(
+    engine: str, config: dict[str, Any], why: str, tmp_path: Path
+) -> None:
+    store, made = running.store_in(tmp_path), configured(config=config)
+    running.run(store, made)
+    with pytest.raises(ValueError, match=why):
+        Wanted.of(store, made.key, engine, dense=False)
+
+
+def test_low_rank_matrices_are_multiplied_out_for_an_engine_without_a_kernel(tmp_path: Path) -> None:
+    store = running.store_in(tmp_path)
+    made = configured(config=own({"experts": 6, "ranks": {"up": [2] * 6}}, quantization_config=PACKED))
+    running.run(store, made)
+    assert Wanted.of(store, made.key, "vllm", dense=False).dense
+    assert not Wanted.of(store, made.key, "vllm-moeflow", dense=False).dense
+
+
+def test_a_pruned_version_is_pulled_for_an_engine_with_its_bytes_in_memory(told: Path, tmp_path: Path) -> None:
+    printed = last_json(call(told, "pull", "told_pipeline@1", tmp_path / "out", "--engine", "vllm", "--json"))
+    weights = sum(p.stat().st_size for p in (tmp_path / "out").glob("*.safetensors"))
+    assert printed["engine"]["name"] == "vllm" and 0.9 * weights < printed["engine"]["resident"] < weights
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "mixtral"
+
+
+def test_what_is_packed_takes_its_unpacked_bytes_where_the_engine_unpacks(tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    folder = tmp_path / "packed"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(MIXTRAL | {"quantization_config": PACKED}))
+    matrix = {"_packed": torch.zeros(64, 8, dtype=torch.int32), "_scale": torch.zeros(64, 2, dtype=torch.bfloat16)}
+    name, shape = "model.layers.0.block_sparse_moe.experts.0.w1.weight", {"_shape": torch.tensor([64, 64])}
+    save_file(
+        {name + end: t for end, t in (matrix | shape).items()} | {"lm_head.weight": torch.zeros(4, 4)}, folder / "model.safetensors"
+    )
+    assert prepare(folder, engine_of("transformers"))["resident"] == 64 * 64 * 2 + 64
+    assert prepare(folder, engine_of("vllm"))["resident"] == 64 * 8 * 4 + 64 * 2 * 2 + 16 + 64
+
+
+def test_a_deepseek_is_pulled_with_the_word_by_which_vllm_reads_its_bias(tmp_path: Path) -> None:
+    folder = tiny.write("deepseek_v3", tmp_path / "model")
+    assert "topk_method" not in json.loads((folder / "config.json").read_text())
+    prepare(folder, engine_of("vllm"))
+    assert json.loads((folder / "config.json").read_text())["topk_method"] == "noaux_tc"
+
+
+def test_a_profile_is_the_original_and_the_experts_that_stay_in_both_dialects(told: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    printed = last_json(call(told, "pull", "told_pipeline@1", out, "--profile", "--json"))
+    assert printed["profiles"] == ["riy.json", "ascend.jsonl"]
+    config = json.loads((out / "config.json").read_text())
+    layers, count = config["num_hidden_layers"], config["num_local_experts"]
+    last_json(call(told, "pull", "told_pipeline@1", tmp_path / "pruned", "--json"))
+    history = json.loads((tmp_path / "pruned" / "moeflow.json").read_text())["layers"]
+    kept = {entry["layer"]: entry["done"][-1]["keep"] for entry in history}
+    assert len(kept) == layers and all(0 < len(of) < count for of in kept.values())
+    riy = json.loads((out / "riy.json").read_text())
+    assert riy["version"] == 1 and {tuple(pair) for pair in riy["pruned_experts"]} == {
+        (layer, e) for layer, of in kept.items() for e in range(count) if e not in of
+    }
+    ranked = {int(i): every for line in (out / "ascend.jsonl").read_text().splitlines() for i, every in json.loads(line).items()}
+    for layer, of in kept.items():
+        assert ranked[layer][: len(of)] == of and sorted(ranked[layer]) == [*range(count)]
+
+
+@pytest.mark.parametrize("words", [("--profile", "--engine", "vllm"), ("--converter", "x.py"), ("--engine", "vlm")])
+def test_words_that_do_not_go_together_are_told(words: tuple[str, ...], told: Path, tmp_path: Path) -> None:
+    done = call(told, "pull", "told_pipeline@1", tmp_path / "out", *words)
+    assert done.exit_code == 2 and done.stderr.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_a_converter_that_fails_says_why_and_leaves_the_folder(tmp_path: Path) -> None:
+    refuses = tmp_path / "convert_hf_to_gguf.py"
+    refuses.write_text("import sys\nsys.exit('BPE pre-tokenizer was not recognized')\n")
+    with pytest.raises(OSError, match="does not convert .*BPE pre-tokenizer was not recognized; the folder itself is whole"):
+        converted(tmp_path, refuses)
