@@ -197,6 +197,8 @@ def config_of(config: Config, formats: Sequence[Format | None], *, own: bool = F
     if not counts:
         raise ValueError("no layer has experts left; at least one has to keep some")
     new = Family.of(plain).with_experts(max(counts)) | ({"architectures": names} if names else {})
+    if new.get("auto_map") == NEEDS_MOEFLOW:  # it was moeflow's own, and may be so no longer
+        del new["auto_map"]
     if own or len(counts) > 1 or any(f is not None and (f.own or f.gone) for f in formats):
         new |= {"model_type": COMPRESSED + family.arch.model_type, LAYERS: [{} if f is None else f.to_json() for f in formats]}
         new |= {"architectures": [CLASSES + a for a in names]} if names else {}
