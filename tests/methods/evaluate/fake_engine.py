@@ -37,7 +37,7 @@ ROOT = str(Path(__file__).parents[3])
 
 
 def program(folder: Path, told: dict[str, object] | None = None, load: str = "pass") -> Path:
-    """The program; `told`: what it says of each checkpoint, by the size of its config.json; `load`: what it does when it loads one."""
+    """The program; `told`: what it says of each checkpoint, by the size of its config.json; `load`: what loading does."""
     path = folder / "engine"
     text = PROGRAM.format(python=sys.executable, root=ROOT, told=json.dumps(told or {}), load=load, pid=str(folder / "pid"))
     path.write_text(text)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -201,3 +202,13 @@ def test_pipelines_and_fit_take_it_as_they_take_tasks(file: str) -> None:
 def test_what_cannot_be_measured_is_refused(wrong: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         Serving("python", **wrong)
+
+
+def test_the_page_names_every_figure_and_its_command_is_one_that_moeflow_takes() -> None:
+    """What the command asks for is looked at; running it takes an environment with vLLM."""
+    page = (Path(ROOT) / "docs" / "serve.md").read_text()
+    assert all(f"`{word.partition('[')[0]}" in page for word in HOW.figures)
+    (command,) = re.findall(r"^ +moeflow run (.*?)\n\n", page, re.DOTALL | re.MULTILINE)
+    words = shlex.split(command.replace("\\\n", " "))
+    values = pipeline.values(pipeline.load(Path(ROOT) / words[0]), [w for w in words[1:] if w != "-p"])
+    assert (values["heldout"].serving.python, values["heldout"].serving.tokens) == (".venv-serve", 16)
