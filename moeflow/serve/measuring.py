@@ -81,7 +81,18 @@ def _module(model: Any) -> str:
 def _resident(model: Any) -> int:
     """The bytes of a model's weights in this process; what several of them share counts once."""
     storages = (t.untyped_storage() for t in (*model.parameters(), *model.buffers()))
-    return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+    return sum({s.data_ptr(): s.nbytes() for s in storages}.values()) + sum(map(_packed_away, model.modules()))
+
+
+def _packed_away(module: Any) -> int:
+    """The bytes of a matrix that vLLM on a processor has packed for its kernel, where no parameter names it any more."""
+    weight, sizes = getattr(module, "weight", None), ("output_size_per_partition", "input_size_per_partition")
+    if weight is None or weight.numel() or not hasattr(module, "cpu_linear"):
+        return 0
+    if not hasattr(module, sizes[0]):  # an embedding that is the head
+        sizes = ("num_embeddings_per_partition", "embedding_dim")
+    rows, columns = (int(getattr(module, size, 0)) for size in sizes)
+    return rows * columns * int(weight.element_size())
 
 
 def _reset(llm: Any) -> None:

@@ -32,6 +32,6 @@ def test_what_is_served_is_what_transformers_computes_and_its_speed_is_measured(
         assert found["served_agreement", ""][side] == 1 and found["served_apart", ""][side] < 5e-4
         for n in ("1", "8"):
             assert all(found[word, n][side] > 0 for word in ("served_prefill", "served_decode", "served_memory"))
-    weights = {name: sum(f.stat().st_size for f in folder.glob("*.safetensors")) for name, folder in (("original", original),)}
-    assert found["served_resident", ""]["original"] == pytest.approx(weights["original"], rel=0.1)
+    on_disk = sum(f.stat().st_size for f in original.glob("*.safetensors"))
+    assert found["served_resident", ""]["original"] == pytest.approx(on_disk, rel=0.05)
     assert found["served_resident", ""]["compressed"] < found["served_resident", ""]["original"]

@@ -46,6 +46,8 @@ class Serving:
     """In which precision the engine computes; auto: that of the checkpoint."""
     options: str = ""
     """Further arguments of vLLM's LLM, as a JSON object: {"tensor_parallel_size": 2}."""
+    again: int = 0
+    """Another number measures again what failed, or what was measured on a busy machine."""
     minutes: float = 30.0
     """How long loading a model, or one of its runs, may take; then the engine is stopped, and its figures are left out."""
 

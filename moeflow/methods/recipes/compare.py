@@ -97,7 +97,7 @@ def _served(original: Step, compressed: Step, matrix: Step, how: Serving) -> Ste
     if not how.python:
         raise ValueError("serving.python names no engine; write the Python of an environment with vLLM, or none for no serving")
     engine = version(how.program)
-    what = only(how, "requests", "prompt", "tokens", "rounds", "dtype", "options")
+    what = only(how, "requests", "prompt", "tokens", "rounds", "dtype", "options", "again")
     made = serving(original, compressed, matrix, how=what, machine=here() | {"engine": engine})
     made = made.on(gpus=how.parallel, settings={"python": how.program, "minutes": how.minutes})
     lacks = f"serving.python={how.program} is no Python with vLLM on this machine; where the step's worker has none either, "

@@ -161,6 +161,7 @@ def test_where_the_engine_is_enters_no_key_and_its_version_does(tmp_path: Path) 
     one, other = (program(_made(tmp_path / name)) for name in ("one", "other"))
     first = made(str(one))
     assert first.key == made(str(other), minutes=3).key != made(str(one), tokens=8).key and not first.notes
+    assert first.key != made(str(one), again=1).key
     assert first.resources.settings == {"python": str(one), "minutes": 30.0} and "served_decode[32]" in first.spec.figures
     lacking = made(str(tmp_path / "nowhere"))
     assert lacking.key != first.key and "is no Python with vLLM on this machine" in lacking.notes[0]
