@@ -13,9 +13,9 @@ from typing import Any, TextIO
 
 from moeflow.job import Job
 from moeflow.result import Version, found
-from moeflow.run import Options, fitting, pipeline, recipe
+from moeflow.run import Options, fitting, recipe
 from moeflow.run.go import Runner
-from moeflow.run.opening import pipeline_file, reading, shipped
+from moeflow.run.opening import reading, shipped
 from moeflow.run.progress import Show
 from moeflow.run.progress import show as shown
 from moeflow.run.words_of import words_of
@@ -107,8 +107,8 @@ def pipelines() -> list[str]:
 
 def _run(file: str, words: Sequence[str], parameters: Mapping[str, Any], how: Mapping[str, Any]) -> Version:
     """Run a pipeline with these words and parameters; `how`: values by the names in HOW."""
-    build = None if file.endswith(recipe.ENDINGS) else pipeline.load(pipeline_file(file))
-    given = [*words, *words_of(build or recipe.build_of(Path(file)), parameters)]
+    build = recipe.build_of(Path(file))
+    given = [*words, *words_of(build, parameters)]
     if file == fitting.PIPELINE:
         fitting.check_budget(given)
     gate, track = (_words(how.get(name, ())) for name in ("gate", "track"))

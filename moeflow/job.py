@@ -1,9 +1,10 @@
 """One run as somebody asks for it, on the command line or in Python: the same words, checks, record and gate."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 from moeflow import report
 from moeflow.report import trackers
@@ -49,15 +50,22 @@ class Job:
     def ready(self, show: Show) -> "Ready":
         """Everything checked that can be before a step starts. Raises what a wrong request raises."""
         with heard(show.waits):
-            bounds = read_gate(self.gate)
-            for word in self.track:
-                trackers.check(word)
-            store = open_store(self.store, seconds("--patience", self.patience))
-            about = asked(self.file, self.given, store, self.build)
-            target = self.options.place(about.target)
-            check_measured(bounds, target)
-            name = self.name or about.name
-            return Ready(self, about, tuple(bounds), prepare(target, store, name=name, runner=self.runner, options=self.options))
+            self.bounds()
+            return self.ready_in(open_store(self.store, seconds("--patience", self.patience)))
+
+    def ready_in(self, store: Store) -> "Ready":
+        """The same in a store that is open. Raises as `ready`."""
+        bounds, about = self.bounds(), asked(self.file, self.given, store, self.build)
+        target = self.options.place(about.target)
+        check_measured(bounds, target)
+        name = self.name or about.name
+        return Ready(self, about, bounds, prepare(target, store, name=name, runner=self.runner, options=self.options))
+
+    def bounds(self) -> tuple[Bound, ...]:
+        """The bounds of its gate, read. Raises ValueError, also for a tracker that cannot be."""
+        for word in self.track:
+            trackers.check(word)
+        return tuple(read_gate(self.gate))
 
 
 @dataclass(frozen=True)
@@ -69,9 +77,12 @@ class Ready:
     bounds: tuple[Bound, ...]
     prepared: Prepared
 
-    def go(self, show: Show) -> "Done":
-        """Run what is missing, publish the result and read its reports. Raises StepFailed."""
-        prepared, store, record = self.prepared, self.prepared.store, self.asked.record()
+    def go(self, show: Show, more: Mapping[str, Any] = {}) -> "Done":
+        """Run what is missing, publish the result and read its reports. Raises StepFailed.
+
+        `more`: what the version keeps beside how it was asked for.
+        """
+        prepared, store, record = self.prepared, self.prepared.store, {**self.asked.record(), **more}
         about = {"pipeline": str(record["pipeline"]), **{n: str(word) for n, word in record["parameters"].items()}}
         record |= {"gate": [b.word for b in self.bounds]} if self.bounds else {}
         with heard(show.waits), Tracked(self.job.track, prepared.name, show, about) as tracked:

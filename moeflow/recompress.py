@@ -14,21 +14,21 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
 from moeflow.home import home
+from moeflow.job import Job, Ready
 from moeflow.report import promotion
 from moeflow.report.drift import Drift, drift_lines, drift_of
 from moeflow.report.figures import sayable
-from moeflow.report.gate import check_measured, read_gate, refusal
+from moeflow.report.gate import refusal
 from moeflow.report.promotion import Considered, NotPassed
-from moeflow.run import Options, StepFailed, pipeline
-from moeflow.run.go import Prepared, Runner, go, prepare
+from moeflow.run import StepFailed, recipe
 from moeflow.run.intake import brought
-from moeflow.run.pipeline import Build
+from moeflow.run.opening import pipeline_file
 from moeflow.run.progress import Show
 from moeflow.run.words import count, span
 from moeflow.sources.newest import Checkpoint, newest
@@ -88,7 +88,8 @@ class Request:
 
     def digest(self, there: Checkpoint) -> str:
         """What is asked, of what lies there: a second time there is nothing new to it."""
-        asked = [self.name, self.label, list(self.params), list(self.gate), self.file.read_text(), there.uri, there.mark]
+        text = pipeline_file(self.file).read_text()
+        asked = [self.name, self.label, list(self.params), list(self.gate), text, there.uri, there.mark]
         return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
 
@@ -175,10 +176,11 @@ def words(request: Request, there: Checkpoint) -> list[str]:
     if there.kind != "adapter":
         if own:
             raise ValueError(f"-p {own}: --source says what is compressed; leave -p model=... away")
-        if there.kind == "zero":  # copied into the store, because no other machine has the folder
-            copied = [] if any(w.startswith("source=") for w in request.params) else ["source=copy"]
-            return [f"model={converted(there)}", *copied, *request.params]
-        return [f"model={there.uri}", *request.params]
+        more = ["source=copy"] * (there.kind == "zero")  # into the store, because no other machine has the folder
+        more += ["adapter=none"] * recipe.is_recipe(request.file)  # the one of the recipe's version is not this checkpoint's
+        given = {w.partition("=")[0] for w in request.params}
+        model = converted(there) if there.kind == "zero" else there.uri
+        return [f"model={model}", *(w for w in more if w.partition("=")[0] not in given), *request.params]
     if not own and not there.base:
         raise ValueError(
             f"{there.uri} is an adapter that names no model as its base; say it with -p model=BASE, or save it with "
@@ -203,42 +205,36 @@ def alone(request: Request, store: Store, there: Checkpoint) -> Iterator[None]:
         mark.end()
 
 
-def planned(request: Request, build: Build, store: Store, there: Checkpoint, runner: Runner, options: Options) -> Prepared:
-    """The run, checked before a step starts. Raises ValueError, CannotRun."""
-    given = words(request, there)
+def planned(request: Request, job: Job, store: Store, there: Checkpoint) -> Ready:
+    """The run, checked before a step starts; `job` says how it runs. Raises ValueError, CannotRun."""
     try:
-        target = wait_out(lambda: pipeline.call(build, given), store.patience, "a source")
+        return replace(job, given=words(request, there)).ready_in(store)
     except MissingSource as error:
         if there.kind != "adapter" or there.uri in str(error):
             raise
         raise ValueError(f"{there.uri} is an adapter, and its base cannot be had: {error}; give it with -p model=BASE") from error
-    placed = options.place(target)
-    check_measured(read_gate(request.gate), placed)
-    return prepare(placed, store, name=request.name, runner=runner, options=options)
 
 
-def run(request: Request, store: Store, there: Checkpoint, prepared: Prepared, options: Options, shown: Show) -> Result:
+def run(request: Request, store: Store, there: Checkpoint, ready: Ready, shown: Show) -> Result:
     """Compress, judge and promote. Raises StepFailed and what else a run raises."""
-    began = time.monotonic()
+    began, prepared = time.monotonic(), ready.prepared
     most = len(prepared.plan.keys("run"))
     try:
-        prepared = brought(prepared, progress=shown, options=options, here=there.kind == "zero")
+        prepared = brought(prepared, progress=shown, options=ready.job.options, here=there.kind == "zero")
         if most:
             left, same = (len(prepared.plan.keys(state)) for state in ("run", "same content"))
             told = f"plan: of {count(most, 'step')} behind the new files at most {left} are to run"
             shown.say(f"{told}, {same} have the contents of before")
         source = {"uri": there.uri, "kind": there.kind, "mark": there.mark} | ({"base": there.base} if there.base else {})
-        record = {"pipeline": str(request.file), "given": words(request, there), "source": source}
-        record |= {"gate": list(request.gate)} if request.gate else {}
-        outcome, n = go(prepared, progress=shown, options=options, record=record)
+        done = replace(ready, prepared=prepared).go(shown, {"source": source})
     except BaseException as error:
         prepared.mark.end()
         if isinstance(error, StepFailed) and isinstance(error.cause, MissingSource):
             raise Later(f"{there.uri} changed while it was read: {error.cause}") from error
         raise
-    result = _judged(request, store, f"{request.name}@{n}")
+    result = _judged(request, store, done.ref)
     result.source, result.seconds = there.uri, time.monotonic() - began
-    result.steps = {"run": len(outcome.ran), "stored": outcome.reused, "most": most}
+    result.steps = {"run": len(done.outcome.ran), "stored": done.outcome.reused, "most": most}
     store.blobs.create(_record(request, there), json.dumps({"version": result.version, "exit": int(result.exit)}).encode())
     return result
 

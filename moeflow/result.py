@@ -14,7 +14,7 @@ from rich.table import Table as Drawn
 
 from moeflow import report
 from moeflow.report import about as abouts
-from moeflow.report import card, comparing
+from moeflow.report import card, comparing, side_by_side
 from moeflow.report.about import About
 from moeflow.report.table import words
 from moeflow.run import pulling
@@ -78,9 +78,11 @@ class Table(Sequence[Mapping[str, Any]]):
 
 
 class Comparison(Table):
-    """The figures of several versions side by side, and what else `moeflow compare --json` tells of them."""
+    """The figures of several versions side by side, and what else differs; shown as `moeflow compare` shows it."""
 
     def __init__(self, told: Mapping[str, Any]) -> None:
+        self.told = told
+        """All of it, as `moeflow compare --json` prints it."""
         refs = [one["ref"] for one in told["versions"]]
         about = ("kind", "name", "figure", "text", "unit", "original")
         rows = [{k: row[k] for k in about} | dict(zip(refs, row["values"], strict=True)) for row in told["figures"]]
@@ -90,6 +92,30 @@ class Comparison(Table):
         self.layers: list[dict[str, Any]] = told["layers"]
         self.options: list[dict[str, Any]] = told["options"]
         self.lineage: dict[str, Any] = told["lineage"]
+
+    def __repr__(self) -> str:
+        out = Console(width=200, no_color=True)
+        with out.capture() as said:
+            for title, body in side_by_side.tables(self.told):
+                out.print(f"\n{title}", markup=False)
+                out.print(body)
+        return "\n".join(line.rstrip() for line in said.get().strip("\n").splitlines())
+
+    def _repr_html_(self) -> str:
+        made = []
+        for title, body in side_by_side.tables(self.told):
+            made.append(f"<b>{html.escape(title)}</b>")
+            made.append(f"<p>{html.escape(body)}</p>" if isinstance(body, str) else _html(body))
+        return "".join(made)
+
+
+def _html(table: Drawn) -> str:
+    """A table for the terminal as one of a page."""
+    heads = "".join(f"<th>{html.escape(str(c.header))}</th>" for c in table.columns)
+    sides = [f'<td style="text-align:{c.justify}">' for c in table.columns]
+    rows = zip(*(c.cells for c in table.columns), strict=True)
+    cells = ("".join(f"{td}{html.escape(str(cell))}</td>" for td, cell in zip(sides, row, strict=True)) for row in rows)
+    return f"<table><tr>{heads}</tr>{''.join(f'<tr>{row}</tr>' for row in cells)}</table>"
 
 
 @dataclass(frozen=True)
@@ -179,8 +205,10 @@ class Version:
     def compare(self, *others: "Version | str") -> "Comparison":
         """This version and others side by side: figures, and by `.paired`, `.layers`, `.options` and `.lineage` what else differs.
 
-        An other may be a version, or what names one in the same store.
+        An other may be a version, or what names one in the same store. Raises ValueError without any.
         """
+        if not others:
+            raise ValueError(f"compare needs two versions or more, and {self.ref} is one; see moeflow.versions()")
         every = [self, *(found(self.store, one) if isinstance(one, str) else one for one in others)]
         return Comparison(comparing.compare([one._more for one in every]))
 

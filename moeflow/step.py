@@ -135,6 +135,7 @@ class Spec:
     optional: bool = False  # with less memory than that the step still ends well: it leaves figures out, and says so
     compiles: bool = False  # whether it needs a C++ compiler where it finds no GPU
     packages: tuple[str, ...] = ()  # what it imports that not every installation of moeflow has (`moeflow.extras`)
+    parts: Mapping[str, int] = field(default_factory=dict)  # of parts that depend only on the first inputs: on how many, for plans
     figures: tuple[str, ...] = ()  # of a step that reports: those that a gate may name, "bytes", "kl[prose]" where it is of a text
 
 

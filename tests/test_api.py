@@ -87,6 +87,13 @@ def test_a_version_is_compared_with_others_and_found_by_its_names(store: str) ->
     assert told.items() <= row.items()
     assert {o["name"] for o in two.compare(one).options if len({*o["values"]}) > 1} == {"numbers"}
     assert two.compare("toy_pipeline@1").records == two.compare(one).records
+    asked = ["compare", "toy_pipeline@2", "toy_pipeline@1", "--store", store]
+    assert json.loads(CliRunner().invoke(app, [*asked, "--json"]).stdout) == json.loads(json.dumps(two.compare(one).told))
+    terminal, shown = CliRunner().invoke(app, asked).stdout, two.compare(one)
+    for words in ("layers that differ", "numbers", "of its own, version 1", "the same", "perplexity"):
+        assert words in terminal and words in repr(shown) and words in shown._repr_html_()
+    with pytest.raises(ValueError, match="compare needs two versions or more, and toy_pipeline@2 is one"):
+        two.compare()
     assert CliRunner().invoke(app, ["promote", "toy_pipeline@1", "production", "--store", store]).exit_code == 0
     assert moeflow.version("production", store=store).key == moeflow.version(one.key, store=store).key == one.key
     assert [v.ref for v in moeflow.versions(store=store)] == ["toy_pipeline@1", "toy_pipeline@2"]

@@ -90,12 +90,34 @@ def test_the_first_hour_is_spent_as_it_says(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", ["README.md", "first-hour.md"])
-def test_the_model_fits_into_the_budget_at_what_it_says(page: str, tmp_path: Path) -> None:
-    made = figures(cited("fit models/", page), tmp_path / "store", "fit")
-    size, divergence = said(r"It fits 2.6 MiB into 693 KiB by taking (\d+), at a KL of ([\d.]+)[,.] ", page)
-    assert made["bytes"] / 2**10 == pytest.approx(size, rel=0.01)
-    assert made["KL to the original (stdlib)"] == pytest.approx(divergence, rel=0.2)
+def test_readme_is_followed_from_its_fit_to_the_notebook(tmp_path: Path) -> None:
+    """Its commands one after another in a folder of their own, with a space in its name; and the fit is as it says."""
+    here = tmp_path / "a folder"
+    here.mkdir()
+    (here / "models").symlink_to(ROOT / "models")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+    def python(*words: str) -> str:
+        done = subprocess.run([sys.executable, *words], cwd=here, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    assert cited("fit models/", "README.md") == cited("fit models/", "first-hour.md")
+    python(*MOEFLOW, *cited("fit models/", "README.md"))
+    shown = json.loads(python(*MOEFLOW, "show", "fit", "--json"))
+    made = {row["name"]: row["compressed"] for report in shown["reports"] for row in report["rows"]}
+    for page in ("README.md", "first-hour.md"):
+        size, divergence = said(r"It fits 2.6 MiB into 693 KiB by taking (\d+), at a KL of ([\d.]+)[,.] ", page)
+        assert made["bytes"] / 2**10 == pytest.approx(size, rel=0.01)
+        assert made["KL to the original (stdlib)"] == pytest.approx(divergence, rel=0.2)
+    (next_ones,) = re.findall(r"^    (moeflow report fit.*?)\n\n", PAGES["README.md"], re.DOTALL | re.MULTILINE)
+    report, pull, run, compare = (shlex.split(line)[1:] for line in next_ones.splitlines())
+    assert "fit@1" in python(*MOEFLOW, *report) and "<html" in (here / "report.html").read_text()
+    python(*MOEFLOW, *pull)
+    assert "fit@2" in python(*MOEFLOW, *run)
+    assert "fit@2 against fit@1" in " ".join(python(*MOEFLOW, *compare).split())
+    (load,) = re.findall(r"^    (model = moeflow.load.*)$", PAGES["README.md"], re.MULTILINE)
+    assert "fit@2" in python("-c", f"import moeflow\n{load}\nprint(model.name_or_path)")
 
 
 @pytest.mark.slow

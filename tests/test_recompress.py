@@ -3,18 +3,21 @@
 import json
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from typer.testing import CliRunner, Result
 
 from moeflow import recompress
 from moeflow.cli import app
 from moeflow.recompress import Exit
+from moeflow.report import about, trackers
+from moeflow.report.recipe import text
 from moeflow.store import Store, labels, s3, versions
 from moeflow.store.claims import claimed
 from moeflow.store.runs import Mark
@@ -86,6 +89,56 @@ def test_a_fine_tune_becomes_a_version_and_the_label_moves_once(cli: Cli) -> Non
     assert [m.ref for m in labels.history(store(), "production")] == ["toy@1"]
     (version,) = versions.list(store())
     assert version.record["gate"] == ["kl<0.02", "kl<=1.5x promoted"] and version.record["source"]["uri"].endswith("/tunes/a")
+
+
+def test_a_version_has_a_whole_recipe_from_which_it_is_made_again_and_later_ones_too(cli: Cli) -> None:
+    model = fine_tuned.write(Path("tunes/a"), 1)
+    assert cli().exit_code == Exit.PROMOTED
+    opened = store()
+    Path("recipe.yaml").write_text(text(about.of(opened, "toy@1")))
+    recipe = yaml.safe_load(Path("recipe.yaml").read_text())
+    assert recipe["parameters"] == {"model": str(model.absolute()), "fail": False} and recipe["name"] == "toy"
+    again = CliRunner().invoke(app, ["run", "recipe.yaml", "--store", "store"])
+    assert again.exit_code == 0 and "toy@1  " in again.stdout
+    fine_tuned.write(Path("tunes/b"), 2)
+    words = ["recompress", "recipe.yaml", "--source", "tunes", "--store", "store", "--promote", "production", "--settle", "0s"]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == Exit.PROMOTED and "production is toy@2, which was toy@1" in done.stdout, done.output
+
+
+def test_its_runs_are_tracked_and_a_tracker_that_cannot_be_is_refused_before_it_looks(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines: list[str] = []
+
+    class Lines:
+        def __init__(self, where: str, run: str) -> None:
+            lines.append(f"{run} to {where}")
+
+        def told(self, told: Mapping[str, str]) -> None:
+            lines.extend(f"{name}={value}" for name, value in told.items())
+
+        def scalar(self, name: str, value: float, step: int) -> None:
+            lines.append(f"{name} is {value}")
+
+        def close(self, *, failed: bool) -> None:
+            lines.append(f"failed: {failed}")
+
+    monkeypatch.setitem(trackers.TRACKERS, "lines", trackers.Kind("json", "WHERE", Lines))
+    model = fine_tuned.write(Path("tunes/a"), 1)
+    assert cli("--track", "lines:here").exit_code == Exit.PROMOTED
+    assert lines[0] == "toy to here" and {f"model={model.absolute()}", "version=toy@1", "compressed/kl[prose] is 0.01"} <= {*lines}
+    assert lines[-1] == "failed: False"
+    wrong = cli("--track", "comet:here", "--source", "absent")
+    assert wrong.exit_code == Exit.WRONG and "--track comet:here: 'comet' is no tracker" in error(wrong)
+
+
+def test_a_pipeline_that_comes_with_moeflow_is_named_without_its_file(cli: Cli) -> None:
+    Path("tunes").mkdir()
+    words = ["recompress", "mixtral", "--source", "tunes", "--store", "store", "--promote", "production", "--settle", "0s"]
+    assert "tunes" in error(CliRunner().invoke(app, words))
+    fine_tuned.write(Path("tunes/a"), 1)
+    assert "the pipeline has no parameter 'kept'; did you mean" in error(CliRunner().invoke(app, [*words, "-p", "kept=4"]))
 
 
 def test_a_broken_fine_tune_is_refused_and_the_label_stays(cli: Cli) -> None:

@@ -52,9 +52,10 @@ def test_an_adapter_alone_is_merged_into_its_base_and_the_lineage_says_so(tmp_pa
     assert "checkpoint.merged_layer" in steps
 
 
-def test_a_fine_tune_of_the_last_layer_alone_computes_little_and_the_plan_knows_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stage", [1, 8])  # a stage of several layers runs again if one of them is another
+def test_a_fine_tune_of_the_last_layer_alone_computes_little_and_the_plan_knows_it(stage: int, tmp_path: Path) -> None:
     shutil.copytree(running.SMALL, tmp_path / "tunes" / "monday")
-    by_layer = ("-p", "calibration.stage=1")  # a stage of several layers runs again if one of them is another
+    by_layer = ("-p", f"calibration.stage={stage}")
     first, _ = recompressed(tmp_path, *by_layer)
     tuesday = tmp_path / "tunes" / "tuesday"
     shutil.copytree(running.SMALL, tuesday)

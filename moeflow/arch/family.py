@@ -358,7 +358,7 @@ class Family:
         """A target of a quantization_config: the experts of one layer, by their names on disk and in memory."""
         where = "[.]".join(self.prefix(layer).split(".")[-3:])  # "layers[.]3[.]": what is before it may differ in memory
         inside = self.experts(layer).removeprefix(self.moe(layer))
-        return f"re:.*{where}{self._block(layer)}{inside}.*"
+        return f"re:.*{where}{self._block(layer)}{inside}[0-9].*"  # and not experts.act_fn
 
     def _block(self, layer: int) -> str:
         """A pattern of the MoE block's name, on disk and in memory."""

@@ -33,7 +33,7 @@ def ls(
     store: Url = "",
     json: Json = False,
 ) -> None:
-    """List the versions, newest last: bytes, bytes in memory, divergence from the original (the largest of its texts), labels."""
+    """List the versions, newest last: bytes, also in memory, divergence from the original (the largest of its texts), labels."""
     with asking():
         opened = reading(store)
         listed = [About(opened, v.key, v) for v in sorted(versions.list(opened, name), key=lambda v: v.created)]
@@ -50,7 +50,8 @@ def ls(
     for about, more in zip(listed, told, strict=True):
         version = about.version
         assert version is not None
-        held = size(sizes[about.key]) if about.key in sizes else "gone"
+        weights = sizes.get(about.key) if more["weights"] is None else int(more["weights"])
+        held = "gone" if about.key not in sizes or weights is None else size(weights)
         resident = "-" if more["resident"] is None else size(int(more["resident"]))
         divergence = f"{max(more['kl'].values()):.3g}" if more["kl"] else "-"
         made = version.created[:16].replace("T", " ")
@@ -104,7 +105,7 @@ def _told(about: About) -> dict[str, Any]:
     except (CorruptBlob, ValueError, KeyError, TypeError) as error:
         why = printable(describe(error))
         print(f"warning: the reports of {about.title} cannot be read ({why}); see moeflow verify {about.title}", file=sys.stderr)
-        return {"resident": None, "kl": {}}
+        return {"weights": None, "resident": None, "kl": {}}
 
 
 def version_json(about: About) -> dict[str, Any]:

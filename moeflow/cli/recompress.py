@@ -21,21 +21,21 @@ from moeflow.cli.common import (
     Patience,
     Retries,
     RunnerName,
+    Track,
     Url,
     as_json,
     asking,
     command,
     open_store,
     own,
-    pipeline_file,
     print_json,
     seconds,
     working,
 )
+from moeflow.job import Job
 from moeflow.recompress import Exit, Later, NothingNew, Request, Result
 from moeflow.report import notice as notices
-from moeflow.report.gate import read_gate
-from moeflow.run import Options, pipeline
+from moeflow.run import Options, recipe
 from moeflow.run.go import Runner
 from moeflow.run.outcome import printable
 from moeflow.run.progress import show as show_progress
@@ -79,6 +79,7 @@ def recompress(
     gpus: Gpus = None,
     cpus: Cpus = None,
     patience: Patience = "15m",
+    track: Track = [],  # noqa: B006
     json: Json = False,
 ) -> None:
     """Compress the newest complete checkpoint below --source, judge it, and promote it.
@@ -89,11 +90,13 @@ def recompress(
     with asking(), heard(shown.waits):
         if not store and "working_dir_files" in Path.cwd().parts:  # of a Ray job, which is deleted with the cluster
             raise ValueError("in a Ray job the store would go with the cluster, and every call would begin anew; pass --store")
-        bounds = tuple(b.word for b in read_gate(gate))
+        name = name or (recipe.read(file).name if recipe.is_recipe(file) else "") or file.stem
+        build = own.get() or recipe.build_of(file)
+        job = Job(file, (), store, name, gate, runner, options, patience, build, track)
+        bounds = tuple(b.word for b in job.bounds())
         if notify:
             notices.check_target(notify)
-        build = own.get() or pipeline.load(pipeline_file(file))
-        wanted = Request(file, source, promote, name or file.stem, tuple(param), bounds, marker, seconds("--settle", settle))
+        wanted = Request(file, source, promote, name, tuple(param), bounds, marker, seconds("--settle", settle))
         opened = open_store(store, seconds("--patience", patience))
         versions.check_label(opened, promote)
     with _told(opened, notify, source, nothing_new), heard(shown.waits):
@@ -101,9 +104,9 @@ def recompress(
             there = work.find(wanted, opened, say=shown.say)
         with work.alone(wanted, opened, there):
             with asking(Exit.LATER):
-                prepared = work.planned(wanted, build, opened, there, runner, options)
+                ready = work.planned(wanted, job, opened, there)
             with working(Exit.LATER):
-                result = work.run(wanted, opened, there, prepared, options, shown)
+                result = work.run(wanted, opened, there, ready, shown)
     work.cleaned(wanted, opened, keep, result, shown.say)
     if not json:
         for line in work.lines(result):

@@ -12,6 +12,8 @@ from moeflow.report.lineage import libraries
 from moeflow.store import Manifest
 
 SEQUENCES = "divergence_of_sequences"
+CLOCKED = ("prefill", "decode")
+"""The figures that depend on the machine, and on what else it did."""
 MATRIX = "data."
 """How the steps begin that make the tokens which a report judges on."""
 
@@ -32,7 +34,10 @@ def compare(versions: Sequence[About]) -> dict[str, Any]:
 
 
 def figures(versions: Sequence[About]) -> list[dict[str, Any]]:
-    """Every figure that one of them has: the value in each, and its change from the first in per cent."""
+    """Every figure that one of them has: the value in each, and its change from the first in per cent.
+
+    `apart`: speeds that were measured on different occasions, of which none is called better: the machine was another, or busier.
+    """
     each = [{(f.kind, f.name): f for f in v.figures if f.compressed is not None or f.original is not None} for v in versions]
     rows = []
     for kind, name in dict.fromkeys(k for of in each for k in of):
@@ -43,6 +48,7 @@ def figures(versions: Sequence[About]) -> list[dict[str, Any]]:
             {
                 "kind": kind, "name": name, "figure": some.figure, "text": some.text, "unit": some.unit, "better": some.better,
                 "original": _same([f.original for f in known if f is not None]), "values": values,
+                "apart": some.figure in CLOCKED and len({f.original for f in known if f is not None}) > 1,
                 "intervals": [None if f is None else f.interval for f in known],
                 "change": [_per_cent(values[0], value) if at else None for at, value in enumerate(values)],
             }

@@ -40,7 +40,7 @@ def _figures(rows: Sequence[Mapping[str, Any]], refs: Sequence[str], plain: bool
     cells = [
         (
             titled(r["name"], r["unit"]), shown(r["original"], r["unit"]), *(shown(v, r["unit"]) for v in r["values"]),
-            *(_change(c, r["better"]) for c in r["change"][1:]),
+            *(_change(c, r["better"], apart=r["apart"]) for c in r["change"][1:]),
         )
         for r in rows
         if r["figure"] or not named
@@ -48,11 +48,13 @@ def _figures(rows: Sequence[Mapping[str, Any]], refs: Sequence[str], plain: bool
     return _rows(("", "original", *refs, *changes), cells, plain, right=range(1, len(refs) + 2))
 
 
-def _change(change: float | None, better: str) -> str:
+def _change(change: float | None, better: str, *, apart: bool) -> str:
     if change is None:
         return ""
     if change == 0:
         return "the same"
+    if apart:
+        return f"{change:+.3g} %, measured apart"
     verdict = f", {'better' if (change < 0) == (better == 'lower') else 'worse'}" if better else ""
     return f"{change:+.3g} %{verdict}"
 

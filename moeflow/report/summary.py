@@ -38,10 +38,11 @@ def hashes(about: About) -> list[str]:
 
 
 def listed(about: About) -> dict[str, Any]:
-    """What `moeflow ls` says of a version beside its record: resident bytes, None if not measured, and the divergence by text."""
+    """What `moeflow ls` says of a version beside its record: its bytes, also resident, and the divergence by text."""
     rows = [row for raw in about.reports for row in raw.get("rows", ()) if row.get("compressed") is not None]
-    resident = next((row["compressed"] for row in rows if row.get("figure") == "resident"), None)
-    return {"resident": resident, "kl": {str(r.get("text", "")): r["compressed"] for r in rows if r.get("figure") == "kl"}}
+    known = {row.get("figure"): row["compressed"] for row in reversed(rows)}  # the first of each
+    divergence = {str(r.get("text", "")): r["compressed"] for r in rows if r.get("figure") == "kl"}
+    return {"weights": known.get("bytes"), "resident": known.get("resident"), "kl": divergence}
 
 
 def _what(about: About) -> list[str]:

@@ -43,7 +43,8 @@ class Row:
 class Plan:
     """All steps, inputs before the steps that read them.
 
-    A step that reads the output of a step that runs counts as "run": whether its inputs will be new is not known yet.
+    A step that reads the output of a step that runs counts as "run": whether its inputs will be new is not known yet, but for parts
+    that depend on nothing that has changed.
     """
 
     rows: tuple[Row, ...]
@@ -100,7 +101,7 @@ def plan(
     folder store is checked.
     """
     schedule = Schedule(targets, store, index)
-    schedule.settle()
+    schedule.foretell()
     names, states = labels(list(schedule.steps.values())), schedule.states
     rows = tuple(_row(step, states[key], names[key]) for key, step in schedule.steps.items())
     problems = [] if nodes else _disk(rows, store, here=memory is not None)

@@ -168,7 +168,7 @@ def asked(file: Path, words: Sequence[str], own: pipeline.Build | None = None) -
     `own`: the pipeline's `build`, if its file is running already. Raises ValueError, and CannotRun if a recipe that nothing changes
     would make another key than it says.
     """
-    if file.suffix not in ENDINGS:
+    if not is_recipe(file):
         build = own or pipeline.load(pipeline_file(file))
         target = pipeline.call(build, words)
         return Asked(target, lambda: record(file, words, build, target), file.stem)
@@ -188,9 +188,14 @@ def asked(file: Path, words: Sequence[str], own: pipeline.Build | None = None) -
     return Asked(target, again, recipe.name or file.stem)
 
 
+def is_recipe(file: Path) -> bool:
+    """Whether a file is a recipe by its name, and no pipeline."""
+    return file.suffix in ENDINGS
+
+
 def build_of(file: Path) -> pipeline.Build:
-    """The pipeline that a recipe names. Raises ValueError and FileNotFoundError."""
-    return pipeline.load(read(file).place)
+    """A pipeline's function, or that of the pipeline that a recipe names. Raises ValueError and FileNotFoundError."""
+    return pipeline.load(read(file).place if is_recipe(file) else pipeline_file(file))
 
 
 def read(path: Path) -> Recipe:

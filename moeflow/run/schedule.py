@@ -13,7 +13,10 @@ from moeflow.run.call import Call
 from moeflow.run.outcome import State
 from moeflow.run.words import count
 from moeflow.step import Part, Step, step_of, upstream
-from moeflow.store import Index, Store, part_digest
+from moeflow.store import Index, Manifest, Store, part_digest
+
+EARLIER = 512
+"""Of so many earlier results of a step at most a plan reads the manifests, to foretell what will be the same again."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ class Schedule:
         self._contents = dict(self.index.contents)  # content key -> the stored step that has it
         self._claimed: dict[str, str] = {}  # content key -> the step of this run that will make it
         self._followers: dict[str, list[Call]] = defaultdict(list)  # that step -> other calls with the same content key
+        self._informed: dict[str, set[str]] = defaultdict(set)  # by step: the readers to which the parts they read were foretold
         self._homes: dict[str, str] = {}  # by step: the key whose manifest lists its files
         self._digests: dict[str, str] = {}  # by input name: the digest of its contents
         self._fresh: list[str] = []  # steps to decide: the contents of all inputs are known
@@ -73,6 +77,21 @@ class Schedule:
             for step in wave:
                 self._decide(step)
 
+    def foretell(self) -> None:
+        """Settle, and decide for a plan also what reads such parts of steps that are to run as do not depend on what has changed.
+
+        The contents of such a part (`Spec.parts`) are those that an earlier run of the step made from the same first inputs; the
+        run itself asks what was really made. Requests: the manifests of these earlier runs.
+        """
+        self.settle()
+        tried: set[str] = set()
+        while new := [k for k, state in self._states.items() if state == "run" and k not in tried and self.steps[k].spec.parts]:
+            tried.update(new)
+            earlier = self._earlier({self.steps[key].name for key in new})
+            for key in new:
+                self._foretold(key, earlier)
+            self.settle()
+
     def aliases(self) -> list[Alias]:
         """The aliases to write now, in any order; each is returned once."""
         taken, self._aliases = self._aliases, []
@@ -91,7 +110,8 @@ class Schedule:
 
     def made(self, key: str, digest: str, parts: dict[str, str]) -> None:
         """Report that a step from `ready` is stored with these contents; `parts`: their digests by prefix."""
-        self._digests.update({f"{key}/{prefix}": part for prefix, part in parts.items()})
+        for prefix, part in parts.items():
+            self._digests.setdefault(f"{key}/{prefix}", part)  # what was foretold stays
         self._contents[self._calls[key].record.content] = key
         self._known(key, digest, home=key)
         self.present(key)
@@ -149,9 +169,14 @@ class Schedule:
         self._homes[key] = home
         self._digests[key] = digest
         for reader in self._readers[key]:
-            self._unknown[reader] -= 1
-            if self._unknown[reader] == 0:
-                self._fresh.append(reader)
+            if reader not in self._informed[key]:
+                self._inform(reader)
+
+    def _inform(self, reader: str) -> None:
+        """Of one more of its inputs the contents are known."""
+        self._unknown[reader] -= 1
+        if self._unknown[reader] == 0:
+            self._fresh.append(reader)
 
     def _look_up(self, wave: list[Step]) -> None:
         """Read the digests of parts, which listings do not contain, from manifests in parallel."""
@@ -163,6 +188,29 @@ class Schedule:
                 # one that was deleted since it was listed is asked for again, which says so
                 manifest = manifests.get(home) or self._store.manifest(home)
                 self._digests[name] = part_digest(manifest, name.partition("/")[2])
+
+    def _earlier(self, names: set[str]) -> list[Manifest]:
+        """The manifests of the newest stored results of these steps, newest first."""
+        stored = sorted(self.index.modified, key=lambda key: -self.index.modified[key])
+        return [*self._store.manifests([k for k in stored if k.rpartition("-")[0] in names][:EARLIER]).values()]
+
+    def _foretold(self, key: str, earlier: list[Manifest]) -> None:
+        """Take the contents of those parts for known that an earlier run made from the same contents."""
+        step, record = self.steps[key], self._calls[key].record
+        digests, known = [i.digest for i in record.inputs], set()
+        for prefix in self._prefixes[key] & {*step.spec.parts}:
+            first = digests[: step.spec.parts[prefix]]
+            for m in earlier:
+                same = m.version == step.version and m.params == step.params and [i.digest for i in m.inputs[: len(first)]] == first
+                if same and m.step == step.name:
+                    self._digests[f"{key}/{prefix}"] = part_digest(m, prefix)
+                    known.add(prefix)
+                    break
+        for reader in self._readers[key]:
+            read = [i for i in self.steps[reader].inputs if step_of(i).key == key]
+            if all(isinstance(i, Part) and i.prefix in known for i in read):
+                self._informed[key].add(reader)
+                self._inform(reader)
 
     def _decide(self, step: Step) -> None:
         digests = [self._digests[i.key] for i in step.inputs]

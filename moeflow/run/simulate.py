@@ -133,6 +133,7 @@ class _Run:
 
     def go(self) -> bool:
         """Run until nothing is left; whether everything could run."""
+        self.schedule.foretell()  # as the plan did
         self._settle()
         while True:
             for call in self.schedule.ready(self._room()):

@@ -12,7 +12,7 @@ from threading import Lock
 from typing import Any
 
 from moeflow.arch import COMPRESSED, Family
-from moeflow.model.formats import Format, layer_formats
+from moeflow.model.formats import Format, layer_formats, some
 from moeflow.serve.checks import check
 
 CLASSES = {
@@ -31,9 +31,11 @@ ROUTER, EXPERTS = "GateLinear", "FusedMoEFactory"
 
 SAID: dict[str, dict[str, Any]] = {
     "deepseek_v3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
-    "phimoe": {"attention_bias": True, "lm_head_bias": True},
 }
 """What vLLM's classes read in a configuration where transformers takes it for granted."""
+
+GENERAL = """'{"moeflow_way": "general"}'"""
+"""What asks for the general way, for a message."""
 
 _building = Lock()  # the names belong to the process
 
@@ -46,8 +48,7 @@ def native_class(model_type: str) -> Any:
     module = importlib.import_module(f"vllm.model_executor.models.{module_name}")
     if absent := [n for n in (ROUTER, EXPERTS) if not hasattr(module, n)]:
         raise ValueError(
-            f"{module.__name__} of this vLLM has no {absent[0]}: the native way knows 0.31 and 0.32; take "
-            '--hf-overrides \'{"moeflow_way": "general"}\''
+            f"{module.__name__} of this vLLM has no {absent[0]}: the native way knows 0.31 and 0.32; take --hf-overrides {GENERAL}"
         )
     base: Any = getattr(module, name)
 
@@ -60,7 +61,15 @@ def native_class(model_type: str) -> Any:
         with _counts_of(module, Family.of(plain), layer_formats(plain)):
             base.__init__(self, vllm_config=vllm_config, prefix=prefix)
 
-    return type(base.__name__, (base,), {"__module__": __name__, "__init__": __init__})
+    def load_weights(self: Any, weights: Any) -> set[str]:
+        loaded: set[str] = base.load_weights(self, weights)
+        if absent := sorted({n for n, _ in self.named_parameters()} - loaded):
+            raise ValueError(
+                f"vLLM's class of a {family} has {some(absent)}, which the checkpoint has not; take --hf-overrides {GENERAL}"
+            )
+        return loaded
+
+    return type(base.__name__, (base,), {"__module__": __name__, "__init__": __init__, "load_weights": load_weights})
 
 
 @contextmanager

@@ -103,6 +103,8 @@ def _unless(key: str, fits: bool, default: bool) -> Callable[[Config], str]:
 
 
 def _phimoe(config: Config) -> str:
+    if absent := [key for key in ("attention_bias", "lm_head_bias") if not config.get(key)]:
+        return f"{absent[0]} is not true, and vLLM's class has these biases in any case"
     noise = config.get("router_jitter_noise", JITTER)
     return _silu(config) or ("" if noise == JITTER else f"router_jitter_noise is {noise}, which vLLM's class takes to be {JITTER}")
 

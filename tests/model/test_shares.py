@@ -10,7 +10,7 @@ from moeflow.model.checkpoint import Tensors
 from moeflow.model.formats import layer_formats
 from moeflow.model.routed_experts import experts_of
 from moeflow.serve.pieces import Pieces
-from tests.compressed import ids, load
+from tests.compressed import load
 from tests.serve import forms
 
 MADE = ("low_rank", "skipping", "vectors", "counts")

@@ -5,10 +5,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from moeflow.cli import app
 from moeflow.report import about, comparing
-from moeflow.store import Store
+from moeflow.run import in_process
+from moeflow.store import Store, versions
 from tests.report.conftest import call
+from tests.report.reporting import reported
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +42,21 @@ def test_divergences_on_one_text_are_paired_sequence_by_sequence(told: Path, com
     assert row["interval"][0] <= row["difference"] <= row["interval"][1]
     assert (row["wins"], row["losses"]) == ((difference < 0).sum(), (difference > 0).sum())
     assert row["verdict"] == ("farther" if row["interval"][0] > 0 else "undecided" if row["interval"][1] > 0 else "closer")
+
+
+def test_speeds_that_were_measured_on_two_occasions_are_not_judged(tmp_path: Path) -> None:
+    for n, original in enumerate((100.0, 80.0), 1):
+        rows = ("decode", original, 50.0 * n, "tokens/s", "decode"), ("bytes", 9, n, "B", "bytes")
+        named = [
+            {"name": n_, "original": o, "compressed": c, "unit": u, "figure": f, "better": "higher"} for n_, o, c, u, f in rows
+        ]
+        made = reported(report={"kind": "speed", "columns": ["original", "compressed"], "rows": named})
+        in_process.run([made], opened := Store.open(str(tmp_path)))
+        versions.publish(opened, "toy", made.key, reports=[made.key])
+    speed, size = comparing.figures([about.of(opened, f"toy@{n}") for n in (1, 2)])
+    assert speed["apart"] and not size["apart"]
+    text = CliRunner().invoke(app, ["compare", "toy@1", "toy@2", "--store", str(tmp_path)]).stdout
+    assert "+100 %, measured apart" in text and "+100 %, better" in text
 
 
 def test_layers_tell_which_experts_differ_and_how_much_is_shared(compared: dict) -> None:

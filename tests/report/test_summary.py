@@ -4,7 +4,9 @@ import json
 import shutil
 from pathlib import Path
 
+from moeflow.report import about
 from moeflow.store import Store, names, versions
+from moeflow.store.errors import bytes_text
 from tests.report.conftest import call
 
 
@@ -25,6 +27,9 @@ def test_ls_has_memory_and_divergence_beside_the_bytes(told: Path) -> None:
     assert six["resident"] is None and {*six["kl"]} == {"prose | notes"} and six["bytes"] > five["bytes"]
     head, line, *_ = call(told, "ls", "told_pipeline").stdout.splitlines()
     assert head.split()[-3:] == ["KL", "key", "labels"] and f"{six['kl']['prose | notes']:.3g}" in line.split()
+    weights = about.of(Store.open(str(told / "store")), "told_pipeline@1").figure("bytes")
+    assert weights is not None and six["weights"] == weights.compressed < six["bytes"], "a config.json is no weight"
+    assert bytes_text(six["weights"]) in line
 
 
 def test_a_version_whose_report_is_damaged_is_listed_without_what_it_says(told: Path, tmp_path: Path) -> None:

@@ -61,19 +61,15 @@ def way(engine: Any) -> str:
 @contextmanager
 def told() -> Iterator[list[str]]:
     """The lines that the plug-in logs inside."""
-    import vllm  # noqa: F401  it takes all handlers away where it sets up its own
-
     lines: list[str] = []
 
-    class Kept(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            lines.append(record.getMessage())
+    def kept(record: logging.LogRecord) -> bool:
+        lines.append(record.getMessage())
+        return True
 
-    log, kept = logging.getLogger("vllm.moeflow"), Kept()
-    before, _ = log.level, log.addHandler(kept)
-    log.setLevel(logging.INFO)
+    log = logging.getLogger("vllm.moeflow")
+    log.addFilter(kept)  # vLLM takes handlers away where it sets up its own
     try:
         yield lines
     finally:
-        log.removeHandler(kept)
-        log.setLevel(before)
+        log.removeFilter(kept)

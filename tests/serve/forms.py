@@ -12,7 +12,7 @@ from moeflow.arch import MAIN, Family
 from moeflow.model.checkpoint import Tensors
 from moeflow.model.formats import FORMS, Format, config_of, layer_formats, routing_shapes
 from moeflow.model.layout import Folder, read_config
-from moeflow.model.packed import PACKED, SCALE, SHAPE, Scheme, pack, quantization_config, unpack
+from moeflow.model.packed import Scheme, pack, quantization_config
 from tests import tiny
 from tests.compressed import compress, write
 
@@ -27,7 +27,8 @@ def original(family: str, folder: Path) -> Path:
     known = tiny.COMMON | tiny.FAMILIES[family]
     widths = {k: v for k, v in WIDTHS.items() if k in known}
     heads = LATENT if family.startswith("deepseek") else HEADS if "head_dim" in known or family in ("mixtral", "qwen3_moe") else {}
-    return tiny.write(family, folder, **(SIZES | widths | heads))
+    biases = {"attention_bias": True, "lm_head_bias": True} if family == "phimoe" else {}
+    return tiny.write(family, folder, **(SIZES | widths | heads | biases))
 
 
 def rewritten(source: Path, out: Path, change: Callable[[Family, int, Format, dict[str, Tensor]], Format], **more: Any) -> Path:
@@ -123,12 +124,9 @@ def _packed(w_MN: Tensor, scheme: Scheme) -> dict[str, Tensor]:
 
 def plain(source: Path, out: Path) -> Path:
     """The packed checkpoint with its matrices multiplied out, which transformers loads whatever its quantizer is."""
-    config, tensors = read_config(Folder(source)), dict(Tensors(source))
-    for name in [n for n in tensors if n.endswith(PACKED)]:
-        stem = name.removesuffix(PACKED)
-        tensors[stem] = unpack(*(tensors.pop(stem + end) for end in (PACKED, SCALE, SHAPE)))
+    config = read_config(Folder(source))
     config.pop("quantization_config")
-    write(tensors, config, out)
+    write(dict(Tensors(source)), config, out)
     return out
 
 
@@ -141,3 +139,22 @@ FORMS_OF: dict[str, Callable[[Path, Path], Path]] = {
     "packed": packed,
 }
 """Every form, and how it is made. "low_rank": ranks that differ, whole and low-rank experts in one layer, counts that differ."""
+
+
+def heads_of_32(source: Path, out: Path) -> Path:
+    """The same function as a Mixtral with heads of 16, in heads of 32, which attention on a processor knows.
+
+    A rotary frequency of a head of 16 is every second one of a head of 32: its coordinates go there, the others are zero. Scores
+    are divided by another root, for which the queries make up.
+    """
+    config, tensors = read_config(Folder(source)), dict(Tensors(source))
+    half = torch.arange(0, 16, 2)
+    place = torch.cat([half, half + 16])
+    for name in [n for n in tensors if ".self_attn." in n]:
+        w_MN = tensors[name].T if ".o_proj." in name else tensors[name]
+        heads = w_MN.unflatten(0, (-1, 16))
+        wide = heads.new_zeros(heads.shape[0], 32, heads.shape[2])
+        wide[:, place] = heads * 2**0.5 if ".q_proj." in name else heads
+        tensors[name] = wide.flatten(0, 1).T.contiguous() if ".o_proj." in name else wide.flatten(0, 1)
+    write(tensors, config | {"head_dim": 32}, out)
+    return out

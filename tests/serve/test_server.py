@@ -25,12 +25,13 @@ pytest.importorskip("vllm", reason="needs vLLM; `make test-serve` makes an envir
 pytestmark = pytest.mark.serve
 
 ROOT = Path(__file__).parents[2]
+BIND = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}  # or each process wants a NUMA node for itself
 MINUTES = 10
 """How long a server may take to be ready, or a run to end, on a busy machine."""
 
 
 def environment() -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": str(ROOT), "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    return os.environ | {"PYTHONPATH": str(ROOT), "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_KVCACHE_SPACE": "1"} | BIND
 
 
 @contextmanager
@@ -94,7 +95,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("way, form", [("general", "low_rank"), ("general", "skipping"), ("general", "vectors"), ("native", "counts")])
+@pytest.mark.parametrize("way, form", [("general", "low_rank"), ("native", "counts")])
 def test_two_processes_share_the_experts(way: str, form: str, tmp_path: Path) -> None:
     """Each has half of every layer's experts the general way, and half of every expert the native way."""
     made = forms.FORMS_OF[form](forms.original("mixtral", tmp_path / "original"), tmp_path / form)

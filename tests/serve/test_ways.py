@@ -13,7 +13,7 @@ EIGHT: dict[str, Any] = {"experts": 8}
 
 def config(family: str = "mixtral", third: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
     """The config.json of a checkpoint with three layers, the last of another format."""
-    plain = tiny.COMMON | tiny.FAMILIES[family] | {"model_type": f"moeflow_{family}"}
+    plain = tiny.COMMON | tiny.FAMILIES[family] | {"model_type": f"moeflow_{family}", "attention_bias": True, "lm_head_bias": True}
     dense = (plain.get("first_k_dense_replace") or 0, plain.get("mlp_only_layers") or [])
     layers = [{} if i < dense[0] or i in dense[1] else EIGHT for i in (0, 1)]
     return plain | {LAYERS: [*layers, third or {"experts": 6}]} | more
@@ -49,6 +49,7 @@ def test_other_forms_run_the_general_way_and_it_says_why(third: Any, more: dict[
     [
         ("olmoe", {"norm_topk_prob": True}, "norm_topk_prob is True"),
         ("phimoe", {"router_jitter_noise": 0.1}, "router_jitter_noise is 0.1"),
+        ("phimoe", {"lm_head_bias": False}, "lm_head_bias is not true"),
         ("deepseek_v2", {"norm_topk_prob": True}, "norm_topk_prob is True"),
         ("deepseek_v3", {"rope_interleave": False}, "rope_interleave is False"),
     ],

@@ -221,7 +221,9 @@ def _observe_spec(
             writes += rows * (row + 8) + tokens * layer.experts * 4 + 8 * 7 * layer.experts + 1400
     moe = tuple(spec.layer for spec in layers if spec.experts)
     out, done = ObservedSpec(states, kept, most, moe), operations.passing(layers, states, dtype)
-    return Spec(out, reads=reads, writes=writes, operations=done, memory=memory + writes, device=device)
+    parts = {file_of(first + i): 3 + i for i in range(len(layers))}  # the configuration, the states, and the layers so far
+    parts |= {file_before(first + i): 2 + i for i in range(len(layers))}
+    return Spec(out, reads=reads, writes=writes, operations=done, memory=memory + writes, device=device, parts=parts)
 
 
 @step("calibrate.observe", version=1, spec=_observe_spec, gpus=1)
