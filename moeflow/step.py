@@ -63,7 +63,7 @@ class Context(Protocol):
     rank: int  # of this process in its gang; 0 outside one
     local_rank: int  # among the gang's processes on this machine, as in LOCAL_RANK; 0 outside one
     processes: int  # of the gang; 1 outside one
-    settings: Mapping[str, Any]  # `Resources.settings`; empty outside a gang
+    settings: Mapping[str, Any]  # `Resources.settings`
     reads: int  # bytes that it has read from elsewhere than its inputs: it adds to them
     stands_for: Mapping[str, str]  # of an output that is a note of files elsewhere: their SHA-256 by name, for early cutoff
 
@@ -109,13 +109,13 @@ class Resources:
     exchanged: int = 0  # bytes that each process sends to the others in all
     times: float = 1.0  # how often the operations of its spec are done: more than once where memory is saved so
     repeats: float = 0.0  # the part of its work that is done again, at most, when a process is lost
-    settings: Mapping[str, Any] = field(default_factory=dict)  # JSON values that say how a gang runs, as its steps see them
+    settings: Mapping[str, Any] = field(default_factory=dict)  # JSON values that say how or where it runs, as the step sees them
 
     def __post_init__(self) -> None:
         if self.processes < 0 or self.device < 0:
             raise ValueError(f"processes={self.processes} and device={self.device} must not be negative")
-        if (self.settings or self.device or self.exchanged) and not self.processes:
-            raise ValueError(f"settings={dict(self.settings)} and device={self.device} are for gangs; say processes=1 or more")
+        if (self.device or self.exchanged) and not self.processes:
+            raise ValueError(f"device={self.device} and exchanged={self.exchanged} are for gangs; say processes=1 or more")
         if self.processes and self.cpus <= 0:
             raise ValueError(f"cpus={self.cpus}: each process of a gang holds some; say cpus=1")
         object.__setattr__(self, "settings", _plain("resources", "settings", dict(self.settings)))

@@ -89,7 +89,7 @@ def test_how_many_processes_run_a_step_and_how_is_not_what_it_is() -> None:
     [
         ({"processes": -1}, "processes=-1 .* must not be negative"),
         ({"processes": 1, "device": -1}, "device=-1 must not be negative"),
-        ({"settings": {"zero": 3}}, "are for gangs; say processes=1 or more"),
+        ({"device": 1}, "are for gangs; say processes=1 or more"),
         ({"processes": 2, "cpus": 0}, "cpus=0: each process of a gang holds some"),
     ],
 )

@@ -20,7 +20,7 @@ from moeflow.report.table import shown, titled
 from moeflow.report.words import change, meaning, per_cent
 
 FILE = "README.md"
-JUDGED = ("size", "layers", "quality", "speed", "fit", "fine-tuning", "experts per token", "written")
+JUDGED = ("size", "layers", "quality", "speed", "serving", "fit", "fine-tuning", "experts per token", "written")
 """The kinds of reports that let no model do a task."""
 SHOWN = 3
 """So many texts are shown."""

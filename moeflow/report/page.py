@@ -30,8 +30,8 @@ def page(about: About) -> str:
     """The page of a version, or of an artifact that no version is. All text in it is escaped."""
     parts = [
         sections.quality(about), sections.written(about), *sections.of_checkpoint(about), sections.frontier(about),
-        sections.speed(about), sections.training(about), _figures(about), _loaded(about), _made(about), _cost(about),
-        _lineage(about),
+        sections.speed(about), sections.speed(about, "serving", "How fast it is served"), sections.training(about),
+        _figures(about), _loaded(about), _made(about), _cost(about), _lineage(about),
     ]  # fmt: skip
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(template.PAGE).render(

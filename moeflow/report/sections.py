@@ -215,10 +215,10 @@ def generations(about: About) -> tuple[Pair, ...]:
     return tuple(Pair(str(of.get("prompt", "")), str(of["original"]), str(of["compressed"])) for of in both)
 
 
-def speed(about: About) -> Section | None:
-    """Speed beside the original's, with quartiles."""
+def speed(about: About, kind: str = "speed", title: str = "How fast it is") -> Section | None:
+    """Speed beside the original's, with quartiles, of the reports of one kind."""
     rows = {
-        str(row["name"]): row for raw in about.of_kind("speed") for row in raw.get("rows", ()) if row.get("compressed") is not None
+        str(row["name"]): row for raw in about.of_kind(kind) for row in raw.get("rows", ()) if row.get("compressed") is not None
     }
     both = [name for name in rows if f"{name}, lower quartile" in rows and f"{name}, upper quartile" in rows]
     if not both:
@@ -229,13 +229,11 @@ def speed(about: About) -> Section | None:
         after, before = ((float(low[side]), float(high[side])) for side in ("compressed", "original"))
         of = Range("", float(rows[name]["compressed"]), after, float(rows[name]["original"]), before)
         pictures.append((f"{name}, tokens a second", charts.ranges([of], zero=False)))
-    facts: Mapping[str, Any] = next(
-        (raw["machine"] for raw in about.of_kind("speed") if isinstance(raw.get("machine"), Mapping)), {}
-    )
+    facts: Mapping[str, Any] = next((raw["machine"] for raw in about.of_kind(kind) if isinstance(raw.get("machine"), Mapping)), {})
     on = ", ".join(facts.get("gpus") or ()) or str(facts.get("processor", ""))
     where = f", on {on}" if on else ""
     words = f"Medians, with the quartiles of alternating rounds{where}. Where the lines overlap, no difference was measured."
-    return Section("How fast it is", words, tuple(pictures), key=KEY)
+    return Section(title, words, tuple(pictures), key=KEY)
 
 
 def training(about: About) -> Section | None:

@@ -73,7 +73,7 @@ class Running:
         self.scratch.mkdir()
         self.links: dict[str, File] = {}
         self.notes: list[str] = []
-        self.settings: Mapping[str, Any] = {}
+        self.settings: Mapping[str, Any] = call.resources.settings
         self.reads = 0  # bytes from elsewhere than the inputs
         self.stands_for: Mapping[str, str] = {}
         self.kept = False  # whether there may be partial state

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from moeflow.arch import Family
+from moeflow.methods.evaluate.options import Serving
 from moeflow.methods.graph import HIDDEN, TOKENS
 from moeflow.methods.records import Choice
 from moeflow.methods.reports import figures, row, write_report
@@ -257,6 +258,43 @@ def speed(context: Context, original: Artifact, compressed: Artifact, *, machine
 
 def _without_speed(context: Context, why: str) -> None:
     write_report(context, "speed", [_measured(name, None, None) for name in SPEEDS], note=f"speed is left out: {why}")
+
+
+def _serving_spec(original: CheckpointSpec, compressed: CheckpointSpec, matrix: TokensSpec, *, how: Serving, machine: Any) -> Spec:
+    both = sum(c.nbytes + c.others for c in (original, compressed))
+    need = int(both * ROOM)
+    runs = how.rounds * sum(how.requests) * (how.prompt + how.tokens)
+    return Spec(
+        reads=both + matrix.tokens * 4, writes=4000, memory=need, device=on_device(need), optional=True,
+        operations={precision(original.config, how.dtype): 2 * runs * (original.active + compressed.active)},
+        figures=how.figures,
+    )  # fmt: skip
+
+
+@step("evaluate.serving", version=1, spec=_serving_spec, gpus=1)
+def serving(
+    context: Context, original: Artifact, compressed: Artifact, matrix: Artifact, *, how: Serving, machine: dict[str, Any]
+) -> None:
+    """Both models in vLLM: their speed and memory at several numbers of requests, and whether they write what transformers has.
+
+    The engine runs in a process and an environment of its own; the `settings` of the step's resources say which (`python`), and how
+    many `minutes` an answer may take, since neither is part of what is measured. The figures depend on the machine and on the
+    engine's version, so `machine` is a parameter. Prompts are cut from `matrix`. Prefill and decode are medians and quartiles of
+    rounds in which the models take turns; where the engine's device does not hold both, each is loaded for each of a few turns.
+    `served_agreement` is the share of the engine's greedy tokens that are transformers' likeliest behind the same tokens. Where
+    there is no engine, or it fails, the report has no figures and says why: it is no reason to lose a run.
+    """
+    from moeflow.methods.evaluate.engine import EngineFailed
+    from moeflow.methods.evaluate.served import measured, rows_of, rows_without
+
+    folders = (original.folder(), compressed.folder())  # here, because damage in the store is no matter of serving
+    flat = np.load(matrix.file(TOKENS)).reshape(-1)
+    try:
+        result = measured(folders, flat, how, context)
+    except EngineFailed as error:
+        return write_report(context, "serving", rows_without(how), note=f"serving is left out: {error}")
+    rows, note = rows_of(result, how)
+    write_report(context, "serving", rows, note=note, machine=here(), asked_on=machine, **result.facts)
 
 
 def _written_spec(original: CheckpointSpec, compressed: CheckpointSpec, *, prompt: str, tokens: int) -> Spec:

@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.checkpoint.steps import counted, text_model_of
 from moeflow.methods.data import steps as data
-from moeflow.methods.evaluate.steps import experts_per_token, here, layers, quality, size, speed
+from moeflow.methods.evaluate.engine import version
+from moeflow.methods.evaluate.options import Serving
+from moeflow.methods.evaluate.steps import experts_per_token, here, layers, quality, serving, size, speed
 from moeflow.methods.graph import Model, Pass, Sample
 from moeflow.methods.judge import steps as judge
 from moeflow.methods.judge.options import Prompts, Tasks
+from moeflow.options import only
 from moeflow.sources import NamesFiles, Source, Texts
 from moeflow.sources.texts import WEIGHT
 from moeflow.step import Step
@@ -18,7 +21,7 @@ from moeflow.step import Step
 
 @dataclass(frozen=True)
 class HeldOut(NamesFiles):
-    """The text, the tasks and the prompts on which a compressed model and its original are compared."""
+    """The text, the tasks, the prompts and the engine with which a compressed model and its original are compared."""
 
     texts: str
     """URI[#column[+column]], or a ready-made .npy matrix; several joined by commas, each gets its own report."""
@@ -32,6 +35,8 @@ class HeldOut(NamesFiles):
     """Tasks with a right answer."""
     prompts: Prompts | None = None
     """Prompts that both models go on from."""
+    serving: Serving | None = None
+    """An engine in which both models are measured (docs/serve.md)."""
 
     def check_files(self) -> None:
         if self.texts:
@@ -45,7 +50,7 @@ NO_TOKENIZER = "held-out text is left out, the loss on the token matrix stands f
 
 
 def reports(original: Model, compressed: Model, heldout: HeldOut, passed: Pass, *, tokens: Step | None = None) -> tuple[Step, ...]:
-    """Report on `compressed` beside `original`: size, quality on each held-out text, tasks and prompts, speed.
+    """Report on `compressed` beside `original`: size, quality on each held-out text, tasks and prompts, speed, serving.
 
     `passed`: the pass of the calibration, of which batch size and precision are taken; eight batches go to a task, and nothing is
     recorded. Where a text is no ready-made matrix, a model without a tokenizer is evaluated on the matrix `tokens` instead, and the
@@ -80,9 +85,23 @@ def reports(original: Model, compressed: Model, heldout: HeldOut, passed: Pass, 
     whole = text_model_of(original), text_model_of(compressed)
     judged = judge.Judged(*whole, passed.dtype, original.without_tokenizer, original.has_template)
     reports.append(speed(*whole, machine=here(), length=heldout.length))
+    if heldout.serving is not None:
+        reports.append(_served(*whole, matrices[0][1], heldout.serving))
     answers = judge.reports(judged, heldout.tasks, heldout.prompts)
     _check_named_apart(reports, answers)
     return (*reports, *answers)
+
+
+def _served(original: Step, compressed: Step, matrix: Step, how: Serving) -> Step:
+    """Both models measured in the engine, which is found where it is on this machine: its version is part of what is measured."""
+    if not how.python:
+        raise ValueError("serving.python names no engine; write the Python of an environment with vLLM, or none for no serving")
+    engine = version(how.program)
+    what = only(how, "requests", "prompt", "tokens", "rounds", "dtype", "options", "again")
+    made = serving(original, compressed, matrix, how=what, machine=here() | {"engine": engine})
+    made = made.on(gpus=how.parallel, settings={"python": how.program, "minutes": how.minutes})
+    lacks = f"serving.python={how.program} is no Python with vLLM on this machine; where the step's worker has none either, "
+    return made if engine else made.noting(f"{lacks}the figures of serving are left out")
 
 
 def _check_named_apart(reports: Sequence[Step], answers: Sequence[Step]) -> None:
