@@ -120,7 +120,7 @@ def rows_without(how: Serving) -> list[dict[str, Any]]:
 def _row(word: str, original: float | None, compressed: float | None, *, requests: int = 0) -> dict[str, Any]:
     name, unit, better = (BY_REQUESTS | ONCE)[word]
     of = {"figure": word, "better": better, "text": str(requests or "")}
-    return row(f"{name}, {requests} requests" if requests else name, original, compressed, unit, **of)
+    return row(f"{name}, {requests} request{'s' * (requests > 1)}" if requests else name, original, compressed, unit, **of)
 
 
 def _speed(rates: Sequence[float]) -> Speed:
