@@ -103,7 +103,7 @@ PIPELINES: list[tuple[str, str, tuple[str, ...]]] = [
 
 WORDS: list[tuple[tuple[str, ...], str]] = [
     (("nonsense",), "No such command 'nonsense'"),
-    (("plan",), "Missing argument 'PIPELINE.py'"),
+    (("plan",), "Missing argument 'PIPELINE'"),
     (("plan", "x.py", "--nonsense"), "No such option: --nonsense"),
     (("plan", "x.py", "--runner", "slurm"), "Invalid value for '--runner'"),
     (("plan", "x.py", "--store"), "Option '--store' requires an argument"),

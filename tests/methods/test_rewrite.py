@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from moeflow.arch import Family
+from moeflow.arch.stock import as_engines_read
 from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data
@@ -67,7 +68,7 @@ def test_the_configuration_differs_in_the_number_of_experts_alone(pruned: tuple[
     key = Family.of(before).experts_key
     assert after[key] == KEEP
     assert {k: v for k, v in after.items() if k not in (key, "num_nextn_predict_layers")} == {
-        k: v for k, v in before.items() if k not in (key, "num_nextn_predict_layers")
+        k: v for k, v in as_engines_read(before).items() if k not in (key, "num_nextn_predict_layers")
     }
 
 

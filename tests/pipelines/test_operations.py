@@ -13,6 +13,7 @@ from tests import running
 from tests.pipelines import words
 
 ROOT = Path(__file__).parents[2]
+TASKS = ROOT / "tests" / "tasks"
 TEXTS = ["tokens=python:stdlib/a*.py", "heldout=python:stdlib/t*.py", *words.SMALL]
 TUNED = ["tune.text=python:stdlib/a*.py", *words.TUNED, "tune.loss=kl"]
 MOVES = {"calibrate.embed"}
@@ -31,6 +32,8 @@ def test_every_step_that_asks_for_a_gpu_says_its_operations() -> None:
         *steps_of("mixtral_moei2", "search.span=2", *words.GENETIC, *TUNED),
         *steps_of("mixtral_moei2", "decomposition.svd=whitened", "decomposition.ranks=global", "tune=none"),
         *steps_of("mixtral_unified", "slim.group=16", "trim=none"),
+        *steps_of("mixtral", "keep=6", f"tasks={TASKS}/numbers.jsonl,{TASKS}/closing.yaml", f"prompts={TASKS}/prompts.jsonl"),
+        *steps_of("mixtral", "keep=6", "serving=nowhere"),
         *steps_of("fit", "budget.ratio=0.25", "offers.group=16", "offers.measured=128"),
     ]
     asked = {s.name for s in steps if s.resources.gpus} - MOVES

@@ -85,7 +85,7 @@ def test_every_pipeline_takes_mtp_from_the_command_line(pipeline: Path, tmp_path
     build = load(pipeline)
     assert "mtp " in page(build)
     with pytest.raises(ValueError, match="-p mtp=slice"):
-        call(build, ["mtp=slice", f"model={tmp_path}"])
+        call(build, ["mtp=slice", f"model={tmp_path}", *["budget.ratio=0.5"] * (pipeline.stem == "fit")])
 
 
 def test_the_command_line_says_what_becomes_of_prediction_layers(source: Path, tmp_path: Path) -> None:
