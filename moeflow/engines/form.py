@@ -62,15 +62,15 @@ class Form:
         why = []
         if not engine.counts and (len(self.counts) > 1 or "counts" in self.differ):
             counts = "as many experts as a run decides" if "counts" in self.differ else f"{_listed(self.counts)} experts"
-            why.append(f"layers have {counts}, and {engine.name} has one number for all of them")
+            why.append(f"layers have {counts}, and {engine.word} has one number for all of them")
         of_family = replace(engine, model_type=self.model_type)
         why += [w for n in sorted(self.counts) if (w := of_family.why_not_count(n))][:1]
         if self.gone and not engine.gone:
-            why.append(f"layers have no MoE block, which {engine.name} cannot leave out")
+            why.append(f"layers have no MoE block, which {engine.word} cannot leave out")
         if self.routing and not engine.routing:
-            why.append(f"{engine.name} has no {self.routing}")
+            why.append(f"{engine.word} has no {self.routing}")
         if self.ranks and not engine.ranks:
-            why.append(f"experts are low-rank, for which {engine.name} has no kernel")
+            why.append(f"experts are low-rank, for which {engine.word} has no kernel")
         return why + self._why_not_packed(engine) + [w for w in [self._why_not_width(engine)] if w]
 
     @property
@@ -88,13 +88,13 @@ class Form:
             return [f"layers differ in how their experts are packed ({_listed(p.words for p in sorted(self.packings))})"]
         for packing in packed:
             if packing.bits not in engine.bits:
-                known = _listed(engine.bits)
-                return [f"experts are packed in {packing.bits} bits, which {engine.name} does not run; it runs {known}"]
+                known = f"; it runs {_listed(engine.bits)}" if engine.bits else ""
+                return [f"experts are packed in {packing.bits} bits, which {engine.word} does not run{known}"]
             if engine.groups is not None and packing.group not in engine.groups:
-                return [f"experts are packed with {_shared(packing.group)}, and {engine.name} reads {_reads(engine.groups)}"]
+                return [f"experts are packed with {_shared(packing.group)}, and {engine.word} reads {_reads(engine.groups)}"]
             if not packing.symmetric and packing.bits not in engine.zeros:
                 known = f" at {packing.bits} bits, only at {_listed(engine.zeros)}" if engine.zeros else ""
-                return [f"{engine.name} reads no zero points of packed experts{known}"]
+                return [f"{engine.word} reads no zero points of packed experts{known}"]
         return []
 
     def _why_not_width(self, engine: Engine) -> str:

@@ -30,6 +30,8 @@ class Engine:
     """Packed experts take their unpacked bytes in memory."""
     even: bool
     """Expert parallelism needs counts that its ranks divide."""
+    spreads: bool
+    """Expert parallelism runs whatever else runs; otherwise whole experts only."""
     sources: Mapping[str, str]
     """Where each of these is known from, by the name of the field."""
     kernels: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
@@ -81,7 +83,7 @@ ROUTER = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256, 320, 384, 448, 512, 576)
 ENGINES: Mapping[str, Engine] = {
     "transformers": Engine(
         "transformers", counts=False, ranks=False, gone=False, routing=False, bits=(8, 4), groups=None, zeros=(), mixed=False,
-        unpacks=True, even=True,
+        unpacks=True, even=True, spreads=True,
         sources={
             "counts": "transformers 5.23, measured: its classes have one number of experts",
             "ranks": "transformers 5.23, measured: its classes have whole matrices only",
@@ -92,20 +94,21 @@ ENGINES: Mapping[str, Engine] = {
             "zeros": "transformers 5.23, quantizer_compressed_tensors.py: no converter stacks zero points of experts",
             "mixed": "transformers 5.23, measured: it unpacks experts of one scheme",
             "unpacks": "transformers 5.23, measured: fused experts are dequantized while they are loaded",
+            "spreads": "transformers 5.23, measured: packed experts are whole ones once they are loaded, and no other form is",
             "even": "transformers 5.23, integrations/tensor_parallel.py: experts are cut into equal shards",
         },
     ),
     "moeflow": Engine(
         "moeflow", counts=True, ranks=True, gone=True, routing=True, bits=(8, 4, 3, 2), groups=None, zeros=(), mixed=True,
-        unpacks=True, even=False,
+        unpacks=True, even=False, spreads=True,
         sources=dict.fromkeys(
-            ("counts", "ranks", "gone", "routing", "bits", "groups", "zeros", "mixed", "unpacks", "even"),
+            ("counts", "ranks", "gone", "routing", "bits", "groups", "zeros", "mixed", "unpacks", "even", "spreads"),
             "moeflow.model.compressed on transformers 5.23, measured by this project's tests",
         ),
     ),
     "vllm": Engine(
         "vllm", counts=False, ranks=False, gone=False, routing=False, bits=(8, 4), groups=(0, 32, 64, 128), zeros=(4,),
-        mixed=False, unpacks=False, even=True, kernels={"deepseek_v4": ROUTER},
+        mixed=False, unpacks=False, even=True, spreads=True, kernels={"deepseek_v4": ROUTER},
         sources={
             "counts": f"{CPU}: one num_experts a model",
             "ranks": f"{CPU}: no kernel for factors",
@@ -116,24 +119,26 @@ ENGINES: Mapping[str, Engine] = {
             "zeros": "vLLM 0.25 and newer (pull request 44025); 0.32, query_marlin_supported_quant_types: uint4 alone",
             "mixed": "moeflow writes layers that differ as a model type of its own, which vLLM does not recognize",
             "unpacks": "vLLM 0.32, compressed_tensors_moe_wna16.py: weights stay packed",
+            "spreads": "vLLM 0.32, compressed_tensors_moe_wna16.py: an expert map for packed ones, too, read and not run",
             "even": "vLLM 0.32, fused_moe/layer.py: load balancing (EPLB) refuses a remainder, which else loads ranks unevenly",
             "kernels": "vLLM issue 51521 and pull request 50982",
         },
     ),
     "vllm-moeflow": Engine(
         "vllm-moeflow", counts=True, ranks=True, gone=True, routing=True, bits=(8, 4, 3, 2), groups=None, zeros=(), mixed=True,
-        unpacks=True, even=True, kernels={"deepseek_v4": ROUTER},
+        unpacks=True, even=True, spreads=False, kernels={"deepseek_v4": ROUTER},
         sources={
             **dict.fromkeys(("counts", "ranks", "gone", "routing"), f"moeflow's plug-in; {CPU}"),
             **dict.fromkeys(("bits", "groups", "mixed", "unpacks"), "moeflow's plug-in unpacks them; where vLLM has a kernel, not"),
             "zeros": "moeflow's plug-in reads no zero points",
+            "spreads": "moeflow/serve/plugin.py, settle: the general way refuses --enable-expert-parallel",
             "even": "moeflow's plug-in divides experts over ranks where their counts divide",
             "kernels": "vLLM issue 51521 and pull request 50982",
         },
     ),
     "sglang": Engine(
         "sglang", counts=False, ranks=False, gone=False, routing=False, bits=(8, 4), groups=(0, 32, 64, 128), zeros=(),
-        mixed=False, unpacks=False, even=True,
+        mixed=False, unpacks=False, even=True, spreads=True,
         sources={
             **dict.fromkeys(("counts", "ranks", "gone", "routing"), "SGLang 0.5, read and not run: one number of experts a model"),
             "bits": "SGLang 0.5, compressed_tensors_wNa16_moe.py: 4 and 8 bits by Marlin, read and not run",
@@ -141,17 +146,19 @@ ENGINES: Mapping[str, Engine] = {
             "zeros": "SGLang 0.5, compressed_tensors_wNa16_moe.py: symmetric weights only, read and not run",
             "mixed": "moeflow writes layers that differ as a model type of its own, which SGLang does not know",
             "unpacks": "SGLang 0.5, compressed_tensors_wNa16_moe.py: weights stay packed, read and not run",
+            "spreads": "SGLang 0.5, compressed_tensors_wNa16_moe.py: an expert map for packed ones, too, read and not run",
             "even": "SGLang 0.5, fused_moe_triton/layer.py: the number of experts must be a multiple of ep_size, read and not run",
         },
     ),
     "llama.cpp": Engine(
         "llama.cpp", counts=False, ranks=False, gone=False, routing=False, bits=(8, 4, 2), groups=(16, 32, 64, 128),
-        zeros=(8, 4, 2), mixed=False, unpacks=True, even=False,
+        zeros=(8, 4, 2), mixed=False, unpacks=True, even=False, spreads=True,
         sources={
             **dict.fromkeys(("counts", "ranks", "gone", "routing"), "llama.cpp's convert_hf_to_gguf.py: one expert_count a model"),
             **dict.fromkeys(("bits", "groups", "zeros"), "conversion/base.py of llama-cpp-python 0.3.36: dequant_packed"),
             "mixed": "llama.cpp's conversion/base.py: one group of compressed-tensors, or it is refused",
             "unpacks": "llama.cpp's conversion/base.py: weights are unpacked; llama-quantize packs them in formats of its own",
+            "spreads": "llama.cpp splits rows or layers over devices, not experts",
             "even": "llama.cpp splits rows or layers over devices, not experts",
         },
     ),
@@ -175,4 +182,7 @@ def engine_of(word: str, *, tp: int = 1, ep: int = 1, model_type: str = "") -> E
     for key, value in given.items():
         if value < 1:
             raise ValueError(f"{key}={value}: so many devices share the experts; give at least 1")
-    return replace(ENGINES[name], tp=given["tp"], ep=given["ep"], model_type=model_type)
+    engine = replace(ENGINES[name], tp=given["tp"], ep=given["ep"], model_type=model_type)
+    if engine.ep > 1 and not engine.spreads:
+        engine = replace(engine, ranks=False, gone=False, routing=False, bits=(), mixed=False)
+    return engine

@@ -41,6 +41,8 @@ def test_every_line_of_the_table_has_a_source(name: str) -> None:
         ("vllm", Form("deepseek_v4", frozenset({144})), "no kernel for 144 experts of a deepseek_v4 .*51521.*; take 128"),
         ("vllm-moeflow", Form("deepseek_v4", frozenset({160})), "no kernel for 160 experts"),
         ("sglang,ep=4", Form("olmoe", frozenset({54})), "ep=4 does not divide 54 experts .*; take 52 or 56"),
+        ("vllm-moeflow,ep=2", Form("mixtral", frozenset({8, 6}), ranks=True), "low-rank, for which vllm-moeflow,ep=2"),
+        ("vllm-moeflow,ep=2", Form("mixtral", frozenset({8, 6}), packings=frozenset({FOUR})), "4 bits, which vllm-moeflow,ep=2"),
         ("vllm,tp=5", Form("olmoe", frozenset({64}), 1024), "tp=5 does not divide the 1024 inner units"),
         ("vllm,tp=4", Form("olmoe", frozenset({64}), 768, packings=frozenset({Packing(4, 128)})), "leaves 192 .* groups of 128"),
     ],
