@@ -22,6 +22,7 @@ ALL = (
     "traffic",
     "scale",
     "genetic",
+    "warm_starts",
     "decompose",
     "lowrank",
     "compressed_experts",
