@@ -16,11 +16,13 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers import initialization as init
@@ -52,6 +54,9 @@ SPLIT = ("tp_plan", "tp_size", "distributed_config", "device_mesh")
 VECTORS = ".experts.compressed."
 """A part of the name of every vector of Compressed Experts, on disk and in memory."""
 
+
+UNPACK = {"transformers": "5.23", "compressed-tensors": "0.20"}
+"""The releases since which packed experts are unpacked while they are loaded; 5.17 loads some to other numbers without a word."""
 
 _loading = Lock()  # the names that transformers looks up are this process's, not a model's
 
@@ -102,6 +107,8 @@ class Compressed:
         state = options.get("state_dict")
         stored = shapes_of(files_of(name, options.get("variant"), hub)) if state is None else {n: t.shape for n, t in state.items()}
         packed = check_checkpoint(asked, stored, str(name))
+        if packed:
+            check_unpacks(str(name))
         wanted = options.pop("output_loading_info", False)
         with _names_of(Family.of(asked.to_dict()).arch, packed=packed):
             model, info = super().from_pretrained(name, *args, config=config, output_loading_info=True, **options)  # type: ignore[misc]
@@ -112,6 +119,14 @@ class Compressed:
             model.hf_quantizer.remove_quantization_config(model)
             model._weight_conversions = None  # or saving would reverse the unpacking; so it takes the class's own conversions
         return (model, info) if wanted else model
+
+
+def check_unpacks(name: str) -> None:
+    """Raise ValueError if transformers or compressed-tensors is too old to unpack experts whole and to the right numbers."""
+    here = {package: Version(version(package)) for package in UNPACK}
+    if old := [f"{package} {here[package]}" for package, least in UNPACK.items() if here[package] < Version(least)]:
+        wanted = " ".join(f"'{package}>={least}'" for package, least in UNPACK.items())
+        raise ValueError(f"{name} has packed experts, which {' and '.join(old)} cannot unpack; pip install {wanted}")
 
 
 def _block(standard: Any, config: Any, format: Format) -> nn.Module:

@@ -13,6 +13,7 @@ from typing import Any
 
 from moeflow.arch import COMPRESSED, Family
 from moeflow.model.formats import Format, layer_formats, some
+from moeflow.serve import traffic
 from moeflow.serve.checks import check
 
 CLASSES = {
@@ -60,6 +61,7 @@ def native_class(model_type: str) -> Any:
         plain = config.to_dict()
         with _counts_of(module, Family.of(plain), layer_formats(plain)):
             base.__init__(self, vllm_config=vllm_config, prefix=prefix)
+        traffic.record_runners(self, vllm_config)
 
     def load_weights(self: Any, weights: Any) -> set[str]:
         loaded: set[str] = base.load_weights(self, weights)

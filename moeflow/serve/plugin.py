@@ -4,11 +4,14 @@ import logging
 from typing import Any
 
 from moeflow.arch import COMPRESSED, FAMILIES
-from moeflow.serve.ways import architectures, way_of
+from moeflow.serve import traffic
+from moeflow.serve.ways import NAMES, architectures, way_of
 
 log = logging.getLogger("vllm.moeflow")  # vLLM shows what is said below its own name
 ENTRY = "moeflow.serve.models"
 """The module with a class for each model type, imported by vLLM when it needs one."""
+STOCK = "moeflow.serve.stock"
+"""The module with vLLM's own classes, with their experts counted."""
 
 
 def register() -> None:
@@ -32,9 +35,39 @@ def register() -> None:
     for name, model_type in architectures().items():
         ModelRegistry.register_model(name, f"{ENTRY}:{model_type}")
         MODELS_CONFIG_MAP[name] = Settled
+    if traffic.wanted():
+        for name in (n for names in NAMES.values() for n in names if n in ModelRegistry.get_supported_archs()):
+            ModelRegistry.register_model(name, f"{STOCK}:{name}")
+            MODELS_CONFIG_MAP[name] = _counted(MODELS_CONFIG_MAP.get(name, VerifyAndUpdateConfig))
     for arch in FAMILIES:
         if arch.latent:
             MODEL_ARCH_CONFIG_CONVERTORS[COMPRESSED + arch.model_type] = Latent
+
+
+def _counted(before: Any) -> Any:
+    """What vLLM settles for one of its own architectures, and what counting its experts needs."""
+
+    class Counted(before):  # type: ignore[misc]
+        @staticmethod
+        def verify_and_update_model_config(model: Any) -> None:
+            before.verify_and_update_model_config(model)
+            if traffic.wanted():
+                eager(model)
+
+        @staticmethod
+        def verify_and_update_config(config: Any) -> None:
+            before.verify_and_update_config(config)
+            if traffic.wanted():
+                traffic.settle(config.parallel_config)
+
+    return Counted
+
+
+def eager(model: Any) -> None:
+    """Switch CUDA graphs and torch.compile off in vLLM's `ModelConfig`, where experts are counted."""
+    if not model.enforce_eager:
+        log.info("moeflow: without CUDA graphs and torch.compile, because %s counts in the forward", traffic.VARIABLE)
+        model.enforce_eager = True
 
 
 def settle_model(model: Any) -> None:
@@ -44,6 +77,8 @@ def settle_model(model: Any) -> None:
     """
     chosen = way_of(model.hf_config.to_dict())
     log.info("moeflow: %s runs the %s way: %s", model.model, chosen.way, chosen.why)
+    if traffic.wanted():
+        eager(model)
     if chosen.way == "native":
         return
     if not model.enforce_eager:
@@ -66,6 +101,8 @@ def settle(config: Any) -> None:
             "--enable-expert-parallel is vLLM's own division of experts, and this checkpoint runs the general way, which divides "
             "them over the tensor-parallel ranks by itself; leave it out"
         )
+    if traffic.wanted():
+        traffic.settle(parallel)
     operations = config.compilation_config.custom_ops
     if current_platform.is_cpu() and config.model_config.use_mla and not any("rotary_embedding" in o for o in operations):
         operations.append("-rotary_embedding")  # the processor's own misreads the queries of latent attention
