@@ -39,7 +39,7 @@ from moeflow.model.fewer_active import CompressedExperts
 from moeflow.model.formats import CLASSES, Format, check_tensors, layer_formats, some
 from moeflow.model.header import read_header
 from moeflow.model.layout import Folder
-from moeflow.model.packed import BESIDE, PACKED, SCALE, SHAPE, logical, packed_shapes, unpack
+from moeflow.model.packed import BESIDE, PACKED, SCALE, SHAPE, ZERO, check_zeros, logical, packed_shapes, unpack
 from moeflow.model.routed_experts import experts_of
 from moeflow.model.skeleton import layers_of
 from moeflow.model.text_half import language_class
@@ -168,7 +168,8 @@ def _unpacked(tensors: dict[str, Any], name: str) -> Any:
     stem = name.removesuffix(PACKED)
     if stem + SCALE not in tensors:
         return tensors.pop(name)
-    return [unpack(*one) for one in zip(*(tensors.pop(stem + end) for end in (PACKED, SCALE, SHAPE)), strict=True)]
+    ends = (PACKED, SCALE, SHAPE, *([ZERO] if stem + ZERO in tensors else []))
+    return [unpack(*one) for one in zip(*(tensors.pop(stem + end) for end in ends), strict=True)]
 
 
 class _Save(_Load):
@@ -216,7 +217,7 @@ def _conversions(arch: Arch, *, packed: bool = False) -> list[Any]:
     here = f"{arch.block}.experts"  # with the block, or shared experts would match
     for stack in all_stacks(gated=family.gated, biased=bool(arch.expert_biases)):
         names = [stack.on_disk(family, 0, matrix, "*").partition(".experts.")[2] for matrix in stack.matrices]
-        ends = ("", PACKED, SCALE, SHAPE) if packed or stack.kind != "whole" else ("",)
+        ends = ("", PACKED, SCALE, SHAPE, ZERO) if packed or stack.kind != "whole" else ("",)
         stored = [f"{here}.{n}{end}" for n in names for end in ends]
         converters.append(WeightConverter(stored, f"{here}.{stack.name}", [_Load(stack)]))
     return [*renamings, *converters]
@@ -229,6 +230,7 @@ def check_checkpoint(config: Any, stored: Mapping[str, Sequence[int]], where: st
     """
     packed = packed_shapes(stored, config.to_dict()) if getattr(config, "quantization_config", None) else {}
     _compare(MODELS[config.model_type], config, {n: packed.get(n, stored.get(n, ())) for n in logical(stored)}, where)
+    check_zeros(stored, (n for n in packed if n + PACKED in stored), config.to_dict(), where)
     return bool(packed)
 
 

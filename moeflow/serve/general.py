@@ -16,6 +16,7 @@ from vllm.model_executor.models.transformers import TransformersForCausalLM
 from moeflow.arch import Family, layer_of
 from moeflow.model.compressed import MODELS, Compressed
 from moeflow.model.formats import Format, layer_formats
+from moeflow.model.packed import asymmetric
 from moeflow.model.routed_experts import RoutedExperts, experts_of
 from moeflow.model.skeleton import layers_of
 from moeflow.serve.checks import check
@@ -60,7 +61,7 @@ class General(TransformersForCausalLM):
 
         Raises ValueError if an expert lacks a matrix or a factor, or one has another shape than its place.
         """
-        pieces = Pieces(self.family)
+        pieces = Pieces(self.family, zeros=asymmetric(self.config.to_dict()))
         for layer, format, block in self._blocks():
             experts = block.experts.experts if isinstance(block.experts, OfRank) else block.experts
             pieces.add(layer, format, experts, self.shares.get(layer))
