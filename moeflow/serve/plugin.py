@@ -4,7 +4,7 @@ import logging
 from typing import Any
 
 from moeflow.arch import COMPRESSED, FAMILIES
-from moeflow.serve import traffic
+from moeflow.serve import switch
 from moeflow.serve.ways import NAMES, architectures, way_of
 
 log = logging.getLogger("vllm.moeflow")  # vLLM shows what is said below its own name
@@ -35,7 +35,7 @@ def register() -> None:
     for name, model_type in architectures().items():
         ModelRegistry.register_model(name, f"{ENTRY}:{model_type}")
         MODELS_CONFIG_MAP[name] = Settled
-    if traffic.wanted():
+    if switch.wanted():
         for name in (n for names in NAMES.values() for n in names if n in ModelRegistry.get_supported_archs()):
             ModelRegistry.register_model(name, f"{STOCK}:{name}")
             MODELS_CONFIG_MAP[name] = _counted(MODELS_CONFIG_MAP.get(name, VerifyAndUpdateConfig))
@@ -47,18 +47,18 @@ def register() -> None:
 def _counted(before: Any) -> Any:
     """What vLLM settles for one of its own architectures, and what counting its experts needs."""
 
-    class Counted(before):  # type: ignore[misc]
+    class Counted(before):
         @staticmethod
         def verify_and_update_model_config(model: Any) -> None:
             before.verify_and_update_model_config(model)
-            if traffic.wanted():
+            if switch.wanted():
                 eager(model)
 
         @staticmethod
         def verify_and_update_config(config: Any) -> None:
             before.verify_and_update_config(config)
-            if traffic.wanted():
-                traffic.settle(config.parallel_config)
+            if switch.wanted():
+                switch.settle(config.parallel_config)
 
     return Counted
 
@@ -66,7 +66,7 @@ def _counted(before: Any) -> Any:
 def eager(model: Any) -> None:
     """Switch CUDA graphs and torch.compile off in vLLM's `ModelConfig`, where experts are counted."""
     if not model.enforce_eager:
-        log.info("moeflow: without CUDA graphs and torch.compile, because %s counts in the forward", traffic.VARIABLE)
+        log.info("moeflow: without CUDA graphs and torch.compile, because %s counts in the forward", switch.VARIABLE)
         model.enforce_eager = True
 
 
@@ -77,7 +77,7 @@ def settle_model(model: Any) -> None:
     """
     chosen = way_of(model.hf_config.to_dict())
     log.info("moeflow: %s runs the %s way: %s", model.model, chosen.way, chosen.why)
-    if traffic.wanted():
+    if switch.wanted():
         eager(model)
     if chosen.way == "native":
         return
@@ -101,8 +101,8 @@ def settle(config: Any) -> None:
             "--enable-expert-parallel is vLLM's own division of experts, and this checkpoint runs the general way, which divides "
             "them over the tensor-parallel ranks by itself; leave it out"
         )
-    if traffic.wanted():
-        traffic.settle(parallel)
+    if switch.wanted():
+        switch.settle(parallel)
     operations = config.compilation_config.custom_ops
     if current_platform.is_cpu() and config.model_config.use_mla and not any("rotary_embedding" in o for o in operations):
         operations.append("-rotary_embedding")  # the processor's own misreads the queries of latent attention

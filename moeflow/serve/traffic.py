@@ -7,7 +7,6 @@ were chosen together. No token and no text is kept. Suffixes: T tokens, k expert
 import atexit
 import json
 import logging
-import os
 import re
 import threading
 from collections.abc import Callable
@@ -19,31 +18,14 @@ import torch
 from torch import Tensor
 
 from moeflow.arch import COMPRESSED
+from moeflow.serve.switch import VARIABLE, wanted
 
 log = logging.getLogger("vllm.moeflow")
-VARIABLE = "MOEFLOW_TRAFFIC"
 EVERY = 10.0
 """Seconds after which what was counted is written; and when the process ends."""
 Note = Callable[[Tensor, Tensor], None]
 """Is told the experts of some tokens, [T, k], and their weights, [T, k]."""
 _recorders: "list[Recorder]" = []
-
-
-def wanted() -> str:
-    """The file that is to be written; "" if none is."""
-    return os.environ.get(VARIABLE, "")
-
-
-def settle(parallel: Any) -> None:
-    """Raise ValueError where vLLM's `ParallelConfig` gives a process other tokens or experts than those that are to be counted."""
-    if parallel.enable_eplb:
-        raise ValueError(f"{VARIABLE} counts experts, and --enable-eplb moves them between devices; leave one of them out")
-    if parallel.data_parallel_size > 1:
-        raise ValueError(
-            f"{VARIABLE} counts one replica, and --data-parallel-size is {parallel.data_parallel_size}; record with one"
-        )
-    if parallel.use_sequence_parallel_moe:
-        raise ValueError(f"{VARIABLE} counts all tokens of a process, and expert parallelism divides them here; record without it")
 
 
 class Recorder:
@@ -121,6 +103,8 @@ class Recorder:
 
     def _of_layer(self, number: int) -> dict[str, Any]:
         """One layer's sums; counts are whole numbers."""
+        if (device := self.layers[number][1]["together"].device).type == "cuda":
+            torch.cuda.synchronize(device)  # vLLM computes on a stream of its own
         together_EE, weights_E = (self.layers[number][1][name].cpu() for name in ("together", "weights"))
         together = together_EE.long()
         return {"counts": together.diagonal().tolist(), "weights": weights_E.tolist(), "together": together.tolist()}

@@ -10,7 +10,7 @@ import torch
 from moeflow.arch import Family
 from moeflow.model.router import Router
 from moeflow.model.skeleton import layers_of
-from moeflow.serve import plugin, traffic
+from moeflow.serve import plugin, switch, traffic
 from tests.compressed import compress, load
 from tests.serve import forms
 from tests.serve.engine import PROMPTS, greedy, served, told, way
@@ -50,7 +50,7 @@ def test_what_is_counted_is_what_transformers_chooses(form: str, tmp_path: Path,
     make = MADE[form]
     folder = make(folder, tmp_path / form) if make else folder
     file = tmp_path / "traffic.json"
-    monkeypatch.setenv(traffic.VARIABLE, str(file))
+    monkeypatch.setenv(switch.VARIABLE, str(file))
     plugin.register()  # as vLLM does where it starts
     with told() as lines, served(folder, enforce_eager=False) as engine:
         assert way(engine) == form and engine.llm_engine.vllm_config.model_config.enforce_eager

@@ -161,18 +161,27 @@ def moeflow(*words: str) -> Any:
     return CliRunner().invoke(app, [*words])
 
 
-def test_a_pipeline_takes_it_in_the_place_of_texts(tmp_path: Path) -> None:
+def test_a_pipeline_takes_it_in_the_place_of_texts_and_its_recipe_says_for_which_engine(tmp_path: Path) -> None:
     file, store = tmp_path / "sums.json", str(tmp_path / "store")
     file.write_text(json.dumps(traffic.sums(COUNTS, 600)))
     done = moeflow(
         "run", str(MIXTRAL), "-p", f"model={running.SMALL}", "-p", f"tokens=traffic:{file}", "-p", "search=frequency",
         "-p", "keep=5", "-p", "heldout=python:stdlib/t*.py", "-p", "heldout.sequences=2", "-p", "heldout.length=32",
-        "--store", store, "--runner", "process",
+        "--store", store, "--runner", "process", "--engine", "vllm", "--tp", "2",
     )  # fmt: skip
     assert done.exit_code == 0, done.output
     shown = json.loads(moeflow("show", "mixtral", "--json", "--store", store).output)
     rows = {row["name"]: row for report in shown["reports"] for row in report["rows"]}
     assert rows["experts per layer"]["compressed"] == 5
+    pulled = tmp_path / "pulled"
+    assert moeflow("pull", "mixtral", str(pulled), "--store", store).exit_code == 0
+    assert "engine: vllm,tp=2" in (pulled / "recipe.yaml").read_text()
+    again = moeflow("plan", str(pulled / "recipe.yaml"), "--store", store)
+    assert again.exit_code == 0, again.output
+    more = ["-p", "tokens=python:stdlib/a*.py", "-p", "calibration.length=32", "-p", "search=reap", "-p", "skipping=median"]
+    refused = moeflow("plan", str(pulled / "recipe.yaml"), *more, "--store", store)
+    assert refused.exit_code == 2 and "--engine vllm,tp=2: vllm,tp=2 has no skipping of experts" in refused.output
+    assert moeflow("plan", str(pulled / "recipe.yaml"), *more, "--engine", "moeflow", "--store", store).exit_code == 0
 
 
 @pytest.mark.parametrize(
