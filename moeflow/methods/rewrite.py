@@ -35,7 +35,8 @@ def _experts_spec(rest: RestSpec, before: LayerSpec, decision: Mapping[str, Any]
     share, least = before.share, None
     if keep is None:
         share, least = share * decision["share"], min(decision["least"], before.least)
-    out = replace(before, config=rest.config, experts=most, tensors=table, share=share, fewest=least)
+    stays = before.elsewhere and most == before.experts
+    out = replace(before, config=rest.config, experts=most, tensors=table, share=share, fewest=least, elsewhere=stays)
     return Spec(out, reads=out.nbytes, writes=out.nbytes, memory=2 * out.nbytes)
 
 

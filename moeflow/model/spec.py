@@ -84,6 +84,7 @@ class LayerSpec:
     multiple: int = 1  # the ranks that the run decides are multiples of it
     bits_decided: bool = False  # the run decides to how many bits the experts are packed, if to any
     alike: bool = False  # how many experts stay is decided by a run, for all layers the same
+    elsewhere: bool = False  # its tensors may lie at the source only, so that keeping them writes them
 
     @cached_property
     def nbytes(self) -> int:

@@ -21,7 +21,7 @@ from moeflow.methods.graph import HIDDEN, REST, TOKENS, Calibration, Model, Pass
 from moeflow.methods.records import Curves, Shortlist
 from moeflow.model import operations
 from moeflow.model.ahead import ahead
-from moeflow.model.layout import LAYER, ROUTING, file_before, file_of, read_config
+from moeflow.model.layout import LAYER, ROUTING, Files, file_before, file_of, read_config
 from moeflow.model.memory import on_device, passing
 from moeflow.model.spec import (
     HiddenSpec,
@@ -34,6 +34,7 @@ from moeflow.model.spec import (
     header_bytes,
     precision,
 )
+from moeflow.sources.elsewhere import weights
 from moeflow.step import Artifact, Context, Part, Spec, Step, step
 
 HELD = 20 << 30
@@ -146,11 +147,11 @@ def _behind(
     return tuple(observe(model.essential, hidden, layers, recording=recording, **how) for hidden in states)
 
 
-def _read(layers: tuple[Artifact, ...]) -> Iterator[Path]:
+def _read(layers: tuple[Artifact, ...]) -> Iterator[Path | Files]:
     """The file of each layer, or the folder of its files if there are several; the next is read while one is computed with."""
 
-    def of(layer: Artifact) -> Path:
-        return layer.folder() if ROUTING in layer.names() else layer.file(LAYER)
+    def of(layer: Artifact) -> Path | Files:
+        return layer.folder() if ROUTING in layer.names() else weights(layer, LAYER)
 
     return ahead(partial(of, layer) for layer in layers)
 
@@ -372,10 +373,10 @@ def forks(
     only = None if shortlist is None else Shortlist.read(shortlist).layers
 
     def stages() -> Iterator[forking.Stage]:
-        for done, file in enumerate(ahead(partial(layer.file, LAYER) for layer in layers)):
+        for done, file in enumerate(ahead(partial(weights, layer, LAYER) for layer in layers)):
             which = alternatives[done] if done < len(alternatives) else None
             held = sources[done] if which and sources else ()
-            whole = held[-1].file(LAYER) if which and which.replaced else None
+            whole = weights(held[-1], LAYER) if which and which.replaced else None
             named = None if only is None else only.get(how.first + done)
             yield forking.Stage(how.first + done, file, forking.begun(which, held, named), whole)
             context.progress(done + 1, len(layers), "layers")

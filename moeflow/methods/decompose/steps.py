@@ -147,9 +147,9 @@ def _layer_spec(
         if rank:
             check_rank(rank, *((rows, columns) if matrix != "down" else (columns, rows)), force=how.force)
     if ranks:
-        out = replace(before, share=before.share * ranks["share"], ranks_decided=True, multiple=ranks["multiple"])
+        out = replace(before, share=before.share * ranks["share"], ranks_decided=True, multiple=ranks["multiple"], elsewhere=False)
     else:
-        out = replace(before, tensors=_cut(before, uniform))
+        out = replace(before, tensors=_cut(before, uniform), elsewhere=False)
     recorded = _recorded_bytes(rest.config, observed, dtype)
     working, writes = before.loaded(dtype) + 2 * recorded + (2 << 30), out.nbytes + 200 + 90 * before.experts
     memory, device = 2 * before.nbytes + before.loaded(dtype) + working, on_device(working)

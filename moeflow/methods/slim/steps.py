@@ -73,7 +73,8 @@ def _layer_spec(
             f"the ranks of layer {layer} are decided by a run, as multiples of {before.multiple}: at {how.bits} bits in groups of "
             f"{how.group} they have to be multiples of {multiple}; decompose with multiple={multiple}"
         )
-    out = replace(before, tensors=table, slimmed_by=how.words, sparse=not how.row.quantizes)
+    stays = before.elsewhere and not before.least  # without experts it is linked
+    out = replace(before, tensors=table, slimmed_by=how.words, sparse=not how.row.quantizes, elsewhere=stays)
     size, columns = element_bytes(rest.config, dtype), int(rest.config["hidden_size"])
     tokens = sum(shard.rows for shard in observed) * columns * size
     rows = before.tensors[names[0]][1][0]
@@ -144,7 +145,7 @@ def _decided_spec(
 ) -> Spec:  # fmt: skip
     """As at the bits of `how`, the most that may be decided."""
     spec = _layer_spec(rest, before, observed, layer=layer, part=0, parts=1, how=how, dtype=dtype)
-    return replace(spec, reads=spec.reads + bits["bytes"])
+    return replace(spec, output=replace(spec.output, elsewhere=before.elsewhere), reads=spec.reads + bits["bytes"])
 
 
 @step("slim.decided", version=1, spec=_decided_spec, gpus=1)

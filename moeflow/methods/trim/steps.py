@@ -357,7 +357,7 @@ def without_moe_block(context: Context, config: Artifact, layer_files: Artifact,
 
 def _gone_spec(rest: RestSpec, before: LayerSpec, *, layer: int) -> Spec:
     names = names_without_experts(before.tensors, before.config, layer, whole=True)
-    out = replace(before, experts=0, tensors={n: before.tensors[n] for n in names})
+    out = replace(before, experts=0, tensors={n: before.tensors[n] for n in names}, elsewhere=False)
     return Spec(out, reads=before.headers + out.nbytes, writes=out.nbytes, memory=2 * out.nbytes)
 
 
@@ -383,7 +383,8 @@ def _renumber_spec(chosen: Any, candidates: tuple[LayerSpec, ...], *, config: Co
         average = sum(c.expert_bytes * c.share for c in candidates) / len(candidates)
         share = min(average / max(1, biggest.expert_bytes), 0.999)
     fewest = min(c.least for c in candidates)
-    out = replace(biggest, config=config, layer=to, tensors=tables[largest], share=share, fewest=fewest)
+    stays = any(c.elsewhere for c in candidates)
+    out = replace(biggest, config=config, layer=to, tensors=tables[largest], share=share, fewest=fewest, elsewhere=stays)
     return Spec(out, reads=biggest.nbytes, writes=out.nbytes, memory=2 * biggest.nbytes)
 
 
