@@ -16,6 +16,7 @@ import numpy as np
 
 from moeflow.arch import EMBEDDING, Family
 from moeflow.methods.calibrate.chains import Alternatives, Chain, Forks, groups, rows_of
+from moeflow.methods.calibrate.counted import traffic_of
 from moeflow.methods.graph import HIDDEN, REST, TOKENS, Calibration, Model, Pass
 from moeflow.methods.records import Curves, Shortlist
 from moeflow.model import operations
@@ -45,7 +46,12 @@ def run(model: Model, tokens: Step, passed: Pass = Pass(), *, inputs: bool = Tru
 
     `inputs`: whether to keep the MoE inputs of as many tokens as `passed` says; without them a calibration holds router statistics
     only. `between`: whether to keep the hidden states before every layer, for the same tokens.
+
+    What an engine counted (`data.traffic`) goes along for a model that has its experts; if no token ids go with it, nothing is run.
     """
+    counted = traffic_of(model, tokens)
+    if not tokens.spec.output.sequences:
+        return Calibration(model, tokens, passed, (), (), {}, {}, 0, traffic=counted)
     hidden = starts = _embedded(model, tokens, passed)
     tokens_of_shard = passed.sequences_of_shard * tokens.spec.output.length
     each = tokens_of_shard if passed.record is None else -(-passed.record // len(starts))
@@ -61,7 +67,8 @@ def run(model: Model, tokens: Step, passed: Pass = Pass(), *, inputs: bool = Tru
             before.append(tuple(h.part(file_before(i)) for h in hidden))
             if i in moe_layers:
                 observed[i] = tuple(h.part(file_of(i)) for h in hidden)
-    return Calibration(model, tokens, passed, starts, hidden, states, observed, each, tuple(before) if between else ())
+    kept = tuple(before) if between else ()
+    return Calibration(model, tokens, passed, starts, hidden, states, observed, each, kept, traffic=counted)
 
 
 def hidden_states(model: Model, tokens: Step, passed: Pass = Pass()) -> tuple[Step, ...]:

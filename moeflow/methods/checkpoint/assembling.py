@@ -144,11 +144,12 @@ def _write_history(context: Context, every: Sequence[Artifact], choices: Sequenc
 
 
 def _packing(tables: Sequence[Shapes], experts: Sequence[int], config: Config) -> tuple[dict[str, Any], bool]:
-    """The entries of config.json that describe packed matrices, none if there are none; and whether layers with experts differ in
-    how they are packed, which the family's own classes do not load."""
+    """The entries of config.json that describe packed matrices, none if there are none; and whether the family's own classes do not
+    load them: layers with experts differ in how they are packed, or have zero points."""
     for layer, (table, count) in enumerate(zip(tables, experts, strict=False)):
         check_whole(table, layer, config, count)
     shapes = {n: shape for table in tables for n, shape in table.items()}
     schemes = schemes_of(shapes, config)
     said = {"quantization_config": quantization_config(schemes, shapes, config)} if schemes else {}
-    return said, len({schemes.get(i) for i, count in enumerate(experts) if count}) > 1
+    zeros = any(not scheme.symmetric for scheme in schemes.values())
+    return said, zeros or len({schemes.get(i) for i, count in enumerate(experts) if count}) > 1

@@ -26,6 +26,7 @@ def predicted(calibration: Calibration) -> Calibration:
     model, passed = calibration.model, calibration.passed
     if model.mtp != "prune" or not model.extra:
         return calibration
+    calibration.check_states("mtp=prune")
     numbers, recording = model.prediction_layers, Recording(calibration.recorded, passed.per_expert)
     shards = tuple(
         observe(

@@ -61,13 +61,13 @@ def reports(original: Model, compressed: Model, heldout: HeldOut, passed: Pass, 
         texts, sample = Texts(heldout.texts), Sample(heldout.sequences, heldout.length, bos=heldout.bos)
         named = zip(_names(texts), texts.each(), strict=True)
         matrices = [(name, data.tokens(text, original, sample), "") for name, text in named]
-    elif tokens is not None:
+    elif tokens is not None and tokens.spec.output.sequences:
         matrices = [("token matrix", tokens, f"{original.without_tokenizer}: {NO_TOKENIZER}")]
     else:
         why = original.without_tokenizer
         raise ValueError(
-            f"{why}, so held-out text cannot become tokens; pass a ready-made matrix (tokens=...), or one as "
-            "held-out text (FILE.npy)"
+            f"{why}, so held-out text cannot become tokens; pass a ready-made matrix or traffic with token ids (tokens=...), or a "
+            "matrix as held-out text (FILE.npy)"
         )
     result = lasting(compressed)
     both = counted(original), counted(result)

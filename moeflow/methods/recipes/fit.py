@@ -53,6 +53,7 @@ def compress(calibration: Calibration, budget: Budget, offers: Offers, recover: 
 
     `recover` fine-tunes the chosen model before it is quantized.
     """
+    calibration.check_states("fit")
     model = calibration.model
     left: dict[str, str] = {}
     exchange = _exchange(calibration, offers, left)

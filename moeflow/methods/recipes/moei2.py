@@ -31,6 +31,7 @@ def prune(calibration: Calibration, counts: Counts, how: Search = Search("swap")
     among them together (MoE-I²'s K and T). Prediction layers that are to be pruned keep as many as the layer that keeps most, by
     the same search. Raises ValueError for counts that cannot work, with the nearest that can.
     """
+    calibration.check_states(f"counts.rule={counts.rule} with search={how.method}")
     calibration = predicted(calibration)
     model = calibration.model
     legal, total = counts_.legal_counts(model, counts), counts_.total_experts(model, counts)
@@ -176,6 +177,7 @@ def decompose(calibration: Calibration, how: Decomposition) -> Model:
     model = calibration.model
     if not how.ratio and not how.rank:
         return model
+    calibration.check_states("decomposition")
     sides = {i: decompose_.sides(model.layers[i].spec.output) for i in model.moe_layers}
     for of_layer in sides.values():
         average_rank(how.ratio, *of_layer)  # refuses a ratio that cannot be

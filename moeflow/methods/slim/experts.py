@@ -145,7 +145,9 @@ class Layer:
         """Add a slimmed matrix to the output, and return it in fp32 as it will be read back."""
         now_MN = made.dequantized(self.stored) if isinstance(made, Quantized) else made.to(self.stored)
         if self.how.packs and isinstance(made, Quantized):
-            written = {name + end: t for end, t in pack(made.codes_MN.cpu(), made.scale_MG.cpu(), made.grid.bits).items()}
+            zero_MG = None if made.zero_MG is None else made.zero_MG.cpu()
+            parts = pack(made.codes_MN.cpu(), made.scale_MG.cpu(), made.grid.bits, zero_MG)
+            written = {name + end: t for end, t in parts.items()}
         else:
             written = {name: now_MN.cpu()}
         for name, t in written.items():

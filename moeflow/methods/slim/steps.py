@@ -18,7 +18,7 @@ from moeflow.methods.slim.pattern import Pattern
 from moeflow.model import operations
 from moeflow.model.layout import read_config
 from moeflow.model.memory import on_device
-from moeflow.model.packed import PACKED, SCALE, SHAPE
+from moeflow.model.packed import PACKED, SCALE, SHAPE, ZERO, zeros_shape
 from moeflow.model.spec import LayerSpec, ObservedSpec, RestSpec, element_bytes
 from moeflow.step import Arithmetic, Artifact, Context, Part, Spec, Step, step
 
@@ -65,6 +65,8 @@ def _layer_spec(
             table[name + PACKED] = ("I32", (rows, columns * how.bits // 32))
             table[name + SCALE] = (dtype_of, (rows, how.grid.groups(columns)))
             table[name + SHAPE] = ("I64", (2,))
+            if not how.symmetric:
+                table[name + ZERO] = ("I32", zeros_shape(rows, how.grid.groups(columns), how.bits))
     multiple = lcm(how.group or 1, 32 // gcd(32, how.bits) if how.packs else 1) if how.row.quantizes else 1
     if before.ranks_decided and before.multiple % multiple:
         raise ValueError(
