@@ -1,6 +1,6 @@
 """Checkpoints of every form that moeflow writes, made of tiny random ones, in sizes that vLLM's attention on a processor knows."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -98,16 +98,20 @@ def gone(source: Path, out: Path) -> Path:
     return rewritten(source, out, change)
 
 
-def packed(source: Path, out: Path) -> Path:
-    """4 bits in the first MoE layer, with groups of 32, whole experts in the second, 8 bits with one scale a row in the last."""
+def packed(source: Path, out: Path, schemes: Mapping[int, Scheme] | None = None) -> Path:
+    """The experts of some layers packed, factors, too.
+
+    Unless `schemes` says which: 4 bits in the first MoE layer, with groups of 32, 8 bits with one scale a row in the last.
+    """
     config, tensors = read_config(Folder(source)), dict(Tensors(source))
     family = Family.of(config)
     layers = family.moe_layers
-    schemes = {layers[0]: Scheme(4, 32), layers[-1]: Scheme(8, 0)}
+    schemes = schemes or {layers[0]: Scheme(4, 32), layers[-1]: Scheme(8, 0)}
     for layer, scheme in schemes.items():
         for expert in range(family.num_experts):
-            for name in family.expert(layer, expert):
-                tensors |= {name + end: t for end, t in _packed(tensors.pop(name), scheme).items()}
+            for whole in family.expert(layer, expert):
+                for name in [n for n in (whole, *family.factors(whole)) if n in tensors]:
+                    tensors |= {name + end: t for end, t in _packed(tensors.pop(name), scheme).items()}
     shapes = {n: t.shape for n, t in tensors.items()}
     new = config_of(config, layer_formats(config), own=True)
     write(tensors, new | {"quantization_config": quantization_config(schemes, shapes, config)}, out)
