@@ -3,6 +3,7 @@
 import pytest
 
 from moeflow.model.structure.anatomy import Unknown
+from moeflow.model.structure.listing import default
 from moeflow.model.structure.looking import look
 from tests.published import PUBLISHED
 
@@ -24,3 +25,9 @@ def test_a_published_configuration_is_understood(name: str) -> None:
 def test_numbers_that_differ_by_layer_are_told(key: str, why: str) -> None:
     with pytest.raises(Unknown, match=rf"{key} of config.json is \[4, 8, .*{why} of experts"):
         look(PUBLISHED["Hunyuan-A13B"] | {key: [4, 8] * 16})
+
+
+def test_experts_that_see_no_hidden_states_are_told() -> None:
+    """As in Nemotron 3 Super, whose experts are narrower than the model."""
+    with pytest.raises(Unknown, match="its experts see what fc1_latent_proj makes of the hidden states"):
+        look(default("nemotron_h") | {"moe_latent_size": 64})
