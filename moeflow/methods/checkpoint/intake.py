@@ -178,9 +178,14 @@ def _asked(stack: Stacked, family: Family) -> tuple[int, ...] | None:
     return rows, columns
 
 
+def is_plain(entry: Sequence[Any]) -> bool:
+    """Whether the bytes of a table's entry are the tensor, and not a part or the transpose of what lies there."""
+    return len(entry) <= PLACE
+
+
 def view_of(raw: "Tensor", entry: Sequence[Any]) -> "Tensor":
     """The tensor of a table's entry in the bytes that it shares with others."""
-    if len(entry) <= PLACE:
+    if is_plain(entry):
         return raw
     _, turned, first, step = entry[PLACE]
     rows = entry[2][0]
@@ -189,7 +194,7 @@ def view_of(raw: "Tensor", entry: Sequence[Any]) -> "Tensor":
 
 def place(file: str, entry: Sequence[Any]) -> TensorInfo:
     """Where the bytes of a table's entry lie in the file, and their shape there."""
-    shape = entry[PLACE][0] if len(entry) > PLACE else entry[2]
+    shape = entry[2] if is_plain(entry) else entry[PLACE][0]
     return TensorInfo(file, entry[1], tuple(shape), entry[3], entry[4])
 
 
