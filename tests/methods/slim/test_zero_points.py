@@ -45,7 +45,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize(("method", "bits"), [("gptq", 4), ("round_to_nearest", 8)])
+@pytest.mark.parametrize(("method", "bits"), [("gptq", 4), pytest.param("round_to_nearest", 8, marks=pytest.mark.slow)])
 def test_what_is_loaded_are_the_unpacked_weights_bit_for_bit(method: str, bits: int, tmp_path: Path) -> None:
     made = slimmed(tmp_path, method, bits)
     said = json.loads((made[True] / "config.json").read_text())
