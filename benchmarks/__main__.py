@@ -1,6 +1,7 @@
 """Run the benchmarks, all or those named, and write their sections of RESULTS.md: `make bench`.
 
-Nothing else should run on the machine meanwhile. `peers`, which installs other libraries and takes hours, runs only when named.
+Nothing else should run on the machine meanwhile. `peers`, which installs other libraries and takes hours, and `serving`, whose
+environment has vLLM, run only when named.
 """
 
 import datetime
@@ -22,6 +23,7 @@ ALL = (
     "traffic",
     "scale",
     "genetic",
+    "warm_starts",
     "decompose",
     "lowrank",
     "compressed_experts",

@@ -48,8 +48,8 @@ class Tensors(Mapping[str, Tensor]):
             return plain if scale is None else unblocked(plain, self._read(scale))
         if name + BLOCKS in self.info:
             return unblocks(self._read(name + BLOCKS), self._read(name + SCALES))
-        zero = self._read(name + ZERO) if name + ZERO in self.info else None
-        return unpack(*(self._read(name + end) for end in (PACKED, SCALE, SHAPE)), zero)
+        packed, factor, shape = (self._read(name + end) for end in (PACKED, SCALE, SHAPE))
+        return unpack(packed, factor, shape, self._read(name + ZERO) if name + ZERO in self.info else None)
 
     def __contains__(self, name: object) -> bool:
         return name in self._names

@@ -232,6 +232,14 @@ def experts_of(standard: Any, format: Format, config: Config, share: range | Non
     return RoutedExperts(here, width, inner, act_fn, form=own, skip=skip, compressed=compressed, share=share)
 
 
+def waits(format: Format, form: Form = PLAIN) -> bool:
+    """Whether the forward of `RoutedExperts` of this format waits for the GPU to say how many rows there are, so that no CUDA graph
+    can hold it: where tokens skip experts, some experts are whole and some low-rank, or ranks lie too far apart for one kernel."""
+    lie = [stack.buckets(format) for stack in stacks(format, form) if stack.factors]
+    mixed = any(len({rank > 0 for rank in format.ranks(matrix)}) > 1 for matrix in ("up", "down"))
+    return bool(format.skip) or mixed or any(len(one.every) > 1 or not one.aligned for one in lie)
+
+
 def _inputs(x_TD: Tensor, token_S: Tensor, scales: Scales | None) -> tuple[Tensor, ...]:
     """The inputs of gate and up, or one tensor for both."""
     x_SD = x_TD[token_S]

@@ -34,9 +34,11 @@ OFTEN = 0.2  # seconds between two progress reports of a step
 
 
 class Reporter(Protocol):
-    """Receives a running step's progress and notes."""
+    """Receives a running step's progress, scalars and notes."""
 
     def progress(self, key: str, done: int, total: int, unit: str, detail: str) -> None: ...
+
+    def scalars(self, key: str, at: int, values: Mapping[str, float]) -> None: ...
 
     def note(self, key: str, text: str) -> None: ...
 
@@ -91,6 +93,9 @@ class Running:
         if done >= total > 0 or now - self._reported >= OFTEN:
             self._reported = now
             self._report.progress(self._call.key, done, total, unit, detail)
+
+    def scalars(self, at: int, values: Mapping[str, float]) -> None:
+        self._report.scalars(self._call.key, at, values)
 
     def note(self, text: str) -> None:
         self.notes.append(text)

@@ -99,7 +99,10 @@ class General(TransformersForCausalLM):
         each = format.experts // ranks
         first = get_tp_group().rank_in_group * each
         self.shares[layer] = range(first, first + each)
-        own = experts_of(block.experts, format, self.config.to_dict(), self.shares[layer]).to("meta")
+        own = experts_of(block.experts, format, self.config.to_dict(), self.shares[layer])
+        for part in own.modules():  # vLLM makes parameters that lie nowhere yet, in its precision, but no buffers
+            for name, value in list(part.named_parameters(recurse=False)):
+                part.register_parameter(name, nn.Parameter(value.to("meta"), requires_grad=False))
         block.experts = OfRank(own)
 
 

@@ -1,6 +1,7 @@
-"""The native way: vLLM's own class of a family, with each layer's own number of whole experts.
+"""The native way: vLLM's own class of a family, with each layer's own number of experts, whole or low-rank.
 
-While it is built, the names by which its module makes routers and fused experts stand for ones that put in the layer's own number.
+While it is built, the names by which its module makes routers and fused experts stand for ones that put in the layer's own number,
+and moeflow's own experts where some are low-rank.
 """
 
 import importlib
@@ -15,6 +16,8 @@ from moeflow.arch import COMPRESSED, Family
 from moeflow.model.formats import Format, layer_formats, some
 from moeflow.serve import traffic
 from moeflow.serve.checks import check
+from moeflow.serve.low_rank import LowRankExperts
+from moeflow.serve.pieces import Pieces
 
 CLASSES = {
     "mixtral": "mixtral:MixtralForCausalLM",
@@ -59,12 +62,19 @@ def native_class(model_type: str) -> Any:
         for key, value in SAID.get(family, {}).items():
             setattr(config, key, value)
         plain = config.to_dict()
-        with _counts_of(module, Family.of(plain), layer_formats(plain)):
+        self.checkpoint, self.moe_family = vllm_config.model_config.model, Family.of(plain)
+        with _formats_of(module, self.moe_family, layer_formats(plain)):
             base.__init__(self, vllm_config=vllm_config, prefix=prefix)
         traffic.record_runners(self, vllm_config)
 
     def load_weights(self: Any, weights: Any) -> set[str]:
-        loaded: set[str] = base.load_weights(self, weights)
+        pieces, own = Pieces(self.moe_family), set()
+        for name, experts in self.named_modules():
+            if isinstance(experts, LowRankExperts):
+                pieces.add(_layer_at(name), experts.format, experts.own)
+                own |= {f"{name}.{n}" for n, _ in experts.named_parameters()}
+        loaded: set[str] = own | base.load_weights(self, ((n, t) for n, t in weights if not pieces.take(n, t)))
+        pieces.check_whole(self.checkpoint)
         if absent := sorted({n for n, _ in self.named_parameters()} - loaded):
             raise ValueError(
                 f"vLLM's class of a {family} has {some(absent)}, which the checkpoint has not; take --hf-overrides {GENERAL}"
@@ -75,24 +85,25 @@ def native_class(model_type: str) -> Any:
 
 
 @contextmanager
-def _counts_of(module: Any, family: Family, formats: Sequence[Format | None]) -> Iterator[None]:
-    """Inside, the module's routers and fused experts have the number of experts that their layer has."""
+def _formats_of(module: Any, family: Family, formats: Sequence[Format | None]) -> Iterator[None]:
+    """Inside, the module's routers and experts have the number of experts that their layer has, and its ranks."""
 
-    def experts_at(prefix: str) -> int:
-        layer = re.search(r"layers\.(\d+)\.", prefix)
-        format = formats[int(layer[1])] if layer else None
+    def format_at(prefix: str) -> Format:
+        format = formats[_layer_at(prefix)]
         assert format is not None, f"vLLM makes experts at {prefix}, where there are none"
-        return format.experts
+        return format
 
     def router(make: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda width, experts, *rest, prefix, **more: make(width, experts_at(prefix), *rest, prefix=prefix, **more)
+        return lambda width, experts, *rest, prefix, **more: make(width, format_at(prefix).experts, *rest, prefix=prefix, **more)
 
     def routed(make: Callable[..., Any]) -> Callable[..., Any]:
         def made(*, num_experts: int, top_k: int, prefix: str, **more: Any) -> Any:
-            experts = experts_at(prefix)
+            format = format_at(prefix)
             if (bias := more.get("e_score_correction_bias")) is not None:
-                bias.data = bias.data[:experts].clone()
-            return make(num_experts=experts, top_k=family.experts_per_token(experts), prefix=prefix, **more)
+                bias.data = bias.data[: format.experts].clone()
+            if format.low_rank:
+                more |= {"routed_experts_cls": LowRankExperts, "routed_experts_args": {"format": format, "gated": family.gated}}
+            return make(num_experts=format.experts, top_k=family.experts_per_token(format.experts), prefix=prefix, **more)
 
         return made
 
@@ -105,3 +116,10 @@ def _counts_of(module: Any, family: Family, formats: Sequence[Format | None]) ->
         finally:
             for name, value in before.items():
                 setattr(module, name, value)
+
+
+def _layer_at(name: str) -> int:
+    """The layer of a module or tensor with this name."""
+    layer = re.search(r"layers\.(\d+)\.", name)
+    assert layer is not None, f"{name} lies in no layer"
+    return int(layer[1])

@@ -3,9 +3,10 @@
 import logging
 from typing import Any
 
-from moeflow.arch import COMPRESSED, FAMILIES
+from moeflow.arch import COMPRESSED, FAMILIES, Config
+from moeflow.model.formats import layer_formats
 from moeflow.serve import switch
-from moeflow.serve.ways import NAMES, architectures, way_of
+from moeflow.serve.ways import NAMES, WAY, architectures, low_rank, way_of
 
 log = logging.getLogger("vllm.moeflow")  # vLLM shows what is said below its own name
 ENTRY = "moeflow.serve.models"
@@ -75,12 +76,15 @@ def settle_model(model: Any) -> None:
 
     Raises ValueError if the configuration contradicts itself or asks for a way that cannot be.
     """
-    chosen = way_of(model.hf_config.to_dict())
+    from moeflow.serve.kernels import missing_kernel
+
+    chosen = way_of(model.hf_config.to_dict(), missing_kernel(model))
     log.info("moeflow: %s runs the %s way: %s", model.model, chosen.way, chosen.why)
     if switch.wanted():
         eager(model)
     if chosen.way == "native":
         return
+    setattr(model.hf_config, WAY, "general")  # what follows asks nothing of the engine
     if not model.enforce_eager:
         log.info("moeflow: without CUDA graphs and torch.compile, because rows are counted for each expert in the forward")
         model.enforce_eager = True
@@ -93,16 +97,47 @@ def settle(config: Any) -> None:
     """Set what a compressed checkpoint needs in vLLM's `VllmConfig`. Raises ValueError for what it cannot be run with."""
     from vllm.platforms import current_platform
 
-    parallel, chosen = config.parallel_config, way_of(config.model_config.hf_config.to_dict())
+    model, parallel = config.model_config, config.parallel_config
+    plain = model.hf_config.to_dict()
+    native = way_of(plain).way == "native"
     if parallel.enable_eplb:
         raise ValueError("--enable-eplb balances layers of equal counts of experts, and this checkpoint's differ; leave it out")
-    if parallel.enable_expert_parallel and chosen.way == "general":
+    if native and low_rank(plain) and (several := _several(parallel)):
+        why = f"low-rank experts run the native way in one process alone, and {several}"
+        if plain.get(WAY) == "native":
+            raise ValueError(f"{WAY}='native' cannot be: {why}; leave {WAY} out, and the checkpoint runs the general way")
+        log.info("moeflow: %s", why)
+        setattr(model.hf_config, WAY, "general")
+        settle_model(model)
+        native = False
+    if parallel.enable_expert_parallel and native and low_rank(plain):
+        raise ValueError("low-rank experts are none of those that --enable-expert-parallel divides; leave it out")
+    if parallel.enable_expert_parallel and not native:
         raise ValueError(
             "--enable-expert-parallel is vLLM's own division of experts, and this checkpoint runs the general way, which divides "
             "them over the tensor-parallel ranks by itself; leave it out"
         )
+    if native and low_rank(plain) and not current_platform.is_cpu():
+        _without_graphs(config, plain)
     if switch.wanted():
         switch.settle(parallel)
     operations = config.compilation_config.custom_ops
     if current_platform.is_cpu() and config.model_config.use_mla and not any("rotary_embedding" in o for o in operations):
         operations.append("-rotary_embedding")  # the processor's own misreads the queries of latent attention
+
+
+def _several(parallel: Any) -> str:
+    """The option that divides a model's layers over several processes; empty if none does."""
+    sizes = {"--" + n.replace("_", "-"): getattr(parallel, n, 1) for n in ("tensor_parallel_size", "data_parallel_size")}
+    return next((f"{option} is {size}" for option, size in sizes.items() if size > 1), "")
+
+
+def _without_graphs(config: Any, plain: Config) -> None:
+    """Switch CUDA graphs off where low-rank experts could not be held by one; torch.compile stays."""
+    from vllm.config import CUDAGraphMode
+
+    from moeflow.model.routed_experts import waits
+
+    if waiting := [i for i, format in enumerate(layer_formats(plain)) if format is not None and format.low_rank and waits(format)]:
+        log.info("moeflow: without CUDA graphs, because layer %s asks the GPU how many rows its experts have", waiting[0])
+        config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE

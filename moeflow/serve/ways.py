@@ -1,12 +1,13 @@
 """Which of two ways vLLM runs a checkpoint, and why. No torch and no vLLM.
 
 The general way is vLLM's Transformers backend around moeflow's own classes, for every form. The native way is vLLM's own class of
-the family, with each layer's own number of experts, so that its fused kernels, CUDA graphs and torch.compile stay.
+the family, with each layer's own number of experts, so that its fused kernels, CUDA graphs and torch.compile stay; low-rank experts
+stand in it as they are.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from moeflow.arch import COMPRESSED, FAMILIES, Config, Family
 from moeflow.model.formats import CLASSES, Format, layer_formats
@@ -15,6 +16,8 @@ Way = Literal["general", "native"]
 
 WAY = "moeflow_way"
 """The key of config.json, or of vLLM's --hf-overrides, that asks for a way; "auto" or absent: native where it can be."""
+
+QUANTIZED = "quantization_config"
 
 WAYS = ("auto", "general", "native")
 
@@ -46,9 +49,12 @@ def architectures() -> dict[str, str]:
     return {CLASSES + name: COMPRESSED + arch.model_type for arch in FAMILIES for name in NAMES[arch.model_type]}
 
 
-def way_of(config: Config) -> Chosen:
-    """The way of the checkpoint with this config.json. Raises ValueError if it asks for one that cannot be."""
-    asked, against = str(config.get(WAY) or "auto"), against_native(config)
+def way_of(config: Config, no_kernel: str = "") -> Chosen:
+    """The way of the checkpoint with this config.json. Raises ValueError if it asks for one that cannot be.
+
+    `no_kernel`: why the engine cannot compute with its packed experts.
+    """
+    asked, against = str(config.get(WAY) or "auto"), against_native(config) or no_kernel
     if asked not in WAYS:
         raise ValueError(f"{WAY}={asked!r} in the configuration is no way to run it; write one of {', '.join(WAYS)}")
     if asked == "general":
@@ -57,21 +63,37 @@ def way_of(config: Config) -> Chosen:
         if asked == "native":
             raise ValueError(f"{WAY}='native' cannot be: {against}; leave {WAY} out, and the checkpoint runs the general way")
         return Chosen("general", against)
+    if config.get(QUANTIZED):
+        return Chosen("native", "its packed experts differ only in their number, and vLLM has a kernel for them")
+    if low_rank(config):
+        return Chosen("native", "its experts are whole or low-rank, and nothing else of it is new to vLLM's class")
     return Chosen("native", "its layers differ only in their number of whole experts")
+
+
+def low_rank(config: Config) -> bool:
+    """Whether a layer has low-rank experts."""
+    return any(format is not None and format.low_rank for format in layer_formats(config))
 
 
 def against_native(config: Config) -> str:
     """Why vLLM's own class of the family would compute something else; empty if it would not."""
-    if config.get("quantization_config"):
-        return "its experts are packed, and are unpacked while they are loaded"
+    if config.get(QUANTIZED) and packed_alike(config) is None:
+        return "its packed experts are low-rank, or not of the same bits and groups in all layers; they are unpacked while loaded"
     for layer, format in enumerate(layer_formats(config)):
-        if format is not None and (why := _not_whole(format)):
+        if format is not None and (why := _new_to_vllm(format)):
             return f"layer {layer} {why}"
     family = Family.of(config)
     return _OTHERWISE[family.arch.model_type](config) if family.arch.model_type in _OTHERWISE else "vLLM's own class is not known"
 
 
-def _not_whole(format: Format) -> str:
+def packed_alike(config: Config) -> dict[str, Any] | None:
+    """How weights are packed (`weights` of the quantization_config's one group), where every layer's experts are whole, and packed
+    alike; None otherwise, and where nothing is packed."""
+    groups = list(((config.get(QUANTIZED) or {}).get("config_groups") or {}).values())
+    return dict(groups[0]["weights"]) if len(groups) == 1 and not low_rank(config) else None
+
+
+def _new_to_vllm(format: Format) -> str:
     return next(
         (
             why
@@ -79,7 +101,6 @@ def _not_whole(format: Format) -> str:
                 (format.gone, "has lost its experts"),
                 (format.compressed, "has Compressed Experts"),
                 (format.skip, "skips experts"),
-                (format.low_rank, "has low-rank experts"),
             )
             if holds
         ),

@@ -114,6 +114,21 @@ def packed(source: Path, out: Path) -> Path:
     return out
 
 
+def packed_counts(source: Path, out: Path, group: int = 32) -> Path:
+    """Differing counts, all experts in 4 bits, with groups of so many."""
+    counts(source, between := out.parent / f"{out.name}-whole")
+    config, tensors = read_config(Folder(between)), dict(Tensors(between))
+    family, formats = Family.of(config), layer_formats(config)
+    for layer in family.moe_layers:
+        for expert in range((formats[layer] or Format(0)).experts):
+            for name in family.expert(layer, expert):
+                tensors |= {name + end: t for end, t in _packed(tensors.pop(name), Scheme(4, group)).items()}
+    shapes = {n: t.shape for n, t in tensors.items()}
+    schemes = dict.fromkeys(family.moe_layers, Scheme(4, group))
+    write(tensors, config | {"quantization_config": quantization_config(schemes, shapes, config)}, out)
+    return out
+
+
 def _packed(w_MN: Tensor, scheme: Scheme) -> dict[str, Tensor]:
     top = (1 << (scheme.bits - 1)) - 1
     groups_MGg = w_MN.unflatten(1, (-1, scheme.group or w_MN.shape[1]))

@@ -63,9 +63,10 @@ def refused(made: Path, change: Callable[[dict[str, Tensor]], Any], says: str, o
         pass
 
 
+@pytest.mark.parametrize("way", ["native", "general"])
 @pytest.mark.parametrize("kind", LOW_RANK)
-def test_factors_that_are_not_as_the_configuration_says_are_refused(source: Path, kind: str, tmp_path: Path) -> None:
-    refused(compress(source, tmp_path / "low"), *LOW_RANK[kind], tmp_path / "damaged")
+def test_factors_that_are_not_as_the_configuration_says_are_refused(source: Path, kind: str, way: str, tmp_path: Path) -> None:
+    refused(compress(source, tmp_path / "low"), *LOW_RANK[kind], tmp_path / "damaged", hf_overrides={"moeflow_way": way})
 
 
 @pytest.mark.parametrize("way", ["native", "general"])

@@ -12,6 +12,8 @@ pytest.importorskip("vllm", reason="needs vLLM; `make test-serve` makes an envir
 pytestmark = pytest.mark.serve
 
 ALL = len(PROMPTS) * STEPS
+NATIVE = ("counts", "low_rank")
+"""The forms that run in vLLM's own classes."""
 NEAR = 5e-4
 """How far log-probabilities of random models may be apart, in fp32."""
 
@@ -28,11 +30,13 @@ def test_it_writes_what_it_writes_in_transformers(source: Path, form: str, tmp_p
     with told() as lines, served(made) as engine:
         same, apart = agreement(engine, reference)
         assert same == ALL and apart < NEAR, f"{same} of {ALL} tokens, {apart} apart"
-        assert way(engine) == ("native" if form == "counts" else "general")
-    assert any(f"runs the {'native' if form == 'counts' else 'general'} way: " in line for line in lines)
+        expected = "native" if form in NATIVE else "general"
+        assert way(engine) == expected
+    assert any(f"runs the {expected} way: " in line for line in lines)
 
 
-def test_layers_of_differing_counts_run_the_general_way_where_it_is_asked_for(source: Path, tmp_path: Path) -> None:
-    made = forms.counts(source, tmp_path / "counts")
+@pytest.mark.parametrize("form", NATIVE)
+def test_what_runs_the_native_way_runs_the_general_way_where_it_is_asked_for(source: Path, form: str, tmp_path: Path) -> None:
+    made = forms.FORMS_OF[form](source, tmp_path / form)
     with served(made, hf_overrides={"moeflow_way": "general"}) as engine:
         assert way(engine) == "general" and agreement(engine, made) == (ALL, pytest.approx(0, abs=NEAR))

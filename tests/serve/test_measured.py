@@ -16,7 +16,7 @@ pytest.importorskip("vllm", reason="needs vLLM; `make test-serve` makes an envir
 pytestmark = pytest.mark.serve
 
 
-@pytest.mark.parametrize("form, way", [("counts", "native"), ("low_rank", "general")])
+@pytest.mark.parametrize("form, way", [("counts", "native"), ("low_rank", "native"), ("skipping", "general")])
 def test_what_is_served_is_what_transformers_computes_and_its_speed_is_measured(form: str, way: str, tmp_path: Path) -> None:
     original = forms.original("mixtral", tmp_path / "original")
     made = forms.FORMS_OF[form](original, tmp_path / form)
@@ -34,4 +34,5 @@ def test_what_is_served_is_what_transformers_computes_and_its_speed_is_measured(
             assert all(found[word, n][side] > 0 for word in ("served_prefill", "served_decode", "served_memory"))
     on_disk = sum(f.stat().st_size for f in original.glob("*.safetensors"))
     assert found["served_resident", ""]["original"] == pytest.approx(on_disk, rel=0.05)
-    assert found["served_resident", ""]["compressed"] < found["served_resident", ""]["original"]
+    if form != "skipping":
+        assert found["served_resident", ""]["compressed"] < found["served_resident", ""]["original"]

@@ -83,22 +83,33 @@ def test_a_server_completes_a_prompt_as_transformers_does(tmp_path: Path) -> Non
         body = dict(model=str(made), prompt="w5 w17 w40 w8", max_tokens=12, temperature=0, ignore_eos=True)
         text = asked(f"{url}/v1/completions", **body)["choices"][0]["text"]
     assert text.split() == [f"w{i}" for i in expected]
-    assert "runs the general way: layer 1 has low-rank experts" in (tmp_path / "log").read_text()
+    assert "runs the native way: its experts are whole or low-rank" in (tmp_path / "log").read_text()
 
 
 PARALLEL = """
 import sys
 from tests.serve.engine import agreement, served, told
 if __name__ == "__main__":
-    with served(sys.argv[1], tensor_parallel_size=2, hf_overrides={"moeflow_way": sys.argv[2]}) as engine:
+    with told() as lines, served(sys.argv[1], tensor_parallel_size=2, hf_overrides={"moeflow_way": sys.argv[2]}) as engine:
         print("agreement", *agreement(engine, sys.argv[1]))
+    print("settled", *lines)
 """
+ALONE = "low-rank experts run the native way in one process alone, and --tensor-parallel-size is 2"
 
 
-@pytest.mark.parametrize("way, form", [("general", "low_rank"), ("native", "counts")])
-def test_two_processes_share_the_experts(way: str, form: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "way, form, says",
+    [
+        ("auto", "low_rank", ALONE),
+        ("auto", "skipping", "runs the general way"),
+        ("auto", "vectors", "runs the general way"),
+        ("native", "counts", "runs the native way"),
+    ],
+)
+def test_two_processes_share_the_experts(way: str, form: str, says: str, tmp_path: Path) -> None:
     """Each has half of every layer's experts the general way, and half of every expert the native way."""
-    made = forms.FORMS_OF[form](forms.original("mixtral", tmp_path / "original"), tmp_path / form)
+    family = "olmoe" if form == "vectors" else "mixtral"
+    made = forms.FORMS_OF[form](forms.original(family, tmp_path / "original"), tmp_path / form)
     script = tmp_path / "parallel.py"
     script.write_text(PARALLEL)
     done = subprocess.run(
@@ -107,3 +118,4 @@ def test_two_processes_share_the_experts(way: str, form: str, tmp_path: Path) ->
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     same, apart = next(line.split()[1:] for line in done.stdout.splitlines() if line.startswith("agreement"))
     assert int(same) == 64 and float(apart) < 5e-4
+    assert says in next(line for line in done.stdout.splitlines() if line.startswith("settled"))

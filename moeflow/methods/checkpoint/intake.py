@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from moeflow.arch import ARCH, FAMILIES, HEAD, Config, Family, Layout, Stacked, layer_of, layout_in_memory
+from moeflow.arch.by_layer import as_numbers
 from moeflow.arch.found import Found
 from moeflow.model.header import TensorInfo
 from moeflow.model.json_file import kind_of
@@ -53,9 +54,10 @@ def text_config(whole: Config, found: Found | None, where: str) -> Config:
             )
     if found.layout.inside:
         above = {k: v for k in FROM_THE_WHOLE if (v := whole.get(k)) is not None}
-        text = {"model_type": found.arch.model_type} | text | above
+        text = text | {"model_type": found.arch.model_type} | above
         if found.shapes is not None:  # the defaults of the two classes may differ, and the whole model's counts
             text["tie_word_embeddings"] = HEAD not in found.shapes
+    text = as_numbers(text)
     return text if found.arch in FAMILIES else text | {ARCH: found.arch.to_json()}
 
 

@@ -190,9 +190,7 @@ def decompose(calibration: Calibration, how: Decomposition) -> Model:
 
 def _factored(calibration: Calibration, how: Decomposition, layer: int, ranks: Step | None, uniform: dict[str, int]) -> Step:
     """The step that factors a layer's matrices, to the ranks that a step decided, or to the same for all experts."""
-    return decompose_.layer(
-        *calibration.of(layer), ranks, layer=layer, uniform=uniform, how=how.of_a_layer, dtype=calibration.dtype
-    )
+    return decompose_.factored(layer, calibration.of(layer), ranks, uniform, how, calibration.dtype)
 
 
 Sides = Mapping[int, tuple[int, int]]
@@ -222,8 +220,7 @@ def _ranks_by_importance(calibration: Calibration, how: Decomposition, sides: Si
 
 
 def _ranks_by_spectra(calibration: Calibration, how: Decomposition, sides: Sides) -> Ranked:
-    dtype = calibration.dtype
-    spectra = tuple(decompose_.spectra(*calibration.of(i), layer=i, how=how.of_spectra, dtype=dtype) for i in sides)
+    spectra = tuple(decompose_.spectra_of(i, calibration.of(i), how, calibration.dtype) for i in sides)
     alternatives = {}
     for i, of_layer in sides.items():
         cut = (dict.fromkeys(matrices, moved_rank(*of_layer)) for matrices in PARTS.values())

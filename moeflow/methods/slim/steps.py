@@ -12,11 +12,11 @@ from typing import Any
 
 from moeflow.arch import Family
 from moeflow.methods.records import Bits, Facts
-from moeflow.methods.rewrite import link_all
+from moeflow.methods.rewrite import joined, link_all
 from moeflow.methods.slim.methods import AT_ONCE, METHODS, Slimming
 from moeflow.methods.slim.pattern import Pattern
 from moeflow.model import operations
-from moeflow.model.layout import LAYER, read_config
+from moeflow.model.layout import read_config
 from moeflow.model.memory import on_device
 from moeflow.model.packed import PACKED, SCALE, SHAPE, ZERO, zeros_shape
 from moeflow.model.spec import LayerSpec, ObservedSpec, RestSpec, element_bytes
@@ -163,26 +163,3 @@ def decided(
     report = experts.rewrite(context, read_config(config), before, observed, how, layer=layer, part=0, parts=1, dtype=dtype)
     if report is not None:
         facts.and_then("slim.layer", **how.facts, experts=report).write(context.out)
-
-
-def _joined_spec(parts: tuple[LayerSpec, ...]) -> Spec:
-    nbytes = parts[0].nbytes
-    return Spec(parts[0], reads=nbytes, writes=nbytes + 300 + 200 * parts[0].experts, memory=nbytes + (1 << 29))
-
-
-@step("slim.joined", version=1, spec=_joined_spec)
-def joined(context: Context, parts: tuple[Artifact, ...]) -> None:
-    """One layer's file and report, joined from its parts."""
-
-    from moeflow.methods.slim import experts
-
-    first = parts[0]
-    if not all(LAYER in p.names() for p in parts):  # the layer is unchanged
-        link_all(context, first)
-        return
-    link_all(context, first, but=(LAYER, Facts.FILE))
-    experts.join(parts, context.out / LAYER)
-    *earlier, last = Facts.of(first).done
-    report = [entry for p in parts for entry in Facts.of(p).done[-1]["experts"]]
-    report.sort(key=lambda entry: (entry["expert"] == "shared", entry["expert"]))
-    Facts((*earlier, {**last, "experts": report})).write(context.out)
