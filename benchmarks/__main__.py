@@ -23,6 +23,7 @@ ALL = (
     "traffic",
     "scale",
     "genetic",
+    "warm_starts",
     "decompose",
     "lowrank",
     "compressed_experts",

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from moeflow.api import fit, pipelines, run, version, versions
     from moeflow.result import Version
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 __all__ = ["Version", "__version__", "fit", "load", "pipelines", "run", "version", "versions"]
 
 autoload.register()  # imports nothing of transformers yet

@@ -1,7 +1,7 @@
 """One run as somebody asks for it, on the command line or in Python: the same words, checks, record and gate."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ class Job:
     address, "" for the usual folder. `name`: what the result is published as, "" for the name of the pipeline. `gate`: bounds, or
     files with them. `patience`: how long a store or a source that does not answer is waited for, as in 15m. `build`: the
     pipeline's function, if it is loaded already. `track`: where its numbers are to be looked at, as in tensorboard:DIR. `engine`:
-    what is to load the result, as in vllm or vllm,tp=4; "" for no one in particular.
+    what is to load the result, as in vllm or vllm,tp=4; "" for what its recipe says, or no one in particular.
     """
 
     file: str | PathLike[str]
@@ -60,11 +60,12 @@ class Job:
     def ready_in(self, store: Store) -> "Ready":
         """The same in a store that is open. Raises as `ready`."""
         bounds, about = self.bounds(), asked(self.file, self.given, store, self.build)
-        check_engine(about.target, self.engine)
+        job = replace(self, engine=self.engine or about.engine)
+        check_engine(about.target, job.engine)
         target = self.options.place(about.target)
         check_measured(bounds, target)
         name = self.name or about.name
-        return Ready(self, about, bounds, prepare(target, store, name=name, runner=self.runner, options=self.options))
+        return Ready(job, about, bounds, prepare(target, store, name=name, runner=self.runner, options=self.options))
 
     def bounds(self) -> tuple[Bound, ...]:
         """The bounds of its gate, read. Raises ValueError, also for a tracker that cannot be."""
@@ -90,6 +91,7 @@ class Ready:
         prepared, store, record = self.prepared, self.prepared.store, {**self.asked.record(), **more}
         about = {"pipeline": str(record["pipeline"]), **{n: str(word) for n, word in record["parameters"].items()}}
         record |= {"gate": [b.word for b in self.bounds]} if self.bounds else {}
+        record |= {"engine": self.job.engine} if self.job.engine else {}
         with heard(show.waits), Tracked(self.job.track, prepared.name, show, about) as tracked:
             if self.job.temporary:
                 show.say(f"warning: the store {store.url} goes with the Ray cluster; pass --store to keep what this run makes")

@@ -77,6 +77,8 @@ class Request:
     """The name of the file that a checkpoint's writer leaves at the end; "" for one that is watched until it stands still."""
     settle: float = 30.0
     """Seconds between two looks at a checkpoint without a marker."""
+    engine: str = ""
+    """What is to load it, as in vllm,tp=2; "" for no engine in particular."""
 
     def __post_init__(self) -> None:
         versions.check_name(self.name)
@@ -90,6 +92,7 @@ class Request:
         """What is asked, of what lies there: a second time there is nothing new to it."""
         text = pipeline_file(self.file).read_text()
         asked = [self.name, self.label, list(self.params), list(self.gate), text, there.uri, there.mark]
+        asked += [self.engine] if self.engine else []
         return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
 

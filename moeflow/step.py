@@ -68,7 +68,10 @@ class Context(Protocol):
     stands_for: Mapping[str, str]  # of an output that is a note of files elsewhere: their SHA-256 by name, for early cutoff
 
     def progress(self, done: int, total: int, unit: str, detail: str = "") -> None:
-        """Report how far the step is, in `unit` ("bytes"). In a gang only rank 0's progress, notes and links count."""
+        """Report how far the step is, in `unit` ("bytes"). In a gang only rank 0's progress, scalars, notes and links count."""
+
+    def scalars(self, at: int, values: Mapping[str, float]) -> None:
+        """Report the numbers behind optimizer step `at`, such as {"loss": 3.2}, to who follows the run; they are kept nowhere."""
 
     def note(self, text: str) -> None:
         """Add a remark to the run's output and the artifact's record."""

@@ -215,7 +215,12 @@ QUANTIZED: list[Row] = [
         "packed with scales of other rows", resized(X + SCALE, [47, 4]), f"{X}_packed has 48 rows and {X}_scale 47", family="packed"
     ),
     row("packed with other rows", resized(X + PACKED, [47, 4]), f"{X}_packed has 47 rows and {X}_scale 48", family="packed"),
-    row("packed with a zero point", added(X + "_zero_point", (48, 4), SHARD), f"{X} has zero points", family="packed"),
+    row(
+        "packed with a zero point",
+        added(X + "_zero_point", (48, 4), SHARD),
+        f"{X}_zero_point has shape (48, 4), not",
+        family="packed",
+    ),
     row("one expert of other bits", resized(X + PACKED, [48, 8]), f"{X} 8 bits", "one scheme only", family="packed"),
     row("packed with fewer experts in config.json", config(num_local_experts=6), "6 experts, its tensors say 8", family="packed"),
     row(

@@ -1,18 +1,24 @@
 """Run steps for a test: in this process, in a store of the test's own."""
 
 import json
+import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.graph import Model
+from moeflow.model.layout import LAYER
 from moeflow.run import in_process
 from moeflow.run.outcome import Outcome
 from moeflow.sources import Texts, pin
-from moeflow.step import Resources, Step, placed, upstream
+from moeflow.sources.elsewhere import seen
+from moeflow.step import Artifact, Resources, Step, placed, upstream
 from moeflow.store import Store
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 GOLDEN = Path(__file__).parent / "golden"
 """What the authors' own code computed; its README says how."""
@@ -27,6 +33,25 @@ def store_in(folder: Path) -> Store:
 
 def run(store: Store, *targets: Step) -> Outcome:
     return in_process.run([*targets, *(r for t in targets for r in t.reports)], store)
+
+
+def read(store: Store, step: Step) -> Artifact:
+    """What a step made, as the steps behind it read it."""
+    return seen(store, step.key)
+
+
+def copied(store: Store, step: Step, folder: Path) -> Path:
+    """The files of what a step made, in a new folder, wherever they lie."""
+    made = read(store, step)  # its own folder goes with it
+    return Path(shutil.copytree(made.folder(), folder))
+
+
+def tensors_of(store: Store, layer: Step) -> dict[str, "Tensor"]:
+    """The tensors of a layer, wherever its file lies."""
+    from safetensors.torch import load
+
+    artifact = read(store, layer)
+    return load(artifact.read(LAYER, 0, artifact.size(LAYER)))
 
 
 def alone(step: Step) -> Step:

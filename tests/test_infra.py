@@ -3,7 +3,6 @@
 import copy
 import json
 import re
-import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from moto import mock_aws
 from ray.autoscaler._private import util
 from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
 
+import moeflow
 from moeflow.store import Store, s3
 from tests import kubernetes, servers
 
@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 CLUSTER = yaml.safe_load((ROOT / "ray_cluster.yaml").read_text())
 ACCOUNT, JOB = yaml.safe_load_all((ROOT / "infra" / "rayjob.yaml").read_text())
 DOCKERFILE = (ROOT / "infra" / "Dockerfile").read_text()
-VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+VERSION = moeflow.__version__
 
 
 def policy(name: str) -> list[dict[str, Any]]:

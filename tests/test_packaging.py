@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import moeflow
 from moeflow.extras import EXTRAS
 from tests import compressed, installing, tiny
 from tests.installing import Installed
@@ -19,6 +21,13 @@ from tests.running import SMALL
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def test_the_version_stands_in_one_place_and_the_changelog_begins_with_it(wheel: Path) -> None:
+    """The wheel's and that of `moeflow --version` are the package's own; no key has it, as the pinned keys show."""
+    newest = next(line for line in (ROOT / "CHANGELOG.md").read_text().splitlines() if line.startswith("## "))
+    assert re.fullmatch(rf"## {re.escape(moeflow.__version__)}, \d{{4}}-\d\d-\d\d", newest)
+    assert wheel.name.split("-")[:2] == ["moeflow", moeflow.__version__] and "version" not in PROJECT
 
 
 def test_a_clone_in_the_folder_that_python_is_started_in_is_no_empty_package(tmp_path: Path) -> None:
@@ -80,7 +89,7 @@ def test_what_pip_install_moeflow_brings_loads_every_form_and_names_the_extra_fo
     assert ok(plain.run("-c", code, str(SMALL), cwd=tmp_path)).split()[-1] == "MixtralForCausalLM"
     done = plain.moeflow("run", "mixtral", cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.endswith("pip install 'moeflow[compress]'\n")
-    assert ok(plain.moeflow("--version", cwd=tmp_path)) == f"moeflow {PROJECT['version']}\n"
+    assert ok(plain.moeflow("--version", cwd=tmp_path)) == f"moeflow {moeflow.__version__}\n"
     done = plain.run("-c", "import moeflow; moeflow.run('mixtral')", cwd=tmp_path)
     assert done.stderr.splitlines()[-1].endswith("is not installed here: pip install 'moeflow[compress]'")
 

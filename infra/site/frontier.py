@@ -26,14 +26,14 @@ WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 760, 380, 70, 20, 20, 50
 LOW, HIGH = 5e-5, 0.3  # nats a token
 STYLE = (
     "text{font:13px system-ui,sans-serif;fill:#333}.ours{fill:#0b6e4f}.other{fill:#b0482f}.line{stroke:#8886}"
-    "@media(prefers-color-scheme:dark){text{fill:#ddd}.ours{fill:#4cc79a}.other{fill:#ee8a6c}}"
+    ".paper{fill:#fff}@media(prefers-color-scheme:dark){.paper{fill:#1e2129}text{fill:#ddd}.ours{fill:#4cc79a}.other{fill:#ee8a6c}}"
 )
 
 
 def points() -> dict[str, tuple[float, float]]:
     """Of each recipe the per cent of the bytes, and the mean KL to the original in nats a token."""
     text = (ROOT / "benchmarks" / "RESULTS.md").read_text()
-    part = text[text.index("\n## unified\n") : text.index("\n## chaos\n")]
+    part = text.partition("\n## unified\n")[2].partition("\n## ")[0]
     rows = [
         [cell.strip() for cell in line.strip("|").split("|")]
         for line in part.splitlines()
@@ -63,7 +63,7 @@ def svg() -> str:
     body = "\n".join(drawn)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="bytes and loss">\n'
-        f"<style>{STYLE}</style>\n{body}\n</svg>\n"
+        f'<style>{STYLE}</style>\n<rect class="paper" width="{WIDTH}" height="{HEIGHT}" rx="6"/>\n{body}\n</svg>\n'
     )
 
 

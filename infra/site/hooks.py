@@ -1,6 +1,7 @@
 """What the documentation's site is made of besides the pages in docs/: the options, made from the code, and pages beside docs/."""
 
 import ast
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Add the page of options, and to the navigation every page that it does not name."""
+    """Add the page of options, and to the last part of the navigation every page that it does not name."""
     from moeflow.cli import app  # here, so that a missing package is told by mkdocs
     from moeflow.run import pipeline
     from moeflow.run.opening import shipped
@@ -20,7 +21,8 @@ def on_files(files: Files, config: Any) -> Files:
     others = sorted(f.src_uri for f in files.documentation_pages() if f.src_uri not in known)
     decisions = [name for name in others if name.startswith("decisions/")]
     more = [name for name in others if name not in decisions]
-    config.nav = [*config.nav, *([{"More": more}] if more else []), {"Decisions": decisions}]
+    *before, (last, inside) = [*config.nav[:-1], *config.nav[-1].items()]
+    config.nav = [*before, {last: [*inside, *more, {"Decisions": decisions}]}]
     return files
 
 
@@ -37,6 +39,11 @@ def _named(nav: Any) -> set[str]:
     return {name for one in inside for name in _named(one)}
 
 
+def _coded(text: str) -> str:
+    """The text with its options as code, so that none is broken at a hyphen."""
+    return re.sub(r"(?<![\w`-])--[a-z][\w-]*", r"`\g<0>`", text)
+
+
 def _options(shipped: dict[str, Path], pipeline: Any, app: Any) -> str:
     """Every command with its options, and every pipeline with its parameters, as `--help` shows them."""
     import typer
@@ -49,11 +56,11 @@ def _options(shipped: dict[str, Path], pipeline: Any, app: Any) -> str:
         "## Commands",
     ]
     for name, command in sorted(typer.main.get_command(app).commands.items()):
-        about = " ".join((command.help or "").split())
+        about = _coded(" ".join((command.help or "").split()))
         lines += ["", f"### moeflow {name}", "", about, "", "| option | meaning |", "|---|---|"]
         for one in command.params:
             words = ", ".join(one.opts) if one.param_type_name == "option" else (one.metavar or one.name.upper())
-            lines.append(f"| `{words}` | {(getattr(one, 'help', '') or '').replace('|', '&#124;')} |")
+            lines.append(f"| `{words}` | {_coded((getattr(one, 'help', '') or '').replace('|', '&#124;'))} |")
     lines += ["", "## Pipelines"]
     for name, path in shipped.items():
         page = pipeline.page(pipeline.load(path), ast.get_docstring(ast.parse(path.read_text())) or "")

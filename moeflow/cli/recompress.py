@@ -11,6 +11,8 @@ import typer
 from moeflow import recompress as work
 from moeflow.cli.common import (
     Cpus,
+    Engine,
+    Ep,
     File,
     GateWords,
     Gpus,
@@ -21,11 +23,13 @@ from moeflow.cli.common import (
     Patience,
     Retries,
     RunnerName,
+    Tp,
     Track,
     Url,
     as_json,
     asking,
     command,
+    engine_word,
     open_store,
     own,
     print_json,
@@ -80,6 +84,9 @@ def recompress(
     cpus: Cpus = None,
     patience: Patience = "15m",
     track: Track = [],  # noqa: B006
+    engine: Engine = "",
+    tp: Tp = 1,
+    ep: Ep = 1,
     json: Json = False,
 ) -> None:
     """Compress the newest complete checkpoint below --source, judge it, and promote it.
@@ -92,11 +99,12 @@ def recompress(
             raise ValueError("in a Ray job the store would go with the cluster, and every call would begin anew; pass --store")
         name = name or (recipe.read(file).name if recipe.is_recipe(file) else "") or file.stem
         build = own.get() or recipe.build_of(file)
-        job = Job(file, (), store, name, gate, runner, options, patience, build, track)
+        loads = engine_word(engine, tp, ep)
+        job = Job(file, (), store, name, gate, runner, options, patience, build, track, loads)
         bounds = tuple(b.word for b in job.bounds())
         if notify:
             notices.check_target(notify)
-        wanted = Request(file, source, promote, name, tuple(param), bounds, marker, seconds("--settle", settle))
+        wanted = Request(file, source, promote, name, tuple(param), bounds, marker, seconds("--settle", settle), loads)
         opened = open_store(store, seconds("--patience", patience))
         versions.check_label(opened, promote)
     with _told(opened, notify, source, nothing_new), heard(shown.waits):

@@ -1,8 +1,6 @@
 """The commands that take a pipeline file, or the recipe of a version: plan and run."""
 
 import shlex
-from collections.abc import Sequence
-from pathlib import Path
 
 import typer
 
@@ -31,13 +29,13 @@ from moeflow.cli.common import (
     Url,
     asking,
     command,
+    engine_word,
     own,
     print_json,
     print_reports,
     seconds,
     working,
 )
-from moeflow.engines import engine_of
 from moeflow.job import Job, asked, check_engine
 from moeflow.run import Options, node_kinds
 from moeflow.run import plan as plans
@@ -47,7 +45,7 @@ from moeflow.run.go import Runner
 from moeflow.run.outcome import printable
 from moeflow.run.plan_table import plan_lines, plan_table
 from moeflow.run.progress import show as show_progress
-from moeflow.step import Step, upstream
+from moeflow.step import upstream
 from moeflow.store import Store
 from moeflow.store.patience import heard
 
@@ -76,8 +74,9 @@ def plan(
         nodes = node_kinds.read(on) if on else node_kinds.of_gpus(gpu_kind, gpus) if gpu_kind else None
         opened = Store.open(store or STORE, patience=seconds("--patience", patience))
         opened.look()
-        made = called(file, param, opened)
-        check_engine(made, engine_word(engine, tp, ep))
+        request = asked(file, param, opened, own.get())
+        made = request.target
+        check_engine(made, engine_word(engine, tp, ep) or request.engine)
         target = Options(gpus=None if gpu_kind else gpus, cpus=cpus).place(made)
         targets, memory = [target, *target.reports], None if nodes else runner.memory
         index = opened.index({s.name for s in upstream(targets)})
@@ -135,15 +134,3 @@ def run(
         print(f"its gate would refuse it: {printable(done.refused)}")
     where = f" --store {shlex.quote(done.store.url)}" if store or job.temporary else ""
     print(f"{done.ref}  {done.key}\nin {done.store.url}; to use it: moeflow pull {done.ref} DIR{where}")
-
-
-def called(file: Path, params: Sequence[str], store: Store) -> Step:
-    """The graph of a pipeline, or of a recipe, with these parameters, when the sources that it names have answered."""
-    return asked(file, params, store, own.get()).target
-
-
-def engine_word(name: str, tp: int, ep: int) -> str:
-    """An engine and its sizes as one word, "" for none. Raises ValueError for sizes of no engine, and for what is no engine."""
-    if not name and (tp, ep) != (1, 1):
-        raise ValueError("--tp and --ep are sizes of an engine: say which, as in --engine vllm")
-    return engine_of(name, tp=tp, ep=ep).word if name else ""

@@ -99,7 +99,7 @@ ENGINES: Mapping[str, Engine] = {
         },
     ),
     "moeflow": Engine(
-        "moeflow", counts=True, ranks=True, gone=True, routing=True, bits=(8, 4, 3, 2), groups=None, zeros=(), mixed=True,
+        "moeflow", counts=True, ranks=True, gone=True, routing=True, bits=(8, 4, 3, 2), groups=None, zeros=(8, 4, 3, 2), mixed=True,
         unpacks=True, even=False, spreads=True,
         sources=dict.fromkeys(
             ("counts", "ranks", "gone", "routing", "bits", "groups", "zeros", "mixed", "unpacks", "even", "spreads"),
@@ -125,12 +125,12 @@ ENGINES: Mapping[str, Engine] = {
         },
     ),
     "vllm-moeflow": Engine(
-        "vllm-moeflow", counts=True, ranks=True, gone=True, routing=True, bits=(8, 4, 3, 2), groups=None, zeros=(), mixed=True,
-        unpacks=True, even=True, spreads=False, kernels={"deepseek_v4": ROUTER},
+        "vllm-moeflow", counts=True, ranks=True, gone=True, routing=True, bits=(8, 4, 3, 2), groups=None, zeros=(8, 4, 3, 2),
+        mixed=True, unpacks=True, even=True, spreads=False, kernels={"deepseek_v4": ROUTER},
         sources={
             **dict.fromkeys(("counts", "ranks", "gone", "routing"), f"moeflow's plug-in; {CPU}"),
-            **dict.fromkeys(("bits", "groups", "mixed", "unpacks"), "moeflow's plug-in unpacks them; where vLLM has a kernel, not"),
-            "zeros": "moeflow's plug-in reads no zero points",
+            **dict.fromkeys(("bits", "groups", "zeros"), "moeflow's plug-in unpacks them; where vLLM has a kernel, not"),
+            **dict.fromkeys(("mixed", "unpacks"), "moeflow's plug-in unpacks them; where vLLM has a kernel, not"),
             "spreads": "moeflow/serve/plugin.py, settle: the general way refuses --enable-expert-parallel",
             "even": "moeflow's plug-in divides experts over ranks where their counts divide",
             "kernels": "vLLM issue 51521 and pull request 50982",

@@ -1,7 +1,7 @@
 """What graph functions pass to each other: a model, and its calibration. No steps, no torch."""
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -191,10 +191,28 @@ class Calibration:
     recorded: int  # at most so many tokens of each shard have their MoE inputs kept
     between: tuple[tuple[Part, ...], ...] = ()  # per layer, if asked for: the recorded tokens' hidden states before it
     predicted: Mapping[int, tuple[Part, ...]] = field(default_factory=dict)  # as `observed`, per prediction layer to be pruned
+    traffic: Mapping[int, Part] = field(default_factory=dict)  # per MoE layer, if the tokens are an engine's: what it counted
 
     def of(self, layer: int) -> tuple[Part, Step, tuple[Part, ...]]:
         """What a step reads that decides on one layer: configuration, the layer's file, and what every shard recorded in it."""
         return self.model.essential, self.model.layer(layer), {**self.observed, **self.predicted}[layer]
+
+    def check_states(self, what: str) -> None:
+        """Raise ValueError if there are no hidden states, which `what` ("search=reap") needs: only counts of an engine."""
+        spec = self.tokens.spec.output
+        if not spec.sequences:
+            raise ValueError(
+                f"{spec.where}, and {what} needs hidden states: give requests with their token ids, other texts (tokens=...), or "
+                "what counts alone decide: search=frequency, trim=experts with trim.criterion=frequency"
+            )
+
+    def counted(self, layer: int, needs: Collection[str], what: str) -> tuple[Part, ...]:
+        """What a score of a layer's experts is computed from: an engine's counts if they have all of `needs`, otherwise what every
+        shard recorded. Raises ValueError if `what` ("search=reap") needs more than there is."""
+        if layer in self.traffic and self.tokens.spec.output.gives(needs):
+            return (self.traffic[layer],)
+        self.check_states(what)
+        return {**self.observed, **self.predicted}[layer]
 
     @property
     def dtype(self) -> str:

@@ -4,7 +4,7 @@ Shapes are suffixes: T tokens, E matrices of a batch, M outputs and N inputs of 
 expert width. Tensors stay on their device.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -97,12 +97,12 @@ def expert_moments(expert: MLP, x_TD: Tensor, weight_T: Tensor | None = None) ->
 
 
 @torch.no_grad()
-def layer_moments(moe: MoELayer, x_TD: Tensor, *, weighted: bool = True) -> Iterator[Moments]:
-    """The moments of each expert of a layer in turn, over the tokens that the layer's router sends to it."""
+def layer_moments(moe: MoELayer, x_TD: Tensor, *, weighted: bool = True, experts: Iterable[int] | None = None) -> Iterator[Moments]:
+    """The moments of each of these experts of a layer in turn, or of all, over the tokens that the layer's router sends to it."""
     logits_TE = moe.logits(x_TD)
     weights_Tk, index_Tk = moe.router.choose(logits_TE)
-    for e, expert in enumerate(moe.experts):
+    for e in range(moe.num_experts) if experts is None else experts:
         token, slot = torch.where(index_Tk == e)
         yield expert_moments(
-            expert, moe.expert_input(x_TD[token], logits_TE[token], e), weights_Tk[token, slot] if weighted else None
+            moe.experts[e], moe.expert_input(x_TD[token], logits_TE[token], e), weights_Tk[token, slot] if weighted else None
         )

@@ -35,7 +35,8 @@ def _experts_spec(rest: RestSpec, before: LayerSpec, decision: Mapping[str, Any]
     share, least = before.share, None
     if keep is None:
         share, least = share * decision["share"], min(decision["least"], before.least)
-    out = replace(before, config=rest.config, experts=most, tensors=table, share=share, fewest=least)
+    stays = before.elsewhere and most == before.experts
+    out = replace(before, config=rest.config, experts=most, tensors=table, share=share, fewest=least, elsewhere=stays)
     return Spec(out, reads=out.nbytes, writes=out.nbytes, memory=2 * out.nbytes)
 
 
@@ -126,3 +127,26 @@ def configured(context: Context, before: Artifact, *, config: Config) -> None:
     """All but the decoder layers, with another configuration."""
     link_all(context, before, but=tuple(config_files(config)))
     write_config(config, context.out)
+
+
+def _joined_spec(parts: tuple[LayerSpec, ...]) -> Spec:
+    nbytes = parts[0].nbytes
+    return Spec(parts[0], reads=nbytes, writes=nbytes + 300 + 200 * parts[0].experts, memory=nbytes + (1 << 29))
+
+
+@step("rewrite.joined", version=1, spec=_joined_spec)
+def joined(context: Context, parts: tuple[Artifact, ...]) -> None:
+    """One layer's file and report, joined from those of its parts, each of which has treated some of the experts."""
+    from moeflow.model.checkpoint import read_many, save
+
+    first = parts[0]
+    if not all(LAYER in p.names() for p in parts):  # the layer is unchanged
+        link_all(context, first)
+        return
+    link_all(context, first, but=(LAYER, Facts.FILE))
+    here = [{n: t for n, t in headers(part).items() if t.file == LAYER} for part in parts]
+    save({n: t for part, info in zip(parts, here, strict=True) for n, t in read_many(part, info)}, context.out / LAYER)
+    *earlier, last = Facts.of(first).done
+    report = [entry for p in parts for entry in Facts.of(p).done[-1]["experts"]]
+    report.sort(key=lambda entry: (entry["expert"] == "shared", entry["expert"]))
+    Facts((*earlier, {**last, "experts": report})).write(context.out)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from moeflow.arch import Config, Family
 from moeflow.model.checkpoint import Tensors, read_moe
+from moeflow.model.layout import Files
 from moeflow.model.observe import first_of
 from moeflow.model.stream import HIDDEN, States, Stream
 
@@ -32,8 +33,8 @@ class Without:
     experts: tuple[int, ...]
 
 
-Alternative = Kept | Without | Path
-"""What may replace a layer's MoE block. A path is another file of the same layer."""
+Alternative = Kept | Without | Path | Files
+"""What may replace a layer's MoE block. A path, or what is read like a folder, is another file of the same layer."""
 
 
 def alternative_blocks(
@@ -48,10 +49,12 @@ def alternative_blocks(
         return
     whole = read_moe(tensors, config, layer).to(device=device, dtype=dtype)
     for name, alternative in alternatives.items():
-        if isinstance(alternative, Path) and not any(n.startswith(Family.of(config).moe(layer)) for n in Tensors(alternative)):
-            yield name, torch.zeros_like  # the block is gone, and adds nothing
-        elif isinstance(alternative, Path):
-            yield name, read_moe(Tensors(alternative), config, layer).to(device=device, dtype=dtype)
+        if not isinstance(alternative, Kept | Without):
+            file = Tensors(alternative)
+            if any(n.startswith(Family.of(config).moe(layer)) for n in file):
+                yield name, read_moe(file, config, layer).to(device=device, dtype=dtype)
+            else:
+                yield name, torch.zeros_like  # the block is gone, and adds nothing
         elif isinstance(alternative, Without):
             gone = alternative.experts
             if max(gone) >= whole.num_experts or not whole.router.can_spare(whole.num_experts, len(gone)):

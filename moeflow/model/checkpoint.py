@@ -14,7 +14,7 @@ from moeflow.arch import Config, Family
 from moeflow.model.header import TensorInfo
 from moeflow.model.layout import Files, Folder, SingleFile, experts_in, headers
 from moeflow.model.moe import CLAMPED, MLP, Activation, Clamped, LowRank, Matrix, MoELayer
-from moeflow.model.packed import BLOCKS, PACKED, SCALE, SCALES, SHAPE, block_scale, logical, unblocked, unblocks, unpack
+from moeflow.model.packed import BLOCKS, PACKED, SCALE, SCALES, SHAPE, ZERO, block_scale, logical, unblocked, unblocks, unpack
 from moeflow.model.router import Router
 
 DTYPES = {
@@ -48,7 +48,8 @@ class Tensors(Mapping[str, Tensor]):
             return plain if scale is None else unblocked(plain, self._read(scale))
         if name + BLOCKS in self.info:
             return unblocks(self._read(name + BLOCKS), self._read(name + SCALES))
-        return unpack(*(self._read(name + end) for end in (PACKED, SCALE, SHAPE)))
+        packed, factor, shape = (self._read(name + end) for end in (PACKED, SCALE, SHAPE))
+        return unpack(packed, factor, shape, self._read(name + ZERO) if name + ZERO in self.info else None)
 
     def __contains__(self, name: object) -> bool:
         return name in self._names

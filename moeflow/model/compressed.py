@@ -16,11 +16,13 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers import initialization as init
@@ -37,7 +39,7 @@ from moeflow.model.fewer_active import CompressedExperts
 from moeflow.model.formats import CLASSES, Format, check_tensors, layer_formats, some
 from moeflow.model.header import read_header
 from moeflow.model.layout import Folder
-from moeflow.model.packed import BESIDE, PACKED, SCALE, SHAPE, logical, packed_shapes, unpack
+from moeflow.model.packed import BESIDE, PACKED, SCALE, SHAPE, ZERO, check_zeros, logical, packed_shapes, unpack
 from moeflow.model.routed_experts import experts_of
 from moeflow.model.skeleton import layers_of
 from moeflow.model.text_half import language_class
@@ -52,6 +54,9 @@ SPLIT = ("tp_plan", "tp_size", "distributed_config", "device_mesh")
 VECTORS = ".experts.compressed."
 """A part of the name of every vector of Compressed Experts, on disk and in memory."""
 
+
+UNPACK = {"transformers": "5.23", "compressed-tensors": "0.20"}
+"""The releases since which packed experts are unpacked while they are loaded; 5.17 loads some to other numbers without a word."""
 
 _loading = Lock()  # the names that transformers looks up are this process's, not a model's
 
@@ -102,6 +107,8 @@ class Compressed:
         state = options.get("state_dict")
         stored = shapes_of(files_of(name, options.get("variant"), hub)) if state is None else {n: t.shape for n, t in state.items()}
         packed = check_checkpoint(asked, stored, str(name))
+        if packed:
+            check_unpacks(str(name))
         wanted = options.pop("output_loading_info", False)
         with _names_of(Family.of(asked.to_dict()).arch, packed=packed):
             model, info = super().from_pretrained(name, *args, config=config, output_loading_info=True, **options)  # type: ignore[misc]
@@ -112,6 +119,14 @@ class Compressed:
             model.hf_quantizer.remove_quantization_config(model)
             model._weight_conversions = None  # or saving would reverse the unpacking; so it takes the class's own conversions
         return (model, info) if wanted else model
+
+
+def check_unpacks(name: str) -> None:
+    """Raise ValueError if transformers or compressed-tensors is too old to unpack experts whole and to the right numbers."""
+    here = {package: Version(version(package)) for package in UNPACK}
+    if old := [f"{package} {here[package]}" for package, least in UNPACK.items() if here[package] < Version(least)]:
+        wanted = " ".join(f"'{package}>={least}'" for package, least in UNPACK.items())
+        raise ValueError(f"{name} has packed experts, which {' and '.join(old)} cannot unpack; pip install {wanted}")
 
 
 def _block(standard: Any, config: Any, format: Format) -> nn.Module:
@@ -153,7 +168,8 @@ def _unpacked(tensors: dict[str, Any], name: str) -> Any:
     stem = name.removesuffix(PACKED)
     if stem + SCALE not in tensors:
         return tensors.pop(name)
-    return [unpack(*one) for one in zip(*(tensors.pop(stem + end) for end in (PACKED, SCALE, SHAPE)), strict=True)]
+    ends = (PACKED, SCALE, SHAPE, *([ZERO] if stem + ZERO in tensors else []))
+    return [unpack(*one) for one in zip(*(tensors.pop(stem + end) for end in ends), strict=True)]
 
 
 class _Save(_Load):
@@ -201,7 +217,7 @@ def _conversions(arch: Arch, *, packed: bool = False) -> list[Any]:
     here = f"{arch.block}.experts"  # with the block, or shared experts would match
     for stack in all_stacks(gated=family.gated, biased=bool(arch.expert_biases)):
         names = [stack.on_disk(family, 0, matrix, "*").partition(".experts.")[2] for matrix in stack.matrices]
-        ends = ("", PACKED, SCALE, SHAPE) if packed or stack.kind != "whole" else ("",)
+        ends = ("", PACKED, SCALE, SHAPE, ZERO) if packed or stack.kind != "whole" else ("",)
         stored = [f"{here}.{n}{end}" for n in names for end in ends]
         converters.append(WeightConverter(stored, f"{here}.{stack.name}", [_Load(stack)]))
     return [*renamings, *converters]
@@ -214,6 +230,7 @@ def check_checkpoint(config: Any, stored: Mapping[str, Sequence[int]], where: st
     """
     packed = packed_shapes(stored, config.to_dict()) if getattr(config, "quantization_config", None) else {}
     _compare(MODELS[config.model_type], config, {n: packed.get(n, stored.get(n, ())) for n in logical(stored)}, where)
+    check_zeros(stored, (n for n in packed if n + PACKED in stored), config.to_dict(), where)
     return bool(packed)
 
 

@@ -16,7 +16,7 @@ def form_of(layers: Sequence[LayerSpec], config: Config) -> Form:
     widths = any(layer.bits_decided for layer in moe)
     words = ["skipping of experts"] * any(layer.format.skip for layer in moe)
     words += ["Compressed Experts"] * any(layer.format.compressed for layer in moe)
-    packings = {Packing(0) if (p := layer.packed) is None else Packing(p.bits, p.group) for layer in moe}
+    packings = {Packing(0) if (p := layer.packed) is None else Packing(p.bits, p.group, p.symmetric) for layer in moe}
     return Form(
         family.arch.model_type, frozenset(counts), family.expert_size,
         any(layer.ranks_decided or layer.format.low_rank for layer in moe),

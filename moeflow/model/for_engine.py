@@ -13,19 +13,29 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from moeflow.arch import COMPRESSED
 from moeflow.arch.stock import as_engines_read
 from moeflow.engines import Engine, engine_of
+from moeflow.model.formats import config_of, layer_formats
 from moeflow.model.layout import Folder, headers
-from moeflow.model.packed import BESIDE, PACKED, SCALE
+from moeflow.model.packed import BESIDE, PACKED, SCALE, asymmetric
 from moeflow.model.spec import tensor_bytes
 
 
 def prepare(folder: Path, engine: Engine) -> dict[str, Any]:
     """Write what engines read into the config.json in `folder`. Returns the bytes of weights that the engine keeps in memory."""
     config = json.loads((folder / "config.json").read_text())
-    if (told := as_engines_read(config)) != config:
+    if (told := as_engines_read(as_family(config, engine))) != config:
         (folder / "config.json").write_text(json.dumps(told, indent=2) + "\n")
     return {"resident": resident(folder, engine, config)}
+
+
+def as_family(config: dict[str, Any], engine: Engine) -> dict[str, Any]:
+    """The configuration in the family's own format, if nothing but zero points keeps it from that, which transformers' own classes
+    do not read and this engine does; any other unchanged."""
+    if engine.counts or not engine.zeros or not asymmetric(config) or not str(config["model_type"]).startswith(COMPRESSED):
+        return config
+    return config_of(config, layer_formats(config))
 
 
 def resident(folder: Path, engine: Engine, config: dict[str, Any]) -> int:

@@ -51,9 +51,12 @@ class Scheme:
 
     bits: int
     group: int
+    symmetric: bool = True
+    """Without zero points beside the scales."""
 
     def words(self) -> str:
-        return f"{self.bits} bits, " + (f"groups of {self.group}" if self.group else "one scale a row")
+        zeros = "" if self.symmetric else ", with zero points"
+        return f"{self.bits} bits, " + (f"groups of {self.group}" if self.group else "one scale a row") + zeros
 
 
 def block_scale(name: str, names: Container[str]) -> str | None:
@@ -113,14 +116,15 @@ def scheme_of(shapes: Shapes, config: Config) -> Scheme | None:
     for name, (_, columns) in packed_shapes(shapes, config).items():
         if name + PACKED not in shapes:
             continue
-        if name + ZERO in shapes:
-            raise ValueError(f"{name} has zero points, with which transformers loads no experts; quantize symmetrically")
         groups, words = int(shapes[name + SCALE][1]), int(shapes[name + PACKED][1])
         if not (groups and columns) or columns % groups or not 1 <= round(words * 32 / columns) <= 8:
             raise ValueError(
                 f"{name} is packed: {words} words and {groups} scales a row for {columns} inputs; fetch the checkpoint again"
             )
-        scheme = Scheme(round(words * 32 / columns), columns // groups)
+        scheme = Scheme(round(words * 32 / columns), columns // groups, name + ZERO not in shapes)
+        needed = zeros_shape(int(shapes[name + PACKED][0]), groups, scheme.bits)
+        if not scheme.symmetric and tuple(shapes[name + ZERO]) != needed:
+            raise ValueError(f"{name}{ZERO} has shape {tuple(shapes[name + ZERO])}, not {needed}; fetch the checkpoint again")
         (schemes if groups > 1 else single).setdefault(scheme, name)
     for scheme, name in single.items():
         if scheme not in schemes:
@@ -129,6 +133,25 @@ def scheme_of(shapes: Shapes, config: Config) -> Scheme | None:
         differ = " and ".join(f"{name} {scheme.words()}" for scheme, name in [*schemes.items()][:2])
         raise ValueError(f"{differ}: a layer's experts are packed by one scheme only; quantize all alike")
     return next(iter(schemes), None)
+
+
+def zeros_shape(rows: int, groups: int, bits: int) -> tuple[int, int]:
+    """The shape of packed zero points, of which those of a column of groups share words."""
+    return ceil(rows * bits / 32), groups
+
+
+def asymmetric(config: Config) -> bool:
+    """Whether packed matrices have zero points, by the `quantization_config` of a config.json."""
+    groups = (config.get("quantization_config") or {}).get("config_groups") or {}
+    return any((g.get("weights") or {}).get("symmetric") is False for g in groups.values() if isinstance(g, Mapping))
+
+
+def check_zeros(names: Container[str], packed: Iterable[str], config: Config, where: str) -> None:
+    """Raise ValueError if packed matrices have zero points where config.json says none, or the other way round."""
+    wanted = asymmetric(config)
+    if odd := next((n for n in packed if (n + ZERO in names) != wanted), None):
+        what = "no zero points" if wanted else "zero points"
+        raise ValueError(f"{where}: {odd} has {what}, and config.json says symmetric={not wanted} of it; correct one of them")
 
 
 def schemes_of(shapes: Shapes, config: Config) -> dict[int, Scheme]:
@@ -154,7 +177,8 @@ def check_schemes(said: Mapping[str, Any], schemes: Mapping[int, Scheme], config
             raise ValueError(f"{here} is no object; correct it, or fetch it again")
         meant = _meant(entry.get("targets"), schemes, config, f"{where}.config_groups.{group}.targets")
         for scheme in dict.fromkeys(meant):
-            known: dict[str, tuple[Any, ...]] = {"type": ("int",), "symmetric": (True,), "strategy": ("group", "channel")}
+            known: dict[str, tuple[Any, ...]] = {"type": ("int",), "strategy": ("group", "channel")}
+            known["symmetric"] = (scheme.symmetric,)
             known["num_bits"] = (scheme.bits,)
             if scheme.group:  # one scale a row may be a group of the row's length, too
                 known["group_size"] = (scheme.group,)
@@ -219,7 +243,7 @@ def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
     weights = {
         "num_bits": scheme.bits,
         "type": "int",
-        "symmetric": True,
+        "symmetric": scheme.symmetric,
         "strategy": "group" if scheme.group else "channel",
         "group_size": scheme.group or None,
         "dynamic": False,
@@ -228,21 +252,26 @@ def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
     return {"targets": targets, "weights": weights, "input_activations": None, "output_activations": None, "format": FORMAT}
 
 
-def pack(codes_MN: "Tensor", scale_MG: "Tensor", bits: int) -> "dict[str, Tensor]":
-    """The tensors on disk, by the endings of their names, for signed codes (int8) on a symmetric grid."""
+def pack(codes_MN: "Tensor", scale_MG: "Tensor", bits: int, zero_MG: "Tensor | None" = None) -> "dict[str, Tensor]":
+    """The tensors on disk, by the endings of their names, for signed codes (int8), and zero points (int8) where there are some."""
     import torch
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
-    return {PACKED: pack_to_int32(codes_MN, bits), SCALE: scale_MG.contiguous(), SHAPE: torch.tensor(codes_MN.shape)}
+    zeros = {} if zero_MG is None else {ZERO: pack_to_int32(zero_MG, bits, packed_dim=0).contiguous()}
+    return {PACKED: pack_to_int32(codes_MN, bits), SCALE: scale_MG.contiguous(), SHAPE: torch.tensor(codes_MN.shape)} | zeros
 
 
-def unpack(packed_MP: "Tensor", scale_MG: "Tensor", shape: "Tensor") -> "Tensor":
-    """The matrix [M, N] of packed codes on a symmetric grid, in the precision of its scales."""
+def unpack(packed_MP: "Tensor", scale_MG: "Tensor", shape: "Tensor", zero_WG: "Tensor | None" = None) -> "Tensor":
+    """The matrix [M, N] of packed codes, and zero points [W, G] where there are some, in the precision of its scales."""
     from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 
     rows, columns = (int(n) for n in shape)
-    codes_MN = unpack_from_int32(packed_MP, round(packed_MP.shape[1] * 32 / columns), (rows, columns))
-    whole_MGg = codes_MN.float().unflatten(1, (scale_MG.shape[1], -1)) * scale_MG.float()[..., None]
+    bits = round(packed_MP.shape[1] * 32 / columns)
+    whole_MGg = unpack_from_int32(packed_MP, bits, (rows, columns)).float().unflatten(1, (scale_MG.shape[1], -1))
+    if zero_WG is not None:
+        zero_MG = unpack_from_int32(zero_WG, bits, (rows, scale_MG.shape[1]), packed_dim=0)
+        whole_MGg = whole_MGg - zero_MG.float()[..., None]
+    whole_MGg = whole_MGg * scale_MG.float()[..., None]
     return whole_MGg.flatten(1).to(scale_MG.dtype)
 
 

@@ -42,7 +42,7 @@ def embed(config: Config, rest: Files, ids_NL: Tensor, out: Path, *, dtype: str)
 
 @torch.inference_mode()
 def through(
-    config: Config, hidden: Path, layers: Iterable[tuple[int, Path]], out: Path,
+    config: Config, hidden: Path, layers: Iterable[tuple[int, Path | Files]], out: Path,
     *, count: int, batch: int, dtype: str, progress: Progress, recording: Recording | None = None,
 ) -> None:  # fmt: skip
     """Run hidden states through `count` consecutive layers (number, file), `batch` sequences together, and write those behind the

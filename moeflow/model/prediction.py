@@ -53,7 +53,7 @@ class PredictionLayer:
 
 @torch.inference_mode()
 def observe(
-    config: Config, rest: Files, ids_NL: Tensor, hidden: Path, layers: Sequence[tuple[int, Path]], folder: Path,
+    config: Config, rest: Files, ids_NL: Tensor, hidden: Path, layers: Sequence[tuple[int, Path | Files]], folder: Path,
     *, batch: int, dtype: str, recording: Recording, progress: Progress,
 ) -> None:  # fmt: skip
     """Run prediction layers (number, file) over the states behind the model's last decoder layer, one behind the other.

@@ -1,7 +1,7 @@
 """What is known about checkpoints, layers and tokens before they exist: the outputs of steps' specs. No torch."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -84,6 +84,7 @@ class LayerSpec:
     multiple: int = 1  # the ranks that the run decides are multiples of it
     bits_decided: bool = False  # the run decides to how many bits the experts are packed, if to any
     alike: bool = False  # how many experts stay is decided by a run, for all layers the same
+    elsewhere: bool = False  # its tensors may lie at the source only, so that keeping them writes them
 
     @cached_property
     def nbytes(self) -> int:
@@ -247,6 +248,27 @@ class TokensSpec:
     @property
     def tokens(self) -> int:
         return self.sequences * self.length
+
+
+@dataclass(frozen=True)
+class TrafficSpec(TokensSpec):
+    """What an engine recorded of its requests: how often it chose each expert, and maybe a token matrix, else of no sequences."""
+
+    names: tuple[str, ...]
+    """What is known of each layer, by the names of a pass."""
+    layers: tuple[tuple[int, int], ...]
+    """Its MoE layers, each with its number of experts."""
+    file: str
+    """Its first file, for messages."""
+
+    def gives(self, needs: Collection[str]) -> bool:
+        """Whether it is enough for what needs these of a layer, by the names of a pass."""
+        return set(needs) <= set(self.names)
+
+    @property
+    def where(self) -> str:
+        """What it is, as the beginning of a message."""
+        return f"tokens=traffic:{self.file} holds counts without token ids"
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ def text(about: About) -> str:
         "pipeline": record["pipeline"],
         "directory": record.get("directory", ""),
         "pipeline_sha256": record.get("pipeline_sha256", ""),
+        "engine": record.get("engine", ""),
         "parameters": parameters,
         "seeds": seeds,
         "key": about.key,

@@ -7,12 +7,21 @@ name say.
 import importlib
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from moeflow.extras import lacking
+
+
+class Scalar(NamedTuple):
+    """A number, its name, the step that it belongs to, and when it came, in seconds since the epoch."""
+
+    name: str
+    value: float
+    step: int
+    time: float
 
 
 class Tracker(Protocol):
@@ -21,7 +30,8 @@ class Tracker(Protocol):
     def told(self, about: Mapping[str, str]) -> None:
         """What the run is: its pipeline, parameters and result, by name."""
 
-    def scalar(self, name: str, value: float, step: int) -> None: ...
+    def scalars(self, some: Sequence[Scalar]) -> None:
+        """At most a thousand; they can be looked at when this returns."""
 
     def close(self, *, failed: bool) -> None: ...
 
@@ -41,16 +51,18 @@ class TensorBoard:
         for name, word in about.items():
             value = self._summary.Value(tag=name, tensor=self._tensor(dtype=7, string_val=[word.encode()]))
             value.metadata.plugin_data.plugin_name = "text"
-            self._add(value, 0)
+            self._add(value, 0, time.time())
 
-    def scalar(self, name: str, value: float, step: int) -> None:
-        self._add(self._summary.Value(tag=name, simple_value=value), step)
+    def scalars(self, some: Sequence[Scalar]) -> None:
+        for name, value, step, at in some:
+            self._add(self._summary.Value(tag=name, simple_value=value), step, at)
+        self._writer.flush()  # else it keeps them for two minutes
 
     def close(self, *, failed: bool) -> None:
         self._writer.close()
 
-    def _add(self, value: Any, step: int) -> None:
-        self._writer.add_event(self._event(wall_time=time.time(), step=step, summary=self._summary(value=[value])))
+    def _add(self, value: Any, step: int, at: float) -> None:
+        self._writer.add_event(self._event(wall_time=at, step=step, summary=self._summary(value=[value])))
 
 
 class MLflow:
@@ -61,14 +73,15 @@ class MLflow:
         self._client = client(tracking_uri=uri)
         experiment = self._client.get_experiment_by_name("moeflow")
         number = experiment.experiment_id if experiment else self._client.create_experiment("moeflow")
+        self._metric = importlib.import_module("mlflow.entities").Metric
         self._run = self._client.create_run(number, run_name=run).info.run_id
 
     def told(self, about: Mapping[str, str]) -> None:
         for name, word in about.items():
             self._client.log_param(self._run, _plain(name), word[:500])
 
-    def scalar(self, name: str, value: float, step: int) -> None:
-        self._client.log_metric(self._run, _plain(name), value, step=step)
+    def scalars(self, some: Sequence[Scalar]) -> None:
+        self._client.log_batch(self._run, metrics=[self._metric(_plain(s.name), s.value, int(s.time * 1000), s.step) for s in some])
 
     def close(self, *, failed: bool) -> None:
         self._client.set_terminated(self._run, "FAILED" if failed else "FINISHED")
@@ -85,12 +98,13 @@ class Wandb:
     def told(self, about: Mapping[str, str]) -> None:
         self._run.config.update(dict(about), allow_val_change=True)
 
-    def scalar(self, name: str, value: float, step: int) -> None:
-        at = f"{name.rpartition('/')[0] or name}/step"  # its own steps go up only, whatever is logged in between
-        if name not in self._known:
-            self._known.add(name)
-            self._run.define_metric(name, step_metric=at)
-        self._run.log({name: value, at: step})
+    def scalars(self, some: Sequence[Scalar]) -> None:
+        for name, value, step, _ in some:
+            at = f"{name.rpartition('/')[0] or name}/step"  # its own steps go up only, whatever is logged in between
+            if name not in self._known:
+                self._known.add(name)
+                self._run.define_metric(name, step_metric=at)
+            self._run.log({name: value, at: step})
 
     def close(self, *, failed: bool) -> None:
         self._run.finish(exit_code=int(failed))

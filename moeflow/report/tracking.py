@@ -5,47 +5,65 @@ Nothing is computed here: a run's events, its outcome, its reports and the `trai
 
 import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
 from moeflow.report.figures import read_figures
-from moeflow.report.trackers import Tracker, opened
-from moeflow.run.outcome import Outcome, brief
+from moeflow.report.tracker_thread import Writer
+from moeflow.run.outcome import Outcome
 from moeflow.run.progress import Show
-from moeflow.step import Step, upstream
+from moeflow.step import Step
 from moeflow.store import NotStored, Store
 
-TRAINING = "training.json"
+TRAINING = "finetune.train"
+PATIENCE = 30.0
+
+
+SINGULAR = {"losses": "loss", "rates": "rate", "speeds": "tokens_per_second"}
 
 
 class Tracked(Show):
-    """Shows what `shown` shows, and tells the trackers how many steps are done, each time that one is.
+    """Shows what `shown` shows, and tells the trackers meanwhile how many steps are done, and the courses of fine-tunings.
 
-    A tracker that cannot be written to is said once and left out from then on: a run does not fail because nobody looks at it.
+    A tracker that cannot be written to is said once and left out from then on: a run neither fails nor waits because nobody looks
+    at it. At the end one that still writes is waited for; one that writes nothing for `patience` seconds is left alone.
     """
 
-    def __init__(self, words: Sequence[str], run: str, shown: Show, about: Mapping[str, str]) -> None:
-        self._shown, self._began, self._done = shown, time.monotonic(), 0
-        self._trackers: dict[str, Tracker] = {}
-        for word in words:
-            with self._guarded(word):
-                self._trackers[word] = opened(word, run)
-        self._each(lambda tracker: tracker.told(about))
+    def __init__(self, words: Sequence[str], run: str, shown: Show, about: Mapping[str, str], patience: float = PATIENCE) -> None:
+        self._shown, self._began, self._done, self._patience = shown, time.monotonic(), 0, patience
+        self._names: dict[str, str] = {}  # of steps, by key
+        self._trainings: dict[str, str] = {}  # what the scalars of a fine-tuning begin with, by key
+        self._told: set[tuple[str, int]] = set()  # a training that lost a process tells some of its steps again
+        self._started: dict[str, float] = {}
+        self._writers = [Writer(word, run) for word in words]
+        self._each(lambda writer: writer.told(about))
 
     def begin(self, steps: Iterable[Step], todo: int, stored: int) -> None:
         steps = list(steps)
+        self._names = {s.key: s.name for s in steps}
+        keys = [s.key for s in steps if s.name == TRAINING]
+        self._trainings = {key: f"finetune-{at}" if len(keys) > 1 else "finetune" for at, key in enumerate(keys)}
         self._scalars({"run/todo": todo, "run/stored": stored}, 0)
         self._shown.begin(steps, todo, stored)
 
     def start(self, key: str) -> None:
+        self._started[key] = time.monotonic()
         self._shown.start(key)
 
     def progress(self, key: str, done: int, total: int, unit: str, detail: str = "") -> None:
         self._shown.progress(key, done, total, unit, detail)
 
+    def scalars(self, key: str, at: int, values: Mapping[str, float]) -> None:
+        under = self._trainings.get(key) or self._names.get(key, key)
+        new = {f"{under}/{name}": float(value) for name, value in values.items() if (f"{under}/{name}", at) not in self._told}
+        self._told |= {(name, at) for name in new}
+        self._scalars(new, at)
+        self._shown.scalars(key, at, values)
+
     def finish(self, key: str) -> None:
-        self._counted(1)
+        began = self._started.pop(key, None)
+        self._counted(1, {} if began is None else {f"seconds/{self._names.get(key, key)}": time.monotonic() - began})
         self._shown.finish(key)
 
     def taken(self, keys: list[str]) -> None:
@@ -75,65 +93,46 @@ class Tracked(Show):
             "run/bytes_written": sum(s.writes for s in ran),
         }
         self._scalars({name: float(value) for name, value in took.items()}, self._done)
-        self._each(lambda tracker: tracker.told({"version": ref, "key": target.key}))
+        self._each(lambda writer: writer.told({"version": ref, "key": target.key}))
         for figure in read_figures(store, [s.key for s in target.reports]):
             name = figure.word if figure.figure else figure.name
             for column, value in (("original", figure.original), ("compressed", figure.compressed)):
                 if value is not None:
                     self._scalars({f"{column}/{name}": float(value)}, 0)
-        trainings = [s for s in upstream([target]) if s.name == "finetune.train"]
-        for at, step in enumerate(trainings):
-            self._course(store, step, f"finetune-{at}" if len(trainings) > 1 else "finetune")
+        for key in self._trainings:
+            self._course(store, key)
 
     def __enter__(self) -> "Tracked":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._each(lambda tracker: tracker.close(failed=kind is not None))
+        for writer in self._writers:
+            writer.close(failed=kind is not None)
+        for writer in self._writers:
+            if why := writer.waited(self._patience):
+                self._shown.say(f"warning: --track {writer.word} {why}")
 
-    def _course(self, store: Store, step: Step, name: str) -> None:
+    def _course(self, store: Store, key: str) -> None:
+        """What was not told as it came, because the training was stored before this run."""
         with suppress(NotStored, FileNotFoundError):  # its result may be stored without it, after `gc --keep-results`
-            course: dict[str, Any] = json.loads(store.artifact(step.key).file(TRAINING).read_text())
-            for field in ("losses", "rates", "speeds"):
+            course: dict[str, Any] = json.loads(store.artifact(key).file("training.json").read_text())
+            for field, name in SINGULAR.items():
                 for at, value in enumerate(course.get(field) or (), 1):
-                    self._scalars({f"{name}/{SINGULAR[field]}": float(value)}, at)
+                    self.scalars(key, at, {name: value})
             for validation in course.get("validations") or ():
-                for text, loss in validation["losses"].items():
-                    self._scalars({f"{name}/heldout/{text}": float(loss)}, int(validation["steps"]))
+                self.scalars(key, validation["steps"], {f"heldout/{t}": loss for t, loss in validation["losses"].items()})
 
-    def _counted(self, steps: int) -> None:
+    def _counted(self, steps: int, more: Mapping[str, float] = {}) -> None:
         self._done += steps
-        self._scalars({"run/done": self._done, "run/elapsed": time.monotonic() - self._began}, self._done)
+        self._scalars({"run/done": self._done, "run/elapsed": time.monotonic() - self._began, **more}, self._done)
 
     def _scalars(self, values: Mapping[str, float], step: int) -> None:
-        self._each(lambda tracker: [tracker.scalar(name, value, step) for name, value in values.items()])
+        self._each(lambda writer: writer.scalars(values, step))
 
-    def _each(self, tell: Any) -> None:
-        for word in [*self._trackers]:
-            with self._guarded(word):
-                tell(self._trackers[word])
-
-    def _guarded(self, word: str) -> "_Guard":
-        return _Guard(self, word)
-
-    def lost(self, word: str, error: BaseException) -> None:
-        self._trackers.pop(word, None)
-        self._shown.say(f"warning: --track {word} cannot be written to, and is left out from here on: {brief(error)}")
-
-
-SINGULAR = {"losses": "loss", "rates": "rate", "speeds": "tokens_per_second"}
-
-
-class _Guard:
-    """Whatever a tracker raises inside, which may be anything, costs the run that tracker alone."""
-
-    def __init__(self, tracked: Tracked, word: str) -> None:
-        self._tracked, self._word = tracked, word
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> bool:
-        if error is None or not isinstance(error, Exception):
-            return False
-        self._tracked.lost(self._word, error)
-        return True
+    def _each(self, tell: Callable[[Writer], None]) -> None:
+        for writer in [*self._writers]:
+            if writer.error is None:
+                tell(writer)
+            else:
+                self._writers.remove(writer)
+                self._shown.say(f"warning: --track {writer.word} {writer.lost}")

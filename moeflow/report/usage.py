@@ -1,4 +1,4 @@
-"""How much each expert of the original was used while it was calibrated: read from what is stored of that, not counted anew."""
+"""How much each expert of the original was used, by an engine's requests or while it was calibrated: read from what is stored."""
 
 import json
 import struct
@@ -10,7 +10,7 @@ from moeflow.step import Artifact
 from moeflow.store import Manifest, NotStored, Store, StoreError
 from moeflow.store.names import split_part
 
-OBSERVE = "calibrate.observe"
+OBSERVE, TRAFFIC = "calibrate.observe", "data.traffic"
 ORIGINAL = ("checkpoint.layer", "checkpoint.merged_layer", "checkpoint.rest", "checkpoint.merged_rest", "calibrate.")
 """The beginnings of the steps that a pass of the original reads."""
 THREADS = 32
@@ -22,7 +22,8 @@ def of_experts(store: Store, lineage: Mapping[str, Manifest]) -> dict[int, tuple
 
     Layers of which nothing is stored any more are left out, as after `moeflow gc --keep-results`.
     """
-    passes = [m for m in lineage.values() if m.step == OBSERVE and _of_original(m, lineage)]
+    served = [m for m in lineage.values() if m.step == TRAFFIC]
+    passes = served or [m for m in lineage.values() if m.step == OBSERVE and _of_original(m, lineage)]
     wanted = [(m.key, name) for m in passes for name in m.files if name.startswith("layer-")]
     with ThreadPoolExecutor(THREADS) as pool:
         read = [*pool.map(lambda at: _counts(store, *at), wanted)]

@@ -7,6 +7,7 @@ import os
 import pickle
 import sys
 import threading
+from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -14,7 +15,7 @@ from moeflow.run.gang import take_part, torn
 
 
 class ToParent:
-    """Sends a running step's progress and notes to the process that started this one."""
+    """Sends a running step's progress, scalars and notes to the process that started this one."""
 
     def __init__(self, parent: Connection) -> None:
         self._parent, self._lock = parent, threading.Lock()
@@ -25,6 +26,9 @@ class ToParent:
 
     def progress(self, key: str, done: int, total: int, unit: str, detail: str) -> None:
         self.tell("progress", key, done, total, unit, detail)
+
+    def scalars(self, key: str, at: int, values: Mapping[str, float]) -> None:
+        self.tell("scalars", key, at, dict(values))
 
     def note(self, key: str, text: str) -> None:
         self.tell("note", key, text)

@@ -137,6 +137,8 @@ def _finished(children: list[_Child], shown: Show) -> Done:
         for child, (kind, *what) in _messages(children):
             if kind == "progress":
                 shown.progress(*what)
+            elif kind == "scalars":
+                shown.scalars(*what)
             elif kind == "note":
                 shown.note(*what)
             elif kind == "waits":

@@ -1,9 +1,10 @@
 """A run as a stream of events, one JSON object a line: for programs that follow it, on the standard output with --json."""
 
 import json
+import math
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TextIO
 
 from moeflow.run.outcome import Outcome, printable
@@ -15,9 +16,10 @@ from moeflow.step import Step
 class Events(Show):
     """Every event of a run as a line of JSON; remarks go to the standard error, too, as people read them.
 
-    begin (steps, todo, stored), start, progress (done, total, unit, at most every five seconds for each step), finish (seconds),
-    taken (keys of steps whose content was stored), note, say and end (run, stored, seconds); each has the time since the epoch, and
-    what is of one step its key and label. No event has the keys of the last line of a run.
+    begin (steps, todo, stored), start, progress (done, total, unit, at most every five seconds for each step), scalars (the values
+    behind an optimizer step, by its number), finish (seconds), taken (keys of steps whose content was stored), note, say and end
+    (run, stored, seconds); each has the time since the epoch, and what is of one step its key and label. No event has the keys of
+    the last line of a run.
     """
 
     def __init__(
@@ -43,6 +45,10 @@ class Events(Show):
         if now - self._told.get(key, 0.0) >= self._quiet:
             self._told[key] = now
             self._of(key, "progress", done=done, total=total, unit=unit, **({"detail": detail} if detail else {}))
+
+    def scalars(self, key: str, at: int, values: Mapping[str, float]) -> None:
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no word for others
+        self._of(key, "scalars", number=at, values=finite)
 
     def finish(self, key: str) -> None:
         began = self._began.pop(key, None)

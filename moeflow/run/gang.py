@@ -6,6 +6,7 @@ Knows neither Ray nor torch, nor who starts the processes: `children.py` on this
 import fcntl
 import shutil
 import uuid
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +64,10 @@ class Member(Running):
     def progress(self, done: int, total: int, unit: str, detail: str = "") -> None:
         if self.rank == 0:
             super().progress(done, total, unit, detail)
+
+    def scalars(self, at: int, values: Mapping[str, float]) -> None:
+        if self.rank == 0:
+            super().scalars(at, values)
 
     def note(self, text: str) -> None:
         if self.rank == 0:

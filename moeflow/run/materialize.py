@@ -17,8 +17,9 @@ import moeflow
 from moeflow.machine import gpu_model
 from moeflow.run.call import Call
 from moeflow.run.work import threads, work_folder
+from moeflow.sources import elsewhere
 from moeflow.step import Artifact
-from moeflow.store import File, Manifest, NotStored, Store, StoreError, part_digest, partial
+from moeflow.store import File, Manifest, NotStored, Store, StoreError, checked, part_digest, partial
 from moeflow.store.claims import claimed
 from moeflow.store.errors import too_large
 from moeflow.store.patience import heard, wait_out
@@ -33,9 +34,11 @@ OFTEN = 0.2  # seconds between two progress reports of a step
 
 
 class Reporter(Protocol):
-    """Receives a running step's progress and notes."""
+    """Receives a running step's progress, scalars and notes."""
 
     def progress(self, key: str, done: int, total: int, unit: str, detail: str) -> None: ...
+
+    def scalars(self, key: str, at: int, values: Mapping[str, float]) -> None: ...
 
     def note(self, key: str, text: str) -> None: ...
 
@@ -83,7 +86,7 @@ class Running:
         inputs = call.record.inputs
         scratch = [work / "inputs" / str(n) for n in range(len(inputs))]
         with ThreadPoolExecutor(THREADS) as pool:
-            self.inputs = [*pool.map(lambda i, to: store.artifact(i.key, scratch=to), inputs, scratch)]
+            self.inputs = [*pool.map(lambda i, to: elsewhere.seen(store, i.key, to), inputs, scratch)]
 
     def progress(self, done: int, total: int, unit: str, detail: str = "") -> None:
         now = time.monotonic()
@@ -91,21 +94,28 @@ class Running:
             self._reported = now
             self._report.progress(self._call.key, done, total, unit, detail)
 
+    def scalars(self, at: int, values: Mapping[str, float]) -> None:
+        self._report.scalars(self._call.key, at, values)
+
     def note(self, text: str) -> None:
         self.notes.append(text)
         self._report.note(self._call.key, text)
 
     def link(self, artifact: Artifact, name: str, to: str | None = None) -> None:
         to = to or name
-        source = next((i for i in self.inputs if i is artifact), None)
+        at, source = next(((n, i) for n, i in enumerate(self.inputs) if i is artifact), (0, None))
         if source is None:
             raise ValueError(f"{artifact.key} is no input of {self._call.record.step}; only files of inputs can be linked")
-        if name not in source.files:
-            known = ", ".join(source.files) or "no file"
+        if name not in source.names():
+            known = ", ".join(source.names()) or "no file"
             raise FileNotFoundError(f"{artifact.key} has no file {name!r} to link; it has: {known}")
-        if to in self.links:
+        if to in self.links or (self.out / (to + elsewhere.ENDING)).exists():
             raise FileExistsError(f"the output already links a file as {to!r}; pass another name as `to`")
-        self.links[to] = source.files[name]
+        if isinstance(source, elsewhere.Seen) and (lies := source.elsewhere.get(name)):
+            self.stands_for = {**self.stands_for, to: lies.sha256}
+            elsewhere.written(replace(lies, head=b"", pieces=((at, name, 0, lies.size),)), self.out, to)
+        else:
+            self.links[to] = source.files[name]
 
     def save(self, folder: Path, at: int = 0) -> None:
         self.kept = True
@@ -168,12 +178,21 @@ def commit(call: Call, store: Store, context: Running, seconds: float) -> Done:
     reads, notes = context.reads + sum(i.reads for i in context.inputs), tuple(context.notes)
     writes = sum(p.stat().st_size for p in context.out.rglob("*") if p.is_file())
     record = replace(
-        call.record, libraries=libraries(), notes=notes, seconds=seconds, reads=reads, stands_for=dict(context.stands_for),
+        call.record, libraries=libraries(), notes=notes, seconds=seconds, reads=reads, stands_for=_stands_for(context),
         machine={"gpu": gpu_model() if call.resources.gpus else "", "threads": call.threads, "loaded": context.loaded},
     )  # fmt: skip
     made = store.commit(call.key, context.out, record=record, links=context.links)
     parts = _parts(call, store.manifest(call.key)) if call.parts else {}
     return Done(call.key, made.digest, parts, made.bytes, True, reads, writes, seconds, notes, made.intact)
+
+
+def _stands_for(context: Running) -> dict[str, str]:
+    """The files that the output is, by name with their SHA-256, if any of them lies elsewhere."""
+    if not context.stands_for:
+        return {}
+    here = {p.relative_to(context.out).as_posix(): p for p in context.out.rglob("*") if p.is_file()}
+    own = {name: checked.file_of(path).sha256 for name, path in here.items() if not elsewhere.is_note(name)}
+    return {**{name: file.sha256 for name, file in context.links.items()}, **own, **context.stands_for}
 
 
 def alias(call: Call, of: str, store: Store) -> None:

@@ -52,7 +52,7 @@ ENDS = "a pipeline raises ValueError with what is wrong"
 
 MEANING = {
     Source: "a folder, org/name[@revision] on the hub, or s3://bucket/prefix",
-    Texts: "URI[#column[+column]][*weight] or the name of a data set or mixture, several joined by commas",
+    Texts: "URI[#column[+column]][*weight] or the name of a data set or mixture, several joined by commas; or traffic:FILE",
 }
 """What to write for sources and texts, for the page of help."""
 

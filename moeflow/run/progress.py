@@ -5,7 +5,7 @@ It shows what a runner reports and decides nothing; both runners report the same
 
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TextIO
@@ -44,6 +44,9 @@ class Show:
     def start(self, key: str) -> None: ...
 
     def progress(self, key: str, done: int, total: int, unit: str, detail: str = "") -> None: ...
+
+    def scalars(self, key: str, at: int, values: Mapping[str, float]) -> None:
+        """Numbers of a step's course, behind its optimizer step `at`."""
 
     def finish(self, key: str) -> None:
         """The step is stored."""

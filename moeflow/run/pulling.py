@@ -66,13 +66,14 @@ def for_engine(folder: Path, engine: Engine) -> dict[str, Any]:
 
     Raises OSError if what was pulled is still in moeflow's own format and the engine does not load that.
     """
+    made = _done(["-m", "moeflow.model.for_engine", str(folder), engine.word], "remove it and pull again")
     config = json.loads((folder / CONFIG).read_text())
     if str(config.get("model_type")).startswith(OWN) and not engine.counts:
         raise OSError(
             f"{folder} is in moeflow's own format ({config['model_type']}), since its family has no other for such experts, and "
             f"{engine.name} does not load that"
         )
-    return _done(["-m", "moeflow.model.for_engine", str(folder), engine.word], "remove it and pull again")
+    return made
 
 
 def converted(folder: Path, converter: Path) -> dict[str, Any]:

@@ -39,6 +39,7 @@ FIELDS: Mapping[str, tuple[Any, str, bool]] = {
     "pipeline_sha256": (str, "a digest", False),
     "sources": (list, "a list", False),
     "steps": (dict, "a mapping of names to versions", False),
+    "engine": (str, "what is to load it, as in vllm or vllm,tp=2", False),
 }
 """What a recipe says: the type of each entry, in words, and whether it must be there."""
 
@@ -64,6 +65,8 @@ class Recipe:
     """The version of each step, by name."""
     pipeline_sha256: str = ""
     """Of the pipeline's file."""
+    engine: str = ""
+    """What it was made for, as in vllm or vllm,tp=2; "" for no engine in particular."""
 
     @property
     def words(self) -> list[str]:
@@ -160,6 +163,8 @@ class Asked:
     record: Callable[[], dict[str, Any]]
     name: str
     """The name of its version, unless another is given."""
+    engine: str = ""
+    """What a recipe says is to load it, unless another engine is given."""
 
 
 def asked(file: Path, words: Sequence[str], own: pipeline.Build | None = None) -> Asked:
@@ -185,7 +190,7 @@ def asked(file: Path, words: Sequence[str], own: pipeline.Build | None = None) -
             same = recipe.pipeline in shipped() or Path(recipe.pipeline).is_file()
             return record(Path(recipe.pipeline) if same else place, every, build, target)
 
-    return Asked(target, again, recipe.name or file.stem)
+    return Asked(target, again, recipe.name or file.stem, recipe.engine)
 
 
 def is_recipe(file: Path) -> bool:
@@ -213,7 +218,7 @@ def read(path: Path) -> Recipe:
             said = "is missing" if value is None else f"is {str(value)[:60]!r}"
             raise ValueError(f"{path}: its `{name}` {said}, and must be {what}; a recipe is what `moeflow pull` writes")
     words = {str(name): word_of(value) for name, value in raw["parameters"].items()}
-    about = {n: raw[n] for n in ("name", "directory", "steps", "pipeline_sha256") if raw.get(n)}
+    about = {n: raw[n] for n in ("name", "directory", "steps", "pipeline_sha256", "engine") if raw.get(n)}
     given = tuple(s for s in raw.get("sources") or () if isinstance(s, dict))
     return Recipe(path, raw["pipeline"], words, raw["key"], sources=given, **about)
 

@@ -5,6 +5,7 @@ divided where their number allows it.
 """
 
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,11 +16,13 @@ from vllm.model_executor.models.transformers import TransformersForCausalLM
 from moeflow.arch import Family, layer_of
 from moeflow.model.compressed import MODELS, Compressed
 from moeflow.model.formats import Format, layer_formats
+from moeflow.model.packed import asymmetric
 from moeflow.model.routed_experts import RoutedExperts, experts_of
 from moeflow.model.skeleton import layers_of
 from moeflow.serve.checks import check
 from moeflow.serve.pieces import Pieces
 from moeflow.serve.plugin import log
+from moeflow.serve.traffic import Note, recorder_of
 
 
 class General(TransformersForCausalLM):
@@ -33,6 +36,9 @@ class General(TransformersForCausalLM):
         self.formats = layer_formats(config.to_dict())
         self.shares: dict[int, range] = {}
         super().__init__(vllm_config=vllm_config, prefix=prefix)
+        if recorder := recorder_of(vllm_config):
+            for layer, format, block in self._blocks():
+                block.experts.register_forward_pre_hook(partial(_told, recorder.layer(layer, format.experts)))
 
     def _decorate_for_torch_compile(self) -> None:
         """Nothing: `settle_model` has made it eager."""
@@ -55,7 +61,7 @@ class General(TransformersForCausalLM):
 
         Raises ValueError if an expert lacks a matrix or a factor, or one has another shape than its place.
         """
-        pieces = Pieces(self.family)
+        pieces = Pieces(self.family, zeros=asymmetric(self.config.to_dict()))
         for layer, format, block in self._blocks():
             experts = block.experts.experts if isinstance(block.experts, OfRank) else block.experts
             pieces.add(layer, format, experts, self.shares.get(layer))
@@ -110,6 +116,11 @@ class OfRank(nn.Module):
     def forward(self, x_TD: Tensor, index_Tk: Tensor, weights_Tk: Tensor) -> Tensor:
         y_TD: Tensor = tensor_model_parallel_all_reduce(self.experts(x_TD, index_Tk, weights_Tk))
         return y_TD
+
+
+def _told(note: Note, experts: Any, args: tuple[Tensor, ...]) -> None:
+    """Tell `note` what a module of experts is given: states, and the index and weight of each token's experts."""
+    note(args[1], args[2])
 
 
 def register_body(config_class: Any) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from moeflow.arch import COMPRESSED, Family
 from moeflow.model.formats import Format, layer_formats, some
+from moeflow.serve import traffic
 from moeflow.serve.checks import check
 from moeflow.serve.low_rank import LowRankExperts
 from moeflow.serve.pieces import Pieces
@@ -64,6 +65,7 @@ def native_class(model_type: str) -> Any:
         self.checkpoint, self.moe_family = vllm_config.model_config.model, Family.of(plain)
         with _formats_of(module, self.moe_family, layer_formats(plain)):
             base.__init__(self, vllm_config=vllm_config, prefix=prefix)
+        traffic.record_runners(self, vllm_config)
 
     def load_weights(self: Any, weights: Any) -> set[str]:
         pieces, own = Pieces(self.moe_family), set()

@@ -7,7 +7,7 @@ from torch import Tensor
 from moeflow.arch import Family
 from moeflow.model.factors import form_of, stacks
 from moeflow.model.formats import Format, routing_shapes, some
-from moeflow.model.packed import PACKED, SCALE, SHAPE, unpack
+from moeflow.model.packed import PACKED, SCALE, SHAPE, ZERO, unpack
 
 PARTS = (PACKED, SCALE, SHAPE)
 
@@ -15,8 +15,9 @@ PARTS = (PACKED, SCALE, SHAPE)
 class Pieces:
     """The places of all experts of a model's layers; a tensor that another rank has is taken and dropped."""
 
-    def __init__(self, family: Family) -> None:
-        self.family = family
+    def __init__(self, family: Family, *, zeros: bool = False) -> None:
+        """`zeros`: whether packed matrices have zero points."""
+        self.family, self.parts = family, (*PARTS, *([ZERO] if zeros else []))
         self.places: dict[str, Tensor | None] = {}
         self.packed: dict[str, dict[str, Tensor]] = {}
         self.missing: set[str] = set()
@@ -41,7 +42,7 @@ class Pieces:
 
     def take(self, name: str, tensor: Tensor) -> bool:
         """Put the tensor with this name on disk into its place; False if it is of no expert. Raises ValueError for another size."""
-        end = next((e for e in PARTS if name.endswith(e) and name.removesuffix(e) in self.places), "")
+        end = next((e for e in self.parts if name.endswith(e) and name.removesuffix(e) in self.places), "")
         name = name.removesuffix(end)
         if name not in self.places:
             return False
@@ -51,9 +52,9 @@ class Pieces:
         if end:
             parts = self.packed.setdefault(name, {})
             parts[end] = tensor.clone()  # vLLM may read the next one into the same memory
-            if len(parts) < len(PARTS):
+            if len(parts) < len(self.parts):
                 return True
-            tensor = unpack(*(parts[e] for e in PARTS))
+            tensor = unpack(*(parts[e] for e in self.parts))
             del self.packed[name]
         if tensor.shape != place.shape:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)} where config.json asks for {tuple(place.shape)}; correct one")

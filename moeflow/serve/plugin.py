@@ -5,11 +5,14 @@ from typing import Any
 
 from moeflow.arch import COMPRESSED, FAMILIES, Config
 from moeflow.model.formats import layer_formats
-from moeflow.serve.ways import WAY, architectures, low_rank, way_of
+from moeflow.serve import switch
+from moeflow.serve.ways import NAMES, WAY, architectures, low_rank, way_of
 
 log = logging.getLogger("vllm.moeflow")  # vLLM shows what is said below its own name
 ENTRY = "moeflow.serve.models"
 """The module with a class for each model type, imported by vLLM when it needs one."""
+STOCK = "moeflow.serve.stock"
+"""The module with vLLM's own classes, with their experts counted."""
 
 
 def register() -> None:
@@ -33,9 +36,39 @@ def register() -> None:
     for name, model_type in architectures().items():
         ModelRegistry.register_model(name, f"{ENTRY}:{model_type}")
         MODELS_CONFIG_MAP[name] = Settled
+    if switch.wanted():
+        for name in (n for names in NAMES.values() for n in names if n in ModelRegistry.get_supported_archs()):
+            ModelRegistry.register_model(name, f"{STOCK}:{name}")
+            MODELS_CONFIG_MAP[name] = _counted(MODELS_CONFIG_MAP.get(name, VerifyAndUpdateConfig))
     for arch in FAMILIES:
         if arch.latent:
             MODEL_ARCH_CONFIG_CONVERTORS[COMPRESSED + arch.model_type] = Latent
+
+
+def _counted(before: Any) -> Any:
+    """What vLLM settles for one of its own architectures, and what counting its experts needs."""
+
+    class Counted(before):
+        @staticmethod
+        def verify_and_update_model_config(model: Any) -> None:
+            before.verify_and_update_model_config(model)
+            if switch.wanted():
+                eager(model)
+
+        @staticmethod
+        def verify_and_update_config(config: Any) -> None:
+            before.verify_and_update_config(config)
+            if switch.wanted():
+                switch.settle(config.parallel_config)
+
+    return Counted
+
+
+def eager(model: Any) -> None:
+    """Switch CUDA graphs and torch.compile off in vLLM's `ModelConfig`, where experts are counted."""
+    if not model.enforce_eager:
+        log.info("moeflow: without CUDA graphs and torch.compile, because %s counts in the forward", switch.VARIABLE)
+        model.enforce_eager = True
 
 
 def settle_model(model: Any) -> None:
@@ -46,6 +79,8 @@ def settle_model(model: Any) -> None:
     from moeflow.serve.kernels import missing_kernel
 
     chosen = way_of(model.hf_config.to_dict(), missing_kernel(model))
+    if switch.wanted():
+        eager(model)
     if chosen.way == "general":
         _settle_general(model, chosen.why)
     else:
@@ -87,6 +122,8 @@ def settle(config: Any) -> None:
         )
     if native and low_rank(plain) and not current_platform.is_cpu():
         _without_graphs(config, plain)
+    if switch.wanted():
+        switch.settle(parallel)
     operations = config.compilation_config.custom_ops
     if current_platform.is_cpu() and config.model_config.use_mla and not any("rotary_embedding" in o for o in operations):
         operations.append("-rotary_embedding")  # the processor's own misreads the queries of latent attention

@@ -2,13 +2,15 @@
 
 import json
 from dataclasses import asdict, dataclass
+from typing import Protocol, TypeVar
 
 from moeflow.sources.places import SourceFile
 from moeflow.sources.where import place_of
-from moeflow.step import Artifact, Context
+from moeflow.step import Artifact
 from moeflow.store.errors import MayPass, MissingSource
 
 NOTE = "source.json"
+A = TypeVar("A", bound=Artifact)
 WAY_OUT = "; with -p source=copy the store keeps a copy, which no change and no move of the source can touch"
 
 
@@ -29,18 +31,35 @@ class Note:
         return Note(raw["uri"], SourceFile(**raw["file"]))
 
 
+class Counts(Protocol):
+    """What counts the bytes that are read: `moeflow.step.Context` is such."""
+
+    reads: int
+
+
+@dataclass
+class Count:
+    """A count of bytes."""
+
+    reads: int = 0
+
+
 @dataclass(frozen=True)
 class Referred:
-    """The file that a note describes, read like an artifact with this one file, by a running step."""
+    """The file that a note describes, read like an artifact with this one file."""
 
     note: Note
-    context: Context
+    context: Counts
 
     def names(self) -> list[str]:
         return [self.note.file.name]
 
     def size(self, name: str) -> int:
         return self.note.file.size
+
+    def on_disk(self, name: str) -> bool:
+        """Whether the file lies on a disk of this machine. Raises MissingSource if it should, and is gone."""
+        return place_of(self.note.uri).local(self.note.uri, self.note.file) is not None
 
     def read(self, name: str, start: int, stop: int) -> bytes:
         """The bytes [start, stop). Raises MissingSource, with the way out, if the source has changed or moved."""
@@ -56,8 +75,13 @@ class Referred:
         return data
 
 
-def opened(artifact: Artifact, context: Context) -> Artifact | Referred:
+def is_reference(artifact: Artifact) -> bool:
+    """Whether the artifact is a note of a source's file."""
+    return artifact.names() == [NOTE]
+
+
+def opened(artifact: A, context: Counts) -> A | Referred:
     """What an artifact is a note of, or the artifact itself if it holds the files."""
-    if artifact.names() != [NOTE]:
+    if not is_reference(artifact):
         return artifact
     return Referred(Note.load(artifact.read(NOTE, 0, artifact.size(NOTE))), context)

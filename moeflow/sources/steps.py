@@ -45,7 +45,7 @@ def file(context: Context, *, uri: str, name: str, size: int, pin: str) -> None:
 
 
 def _note_spec(*, uri: str, file: SourceFile) -> Spec:
-    return Spec({"files": {file.name: file.size}}, writes=len(Note(uri, file).dump()), memory=MEMORY)
+    return Spec({"files": {file.name: file.size}, "elsewhere": True}, writes=len(Note(uri, file).dump()), memory=MEMORY)
 
 
 @step("sources.reference", version=1, spec=_note_spec)
@@ -70,7 +70,8 @@ def files(context: Context, *, uri: str, files: list[tuple[str, int, str]]) -> N
 
 def folders_read(running: Collection[Step]) -> list[str]:
     """The folders that these steps read: those that bring files from one, and those that read a file by a note of it."""
-    notes = (step_of(i) for s in running for i in s.inputs if step_of(i).name == "sources.reference")
+    inputs = [step_of(i) for s in running for i in s.inputs]
+    notes = (i for s in (*inputs, *(step_of(i) for s in inputs for i in s.inputs)) if (i := s).name == "sources.reference")
     uris = {str(s.params["uri"]) for s in (*running, *notes) if s.name.startswith("sources.")}
     return sorted(uri for uri in uris if uri.startswith("/"))
 

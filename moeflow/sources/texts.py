@@ -3,7 +3,7 @@
     URI[#column[+column...]][*weight][, URI...]      for example  code.jsonl#text*2,s3://bucket/wiki/*.parquet#body
 
 The name of a known data set (`NAMED`) stands for its URI and columns, that of a mixture (`MIXTURES`) for several data sets:
-`mix-agent*3,alpaca`.
+`mix-agent*3,alpaca`. `traffic:FILE` is what a serving engine has recorded of its requests, by itself.
 The string is parsed when a `Texts` is made, and its sources are pinned when `entries` is first called. No text is read here.
 """
 
@@ -15,6 +15,8 @@ from functools import cached_property
 
 from moeflow.sources.source import Source, pin
 
+TRAFFIC = "traffic:"
+"""What a string begins with that names what an engine recorded, instead of texts."""
 WEIGHT = re.compile(r"\*(\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)$")
 
 
@@ -81,6 +83,10 @@ class Texts:
 
     def __post_init__(self) -> None:
         _ = self._parsed
+        if self.is_traffic and len(self._parsed) > 1:
+            raise ValueError(f"texts {self.spec!r}: {TRAFFIC}FILE stands alone; several files are a folder or a glob")
+        if self.is_traffic and (self._parsed[0][1] or WEIGHT.search(self.spec)):
+            raise ValueError(f"texts {self.spec!r}: {TRAFFIC}FILE has neither columns nor a weight; leave them away")
 
     def entries(self) -> tuple[TextEntry, ...]:
         """Each source, pinned; those on this machine first. Raises MissingSource."""
@@ -98,7 +104,12 @@ class Texts:
     def is_tokens(self) -> bool:
         """Is this a ready-made matrix of token ids, one local `.npy` file?"""
         uris = [p[0] for p in self._parsed]
-        return len(uris) == 1 and "://" not in uris[0] and uris[0].endswith(".npy")
+        return len(uris) == 1 and "://" not in uris[0] and uris[0].endswith(".npy") and not uris[0].startswith(TRAFFIC)
+
+    @property
+    def is_traffic(self) -> bool:
+        """Is this what a serving engine has recorded of its requests (docs/traffic.md)?"""
+        return any(p[0].startswith(TRAFFIC) for p in self._parsed)
 
     @cached_property
     def _local(self) -> dict[int, TextEntry]:
@@ -112,7 +123,7 @@ class Texts:
 
     def _entry(self, i: int) -> TextEntry:
         uri, columns, weight, format = self._parsed[i]
-        return TextEntry(pin(uri, kind="data"), columns, weight, format)
+        return TextEntry(pin(uri.removeprefix(TRAFFIC), kind="data"), columns, weight, format)
 
     @cached_property
     def _parsed(self) -> tuple[tuple[str, tuple[str, ...], float, str], ...]:

@@ -1,6 +1,6 @@
 """A stored folder as a step reads it: files are downloaded on first use, ranges without the rest. Knows no recipes."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -61,6 +61,17 @@ class StoredArtifact:
                 opened.seek(start)
                 return opened.read(stop - start)
         return self._fetched(file, start, stop)
+
+    def on_disk(self, name: str) -> bool:
+        """Whether one file lies on a disk of this machine where it is read, and is not to be downloaded."""
+        return self._blobs.local(names.blob(self._file(name).sha256)) is not None
+
+    def put(self, file: File, fill: Callable[[Path], None], to: str) -> Path:
+        """The path of a file beside those of the folder, as `to`, which `fill` writes, verified, if this node does not have it."""
+        path = self._folder / to
+        if not path.exists():
+            self._cache.put(file, fill, path)
+        return path
 
     def folder(self) -> Path:
         missing = {self._folder / n: f for n, f in self.files.items() if not (self._folder / n).exists()}

@@ -10,7 +10,7 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +42,12 @@ class NodeCache:
             if not linked(path, to):
                 to.symlink_to(path)
             return
-        cached = self.folder / name
+        self.put(file, lambda half: take(blobs, file, half), to)
+
+    def put(self, file: File, fill: Callable[[Path], None], to: Path) -> None:
+        """As `link`, of a file that `fill` writes, verified, where this node does not have it."""
+        cached = self.folder / names.blob(file.sha256)
+        to.parent.mkdir(parents=True, exist_ok=True)
         with disk(self.folder, file.size, ELSEWHERE):
             while True:
                 with suppress(FileNotFoundError):  # not cached yet, or evicted between two lines
@@ -54,7 +59,7 @@ class NodeCache:
                     return
                 with self._locked(file.sha256):
                     if not cached.exists():
-                        self._bring(blobs, file, cached)
+                        self._bring(file, fill, cached)
 
     def hold(self, blobs: Blobs, file: File, pin: Path) -> Path:
         """The path of the cached blob, which stays while `pin`, a second link to it, exists. Raises CorruptBlob, StoreError."""
@@ -104,14 +109,14 @@ class NodeCache:
             raise FileNotFoundError(str(cached)) from error
         return cached
 
-    def _bring(self, blobs: Blobs, file: File, cached: Path) -> None:
+    def _bring(self, file: File, fill: Callable[[Path], None], cached: Path) -> None:
         self._make_room(file.size)
         cached.parent.mkdir(parents=True, exist_ok=True)
         handle, path = tempfile.mkstemp(dir=cached.parent, prefix=".half-")
         os.close(handle)
         half = Path(path)
         try:
-            take(blobs, file, half)
+            fill(half)
             half.chmod(0o444)
             half.replace(cached)
         finally:

@@ -66,7 +66,7 @@ class Manifest(Record):
     @cached_property
     def digest(self) -> str:
         """The digest of the contents, whatever recipe made them; of a note, that of the files elsewhere."""
-        return digest_of(self.stands_for) if self.stands_for else part_digest(self, "")
+        return part_digest(self, "")
 
     @cached_property
     def bytes(self) -> int:
@@ -109,5 +109,7 @@ def _file(name: str, file: File) -> File:
 
 
 def part_digest(manifest: Manifest, prefix: str) -> str:
-    """The digest of the files whose names begin with `prefix`: the contents of an input that is a part."""
-    return digest_of({name: file.sha256 for name, file in manifest.files.items() if name.startswith(prefix)})
+    """The digest of the files whose names begin with `prefix`, the contents of an input that is a part; of a note, of the files
+    elsewhere."""
+    digests = manifest.stands_for or {name: file.sha256 for name, file in manifest.files.items()}
+    return digest_of({name: sha256 for name, sha256 in digests.items() if name.startswith(prefix)})

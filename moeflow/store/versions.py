@@ -48,6 +48,9 @@ def publish(store: Store, name: str, key: str, *, record: Mapping[str, Any] | No
     reports = [*dict.fromkeys(reports)]
     if not store.has(key):
         raise NotStored(f"{key} is not stored in {store.url}, so it cannot be published as {name}")
+    manifest = store.manifest(key)
+    if outside := sorted(manifest.stands_for.keys() - manifest.files.keys()):
+        raise ValueError(f"{outside[0]} of {key} lies outside the store; publish a checkpoint whose model is `lasting`")
     while True:
         if (n := published(store, name, key, reports)) and same_gate(_read(store, name, n).record, record or {}):
             return n

@@ -14,7 +14,9 @@ from contextlib import ExitStack
 from itertools import count
 from pathlib import Path
 from random import Random
+from typing import get_args
 
+from moeflow.sources import How
 from tests.chaos import clusters
 from tests.chaos.kinds import KINDS
 from tests.chaos.places import NAMES, Absent, Place, opened
@@ -38,13 +40,14 @@ def main(words: Sequence[str] | None = None) -> int:
         with ExitStack() as stack:
             stack.callback(clusters.heads.close)
             places = _places(asked.store, folder, stack)
-            truth = undisturbed(folder)
-            say(f"chaos: an undisturbed run takes {truth.seconds:.1f} s; seed {asked.seed}, in {folder}")
+            truths = [undisturbed(folder / how, how) for how in get_args(How)]
+            say(f"chaos: an undisturbed run takes {truths[0].seconds:.1f} s; seed {asked.seed}, in {folder}")
             until = time.monotonic() + 60 * asked.minutes
             for kind, place, n in _turns(asked, places):
                 if time.monotonic() > until:
                     break
-                rounds.append(_round(kind, place, truth, f"{asked.seed}/{kind}/{place.name}/{n}", folder))
+                name = f"{asked.seed}/{kind}/{place.name}/{n}"
+                rounds.append(_round(kind, place, Random(f"source {name}").choice(truths), name, folder))
     except KeyboardInterrupt:
         say("chaos: interrupted")
     print(json.dumps(summary(rounds) | {"seed": asked.seed}) if asked.json else table(rounds), flush=True)

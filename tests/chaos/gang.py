@@ -82,7 +82,7 @@ def gang(scene: Scene) -> None:
 
 
 def _words(scene: Scene) -> list[str]:
-    model, tokens, _ = (word.partition("=")[2] for word in scene.truth.words)
+    model, tokens, *_ = (word.partition("=")[2] for word in scene.truth.words)
     return [f"model={model}", f"tokens={tokens}", f"heldout={tokens}", f"tune.text={tokens}", *SIZES]
 
 

@@ -8,6 +8,7 @@ from moeflow.methods.data import steps as data
 from moeflow.methods.graph import Pass, Sample
 from moeflow.methods.recipes import naee
 from moeflow.run import in_process
+from moeflow.sources import pin
 from moeflow.step import upstream
 from moeflow.store import Store
 from moeflow.store.manifest import CHUNK
@@ -18,7 +19,7 @@ def test_dropping_experts_of_a_layer_reads_at_most_that_layer_s_file_and_assembl
     s3_url: str, server: servers.Proxy, tmp_path: Path
 ) -> None:
     folder = tiny.write("mixtral", tmp_path / "model", hidden_size=128, intermediate_size=512)
-    model = running.model_in(folder)
+    model = checkpoint.pinned(pin(str(folder), kind="model", how="copy"))  # what is referred to is read from the folder
     matrix = data.tokens(running.matrix_of(tmp_path), model, Sample(4, 16))
     target = checkpoint.checkpoint_of(naee.prune(calibrate.run(model, matrix, Pass(batch=4, shard=4)), keep=6))
     steps = upstream([target])

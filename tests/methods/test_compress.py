@@ -18,6 +18,7 @@ from moeflow.cli import app
 from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data
+from moeflow.methods.decompose import steps as decompose
 from moeflow.methods.decompose.options import Decomposition
 from moeflow.methods.graph import Calibration, Model, Pass, Sample
 from moeflow.methods.prune import genetic
@@ -413,3 +414,25 @@ def test_a_second_shard_of_text_adds_up(tmp_path: Path) -> None:
     assert found[0][0]["loss"]["value"] == pytest.approx(found[1][0]["loss"]["value"], rel=1e-5)
     one, two = (spectra for _, spectra in found)
     np.testing.assert_allclose(one["gate_EK"], two["gate_EK"], rtol=1e-4, atol=1e-6 * one["gate_EK"].max())
+
+
+@pytest.mark.parametrize("rule", ["uniform", "global"])
+def test_a_layer_with_many_experts_is_decomposed_by_several_tasks_to_the_same_bytes(
+    rule: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some experts have too few tokens, so that their spectra are scaled by those of experts in other tasks."""
+    source = tiny.write("mixtral", tmp_path / "model")
+    model = running.model_in(source)
+    seen = calibrated(model, tmp_path)
+    how = Decomposition(ratio=0.3, ranks=rule, least=30)
+    made: dict[int, bytes] = {}
+    for at_once in (64, 3):
+        monkeypatch.setattr(decompose, "PER_TASK", at_once)
+        store = Store.open(str(tmp_path / f"store-{at_once}"))
+        layer = moei2.decompose(seen, how).layers[1]
+        running.run(store, layer)
+        tasks = [s for s in upstream([layer]) if s.name == "decompose.layer" and s.params["layer"] == 1 and "uniform" in s.params]
+        assert {s.params["parts"] for s in tasks} == {1 if at_once == 64 else 3}
+        tensors, facts = store.artifact(layer.key).file("layer.safetensors"), store.artifact(layer.key).file("facts.json")
+        made[at_once] = tensors.read_bytes() + facts.read_bytes()
+    assert made[64] == made[3]

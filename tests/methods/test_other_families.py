@@ -28,7 +28,7 @@ from moeflow.methods.slim.methods import Slimming
 from moeflow.model import passes
 from moeflow.model.checkpoint import Tensors, read_moe
 from moeflow.model.formats import format_of
-from moeflow.model.layout import LAYER, Folder, names_without_experts, read_config
+from moeflow.model.layout import LAYER, Folder, experts_in, headers, names_without_experts, read_config
 from moeflow.model.moe import MoELayer
 from moeflow.model.passes import norm_offset
 from moeflow.step import upstream
@@ -95,11 +95,12 @@ def test_experts_of_any_form_are_slimmed(layer: Layer, method: str) -> None:
 
 def test_experts_of_any_form_are_factored(layer: Layer) -> None:
     how, before, seen = Decomposition(least=1), Folder(layer.before), [Folder(layer.shard)]
-    spectra = factoring.spectra(layer.context, layer.config, before, seen, how, layer=layer.number, dtype="float32")
+    every = range(experts_in(headers(before), layer.config, layer.number))
+    spectra = factoring.spectra(layer.context, layer.config, before, seen, how, layer=layer.number, experts=every, dtype="float32")
     assert set(spectra.energies) == set(layer.family.matrices)
     factoring.rewrite(
         layer.context, layer.config, before, seen, how, layer=layer.number, ranks=dict.fromkeys(("gate", "up", "down"), 22),
-        dtype="float32",
+        experts=every, dtype="float32",
     )  # fmt: skip
     assert layer.moe(layer.context.out).experts[0].biases == () or layer.family.arch.expert_biases
     assert 0 < layer.apart() < 0.3

@@ -195,7 +195,7 @@ def test_a_span_compares_its_combinations_on_about_as_many_tokens_as_told(tmp_pa
     save_file({name: torch.cat([s[name][:2] for s in starts]) for name in starts[0]}, tmp_path / "states")
     (searched,) = (s for s in part.inputs if step_of(s).name == "prune.candidates")
     sets = {2: [s.keep for s in Candidates.read(store.artifact(searched.key)).only.best[:2]]}
-    file = store.artifact(model.layers[2].key).file("layer.safetensors")
+    file = running.read(store, model.layers[2])
     found = reception.losses(
         dict(model.config), [(2, file)], sets, [tmp_path / "states"], [], batch=2, dtype="float32", progress=lambda *_: None
     )

@@ -3,9 +3,12 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
+import threading
 import venv
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,8 @@ from typer.testing import CliRunner
 
 from moeflow.cli import app
 from moeflow.report import trackers
+from moeflow.report.tracking import Tracked
+from moeflow.run.progress import Show
 
 ROOT = Path(__file__).parents[2]
 PIPELINE = Path(__file__).parents[1] / "tracked_pipeline.py"
@@ -50,6 +55,69 @@ def test_a_tracker_that_fails_costs_the_run_nothing(tmp_path: Path, monkeypatch:
     assert [line for line in done.stderr.splitlines() if "--track" in line] == [
         "warning: --track here:disk cannot be written to, and is left out from here on: RuntimeError: disk is full"
     ]
+
+
+def test_a_trainings_loss_is_there_while_it_trains_and_comes_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The training waits for the tracker to have its first loss."""
+    here = Notes(tmp_path / "looked-at")
+    monkeypatch.setitem(trackers.TRACKERS, "here", trackers.Kind("json", "DIR", lambda where, run: here))
+    words = ["run", str(PIPELINE), "--store", str(tmp_path / "store"), "--runner", "process", "--track", "here:disk"]
+    done = CliRunner().invoke(app, [*words, "-p", f"until={here.seen}"])
+    assert done.exit_code == 0, done.output
+    losses = [(s.step, s.value) for s in here.some if s.name == "finetune/loss"]
+    assert losses == [(1, 4.0), (2, 3.0), (3, 2.0)], "none again from training.json, which has them, too"
+    names = [s.name for s in here.some]
+    assert names.index("finetune/loss") < names.index("seconds/finetune.train") < names.index("finetune/rate")
+    assert here.about["version"] == "tracked_pipeline@1" and here.closed == [False]
+    here.some.clear()
+    CliRunner().invoke(app, [*words, "-p", f"until={here.seen}"])
+    assert [s.step for s in here.some if s.name == "finetune/loss"] == [1, 2, 3], "of a training that was stored, too"
+
+
+class Notes:
+    """A tracker that keeps what it gets, and touches a file when it has a loss."""
+
+    def __init__(self, seen: Path) -> None:
+        self.seen, self.some, self.closed = seen, list[trackers.Scalar](), list[bool]()
+        self.about: dict[str, str] = {}
+
+    def told(self, about: Mapping[str, str]) -> None:
+        self.about |= about
+
+    def scalars(self, some: Sequence[trackers.Scalar]) -> None:
+        self.some += some
+        if any(s.name == "finetune/loss" for s in some):
+            self.seen.touch()
+
+    def close(self, *, failed: bool) -> None:
+        self.closed.append(failed)
+
+
+def test_a_tracker_that_hangs_or_breaks_midway_neither_stops_a_run_nor_holds_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    said, ended = [], threading.Event()
+
+    class Hanging(Notes):
+        def scalars(self, some: Sequence[trackers.Scalar]) -> None:
+            ended.wait(60)
+
+    class Breaking(Notes):
+        def scalars(self, some: Sequence[trackers.Scalar]) -> None:
+            sys.exit("out of files")
+
+    class Said(Show):
+        def say(self, text: str) -> None:
+            said.append(text)
+
+    for name, kind in (("hangs", Hanging), ("breaks", Breaking)):
+        monkeypatch.setitem(trackers.TRACKERS, name, trackers.Kind("json", "DIR", lambda where, run, kind=kind: kind(Path())))
+    with Tracked(["hangs:x", "breaks:y"], "run", Said(), {}, patience=0.2) as tracked:
+        for at in range(5000):
+            tracked.scalars("finetune.train-0", at, {"loss": 1.0})
+    ended.set()
+    assert len(said) == 2
+    assert "warning: --track breaks:y cannot be written to, and is left out from here on: SystemExit: out of files" in said
+    (hangs,) = [text for text in said if "hangs:x" in text]
+    assert re.fullmatch(r"warning: --track hangs:x does not answer: its last [\d,]+ numbers are not waited for", hangs)
 
 
 @pytest.fixture(scope="module")

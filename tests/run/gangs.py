@@ -67,6 +67,7 @@ def sum_(
             (state / f"rank-{context.rank}").write_text(f"{n} {so_far}")
             context.save(state, at=n)
             context.progress(n, to, "squares", detail=f"sum {so_far}")
+            context.scalars(n, {"sum": so_far})
             dist.barrier()  # the states before this one are in the store now
             if n == die_at and marker and context.rank == context.processes - 1 and not Path(marker).exists():
                 Path(marker).touch()

@@ -53,7 +53,8 @@ def test_one_process_and_two_leave_the_same_bytes_under_the_same_key(store: Stor
 def test_a_killed_process_is_replaced_and_the_gang_goes_on_from_what_it_kept(store: Store, trace: Path, tmp_path: Path) -> None:
     shown = (tmp_path / "told").open("w+")
     target = gangs.sum_(toy.number(n=1), to=5, die_at=3, marker=str(tmp_path / "died"), trace=str(trace)).on(processes=2)
-    outcome = in_process.run([target], store, progress=Lines(shown, quiet=0))
+    scalars = toy.Scalars(shown, quiet=0)
+    outcome = in_process.run([target], store, progress=scalars)
     assert read(store, target)["sum"] == "55" and outcome.steps[-1].notes == ("summed up to 5",)
     begun = [int(line.rpartition(" ")[2]) for line in lines(trace)]
     assert begun[0] == begun[2] == 0 and begun[1] == begun[3] >= 2, "both went on from the same step"
@@ -61,6 +62,8 @@ def test_a_killed_process_is_replaced_and_the_gang_goes_on_from_what_it_kept(sto
     assert "process 1 was killed by SIGKILL; it goes on from what was saved" in said
     assert "5/5 squares  sum 55  " in said
     assert said.count("summed up to 5") == 1, "rank 0 speaks for all"
+    assert {*scalars.heard} == {(1, "sum", 1), (2, "sum", 5), (3, "sum", 14), (4, "sum", 30), (5, "sum", 55)}
+    assert len(scalars.heard) <= 6, "once each, and again at most the one behind what was saved"
 
 
 def test_a_process_lost_more_often_than_retries_allow_fails_the_step(store: Store) -> None:

@@ -1,5 +1,6 @@
 """What only a cluster can do: run steps beside each other, bound them, and lose their workers."""
 
+import io
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -56,8 +57,9 @@ def test_steps_demand_their_cpus(store: Store, trace: Path) -> None:
 @pytest.mark.usefixtures("local_ray")
 def test_a_worker_killed_in_the_middle_of_a_step_is_replaced_and_continues(store: Store, trace: Path, tmp_path: Path) -> None:
     graph = toy.count(to=8, die_at=5, marker=str(tmp_path / "died"), trace=str(trace))
-    outcome = on_ray.run([graph], store)
-    assert (tmp_path / "died").exists()
+    scalars = toy.Scalars(io.StringIO())
+    outcome = on_ray.run([graph], store, progress=scalars)
+    assert (tmp_path / "died").exists() and scalars.heard[-3:] == [(6, "number", 6), (7, "number", 7), (8, "number", 8)]
     assert trace.read_text().splitlines() == ["from 0", "from 5"]
     assert (content(store, graph), len(outcome.ran)) == ("8", 1)
 

@@ -2,10 +2,11 @@
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from moeflow.run.progress import Lines
 from moeflow.step import Context, Spec, step
 from moeflow.store.errors import SourceUnavailable
 
@@ -21,6 +22,13 @@ def wait(happens: Callable[[], bool]) -> None:
     """Return as soon as that is true."""
     while not happens():
         time.sleep(0.02)
+
+
+class Scalars(Lines):
+    """Lines, and in `heard` the numbers that steps report, each with its place and name."""
+
+    def scalars(self, key: str, at: int, values: Mapping[str, float]) -> None:
+        self.heard = [*getattr(self, "heard", ()), *((at, name, value) for name, value in values.items())]
 
 
 def sized(*inputs: int | None, size: int = 8, **_: Any) -> Spec:
@@ -142,6 +150,7 @@ def count(context: Context, *, to: int, die_at: int = 0, marker: str = "", trace
         (state / "n").write_text(str(n))
         context.save(state)
         context.progress(n, to, "numbers")
+        context.scalars(n, {"number": n})
         if n == die_at and marker and not Path(marker).exists():
             Path(marker).touch()
             os.kill(os.getpid(), 9)

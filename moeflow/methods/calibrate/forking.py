@@ -47,9 +47,9 @@ class Stage(NamedTuple):
     """One layer that the states run through."""
 
     layer: int
-    file: Path
+    file: Path | Files
     alternatives: Mapping[str, Alternative]
-    whole: Path | None = None
+    whole: Path | Files | None = None
     """The layer as it was, if `file` is one of its alternatives already, which may lack the block that the others replace."""
 
 
@@ -61,8 +61,10 @@ def begun(which: Forks | None, sources: Sequence[Artifact], only: Collection[str
         counts = Candidates.read(sources[0]).counts
         return {name: Kept(counts[int(name)].best[0].keep) for name in which.names}
     if which.kind == "files":
+        from moeflow.sources.elsewhere import weights
+
         files = zip(which.names, sources, strict=False)
-        return {name: artifact.file(LAYER) for name, artifact in files if only is None or name in only}
+        return {name: weights(artifact, LAYER) for name, artifact in files if only is None or name in only}
     return {name: Without(left_out(name)) for name in which.names}
 
 

@@ -16,11 +16,12 @@ import numpy as np
 
 from moeflow.arch import EMBEDDING, Family
 from moeflow.methods.calibrate.chains import Alternatives, Chain, Forks, groups, rows_of
+from moeflow.methods.calibrate.counted import traffic_of
 from moeflow.methods.graph import HIDDEN, REST, TOKENS, Calibration, Model, Pass
 from moeflow.methods.records import Curves, Shortlist
 from moeflow.model import operations
 from moeflow.model.ahead import ahead
-from moeflow.model.layout import LAYER, ROUTING, file_before, file_of, read_config
+from moeflow.model.layout import LAYER, ROUTING, Files, file_before, file_of, read_config
 from moeflow.model.memory import on_device, passing
 from moeflow.model.spec import (
     HiddenSpec,
@@ -33,6 +34,7 @@ from moeflow.model.spec import (
     header_bytes,
     precision,
 )
+from moeflow.sources.elsewhere import weights
 from moeflow.step import Artifact, Context, Part, Spec, Step, step
 
 HELD = 20 << 30
@@ -44,7 +46,12 @@ def run(model: Model, tokens: Step, passed: Pass = Pass(), *, inputs: bool = Tru
 
     `inputs`: whether to keep the MoE inputs of as many tokens as `passed` says; without them a calibration holds router statistics
     only. `between`: whether to keep the hidden states before every layer, for the same tokens.
+
+    What an engine counted (`data.traffic`) goes along for a model that has its experts; if no token ids go with it, nothing is run.
     """
+    counted = traffic_of(model, tokens)
+    if not tokens.spec.output.sequences:
+        return Calibration(model, tokens, passed, (), (), {}, {}, 0, traffic=counted)
     hidden = starts = _embedded(model, tokens, passed)
     tokens_of_shard = passed.sequences_of_shard * tokens.spec.output.length
     each = tokens_of_shard if passed.record is None else -(-passed.record // len(starts))
@@ -60,7 +67,8 @@ def run(model: Model, tokens: Step, passed: Pass = Pass(), *, inputs: bool = Tru
             before.append(tuple(h.part(file_before(i)) for h in hidden))
             if i in moe_layers:
                 observed[i] = tuple(h.part(file_of(i)) for h in hidden)
-    return Calibration(model, tokens, passed, starts, hidden, states, observed, each, tuple(before) if between else ())
+    kept = tuple(before) if between else ()
+    return Calibration(model, tokens, passed, starts, hidden, states, observed, each, kept, traffic=counted)
 
 
 def hidden_states(model: Model, tokens: Step, passed: Pass = Pass()) -> tuple[Step, ...]:
@@ -139,11 +147,11 @@ def _behind(
     return tuple(observe(model.essential, hidden, layers, recording=recording, **how) for hidden in states)
 
 
-def _read(layers: tuple[Artifact, ...]) -> Iterator[Path]:
+def _read(layers: tuple[Artifact, ...]) -> Iterator[Path | Files]:
     """The file of each layer, or the folder of its files if there are several; the next is read while one is computed with."""
 
-    def of(layer: Artifact) -> Path:
-        return layer.folder() if ROUTING in layer.names() else layer.file(LAYER)
+    def of(layer: Artifact) -> Path | Files:
+        return layer.folder() if ROUTING in layer.names() else weights(layer, LAYER)
 
     return ahead(partial(of, layer) for layer in layers)
 
@@ -365,10 +373,10 @@ def forks(
     only = None if shortlist is None else Shortlist.read(shortlist).layers
 
     def stages() -> Iterator[forking.Stage]:
-        for done, file in enumerate(ahead(partial(layer.file, LAYER) for layer in layers)):
+        for done, file in enumerate(ahead(partial(weights, layer, LAYER) for layer in layers)):
             which = alternatives[done] if done < len(alternatives) else None
             held = sources[done] if which and sources else ()
-            whole = held[-1].file(LAYER) if which and which.replaced else None
+            whole = weights(held[-1], LAYER) if which and which.replaced else None
             named = None if only is None else only.get(how.first + done)
             yield forking.Stage(how.first + done, file, forking.begun(which, held, named), whole)
             context.progress(done + 1, len(layers), "layers")

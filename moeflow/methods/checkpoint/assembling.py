@@ -1,6 +1,7 @@
 """What the steps that assemble a checkpoint's folder are made of: what they need, the index, config.json and the history."""
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from math import prod
 from typing import Any
@@ -8,16 +9,20 @@ from typing import Any
 from moeflow import __version__
 from moeflow.arch import Config, Family, Layout, family_config
 from moeflow.methods.checkpoint import export, prediction
+from moeflow.methods.graph import REST
 from moeflow.methods.records import Facts, decision
-from moeflow.methods.rewrite import readable
+from moeflow.methods.rewrite import link_all, readable
 from moeflow.model import operations
 from moeflow.model.engine_form import form_of
 from moeflow.model.formats import config_of, format_of
-from moeflow.model.layout import headers
+from moeflow.model.layout import ESSENTIAL, headers
 from moeflow.model.packed import Shapes, check_whole, quantization_config, schemes_of
 from moeflow.model.spec import CheckpointSpec, LayerSpec, RestSpec, TensorTable, file_bytes, header_bytes
-from moeflow.model_files import HISTORY, INDEX
+from moeflow.model_files import HISTORY, INDEX, PROCESSORS, named_like
 from moeflow.step import Artifact, Context, Spec
+
+Put = Callable[[Context, Artifact, str, str], None]
+"""What puts a file of an input into the output, under another name."""
 
 
 def assemble_spec(
@@ -56,13 +61,55 @@ def assemble_as_spec(
 
 def written_spec(before: LayerSpec | RestSpec, *, at: int | None, layout: Mapping[str, Any]) -> Spec:
     tensors = export.table(before.tensors, Layout.from_json(layout), at)
-    out = replace(before, tensors=tensors) if isinstance(before, LayerSpec) else before
+    out = replace(before, tensors=tensors, elsewhere=False) if isinstance(before, LayerSpec) else before
     size = file_bytes(tensors)
     return Spec(out, reads=file_bytes(before.tensors), writes=size, memory=3 * size)
 
 
-def link_weights(context: Context, artifacts: Sequence[Artifact]) -> None:
-    """Link the safetensors files of these artifacts into the checkpoint, and write its index."""
+def linked(context: Context, artifact: Artifact, name: str, to: str) -> None:
+    """Link a file of an input into the output as `to`, wherever its bytes lie."""
+    context.link(artifact, name, to)
+
+
+def kept(context: Context, artifact: Artifact, name: str, to: str) -> None:
+    """Link a file of an input into the output as `to`; what lies at the source only is copied, so that the output lasts."""
+    from moeflow.sources.elsewhere import Seen
+
+    if isinstance(artifact, Seen) and name in artifact.elsewhere:
+        artifact.copy(name, context.out / to)
+    else:
+        linked(context, artifact, name, to)
+
+
+def write(
+    context: Context, rest: Artifact, every: Sequence[Artifact], choices: Sequence[Artifact], config: Config, decoder: int, put: Put
+) -> None:
+    """Write the folder of a checkpoint of these layers, of which the first `decoder` are decoder layers."""
+    _put_weights(context, (*every, rest), put)
+    (context.out / "config.json").write_text(readable(_config_json(every, rest, config, decoder)))
+    link_all(context, rest, but=(REST, ESSENTIAL, "config.json"))
+    _write_history(context, every, choices)
+
+
+def write_as(
+    context: Context, rest: Artifact, layers: Sequence[Artifact], weights: Sequence[Artifact], choices: Sequence[Artifact],
+    config: Config, form: Mapping[str, Any], put: Put,
+) -> None:  # fmt: skip
+    """Write the folder of a checkpoint in another form, with these `weights`; see `steps.assemble_as`."""
+    layout = Layout.from_json(form["layout"])
+    _put_weights(context, weights, put)
+    text = _config_json(layers, rest, config, Family.of(config).num_layers, own=form["own"])
+    whole = export.result(text, json.loads(form["whole"]), layout) if form["whole"] else text
+    (context.out / "config.json").write_text(readable(export.without_arch(whole)))
+    processors = () if form["whole"] else tuple(n for n in rest.names() if named_like(n, PROCESSORS))
+    link_all(context, rest, but=(REST, ESSENTIAL, "config.json", *processors))
+    _write_history(context, layers, choices)
+    if form["note"]:
+        context.note(form["note"])
+
+
+def _put_weights(context: Context, artifacts: Sequence[Artifact], put: Put) -> None:
+    """Put the safetensors files of these artifacts into the checkpoint, and write its index."""
     tables = [headers(artifact) for artifact in artifacts]
     files = [
         (artifact, name, {n: t for n, t in table.items() if t.file == name})
@@ -74,13 +121,13 @@ def link_weights(context: Context, artifacts: Sequence[Artifact]) -> None:
     total = 0
     for i, (artifact, name, tensors) in enumerate(files):
         target = f"model-{i + 1:05d}-of-{len(files):05d}.safetensors"
-        context.link(artifact, name, target)
+        put(context, artifact, name, target)
         weight_map |= dict.fromkeys(tensors, target)
         total += sum(t.nbytes for t in tensors.values())
     (context.out / INDEX).write_text(readable({"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}))
 
 
-def config_json(every: Sequence[Artifact], rest: Artifact, config: Config, decoder: int, *, own: bool = False) -> Config:
+def _config_json(every: Sequence[Artifact], rest: Artifact, config: Config, decoder: int, *, own: bool = False) -> Config:
     """The config.json of the text model with these layers, of which the first `decoder` are decoder layers."""
     tables = [{n: t.shape for n, t in headers(artifact).items()} for artifact in (*every, rest)]
     formats = [format_of(table, config, i) for i, table in enumerate(tables[:-1])]
@@ -90,18 +137,19 @@ def config_json(every: Sequence[Artifact], rest: Artifact, config: Config, decod
     return config_of(family_config(config), kept, own=own or differ) | packing
 
 
-def write_history(context: Context, every: Sequence[Artifact], choices: Sequence[Artifact]) -> None:
+def _write_history(context: Context, every: Sequence[Artifact], choices: Sequence[Artifact]) -> None:
     done = [{"layer": i, "done": facts.done} for i, facts in enumerate(map(Facts.of, every)) if facts.done]
     history = {"moeflow": __version__, "choices": [decision(c) for c in choices], "layers": done}
     (context.out / HISTORY).write_text(readable(history))
 
 
 def _packing(tables: Sequence[Shapes], experts: Sequence[int], config: Config) -> tuple[dict[str, Any], bool]:
-    """The entries of config.json that describe packed matrices, none if there are none; and whether layers with experts differ in
-    how they are packed, which the family's own classes do not load."""
+    """The entries of config.json that describe packed matrices, none if there are none; and whether the family's own classes do not
+    load them: layers with experts differ in how they are packed, or have zero points."""
     for layer, (table, count) in enumerate(zip(tables, experts, strict=False)):
         check_whole(table, layer, config, count)
     shapes = {n: shape for table in tables for n, shape in table.items()}
     schemes = schemes_of(shapes, config)
     said = {"quantization_config": quantization_config(schemes, shapes, config)} if schemes else {}
-    return said, len({schemes.get(i) for i, count in enumerate(experts) if count}) > 1
+    zeros = any(not scheme.symmetric for scheme in schemes.values())
+    return said, zeros or len({schemes.get(i) for i, count in enumerate(experts) if count}) > 1

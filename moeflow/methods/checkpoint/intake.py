@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from moeflow.arch import ARCH, FAMILIES, HEAD, Config, Family, Layout, Stacked, layer_of, layout_in_memory
+from moeflow.arch.by_layer import as_numbers
 from moeflow.arch.found import Found
 from moeflow.model.header import TensorInfo
 from moeflow.model.json_file import kind_of
@@ -53,9 +54,10 @@ def text_config(whole: Config, found: Found | None, where: str) -> Config:
             )
     if found.layout.inside:
         above = {k: v for k in FROM_THE_WHOLE if (v := whole.get(k)) is not None}
-        text = {"model_type": found.arch.model_type} | text | above
+        text = text | {"model_type": found.arch.model_type} | above
         if found.shapes is not None:  # the defaults of the two classes may differ, and the whole model's counts
             text["tie_word_embeddings"] = HEAD not in found.shapes
+    text = as_numbers(text)
     return text if found.arch in FAMILIES else text | {ARCH: found.arch.to_json()}
 
 
@@ -176,9 +178,14 @@ def _asked(stack: Stacked, family: Family) -> tuple[int, ...] | None:
     return rows, columns
 
 
+def is_plain(entry: Sequence[Any]) -> bool:
+    """Whether the bytes of a table's entry are the tensor, and not a part or the transpose of what lies there."""
+    return len(entry) <= PLACE
+
+
 def view_of(raw: "Tensor", entry: Sequence[Any]) -> "Tensor":
     """The tensor of a table's entry in the bytes that it shares with others."""
-    if len(entry) <= PLACE:
+    if is_plain(entry):
         return raw
     _, turned, first, step = entry[PLACE]
     rows = entry[2][0]
@@ -187,7 +194,7 @@ def view_of(raw: "Tensor", entry: Sequence[Any]) -> "Tensor":
 
 def place(file: str, entry: Sequence[Any]) -> TensorInfo:
     """Where the bytes of a table's entry lie in the file, and their shape there."""
-    shape = entry[PLACE][0] if len(entry) > PLACE else entry[2]
+    shape = entry[2] if is_plain(entry) else entry[PLACE][0]
     return TensorInfo(file, entry[1], tuple(shape), entry[3], entry[4])
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from moeflow.methods.records import Facts, read_json
 from moeflow.methods.rewrite import config_files
 from moeflow.model.formats import format_of
 from moeflow.model.header import TensorInfo
-from moeflow.model.layout import file_for
+from moeflow.model.layout import LAYER, ROUTING, Folder, file_for, headers
 from moeflow.model.spec import LayerSpec, RestSpec, TensorTable, file_bytes, tensor_bytes
 from moeflow.model_files import HISTORY
 from moeflow.step import Artifact, Context, Spec
@@ -30,9 +31,10 @@ Table = dict[str, list[Any]]
 def layer_spec(shards: tuple[Any, ...], history: Any, *, config: Config, layer: int, tensors: Table) -> Spec:
     table = _entries(tensors)
     experts = format_of({n: shape for n, (_, shape) in table.items()}, config, layer).experts
-    out = LayerSpec(config, layer, experts, table)
+    stays = all(shard.get("elsewhere") for shard in shards) and all(map(intake.is_plain, _of_layer(tensors).values()))
+    out = LayerSpec(config, layer, experts, table, elsewhere=stays)
     moved = intake.bytes_read(tensors)
-    return Spec(out, reads=moved, writes=out.nbytes, memory=2 * moved)
+    return Spec(out, reads=moved, writes=_note_bytes(out, tensors) if stays else out.nbytes, memory=2 * moved)
 
 
 def merged_layer_spec(
@@ -41,7 +43,8 @@ def merged_layer_spec(
 ) -> Spec:  # fmt: skip
     plain = layer_spec(shards, history, config=config, layer=layer, tensors=tensors)
     largest = max(tensor_bytes("F32", tuple(tensors[name][2])) for name in additions)
-    return replace(plain, reads=plain.reads + moved, memory=plain.memory + 2 * moved + 3 * largest)
+    out = replace(plain.output, elsewhere=False)
+    return replace(plain, output=out, writes=out.nbytes, reads=plain.reads + moved, memory=plain.memory + 2 * moved + 3 * largest)
 
 
 def rest_spec(
@@ -65,9 +68,37 @@ def beside_spec(shards: tuple[Any, ...], *, tensors: Table) -> Spec:
     return Spec(RestSpec({}, table, {}), reads=size, writes=file_bytes(table), memory=2 * size)
 
 
+def _note_bytes(layer: LayerSpec, tensors: Table) -> int:
+    """About the size of the note of a layer's file (`moeflow.sources.elsewhere`): its header, and the pieces of the rest."""
+    places = [(at, start, stop) for _, (at, _, _, start, stop) in sorted(_of_layer(tensors).items())]
+    pieces = 1 + sum(one[::2] != other[:2] for one, other in pairwise(places))
+    return 4 * layer.headers // 3 + 50 * pieces + 150
+
+
+def own_spec(before: LayerSpec) -> Spec:
+    return Spec(replace(before, elsewhere=False), reads=before.nbytes, writes=before.nbytes, memory=1 << 28)
+
+
 def gather_layer(context: Context, shards: tuple[Artifact, ...], tensors: Table, change: Change | None = None) -> None:
-    for file in sorted({file_for(n) for n in tensors}):
-        gather(context, shards, {n: t for n, t in tensors.items() if file_for(n) == file}, context.out / file, change)
+    """Write a layer's files. Where the shards are referred to, and hold every tensor as it is here, a note takes the place of the
+    layer's weights, which are read once all the same: to be checked, and for their digest."""
+    from moeflow.sources import elsewhere, referred
+
+    layer = _of_layer(tensors)
+    if beside := {n: t for n, t in tensors.items() if n not in layer}:
+        gather(context, shards, beside, context.out / ROUTING, change)
+    if not layer:
+        return
+    if change or not all(map(referred.is_reference, shards)) or not all(map(intake.is_plain, layer.values())):
+        gather(context, shards, layer, context.out / LAYER, change)
+        return
+    path, names = context.scratch / LAYER, [referred.opened(s, context).names()[0] for s in shards]
+    gather(context, shards, layer, path)
+    lies = sorted(headers(Folder(context.scratch)).items(), key=lambda t: t[1].start)
+    pieces = [(at, names[at], start, stop) for at, _, _, start, stop in (layer[n] for n, _ in lies)]
+    file = elsewhere.Elsewhere.of(path, lies[0][1].start, pieces)
+    elsewhere.written(file, context.out, LAYER)
+    context.stands_for = {**context.stands_for, LAYER: file.sha256}
 
 
 def gather(
@@ -114,6 +145,10 @@ def done_before(history: Artifact | None, layer: int) -> Facts | None:
     """What the `moeflow.json` of a checkpoint says was done to a layer before."""
     entries = read_json(history, HISTORY).get("layers", ()) if history else ()
     return next((Facts(tuple(e["done"])) for e in entries if e["layer"] == layer), None)
+
+
+def _of_layer(tensors: Table) -> Table:
+    return {n: entry for n, entry in tensors.items() if file_for(n) == LAYER}
 
 
 def _entries(tensors: Table) -> TensorTable:

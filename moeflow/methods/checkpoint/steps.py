@@ -18,12 +18,13 @@ from moeflow.methods.checkpoint.adapter import Addition
 from moeflow.methods.checkpoint.splitting import Table
 from moeflow.methods.graph import REST, Form, Model
 from moeflow.methods.records import Facts
-from moeflow.methods.rewrite import link_all, readable, write_config
+from moeflow.methods.rewrite import link_all, write_config
 from moeflow.model.asked import check_layer, check_rest
 from moeflow.model.header import TensorInfo
-from moeflow.model.layout import ESSENTIAL, LAYER, headers
+from moeflow.model.layout import LAYER, headers
 from moeflow.model.packed import METHOD
-from moeflow.model_files import HISTORY, PROCESSORS, TRAVELLING, named_like
+from moeflow.model.spec import LayerSpec
+from moeflow.model_files import HISTORY, TRAVELLING, named_like
 from moeflow.sources import Mtp, Source
 from moeflow.step import Artifact, Context, Step, step
 
@@ -195,11 +196,16 @@ def assemble(
     the decisions that led here. `moeflow.json` has these, and what was done to each layer, in order. No weight is read or written:
     the folder lists the layers' existing blobs.
     """
-    every = (*layers, *prediction_layers)
-    assembling.link_weights(context, (*every, rest))
-    (context.out / "config.json").write_text(readable(assembling.config_json(every, rest, config, len(layers))))
-    link_all(context, rest, but=(REST, ESSENTIAL, "config.json"))
-    assembling.write_history(context, every, choices)
+    assembling.write(context, rest, (*layers, *prediction_layers), choices, config, len(layers), assembling.kept)
+
+
+@step("checkpoint.listed", version=1, spec=assembling.assemble_spec)
+def listed(
+    context: Context, rest: Artifact, layers: tuple[Artifact, ...], prediction_layers: tuple[Artifact, ...] = (),
+    choices: tuple[Artifact, ...] = (), *, config: Config,
+) -> None:  # fmt: skip
+    """As `assemble`, of layers whose files may lie at the source: for steps that read it, and no result."""
+    assembling.write(context, rest, (*layers, *prediction_layers), choices, config, len(layers), assembling.linked)
 
 
 @step("checkpoint.assemble_as", version=2, spec=assembling.assemble_as_spec)
@@ -214,16 +220,18 @@ def assemble_as(
     the source's config.json, of which the result's is to be made, if it is; "layout"; "own", whether the result has moeflow's
     format in any case; "note", for people.
     """
-    layout = Layout.from_json(form["layout"])
-    assembling.link_weights(context, (*(files or (*layers, rest)), *([] if beside is None else [beside])))
-    text = assembling.config_json(layers, rest, config, Family.of(config).num_layers, own=form["own"])
-    whole = export.result(text, json.loads(form["whole"]), layout) if form["whole"] else text
-    (context.out / "config.json").write_text(readable(export.without_arch(whole)))
-    processors = () if form["whole"] else tuple(n for n in rest.names() if named_like(n, PROCESSORS))
-    link_all(context, rest, but=(REST, ESSENTIAL, "config.json", *processors))
-    assembling.write_history(context, layers, choices)
-    if form["note"]:
-        context.note(form["note"])
+    weights = (*(files or (*layers, rest)), *([] if beside is None else [beside]))
+    assembling.write_as(context, rest, layers, weights, choices, config, form, assembling.kept)
+
+
+@step("checkpoint.listed_as", version=1, spec=assembling.assemble_as_spec)
+def listed_as(
+    context: Context, rest: Artifact, layers: tuple[Artifact, ...], files: tuple[Artifact, ...] = (),
+    beside: Artifact | None = None, choices: tuple[Artifact, ...] = (), *, config: Config, form: dict[str, Any],
+) -> None:  # fmt: skip
+    """As `assemble_as`, of layers whose files may lie at the source: for steps that read it, and no result."""
+    weights = (*(files or (*layers, rest)), *([] if beside is None else [beside]))
+    assembling.write_as(context, rest, layers, weights, choices, config, form, assembling.linked)
 
 
 @step("checkpoint.written", version=1, spec=assembling.written_spec)
@@ -232,15 +240,37 @@ def written(context: Context, before: Artifact, *, at: int | None, layout: dict[
     export.write(before, headers(before), Layout.from_json(layout), at, context.out / (REST if at is None else LAYER))
 
 
+@step("checkpoint.own", version=1, spec=splitting.own_spec)
+def own(context: Context, before: Artifact) -> None:
+    """The same layer; what of it lies at the source only is copied, so that a checkpoint rests on nothing outside the store."""
+    for name in before.names():
+        assembling.kept(context, before, name, name)
+
+
+def lasting(model: Model) -> Model:
+    """The same model as a graph whose layers' files are all in the store, as those of a result have to be.
+
+    Where a checkpoint in the form of the source has all layers written anew, nothing changes.
+    """
+    if model.form is not None and _written_anew(export.written(model, model.form).layout):
+        return model
+    every = enumerate((*model.layers, *model.extra))
+    return model.with_layers({i: own(layer) for i, layer in every if layer.spec.output.elsewhere})
+
+
 def checkpoint_of(model: Model) -> Step:
     """The whole checkpoint as one artifact, in the form of its source as far as the model still fits into it."""
+    model = lasting(model)
     if model.form is None:
         return counted(model)
     return _assembled_as(model, export.written(model, model.form), model.form)
 
 
 def text_model_of(model: Model) -> Step:
-    """A checkpoint of the text model alone, which transformers loads as a causal language model."""
+    """A checkpoint of the text model alone, which transformers loads as a causal language model.
+
+    If the model is not `lasting`, its files may lie at the source, which is enough for what only reads them.
+    """
     if model.form is None:
         return counted(model)
     as_whole = export.written(model, model.form)
@@ -258,13 +288,22 @@ def told_model_of(model: Model) -> Step:
 
 def counted(model: Model) -> Step:
     """The same weights under the names that moeflow works on, for what counts them by name; transformers may not load it."""
-    return assemble(model.rest, model.layers, model.extra, model.choices, config=as_engines_read(model.config))
+    made = listed if _elsewhere(*model.layers, *model.extra) else assemble
+    return made(model.rest, model.layers, model.extra, model.choices, config=as_engines_read(model.config))
+
+
+def _elsewhere(*files: Step) -> bool:
+    return any(isinstance(file.spec.output, LayerSpec) and file.spec.output.elsewhere for file in files)
+
+
+def _written_anew(layout: Layout) -> bool:
+    return bool(layout.renamed or layout.stacked)
 
 
 def _assembled_as(model: Model, as_: export.Written, form: Form) -> Step:
     every, layout = (*model.layers, *model.extra), as_.layout
     files: tuple[Step, ...] = ()
-    other = bool(layout.renamed or layout.stacked)
+    other = _written_anew(layout)
     if other or layout.apart:
         said = replace(layout, beside=(), inside=(), per_expert=False)
         decoder, behind = (replace(said, apart=pairs).to_json() for pairs in ((), layout.apart))
@@ -274,4 +313,5 @@ def _assembled_as(model: Model, as_: export.Written, form: Form) -> Step:
     whole = json.dumps(form.whole) if as_.as_source else ""  # a text, because values lose the order of their keys
     told = {"whole": whole, "layout": layout.to_json(), "own": as_.own, "note": as_.note}
     beside = form.beside if as_.as_source else None
-    return assemble_as(model.rest, every, files, beside, model.choices, config=as_engines_read(model.config), form=told)
+    made = listed_as if _elsewhere(*(files or every)) else assemble_as
+    return made(model.rest, every, files, beside, model.choices, config=as_engines_read(model.config), form=told)

@@ -13,12 +13,14 @@ from moeflow.methods.data.conversations import encoded, segments_of, tokenized
 from moeflow.methods.data.looking import look
 from moeflow.methods.data.matrices import matrix_of
 from moeflow.methods.data.packing import LeftOut, Piece, Portion, Tally, edges, fill, words
-from moeflow.methods.data.readers import Files, reader
+from moeflow.methods.data.readers import Files, named, reader
 from moeflow.methods.data.rows import Rows
+from moeflow.methods.data.traffic import held, read, served
+from moeflow.methods.data.traffic_rows import Served
 from moeflow.methods.graph import LEARNED, TOKENS, Model, Sample
 from moeflow.methods.rewrite import link_all
 from moeflow.model.layout import read_config
-from moeflow.model.spec import RestSpec, TokensSpec
+from moeflow.model.spec import RestSpec, TokensSpec, TrafficSpec
 from moeflow.options import check_choices
 from moeflow.sources import Source, TextEntry, Texts
 from moeflow.step import Artifact, Context, Spec, Step, step
@@ -64,6 +66,9 @@ class Examples(Sample):
 def tokens(texts: Texts, model: Model, sample: Sample) -> Step:
     """Build the token matrix of these texts with the model's own tokenizer. A ready-made `.npy` matrix is used unchanged.
 
+    `traffic:FILE` is what an engine recorded of its requests: their token ids, if it has them, are the text, and how often it chose
+    each expert goes with them.
+
     Documents are shuffled, tokenized one by one, joined, and cut into sequences. Conversations (`URI#messages`, with the tools that
     they call `URI#messages+tools`) are rendered by the model's chat template; what it refuses is left out and counted. Several
     texts are mixed by weight: each gives its share of the sequences, spread evenly over the matrix. Raises ValueError for texts
@@ -73,6 +78,18 @@ def tokens(texts: Texts, model: Model, sample: Sample) -> Step:
         (entry,) = texts.entries()
         shape = matrix_of(entry.source, int(model.config["vocab_size"])).shape
         return matrix(entry.source.file(entry.source.files[0].name), shape=[*shape])
+    if texts.is_traffic:
+        (entry,) = texts.entries()
+        of = served(model)
+        what = held(entry.source, of)
+        needed = sample.sequences * sample.length
+        if what.ids and what.ids < needed:
+            raise ValueError(
+                f"{_where(entry.source)} has {what.ids:,} token ids, and {sample.sequences} sequences of {sample.length} need "
+                f"{needed:,}; give fewer or shorter sequences, or more traffic"
+            )
+        cut = replace(sample, bos=False, eos=False) if what.ids else None
+        return traffic(model.essential, _whole(entry.source), of=of, weighed=what.weighed, sample=cut)
     fetched, mix = _fetched(texts, model)
     return sample_tokens(model.essential, model.texts, fetched, mix=mix, sample=sample)
 
@@ -89,6 +106,11 @@ def examples(texts: Texts, model: Model, sample: Examples) -> Step:
         if sample.format in ("instruction", "chat"):
             raise ValueError(f"format={sample.format!r} needs text, and a ready-made matrix of tokens is none; leave format away")
         return tokens(texts, model, sample)
+    if texts.is_traffic:
+        made = tokens(texts, model, Sample(sample.sequences, sample.length, sample.seed))
+        if not made.spec.output.sequences:
+            raise ValueError(f"{made.spec.output.where}, and fine-tuning needs text; name one (tune.text=..., recover.text=...)")
+        return made
     fetched, mix = _fetched(texts, model, sample.format)
     return sample_examples(model.essential, model.texts, fetched, mix=mix, sample=replace(sample, format="auto"))
 
@@ -181,12 +203,49 @@ def matrix(context: Context, file: Artifact, *, shape: list[int]) -> None:
     np.save(context.out / TOKENS, ids.astype(np.int32))
 
 
+def _traffic_spec(rest: RestSpec, file: Any, *, of: Served, weighed: bool, sample: Sample | None) -> Spec:
+    names = ("count_E", "tokens", "together_EE", *(["weight_E"] if weighed else []))
+    shape = (sample.sequences, sample.length) if sample else (0, 0)
+    _check_length(rest, shape[1])
+    reads = sum(file["files"].values())
+    writes = shape[0] * shape[1] * 4 + 500 + sum(500 + 8 * n * (n + 2) for _, n in of.experts)
+    spec = TrafficSpec(*shape, names, of.experts, min(file["files"]))
+    return Spec(spec, reads=reads, writes=writes, operations={"text": reads}, memory=6 * reads + writes + (1 << 27))
+
+
+@step("data.traffic", version=1, spec=_traffic_spec)
+def traffic(context: Context, config: Artifact, text: Artifact, *, of: Served, weighed: bool, sample: Sample | None) -> None:
+    """For each MoE layer, how often an engine chose each expert, and each with each other: a file as a pass of the model has it.
+
+    With `sample`, also the token matrix of its requests: each is a document, and they are shuffled, joined and cut as texts are.
+    """
+    files = _files(text)
+    recorded = read(files, of)
+    if recorded.weighed != weighed:
+        raise ValueError(f"{named(files)} has changed; run again")
+    recorded.write(context.out)
+    if sample is None:
+        return
+    order = np.random.default_rng(sample.seed).permutation(len(recorded.documents))
+
+    def documents(files: Files, part: Portion, tally: Tally) -> Iterator[list[Piece]]:
+        for i in order:
+            ids = list(recorded.documents[i])
+            yield [(ids, [1] * len(ids))]
+
+    fill(context, [files], (Portion(1.0),), documents, sample, "give fewer or shorter sequences, or more traffic")
+
+
+def _check_length(rest: RestSpec, length: int) -> None:
+    positions = rest.config.get("max_position_embeddings")
+    if positions and length > positions:
+        raise ValueError(f"length={length} is more than the model's {positions} positions; make sequences shorter")
+
+
 def _rows_spec(
     rest: RestSpec, tokenizer: Any, texts: tuple[Any, ...], *, mix: Sequence[Portion], sample: Sample, masked: bool = False
 ) -> Spec:
-    positions = rest.config.get("max_position_embeddings")
-    if positions and sample.length > positions:
-        raise ValueError(f"length={sample.length} is more than the model's {positions} positions; make sequences shorter")
+    _check_length(rest, sample.length)
     reads = sum(sum(t["files"].values()) for t in (tokenizer, *texts))
     writes = sample.sequences * sample.length * (4 + masked) + 128 * (1 + masked) + 300 * len(mix)
     return Spec(

@@ -25,45 +25,40 @@ from moeflow.step import Context
 
 @torch.inference_mode()
 def spectra(
-    context: Context, config: Config, before: Files, observed: Sequence[Files], how: Decomposition, *, layer: int, dtype: str
-) -> Spectra:
-    """The energies of every matrix's components, and what else a budget of ranks needs.
+    context: Context, config: Config, before: Files, observed: Sequence[Files], how: Decomposition,
+    *, layer: int, experts: range, dtype: str,
+) -> Spectra:  # fmt: skip
+    """The energies of the components of every matrix of these experts, and what else a budget of ranks needs, for `Spectra.joined`.
 
-    An expert with too few tokens gets the spectrum of its weights, scaled to the energy per token of the layer's other experts; an
-    expert without tokens costs nothing.
+    An expert with too few tokens has the energies of its weights; an expert without tokens costs nothing in the end.
     """
     family, tensors = Family.of(config), Tensors(before)
     moe = layer_of(tensors, config, layer, dtype)
     tokens = routed_tokens(moe, observed)
     treated = treatments(tokens, how.least, how.rare, method="whitened", by_weights="vanilla")
-    each: dict[str, dict[int, Tensor]] = {m: {} for m in family.matrices}
-    for expert, moments in _moments(moe, observed, how.weighted):
-        if treated[expert] == "whitened":
-            for m, w in zip(family.matrices, _matrices(moe.experts[expert]), strict=True):
-                moment: dict[str, Any] = moments[m]
-                each[m][expert] = components(w, shrink=how.shrink, **moment).energy_K.cpu()
-        context.progress(expert + 1, moe.num_experts, "experts")
-    result = {}
-    for at, (m, by_expert) in enumerate(each.items()):
-        per_token = sum(float(energy_K.sum()) for energy_K in by_expert.values()) / max(1, sum(tokens[e] for e in by_expert))
-        for e in set(range(moe.num_experts)) - set(by_expert):
-            plain_K = energies(_matrices(moe.experts[e])[at]).cpu()
-            by_expert[e] = plain_K * (per_token * tokens[e] / max(float(plain_K.sum()), 1e-30))
-        result[m] = torch.stack([by_expert[e] for e in range(moe.num_experts)]).numpy()
+    each: dict[str, list[Tensor]] = {m: [] for m in family.matrices}
+    for expert, moments in _moments(moe, observed, how.weighted, experts):
+        for m, w in zip(family.matrices, _matrices(moe.experts[expert]), strict=True):
+            moment: dict[str, Any] = moments[m]
+            of_outputs = treated[expert] == "whitened"
+            each[m].append((components(w, shrink=how.shrink, **moment).energy_K if of_outputs else energies(w)).cpu().double())
+        context.progress(len(each[m]), len(experts), "experts")
     rows, columns = _matrices(moe.experts[0])[0].shape
     itemsize = tensors[family.expert(layer, 0)[0]].element_size()
     whole_E = np.array([int(t == "keep") for t in treated])
-    return Spectra(result, np.array(tokens), whole_E, (rows, columns), itemsize)
+    of_outputs_E = np.array([int(treated[e] == "whitened") for e in experts])
+    found = {m: torch.stack(by_expert).numpy() for m, by_expert in each.items()}
+    return Spectra(found, np.array(tokens), whole_E, (rows, columns), itemsize, experts.start, of_outputs_E)
 
 
 @torch.inference_mode()
 def rewrite(
     context: Context, config: Config, before: Files, observed: Sequence[Files], how: Decomposition,
-    *, layer: int, ranks: Mapping[str, Any], dtype: str,
+    *, layer: int, ranks: Mapping[str, Any], experts: range, dtype: str,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Write the layer's file with factors in place of matrices, and return for every expert what was done.
+    """Write the layer's file with factors in place of these experts' matrices, and return for each what was done.
 
-    `ranks`: per matrix one rank, or one for each expert; 0 leaves it whole.
+    `ranks`: per matrix one rank, or one for each expert; 0 leaves it whole. What is of no expert is beside the first one.
     """
     family, tensors = Family.of(config), Tensors(before)
     moe = layer_of(tensors, config, layer, dtype)
@@ -72,10 +67,11 @@ def rewrite(
     by_expert = [
         {m: int(r[e] if isinstance(r := ranks.get(m, 0), list) else r) for m in family.matrices} for e in range(moe.num_experts)
     ]
-    result = dict(tensors)
+    names = {name: e for e in range(moe.num_experts) for name in family.expert(layer, e)}
+    result = {n: t for n, t in tensors.items() if names.get(n, 0) in experts}
     report = []
     needed = how.svd == "whitened" and any(any(r.values()) for r in by_expert)
-    statistics = _moments(moe, observed, how.weighted) if needed else ((e, None) for e in range(moe.num_experts))
+    statistics = _moments(moe, observed, how.weighted, experts) if needed else ((e, None) for e in experts)
     for expert, moments in statistics:
         wanted = by_expert[expert] if treated[expert] != "keep" else dict.fromkeys(family.matrices, 0)
         entry: dict[str, Any] = {"expert": expert, "tokens": tokens[expert], "ranks": wanted, "lost": {}}
@@ -88,8 +84,8 @@ def rewrite(
                 result[factor] = tensor.to(stored).cpu()
         entry["by"] = treated[expert] if any(wanted.values()) else "whole"
         report.append(entry)
-        context.progress(expert + 1, moe.num_experts, "experts")
-    if few := [e for e, by in enumerate(treated) if by != how.svd]:
+        context.progress(len(report), len(experts), "experts")
+    if few := [e for e in experts if treated[e] != how.svd]:
         what = "stay whole" if how.rare == "keep" else "are cut by their weights alone"
         context.note(f"layer {layer}: experts {few} saw fewer than {how.least} tokens and {what}")
     save(result, context.out / LAYER)
@@ -108,10 +104,10 @@ def _cut(w_MN: Tensor, rank: int, moments: Moments | None, matrix: str, shrink: 
     return parts.truncated(rank), float(parts.error(rank)) ** 2 / total if total else 0.0
 
 
-def _moments(moe: MoELayer, observed: Sequence[Files], weighted: bool) -> Iterator[tuple[int, Moments]]:
-    """The second moments of each expert in turn, over the tokens that all shards recorded."""
+def _moments(moe: MoELayer, observed: Sequence[Files], weighted: bool, experts: range) -> Iterator[tuple[int, Moments]]:
+    """The second moments of each of these experts in turn, over the tokens that all shards recorded."""
     shards = [Tensors(shard)["x_RD"].to(moe.router_ED.device, moe.router_ED.dtype) for shard in observed]
-    yield from enumerate(layer_moments(moe, torch.cat(shards), weighted=weighted))
+    yield from zip(experts, layer_moments(moe, torch.cat(shards), weighted=weighted, experts=experts), strict=True)
 
 
 def _matrices(expert: MLP) -> list[Tensor]:

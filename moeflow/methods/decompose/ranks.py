@@ -133,11 +133,16 @@ class Spectra:
     """The expert width F and the model width D."""
     itemsize: int
     """Bytes per weight."""
+    first: int = 0
+    """The number of the first expert in `energies`, where a task has treated a part of the layer's."""
+    outputs_E: NDArray[np.int64] | None = None
+    """Of a part: 1 for an expert in `energies` whose are of its outputs; those of others are of its weights, not yet scaled."""
 
     def write(self, folder: Path) -> None:
         numbers = {"sides": np.array(self.sides), "itemsize": np.array(self.itemsize)}
         each = {f"{m}_EK": energy for m, energy in self.energies.items()}
-        tensors = {**each, "tokens_E": self.tokens_E, "whole_E": self.whole_E, **numbers}
+        of_part = {} if self.outputs_E is None else {"first": np.array(self.first), "outputs_E": self.outputs_E}
+        tensors = {**each, "tokens_E": self.tokens_E, "whole_E": self.whole_E, **numbers, **of_part}
         save_file(tensors, folder / self.FILE, metadata={"format": "pt"})
 
     @classmethod
@@ -145,7 +150,25 @@ class Spectra:
         stored = load_file(artifact.file(cls.FILE))
         rows, columns = (int(n) for n in stored["sides"])
         energies = {m: stored[f"{m}_EK"] for m in MATRICES if f"{m}_EK" in stored}
-        return cls(energies, stored["tokens_E"], stored["whole_E"], (rows, columns), int(stored["itemsize"]))
+        first, outputs_E = int(stored.get("first", 0)), stored.get("outputs_E")
+        return cls(energies, stored["tokens_E"], stored["whole_E"], (rows, columns), int(stored["itemsize"]), first, outputs_E)
+
+    @staticmethod
+    def joined(parts: Sequence["Spectra"]) -> "Spectra":
+        """The layer's, of those of its parts, in any order.
+
+        An expert with too few tokens has the spectrum of its weights, scaled to the energy per token of the layer's other experts.
+        """
+        parts = sorted(parts, key=lambda part: part.first)
+        tokens_E = parts[0].tokens_E
+        outputs_E = np.concatenate([part.outputs_E for part in parts if part.outputs_E is not None])
+        energies = {m: np.concatenate([part.energies[m] for part in parts]) for m in parts[0].energies}
+        for energy_EK in energies.values():
+            sums_E = energy_EK.sum(1)
+            per_token = float(sums_E[outputs_E == 1].sum()) / max(1, int(tokens_E[outputs_E == 1].sum()))
+            for e in np.flatnonzero(outputs_E == 0):
+                energy_EK[e] *= per_token * int(tokens_E[e]) / max(float(sums_E[e]), 1e-30)
+        return Spectra(energies, tokens_E, parts[0].whole_E, parts[0].sides, parts[0].itemsize)
 
 
 def global_ranks(spectra: Mapping[int, Spectra], moved: Mapping[int, Mapping[str, float]], how: Decomposition) -> Ranks:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from moeflow.arch import MATRICES, Family
+from moeflow.methods import rewrite
 from moeflow.methods.decompose.options import Decomposition
 from moeflow.methods.decompose.ranks import (
     Spectra,
@@ -22,10 +23,13 @@ from moeflow.methods.decompose.ranks import (
 )
 from moeflow.methods.records import Curves, Facts, Importance, Ranks
 from moeflow.model import operations
-from moeflow.model.layout import read_config
+from moeflow.model.layout import experts_in, headers, read_config
 from moeflow.model.memory import on_device
 from moeflow.model.spec import LayerSpec, ObservedSpec, RestSpec, TensorTable, element_bytes
-from moeflow.step import Arithmetic, Artifact, Context, Spec, step
+from moeflow.step import Arithmetic, Artifact, Context, Part, Spec, Step, step
+
+PER_TASK = 64
+"""Experts of a layer that one task decomposes at most."""
 
 
 def sides(before: LayerSpec) -> tuple[int, int]:
@@ -44,48 +48,91 @@ def sides(before: LayerSpec) -> tuple[int, int]:
     return int(rows), int(columns)
 
 
+def tasks(before: Step) -> int:
+    """Into how many tasks the work on a layer's experts is divided."""
+    return max(1, -(-before.spec.output.experts // PER_TASK))
+
+
+def spectra_of(layer: int, of: tuple[Step | Part, Step, tuple[Step | Part, ...]], how: Decomposition, dtype: str) -> Step:
+    """The spectra of one layer; `of`: its inputs, as `Calibration.of` gives them."""
+    parts = tasks(of[1])
+    each = tuple(spectra(*of, layer=layer, part=part, parts=parts, how=how.of_spectra, dtype=dtype) for part in range(parts))
+    return joined_spectra(each)
+
+
+def factored(
+    layer_: int, of: tuple[Step | Part, Step, tuple[Step | Part, ...]], ranks: Step | None, uniform: dict[str, int],
+    how: Decomposition, dtype: str,
+) -> Step:  # fmt: skip
+    """One layer with its experts' matrices as products of two, to the ranks that a step decided, or to the same for all experts."""
+    same: dict[str, Any] = {"layer": layer_, "parts": tasks(of[1]), "uniform": uniform, "how": how.of_a_layer, "dtype": dtype}
+    each = tuple(layer(*of, ranks, part=part, **same) for part in range(tasks(of[1])))
+    return each[0] if len(each) == 1 else rewrite.joined(each)
+
+
+def _share(part: int, parts: int, experts: int) -> range:
+    """The experts that one of several tasks treats."""
+    return range(experts * part // parts, experts * (part + 1) // parts)
+
+
 def _recorded_bytes(config: Any, observed: tuple[ObservedSpec, ...], dtype: str) -> int:
     return sum(shard.rows for shard in observed) * int(config["hidden_size"]) * element_bytes(config, dtype)
 
 
 def _spectra_spec(
-    rest: RestSpec, before: LayerSpec, observed: tuple[ObservedSpec, ...], *, layer: int, how: Decomposition, dtype: str
-) -> Spec:
+    rest: RestSpec, before: LayerSpec, observed: tuple[ObservedSpec, ...],
+    *, layer: int, part: int, parts: int, how: Decomposition, dtype: str,
+) -> Spec:  # fmt: skip
     rows, columns = sides(before)
     recorded = _recorded_bytes(rest.config, observed, dtype)
-    writes = 500 + before.experts * (3 * 8 * min(rows, columns) + 8)
+    writes = 500 + len(_share(part, parts, before.experts)) * 3 * 8 * min(rows, columns) + before.experts * 24
     out = {"layer": layer, "bytes": writes, "experts": before.experts, "sides": [rows, columns]}
     working = before.loaded(dtype) + 2 * recorded + (2 << 30)
     memory, device = 2 * before.nbytes + before.loaded(dtype) + working, on_device(working)
     return Spec(
-        out, reads=before.headers + before.block_bytes + recorded, writes=writes, operations=_operations(before, observed),
+        out, reads=before.headers + before.block_bytes + recorded, writes=writes, operations=_operations(before, observed, parts),
         memory=memory, device=device,
     )  # fmt: skip
 
 
-def _operations(before: LayerSpec, observed: tuple[ObservedSpec, ...], *, whitened: bool = True) -> Mapping[Arithmetic, int]:
-    """Of a layer's decomposition, with the moments of its experts' tokens where their outputs are to be preserved."""
+def _operations(
+    before: LayerSpec, observed: tuple[ObservedSpec, ...], parts: int, *, whitened: bool = True
+) -> Mapping[Arithmetic, int]:
+    """Of a part of a layer's decomposition, with the moments of its experts' tokens where their outputs are to be preserved."""
     rows, columns = sides(before)
     less, tokens = min(rows, columns), sum(shard.rows for shard in observed)
     products = before.experts * 3 * 4 * max(rows, columns) * less**2
     if whitened:
         products += operations.moments(before, tokens, (columns, less))
-    return {"float32": products, "factors": before.experts * 3 * operations.DECOMPOSED * less**3}
+    return {"float32": products // parts, "factors": before.experts * 3 * operations.DECOMPOSED * less**3 // parts}
 
 
-@step("decompose.spectra", version=2, spec=_spectra_spec, gpus=1)
+@step("decompose.spectra", version=3, spec=_spectra_spec, gpus=1)
 def spectra(
     context: Context, config: Artifact, before: Artifact, observed: tuple[Artifact, ...],
-    *, layer: int, how: Decomposition, dtype: str,
+    *, layer: int, part: int, parts: int, how: Decomposition, dtype: str,
 ) -> None:  # fmt: skip
     """How much each component of a matrix adds to its expert's outputs on the routed tokens, squared; see `ranks.Spectra`.
 
-    `observed`: what each shard of tokens recorded in this layer.
+    `observed`: what each shard of tokens recorded in this layer. With several `parts`, each treats its share of the experts.
     """
 
     from moeflow.methods.decompose import factoring
 
-    factoring.spectra(context, read_config(config), before, observed, how, layer=layer, dtype=dtype).write(context.out)
+    read = read_config(config)
+    some = _share(part, parts, experts_in(headers(before), read, layer))
+    factoring.spectra(context, read, before, observed, how, layer=layer, experts=some, dtype=dtype).write(context.out)
+
+
+def _joined_spectra_spec(parts: tuple[Any, ...]) -> Spec:
+    size = sum(part["bytes"] for part in parts)
+    return Spec(parts[0] | {"bytes": size}, reads=size, writes=size, memory=4 * size + (1 << 26))
+
+
+@step("decompose.joined_spectra", version=1, spec=_joined_spectra_spec)
+def joined_spectra(context: Context, parts: tuple[Artifact, ...]) -> None:
+    """The spectra of a layer's experts, of those of its parts."""
+    Spectra.joined([Spectra.read(part) for part in parts]).write(context.out)
 
 
 def _paper_spec(importances: tuple[Any, ...], *, sides: dict[str, list[int]], how: Decomposition) -> Spec:
@@ -140,20 +187,20 @@ def by_spectra(context: Context, spectra: tuple[Artifact, ...], curves: Artifact
 
 def _layer_spec(
     rest: RestSpec, before: LayerSpec, observed: tuple[ObservedSpec, ...], ranks: Any = None,
-    *, layer: int, uniform: dict[str, int], how: Decomposition, dtype: str,
+    *, layer: int, part: int, parts: int, uniform: dict[str, int], how: Decomposition, dtype: str,
 ) -> Spec:  # fmt: skip
     rows, columns = sides(before)
     for matrix, rank in uniform.items():
         if rank:
             check_rank(rank, *((rows, columns) if matrix != "down" else (columns, rows)), force=how.force)
     if ranks:
-        out = replace(before, share=before.share * ranks["share"], ranks_decided=True, multiple=ranks["multiple"])
+        out = replace(before, share=before.share * ranks["share"], ranks_decided=True, multiple=ranks["multiple"], elsewhere=False)
     else:
-        out = replace(before, tensors=_cut(before, uniform))
+        out = replace(before, tensors=_cut(before, uniform), elsewhere=False)
     recorded = _recorded_bytes(rest.config, observed, dtype)
-    working, writes = before.loaded(dtype) + 2 * recorded + (2 << 30), out.nbytes + 200 + 90 * before.experts
+    working, writes = before.loaded(dtype) + 2 * recorded + (2 << 30), (out.nbytes + 90 * before.experts) // parts + 200
     memory, device = 2 * before.nbytes + before.loaded(dtype) + working, on_device(working)
-    done = _operations(before, observed, whitened=how.svd == "whitened")
+    done = _operations(before, observed, parts, whitened=how.svd == "whitened")
     return Spec(out, reads=before.nbytes + recorded, writes=writes, operations=done, memory=memory, device=device)
 
 
@@ -169,19 +216,22 @@ def _cut(before: LayerSpec, uniform: Mapping[str, int]) -> TensorTable:
     return table
 
 
-@step("decompose.layer", version=2, spec=_layer_spec, gpus=1)
+@step("decompose.layer", version=3, spec=_layer_spec, gpus=1)
 def layer(
     context: Context, config: Artifact, before: Artifact, observed: tuple[Artifact, ...], ranks: Artifact | None = None,
-    *, layer: int, uniform: dict[str, int], how: Decomposition, dtype: str,
+    *, layer: int, part: int, parts: int, uniform: dict[str, int], how: Decomposition, dtype: str,
 ) -> None:  # fmt: skip
     """One layer's file with its experts' matrices as products of two, everything else bit for bit the same, and `facts.json`.
 
     `observed`: what each shard of tokens recorded in this layer. The ranks are those of `ranks` or, without it, of `uniform`:
-    one rank per matrix for all experts. `facts.json` says for each expert what was done with it.
+    one rank per matrix for all experts. `facts.json` says for each expert what was done with it. With several `parts`, each treats
+    its share of the experts; the first also writes everything else.
     """
 
     from moeflow.methods.decompose import factoring
 
+    read = read_config(config)
     wanted: Mapping[str, Any] = uniform if ranks is None else Ranks.read(ranks).ranks[layer]
-    report = factoring.rewrite(context, read_config(config), before, observed, how, layer=layer, ranks=wanted, dtype=dtype)
+    some = _share(part, parts, experts_in(headers(before), read, layer))
+    report = factoring.rewrite(context, read, before, observed, how, layer=layer, ranks=wanted, experts=some, dtype=dtype)
     Facts.of(before).and_then("decompose.layer", svd=how.svd, experts=report).write(context.out)

@@ -1,7 +1,7 @@
 """The course of a training: losses, rates, speeds, validations, and the best state. No torch."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,6 +57,13 @@ class Curve:
                 f"it was {least:.3f}; {state_of(kept)}"
             )
 
+    def told(self) -> Iterator[tuple[int, dict[str, float]]]:
+        """The course so far, as trackers get it: the numbers behind each optimizer step, and those of the validations."""
+        for at, numbers in enumerate(zip(self.losses, self.rates, self.speeds, strict=True), 1):
+            yield at, of_step(*numbers)
+        for validation in self.validations:
+            yield validation["steps"], of_validation(validation["losses"])
+
     def validated(self, steps: int, losses: Mapping[str, float], *, kept: int) -> bool:
         """Add a validation; returns whether it is the best so far. Raises ValueError if a loss is not finite."""
         for name, loss in losses.items():
@@ -75,6 +82,16 @@ class Curve:
         if self.validations:
             course += f", on held-out text {self.validations[0]['mean']:.3f} to {self.best_validation['mean']:.3f}"
         return course if self.best == self.steps else f"{course}; the state behind step {self.best} is kept"
+
+
+def of_step(loss: float, rate: float, speed: float) -> dict[str, float]:
+    """The numbers of an optimizer step, under the names that trackers get."""
+    return {"loss": loss, "rate": rate, "tokens_per_second": round(speed, 1)}
+
+
+def of_validation(losses: Mapping[str, float]) -> dict[str, float]:
+    """The losses on held-out texts, under the names that trackers get."""
+    return {f"heldout/{name}": loss for name, loss in losses.items()}
 
 
 def state_of(step: int) -> str:

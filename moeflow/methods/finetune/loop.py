@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from moeflow.methods.finetune.batches import Rows, batch_of, dealt
-from moeflow.methods.finetune.curve import Curve
+from moeflow.methods.finetune.curve import Curve, of_step, of_validation
 from moeflow.methods.finetune.deepspeed_config import used
 from moeflow.methods.finetune.learner import distributed, engine_of, learning, load
 from moeflow.methods.finetune.peft_format import inexpressible, write_adapter
@@ -49,6 +49,8 @@ class Tuning:
         """Train from the last snapshot on. Returns the folder where rank 0 has stored the trained parameters."""
         self.curve = self.snapshots.resumed(self.curve)
         began = time.monotonic() - self.curve.seconds
+        for at, values in self.curve.told():
+            self.context.scalars(at, values)
         if not self.curve.validations:
             self._validate(0)
         learning(self.engine.module, True)
@@ -88,6 +90,7 @@ class Tuning:
         loss = self._sum(loss) / total
         tokens = self.recipe.batch * self.rows.length
         speed = tokens / (time.monotonic() - began)
+        self.context.scalars(step + 1, of_step(loss, rate, speed))
         self.curve.add(loss, rate, speed, kept=self.snapshots.at)
         detail = f"loss {loss:.3f}  {speed:,.0f} tokens/s  lr {rate:.1e}"
         self.context.progress((step + 1) * tokens, self.recipe.steps * tokens, "tokens", detail)
@@ -107,6 +110,7 @@ class Tuning:
         learning(self.engine.module, False)
         losses = {name: self._mean(rows) for name, rows in self.heldout.items()}
         learning(self.engine.module, True)
+        self.context.scalars(done, of_validation(losses))
         if self.curve.validated(done, losses, kept=self.snapshots.at) and self.recipe.keep == "best":
             collect(self.engine.module, self.snapshots.best, writes=self.context.rank == 0)
 

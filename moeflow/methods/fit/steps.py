@@ -176,6 +176,8 @@ def nearer(context: Context, chosen: Artifact, measured: Artifact) -> None:
 
 
 def _either_spec(chosen: Any, alone: Any, again: Any) -> Spec:
+    if isinstance(alone, LayerSpec):
+        alone = replace(alone, elsewhere=alone.elsewhere or again.elsewhere)
     return Spec(alone, reads=0, writes=0, memory=1 << 24)
 
 
@@ -195,7 +197,7 @@ def _layer_spec(chosen: Any, files: tuple[LayerSpec, ...], *, layer: int, offer:
     decided, widths = any(f.ranks_decided or f.low_rank for f in files), {f.packed for f in files}
     out = replace(
         near, share=1.0, fewest=fewest, alike=not runs.counts, ranks_decided=decided, multiple=multiple,
-        bits_decided=runs.mixed and len(widths) > 1,
+        bits_decided=runs.mixed and len(widths) > 1, elsewhere=any(f.elsewhere for f in files),
     )  # fmt: skip
     return Spec(out, reads=0, writes=0, memory=1 << 24)
 

@@ -14,6 +14,7 @@ from moeflow.model import operations
 from moeflow.model.layout import LAYER, file_of, read_config
 from moeflow.model.memory import on_device, passing
 from moeflow.model.spec import HiddenSpec, LayerSpec, ObservedSpec, Recording, RestSpec, TokensSpec
+from moeflow.sources.elsewhere import weights
 from moeflow.step import Artifact, Context, Spec, step
 
 
@@ -25,6 +26,7 @@ def predicted(calibration: Calibration) -> Calibration:
     model, passed = calibration.model, calibration.passed
     if model.mtp != "prune" or not model.extra:
         return calibration
+    calibration.check_states("mtp=prune")
     numbers, recording = model.prediction_layers, Recording(calibration.recorded, passed.per_expert)
     shards = tuple(
         observe(
@@ -83,7 +85,7 @@ def observe(
 
     read = read_config(config)
     ids_NL = torch.from_numpy(np.load(tokens.file(TOKENS))[first:].astype(np.int64))
-    numbered = [(Family.of(read).num_layers + at, layer.file(LAYER)) for at, layer in enumerate(layers)]
+    numbered = [(Family.of(read).num_layers + at, weights(layer, LAYER)) for at, layer in enumerate(layers)]
     prediction.observe(
         read, rest, ids_NL, hidden.file(HIDDEN), numbered, context.out,
         batch=batch, dtype=dtype, recording=recording, progress=context.progress,

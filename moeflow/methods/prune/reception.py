@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from moeflow.arch import Config
 from moeflow.model.alternatives import Alternative, Kept, alternative_blocks, slices, watched, with_block
 from moeflow.model.checkpoint import Tensors
+from moeflow.model.layout import Files
 from moeflow.model.passes import Progress, put, stream_of, taken
 from moeflow.model.stream import HIDDEN, States, Stream
 
@@ -23,7 +24,7 @@ Combination = tuple[int, ...]
 
 @torch.inference_mode()
 def losses(
-    config: Config, layers: Sequence[tuple[int, Path]], sets: Mapping[int, Sequence[Sequence[int]]],
+    config: Config, layers: Sequence[tuple[int, Path | Files]], sets: Mapping[int, Sequence[Sequence[int]]],
     before: Sequence[Path], behind: Sequence[Path], *, batch: int, dtype: str, progress: Progress,
 ) -> dict[Combination, float]:  # fmt: skip
     """The Frobenius distance of the layers' output from the original's for every combination of `sets`, over all tokens.
@@ -52,7 +53,7 @@ def losses(
 
 
 def _outputs(
-    stream: Stream, config: Config, layers: Sequence[tuple[int, Path]], sets: Mapping[int, Sequence[Sequence[int]]],
+    stream: Stream, config: Config, layers: Sequence[tuple[int, Path | Files]], sets: Mapping[int, Sequence[Sequence[int]]],
     start: States, batch: int,
 ) -> Iterator[tuple[Combination, slice, Tensor]]:  # fmt: skip
     """The last layer's output for every combination and batch of sequences. Combinations that begin with the same sets share those

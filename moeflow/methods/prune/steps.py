@@ -29,6 +29,7 @@ from moeflow.model import operations
 from moeflow.model.layout import LAYER, read_config
 from moeflow.model.memory import on_device, passing
 from moeflow.model.spec import HiddenSpec, LayerSpec, ObservedSpec, RestSpec, element_bytes, precision
+from moeflow.sources.elsewhere import weights
 from moeflow.step import Artifact, Context, Spec, step
 
 MAX_COMBINATIONS = 10_000
@@ -280,7 +281,7 @@ def combinations(
 
     sets = {c.layer: [s.keep for s in c.only.best[:best]] for c in map(Candidates.read, candidates)}
     losses = reception.losses(
-        read_config(config), [(first + i, layer.file(LAYER)) for i, layer in enumerate(layers)], sets,
+        read_config(config), [(first + i, weights(layer, LAYER)) for i, layer in enumerate(layers)], sets,
         [h.file(HIDDEN) for h in before], [h.file(HIDDEN) for h in behind],
         batch=batch, dtype=dtype, progress=context.progress,
     )  # fmt: skip

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moeflow.methods.calibrate import steps as calibrate
-from moeflow.methods.checkpoint.steps import counted, text_model_of
+from moeflow.methods.checkpoint.steps import counted, lasting, text_model_of
 from moeflow.methods.data import steps as data
 from moeflow.methods.evaluate.engine import version
 from moeflow.methods.evaluate.options import Serving
@@ -61,15 +61,16 @@ def reports(original: Model, compressed: Model, heldout: HeldOut, passed: Pass, 
         texts, sample = Texts(heldout.texts), Sample(heldout.sequences, heldout.length, bos=heldout.bos)
         named = zip(_names(texts), texts.each(), strict=True)
         matrices = [(name, data.tokens(text, original, sample), "") for name, text in named]
-    elif tokens is not None:
+    elif tokens is not None and tokens.spec.output.sequences:
         matrices = [("token matrix", tokens, f"{original.without_tokenizer}: {NO_TOKENIZER}")]
     else:
         why = original.without_tokenizer
         raise ValueError(
-            f"{why}, so held-out text cannot become tokens; pass a ready-made matrix (tokens=...), or one as "
-            "held-out text (FILE.npy)"
+            f"{why}, so held-out text cannot become tokens; pass a ready-made matrix or traffic with token ids (tokens=...), or a "
+            "matrix as held-out text (FILE.npy)"
         )
-    both = counted(original), counted(compressed)
+    result = lasting(compressed)
+    both = counted(original), counted(result)
     chosen = tuple(c for c in compressed.choices if "layer" in c.spec.output and c.spec.output.get("measured", True))
     zeros = sorted({s.slimmed_by for layer in compressed.layers if (s := layer.spec.output).sparse})
     reports = [size(*both, zeros=zeros), *([layers(chosen)] if chosen else [])]
@@ -82,7 +83,7 @@ def reports(original: Model, compressed: Model, heldout: HeldOut, passed: Pass, 
         if run:
             observed = tuple(run.observed.values())
             reports.append(experts_per_token(original.essential, observed, layers=list(run.observed), name=name))
-    whole = text_model_of(original), text_model_of(compressed)
+    whole = text_model_of(original), text_model_of(result)
     judged = judge.Judged(*whole, passed.dtype, original.without_tokenizer, original.has_template)
     reports.append(speed(*whole, machine=here(), length=heldout.length))
     if heldout.serving is not None:

@@ -53,6 +53,7 @@ def compress(calibration: Calibration, budget: Budget, offers: Offers, recover: 
 
     `recover` fine-tunes the chosen model before it is quantized.
     """
+    calibration.check_states("fit")
     model = calibration.model
     left: dict[str, str] = {}
     exchange = _exchange(calibration, offers, left)
@@ -220,9 +221,7 @@ def _exchange(calibration: Calibration, offers: Offers, left: dict[str, str]) ->
         for i in calibration.model.moe_layers:
             rank = moved_rank(*decompose.sides(calibration.model.layers[i].spec.output))
             steps = (
-                decompose.layer(
-                    *calibration.of(i), layer=i, uniform=dict.fromkeys(m, rank), how=how.of_a_layer, dtype=calibration.dtype
-                )
+                decompose.factored(i, calibration.of(i), None, dict.fromkeys(m, rank), how, calibration.dtype)
                 for m in PARTS.values()
             )
             cut[i] = Alternatives(Forks("files", tuple(PARTS)), tuple(steps))
@@ -238,9 +237,9 @@ def _lower(
     how, dtype, own = _lower_ranks(offers, ratio, bits), calibration.dtype, calibration.model.layers[layer]
 
     def factored() -> Step:
-        spectra = decompose.spectra(*calibration.of(layer), layer=layer, how=how.of_spectra, dtype=dtype)
+        spectra = decompose.spectra_of(layer, calibration.of(layer), how, dtype)
         ranks = decompose.by_spectra((spectra,), exchange, layers=[layer], how=how.of_global_ranks)
-        return decompose.layer(*calibration.of(layer), ranks, layer=layer, uniform={}, how=how.of_a_layer, dtype=dtype)
+        return decompose.factored(layer, calibration.of(layer), ranks, {}, how, dtype)
 
     return _allowed(Alternative(own.spec.output.experts, ratio, bits), factored, left)
 

@@ -31,6 +31,7 @@ def prune(calibration: Calibration, counts: Counts, how: Search = Search("swap")
     among them together (MoE-I²'s K and T). Prediction layers that are to be pruned keep as many as the layer that keeps most, by
     the same search. Raises ValueError for counts that cannot work, with the nearest that can.
     """
+    calibration.check_states(f"counts.rule={counts.rule} with search={how.method}")
     calibration = predicted(calibration)
     model = calibration.model
     legal, total = counts_.legal_counts(model, counts), counts_.total_experts(model, counts)
@@ -176,6 +177,7 @@ def decompose(calibration: Calibration, how: Decomposition) -> Model:
     model = calibration.model
     if not how.ratio and not how.rank:
         return model
+    calibration.check_states("decomposition")
     sides = {i: decompose_.sides(model.layers[i].spec.output) for i in model.moe_layers}
     for of_layer in sides.values():
         average_rank(how.ratio, *of_layer)  # refuses a ratio that cannot be
@@ -188,9 +190,7 @@ def decompose(calibration: Calibration, how: Decomposition) -> Model:
 
 def _factored(calibration: Calibration, how: Decomposition, layer: int, ranks: Step | None, uniform: dict[str, int]) -> Step:
     """The step that factors a layer's matrices, to the ranks that a step decided, or to the same for all experts."""
-    return decompose_.layer(
-        *calibration.of(layer), ranks, layer=layer, uniform=uniform, how=how.of_a_layer, dtype=calibration.dtype
-    )
+    return decompose_.factored(layer, calibration.of(layer), ranks, uniform, how, calibration.dtype)
 
 
 Sides = Mapping[int, tuple[int, int]]
@@ -220,8 +220,7 @@ def _ranks_by_importance(calibration: Calibration, how: Decomposition, sides: Si
 
 
 def _ranks_by_spectra(calibration: Calibration, how: Decomposition, sides: Sides) -> Ranked:
-    dtype = calibration.dtype
-    spectra = tuple(decompose_.spectra(*calibration.of(i), layer=i, how=how.of_spectra, dtype=dtype) for i in sides)
+    spectra = tuple(decompose_.spectra_of(i, calibration.of(i), how, calibration.dtype) for i in sides)
     alternatives = {}
     for i, of_layer in sides.items():
         cut = (dict.fromkeys(matrices, moved_rank(*of_layer)) for matrices in PARTS.values())

@@ -11,6 +11,7 @@ from moeflow.methods.graph import Calibration, Model, Pass
 from moeflow.methods.predict.steps import predicted
 from moeflow.methods.prune.searches import LAYERWISE, PROGRESSIVE, SUBSET_SEARCHES, Search
 from moeflow.methods.prune.steps import candidates, choose, pick
+from moeflow.methods.scores import SCORES
 from moeflow.step import Part, Step
 
 
@@ -23,6 +24,8 @@ def prune(calibration: Calibration, keep: int, how: Search = Search(LAYERWISE)) 
 
     Prediction layers that are to be pruned keep as many, by the same method, on what they record behind the original model.
     """
+    if how.method not in SCORES:
+        calibration.check_states(f"search={how.method}")
     calibration = predicted(calibration)
     model, dtype = calibration.model, calibration.dtype
     batch_tokens = calibration.passed.batch * calibration.tokens.spec.output.length if how.loss == "batch-sum" else None
@@ -39,7 +42,7 @@ def prune(calibration: Calibration, keep: int, how: Search = Search(LAYERWISE)) 
 
     behind = {i: choice(i, recorded) for i, recorded in calibration.predicted.items()}
     if how.method != PROGRESSIVE:
-        return rewrite.pruned(model, {i: choice(i, recorded) for i, recorded in calibration.observed.items()} | behind)
+        return rewrite.pruned(model, {i: choice(i, _read_by(calibration, i, how)) for i in model.moe_layers} | behind)
     model.check_keep(keep)
     choices: list[Step] = []
 
@@ -51,9 +54,28 @@ def prune(calibration: Calibration, keep: int, how: Search = Search(LAYERWISE)) 
     return rewrite.pruned(model.with_layers(layers, tuple(choices)), behind)
 
 
+def _read_by(calibration: Calibration, layer: int, how: Search) -> tuple[Part, ...]:
+    """What a layer's choice is made from: what a pass recorded, or for a score what an engine counted, if that is enough."""
+    if how.method not in SCORES:
+        return calibration.observed[layer]
+    needs = SCORES[how.method].needs
+    if not how.measured:
+        return calibration.counted(layer, needs, f"search={how.method}")
+    if needs and calibration.traffic and calibration.tokens.spec.output.gives(needs):
+        raise ValueError(
+            f"search.measured={how.measured} measures on tokens, and search={how.method} is counted by an engine; leave it out"
+        )
+    calibration.check_states(f"search.measured={how.measured}")
+    return calibration.observed[layer]
+
+
 def skipped(model: Model, tokens: Step, how: Skipping | None, passed: Pass) -> Model:
     """The model that is served: with dynamic skipping, calibrated on these tokens, or as it is."""
     if how is None:
         return model
     check(Family.of(model.config), how)  # before a graph is built for it
+    if not tokens.spec.output.sequences:
+        raise ValueError(
+            f"{tokens.spec.output.where}, and skipping is calibrated on tokens; give them with it, or leave skipping out"
+        )
     return skip(calibrate.run(model, tokens, passed, inputs=False), how)

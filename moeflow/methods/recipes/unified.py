@@ -31,6 +31,7 @@ def slim(calibration: Calibration, how: Slimming) -> Model:
     output of the slimmed layers before it, and down that of slimmed gate and up. In low-rank experts each factor is slimmed, the
     second on the output of the slimmed first; `group` must divide the ranks. Raises ValueError for options that cannot work.
     """
+    calibration.check_states(f"slim={how.method}")
     model, dtype = calibration.model, calibration.dtype
 
     def layer(at: int, file: Step, recorded: tuple[Part, ...]) -> Step:

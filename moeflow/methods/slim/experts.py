@@ -4,7 +4,6 @@ Shapes are suffixes: T tokens, D model width, F expert width, E experts, M rows 
 """
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,9 +19,9 @@ from moeflow.methods.rewrite import link_all
 from moeflow.methods.slim.awq import ScaledExperts, fold
 from moeflow.methods.slim.methods import AT_ONCE, METHODS, Slimming
 from moeflow.methods.slim.quantized import Quantized
-from moeflow.model.checkpoint import DTYPES, Tensors, read_expert, read_many, read_moe, save
+from moeflow.model.checkpoint import DTYPES, Tensors, read_expert, read_moe, save
 from moeflow.model.formats import format_of
-from moeflow.model.layout import LAYER, Files, file_for, headers
+from moeflow.model.layout import LAYER, Files, file_for
 from moeflow.model.moe import MLP, LowRank, Matrix, whole
 from moeflow.model.packed import pack
 from moeflow.model.passes import norm_offset
@@ -83,12 +82,6 @@ def rewrite(
     if part == 0:
         link_all(context, before, but=(LAYER, Facts.FILE))
     return report
-
-
-def join(parts: Sequence[Files], out: Path) -> None:
-    """Join the parts of a layer's file into one."""
-    here = [{n: t for n, t in headers(part).items() if t.file == LAYER} for part in parts]
-    save({n: t for part, info in zip(parts, here, strict=True) for n, t in read_many(part, info)}, out)
 
 
 class Layer:
@@ -152,7 +145,9 @@ class Layer:
         """Add a slimmed matrix to the output, and return it in fp32 as it will be read back."""
         now_MN = made.dequantized(self.stored) if isinstance(made, Quantized) else made.to(self.stored)
         if self.how.packs and isinstance(made, Quantized):
-            written = {name + end: t for end, t in pack(made.codes_MN.cpu(), made.scale_MG.cpu(), made.grid.bits).items()}
+            zero_MG = None if made.zero_MG is None else made.zero_MG.cpu()
+            parts = pack(made.codes_MN.cpu(), made.scale_MG.cpu(), made.grid.bits, zero_MG)
+            written = {name + end: t for end, t in parts.items()}
         else:
             written = {name: now_MN.cpu()}
         for name, t in written.items():

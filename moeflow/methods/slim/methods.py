@@ -74,7 +74,8 @@ class Slimming:
     group: int = 128
     """Inputs of a row that share one scale; 0: the whole row."""
     symmetric: bool = True
-    """A grid centred on zero; false adds a zero point to each scale, which needs packed=false (transformers reads none)."""
+    """A grid centred on zero; false adds a zero point to each scale, which vLLM reads at 4 bits, and transformers after import
+    moeflow."""
     activation_order: bool = False
     """GPTQ first rounds the columns whose inputs have the most energy (its act-order)."""
     damp: float = 0.01
@@ -104,11 +105,6 @@ class Slimming:
             Pattern.parse(self.pattern)
             return
         Grid(self.bits, self.symmetric, self.group)
-        if self.packed and not self.symmetric:
-            raise ValueError(
-                "zero points of packed experts are read by vLLM (0.25 and newer, at 4 bits) and not by transformers, which loads "
-                "no experts with them; give symmetric=True, or packed=False"
-            )
         if self.packed and self.rare == "keep":
             raise ValueError(
                 "rare='keep' leaves whole experts beside packed ones, which transformers does not load; give packed=False"

@@ -12,13 +12,13 @@ from typing import Any
 
 from moeflow.arch import Family
 from moeflow.methods.records import Bits, Facts
-from moeflow.methods.rewrite import link_all
+from moeflow.methods.rewrite import joined, link_all
 from moeflow.methods.slim.methods import AT_ONCE, METHODS, Slimming
 from moeflow.methods.slim.pattern import Pattern
 from moeflow.model import operations
-from moeflow.model.layout import LAYER, read_config
+from moeflow.model.layout import read_config
 from moeflow.model.memory import on_device
-from moeflow.model.packed import PACKED, SCALE, SHAPE
+from moeflow.model.packed import PACKED, SCALE, SHAPE, ZERO, zeros_shape
 from moeflow.model.spec import LayerSpec, ObservedSpec, RestSpec, element_bytes
 from moeflow.step import Arithmetic, Artifact, Context, Part, Spec, Step, step
 
@@ -65,13 +65,16 @@ def _layer_spec(
             table[name + PACKED] = ("I32", (rows, columns * how.bits // 32))
             table[name + SCALE] = (dtype_of, (rows, how.grid.groups(columns)))
             table[name + SHAPE] = ("I64", (2,))
+            if not how.symmetric:
+                table[name + ZERO] = ("I32", zeros_shape(rows, how.grid.groups(columns), how.bits))
     multiple = lcm(how.group or 1, 32 // gcd(32, how.bits) if how.packs else 1) if how.row.quantizes else 1
     if before.ranks_decided and before.multiple % multiple:
         raise ValueError(
             f"the ranks of layer {layer} are decided by a run, as multiples of {before.multiple}: at {how.bits} bits in groups of "
             f"{how.group} they have to be multiples of {multiple}; decompose with multiple={multiple}"
         )
-    out = replace(before, tensors=table, slimmed_by=how.words, sparse=not how.row.quantizes)
+    stays = before.elsewhere and not before.least  # without experts it is linked
+    out = replace(before, tensors=table, slimmed_by=how.words, sparse=not how.row.quantizes, elsewhere=stays)
     size, columns = element_bytes(rest.config, dtype), int(rest.config["hidden_size"])
     tokens = sum(shard.rows for shard in observed) * columns * size
     rows = before.tensors[names[0]][1][0]
@@ -142,7 +145,7 @@ def _decided_spec(
 ) -> Spec:  # fmt: skip
     """As at the bits of `how`, the most that may be decided."""
     spec = _layer_spec(rest, before, observed, layer=layer, part=0, parts=1, how=how, dtype=dtype)
-    return replace(spec, reads=spec.reads + bits["bytes"])
+    return replace(spec, output=replace(spec.output, elsewhere=before.elsewhere), reads=spec.reads + bits["bytes"])
 
 
 @step("slim.decided", version=1, spec=_decided_spec, gpus=1)
@@ -160,26 +163,3 @@ def decided(
     report = experts.rewrite(context, read_config(config), before, observed, how, layer=layer, part=0, parts=1, dtype=dtype)
     if report is not None:
         facts.and_then("slim.layer", **how.facts, experts=report).write(context.out)
-
-
-def _joined_spec(parts: tuple[LayerSpec, ...]) -> Spec:
-    nbytes = parts[0].nbytes
-    return Spec(parts[0], reads=nbytes, writes=nbytes + 300 + 200 * parts[0].experts, memory=nbytes + (1 << 29))
-
-
-@step("slim.joined", version=1, spec=_joined_spec)
-def joined(context: Context, parts: tuple[Artifact, ...]) -> None:
-    """One layer's file and report, joined from its parts."""
-
-    from moeflow.methods.slim import experts
-
-    first = parts[0]
-    if not all(LAYER in p.names() for p in parts):  # the layer is unchanged
-        link_all(context, first)
-        return
-    link_all(context, first, but=(LAYER, Facts.FILE))
-    experts.join(parts, context.out / LAYER)
-    *earlier, last = Facts.of(first).done
-    report = [entry for p in parts for entry in Facts.of(p).done[-1]["experts"]]
-    report.sort(key=lambda entry: (entry["expert"] == "shared", entry["expert"]))
-    Facts((*earlier, {**last, "experts": report})).write(context.out)

@@ -54,6 +54,8 @@ class Trimming:
 
 def trim(calibration: Calibration, how: Trimming) -> Model:
     """Build the graph of the calibrated model without what `how` takes out. Raises ValueError for invalid options."""
+    if how.what != "experts":
+        calibration.check_states(f"trim={how.what}")
     return TRIM_KINDS[how.what].graph(calibration, how)
 
 
@@ -86,8 +88,15 @@ def expert_drop(calibration: Calibration, how: Trimming) -> Model:
         least = max(family.top_k if how.least is None else how.least, legal if legal > groups else 0)
         total = -(-round(keep * len(layers)) // groups) * groups
     criterion = family.arch.drop_score if how.criterion == "router_score" else how.criterion
+    read = {i: calibration.counted(i, DROP_SCORES[criterion].needs, f"trim.criterion={criterion}") for i in layers}
+    read |= calibration.predicted
     scores, behind = (
-        tuple(expert_scores(*calibration.of(i), layer=i, criterion=criterion, seed=how.seed, dtype=calibration.dtype) for i in of)
+        tuple(
+            expert_scores(
+                model.essential, model.layer(i), read[i], layer=i, criterion=criterion, seed=how.seed, dtype=calibration.dtype
+            )
+            for i in of
+        )
         for of in (layers, calibration.predicted)
     )
     chosen = choose_experts(scores, behind, across=how.across, keep=total, least=least, groups=groups)
@@ -217,7 +226,8 @@ def expert_scores(
 
     score = DROP_SCORES[criterion]
     moe = layer_of(Tensors(layer_files), read_config(config), layer, dtype) if score.weights else None
-    score_E = load(score.code)(moe, add_stats([Tensors(o) for o in observed], score.needs), seed + layer)
+    stats = add_stats([Tensors(o) for o in observed], score.needs) if score.needs else {}
+    score_E = load(score.code)(moe, stats, seed + layer)
     value = {"layer": layer, "criterion": criterion, "scores": score_E.double().tolist()}
     (context.out / SCORED).write_text(json.dumps(value) + "\n")
 
@@ -347,7 +357,7 @@ def without_moe_block(context: Context, config: Artifact, layer_files: Artifact,
 
 def _gone_spec(rest: RestSpec, before: LayerSpec, *, layer: int) -> Spec:
     names = names_without_experts(before.tensors, before.config, layer, whole=True)
-    out = replace(before, experts=0, tensors={n: before.tensors[n] for n in names})
+    out = replace(before, experts=0, tensors={n: before.tensors[n] for n in names}, elsewhere=False)
     return Spec(out, reads=before.headers + out.nbytes, writes=out.nbytes, memory=2 * out.nbytes)
 
 
@@ -373,7 +383,8 @@ def _renumber_spec(chosen: Any, candidates: tuple[LayerSpec, ...], *, config: Co
         average = sum(c.expert_bytes * c.share for c in candidates) / len(candidates)
         share = min(average / max(1, biggest.expert_bytes), 0.999)
     fewest = min(c.least for c in candidates)
-    out = replace(biggest, config=config, layer=to, tensors=tables[largest], share=share, fewest=fewest)
+    stays = any(c.elsewhere for c in candidates)
+    out = replace(biggest, config=config, layer=to, tensors=tables[largest], share=share, fewest=fewest, elsewhere=stays)
     return Spec(out, reads=biggest.nbytes, writes=out.nbytes, memory=2 * biggest.nbytes)
 
 

@@ -16,6 +16,10 @@ class Unknown(Exception):
     """What was not understood about a model, in one line."""
 
 
+class Unfit(Unknown):
+    """A model of this configuration is not built, or does not run: other sizes may."""
+
+
 @dataclass(frozen=True)
 class Anatomy:
     """Paths of modules. Those inside a decoder layer begin at the layer."""

@@ -10,16 +10,17 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from moeflow.arch import Config
-from moeflow.arch.spec import EXPERT_COUNT_KEYS
+from moeflow.arch.by_layer import CHOSEN, EXPERTS
+from moeflow.arch.families import ALIASES
 from moeflow.model.skeleton import config_of
-from moeflow.model.structure.anatomy import Unknown
-
-MORE_COUNTS = ("moe_num_experts",)
-CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
+from moeflow.model.structure.anatomy import Unfit, Unknown
 
 
 def built(config: Config, device: str = "cpu") -> Any:
-    """A model with random weights, in fp32, ready for inference. Raises Unknown if transformers does not know or build it."""
+    """A model with random weights, in fp32, ready for inference.
+
+    Raises Unknown if transformers does not know its type, Unfit if it does not build it.
+    """
     hf = configuration(config)
     kind: Any = class_of(config, hf)
     torch.manual_seed(0)
@@ -27,18 +28,18 @@ def built(config: Config, device: str = "cpu") -> Any:
         with torch.device(device):
             return kind._from_config(hf, dtype=torch.float32).eval()
     except Exception as error:  # of any model's own code
-        raise Unknown(f"transformers builds no {config['model_type']} of this config.json: {one_line(error)}") from None
+        raise Unfit(f"transformers builds no {config['model_type']} of this config.json: {one_line(error)}") from None
 
 
 def configuration(config: Config) -> PreTrainedConfig:
-    """transformers' configuration of a config.json. Raises Unknown if it refuses it."""
+    """transformers' configuration of a config.json. Raises Unknown if it has none of this type, Unfit if it refuses it."""
     model_type = str(config.get("model_type"))
     if model_type not in CONFIG_MAPPING:
         raise Unknown(f"transformers {transformers.__version__} has no model type {model_type!r}")
     try:
         return config_of({k: v for k, v in config.items() if k not in ("quantization_config", "architectures")})
     except Exception as error:  # of any configuration's own checks
-        raise Unknown(f"transformers refuses this config.json: {one_line(error)}") from None
+        raise Unfit(f"transformers refuses this config.json: {one_line(error)}") from None
 
 
 def class_of(config: Config, hf: PreTrainedConfig) -> Any:
@@ -75,9 +76,36 @@ def text_of(config: Config, inside: tuple[str, ...]) -> Config:
     return dict(config)
 
 
+def type_of(config: Config, inside: tuple[str, ...]) -> str:
+    """The model type of the text model: as config.json says, or as transformers has it where it knows no such type."""
+    said = text_of(config, inside).get("model_type")
+    if said in CONFIG_MAPPING or said in ALIASES:
+        return str(said)
+    hf: Any = configuration(config)
+    for key in inside:
+        hf = getattr(hf, key)
+    return str(type(hf).model_type)  # of the class: an instance repeats what it was told
+
+
+def whole(config: Config) -> Config:
+    """The configuration with everything that transformers takes where it says nothing. Raises Unknown if it refuses it."""
+    made = configuration(config).to_dict()
+    return _filled(config, {k: v for k, v in made.items() if k != "architectures"})
+
+
+def _filled(config: Config, made: Mapping[str, Any]) -> Config:
+    """`config` with the entries of `made` that it lacks, in nested configurations, too."""
+    both = {k: v for k, v in made.items() if k not in config and v is not None}
+    nested = {k: _filled(v, made[k]) for k, v in config.items() if isinstance(v, dict) and isinstance(made.get(k), Mapping)}
+    return config | nested | both
+
+
 def experts_key(config: Config) -> str:
-    """The key for the number of routed experts; "" if there is none."""
-    return next((k for k in (*EXPERT_COUNT_KEYS, *MORE_COUNTS) if type(config.get(k)) is int and config[k] > 1), "")
+    """The key for the number of routed experts; "" if there is none. Raises Unknown if it differs by layer."""
+    for key in EXPERTS:
+        if isinstance(value := config.get(key), list) and len({*map(str, value)}) > 1:
+            raise Unknown(f"{key} of config.json is {value!s:.60}: layers have different numbers of experts")
+    return next((k for k in EXPERTS if type(config.get(k)) is int and config[k] > 1), "")
 
 
 def top_k_key(config: Config) -> str:
@@ -86,7 +114,7 @@ def top_k_key(config: Config) -> str:
     if not key:
         raise Unknown("config.json does not say how many experts a token gets")
     if type(config[key]) is not int:
-        raise Unknown(f"{key} of config.json is {config[key]!r}: layers choose different numbers of experts")
+        raise Unknown(f"{key} of config.json is {config[key]!r:.60}: layers choose different numbers of experts")
     return key
 
 

@@ -1,7 +1,7 @@
 """Look at a model type: everything that moeflow has to know of it, or what was not understood."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from moeflow.arch import Arch, Config, Layout
-from moeflow.model.structure.anatomy import Anatomy, Unknown, dissected, ids, is_attention, is_experts, language
-from moeflow.model.structure.building import built, experts_key, inside_of, text_of, top_k_key
+from moeflow.arch.by_layer import as_numbers
+from moeflow.model.structure.anatomy import Anatomy, Unfit, Unknown, dissected, ids, is_attention, is_experts, language
+from moeflow.model.structure.building import built, experts_key, inside_of, text_of, top_k_key, type_of, whole
 from moeflow.model.structure.names import LAYER, OUT, Names, named, ours_of, saved, scrambled, unstacked
 from moeflow.model.structure.proof import prove
 from moeflow.model.structure.routing import routed
@@ -41,23 +42,55 @@ def look(config: Config, stored: Iterable[str] | None = None) -> Answer:
 
     Raises Unknown, which says in one line what was not understood.
     """
+    config = _as_numbers(config)
     inside = inside_of(config)
     text = text_of(config, inside)
-    if not (key := experts_key(text)):
+    if not experts_key(text):
         raise Unknown("its config.json names no number of experts")
-    chosen = top_k_key(text)
-    small = tiny(config)
+    top_k_key(text)
+    text["model_type"] = type_of(config, inside)
+    first: Exception | None = None
+    for small in _smaller(config):
+        try:
+            return _seen(config, text, inside, small, stored)
+        except Exception as error:  # of a model's own code, too, where sizes do not fit each other
+            if isinstance(error, Unknown) and not isinstance(error, Unfit):
+                raise
+            first = first or error
+    raise first or Unknown("its config.json has sizes that are not known")
+
+
+def _as_numbers(config: Config) -> Config:
+    """The configuration with numbers where it lists the same one for every layer, also of the models inside it."""
+    return as_numbers({k: _as_numbers(v) if isinstance(v, dict) else v for k, v in config.items()})
+
+
+def _smaller(config: Config) -> Iterator[Config]:
+    """Configurations of tiny models of the same type, the one that changes most first.
+
+    A published config.json leaves out what is as transformers has it by default, of which the sizes are not tiny either.
+    """
+    yield (first := tiny(config))
+    full = whole(config)
+    if (second := tiny(full)) != first:
+        yield second
+    yield tiny(full, heads=False)
+
+
+def _seen(config: Config, text: Config, inside: tuple[str, ...], small: Config, stored: Iterable[str] | None) -> Answer:
+    """What is found of a model by looking at one of the configuration `small`; `text` is the text model's of the whole one."""
+    key, chosen = experts_key(text), top_k_key(text)
     if (size := sum(p.numel() for p in built(small, "meta").parameters())) > LARGE:
-        raise Unknown(f"a tiny model of it still has {size:,} parameters: its config.json has sizes that are not known")
+        raise Unfit(f"a tiny model of it still has {size:,} parameters: its config.json has sizes that are not known")
     model = built(small)
     anatomy = dissected(model, EXPERTS)
     scrambled(model, anatomy.vectors)
     real = built(config, "meta")
     names = _fitting(model, anatomy, None if stored is None else {*stored}, real)
-    whole = _Whole.of(real, anatomy, int(text[key]))
-    arch = _arch(anatomy, names, whole, text, key, chosen)
+    all_of_it = _Whole.of(real, anatomy, int(text[key]))
+    arch = _arch(anatomy, names, all_of_it, text, key, chosen)
     layout = replace(names.layout, inside=inside)
-    little = text_of(small, inside)
+    little = text_of(small, inside) | {"model_type": text["model_type"]}
     tensors = normal(model, anatomy, names)
     layer = anatomy.moe[-1]
     vectors = tuple(f"{LAYER}{{layer}}.{names.inside(v)}" for v in anatomy.vectors)
@@ -66,8 +99,8 @@ def look(config: Config, stored: Iterable[str] | None = None) -> Answer:
     tiny_arch = routed(tiny_arch, little, tensors, layer, block, vectors)
     proven = prove(tiny_arch, little, tensors, model, anatomy)
     handed_on = _handed_on(anatomy.layer(model, layer), model, little)
-    arch = replace(tiny_arch, moe=whole.moe, expert_width=whole.width, handed_on=handed_on)
-    return Answer(arch, layout, whole.shapes(anatomy, names), proven)
+    arch = replace(tiny_arch, moe=all_of_it.moe, expert_width=all_of_it.width, handed_on=handed_on)
+    return Answer(arch, layout, all_of_it.shapes(anatomy, names), proven)
 
 
 def _handed_on(layer: nn.Module, model: Any, config: Config) -> str:

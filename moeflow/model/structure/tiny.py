@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from moeflow.arch import Config
+from moeflow.arch.by_layer import CHOSEN
+from moeflow.arch.by_layer import EXPERTS as COUNTS
 
 EXPERTS, TOP_K, LAYERS = 8, 3, 8
 
@@ -24,9 +26,9 @@ SIZES = {
     "downsample_hidden_size": 8, "vocab_size_per_layer_input": 96, "hidden_size_per_layer_input": 8,
 }  # fmt: skip
 """Sizes by the names that config.json has for them."""
-COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-CHOSEN = (
-    "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k", "top_k_experts", "num_selected_experts",
+OF_HEADS = (
+    "head_dim", "v_head_dim", "qk_nope_head_dim", "qk_rope_head_dim", "qk_head_dim", "attention_head_dim", "swa_head_dim",
+    "swa_v_head_dim",
 )  # fmt: skip
 GROUPS = ("n_group", "num_expert_group")
 NUMBERS = ("_layers", "_idxs", "_layer_ids")  # endings of the names of lists of layers
@@ -34,14 +36,19 @@ TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 LEFT = ("model_type", "architectures", "transformers_version", "quantization_config", "torch_dtype", "dtype", "_name_or_path")
 
 
-def tiny(config: Config, *, layers: int = LAYERS) -> Config:
-    """A configuration with small sizes in the place of those that are given; nested configurations, too."""
+def tiny(config: Config, *, layers: int = LAYERS, heads: bool = True) -> Config:
+    """A configuration with small sizes in the place of those that are given; nested configurations, too.
+
+    Without `heads` the heads of attention keep their sizes, to which entries under names that are not known may have to fit.
+    """
     small = {k: v for k, v in config.items() if k not in LEFT[2:]}
     count = config.get("num_hidden_layers")
     kept = _kept(config, count, layers) if type(count) is int else layers
     for key, value in config.items():
         if isinstance(value, Mapping):
-            small[key] = _below(key, value, layers, kept, count)
+            small[key] = _below(key, value, layers, kept, count, heads)
+        elif key in OF_HEADS and not heads:
+            continue
         elif key in SIZES and type(value) is int:
             small[key] = min(SIZES[key], value) if value else value
         elif key in COUNTS and type(value) is int:
@@ -66,13 +73,20 @@ def _chosen(value: Any) -> Any:
     return min(value, TOP_K) if type(value) is int else value
 
 
-def _below(key: str, value: Mapping[str, Any], layers: int, kept: int, count: Any) -> Any:
+def _below(key: str, value: Mapping[str, Any], layers: int, kept: int, count: Any, heads: bool) -> Any:
     """A nested entry: another configuration, or something by layer of the `count` that there are, of which so many are `kept`."""
     if any(k in value for k in ("hidden_size", "model_type", "num_hidden_layers", "depth")):
-        return tiny(dict(value), layers=min(layers, 4) if key != "text_config" else layers)
+        return tiny(dict(value), layers=min(layers, 4) if key != "text_config" else layers, heads=heads)
     if type(count) is int and value and all(str(k).isdigit() and int(k) < count for k in value):
         return {k: v for k, v in value.items() if int(k) < kept}
-    return dict(value)
+    lists = {k: v for k, v in value.items() if _numbers_layers(k, v)}
+    last = kept if any(count in v for v in lists.values()) else kept - 1  # they count from one, or from zero
+    sizes = {k: min(SIZES[k], v) for k, v in value.items() if k in SIZES and type(v) is int and (heads or k not in OF_HEADS)}
+    return {**value, **sizes, **{k: [n for n in v if n <= last] for k, v in lists.items()}}
+
+
+def _numbers_layers(key: str, value: Any) -> bool:
+    return isinstance(value, list) and key.endswith(NUMBERS) and all(type(v) is int for v in value)
 
 
 def _fewer(small: Config, config: Config, count: Any, kept: int) -> Config:
@@ -83,7 +97,7 @@ def _fewer(small: Config, config: Config, count: Any, kept: int) -> Config:
         by_layer = isinstance(value, list) or (isinstance(value, str) and key.endswith("_pattern"))
         if by_layer and len(value) == count and key != "architectures":
             small[key] = value[:kept]
-        elif isinstance(value, list) and key.endswith(NUMBERS) and all(type(v) is int for v in value):
+        elif _numbers_layers(key, value):
             small[key] = [v for v in value if v < kept]
     latent, rotated, whole = (config.get(k) for k in ("qk_nope_head_dim", "qk_rope_head_dim", "head_dim"))
     if latent and rotated and whole == latent + rotated != rotated:  # of the two parts of a query, and not of the rotated one
@@ -104,5 +118,5 @@ def _kept(config: Config, count: int, layers: int) -> int:
 
 
 def _by_sections(config: Config) -> bool:
-    """Whether the rotary embedding divides a head's dimensions into sections of given sizes, which then fit that head size only."""
-    return any("mrope_section" in v for v in config.values() if isinstance(v, Mapping))
+    """Whether the rotary embedding has something for each of a head's dimensions, or sections of them: it fits that size only."""
+    return any(key in v for v in config.values() if isinstance(v, Mapping) for key in ("mrope_section", "long_factor"))

@@ -1,7 +1,8 @@
 """The actor that all tasks of a run on Ray talk to: it lets steps start until one fails, and collects events."""
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import ray
@@ -11,15 +12,16 @@ Answer = Literal["yes", "closed", "worn out"]
 
 @dataclass(frozen=True)
 class Event:
-    """Something a step reported: `start`, `progress` (done, total, the unit as text, a detail), `note` (text), `done`,
-    or `waits` (for what does not answer, named in the detail; a remark as text)."""
+    """Something a step reported: `start`, `progress` (done, total, the unit as text, a detail), `scalars` (values behind the
+    optimizer step `done`), `note` (text), `done`, or `waits` (for what does not answer, named in the detail; a remark as text)."""
 
-    kind: Literal["start", "progress", "note", "done", "waits"]
+    kind: Literal["start", "progress", "scalars", "note", "done", "waits"]
     key: str
     done: int = 0
     total: int = 0
     text: str = ""
     detail: str = ""
+    values: Mapping[str, float] = field(default_factory=dict)
 
 
 class Board:

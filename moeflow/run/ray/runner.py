@@ -278,6 +278,8 @@ class _Drive:
                 self._metrics.started(event.key)
             elif event.kind == "progress":
                 self._show.progress(event.key, event.done, event.total, event.text, event.detail)
+            elif event.kind == "scalars":
+                self._show.scalars(event.key, event.done, event.values)
             elif event.kind == "note":
                 self._show.note(event.key, event.text)
             elif event.kind == "waits":

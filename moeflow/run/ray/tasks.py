@@ -1,5 +1,6 @@
 """What Ray runs on a worker for one step, and its answers. It asks the board first, and reports to it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,13 +32,16 @@ class Refused:
 
 
 class ToBoard:
-    """Sends a running step's progress and notes to the board, without waiting."""
+    """Sends a running step's progress, scalars and notes to the board, without waiting."""
 
     def __init__(self, board: Any) -> None:
         self._board = board
 
     def progress(self, key: str, done: int, total: int, unit: str, detail: str) -> None:
         self._board.tell.remote(Event("progress", key, done, total, unit, detail))
+
+    def scalars(self, key: str, at: int, values: Mapping[str, float]) -> None:
+        self._board.tell.remote(Event("scalars", key, at, values=dict(values)))
 
     def note(self, key: str, text: str) -> None:
         self._board.tell.remote(Event("note", key, text=text))

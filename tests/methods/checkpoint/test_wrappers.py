@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 from torch import Tensor
 
 from moeflow.arch import Family
@@ -31,7 +32,7 @@ from tests import layouts
 from tests.layouts import raw
 from tests.methods.checkpoint.test_layouts import answer, stock
 from tests.model.test_other_families import Block, some
-from tests.running import choices, matrix_of, reports, run, store_in
+from tests.running import choices, matrix_of, reports, run, store_in, tensors_of
 
 KEEP = 6
 PROCESSOR = {"preprocessor_config.json": '{"size": 4}', "chat_template.jinja": "{{ messages }}"}
@@ -82,7 +83,9 @@ def prune(name: str, source: Path, folder: Path) -> Pruned:
     target, store = checkpoint.checkpoint_of(pruned).reporting(*measured), store_in(folder)
     run(store, target, *original.layers)
     store.fetch(target.key, folder / "out")
-    layers = {i: store.artifact(original.layers[i].key).file("layer.safetensors") for i in original.moe_layers}
+    layers = {i: folder / f"layer-{i}.safetensors" for i in original.moe_layers}
+    for i, path in layers.items():
+        save_file(tensors_of(store, original.layers[i]), path)
     chosen = {i: choice["keep"] for i, choice in choices(store, target).items()}
     return Pruned(name, source, folder / "out", found, chosen, reports(store, target), original.config, layers)
 

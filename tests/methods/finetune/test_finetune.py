@@ -1,5 +1,6 @@
 """Fine-tuning: what is trained is what a plain loop trains, what is stored is what was trained, and all else is untouched."""
 
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -24,12 +25,13 @@ from moeflow.methods.graph import Model, Pass, Sample
 from moeflow.methods.recipes import tune
 from moeflow.methods.recipes.tune import Tuned
 from moeflow.model.checkpoint import Tensors
-from moeflow.run import StepFailed
+from moeflow.run import StepFailed, in_process
 from moeflow.step import Artifact, Context, Spec, step
 from moeflow.store import Store, partial
 from tests import tiny
 from tests.compressed import compress
 from tests.methods.finetune.dying import DyingBlobs
+from tests.run import toy
 from tests.running import alone, array_of, matrix_of, model_in, run, store_in
 
 STEPS, BATCH, RATE = 4, 4, 1e-2
@@ -156,8 +158,13 @@ def test_processes_divide_the_work_and_one_that_is_killed_changes_nothing(mixtra
         store = store_in(tmp_path / name)
         if name == "killed":  # by then both have stored their parts of the snapshot at step 2
             store = replace(store, blobs=DyingBlobs(Path(store.url), die_at=6, marker=tmp_path / "died"))
-        outcome = run(store, alone(trained) if name == "one" else trained)
+        scalars = toy.Scalars(io.StringIO())
+        outcome = in_process.run([alone(trained) if name == "one" else trained], store, progress=scalars)
         course = json.loads(store.artifact(trained.key).file("training.json").read_text())
+        of_steps = {(at, "loss", loss) for at, loss in enumerate(course["losses"], 1)}
+        assert of_steps | {(v["steps"], "heldout/same", v["mean"]) for v in course["validations"]} == {
+            number for number in scalars.heard if number[1] not in ("rate", "tokens_per_second")
+        }, "what trackers were told is the course, of a training that lost a process, too"
         results[name] = trained.key, course, store.artifact(trained.key).file("layer-002/layer.safetensors").read_bytes()
         notes = [n for s in outcome.steps for n in s.notes]
         assert any(n.startswith("goes on behind step") for n in notes) == (name == "killed")

@@ -326,7 +326,6 @@ def test_what_cannot_be_slimmed_is_refused_in_one_line(tmp_path: Path) -> None:
         ("pattern 'half' must be the part of zeros", calibration, {"method": "wanda", "pattern": "half"}),
         ("damp=1.0 must lie between 0 and 1: it is a part of the mean diagonal", calibration, {"damp": 1.0}),
         ("columns=0 must be at least 1", calibration, {"columns": 0}),
-        ("zero points of packed experts are read by vLLM .* and not by transformers", calibration, {"symmetric": False}),
         ("rare='keep' leaves whole experts beside packed ones", calibration, {"rare": "keep"}),
         ("bits=2 of 24 columns of .* fill no whole words", None, {"bits": 2}),
         ("layer 0 is packed in 4 bits, groups of 8; slim the model that it was made of", packed, {}),
