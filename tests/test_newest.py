@@ -102,4 +102,6 @@ def test_the_newest_transformers_works_on_what_its_list_says(newest: dict[str, s
 
 
 def test_the_newest_transformers_loads_and_saves_what_is_moeflows_own_or_packed(newest: dict[str, str]) -> None:
-    said_of_tests(newest, "tests/model/test_compressed.py", "tests/methods/slim/test_factors.py", "tests/methods/slim/test_loading.py")
+    said_of_tests(
+        newest, "tests/model/test_compressed.py", "tests/methods/slim/test_factors.py", "tests/methods/slim/test_loading.py"
+    )

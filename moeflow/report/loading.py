@@ -1,6 +1,6 @@
 """How a checkpoint of each form is loaded, and what has to be known of it: told by its config.json and its files alone."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,12 +34,14 @@ def of(checkpoint: Checkpoint, *, ref: str = "") -> Loading:
     packages = ("transformers",) + ("compressed-tensors",) * bool(packed) + ("moeflow",) * own
     caveats = [_different(config)] if own else []
     if packed:
-        caveats.append(f"Its experts are stored in {packed[0]} bits{f', in groups of {packed[1]}' * bool(packed[1])}.")
+        bits, groups = (sorted({scheme[at] for scheme in packed}) for at in (0, 1))
+        in_groups = f", in groups of {groups[0]}" if len(groups) == 1 and groups[0] else ""
+        caveats.append(f"Its experts are stored in {' or '.join(map(str, bits))} bits{in_groups}.")
     counts = {layer.now for layer in checkpoint.layers if layer.now}
     if not own and len(counts) == 1 and any(layer.kept for layer in checkpoint.layers):
         (count,) = counts
         caveats.append(f"Engines that spread experts over GPUs need a number of GPUs that divides {count}.")
-    if config.get("auto_map"):
+    if config.get("auto_map") and not own:  # moeflow's own says no more than that moeflow is needed
         caveats.append("It names Python code of its own (`auto_map`), which travels along and which moeflow has never run.")
     return Loading(
         "moeflow" if own else "transformers", packages, _code(checkpoint, own), _engine(config, own, packed, ref), tuple(caveats)
@@ -58,7 +60,7 @@ def _code(checkpoint: Checkpoint, own: bool) -> str:
     return "\n".join(lines)
 
 
-def _engine(config: Mapping[str, Any], own: bool, packed: tuple[int, int] | None, ref: str) -> str:
+def _engine(config: Mapping[str, Any], own: bool, packed: Sequence[tuple[int, int]], ref: str) -> str:
     if own:
         formats = text_config(config).get(LAYERS) or config.get(LAYERS) or []
         alone = {(f or {}).get("experts") for f in formats if (f or {}).get("experts")}
@@ -93,10 +95,10 @@ def _different(config: Mapping[str, Any]) -> str:
     return f"transformers loads it after `import moeflow` only: {', '.join(words) or 'its family has no such form'}."
 
 
-def _packed(config: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Bits and group size of packed weights; None if they are not packed by moeflow."""
+def _packed(config: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """Bits and group size of packed weights, each pair that there is; none if they are not packed by moeflow."""
     quantized = config.get("quantization_config") or text_config(config).get("quantization_config") or {}
     if quantized.get("quant_method") != "compressed-tensors":
-        return None
-    weights = next((g.get("weights") or {} for g in (quantized.get("config_groups") or {}).values()), {})
-    return int(weights.get("num_bits") or 0), int(weights.get("group_size") or 0)
+        return []
+    groups = [g.get("weights") or {} for g in (quantized.get("config_groups") or {}).values()]
+    return [(int(weights.get("num_bits") or 0), int(weights.get("group_size") or 0)) for weights in groups]

@@ -7,14 +7,16 @@ sent behind the next one.
 import json
 import shlex
 import subprocess
+import threading
 import time
 import uuid
 from collections.abc import Mapping
 from contextlib import suppress
+from http.client import HTTPException
 from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
-from urllib.request import Request, urlopen
+from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from moeflow.store import Store, StoreError
 
@@ -28,10 +30,22 @@ class NotSent(Exception):
     """The webhook or the command did not take the notice."""
 
 
+class _Stay(HTTPRedirectHandler):
+    """Follows no redirect: one of a POST becomes a GET, which leaves the notice behind."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
 def check_target(target: str) -> None:
     """Raise ValueError unless this is an http(s) address, or a command."""
     if "://" in target:
-        if urlsplit(target).scheme not in ("http", "https") or not urlsplit(target).netloc:
+        try:
+            parts = urlsplit(target)
+            fits = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) and target.isascii()
+        except ValueError:  # of a port that is none
+            fits = False
+        if not fits or any(c.isspace() for c in target):
             raise ValueError(f"--notify {target!r}: write https://host/path, or a command")
         return
     try:
@@ -71,15 +85,29 @@ def _send(target: str, body: bytes) -> None:
     """One try. Raises NotSent."""
     if "://" not in target:
         return _run(target, body)
-    request = Request(target, body, {"Content-Type": "application/json", "User-Agent": "moeflow"}, method="POST")
     where = urlsplit(target).netloc.rpartition("@")[2]  # the path of a webhook is often its secret
+    why: list[str] = []
+    beside = threading.Thread(target=lambda: why.append(_post(target, body)), daemon=True)
+    beside.start()
+    beside.join(TIMEOUT)  # the socket's own limit is for each byte, and an answer may drip
+    said = why[0] if why else f"does not answer within {TIMEOUT:g} s"
+    if said:
+        raise NotSent(f"{where} {said}")
+
+
+def _post(target: str, body: bytes) -> str:
+    """Post to a webhook; returns what is wrong with its answer, "" if it took the notice."""
+    request = Request(target, body, {"Content-Type": "application/json", "User-Agent": "moeflow"}, method="POST")
     try:
-        with urlopen(request, timeout=TIMEOUT) as answer:
-            answer.read()
+        with build_opener(_Stay).open(request, timeout=TIMEOUT):
+            return ""
     except HTTPError as error:
-        raise NotSent(f"{where} answered {error.code}") from error
+        moved = ", that it has moved; give its new address" if 300 <= error.code < 400 else ""
+        return f"answered {error.code}{moved}"
     except (URLError, OSError) as error:
-        raise NotSent(f"{where} cannot be reached ({getattr(error, 'reason', error)})") from error
+        return f"cannot be reached ({getattr(error, 'reason', error)})"
+    except HTTPException as error:
+        return f"answered no HTTP ({type(error).__name__})"
 
 
 def _run(command: str, body: bytes) -> None:

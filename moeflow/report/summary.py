@@ -8,7 +8,7 @@ from moeflow.report import layers
 from moeflow.report.about import HUB, About
 from moeflow.report.layers import text_config
 from moeflow.report.table import shown
-from moeflow.report.words import per_cent
+from moeflow.report.words import moved
 from moeflow.store.errors import bytes_text
 
 WIDTH = 11  # of the words at the left
@@ -84,7 +84,7 @@ def _good(about: About) -> list[str]:
             within = f", 95 % interval {f.interval[0]:.3g} to {f.interval[1]:.3g}" if f.interval else ""
             before = shown(f.original, f.unit)
             beside = f" of {before}" if f.unit == "B" else f" ({before} before)" if f.original else ""
-            change = f", {said}" if (said := per_cent(f)) and f.figure != "agreement" else ""
+            change = f", {said}" if (said := moved(f)) and f.figure != "agreement" else ""
             unit = f" {f.unit}" if f.unit not in ("", "B") else ""
             made.append(f"{f.name}: {shown(f.compressed, f.unit)}{unit}{beside}{change}{within}")
     return made

@@ -47,6 +47,11 @@ def per_cent(figure: Figure) -> str:
     return f"{change:+.0f} %" if abs(change) >= 100 else f"{change:+.2g} %" if abs(change) < 10 else f"{change:+.1f} %"
 
 
+def moved(figure: Figure) -> str:
+    """The change in per cent, or that none was measured: of a speed whose quartiles overlap those of the original's."""
+    return "no difference measured" if figure.change_interval is None and verdict(figure) == "undecided" else per_cent(figure)
+
+
 def verdict(figure: Figure) -> str:
     """Whether the change is for the better, or "undecided" where its interval holds both; "" where neither is better.
 

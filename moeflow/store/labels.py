@@ -29,16 +29,18 @@ class Move:
 
 def last(store: Store, label: str) -> Move | None:
     """Where a label points now; None if it points nowhere yet."""
-    n = newest(store, f"labels/{label}/")
-    return _read(store, label, n) if n else None
+    while n := newest(store, f"labels/{label}/"):
+        if (there := _read(store, label, n)) is not None:  # else it was deleted since it was listed
+            return there
+    return None
 
 
 def history(store: Store, label: str) -> tuple[Move, ...]:
     """Every move of a label, the first one first. Raises NotStored if there is no such label."""
-    entries = sorted(e.name for e in store.blobs.list(f"labels/{label}/") if RECORD.fullmatch(e.name))
-    if not entries:
+    moves = tuple(m for n in _numbers(store, label) if (m := _read(store, label, n)) is not None)
+    if not moves:
         raise NotStored(f"there is no label {label!r} in {store.url}; `moeflow ls` shows those there are")
-    return tuple(_read(store, label, int(name.rpartition("/")[2].removesuffix(".json"))) for name in entries)
+    return moves
 
 
 def pointing(store: Store) -> dict[str, Move]:
@@ -48,7 +50,7 @@ def pointing(store: Store) -> dict[str, Move]:
         if RECORD.fullmatch(entry.name):
             _, label, name = entry.name.split("/")
             at[label] = max(at.get(label, 0), int(name.removesuffix(".json")))
-    return {label: _read(store, label, n) for label, n in sorted(at.items())}
+    return {label: there for label in sorted(at) if (there := _read(store, label, at[label]) or last(store, label)) is not None}
 
 
 def move(store: Store, label: str, ref: str, *, since: int, about: Mapping[str, Any] | None = None, back_to: int = 0) -> Move:
@@ -67,16 +69,31 @@ def move(store: Store, label: str, ref: str, *, since: int, about: Mapping[str, 
 
 
 def before(store: Store, there: Move) -> Move | None:
-    """The move that a rollback from `there` goes back to: the one before it, or before the one that it went back to itself."""
-    n = (there.back_to or there.n) - 1
-    if n < 1:
+    """The move that a rollback from `there` goes back to: the one before it, or before the one that it went back to itself.
+
+    Moves whose records somebody has deleted are passed over.
+    """
+    for n in reversed([n for n in _numbers(store, there.label) if n < (there.back_to or there.n)]):
+        earlier = _read(store, there.label, n)
+        if earlier is not None and earlier.back_to:
+            earlier = _read(store, there.label, earlier.back_to)
+        if earlier is not None:
+            return earlier
+    return None
+
+
+def _numbers(store: Store, label: str) -> list[int]:
+    """The numbers of a label's moves, in order."""
+    names = (e.name for e in store.blobs.list(f"labels/{label}/") if RECORD.fullmatch(e.name))
+    return sorted(int(name.rpartition("/")[2].removesuffix(".json")) for name in names)
+
+
+def _read(store: Store, label: str, n: int) -> Move | None:
+    """One move; None if its record is gone."""
+    try:
+        raw = read_record(store, _at(label, n))
+    except FileNotFoundError:
         return None
-    earlier = _read(store, there.label, n)
-    return _read(store, there.label, earlier.back_to) if earlier.back_to else earlier
-
-
-def _read(store: Store, label: str, n: int) -> Move:
-    raw = read_record(store, _at(label, n))
     return Move(label, n, f"{raw['name']}@{raw['n']}", raw["created"], dict(raw.get("about") or {}), int(raw.get("back_to") or 0))
 
 

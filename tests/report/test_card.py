@@ -148,6 +148,11 @@ def test_how_to_load_a_checkpoint_is_what_holds_for_its_form() -> None:
     differ = loading.of(form({"model_type": "moeflow_mixtral", "moeflow_layers": [{"experts": 8}, {"experts": 6}]}))
     assert differ.library == "moeflow" and differ.code.startswith("import moeflow") and "refuse" in differ.engine
     assert "--dense" not in differ.engine and "different numbers of experts" in differ.caveats[0]
+    both = packed(4, 16)
+    both["quantization_config"]["config_groups"] |= {"group_1": {"weights": {"num_bits": 3, "group_size": 16}}}
+    both |= {"model_type": "moeflow_mixtral", "auto_map": {"AutoConfig": "moeflow.Config"}}
+    assert loading.of(form(both)).caveats[1:] == ("Its experts are stored in 3 or 4 bits, in groups of 16.",)
+    assert "has never run" in loading.of(form({"auto_map": {"AutoConfig": "theirs.Config"}})).caveats[-1]
     low = form({"model_type": "moeflow_mixtral", "moeflow_layers": [{"experts": 8, "ranks": {"up": [4] * 8}}]})
     assert "moeflow pull small@1 DIR --dense" in loading.of(low, ref="small@1").engine
     assert (

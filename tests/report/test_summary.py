@@ -2,9 +2,12 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 from moeflow.report import about
+from moeflow.report.figures import Figure
+from moeflow.report.words import moved
 from moeflow.store import Store, names, versions
 from moeflow.store.errors import bytes_text
 from tests.report.conftest import call
@@ -20,6 +23,12 @@ def test_show_begins_with_what_people_ask_and_ends_with_the_hashes(told: Path) -
     (change,) = [line for line in lines if line.startswith("bytes ")]
     assert " %, better" in change and "all weights on disk" in change
     assert [line[:11].strip() for line in lines[-4:]] == ["step", "made", "contents", "key"]
+
+
+def test_a_speed_whose_quartiles_overlap_is_no_difference() -> None:
+    note = "prefill and decode: no difference measured, the quartiles of 7 alternating rounds overlap"
+    same = Figure("decode", "decode", "speed", "tokens/s", 46.0, 23.0, better="higher", notes=(note,))
+    assert moved(same) == "no difference measured" and moved(replace(same, notes=())) == "-50.0 %"
 
 
 def test_ls_has_memory_and_divergence_beside_the_bytes(told: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from moeflow.store import CorruptBlob, NotStored, Store, versions
+from moeflow.store import CorruptBlob, NotStored, Store, labels, versions
 from tests.making import commit, key
 
 
@@ -80,6 +80,21 @@ def test_a_label_moves_and_moving_it_back_and_forth_is_kept(filled: Store) -> No
     assert key_of(filled, "best") == key("a")
     assert len([*filled.blobs.list("labels/best/")]) == 3
     assert [(v.ref, v.labels) for v in versions.list(filled)] == [("tiny@1", ("best",)), ("tiny@2", ())]
+
+
+def test_a_label_whose_records_are_deleted_meanwhile_is_moved_and_rolled_back_all_the_same(filled: Store) -> None:
+    for word in "ab":
+        versions.publish(filled, "tiny", key(word))
+    for since, ref in enumerate(("tiny@1", "tiny@2", "tiny@1")):
+        labels.move(filled, "best", ref, since=since)
+    filled.blobs.delete(["labels/best/000002.json"])
+    assert [m.n for m in labels.history(filled, "best")] == [1, 3]
+    assert versions.rollback(filled, "best").ref == "tiny@1", "back to the move that is still there"
+    filled.blobs.delete([e.name for e in filled.blobs.list("labels/")])
+    assert labels.last(filled, "best") is None and not labels.pointing(filled)
+    assert labels.move(filled, "best", "tiny@2", since=4).n == 5, "by who had looked before they were deleted"
+    with pytest.raises(NotStored, match="best has pointed at nothing before tiny@2"):
+        versions.rollback(filled, "best")
 
 
 def test_only_versions_are_promoted_and_never_onto_a_name(filled: Store) -> None:
