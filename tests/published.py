@@ -33,18 +33,6 @@ PUBLISHED: dict[str, Config] = {
         "rope_scaling": {"alpha": 1000.0, "beta_fast": 32, "beta_slow": 1, "factor": 1.0, "mscale": 1.0, "type": "dynamic"},
         "group_limited_greedy": False, "use_cla": False, "use_mixed_mlp_moe": True,
     },
-    "Kimi-Linear-48B-A3B": {  # layers' numbers and heads in an entry that is no configuration; tokens by default
-        "architectures": ["KimiLinearForCausalLM"], "model_type": "kimi_linear", "head_dim": 72, "hidden_size": 2304,
-        "intermediate_size": 9216, "kv_lora_rank": 512, "q_lora_rank": None, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64,
-        "v_head_dim": 128, "mla_use_nope": True, "moe_intermediate_size": 1024, "moe_layer_freq": 1, "moe_renormalize": True,
-        "moe_router_activation_func": "sigmoid", "num_attention_heads": 32, "num_key_value_heads": 32, "num_expert_group": 1,
-        "num_experts": 256, "num_experts_per_token": 8, "num_hidden_layers": 27, "num_shared_experts": 1, "topk_group": 1,
-        "first_k_dense_replace": 1, "routed_scaling_factor": 2.446, "use_grouped_topk": True, "vocab_size": 163840,
-        "linear_attn_config": {
-            "full_attn_layers": [4, 8, 12, 16, 20, 24, 27], "head_dim": 128, "num_heads": 32, "short_conv_kernel_size": 4,
-            "kda_layers": [i for i in range(1, 27) if i % 4],
-        },
-    },
     "Kimi-K2.5": {  # a vision tower's sizes under names of its own, and a text model of a type that transformers lacks
         "architectures": ["KimiK25ForConditionalGeneration"], "model_type": "kimi_k25",
         "text_config": {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "kimi_k2", **_MLA},
@@ -79,3 +67,16 @@ PUBLISHED: dict[str, Config] = {
         },
     },
 }  # fmt: skip
+KIMI_LINEAR: Config = {
+    "architectures": ["KimiLinearForCausalLM"], "model_type": "kimi_linear", "head_dim": 72, "hidden_size": 2304,
+    "intermediate_size": 9216, "kv_lora_rank": 512, "q_lora_rank": None, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64,
+    "v_head_dim": 128, "mla_use_nope": True, "moe_intermediate_size": 1024, "moe_layer_freq": 1, "moe_renormalize": True,
+    "moe_router_activation_func": "sigmoid", "num_attention_heads": 32, "num_key_value_heads": 32, "num_expert_group": 1,
+    "num_experts": 256, "num_experts_per_token": 8, "num_hidden_layers": 27, "num_shared_experts": 1, "topk_group": 1,
+    "first_k_dense_replace": 1, "routed_scaling_factor": 2.446, "use_grouped_topk": True, "vocab_size": 163840,
+    "linear_attn_config": {
+        "full_attn_layers": [4, 8, 12, 16, 20, 24, 27], "head_dim": 128, "num_heads": 32, "short_conv_kernel_size": 4,
+        "kda_layers": [i for i in range(1, 27) if i % 4],
+    },
+}  # fmt: skip
+"""Layers' numbers and heads in an entry that is no configuration, and weights that transformers joins when it loads them."""

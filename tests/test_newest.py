@@ -91,15 +91,17 @@ def test_the_newest_transformers_gives_the_same_keys_and_bytes(name: str, newest
     assert len(here) > 10 and here == there
 
 
-def tested(environment: dict[str, str], *words: str) -> str:
+def said_of_tests(environment: dict[str, str], *words: str) -> str:
     """What pytest says of tests that pass with these variables."""
     return python(["-m", "pytest", "-rs", "--slow", "-n", "0", "-p", "no:cacheprovider", *words], environment)
 
 
 def test_the_newest_transformers_works_on_what_its_list_says(newest: dict[str, str]) -> None:
-    said = tested(newest, "tests/model/test_structure.py", "-k", "every_model_type")
+    said = said_of_tests(newest, "tests/model/test_structure.py", "-k", "every_model_type")
     assert "SKIPPED" not in said, "write the list of this release: python -m tests.model.families"
 
 
 def test_the_newest_transformers_loads_and_saves_what_is_moeflows_own_or_packed(newest: dict[str, str]) -> None:
-    tested(newest, "tests/model/test_compressed.py", "tests/methods/slim/test_factors.py", "tests/methods/slim/test_loading.py")
+    said_of_tests(
+        newest, "tests/model/test_compressed.py", "tests/methods/slim/test_factors.py", "tests/methods/slim/test_loading.py"
+    )

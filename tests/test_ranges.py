@@ -83,13 +83,13 @@ VERSIONS = (
 
 @pytest.mark.slow
 def test_every_form_loads_at_both_ends_of_the_ranges(python: Path, made: Path) -> None:
-    """Equal within 1e-5; packed experts are loaded or refused, and never computed with otherwise."""
+    """Equal within 1e-4 of a logit; packed experts are loaded or refused, and never computed with otherwise."""
     versions = said(python, "-c", VERSIONS)
     for name, version in zip(RANGED, versions, strict=True):
         assert NEEDS[name].specifier.contains(version), (name, version)
     apart = said(python, "-m", "tests.loads", str(made))
     assert len(apart) == len(FAMILIES) * (1 + len(forms.FORMS_OF))
-    wrong = {k: v for k, v in apart.items() if not (isinstance(v, float) and v < 1e-5)}
+    wrong = {k: v for k, v in apart.items() if not (isinstance(v, float) and v < 1e-4)}
     packs = all(Version(v) >= Version(UNPACK[name]) for name, v in zip(RANGED, versions, strict=True))
     refused = set() if packs else {k for k in apart if k.endswith(" packed")}
     assert {*wrong} == refused, (versions, wrong)

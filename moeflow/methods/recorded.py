@@ -27,6 +27,11 @@ def add_stats(shards: Sequence[Tensors], names: Iterable[str] = ()) -> dict[str,
     return {name: values.amax(0) if name == "max_E" else values.sum(0) for name, values in together.items()}
 
 
+def needed(shards: Sequence[Files], names: Sequence[str]) -> dict[str, Tensor]:
+    """What a score needs of one layer, added over all its shards; nothing for one that needs nothing."""
+    return add_stats([Tensors(s) for s in shards], names) if names else {}
+
+
 def counted(shards: Sequence[Files]) -> float:
     """The mean number of the layer's experts that compute a token of these shards."""
     stats = add_stats([Tensors(s) for s in shards], ("count_E", "tokens"))

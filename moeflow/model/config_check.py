@@ -107,6 +107,8 @@ def _wanted(name: str, value: Any) -> str:
         least, most = COUNTS[name]
         return "" if type(value) is int and least <= value <= most else f"a whole number from {least} to {most:,}"
     if name in NUMBERS:
+        if name == "routed_scaling_factor" and value is False:  # as Hunyuan is published, which scales nothing
+            return ""
         return "" if type(value) in (int, float) and math.isfinite(value) and value >= 0 else "a number from 0"
     if name in ("dtype", "torch_dtype") and isinstance(value, str):
         return "" if value in PRECISIONS else f"one of {', '.join(PRECISIONS)}"

@@ -79,12 +79,17 @@ def settle_model(model: Any) -> None:
     from moeflow.serve.kernels import missing_kernel
 
     chosen = way_of(model.hf_config.to_dict(), missing_kernel(model))
-    log.info("moeflow: %s runs the %s way: %s", model.model, chosen.way, chosen.why)
     if switch.wanted():
         eager(model)
-    if chosen.way == "native":
-        return
-    setattr(model.hf_config, WAY, "general")  # what follows asks nothing of the engine
+    if chosen.way == "general":
+        _settle_general(model, chosen.why)
+    else:
+        log.info("moeflow: %s runs the native way: %s", model.model, chosen.why)
+
+
+def _settle_general(model: Any, why: str) -> None:
+    log.info("moeflow: %s runs the general way: %s", model.model, why)
+    setattr(model.hf_config, WAY, "general")  # who reads it later cannot ask the engine for its kernels
     if not model.enforce_eager:
         log.info("moeflow: without CUDA graphs and torch.compile, because rows are counted for each expert in the forward")
         model.enforce_eager = True
@@ -106,9 +111,7 @@ def settle(config: Any) -> None:
         why = f"low-rank experts run the native way in one process alone, and {several}"
         if plain.get(WAY) == "native":
             raise ValueError(f"{WAY}='native' cannot be: {why}; leave {WAY} out, and the checkpoint runs the general way")
-        log.info("moeflow: %s", why)
-        setattr(model.hf_config, WAY, "general")
-        settle_model(model)
+        _settle_general(model, why)
         native = False
     if parallel.enable_expert_parallel and native and low_rank(plain):
         raise ValueError("low-rank experts are none of those that --enable-expert-parallel divides; leave it out")

@@ -28,7 +28,13 @@ def planned(pipeline: str, words: tuple[str, ...], *more: str) -> tuple[int, str
         ("mixtral_moei2", (*COUNTS, "counts.rule=exact"), ("vllm",), "layers have as many experts as a run decides"),
         ("mixtral", ("keep=6", "search=reap"), ("vllm", "--ep", "4"), "ep=4 does not divide 6 experts"),
         ("mixtral", ("keep=6", "search=reap", "skipping=median"), ("sglang",), "sglang has no skipping of experts"),
-        ("mixtral_unified", ("slim=none", "trim=experts", "trim.dropped=2"), ("vllm",), "as many experts as a run decides"),
+        pytest.param(
+            "mixtral_unified",
+            ("slim=none", "trim=experts", "trim.dropped=2"),
+            ("vllm",),
+            "as many experts as a run decides",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_plan_that_prunes_is_held_to_its_engine(

@@ -432,7 +432,7 @@ def test_a_layer_with_many_experts_is_decomposed_by_several_tasks_to_the_same_by
         layer = moei2.decompose(seen, how).layers[1]
         running.run(store, layer)
         tasks = [s for s in upstream([layer]) if s.name == "decompose.layer" and s.params["layer"] == 1 and "uniform" in s.params]
-        assert {s.params["parts"] for s in tasks} == {1 if at_once == 64 else 3}
+        assert {s.params["task"][1] for s in tasks} == {1 if at_once == 64 else 3}
         tensors, facts = store.artifact(layer.key).file("layer.safetensors"), store.artifact(layer.key).file("facts.json")
         made[at_once] = tensors.read_bytes() + facts.read_bytes()
     assert made[64] == made[3]

@@ -94,7 +94,7 @@ if __name__ == "__main__":
         print("agreement", *agreement(engine, sys.argv[1]))
     print("settled", *lines)
 """
-ALONE = "low-rank experts run the native way in one process alone, and --tensor-parallel-size is 2"
+ALONE = "runs the general way: low-rank experts run the native way in one process alone, and --tensor-parallel-size is 2"
 
 
 @pytest.mark.parametrize(

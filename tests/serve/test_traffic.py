@@ -19,7 +19,14 @@ pytest.importorskip("vllm", reason="needs vLLM; `make test-serve` makes an envir
 pytestmark = pytest.mark.serve
 
 SMALL = Path(__file__).parents[2] / "models" / "mixtral-small"
-MADE = {"stock": None, "native": forms.counts, "general": compress}
+MADE = {
+    "stock": (None, "stock"),
+    "counts": (forms.counts, "native"),
+    "low-rank": (compress, "native"),
+    "asked": (compress, "general"),
+    "skipping": (forms.skipping, "general"),
+}
+"""How a checkpoint is made, and the way that it runs."""
 
 
 @torch.inference_mode()
@@ -47,13 +54,14 @@ def routed(folder: Path, texts: list[list[int]]) -> dict[int, tuple[np.ndarray, 
 @pytest.mark.parametrize("form", MADE)
 def test_what_is_counted_is_what_transformers_chooses(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = forms.heads_of_32(SMALL, tmp_path / "wide")
-    make = MADE[form]
+    make, runs = MADE[form]
     folder = make(folder, tmp_path / form) if make else folder
     file = tmp_path / "traffic.json"
     monkeypatch.setenv(switch.VARIABLE, str(file))
     plugin.register()  # as vLLM does where it starts
-    with told() as lines, served(folder, enforce_eager=False) as engine:
-        assert way(engine) == form and engine.llm_engine.vllm_config.model_config.enforce_eager
+    asked = {"hf_overrides": {"moeflow_way": runs}} if make else {}
+    with told() as lines, served(folder, enforce_eager=False, **asked) as engine:
+        assert way(engine) == runs and engine.llm_engine.vllm_config.model_config.enforce_eager
         written = greedy(engine)
     traffic.write()
     assert any(str(file) in line for line in lines)

@@ -56,7 +56,7 @@ def tasks(before: Step) -> int:
 def spectra_of(layer: int, of: tuple[Step | Part, Step, tuple[Step | Part, ...]], how: Decomposition, dtype: str) -> Step:
     """The spectra of one layer; `of`: its inputs, as `Calibration.of` gives them."""
     parts = tasks(of[1])
-    each = tuple(spectra(*of, layer=layer, part=part, parts=parts, how=how.of_spectra, dtype=dtype) for part in range(parts))
+    each = tuple(spectra(*of, layer=layer, task=[part, parts], how=how.of_spectra, dtype=dtype) for part in range(parts))
     return joined_spectra(each)
 
 
@@ -65,13 +65,15 @@ def factored(
     how: Decomposition, dtype: str,
 ) -> Step:  # fmt: skip
     """One layer with its experts' matrices as products of two, to the ranks that a step decided, or to the same for all experts."""
-    same: dict[str, Any] = {"layer": layer_, "parts": tasks(of[1]), "uniform": uniform, "how": how.of_a_layer, "dtype": dtype}
-    each = tuple(layer(*of, ranks, part=part, **same) for part in range(tasks(of[1])))
+    parts = tasks(of[1])
+    same: dict[str, Any] = {"layer": layer_, "uniform": uniform, "how": how.of_a_layer, "dtype": dtype}
+    each = tuple(layer(*of, ranks, task=[part, parts], **same) for part in range(parts))
     return each[0] if len(each) == 1 else rewrite.joined(each)
 
 
-def _share(part: int, parts: int, experts: int) -> range:
+def _experts(task: list[int], experts: int) -> range:
     """The experts that one of several tasks treats."""
+    part, parts = task
     return range(experts * part // parts, experts * (part + 1) // parts)
 
 
@@ -81,16 +83,16 @@ def _recorded_bytes(config: Any, observed: tuple[ObservedSpec, ...], dtype: str)
 
 def _spectra_spec(
     rest: RestSpec, before: LayerSpec, observed: tuple[ObservedSpec, ...],
-    *, layer: int, part: int, parts: int, how: Decomposition, dtype: str,
+    *, layer: int, task: list[int], how: Decomposition, dtype: str,
 ) -> Spec:  # fmt: skip
     rows, columns = sides(before)
     recorded = _recorded_bytes(rest.config, observed, dtype)
-    writes = 500 + len(_share(part, parts, before.experts)) * 3 * 8 * min(rows, columns) + before.experts * 24
+    writes = 500 + len(_experts(task, before.experts)) * 3 * 8 * min(rows, columns) + before.experts * 24
     out = {"layer": layer, "bytes": writes, "experts": before.experts, "sides": [rows, columns]}
     working = before.loaded(dtype) + 2 * recorded + (2 << 30)
     memory, device = 2 * before.nbytes + before.loaded(dtype) + working, on_device(working)
     return Spec(
-        out, reads=before.headers + before.block_bytes + recorded, writes=writes, operations=_operations(before, observed, parts),
+        out, reads=before.headers + before.block_bytes + recorded, writes=writes, operations=_operations(before, observed, task[1]),
         memory=memory, device=device,
     )  # fmt: skip
 
@@ -110,17 +112,18 @@ def _operations(
 @step("decompose.spectra", version=3, spec=_spectra_spec, gpus=1)
 def spectra(
     context: Context, config: Artifact, before: Artifact, observed: tuple[Artifact, ...],
-    *, layer: int, part: int, parts: int, how: Decomposition, dtype: str,
+    *, layer: int, task: list[int], how: Decomposition, dtype: str,
 ) -> None:  # fmt: skip
     """How much each component of a matrix adds to its expert's outputs on the routed tokens, squared; see `ranks.Spectra`.
 
-    `observed`: what each shard of tokens recorded in this layer. With several `parts`, each treats its share of the experts.
+    `observed`: what each shard of tokens recorded in this layer. `task`: the number of this
+    task, from 0 on, and how many divide the experts.
     """
 
     from moeflow.methods.decompose import factoring
 
     read = read_config(config)
-    some = _share(part, parts, experts_in(headers(before), read, layer))
+    some = _experts(task, experts_in(headers(before), read, layer))
     factoring.spectra(context, read, before, observed, how, layer=layer, experts=some, dtype=dtype).write(context.out)
 
 
@@ -187,7 +190,7 @@ def by_spectra(context: Context, spectra: tuple[Artifact, ...], curves: Artifact
 
 def _layer_spec(
     rest: RestSpec, before: LayerSpec, observed: tuple[ObservedSpec, ...], ranks: Any = None,
-    *, layer: int, part: int, parts: int, uniform: dict[str, int], how: Decomposition, dtype: str,
+    *, layer: int, task: list[int], uniform: dict[str, int], how: Decomposition, dtype: str,
 ) -> Spec:  # fmt: skip
     rows, columns = sides(before)
     for matrix, rank in uniform.items():
@@ -198,9 +201,9 @@ def _layer_spec(
     else:
         out = replace(before, tensors=_cut(before, uniform), elsewhere=False)
     recorded = _recorded_bytes(rest.config, observed, dtype)
-    working, writes = before.loaded(dtype) + 2 * recorded + (2 << 30), (out.nbytes + 90 * before.experts) // parts + 200
+    working, writes = before.loaded(dtype) + 2 * recorded + (2 << 30), (out.nbytes + 90 * before.experts) // task[1] + 200
     memory, device = 2 * before.nbytes + before.loaded(dtype) + working, on_device(working)
-    done = _operations(before, observed, parts, whitened=how.svd == "whitened")
+    done = _operations(before, observed, task[1], whitened=how.svd == "whitened")
     return Spec(out, reads=before.nbytes + recorded, writes=writes, operations=done, memory=memory, device=device)
 
 
@@ -219,19 +222,19 @@ def _cut(before: LayerSpec, uniform: Mapping[str, int]) -> TensorTable:
 @step("decompose.layer", version=3, spec=_layer_spec, gpus=1)
 def layer(
     context: Context, config: Artifact, before: Artifact, observed: tuple[Artifact, ...], ranks: Artifact | None = None,
-    *, layer: int, part: int, parts: int, uniform: dict[str, int], how: Decomposition, dtype: str,
+    *, layer: int, task: list[int], uniform: dict[str, int], how: Decomposition, dtype: str,
 ) -> None:  # fmt: skip
     """One layer's file with its experts' matrices as products of two, everything else bit for bit the same, and `facts.json`.
 
     `observed`: what each shard of tokens recorded in this layer. The ranks are those of `ranks` or, without it, of `uniform`:
-    one rank per matrix for all experts. `facts.json` says for each expert what was done with it. With several `parts`, each treats
-    its share of the experts; the first also writes everything else.
+    one rank per matrix for all experts. `facts.json` says for each expert what was done with it. `task`: the number of this
+    task, from 0 on, and how many divide the experts; the first also writes everything else.
     """
 
     from moeflow.methods.decompose import factoring
 
     read = read_config(config)
     wanted: Mapping[str, Any] = uniform if ranks is None else Ranks.read(ranks).ranks[layer]
-    some = _share(part, parts, experts_in(headers(before), read, layer))
+    some = _experts(task, experts_in(headers(before), read, layer))
     report = factoring.rewrite(context, read, before, observed, how, layer=layer, ranks=wanted, experts=some, dtype=dtype)
     Facts.of(before).and_then("decompose.layer", svd=how.svd, experts=report).write(context.out)

@@ -13,7 +13,7 @@ from moeflow.methods.graph import load
 from moeflow.methods.prune.errors import mask_of, squared_errors, squared_errors_by_expert
 from moeflow.methods.prune.searches import Search
 from moeflow.methods.prune.subsets import Subset, Subsets
-from moeflow.methods.recorded import add_stats, layer_of, sample_of
+from moeflow.methods.recorded import add_stats, layer_of, needed, sample_of
 from moeflow.methods.records import Choice, ExpertSet, LayerLoss
 from moeflow.methods.scores import SCORES
 from moeflow.methods.scores.functions import baselines, best_by_score
@@ -62,7 +62,7 @@ def by_score(
     recorded, score = [Tensors(s) for s in shards], SCORES[how.method]
     moe = layer_of(Tensors(layer_file), config, layer, dtype) if score.weights or how.measured else None
     if moe is None or not how.measured:
-        score_E = load(score.code)(moe, add_stats(recorded, score.needs) if score.needs else {}, how.seed + layer)
+        score_E = load(score.code)(moe, needed(shards, score.needs), how.seed + layer)
         _check_finite(layer, score_E.tolist())
         picked = tuple(best_by_score(score_E, keep, Family.of(config).group_limit[0]))
         return Choice(layer, len(score_E), picked, how.method, None, None, {})

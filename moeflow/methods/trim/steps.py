@@ -16,6 +16,7 @@ from moeflow.methods import rewrite
 from moeflow.methods.graph import HIDDEN, Calibration, Model, load
 from moeflow.methods.records import Facts, TrimmedExperts, TrimmedLayers, read_json
 from moeflow.methods.scores import DROP_SCORES
+from moeflow.methods.trim.sets import sets as sets_of
 from moeflow.model.layout import headers, names_without_experts, read_config
 from moeflow.model.spec import LayerSpec, ObservedSpec, RestSpec
 from moeflow.options import check_choices
@@ -54,8 +55,6 @@ class Trimming:
 
 def trim(calibration: Calibration, how: Trimming) -> Model:
     """Build the graph of the calibrated model without what `how` takes out. Raises ValueError for invalid options."""
-    if how.what != "experts":
-        calibration.check_states(f"trim={how.what}")
     return TRIM_KINDS[how.what].graph(calibration, how)
 
 
@@ -88,15 +87,11 @@ def expert_drop(calibration: Calibration, how: Trimming) -> Model:
         least = max(family.top_k if how.least is None else how.least, legal if legal > groups else 0)
         total = -(-round(keep * len(layers)) // groups) * groups
     criterion = family.arch.drop_score if how.criterion == "router_score" else how.criterion
-    read = {i: calibration.counted(i, DROP_SCORES[criterion].needs, f"trim.criterion={criterion}") for i in layers}
-    read |= calibration.predicted
+    needs, word = DROP_SCORES[criterion].needs, f"trim.criterion={criterion}"
+    read = {i: calibration.counted(i, needs, word) for i in (*layers, *calibration.predicted)}
+    same: dict[str, Any] = {"seed": how.seed, "dtype": calibration.dtype}
     scores, behind = (
-        tuple(
-            expert_scores(
-                model.essential, model.layer(i), read[i], layer=i, criterion=criterion, seed=how.seed, dtype=calibration.dtype
-            )
-            for i in of
-        )
+        tuple(expert_scores(model.essential, model.layer(i), read[i], layer=i, criterion=criterion, **same) for i in of)
         for of in (layers, calibration.predicted)
     )
     chosen = choose_experts(scores, behind, across=how.across, keep=total, least=least, groups=groups)
@@ -119,7 +114,8 @@ def layer_drop(calibration: Calibration, how: Trimming) -> Model:
         raise ValueError(
             f"dropped={drop} moe_blocks must lie between 0 and {len(layers) - 1}: the model has {len(layers)} layers with experts"
         )
-    chosen = choose_moe_blocks(tuple(calibration.observed[i] for i in layers), layers=layers, drop=drop)
+    read = tuple(calibration.counted(i, ("cos_block",), "trim=moe_blocks") for i in layers)
+    chosen = choose_moe_blocks(read, layers=layers, drop=drop)
     thinner = {i: without_moe_block(model.essential, model.layers[i], chosen, layer=i) for i in layers}
     return model.with_layers(thinner, (chosen,))
 
@@ -139,6 +135,7 @@ def block_drop(calibration: Calibration, how: Trimming) -> Model:
         )
     if not drop:
         return model
+    calibration.check_states("trim=decoder_layers")
     if not calibration.between:
         raise ValueError("Block Drop compares hidden states across layers: calibrate with between=True")
     if model.extra:
@@ -221,13 +218,12 @@ def expert_scores(
 
     `observed`: what each shard of tokens recorded in this layer.
     """
-    from moeflow.methods.recorded import add_stats, layer_of
+    from moeflow.methods.recorded import layer_of, needed
     from moeflow.model.checkpoint import Tensors
 
     score = DROP_SCORES[criterion]
     moe = layer_of(Tensors(layer_files), read_config(config), layer, dtype) if score.weights else None
-    stats = add_stats([Tensors(o) for o in observed], score.needs) if score.needs else {}
-    score_E = load(score.code)(moe, stats, seed + layer)
+    score_E = load(score.code)(moe, needed(observed, score.needs), seed + layer)
     value = {"layer": layer, "criterion": criterion, "scores": score_E.double().tolist()}
     (context.out / SCORED).write_text(json.dumps(value) + "\n")
 
@@ -258,7 +254,7 @@ def choose_experts(
     """
     read, behind = ([read_json(s, SCORED) for s in some] for some in (scores, prediction))
     by_layer = {s["layer"]: s["scores"] for s in read}
-    sets = {layer: _sets(values, groups) for layer, values in by_layer.items()}
+    sets = {layer: sets_of(values, groups) for layer, values in by_layer.items()}
     if across == "layer":
         gone = Counter({layer: len(ranked) - keep // groups for layer, ranked in sets.items()})
     else:
@@ -269,20 +265,12 @@ def choose_experts(
         gone = Counter(layer for _, layer in order[: drop // groups])  # a layer's sets are sorted by score
     most = max(len(ranked) - gone[layer] for layer, ranked in sets.items())
     by_layer |= {s["layer"]: s["scores"] for s in behind}
-    sets |= {s["layer"]: _sets(s["scores"], groups) for s in behind}
+    sets |= {s["layer"]: sets_of(s["scores"], groups) for s in behind}
     gone |= Counter({s["layer"]: len(sets[s["layer"]]) - most for s in behind})
     stay = {layer: sorted(e for _, experts in ranked[gone[layer] :] for e in experts) for layer, ranked in sets.items()}
     others = {layer: [e for e in range(len(by_layer[layer])) if e not in kept] for layer, kept in stay.items()}
     rounded = {layer: [round(v, 8) for v in values] for layer, values in by_layer.items()}
     TrimmedExperts("experts", read[0]["criterion"], stay, others, rounded).write(context.out)
-
-
-def _sets(values: Sequence[float], groups: int) -> list[tuple[float, list[int]]]:
-    """The sets of experts that go together, one from each group, as (mean score, indices), lowest first; in a tie, the expert with
-    the higher index goes first."""
-    size = len(values) // groups
-    ranked = [sorted(range(g * size, (g + 1) * size), key=lambda e: (values[e], -e)) for g in range(groups)]
-    return [(sum(values[e] for e in experts) / groups, list(experts)) for experts in zip(*ranked, strict=True)]
 
 
 def _choose_moe_blocks_spec(observed: tuple[tuple[ObservedSpec, ...], ...], *, layers: list[int], drop: int) -> Spec:

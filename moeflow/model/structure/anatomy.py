@@ -181,6 +181,8 @@ def _router(block: nn.Module, experts: Any, count: int) -> tuple[str, list[str]]
     width = _width(experts)
     outside = {n: t for n, t in block.state_dict().items() if not n.startswith(("experts.", "shared"))}
     matrices = [n for n, t in outside.items() if tuple(t.shape) == (count, width)]
+    if not matrices and (latent := [n for n, m in block.named_children() if getattr(m, "out_features", None) == width]):
+        raise Unknown(f"its experts see what {latent[0]} makes of the hidden states, and no hidden states themselves")
     if len(matrices) != 1:
         raise Unknown(f"its MoE block has {len(matrices) or 'no'} matrices with a row for each expert, not one router")
     vectors = [n for n, t in outside.items() if t.numel() == count and t.dim() and t.shape[-1] == count]

@@ -95,6 +95,7 @@ def whole(config: Config) -> Config:
 
 def _filled(config: Config, made: Mapping[str, Any]) -> Config:
     """`config` with the entries of `made` that it lacks, in nested configurations, too."""
+    made = {str(k): v for k, v in made.items()}  # as they are in JSON
     both = {k: v for k, v in made.items() if k not in config and v is not None}
     nested = {k: _filled(v, made[k]) for k, v in config.items() if isinstance(v, dict) and isinstance(made.get(k), Mapping)}
     return config | nested | both

@@ -213,7 +213,7 @@ def _fitting(model: Any, anatomy: Anatomy, stored: set[str] | None, real: Any) -
 
     `real`: the model of the checkpoint's own config.json, without weights; it says how `stored` is read.
     """
-    unknown: Unknown | None = None
+    unknown: dict[bool, Unknown] = {}  # by whether it is the original format
     found: list[Names] = []
     alone = False  # whether transformers reads and writes a tensor for each matrix of an expert
     for original in (True, False):
@@ -223,13 +223,16 @@ def _fitting(model: Any, anatomy: Anatomy, stored: set[str] | None, real: Any) -
             alone = alone or not names.layout.stacked
             found.append(replace(names, layout=replace(names.layout, per_expert=alone)))
         except Unknown as error:
-            unknown = unknown or error
-    if not found:
-        raise unknown or Unknown("nothing was saved")
+            unknown[original] = error
+    if not found or (stored is None and unknown.get(True)):
+        raise unknown.get(True) or Unknown("nothing was saved")
     if stored is None:
         return found[0]
     memory = loaded_as(real, stored)
-    candidates = [spelled(v, anatomy, memory) for names in found for v in (names, _alone(names))]
+    try:
+        candidates = [spelled(v, anatomy, memory) for names in found for v in (names, _alone(names))]
+    except Unknown as error:
+        raise unknown.get(True) or error from None
     scores = [sum(t in stored for t in _expected(v, anatomy)) for v in candidates]
     return candidates[scores.index(max(scores))]
 

@@ -131,7 +131,7 @@ def _experts(
     layouts: list[Stacked] = []
     wholes: dict[str, str] = {}
     for ends, pieces in ((".weight", matrices), (".bias", biases)):
-        for group in _groups(pieces):
+        for group in _groups(pieces, found):
             name, transposed, interleaved = _stacked(found, [pieces[m] for m in group], "and".join(group))
             inside = split(name, number)[2]
             stem = inside.partition(".experts.")[0] if ".experts." in inside else inside.rpartition(".")[0].rpartition(".")[0]
@@ -147,10 +147,12 @@ def _experts(
     return names, held_in, tuple(layouts)
 
 
-def _groups(pieces: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    if not pieces:
-        return []
-    return [("gate", "up"), ("down",)] if "gate" in pieces else [("up",), ("down",)]
+def _groups(pieces: Mapping[str, list[Tensor]], found: _Found) -> list[tuple[str, ...]]:
+    """The matrices that lie together on disk: of gate and up, if each has no stack of its own, those of both."""
+    apart = all(found.holding(pieces[m]) or found.holding([t.T.contiguous() for t in pieces[m]]) for m in pieces if m != "down")
+    if apart or "gate" not in pieces:
+        return [(m,) for m in pieces]
+    return [("gate", "up"), ("down",)]
 
 
 def _stacked(found: _Found, parts: list[list[Tensor]], what: str) -> tuple[str, bool, bool]:

@@ -47,7 +47,9 @@ def counted(store: Any, step: Step, layer: int) -> dict[str, np.ndarray]:
     return load_file(store.artifact(step.key).file(file_of(layer)))
 
 
-@pytest.mark.parametrize("form", ["arrays", "sglang", "vllm", "answers of sglang"])
+@pytest.mark.parametrize(
+    "form", ["sglang", "vllm", *(pytest.param(f, marks=pytest.mark.slow) for f in ("arrays", "answers of sglang"))]
+)
 def test_transformers_own_routing_counts_as_our_pass_does(
     form: str, model: Model, ids_NL: np.ndarray, experts_NLlk: np.ndarray, tmp_path: Path
 ) -> None:

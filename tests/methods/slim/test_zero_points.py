@@ -11,6 +11,7 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from moeflow.arch import Family
 from moeflow.engines import ENGINES, form_of
 from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.checkpoint import steps as checkpoint
@@ -19,10 +20,15 @@ from moeflow.methods.graph import Pass, Sample
 from moeflow.methods.recipes import unified
 from moeflow.methods.slim.methods import Slimming
 from moeflow.model.checkpoint import Tensors
+from moeflow.model.formats import layer_formats
+from moeflow.model.packed import asymmetric
+from moeflow.model.skeleton import layers_of
 from moeflow.run import pulling
+from moeflow.serve.pieces import Pieces
 from tests import running, tiny
 
 SAMPLE = Sample(4, 16)
+EXPERTS = "model.layers.0.mlp.experts.down_proj"
 
 
 def slimmed(folder: Path, method: str, bits: int, **more: Any) -> dict[bool, Path]:
@@ -45,7 +51,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize(("method", "bits"), [("gptq", 4), ("round_to_nearest", 8)])
+@pytest.mark.parametrize(("method", "bits"), [("gptq", 4), pytest.param("round_to_nearest", 8, marks=pytest.mark.slow)])
 def test_what_is_loaded_are_the_unpacked_weights_bit_for_bit(method: str, bits: int, tmp_path: Path) -> None:
     made = slimmed(tmp_path, method, bits)
     said = json.loads((made[True] / "config.json").read_text())
@@ -54,6 +60,14 @@ def test_what_is_loaded_are_the_unpacked_weights_bit_for_bit(method: str, bits: 
     packed, plain = (AutoModelForCausalLM.from_pretrained(made[p], dtype=torch.float32).eval() for p in (True, False))
     own, other = packed.state_dict(), plain.state_dict()
     assert own.keys() == other.keys() and all(torch.equal(own[n], other[n]) for n in own)
+    pieces, family = Pieces(Family.of(said), zeros=asymmetric(said)), Family.of(said)  # as vLLM's plug-in unpacks them
+    for i, (layer, format) in enumerate(zip(layers_of(packed), layer_formats(said), strict=True)):
+        pieces.add(i, format, layer.get_submodule(family.arch.block).experts)  # type: ignore[arg-type]
+    assert not torch.equal(packed.state_dict()[EXPERTS], other[EXPERTS])  # all are zero now
+    for name, tensor in tensors(made[True]).items():
+        pieces.take(name, tensor)
+    pieces.check_whole(str(made[True]))
+    assert all(torch.equal(t, other[n]) for n, t in packed.state_dict().items())
     scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**group["weights"]))
     stored, read = tensors(made[True]), Tensors(made[True])
     name = next(n.removesuffix("_packed") for n in stored if n.endswith("_packed"))
