@@ -3,7 +3,7 @@
 import json
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -118,8 +118,8 @@ def test_its_runs_are_tracked_and_a_tracker_that_cannot_be_is_refused_before_it_
         def told(self, told: Mapping[str, str]) -> None:
             lines.extend(f"{name}={value}" for name, value in told.items())
 
-        def scalar(self, name: str, value: float, step: int) -> None:
-            lines.append(f"{name} is {value}")
+        def scalars(self, values: Sequence[trackers.Scalar]) -> None:
+            lines.extend(f"{one.name} is {one.value}" for one in values)
 
         def close(self, *, failed: bool) -> None:
             lines.append(f"failed: {failed}")

@@ -50,7 +50,9 @@ def test_a_text_that_is_named_twice_is_refused_in_one_line(model: Model, tmp_pat
 
 def test_a_model_without_a_tokenizer_needs_a_matrix_in_the_place_of_text(tmp_path: Path) -> None:
     plain = running.model_in(tiny.write("mixtral", tmp_path / "model"))
-    with pytest.raises(ValueError, match=r"the model has no tokenizer, so .*; pass a ready-made matrix \(tokens=...\)"):
+    with pytest.raises(
+        ValueError, match=r"the model has no tokenizer, so .*; pass a ready-made matrix or traffic .*\(tokens=...\)"
+    ):
         compare.reports(plain, plain, compare.HeldOut("nowhere.txt", 4, 16), Pass())
 
 
