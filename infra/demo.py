@@ -72,8 +72,8 @@ def head(folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     with (folder / "head.log").open("wb") as log:
         command = [sys.executable, "-m", "ray.scripts.scripts", *words]
         process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-    print(f"demo: starting a Ray head; its dashboard is at {address} (token: {os.environ['RAY_AUTH_TOKEN']})", flush=True)
-    try:
+    try:  # at once, since whoever reads the next line may interrupt
+        print(f"demo: starting a Ray head; its dashboard is at {address} (token: {os.environ['RAY_AUTH_TOKEN']})", flush=True)
         yield process, address
     finally:
         print("demo: stopping the Ray head", flush=True)
@@ -81,7 +81,7 @@ def head(folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
         try:
             process.wait(30)
         except subprocess.TimeoutExpired:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)  # what it has started, too
 
 
 def submit(process: subprocess.Popen[bytes], address: str, entrypoint: str, patience: float = PATIENCE) -> str:

@@ -93,6 +93,8 @@ def test_the_heads_logs_stay_where_the_demo_is_interrupted(tmp_path: Path) -> No
     assert process.returncode == 130
     (folder,) = re.findall(r"demo: interrupted; the head's logs are in (\S+)", said)
     assert (Path(folder) / "head.log").is_file()
+    running = subprocess.run(["pgrep", "-f", f"temp-dir={folder}"], capture_output=True, text=True, check=False)
+    assert not running.stdout, "the head is gone"
     subprocess.run(["rm", "-rf", folder], check=True)
 
 
