@@ -112,10 +112,7 @@ class Seen:
         if name not in self.elsewhere:
             return self._stored.read(name, start, stop)
         stop = min(stop, self.elsewhere[name].size)
-        with self._lock:
-            if (name, start, stop) not in self._asked:
-                self._asked.add((name, start, stop))
-                self._read += max(0, stop - start)
+        self._count(name, start, stop)
         parts = self.elsewhere[name].between(start, stop)
         return b"".join(p if isinstance(p, bytes) else self._inputs[p[0]].read(*p[1:]) for p in parts)
 
@@ -123,6 +120,7 @@ class Seen:
         if name not in self.elsewhere:
             return self._stored.file(name)
         lies = self.elsewhere[name]
+        self._count(name, 0, lies.size)  # also where this node has it
         return self._stored.put(File(lies.sha256, lies.size), lambda to: self.copy(name, to), name)
 
     def folder(self) -> Path:
@@ -149,6 +147,12 @@ class Seen:
         except CorruptBlob:
             to.unlink()
             raise MissingSource(f"{name} of {self.key} is made of bytes that have changed since{referred.WAY_OUT}") from None
+
+    def _count(self, name: str, start: int, stop: int) -> None:
+        with self._lock:
+            if not {(name, start, stop), (name, 0, self.elsewhere[name].size)} & self._asked:
+                self._asked.add((name, start, stop))
+                self._read += max(0, stop - start)
 
     @cached_property
     def _inputs(self) -> "list[StoredArtifact | Seen | referred.Referred]":

@@ -195,4 +195,5 @@ def test_layers_of_objects_are_downloaded_once_for_all_steps_of_a_machine(
     for _ in range(3):
         read = running.read(store, layer)
         sizes.append(Path(str(weights(read, "layer.safetensors"))).stat().st_size)
+        assert isinstance(read, Seen) and read.reads == sizes[-1], "what is asked for counts, here already or not"
     assert {*sizes} == {read.size("layer.safetensors")} and sum(r.received for r in server.requests) <= sizes[0]

@@ -116,8 +116,8 @@ def spectra(
 ) -> None:  # fmt: skip
     """How much each component of a matrix adds to its expert's outputs on the routed tokens, squared; see `ranks.Spectra`.
 
-    `observed`: what each shard of tokens recorded in this layer. `task`: the number of this
-    task, from 0 on, and how many divide the experts.
+    `observed`: what each shard of tokens recorded in this layer. `task`: its number, from 0
+    on, and how many tasks divide the experts.
     """
 
     from moeflow.methods.decompose import factoring
@@ -227,8 +227,8 @@ def layer(
     """One layer's file with its experts' matrices as products of two, everything else bit for bit the same, and `facts.json`.
 
     `observed`: what each shard of tokens recorded in this layer. The ranks are those of `ranks` or, without it, of `uniform`:
-    one rank per matrix for all experts. `facts.json` says for each expert what was done with it. `task`: the number of this
-    task, from 0 on, and how many divide the experts; the first also writes everything else.
+    one rank per matrix for all experts. `facts.json` says for each expert what was done with it. `task`: its number, from 0
+    on, and how many tasks divide the experts; the first also writes everything else.
     """
 
     from moeflow.methods.decompose import factoring
