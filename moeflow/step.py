@@ -8,12 +8,9 @@ The signature of a step's function says what it reads: positional parameters are
 None if absent; keyword-only parameters are plain values or options (`moeflow.options`).
 """
 
-import ast
 import hashlib
 import inspect
 import json
-import re
-import textwrap
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,13 +20,12 @@ from pathlib import Path
 from typing import Any, Concatenate, Literal, NoReturn, ParamSpec, Protocol
 
 from moeflow import options
+from moeflow.source_digest import source_digest
 
-CODE = re.compile(r"[a-z_]\w*(\.\w+)+:\w+")  # how a table of methods refers to a row's code; see `moeflow.methods.graph.load`
 Arithmetic = Literal["bfloat16", "float16", "float32", "float64", "factors", "text"]
 """What operations are, which decides how fast they are: products of matrices in a precision, eigenvalues and triangular factors,
 or bytes of "text" that become tokens."""
 P = ParamSpec("P")
-_text = cache(Path.read_text)
 
 
 class Artifact(Protocol):
@@ -212,7 +208,7 @@ class Step(Promise):
     @property
     def source(self) -> str:
         """A digest of the function's source, empty without a file: recorded, compared and warned about, never part of the key."""
-        return _source(self.fn)
+        return source_digest(self.fn)
 
     def content(self, digests: Sequence[str]) -> str:
         """The key of this recipe on inputs with these contents, whatever recipes made them (early cutoff)."""
@@ -369,40 +365,6 @@ def step_of(promise: Step | Part) -> Step:
 def canonical(value: Any) -> bytes:
     """`value` as JSON, with one spelling for equal values."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
-
-
-@cache
-def _source(fn: Callable[..., None]) -> str:
-    """A digest of a function's source and of its package's modules that it needs, but for this one; empty if it has no file."""
-    try:
-        text = inspect.getsource(fn)
-    except OSError:
-        return ""
-    package, *inside = fn.__module__.split(".")
-    root = Path(inspect.getfile(fn)).parents[len(inside) - 1] if inside else None
-    texts: dict[Path, str] = {}
-    stack = [*_imports(textwrap.dedent(text), package, root)] if root else []
-    while stack:
-        file = stack.pop()
-        if root and file not in texts and file != Path(__file__):
-            texts[file] = _text(file)
-            stack.extend(_imports(texts[file], package, root))
-    return hashlib.sha256("".join([text, *(texts[file] for file in sorted(texts))]).encode()).hexdigest()
-
-
-@cache
-def _imports(text: str, package: str, root: Path) -> frozenset[Path]:
-    """The files of the package that a text imports, or refers to as code to load ("package.module:function")."""
-    names: set[str] = set()
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and CODE.fullmatch(node.value):
-            names.add(node.value.partition(":")[0])
-    modules = [root.joinpath(*name.split(".")[1:]) for name in names if name.startswith(f"{package}.")]
-    return frozenset(f for m in modules for f in (m.with_suffix(".py"), m / "__init__.py") if f.is_file())
 
 
 def _plain(name: str, key: str, value: Any, kind: Any = None) -> Any:

@@ -1,11 +1,12 @@
 """What a layer could be instead of what it is, and how these alternatives are divided among chains of forks. No torch."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from moeflow.methods.graph import Calibration
-from moeflow.model.spec import ObservedSpec
+from moeflow.methods.records import Curves
+from moeflow.model.spec import HiddenSpec, ObservedSpec
 from moeflow.step import Step
 
 
@@ -84,7 +85,24 @@ def groups(alternatives: Mapping[int, Alternatives], most: int, listed: int = 0)
 
 def rows_of(calibration: Calibration, tokens: int) -> tuple[tuple[int, int], ...]:
     """The sequences, as runs of (first, count), that hold about `tokens` tokens: the first of every shard, equally many."""
-    specs = [s.spec.output for s in calibration.starts]
-    sizes = [(spec.hidden if isinstance(spec, ObservedSpec) else spec).sequences for spec in specs]
+    sizes = [states_of(s.spec.output).sequences for s in calibration.starts]
     each = max(1, round(tokens / calibration.tokens.spec.output.length / len(sizes)))
     return tuple((sum(sizes[:i]), min(each, size)) for i, size in enumerate(sizes))
+
+
+def states_of(spec: Any) -> HiddenSpec:
+    """The hidden states in the output of a step of a pass, which may have recorded beside them."""
+    return spec.hidden if isinstance(spec, ObservedSpec) else spec
+
+
+def joined(measured: Iterable[Curves]) -> Curves:
+    """What several chains measured, as one."""
+    first, *more = measured
+    for one in more:
+        curves = {i: {**first.curves.get(i, {}), **by_name} for i, by_name in one.curves.items()}
+        losses = {i: {**first.losses.get(i, {}), **by_name} for i, by_name in one.losses.items()}
+        each = {i: {**first.sequences.get(i, {}), **by_name} for i, by_name in one.sequences.items()}
+        first = replace(
+            first, curves={**first.curves, **curves}, losses={**first.losses, **losses}, sequences={**first.sequences, **each}
+        )
+    return first

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from moeflow.arch import EMBEDDING, Family
-from moeflow.methods.calibrate.chains import Alternatives, Chain, Forks, groups, rows_of
+from moeflow.methods.calibrate.chains import Alternatives, Chain, Forks, groups, joined, rows_of, states_of
 from moeflow.methods.calibrate.counted import traffic_of
 from moeflow.methods.graph import HIDDEN, REST, TOKENS, Calibration, Model, Pass
 from moeflow.methods.records import Curves, Shortlist
@@ -183,7 +183,7 @@ def embed(context: Context, config: Artifact, rest: Artifact, tokens: Artifact, 
 
 def _pass_spec(hidden: Any, layers: tuple[LayerSpec, ...], dtype: str) -> tuple[HiddenSpec, int, int]:
     """The hidden states behind the layers, the bytes to read with these, and the peak memory."""
-    before = _states(hidden)
+    before = states_of(hidden)
     states = replace(before, handed_on=Family.of(before.config).handed_on(before.length))
     reads = before.nbytes + sum(layer.nbytes for layer in layers)
     # the largest layer's file and its weights, the states, and a batch's activations
@@ -277,7 +277,7 @@ def curves(
             states[first] = state
             state = _behind(model, passed, state, first, layers)
         ends = state
-    fork = replace(_states(calibration.starts[0].spec.output), sequences=sum(n for _, n in rows)).nbytes
+    fork = replace(states_of(calibration.starts[0].spec.output), sequences=sum(n for _, n in rows)).nbytes
 
     def chain(first: int, before: tuple[Step, ...], group: Mapping[int, Alternatives]) -> Step:
         begun = [group.get(i) for i in range(first, max(group, default=first - 1) + 1)]
@@ -311,12 +311,8 @@ def _hidden(steps: tuple[Step, ...]) -> tuple[Part, ...]:
     return tuple(s.part(HIDDEN) for s in steps)
 
 
-def _states(spec: Any) -> HiddenSpec:
-    return spec.hidden if isinstance(spec, ObservedSpec) else spec
-
-
 def _start_spec(starts: tuple[Any, ...], *, taken: list[int]) -> Spec:
-    out = replace(_states(starts[0]), sequences=sum(taken))
+    out = replace(states_of(starts[0]), sequences=sum(taken))
     return Spec(out, reads=out.nbytes, writes=out.nbytes, memory=3 * out.nbytes)
 
 
@@ -333,7 +329,7 @@ def _forks_spec(
     sources: tuple[tuple[Any, ...], ...], against: tuple[Any, ...] = (), shortlist: Any = None,
     *, alternatives: list[Forks | None], how: Chain,
 ) -> Spec:  # fmt: skip
-    states = replace(_states(before[0]), sequences=sum(how.taken))
+    states = replace(states_of(before[0]), sequences=sum(how.taken))
     states = replace(states, handed_on=Family.of(states.config).handed_on(states.length))
     reads = states.nbytes * (2 if against else 1) + sum(layer.nbytes for layer in layers)
     for which, several in zip_longest(alternatives, sources):  # of a shortlist's files it is not known which they are
@@ -400,12 +396,4 @@ def _measure_spec(chains: tuple[Mapping[str, Any], ...]) -> Spec:
 @step("calibrate.curves", version=3, spec=_measure_spec)
 def measure(context: Context, chains: tuple[Artifact, ...]) -> None:
     """What several chains measured, as one `Curves`."""
-    first, *more = map(Curves.read, chains)
-    for one in more:
-        curves = {i: {**first.curves.get(i, {}), **by_name} for i, by_name in one.curves.items()}
-        losses = {i: {**first.losses.get(i, {}), **by_name} for i, by_name in one.losses.items()}
-        each = {i: {**first.sequences.get(i, {}), **by_name} for i, by_name in one.sequences.items()}
-        first = replace(
-            first, curves={**first.curves, **curves}, losses={**first.losses, **losses}, sequences={**first.sequences, **each}
-        )
-    first.write(context.out)
+    joined(map(Curves.read, chains)).write(context.out)
