@@ -52,7 +52,7 @@ def variables(*folders: str) -> dict[str, str]:
 
 def python(words: Sequence[str], environment: dict[str, str]) -> str:
     done = subprocess.run([sys.executable, *words], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]  # pytest says what failed on stdout
     return done.stdout
 
 

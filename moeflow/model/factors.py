@@ -36,6 +36,11 @@ class Form:
 PLAIN = Form()
 
 
+def shape_of(parameter: Any) -> tuple[int, ...]:
+    """The shape of a whole parameter, also if ZeRO-3 has divided it."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
 def form_of(experts: Any) -> Form:
     """The form of a module of fused experts of transformers, or of `RoutedExperts`, by what it says of itself or by its shapes."""
     if isinstance(getattr(experts, "form", None), Form):
@@ -43,7 +48,7 @@ def form_of(experts: Any) -> Form:
         return own
     gated = hasattr(experts, "gate_up_proj")
     # only transposed stacks of gate and up are twice as wide as those of down are high
-    transposed = gated and experts.gate_up_proj.shape[2] == 2 * experts.down_proj.shape[1]
+    transposed = gated and shape_of(experts.gate_up_proj)[2] == 2 * shape_of(experts.down_proj)[1]
     return Form(
         gated=gated,
         biased=getattr(experts, "has_bias", False),
@@ -54,7 +59,8 @@ def form_of(experts: Any) -> Form:
 
 def sizes_of(experts: Any, form: Form) -> tuple[int, int]:
     """The width of the model that these experts see, D, and their own, F."""
-    sides = experts.down_proj.shape[1:] if "down_proj" in experts._parameters else (experts.hidden_dim, experts.intermediate_dim)
+    own = shape_of(experts.down_proj)[1:] if "down_proj" in experts._parameters else None
+    sides = own or (experts.hidden_dim, experts.intermediate_dim)
     width, inner = reversed(sides) if form.transposed else sides
     return int(width), int(inner)
 

@@ -18,9 +18,10 @@ from torch import nn
 
 from moeflow.arch import Family
 from moeflow.methods.finetune import extensions
-from moeflow.methods.finetune.lora import apply, attach, shape_of
+from moeflow.methods.finetune.lora import apply, attach
 from moeflow.methods.finetune.recipe import Recipe
 from moeflow.methods.finetune.targets import is_trained
+from moeflow.model.factors import shape_of
 from moeflow.model.formats import layer_formats
 from moeflow.model.quiet import load_whole
 from moeflow.model.skeleton import layers_of

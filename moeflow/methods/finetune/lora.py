@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from moeflow.arch import Family
 from moeflow.methods.finetune.recipe import Recipe
-from moeflow.model.factors import STACKS
+from moeflow.model.factors import STACKS, shape_of
 from moeflow.model.formats import layer_formats
 
 A, B = ".lora_a", ".lora_b"
@@ -82,11 +82,6 @@ def apply(model: nn.Module) -> None:
         if ADDITIONS in dict(module.named_children()):
             module.register_forward_pre_hook(_begin)
             module.register_forward_hook(_end, always_call=True)
-
-
-def shape_of(parameter: Any) -> tuple[int, ...]:
-    """The shape of a parameter, also if ZeRO-3 has divided it."""
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def product(a: Tensor, b: Tensor, scale: float) -> Tensor:
