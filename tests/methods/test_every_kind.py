@@ -26,6 +26,7 @@ from moeflow.model.formats import format_of
 from moeflow.model.moe import MoELayer
 from moeflow.model.trimmed import returns_a_tuple
 from moeflow.run import pipeline
+from moeflow.sources.elsewhere import seen
 from moeflow.step import Step, upstream
 from moeflow.store import Store
 from tests import kinds, running
@@ -267,7 +268,7 @@ def reference(source: Path, store: Store, target: Step, *, masked: bool) -> Any:
     stack = next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == family.num_layers and _decodes(m, family))
     kept = {int(f["layer"]): f["keep"] for f in _facts(store, target)}
     for i in family.moe_layers:
-        before = Tensors(store.artifact(first[i].key))
+        before = Tensors(seen(store, first[i].key))
         layer: Any = stack[i]
         whole = read_moe(before, config, i).to(dtype=torch.float32)
         pair = returns_a_tuple(layer.get_submodule(family.arch.block))
