@@ -6,6 +6,7 @@ small.report, small.load(), small.pull("DIR"), small.compare("mixtral@1")
 """
 
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from os import PathLike, fspath
 from pathlib import Path
@@ -21,6 +22,8 @@ from moeflow.run.progress import show as shown
 from moeflow.run.words_of import words_of
 from moeflow.store import NotStored
 from moeflow.store import versions as published
+
+warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm's, in notebooks: what it would draw is shown by us
 
 HOW = ("store", "name", "gate", "runner", "gpus", "cpus", "progress", "patience", "retries", "in_flight", "track", "engine")
 """Which parameters of `run` and `fit` say where and how, and are none of a pipeline's."""
