@@ -147,9 +147,14 @@ def _experts(
     return names, held_in, tuple(layouts)
 
 
+def _turned(tensor: Tensor) -> Tensor:
+    """A matrix on its side; a bias as it is."""
+    return tensor.mT.contiguous() if tensor.ndim > 1 else tensor
+
+
 def _groups(pieces: Mapping[str, list[Tensor]], found: _Found) -> list[tuple[str, ...]]:
     """The matrices that lie together on disk: of gate and up, if each has no stack of its own, those of both."""
-    apart = all(found.holding(pieces[m]) or found.holding([t.T.contiguous() for t in pieces[m]]) for m in pieces if m != "down")
+    apart = all(found.holding(pieces[m]) or found.holding([_turned(t) for t in pieces[m]]) for m in pieces if m != "down")
     if apart or "gate" not in pieces:
         return [(m,) for m in pieces]
     return [("gate", "up"), ("down",)]
@@ -160,7 +165,7 @@ def _stacked(found: _Found, parts: list[list[Tensor]], what: str) -> tuple[str, 
     for interleaved in (False, True)[: len(parts)]:
         joined = [_joined(each, interleaved) for each in zip(*parts, strict=True)]
         for transposed in (False, True)[: joined[0].dim()]:
-            name = found.holding([t.T.contiguous() if transposed else t for t in joined])
+            name = found.holding([_turned(t) if transposed else t for t in joined])
             if name is not None:
                 return name, transposed, interleaved
     raise Unknown(f"the experts' {what} matrices are on disk neither alone nor in a stack of all experts")
