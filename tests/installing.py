@@ -63,7 +63,8 @@ class Installed:
 
     def moeflow(self, *words: str, cwd: Path, **environment: str) -> "subprocess.CompletedProcess[str]":
         """The command, by the entry point that the wheel names."""
-        (entry,) = metadata.Distribution.at(next(self.site.glob("moeflow-*.dist-info"))).entry_points.select(name="moeflow")
+        entries = metadata.Distribution.at(next(self.site.glob("moeflow-*.dist-info"))).entry_points
+        (entry,) = entries.select(group="console_scripts", name="moeflow")
         code = f"import sys; sys.argv[0] = 'moeflow'; from {entry.module} import {entry.attr} as main; main()"
         return self.run("-c", code, *words, cwd=cwd, **environment)
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -32,7 +33,7 @@ def here(tmp_path: Path) -> Path:
 
 def typed(command: str, here: Path) -> subprocess.CompletedProcess[str]:
     env = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    ours = f"moeflow() {{ {sys.executable} -c 'from moeflow.cli import main; main()' \"$@\"; }}; {command}"
+    ours = f"moeflow() {{ {shlex.quote(sys.executable)} -c 'from moeflow.cli import main; main()' \"$@\"; }}; {command}"
     return subprocess.run(["bash", "-c", ours], cwd=here, env=env, capture_output=True, text=True, check=False)
 
 

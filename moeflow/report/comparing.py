@@ -140,7 +140,15 @@ def options(versions: Sequence[About]) -> list[dict[str, Any]]:
     names = dict.fromkeys(name for of in each for name in of)
     given = [{str(word).partition("=")[0] for word in v.record.get("given") or ()} for v in versions]
     rows = [{"name": n, "values": [of.get(n) for of in each], "given": [n in words for words in given]} for n in names]
-    return [row for row in rows if any(value != row["values"][0] for value in row["values"])]
+    return [row for row in rows if any(_number(value) != _number(row["values"][0]) for value in row["values"])]
+
+
+def _number(value: Any) -> Any:
+    """The number that a word says, since 0 and 0.0 are the same; anything else as it is."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 def _parameters(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -95,3 +97,10 @@ def test_what_cannot_be_compared_is_told_in_one_line(told: Path, refs: list[str]
     refused = call(told, "compare", *refs)
     (line,) = refused.stderr.splitlines()
     assert refused.exit_code == 2 and said in line
+
+
+def test_a_number_is_the_same_however_it_is_spelt() -> None:
+    """A recipe.yaml gives back 0.0 where a pipeline's default says 0."""
+    said = ({"share": "0", "keep": "6", "search": "reap"}, {"share": "0.0", "keep": "5", "search": "reap"})
+    made: Any = [SimpleNamespace(record={"pipeline": "mixtral", "parameters": one, "given": []}) for one in said]
+    assert [row["name"] for row in comparing.options(made)] == ["keep"]
