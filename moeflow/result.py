@@ -60,7 +60,7 @@ class Table(Sequence[Mapping[str, Any]]):
             drawn.add_column(column, justify="right")
         for name, *values in self._words():
             drawn.add_row(name.replace("[", r"\["), *values)
-        out = Console(width=200, no_color=True)
+        out = _plain()
         with out.capture() as said:
             out.print(drawn)
         return "\n".join(line.rstrip() for line in said.get().strip("\n").splitlines())
@@ -75,6 +75,11 @@ class Table(Sequence[Mapping[str, Any]]):
     def _words(self) -> Iterator[list[str]]:
         for row in self.records:
             yield words(row, self.columns)
+
+
+def _plain() -> Console:
+    """A console for text alone, also inside a notebook, where rich would show an empty box beside it."""
+    return Console(width=200, color_system=None, force_jupyter=False, force_terminal=False)
 
 
 class Comparison(Table):
@@ -94,7 +99,7 @@ class Comparison(Table):
         self.lineage: dict[str, Any] = told["lineage"]
 
     def __repr__(self) -> str:
-        out = Console(width=200, no_color=True)
+        out = _plain()
         with out.capture() as said:
             for title, body in side_by_side.tables(self.told):
                 out.print(f"\n{title}", markup=False)

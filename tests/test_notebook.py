@@ -77,4 +77,5 @@ def test_a_notebook_compresses_shows_and_loads(jupyter: dict[str, str], tmp_path
     assert re.search(r"\[(\d+)/\1\] \w+\.\w+ +done", text(shown[0], "stdout")), "a run shows how far it is"
     assert "Warning" not in text(shown[0], "stderr") + text(shown[3], "stderr")
     assert "<b>mixtral@1</b>" in text(shown[1], "text/html") and "KL" in text(shown[2], "text/html")
+    assert [len(cell) for cell in shown[1:3]] == [1, 1] and "\x1b" not in json.dumps(shown[1:3]), "a table stands alone"
     assert text(shown[3], "stdout").count("def __init__(self") == 1

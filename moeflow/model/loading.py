@@ -1,9 +1,11 @@
 """Load what moeflow wrote, of any form, as transformers loads what it knows. Importing this module imports no torch."""
 
+from contextlib import nullcontext
 from os import PathLike
 from typing import Any
 
 from moeflow.model import autoload
+from moeflow.model.quiet import quiet
 
 
 def model_in(folder: str | PathLike[str], **options: Any) -> Any:
@@ -17,7 +19,8 @@ def model_in(folder: str | PathLike[str], **options: Any) -> Any:
     config = transformers.AutoConfig.from_pretrained(folder)
     causal = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
     auto = transformers.AutoModelForCausalLM if causal else transformers.AutoModelForImageTextToText
-    return auto.from_pretrained(folder, **options).eval()
+    with quiet() if getattr(config, "quantization_config", None) else nullcontext():
+        return auto.from_pretrained(folder, **options).eval()
 
 
 def tokenizer_in(folder: str | PathLike[str], **options: Any) -> Any:

@@ -1,6 +1,7 @@
 """Whole models as transformers loads them, without the bars that libraries draw meanwhile: a step reports its own progress."""
 
 import io
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -10,8 +11,14 @@ from typing import Any
 @contextmanager
 def quiet() -> Iterator[None]:
     """Hide what is printed: compressed-tensors draws bars when a model is loaded and when it first runs, and has no switch."""
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-        yield
+    logger = logging.getLogger("compressed_tensors")  # it warns of every layer whose experts lie in stacks, which are unpacked
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def load_whole(folder: Path, **options: Any) -> Any:

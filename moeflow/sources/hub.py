@@ -186,7 +186,8 @@ def _cached(repo: str, type_: str, revision: str, uri: str, away: "_Away") -> tu
     try:
         snapshot = Path(snapshot_download(repo, repo_type=type_, revision=revision, cache_dir=_cache(), local_files_only=True))
     except LocalEntryNotFoundError:
-        why = f"{uri}: {away}, and the hub's cache holds no {revision} of it; go online or give a folder"
+        here = "give what lies here: a model's folder, or text as in -p tokens=FILE and heldout=FILE"
+        why = f"{uri}: {away}, and the hub's cache holds no {revision} of it; go online, or {here}"
         raise away.wrong(why) from None
     return snapshot.name, {p.relative_to(snapshot).as_posix(): p.stat().st_size for p in snapshot.rglob("*") if p.is_file()}
 

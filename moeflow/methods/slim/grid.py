@@ -1,6 +1,7 @@
 """The grid to which a matrix is rounded. No torch."""
 
 from dataclasses import dataclass
+from math import gcd
 
 BITS = (2, 3, 4, 8)
 
@@ -41,7 +42,11 @@ class Grid:
     def check(self, columns: int) -> None:
         """Raise ValueError if groups do not divide this number of inputs."""
         if self.group and columns % self.group:
-            raise ValueError(f"group={self.group} does not divide {columns} columns; give a divisor, or 0 for one scale a row")
+            fits = gcd(self.group, columns)
+            raise ValueError(
+                f"group={self.group} does not divide {columns} columns; give a divisor such as {fits} (-p slim.group={fits}, "
+                f"or offers.group of a fit), or 0 for one scale a row"
+            )
 
     def groups(self, columns: int) -> int:
         """The number of scales of a row. Raises ValueError if groups do not divide the columns."""
