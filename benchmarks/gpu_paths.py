@@ -8,7 +8,7 @@ width, E experts, k experts a token, S subsets, M rows and N columns of a matrix
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from random import Random
 from typing import Any
@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from transformers import MixtralConfig, Qwen3MoeConfig
 
+from benchmarks.gpu_inputs import ARCHS, D, E, F, T, clear_tokens, drawn, layer
 from benchmarks.gpu_model import random_layer, random_rest
-from moeflow.arch import FAMILIES
 from moeflow.methods.decompose.lowrank import components, energies, vanilla
 from moeflow.methods.finetune.lora import Addition
 from moeflow.methods.finetune.recipe import Recipe
@@ -46,13 +46,9 @@ from moeflow.model.moe import MLP, MoELayer
 from moeflow.model.observe import OBSERVED, Recorder
 from moeflow.model.passes import taken
 from moeflow.model.routed_experts import RoutedExperts
-from moeflow.model.router import Router
 from moeflow.model.spec import Recording
 from moeflow.model.stream import HIDDEN, Stream
 from tests.layers import squared_errors_direct
-
-D, F, E, TOP_K, T = 64, 48, 16, 4, 96
-ARCHS = {arch.model_type: arch for arch in FAMILIES}
 
 
 @dataclass(frozen=True)
@@ -120,45 +116,6 @@ def paths() -> Iterator[TensorPath]:
         yield TensorPath(f"embedding, layers and logits, {name}", partial(_stream, config), exact=torch.float32)
         yield TensorPath(f"observe, {name}", partial(_observed, config), exact=torch.float32)
         yield TensorPath(f"a layer with another block, {name}", partial(_other_block, config), exact=torch.float32)
-
-
-def drawn(seed: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def layer(model_type: str = "mixtral", seed: int = 0) -> MoELayer:
-    """A random layer of a family, with the shared expert, groups and biases that the family has."""
-    arch, weighs = (ARCHS["mixtral"], True) if model_type == "weighs_input" else (ARCHS[model_type], False)
-    arch = replace(arch, weighs_input=True) if weighs else arch
-    top_k = {"phimoe": 2, "weighs_input": 1}.get(model_type, TOP_K)
-    groups = 4 if arch.groups else 1
-    bias_E = drawn(seed + 1, E) * 0.1 if arch.router_bias else None
-    router = Router(arch, top_k, groups, groups // 2 or 1, arch.normalize != "never", 1.5, 0.01, bias_E)
-
-    def mlp(at: int) -> MLP:
-        gate, up, down = (drawn(seed + 10 * at + i, *s) * 0.1 for i, s in enumerate(((F, D), (F, D), (D, F)), 3))
-        return MLP(gate, up, down)
-
-    shared = mlp(E) if arch.shared else None
-    gate_1D = drawn(seed + 2, 1, D) if arch.shared_gate else None
-    return MoELayer(router, drawn(seed, E, D) * 0.3, tuple(map(mlp, range(E))), shared, gate_1D)
-
-
-def clear_tokens(moe: MoELayer, count: int = T) -> Tensor:
-    """Random tokens [T, D] whose experts a small change of the logits does not change, so that rounding chooses no other."""
-    x_TD = drawn(7, 40 * count, D)
-    logits_TE = moe.logits(x_TD)
-    chosen_TE = _chosen(moe.router, logits_TE)
-    clear_T = torch.ones(len(x_TD), dtype=torch.bool)
-    for seed in range(6):
-        noise_TE = drawn(100 + seed, *logits_TE.shape) * 0.02 * logits_TE.std()
-        clear_T &= (_chosen(moe.router, logits_TE + noise_TE) == chosen_TE).all(1)
-    assert int(clear_T.sum()) >= count, "too few tokens are routed clearly"
-    return x_TD[clear_T][:count]
-
-
-def _chosen(router: Router, logits_TE: Tensor) -> Tensor:
-    return torch.zeros_like(logits_TE).scatter_(1, router.choose(logits_TE)[1], 1.0)
 
 
 def _layer_output(model_type: str, at: Place) -> Tensor:

@@ -27,28 +27,14 @@ nbformat.write(notebook, sys.argv[1])
 def jupyter(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The variables of a process that has a notebook's client and kernel, installed beside everything else."""
     folder = tmp_path_factory.mktemp("jupyter")
-    pip = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "-qq",
-        "--no-compile",
-        "--disable-pip-version-check",
-        "-c",
-        ROOT / "constraints.txt",
-    ]
-    done = subprocess.run([*pip, "--target", folder, "nbclient", "ipykernel"], capture_output=True, text=True, check=False)
+    pip = [sys.executable, "-m", "pip", "install", "-qq", "--no-compile", "--disable-pip-version-check"]
+    words = [*pip, "-c", ROOT / "constraints.txt", "--target", folder, "nbclient", "ipykernel"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
     if done.returncode:
         pytest.skip(f"a notebook cannot be installed here: {(done.stderr.strip().splitlines() or ['pip said nothing'])[-1]}")
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # the kernel is the `python` that is found there
-    beside = os.pathsep.join([str(ROOT), str(folder)])
-    return os.environ | {
-        "PYTHONPATH": beside,
-        "JUPYTER_PATH": str(folder / "share" / "jupyter"),
-        "PATH": path,
-        "OMP_NUM_THREADS": "1",
-    }
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # a kernel is the `python` found there
+    found = {"PATH": path, "JUPYTER_PATH": str(folder / "share" / "jupyter")}
+    return os.environ | found | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(folder)]), "OMP_NUM_THREADS": "1"}
 
 
 def outputs(cells: list[str], folder: Path, environment: dict[str, str]) -> list[list[dict[str, Any]]]:

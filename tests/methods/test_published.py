@@ -48,8 +48,5 @@ def test_a_checkpoint_as_published_is_pruned_and_loads(name: str, tmp_path: Path
     logits = model.eval()(input_ids=torch.arange(3, 40)[None]).logits
     assert torch.isfinite(logits).all()
     same, changed = (as_numbers(one.get("text_config", one)) for one in (before, after))
-    assert {k for k in same if changed.get(k) != same[k]} < {
-        *EXPERTS,
-        "num_mtp_modules",
-        "num_nextn_predict_layers",
-    }  # it has no such
+    none = {"num_mtp_modules", "num_nextn_predict_layers"}  # heads that it does not bring
+    assert {k for k in same if changed.get(k) != same[k]} < {*EXPERTS} | none

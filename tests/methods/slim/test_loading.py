@@ -14,6 +14,7 @@ from moeflow.methods.slim.methods import Slimming
 from moeflow.methods.slim.steps import slimmed
 from moeflow.methods.trim import steps as trim
 from moeflow.model.layout import Folder, headers, read_config
+from moeflow.model.loading import model_in as model_from
 from moeflow.model.packed import PACKED
 from tests import tiny
 from tests.compressed import load
@@ -75,3 +76,16 @@ def test_loading_and_timing_packed_models_draws_no_bars(form: str, tmp_path: Pat
     capfd.readouterr()
     measure([source, out], "cpu", 8, lambda *_: None)
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_who_loads_a_packed_model_is_told_nothing(
+    form: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Neither bars nor a warning for every layer that its classes hold otherwise than the engine's do."""
+    source = tiny.write("mixtral", tmp_path / "model", dtype=torch.bfloat16)
+    folder = pulled(store_in(tmp_path), slimmed_as(form, source, tmp_path), tmp_path)
+    capfd.readouterr()
+    assert model_from(folder).config.model_type == "moeflow_mixtral"
+    assert capfd.readouterr() == ("", "")
+    assert not [r for r in caplog.records if r.name.startswith("compressed_tensors")]
