@@ -41,14 +41,20 @@ def layer(model_type: str = "mixtral", seed: int = 0) -> MoELayer:
 def clear_tokens(moe: MoELayer, count: int = T) -> Tensor:
     """Random tokens [T, D] whose experts a small change of the logits does not change, so that rounding chooses no other."""
     x_TD = drawn(7, 40 * count, D)
+    clear_T = clearly(moe, x_TD)
+    assert int(clear_T.sum()) >= count, "too few tokens are routed clearly"
+    return x_TD[clear_T][:count]
+
+
+def clearly(moe: MoELayer, x_TD: Tensor) -> Tensor:
+    """Whether a small change of its logits leaves a token the same experts, [T]."""
     logits_TE = moe.logits(x_TD)
     chosen_TE = _chosen(moe.router, logits_TE)
     clear_T = torch.ones(len(x_TD), dtype=torch.bool)
     for seed in range(6):
         noise_TE = drawn(100 + seed, *logits_TE.shape) * 0.02 * logits_TE.std()
         clear_T &= (_chosen(moe.router, logits_TE + noise_TE) == chosen_TE).all(1)
-    assert int(clear_T.sum()) >= count, "too few tokens are routed clearly"
-    return x_TD[clear_T][:count]
+    return clear_T
 
 
 def _chosen(router: Router, logits_TE: Tensor) -> Tensor:

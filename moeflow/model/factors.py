@@ -32,6 +32,11 @@ class Form:
     transposed: bool = False
     interleaved: bool = False
 
+    @property
+    def firsts(self) -> int:
+        """How many matrices come before down: gate and up, or up alone."""
+        return 2 if self.gated else 1
+
 
 PLAIN = Form()
 

@@ -6,13 +6,14 @@ width, F expert width, k experts a token.
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import grouped_mm, linear
 
 from moeflow.arch import Config, Family
+from moeflow.model import ragged
 from moeflow.model.buckets import Buckets
 from moeflow.model.checkpoint import activation
 from moeflow.model.factors import PLAIN, Form, form_of, sizes_of, stacks
@@ -25,6 +26,15 @@ Product = Callable[[Tensor, Tensor], Tensor]
 
 Factors = tuple[Tensor, tuple[Tensor, ...] | None]
 """Whole matrices, or the first factors and the second ones of each matrix."""
+
+
+class _Lie(NamedTuple):
+    """Where the matrices of one kind lie: those of experts that have them whole, and both factors of the others."""
+
+    whole: ragged.Matrices | None
+    first: ragged.Matrices | None
+    second: ragged.Matrices | None
+
 
 UPCAST_ROWS = 4
 """Products in bf16 with at least this many rows run in fp32 on a processor without bf16 instructions: 3 to 6 times faster."""
@@ -65,6 +75,8 @@ class RoutedExperts(nn.Module):
                 self.buckets[stack.name.rpartition("_")[0]] = stack.buckets(format)
             self.register_parameter(stack.name, nn.Parameter(torch.zeros(stack.shape(format, width, inner))))
         self.skip, self.compressed, self.share = skip, compressed, share
+        self.apart = not alike(format, form)
+        self._matrices: dict[str, list[_Lie]] = {}
 
     def forward(self, x_TD: Tensor, index_Tk: Tensor | None = None, weights_Tk: Tensor | None = None) -> Tensor:
         if index_Tk is None or weights_Tk is None:
@@ -97,7 +109,7 @@ class RoutedExperts(nn.Module):
 
     def mlps(self, act: Activation) -> Iterator[MLP]:
         """The experts one after the other; they share this module's memory."""
-        count = 2 if self.form.gated else 1
+        count = self.form.firsts
         gate_and_up, last_one = self._parts(self.first, self.first_low), self._parts("down", self.down_low)
         for e in range(self.num_experts):
             (first, first_outs), (down, down_outs) = gate_and_up(e), last_one(e)
@@ -119,8 +131,12 @@ class RoutedExperts(nn.Module):
 
     def _outputs(self, x_TD: Tensor, token_S: Tensor, scales: Scales | None, expert_S: Tensor, counts_E: Tensor) -> Tensor:
         x_TD = x_TD.to(next(p.dtype for p in self.parameters(recurse=False)))
-        aligned = all(lie.aligned for lie in self.buckets.values())
-        work = self._together if aligned and in_one_kernel(x_TD) else self._one_by_one
+        work = self._one_by_one
+        if in_one_kernel(x_TD):
+            if self.apart and ragged.AVAILABLE and not torch.is_grad_enabled():
+                work = self._at_once
+            elif all(lie.aligned for lie in self.buckets.values()):
+                work = self._together
         return work(x_TD, token_S, scales, expert_S, counts_E)
 
     def _one_by_one(self, x_TD: Tensor, token_S: Tensor, scales: Scales | None, expert_S: Tensor, counts_E: Tensor) -> Tensor:
@@ -156,6 +172,50 @@ class RoutedExperts(nn.Module):
         inner_SF = _either(self.first_low, partial(each, self.first, first), _inputs(x_TD, token_S, scales), expert_S, counts_E)
         return _either(self.down_low, partial(each, "down", down), (_scaled(inner_SF, token_S, scales),), expert_S, counts_E)
 
+    def _at_once(self, x_TD: Tensor, token_S: Tensor, scales: Scales | None, expert_S: Tensor, counts_E: Tensor) -> Tensor:
+        """The outputs [S, D], with one kernel for each product of all experts, whole ones and those of any rank."""
+        ends_E, inputs = _offsets(counts_E), _inputs(x_TD, token_S, scales)
+        bias = self._bias(self.first, expert_S)
+        biases = (None,) * self.form.firsts if bias is None else bias.chunk(self.form.firsts, dim=-1)
+        parts = [
+            _added(self._product_at_once(self.first, at, inputs[min(at, len(inputs) - 1)], ends_E), biases[at])
+            for at in range(self.form.firsts)
+        ]
+        inner_SF = _scaled(self._activated(parts), token_S, scales)
+        return _added(self._product_at_once("down", 0, inner_SF, ends_E), self._bias("down", expert_S))
+
+    def _product_at_once(self, stem: str, at: int, x_SN: Tensor, ends_E: Tensor) -> Tensor:
+        """The product with matrix number `at` of each row's expert, [S, M]."""
+        if stem not in self._matrices:
+            self._matrices[stem] = self._lies(stem)
+        lie, y_SM = self._matrices[stem][at], None
+        if lie.whole is not None:
+            y_SM = ragged.times(x_SN, getattr(self, f"{stem}_proj"), lie.whole, ends_E)
+        if lie.first is not None and lie.second is not None:
+            inner_SR = ragged.times(x_SN, getattr(self, f"{stem}_in"), lie.first, ends_E)
+            y_SM = ragged.times(inner_SR, getattr(self, f"{stem}_out"), lie.second, ends_E, y_SM)
+        assert y_SM is not None
+        return y_SM
+
+    def _lies(self, stem: str) -> list["_Lie"]:
+        """Where each expert's matrices of a kind lie in the parameters."""
+        low, made = (self.first_low if stem == self.first else self.down_low), []
+        sides = (self.intermediate_dim, self.hidden_dim)
+        m, n = sides if stem == self.first else sides[::-1]
+        count = self.form.firsts if stem == self.first else 1
+        for at in range(count):
+            whole, first, second = ([ragged.Matrix()] * self.num_experts for _ in range(3))
+            for e, number in enumerate(self.number[stem]):
+                if not low[e]:
+                    whole[e] = ragged.Matrix((number * count + at) * m * n, m, n)
+                    continue
+                rows, each = self.buckets[stem].spans[number]
+                ranks = [span.stop - span.start for span in each]
+                first[e] = ragged.Matrix((rows.start + sum(ranks[:at])) * n, ranks[at], n)
+                second[e] = ragged.Matrix(each[at].start * m, m, ranks[at])
+            made.append(_Lie(*(ragged.Matrices(of) if any(one.rows for one in of) else None for of in (whole, first, second))))
+        return made
+
     def _parts(self, stem: str, low: list[bool]) -> Callable[[int], Factors]:
         """The function that gives an expert's gate and up matrices, or its down matrix."""
         # with gradients, split all at once, so that there is one backward pass of it; without, only what is asked for
@@ -180,7 +240,7 @@ class RoutedExperts(nn.Module):
 
     def _sizes(self, first: Tensor, seconds: tuple[Tensor, ...] | None) -> list[int]:
         """How many rows of the first factors, or of the matrices, are gate's and up's."""
-        count = 2 if self.form.gated else 1
+        count = self.form.firsts
         return [first.shape[-2] // count] * count if seconds is None else [second.shape[-1] for second in seconds]
 
     def _bias(self, stem: str, experts: int | Tensor) -> Tensor | None:
@@ -203,6 +263,10 @@ class RoutedExperts(nn.Module):
             biases = (None,) * len(sizes) if bias is None else bias.chunk(len(sizes), dim=-1)
             factors = zip(both.split(sizes, dim=-1), seconds, biases, strict=True)
             parts = [_added(product(x, w), b) for x, w, b in factors]
+        return self._activated(parts)
+
+    def _activated(self, parts: list[Tensor]) -> Tensor:
+        """The input of down, of the outputs of gate and up, or of up alone."""
         if not self.form.gated:
             inner: Tensor = self.act_fn(parts[0])
             return inner
@@ -233,11 +297,17 @@ def experts_of(standard: Any, format: Format, config: Config, share: range | Non
 
 
 def waits(format: Format, form: Form = PLAIN) -> bool:
-    """Whether the forward of `RoutedExperts` of this format waits for the GPU to say how many rows there are, so that no CUDA graph
-    can hold it: where tokens skip experts, some experts are whole and some low-rank, or ranks lie too far apart for one kernel."""
+    """Whether the forward of `RoutedExperts` of this format may wait for the GPU to say how many rows there are, so that no CUDA
+    graph can be counted on: where tokens skip experts, or experts are not `alike`. With Triton the latter do not wait, and a graph
+    held them; no engine's graphs were tried with that."""
+    return bool(format.skip) or not alike(format, form)
+
+
+def alike(format: Format, form: Form = PLAIN) -> bool:
+    """Whether all experts of this format are whole, or all of ranks so near each other that they are padded to one."""
     lie = [stack.buckets(format) for stack in stacks(format, form) if stack.factors]
     mixed = any(len({rank > 0 for rank in format.ranks(matrix)}) > 1 for matrix in ("up", "down"))
-    return bool(format.skip) or mixed or any(len(one.every) > 1 or not one.aligned for one in lie)
+    return not mixed and all(len(one.every) == 1 and one.aligned for one in lie)
 
 
 def _inputs(x_TD: Tensor, token_S: Tensor, scales: Scales | None) -> tuple[Tensor, ...]:

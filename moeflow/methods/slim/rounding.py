@@ -47,7 +47,8 @@ def scales(low: Tensor, high: Tensor, grid: Grid, dtype: torch.dtype = torch.flo
         low = -high
     flat = (low == 0) & (high == 0)
     low, high = low.masked_fill(flat, -1.0), high.masked_fill(flat, 1.0)
-    scale = ((high - low) / grid.levels).to(dtype).float().clamp_(min=torch.finfo(dtype).tiny)
+    levels = high.new_tensor(grid.levels)  # by a Python number a GPU divides less exactly: by its reciprocal
+    scale = ((high - low) / levels).to(dtype).float().clamp_(min=torch.finfo(dtype).tiny)
     if not scale.isfinite().all():
         raise ValueError(f"a scale is above {torch.finfo(dtype).max:g}, the largest {dtype}; give another scale_dtype")
     if grid.symmetric:
