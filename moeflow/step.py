@@ -44,8 +44,9 @@ class Artifact(Protocol):
     def file(self, name: str) -> Path:
         """The path of one whole file on this machine. Raises FileNotFoundError, naming the files that exist."""
 
-    def read(self, name: str, start: int, stop: int) -> bytes:
-        """The bytes [start, stop) of one file, without downloading the rest."""
+    def read(self, name: str, start: int, stop: int) -> bytes | memoryview:
+        """The bytes [start, stop) of one file, without downloading the rest; if they are many, maybe as a view of the file's pages,
+        which who keeps them copies."""
 
     def folder(self) -> Path:
         """The path of a folder on this machine with all files."""

@@ -11,7 +11,7 @@ from moeflow.step import Artifact
 
 
 def read_json(artifact: Artifact, name: str) -> Any:
-    return json.loads(artifact.read(name, 0, artifact.size(name)))
+    return json.loads(bytes(artifact.read(name, 0, artifact.size(name))))
 
 
 class Record:

@@ -134,7 +134,7 @@ def read_many(files: Files, tensors: Mapping[str, TensorInfo]) -> Iterator[tuple
             run.append((name, info))
 
 
-def tensor_of(data: bytes, info: TensorInfo) -> Tensor:
+def tensor_of(data: bytes | memoryview, info: TensorInfo) -> Tensor:
     """The tensor with these bytes, and the dtype and shape of `info`; torch has two 4-bit floats in an element."""
     shape = (*info.shape[:-1], info.shape[-1] // 2) if info.dtype == "F4" else info.shape
     if not data:

@@ -28,7 +28,7 @@ class TensorInfo:
         return self.stop - self.start
 
 
-def read_header(file: str, size: int, read: Callable[[str, int, int], bytes]) -> dict[str, TensorInfo]:
+def read_header(file: str, size: int, read: Callable[[str, int, int], bytes | memoryview]) -> dict[str, TensorInfo]:
     """The tensors of one safetensors file of `size` bytes; `read(file, start, stop)` returns a range of its bytes.
 
     Raises ValueError if the file is truncated or no safetensors file, and if its header is too large, does not describe every byte
@@ -41,7 +41,7 @@ def read_header(file: str, size: int, read: Callable[[str, int, int], bytes]) ->
         raise ValueError(
             f"{file}: its header of {length:,} bytes is larger than the {LARGEST:,} that safetensors allows; fetch it again"
         )
-    header, begin = json_object(read(file, 8, 8 + length), f"the header of {file}"), 8 + length
+    header, begin = json_object(bytes(read(file, 8, 8 + length)), f"the header of {file}"), 8 + length
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise ValueError(f"{file}: __metadata__ of its header is no object of strings; save it again with safetensors")

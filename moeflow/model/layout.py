@@ -39,7 +39,7 @@ class Files(Protocol):
 
     def names(self) -> list[str]: ...
     def size(self, name: str) -> int: ...
-    def read(self, name: str, start: int, stop: int) -> bytes: ...
+    def read(self, name: str, start: int, stop: int) -> bytes | memoryview: ...
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Folder:
     def size(self, name: str) -> int:
         return (self.path / name).stat().st_size
 
-    def read(self, name: str, start: int, stop: int) -> bytes:
+    def read(self, name: str, start: int, stop: int) -> bytes | memoryview:
         with (self.path / name).open("rb") as file:
             file.seek(start)
             return file.read(stop - start)
@@ -72,7 +72,7 @@ class SingleFile:
     def size(self, name: str) -> int:
         return self.path.stat().st_size
 
-    def read(self, name: str, start: int, stop: int) -> bytes:
+    def read(self, name: str, start: int, stop: int) -> bytes | memoryview:
         return Folder(self.path.parent).read(self.path.name, start, stop)
 
 
@@ -87,7 +87,7 @@ def headers(files: Files) -> dict[str, TensorInfo]:
 def read_config(files: Files) -> Config:
     """The configuration in a folder or artifact: `ESSENTIAL` if there is one, otherwise config.json."""
     name = ESSENTIAL if ESSENTIAL in files.names() else "config.json"
-    return json.loads(files.read(name, 0, files.size(name)))
+    return json.loads(bytes(files.read(name, 0, files.size(name))))
 
 
 def experts_in(names: Iterable[str], config: Config, layer: int) -> int:

@@ -69,7 +69,7 @@ class Readable(Protocol):
 
     def size(self, name: str) -> int: ...
 
-    def read(self, name: str, start: int, stop: int) -> bytes: ...
+    def read(self, name: str, start: int, stop: int) -> bytes | memoryview: ...
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Files:
     def size(self, name: str) -> int:
         return (self.folder / name).stat().st_size
 
-    def read(self, name: str, start: int, stop: int) -> bytes:
+    def read(self, name: str, start: int, stop: int) -> bytes | memoryview:
         with (self.folder / name).open("rb") as file:
             file.seek(start)
             return file.read(stop - start)
@@ -112,7 +112,7 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _json(artifact: Readable, name: str) -> Any:
-    return json.loads(artifact.read(name, 0, artifact.size(name)))
+    return json.loads(bytes(artifact.read(name, 0, artifact.size(name))))
 
 
 def _counts(config: Mapping[str, Any], weight_map: Mapping[str, str]) -> dict[int, int | None]:

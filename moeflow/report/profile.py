@@ -53,5 +53,5 @@ def _done(about: About) -> list[str]:
     stored = about.store.artifact(about.key)
     if "moeflow.json" not in stored.names():
         return []
-    history = json.loads(stored.read("moeflow.json", 0, stored.size("moeflow.json")))
+    history = json.loads(bytes(stored.read("moeflow.json", 0, stored.size("moeflow.json"))))
     return [str(d.get("step")) for entry in history.get("layers", ()) for d in entry.get("done", ())]

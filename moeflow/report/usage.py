@@ -57,7 +57,7 @@ def _counts(store: Store, key: str, name: str) -> tuple[list[float], float] | No
 def tensor(artifact: Artifact, file: str, name: str) -> list[float]:
     """The numbers of one small tensor of a safetensors file, read by its range; empty if there is no such tensor."""
     (length,) = struct.unpack("<Q", artifact.read(file, 0, 8))
-    about = json.loads(artifact.read(file, 8, 8 + length)).get(name)
+    about = json.loads(bytes(artifact.read(file, 8, 8 + length))).get(name)
     if about is None or about["dtype"] not in CODES:
         return []
     start, stop = about["data_offsets"]

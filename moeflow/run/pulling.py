@@ -39,7 +39,7 @@ class Wanted:
         engine, stored = engine_of(word), store.artifact(key)
         if CONFIG not in stored.names():
             raise ValueError(f"{key} is no checkpoint, which an engine could load; pull it without --engine")
-        config = json.loads(stored.read(CONFIG, 0, stored.size(CONFIG)))
+        config = json.loads(bytes(stored.read(CONFIG, 0, stored.size(CONFIG))))
         form = form_of(config)
         if why := form.dense.why_not(engine):
             ways = f"pull it for --engine {form.runs_in()}, or compress again for this one: moeflow fit --engine {engine.word}"

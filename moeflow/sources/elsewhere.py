@@ -93,7 +93,7 @@ class Seen:
     @cached_property
     def elsewhere(self) -> dict[str, Elsewhere]:
         """The files that lie elsewhere, by name."""
-        read = {n.removesuffix(ENDING): self._stored.read(n, 0, self._stored.size(n)) for n in self._notes}
+        read = {n.removesuffix(ENDING): bytes(self._stored.read(n, 0, self._stored.size(n))) for n in self._notes}
         self._of_notes = sum(map(len, read.values()))
         return {name: Elsewhere.load(data) for name, data in read.items()}
 
@@ -108,7 +108,7 @@ class Seen:
     def size(self, name: str) -> int:
         return self.elsewhere[name].size if name in self.elsewhere else self._stored.size(name)
 
-    def read(self, name: str, start: int, stop: int) -> bytes:
+    def read(self, name: str, start: int, stop: int) -> bytes | memoryview:
         if name not in self.elsewhere:
             return self._stored.read(name, start, stop)
         stop = min(stop, self.elsewhere[name].size)
@@ -173,7 +173,7 @@ class Single:
     def size(self, name: str) -> int:
         return self.artifact.size(name)
 
-    def read(self, name: str, start: int, stop: int) -> bytes:
+    def read(self, name: str, start: int, stop: int) -> bytes | memoryview:
         return self.artifact.read(name, start, stop)
 
 

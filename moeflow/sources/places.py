@@ -96,7 +96,7 @@ def changed(what: str, pin: str, now: str) -> MissingSource:
 def piece(path: Path, file: SourceFile, start: int, stop: int) -> bytes:
     """The bytes [start, stop) of a file whose digests are known. Raises MissingSource if others were pinned."""
     try:
-        return checked.piece(path, File(file.sha256, file.size, file.chunks), start, max(start, min(stop, file.size)))
+        return bytes(checked.piece(path, File(file.sha256, file.size, file.chunks), start, max(start, min(stop, file.size))))
     except CorruptBlob as error:
         why = error.why.partition(" ")[2]  # without the name that it would have in a store
         raise MissingSource(

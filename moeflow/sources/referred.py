@@ -61,7 +61,7 @@ class Referred:
         """Whether the file lies on a disk of this machine. Raises MissingSource if it should, and is gone."""
         return place_of(self.note.uri).local(self.note.uri, self.note.file) is not None
 
-    def read(self, name: str, start: int, stop: int) -> bytes:
+    def read(self, name: str, start: int, stop: int) -> bytes | memoryview:
         """The bytes [start, stop). Raises MissingSource, with the way out, if the source has changed or moved."""
         try:
             data = place_of(self.note.uri).read(self.note.uri, self.note.file, start, stop)
@@ -84,4 +84,4 @@ def opened(artifact: A, context: Counts) -> A | Referred:
     """What an artifact is a note of, or the artifact itself if it holds the files."""
     if not is_reference(artifact):
         return artifact
-    return Referred(Note.load(artifact.read(NOTE, 0, artifact.size(NOTE))), context)
+    return Referred(Note.load(bytes(artifact.read(NOTE, 0, artifact.size(NOTE)))), context)

@@ -46,7 +46,7 @@ class StoredArtifact:
             return path
         return self._cache.hold(self._blobs, file, self._opened / file.sha256)
 
-    def read(self, name: str, start: int, stop: int) -> bytes:
+    def read(self, name: str, start: int, stop: int) -> bytes | memoryview:
         file = self._file(name)
         stop = min(stop, file.size)
         self._count(name, start, stop)

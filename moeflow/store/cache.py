@@ -72,7 +72,7 @@ class NodeCache:
             return self._check(file)
         return None
 
-    def read(self, file: File, start: int, stop: int) -> bytes | None:
+    def read(self, file: File, start: int, stop: int) -> bytes | memoryview | None:
         """The verified bytes [start, stop) of the cached blob; None if this node does not have it."""
         cached = self.folder / names.blob(file.sha256)
         try:

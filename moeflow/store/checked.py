@@ -14,6 +14,7 @@ import xxhash
 from moeflow.store import names
 from moeflow.store.errors import CorruptBlob
 from moeflow.store.manifest import CHUNK, WIDTH, File
+from moeflow.store.mapped import LEAST, pages
 
 Identity = tuple[str, int, int, int]  # digest, inode, bytes and time of a file on this machine
 _intact: dict[Identity, set[int]] = {}  # the chunks of each file that this process has hashed and found intact
@@ -51,8 +52,8 @@ def copy(path: Path, file: File, to: Path) -> None:
         raise corrupt(file, f"holds bytes with digest {digest.hexdigest()}")
 
 
-def piece(path: Path, file: File, start: int, stop: int) -> bytes:
-    """The bytes [start, stop) of a file on this machine; each chunk is hashed once per process.
+def piece(path: Path, file: File, start: int, stop: int) -> bytes | memoryview:
+    """The bytes [start, stop) of a file on this machine, or if they are many a view of them; each chunk is hashed once per process.
 
     Raises CorruptBlob, FileNotFoundError.
     """
@@ -64,17 +65,20 @@ def piece(path: Path, file: File, start: int, stop: int) -> bytes:
             whole(path, file)
             return _exactly(opened.fileno(), start, stop)
         identity = (file.sha256, about.st_ino, about.st_size, about.st_mtime_ns)
-        data = _exactly(opened.fileno(), start, stop)
         new = {*range(start // CHUNK, -(-stop // CHUNK))} - _intact.get(identity, set())
+        # whole chunks, since a digest is of one; of those at the ends that are intact already, no more than is asked for
+        begin = start // CHUNK * CHUNK if start // CHUNK in new else start
+        end = min(-(-stop // CHUNK) * CHUNK, file.size) if (stop - 1) // CHUNK in new else stop
+        view = pages(opened.fileno(), about.st_dev, begin, end)
+        data = memoryview(_exactly(opened.fileno(), begin, end)) if view is None else view
         for n in new:
             first, last = n * CHUNK, min((n + 1) * CHUNK, file.size)
-            inside = start <= first and last <= stop  # else the chunk at an end of the range is read once more, whole
-            chunk = memoryview(data)[first - start : last - start] if inside else _exactly(opened.fileno(), first, last)
-            compare(file, first, last, chunk)
+            compare(file, first, last, data[first - begin : last - begin])
         if new:
             with _lock:
                 _intact.setdefault(identity, set()).update(new)
-        return data
+        asked = data[start - begin : stop - begin]
+        return bytes(asked) if stop - start < LEAST else asked  # a few bytes hold no whole chunk in memory
 
 
 def compare(file: File, start: int, stop: int, data: bytes | memoryview) -> None:

@@ -348,7 +348,7 @@ def _edges(tokenizer: Any, files: Artifact, mix: Sequence[Portion], sample: Samp
         return [], []
     bos = sample.bos
     if bos is None:
-        config = json.loads(files.read(CONFIG, 0, files.size(CONFIG))) if CONFIG in files.names() else {}
+        config = json.loads(bytes(files.read(CONFIG, 0, files.size(CONFIG)))) if CONFIG in files.names() else {}
         bos = tokenizer.bos_token_id is not None and config.get("add_bos_token") is not False
     return edges(tokenizer, bos=bos, eos=sample.eos)
 
