@@ -57,6 +57,18 @@ def test_a_run_returns_what_the_command_line_publishes(store: str, capsys: pytes
     assert (made.ref, made.about.record["given"]) == ("toy@1", ["numbers=2"])
 
 
+def test_text_that_nobody_named_is_said_to_be_the_default(store: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    default = "by default that is text on the hub: hf://datasets/"
+    with pytest.raises(ValueError, match=f"^-p tokens= and -p heldout= were not given, and {default}allenai/c4@main"):
+        moeflow.run("mixtral", model=SMALL, store=store, patience="0s")
+    with pytest.raises(ValueError, match=f"^-p heldout= was not given, and {default}Salesforce/wikitext@main.*heldout=FILE"):
+        moeflow.run("mixtral", **SHORT | {"heldout": {"length": 64}}, store=store, patience="0s")
+    with pytest.raises(ValueError, match="^hf://datasets/org/text/a.txt: the hub"):
+        moeflow.run("mixtral", model=SMALL, tokens="hf://datasets/org/text/a.txt", store=store, patience="0s")
+
+
 def test_progress_is_shown_only_where_it_is_wanted(store: str, capsys: pytest.CaptureFixture[str]) -> None:
     moeflow.run(TOY, store=store, progress=False)
     assert capsys.readouterr() == ("", "")

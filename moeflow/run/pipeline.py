@@ -10,7 +10,7 @@ import shutil
 import sys
 import textwrap
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -20,6 +20,7 @@ from moeflow import options, sources
 from moeflow.run.outcome import describe
 from moeflow.sources import How, LayoutWanted, Mtp, NamesFiles, Source, Texts
 from moeflow.step import Step
+from moeflow.store.errors import MissingSource
 
 Build = Callable[..., Step]
 
@@ -103,6 +104,10 @@ def call(build: Build, assignments: Iterable[str]) -> Step:
         given[name] = model(models[name])
     try:
         made = build(**given)
+    except MissingSource as error:
+        if why := _defaulted(build, given, str(error)):
+            raise type(error)(f"{why}: {error}") from error
+        raise
     except SystemExit as error:
         raise ValueError(f"build ends the program, SystemExit({error.code!r}); {ENDS}") from error
     except (ArithmeticError, AssertionError, AttributeError, NameError, RuntimeError) as error:
@@ -134,6 +139,26 @@ def _check_files(values: Iterable[Any]) -> None:
             value.check_local()
         elif isinstance(value, NamesFiles):
             value.check_files()
+
+
+def _defaulted(build: Build, given: Mapping[str, Any], said: str) -> str:
+    """Which parameters were left at their defaults on the hub, if what is said is about one of them; else ""."""
+    on_hub = {}
+    for name, parameter in inspect.signature(build).parameters.items():
+        now, default = (_text_of(value) for value in (given.get(name), parameter.default))
+        if now and now == default and "://" in now:
+            on_hub[name] = now
+    if not any(word.partition("#")[0] in said for word in on_hub.values()):
+        return ""
+    named = " and ".join(f"-p {name}=" for name in on_hub)
+    return f"{named} {'was' if len(on_hub) == 1 else 'were'} not given, and by default that is text on the hub"
+
+
+def _text_of(value: Any) -> str:
+    """The words of texts, or of options whose first field is texts; "" for anything else."""
+    if isinstance(value, NamesFiles):
+        value = getattr(value, options.described(type(value))[0].name)
+    return value.spec if isinstance(value, Texts) else value if isinstance(value, str) else ""
 
 
 def page(build: Build, about: str = "") -> str:
