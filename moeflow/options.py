@@ -12,9 +12,9 @@ import json
 import textwrap
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 from typing import Any, TypeVar
 
@@ -116,11 +116,19 @@ def changed(name: str, kind: type, value: Any, words: Mapping[str, str]) -> Any:
     heads = dict.fromkeys(n.partition(".")[0] for n in words)
     changes = {n: _of_field(f"{name}.{n}", kinds[n], getattr(value, n, None), _inside(n, words)) for n in heads}
     if value is not None:
-        return dataclasses.replace(value, **changes)
+        return _made(name, partial(dataclasses.replace, value), changes)
     lacking = [f.name for f in fields(kind) if default_of(f) is dataclasses.MISSING and f.name not in changes]
     if lacking:
         raise ValueError(f"{name} is absent; say {name}.{lacking[0]}=... to have it")
-    return kind(**changes)
+    return _made(name, kind, changes)
+
+
+def _made(name: str, make: Callable[..., Any], changes: Mapping[str, Any]) -> Any:
+    """What `make` makes of these fields. Raises ValueError with the name of the options before what they say of their fields."""
+    try:
+        return make(**changes)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 def _inside(field: str, words: Mapping[str, str]) -> dict[str, str]:

@@ -69,6 +69,15 @@ def test_text_that_nobody_named_is_said_to_be_the_default(store: str, monkeypatc
         moeflow.run("mixtral", model=SMALL, tokens="hf://datasets/org/text/a.txt", store=store, patience="0s")
 
 
+def test_an_error_of_options_names_the_parameters_that_it_is_about(store: str) -> None:
+    with pytest.raises(ValueError, match="^-p heldout.length, -p calibration.length: length=2048 is more than the model's 512"):
+        moeflow.fit(str(SMALL), bytes="1MiB", tokens="python:stdlib/a*.py", heldout="python:stdlib/t*.py", store=store)
+    with pytest.raises(ValueError, match="^-p heldout.length: length=600 is more than the model's 512"):
+        moeflow.run("mixtral", **SHORT | {"heldout": {"texts": "python:stdlib/t*.py", "length": 600}}, store=store)
+    with pytest.raises(ValueError, match="^-p calibration: shard=3 sequences must be a multiple of batch=8"):
+        moeflow.run("mixtral", **SHORT | {"calibration": {"shard": 3}}, store=store)
+
+
 def test_progress_is_shown_only_where_it_is_wanted(store: str, capsys: pytest.CaptureFixture[str]) -> None:
     moeflow.run(TOY, store=store, progress=False)
     assert capsys.readouterr() == ("", "")

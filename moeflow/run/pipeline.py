@@ -11,12 +11,14 @@ import sys
 import textwrap
 import typing
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields, is_dataclass
 from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from moeflow import options, sources
+from moeflow.run import at_fault
 from moeflow.run.outcome import describe
 from moeflow.sources import How, LayoutWanted, Mtp, NamesFiles, Source, Texts
 from moeflow.step import Step
@@ -105,8 +107,12 @@ def call(build: Build, assignments: Iterable[str]) -> Step:
     try:
         made = build(**given)
     except MissingSource as error:
-        if why := _defaulted(build, given, str(error)):
+        if why := at_fault.defaulted(build, given, str(error)):
             raise type(error)(f"{why}: {error}") from error
+        raise
+    except ValueError as error:
+        if type(error) is ValueError and (which := at_fault.named(flat(build, given), str(error))):
+            raise ValueError(f"{which}: {error}") from error
         raise
     except SystemExit as error:
         raise ValueError(f"build ends the program, SystemExit({error.code!r}); {ENDS}") from error
@@ -141,24 +147,23 @@ def _check_files(values: Iterable[Any]) -> None:
             value.check_files()
 
 
-def _defaulted(build: Build, given: Mapping[str, Any], said: str) -> str:
-    """Which parameters were left at their defaults on the hub, if what is said is about one of them; else ""."""
-    on_hub = {}
-    for name, parameter in inspect.signature(build).parameters.items():
-        now, default = (_text_of(value) for value in (given.get(name), parameter.default))
-        if now and now == default and "://" in now:
-            on_hub[name] = now
-    if not any(word.partition("#")[0] in said for word in on_hub.values()):
-        return ""
-    named = " and ".join(f"-p {name}=" for name in on_hub)
-    return f"{named} {'was' if len(on_hub) == 1 else 'were'} not given, and by default that is text on the hub"
+def flat(build: Build, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a pipeline's parameters with the fields of options one by one, by the names that set them."""
+    inner = inner_of(kinds_of(build))
+    made: dict[str, Any] = {}
 
+    def say(name: str, value: Any) -> None:
+        if not is_dataclass(value) or isinstance(value, type | Texts | Source):
+            made[name] = value
+            return
+        for f in fields(value):
+            own = inner.get(f.name, ("", None))[0] == name  # options among options are named like parameters
+            if f.init:
+                say(f.name if own else f"{name}.{f.name}", getattr(value, f.name))
 
-def _text_of(value: Any) -> str:
-    """The words of texts, or of options whose first field is texts; "" for anything else."""
-    if isinstance(value, NamesFiles):
-        value = getattr(value, options.described(type(value))[0].name)
-    return value.spec if isinstance(value, Texts) else value if isinstance(value, str) else ""
+    for name, value in values.items():
+        say(name, value)
+    return made
 
 
 def page(build: Build, about: str = "") -> str:

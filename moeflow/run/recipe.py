@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import chdir, contextmanager, nullcontext
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -244,21 +244,8 @@ def record(file: Path, words: Sequence[str], build: pipeline.Build, target: Step
 def parameters(build: pipeline.Build, words: Sequence[str], target: Step | None = None) -> dict[str, str]:
     """Every parameter of a pipeline as a word, given or not; what the graph `target` pinned on the hub has its commit's name."""
     pinned = [uri for uri in pins(upstream([target]))] if target is not None else []
-    inner = pipeline.inner_of(pipeline.kinds_of(build))
-    made: dict[str, str] = {}
-
-    def say(name: str, value: Any) -> None:
-        if not is_dataclass(value) or isinstance(value, type | Texts):
-            made[name] = word_of(value)
-            return
-        for f in fields(value):
-            own = inner.get(f.name, ("", None))[0] == name  # options among options are named like parameters
-            if f.init:
-                say(f.name if own else f"{name}.{f.name}", getattr(value, f.name))
-
-    for name, value in pipeline.values(build, words).items():
-        say(name, value)
-    return {name: with_commits(word, pinned) for name, word in made.items()}
+    made = pipeline.flat(build, pipeline.values(build, words))
+    return {name: with_commits(word_of(value), pinned) for name, value in made.items()}
 
 
 def word_of(value: Any) -> str:
