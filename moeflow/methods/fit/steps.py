@@ -212,20 +212,20 @@ def layer(
 
 
 def _frontier_spec(chosen: Any) -> Spec:
-    return Spec(reads=chosen["bytes"], writes=4000, figures=("taken", "predicted_kl"))
+    return Spec(reads=chosen["bytes"], writes=4000, figures=("budget", "taken", "predicted_kl", "measured_kl"))
 
 
-@step("fit.frontier", version=2, spec=_frontier_spec)
+@step("fit.frontier", version=3, spec=_frontier_spec)
 def report(context: Context, chosen: Artifact) -> None:
     """What was chosen, and what other budgets would cost: predicted, and measured on the calibration's own text."""
     fit = Fitted.read(chosen)
     unit = {"bytes": "B", "resident": "B", "operations": ""}[fit.unit]
     taken = row(f"taken, {fit.unit}", fit.whole, fit.size, unit, figure="taken", better="lower")
-    rows = [row(f"budget, {fit.unit}", fit.whole, fit.budget, unit), taken]
-    predicted = {"figure": "predicted_kl", "better": "lower"}
-    rows.append(row("KL to the original, predicted (calibration text)", 0.0, fit.cost, "nats/token", **predicted))
-    if fit.before is not None:
-        rows.append(row("KL to the original, measured (calibration text)", 0.0, fit.before, "nats/token"))
+    rows = [row(f"budget, {fit.unit}", fit.whole, fit.budget, unit, figure="budget"), taken]
+    for how, cost in (("predicted", fit.cost), ("measured", fit.before)):
+        if cost is not None:
+            name = f"KL to the original, {how} (calibration text)"
+            rows.append(row(name, 0.0, cost, "nats/token", figure=f"{how}_kl", better="lower"))
     rows += [row(f"predicted KL at {point.size / fit.whole:.0%} of the {fit.unit}", 0.0, point.cost, "") for point in fit.frontier]
     rows += [
         row(f"predicted KL of {what}, at {point.size / fit.whole:.0%}", 0.0, point.cost, "") for what, point in fit.marks.items()

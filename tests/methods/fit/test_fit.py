@@ -58,6 +58,10 @@ def test_a_fitted_model_takes_no_more_than_its_budget_and_is_as_far_as_was_measu
     store.fetch(half.key, out)
     said = decision(store, half)
     assert weights(out) == said["size"] <= said["budget"] < 0.51 * said["whole"]
+    rows = {
+        row.get("figure"): row for row in json.loads(store.artifact(half.reports[0].key).file("report.json").read_text())["rows"]
+    }
+    assert rows["budget"]["compressed"] == said["budget"] and rows["measured_kl"]["compressed"] == said["before"]
     ids = torch.from_numpy(running.array_of(running.matrix_of(tmp_path)))
     log_p, log_q = (
         AutoModelForCausalLM.from_pretrained(p, dtype=torch.float32).eval()(ids).logits[:, :-1].log_softmax(-1)
