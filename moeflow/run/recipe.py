@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import chdir, contextmanager, nullcontext
+from contextlib import chdir, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -188,7 +188,7 @@ def asked(file: Path, words: Sequence[str], own: pipeline.Build | None = None) -
     def again() -> dict[str, Any]:
         with recipe.at_home():
             same = recipe.pipeline in shipped() or Path(recipe.pipeline).is_file()
-            return record(Path(recipe.pipeline) if same else place, every, build, target)
+            return record(Path(recipe.pipeline) if same else place, telling(build, every), build, target)
 
     return Asked(target, again, recipe.name or file.stem, recipe.engine)
 
@@ -246,6 +246,17 @@ def parameters(build: pipeline.Build, words: Sequence[str], target: Step | None 
     pinned = [uri for uri in pins(upstream([target]))] if target is not None else []
     made = pipeline.flat(build, pipeline.values(build, words))
     return {name: with_commits(word_of(value), pinned) for name, value in made.items()}
+
+
+def telling(build: pipeline.Build, words: Sequence[str]) -> list[str]:
+    """Those of these words without which a parameter would have another value: a recipe says what is left at its default, too."""
+    kept, made = [*words], pipeline.flat(build, pipeline.values(build, words))
+    for word in words:
+        fewer = [one for one in kept if one != word]
+        with suppress(ValueError, TypeError):  # what is needed
+            if pipeline.flat(build, pipeline.values(build, fewer)) == made:
+                kept = fewer
+    return kept
 
 
 def word_of(value: Any) -> str:
