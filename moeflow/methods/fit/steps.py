@@ -15,6 +15,7 @@ from moeflow.methods.rewrite import link_all
 from moeflow.model.layout import read_config
 from moeflow.model.spec import LayerSpec, RestSpec
 from moeflow.step import Artifact, Context, Spec, step
+from moeflow.store.errors import bytes_text
 
 Offer = Mapping[str, list[Alternative]]
 """By layer, what it may become, in the order of the artifacts; the first is the layer as it is."""
@@ -29,11 +30,13 @@ def _decide_spec(
     whole = sum(f.nbytes for f in fixed) + rest.nbytes + sum(of_layer[0].nbytes for of_layer in files)
     least = whole - sum(of_layer[0].nbytes - min(f.nbytes for f in of_layer) for of_layer in files)
     if budget.unit == "bytes" and budget.most(whole) < 0.98 * least:  # sizes that a run decides are known nearly
+        wanted, fewest = bytes_text(budget.most(whole)), bytes_text(least)
         raise ValueError(
-            f"a budget of {budget.most(whole):,} bytes cannot be met: what is offered takes {least:,} at the least, of {whole:,}; "
-            "offer fewer bits, lower ranks or fewer experts"
+            f"a budget of {wanted} cannot be met: what is offered takes {fewest} at the least, of {bytes_text(whole)}; "
+            f"{budget.meant(least, whole) or 'offer fewer bits, lower ranks or fewer experts'}"
         )
-    notes = (f"a budget in bytes can be from {least:,} to {whole:,}: {_reach(whole, offer, files)}",) if before is None else ()
+    reach = f"a budget in bytes can be from {bytes_text(least)} to {bytes_text(whole)}: {_reach(whole, offer, files)}"
+    notes = (reach,) if before is None else ()
     out = {"bytes": writes, "part": min(1.0, budget.most(whole) / whole) if budget.unit == "bytes" else 1.0}
     reads = sum(f.headers for f in every) + curves["bytes"]
     return Spec(out, reads=reads, writes=writes, memory=1 << 28, notes=notes)
@@ -54,7 +57,7 @@ def _reach(whole: int, offer: Offer, files: tuple[tuple[LayerSpec, ...], ...]) -
         for alternatives, of_layer in zip(offer.values(), files, strict=True):
             left = [f.nbytes for a, f in zip(alternatives, of_layer, strict=True) if of_kind(a, alternatives[0].keep)]
             saved += of_layer[0].nbytes - min(left, default=of_layer[0].nbytes)
-        reached += [f"{words} {whole - saved:,}"] * bool(saved)
+        reached += [f"{words} {bytes_text(whole - saved)}"] * bool(saved)
     return ", ".join(reached)
 
 
