@@ -6,7 +6,6 @@ says what it means. A key holds only the fields that differ from their defaults.
 
 import ast
 import dataclasses
-import difflib
 import inspect
 import json
 import textwrap
@@ -17,6 +16,8 @@ from dataclasses import dataclass, fields, is_dataclass
 from functools import cache, partial
 from itertools import pairwise
 from typing import Any, TypeVar
+
+from moeflow.nearest import nearest as nearest_of
 
 TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 NOTHING = ("none", "null")
@@ -199,8 +200,8 @@ def _number(name: str, word: str, kind: type, choices: Iterable[str]) -> Any:
 def nearest(name: str, known: Iterable[str]) -> str:
     """Advice for a misspelt name: the nearest known name, or all."""
     names = list(known)
-    close = difflib.get_close_matches(name, names, 1, 0.5)
-    return f"did you mean {close[0]!r}?" if close else f"it has {', '.join(names) or 'none'}"
+    near = nearest_of(name, names, 0.5)
+    return f"did you mean {near!r}?" if near else f"it has {', '.join(names) or 'none'}"
 
 
 def members(kind: Any) -> tuple[Any, ...]:

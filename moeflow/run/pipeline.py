@@ -18,7 +18,9 @@ from types import ModuleType
 from typing import Any
 
 from moeflow import options, sources
+from moeflow.nearest import meant
 from moeflow.run import at_fault
+from moeflow.run.opening import shipped
 from moeflow.run.outcome import describe
 from moeflow.sources import How, LayoutWanted, Mtp, NamesFiles, Source, Texts
 from moeflow.step import Step
@@ -63,9 +65,10 @@ MEANING = {
 def load(path: Path) -> Build:
     """Import a pipeline file and return its `build`. Raises FileNotFoundError, and ValueError if it is no pipeline."""
     if not path.is_file():
-        raise FileNotFoundError(
-            f"there is no pipeline {path}; name one that comes with moeflow, such as mixtral, or a file PIPELINE.py"
-        )
+        beside = path.parent.glob("*.py") if path.parent.is_dir() else ()
+        known = [*shipped(), *(path.with_name(p.name) for p in beside)]
+        otherwise = "name one that comes with moeflow, such as mixtral, or a file PIPELINE.py"
+        raise FileNotFoundError(f"there is no pipeline {path}; {meant(str(path), known, otherwise)}")
     module = sys.modules["__main__"]
     if Path(getattr(module, "__file__", None) or "").resolve() != path.resolve():  # else it is running already
         module = _imported(path)
