@@ -78,6 +78,11 @@ def test_an_error_of_options_names_the_parameters_that_it_is_about(store: str) -
         moeflow.run("mixtral", **SHORT | {"calibration": {"shard": 3}}, store=store)
 
 
+def test_a_device_is_said_as_transformers_says_it() -> None:
+    with pytest.raises(TypeError, match="^device='cpu': where a model is loaded is said by device_map='cpu'$"):
+        moeflow.load(str(SMALL), device="cpu")
+
+
 def test_progress_is_shown_only_where_it_is_wanted(store: str, capsys: pytest.CaptureFixture[str]) -> None:
     moeflow.run(TOY, store=store, progress=False)
     assert capsys.readouterr() == ("", "")
@@ -95,7 +100,7 @@ def test_the_figures_are_records_and_a_table(store: str) -> None:
 
 def test_a_version_shows_itself_in_a_line_and_in_a_notebook(store: str) -> None:
     made = moeflow.run(TOY, store=store, progress=False, numbers=2)
-    assert repr(made).startswith("<toy_pipeline@1: ") and "\n" not in repr(made)
+    assert repr(made).startswith("<toy_pipeline@1: ") and " of files in " in repr(made) and "\n" not in repr(made)
     assert "perplexity" in str(made) and "made by" in str(made) and "numbers=2" in str(made)
     page = made._repr_html_()
     assert "<b>toy_pipeline@1</b>" in page and "<li>without a tokenizer</li>" in page
@@ -149,7 +154,8 @@ def test_what_is_wrong_is_said_in_the_words_of_the_command_line(given: dict[str,
 @pytest.mark.parametrize(
     ("call", "said"),
     [
-        (lambda: moeflow.run("mixtrall"), "there is no pipeline mixtrall; name one that comes with moeflow"),
+        (lambda: moeflow.run("something"), "there is no pipeline something; name one that comes with moeflow"),
+        (lambda: moeflow.run("mixtrall"), "there is no pipeline mixtrall; did you mean mixtral?"),
         (lambda: moeflow.run(TOY, runner="slurm"), "runner='slurm': choose one of auto, process, ray"),
         (lambda: moeflow.run(TOY, patience="soon"), "--patience soon: write a number"),
         (lambda: moeflow.run(TOY, gpus=-1), "gpus=-1 must not be negative"),
