@@ -95,7 +95,7 @@ def decide(
     others += sum(size(f, "bytes", runs, read) for f in fixed[len(dense) :] if budget.unit != "operations")
     whole = others + sum(size(of_layer[0], budget.unit, runs, read, int(i)) for i, of_layer in zip(offer, files, strict=True))
     room = budget.most(int(whole)) - others
-    chosen = choose(offered, runs, room, others)
+    chosen = choose(offered, runs, room, others, "{:,.0f} operations".format if budget.unit == "operations" else bytes_text)
     picked = [offered[i][name] for i, name in chosen.items()]
     ahead = _lead(offered, measured, chosen, next_best(offered, runs, room, chosen), first)
     if ahead is not None and ahead.words:
