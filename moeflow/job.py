@@ -22,6 +22,9 @@ from moeflow.step import Step
 from moeflow.store import Store
 from moeflow.store.patience import heard, wait_out
 
+OFFLINE = 20.0
+"""Seconds that a run which has not begun waits at most for a network: it loses nothing by ending, and people sit before it."""
+
 
 @dataclass(frozen=True)
 class Job:
@@ -127,4 +130,4 @@ def check_engine(target: Step, word: str) -> None:
 
 def asked(file: str | PathLike[str], given: Sequence[str], store: Store, build: pipeline.Build | None = None) -> recipe.Asked:
     """The graph of a pipeline, or of a recipe, with these parameters, when the sources that it names have answered."""
-    return wait_out(lambda: recipe.asked(Path(file), given, build), store.patience, "a source")
+    return wait_out(lambda: recipe.asked(Path(file), given, build), store.patience, "a source", offline=OFFLINE)

@@ -6,17 +6,18 @@ says what it means. A key holds only the fields that differ from their defaults.
 
 import ast
 import dataclasses
-import difflib
 import inspect
 import json
 import textwrap
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 from typing import Any, TypeVar
+
+from moeflow.nearest import nearest as nearest_of
 
 TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 NOTHING = ("none", "null")
@@ -116,11 +117,19 @@ def changed(name: str, kind: type, value: Any, words: Mapping[str, str]) -> Any:
     heads = dict.fromkeys(n.partition(".")[0] for n in words)
     changes = {n: _of_field(f"{name}.{n}", kinds[n], getattr(value, n, None), _inside(n, words)) for n in heads}
     if value is not None:
-        return dataclasses.replace(value, **changes)
+        return _made(name, partial(dataclasses.replace, value), changes)
     lacking = [f.name for f in fields(kind) if default_of(f) is dataclasses.MISSING and f.name not in changes]
     if lacking:
         raise ValueError(f"{name} is absent; say {name}.{lacking[0]}=... to have it")
-    return kind(**changes)
+    return _made(name, kind, changes)
+
+
+def _made(name: str, make: Callable[..., Any], changes: Mapping[str, Any]) -> Any:
+    """What `make` makes of these fields. Raises ValueError with the name of the options before what they say of their fields."""
+    try:
+        return make(**changes)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 def _inside(field: str, words: Mapping[str, str]) -> dict[str, str]:
@@ -191,8 +200,8 @@ def _number(name: str, word: str, kind: type, choices: Iterable[str]) -> Any:
 def nearest(name: str, known: Iterable[str]) -> str:
     """Advice for a misspelt name: the nearest known name, or all."""
     names = list(known)
-    close = difflib.get_close_matches(name, names, 1, 0.5)
-    return f"did you mean {close[0]!r}?" if close else f"it has {', '.join(names) or 'none'}"
+    near = nearest_of(name, names, 0.5)
+    return f"did you mean {near!r}?" if near else f"it has {', '.join(names) or 'none'}"
 
 
 def members(kind: Any) -> tuple[Any, ...]:

@@ -232,7 +232,7 @@ class Version:
         return abouts.of(self.store, self.ref)
 
     def __repr__(self) -> str:
-        return f"<{' '.join([self.ref, *self.labels])}: {bytes_text(self.bytes)} in {self.store.url}>"
+        return f"<{' '.join([self.ref, *self.labels])}: {bytes_text(self.bytes)} of files in {self.store.url}>"
 
     def __str__(self) -> str:
         made = self._made()

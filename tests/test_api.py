@@ -57,6 +57,32 @@ def test_a_run_returns_what_the_command_line_publishes(store: str, capsys: pytes
     assert (made.ref, made.about.record["given"]) == ("toy@1", ["numbers=2"])
 
 
+def test_text_that_nobody_named_is_said_to_be_the_default(store: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    default = "by default that is text on the hub: hf://datasets/"
+    with pytest.raises(ValueError, match=f"^-p tokens= and -p heldout= were not given, and {default}allenai/c4@main"):
+        moeflow.run("mixtral", model=SMALL, store=store, patience="0s")
+    with pytest.raises(ValueError, match=f"^-p heldout= was not given, and {default}Salesforce/wikitext@main.*heldout=FILE"):
+        moeflow.run("mixtral", **SHORT | {"heldout": {"length": 64}}, store=store, patience="0s")
+    with pytest.raises(ValueError, match="^hf://datasets/org/text/a.txt: the hub"):
+        moeflow.run("mixtral", model=SMALL, tokens="hf://datasets/org/text/a.txt", store=store, patience="0s")
+
+
+def test_an_error_of_options_names_the_parameters_that_it_is_about(store: str) -> None:
+    with pytest.raises(ValueError, match="^-p heldout.length, -p calibration.length: length=2048 is more than the model's 512"):
+        moeflow.fit(str(SMALL), bytes="1MiB", tokens="python:stdlib/a*.py", heldout="python:stdlib/t*.py", store=store)
+    with pytest.raises(ValueError, match="^-p heldout.length: length=600 is more than the model's 512"):
+        moeflow.run("mixtral", **SHORT | {"heldout": {"texts": "python:stdlib/t*.py", "length": 600}}, store=store)
+    with pytest.raises(ValueError, match="^-p calibration: shard=3 sequences must be a multiple of batch=8"):
+        moeflow.run("mixtral", **SHORT | {"calibration": {"shard": 3}}, store=store)
+
+
+def test_a_device_is_said_as_transformers_says_it() -> None:
+    with pytest.raises(TypeError, match="^device='cpu': where a model is loaded is said by device_map='cpu'$"):
+        moeflow.load(str(SMALL), device="cpu")
+
+
 def test_progress_is_shown_only_where_it_is_wanted(store: str, capsys: pytest.CaptureFixture[str]) -> None:
     moeflow.run(TOY, store=store, progress=False)
     assert capsys.readouterr() == ("", "")
@@ -74,7 +100,7 @@ def test_the_figures_are_records_and_a_table(store: str) -> None:
 
 def test_a_version_shows_itself_in_a_line_and_in_a_notebook(store: str) -> None:
     made = moeflow.run(TOY, store=store, progress=False, numbers=2)
-    assert repr(made).startswith("<toy_pipeline@1: ") and "\n" not in repr(made)
+    assert repr(made).startswith("<toy_pipeline@1: ") and " of files in " in repr(made) and "\n" not in repr(made)
     assert "perplexity" in str(made) and "made by" in str(made) and "numbers=2" in str(made)
     page = made._repr_html_()
     assert "<b>toy_pipeline@1</b>" in page and "<li>without a tokenizer</li>" in page
@@ -128,7 +154,8 @@ def test_what_is_wrong_is_said_in_the_words_of_the_command_line(given: dict[str,
 @pytest.mark.parametrize(
     ("call", "said"),
     [
-        (lambda: moeflow.run("mixtrall"), "there is no pipeline mixtrall; name one that comes with moeflow"),
+        (lambda: moeflow.run("something"), "there is no pipeline something; name one that comes with moeflow"),
+        (lambda: moeflow.run("mixtrall"), "there is no pipeline mixtrall; did you mean mixtral?"),
         (lambda: moeflow.run(TOY, runner="slurm"), "runner='slurm': choose one of auto, process, ray"),
         (lambda: moeflow.run(TOY, patience="soon"), "--patience soon: write a number"),
         (lambda: moeflow.run(TOY, gpus=-1), "gpus=-1 must not be negative"),

@@ -168,12 +168,13 @@ def test_ls_lists_versions_newest_last_with_labels(cli: Cli) -> None:
     cli("run", PIPELINE, "-p", "size=9")
     assert cli("promote", "toy_pipeline@1", "production").exit_code == 0
     head, *lines = (line.strip() for line in cli("ls").stdout.splitlines())
-    assert head.split() == ["version", "made", "(UTC)", "bytes", "resident", "KL", "key", "labels"]
+    assert head.split() == ["version", "made", "(UTC)", "weights", "resident", "KL", "key", "labels"]
     assert [line.split()[0] for line in lines] == ["toy_pipeline@1", "toy_pipeline@2"]
     assert lines[0].endswith("production") and not lines[1].endswith("production")
     printed = last_json(cli("ls", "--json"))
     assert [(v["ref"], v["labels"]) for v in printed] == [("toy_pipeline@1", ["production"]), ("toy_pipeline@2", [])]
     assert last_json(cli("ls", "other", "--json")) == []
+    assert cli("ls", "toy_pipelin").stderr.strip().endswith("; did you mean toy_pipeline?")
 
 
 def test_show_tells_lineage_parameters_libraries_sources_and_reports(cli: Cli) -> None:

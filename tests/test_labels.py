@@ -103,6 +103,7 @@ def test_a_rollback_goes_back_a_move_each_time(three: Cli) -> None:
     assert json.loads(three("rollback", "production", "--json").stdout)["ref"] == "gated@1"
     absent = three("rollback", "staging")
     assert absent.exit_code == 2 and "there is no label 'staging'" in error(absent)
+    assert error(three("history", "productoin")).endswith("; did you mean production?")
 
 
 def test_what_a_rollback_returns_to_is_kept_whatever_its_age(three: Cli) -> None:

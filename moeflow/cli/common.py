@@ -4,6 +4,7 @@ import ast
 import inspect
 import json
 import os
+import re
 import signal
 import sys
 import traceback
@@ -46,13 +47,25 @@ class OneLine(TyperGroup):
             code = super().main(words or ["--help"], standalone_mode=False, **options)
         except TyperException as error:
             context = getattr(error, "ctx", None)
-            _complain(f"{error.format_message().rstrip('.')}; see {context.command_path if context else 'moeflow'} --help", 2)
+            said = error.format_message().rstrip(".")
+            _complain(f"{said}; {_hint(said, context)}see {context.command_path if context else 'moeflow'} --help", 2)
             raise SystemExit(2) from None
         except typer.Abort:
             raise SystemExit(1) from None
         if standalone_mode:
             raise SystemExit(code if isinstance(code, int) else 0)
         return code
+
+
+def _hint(said: str, context: Any) -> str:
+    """How a word that stands alone is given as a parameter of a pipeline, if that is what is wrong."""
+    extra = re.search(r"unexpected extra argument\S* \((\S+)", said)
+    if extra is None or context is None or not any(p.name == "param" for p in context.command.params):
+        return ""
+    word = extra[1].rstrip(")")
+    if "=" in word or "file" in context.params:  # a pipeline takes its model as a parameter
+        return f"a parameter is given as -p {word if '=' in word else f'model={word}'}; "
+    return ""
 
 
 app = typer.Typer(

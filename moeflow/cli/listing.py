@@ -14,6 +14,7 @@ from rich.text import Text
 
 from moeflow import report
 from moeflow.cli.common import STORE, All, Json, Ref, Url, asking, command, print_json, print_reports, reading
+from moeflow.nearest import meant
 from moeflow.report import about as abouts
 from moeflow.report import lineage as lineages
 from moeflow.report import summary, words
@@ -24,7 +25,7 @@ from moeflow.run.words import size
 from moeflow.store import CorruptBlob, versions
 
 THREADS = 16
-NUMBERS = ("bytes", "resident", "KL")
+NUMBERS = ("weights", "resident", "KL")
 
 
 @command()
@@ -33,7 +34,7 @@ def ls(
     store: Url = "",
     json: Json = False,
 ) -> None:
-    """List the versions, newest last: bytes, also in memory, divergence from the original (the largest of its texts), labels."""
+    """List the versions, newest last: weights on disk and in memory, KL to the original (the largest of its texts), labels."""
     with asking():
         opened = reading(store)
         listed = [About(opened, v.key, v) for v in sorted(versions.list(opened, name), key=lambda v: v.created)]
@@ -44,21 +45,22 @@ def ls(
         print_json([version_json(a) | {"bytes": sizes.get(a.key)} | more for a, more in zip(listed, told, strict=True)])
         return
     if not listed:
-        print(f"no versions{f' of {name}' if name else ''} in {store or STORE}", file=sys.stderr)
+        advice = f"; {near}" if name and (near := meant(name, {v.name for v in versions.list(opened)}, "")) else ""
+        print(f"no versions{f' of {name}' if name else ''} in {store or STORE}{advice}", file=sys.stderr)
         return
     rows = []
     for about, more in zip(listed, told, strict=True):
         version = about.version
         assert version is not None
-        weights = sizes.get(about.key) if more["weights"] is None else int(more["weights"])
-        held = "gone" if about.key not in sizes or weights is None else size(weights)
+        files = sizes.get(about.key)
+        held = "gone" if files is None else f"{size(files)} of files" if more["weights"] is None else size(int(more["weights"]))
         resident = "-" if more["resident"] is None else size(int(more["resident"]))
         divergence = f"{max(more['kl'].values()):.3g}" if more["kl"] else "-"
         made = version.created[:16].replace("T", " ")
         rows.append((version.ref, made, held, resident, divergence, about.key, " ".join(version.labels)))
     out = report.console()
     table = Table(box=SIMPLE if out.is_terminal else None, pad_edge=False)
-    for title in ("version", "made (UTC)", "bytes", "resident", "KL", "key", "labels"):
+    for title in ("version", "made (UTC)", "weights", "resident", "KL", "key", "labels"):
         side: Literal["right", "left"] = "right" if title in NUMBERS else "left"
         table.add_column(title, justify=side, no_wrap=title != "labels", overflow="ellipsis" if title == "key" else "fold")
     for row in rows:

@@ -7,7 +7,7 @@ import typer
 
 from moeflow.cli.common import Engine, Json, Ref, Url, asking, command, print_json, reading, working
 from moeflow.report import about as abouts
-from moeflow.report import card, profile
+from moeflow.report import card, profile, summary
 from moeflow.run import original, pulling
 from moeflow.run.words import count, size
 
@@ -63,7 +63,9 @@ def pull(
         pulled = {"key": key, "folder": str(folder.absolute()), "files": len(manifest.files), "bytes": manifest.bytes}
         print_json(pulled | {"described": described} | made)
         return
-    print(f"{folder}: {count(len(manifest.files), 'file')}, {size(manifest.bytes)}, from {key}")
+    weights = summary.listed(about)["weights"]
+    held = f", of which {size(weights)} are weights" if weights else ""
+    print(f"{folder}: {count(len(manifest.files), 'file')}, {size(manifest.bytes)}{held}, from {key}")
     if described:
         print(f"{' and '.join(described)} say what it is, and make it again")
     for line in _said(made, wanted, folder):

@@ -2,8 +2,9 @@
 
 import io
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,22 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
+
+
+def quiet_hooks(model: Any) -> None:
+    """Let what is to happen before a model's first forward pass happen without a bar: compressed-tensors unpacks it there."""
+
+    def quietly(hook: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(hook)
+        def called(*args: Any, **options: Any) -> Any:
+            with quiet():
+                return hook(*args, **options)
+
+        return called
+
+    hooks = model._forward_pre_hooks
+    for number in hooks:
+        hooks[number] = quietly(hooks[number])
 
 
 def load_whole(folder: Path, **options: Any) -> Any:

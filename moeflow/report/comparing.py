@@ -6,11 +6,14 @@ from typing import Any
 import numpy as np
 
 from moeflow.report.about import About
-from moeflow.report.figures import bootstrap
+from moeflow.report.figures import Figure, Interval, bootstrap, change_between
 from moeflow.report.layers import Layer
 from moeflow.report.lineage import libraries
+from moeflow.report.words import decided
 from moeflow.store import Manifest
 
+Figures = Mapping[tuple[str, str], Figure]
+"""The figures of a version, by kind and name."""
 SEQUENCES = "divergence_of_sequences"
 CLOCKED = ("prefill", "decode")
 """The figures that depend on the machine, and on what else it did."""
@@ -36,6 +39,8 @@ def compare(versions: Sequence[About]) -> dict[str, Any]:
 def figures(versions: Sequence[About]) -> list[dict[str, Any]]:
     """Every figure that one of them has: the value in each, and its change from the first in per cent.
 
+    `verdicts`: whether the change is for the better, as the page of a version decides it: "undecided" where the interval of the
+    change on the same sequences holds both, or where the two lie in each other's intervals, or quartiles, and no more is known.
     `apart`: speeds that were measured on different occasions, of which none is called better: the machine was another, or busier.
     """
     each = [{(f.kind, f.name): f for f in v.figures if f.compressed is not None or f.original is not None} for v in versions]
@@ -51,9 +56,35 @@ def figures(versions: Sequence[About]) -> list[dict[str, Any]]:
                 "apart": some.figure in CLOCKED and len({f.original for f in known if f is not None}) > 1,
                 "intervals": [None if f is None else f.interval for f in known],
                 "change": [_per_cent(values[0], value) if at else None for at, value in enumerate(values)],
+                "verdicts": [_judgement(versions, each, (kind, name), at) if at else "" for at in range(len(versions))],
             }
         )  # fmt: skip
     return rows
+
+
+def _judgement(versions: Sequence[About], each: Sequence[Figures], which: tuple[str, str], at: int) -> str:
+    """Whether a figure of this version is better than the first's; "" where it is the same, or neither is better."""
+    one, other = each[0].get(which), each[at].get(which)
+    if one is None or other is None or one.compressed is None or other.compressed is None or not one.better:
+        return ""
+    change = other.compressed - one.compressed
+    if not change:
+        return ""
+    ours, theirs = (
+        {what: raw for text, what, raw in _judged(v) if text == one.text} if one.text else {} for v in (versions[0], versions[at])
+    )
+    interval = next((change_between(one.figure, ours[what], theirs[what]) for what in ours if what in theirs), None)
+    if interval is None:
+        first, second = _within(one, each[0]), _within(other, each[at])
+        interval = (second[0] - first[1], second[1] - first[0]) if first and second else None
+    return decided(change, one.better, interval)
+
+
+def _within(figure: Figure, others: Figures) -> Interval | None:
+    """The interval of a figure, or the quartiles of a speed."""
+    ends = [others.get((figure.kind, f"{figure.name}, {end} quartile")) for end in ("lower", "upper")]
+    values = [f.compressed for f in ends if f is not None and f.compressed is not None]
+    return (values[0], values[1]) if len(values) == 2 else figure.interval
 
 
 def paired(versions: Sequence[About]) -> list[dict[str, Any]]:
@@ -64,8 +95,9 @@ def paired(versions: Sequence[About]) -> list[dict[str, Any]]:
     first, *others = ([*_judged(v)] for v in versions)
     rows = []
     for at, other in enumerate(others, 1):
-        for text, what, ours in first:
-            theirs = next((values for _, key, values in other if key == what and len(values) == len(ours)), None)
+        for text, what, raw in first:
+            ours = raw[SEQUENCES]
+            theirs = next((of[SEQUENCES] for _, key, of in other if key == what and len(of[SEQUENCES]) == len(ours)), None)
             if theirs is None:
                 continue
             difference = np.subtract(theirs, ours)
@@ -81,17 +113,15 @@ def paired(versions: Sequence[About]) -> list[dict[str, Any]]:
     return rows
 
 
-def _judged(version: About) -> list[tuple[str, tuple[str, str], list[float]]]:
-    """The texts that a version was judged on: name, (tokens, original) by their contents, and the divergence of each sequence."""
+def _judged(version: About) -> list[tuple[str, tuple[str, str], Mapping[str, Any]]]:
+    """The texts that a version was judged on: name, (tokens, original) by their contents, and the report, sequence by sequence."""
     made = []
     for key in version.version.reports if version.version else ():
         manifest, raw = version.made.get(key), version.raw.get(key, {})
         if manifest is None or not raw.get(SEQUENCES):
             continue
         tokens = next((i.digest for i in manifest.inputs if i.key.startswith(MATRIX)), "")
-        made.append(
-            (str(raw.get("text", "")), (tokens, manifest.inputs[0].digest if manifest.inputs else ""), list(raw[SEQUENCES]))
-        )
+        made.append((str(raw.get("text", "")), (tokens, manifest.inputs[0].digest if manifest.inputs else ""), raw))
     return made
 
 

@@ -109,13 +109,30 @@ def _of_sequences(figure: str, raw: Mapping[str, Any]) -> dict[str, Any]:
     return {}
 
 
+def change_between(figure: str, one: Mapping[str, Any], other: Mapping[str, Any]) -> Interval | None:
+    """The 95 % interval of a figure in the report `other` minus that in `one`, on the same sequences; None if they do not tell."""
+    before, after = (_of_each_sequence(figure, raw) for raw in (one, other))
+    drawn = None if before is None or after is None or len(before) != len(after) else _draws([before, after])
+    if drawn is None:
+        return None
+    first, second = (np.exp(means) for means in drawn) if figure == "perplexity" else drawn
+    return _middle(second - first)
+
+
+def _of_each_sequence(figure: str, raw: Mapping[str, Any]) -> np.ndarray | None:
+    """What the compressed model's figure is a mean of (of its logarithm, if it is the perplexity); None if a report lacks it."""
+    name = {"kl": "divergence_of_sequences", "agreement": "agreement_of_sequences"}.get(figure, "losses_of_sequences")
+    values = raw.get(name) if figure in ("kl", "agreement", "loss", "perplexity") else None
+    return None if values is None else np.asarray(values[1] if name == "losses_of_sequences" else values, float)
+
+
 def bootstrap(values: Sequence[float] | np.ndarray) -> Interval | None:
     """The 95 % interval of the mean of these values [N]; None for too few of them, or if any is not finite."""
     drawn = _draws([np.asarray(values, float)])
     return None if drawn is None else _middle(drawn[0])
 
 
-def _draws(columns: list[np.ndarray]) -> list[np.ndarray] | None:
+def _draws(columns: Sequence[np.ndarray]) -> list[np.ndarray] | None:
     """The means [DRAWS] of each column [N], the same items drawn from all columns; None where they say nothing."""
     n = len(columns[0])
     if n < FEWEST or not all(np.isfinite(values).all() for values in columns):

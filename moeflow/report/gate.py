@@ -9,12 +9,12 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
 
 import yaml
 
+from moeflow.nearest import meant
 from moeflow.report.figures import Figure
 from moeflow.step import Step
 
@@ -129,8 +129,7 @@ def check_measured(gate: Iterable[Bound], target: Step) -> None:
                 f"the gate asks for {one.figure}[{one.text}], and this pipeline measures {measured}; name one of these"
             )
         names = sorted({figure for figure, _ in known.values()})
-        near = get_close_matches(one.figure, names, 1)
-        advice = f"did you mean {near[0]}?" if near else f"it measures {', '.join(names) or 'nothing'}"
+        advice = meant(one.figure, names, f"it measures {', '.join(names) or 'nothing'}")
         raise ValueError(f"the gate asks for {one.figure}, which no step of this pipeline measures ({one.word}); {advice}")
 
 

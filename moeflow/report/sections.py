@@ -170,7 +170,7 @@ def quality(about: About) -> Section | None:
         if any(f.interval for f in of):
             above = meaning(of[0]) or name
             pictures.append((f"{name}: {above}" if above != name else name, charts.ranges([*map(_range, of)], zero=_from_zero(of))))
-    rows = [(f.name, shown(f.original, f.unit), shown(f.compressed, f.unit), change(f), _items(f)) for f in judged]
+    rows = [(f.name, shown(f.original, f.unit), shown(f.compressed, f.unit), change(f), _items(f, about)) for f in judged]
     table = Table(("", "original", "this model", "change", "judged on"), rows, right=(1, 2))
     words = "Lines are 95 % intervals: what another sample of the same kind of text would give."
     return Section("How good it is", words if pictures else "", tuple(pictures), (table,), key=KEY if pictures else "")
@@ -192,8 +192,11 @@ def _from_zero(of: Sequence[Figure]) -> bool:
     return all((f.compressed or 0.0) >= 0 for f in of) and of[0].figure in ("kl", "layer_error")
 
 
-def _items(f: Figure) -> str:
-    words = [f"{f.items:,} items"] if f.items else []
+def _items(f: Figure, about: About) -> str:
+    """What a figure was judged on: sequences with their tokens, prompts, or the items of a task."""
+    what = {"quality": "sequences", "prompts": "prompts"}.get(f.kind, "items")
+    tokens = next((raw["tokens"] for raw in about.of_kind(f.kind) if f.text and raw.get("text") == f.text and raw.get("tokens")), 0)
+    words = [f"{f.items:,} {what}{f' of {tokens // f.items + 1:,} tokens' if tokens else ''}"] if f.items else []
     if f.wins is not None and f.losses is not None:
         words.append(f"{f.wins:,} won, {f.losses:,} lost")
     return ", ".join(words)

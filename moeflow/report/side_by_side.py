@@ -40,7 +40,7 @@ def _figures(rows: Sequence[Mapping[str, Any]], refs: Sequence[str], plain: bool
     cells = [
         (
             titled(r["name"], r["unit"]), shown(r["original"], r["unit"]), *(shown(v, r["unit"]) for v in r["values"]),
-            *(_change(c, r["better"], apart=r["apart"]) for c in r["change"][1:]),
+            *(_change(c, word, apart=r["apart"]) for c, word in zip(r["change"][1:], r["verdicts"][1:], strict=True)),
         )
         for r in rows
         if r["figure"] or not named
@@ -48,15 +48,14 @@ def _figures(rows: Sequence[Mapping[str, Any]], refs: Sequence[str], plain: bool
     return _rows(("", "original", *refs, *changes), cells, plain, right=range(1, len(refs) + 2))
 
 
-def _change(change: float | None, better: str, *, apart: bool) -> str:
+def _change(change: float | None, verdict: str, *, apart: bool) -> str:
     if change is None:
         return ""
     if change == 0:
         return "the same"
     if apart:
         return f"{change:+.3g} %, measured apart"
-    verdict = f", {'better' if (change < 0) == (better == 'lower') else 'worse'}" if better else ""
-    return f"{change:+.3g} %{verdict}"
+    return f"{change:+.3g} %" + (f", {verdict}" if verdict else "")
 
 
 def _paired(rows: Sequence[Mapping[str, Any]], plain: bool) -> Table | str:

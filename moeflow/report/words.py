@@ -1,6 +1,6 @@
 """Words beside numbers: what a row of a report means, and how far the compressed model is from the original in it."""
 
-from moeflow.report.figures import Figure
+from moeflow.report.figures import Figure, Interval
 
 MEANING = {
     "parameters": "all weights, one by one",
@@ -21,6 +21,7 @@ MEANING = {
     "prefill": "how fast a prompt is read",
     "decode": "how fast tokens are written",
     "resident": "all weights in memory once loaded",
+    "budget": "what the fit may take at most",
     "taken": "what the fit takes of its budget",
     "predicted_kl": "the divergence that the fit expects, on the calibration's text",
     "measured_kl": "the divergence on the calibration's own text",
@@ -59,11 +60,16 @@ def verdict(figure: Figure) -> str:
     """
     if not figure.better or not figure.change or figure.figure in DISTANCES:
         return ""
-    if figure.change_interval is not None and figure.change_interval[0] <= 0 <= figure.change_interval[1]:
-        return "undecided"
     if any("no difference measured" in note and figure.name in note.partition(":")[0].split() for note in figure.notes):
         return "undecided"  # a speed whose quartiles overlap
-    return "better" if (figure.change < 0) == (figure.better == "lower") else "worse"
+    return decided(figure.change, figure.better, figure.change_interval)
+
+
+def decided(change: float, better: str, interval: Interval | None) -> str:
+    """Whether a change is for the better, by which is `better`, "lower" or "higher"; "undecided" where its interval holds both."""
+    if interval is not None and interval[0] <= 0 <= interval[1]:
+        return "undecided"
+    return "better" if (change < 0) == (better == "lower") else "worse"
 
 
 def change(figure: Figure) -> str:

@@ -10,16 +10,21 @@ import shutil
 import sys
 import textwrap
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields, is_dataclass
 from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from moeflow import options, sources
+from moeflow.nearest import meant
+from moeflow.run import at_fault
+from moeflow.run.opening import shipped
 from moeflow.run.outcome import describe
 from moeflow.sources import How, LayoutWanted, Mtp, NamesFiles, Source, Texts
 from moeflow.step import Step
+from moeflow.store.errors import MissingSource
 
 Build = Callable[..., Step]
 
@@ -60,9 +65,10 @@ MEANING = {
 def load(path: Path) -> Build:
     """Import a pipeline file and return its `build`. Raises FileNotFoundError, and ValueError if it is no pipeline."""
     if not path.is_file():
-        raise FileNotFoundError(
-            f"there is no pipeline {path}; name one that comes with moeflow, such as mixtral, or a file PIPELINE.py"
-        )
+        beside = path.parent.glob("*.py") if path.parent.is_dir() else ()
+        known = [*shipped(), *(path.with_name(p.name) for p in beside)]
+        otherwise = "name one that comes with moeflow, such as mixtral, or a file PIPELINE.py"
+        raise FileNotFoundError(f"there is no pipeline {path}; {meant(str(path), known, otherwise)}")
     module = sys.modules["__main__"]
     if Path(getattr(module, "__file__", None) or "").resolve() != path.resolve():  # else it is running already
         module = _imported(path)
@@ -103,6 +109,14 @@ def call(build: Build, assignments: Iterable[str]) -> Step:
         given[name] = model(models[name])
     try:
         made = build(**given)
+    except MissingSource as error:
+        if why := at_fault.defaulted(build, given, str(error)):
+            raise type(error)(f"{why}: {error}") from error
+        raise
+    except ValueError as error:
+        if type(error) is ValueError and (which := at_fault.named(flat(build, given), str(error))):
+            raise ValueError(f"{which}: {error}") from error
+        raise
     except SystemExit as error:
         raise ValueError(f"build ends the program, SystemExit({error.code!r}); {ENDS}") from error
     except (ArithmeticError, AssertionError, AttributeError, NameError, RuntimeError) as error:
@@ -134,6 +148,25 @@ def _check_files(values: Iterable[Any]) -> None:
             value.check_local()
         elif isinstance(value, NamesFiles):
             value.check_files()
+
+
+def flat(build: Build, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a pipeline's parameters with the fields of options one by one, by the names that set them."""
+    inner = inner_of(kinds_of(build))
+    made: dict[str, Any] = {}
+
+    def say(name: str, value: Any) -> None:
+        if not is_dataclass(value) or isinstance(value, type | Texts | Source):
+            made[name] = value
+            return
+        for f in fields(value):
+            own = inner.get(f.name, ("", None))[0] == name  # options among options are named like parameters
+            if f.init:
+                say(f.name if own else f"{name}.{f.name}", getattr(value, f.name))
+
+    for name, value in values.items():
+        say(name, value)
+    return made
 
 
 def page(build: Build, about: str = "") -> str:

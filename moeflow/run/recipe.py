@@ -9,8 +9,8 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import chdir, contextmanager, nullcontext
-from dataclasses import dataclass, field, fields, is_dataclass
+from contextlib import chdir, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -188,7 +188,7 @@ def asked(file: Path, words: Sequence[str], own: pipeline.Build | None = None) -
     def again() -> dict[str, Any]:
         with recipe.at_home():
             same = recipe.pipeline in shipped() or Path(recipe.pipeline).is_file()
-            return record(Path(recipe.pipeline) if same else place, every, build, target)
+            return record(Path(recipe.pipeline) if same else place, telling(build, every), build, target)
 
     return Asked(target, again, recipe.name or file.stem, recipe.engine)
 
@@ -244,21 +244,19 @@ def record(file: Path, words: Sequence[str], build: pipeline.Build, target: Step
 def parameters(build: pipeline.Build, words: Sequence[str], target: Step | None = None) -> dict[str, str]:
     """Every parameter of a pipeline as a word, given or not; what the graph `target` pinned on the hub has its commit's name."""
     pinned = [uri for uri in pins(upstream([target]))] if target is not None else []
-    inner = pipeline.inner_of(pipeline.kinds_of(build))
-    made: dict[str, str] = {}
+    made = pipeline.flat(build, pipeline.values(build, words))
+    return {name: with_commits(word_of(value), pinned) for name, value in made.items()}
 
-    def say(name: str, value: Any) -> None:
-        if not is_dataclass(value) or isinstance(value, type | Texts):
-            made[name] = word_of(value)
-            return
-        for f in fields(value):
-            own = inner.get(f.name, ("", None))[0] == name  # options among options are named like parameters
-            if f.init:
-                say(f.name if own else f"{name}.{f.name}", getattr(value, f.name))
 
-    for name, value in pipeline.values(build, words).items():
-        say(name, value)
-    return {name: with_commits(word, pinned) for name, word in made.items()}
+def telling(build: pipeline.Build, words: Sequence[str]) -> list[str]:
+    """Those of these words without which a parameter would have another value: a recipe says what is left at its default, too."""
+    kept, made = [*words], pipeline.flat(build, pipeline.values(build, words))
+    for word in words:
+        fewer = [one for one in kept if one != word]
+        with suppress(ValueError, TypeError):  # what is needed
+            if pipeline.flat(build, pipeline.values(build, fewer)) == made:
+                kept = fewer
+    return kept
 
 
 def word_of(value: Any) -> str:

@@ -1,9 +1,9 @@
 """What to say of an address at which nothing lies: what it was meant to be, before anybody else is asked. Makes no requests."""
 
-import difflib
 import re
 from pathlib import Path
 
+from moeflow.nearest import nearest
 from moeflow.sources.places import Kind
 from moeflow.store.errors import MissingSource
 
@@ -44,8 +44,8 @@ def advice(path: Path) -> str:
         names = sorted(p.name for p in there.iterdir() if not p.name.startswith(".") and p.name.isprintable())
     except OSError:
         return "check the path"
-    if near := difflib.get_close_matches(wanted, names, 1, 0.6):
-        return f"did you mean {there / near[0]}?"
+    if near := nearest(wanted, names):
+        return f"did you mean {there / near}?"
     if not names or there in (Path.cwd(), Path("/")):
         return "check the path"
     more = ", ..." if len(names) > SHOWN else ""

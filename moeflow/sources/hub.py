@@ -44,8 +44,9 @@ from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, tqdm
 
 from moeflow.home import home
 from moeflow.sources import folder as disk
+from moeflow.sources import network
 from moeflow.sources.places import Grow, Kind, Pinned, SourceFile, changed, chosen, copy, piece
-from moeflow.store.errors import MissingSource, SourceUnavailable
+from moeflow.store.errors import MissingSource, NoNetwork, SourceUnavailable
 
 BY_PARTS = False
 FORM = re.compile(r"hf://(?P<type>models|datasets)/(?P<repo>[^/@]+/[^/@]+)(@(?P<revision>[^/]+))?(/(?P<glob>.+))?")
@@ -66,6 +67,8 @@ def pin(uri: str, kind: Kind) -> Pinned:
     repo, type_, revision, glob = _parts(uri)
     try:
         with _in_words(uri):
+            if not constants.HF_HUB_OFFLINE:
+                network.check_name(endpoint())
             commit, sizes = _asked(repo, type_, revision, glob)
     except _Away as away:
         commit, sizes = _cached(repo, type_, revision, uri, away)
@@ -228,7 +231,9 @@ class _Away(Exception):
 
     def wrong(self, text: str) -> MissingSource:
         """The error to raise: waiting helps unless the user has forbidden to ask the hub."""
-        return (MissingSource if isinstance(self.__cause__, OfflineModeIsEnabled) else SourceUnavailable)(text)
+        if isinstance(self.__cause__, OfflineModeIsEnabled):
+            return MissingSource(text)
+        return NoNetwork(text) if network.is_absent(self.__cause__) else SourceUnavailable(text)
 
 
 @contextmanager

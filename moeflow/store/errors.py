@@ -62,6 +62,10 @@ class SourceUnavailable(MissingSource, MayPass):
     """A source does not answer, or is too busy."""
 
 
+class NoNetwork(SourceUnavailable):
+    """A source cannot be asked, since its name cannot be resolved, or no network is there."""
+
+
 def too_large(where: Path, instead: str) -> StoreError:
     """The error of a file that grew beyond what the process, or the disk, allows one file."""
     return StoreError(f"a file under {where} became larger than is allowed; raise the limit (see `ulimit -f`), or {instead}")

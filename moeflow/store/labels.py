@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from moeflow.nearest import meant
 from moeflow.store.errors import LabelMoved, NotStored
 from moeflow.store.records import RECORD, newest, now, read_record
 from moeflow.store.store import Store
@@ -39,7 +40,8 @@ def history(store: Store, label: str) -> tuple[Move, ...]:
     """Every move of a label, the first one first. Raises NotStored if there is no such label."""
     moves = tuple(m for n in _numbers(store, label) if (m := _read(store, label, n)) is not None)
     if not moves:
-        raise NotStored(f"there is no label {label!r} in {store.url}; `moeflow ls` shows those there are")
+        advice = meant(label, pointing(store), "`moeflow ls` shows those there are")
+        raise NotStored(f"there is no label {label!r} in {store.url}; {advice}")
     return moves
 
 

@@ -3,6 +3,7 @@
 Who waits says so once, to the listener of its process. Knows no S3 and no runner.
 """
 
+import math
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -10,7 +11,7 @@ from contextlib import contextmanager
 from threading import Lock
 from typing import TypeVar
 
-from moeflow.store.errors import GaveUp, MayPass
+from moeflow.store.errors import GaveUp, MayPass, NoNetwork
 
 FIRST, LONGEST = 0.5, 20.0  # seconds between two attempts; each pause is up to twice as long as the one before
 AGAIN = 600.0  # seconds after which the same remark is worth repeating
@@ -26,10 +27,11 @@ def _nobody(where: str, remark: str) -> None:
 _listener: Listener = _nobody
 
 
-def wait_out(ask: Callable[[], T], seconds: float, where: str) -> T:
+def wait_out(ask: Callable[[], T], seconds: float, where: str, *, offline: float = math.inf) -> T:
     """What `ask()` returns, asked again for `seconds` after its first `MayPass`. Raises what else it raises, and GaveUp.
 
-    With `seconds` 0 nothing is waited for and the first error is raised as it is.
+    With `seconds` 0 nothing is waited for and the first error is raised as it is. Where no network is there, `offline` seconds are
+    the most.
     """
     began, pause = 0.0, FIRST
     while True:
@@ -40,10 +42,11 @@ def wait_out(ask: Callable[[], T], seconds: float, where: str) -> T:
                 raise
             now = time.monotonic()
             began = began or now
-            if now + pause > began + seconds:
-                raise GaveUp(f"{_line(error)}; it was waited for, {duration(seconds)}, and run again continues there") from error
+            most = min(seconds, offline) if isinstance(error, NoNetwork) else seconds
+            if now + pause > began + most:
+                raise GaveUp(f"{_line(error)}; it was waited for, {duration(most)}, and run again continues there") from error
             if pause > FIRST:  # a single error is not worth a remark
-                _listener(where, f"{where} does not answer; it is waited for, up to {duration(seconds)} ({_line(error)})")
+                _listener(where, f"{where} does not answer; it is waited for, up to {duration(most)} ({_line(error)})")
             time.sleep(pause * random.uniform(0.5, 1))
             pause = min(2 * pause, LONGEST)
         else:

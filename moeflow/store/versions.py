@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
+from moeflow.nearest import meant
 from moeflow.store import labels, names
 from moeflow.store.errors import NotStored
 from moeflow.store.manifest import Manifest
@@ -103,7 +104,8 @@ def resolve(store: Store, ref: str) -> Version | str:
         return ref if ref in keys else keys[0]
     if keys:
         raise ValueError(f"{ref!r} is how several keys begin: {', '.join(keys[:4])}...; write more of the key")
-    raise NotStored(f"{ref!r} is no version, label or key in {store.url}; see `moeflow ls`")
+    advice = meant(ref, [*_names(store), *labels.pointing(store)], "see `moeflow ls`")
+    raise NotStored(f"{ref!r} is no version, label or key in {store.url}; {advice}")
 
 
 def list(store: Store, name: str = "") -> tuple[Version, ...]:
@@ -216,8 +218,13 @@ def _read(store: Store, name: str, n: int) -> Version:
         return _parse(store, _version(name, n))
     except FileNotFoundError:
         last = newest(store, f"versions/{name}/")
-        known = f"the newest is {name}@{last}" if last else f"there is no version of {name}; see `moeflow ls`"
-        raise NotStored(f"{name}@{n} is not in {store.url}; {known}") from None
+        none = "" if last else f"there is no version of {name}; {meant(name, _names(store), 'see `moeflow ls`')}"
+        raise NotStored(f"{name}@{n} is not in {store.url}; {none or f'the newest is {name}@{last}'}") from None
+
+
+def _names(store: Store) -> builtins.list[str]:
+    """The names that versions have."""
+    return sorted({e.name.split("/")[1] for e in store.blobs.list("versions/") if RECORD.fullmatch(e.name)})
 
 
 def _parse(store: Store, at: str) -> Version:

@@ -1,6 +1,7 @@
 """Versions side by side: what differs is told, and what is the same is not."""
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,7 @@ from moeflow.cli import app
 from moeflow.report import about, comparing
 from moeflow.run import in_process
 from moeflow.store import Store, versions
-from tests.report.conftest import call
+from tests.report.conftest import TOKENS, call
 from tests.report.reporting import reported
 
 
@@ -59,6 +60,55 @@ def test_speeds_that_were_measured_on_two_occasions_are_not_judged(tmp_path: Pat
     assert speed["apart"] and not size["apart"]
     text = CliRunner().invoke(app, ["compare", "toy@1", "toy@2", "--store", str(tmp_path)]).stdout
     assert "+100 %, measured apart" in text and "+100 %, better" in text
+
+
+def quality(kl: list[float], before: list[float], after: list[float], scored: tuple[float, float, float]) -> dict:
+    """A report on one text, and a score with its interval."""
+    part, low, high = scored
+    rows = [
+        ("KL (prose)", 0.0, float(np.mean(kl)), "kl", "lower", {"text": "prose"}),
+        (
+            "perplexity (prose)",
+            float(np.exp(np.mean(before))),
+            float(np.exp(np.mean(after))),
+            "perplexity",
+            "lower",
+            {"text": "prose"},
+        ),
+        ("sums", 0.5, part, "sums", "higher", {"interval": [low, high]}),
+    ]
+    each = {"divergence_of_sequences": kl, "losses_of_sequences": [before, after], "agreement_of_sequences": [0.5] * len(kl)}
+    named = [{"name": a, "original": o, "compressed": c, "unit": "", "figure": f, "better": b} | m for a, o, c, f, b, m in rows]
+    return {"kind": "quality", "columns": ["original", "compressed"], "rows": named, "text": "prose"} | each
+
+
+def test_a_change_is_called_better_only_where_its_interval_says_so(tmp_path: Path) -> None:
+    """As on the page of a version: two on the same sequences are paired, and other scores are told apart by their intervals."""
+    before, opened = [3.0, 3.2, 2.9, 3.1], Store.open(str(tmp_path))
+    versions_of = [
+        quality([0.20, 0.22, 0.21, 0.19], before, [3.1, 3.1, 3.0, 3.1], (0.5, 0.4, 0.6)),
+        quality([0.10, 0.12, 0.11, 0.09], before, [3.0, 3.2, 2.9, 3.15], (0.55, 0.45, 0.65)),
+        quality([0.10, 0.12, 0.11, 0.09], before, [4.0, 4.2, 3.9, 4.1], (0.8, 0.7, 0.9)),
+    ]
+    for told_of in versions_of:
+        in_process.run([made := reported(report=told_of)], opened)
+        versions.publish(opened, "toy", made.key, reports=[made.key])
+    rows = comparing.figures([about.of(opened, f"toy@{n}") for n in (1, 2, 3)])
+    assert {row["figure"]: row["verdicts"][1:] for row in rows} == {
+        "kl": ["better", "better"], "perplexity": ["undecided", "worse"], "sums": ["undecided", "better"],
+    }  # fmt: skip
+    text = CliRunner().invoke(app, ["compare", "toy@1", "toy@2", "--store", str(tmp_path)]).stdout
+    assert "+10 %, undecided" in text and "-48.8 %, better" in text
+
+
+def test_what_a_recipe_left_at_its_default_is_not_given(told: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(told)
+    shutil.copytree(told / "store", tmp_path / "store")  # others count the versions in that
+    call(tmp_path, "pull", "told_pipeline@2", tmp_path / "out")
+    again = call(tmp_path, "run", tmp_path / "out" / "recipe.yaml", "-p", "keep=5", "--name", "again", "--json")
+    assert again.exit_code == 0, again.output
+    record = about.of(Store.open(str(tmp_path / "store")), "again").record
+    assert sorted(record["given"]) == ["keep=5", "model=model", f"tokens={TOKENS}"]
 
 
 def test_layers_tell_which_experts_differ_and_how_much_is_shared(compared: dict) -> None:

@@ -73,6 +73,7 @@ def test_what_a_model_writes_is_text_on_the_page(text: str) -> None:
 def test_tasks_have_their_interval_chance_wins_and_losses_and_prompts_stand_side_by_side(text: str) -> None:
     words = "".join(Page(text).words)
     assert "scores of tasks" in words and "guessing: 0.25" in text and "40 items, 1 won, 9 lost" in words
+    assert "8 sequences of 16 tokens" in words and "8 items" not in words
     assert "-25.0 %, worse" in words and "second 22" in words and "second 23" not in words
     assert "7 more are in its reports: moeflow show told_pipeline@1 --json" in words
 

@@ -1,6 +1,7 @@
 """A version pulled for an engine: the form that it loads or a refusal in one line, and the profile for engines that mask."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,8 @@ def test_a_profile_is_the_original_and_the_experts_that_stay_in_both_dialects(to
     assert printed["profiles"] == ["riy.json", "ascend.jsonl"]
     config = json.loads((out / "config.json").read_text())
     layers, count = config["num_hidden_layers"], config["num_local_experts"]
+    copied = call(told, "pull", "told_pipeline@1", tmp_path / "again").stdout
+    assert re.search(r": [0-9]+ files, [0-9.]+ KiB, of which [0-9.]+ KiB are weights, from checkpoint.assemble-", copied)
     last_json(call(told, "pull", "told_pipeline@1", tmp_path / "pruned", "--json"))
     history = json.loads((tmp_path / "pruned" / "moeflow.json").read_text())["layers"]
     kept = {entry["layer"]: entry["done"][-1]["keep"] for entry in history}

@@ -2,17 +2,19 @@
 
 import hashlib
 import os
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from moeflow.sources import SourceFile, pin
+from moeflow.sources import SourceFile, network, pin
 from moeflow.sources.referred import NOTE, Note, Referred
 from moeflow.store import MissingSource
-from moeflow.store.errors import SourceUnavailable
+from moeflow.store.errors import NoNetwork, SourceUnavailable
 from tests import servers
 from tests.sources.running import Running, run
 
@@ -246,3 +248,33 @@ def test_rotten_bytes_in_the_cache_are_refused(offline: Path, tmp_path: Path) ->
 def test_offline_and_not_in_the_cache_says_both(offline: Path) -> None:
     with pytest.raises(MissingSource, match=r"the hub cannot be asked .*, and the hub's cache holds no main of it"):
         pin("org/tiny", kind="model")
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_a_hub_without_a_name_is_no_network_however_long_that_takes_to_say(
+    slow: bool, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown(*asked: object, **options: object) -> None:
+        time.sleep(20 if slow else 0)
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    monkeypatch.setattr(network, "BOUND", 0.2)
+    monkeypatch.setenv("HF_ENDPOINT", "http://hub.invalid")
+    began = time.monotonic()
+    with pytest.raises(NoNetwork, match="was not resolved in 0.2 s" if slow else "not known"):
+        pin("org/tiny", kind="model")
+    assert time.monotonic() - began < 10
+    cached(cache, "models--org--tiny", FILES, "ab" * 20)
+    assert pin("org/tiny", kind="model").revision == "ab" * 20
+
+
+def test_a_hub_that_refuses_is_a_hub_and_one_behind_a_proxy_needs_no_name_here(
+    offline: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(SourceUnavailable) as refused:
+        pin("org/tiny", kind="model")
+    assert not isinstance(refused.value, NoNetwork)
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *asked: pytest.fail("the proxy resolves it"))
+    network.check_name("http://hub.invalid")

@@ -66,6 +66,10 @@ def test_what_a_reference_cannot_mean_is_answered_with_what_it_could(filled: Sto
         versions.resolve(filled, "other@1")
     with pytest.raises(NotStored, match="'nothing' is no version, label or key in"):
         versions.resolve(filled, "nothing")
+    versions.promote(filled, "tiny@1", "production")
+    for meant, written in (("tiny", "tinny"), ("tiny", "tinny@1"), ("production", "producton")):
+        with pytest.raises(NotStored, match=f"; did you mean {meant}[?]$"):
+            versions.resolve(filled, written)
     with pytest.raises(ValueError, match="a version is a number, as in tiny@1"):
         versions.resolve(filled, "tiny@best")
     with pytest.raises(ValueError, match=r"is how several keys begin: make.it-0.*write more of the key"):

@@ -1,6 +1,6 @@
 """Choose one alternative of each layer: the least cost within a budget, among what an engine runs together. Numbers, no torch."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import sqrt
 
@@ -103,10 +103,12 @@ class Fitted(Record):
     """By layer and alternative, its size and its cost."""
 
 
-def choose(offered: Offered, engine: Engine, room: float, rest: float = 0.0) -> dict[int, str]:
+def choose(
+    offered: Offered, engine: Engine, room: float, rest: float = 0.0, said: Callable[[float], str] = "{:,.0f}".format
+) -> dict[int, str]:
     """The alternatives that cost least together and take at most `room`, beside a `rest` that stays.
 
-    Raises ValueError with the nearest that can be had.
+    `said`: a size in words. Raises ValueError with the nearest that can be had.
     """
     best: tuple[float, dict[int, str]] | None = None
     for subset in together(offered, engine):
@@ -120,7 +122,7 @@ def choose(offered: Offered, engine: Engine, room: float, rest: float = 0.0) -> 
             best = cost, picked
     if best is None:
         nearest = smallest(offered, engine) + rest
-        raise ValueError(f"nothing that was offered takes {room + rest:,.0f} or less; the nearest is {nearest:,.0f}")
+        raise ValueError(f"nothing that was offered takes {said(room + rest)} or less; the nearest is {said(nearest)}")
     return best[1]
 
 

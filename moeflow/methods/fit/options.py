@@ -46,6 +46,12 @@ class Budget:
             return int(whole * (1 - self.ratio))
         return int(whole / self.speed) if self.speed else size_of(self.bytes or self.resident)
 
+    def meant(self, least: int, whole: int) -> str:
+        """The question whether a unit was left out, for a bare number that is a size between these with one; "" for others."""
+        word = self.bytes.strip()
+        near = [f"{word}{u}" for u in ("KiB", "MiB", "GiB", "TiB") if word.isdigit() and least <= int(word) * UNITS[u] < whole]
+        return f"did you mean {near[0]}?" if near else ""
+
 
 def size_of(word: str) -> int:
     """The bytes that a word like 24GB or 22.5GiB says. Raises ValueError."""

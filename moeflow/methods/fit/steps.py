@@ -15,6 +15,7 @@ from moeflow.methods.rewrite import link_all
 from moeflow.model.layout import read_config
 from moeflow.model.spec import LayerSpec, RestSpec
 from moeflow.step import Artifact, Context, Spec, step
+from moeflow.store.errors import bytes_text
 
 Offer = Mapping[str, list[Alternative]]
 """By layer, what it may become, in the order of the artifacts; the first is the layer as it is."""
@@ -29,11 +30,13 @@ def _decide_spec(
     whole = sum(f.nbytes for f in fixed) + rest.nbytes + sum(of_layer[0].nbytes for of_layer in files)
     least = whole - sum(of_layer[0].nbytes - min(f.nbytes for f in of_layer) for of_layer in files)
     if budget.unit == "bytes" and budget.most(whole) < 0.98 * least:  # sizes that a run decides are known nearly
+        wanted, fewest = bytes_text(budget.most(whole)), bytes_text(least)
         raise ValueError(
-            f"a budget of {budget.most(whole):,} bytes cannot be met: what is offered takes {least:,} at the least, of {whole:,}; "
-            "offer fewer bits, lower ranks or fewer experts"
+            f"a budget of {wanted} cannot be met: what is offered takes {fewest} at the least, of {bytes_text(whole)}; "
+            f"{budget.meant(least, whole) or 'offer fewer bits, lower ranks or fewer experts'}"
         )
-    notes = (f"a budget in bytes can be from {least:,} to {whole:,}: {_reach(whole, offer, files)}",) if before is None else ()
+    reach = f"a budget in bytes can be from {bytes_text(least)} to {bytes_text(whole)}: {_reach(whole, offer, files)}"
+    notes = (reach,) if before is None else ()
     out = {"bytes": writes, "part": min(1.0, budget.most(whole) / whole) if budget.unit == "bytes" else 1.0}
     reads = sum(f.headers for f in every) + curves["bytes"]
     return Spec(out, reads=reads, writes=writes, memory=1 << 28, notes=notes)
@@ -54,7 +57,7 @@ def _reach(whole: int, offer: Offer, files: tuple[tuple[LayerSpec, ...], ...]) -
         for alternatives, of_layer in zip(offer.values(), files, strict=True):
             left = [f.nbytes for a, f in zip(alternatives, of_layer, strict=True) if of_kind(a, alternatives[0].keep)]
             saved += of_layer[0].nbytes - min(left, default=of_layer[0].nbytes)
-        reached += [f"{words} {whole - saved:,}"] * bool(saved)
+        reached += [f"{words} {bytes_text(whole - saved)}"] * bool(saved)
     return ", ".join(reached)
 
 
@@ -92,7 +95,7 @@ def decide(
     others += sum(size(f, "bytes", runs, read) for f in fixed[len(dense) :] if budget.unit != "operations")
     whole = others + sum(size(of_layer[0], budget.unit, runs, read, int(i)) for i, of_layer in zip(offer, files, strict=True))
     room = budget.most(int(whole)) - others
-    chosen = choose(offered, runs, room, others)
+    chosen = choose(offered, runs, room, others, "{:,.0f} operations".format if budget.unit == "operations" else bytes_text)
     picked = [offered[i][name] for i, name in chosen.items()]
     ahead = _lead(offered, measured, chosen, next_best(offered, runs, room, chosen), first)
     if ahead is not None and ahead.words:
@@ -212,20 +215,20 @@ def layer(
 
 
 def _frontier_spec(chosen: Any) -> Spec:
-    return Spec(reads=chosen["bytes"], writes=4000, figures=("taken", "predicted_kl"))
+    return Spec(reads=chosen["bytes"], writes=4000, figures=("budget", "taken", "predicted_kl", "measured_kl"))
 
 
-@step("fit.frontier", version=2, spec=_frontier_spec)
+@step("fit.frontier", version=3, spec=_frontier_spec)
 def report(context: Context, chosen: Artifact) -> None:
     """What was chosen, and what other budgets would cost: predicted, and measured on the calibration's own text."""
     fit = Fitted.read(chosen)
     unit = {"bytes": "B", "resident": "B", "operations": ""}[fit.unit]
     taken = row(f"taken, {fit.unit}", fit.whole, fit.size, unit, figure="taken", better="lower")
-    rows = [row(f"budget, {fit.unit}", fit.whole, fit.budget, unit), taken]
-    predicted = {"figure": "predicted_kl", "better": "lower"}
-    rows.append(row("KL to the original, predicted (calibration text)", 0.0, fit.cost, "nats/token", **predicted))
-    if fit.before is not None:
-        rows.append(row("KL to the original, measured (calibration text)", 0.0, fit.before, "nats/token"))
+    rows = [row(f"budget, {fit.unit}", fit.whole, fit.budget, unit, figure="budget"), taken]
+    for how, cost in (("predicted", fit.cost), ("measured", fit.before)):
+        if cost is not None:
+            name = f"KL to the original, {how} (calibration text)"
+            rows.append(row(name, 0.0, cost, "nats/token", figure=f"{how}_kl", better="lower"))
     rows += [row(f"predicted KL at {point.size / fit.whole:.0%} of the {fit.unit}", 0.0, point.cost, "") for point in fit.frontier]
     rows += [
         row(f"predicted KL of {what}, at {point.size / fit.whole:.0%}", 0.0, point.cost, "") for what, point in fit.marks.items()

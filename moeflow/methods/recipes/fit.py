@@ -5,7 +5,8 @@ the divergence of the whole model's predictions; under one budget the best combi
 exactly. Costs add up only nearly, so a second round measures the most promising ones again around the first choice.
 """
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import gcd, lcm
 from typing import Any
@@ -29,6 +30,8 @@ from moeflow.methods.slim.methods import Slimming
 from moeflow.methods.slim.steps import decided, slimmed
 from moeflow.methods.trim.steps import gone
 from moeflow.step import Part, Step
+
+NUMBER = re.compile(r"\d+(\.\d+)?")
 
 
 @dataclass(frozen=True)
@@ -96,10 +99,19 @@ def compress(calibration: Calibration, budget: Budget, offers: Offers, recover: 
     if again is not None and again is not plain:
         best = fit.nearer(best, calibrate.curves(calibration, {}, tokens=offers.measured, around=again, ends=ends))
         made = _either(best, made, again)
-    told = (f"{what} not on offer: {why}" for what, why in left.items())
-    return Fitting(
-        replace(made, choices=(*model.choices, best)), (fit.report(best).noting(*told), *healed.reports), fit.report(choices[0])
-    )
+    told = fit.report(best).noting(*_not_on_offer(left))
+    return Fitting(replace(made, choices=(*model.choices, best)), (told, *healed.reports), fit.report(choices[0]))
+
+
+def _not_on_offer(left: Mapping[str, str]) -> list[str]:
+    """What cannot be had, in a line for each kind of reason: the first with its own, and what is left out likewise."""
+    kinds: dict[str, list[str]] = {}
+    for what, why in left.items():
+        kinds.setdefault(NUMBER.sub("", why), []).append(what)
+    return [
+        f"{first} not on offer: {left[first]}" + (f"; nor, for the like, {'; '.join(others)}" if others else "")
+        for first, *others in kinds.values()
+    ]
 
 
 def _in_sequence(

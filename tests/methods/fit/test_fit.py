@@ -58,6 +58,10 @@ def test_a_fitted_model_takes_no_more_than_its_budget_and_is_as_far_as_was_measu
     store.fetch(half.key, out)
     said = decision(store, half)
     assert weights(out) == said["size"] <= said["budget"] < 0.51 * said["whole"]
+    rows = {
+        row.get("figure"): row for row in json.loads(store.artifact(half.reports[0].key).file("report.json").read_text())["rows"]
+    }
+    assert rows["budget"]["compressed"] == said["budget"] and rows["measured_kl"]["compressed"] == said["before"]
     ids = torch.from_numpy(running.array_of(running.matrix_of(tmp_path)))
     log_p, log_q = (
         AutoModelForCausalLM.from_pretrained(p, dtype=torch.float32).eval()(ids).logits[:, :-1].log_softmax(-1)
@@ -115,6 +119,10 @@ def test_what_a_family_cannot_have_is_told(tmp_path: Path) -> None:
     calibration = calibrated(tiny.write("mixtral", tmp_path / "model"), tmp_path)
     (report,) = fit.compress(calibration, Budget(ratio=0.2), Offers(**OFFERS | {"group": 7})).reports
     assert any("8 experts, 4 bits not on offer: " in note and "group" in note for note in report.notes)
+    offers = Offers(**OFFERS | {"ranks": (0.3, 0.5, 0.7), "bits": (3,)})
+    (report,) = fit.compress(calibration, Budget(ratio=0.2), offers).reports
+    (note,) = [note for note in report.notes if "ratio=" in note]
+    assert note.startswith("8 experts, 0.3 off, 3 bits not on offer: ratio=0.3 cannot be had") and "; nor, for the like, " in note
 
 
 def test_the_command_plans_and_asks_for_one_budget(tmp_path: Path) -> None:
@@ -132,7 +140,7 @@ def test_the_command_plans_and_asks_for_one_budget(tmp_path: Path) -> None:
     assert recovered.exit_code == 0, recovered.output
     assert "finetune.train" in recovered.output
     refused = CliRunner().invoke(app, [*words, "--bytes", "1KB"])
-    assert refused.exit_code == 2 and "a budget of 1,000 bytes cannot be met" in refused.output
+    assert refused.exit_code == 2 and "a budget of 1000 bytes cannot be met" in refused.output
 
 
 def test_a_frontier_is_shown_once_a_fit_has_measured_it(tmp_path: Path) -> None:
@@ -166,8 +174,11 @@ def test_transformers_alone_gets_what_it_loads(small_offer: Calibration, tmp_pat
 
 
 def test_a_budget_out_of_reach_is_told_before_anything_runs(small_offer: Calibration) -> None:
-    with pytest.raises(ValueError, match=r"a budget of 100 bytes cannot be met: what is offered takes [0-9,]+ at the least"):
+    with pytest.raises(ValueError, match=r"a budget of 100 bytes cannot be met: what is offered takes [0-9.]+ KiB at the least"):
         fitted(small_offer, Budget(bytes="100"))
+    whole = sum(layer.spec.output.nbytes for layer in small_offer.model.layers)
+    with pytest.raises(ValueError, match=rf"of {whole >> 10} bytes cannot be met: .*; did you mean {whole >> 10}KiB\?$"):
+        fitted(small_offer, Budget(bytes=str(whole >> 10)))
 
 
 def test_an_engine_that_runs_nothing_of_the_offer_is_told(small_offer: Calibration) -> None:

@@ -8,6 +8,7 @@ import pytest
 from moeflow.engines import ENGINES
 from moeflow.methods.fit.choosing import LISTED, Offered, Option, choose, frontier, promising, together
 from moeflow.methods.fit.options import Alternative, Budget, Offers, size_of
+from moeflow.store.errors import bytes_text
 
 
 @pytest.mark.parametrize(
@@ -69,6 +70,8 @@ def test_layers_are_packed_alike_where_the_engine_loads_nothing_else() -> None:
     assert set(choose(offer(layer, layer), mixed, 100.0).values()) == {WHOLE.name, FOUR_BITS.name}
     assert set(choose(offer(layer, layer), mixed, 35.0).values()) == {FOUR_BITS.name, THREE_BITS.name}
     assert not ENGINES["transformers"].mixed
+    with pytest.raises(ValueError, match="^nothing that was offered takes 10.0 KiB or less; the nearest is 30.0 KiB$"):
+        choose(offer({WHOLE: (20_480.0, 0.0)}), ENGINES["moeflow"], 0.0, 10_240.0, bytes_text)
 
 
 def test_what_is_measured_again_is_what_costs_least_at_the_price_of_the_choice() -> None:
