@@ -23,7 +23,7 @@ from moeflow.store import Store
 from moeflow.store.patience import heard, wait_out
 
 OFFLINE = 20.0
-"""Seconds that a run which has not begun waits at most for a network: it loses nothing by ending, and people sit before it."""
+"""Seconds that a run which has not begun waits at most for a network to what a parameter is by default: another may be given."""
 
 
 @dataclass(frozen=True)

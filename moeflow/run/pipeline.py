@@ -24,7 +24,7 @@ from moeflow.run.opening import shipped
 from moeflow.run.outcome import describe
 from moeflow.sources import How, LayoutWanted, Mtp, NamesFiles, Source, Texts
 from moeflow.step import Step
-from moeflow.store.errors import MissingSource
+from moeflow.store.errors import MissingSource, NoDefault, NoNetwork
 
 Build = Callable[..., Step]
 
@@ -111,7 +111,7 @@ def call(build: Build, assignments: Iterable[str]) -> Step:
         made = build(**given)
     except MissingSource as error:
         if why := at_fault.defaulted(build, given, str(error)):
-            raise type(error)(f"{why}: {error}") from error
+            raise (NoDefault if isinstance(error, NoNetwork) else type(error))(f"{why}: {error}") from error
         raise
     except ValueError as error:
         if type(error) is ValueError and (which := at_fault.named(flat(build, given), str(error))):

@@ -66,6 +66,10 @@ class NoNetwork(SourceUnavailable):
     """A source cannot be asked, since its name cannot be resolved, or no network is there."""
 
 
+class NoDefault(NoNetwork):
+    """What cannot be asked is what a parameter is by default: nobody has named it, and another may be given."""
+
+
 def too_large(where: Path, instead: str) -> StoreError:
     """The error of a file that grew beyond what the process, or the disk, allows one file."""
     return StoreError(f"a file under {where} became larger than is allowed; raise the limit (see `ulimit -f`), or {instead}")

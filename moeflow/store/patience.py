@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from threading import Lock
 from typing import TypeVar
 
-from moeflow.store.errors import GaveUp, MayPass, NoNetwork
+from moeflow.store.errors import GaveUp, MayPass, NoDefault
 
 FIRST, LONGEST = 0.5, 20.0  # seconds between two attempts; each pause is up to twice as long as the one before
 AGAIN = 600.0  # seconds after which the same remark is worth repeating
@@ -30,8 +30,8 @@ _listener: Listener = _nobody
 def wait_out(ask: Callable[[], T], seconds: float, where: str, *, offline: float = math.inf) -> T:
     """What `ask()` returns, asked again for `seconds` after its first `MayPass`. Raises what else it raises, and GaveUp.
 
-    With `seconds` 0 nothing is waited for and the first error is raised as it is. Where no network is there, `offline` seconds are
-    the most.
+    With `seconds` 0 nothing is waited for and the first error is raised as it is. For what a parameter is by default and no network
+    leads to, `offline` seconds are the most.
     """
     began, pause = 0.0, FIRST
     while True:
@@ -42,7 +42,7 @@ def wait_out(ask: Callable[[], T], seconds: float, where: str, *, offline: float
                 raise
             now = time.monotonic()
             began = began or now
-            most = min(seconds, offline) if isinstance(error, NoNetwork) else seconds
+            most = min(seconds, offline) if isinstance(error, NoDefault) else seconds
             if now + pause > began + most:
                 raise GaveUp(f"{_line(error)}; it was waited for, {duration(most)}, and run again continues there") from error
             if pause > FIRST:  # a single error is not worth a remark

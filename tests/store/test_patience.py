@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from moeflow.store import CorruptBlob, Record, Store, StoreError
-from moeflow.store.errors import GaveUp, NoNetwork, SourceUnavailable, Unavailable
+from moeflow.store.errors import GaveUp, NoDefault, NoNetwork, SourceUnavailable, Unavailable
 from moeflow.store.patience import Once, duration, heard, wait_out
 from tests import servers
 
@@ -57,9 +57,10 @@ def test_patience_ends_with_what_was_wrong_and_how_long_it_was_waited() -> None:
 
 def test_without_a_network_a_run_that_has_not_begun_ends_soon() -> None:
     with pytest.raises(GaveUp, match="unknown; it was waited for, 1 s"):
-        wait_out(failing(9, NoNetwork("unknown")), 900, "here", offline=1)
-    assert wait_out(failing(2, NoNetwork("unknown")), 60, "here") == "answer"  # a run that has begun waits as for anything
-    assert wait_out(failing(2, SourceUnavailable("busy")), 60, "here", offline=1) == "answer"
+        wait_out(failing(9, NoDefault("unknown")), 900, "here", offline=1)
+    assert wait_out(failing(2, NoDefault("unknown")), 60, "here") == "answer"  # a run that has begun waits as for anything
+    for other in (SourceUnavailable("busy"), NoNetwork("what was asked for by name is waited for")):
+        assert wait_out(failing(2, other), 60, "here", offline=1) == "answer"
 
 
 def test_it_is_said_once_whoever_waits() -> None:
