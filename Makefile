@@ -1,5 +1,5 @@
 # make demo: the whole of moeflow on a small model, from nothing. make test: ruff, the type checker and the tests.
-.PHONY: setup demo test test-all test-serve pytest check bench chaos docs
+.PHONY: setup demo test test-all test-serve test-gguf pytest check bench chaos docs
 
 setup:
 	@infra/setup.sh
@@ -23,6 +23,10 @@ test-all: check
 # What moeflow writes, in vLLM on a processor, in an environment of its own: .venv-serve, or $SERVE_VENV. ONLY="-k mixtral" and so on.
 test-serve:
 	@infra/serve.sh $(ONLY)
+
+# What moeflow writes, as GGUF in llama.cpp, in an environment of its own: .venv-gguf, or $GGUF_VENV.
+test-gguf:
+	@infra/gguf.sh $(ONLY)
 
 # Hurts runs on a folder, on moto and on SeaweedFS until MINUTES are over, and compares every byte; ONLY="--only faults" and so on.
 MINUTES ?= 60

@@ -43,6 +43,8 @@ def pull(
         manifest = opened.manifest(key)
         wanted = pulling.Wanted.of(opened, key, engine, dense=dense) if engine else pulling.Wanted(dense=dense)
         profiles = profile.of(about) if masked else {}
+        if converter:
+            pulling.check_tokenizer(opened, key, converter)
         source = original.pinned(about.model, about.sources[about.model]) if masked else None
     if source is not None:
         with working():
@@ -85,5 +87,6 @@ def _said(made: dict[str, Any], wanted: pulling.Wanted, folder: Path) -> list[st
     if wanted.engine:
         lines.append(f"{wanted.engine.name} keeps {size(made['engine']['resident'])} of weights in memory: {wanted.start(folder)}")
     if made.get("gguf"):
-        lines.append(f"{made['gguf']['file']}: {size(made['gguf']['bytes'])}")
+        loss = "; experts are unpacked in it, and llama-quantize packs them in forms of its own"
+        lines.append(f"{made['gguf']['file']}: {size(made['gguf']['bytes'])}" + loss * wanted.packed)
     return lines

@@ -4,10 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from moeflow.engines.otherwise import in_llama_cpp
 from moeflow.engines.table import ENGINES, Engine
 
 OWN = "moeflow_"
 """The beginning of the model type of a checkpoint in moeflow's own format."""
+CLASSES = "Moeflow"
+"""The beginning of its architecture's name."""
 LAYERS = "moeflow_layers"
 """The key of config.json for the formats of layers that differ."""
 COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
@@ -56,6 +59,8 @@ class Form:
     """How its layers' experts are packed; several where layers differ."""
     differ: str = ""
     """What a run decides for each layer by itself, in words: counts, or bits."""
+    llama_cpp: str = ""
+    """What llama.cpp's class of the family would compute otherwise, in words."""
 
     def why_not(self, engine: Engine) -> list[str]:
         """Why the engine does not run it, a phrase for each reason; empty if it does."""
@@ -71,6 +76,8 @@ class Form:
             why.append(f"{engine.word} has no {self.routing}")
         if self.ranks and not engine.ranks:
             why.append(f"experts are low-rank, for which {engine.word} has no kernel")
+        if self.llama_cpp and engine.name == "llama.cpp":
+            why.append(f"llama.cpp computes a {self.model_type} otherwise: {self.llama_cpp}")
         return why + self._why_not_packed(engine) + [w for w in [self._why_not_width(engine)] if w]
 
     @property
@@ -114,7 +121,7 @@ def form_of(config: Mapping[str, Any]) -> Form:
     width = next((text[k] for k in ("moe_intermediate_size", "intermediate_size") if isinstance(text.get(k), int)), None)
     return Form(
         str(config.get("model_type", "")).removeprefix(OWN), frozenset(counts), width, any(f.get("ranks") for f in formats),
-        any(f.get("gone") for f in formats), " and no ".join(words), _packings(config, text),
+        any(f.get("gone") for f in formats), " and no ".join(words), _packings(config, text), llama_cpp=in_llama_cpp(text),
     )  # fmt: skip
 
 

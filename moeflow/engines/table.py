@@ -155,7 +155,7 @@ ENGINES: Mapping[str, Engine] = {
         zeros=(8, 4, 2), mixed=False, unpacks=True, even=False, spreads=True,
         sources={
             **dict.fromkeys(("counts", "ranks", "gone", "routing"), "llama.cpp's convert_hf_to_gguf.py: one expert_count a model"),
-            **dict.fromkeys(("bits", "groups", "zeros"), "conversion/base.py of llama-cpp-python 0.3.36: dequant_packed"),
+            **dict.fromkeys(("bits", "groups", "zeros"), "llama-cpp-python 0.3.36, conversion/base.py; make test-gguf"),
             "mixed": "llama.cpp's conversion/base.py: one group of compressed-tensors, or it is refused",
             "unpacks": "llama.cpp's conversion/base.py: weights are unpacked; llama-quantize packs them in formats of its own",
             "spreads": "llama.cpp splits rows or layers over devices, not experts",

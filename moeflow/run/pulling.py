@@ -3,13 +3,14 @@
 import json
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from moeflow.engines import Engine, engine_of, form_of
-from moeflow.engines.form import OWN
+from moeflow.engines.form import CLASSES, OWN, WHOLE
 from moeflow.store import Store
 
 CONFIG = "config.json"
@@ -20,6 +21,8 @@ STARTS = {
     "llama.cpp": "python convert_hf_to_gguf.py {}",
 }
 """How an engine is started on a folder; transformers otherwise."""
+OUTTYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
+"""How llama.cpp's converter calls the precision of a checkpoint; left to itself, it writes fp32 in 16 bits."""
 BIASED = ("attention_bias", "lm_head_bias")
 """What vLLM's and llama.cpp's classes for Phi take as given."""
 
@@ -32,6 +35,8 @@ class Wanted:
     """Low-rank matrices are multiplied out."""
     engine: Engine | None = None
     """What is to load them; None: transformers, with moeflow where the model needs it."""
+    packed: bool = False
+    """Experts are packed."""
 
     @staticmethod
     def of(store: Store, key: str, word: str, *, dense: bool) -> "Wanted":
@@ -48,7 +53,7 @@ class Wanted:
             raise ValueError(
                 f"{key} is a Phi without {' and '.join(BIASED)}, which {engine.name} takes as given; load it with transformers"
             )
-        return Wanted(dense or (form.ranks and not engine.ranks), engine)
+        return Wanted(dense or (form.ranks and not engine.ranks), engine, form.packings != {WHOLE})
 
     def start(self, folder: Path) -> str:
         """How the engine is started on the folder."""
@@ -77,14 +82,44 @@ def for_engine(folder: Path, engine: Engine) -> dict[str, Any]:
 
 
 def converted(folder: Path, converter: Path) -> dict[str, Any]:
-    """Write model.gguf beside the pulled files, with llama.cpp's own converter. Raises OSError with its last words if it fails."""
-    file = folder / "model.gguf"
-    words = [sys.executable, str(converter.absolute()), str(folder), "--outfile", str(file)]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    if done.returncode or not file.is_file():
-        said = done.stderr.strip().splitlines() or [f"it ended with {done.returncode} and wrote nothing"]
-        raise OSError(f"{converter.name} does not convert {folder}: {said[-1]}; the folder itself is whole")
+    """Write model.gguf beside the pulled files, with llama.cpp's own converter, in their own precision.
+
+    Raises OSError with its last words if it fails.
+    """
+    file, config = folder / "model.gguf", json.loads((folder / CONFIG).read_text())
+    dtype = str(config.get("dtype") or config.get("torch_dtype"))
+    why = _refused(converter, folder, "--outfile", str(file), "--outtype", OUTTYPES.get(dtype, "auto"))
+    if why or not file.is_file():
+        raise OSError(f"{converter.name} does not convert {folder}: {why or 'it wrote no file'}; the folder itself is whole")
     return {"file": str(file), "bytes": file.stat().st_size}
+
+
+def check_tokenizer(store: Store, key: str, converter: Path) -> None:
+    """Let llama.cpp's converter read a version's tokenizer, before the weights are copied. Raises ValueError if it cannot."""
+    stored = store.artifact(key)
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
+        for name in stored.names():
+            if "/" not in name and ".safetensors" not in name:
+                (folder / name).write_bytes(stored.read(name, 0, stored.size(name)))
+        config = json.loads((folder / CONFIG).read_text())
+        config |= {"model_type": str(config.get("model_type")).removeprefix(OWN)}
+        config |= {"architectures": [str(name).removeprefix(CLASSES) for name in config.get("architectures") or ()]}
+        config.pop("quantization_config", None)
+        (folder / CONFIG).write_text(json.dumps(config))
+        why = _refused(converter, folder, "--outfile", str(folder / "vocabulary.gguf"), "--vocab-only")
+    if why:
+        way_out = "pip install gguf sentencepiece" if "No module named" in why else "pull it without --converter"
+        raise ValueError(f"{converter.name} does not take the tokenizer of {key}: {why}; nothing was copied: {way_out}")
+
+
+def _refused(converter: Path, folder: Path, *words: str) -> str:
+    """Run the converter on a folder. Returns its last words if it fails, otherwise ""."""
+    command = [sys.executable, str(converter.absolute()), str(folder), *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if not done.returncode:
+        return ""
+    return (done.stderr.strip().splitlines() or [f"it ended with {done.returncode} and said nothing"])[-1]
 
 
 def pull(store: Store, key: str, folder: Path, wanted: Wanted) -> dict[str, Any]:

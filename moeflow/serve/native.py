@@ -59,6 +59,7 @@ def native_class(model_type: str) -> Any:
     def __init__(self: Any, *, vllm_config: Any, prefix: str = "") -> None:
         config = vllm_config.model_config.hf_config
         check(vllm_config)
+        _tell_of_fused(vllm_config.quant_config, type(self))
         for key, value in SAID.get(family, {}).items():
             setattr(config, key, value)
         plain = config.to_dict()
@@ -75,13 +76,35 @@ def native_class(model_type: str) -> Any:
                 own |= {f"{name}.{n}" for n, _ in experts.named_parameters()}
         loaded: set[str] = own | base.load_weights(self, ((n, t) for n, t in weights if not pieces.take(n, t)))
         pieces.check_whole(self.checkpoint)
-        if absent := sorted({n for n, _ in self.named_parameters()} - loaded):
+        if absent := sorted({n for n, _ in self.named_parameters()} - loaded - _scales_of_the_cache(self)):
             raise ValueError(
                 f"vLLM's class of a {family} has {some(absent)}, which the checkpoint has not; take --hf-overrides {GENERAL}"
             )
         return loaded
 
     return type(base.__name__, (base,), {"__module__": __name__, "__init__": __init__, "load_weights": load_weights})
+
+
+def _tell_of_fused(quantization: Any, made: type) -> None:
+    """Tell what reads a quantization_config which matrices this class fuses, as vLLM does it for the class that it makes itself: it
+    takes a fused one, such as a dense layer's gate and up, for packed otherwise."""
+    from vllm.model_executor.model_loader.utils import configure_quant_config
+
+    if quantization is not None:
+        configure_quant_config(quantization, made)
+
+
+def _scales_of_the_cache(model: Any) -> set[str]:
+    """The parameters by which attention packs keys and values, where a model is packed: no checkpoint of moeflow's has any, and
+    vLLM's defaults stand for them."""
+    from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
+
+    return {
+        f"{name}.{parameter}"
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "quant_method", None), BaseKVCacheMethod)
+        for parameter, _ in module.named_parameters()
+    }
 
 
 @contextmanager

@@ -68,6 +68,48 @@ def test_a_word_that_is_no_engine_is_told(word: str, why: str) -> None:
         engine_of(word)
 
 
+@pytest.mark.parametrize(
+    "config, why",
+    [
+        ({"model_type": "mixtral", "hidden_act": "gelu"}, "hidden_act is gelu, and its experts have silu"),
+        ({"model_type": "moeflow_mixtral", "sliding_window": 64, "max_position_embeddings": 512}, "sliding_window is 64"),
+        ({"model_type": "qwen2_moe", "norm_topk_prob": True}, "norm_topk_prob is True, which it takes to be False"),
+        ({"model_type": "qwen2_moe", "mlp_only_layers": [1]}, r"mlp_only_layers is \[1\]"),
+        ({"model_type": "qwen2_moe", "decoder_sparse_step": 2}, "decoder_sparse_step is 2"),
+        ({"model_type": "qwen3_moe"}, "norm_topk_prob is False, which it takes to be True"),
+        ({"model_type": "olmoe", "clip_qkv": 8.0}, "clip_qkv is 8.0"),
+        ({"model_type": "olmoe", "rms_norm_eps": 1e-6}, "rms_norm_eps is 1e-06"),
+        (
+            {"model_type": "olmoe", "num_attention_heads": 4, "num_key_value_heads": 2},
+            "num_key_value_heads is 2, which it takes to be 4",
+        ),
+        ({"model_type": "phimoe"}, "weighs two experts by softmax"),
+        ({"model_type": "deepseek_v2", "n_group": 8}, "n_group is 8, and it ranks groups by their two best"),
+        ({"model_type": "deepseek_v3", "rope_interleave": False}, "rope_interleave is False"),
+    ],
+)
+def test_what_llama_cpp_would_compute_otherwise_is_refused_there_alone(config: dict[str, object], why: str) -> None:
+    form = form_of(config)
+    assert not form.why_not(engine_of("moeflow"))
+    (said,) = form.why_not(engine_of("llama.cpp"))
+    with pytest.raises(AssertionError, match=f"llama.cpp computes a .* otherwise: .*{why}"):
+        raise AssertionError(said)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "mixtral", "sliding_window": 512, "max_position_embeddings": 512},
+        {"model_type": "qwen2_moe", "sliding_window": 64, "max_position_embeddings": 512, "norm_topk_prob": False},
+        {"model_type": "qwen3_moe", "norm_topk_prob": True, "mlp_only_layers": []},
+        {"model_type": "deepseek_v2", "n_group": 1},
+        {"model_type": "glm4_moe"},
+    ],
+)
+def test_what_llama_cpp_computes_as_transformers_does_is_not_refused(config: dict[str, object]) -> None:
+    assert not form_of(config).why_not(engine_of("llama.cpp"))
+
+
 def test_a_form_is_read_from_a_config_json_in_either_format() -> None:
     weights = {"num_bits": 4, "group_size": 32, "symmetric": False}
     plain = {"model_type": "mixtral", "num_local_experts": 6, "intermediate_size": 48}

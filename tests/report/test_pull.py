@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
+from moeflow.cli.pulled import _said
 from moeflow.engines import engine_of
 from moeflow.model.for_engine import prepare
-from moeflow.run.pulling import Wanted, converted
+from moeflow.run.pulling import Wanted
 from moeflow.step import Context, step
 from tests import running, tiny
 from tests.report.conftest import call, last_json
@@ -34,6 +35,7 @@ def own(*layers: dict[str, Any], **more: Any) -> dict[str, Any]:
         ("sglang", own({"experts": 6, "skip": "ratio"}), "sglang has no skipping of experts"),
         ("llama.cpp", own({"experts": 6}, {"experts": 0, "gone": "moe"}), "no MoE block, which llama.cpp"),
         ("vllm", own({"experts": 6, "ranks": {"up": [2] * 6}}, {"experts": 4}), "layers have 4 and 6 experts"),
+        ("llama.cpp", MIXTRAL | {"hidden_act": "gelu"}, "llama.cpp computes a mixtral otherwise: hidden_act is gelu"),
         ("vllm", {"model_type": "phimoe", "num_local_experts": 6}, "a Phi without attention_bias and lm_head_bias"),
         ("sglang,ep=4", MIXTRAL, "ep=4 does not divide 6 experts"),
     ],
@@ -112,8 +114,41 @@ def test_words_that_do_not_go_together_are_told(words: tuple[str, ...], told: Pa
     assert done.exit_code == 2 and done.stderr.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
-def test_a_converter_that_fails_says_why_and_leaves_the_folder(tmp_path: Path) -> None:
-    refuses = tmp_path / "convert_hf_to_gguf.py"
-    refuses.write_text("import sys\nsys.exit('BPE pre-tokenizer was not recognized')\n")
-    with pytest.raises(OSError, match="does not convert .*BPE pre-tokenizer was not recognized; the folder itself is whole"):
-        converted(tmp_path, refuses)
+@pytest.mark.parametrize("more, loss", [({}, False), ({"quantization_config": PACKED}, True)])
+def test_it_is_said_that_a_gguf_has_no_packed_experts(more: dict[str, Any], loss: bool, tmp_path: Path) -> None:
+    store, made = running.store_in(tmp_path), configured(config=MIXTRAL | more)
+    running.run(store, made)
+    wanted = Wanted.of(store, made.key, "llama.cpp", dense=False)
+    lines = _said({"engine": {"resident": 8}, "gguf": {"file": "model.gguf", "bytes": 8}}, wanted, tmp_path)
+    assert lines[-1].startswith("model.gguf: 8 bytes") and ("experts are unpacked in it" in lines[-1]) == loss
+
+
+def converting(folder: Path, body: str) -> Path:
+    """A converter that does this; `words` are its arguments."""
+    made = folder / "convert_hf_to_gguf.py"
+    made.write_text(f"import pathlib, sys\nwords = sys.argv[1:]\n{body}\n")
+    return made
+
+
+def test_a_converter_that_fails_says_why_and_leaves_the_folder(told: Path, tmp_path: Path) -> None:
+    """It has taken the tokenizer before a file was copied, and not the weights."""
+    refuses = converting(tmp_path, "'--vocab-only' in words or sys.exit('no room left')")
+    done = call(told, "pull", "told_pipeline@1", tmp_path / "out", "--engine", "llama.cpp", "--converter", refuses)
+    assert done.exit_code == 1 and "does not convert" in done.stderr and "no room left; the folder itself is whole" in done.stderr
+    assert (tmp_path / "out" / "config.json").is_file()
+
+
+def test_a_tokenizer_that_the_converter_does_not_take_is_told_before_a_file_is_copied(told: Path, tmp_path: Path) -> None:
+    refuses = converting(tmp_path, "'--vocab-only' in words and sys.exit('BPE pre-tokenizer was not recognized')")
+    done = call(told, "pull", "told_pipeline@1", tmp_path / "out", "--engine", "llama.cpp", "--converter", refuses)
+    assert done.exit_code == 2 and not (tmp_path / "out").exists()
+    assert "does not take the tokenizer of" in done.stderr and "was not recognized; nothing was copied" in done.stderr
+
+
+def test_the_converter_is_asked_for_the_precision_of_the_checkpoint(told: Path, tmp_path: Path) -> None:
+    file = "pathlib.Path(words[words.index('--outfile') + 1])"
+    writes = converting(tmp_path, f"{file}.write_text(' '.join(words))")
+    done = call(told, "pull", "told_pipeline@1", tmp_path / "out", "--engine", "llama.cpp", "--converter", writes, "--json")
+    told_of, made = last_json(done)["gguf"], tmp_path / "out" / "model.gguf"
+    assert told_of == {"file": str(made), "bytes": made.stat().st_size}
+    assert made.read_text().endswith("--outtype f32")

@@ -1,9 +1,16 @@
 """Packed experts, alike in all layers: they stay packed where vLLM has a kernel for them on this machine, or it says why not."""
 
+import importlib.util
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests import tiny
 from tests.serve import forms
 from tests.serve.engine import PROMPTS, STEPS, agreement, served, told, way
 
@@ -11,6 +18,8 @@ pytest.importorskip("vllm", reason="needs vLLM; `make test-serve` makes an envir
 pytestmark = pytest.mark.serve
 
 ALL = len(PROMPTS) * STEPS
+NO_ZEN = ("phimoe", "deepseek_v3")
+"""The families whose routers AMD's kernel does not know."""
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +33,39 @@ def kernel_here() -> bool:
     from vllm.model_executor.layers.fused_moe.experts.zentorch_moe import ZentorchExpertsInt4
 
     return CPUExpertsInt4._supports_current_device() or ZentorchExpertsInt4._supports_current_device()
+
+
+@pytest.fixture(scope="module")
+def on_zen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """What every family, packed alike and with differing counts, does where vLLM has AMD's library, in a process of their own: one
+    process has one platform."""
+    if importlib.util.find_spec("zentorch") is None or "avx512f" not in Path("/proc/cpuinfo").read_text():
+        pytest.skip("AMD's zentorch is not installed, or this processor has no AVX-512")
+    folders = {}
+    for family in tiny.FAMILIES:
+        out = tmp_path_factory.mktemp(family)
+        made = forms.packed_counts(forms.original(family, out / "original"), out / "packed")
+        folders[family] = made, forms.plain(made, out / "plain")
+    words = [sys.executable, "-m", "tests.serve.on_zen", *(str(f) for both in folders.values() for f in both)]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(words, cwd=root, env=os.environ | {"PYTHONPATH": str(root)}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return dict(zip(folders, lines, strict=True))
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_packed_experts_of_differing_counts_run_in_a_kernel_of_the_engine_or_it_is_said_that_it_has_none(
+    family: str, on_zen: dict[str, dict[str, Any]]
+) -> None:
+    """In bf16 with products in 8 bits, so that not all tokens are the same, nor are they where experts are unpacked."""
+    seen = on_zen[family]
+    (said,) = (line for line in seen["said"] if " way: " in line)
+    if family in NO_ZEN:
+        assert seen["way"] == "general" and not seen["kernels"] and "vLLM has no kernel here for experts of 4 bits" in said
+        return
+    assert seen["way"] == "native" and {*seen["kernels"]} == {"ZentorchExpertsInt4"} and "vLLM has a kernel for them" in said
+    assert seen["same"] > 0.75 * ALL, f"{seen['same']} of {ALL} tokens, {seen['apart']} apart"
 
 
 def test_in_fp32_they_are_unpacked_and_computed_as_transformers_computes_them(source: Path, tmp_path: Path) -> None:
