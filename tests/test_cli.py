@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
+import moeflow
 from moeflow.cli import app
 from moeflow.store import Store, names, versions
 from tests import servers
@@ -66,6 +67,12 @@ def test_run_as_json_ends_with_one_line(cli: Cli) -> None:
     assert printed == {"name": "toy_pipeline", "version": 1, "steps": {"run": 8, "stored": 0}}
     again = last_json(cli("run", PIPELINE, "--json"))
     assert (again["version"], again["steps"]) == (1, {"run": 0, "stored": 8})
+
+
+@pytest.mark.parametrize("words", [["-m", "moeflow"], ["-c", "from moeflow.cli import main; main()"]])
+def test_the_command_says_its_version_also_by_python_m(words: list[str]) -> None:
+    done = subprocess.run([sys.executable, *words, "--version"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"moeflow {moeflow.__version__}\n", "")
 
 
 def test_another_parameter_makes_another_version(cli: Cli) -> None:

@@ -75,13 +75,17 @@ app = typer.Typer(
 )
 
 
-@app.callback()
-def _of_every(
-    version: Annotated[bool, typer.Option("--version", is_eager=True, help="show the version of moeflow and end")] = False,
-) -> None:
-    if version:
+def _version(asked: bool) -> None:
+    if asked:
         print(f"moeflow {moeflow.__version__}")
         raise typer.Exit
+
+
+@app.callback()
+def _of_every(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="show the version and end")] = False,
+) -> None:
+    """What stands before a command; `_version` has acted on it."""
 
 
 def _pipelines(incomplete: str) -> list[str]:
