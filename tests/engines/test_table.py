@@ -1,6 +1,8 @@
 """The table of engines: every line has a source, and what a line says is what a request is held to."""
 
 import dataclasses
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -157,6 +159,16 @@ def test_a_plan_refuses_what_its_engine_does_not_run(
     assert code == 2 and error.count("\n") == 1 and error.startswith("error: --engine vllm: ")
     with pytest.raises(AssertionError, match=why):
         raise AssertionError(error)
+
+
+def test_a_plan_refuses_what_its_engine_computes_otherwise(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    model = shutil.copytree(running.SMALL, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"sliding_window": 64}))
+    words = [word.replace(str(running.SMALL), str(model)) for word in (*PLAN, *TEXTS, *SHORT)]
+    asked = ("-p", "slim=gptq", "-p", "slim.group=32", "--store", str(tmp_path / "store"), "--engine", "llama.cpp")
+    code, error = said(capsys, *words, *asked)
+    assert code == 2 and "llama.cpp computes a mixtral otherwise: sliding_window is 64" in error
 
 
 def test_a_plan_that_its_engine_runs_goes_on(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
