@@ -18,8 +18,8 @@ from moeflow.report import card, comparing, side_by_side
 from moeflow.report.about import About
 from moeflow.report.table import words
 from moeflow.run import pulling
+from moeflow.sizes import bytes_text
 from moeflow.store import Store, versions
-from moeflow.store.errors import bytes_text
 
 
 class Table(Sequence[Mapping[str, Any]]):

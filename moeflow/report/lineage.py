@@ -8,8 +8,8 @@ from rich.box import SIMPLE
 from rich.table import Table
 from rich.text import Text
 
+from moeflow.sizes import bytes_text
 from moeflow.store import Manifest
-from moeflow.store.errors import bytes_text
 
 COLUMNS = ("step", "version", "keys", "bytes", "seconds", "source", "parameters")
 

@@ -13,8 +13,8 @@ from moeflow.report.sections import Section, Table
 from moeflow.report.table import shown, titled
 from moeflow.report.words import change, meaning, per_cent, verdict
 from moeflow.run.words import count, many, span
+from moeflow.sizes import bytes_text
 from moeflow.store import Manifest
-from moeflow.store.errors import bytes_text
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from moeflow.report.figures import Figure
 from moeflow.report.layers import Layer
 from moeflow.report.table import shown
 from moeflow.report.words import DISTANCES, change, meaning
+from moeflow.sizes import bytes_text
 from moeflow.store import NotStored, StoreError
-from moeflow.store.errors import bytes_text
 
 TRAIN, TRAINING = "finetune.train", "training.json"
 JUDGED = ("quality", "tasks", "prompts")

@@ -9,7 +9,7 @@ from moeflow.report.about import HUB, About
 from moeflow.report.layers import text_config
 from moeflow.report.table import shown
 from moeflow.report.words import moved
-from moeflow.store.errors import bytes_text
+from moeflow.sizes import bytes_text
 
 WIDTH = 11  # of the words at the left
 FIRST = ("bytes", "resident", "kl", "agreement", "perplexity", "decode")

@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from moeflow.sizes import bytes_text
 from moeflow.store import Store
-from moeflow.store.errors import bytes_text
 
 FILE = "report.json"
 BYTES = ("bytes", "B")  # units that are shown as sizes

@@ -6,8 +6,8 @@ from collections import defaultdict
 from typing import Any
 
 from moeflow.run.outcome import Outcome
+from moeflow.sizes import bytes_text as size
 from moeflow.step import Step
-from moeflow.store.errors import bytes_text as size
 
 
 def summary(outcome: Outcome) -> str:

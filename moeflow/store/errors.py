@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from moeflow.sizes import bytes_text
+
 
 class StoreError(Exception):
     """The store cannot do what was asked: no bucket, no permission, no space, no conditional writes."""
@@ -47,15 +49,6 @@ class NotStored(KeyError):
 
 class MissingSource(ValueError):
     """A source does not exist, or has changed since it was pinned."""
-
-
-def bytes_text(n: float) -> str:
-    """`n` bytes as text for people: 1536 is "1.5 KiB"."""
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if n < 1024:
-            return f"{n:.0f} {unit}" if unit == "bytes" else f"{n:.1f} {unit}"
-        n /= 1024
-    return f"{n:.1f} TiB"
 
 
 class SourceUnavailable(MissingSource, MayPass):

@@ -8,8 +8,8 @@ from pathlib import Path
 from moeflow.report import about
 from moeflow.report.figures import Figure
 from moeflow.report.words import moved
+from moeflow.sizes import bytes_text
 from moeflow.store import Store, names, versions
-from moeflow.store.errors import bytes_text
 from tests.report.conftest import call
 
 

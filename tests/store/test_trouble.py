@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from moeflow.sizes import bytes_text
 from moeflow.store import LocalBlobs, Store, StoreError
-from moeflow.store.errors import bytes_text, disk
+from moeflow.store.errors import disk
 from tests.making import commit, folder, key, record
 
 

@@ -14,8 +14,8 @@ from moeflow.methods.reports import row, write_report
 from moeflow.methods.rewrite import link_all
 from moeflow.model.layout import read_config
 from moeflow.model.spec import LayerSpec, RestSpec
+from moeflow.sizes import bytes_text
 from moeflow.step import Artifact, Context, Spec, step
-from moeflow.store.errors import bytes_text
 
 Offer = Mapping[str, list[Alternative]]
 """By layer, what it may become, in the order of the artifacts; the first is the layer as it is."""

@@ -8,7 +8,7 @@ import pytest
 from moeflow.engines import ENGINES
 from moeflow.methods.fit.choosing import LISTED, Offered, Option, choose, frontier, promising, together
 from moeflow.methods.fit.options import Alternative, Budget, Offers, size_of
-from moeflow.store.errors import bytes_text
+from moeflow.sizes import bytes_text
 
 
 @pytest.mark.parametrize(
