@@ -47,7 +47,7 @@ def _times(
     x, w, out, matrices, ends, x_stride, out_stride, experts,
     ALL: tl.constexpr, TILE: tl.constexpr, ACROSS: tl.constexpr, DEEP: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """One tile: `TILE` rows of one expert by `ACROSS` rows of its matrix."""
+    """One tile: `TILE` rows of one expert by `ACROSS` rows of its matrix. A kernel takes pointers and numbers, and no values."""
     at = tl.program_id(0)
     every = tl.arange(0, ALL)
     end_E = tl.load(ends + every, mask=every < experts, other=0)
