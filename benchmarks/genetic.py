@@ -15,8 +15,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from benchmarks.gpu_inputs import ARCHS
 from benchmarks.rows import Row
-from moeflow.arch import MIXTRAL
 from moeflow.methods.prune import genetic, swap
 from moeflow.methods.prune.errors import mask_of
 from moeflow.methods.prune.evaluated import Evaluate
@@ -37,7 +37,7 @@ SAME = 1e-6
 def layer() -> MoELayer:
     torch.manual_seed(0)
     experts = tuple(MLP(torch.randn(F, D) * 0.02, torch.randn(F, D) * 0.02, torch.randn(D, F) * 0.02) for _ in range(E))
-    return MoELayer(Router(MIXTRAL, top_k=TOP_K), torch.randn(E, D) * 0.1, experts)
+    return MoELayer(Router(ARCHS["mixtral"], top_k=TOP_K), torch.randn(E, D) * 0.1, experts)
 
 
 def planted(experts: int, seed: int, *, top_k: int = 4, near: float = 0.2, width: int = 32) -> MoELayer:
@@ -55,7 +55,7 @@ def planted(experts: int, seed: int, *, top_k: int = 4, near: float = 0.2, width
         first = [r(*s) for s in shapes]
         mlps[one], mlps[other] = MLP(*first), MLP(*(m + near * r(*m.shape) for m in first))
         router_ED[other] = router_ED[one] + near * 0.3 * r(width)
-    return MoELayer(Router(MIXTRAL, top_k=top_k), router_ED, tuple(mlps[e] for e in range(experts)))
+    return MoELayer(Router(ARCHS["mixtral"], top_k=top_k), router_ED, tuple(mlps[e] for e in range(experts)))
 
 
 class TimeIsUp(Exception):

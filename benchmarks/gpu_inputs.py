@@ -4,16 +4,30 @@ Shapes are suffixes: T tokens, D model width, F expert width, E experts.
 """
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from moeflow.arch import FAMILIES
+from moeflow.arch import Arch
 from moeflow.model.moe import MLP, MoELayer
 from moeflow.model.router import Router
 
 D, F, E, TOP_K, T = 64, 48, 16, 4, 96
-ARCHS = {arch.model_type: arch for arch in FAMILIES}
+NAMES = {"router": "router", "experts": ("gate", "up", "down")}
+SHARED = {"shared": NAMES["experts"]}
+DEEPSEEK = SHARED | {"groups": True, "router_fp32": True}
+ROUTERS: dict[str, dict[str, Any]] = {
+    "mixtral": {"normalize": "always"},
+    "qwen2_moe": SHARED | {"shared_gate": "shared gate"},
+    "qwen3_moe": {},
+    "olmoe": {"normalize": "never"},
+    "phimoe": {"score": "sparsemixer", "normalize": "never"},
+    "deepseek_v2": DEEPSEEK | {"normalize": "never", "group_score": "max"},
+    "deepseek_v3": DEEPSEEK | {"score": "sigmoid", "group_score": "top2", "router_bias": "bias"},
+}
+ARCHS = {name: Arch(model_type=name, **(NAMES | how)) for name, how in ROUTERS.items()}
+"""How the routers of seven families choose; the tensors' names are of no checkpoint."""
 
 
 def drawn(seed: int, *shape: int) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.rows import Row
-from moeflow.arch import MIXTRAL, Config, Family
+from moeflow.arch import Config, Family
 from moeflow.methods.pretrain.steps import Shape, table_of
 from moeflow.model import passes
 from moeflow.model.ahead import ahead
@@ -51,7 +51,7 @@ def main() -> list[Row]:
 
 def layers_in(folder: Path, config: Config) -> list[Path]:
     """The files of a random model's layers."""
-    files, family = [], Family(MIXTRAL, config)
+    files, family = [], Family.of(config)
     for i in range(LAYERS):
         prefix = family.prefix(i)
         table = {n: shape for n, (_, shape) in table_of(config).items() if n.startswith(prefix)}

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from moeflow.arch import EMBEDDING, Family
-from moeflow.arch.shapes import attention_shapes, mlp_shapes, rest_shapes, shared_shapes
+from moeflow.arch.found import shapes_of
 
 SMALL = Path(__file__).parents[1] / "models/mixtral-small"  # whose tokenizer stands in for the real one
 SHARD = 5_000_000_000  # bytes of data in a file at most, as transformers writes it
@@ -51,28 +51,34 @@ def mixtral_8x7b(folder: Path) -> Path:
 
 def checkpoint(config: dict[str, Any], folder: Path) -> Path:
     """A model with this config.json in bf16, as an empty `folder` that takes no more than its headers."""
-    family = Family.of(config)
-    shapes: dict[str, tuple[int | None, ...]] = {}
+    family, known = Family.of(config), tensors_of(config)
+    shapes = {EMBEDDING: known[EMBEDDING]}
     for i in range(family.num_layers):
-        shapes |= attention_shapes(family, i)
+        shapes |= {n: shape for n, shape in known.items() if n.startswith(family.prefix(i))}
         if i in family.moe_layers:
-            shapes |= shared_shapes(family, i) | {family.router(i): (family.num_experts, config["hidden_size"])}
-            if config.get("topk_method") == "noaux_tc":
-                shapes[family.router_bias(i)] = (family.num_experts,)
-            for e in range(family.num_experts):
-                shapes |= mlp_shapes(family, family.expert(i, e), family.expert_size)
-        else:
-            names = tuple(f"{family.prefix(i)}mlp.{n}_proj.weight" for n in ("gate", "up", "down"))
-            shapes |= mlp_shapes(family, names, config["intermediate_size"])
-        shapes |= {f"{family.prefix(i)}{n}_layernorm.weight": (config["hidden_size"],) for n in ("input", "post_attention")}
-    rest = rest_shapes(family)
-    shapes = {EMBEDDING: rest.pop(EMBEDDING)} | shapes | rest
+            shapes |= experts_of(family, i)
+    shapes |= {n: shape for n, shape in known.items() if n not in shapes}
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(SMALL / name, folder / name)
-    write({name: tuple(size or 0 for size in shape) for name, shape in shapes.items()}, folder)
+    write(shapes, folder)
     return folder
+
+
+def tensors_of(config: dict[str, Any]) -> Shapes:
+    """The tensors of a model with this config.json but the routed experts, by their names on disk."""
+    if (known := shapes_of(config)) is None:
+        raise ValueError(f"a {config['model_type']} is not understood here; `moeflow families` says why")
+    return {name: tuple(shape) for name, shape in known.items()}
+
+
+def experts_of(family: Family, layer: int) -> Shapes:
+    """The tensors of a layer's routed experts."""
+    width, inner = family.size("hidden_size") or 0, family.expert_size or 0
+    sides = {"gate": (inner, width), "up": (inner, width), "down": (width, inner)}
+    named = (zip(family.matrices, family.expert(layer, e), strict=True) for e in range(family.num_experts))
+    return {name: sides[matrix] for each in named for matrix, name in each}
 
 
 def in_hub_cache(config: dict[str, Any], cache: Path, name: str) -> None:

@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 import torch
 
+from benchmarks.gpu_inputs import ARCHS
 from benchmarks.rows import Row
-from moeflow.arch import MIXTRAL
 from moeflow.methods.prune.errors import mask_of, squared_errors
 from moeflow.methods.prune.subsets import Subsets
 from moeflow.model.moe import MLP, MoELayer
@@ -23,7 +23,7 @@ D, F, E, KEEP, TOKENS = 512, 1792, 8, 4, 2048
 def layer() -> MoELayer:
     torch.manual_seed(0)
     experts = tuple(MLP(torch.randn(F, D) * 0.02, torch.randn(F, D) * 0.02, torch.randn(D, F) * 0.02) for _ in range(E))
-    return MoELayer(Router(MIXTRAL, top_k=2), torch.randn(E, D) * 0.1, experts)
+    return MoELayer(Router(ARCHS["mixtral"], top_k=2), torch.randn(E, D) * 0.1, experts)
 
 
 def best(work: Callable[[], object], rounds: int) -> float:

@@ -145,7 +145,7 @@ TENSORS = [
     row("no rank of queries", config(q_lora_rank=None), "self_attn.q_proj.weight", "which config.json asks for", family=DEEPSEEK),
     row("another rank of keys", config(kv_lora_rank=17), "kv_a_proj_with_mqa.weight has shape (24, 16)", family=DEEPSEEK),
     row("other heads of values", config(v_head_dim=9), "has shape", "where config.json asks for", family=DEEPSEEK),
-    row("other rotated heads", config(qk_rope_head_dim=10), "kv_a_proj_with_mqa.weight has shape (24, 16)", family=DEEPSEEK),
+    row("other rotated heads", config(qk_rope_head_dim=10), "q_b_proj.weight has shape (32, 24)", family=DEEPSEEK),
     row("more shared experts", config(n_shared_experts=2), "shared_experts.gate_proj.weight has shape (24, 16)", family=DEEPSEEK),
     row("generation of words", entries("generation_config.json", top_k="many"), "generation_config.json", "'top_k' is 'many'"),
 ]  # fmt: skip

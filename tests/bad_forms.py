@@ -338,7 +338,7 @@ NESTED: list[Row] = [
             f"{key} of {value!r} in a type that is looked at",
             config(model_type="ernie4_5_moe", **{key: value}),
             "config.json at",
-            f"{key} is {shown}, not a whole number from 0 to 10,000",
+            f"{key} is {shown}, not a whole number from {int(key == 'num_hidden_layers')} to 10,000",
         )
         for key, value, shown in (
             ("moe_num_experts", "64", "'64'"),

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from moeflow.store import s3
-from tests import servers, tiny
+from tests import looks, servers, tiny
 
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
@@ -60,6 +60,8 @@ def credentials(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
             patch.setenv(name, os.devnull)
         patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
         patch.setenv("MOEFLOW_CACHE", str(tmp_path_factory.mktemp("moeflow-cache")))
+        looks.share(tmp_path_factory)
+        patch.setattr("moeflow.arch.found._looked", looks.here)
         yield
 
 

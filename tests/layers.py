@@ -3,9 +3,13 @@
 import torch
 from torch import Tensor
 
-from moeflow.arch import MIXTRAL, Arch
+from moeflow.arch import Arch
 from moeflow.model.moe import MLP, MoELayer
 from moeflow.model.router import Router
+
+NAMES = {"router": "", "experts": ("gate.{expert}", "up.{expert}", "down.{expert}")}
+MIXTRAL = Arch(model_type="mixtral", normalize="always", **NAMES)
+"""How a Mixtral's router chooses; the names are of no checkpoint."""
 
 
 def layer(experts: int = 6, top_k: int = 2, arch: Arch = MIXTRAL, seed: int = 0, **router: object) -> MoELayer:

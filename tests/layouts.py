@@ -45,7 +45,6 @@ def arch(model_type: str, moe: str, router: str, **more: Any) -> Arch:
         "experts": matrices,
         "block": moe,
         "moe": (0, 1),
-        "looked_at": True,
     }
     return Arch(model_type=model_type, **(fields | more))
 

@@ -1,4 +1,4 @@
-"""Tiny random checkpoints of families that no constant describes, in moeflow's normal form, each with its `Arch` in config.json.
+"""Tiny random checkpoints of families of other kinds, in moeflow's normal form, each with its `Arch` in config.json.
 
 The hub's own form lies beside, as transformers writes it, so that every test can ask transformers itself.
 """

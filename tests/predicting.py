@@ -29,7 +29,6 @@ GLM4_MOE = Arch(
     groups=True,
     group_score="top2",
     router_fp32=True,
-    biases=("q_proj", "k_proj", "v_proj"),
 )
 _MOE: dict[str, Any] = {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "n_routed_experts": 8, "n_shared_experts": 1}
 MODELS: dict[str, dict[str, Any]] = {

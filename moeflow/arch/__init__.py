@@ -1,7 +1,6 @@
-"""The families of checkpoints that moeflow can read. Adding one: a constant and its place in `FAMILIES`, a tiny model in tests/."""
+"""What is known of a checkpoint's model: its numbers, the names of its tensors, how its router chooses. No torch."""
 
-from moeflow.arch.families import FAMILIES, MIXTRAL
-from moeflow.arch.family import Family, essential, family_config
+from moeflow.arch.family import Family
 from moeflow.arch.layout import Layout, Stacked, layout_in_memory
 from moeflow.arch.spec import (
     ARCH,
@@ -14,12 +13,14 @@ from moeflow.arch.spec import (
     MATRICES,
     Arch,
     Config,
+    essential,
+    family_config,
     is_number,
     layer_of,
 )
 
 __all__ = [
-    "ARCH", "COMPRESSED", "EMBEDDING", "FAMILIES", "FINAL_NORM", "HEAD", "LAYERS", "MAIN", "MATRICES", "MIXTRAL",
+    "ARCH", "COMPRESSED", "EMBEDDING", "FINAL_NORM", "HEAD", "LAYERS", "MAIN", "MATRICES",
     "Arch", "Config", "Family", "Layout", "Stacked", "essential", "family_config", "is_number", "layer_of",
     "layout_in_memory",
 ]  # fmt: skip

@@ -4,8 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from moeflow.arch.families import ALIASES, FAMILIES
-from moeflow.arch.spec import ARCH, COMPRESSED, EXPERT_COUNT_KEYS, LAYERS, MAIN, MATRICES, Arch, Config, is_number, layer_of
+from moeflow.arch.found import arch_of
+from moeflow.arch.spec import ARCH, EXPERT_COUNT_KEYS, LAYERS, MAIN, MATRICES, Arch, Config, is_number, layer_of
 
 Kind = Literal["attention", "router", "experts", "shared", "dense", "compressed", "fixed", "norm", "rest"]
 """What a tensor is part of. "attention": also what a hybrid has in its place; "compressed": the vectors of Compressed Experts;
@@ -18,22 +18,6 @@ DENSE = ("mlp", "feed_forward", "ffn")
 LISTS = ("layers_block_type", "layer_types", LAYERS)
 """Keys of config.json for lists with an entry for each decoder layer."""
 
-WITHOUT_EFFECT = (
-    "transformers_version", "_name_or_path", "architectures", "use_cache", "auto_map", "torchscript", "quantization_config",
-)  # fmt: skip
-"""Keys of config.json that do not change what a layer computes. A new value must not make any step run again."""
-
-
-def family_config(config: Config) -> Config:
-    """The configuration of the family's own class for the configuration of a compressed checkpoint; any other unchanged."""
-    plain = {k: v for k, v in config.items() if k != LAYERS}
-    return plain | {"model_type": str(config["model_type"]).removeprefix(COMPRESSED)}
-
-
-def essential(config: Config) -> Config:
-    """The part of the configuration that changes what the model computes, without what each layer's tensors tell by themselves."""
-    return {k: v for k, v in family_config(config).items() if k not in WITHOUT_EFFECT}
-
 
 @dataclass(frozen=True)
 class Family:
@@ -44,18 +28,13 @@ class Family:
 
     @staticmethod
     def of(config: Config) -> "Family":
-        """The family of the model with this config.json, compressed by moeflow or not. Raises ValueError if it is unknown.
+        """The family of the model with this config.json, compressed by moeflow or not, whose `Arch` it has (`ARCH`).
 
-        A family that no constant describes is known if the configuration has its `Arch` (`ARCH`).
+        Where it has none, as in a stranger's checkpoint, its model type is looked at. Raises ValueError if it is not understood.
         """
         if config.get(ARCH) is not None:
             return Family(Arch.from_json(config[ARCH]), config)
-        model_type = str(config.get("model_type")).removeprefix(COMPRESSED)
-        for arch in FAMILIES:
-            if arch.model_type == ALIASES.get(model_type, model_type):
-                return Family(arch, config)
-        known = ", ".join(a.model_type for a in FAMILIES)
-        raise ValueError(f"no family for model_type {config.get('model_type')!r}; known: {known}")
+        return Family(arch_of(config), config)
 
     # Numbers of the model
 

@@ -1,4 +1,4 @@
-"""The family of a checkpoint that no constant describes, found by looking at transformers' own model of its type. No torch.
+"""The family of a checkpoint, found by looking at transformers' own model of its type. No torch.
 
 Looking takes torch, and building a graph must not load it: it is a process of its own (`moeflow.model.structure`). Its answer is
 kept in the cache by the configuration, the tensors' names, the version of transformers and the code that looks; only the `Arch`
@@ -13,15 +13,13 @@ import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from moeflow.arch.families import ALIASES, FAMILIES
-from moeflow.arch.family import WITHOUT_EFFECT
 from moeflow.arch.layout import Layout
-from moeflow.arch.spec import ARCH, COMPRESSED, Arch, Config
+from moeflow.arch.spec import ALIASES, WITHOUT_EFFECT, Arch, Config, essential
 from moeflow.home import home
 
 SECONDS = 900
@@ -40,18 +38,40 @@ class Found:
         return Found(Arch.from_json(value["arch"]), Layout.from_json(value["layout"]), value.get("shapes"))
 
 
-def described(config: Config) -> bool:
-    """Whether a constant describes the model with this config.json, or the configuration itself does."""
-    model_type = str(config.get("model_type")).removeprefix(COMPRESSED)
-    return ARCH in config or any(arch.model_type == ALIASES.get(model_type, model_type) for arch in FAMILIES)
+def arch_of(config: Config) -> Arch:
+    """The `Arch` of a model by its config.json alone, compressed by moeflow or not. Raises ValueError if it is not understood."""
+    return _of_text(json.dumps(plain(config), sort_keys=True, default=str)).arch
 
 
-def found(config: Config, names: Iterable[str], where: str) -> Found:
+def shapes_of(config: Config) -> Mapping[str, Sequence[int]] | None:
+    """The shapes of all tensors of the model but the routed experts, by our names; None if it is not understood here."""
+    try:
+        return _of_text(json.dumps(plain(config), sort_keys=True, default=str)).shapes
+    except ValueError:
+        return None
+
+
+def plain(config: Config) -> Config:
+    """The part of a config.json, compressed by moeflow or not, that says what the family's own class is made of."""
+    return {k: v for k, v in essential({"model_type": None} | config).items() if not k.startswith("moeflow_")}
+
+
+@lru_cache(1024)
+def _of_text(text: str) -> Found:
+    config = json.loads(text)
+    return found(config, None, "the model")
+
+
+def found(config: Config, names: Iterable[str] | None, where: str) -> Found:
     """Look at the checkpoint with this config.json and tensors of these names, or remember what was seen.
 
-    Raises ValueError with what was not understood; `where` names the checkpoint.
+    `names`: None if they are as transformers writes them. `where` names the checkpoint. Raises ValueError with what was not
+    understood.
     """
-    asked = {"config": {k: v for k, v in config.items() if k not in WITHOUT_EFFECT or k == "architectures"}, "names": sorted(names)}
+    told = {k: v for k, v in config.items() if k not in WITHOUT_EFFECT or k == "architectures"}
+    if (model_type := config.get("model_type")) in ALIASES:
+        told["model_type"] = ALIASES[model_type]
+    asked = {"config": told, "names": None if names is None else sorted(names)}
     text = json.dumps(asked, sort_keys=True)
     about = f"{_code()} {_transformers()} {text}".encode()
     word = re.sub(r"[^\w-]", "_", str(config.get("model_type")), flags=re.ASCII)[:60]  # of a stranger's file: no path, no end

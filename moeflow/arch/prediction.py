@@ -6,8 +6,8 @@ makes its input of the hidden states before it and of the embeddings of the toke
 
 from collections.abc import Iterable
 
-from moeflow.arch.family import Family, essential
-from moeflow.arch.spec import ARCH, Config
+from moeflow.arch.family import Family
+from moeflow.arch.spec import ARCH, Config, essential
 
 COUNT_KEY = "num_mtp_layers"
 COUNT_KEYS = ("num_nextn_predict_layers", COUNT_KEY)

@@ -18,7 +18,15 @@ LAYERS = "moeflow_layers"
 """The key of a compressed checkpoint's config.json for the formats of its decoder layers."""
 
 ARCH = "moeflow_arch"
-"""The key of a configuration for the `Arch` of a family that no constant describes, as `Arch.to_json` gives it."""
+"""The key of a configuration for the `Arch` that was found of its model, as `Arch.to_json` gives it."""
+
+ALIASES = {"kimi_k2": "deepseek_v3"}
+"""Model types that transformers does not know, and the one whose architecture they have. A result keeps its source's name."""
+
+WITHOUT_EFFECT = (
+    "transformers_version", "_name_or_path", "architectures", "use_cache", "auto_map", "torchscript", "quantization_config",
+)  # fmt: skip
+"""Keys of config.json that do not change what a layer computes. A new value must not make any step run again."""
 
 MAIN = "moeflow_main_experts"
 """The key of config.json for how many of a token's experts are computed; Compressed Experts replace the others."""
@@ -28,6 +36,17 @@ MATRICES = ("gate", "up", "down")
 
 EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 """The tensors outside the decoder layers, named alike in all families. There is no head if it is tied to the embedding."""
+
+
+def family_config(config: Config) -> Config:
+    """The configuration of the family's own class for the configuration of a compressed checkpoint; any other unchanged."""
+    plain = {k: v for k, v in config.items() if k != LAYERS}
+    return plain | {"model_type": str(config["model_type"]).removeprefix(COMPRESSED)}
+
+
+def essential(config: Config) -> Config:
+    """The part of the configuration that changes what the model computes, without what each layer's tensors tell by themselves."""
+    return {k: v for k, v in family_config(config).items() if k not in WITHOUT_EFFECT}
 
 
 _IN_LAYER = re.compile(r"model\.layers\.(0|[1-9][0-9]{0,5})\..+")
@@ -50,9 +69,14 @@ def is_number(word: str) -> bool:
     return word.isascii() and word.isdigit() and (word == "0" or word[0] != "0") and len(word) <= 6
 
 
+RETIRED = ("looked_at",)
+"""Fields of `Arch` that earlier releases wrote into the config.json of their results."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Arch:
-    """The names of tensors on disk are templates over {layer} and {expert}.
+    """What looking at a model type finds (`moeflow.model.structure`). The names of tensors on disk are templates over {layer} and
+    {expert}.
 
     The names of modules are needed only to run a decoder layer of transformers, which fuses the experts in memory.
     """
@@ -73,18 +97,13 @@ class Arch:
     group_score: Literal["max", "top2"] = "max"
     scale_key: str = ""  # the key of config.json for what all routing weights are multiplied with
     router_fp32: bool = False  # router logits are computed in fp32, whatever the model's precision
-    drop_score: str = "router_score"  # by which the authors of Expert Drop rank experts: a row of `DROP_SCORES`
     memory: tuple[tuple[str, str], ...] = ()  # (on disk, in memory): beginnings of names inside a decoder layer that differ
+    turned: bool = False  # the stacks of experts in memory hold [E, inputs, outputs]
     block: str = "mlp"  # the module of the MoE block, or of a dense MLP, inside a decoder layer in memory
     block_router: str = "gate"  # the module of the router inside that block in memory
     norm: str = "post_attention_layernorm"  # the norm before the MoE block inside a decoder layer, on disk and in memory
     norm_feeds_more: bool = False  # that norm's output also goes elsewhere than into the MoE block, which may go but not the norm
     attention: str = "self_attn"  # the attention inside a decoder layer, on disk and in memory
-    latent: bool = False  # multi-head latent attention: keys and values are computed from a shorter vector
-    biases: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")  # the matrices of the attention that may have a bias
-    biased: tuple[str, bool] = ("attention_bias", False)  # the key of config.json that says whether they do, and its default
-    qk_norm: Literal["", "head", "all"] = ""  # queries and keys are normed: not, each head for itself, all heads together
-    norm_bias: bool = False  # the norms have a bias
     experts_key: str = ""  # the key of config.json for the number of routed experts; empty: one of `EXPERT_COUNT_KEYS`
     top_k_key: str = "num_experts_per_tok"
     moe: tuple[int, ...] | None = (
@@ -93,7 +112,6 @@ class Arch:
     expert_width: int | None = None  # F; None: what config.json says
     rest: tuple[tuple[str, str], ...] = ()  # (on disk, in memory): beginnings of names that differ, those of all layers among them
     handed_on: str = ""  # the key of config.json for how many numbers of 4 bytes a layer hands on to the next for each token
-    looked_at: bool = False  # found by structure: what else a layer has is known by looking, not by the fields above
 
     def to_json(self) -> dict[str, Any]:
         """The fields that differ from their defaults."""
@@ -101,8 +119,8 @@ class Arch:
 
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> "Arch":
-        """The same from `to_json`. Raises TypeError for a field that is not known."""
-        return Arch(**{name: _frozen(v) for name, v in value.items()})
+        """The same from `to_json`, of this release or an earlier one. Raises TypeError for a field that is not known."""
+        return Arch(**{name: _frozen(v) for name, v in value.items() if name not in RETIRED})
 
 
 def _plain(value: Any) -> Any:

@@ -1,7 +1,6 @@
 """What engines other than transformers read in a config.json, and transformers does not write. No torch."""
 
-from moeflow.arch.families import ALIASES
-from moeflow.arch.spec import COMPRESSED, Config
+from moeflow.arch.spec import ALIASES, COMPRESSED, Config
 
 NOAUX = ("deepseek_v3", "deepseek_v32", "glm_moe_dsa")
 """Model types whose router has sigmoid scores and a bias for the choice, which vLLM reads only where `scoring_func` and

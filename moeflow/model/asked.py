@@ -3,17 +3,19 @@
 from collections.abc import Mapping
 
 from moeflow.arch import EMBEDDING, HEAD, LAYERS, Config, Family, layer_of
-from moeflow.arch.shapes import Shape, attention_shapes, mlp_shapes, norm_shapes, rest_shapes, shared_shapes
 from moeflow.model.formats import Format, format_of, routing_shapes, some
 from moeflow.model.packed import Shapes, logical, packed_shapes
 from moeflow.model.spec import TensorTable, shapes_of
+
+Shape = tuple[int | None, ...]
+"""None: any size, where config.json leaves it to the defaults of transformers."""
 
 
 def check_layer(config: Config, layer: int, table: TensorTable, known: Shapes | None = None) -> None:
     """Raise ValueError if a decoder layer does not have exactly the tensors that config.json asks for.
 
-    `known`: those of the whole model but its routed experts, where looking at the family has told them; None: they follow from
-    `Arch`. Of a family that was only looked at, if they are not known, nothing is asked.
+    `known`: those of the whole model but its routed experts, as looking at it told them (`Found.shapes`); None: nothing is asked
+    beside the routed experts.
     """
     family, shapes = Family.of(config), shapes_of(table)
     format = format_of(shapes, config, layer)
@@ -25,11 +27,11 @@ def check_layer(config: Config, layer: int, table: TensorTable, known: Shapes | 
         raise ValueError(
             f"config.json says that layer {layer} has {wanted.words()}, its tensors say {format.words()}; correct one of them"
         )
-    if known is not None:
-        beside = {n: tuple(shape) for n, shape in known.items() if n.startswith(family.prefix(layer))}
-        _compare(f"layer {layer}", beside | _experts(family, format, layer), shapes, config)
-    elif not family.arch.looked_at:
-        _compare(f"layer {layer}", _asked(family, format, layer), shapes, config)
+    stored, experts = _unpacked(shapes, config), _experts(family, format, layer)
+    if known is None:
+        _compare(f"layer {layer}", experts, {n: s for n, s in stored.items() if n.startswith(family.experts(layer))})
+    else:
+        _compare(f"layer {layer}", _beside(family, format, layer, known) | experts, stored)
 
 
 def check_rest(config: Config, table: TensorTable, known: Shapes | None = None) -> None:
@@ -37,40 +39,27 @@ def check_rest(config: Config, table: TensorTable, known: Shapes | None = None) 
 
     `known`: as for `check_layer`.
     """
-    family = Family.of(config)
-    if known is None and family.arch.looked_at:
+    if known is None:
         return
-    asked: dict[str, Shape] = dict(rest_shapes(family))
-    tied = bool(config.get("tie_word_embeddings"))
-    if known is not None:
-        asked = {n: tuple(shape) for n, shape in known.items() if layer_of(n) is None}
-        tied = HEAD not in asked
-    if tied and HEAD not in table:
-        asked.pop(HEAD, None)
-    elif tied and EMBEDDING in asked:  # stored all the same
+    asked: dict[str, Shape] = {n: tuple(shape) for n, shape in known.items() if layer_of(n) is None}
+    if HEAD not in asked and HEAD in table and EMBEDDING in asked:  # tied to the embedding, and stored all the same
         asked[HEAD] = asked[EMBEDDING]
-    elif HEAD not in table and EMBEDDING in table:
+    elif HEAD in asked and HEAD not in table and EMBEDDING in table:
         raise ValueError(f"the checkpoint has no tensor {HEAD}; it is incomplete, or tie_word_embeddings is wrong")
-    _compare("the checkpoint", asked, shapes_of(table), config)
+    _compare("the checkpoint", asked, _unpacked(shapes_of(table), config))
 
 
-def _asked(family: Family, format: Format, layer: int) -> dict[str, Shape]:
-    """The names and shapes of a decoder layer of this format."""
-    width = family.size("hidden_size") or 0
-    shapes = norm_shapes(family, f"{family.prefix(layer)}input_layernorm.") | attention_shapes(family, layer)
-    if format.gone != "moe":
-        shapes |= norm_shapes(family, family.norm(layer))
-    if layer not in family.moe_layers:
-        dense = tuple(f"{family.prefix(layer)}{family.arch.block}.{matrix}_proj.weight" for matrix in ("gate", "up", "down"))
-        return shapes | mlp_shapes(family, dense, family.size("intermediate_size"))
-    if format.gone != "moe":
-        shapes |= shared_shapes(family, layer)
-    if not format.experts:
-        return shapes
-    shapes |= {name: (format.experts, width) for name in (family.router(layer),)}
-    if (bias := family.router_bias(layer)) is not None:
-        shapes[bias] = (format.experts,)
-    return shapes | _experts(family, format, layer)
+def _beside(family: Family, format: Format, layer: int, known: Shapes) -> dict[str, Shape]:
+    """The names and shapes of what a decoder layer of this format has beside its routed experts."""
+    made = {n: tuple(shape) for n, shape in known.items() if n.startswith(family.prefix(layer))}
+    router = family.router_tensors(layer)
+    for name in (n for n in router if n in made):
+        made[name] = (format.experts, *made[name][1:]) if name == router[0] else (*made[name][:-1], format.experts)
+    gone = {*router} if format.gone else set()
+    if format.gone == "moe":
+        gone |= {n for n in made if n in (*family.shared(layer), family.shared_gate(layer))}
+        gone |= {n for n in made if n.startswith(family.norm(layer)) and not family.arch.norm_feeds_more}
+    return {n: shape for n, shape in made.items() if n not in gone}
 
 
 def _experts(family: Family, format: Format, layer: int) -> dict[str, Shape]:
@@ -88,9 +77,13 @@ def _experts(family: Family, format: Format, layer: int) -> dict[str, Shape]:
     return shapes | dict(routing_shapes(family, format, layer, width or 0, inner or 0))
 
 
-def _compare(what: str, asked: Mapping[str, Shape], shapes: Shapes, config: Config) -> None:
+def _unpacked(shapes: Shapes, config: Config) -> dict[str, Shape]:
+    """The names and shapes of these tensors, of packed matrices as if they were not."""
     unpacked = packed_shapes(shapes, config)
-    stored = {name: tuple(unpacked.get(name, shapes.get(name, ()))) for name in logical(shapes)}
+    return {name: tuple(unpacked.get(name, shapes.get(name, ()))) for name in logical(shapes)}
+
+
+def _compare(what: str, asked: Mapping[str, Shape], stored: Mapping[str, Shape]) -> None:
     if missing := sorted(set(asked) - set(stored)):
         raise ValueError(
             f"{what} has no tensor {some(missing)}, which config.json asks for; it is incomplete, or of another family"

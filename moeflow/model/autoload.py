@@ -64,14 +64,14 @@ class _StandIn:
     model_type: str
 
     def __new__(cls, *args: "Any", **fields: "Any") -> "Any":
-        return cls._real(fields)(*args, **fields)
+        return cls._real()(*args, **fields)
 
     @classmethod
     def from_dict(cls, values: "dict[str, Any]", **fields: "Any") -> "Any":
-        return cls._real(values).from_dict(values, **fields)
+        return cls._real().from_dict(values, **fields)
 
     @classmethod
-    def _real(cls, values: "dict[str, Any]") -> "Any":
+    def _real(cls) -> "Any":
         from moeflow.model.compressed import config_class
 
-        return config_class(cls.model_type, values)
+        return config_class(cls.model_type)

@@ -2,10 +2,10 @@
 
 Each family has a configuration class, whose `moeflow_layers` has the format of each layer, and a causal language model. Its MoE
 blocks are the family's own, with the layer's number of experts. If a layer has low-rank experts, skips experts or has Compressed
-Experts, its fused experts are `RoutedExperts`. If it has lost its experts or the whole block, `trimmed` replaces them. Importing
-this module registers the classes with transformers; `import moeflow` arranges that (`autoload`). Names on disk are the family's,
-with two factors instead of a low-rank matrix. Before anything is loaded, the checkpoint is compared with its configuration, so that
-no parameter is left at random.
+Experts, its fused experts are `RoutedExperts`. If it has lost its experts or the whole block, `trimmed` replaces them. The classes
+are made when transformers asks for them, which `import moeflow` arranges (`autoload`). Names on disk are the family's, with two
+factors instead of a low-rank matrix. Before anything is loaded, the checkpoint is compared with its configuration, so that no
+parameter is left at random.
 """
 
 import copy
@@ -26,12 +26,13 @@ from packaging.version import Version
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers import initialization as init
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import cached_file
 
-from moeflow.arch import ARCH, COMPRESSED, FAMILIES, LAYERS, MAIN, Arch, Family
+from moeflow.arch import ARCH, COMPRESSED, LAYERS, MAIN, Arch, Family
 from moeflow.arch.prediction import prediction_layers
 from moeflow.arch.spec import EXPERT_COUNT_KEYS
 from moeflow.model.factors import Stack, all_stacks, expert_shapes, form_of, sizes_of
@@ -70,6 +71,8 @@ class Compressed:
     def __init__(self, config: Any, *args: Any, **fields: Any) -> None:
         super().__init__(config, *args, **fields)  # type: ignore[call-arg]
         family = Family.of(config.to_dict())
+        if COMPRESSED + family.arch.model_type not in _converted:
+            _convert(family.arch)
         behind = range(family.num_layers, family.num_layers + prediction_layers(family.config))
         ignored = getattr(self, "_keys_to_ignore_on_load_unexpected", None) or ()
         # transformers looks there for the layers of multi-token prediction, too
@@ -198,22 +201,28 @@ class _Save(_Load):
 @contextmanager
 def _names_of(arch: Arch, *, packed: bool) -> Iterator[None]:
     """Load a checkpoint inside. Names of packed matrices are known only then: beside them transformers would leave FP8 as it is."""
-    name = COMPRESSED + arch.model_type
     with _loading:
-        register_checkpoint_conversion_mapping(name, _conversions(arch, packed=packed), overwrite=True)
+        _convert(arch, packed=packed)
         try:
             yield
         finally:
-            register_checkpoint_conversion_mapping(name, _conversions(arch), overwrite=True)
+            _convert(arch)
+
+
+def _convert(arch: Arch, *, packed: bool = False) -> None:
+    """Tell transformers how the names on disk of this family become those in memory."""
+    name = COMPRESSED + arch.model_type
+    register_checkpoint_conversion_mapping(name, _conversions(arch, packed=packed), overwrite=True)
+    _converted.add(name)
 
 
 def _conversions(arch: Arch, *, packed: bool = False) -> list[Any]:
     """How the names on disk become those in memory: the family's renamings, and one converter for each stack."""
-    renamings = [t for t in get_checkpoint_conversion_mapping(arch.model_type) or [] if isinstance(t, WeightRenaming)]
     family, converters = Family(arch, {}), []
-    if arch not in FAMILIES:
-        renamings = [WeightRenaming(rf"\.{re.escape(disk)}", f".{memory}") for disk, memory in arch.memory]
-        renamings += [WeightRenaming(f"^{re.escape(disk)}", memory) for disk, memory in arch.rest]
+    stem = family.experts(0).removeprefix(family.prefix(0))
+    inside = [*arch.memory, (stem, f"{arch.block}.experts.")] if family.in_memory(stem) == stem else arch.memory
+    renamings = [WeightRenaming(rf"\.{re.escape(disk)}", f".{memory}") for disk, memory in inside if disk != memory]
+    renamings += [WeightRenaming(f"^{re.escape(disk)}", memory) for disk, memory in arch.rest]
     here = f"{arch.block}.experts"  # with the block, or shared experts would match
     for stack in all_stacks(gated=family.gated, biased=bool(arch.expert_biases)):
         names = [stack.on_disk(family, 0, matrix, "*").partition(".experts.")[2] for matrix in stack.matrices]
@@ -327,42 +336,42 @@ def _balancing(family: Any) -> Callable[..., Any]:
     return forward if loss_of is not None else family.forward
 
 
-def _register(arch: Arch) -> Any:
+def _register(model_type: str) -> Any:
     """Register the classes of a family with transformers. Returns the configuration class."""
-    family_config: Any = CONFIG_MAPPING[arch.model_type]
+    family_config: Any = CONFIG_MAPPING[model_type]
     family: Any = language_class(family_config)
     here = {"__module__": __name__}
     types = {LAYERS: list[dict[str, Any]] | None, MAIN: int | None, ARCH: dict[str, Any] | None}
-    own = {"model_type": COMPRESSED + arch.model_type, "__annotations__": types} | dict.fromkeys(types)
+    own = {"model_type": COMPRESSED + model_type, "__annotations__": types} | dict.fromkeys(types)
     config: Any = type(CLASSES + family_config.__name__, (family_config,), here | own)
     model: Any = type(
         CLASSES + family.__name__, (Compressed, family), here | {"config_class": config, "forward": _balancing(family)}
     )
-    AutoConfig.register(COMPRESSED + arch.model_type, config, exist_ok=True)
+    AutoConfig.register(COMPRESSED + model_type, config, exist_ok=True)
     AutoModelForCausalLM.register(config, model)
-    register_checkpoint_conversion_mapping(COMPRESSED + arch.model_type, _conversions(arch), overwrite=True)
     CONFIGS[config.model_type], MODELS[config.model_type] = config, model
     globals().update({config.__name__: config, model.__name__: model})  # pickle looks for them here
     return config
 
 
 CONFIGS: dict[str, Any] = {}
-"""The configuration classes, such as MoeflowMixtralConfig, by `model_type`."""
+"""The configuration classes, such as MoeflowMixtralConfig, by `model_type`, as far as they were needed."""
 MODELS: dict[str, Any] = {}
 """The model classes, such as MoeflowMixtralForCausalLM, by `model_type`."""
-for _arch in FAMILIES:
-    _register(_arch)
+_converted: set[str] = set()
+"""The model types of which transformers has been told how names on disk become those in memory."""
 
 
-def config_class(model_type: str, values: Mapping[str, Any]) -> Any:
-    """The configuration class of compressed checkpoints of this type, registered on first use.
+def config_class(model_type: str) -> Any:
+    """The configuration class of compressed checkpoints of this type, registered on first use."""
+    return CONFIGS.get(model_type) or _register(model_type.removeprefix(COMPRESSED))
 
-    Raises ValueError if the type is no constant's, and the configuration's `values` do not say where its experts are.
-    """
-    if model_type not in CONFIGS:
-        if values.get(ARCH) is None:
-            raise ValueError(
-                f"config.json of a {model_type} has no {ARCH!r}, which says where its experts are; pull the checkpoint again"
-            )
-        _register(Arch.from_json(values[ARCH]))
-    return CONFIGS[model_type]
+
+def __getattr__(name: str) -> Any:
+    """A class that was not needed yet, where another process has pickled an object of it."""
+    for known in (CONFIG_MAPPING_NAMES, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) if name.startswith(CLASSES) else ():
+        for model_type in (t for t, of in known.items() if CLASSES + of == name and COMPRESSED + t not in CONFIGS):
+            _register(model_type)
+            if name in globals():
+                return globals()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

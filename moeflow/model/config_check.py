@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moeflow.arch import LAYERS, MAIN, Config, Family
@@ -75,17 +75,10 @@ def check_config(config: Config, where: str) -> None:
     if not isinstance(config.get("model_type"), str):
         raise ValueError(f"{where}: model_type is {kind_of(config.get('model_type'))}, not a word like 'mixtral'; fetch it again")
     family = Family.of(config)
-    needed = (family.arch.top_k_key if k == "num_experts_per_tok" else k for k in NEEDED)
-    if lacking := [k for k in needed if config.get(k) is None and not (k == "num_hidden_layers" and config.get(LISTS[0]))]:
-        raise ValueError(f"{where} lacks {', '.join(lacking)}; fetch the checkpoint again")
+    _check_there(config, [family.arch.top_k_key if k == "num_experts_per_tok" else k for k in NEEDED], where)
     if all(config.get(k) is None for k in ("moe_intermediate_size", "intermediate_size")):
         raise ValueError(f"{where} lacks moe_intermediate_size or intermediate_size, the size of an expert; fetch it again")
-    counted = (family.arch.experts_key, family.arch.top_k_key)
-    for name, value in config.items():
-        if value is not None and (wanted := _wanted("num_experts_per_tok" if name in counted else name, value)):
-            raise ValueError(f"{where}: {name} is {kind_of(value)}, not {wanted}; correct it, or fetch it again")
-        if not _finite(value):
-            raise ValueError(f"{where}: {name} holds NaN or Infinity, which JSON does not have; correct it, or fetch it again")
+    check_entries(config, where, (family.arch.experts_key, family.arch.top_k_key))
     if beyond := [i for i in config.get("mlp_only_layers") or () if i >= family.num_layers]:
         raise ValueError(
             f"{where}: mlp_only_layers names layer {beyond[0]} of {family.num_layers} (num_hidden_layers); correct one"
@@ -99,6 +92,21 @@ def check_config(config: Config, where: str) -> None:
         raise ValueError(f"{where}: {LAYERS} cannot be read ({type(error).__name__}: {error}); fetch it again") from None
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
+
+
+def check_entries(config: Config, where: str, counted: Sequence[str] = ()) -> None:
+    """Raise ValueError if an entry has the wrong type or an impossible value; `counted` are the keys of other positive counts."""
+    _check_there(config, [k for k in NEEDED if k in config], where)  # and not null
+    for name, value in config.items():
+        if value is not None and (wanted := _wanted("num_experts_per_tok" if name in counted else name, value)):
+            raise ValueError(f"{where}: {name} is {kind_of(value)}, not {wanted}; correct it, or fetch it again")
+        if not _finite(value):
+            raise ValueError(f"{where}: {name} holds NaN or Infinity, which JSON does not have; correct it, or fetch it again")
+
+
+def _check_there(config: Config, needed: Sequence[str], where: str) -> None:
+    if lacking := [k for k in needed if config.get(k) is None and not (k == "num_hidden_layers" and config.get(LISTS[0]))]:
+        raise ValueError(f"{where} lacks {', '.join(lacking)}; fetch the checkpoint again")
 
 
 def _wanted(name: str, value: Any) -> str:
@@ -143,7 +151,7 @@ def _finite(value: Any) -> bool:
 
 def _check_counts_agree(family: Family, where: str) -> None:
     key = family.experts_key
-    for other in (k for k in EXPERT_COUNT_KEYS if not family.arch.looked_at and family.config.get(k) is not None):
+    for other in (k for k in EXPERT_COUNT_KEYS if family.config.get(k) is not None):
         if family.config[other] != family.num_experts:
             raise ValueError(
                 f"{where}: {key} is {family.num_experts} and {other} is {family.config[other]}, which both say how many experts a "
@@ -166,7 +174,7 @@ def _check_router(family: Family) -> None:
 
 
 def _check_heads(family: Family) -> None:
-    if family.arch.latent:
+    if family.config.get("kv_lora_rank") is not None:  # latent attention
         return
     width, heads, groups = (family.size(n) for n in ("hidden_size", "num_attention_heads", "num_key_value_heads"))
     if heads and groups and heads % groups:

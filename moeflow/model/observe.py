@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from moeflow.arch import FAMILIES, Family
+from moeflow.arch import Family
 from moeflow.model.checkpoint import activation
 from moeflow.model.factors import experts_in_memory
 from moeflow.model.moe import MoELayer
@@ -68,9 +68,6 @@ class Recorder:
             block.register_forward_hook(lambda _, args, out: self._block(experts, first_of(out))),
             layer.register_forward_hook(lambda _, args, out: self._layer(args[0], first_of(out))),
         ]
-        if self.family.arch in FAMILIES:  # others may return anything
-            router = block.get_submodule(self.family.arch.block_router)
-            hooks.append(router.register_forward_hook(lambda _, args, out: self._hold("logits", out[0])))
         try:
             yield
         finally:
@@ -119,9 +116,7 @@ class Recorder:
 
     def _block(self, experts: nn.Module, out_NLD: Tensor) -> None:
         x_TD, out_TD = self._now["x"], out_NLD.flatten(0, -2)
-        if "logits" not in self._now:
-            self._now["logits"] = self.moe.logits(x_TD)
-        logits_TE = self._now["logits"]
+        logits_TE = self.moe.logits(x_TD)
         if "index" not in self._now:
             self._own_pairs(experts, x_TD, logits_TE)
         self.sums["score"] += self.moe.router.scores(logits_TE).sum(0, dtype=torch.float64).cpu()

@@ -12,6 +12,9 @@ from torch.nn.functional import softplus
 
 from moeflow.arch import Arch, Family
 
+JITTER = 0.01
+"""How near to the best a second expert must be to be weighed against it, where config.json says nothing: as transformers has it."""
+
 
 @dataclass(frozen=True)
 class Router:
@@ -37,7 +40,7 @@ class Router:
             topk_groups=topk_groups,
             normalize=family.normalizes,
             scale=family.scale,
-            jitter=float(family.config.get("router_jitter_noise") or 0.0),
+            jitter=float(JITTER if (noise := family.config.get("router_jitter_noise")) is None else noise),
             bias_E=bias_E,
         )
 

@@ -15,7 +15,7 @@ from torch.func import functional_call
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from moeflow.arch import Config
-from moeflow.arch.families import ALIASES
+from moeflow.arch.spec import ALIASES
 from moeflow.model.text_half import language_model
 
 MOST_OUTPUTS = 4

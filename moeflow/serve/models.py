@@ -4,10 +4,10 @@ from typing import Any
 
 from vllm.config import VllmConfig
 
-from moeflow.arch import COMPRESSED, FAMILIES
+from moeflow.arch import COMPRESSED
 from moeflow.serve.general import General
 from moeflow.serve.native import native_class
-from moeflow.serve.ways import way_of
+from moeflow.serve.ways import NAMES, way_of
 
 
 class Served(General):
@@ -20,6 +20,6 @@ class Served(General):
         return native_class(config.model_type)(vllm_config=vllm_config, prefix=prefix)
 
 
-for _arch in FAMILIES:
-    _name = COMPRESSED + _arch.model_type
+for _type in NAMES:
+    _name = COMPRESSED + _type
     globals()[_name] = type(_name, (Served,), {"__module__": __name__})

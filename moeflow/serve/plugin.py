@@ -3,7 +3,7 @@
 import logging
 from typing import Any
 
-from moeflow.arch import COMPRESSED, FAMILIES, Config
+from moeflow.arch import COMPRESSED, Config
 from moeflow.model.formats import layer_formats
 from moeflow.serve import switch
 from moeflow.serve.ways import NAMES, WAY, architectures, low_rank, way_of
@@ -40,9 +40,8 @@ def register() -> None:
         for name in (n for names in NAMES.values() for n in names if n in ModelRegistry.get_supported_archs()):
             ModelRegistry.register_model(name, f"{STOCK}:{name}")
             MODELS_CONFIG_MAP[name] = _counted(MODELS_CONFIG_MAP.get(name, VerifyAndUpdateConfig))
-    for arch in FAMILIES:
-        if arch.latent:
-            MODEL_ARCH_CONFIG_CONVERTORS[COMPRESSED + arch.model_type] = Latent
+    for model_type in NAMES:
+        MODEL_ARCH_CONFIG_CONVERTORS.setdefault(COMPRESSED + model_type, Latent)
 
 
 def _counted(before: Any) -> Any:

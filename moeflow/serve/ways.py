@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from moeflow.arch import COMPRESSED, FAMILIES, Config, Family
+from moeflow.arch import COMPRESSED, Config, Family
 from moeflow.model.formats import CLASSES, Format, layer_formats
 
 Way = Literal["general", "native"]
@@ -46,7 +46,7 @@ class Chosen:
 
 def architectures() -> dict[str, str]:
     """The architecture names of compressed checkpoints, and the model type of each."""
-    return {CLASSES + name: COMPRESSED + arch.model_type for arch in FAMILIES for name in NAMES[arch.model_type]}
+    return {CLASSES + name: COMPRESSED + model_type for model_type, names in NAMES.items() for name in names}
 
 
 def way_of(config: Config, no_kernel: str = "") -> Chosen:

@@ -8,7 +8,7 @@ from moeflow.arch import ARCH, Arch, Family
 from moeflow.arch.fewer_layers import with_fewer_layers
 
 MLP = "model.layers.{layer}.mlp"
-FOUND = Arch(model_type="found", router=f"{MLP}.gate.weight", experts=(f"{MLP}.experts.{{expert}}.up.weight",), looked_at=True)
+FOUND = Arch(model_type="found", router=f"{MLP}.gate.weight", experts=(f"{MLP}.experts.{{expert}}.up.weight",))
 
 
 def shorter(drop: int, *, together: bool = True, moe: tuple[int, ...] = (0, 1, 2, 3, 4, 5), **said: Any) -> dict[str, Any]:

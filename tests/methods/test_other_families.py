@@ -163,7 +163,7 @@ def test_trained_experts_are_written_matrix_by_matrix(layer: Layer) -> None:
 def test_a_plan_counts_what_layers_hand_on_beside_hidden_states(tmp_path: Path) -> None:
     """The indices of a GLM-5, in the states of a pass and in those of a sweep."""
     folder, store = normal.write("glm_moe_dsa", tmp_path / "model"), running.store_in(tmp_path)
-    model = running.model_in(folder, found=Found(replace(normal.FAMILIES["glm_moe_dsa"][0], looked_at=True)))
+    model = running.model_in(folder, found=Found(normal.FAMILIES["glm_moe_dsa"][0]))
     matrix = data.tokens(running.matrix_of(tmp_path), model, Sample(8, 16))
     calibration = calibrate.run(model, matrix, Pass(batch=4, stage=1))
     curves = calibrate.curves(calibration, {1: Alternatives(Forks("each", ("0", "1")))}, tokens=64, around=model)

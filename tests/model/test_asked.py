@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from moeflow.arch import layer_of
+from moeflow.arch.found import shapes_of
 from moeflow.model import config_check, moe
 from moeflow.model.asked import check_layer, check_rest
 from moeflow.model.config_check import check_config
@@ -29,13 +30,15 @@ def check(folder: Path) -> None:
     tables: dict[int | None, dict] = {}
     for name, info in headers(Folder(folder)).items():
         tables.setdefault(layer_of(name), {})[name] = (info.dtype, info.shape)
-    check_rest(config, tables.pop(None))
+    known = shapes_of(config)
+    assert known is not None
+    check_rest(config, tables.pop(None), known)
     for layer, table in tables.items():
         assert layer is not None
-        check_layer(config, layer, table)
+        check_layer(config, layer, table, known)
         for name, (dtype, shape) in table.items():
             with pytest.raises(ValueError, match=r"correct one of them|incomplete|do not multiply"):
-                check_layer(config, layer, table | {name: (dtype, (*shape, 1))})
+                check_layer(config, layer, table | {name: (dtype, (*shape, 1))}, known)
 
 
 def test_the_activations_that_config_json_may_name_are_those_that_are_computed() -> None:

@@ -1,4 +1,4 @@
-"""Families that no constant describes, by the `Arch` in config.json: the same promises as for those that have one."""
+"""Families with routers, names or layers of other kinds, by an `Arch` in config.json: the same promises as for all."""
 
 from collections.abc import Callable
 from functools import partial

@@ -1,4 +1,4 @@
-"""Model types that no constant describes, found by looking at transformers' own tiny model of each."""
+"""Model types are found by looking at transformers' own tiny model of each."""
 
 import json
 import re
@@ -15,6 +15,7 @@ from moeflow.model.structure.anatomy import Unknown
 from moeflow.model.structure.listing import default, rows, types
 from moeflow.model.structure.looking import look
 from moeflow.model.structure.tiny import EXPERTS, tiny
+from tests import looks
 
 LISTS = Path(__file__).parent / "families"
 OFTEN = ("gpt_oss", "qwen3_vl_moe")
@@ -92,6 +93,7 @@ def test_what_a_look_found_is_remembered_and_only_the_family_enters_the_configur
 ) -> None:
     """The second time nothing is looked at: there is no Python to look with."""
     monkeypatch.setenv("MOEFLOW_CACHE", str(tmp_path))
+    monkeypatch.setattr(found, "_looked", looks.AS_IT_IS)
     config = default("mellum")
     first = found.found(config, ["model.layers.0.mlp.gate.weight"], "here")
     monkeypatch.setattr(sys, "executable", str(tmp_path / "nothing"))
@@ -121,7 +123,7 @@ def test_the_command_lists_a_family_and_says_why_another_is_none() -> None:
     words = [sys.executable, "-c", "from moeflow.cli import main; main()", "families", "mixtral", "zaya"]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     first, second = done.stdout.splitlines()
-    assert first.split()[:2] == ["mixtral", "constant"]
+    assert first.split()[:2] == ["mixtral", "structure"]
     assert second.split()[:2] == ["zaya", "no"] and "router" in second
     assert done.stderr.splitlines()[-1] == "1 of 2 work"
 

@@ -122,7 +122,7 @@ def test_options_and_lineage_tell_only_what_differs(compared: dict) -> None:
     assert [(o["name"], o["values"]) for o in compared["options"]] == [("keep", ["6", "5"])]
     lineage = compared["lineage"]
     assert lineage["sources"] == [] and lineage["libraries"] == []
-    assert {s["step"] for s in lineage["steps"]} == {"checkpoint.assemble", "prune.choose", "rewrite.experts"}
+    assert {s["step"] for s in lineage["steps"]} == {"checkpoint.assemble_as", "prune.choose", "rewrite.experts"}
     assert all(s["keys"][0] == s["keys"][1] for s in lineage["steps"]) and 0 < lineage["shared"] < min(lineage["keys"])
 
 

@@ -94,7 +94,7 @@ def test_a_profile_is_the_original_and_the_experts_that_stay_in_both_dialects(to
     config = json.loads((out / "config.json").read_text())
     layers, count = config["num_hidden_layers"], config["num_local_experts"]
     copied = call(told, "pull", "told_pipeline@1", tmp_path / "again").stdout
-    assert re.search(r": [0-9]+ files, [0-9.]+ KiB, of which [0-9.]+ KiB are weights, from checkpoint.assemble-", copied)
+    assert re.search(r": [0-9]+ files, [0-9.]+ KiB, of which [0-9.]+ KiB are weights, from checkpoint.assemble_as-", copied)
     last_json(call(told, "pull", "told_pipeline@1", tmp_path / "pruned", "--json"))
     history = json.loads((tmp_path / "pruned" / "moeflow.json").read_text())["layers"]
     kept = {entry["layer"]: entry["done"][-1]["keep"] for entry in history}

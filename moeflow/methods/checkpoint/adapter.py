@@ -211,7 +211,7 @@ class _Planned:
     def _fits(self, product: tuple[int, int], sides: tuple[int, int], form: str) -> bool:
         """Whether the factors' product is a stack's matrix in this form. For a square one PEFT's version tells."""
         if sides[0] == sides[1] == product[0] == product[1]:
-            if self.family.arch.looked_at:  # whether its stacks lie on their side in memory is not known
+            if self.family.arch.turned:  # and it is not known which way PEFT multiplies them then
                 kind = self.family.arch.model_type
                 raise ValueError(f"{self.where}: the experts of this {kind} are square, and so could be meant turned; {WAY_OUT}")
             version = re.match(r"(\d+)\.(\d+)\.(\d+)", str(self.about.get("peft_version")))

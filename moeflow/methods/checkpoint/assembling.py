@@ -7,7 +7,7 @@ from math import prod
 from typing import Any
 
 from moeflow import __version__
-from moeflow.arch import Config, Family, Layout, family_config
+from moeflow.arch import ARCH, Config, Family, Layout, family_config
 from moeflow.methods.checkpoint import export, prediction
 from moeflow.methods.graph import REST
 from moeflow.methods.records import Facts, decision
@@ -34,7 +34,7 @@ def assemble_spec(
     tables = [layer.tensors for layer in layers] + [rest.tensors]
     _packing([{n: shape for n, (_, shape) in table.items()} for table in tables], [layer.experts for layer in layers], config)
     headers = sum(layer.headers for layer in layers) + header_bytes(rest.tensors)
-    names = sum(len(n) + 44 for table in tables for n in table)
+    names = sum(len(n) + 44 for table in tables for n in table) + len(readable(config.get(ARCH, {})))
     weights = sum(layer.nbytes for layer in layers) + file_bytes(rest.tensors)
     parameters = sum(layer.numel for layer in layers) + LayerSpec(config, -1, 0, rest.tensors).numel
     active = sum(layer.active for layer in layers) + operations.head_numel(rest)

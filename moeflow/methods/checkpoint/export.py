@@ -45,7 +45,8 @@ def written(model: Model, form: Form) -> Written:
     differ, packs = _apart(layers, model.moe_layers), "" if packed else _packed(layers)
     why, wrapper = differ or packs, bool(form.layout.inside)
     if not why:
-        own = ARCH in form.whole  # moeflow's own result, whose family may have no such form of its own
+        ours = str(form.whole.get("model_type")).startswith(COMPRESSED)
+        own = ours or ARCH in form.whole  # moeflow's own result, whose family may have no such form of its own
         return Written(form.layout, own=own, as_source=not own)
     coded = next((i for i in model.moe_layers if model.layers[i].spec.output.mxfp4), None)
     if coded is not None:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from moeflow.arch import ARCH, FAMILIES, HEAD, Config, Family, Layout, Stacked, layer_of, layout_in_memory
+from moeflow.arch import ARCH, HEAD, Config, Family, Layout, Stacked, layer_of, layout_in_memory
 from moeflow.arch.by_layer import as_numbers
 from moeflow.arch.found import Found
 from moeflow.model.header import TensorInfo
@@ -37,7 +37,7 @@ class Piece(TensorInfo):
 
 
 def text_config(whole: Config, found: Found | None, where: str) -> Config:
-    """The configuration of the text model: config.json itself, or what lies inside it, with its family if no constant describes it.
+    """The configuration of the text model, config.json itself or what lies inside it, with the `Arch` that was found.
 
     Raises ValueError if it is not where the layout says.
     """
@@ -57,8 +57,7 @@ def text_config(whole: Config, found: Found | None, where: str) -> Config:
         text = text | {"model_type": found.arch.model_type} | above
         if found.shapes is not None:  # the defaults of the two classes may differ, and the whole model's counts
             text["tie_word_embeddings"] = HEAD not in found.shapes
-    text = as_numbers(text)
-    return text if found.arch in FAMILIES else text | {ARCH: found.arch.to_json()}
+    return as_numbers(text) | {ARCH: found.arch.to_json()}
 
 
 def layout_of(tensors: Mapping[str, TensorInfo], family: Family, found: Found | None, uri: str) -> Layout:

@@ -84,9 +84,8 @@ def settled(config: Config, tensors: Mapping[str, TensorInfo], mtp: "Mtp", uri: 
             f"config.json at {uri} says {number} multi-token-prediction layers, and the tensors are of {len(behind)}; correct it, "
             "or take mtp='drop'"
         )
-    if family.arch.looked_at or apart:
-        alike = [_alike(family, tensors, layer, uri, layout) for layer in behind]
-        config = _told(config, tensors, alike[0]) if apart else config
+    alike = [_alike(family, tensors, layer, uri, layout) for layer in behind]
+    config = _told(config, tensors, alike[0]) if apart else config
     for at, layer in enumerate(behind):
         _check(config, tensors, layer, at, uri, layout)
     note = "" if behind else f"the model has no multi-token-prediction layers, so mtp={mtp!r} changes nothing"

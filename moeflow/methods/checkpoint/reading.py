@@ -2,14 +2,15 @@
 
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
-from moeflow.arch import Config, Family
-from moeflow.arch.found import Found, described, found
+from moeflow.arch import ARCH, COMPRESSED, Config, Family, layout_in_memory
+from moeflow.arch.found import Found, found, plain
 from moeflow.methods.checkpoint import foreign
 from moeflow.methods.checkpoint.intake import text_config
-from moeflow.model.config_check import check_config, check_counts, check_half
+from moeflow.model.config_check import check_config, check_counts, check_entries, check_half
 from moeflow.model.header import TensorInfo, read_header
 from moeflow.model.json_file import json_object, kind_of
 from moeflow.model.packed import (
@@ -50,13 +51,20 @@ TOKENIZER = {
 
 
 def looked_at(source: "Source", tensors: Mapping[str, TensorInfo]) -> Found | None:
-    """What looking at the checkpoint's model type tells; None if a constant describes it. Raises ValueError if nothing does."""
+    """What looking at the checkpoint's model type tells; None if config.json already has it, as a result does.
+
+    Raises ValueError if the type is not understood.
+    """
     config = _config_json(source)
-    if not isinstance(config.get("model_type"), str) or described(config):
+    if not isinstance(config.get("model_type"), str) or ARCH in config:
         return None
     where = f"config.json at {source.uri}"
+    check_entries(config, where)
     check_counts(config, where)  # before anything is looked at, which would say less of it
     check_half(config, where)
+    if str(config["model_type"]).startswith(COMPRESSED):  # the result of an earlier release, under its family's own names
+        result = found(plain(config), None, source.uri)
+        return replace(result, layout=layout_in_memory(result.arch, tensors))
     return found(config, tensors, source.uri)
 
 

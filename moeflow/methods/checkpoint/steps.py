@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any, get_args
 
 from moeflow.arch import ARCH, Config, Family, Layout, essential, layer_of
-from moeflow.arch.found import Found
+from moeflow.arch.found import Found, shapes_of
 from moeflow.arch.stock import as_engines_read
 from moeflow.methods.checkpoint import adapter as adapters
 from moeflow.methods.checkpoint import assembling, export, foreign, intake, prediction, reading, remote_code, splitting
@@ -34,7 +34,7 @@ def pinned(source: Source, *, mtp: Mtp | None = None, found: Found | None = None
 
     Reads config.json, the index, the safetensors headers and the small files beside them, no weights. `mtp`: "drop" the
     multi-token-prediction layers, "keep" them unchanged, or "prune" them with the decoder layers; None: as the source says.
-    `found`: what is known of the checkpoint if no constant describes its family, or its tensors are not named as the family's own.
+    `found`: what is known of the checkpoint; None: it is looked at.
 
     Raises ValueError for an unknown family, a checkpoint packed in a way that moeflow does not read, a file that is damaged or says
     what cannot be, and tensors that are not exactly those that config.json asks for.
@@ -69,7 +69,7 @@ def pinned(source: Source, *, mtp: Mtp | None = None, found: Found | None = None
         raise ValueError(f"config.json says {count} layers, but the checkpoint has no tensor of layer {missing[0]}")
 
     history = source.file(HISTORY) if HISTORY in source.names() else None
-    shapes = None if found is None else found.shapes
+    shapes = shapes_of(config) if found is None else found.shapes
 
     def layer_step(i: int) -> Step:
         shards, table = _inputs(by_layer[i], steps)
@@ -280,7 +280,7 @@ def text_model_of(model: Model) -> Step:
 
 
 def told_model_of(model: Model) -> Step:
-    """A checkpoint of the text model alone whose config.json tells its family, which no constant may describe."""
+    """A checkpoint of the text model alone whose config.json tells what was found of its family."""
     if model.form is None or ARCH not in model.config:
         return text_model_of(model)
     return _assembled_as(model, export.Written(Layout(), own=True, as_source=False), model.form)

@@ -10,7 +10,7 @@ from pathlib import Path
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from moeflow.arch import EMBEDDING, FAMILIES, HEAD, Config, Family, layer_of
+from moeflow.arch import EMBEDDING, HEAD, Config, Family, layer_of
 from moeflow.methods.finetune.lora import ADDITIONS, A, B, product
 from moeflow.methods.finetune.recipe import Recipe
 from moeflow.methods.graph import REST
@@ -105,6 +105,6 @@ def _pieces(family: Family, format: Format, layer: int | None, name: str, value:
     else:
         if stack.factors and value.dim() == 3:  # what LoRA adds
             value = stack.joined(value, format)
-        form = PLAIN if format.own or family.arch in FAMILIES else expert_form(family.config, layer)
+        form = PLAIN if format.own else expert_form(family.config, layer)
         for matrix, expert, piece_MN in stack.pieces(value, format, form):
             yield stack.on_disk(family, layer, matrix, expert), piece_MN

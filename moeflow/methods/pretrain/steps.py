@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from moeflow.arch import EMBEDDING, FINAL_NORM, MIXTRAL, Config, Family
+from moeflow.arch import EMBEDDING, FINAL_NORM, Config, Family
 from moeflow.model.spec import TensorTable, file_bytes
 from moeflow.step import Artifact, Context, Spec, step
 
@@ -68,7 +68,7 @@ def table_of(config: Config) -> TensorTable:
     """The tensors of a Mixtral of this configuration, by the hub's names, in the order of its file."""
     d, f, v, e = (int(config[k]) for k in ("hidden_size", "intermediate_size", "vocab_size", "num_local_experts"))
     q, kv = (int(config[k]) * int(config["head_dim"]) for k in ("num_attention_heads", "num_key_value_heads"))
-    family = Family(MIXTRAL, config)
+    family = Family.of(config)
     table: dict[str, tuple[int, ...]] = {EMBEDDING: (v, d), FINAL_NORM: (d,)}
     for i in range(int(config["num_hidden_layers"])):
         prefix = family.prefix(i)

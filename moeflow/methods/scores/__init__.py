@@ -25,5 +25,7 @@ SCORES = {
     "reap": Score(("reap_E", "count_E"), False, "moeflow.methods.scores.functions:reap"),
     "aimer": Score((), True, "moeflow.methods.scores.functions:aimer"),
 }
+OWN_SCORES = dict.fromkeys(("deepseek_v2", "deepseek_v3"), "routing_weight")
+"""By what the authors of Expert Drop rank experts where it is no router score: a row of `DROP_SCORES` by model type."""
 DROP_SCORES = SCORES | {"routing_weight": Score(("weight_E", "tokens"), False, "moeflow.methods.scores.functions:routing_weight")}
 """The scores for Expert Drop: these, and its authors' for DeepSeek, which no search has as a baseline."""

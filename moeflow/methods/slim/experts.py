@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moeflow.arch import FAMILIES, MATRICES, Config, Family
+from moeflow.arch import MATRICES, Config, Family
 from moeflow.methods.graph import load
 from moeflow.methods.moments import second_moment
 from moeflow.methods.rare import treatments
@@ -251,7 +251,7 @@ def _all_at_once(now: Layer, x_TD: Tensor, weights_TE: Tensor) -> list[dict[str,
     counted_TE = weights_TE * torch.tensor([n >= how.least for n in counts], device=weights_TE.device)
     gate_EFD, up_EFD, down_EDF = now.all()
     act = str(now.expert(0).act)  # a row of `ACTIVATIONS`, or the step would have been refused
-    offset = 0.0 if family.arch in FAMILIES else norm_offset(now.config, number)
+    offset = norm_offset(now.config, number)
     made: ScaledExperts = load(how.row.code)(
         gate_EFD, up_EFD, down_EDF, how, inputs=x_TD, weights=counted_TE, act=act, scale_dtype=now.stored
     )

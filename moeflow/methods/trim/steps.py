@@ -15,7 +15,7 @@ from moeflow.arch.fewer_layers import with_fewer_layers
 from moeflow.methods import rewrite
 from moeflow.methods.graph import HIDDEN, Calibration, Model, load
 from moeflow.methods.records import Facts, TrimmedExperts, TrimmedLayers, read_json
-from moeflow.methods.scores import DROP_SCORES
+from moeflow.methods.scores import DROP_SCORES, OWN_SCORES
 from moeflow.methods.trim.sets import sets as sets_of
 from moeflow.model.layout import headers, names_without_experts, read_config
 from moeflow.model.spec import LayerSpec, ObservedSpec, RestSpec
@@ -86,7 +86,7 @@ def expert_drop(calibration: Calibration, how: Trimming) -> Model:
         # experts go one at a time and could stop at a count that the router cannot run with, such as one for SparseMixer
         least = max(family.top_k if how.least is None else how.least, legal if legal > groups else 0)
         total = -(-round(keep * len(layers)) // groups) * groups
-    criterion = family.arch.drop_score if how.criterion == "router_score" else how.criterion
+    criterion = OWN_SCORES.get(family.arch.model_type, how.criterion) if how.criterion == "router_score" else how.criterion
     needs, word = DROP_SCORES[criterion].needs, f"trim.criterion={criterion}"
     read = {i: calibration.counted(i, needs, word) for i in (*layers, *calibration.predicted)}
     same: dict[str, Any] = {"seed": how.seed, "dtype": calibration.dtype}

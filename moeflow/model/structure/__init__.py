@@ -1,4 +1,4 @@
-"""Find out what a model type is made of by looking at transformers' own model of it, where no constant of `moeflow.arch` says it.
+"""Find out what a model type is made of by looking at transformers' own model of it.
 
 A tiny random model of that very type is built from the checkpoint's config.json with smaller sizes (`tiny`), its parts are found by
 running it (`anatomy`), the names on disk by saving it (`names`), the router's arithmetic by comparing what we know with what it

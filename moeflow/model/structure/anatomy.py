@@ -38,6 +38,7 @@ class Anatomy:
     vectors: tuple[str, ...]  # the router's other tensors, [E] or [1, E], inside the layer
     shared: str  # the module of the shared expert inside the layer; "" if there is none
     shared_gate: str  # the matrix [1, D] inside the layer that weighs it; ""
+    turned: bool  # the stacks of experts hold [E, inputs, outputs]
 
     def layer(self, model: nn.Module, number: int) -> nn.Module:
         return model.get_submodule(f"{self.stack}.{number}")
@@ -85,6 +86,7 @@ def dissected(model: Any, experts: int) -> Anatomy:
         router=weight.rpartition(".")[0].partition(".")[0],
         weight=prefix + weight, vectors=tuple(prefix + v for v in vectors),
         shared=prefix + shared if shared else "", shared_gate=prefix + gate if gate else "",
+        turned=is_turned(model.get_submodule(paths[-1])),
     )  # fmt: skip
 
 
@@ -205,11 +207,13 @@ def _shared(block: nn.Module, router: str) -> tuple[str, str]:
 
 def _width(experts: Any) -> int:
     """D, by the stack that has it as its outputs."""
-    return int(experts.down_proj.shape[2 if getattr(experts, "is_transposed", _turned(experts)) else 1])
+    return int(experts.down_proj.shape[2 if is_turned(experts) else 1])
 
 
-def _turned(experts: Any) -> bool:
-    """Whether the stacks are [E, N, M], of a module that does not say it: D is the side that both share on the outside."""
+def is_turned(experts: Any) -> bool:
+    """Whether the stacks are [E, N, M]. Of a module that does not say it, D is the side that both share on the outside."""
+    if hasattr(experts, "is_transposed"):
+        return bool(experts.is_transposed)
     name = "gate_up_proj" if hasattr(experts, "gate_up_proj") else "up_proj"
     first, second = getattr(experts, name).shape, experts.down_proj.shape
     return bool(first[1] == second[2] and first[2] != second[1])

@@ -11,7 +11,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 
 from moeflow.arch import Config
 from moeflow.arch.by_layer import CHOSEN, EXPERTS
-from moeflow.arch.families import ALIASES
+from moeflow.arch.spec import ALIASES
 from moeflow.model.skeleton import config_of
 from moeflow.model.structure.anatomy import Unfit, Unknown
 

@@ -10,7 +10,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
-from moeflow.arch import FAMILIES, Config
+from moeflow.arch import Config
 from moeflow.model.structure.anatomy import Unknown
 from moeflow.model.structure.building import one_line
 from moeflow.model.structure.looking import Answer, look
@@ -38,7 +38,7 @@ NAMES = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_expert
 
 @dataclass(frozen=True)
 class Row:
-    """A model type, and how moeflow knows it: "constant", "structure", or "no" with the reason."""
+    """A model type, and how moeflow knows it: "structure", or "no" with the reason."""
 
     model_type: str
     by: str
@@ -72,16 +72,15 @@ def types() -> list[str]:
 
 def rows(asked: Sequence[str] = ()) -> Iterator[Row]:
     """A row for each of these model types, or for all, as each is looked at."""
-    constants = {arch.model_type for arch in FAMILIES}
     for model_type in asked or types():
         try:
             answer = look(default(model_type))
         except Unknown as why:
-            yield Row(model_type, "constant" if model_type in constants else "no", str(why))
+            yield Row(model_type, "no", str(why))
         except Exception as error:  # of any model's own code, or of ours: either way it does not work
-            yield Row(model_type, "constant" if model_type in constants else "no", one_line(error))
+            yield Row(model_type, "no", one_line(error))
         else:
-            yield Row(model_type, "constant" if model_type in constants else "structure", "", answer)
+            yield Row(model_type, "structure", "", answer)
 
 
 def default(model_type: str) -> Config:

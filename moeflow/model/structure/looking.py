@@ -14,7 +14,7 @@ from moeflow.model.structure.anatomy import Anatomy, Unfit, Unknown, dissected, 
 from moeflow.model.structure.building import built, experts_key, inside_of, text_of, top_k_key, type_of, whole
 from moeflow.model.structure.names import LAYER, OUT, Names, named, ours_of, saved, scrambled, unstacked
 from moeflow.model.structure.proof import prove
-from moeflow.model.structure.routing import routed
+from moeflow.model.structure.routing import in_fp32, routed
 from moeflow.model.structure.spelling import loaded_as, spelled
 from moeflow.model.structure.tiny import EXPERTS, tiny
 
@@ -45,6 +45,10 @@ def look(config: Config, stored: Iterable[str] | None = None) -> Answer:
     config = _as_numbers(config)
     inside = inside_of(config)
     text = text_of(config, inside)
+    if not experts_key(text):
+        config = whole(config)
+        inside = inside_of(config)
+        text = text_of(config, inside)
     if not experts_key(text):
         raise Unknown("its config.json names no number of experts")
     top_k_key(text)
@@ -97,6 +101,7 @@ def _seen(config: Config, text: Config, inside: tuple[str, ...], small: Config, 
     tiny_arch = replace(arch, moe=anatomy.moe, expert_width=_width(model, anatomy))
     block = anatomy.layer(model, layer).get_submodule(anatomy.block)
     tiny_arch = routed(tiny_arch, little, tensors, layer, block, vectors)
+    tiny_arch = replace(tiny_arch, router_fp32=in_fp32(block, anatomy.weight.removeprefix(f"{anatomy.block}.")))
     proven = prove(tiny_arch, little, tensors, model, anatomy)
     handed_on = _handed_on(anatomy.layer(model, layer), model, little)
     arch = replace(tiny_arch, moe=all_of_it.moe, expert_width=all_of_it.width, handed_on=handed_on)
@@ -133,6 +138,8 @@ class _Whole:
                 if len(matrices["down"]) != experts:
                     raise Unknown(f"layer {number} has {len(matrices['down'])} experts where config.json says {experts}")
                 moe[number] = int(matrices["down"][0].shape[1])
+        if not moe:
+            raise Unknown("no layer has experts, by what its config.json says of its layers")
         if len(set(moe.values())) != 1:
             raise Unknown("the experts of its layers differ in width")
         return _Whole(
@@ -180,7 +187,7 @@ def _arch(anatomy: Anatomy, names: Names, whole: _Whole, text: Config, key: str,
         memory=names.memory, block=anatomy.block, block_router=anatomy.router, norm=names.inside(f"{anatomy.norm}."). rstrip("."),
         attention=anatomy.attention or _mixer(anatomy, whole), experts_key=key, top_k_key=chosen,
         moe=whole.moe, expert_width=whole.width, norm_feeds_more=anatomy.norm_feeds_more,
-        rest=tuple((a, b) for a, b in rest if a != b), looked_at=True,
+        rest=tuple((a, b) for a, b in rest if a != b), turned=anatomy.turned,
     )  # fmt: skip
 
 
@@ -215,13 +222,13 @@ def _fitting(model: Any, anatomy: Anatomy, stored: set[str] | None, real: Any) -
     """
     unknown: dict[bool, Unknown] = {}  # by whether it is the original format
     found: list[Names] = []
-    alone = False  # whether transformers reads and writes a tensor for each matrix of an expert
+    single: Names | None = None  # as transformers reads and writes a tensor for each matrix of an expert
     for original in (True, False):
         try:
             disk = saved(model, original=original)
             names = spelled(named(model, anatomy, disk), anatomy, loaded_as(model, disk))
-            alone = alone or not names.layout.stacked
-            found.append(replace(names, layout=replace(names.layout, per_expert=alone)))
+            single = names if single is None and not names.layout.stacked else single
+            found.append(_one_by_one(names, single) if single else names)
         except Unknown as error:
             unknown[original] = error
     if not found or (stored is None and unknown.get(True)):
@@ -235,6 +242,24 @@ def _fitting(model: Any, anatomy: Anatomy, stored: set[str] | None, real: Any) -
         raise unknown.get(True) or error from None
     scores = [sum(t in stored for t in _expected(v, anatomy)) for v in candidates]
     return candidates[scores.index(max(scores))]
+
+
+def _one_by_one(names: Names, single: Names) -> Names:
+    """The names, which may be of stacks, of a family whose checkpoints have a tensor for each matrix of an expert (`single`).
+
+    Where nothing else is renamed, what is in stacks is called here as it is where it is not.
+    """
+    layout = names.layout
+    if names.experts == single.experts or layout.renamed or single.layout.renamed or single.biases or names.stack != single.stack:
+        return replace(names, layout=replace(layout, per_expert=names.experts == single.experts))
+    parts = dict(zip(names.experts, single.experts, strict=True))
+    stacked = tuple(replace(s, parts=tuple(f"{LAYER}{{layer}}.{parts[_inside(p)]}" for p in s.parts)) for s in layout.stacked)
+    renamed = tuple((f"{LAYER}{{layer}}.{memory}", f"{LAYER}{{layer}}.{disk}") for disk, memory in single.memory)
+    return replace(single, layout=replace(layout, stacked=stacked, renamed=renamed, per_expert=True))
+
+
+def _inside(template: str) -> str:
+    return template.removeprefix(f"{LAYER}{{layer}}.")
 
 
 def _alone(names: Names) -> Names:

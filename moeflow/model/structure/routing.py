@@ -3,13 +3,16 @@
 Shapes are suffixes: N sequences, L positions, T tokens, D model width.
 """
 
+import copy
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moeflow.arch import ARCH, Arch, Config
 from moeflow.model.checkpoint import read_moe
@@ -54,6 +57,29 @@ def output(block: nn.Module, x_NLD: Tensor) -> Tensor:
         raise Unknown(f"its MoE block takes more than hidden states ({' '.join(str(error).split())[:90]})") from None
     out = out[0] if isinstance(out, tuple) else out
     return out.view(x_NLD.shape)
+
+
+def in_fp32(block: nn.Module, weight: str) -> bool:
+    """Whether the router of this block, whose matrix has this name there, computes logits in fp32 where the model is in bf16."""
+    half = copy.deepcopy(block).to(torch.bfloat16)
+    sides = tuple(half.get_parameter(weight).shape)
+    watch = _Products({sides, sides[::-1]})
+    with torch.no_grad(), watch, suppress(Exception):  # of what comes behind the router: not every expert runs in bf16
+        half(torch.randn(2, 24, sides[1], generator=torch.Generator().manual_seed(5)).to(torch.bfloat16))
+    return torch.float32 in watch.seen
+
+
+class _Products(TorchDispatchMode):
+    """Notes the precision of every product with a matrix of one of these shapes."""
+
+    def __init__(self, shapes: set[tuple[int, ...]]) -> None:
+        super().__init__()
+        self.shapes, self.seen = shapes, set[torch.dtype]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "mm" in func.__name__:
+            self.seen |= {t.dtype for t in args if isinstance(t, Tensor) and tuple(t.shape) in self.shapes}
+        return func(*args, **(kwargs or {}))
 
 
 def _guesses(arch: Arch, config: Config, vectors: tuple[str, ...]) -> Iterator[Arch]:

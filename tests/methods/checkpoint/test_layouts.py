@@ -192,7 +192,7 @@ def test_the_text_model_of_a_wrapper_loads_alone(tmp_path: Path) -> None:
 
 @torch.inference_mode()
 def test_a_model_that_is_trained_tells_its_family(tmp_path: Path) -> None:
-    """Which no constant describes, and a config.json of transformers does not tell."""
+    """Which a config.json of transformers does not tell."""
     source = layouts.write("granitemoe", tmp_path / "model")
     model = model_in(source, KINDS["granitemoe"].found)
     store, target = store_in(tmp_path), checkpoint.told_model_of(model)

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from moeflow.arch import MIXTRAL
 from moeflow.methods.decompose.lowrank import components, energies, vanilla
 from moeflow.methods.moments import Moments, expert_moments, layer_moments, second_moment
 from moeflow.model.moe import MLP, LowRank, MoELayer
 from moeflow.model.router import Router
+from tests.layers import MIXTRAL
 
 SHAPES = [(20, 36), (36, 20), (24, 24)]
 KINDS = ["inputs", "outputs"]

@@ -134,8 +134,8 @@ def test_another_ratio_or_criterion_never_calibrates_again(done: tuple[Store, St
     for target in (graph(model, matrix, keep=4), by_score):
         ran = {s.name for s in running.run(store, target).steps if s.state == "run"}
         assert ran == {
-            "prune.choose", "rewrite.experts", "checkpoint.assemble", "evaluate.size", "calibrate.advance", "evaluate.quality",
-            "evaluate.speed", *(["evaluate.layers"] if target is not by_score else []),
+            "prune.choose", "rewrite.experts", "checkpoint.assemble", "checkpoint.assemble_as", "evaluate.size",
+            "calibrate.advance", "evaluate.quality", "evaluate.speed", *(["evaluate.layers"] if target is not by_score else []),
         }  # fmt: skip
 
 

@@ -8,7 +8,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from moeflow.arch import ARCH
-from moeflow.arch.found import described
 from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.finetune import lora
 from moeflow.methods.finetune.peft_format import inexpressible, write_adapter
@@ -30,8 +29,7 @@ def trained(base: Path, names: list[str]) -> tuple[object, dict[str, torch.Tenso
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    if not described(model.config.to_dict()):  # a family without a constant, as a checkpoint's config.json tells it
-        setattr(model.config, ARCH, look(model.config.to_dict()).arch.to_json())
+    setattr(model.config, ARCH, look(model.config.to_dict()).arch.to_json())  # as config.json in a run
     lora.attach(model, names, RECIPE)
     made = {n: torch.randn_like(p) * 0.2 for n, p in parameters_of(model).items()}
     sums = {

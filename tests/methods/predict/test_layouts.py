@@ -1,4 +1,4 @@
-"""Prediction layers of families that no constant describes, of experts in stacks, and beside a multimodal model's text model."""
+"""Prediction layers of families of other kinds, of experts in stacks, and beside a multimodal model's text model."""
 
 import json
 from pathlib import Path

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from benchmarks.genetic import planted
-from moeflow.arch.families import DEEPSEEK_V2
+from moeflow.arch import Arch
 from moeflow.methods.graph import load
 from moeflow.methods.prune import genetic, swap
 from moeflow.methods.prune.evaluated import Evaluate, Evaluated, enumerate_all
 from moeflow.methods.prune.gram import Weighed
 from moeflow.methods.prune.searches import SUBSET_SEARCHES, Search
 from moeflow.methods.prune.subsets import Subset, Subsets
-from tests.layers import layer
+from tests.layers import NAMES, layer
 
 SEARCHES = {"enumerate": enumerate_all, "genetic": genetic.search, "swap": swap.search}
 
@@ -148,7 +148,8 @@ def test_the_best_subsets_differ_and_come_in_order(name: str) -> None:
 @pytest.mark.parametrize("name", SEARCHES)
 def test_every_group_keeps_as_many_and_the_protected_stay(name: str) -> None:
     """A group-limited router, on which the genetic search and the swap search find what enumeration finds."""
-    moe = layer(12, 2, DEEPSEEK_V2, groups=3, topk_groups=1, normalize=False)
+    arch = Arch(model_type="groups", groups=True, normalize="never", **NAMES)
+    moe = layer(12, 2, arch, groups=3, topk_groups=1, normalize=False)
     evaluate = Counted(Weighed.of(moe, [torch.randn(200, 8, generator=torch.Generator().manual_seed(0))]))
     best = every(evaluate, Subsets(12, 6, 3))[0][0]
     protected = tuple(e for e in range(4) if e not in best)[:1]

@@ -3,14 +3,15 @@
 from itertools import combinations
 from math import comb
 from random import Random
+from typing import Any
 
 import pytest
 import torch
 
-from moeflow.arch import FAMILIES, Arch
+from moeflow.arch import Arch
 from moeflow.methods.prune.errors import mask_of, squared_errors, squared_errors_by_expert
 from moeflow.methods.prune.subsets import Subsets
-from tests.layers import layer, squared_errors_direct
+from tests.layers import NAMES, layer, squared_errors_direct
 
 
 def test_all_subsets_are_there_once_and_the_last_experts_stay_first() -> None:
@@ -20,8 +21,18 @@ def test_all_subsets_are_there_once_and_the_last_experts_stay_first() -> None:
     assert subsets[0] == (2, 3, 4) and subsets[-1] == (0, 1, 2)
 
 
-@pytest.mark.parametrize("arch", FAMILIES, ids=lambda a: a.model_type)
-def test_the_gram_identity_is_the_direct_error_for_every_router(arch: Arch) -> None:
+ROUTERS: dict[str, dict[str, Any]] = {
+    "weights that sum to one": {"normalize": "always"},
+    "weights as they are": {"normalize": "never"},
+    "sparsemixer": {"score": "sparsemixer", "normalize": "never"},
+    "groups by their best": {"groups": True, "group_score": "max", "normalize": "never"},
+    "sigmoid, groups by two, a bias": {"score": "sigmoid", "groups": True, "group_score": "top2", "router_bias": "bias"},
+}
+
+
+@pytest.mark.parametrize("how", ROUTERS.values(), ids=ROUTERS)
+def test_the_gram_identity_is_the_direct_error_for_every_router(how: dict[str, Any]) -> None:
+    arch = Arch(model_type="any", **NAMES, **how)
     groups = {"groups": 2, "topk_groups": 1} if arch.groups else {}
     bias = {"bias_E": torch.linspace(-0.2, 0.2, 8)} if arch.router_bias else {}
     moe = layer(8, 2, arch, normalize=arch.normalize != "never", scale=1.5 if arch.groups else 1.0, jitter=0.01, **groups, **bias)
