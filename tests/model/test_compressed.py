@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -308,6 +309,19 @@ def test_import_moeflow_may_come_after_transformers() -> None:
         "print(type(AutoConfig.for_model('moeflow_mixtral', num_hidden_layers=0)).__name__)"
     )
     assert python("-c", code, MOEFLOW_AUTOLOAD="0") == ["False", "MoeflowMixtralConfig"]
+
+
+def test_a_configuration_crosses_into_a_process_that_has_loaded_nothing(mixtral: Path, tmp_path: Path) -> None:
+    """As an engine with workers of its own sends it."""
+    (tmp_path / "config.pickle").write_bytes(pickle.dumps(load(mixtral).config))
+    code = (
+        "import pickle, pathlib, moeflow.model.compressed as here\n"
+        f"config = pickle.loads(pathlib.Path({str(tmp_path / 'config.pickle')!r}).read_bytes())\n"
+        "print(type(config).__name__, config.model_type, here.MODELS[config.model_type].__name__)"
+    )
+    assert python("-c", code) == ["MoeflowMixtralConfig", "moeflow_mixtral", "MoeflowMixtralForCausalLM"]
+    with pytest.raises(AttributeError, match="no attribute 'MoeflowNothing'"):
+        getattr(compressed, "MoeflowNothing")  # noqa: B009
 
 
 @pytest.mark.slow

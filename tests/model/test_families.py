@@ -1,5 +1,6 @@
 """Our reading of a checkpoint against transformers' own: a swapped name, a wrong axis or a wrong router cannot pass."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from moeflow.model.checkpoint import Tensors, read_moe
 from moeflow.model.layout import Folder, read_config
 from moeflow.model.router import dense
 from moeflow.model.stream import HIDDEN, Stream
+from tests import tiny
 
 
 def block_of(model: Any, folder: Path, layer: int) -> Any:
@@ -30,6 +32,17 @@ def test_our_layer_computes_what_transformers_computes(family: Path) -> None:
         torch.testing.assert_close(ours(x_TD), theirs, rtol=1e-5, atol=1e-5)
         by_all = torch.einsum("te,ted->td", ours.weights(x_TD), ours.expert_outputs(x_TD))
         torch.testing.assert_close(ours.routed_output(x_TD), by_all, rtol=1e-5, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_a_config_json_that_leaves_out_what_transformers_takes_by_default_is_the_same_model(tmp_path: Path) -> None:
+    """A Phi-3.5-MoE without `router_jitter_noise`, which decides how near a second expert must be."""
+    folder = tiny.write("phimoe", tmp_path / "model")
+    config = {k: v for k, v in json.loads((folder / "config.json").read_text()).items() if "jitter" not in k}
+    (folder / "config.json").write_text(json.dumps(config))
+    model, x_TD = AutoModelForCausalLM.from_pretrained(folder).eval(), torch.randn(400, config["hidden_size"])
+    theirs = block_of(model, folder, 0)(x_TD[None])[0]
+    torch.testing.assert_close(read_moe(Tensors(folder), read_config(Folder(folder)), 0)(x_TD), theirs, rtol=1e-5, atol=1e-5)
 
 
 @torch.inference_mode()
