@@ -1,6 +1,8 @@
 """Looking at model types in the tests: in their own process, where torch is loaded already, and remembered by all of them."""
 
 import json
+from contextlib import redirect_stderr
+from io import StringIO
 from typing import Any
 
 import pytest
@@ -27,7 +29,8 @@ def here(request: str) -> dict[str, Any]:
     precision = torch.get_default_dtype()  # a model may be in the middle of being built
     torch.set_default_dtype(torch.float32)
     try:
-        with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.device("cpu"):
+        quiet = redirect_stderr(StringIO())  # of bars, as what a process writes there
+        with quiet, torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.device("cpu"):
             return json.loads(json.dumps(answer(json.loads(request))))
     finally:
         torch.set_default_dtype(precision)

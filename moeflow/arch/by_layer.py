@@ -9,11 +9,13 @@ CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "
 SIZES = ("moe_intermediate_size", "num_shared_expert", "num_shared_experts", "n_shared_experts")
 
 
+def listed(config: Config) -> list[str]:
+    """The keys for which a config.json may list a number for each layer, and does."""
+    count = config.get("num_hidden_layers")
+    return [k for k in (*EXPERTS, *CHOSEN, *SIZES) if isinstance(v := config.get(k), list) and v and len(v) == count]
+
+
 def as_numbers(config: Config) -> Config:
     """The configuration with a number where it lists the same one for every layer, as Hunyuan-A13B is published."""
-    numbers = {}
-    for key in (*EXPERTS, *CHOSEN, *SIZES):
-        value = config.get(key)
-        if isinstance(value, list) and value and type(value[0]) is int and all(one == value[0] for one in value):
-            numbers[key] = value[0]
-    return config | numbers
+    alike = ((k, config[k]) for k in listed(config) if type(config[k][0]) is int and len({*map(str, config[k])}) == 1)
+    return config | {k: value[0] for k, value in alike}

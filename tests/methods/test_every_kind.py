@@ -172,7 +172,7 @@ REFUSED: dict[str, dict[str, str]] = {
 }  # fmt: skip
 """What a plan says, by kind and row; all other cells run. `tiny` and a search keep one number of experts, so that any kind can."""
 del REFUSED["mxfp4"]["tiny"]
-REFUSED["mxfp4"]["fit for transformers"] = "a budget of .* bytes cannot be met: what is offered takes"  # no bits are on offer
+REFUSED["mxfp4"]["fit for transformers"] = "a budget of .* cannot be met: what is offered takes"  # no bits are on offer
 OFTEN = {("slim=awq", "transposed")}
 CELLS = [
     pytest.param(row, kind, marks=() if (row, kind) in OFTEN else pytest.mark.slow, id=f"{kind}-{row}")

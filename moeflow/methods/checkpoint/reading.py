@@ -7,6 +7,7 @@ from math import ceil
 from typing import TYPE_CHECKING, Any
 
 from moeflow.arch import ARCH, COMPRESSED, Config, Family, layout_in_memory
+from moeflow.arch.by_layer import listed
 from moeflow.arch.found import Found, found, plain
 from moeflow.methods.checkpoint import foreign
 from moeflow.methods.checkpoint.intake import text_config
@@ -59,7 +60,8 @@ def looked_at(source: "Source", tensors: Mapping[str, TensorInfo]) -> Found | No
     if not isinstance(config.get("model_type"), str) or ARCH in config:
         return None
     where = f"config.json at {source.uri}"
-    check_entries(config, where)
+    by_layer = listed(config)  # what differs by layer is told by looking
+    check_entries({k: v for k, v in config.items() if k not in by_layer}, where)
     check_counts(config, where)  # before anything is looked at, which would say less of it
     check_half(config, where)
     if str(config["model_type"]).startswith(COMPRESSED):  # the result of an earlier release, under its family's own names

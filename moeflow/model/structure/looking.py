@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from moeflow.arch import Arch, Config, Layout
 from moeflow.arch.by_layer import as_numbers
 from moeflow.model.structure.anatomy import Anatomy, Unfit, Unknown, dissected, ids, is_attention, is_experts, language
-from moeflow.model.structure.building import built, experts_key, inside_of, text_of, top_k_key, type_of, whole
+from moeflow.model.structure.building import built, configuration, experts_key, inside_of, text_of, top_k_key, type_of, whole
 from moeflow.model.structure.names import LAYER, OUT, Names, named, ours_of, saved, scrambled, unstacked
 from moeflow.model.structure.proof import prove
 from moeflow.model.structure.routing import in_fp32, routed
@@ -42,6 +42,7 @@ def look(config: Config, stored: Iterable[str] | None = None) -> Answer:
 
     Raises Unknown, which says in one line what was not understood.
     """
+    given = config
     config = _as_numbers(config)
     inside = inside_of(config)
     text = text_of(config, inside)
@@ -52,6 +53,7 @@ def look(config: Config, stored: Iterable[str] | None = None) -> Answer:
     if not experts_key(text):
         raise Unknown("its config.json names no number of experts")
     top_k_key(text)
+    configuration(given)  # what transformers refuses as it is, nothing loads
     text["model_type"] = type_of(config, inside)
     first: Exception | None = None
     for small in _smaller(config):
