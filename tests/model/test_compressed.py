@@ -311,6 +311,7 @@ def test_import_moeflow_may_come_after_transformers() -> None:
     assert python("-c", code, MOEFLOW_AUTOLOAD="0") == ["False", "MoeflowMixtralConfig"]
 
 
+@pytest.mark.slow
 def test_a_configuration_crosses_into_a_process_that_has_loaded_nothing(mixtral: Path, tmp_path: Path) -> None:
     """As an engine with workers of its own sends it."""
     (tmp_path / "config.pickle").write_bytes(pickle.dumps(load(mixtral).config))

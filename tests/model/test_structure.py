@@ -88,6 +88,7 @@ def test_a_multimodal_model_around_any_text_model_is_understood() -> None:
     assert "lm_head.weight" not in answer.shapes and answer.proven["streamed"] == 0.0
 
 
+@pytest.mark.slow
 def test_what_a_look_found_is_remembered_and_only_the_family_enters_the_configuration(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -28,7 +28,7 @@ OURS = [
 @pytest.mark.parametrize(
     ("name", "family", "removed", "more"),
     [
-        ("mixtral_moei2", "mixtral", 0.5, []),
+        pytest.param("mixtral_moei2", "mixtral", 0.5, [], marks=pytest.mark.slow),
         ("mixtral_moei2", "mixtral", 0.5, OURS),
         pytest.param("qwen15_moe", "qwen2_moe", 0.5, [], marks=pytest.mark.slow),
         pytest.param("qwen15_moe", "qwen2_moe", 0.5, OURS, marks=pytest.mark.slow),
@@ -72,6 +72,7 @@ def test_the_constants_are_the_papers() -> None:
         assert (counts.rule, search.method, cut.svd, cut.ranks) == ("paper", "genetic", "vanilla", "paper")
 
 
+@pytest.mark.slow
 def test_choices_of_a_pipeline_can_be_read_and_diffed(tmp_path: Path) -> None:
     source, matrix = tiny.write("mixtral", tmp_path / "model"), running.matrix_of(tmp_path)
     build = pipeline.load(PIPELINES / "mixtral_moei2.py")

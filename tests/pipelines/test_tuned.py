@@ -25,7 +25,13 @@ DISTILLED = ["tune=compressed_experts", "tune.loss=kl"]
     ("name", "family", "more", "changed"),
     [
         ("mixtral_moei2", "mixtral", MOEI2, (".experts.", ".self_attn.")),
-        ("mixtral", "mixtral", [*words.TEXT, "tune=lora", "skipping=median"], (".experts.", ".self_attn.")),
+        pytest.param(
+            "mixtral",
+            "mixtral",
+            [*words.TEXT, "tune=lora", "skipping=median"],
+            (".experts.", ".self_attn."),
+            marks=pytest.mark.slow,
+        ),
         pytest.param("olmoe", "olmoe", [], (".experts.compressed.", ".mlp.gate.", "embed_tokens"), marks=pytest.mark.slow),
         pytest.param("phimoe", "phimoe", DISTILLED, (".experts.compressed.",), marks=pytest.mark.slow),
     ],

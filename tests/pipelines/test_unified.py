@@ -59,6 +59,7 @@ def test_a_recipe_runs_on_a_small_model_of_its_family(
         check(store, target, family, recipe, tmp_path / order)
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_low_rank_experts_are_packed_by_the_recipe_that_we_add(tmp_path: Path) -> None:
     source, matrix = tiny.write("mixtral", tmp_path / "model", intermediate_size=96), running.matrix_of(tmp_path)
@@ -131,6 +132,7 @@ def test_what_is_no_recipe_is_refused_in_one_line(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @torch.inference_mode()
+@pytest.mark.slow
 def test_gptq_by_activation_order_and_grids_with_zero_points_are_reached_from_the_command_line(tmp_path: Path) -> None:
     source, matrix = tiny.write("mixtral", tmp_path / "model"), running.matrix_of(tmp_path)
     build, store = pipeline.load(PIPELINES / "mixtral_unified.py"), running.store_in(tmp_path)
@@ -143,6 +145,7 @@ def test_gptq_by_activation_order_and_grids_with_zero_points_are_reached_from_th
     assert len(keys) == 3
 
 
+@pytest.mark.slow
 def test_what_trimming_left_is_fine_tuned_before_it_is_slimmed(tmp_path: Path) -> None:
     source, matrix = tiny.write("mixtral", tmp_path / "model"), running.matrix_of(tmp_path)
     store, out = running.store_in(tmp_path), tmp_path / "out"

@@ -100,7 +100,7 @@ def test_a_full_training_is_that_of_a_plain_loop_in_every_family(family: Path, s
         assert torch.allclose(after[name], wanted[name], atol=2e-4), name
 
 
-@pytest.mark.parametrize("kind", ["standard", "compressed"])
+@pytest.mark.parametrize("kind", [pytest.param("standard", marks=pytest.mark.slow), "compressed"])
 def test_the_merged_model_computes_what_lora_trained(kind: str, family: Path, store: Store, rows: Any, tmp_path: Path) -> None:
     """Of standard checkpoints, and of those whose layers differ and have low-rank experts in every combination."""
     model = model_in(family if kind == "standard" else compress(family, tmp_path / family.name))

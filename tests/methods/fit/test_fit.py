@@ -76,6 +76,7 @@ def test_a_fitted_model_takes_no_more_than_its_budget_and_is_as_far_as_was_measu
     assert decision(store, three_quarters)["before"] <= said["before"]
 
 
+@pytest.mark.slow
 def test_around_a_choice_only_the_most_promising_are_measured(small_offer: Calibration, tmp_path: Path) -> None:
     """At a third of the bytes the layers as they are are none of them."""
     store = running.store_in(tmp_path)
@@ -143,6 +144,7 @@ def test_the_command_plans_and_asks_for_one_budget(tmp_path: Path) -> None:
     assert refused.exit_code == 2 and "a budget of 1000 bytes cannot be met" in refused.output
 
 
+@pytest.mark.slow
 def test_a_frontier_is_shown_once_a_fit_has_measured_it(tmp_path: Path) -> None:
     tiny.write("mixtral", tmp_path / "model")
     words = ["fit", str(tmp_path / "model"), "--store", str(tmp_path / "store"), "-p", "offers.group=8"]

@@ -37,7 +37,7 @@ def source(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return tiny.write(request.param, tmp_path / "model")
 
 
-@pytest.mark.parametrize("ranks", RANKS)
+@pytest.mark.parametrize("ranks", [pytest.param("uniform", marks=pytest.mark.slow), "decided by a run"])
 def test_packed_factors_load_and_compute_what_their_codes_say(source: Path, ranks: str, tmp_path: Path) -> None:
     """By `from_pretrained` and streamed; skipping, another search and a second import go on from there."""
     store, calibration = store_in(tmp_path), calibrated(model_in(source), tmp_path)
