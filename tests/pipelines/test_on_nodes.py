@@ -41,7 +41,7 @@ def planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Planned:
         ("mixtral", MIXTRAL),
         ("mixtral_moei2", MIXTRAL),
         ("mixtral_unified", MIXTRAL),
-        ("olmoe", OLMOE),
+        pytest.param("olmoe", OLMOE, marks=pytest.mark.slow),
         ("phimoe", PHI),
         pytest.param("deepseek_v2_lite", DEEPSEEK, marks=pytest.mark.slow),
         pytest.param("deepseek_v2_lite_unified", DEEPSEEK, marks=pytest.mark.slow),

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from moeflow.arch import Layout, Stacked
-from moeflow.model.structure.anatomy import Anatomy, Unknown
+from moeflow.model.structure.anatomy import Anatomy, Unknown, is_turned
 
 LAYER, EMBED, NORM, OUT = "model.layers.", "model.embed_tokens.", "model.norm.", "lm_head."
 """The beginnings of names that moeflow works on."""
@@ -182,7 +182,7 @@ def unstacked(module: Any) -> tuple[dict[str, list[Tensor]], dict[str, list[Tens
     stacks = dict(module.named_parameters(recurse=False))
     gated = "gate_up_proj" in stacks
     first = "gate_up_proj" if gated else "up_proj"
-    turned = getattr(module, "is_transposed", stacks[first].shape[1] == stacks["down_proj"].shape[2])
+    turned = is_turned(module)
     joined = getattr(module, "is_concatenated", True)
     if other := set(stacks) - {first, "down_proj", f"{first}_bias", "down_proj_bias"}:
         raise Unknown(f"its experts have {', '.join(sorted(other))} beside their matrices")
