@@ -108,6 +108,16 @@ class Bench:
             model = stage(self.calibrated(model))
         return self.judged(model)
 
+    def recipes(self) -> dict[str, Judged]:
+        """Every recipe that this model can have: small experts have no rank, or no width, for some."""
+        made = {}
+        for name, stages in RECIPES.items():
+            try:
+                made[name] = self.recipe(stages)
+            except ValueError as error:
+                print(f"without {name!r}: {error}", file=sys.stderr, flush=True)
+        return made
+
     def fitted(self, part: float, rows: int = 0, **offers: Any) -> Judged:
         """What fit builds; with `rows` of text, recovered towards the original before it is quantized."""
         whole = sum(layer.spec.output.nbytes for layer in self.original.layers)
@@ -145,7 +155,7 @@ def main(
         folder = SHARED / "models" / name
         for seed in seeds:
             bench = Bench(store, str(folder if folder.is_dir() else models.trained(name, store)), seed)
-            recipes = {recipe: bench.recipe(stages) for recipe, stages in RECIPES.items()}
+            recipes = bench.recipes()
             for part in budgets:
                 ours = bench.fitted(part, **OFFERS)
                 known = {n: r for n, r in recipes.items() if r.part <= part}
@@ -165,6 +175,7 @@ def main(
                 ours = bench.fitted(alone.part, **OFFERS)
                 rows_of, line = _beside(name, seed, alone.part, {f"ranks alone, {part:.0%} removed": alone}, ours)
                 lines.append(line)
+                print(line, file=sys.stderr, flush=True)
                 rows += rows_of
         won = sum(ratio <= 0.9 for ratio in ahead)
         rows.append(

@@ -18,7 +18,7 @@ from moeflow.methods.slim.quantized import Quantized
 from moeflow.methods.slim.rounding import round_to_nearest
 from moeflow.model.checkpoint import save
 from moeflow.model.layout import Folder, read_config
-from moeflow.model.packed import PACKED, SCALE, SHAPE
+from moeflow.model.packed import ADDED_IN, ADDED_OUT, PACKED, SCALE, SHAPE
 from tests.models import loaded, logits
 from tests.running import facts_of
 
@@ -54,7 +54,8 @@ def reports(folder: Path) -> list[dict[str, Any]]:
 
 
 def plain(folder: Path, out: Path) -> Path:
-    """The checkpoint with every packed matrix multiplied out, by codes and scales as compressed-tensors defines them."""
+    """The checkpoint with every packed matrix multiplied out, by codes and scales as compressed-tensors defines them, and what is
+    added beside it."""
     out.mkdir()
     raw = {n: t for file in sorted(folder.glob("*.safetensors")) for n, t in load_file(file).items()}
     whole = dict(raw)
@@ -66,6 +67,8 @@ def plain(folder: Path, out: Path) -> Path:
         codes = torch.tensor([[(int(w) >> (bits * k)) % (1 << bits) for w in row for k in range(32 // bits)] for row in words])
         codes = codes[:, : shape[1]] - (1 << (bits - 1))
         whole[stem] = (codes.view(*scale.shape, -1) * scale[..., None].double()).flatten(1).float()
+        if stem + ADDED_OUT in whole:
+            whole[stem] += whole.pop(stem + ADDED_OUT).float() @ whole.pop(stem + ADDED_IN).float()
     save(whole, out / "model.safetensors")
     config = read_config(Folder(folder))
     config.pop("quantization_config", None)

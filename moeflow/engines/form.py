@@ -50,7 +50,7 @@ class Form:
     width: int | None = None
     """The inner units of an expert; None where it is not known."""
     ranks: bool = False
-    """Matrices of experts are, or may become, products of two."""
+    """Matrices of experts are, or may become, products of two, or have one added to them."""
     gone: bool = False
     """Layers lack, or may lose, their MoE block."""
     routing: str = ""
@@ -119,8 +119,9 @@ def form_of(config: Mapping[str, Any]) -> Form:
     words = ["skipping of experts"] * any(f.get("skip") for f in formats)
     words += ["Compressed Experts"] * any(f.get("compressed") for f in formats)
     width = next((text[k] for k in ("moe_intermediate_size", "intermediate_size") if isinstance(text.get(k), int)), None)
+    low_rank = any(f.get("ranks") or f.get("added") for f in formats)
     return Form(
-        str(config.get("model_type", "")).removeprefix(OWN), frozenset(counts), width, any(f.get("ranks") for f in formats),
+        str(config.get("model_type", "")).removeprefix(OWN), frozenset(counts), width, low_rank,
         any(f.get("gone") for f in formats), " and no ".join(words), _packings(config, text), llama_cpp=in_llama_cpp(text),
     )  # fmt: skip
 

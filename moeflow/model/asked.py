@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from moeflow.arch import EMBEDDING, HEAD, LAYERS, Config, Family, layer_of
 from moeflow.model.formats import Format, format_of, routing_shapes, some
-from moeflow.model.packed import Shapes, logical, packed_shapes
+from moeflow.model.packed import Shapes, unpacked_shapes
 from moeflow.model.spec import TensorTable, shapes_of
 
 Shape = tuple[int | None, ...]
@@ -27,7 +27,7 @@ def check_layer(config: Config, layer: int, table: TensorTable, known: Shapes | 
         raise ValueError(
             f"config.json says that layer {layer} has {wanted.words()}, its tensors say {format.words()}; correct one of them"
         )
-    stored, experts = _unpacked(shapes, config), _experts(family, format, layer)
+    stored, experts = unpacked_shapes(shapes, config), _experts(family, format, layer)
     if known is None:
         _compare(f"layer {layer}", experts, {n: s for n, s in stored.items() if n.startswith(family.experts(layer))})
     else:
@@ -46,7 +46,7 @@ def check_rest(config: Config, table: TensorTable, known: Shapes | None = None) 
         asked[HEAD] = asked[EMBEDDING]
     elif HEAD in asked and HEAD not in table and EMBEDDING in table:
         raise ValueError(f"the checkpoint has no tensor {HEAD}; it is incomplete, or tie_word_embeddings is wrong")
-    _compare("the checkpoint", asked, _unpacked(shapes_of(table), config))
+    _compare("the checkpoint", asked, unpacked_shapes(shapes_of(table), config))
 
 
 def _beside(family: Family, format: Format, layer: int, known: Shapes) -> dict[str, Shape]:
@@ -75,12 +75,6 @@ def _experts(family: Family, format: Format, layer: int) -> dict[str, Shape]:
         for matrix, template in zip(family.matrices, family.arch.expert_biases, strict=False):
             shapes[template.format(layer=layer, expert=expert)] = sides[matrix][:1]
     return shapes | dict(routing_shapes(family, format, layer, width or 0, inner or 0))
-
-
-def _unpacked(shapes: Shapes, config: Config) -> dict[str, Shape]:
-    """The names and shapes of these tensors, of packed matrices as if they were not."""
-    unpacked = packed_shapes(shapes, config)
-    return {name: tuple(unpacked.get(name, shapes.get(name, ()))) for name in logical(shapes)}
 
 
 def _compare(what: str, asked: Mapping[str, Shape], stored: Mapping[str, Shape]) -> None:

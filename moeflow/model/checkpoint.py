@@ -14,7 +14,7 @@ from moeflow.arch import Config, Family
 from moeflow.model.header import TensorInfo
 from moeflow.model.layout import Files, Folder, SingleFile, experts_in, headers
 from moeflow.model.moe import CLAMPED, MLP, Activation, Clamped, LowRank, Matrix, MoELayer
-from moeflow.model.packed import BLOCKS, PACKED, SCALE, SCALES, SHAPE, ZERO, block_scale, logical, unblocked, unblocks, unpack
+from moeflow.model.packed import BLOCKS, PACKED, SCALES, block_scale, logical, parts_of, unblocked, unblocks, unpack
 from moeflow.model.router import Router
 
 DTYPES = {
@@ -48,8 +48,7 @@ class Tensors(Mapping[str, Tensor]):
             return plain if scale is None else unblocked(plain, self._read(scale))
         if name + BLOCKS in self.info:
             return unblocks(self._read(name + BLOCKS), self._read(name + SCALES))
-        packed, factor, shape = (self._read(name + end) for end in (PACKED, SCALE, SHAPE))
-        return unpack(packed, factor, shape, self._read(name + ZERO) if name + ZERO in self.info else None)
+        return unpack({end: self._read(n) for end, n in parts_of(name, self.info).items()})
 
     def __contains__(self, name: object) -> bool:
         return name in self._names
@@ -59,6 +58,11 @@ class Tensors(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._names)
+
+    def packed(self, name: str) -> dict[str, Tensor]:
+        """The tensors that a packed matrix is kept in, by their own names; none if it is not packed."""
+        parts = parts_of(name, self.info)
+        return {n: self._read(n) for n in parts.values()} if PACKED in parts else {}
 
     def _read(self, name: str) -> Tensor:
         info = self.info[name]

@@ -37,10 +37,10 @@ from moeflow.arch.prediction import prediction_layers
 from moeflow.arch.spec import EXPERT_COUNT_KEYS
 from moeflow.model.factors import Stack, all_stacks, expert_shapes, form_of, sizes_of
 from moeflow.model.fewer_active import CompressedExperts
-from moeflow.model.formats import CLASSES, Format, check_tensors, layer_formats, some
+from moeflow.model.formats import CLASSES, Format, check_tensors, layer_formats, some, without_added
 from moeflow.model.header import read_header
 from moeflow.model.layout import Folder
-from moeflow.model.packed import BESIDE, PACKED, SCALE, SHAPE, ZERO, check_zeros, logical, packed_shapes, unpack
+from moeflow.model.packed import BESIDE, PACKED, check_added, check_zeros, packed_shapes, parts_of, unpack, unpacked_shapes
 from moeflow.model.routed_experts import experts_of
 from moeflow.model.skeleton import layers_of
 from moeflow.model.text_half import language_class
@@ -120,6 +120,7 @@ class Compressed:
             raise ValueError(f"{name} was not loaded whole: {some(left)}; its tensors and its config.json do not fit each other")
         if packed and getattr(model, "hf_quantizer", None) is not None:
             model.hf_quantizer.remove_quantization_config(model)
+            model.config.moeflow_layers = [without_added(value) for value in model.config.moeflow_layers]
             model._weight_conversions = None  # or saving would reverse the unpacking; so it takes the class's own conversions
         return (model, info) if wanted else model
 
@@ -168,11 +169,11 @@ class _Load(ConversionOps):
 
 def _unpacked(tensors: dict[str, Any], name: str) -> Any:
     """The matrices of one name, of all experts. Transformers would round whole matrices to the precision of their scales."""
-    stem = name.removesuffix(PACKED)
-    if stem + SCALE not in tensors:
+    parts = parts_of(name.removesuffix(PACKED), tensors)
+    if len(parts) < 2:
         return tensors.pop(name)
-    ends = (PACKED, SCALE, SHAPE, *([ZERO] if stem + ZERO in tensors else []))
-    return [unpack(*one) for one in zip(*(tensors.pop(stem + end) for end in ends), strict=True)]
+    every = zip(*(tensors.pop(n) for n in parts.values()), strict=True)
+    return [unpack(dict(zip(parts, one, strict=True))) for one in every]
 
 
 class _Save(_Load):
@@ -226,7 +227,7 @@ def _conversions(arch: Arch, *, packed: bool = False) -> list[Any]:
     here = f"{arch.block}.experts"  # with the block, or shared experts would match
     for stack in all_stacks(gated=family.gated, biased=bool(arch.expert_biases)):
         names = [stack.on_disk(family, 0, matrix, "*").partition(".experts.")[2] for matrix in stack.matrices]
-        ends = ("", PACKED, SCALE, SHAPE, ZERO) if packed or stack.kind != "whole" else ("",)
+        ends = ("", PACKED, *BESIDE) if packed or stack.kind != "whole" else ("",)
         stored = [f"{here}.{n}{end}" for n in names for end in ends]
         converters.append(WeightConverter(stored, f"{here}.{stack.name}", [_Load(stack)]))
     return [*renamings, *converters]
@@ -237,9 +238,11 @@ def check_checkpoint(config: Any, stored: Mapping[str, Sequence[int]], where: st
 
     `stored` are the shapes by the names on disk, `where` is the checkpoint's name in the message.
     """
-    packed = packed_shapes(stored, config.to_dict()) if getattr(config, "quantization_config", None) else {}
-    _compare(MODELS[config.model_type], config, {n: packed.get(n, stored.get(n, ())) for n in logical(stored)}, where)
-    check_zeros(stored, (n for n in packed if n + PACKED in stored), config.to_dict(), where)
+    said = config.to_dict()
+    packed = packed_shapes(stored, said) if getattr(config, "quantization_config", None) else {}
+    _compare(MODELS[config.model_type], config, unpacked_shapes(stored, said) if packed else stored, where)
+    check_zeros(stored, (n for n in packed if n + PACKED in stored), said, where)
+    check_added(stored, said)
     return bool(packed)
 
 

@@ -21,7 +21,7 @@ from moeflow.model.factors import IN, OUT, multiplied_out
 from moeflow.model.formats import config_of, format_of
 from moeflow.model.header import TensorInfo
 from moeflow.model.layout import Folder, headers, read_config
-from moeflow.model.packed import PACKED, SCALE, logical, packed_shapes
+from moeflow.model.packed import ADDED_OUT, PACKED, SCALE, logical, packed_shapes
 from moeflow.model.spec import tensor_bytes
 
 INDEX = "model.safetensors.index.json"
@@ -31,18 +31,19 @@ def multiply_out(folder: Path) -> dict[str, Any]:
     """Rewrite the checkpoint in `folder`, file by file. Returns the number of matrices multiplied and the bytes before and after.
 
     If all layers have the same number of experts, and transformers reads the family matrix by matrix, the result has the family's
-    own format. If factors are packed, everything is unpacked. Without factors nothing but names is read. One file's tensors are in
-    memory at a time. Raises ValueError if the two factors of a matrix lie in different files, OSError if the disk has no room.
+    own format. If factors are packed, or something is added to packed matrices, everything is unpacked. Without either nothing but
+    names is read. One file's tensors are in memory at a time. Raises ValueError if the two factors of a matrix lie in different
+    files, OSError if the disk has no room.
     """
     tensors = headers(Folder(folder))
-    if not any(n.endswith((OUT, OUT + PACKED)) for n in tensors):  # of any form, such as a multimodal model
+    if not any(n.endswith((OUT, OUT + PACKED, ADDED_OUT)) for n in tensors):  # of any form, such as a multimodal model
         size = sum(t.nbytes for t in tensors.values())
         return {"matrices": 0, "before": size, "after": size}
     config = read_config(Folder(folder))
     family = Family.of(config)
     shapes = {n: t.shape for n, t in tensors.items()}
     formats = {i: format_of(shapes, config, i) for i in family.moe_layers}
-    packed = any(n.endswith(OUT + PACKED) for n in tensors)
+    packed = any(n.endswith((OUT + PACKED, ADDED_OUT)) for n in tensors)
     files = sorted({t.file for n, t in tensors.items() if n.endswith((OUT, PACKED) if packed else OUT)})
     for name, info in tensors.items():
         if name.endswith((OUT, OUT + PACKED)) and tensors[name.replace(OUT, IN)].file != info.file:
@@ -55,7 +56,7 @@ def multiply_out(folder: Path) -> dict[str, Any]:
         os.replace(folder / f"{file}.new", folder / file)
     whole = headers(Folder(folder))
     before, after = (sum(t.nbytes for t in table.values()) for table in (tensors, whole))
-    plain = [replace(formats[i], gate=(), up=(), down=()) if i in formats else None for i in range(family.num_layers)]
+    plain = [replace(formats[i], gate=(), up=(), down=(), added="") if i in formats else None for i in range(family.num_layers)]
     if packed:
         config.pop("quantization_config")
     new = config_of(family_config(config), plain)

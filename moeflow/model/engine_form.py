@@ -20,7 +20,7 @@ def form_of(layers: Sequence[LayerSpec], config: Config) -> Form:
     packings = {Packing(0) if (p := layer.packed) is None else Packing(p.bits, p.group, p.symmetric) for layer in moe}
     return Form(
         family.arch.model_type, frozenset(counts), family.expert_size,
-        any(layer.ranks_decided or layer.format.low_rank for layer in moe),
+        any(layer.ranks_decided or layer.format.low_rank or layer.format.added for layer in moe),
         any(not layer.least for layer in moe) or any(layer.format.gone for layer in layers), " and no ".join(words),
         frozenset(packings or {Packing(0)}), " and ".join(["counts"] * free + ["bits"] * widths),
         in_llama_cpp(config),

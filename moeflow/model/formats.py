@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moeflow.arch import COMPRESSED, LAYERS, MAIN, MATRICES, Config, Family, family_config, is_number
-from moeflow.model.packed import BLOCKS, PACKED, Shapes
+from moeflow.model.packed import ADDED_OUT, BLOCKS, PACKED, Shapes
 
 Ranks = tuple[int, ...]
 """The rank of one matrix in each expert; 0 if the matrix is whole."""
@@ -23,7 +23,10 @@ FORMS = {"one": ("input",), "three": ("gate", "up", "inner")}
 GONE = {"": "all", "experts": "a shared expert and no routed one", "moe": "neither a MoE block nor its norm"}
 """What may be gone of a MoE block, and how a message names what is left."""
 
-BESIDE = ("skip", "compressed", "gone")
+LOW_RANK = "low_rank"
+"""What may be added to packed matrices when they are unpacked: the product of two factors."""
+
+BESIDE = ("skip", "compressed", "gone", "added")
 """The fields of `Format` beside counts and ranks, absent from config.json where they are empty."""
 
 
@@ -42,6 +45,8 @@ class Format:
     """The form (`FORMS`) of its Compressed Experts."""
     gone: str = ""
     """What of the MoE block is gone (`GONE`)."""
+    added: str = ""
+    """What is added to its packed experts (`LOW_RANK`)."""
 
     @property
     def low_rank(self) -> bool:
@@ -51,6 +56,11 @@ class Format:
     def own(self) -> bool:
         """Whether the layer needs `RoutedExperts`, because the family's own fused experts cannot compute it."""
         return bool(self.low_rank or self.skip or self.compressed)
+
+    @property
+    def ours(self) -> bool:
+        """Whether only a checkpoint in moeflow's own format can hold the layer."""
+        return bool(self.own or self.gone or self.added)
 
     def ranks(self, matrix: str) -> Ranks:
         """The rank of `matrix` ("gate", "up" or "down") in each expert; 0 if it is whole."""
@@ -69,6 +79,7 @@ class Format:
         words += [f"{m} of ranks {', '.join(map(str, ranks))}" for m in MATRICES if (ranks := getattr(self, m))]
         words += [f"skipping by {self.skip}"] if self.skip else []
         words += [f"Compressed Experts ({self.compressed})"] if self.compressed else []
+        words += ["low-rank additions"] if self.added else []
         return ", ".join(words)
 
     def to_json(self) -> dict[str, Any]:
@@ -107,7 +118,8 @@ def format_of(shapes: Shapes, config: Config, layer: int) -> Format:
             gone = "experts"
         elif family.arch.norm_feeds_more or not any(n.startswith(family.norm(layer)) for n in shapes):
             gone = "moe"
-    return Format(len(numbers), gate, up, down, skip, compressed, gone)
+    added = LOW_RANK if any(n.startswith(stem) and n.endswith(ADDED_OUT) for n in shapes) else ""
+    return Format(len(numbers), gate, up, down, skip, compressed, gone, added)
 
 
 def routing_shapes(family: Family, format: Format, layer: int, width: int, inner: int) -> dict[str, tuple[int, ...]]:
@@ -137,6 +149,11 @@ def check_tensors(where: str, asked: Shapes, stored: Shapes) -> None:
 def some(names: Sequence[str], shown: int = 4) -> str:
     """The first names, and how many more there are."""
     return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
+
+
+def without_added(value: Mapping[str, Any]) -> dict[str, Any]:
+    """A layer's entry in config.json once what is added to its experts has been added."""
+    return {name: of for name, of in value.items() if name != "added"}
 
 
 def _rank(shapes: Shapes, name: str, factors: tuple[str, str]) -> int:
@@ -199,7 +216,7 @@ def config_of(config: Config, formats: Sequence[Format | None], *, own: bool = F
     new = Family.of(plain).with_experts(max(counts)) | ({"architectures": names} if names else {})
     if new.get("auto_map") == NEEDS_MOEFLOW:  # it was moeflow's own, and may be so no longer
         del new["auto_map"]
-    if own or len(counts) > 1 or any(f is not None and (f.own or f.gone) for f in formats):
+    if own or len(counts) > 1 or any(f is not None and f.ours for f in formats):
         new |= {"model_type": COMPRESSED + family.arch.model_type, LAYERS: [{} if f is None else f.to_json() for f in formats]}
         new |= {"architectures": [CLASSES + a for a in names]} if names else {}
         new["auto_map"] = dict(NEEDS_MOEFLOW)  # the checkpoint's own classes cannot load it
@@ -221,11 +238,11 @@ def _checked(format: Format, family: Family, layer: int) -> Format:
             f"config.json says gone={format.gone!r} and {format.experts} experts of layer {layer}; a layer has experts, or says "
             f"what is gone: {', '.join(g for g in GONE if g)}"
         )
-    if format.skip not in ("", *SKIPS) or format.compressed not in ("", *FORMS):
-        raise ValueError(
-            f"config.json says skip={format.skip!r} and compressed={format.compressed!r} of layer {layer}; known are "
-            f"{', '.join(SKIPS)}, and {', '.join(FORMS)}"
-        )
+    for name, known in {"skip": SKIPS, "compressed": tuple(FORMS), "added": (LOW_RANK,)}.items():
+        if getattr(format, name) not in ("", *known):
+            raise ValueError(
+                f"config.json says {name}={getattr(format, name)!r} of layer {layer}; known are {', '.join(known)}; correct it"
+            )
     try:
         if not format.gone:
             family.check_router(format.experts, format.experts)

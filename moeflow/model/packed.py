@@ -1,6 +1,7 @@
 """Quantized matrices on disk, in three forms.
 
-Packed by compressed-tensors: codes in words of 32 bits, scales, and the unpacked shape. In FP8 with a scale for each block, as
+Packed by compressed-tensors: codes in words of 32 bits, scales, and the unpacked shape; a fine-tuning may leave two factors beside
+them, whose product is added when they are unpacked. In FP8 with a scale for each block, as
 DeepSeek-V3 is published. In MXFP4, as gpt-oss is: 4-bit floats, of which 32 share a power of two. Torch is imported only to pack
 and unpack. Shapes are suffixes: M outputs and N inputs of a matrix, G groups of inputs, P words of a row, B and C blocks of rows
 and columns.
@@ -20,7 +21,9 @@ if TYPE_CHECKING:
 WHOLE = ".weight"
 PACKED, SCALE, SHAPE, ZERO = "_packed", "_scale", "_shape", "_zero_point"
 """The endings of the tensors that replace a matrix, or a factor of one, on disk."""
-BESIDE = (SCALE, SHAPE, ZERO)
+ADDED_OUT, ADDED_IN = "_added_out", "_added_in"
+"""The endings of two factors, [M, R] and [R, N], whose product is added to the packed matrix (LoRA, arXiv 2106.09685)."""
+BESIDE = (SCALE, SHAPE, ZERO, ADDED_OUT, ADDED_IN)
 BLOCK_SCALE = "_scale_inv"
 """The ending of the scales that the blocks of an FP8 matrix are multiplied with (DeepSeek-V3, arXiv 2412.19437, 3.3.2). They are
 no inverse, in spite of the name."""
@@ -96,10 +99,15 @@ def packed_shapes(shapes: Shapes, config: Config) -> dict[str, tuple[int, int]]:
     return unpacked
 
 
+def unpacked_shapes(shapes: Shapes, config: Config) -> dict[str, tuple[int, ...]]:
+    """The names and shapes of these tensors, of packed matrices as if they were not."""
+    whole = packed_shapes(shapes, config)
+    return {n: tuple(whole.get(n, shapes.get(n, ()))) for n in logical(shapes)}
+
+
 def numels(shapes: Shapes, config: Config) -> dict[str, int]:
     """The number of weights of each matrix, packed or not."""
-    whole = packed_shapes(shapes, config)
-    return {n: prod(whole.get(n, shapes.get(n, ()))) for n in logical(shapes)}
+    return {n: prod(shape) for n, shape in unpacked_shapes(shapes, config).items()}
 
 
 def scheme_of(shapes: Shapes, config: Config) -> Scheme | None:
@@ -133,6 +141,26 @@ def scheme_of(shapes: Shapes, config: Config) -> Scheme | None:
         differ = " and ".join(f"{name} {scheme.words()}" for scheme, name in [*schemes.items()][:2])
         raise ValueError(f"{differ}: a layer's experts are packed by one scheme only; quantize all alike")
     return next(iter(schemes), None)
+
+
+def check_added(shapes: Shapes, config: Config) -> None:
+    """Raise ValueError if what is added to some packed matrices does not fit them, or is not added to all of a layer's experts."""
+    whole = packed_shapes(shapes, config)
+    added = {n.removesuffix(end) for n in shapes for end in (ADDED_OUT, ADDED_IN) if n.endswith(end)}
+    for name in sorted(added):
+        out, within = (tuple(shapes.get(name + end, ())) for end in (ADDED_OUT, ADDED_IN))
+        if name not in whole or name + PACKED not in shapes:
+            raise ValueError(f"{name}{ADDED_OUT} is to be added to {name}, which is not packed; fetch the checkpoint again")
+        rows, columns = whole[name]
+        if len(out) != 2 or len(within) != 2 or out[1] != within[0] or (out[0], within[1]) != (rows, columns):
+            raise ValueError(
+                f"{name}{ADDED_OUT} {out} and {name}{ADDED_IN} {within} give no {rows} x {columns} together; fetch the checkpoint "
+                "again"
+            )
+    layers = {layer for n in added if (layer := layer_of(n)) is not None}
+    for stem in map(Family.of(config).experts, layers):
+        if lacking := next((n for n in whole if n.startswith(stem) and n not in added), None):
+            raise ValueError(f"{lacking}{ADDED_OUT} is missing, which others of its layer have; fetch the checkpoint again")
 
 
 def zeros_shape(rows: int, groups: int, bits: int) -> tuple[int, int]:
@@ -261,18 +289,29 @@ def pack(codes_MN: "Tensor", scale_MG: "Tensor", bits: int, zero_MG: "Tensor | N
     return {PACKED: pack_to_int32(codes_MN, bits), SCALE: scale_MG.contiguous(), SHAPE: torch.tensor(codes_MN.shape)} | zeros
 
 
-def unpack(packed_MP: "Tensor", scale_MG: "Tensor", shape: "Tensor", zero_WG: "Tensor | None" = None) -> "Tensor":
-    """The matrix [M, N] of packed codes, and zero points [W, G] where there are some, in the precision of its scales."""
+def parts_of(name: str, names: Container[str]) -> dict[str, str]:
+    """The names of the tensors that a packed matrix with this name is kept in, by their endings."""
+    return {end: name + end for end in (PACKED, *BESIDE) if name + end in names}
+
+
+def unpack(parts: "Mapping[str, Tensor]") -> "Tensor":
+    """The matrix [M, N] of these tensors, by the endings of their names, in the precision of its scales.
+
+    Packed codes [M, P], scales [M, G] and the shape; zero points [W, G] and two added factors where there are some.
+    """
     from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 
-    rows, columns = (int(n) for n in shape)
+    packed_MP, scale_MG, zero_WG = parts[PACKED], parts[SCALE], parts.get(ZERO)
+    rows, columns = (int(n) for n in parts[SHAPE])
     bits = round(packed_MP.shape[1] * 32 / columns)
     whole_MGg = unpack_from_int32(packed_MP, bits, (rows, columns)).float().unflatten(1, (scale_MG.shape[1], -1))
     if zero_WG is not None:
         zero_MG = unpack_from_int32(zero_WG, bits, (rows, scale_MG.shape[1]), packed_dim=0)
         whole_MGg = whole_MGg - zero_MG.float()[..., None]
-    whole_MGg = whole_MGg * scale_MG.float()[..., None]
-    return whole_MGg.flatten(1).to(scale_MG.dtype)
+    whole_MN = (whole_MGg * scale_MG.float()[..., None]).flatten(1)
+    if ADDED_OUT in parts:
+        whole_MN = whole_MN + parts[ADDED_OUT].float() @ parts[ADDED_IN].float()
+    return whole_MN.to(scale_MG.dtype)
 
 
 def unblocked(codes_MN: "Tensor", scale_BC: "Tensor") -> "Tensor":

@@ -7,7 +7,7 @@ from torch import Tensor
 from moeflow.arch import Family
 from moeflow.model.factors import form_of, stacks
 from moeflow.model.formats import Format, routing_shapes, some
-from moeflow.model.packed import PACKED, SCALE, SHAPE, ZERO, unpack
+from moeflow.model.packed import ADDED_IN, ADDED_OUT, PACKED, SCALE, SHAPE, ZERO, unpack
 
 PARTS = (PACKED, SCALE, SHAPE)
 
@@ -19,6 +19,7 @@ class Pieces:
         """`zeros`: whether packed matrices have zero points."""
         self.family, self.parts = family, (*PARTS, *([ZERO] if zeros else []))
         self.places: dict[str, Tensor | None] = {}
+        self.added: set[str] = set()
         self.packed: dict[str, dict[str, Tensor]] = {}
         self.missing: set[str] = set()
 
@@ -28,6 +29,7 @@ class Pieces:
         for stack in stacks(format, form):
             names = [stack.on_disk(self.family, layer, m, e) for m in stack.matrices for e in stack.experts(format)]
             self.places |= dict.fromkeys(names)
+            self.added |= set(names if format.added else ())
         first = share.start if share else 0
         for stack in stacks(own, form):
             parameter = getattr(experts, stack.name).data.zero_()
@@ -42,7 +44,8 @@ class Pieces:
 
     def take(self, name: str, tensor: Tensor) -> bool:
         """Put the tensor with this name on disk into its place; False if it is of no expert. Raises ValueError for another size."""
-        end = next((e for e in self.parts if name.endswith(e) and name.removesuffix(e) in self.places), "")
+        every = (*self.parts, ADDED_OUT, ADDED_IN)
+        end = next((e for e in every if name.endswith(e) and name.removesuffix(e) in self.places), "")
         name = name.removesuffix(end)
         if name not in self.places:
             return False
@@ -52,9 +55,9 @@ class Pieces:
         if end:
             parts = self.packed.setdefault(name, {})
             parts[end] = tensor.clone()  # vLLM may read the next one into the same memory
-            if len(parts) < len(self.parts):
+            if len(parts) < len(every if name in self.added else self.parts):
                 return True
-            tensor = unpack(*(parts[e] for e in self.parts))
+            tensor = unpack(parts)
             del self.packed[name]
         if tensor.shape != place.shape:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)} where config.json asks for {tuple(place.shape)}; correct one")

@@ -101,6 +101,7 @@ def _new_to_vllm(format: Format) -> str:
                 (format.gone, "has lost its experts"),
                 (format.compressed, "has Compressed Experts"),
                 (format.skip, "skips experts"),
+                (format.added, "has low-rank additions to its packed experts, which are unpacked while loaded"),
             )
             if holds
         ),

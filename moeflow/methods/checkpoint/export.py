@@ -71,7 +71,7 @@ def _apart(layers: Sequence[LayerSpec], moe: Sequence[int]) -> str:
     if len({layer.packed for layer in experts}) > 1 or any(layer.bits_decided for layer in experts):
         return "layers differ in how their experts are packed, or a run decides it"
     for layer in experts:
-        if layer.low_rank or layer.ranks_decided or layer.format.own:
+        if layer.low_rank or layer.ranks_decided or layer.format.own or layer.format.added:
             return f"the experts of layer {layer.layer} differ from the family's own ({layer.format.words()})"
     gone = next((layer for layer in layers if layer.format.gone), None)
     return f"layers differ: layer {gone.layer} has {gone.format.words()}" if gone else ""

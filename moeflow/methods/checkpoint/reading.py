@@ -25,6 +25,7 @@ from moeflow.model.packed import (
     SCALES,
     SHAPE,
     block_scale,
+    check_added,
     check_schemes,
     schemes_of,
 )
@@ -133,6 +134,7 @@ def check_packing(tensors: dict[str, TensorInfo], config: Config, uri: str) -> N
             f"{MXFP4}, and {METHOD} in the format {FORMAT}; dequantize it to bf16 first"
         )
     check_schemes(packing, schemes_of(shapes, config), config, f"config.json at {uri}: quantization_config")
+    check_added(shapes, config)
     family = Family.of(config)
     shared = [name for i in family.moe_layers for name in family.shared(i) or ()]
     stems = (*(family.experts(i) for i in family.moe_layers), *shared)

@@ -4,9 +4,10 @@ The `Recipe` is part of the key. The `Gang` is not: it says how many processes t
 between them. A teacher's predictions are artifacts, so that the teacher is never in memory beside its student.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from moeflow.arch import Family
 from moeflow.methods.finetune.curve import Curve
 from moeflow.methods.finetune.recipe import Recipe
 from moeflow.methods.graph import HIDDEN
@@ -14,7 +15,18 @@ from moeflow.methods.records import Facts, read_json
 from moeflow.methods.reports import row, write_report
 from moeflow.model import operations
 from moeflow.model.memory import on_device
-from moeflow.model.spec import CheckpointSpec, HiddenSpec, LayerSpec, RestSpec, TokensSpec, header_bytes, precision
+from moeflow.model.packed import ADDED_IN, ADDED_OUT, PACKED, SCALE, packed_shapes
+from moeflow.model.spec import (
+    CheckpointSpec,
+    HiddenSpec,
+    LayerSpec,
+    RestSpec,
+    TensorTable,
+    TokensSpec,
+    header_bytes,
+    precision,
+    shapes_of,
+)
 from moeflow.options import plain
 from moeflow.step import Artifact, Context, Spec, step
 
@@ -87,18 +99,36 @@ def train(
     tune(context, checkpoint, data, [p.file(PREDICTIONS) for p in predictions], dict(zip(names, heldout, strict=True)), recipe)
 
 
-def _linked_spec(trained: Any, before: LayerSpec | RestSpec, **_: Any) -> Spec:
-    return Spec(before, memory=1 << 20)
+def _layer_spec(trained: Any, before: LayerSpec, *, layer: int, recipe: Recipe) -> Spec:
+    return Spec(replace(before, tensors={**before.tensors, **added(before, recipe)}), memory=1 << 20)
 
 
-@step("finetune.layer", version=1, spec=_linked_spec)
+def added(before: LayerSpec, recipe: Recipe) -> TensorTable:
+    """The factors that a training leaves beside the packed matrices of a layer."""
+    whole = packed_shapes(shapes_of(before.tensors), before.config)
+    kinds = {name: Family.of(before.config).kind(name) for name in whole if name + PACKED in before.tensors}
+    table: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for name in (n for n, kind in kinds.items() if recipe.mode == "lora" and kind == "experts" and kind in recipe.targets):
+        (rows, columns), dtype = whole[name], before.tensors[name + SCALE][0]
+        rank = min(recipe.rank, rows, columns)
+        if name + ADDED_OUT in before.tensors:
+            rank += before.tensors[name + ADDED_OUT][1][1]
+        table |= {name + ADDED_OUT: (dtype, (rows, rank)), name + ADDED_IN: (dtype, (rank, columns))}
+    return table
+
+
+@step("finetune.layer", version=1, spec=_layer_spec)
 def layer(context: Context, trained: Artifact, before: Artifact, *, layer: int, recipe: Recipe) -> None:
     """One decoder layer: its trained files, its other files unchanged, and its facts. No tensor is copied."""
     _linked(context, trained, before)
     Facts.of(before).and_then("finetune.layer", **{"mode": recipe.mode, "loss": recipe.loss} | plain(recipe)).write(context.out)
 
 
-@step("finetune.rest", version=1, spec=_linked_spec)
+def _rest_spec(trained: Any, before: RestSpec) -> Spec:
+    return Spec(before, memory=1 << 20)
+
+
+@step("finetune.rest", version=1, spec=_rest_spec)
 def rest_of(context: Context, trained: Artifact, before: Artifact) -> None:
     """The trained embedding, final norm and head, and the small files unchanged. Nothing is copied."""
     _linked(context, trained, before)

@@ -7,6 +7,7 @@ files, one decoder layer at a time. Shapes are suffixes: E experts, M rows, N co
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -18,6 +19,7 @@ from moeflow.model.checkpoint import Tensors, save
 from moeflow.model.factors import PLAIN, STACKS
 from moeflow.model.formats import Format, format_of
 from moeflow.model.layout import Files, file_for
+from moeflow.model.packed import ADDED_IN, ADDED_OUT, PACKED, SCALE
 from moeflow.model.passes import expert_form
 
 
@@ -59,30 +61,57 @@ def write(checkpoint: Files, config: Config, folder: Path, out: Path, recipe: Re
     """Write `layer-000/layer.safetensors` and so on, and `rest/rest.safetensors`, from what `collect` left in `folder`.
 
     A file is written, whole, if something in it was trained: under the hub's names, in the checkpoint's own precision, with LoRA's
-    additions multiplied and added in fp32. Yields the name of each layer once it is written.
+    additions multiplied and added in fp32. Packed matrices stay as they are, and what was trained of them is kept beside them, as
+    two factors. Yields the name of each layer once it is written.
     """
     tensors = Tensors(checkpoint)
     for file in sorted(folder.glob("*.safetensors")):
         files = {n: REST if file.stem == "rest" else file_for(n) for n in tensors if part_of(n) == file.stem}
-        changed = tensors_of(load_file(file), tensors, files, config, recipe)
+        changed = tensors_of(load_file(file), tensors, config, recipe)
         if config.get("tie_word_embeddings") and HEAD in files and EMBEDDING in changed:
             changed[HEAD] = changed[EMBEDDING]
         (out / file.stem).mkdir(parents=True, exist_ok=True)
         for name in sorted({files[n] for n in changed if n in files}):
-            before = {n: tensors[n] for n in files if files[n] == name}
-            save(before | {n: t.to(before[n].dtype) for n, t in changed.items() if n in before}, out / file.stem / name)
+            save(_file([n for n in files if files[n] == name], tensors, changed, recipe), out / file.stem / name)
         yield file.stem
 
 
-def tensors_of(
-    trained: Mapping[str, Tensor], tensors: Tensors, names: Iterable[str], config: Config, recipe: Recipe
-) -> dict[str, Tensor]:
-    """Trained parameters as tensors on disk; LoRA's additions are added, in fp32, to the existing tensors.
+def _file(names: Iterable[str], tensors: Tensors, changed: Mapping[str, Tensor], recipe: Recipe) -> dict[str, Tensor]:
+    """The tensors of one file: packed matrices in their parts, and what was trained of them beside these, in factors."""
+    written: dict[str, Tensor] = {}
+    for name in names:
+        if packed := tensors.packed(name):
+            written |= packed | (_beside(name, packed, changed[name], recipe.rank) if name in changed else {})
+        else:
+            before = tensors[name]
+            written[name] = changed.get(name, before).to(before.dtype)
+    return written
 
-    `names` are those of the layer's tensors on disk, or of the rest's.
-    """
+
+def _beside(name: str, packed: Mapping[str, Tensor], added_MN: Tensor, rank: int) -> dict[str, Tensor]:
+    """The two factors beside a packed matrix, those that are there already first."""
+    both = factored(added_MN, rank)
+    if name + ADDED_OUT in packed:
+        before_MR, before_RN = (packed[name + end].float() for end in (ADDED_OUT, ADDED_IN))
+        both = torch.cat([before_MR, both[0]], dim=1), torch.cat([before_RN, both[1]])
+    return {name + end: t.to(packed[name + SCALE].dtype) for end, t in zip((ADDED_OUT, ADDED_IN), both, strict=True)}
+
+
+def factored(product_MN: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Two factors [M, R] and [R, N] of a matrix of this rank at most: an orthogonal basis of its columns, and what each takes of
+    it. Random mixtures of the columns span them all (Halko et al., arXiv 0909.4061, 4.1)."""
+    rank = min(rank, *product_MN.shape)
+    mixed_NR = torch.randn(product_MN.shape[1], rank, generator=torch.Generator().manual_seed(0)).to(product_MN)
+    basis_MR, _ = torch.linalg.qr(product_MN @ mixed_NR)
+    return basis_MR, basis_MR.T @ product_MN
+
+
+def tensors_of(trained: Mapping[str, Tensor], tensors: Tensors, config: Config, recipe: Recipe) -> dict[str, Tensor]:
+    """The trained parameters of one layer, or of the rest, as tensors on disk; LoRA's additions are added, in fp32, to the existing
+    tensors. Of a packed matrix only what is to be added is here."""
     family, layer = Family.of(config), layer_of(next(iter(trained)))
-    format = Format(0) if layer is None else format_of({n: tensors.info[n].shape for n in names}, config, layer)
+    shapes = {n: t.shape for n, t in tensors.info.items() if layer_of(n) == layer}
+    format = Format(0) if layer is None else format_of(shapes, config, layer)
     on_disk: dict[str, Tensor] = {}
     for name, parameter in trained.items():
         if name.endswith(B):
@@ -93,7 +122,7 @@ def tensors_of(
         for disk, piece in _pieces(family, format, layer, plain, value):
             if adds and recipe.keep_zeros and family.in_expert(disk):
                 piece = piece * (tensors[disk] != 0)
-            on_disk[disk] = tensors[disk].float() + piece if adds else piece
+            on_disk[disk] = tensors[disk].float() + piece if adds and disk + PACKED not in tensors.info else piece
     return on_disk
 
 

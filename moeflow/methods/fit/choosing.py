@@ -95,8 +95,14 @@ class Fitted(Record):
     before: float | None = None
     """The measured divergence: of this choice, or of the one around which its costs were measured, if it was decided behind one."""
     again: bool = False
-    """Whether the chosen layers were made again, fine-tuned if asked for and each quantized behind those before it, which brought
-    the model closer."""
+    """Whether the chosen layers were made again, each quantized behind those before it, which brought the model closer."""
+    recovered: str = ""
+    """What was taken of a fine-tuning: "merged", packed by quantizing again; "kept" beside the packed weights; "" if none was
+    closer."""
+    tried: Mapping[str, float] = field(default_factory=dict)
+    """The measured divergence of each of them, if it was tuned."""
+    over: float = 0.0
+    """By how much keeping it would exceed the budget; 0: there is room."""
     lead: Lead | None = None
     """By how much it costs less than the next best; None if nothing else fits."""
     table: Mapping[int, Mapping[str, tuple[float, float]]] = field(default_factory=dict)

@@ -8,6 +8,7 @@ from moeflow.arch import Family
 from moeflow.engines import engine_of
 from moeflow.methods.fit.choosing import Fitted, Lead, Offered, Option, Point, choose, frontier, lead, next_best, promising
 from moeflow.methods.fit.options import Alternative, Budget
+from moeflow.methods.fit.recovering import WORDS
 from moeflow.methods.fit.sizes import size
 from moeflow.methods.records import Bits, Curves, Shortlist
 from moeflow.methods.reports import row, write_report
@@ -168,7 +169,7 @@ def _nearer_spec(chosen: Any, measured: Any) -> Spec:
 
 @step("fit.nearer", version=1, spec=_nearer_spec)
 def nearer(context: Context, chosen: Artifact, measured: Artifact) -> None:
-    """The choice, and whether the model that was made again, recovered or quantized in sequence, is closer to the original.
+    """The choice, and whether the model that was made again, fine-tuned or quantized in sequence, is closer to the original.
 
     `measured`: its divergence.
     """
@@ -218,7 +219,7 @@ def _frontier_spec(chosen: Any) -> Spec:
     return Spec(reads=chosen["bytes"], writes=4000, figures=("budget", "taken", "predicted_kl", "measured_kl"))
 
 
-@step("fit.frontier", version=3, spec=_frontier_spec)
+@step("fit.frontier", version=4, spec=_frontier_spec)
 def report(context: Context, chosen: Artifact) -> None:
     """What was chosen, and what other budgets would cost: predicted, and measured on the calibration's own text."""
     fit = Fitted.read(chosen)
@@ -229,11 +230,15 @@ def report(context: Context, chosen: Artifact) -> None:
         if cost is not None:
             name = f"KL to the original, {how} (calibration text)"
             rows.append(row(name, 0.0, cost, "nats/token", figure=f"{how}_kl", better="lower"))
+    rows += [
+        row(f"KL to the original, {WORDS[way]} (calibration text)", 0.0, cost, "nats/token") for way, cost in fit.tried.items()
+    ]
     rows += [row(f"predicted KL at {point.size / fit.whole:.0%} of the {fit.unit}", 0.0, point.cost, "") for point in fit.frontier]
     rows += [
         row(f"predicted KL of {what}, at {point.size / fit.whole:.0%}", 0.0, point.cost, "") for what, point in fit.marks.items()
     ]
-    write_report(context, "fit", rows, engine=fit.engine, tokens=fit.tokens, chosen=fit.chosen)
+    taken_of = {"recovered": WORDS[fit.recovered]} if fit.tried else {}
+    write_report(context, "fit", rows, engine=fit.engine, tokens=fit.tokens, chosen=fit.chosen, **taken_of)
 
 
 def _marks(offered: Offered, others: float) -> dict[str, Point]:

@@ -21,13 +21,14 @@ from moeflow.methods.decompose.ranks import PARTS, moved_rank
 from moeflow.methods.fit import steps as fit
 from moeflow.methods.fit.choosing import LISTED
 from moeflow.methods.fit.options import Alternative, Budget, Offers
+from moeflow.methods.fit.recovering import KEPT, MERGED, recovered, taken
 from moeflow.methods.graph import Calibration, Model
 from moeflow.methods.prune.searches import Search
 from moeflow.methods.prune.steps import candidates, pick
 from moeflow.methods.recipes.tune import Tuned
 from moeflow.methods.records import Shortlist
 from moeflow.methods.slim.methods import Slimming
-from moeflow.methods.slim.steps import decided, slimmed
+from moeflow.methods.slim.steps import decided, slimmed, unpacked
 from moeflow.methods.trim.steps import gone
 from moeflow.step import Part, Step
 
@@ -54,7 +55,8 @@ class Fitting:
 def compress(calibration: Calibration, budget: Budget, offers: Offers, recover: Callable[[Model], Tuned] | None = None) -> Fitting:
     """Build the graph that fits the calibrated model into the budget. Raises ValueError if nothing on offer can be had.
 
-    `recover` fine-tunes the chosen model before it is quantized.
+    `recover` fine-tunes the chosen model. What it trains of packed weights is kept beside them, where engine and budget allow it,
+    or merged by packing again, whichever loses less.
     """
     calibration.check_states("fit")
     model = calibration.model
@@ -94,13 +96,50 @@ def compress(calibration: Calibration, budget: Budget, offers: Offers, recover: 
         choices.append(chosen(measured(choices[-1]), choices[-1]))
     best = fit.better(tuple(choices), tuple(measured(c, alternatives=False) for c in choices))
     made, plain = built(best), built(best, packed=False)
-    healed = Tuned(plain, None, ()) if recover is None else recover(plain)
-    again, ends = _in_sequence(calibration, healed.model, fit.bits(best, offer=offer), offers, left)
+    bits = fit.bits(best, offer=offer)
+    again, ends = _in_sequence(calibration, plain, bits, offers, left)
     if again is not None and again is not plain:
-        best = fit.nearer(best, calibrate.curves(calibration, {}, tokens=offers.measured, around=again, ends=ends))
+        best = fit.nearer(best, _apart(calibration, offers, again, ends))
         made = _either(best, made, again)
+    reports: tuple[Step, ...] = ()
+    if recover is not None:
+        best, made, reports = _recovered(calibration, offers, best, made, recover(made), bits, left)
     told = fit.report(best).noting(*_not_on_offer(left))
-    return Fitting(replace(made, choices=(*model.choices, best)), (told, *healed.reports), fit.report(choices[0]))
+    return Fitting(replace(made, choices=(*model.choices, best)), (told, *reports), fit.report(choices[0]))
+
+
+def _apart(calibration: Calibration, offers: Offers, model: Model, ends: tuple[Step, ...] = ()) -> Step:
+    """How far a model is from the original; `ends`: its states behind the last layer, if they are known."""
+    return calibrate.curves(calibration, {}, tokens=offers.measured, around=model, ends=ends)
+
+
+def _recovered(
+    calibration: Calibration, offers: Offers, best: Step, made: Model, tuned: Tuned, bits: Step, left: dict[str, str]
+) -> tuple[Step, Model, tuple[Step, ...]]:
+    """The choice, its model fine-tuned, if that is closer to the original, and the reports on that.
+
+    Where weights are packed, what was trained of them lies beside them, or is merged: the sums are packed again.
+    """
+    beside = [i for i in made.moe_layers if tuned.model.layers[i].spec.output.format.added]
+    ways: dict[str, tuple[Model, tuple[Step, ...]]] = {}
+    if not beside or offers.runs.ranks:
+        ways[KEPT if beside else MERGED] = tuned.model, ()
+    if beside:
+        opened = tuned.model.with_layers({i: unpacked(tuned.model.layers[i]) for i in beside})
+        merged, ends = _in_sequence(calibration, opened, bits, offers, left)
+        ways |= {} if merged is None else {MERGED: (merged, ends)}
+    measured = tuple(_apart(calibration, offers, *way) for way in ways.values())
+    numbers = list(made.moe_layers)
+    before, kept = (tuple(m.layers[i] for i in numbers) for m in (made, tuned.model))
+    word = offers.runs.word
+    best = taken(calibration.model.essential, best, measured, before, kept, ways=list(ways), layers=numbers, engine=word)
+
+    def picked(one: Step, *others: Step) -> Step:
+        return one if {s.key for s in others} <= {one.key} else recovered(best, (one, *others), ways=list(ways))
+
+    models = [model for model, _ in ways.values()]
+    layers = {i: picked(one, *(m.layers[i] for m in models)) for i, one in enumerate(made.layers)}
+    return best, replace(made.with_layers(layers), rest=picked(made.rest, *(m.rest for m in models))), tuned.reports
 
 
 def _not_on_offer(left: Mapping[str, str]) -> list[str]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from moeflow.arch import Config
+from moeflow.arch import Config, Family
 from moeflow.methods.calibrate.steps import hidden_states
 from moeflow.methods.checkpoint.steps import told_model_of
 from moeflow.methods.data.steps import Examples, examples, tokens
@@ -15,7 +15,8 @@ from moeflow.methods.finetune.memory import Work, exchanged, fitted
 from moeflow.methods.finetune.recipe import Gang, Recipe
 from moeflow.methods.finetune.targets import trained_in
 from moeflow.methods.graph import Model, Pass, Sample
-from moeflow.model.spec import TensorTable, TokensSpec, precision
+from moeflow.model.packed import PACKED, unpacked_shapes
+from moeflow.model.spec import LayerSpec, TokensSpec, precision, shapes_of
 from moeflow.sources import NamesFiles, Texts
 from moeflow.step import Step
 
@@ -126,9 +127,9 @@ def tune(
     )
     predictions = _predictions(model, data, recipe, teacher, passed)
     for i in model.moe_layers:
-        model.layers[i].spec.output.check_plain("fine-tune")
-    layers = {i: _shapes(layer.spec.output.tensors) for i, layer in enumerate(model.layers)}
-    rest = _shapes(model.rest.spec.output.tensors)
+        _check_trainable(model.layers[i].spec.output, recipe)
+    layers = {i: unpacked_shapes(shapes_of(layer.spec.output.tensors), model.config) for i, layer in enumerate(model.layers)}
+    rest = shapes_of(model.rest.spec.output.tensors)
     opened = trained_in(model.config, recipe.mode, recipe.targets, layers, rest)
     work = Work(model.config, layers, rest, opened, recipe, spec.length)
     gang, need = fitted(work, gang)
@@ -162,8 +163,17 @@ def _predictions(model: Model, data: Step, recipe: Recipe, teacher: Model | None
     return tuple(finetune.predictions(teacher.rest, end, top=recipe.top, dtype=passed.dtype) for end in ends)
 
 
-def _shapes(table: TensorTable) -> dict[str, tuple[int, ...]]:
-    return {name: shape for name, (_, shape) in table.items()}
+def _check_trainable(layer: LayerSpec, recipe: Recipe) -> None:
+    """Raise ValueError if this recipe would train packed weights themselves; LoRA's additions to experts are kept beside them."""
+    if layer.packed is None:
+        layer.check_plain("fine-tune")
+        return
+    form, family = f"layer {layer.layer} is packed in {layer.packed.words()}", Family.of(layer.config)
+    if recipe.mode in ("full", "experts"):
+        raise ValueError(f"{form}, and mode={recipe.mode!r} trains its weights; take lora, whose additions are kept beside them")
+    shared = any(n + PACKED in layer.tensors for n in family.shared(layer.layer) or ())
+    if shared and recipe.mode == "lora" and "shared" in recipe.targets:
+        raise ValueError(f"{form}, the shared expert, too, to which nothing can be added; leave shared out of targets")
 
 
 def _check_data(name: str, matrix: Step, config: Config) -> None:

@@ -16,10 +16,10 @@ from moeflow.methods.rewrite import joined, link_all
 from moeflow.methods.slim.methods import AT_ONCE, METHODS, Slimming
 from moeflow.methods.slim.pattern import Pattern
 from moeflow.model import operations
-from moeflow.model.layout import read_config
+from moeflow.model.layout import LAYER, file_for, read_config
 from moeflow.model.memory import on_device
-from moeflow.model.packed import PACKED, SCALE, SHAPE, ZERO, zeros_shape
-from moeflow.model.spec import LayerSpec, ObservedSpec, RestSpec, element_bytes
+from moeflow.model.packed import PACKED, SCALE, SHAPE, ZERO, unpacked_shapes, zeros_shape
+from moeflow.model.spec import LayerSpec, ObservedSpec, RestSpec, element_bytes, shapes_of
 from moeflow.step import Arithmetic, Artifact, Context, Part, Spec, Step, step
 
 
@@ -138,6 +138,24 @@ def layer(
         facts = facts.and_then("slim.layer", **how.facts, experts=report)
     if report is not None or part:  # otherwise the layer is unchanged
         facts.write(context.out)
+
+
+def _unpacked_spec(before: LayerSpec) -> Spec:
+    whole = unpacked_shapes(shapes_of(before.tensors), before.config)
+    table = {n: (before.tensors.get(n) or before.tensors[n + SCALE])[0] for n in whole}
+    out = replace(before, tensors={n: (table[n], shape) for n, shape in whole.items()}, slimmed_by="", bits_decided=False)
+    return Spec(out, reads=before.nbytes, writes=out.nbytes, memory=2 * out.nbytes)
+
+
+@step("slim.unpacked", version=1, spec=_unpacked_spec)
+def unpacked(context: Context, before: Artifact) -> None:
+    """One layer's file with its packed matrices unpacked, and what a fine-tuning left beside them added."""
+    from moeflow.model.checkpoint import Tensors, save
+
+    tensors = Tensors(before)
+    save({n: tensors[n] for n in tensors if file_for(n) == LAYER}, context.out / LAYER)
+    link_all(context, before, but=(LAYER, Facts.FILE))
+    Facts.of(before).and_then("slim.unpacked").write(context.out)
 
 
 def _decided_spec(
