@@ -8,7 +8,7 @@ from moeflow.arch import Family
 from moeflow.engines import engine_of
 from moeflow.methods.fit.choosing import Fitted, Lead, Offered, Option, Point, choose, frontier, lead, next_best, promising
 from moeflow.methods.fit.options import Alternative, Budget
-from moeflow.methods.fit.recovering import WORDS
+from moeflow.methods.fit.recovering import WORDS, told, with_recovered
 from moeflow.methods.fit.sizes import size
 from moeflow.methods.records import Bits, Curves, Shortlist
 from moeflow.methods.reports import row, write_report
@@ -260,3 +260,40 @@ def _recipe(alternative: Alternative, experts: int) -> str:
     if alternative.ratio:
         return "" if alternative.bits else "ranks alone, as MoE-I²"
     return "GPTQ, as expert slimming" if alternative.bits else ""
+
+
+def _taken_spec(
+    config: RestSpec, chosen: Any, measured: tuple[Any, ...], before: tuple[LayerSpec, ...], kept: tuple[LayerSpec, ...],
+    *, ways: list[str], layers: list[int], engine: str,
+) -> Spec:  # fmt: skip
+    reads = chosen["bytes"] + sum(m["bytes"] for m in measured) + sum(f.headers for f in (*before, *kept))
+    return Spec(chosen, reads=reads, writes=chosen["bytes"] + 200, memory=1 << 26)
+
+
+@step("fit.taken", version=1, spec=_taken_spec)
+def taken(
+    context: Context, config: Artifact, chosen: Artifact, measured: tuple[Artifact, ...], before: tuple[Artifact, ...],
+    kept: tuple[Artifact, ...], *, ways: list[str], layers: list[int], engine: str,
+) -> None:  # fmt: skip
+    """The choice, and which of these `ways` to take a fine-tuning of its model is closest to the original, if any is closer.
+
+    `measured`: the divergence by each. `before` and `kept`: the layers with these numbers without the fine-tuning, and with what
+    was trained beside the packed weights.
+    """
+    fitted, read = Fitted.read(chosen), read_config(config)
+    runs = engine_of(engine, model_type=Family.of(read).arch.model_type)
+    tried = {way: Curves.read(curves).apart for way, curves in zip(ways, measured, strict=True)}
+    sizes = (sum(size(f, fitted.unit, runs, read, i) for f, i in zip(files, layers, strict=True)) for files in (kept, before))
+    settled = with_recovered(fitted, tried, next(sizes) - next(sizes))
+    settled.write(context.out)
+    context.note(told(fitted, settled))
+
+
+def _recovered_spec(chosen: Any, every: tuple[LayerSpec | RestSpec, ...], *, ways: list[str]) -> Spec:
+    return Spec(max(every, key=lambda f: f.nbytes), reads=0, writes=0, memory=1 << 24)
+
+
+@step("fit.recovered", version=1, spec=_recovered_spec)
+def recovered(context: Context, chosen: Artifact, every: tuple[Artifact, ...], *, ways: list[str]) -> None:
+    """A layer, or the rest, as the choice takes it: `every` has it without the fine-tuning, and then by each of these `ways`."""
+    link_all(context, every[["", *ways].index(Fitted.read(chosen).recovered)])

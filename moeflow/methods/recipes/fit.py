@@ -21,7 +21,7 @@ from moeflow.methods.decompose.ranks import PARTS, moved_rank
 from moeflow.methods.fit import steps as fit
 from moeflow.methods.fit.choosing import LISTED
 from moeflow.methods.fit.options import Alternative, Budget, Offers
-from moeflow.methods.fit.recovering import KEPT, MERGED, recovered, taken
+from moeflow.methods.fit.recovering import KEPT, MERGED
 from moeflow.methods.graph import Calibration, Model
 from moeflow.methods.prune.searches import Search
 from moeflow.methods.prune.steps import candidates, pick
@@ -132,10 +132,10 @@ def _recovered(
     numbers = list(made.moe_layers)
     before, kept = (tuple(m.layers[i] for i in numbers) for m in (made, tuned.model))
     word = offers.runs.word
-    best = taken(calibration.model.essential, best, measured, before, kept, ways=list(ways), layers=numbers, engine=word)
+    best = fit.taken(calibration.model.essential, best, measured, before, kept, ways=list(ways), layers=numbers, engine=word)
 
     def picked(one: Step, *others: Step) -> Step:
-        return one if {s.key for s in others} <= {one.key} else recovered(best, (one, *others), ways=list(ways))
+        return one if {s.key for s in others} <= {one.key} else fit.recovered(best, (one, *others), ways=list(ways))
 
     models = [model for model, _ in ways.values()]
     layers = {i: picked(one, *(m.layers[i] for m in models)) for i, one in enumerate(made.layers)}

@@ -343,8 +343,8 @@ def test_what_cannot_be_slimmed_is_refused_in_one_line(tmp_path: Path) -> None:
         assert "\n" not in str(refused.value)
     with pytest.raises(ValueError, match="layer 0 is packed in 4 bits, groups of 8; decompose the model"):
         moei2.decompose(calibrated(packed, tmp_path), Decomposition(ratio=0.2, ranks="uniform"))
-    with pytest.raises(ValueError, match="layer 0 is packed in 4 bits, groups of 8; fine-tune the model"):
-        tune.tune(packed, data_.tokens(matrix_of(tmp_path), packed, Sample(8, 16)), Recipe(steps=1, batch=2, rate=1e-3))
+    with pytest.raises(ValueError, match="layer 0 is packed in 4 bits, groups of 8, and mode='full' trains its weights"):
+        tune.tune(packed, data_.tokens(matrix_of(tmp_path), packed, Sample(8, 16)), Recipe("full", steps=1, batch=2, rate=1e-3))
 
 
 @pytest.mark.parametrize(
