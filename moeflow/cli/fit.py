@@ -45,7 +45,7 @@ Bytes = Annotated[str, typer.Option("--bytes", metavar="SIZE", help="all weights
 Ratio = Annotated[float | None, typer.Option("--ratio", help="this part of the bytes of all weights goes: 0.25")]
 Resident = Annotated[str, typer.Option("--resident", metavar="SIZE", help="all weights in the engine's memory take at most this")]
 Speed = Annotated[str, typer.Option("--speed", metavar="TIMES", help="so many times fewer multiplications a token: 1.5x")]
-Recover = Annotated[bool, typer.Option("--recover", help="then fine-tune it towards the original, before it is quantized")]
+Recover = Annotated[bool, typer.Option("--recover", help="then fine-tune it towards the original")]
 Frontier = Annotated[bool, typer.Option("--frontier", help="show what each budget would cost, as a fit has measured")]
 Planned = Annotated[bool, typer.Option("--plan", help="show what would be measured, and what it takes; run nothing")]
 

@@ -10,7 +10,7 @@ from typing import Literal, get_args
 from moeflow.arch import EMBEDDING, HEAD, Config, Family
 from moeflow.engines import Form
 from moeflow.model.formats import Format, format_of
-from moeflow.model.packed import BLOCKS, Scheme, numels, scheme_of
+from moeflow.model.packed import BLOCKS, PACKED, SCALE, Scheme, numels, packed_shapes, scheme_of
 
 BITS = {
     "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U8": 8, "BOOL": 8, "F8_E4M3": 8,
@@ -147,6 +147,13 @@ class LayerSpec:
         """Whether any of its matrices is in MXFP4."""
         return any(name.endswith(BLOCKS) for name in self.tensors)
 
+    @cached_property
+    def one_rank(self) -> int:
+        """The bytes of two factors of rank one beside each of its packed experts' matrices."""
+        whole, stem = packed_shapes(shapes_of(self.tensors), self.config), Family.of(self.config).experts(self.layer)
+        packed = [n for n in whole if n.startswith(stem) and n + PACKED in self.tensors]
+        return sum(tensor_bytes(self.tensors[n + SCALE][0], (sum(whole[n]),)) for n in packed)
+
     def check_plain(self, what: str) -> None:
         """Raise ValueError if its experts are packed, in FP8 or in MXFP4; `what` ("decompose") needs plain weights."""
         form = f"packed in {self.packed.words()}" if self.packed else "in FP8" if self.fp8 else "in MXFP4" if self.mxfp4 else ""
@@ -238,6 +245,7 @@ class CheckpointSpec:
     others: int  # bytes of its other files
     active: int  # weights that a token is multiplied with, those of the head among them
     form: Form | None = None  # what an engine asks of it
+    one_rank: int = 0  # bytes of two factors of rank one beside each of its packed experts' matrices
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,9 @@ def assemble_spec(
     parameters = sum(layer.numel for layer in layers) + LayerSpec(config, -1, 0, rest.tensors).numel
     active = sum(layer.active for layer in layers) + operations.head_numel(rest)
     form = form_of(layers, config)
-    out = CheckpointSpec(config, weights, parameters, headers, sum(rest.files.values()) + names + 3000, active, form)
+    out = CheckpointSpec(
+        config, weights, parameters, headers, sum(rest.files.values()) + names + 3000, active, form, sum(i.one_rank for i in layers)
+    )
     return Spec(out, reads=headers, writes=names + 3000, memory=1 << 24)
 
 
@@ -55,7 +57,8 @@ def assemble_as_spec(
     weights = sum(f.nbytes for f in more) + file_bytes(rest.tensors) + file_bytes(others)
     parameters = plain.parameters + sum(prod(shape) for _, shape in others.values())
     written = plain.others - sum(rest.files.values()) + len(form["whole"]) + sum(len(n) + 44 for n in others)
-    out = CheckpointSpec(config, weights, parameters, headers, written + sum(rest.files.values()), plain.active, plain.form)
+    small = written + sum(rest.files.values())
+    out = replace(plain, nbytes=weights, parameters=parameters, headers=headers, others=small)
     return Spec(out, reads=headers, writes=written, memory=1 << 24, notes=(form["note"],) if form["note"] else ())
 
 

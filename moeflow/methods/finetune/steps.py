@@ -75,6 +75,7 @@ def _train_spec(
     reads = checkpoint.nbytes + checkpoint.others + 5 * data.tokens
     # a layer with trained tensors is written whole, except for its routing file
     writes = checkpoint.headers if recipe.mode == "compressed_experts" else checkpoint.nbytes
+    writes += checkpoint.one_rank * recipe.rank if recipe.mode == "lora" and "experts" in recipe.targets else 0
     done = recipe.operations * checkpoint.active * recipe.steps * recipe.batch * data.length
     return Spec(
         {"bytes": 80 * recipe.steps + 2000}, reads=reads, writes=writes, memory=checkpoint.nbytes, compiles=True,

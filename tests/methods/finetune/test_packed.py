@@ -10,15 +10,24 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from moeflow.engines import engine_of
+from moeflow.engines.form import form_of
 from moeflow.methods.data import steps as data_
 from moeflow.methods.finetune.recipe import Recipe
+from moeflow.methods.finetune.trained import factored
 from moeflow.methods.graph import Model, Sample
-from moeflow.methods.recipes import tune, unified
+from moeflow.methods.prune.searches import Search
+from moeflow.methods.recipes import naee, tune, unified
 from moeflow.methods.recipes.tune import Tuned
 from moeflow.methods.slim.methods import Slimming
+from moeflow.methods.slim.steps import unpacked
+from moeflow.model.checkpoint import save
 from moeflow.model.dense import multiply_out
+from moeflow.model.engine_form import form_of as form_of_layers
 from moeflow.model.factors import multiplied_out
+from moeflow.model.layout import Folder, read_config
 from moeflow.model.packed import ADDED_IN, ADDED_OUT, PACKED
+from moeflow.serve.ways import against_native
 from moeflow.store import Store
 from tests import tiny
 from tests.methods.slim.test_loading import FAMILIES, FORMS, slimmed_as
@@ -100,3 +109,84 @@ def test_what_lora_trained_of_packed_experts_is_kept_beside_them(source: Path, f
     for name, matrix in multiplied_out(stored(whole)).items():
         torch.testing.assert_close(opened[name], matrix.to(opened[name].dtype), rtol=2**-7, atol=5e-3)
     loaded(out)
+
+
+def test_a_second_training_adds_to_the_first_and_pruning_takes_factors_along(store: Store, tmp_path: Path) -> None:
+    source = tiny.write("mixtral", tmp_path / "model", dtype=torch.bfloat16)
+    first = trained(packed_as("every layer alike", source, tmp_path), tmp_path)
+    second = trained(first.model, tmp_path, seed=1)
+    assert losses(store, second)[0] == pytest.approx(losses(store, first)[1], abs=2e-3)
+    once, twice = (stored(pulled(store, t.model, tmp_path)) for t in (first, second))
+    for name in (n for n in once if n.endswith(ADDED_OUT)):
+        assert torch.equal(twice[name][:, :RANK], once[name]) and twice[name].shape[1] == 2 * RANK
+    again = model_in(pulled(store, second.model, tmp_path / "twice"))
+    pruned = pulled(store, naee.prune(calibrated(again, tmp_path), 6, Search("reap")), tmp_path)
+    assert sum(n.endswith(ADDED_OUT) for n in stored(pruned)) * 8 == 6 * sum(n.endswith(ADDED_OUT) for n in once)
+    close(logits(loaded(pruned), tmp_path), logits(loaded(plain(pruned, tmp_path / "plain")), tmp_path))
+
+
+def test_unpacked_layers_are_the_sums(store: Store, tmp_path: Path) -> None:
+    source = tiny.write("mixtral", tmp_path / "model", dtype=torch.bfloat16)
+    tuned = trained(packed_as("bits differ, and some layers are whole", source, tmp_path), tmp_path)
+    opened = tuned.model.with_layers({i: unpacked(tuned.model.layers[i]) for i in tuned.model.moe_layers})
+    whole = stored(plain(pulled(store, tuned.model, tmp_path), tmp_path / "plain"))
+    sums = stored(pulled(store, opened, tmp_path))
+    assert sums.keys() == whole.keys()
+    for name, matrix in sums.items():
+        torch.testing.assert_close(matrix, whole[name].to(matrix.dtype), rtol=2**-7, atol=1e-6)
+    for layer in opened.layers:
+        shapes = {n: shape for n, (_, shape) in layer.spec.output.tensors.items()}
+        assert shapes == {n: tuple(sums[n].shape) for n in shapes}, "planned as it came out"
+
+
+@pytest.mark.parametrize("how, message", [
+    ({"mode": "full"}, "layer 0 is packed in 4 bits, groups of 8, and mode='full' trains its weights; take lora"),
+    ({"mode": "experts"}, "mode='experts' trains its weights; take lora, whose additions are kept beside them"),
+    ({"targets": ("experts", "shared")}, "layer 0 is packed .*, the shared expert, too, to which nothing can be added"),
+])  # fmt: skip
+def test_what_cannot_be_trained_of_packed_weights_is_refused(how: dict[str, Any], message: str, tmp_path: Path) -> None:
+    source = tiny.write("deepseek_v2", tmp_path / "model", first_k_dense_replace=0)
+    packed = unified.slim(calibrated(model_in(source), tmp_path), Slimming("round_to_nearest", shared=True, **FOUR))
+    data = data_.tokens(matrix_of(tmp_path), packed, Sample(8, 16))
+    with pytest.raises(ValueError, match=message):
+        tune.tune(packed, data, Recipe(**(HOW | how)))
+
+
+@pytest.mark.parametrize("spoil, message", [
+    (lambda t, n: t.pop(n + ADDED_IN), r"_added_out \(.*\) and .*_added_in \(\) give no 48 x 32 together"),
+    (lambda t, n: t.update({n + ADDED_IN: t[n + ADDED_IN][:1]}), "give no 48 x 32 together"),
+    (lambda t, n: (t.pop(n + ADDED_IN), t.pop(n + ADDED_OUT)), "_added_out is missing, which others of its layer have"),
+    (lambda t, n: t.update({"model.norm.weight" + ADDED_OUT: t[n + ADDED_OUT].clone()}), "which is not packed|leaves no place for"),
+])  # fmt: skip
+def test_factors_that_do_not_fit_are_refused_by_all_who_read(spoil: Any, message: str, store: Store, tmp_path: Path) -> None:
+    source = tiny.write("mixtral", tmp_path / "model", dtype=torch.bfloat16)
+    out = pulled(store, trained(packed_as("every layer alike", source, tmp_path), tmp_path).model, tmp_path)
+    tensors = stored(out)
+    spoil(tensors, next(n.removesuffix(ADDED_OUT) for n in sorted(tensors) if n.endswith(ADDED_OUT) and ".w1." in n))
+    for file in [*out.glob("*.safetensors"), *out.glob("*.index.json")]:
+        file.unlink()
+    save(tensors, out / "model.safetensors")
+    for read in (model_in, loaded):
+        with pytest.raises(ValueError, match=message):
+            read(out)
+
+
+def test_factors_of_a_product_give_it_back() -> None:
+    product = torch.randn(40, 3) @ torch.randn(3, 24)
+    out, within = factored(product, 4)
+    assert (out.shape, within.shape) == ((40, 4), (4, 24))
+    torch.testing.assert_close(out @ within, product, rtol=1e-4, atol=1e-4)
+    assert [t.shape for t in factored(product, 99)] == [(40, 24), (24, 24)]
+    assert factored(torch.zeros(5, 4), 2)[1].abs().max() == 0
+
+
+@pytest.mark.parametrize("engine, runs", [("moeflow", True), ("vllm-moeflow", True), ("transformers", False), ("vllm", False)])
+def test_engines_are_told_of_factors_beside_packed_weights(engine: str, runs: bool, store: Store, tmp_path: Path) -> None:
+    source = tiny.write("mixtral", tmp_path / "model", dtype=torch.bfloat16)
+    model = trained(packed_as("every layer alike", source, tmp_path), tmp_path).model
+    config = read_config(Folder(pulled(store, model, tmp_path)))
+    planned = form_of_layers([layer.spec.output for layer in model.layers], model.config)
+    for form in (form_of(config), planned):
+        assert form.ranks and bool(form.why_not(engine_of(engine))) != runs
+        assert not form.dense.ranks and not form.dense.why_not(engine_of(engine))
+    assert "has low-rank additions" in against_native(config)
