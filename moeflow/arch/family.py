@@ -299,14 +299,16 @@ class Family:
     # Names in memory
 
     def on_disk(self, name: str) -> str:
-        """The name on disk of a tensor that is called `name` in memory. Fused experts have no such name."""
+        """The name on disk of a tensor that is called `name` in memory; of a stack of fused experts, which is not on disk, the name
+        that it would have among them."""
         layer = layer_of(name)
         if layer is not None:
             inside = name.removeprefix(self.prefix(layer))
             for disk, memory in self.arch.memory:
                 if inside.startswith(memory):
                     return self.prefix(layer) + disk + inside.removeprefix(memory)
-            return name
+            fused = f"{self.arch.block}.experts."
+            return self.experts(layer) + inside.removeprefix(fused) if inside.startswith(fused) else name
         for disk, memory in self.arch.rest:
             if name.startswith(memory):
                 return disk + name.removeprefix(memory)

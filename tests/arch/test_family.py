@@ -43,6 +43,13 @@ def test_every_tensor_is_of_the_kind_that_its_name_says(family: Path) -> None:
     assert not any(n.startswith("model.layers.") for n in kinds["rest"])
 
 
+def test_stacks_of_experts_are_experts_whatever_their_block_is_called_on_disk(family: Path) -> None:
+    """So that they are trained: a Phi-3.5-MoE's lie in `mlp` in memory and in `block_sparse_moe` on disk."""
+    of = Family.of(read_config(Folder(family)))
+    stem = f"{of.prefix(of.moe_layers[0])}{of.arch.block}.experts."
+    assert {of.kind(of.on_disk(stem + stack)) for stack in ("gate_up_proj", "down_proj")} == {"experts"}
+
+
 def test_what_a_hybrid_has_in_the_place_of_attention_is_of_its_kind() -> None:
     """Under a name of its own, or under the block's in layers without experts; dense networks beside the block are not."""
     arch, config = normal.FAMILIES["nemotron_h"]

@@ -155,7 +155,7 @@ def test_trained_experts_are_written_matrix_by_matrix(layer: Layer) -> None:
     module = passes.stream_of(layer.config, "float32").layer(tensors, layer.number)
     stem = f"{layer.family.arch.block}.experts."
     stacks = {f"{layer.family.prefix(layer.number)}{n}": p for n, p in module.named_parameters() if n.startswith(stem)}
-    written = trained.tensors_of(stacks, tensors, list(tensors), layer.config, Recipe())
+    written = trained.tensors_of(stacks, tensors, layer.config, Recipe())
     assert written.keys() == {n for n in tensors if layer.family.of_expert(n, layer.number)}
     assert all(torch.equal(t, tensors[n]) for n, t in written.items())
 

@@ -57,6 +57,8 @@ class Recipe:
     """Which state is kept: the one with the lowest mean validation loss, or the last."""
     keep_zeros: bool | None = None
     """Keep experts' zero weights at zero; none: if the experts were made sparse."""
+    packed: Literal["beside", "scales"] = "beside"
+    """What LoRA trains of packed experts: factors that are kept beside them, or their scales, which takes no bytes."""
     seed: int = 0
     """The seed of the rows' order and LoRA's first factors."""
     adapter: bool = False
@@ -96,6 +98,11 @@ class Recipe:
         return {"lm": 0.0, "kl": 1.0, "both": self.mix}[self.loss]
 
     @property
+    def beside(self) -> bool:
+        """Whether factors are left beside packed experts."""
+        return self.mode == "lora" and "experts" in self.targets and self.packed == "beside"
+
+    @property
     def operations(self) -> int:
         """Operations for each weight and token: 2 of a forward pass, 2 of gradients of activations, 2 of those of all weights."""
         return 6 if self.mode == "full" else 4
@@ -117,10 +124,11 @@ class Recipe:
             raise ValueError(f"epochs={self.epochs:g} of {rows} rows in batches of {self.batch} make no step; say steps=1")
         return steps
 
-    def settled(self, *, rows: int, dtype: str, sparse: bool, validated: bool) -> "Recipe":
+    def settled(self, *, rows: int, dtype: str, sparse: bool, validated: bool, packed: bool = False) -> "Recipe":
         """The recipe with all choices made and fields without effect at their defaults: one training has one key.
 
-        `rows` of data; `dtype` of the training; `sparse`: experts are sparse; `validated`: there is validation text.
+        `rows` of data; `dtype` of the training; `sparse`: experts are sparse; `validated`: there is validation text; `packed`:
+        experts are packed.
         """
         if dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype={dtype!r}: a model is trained in one of float32, bfloat16, whatever its checkpoint has")
@@ -138,6 +146,7 @@ class Recipe:
         unused = {"epochs"}
         unused |= {"mix"} if self.loss != "both" else set()
         unused |= {"top"} if self.loss == "lm" else set()
+        unused |= set() if packed and self.mode == "lora" and "experts" in self.targets else {"packed"}
         unused |= {"targets", "rank", "alpha"} if self.mode != "lora" else {"alpha"} if self.scale == 2 else set()
         return only(settled, *({f.name for f in fields(self)} - unused))
 

@@ -75,7 +75,7 @@ def _train_spec(
     reads = checkpoint.nbytes + checkpoint.others + 5 * data.tokens
     # a layer with trained tensors is written whole, except for its routing file
     writes = checkpoint.headers if recipe.mode == "compressed_experts" else checkpoint.nbytes
-    writes += checkpoint.one_rank * recipe.rank if recipe.mode == "lora" and "experts" in recipe.targets else 0
+    writes += checkpoint.one_rank * recipe.rank * recipe.beside
     done = recipe.operations * checkpoint.active * recipe.steps * recipe.batch * data.length
     return Spec(
         {"bytes": 80 * recipe.steps + 2000}, reads=reads, writes=writes, memory=checkpoint.nbytes, compiles=True,
@@ -109,7 +109,7 @@ def added(before: LayerSpec, recipe: Recipe) -> TensorTable:
     whole = packed_shapes(shapes_of(before.tensors), before.config)
     kinds = {name: Family.of(before.config).kind(name) for name in whole if name + PACKED in before.tensors}
     table: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for name in (n for n, kind in kinds.items() if recipe.mode == "lora" and kind == "experts" and kind in recipe.targets):
+    for name in (n for n, kind in kinds.items() if recipe.beside and kind == "experts"):
         (rows, columns), dtype = whole[name], before.tensors[name + SCALE][0]
         rank = min(recipe.rank, rows, columns)
         if name + ADDED_OUT in before.tensors:

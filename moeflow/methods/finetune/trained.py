@@ -12,25 +12,25 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from moeflow.arch import EMBEDDING, HEAD, Config, Family, layer_of
-from moeflow.methods.finetune.lora import ADDITIONS, A, B, product
+from moeflow.methods.finetune.lora import ADDITIONS, ENDINGS, SCALES, A, B, product
 from moeflow.methods.finetune.recipe import Recipe
 from moeflow.methods.graph import REST
 from moeflow.model.checkpoint import Tensors, save
 from moeflow.model.factors import PLAIN, STACKS
 from moeflow.model.formats import Format, format_of
 from moeflow.model.layout import Files, file_for
-from moeflow.model.packed import ADDED_IN, ADDED_OUT, PACKED, SCALE
+from moeflow.model.packed import ADDED_IN, ADDED_OUT, PACKED, SCALE, Scheme, scheme_of
 from moeflow.model.passes import expert_form
 
 
 def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The trained parameters by name; LoRA's factors are named after their matrix, with the endings `lora.A` and `lora.B`."""
+    """The trained parameters by name; what is trained of a matrix is named after it, with the endings of `lora.ENDINGS`."""
     trained = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             path, added, last = name.partition(f"{ADDITIONS}.")
             matrix, _, factor = last.rpartition(".")
-            trained[f"{path}{matrix}{A if factor == 'a' else B}" if added else name] = parameter
+            trained[f"{path}{matrix}{ENDINGS[factor]}" if added else name] = parameter
     return trained
 
 
@@ -81,7 +81,12 @@ def _file(names: Iterable[str], tensors: Tensors, changed: Mapping[str, Tensor],
     written: dict[str, Tensor] = {}
     for name in names:
         if packed := tensors.packed(name):
-            written |= packed | (_beside(name, packed, changed[name], recipe.rank) if name in changed else {})
+            written |= packed
+            if name in changed:
+                written |= _beside(name, packed, changed[name], recipe.rank)
+            if name + SCALE in changed:
+                scale_MG = packed[name + SCALE]
+                written[name + SCALE] = (scale_MG.float() * (1 + changed[name + SCALE].float())).to(scale_MG.dtype)
         else:
             before = tensors[name]
             written[name] = changed.get(name, before).to(before.dtype)
@@ -108,13 +113,16 @@ def factored(product_MN: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 def tensors_of(trained: Mapping[str, Tensor], tensors: Tensors, config: Config, recipe: Recipe) -> dict[str, Tensor]:
     """The trained parameters of one layer, or of the rest, as tensors on disk; LoRA's additions are added, in fp32, to the existing
-    tensors. Of a packed matrix only what is to be added is here."""
+    tensors. Of a packed matrix only what is to be added is here, or how its scales [M, G] change, under their own name."""
     family, layer = Family.of(config), layer_of(next(iter(trained)))
     shapes = {n: t.shape for n, t in tensors.info.items() if layer_of(n) == layer}
     format = Format(0) if layer is None else format_of(shapes, config, layer)
     on_disk: dict[str, Tensor] = {}
     for name, parameter in trained.items():
         if name.endswith(B):
+            continue
+        if name.endswith(SCALES):
+            on_disk |= _scales(family, format, name.removesuffix(SCALES), parameter, scheme_of(shapes, config))
             continue
         adds = name.endswith(A)
         plain = name.removesuffix(A)
@@ -124,6 +132,14 @@ def tensors_of(trained: Mapping[str, Tensor], tensors: Tensors, config: Config, 
                 piece = piece * (tensors[disk] != 0)
             on_disk[disk] = tensors[disk].float() + piece if adds and disk + PACKED not in tensors.info else piece
     return on_disk
+
+
+def _scales(family: Family, format: Format, name: str, scales_EMG: Tensor, scheme: Scheme | None) -> dict[str, Tensor]:
+    """How the scales [M, G] of each packed matrix of a stack change."""
+    group = scheme.group if scheme else 0
+    out = group > 0 and name.endswith("_out")  # their columns are ranks, as many as each expert has
+    spread = scales_EMG.repeat_interleave(group, dim=2) if out else scales_EMG
+    return {disk + SCALE: p[:, ::group] if out else p for disk, p in _pieces(family, format, layer_of(name), name, spread)}
 
 
 def _pieces(family: Family, format: Format, layer: int | None, name: str, value: Tensor) -> Iterator[tuple[str, Tensor]]:

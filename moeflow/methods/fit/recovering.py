@@ -1,4 +1,4 @@
-"""What becomes of a fine-tuning towards the original: of packed weights, it is kept beside them or merged by packing again."""
+"""What becomes of a fine-tuning towards the original: it is merged, or kept beside packed weights, or left."""
 
 from collections.abc import Mapping
 from dataclasses import replace

@@ -55,7 +55,7 @@ class Fitting:
 def compress(calibration: Calibration, budget: Budget, offers: Offers, recover: Callable[[Model], Tuned] | None = None) -> Fitting:
     """Build the graph that fits the calibrated model into the budget. Raises ValueError if nothing on offer can be had.
 
-    `recover` fine-tunes the chosen model. What it trains of packed weights is kept beside them, where engine and budget allow it,
+    `recover` fine-tunes the chosen model. Factors that it leaves beside packed weights are kept, where engine and budget allow it,
     or merged by packing again, whichever loses less.
     """
     calibration.check_states("fit")
@@ -118,7 +118,7 @@ def _recovered(
 ) -> tuple[Step, Model, tuple[Step, ...]]:
     """The choice, its model fine-tuned, if that is closer to the original, and the reports on that.
 
-    Where weights are packed, what was trained of them lies beside them, or is merged: the sums are packed again.
+    Factors beside packed weights are kept there, or merged: the sums are packed again.
     """
     beside = [i for i in made.moe_layers if tuned.model.layers[i].spec.output.format.added]
     ways: dict[str, tuple[Model, tuple[Step, ...]]] = {}

@@ -8,8 +8,8 @@ Instead of `-p budget.bytes=24GB`: `-p budget.ratio=0.25` (a quarter of the byte
 `-p budget.speed=1.5` (fewer multiplications a token). Every layer is offered fewer experts, lower ranks, fewer bits, two of these
 together, and no MoE block; each alternative is measured once, and the cheapest combination is found exactly. Another budget on the
 same model makes and measures no alternative again but the round around its own choice. `-p recover.rows=4096` fine-tunes what was
-built towards the original, on so many rows of the calibration's texts; what is trained of packed weights is kept beside them where
-the budget has room for it, or merged by packing again, whichever loses less.
+built towards the original, on so many rows of the calibration's texts: of packed experts their scales, which takes no byte, or with
+`-p recover.packed=beside` factors, which are kept beside them where the budget has room, or merged by packing again.
 """
 
 from moeflow.methods.calibrate import steps as calibrate

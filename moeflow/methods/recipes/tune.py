@@ -69,6 +69,9 @@ class Recovering(FineTuning):
     """Predict the text, predict what the original predicts (KL divergence), or both."""
     rate: float = 1e-3
     """The highest learning rate of AdamW."""
+    packed: Literal["beside", "scales"] = "scales"
+    """What LoRA trains of packed experts: their scales, which takes no bytes, or factors beside them, which are kept where the
+    budget has room, or merged by packing again, whichever loses less."""
 
     def check_files(self) -> None:
         if self.text:
@@ -124,6 +127,7 @@ def tune(
         dtype=precision(model.config, recipe.dtype),
         sparse=any(model.layers[i].spec.output.sparse for i in model.moe_layers),
         validated=bool(matrices),
+        packed=any(model.layers[i].spec.output.packed for i in model.moe_layers),
     )
     predictions = _predictions(model, data, recipe, teacher, passed)
     for i in model.moe_layers:

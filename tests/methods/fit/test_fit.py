@@ -194,13 +194,13 @@ def divergence(store: Store, target: Step) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("bits, part", [((4,), 0.7), ((), 0.35)])
+@pytest.mark.parametrize("bits, part, packed", [((4,), 0.7, "beside"), ((4,), 0.7, "scales"), ((), 0.35, "scales")])
 def test_a_recovered_model_is_closer_and_takes_no_more(
-    small_offer: Calibration, tmp_path: Path, bits: tuple[int, ...], part: float
+    small_offer: Calibration, tmp_path: Path, bits: tuple[int, ...], part: float, packed: Any
 ) -> None:
     """Fine-tuned towards the original: merged, or kept beside packed weights; what a training made worse would be left."""
     store, model, rows = running.store_in(tmp_path), small_offer.model, small_offer.tokens
-    how = Recipe(loss="kl", steps=16, batch=8, rate=3e-3, dtype="float32", targets=("attention", "experts"))
+    how = Recipe(loss="kl", steps=16, batch=8, rate=3e-3, dtype="float32", packed=packed)
 
     def recovered(plain: Model) -> Tuned:
         return tune.tune(plain, rows, how, teacher=model, passed=small_offer.passed, gang=Gang(gpus=0))
@@ -215,7 +215,7 @@ def test_a_recovered_model_is_closer_and_takes_no_more(
     assert after < 0.9 * before
     taken, *other = sorted(decision(store, targets[1])["tried"].items(), key=lambda way: way[1])
     assert decision(store, targets[1])["recovered"] == taken[0] or decision(store, targets[1])["over"]
-    assert bool(other) == bool(bits), "beside packed weights it is kept or merged"
+    assert bool(other) == (packed == "beside"), "beside packed weights it is kept or merged"
     store.fetch(targets[1].key, tmp_path / "out")
     assert weights(tmp_path / "out") <= decision(store, targets[1])["budget"]
     ids = torch.from_numpy(running.array_of(running.matrix_of(tmp_path)))
