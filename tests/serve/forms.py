@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
-from moeflow.arch import MAIN, Family
+from moeflow.arch import LAYERS, MAIN, Family
 from moeflow.model.checkpoint import Tensors
-from moeflow.model.formats import FORMS, Format, config_of, layer_formats, routing_shapes
+from moeflow.model.formats import FORMS, Format, config_of, format_of, layer_formats, routing_shapes, without_added
 from moeflow.model.layout import Folder, read_config
-from moeflow.model.packed import Scheme, pack, quantization_config
+from moeflow.model.packed import ADDED_IN, ADDED_OUT, Scheme, pack, packed_shapes, quantization_config
 from tests import tiny
 from tests.compressed import compress, write
 
@@ -133,6 +134,21 @@ def packed_counts(source: Path, out: Path, group: int = 32) -> Path:
     return out
 
 
+def added(source: Path, out: Path) -> Path:
+    """As `packed`, with two factors of rank 3 beside each packed matrix."""
+    packed(source, between := out.parent / f"{out.name}-alone")
+    config, files = read_config(Folder(between)), sorted(between.glob("*.safetensors"))
+    tensors = {n: t for file in files for n, t in load_file(file).items()}
+    generator = torch.Generator().manual_seed(0)
+    for name, (rows, columns) in packed_shapes({n: t.shape for n, t in tensors.items()}, config).items():
+        tensors[name + ADDED_OUT] = 0.1 * torch.randn(rows, 3, generator=generator)
+        tensors[name + ADDED_IN] = 0.1 * torch.randn(3, columns, generator=generator)
+    shapes = {n: t.shape for n, t in tensors.items()}
+    said = [value and format_of(shapes, config, i).to_json() for i, value in enumerate(config[LAYERS])]
+    write(tensors, config | {LAYERS: said}, out)
+    return out
+
+
 def _packed(w_MN: Tensor, scheme: Scheme) -> dict[str, Tensor]:
     top = (1 << (scheme.bits - 1)) - 1
     groups_MGg = w_MN.unflatten(1, (-1, scheme.group or w_MN.shape[1]))
@@ -145,7 +161,7 @@ def plain(source: Path, out: Path) -> Path:
     """The packed checkpoint with its matrices multiplied out, which transformers loads whatever its quantizer is."""
     config = read_config(Folder(source))
     config.pop("quantization_config")
-    write(dict(Tensors(source)), config, out)
+    write(dict(Tensors(source)), config | {LAYERS: [without_added(value) for value in config[LAYERS]]}, out)
     return out
 
 
@@ -156,6 +172,7 @@ FORMS_OF: dict[str, Callable[[Path, Path], Path]] = {
     "vectors": vectors,
     "gone": gone,
     "packed": packed,
+    "added": added,
 }
 """Every form, and how it is made. "low_rank": ranks that differ, whole and low-rank experts in one layer, counts that differ."""
 

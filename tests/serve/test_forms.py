@@ -26,7 +26,7 @@ def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 @pytest.mark.parametrize("form", forms.FORMS_OF)
 def test_it_writes_what_it_writes_in_transformers(source: Path, form: str, tmp_path: Path) -> None:
     made = forms.FORMS_OF[form](source, tmp_path / form)
-    reference = forms.plain(made, tmp_path / "plain") if form == "packed" else made
+    reference = forms.plain(made, tmp_path / "plain") if form in ("packed", "added") else made
     with told() as lines, served(made) as engine:
         same, apart = agreement(engine, reference)
         assert same == ALL and apart < NEAR, f"{same} of {ALL} tokens, {apart} apart"

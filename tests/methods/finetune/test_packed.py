@@ -1,6 +1,7 @@
 """LoRA beside packed weights: they stay as they are, what was trained is kept beside them, and every reader adds it."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def trained(model: Model, folder: Path, **how: Any) -> Tuned:
 
 
 def packed_as(form: str, source: Path, folder: Path) -> Model:
-    if form == "every layer alike":
+    if form == ALIKE:
         return unified.slim(calibrated(model_in(source), folder), Slimming("round_to_nearest", **FOUR))
     return slimmed_as(form, source, folder)
 
@@ -77,7 +78,11 @@ def stored(folder: Path) -> dict[str, Tensor]:
     return {n: t for file in sorted(folder.glob("*.safetensors")) for n, t in load_file(file).items()}
 
 
-@pytest.mark.parametrize("form", ["every layer alike", *FORMS])
+ALIKE, FACTORS = "every layer alike", "factors beside whole matrices"
+EVERY = [ALIKE, *(f if f == FACTORS else pytest.param(f, marks=pytest.mark.slow) for f in FORMS)]
+
+
+@pytest.mark.parametrize("form", EVERY)
 def test_what_lora_trained_of_packed_experts_is_kept_beside_them(source: Path, form: str, store: Store, tmp_path: Path) -> None:
     """The packed weights stay bit for bit; transformers, a second import and what is multiplied out add the factors."""
     packed = packed_as(form, source, tmp_path)
@@ -97,7 +102,7 @@ def test_what_lora_trained_of_packed_experts_is_kept_beside_them(source: Path, f
     assert {again.layers[i].spec.output.format.added for i in again.moe_layers} <= {"low_rank", ""}
     close(logits(loaded(pulled(store, again, tmp_path / "again")), tmp_path), logits(loaded(out), tmp_path))
     for i, layer in enumerate(tuned.model.layers):
-        if form == "every layer alike":
+        if form == ALIKE:
             assert layer.spec.output.tensors == again.layers[i].spec.output.tensors, "planned as it came out"
     saved = loaded(out)
     saved.save_pretrained(tmp_path / "saved")
@@ -111,7 +116,7 @@ def test_what_lora_trained_of_packed_experts_is_kept_beside_them(source: Path, f
     loaded(out)
 
 
-@pytest.mark.parametrize("form", ["every layer alike", *FORMS])
+@pytest.mark.parametrize("form", EVERY)
 def test_trained_scales_take_no_bytes_and_leave_the_codes(source: Path, form: str, store: Store, tmp_path: Path) -> None:
     packed = packed_as(form, source, tmp_path)
     tuned = trained(packed, tmp_path, packed="scales")
@@ -129,7 +134,7 @@ def test_trained_scales_take_no_bytes_and_leave_the_codes(source: Path, form: st
 
 def test_a_second_training_adds_to_the_first_and_pruning_takes_factors_along(store: Store, tmp_path: Path) -> None:
     source = tiny.write("mixtral", tmp_path / "model", dtype=torch.bfloat16)
-    first = trained(packed_as("every layer alike", source, tmp_path), tmp_path)
+    first = trained(packed_as(ALIKE, source, tmp_path), tmp_path)
     second = trained(first.model, tmp_path, seed=1)
     assert losses(store, second)[0] == pytest.approx(losses(store, first)[1], abs=2e-3)
     once, twice = (stored(pulled(store, t.model, tmp_path)) for t in (first, second))
@@ -168,23 +173,28 @@ def test_what_cannot_be_trained_of_packed_weights_is_refused(how: dict[str, Any]
         tune.tune(packed, data, Recipe(**(HOW | how)))
 
 
-@pytest.mark.parametrize("spoil, message", [
+SPOILED: list[tuple[Callable[[dict[str, Tensor], str], Any], str]] = [
     (lambda t, n: t.pop(n + ADDED_IN), r"_added_out \(.*\) and .*_added_in \(\) give no 48 x 32 together"),
     (lambda t, n: t.update({n + ADDED_IN: t[n + ADDED_IN][:1]}), "give no 48 x 32 together"),
     (lambda t, n: (t.pop(n + ADDED_IN), t.pop(n + ADDED_OUT)), "_added_out is missing, which others of its layer have"),
-    (lambda t, n: t.update({"model.norm.weight" + ADDED_OUT: t[n + ADDED_OUT].clone()}), "which is not packed|leaves no place for"),
-])  # fmt: skip
-def test_factors_that_do_not_fit_are_refused_by_all_who_read(spoil: Any, message: str, store: Store, tmp_path: Path) -> None:
-    source = tiny.write("mixtral", tmp_path / "model", dtype=torch.bfloat16)
-    out = pulled(store, trained(packed_as("every layer alike", source, tmp_path), tmp_path).model, tmp_path)
-    tensors = stored(out)
-    spoil(tensors, next(n.removesuffix(ADDED_OUT) for n in sorted(tensors) if n.endswith(ADDED_OUT) and ".w1." in n))
+    (lambda t, n: t.update({f"model.norm.weight{ADDED_OUT}": torch.zeros(3, 2)}), "which is not packed|leaves no place for"),
+]
+
+
+def test_factors_that_do_not_fit_are_refused_by_all_who_read(store: Store, tmp_path: Path) -> None:
+    source = tiny.write("mixtral", tmp_path / "model")
+    out = pulled(store, trained(packed_as(ALIKE, source, tmp_path), tmp_path).model, tmp_path)
+    whole = stored(out)
+    name = next(n.removesuffix(ADDED_OUT) for n in sorted(whole) if n.endswith(ADDED_OUT) and ".w1." in n)
     for file in [*out.glob("*.safetensors"), *out.glob("*.index.json")]:
         file.unlink()
-    save(tensors, out / "model.safetensors")
-    for read in (model_in, loaded):
-        with pytest.raises(ValueError, match=message):
-            read(out)
+    for spoil, message in SPOILED:
+        tensors = dict(whole)
+        spoil(tensors, name)
+        save(tensors, out / "model.safetensors")
+        for read in (model_in, loaded):
+            with pytest.raises(ValueError, match=message):
+                read(out)
 
 
 def test_factors_of_a_product_give_it_back() -> None:
@@ -196,13 +206,15 @@ def test_factors_of_a_product_give_it_back() -> None:
     assert factored(torch.zeros(5, 4), 2)[1].abs().max() == 0
 
 
-@pytest.mark.parametrize("engine, runs", [("moeflow", True), ("vllm-moeflow", True), ("transformers", False), ("vllm", False)])
-def test_engines_are_told_of_factors_beside_packed_weights(engine: str, runs: bool, store: Store, tmp_path: Path) -> None:
-    source = tiny.write("mixtral", tmp_path / "model", dtype=torch.bfloat16)
-    model = trained(packed_as("every layer alike", source, tmp_path), tmp_path).model
+def test_engines_are_told_of_factors_beside_packed_weights(store: Store, tmp_path: Path) -> None:
+    source = tiny.write("mixtral", tmp_path / "model")
+    model = trained(packed_as(ALIKE, source, tmp_path), tmp_path).model
     config = read_config(Folder(pulled(store, model, tmp_path)))
     planned = form_of_layers([layer.spec.output for layer in model.layers], model.config)
     for form in (form_of(config), planned):
-        assert form.ranks and bool(form.why_not(engine_of(engine))) != runs
-        assert not form.dense.ranks and not form.dense.why_not(engine_of(engine))
+        of_dense = form.dense
+        assert form.ranks and not of_dense.ranks
+        runs = {name: not form.why_not(engine_of(name)) for name in ("moeflow", "vllm-moeflow", "transformers", "vllm")}
+        assert runs == {"moeflow": True, "vllm-moeflow": True, "transformers": False, "vllm": False}
+        assert not any(of_dense.why_not(engine_of(name)) for name in runs)
     assert "has low-rank additions" in against_native(config)
