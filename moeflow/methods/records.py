@@ -216,6 +216,8 @@ class Bits(Record):
     FILE = "bits.json"
 
     layers: Mapping[int, int]
+    groups: Mapping[int, int] = field(default_factory=dict)
+    """By layer, how many weights share a scale, where that is decided, too."""
 
 
 @dataclass(frozen=True)

@@ -139,8 +139,10 @@ def next_best(offered: Offered, engine: Engine, room: float, chosen: Mapping[int
     """
     alike = offered
     if not engine.mixed:
-        bits = {offered[i][name].what.bits for i, name in chosen.items() if offered[i][name].what.keep}
-        alike = {i: {n: o for n, o in options.items() if o.what.bits in bits or not o.what.keep} for i, options in offered.items()}
+        ways = {offered[i][name].what.packing for i, name in chosen.items() if offered[i][name].what.keep}
+        alike = {
+            i: {n: o for n, o in options.items() if o.what.packing in ways or not o.what.keep} for i, options in offered.items()
+        }
     best: tuple[float, dict[int, str]] | None = None
     for layer, name in chosen.items():
         others = {**alike, layer: {n: o for n, o in alike[layer].items() if n != name}}
@@ -196,11 +198,11 @@ def together(offered: Offered, engine: Engine) -> Iterator[dict[int, dict[str, O
     """The parts of the offer of which the engine loads any combination: packed alike, and of one count, where it has to be."""
     loaded = {i: {n: o for n, o in options.items() if not _odd(o.what, engine)} for i, options in offered.items()}
     every = [o.what for options in loaded.values() for o in options.values()]
-    widths = [None] if engine.mixed else sorted({a.bits for a in every})
+    ways = [None] if engine.mixed else sorted({a.packing for a in every})
     counts = [None] if engine.counts else sorted({a.keep for a in every})
-    for bits in widths:
+    for way in ways:
         for count in counts:
-            part = {i: {n: o for n, o in options.items() if _fits(o.what, bits, count)} for i, options in loaded.items()}
+            part = {i: {n: o for n, o in options.items() if _fits(o.what, way, count)} for i, options in loaded.items()}
             if all(part.values()):
                 yield part
 
@@ -210,9 +212,9 @@ def _odd(what: Alternative, engine: Engine) -> bool:
     return bool(what.keep and engine.why_not_count(what.keep))
 
 
-def _fits(what: Alternative, bits: int | None, count: int | None) -> bool:
-    """Whether an alternative has these bits and this count, where they are asked for; a layer without experts has no bits."""
-    return (bits in (None, what.bits) or not what.keep) and count in (None, what.keep)
+def _fits(what: Alternative, way: tuple[int, int] | None, count: int | None) -> bool:
+    """Whether an alternative is packed this way and has this count, where they are asked for; without experts it is not packed."""
+    return (way in (None, what.packing) or not what.keep) and count in (None, what.keep)
 
 
 def frontier(offered: Offered, engine: Engine, rest: float, points: int = POINTS) -> tuple[Point, ...]:

@@ -76,6 +76,9 @@ class Offers:
     """Bits to which a layer's experts may be quantized by GPTQ, alone and with fewer experts or lower ranks."""
     group: int = 32
     """Weights that share a scale; ranks that are quantized are multiples of it."""
+    wide: tuple[int, ...] = (3, 2)
+    """Bits at which whole matrices are offered with scales for twice as many weights, too: the fewer bits, the more of the bytes
+    are scales."""
     gone: bool = True
     """Whether a layer may lose its MoE block."""
     search: Literal["enumerate", "genetic", "swap"] = "swap"
@@ -108,6 +111,11 @@ class Offers:
     def runs(self) -> Engine:
         return engine_of(self.engine, tp=self.tp, ep=self.ep)
 
+    def groups(self, bits: int) -> tuple[int, ...]:
+        """How many weights of a whole matrix may share a scale at these bits, by the options and the engine."""
+        known, twice = self.runs.groups, 2 * self.group
+        return (self.group, twice) if bits in self.wide and (known is None or twice in known) else (self.group,)
+
     @property
     def packs(self) -> tuple[int, ...]:
         """The bits on offer that the engine runs."""
@@ -124,8 +132,15 @@ class Alternative:
     """The part of the parameters of those that stay which lower ranks take away."""
     bits: int = 0
     """The bits of their weights; 0: as they are."""
+    group: int = 0
+    """How many of these share a scale, if it is not the number that is offered for all bits; 0: that number."""
 
     @property
     def name(self) -> str:
         parts = [f"{self.keep} experts"] + [f"{self.ratio:g} off"] * bool(self.ratio) + [f"{self.bits} bits"] * bool(self.bits)
-        return ", ".join(parts) if self.keep else "gone"
+        return ", ".join([*parts, *[f"groups of {self.group}"] * bool(self.group)]) if self.keep else "gone"
+
+    @property
+    def packing(self) -> tuple[int, int]:
+        """How its experts are packed: what all layers share where an engine has one way for all."""
+        return self.bits, self.group

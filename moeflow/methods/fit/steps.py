@@ -155,12 +155,12 @@ def _bits_spec(chosen: Any, *, offer: Offer) -> Spec:
     return Spec({"bytes": 40 + 20 * len(offer)}, reads=chosen["bytes"], writes=40 + 20 * len(offer))
 
 
-@step("fit.bits", version=1, spec=_bits_spec)
+@step("fit.bits", version=2, spec=_bits_spec)
 def bits(context: Context, chosen: Artifact, *, offer: Offer) -> None:
-    """To how many bits the choice quantizes each layer."""
+    """To how many bits the choice quantizes each layer, and in which groups."""
     alternatives = {int(i): {a.name: a for a in of_layer} for i, of_layer in offer.items()}
     picked = {i: alternatives[i][name] for i, name in Fitted.read(chosen).chosen.items()}
-    Bits({i: a.bits for i, a in picked.items() if a.bits}).write(context.out)
+    Bits({i: a.bits for i, a in picked.items() if a.bits}, {i: a.group for i, a in picked.items() if a.group}).write(context.out)
 
 
 def _nearer_spec(chosen: Any, measured: Any) -> Spec:

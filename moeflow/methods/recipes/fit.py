@@ -222,8 +222,13 @@ def _of_layer(
             for factored in _lower(calibration, offers, layer, exchange, ratio, b, left).values():
                 made |= _packed(calibration, offers, layer, Alternative(experts, ratio, b), factored.file, left)
     for b in offers.packs:
-        for alternative, plain in pruned.items():
-            made |= _packed(calibration, offers, layer, replace(alternative, bits=b), plain.file, left)
+        for group in offers.groups(b):
+            for alternative, plain in pruned.items():
+                other = replace(alternative, bits=b, group=group if group != offers.group else 0)
+                if why := runs.why_not_width(family.expert_size, group):
+                    left.setdefault(other.name, why)
+                else:
+                    made |= _packed(calibration, offers, layer, other, plain.file, left)
     if offers.gone and runs.gone:
         made |= _allowed(Alternative(0), lambda: gone(model.essential, own, layer=layer), left)
     return made
@@ -298,7 +303,7 @@ def _lower(
 def _packed(
     calibration: Calibration, offers: Offers, layer: int, alternative: Alternative, plain: Step, left: dict[str, str]
 ) -> dict[Alternative, Made]:
-    observed, how = calibration.observed[layer], _quantized(offers, alternative.bits)
+    observed, how = calibration.observed[layer], _quantized(offers, alternative.bits, alternative.group)
 
     def packed() -> Step:
         return slimmed(calibration.model.essential, plain, observed, at=layer, how=how, dtype=calibration.dtype)
@@ -306,8 +311,8 @@ def _packed(
     return _allowed(alternative, packed, left, plain)
 
 
-def _quantized(offers: Offers, bits: int) -> Slimming:
-    return Slimming("gptq", bits=bits, group=offers.group, activation_order=True)
+def _quantized(offers: Offers, bits: int, group: int = 0) -> Slimming:
+    return Slimming("gptq", bits=bits, group=group or offers.group, activation_order=True)
 
 
 def _why(calibration: Calibration, offers: Offers) -> str:

@@ -171,13 +171,14 @@ def decided(
     context: Context, bits: Artifact, config: Artifact, before: Artifact, observed: tuple[Artifact, ...],
     *, layer: int, how: Slimming, dtype: str,
 ) -> None:  # fmt: skip
-    """As `slim.layer`, at the bits that a decision says; a layer that it does not quantize is linked as it is."""
+    """As `slim.layer`, at the bits and in the groups that a decision says; a layer that it does not quantize is linked as it is."""
     from moeflow.methods.slim import experts
 
-    if (chosen := Bits.read(bits).layers.get(layer)) is None:
+    decision = Bits.read(bits)
+    if (chosen := decision.layers.get(layer)) is None:
         link_all(context, before)
         return
-    how, facts = replace(how, bits=chosen), Facts.of(before)
+    how, facts = replace(how, bits=chosen, group=decision.groups.get(layer, how.group)), Facts.of(before)
     report = experts.rewrite(context, read_config(config), before, observed, how, layer=layer, part=0, parts=1, dtype=dtype)
     if report is not None:
         facts.and_then("slim.layer", **how.facts, experts=report).write(context.out)
