@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.nn.functional import kl_div
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
@@ -74,6 +75,33 @@ def test_a_fitted_model_takes_no_more_than_its_budget_and_is_as_far_as_was_measu
     again = {s.name for s in other.steps if s.state == "run"}
     assert not again & {"slim.layer", "decompose.layer", "prune.candidates"}, "no alternative is made again"
     assert decision(store, three_quarters)["before"] <= said["before"]
+
+
+def test_few_bits_are_offered_with_scales_for_twice_as_many_weights(small_offer: Calibration, tmp_path: Path) -> None:
+    store = running.store_in(tmp_path)
+    only: dict[str, Any] = {"counts": (), "ranks": (), "bits": (4, 2), "gone": False, "rounds": 1}
+    easy = fitted(small_offer, Budget(ratio=0.3), **only)
+    running.run(store, easy)
+    said = decision(store, easy)
+    assert {*said["table"]["0"]} == {"8 experts", "8 experts, 4 bits", "8 experts, 2 bits", "8 experts, 2 bits, groups of 16"}
+    least = said["size"] + sum(
+        min(size for size, _ in of_layer.values()) - of_layer[said["chosen"][i]][0] for i, of_layer in said["table"].items()
+    )
+    tight = fitted(small_offer, Budget(bytes=str(int(least))), **only)
+    running.run(store, tight)
+    assert {*decision(store, tight)["chosen"].values()} == {"8 experts, 2 bits, groups of 16"}
+    store.fetch(tight.key, tmp_path / "out")
+    tensors = {n: t for file in (tmp_path / "out").glob("*.safetensors") for n, t in load_file(file).items()}
+    scaled = {t.shape[1] for n, t in tensors.items() if n.endswith("w1.weight_scale")}
+    assert scaled == {small_offer.model.config["hidden_size"] // 16}, "made again in sequence, in the same groups"
+    assert weights(tmp_path / "out") <= least
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out")(torch.arange(8)[None]).logits.isfinite().all()
+
+
+def test_wide_groups_are_those_of_the_engine() -> None:
+    assert Offers(group=32, wide=(2,)).groups(2) == (32, 64) and Offers(group=32, wide=(2,)).groups(3) == (32,)
+    assert Offers(engine="vllm", group=64, bits=(4,), wide=(4,)).groups(4) == (64, 128)
+    assert Offers(engine="vllm", group=128, bits=(4,), wide=(4,)).groups(4) == (128,), "it has no kernel for 256"
 
 
 @pytest.mark.slow
