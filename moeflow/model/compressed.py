@@ -40,7 +40,7 @@ from moeflow.model.fewer_active import CompressedExperts
 from moeflow.model.formats import CLASSES, Format, check_tensors, layer_formats, some, without_added
 from moeflow.model.header import read_header
 from moeflow.model.layout import Folder
-from moeflow.model.packed import BESIDE, PACKED, check_added, check_zeros, packed_shapes, parts_of, unpack, unpacked_shapes
+from moeflow.model.packed import BESIDE, PACKED, check_added, check_zeros, logical, packed_shapes, parts_of, unpack
 from moeflow.model.routed_experts import experts_of
 from moeflow.model.skeleton import layers_of
 from moeflow.model.text_half import language_class
@@ -240,7 +240,7 @@ def check_checkpoint(config: Any, stored: Mapping[str, Sequence[int]], where: st
     """
     said = config.to_dict()
     packed = packed_shapes(stored, said) if getattr(config, "quantization_config", None) else {}
-    _compare(MODELS[config.model_type], config, unpacked_shapes(stored, said) if packed else stored, where)
+    _compare(MODELS[config.model_type], config, {n: packed.get(n, stored.get(n, ())) for n in logical(stored)}, where)
     check_zeros(stored, (n for n in packed if n + PACKED in stored), said, where)
     check_added(stored, said)
     return bool(packed)
