@@ -79,9 +79,9 @@ def fit(
     `model`: a folder, org/name[@revision] on the hub, or s3://bucket/prefix. The budget: `bytes` on disk at most ("24GB", or a
     number of bytes), `ratio`, the part of them that goes, `resident` bytes in the engine's memory, or `speed`, so many times fewer
     multiplications a token. `engine`: what is to load the result, such as "moeflow", "vllm" or "transformers"; `tp`, `ep`: its
-    tensor- and expert-parallel sizes. `recover`: fine-tune it towards the original. `parameters`: further
-    ones of the pipeline "fit" (tokens, heldout, offers, calibration), and those of `run`: store, name, gate, runner, gpus, cpus,
-    progress. Raises as `run` does.
+    tensor- and expert-parallel sizes. `recover`: fine-tune it towards the original. `parameters`: further ones of the
+    pipeline "fit" (tokens, heldout, offers, calibration), and those of `run`: store, name, gate, runner, gpus, cpus, progress.
+    Raises as `run` does.
     """
     budget = fitting.budget_words(bytes=str(bytes), ratio=ratio, resident=str(resident), speed=str(speed))
     how = {name: parameters.pop(name) for name in HOW if name in parameters}

@@ -1,10 +1,9 @@
 """Quantized matrices on disk, in three forms.
 
 Packed by compressed-tensors: codes in words of 32 bits, scales, and the unpacked shape; a fine-tuning may leave two factors beside
-them, whose product is added when they are unpacked. In FP8 with a scale for each block, as
-DeepSeek-V3 is published. In MXFP4, as gpt-oss is: 4-bit floats, of which 32 share a power of two. Torch is imported only to pack
-and unpack. Shapes are suffixes: M outputs and N inputs of a matrix, G groups of inputs, P words of a row, B and C blocks of rows
-and columns.
+them, whose product is added when they are unpacked. In FP8 with a scale for each block, as DeepSeek-V3 is published. In MXFP4, as
+gpt-oss is: 4-bit floats, of which 32 share a power of two. Torch is imported only to pack and unpack. Shapes are suffixes: M
+outputs and N inputs of a matrix, G groups of inputs, P words of a row, R ranks of an addition, B and C blocks of rows and columns.
 """
 
 import re
