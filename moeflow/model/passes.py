@@ -7,7 +7,7 @@ files, and knows nothing of steps.
 import copy
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from moeflow.model.alternatives import slices
 from moeflow.model.checkpoint import Tensors, read_moe
 from moeflow.model.factors import Form, form_of
 from moeflow.model.layout import Files, file_before, file_of, read_config
-from moeflow.model.observe import OBSERVED, Recorder
+from moeflow.model.observe import OBSERVED, Recorder, first_of
 from moeflow.model.spec import Recording
 from moeflow.model.stream import EXPERTS, HIDDEN, States, Stream
 
@@ -71,6 +71,38 @@ def through(
         states = behind
         del module
     save_file(states, out)
+
+
+class _Reached(Exception):
+    """The block is about to run, and nothing behind it is asked for."""
+
+
+@torch.inference_mode()
+def inputs(
+    config: Config, hidden: Path, layer: int, file: Path | Files, out: Path,
+    *, recorded: int, batch: int, dtype: str, progress: Progress,
+) -> None:  # fmt: skip
+    """Write what the MoE block of a layer takes in for the first `recorded` tokens, as a `Recorder` does: `x_RD` and `sample`.
+
+    The layer is run up to the block, `batch` sequences together, and only on as many as have these tokens; no expert is read.
+    """
+    stream = stream_of(config, dtype)
+    states = load_file(hidden)
+    n, length = states[HIDDEN].shape[:2]
+    module = stream.layer(Tensors(file), layer, experts=False)
+    kept: list[Tensor] = []
+
+    def keep(_: Any, args: Any, named: Mapping[str, Any]) -> None:
+        kept.append(first_of(args, named).flatten(0, -2).cpu())
+        raise _Reached
+
+    module.get_submodule(stream.family.arch.block).register_forward_pre_hook(keep, with_kwargs=True)
+    for rows in slices(min(n, -(-recorded // length)), batch):
+        with suppress(_Reached):
+            stream.run(module, layer, taken(states, slice(rows.start, min(rows.start + batch, n)), stream.device))
+        progress(min(rows.stop * length, recorded), recorded, "tokens")
+    x_RD = torch.cat(kept)[:recorded].clone()
+    save_file({"x_RD": x_RD, "sample": torch.tensor(len(x_RD))}, out)
 
 
 def taken(states: States, rows: slice, device: torch.device) -> States:

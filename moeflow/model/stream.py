@@ -50,8 +50,11 @@ class Stream:
         """The function from hidden states behind the last layer to logits [N, L, V]."""
         return partial(self.skeleton.logits, self._around(rest, self.skeleton.behind()))
 
-    def layer(self, tensors: Mapping[str, Tensor], layer: int) -> nn.Module:
-        """One decoder layer with its weights. Raises ValueError if a tensor is missing, left over or of the wrong shape."""
+    def layer(self, tensors: Mapping[str, Tensor], layer: int, *, experts: bool = True) -> nn.Module:
+        """One decoder layer with its weights; without its `experts` it can be run up to its MoE block, and these are not read.
+
+        Raises ValueError if a tensor is missing, left over or of the wrong shape.
+        """
         info = tensors.info if isinstance(tensors, Tensors) else tensors
         format = format_of({n: tuple(info[n].shape) for n in info}, self.config, layer)
         config = self.family.with_experts(format.experts) if format.experts else self.family.config
@@ -59,13 +62,13 @@ class Stream:
             module = type(self.skeleton.layers[layer])(self._hf_config(config), layer).eval()
             if format.experts:
                 block: Any = module.get_submodule(self.family.arch.block)
-                block.experts = experts_of(block.experts, format, config)
+                block.experts = experts_of(block.experts, format, config) if experts else nn.Identity()
             if format.gone:
                 take_out(module, self.family, format)
         values = self._in_memory(tensors, layer, format, module)
-        if format.experts:
-            experts = fused(tensors, self.family, format, layer, block.experts, device=self.device, dtype=self.dtype)
-            values |= {f"{self.family.arch.block}.experts.{n}": t for n, t in experts.items()}
+        if format.experts and experts:
+            stacks = fused(tensors, self.family, format, layer, block.experts, device=self.device, dtype=self.dtype)
+            values |= {f"{self.family.arch.block}.experts.{n}": t for n, t in stacks.items()}
         filled(module, values, f"layer {layer}")
         self.skeleton.compute_buffers(module)
         return module

@@ -19,6 +19,7 @@ from moeflow.methods.prune import reception
 from moeflow.methods.prune.counts import Counts, legal_counts
 from moeflow.methods.prune.searches import Search
 from moeflow.methods.recipes import moei2
+from moeflow.methods.recipes.sequence import in_sequence
 from moeflow.methods.records import Candidates, Combinations, Curves, Shortlist
 from moeflow.model.layout import Folder, read_config
 from moeflow.step import Context, Spec, Step, step, step_of, upstream
@@ -167,7 +168,7 @@ def test_a_model_whose_last_states_are_there_already_is_measured_without_another
         model, data.tokens(running.matrix_of(tmp_path), model, Sample(8, 16)), Pass(batch=2, shard=4, stage=2)
     )
     pruned = moei2.prune(calibration, Counts(5 / 8, rule="uniform"), Search("swap"))
-    layers, ends = calibrate.in_sequence(calibration, lambda i, *_: pruned.layers[i])
+    layers, ends = in_sequence(calibration, lambda i, *_: pruned.layers[i])
     around = model.with_layers(layers)
     passed, there = (calibrate.curves(calibration, {}, tokens=64, around=around, ends=e) for e in ((), ends))
     running.run(store, passed, there)

@@ -5,7 +5,7 @@ also records on the way. One decoder layer's weights are in memory at a time. `c
 whole model: a chain begins at every stage, forks there at every layer, once for each alternative, and takes all forks to the end.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import zip_longest
@@ -62,7 +62,7 @@ def run(model: Model, tokens: Step, passed: Pass = Pass(), *, inputs: bool = Tru
     before: list[tuple[Part, ...]] = []
     for first, layers in _stages(model, passed.stage):
         states[first] = hidden
-        hidden = _behind(model, passed, hidden, first, layers, recording)
+        hidden = behind(model, passed, hidden, first, layers, recording)
         for i in range(first, first + len(layers)):
             before.append(tuple(h.part(file_before(i)) for h in hidden))
             if i in moe_layers:
@@ -75,7 +75,7 @@ def hidden_states(model: Model, tokens: Step, passed: Pass = Pass()) -> tuple[St
     """The hidden states of `tokens` behind the last layer of `model`, shard by shard; nothing is recorded."""
     hidden = _embedded(model, tokens, passed)
     for first, layers in _stages(model, passed.stage):
-        hidden = _behind(model, passed, hidden, first, layers)
+        hidden = behind(model, passed, hidden, first, layers)
     return hidden
 
 
@@ -94,32 +94,7 @@ def advanced(calibration: Calibration, states: tuple[Step, ...], layers: Sequenc
     """The states of every shard before layer `first`, run through these layers up to `stop`."""
     if first == stop:
         return states
-    return _behind(calibration.model, calibration.passed, states, first, tuple(layers[first:stop]))
-
-
-Rewrite = Callable[[int, Step, tuple[Part, ...]], Step]
-"""Takes a layer's number, its file and what every shard recorded in it; returns the file that replaces it."""
-
-
-def in_sequence(calibration: Calibration, rewrite: Rewrite) -> tuple[dict[int, Step], tuple[Step, ...]]:
-    """Rewrite the MoE layers one after the other; each is observed behind the layers that are already rewritten.
-
-    NAEE calls this progressive pruning (Table 6 of the paper); GPTQ and SparseGPT treat a model this way. Returns the rewritten
-    layers, and the states of every shard behind the last layer of the model with them.
-    """
-    model, passed = calibration.model, calibration.passed
-    rewritten: dict[int, Step] = {}
-    hidden = calibration.starts
-    last = max(calibration.observed, default=0)
-    for i, layer in enumerate(model.layers[: last + 1]):
-        if i in calibration.observed:
-            recorded = calibration.observed[i]
-            if rewritten:
-                again = _behind(model, passed, hidden, i, (layer,), Recording(calibration.recorded))
-                recorded = tuple(h.part(file_of(i)) for h in again)
-            layer = rewritten[i] = rewrite(i, layer, recorded)
-        hidden = _behind(model, passed, hidden, i, (layer, *model.layers[i + 1 :]) if i == last else (layer,))
-    return rewritten, hidden
+    return behind(calibration.model, calibration.passed, states, first, tuple(layers[first:stop]))
 
 
 def _stages(model: Model, size: int) -> list[tuple[int, tuple[Step, ...]]]:
@@ -137,7 +112,7 @@ def _embedded(model: Model, tokens: Step, passed: Pass) -> tuple[Step, ...]:
     )
 
 
-def _behind(
+def behind(
     model: Model, passed: Pass, states: tuple[Step, ...], first: int, layers: tuple[Step, ...], recording: Recording | None = None
 ) -> tuple[Step, ...]:
     """The states of every shard, run through these layers from `first` on; with a `recording`, each is recorded on the way."""
@@ -253,6 +228,33 @@ def observe(
     )  # fmt: skip
 
 
+def _inputs_spec(config: RestSpec, hidden: Any, layer: LayerSpec, *, at: int, recorded: int, batch: int, dtype: str) -> Spec:
+    family = Family.of(layer.config)
+    read = replace(layer, tensors={n: t for n, t in layer.tensors.items() if not family.of_expert(n, at)})
+    states, reads, memory = _pass_spec(hidden, (read,), dtype)
+    row, tokens = int(states.config["hidden_size"]) * states.itemsize, min(recorded, states.sequences * states.length)
+    device = on_device(passing((read,), batch * states.length, dtype, handed_on=states.handed_on))
+    done = operations.passing((read,), replace(states, sequences=-(-tokens // states.length)), dtype)
+    out = ObservedSpec(states, tokens, tokens, (at,))
+    return Spec(out, reads=reads + layer.headers, writes=tokens * row + 200, operations=done, memory=memory, device=device)
+
+
+@step("calibrate.inputs", version=1, spec=_inputs_spec, gpus=1)
+def inputs(
+    context: Context, config: Artifact, hidden: Artifact, layer: Artifact, *, at: int, recorded: int, batch: int, dtype: str
+) -> None:
+    """What the MoE block of decoder layer `at` takes in, for the first `recorded` tokens of a shard; no expert is read or run.
+
+    Writes what `observe` writes of them, `x_RD` and `sample`, into the same file.
+    """
+    from moeflow.model import passes
+
+    passes.inputs(
+        read_config(config), hidden.file(HIDDEN), at, next(_read((layer,))), context.out / file_of(at),
+        recorded=recorded, batch=batch, dtype=dtype, progress=context.progress,
+    )  # fmt: skip
+
+
 def curves(
     calibration: Calibration, alternatives: Mapping[int, Alternatives], *, tokens: int, around: Model | None = None,
     ends: tuple[Step, ...] = (), shortlist: Part | None = None, listed: int = 0,
@@ -275,7 +277,7 @@ def curves(
         states = {}
         for first, layers in _stages(model, passed.stage):
             states[first] = state
-            state = _behind(model, passed, state, first, layers)
+            state = behind(model, passed, state, first, layers)
         ends = state
     fork = replace(states_of(calibration.starts[0].spec.output), sequences=sum(n for _, n in rows)).nbytes
 

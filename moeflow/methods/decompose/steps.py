@@ -12,6 +12,7 @@ from moeflow.arch import MATRICES, Family
 from moeflow.methods import rewrite
 from moeflow.methods.decompose.options import Decomposition
 from moeflow.methods.decompose.ranks import (
+    PARTS,
     Spectra,
     average_rank,
     check_rank,
@@ -159,7 +160,7 @@ def by_importance(context: Context, importances: tuple[Artifact, ...], *, sides:
     Ranks("paper", ranks=ranks).write(context.out)
 
 
-def _global_spec(spectra: tuple[Any, ...], curves: Any, *, layers: list[int], how: Decomposition) -> Spec:
+def _global_spec(spectra: tuple[Any, ...], curves: Any = None, *, layers: list[int], how: Decomposition) -> Spec:
     budget = 1 - how.ratio
     if not 0 < budget < 1:
         raise ValueError(f"ratio={how.ratio} of the experts' bytes must lie between 0 and 1")
@@ -173,19 +174,22 @@ def _global_spec(spectra: tuple[Any, ...], curves: Any, *, layers: list[int], ho
     writes = 500 + 30 * sum(i["experts"] for i in spectra)
     options = sum(i["experts"] * 3 * min(i["sides"]) for i in spectra)
     out = {"share": budget, "multiple": how.multiple, "bytes": writes}
-    reads = sum(i["bytes"] for i in (*spectra, curves))
+    reads = sum(i["bytes"] for i in (*spectra, *([curves] if curves else [])))
     return Spec(out, reads=reads, writes=writes, memory=(1 << 28) + 512 * options)
 
 
 @step("decompose.ranks_global", version=2, spec=_global_spec)
-def by_spectra(context: Context, spectra: tuple[Artifact, ...], curves: Artifact, *, layers: list[int], how: Decomposition) -> None:
+def by_spectra(
+    context: Context, spectra: tuple[Artifact, ...], curves: Artifact | None = None, *, layers: list[int], how: Decomposition
+) -> None:
     """The record `Ranks` with the ranks that cost least in the whole model; see `ranks.global_ranks`.
 
     `spectra`: one for each of `layers`; `curves`: how far the model's predictions move when a layer's gate and up, or its down
-    matrices, are cut.
+    matrices, are cut. Without them each cut is taken to move them as far.
     """
     each = {layer: Spectra.read(artifact) for layer, artifact in zip(layers, spectra, strict=True)}
-    global_ranks(each, Curves.read(curves).curves, how).write(context.out)
+    moved = dict.fromkeys(layers, dict.fromkeys(PARTS, 1.0)) if curves is None else Curves.read(curves).curves
+    global_ranks(each, moved, how).write(context.out)
 
 
 def _layer_spec(

@@ -163,19 +163,19 @@ def bits(context: Context, chosen: Artifact, *, offer: Offer) -> None:
     Bits({i: a.bits for i, a in picked.items() if a.bits}, {i: a.group for i, a in picked.items() if a.group}).write(context.out)
 
 
-def _nearer_spec(chosen: Any, measured: Any) -> Spec:
-    return Spec(chosen, reads=chosen["bytes"] + measured["bytes"], writes=chosen["bytes"])
+def _nearer_spec(chosen: Any, last: Any, measured: Any) -> Spec:
+    return Spec(chosen, reads=chosen["bytes"] + last["bytes"] + measured["bytes"], writes=last["bytes"])
 
 
-@step("fit.nearer", version=1, spec=_nearer_spec)
-def nearer(context: Context, chosen: Artifact, measured: Artifact) -> None:
-    """The choice, and whether the model that was made again, fine-tuned or quantized in sequence, is closer to the original.
+@step("fit.nearer", version=2, spec=_nearer_spec)
+def nearer(context: Context, chosen: Artifact, last: Artifact, measured: Artifact) -> None:
+    """The choice, or the `last` one, if its model, made again with its layers quantized in sequence, is closer to the original.
 
-    `measured`: its divergence.
+    `measured`: the divergence of that model. It is made while the choices are compared, whichever of them is best.
     """
     fitted, apart = Fitted.read(chosen), Curves.read(measured).apart
     if fitted.before is None or apart < fitted.before:
-        fitted = replace(fitted, before=apart, again=True)
+        fitted = replace(Fitted.read(last), before=apart, again=True)
     fitted.write(context.out)
 
 

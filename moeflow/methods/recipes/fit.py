@@ -17,7 +17,6 @@ from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.calibrate.chains import Alternatives, Forks
 from moeflow.methods.decompose import steps as decompose
 from moeflow.methods.decompose.options import Decomposition
-from moeflow.methods.decompose.ranks import PARTS, moved_rank
 from moeflow.methods.fit import steps as fit
 from moeflow.methods.fit.choosing import LISTED
 from moeflow.methods.fit.options import Alternative, Budget, Offers
@@ -25,6 +24,7 @@ from moeflow.methods.fit.recovering import KEPT, MERGED
 from moeflow.methods.graph import Calibration, Model
 from moeflow.methods.prune.searches import Search
 from moeflow.methods.prune.steps import candidates, pick
+from moeflow.methods.recipes.sequence import in_sequence
 from moeflow.methods.recipes.tune import Tuned
 from moeflow.methods.records import Shortlist
 from moeflow.methods.slim.methods import Slimming
@@ -61,8 +61,8 @@ def compress(calibration: Calibration, budget: Budget, offers: Offers, recover: 
     calibration.check_states("fit")
     model = calibration.model
     left: dict[str, str] = {}
-    exchange = _exchange(calibration, offers, left)
-    offered = {i: _of_layer(calibration, offers, i, exchange, left) for i in model.moe_layers}
+    ratios = _ratios(calibration, offers, left)
+    offered = {i: _of_layer(calibration, offers, i, ratios, left) for i in model.moe_layers}
     if not any(len(of_layer) > 1 for of_layer in offered.values()):
         raise ValueError(f"engine={offers.engine} runs none of the alternatives on offer; {_why(calibration, offers)}")
     offer = {str(i): [*of_layer] for i, of_layer in offered.items()}
@@ -94,16 +94,17 @@ def compress(calibration: Calibration, budget: Budget, offers: Offers, recover: 
     choices = [chosen(measured(None))]
     for _ in range(offers.rounds - 1):
         choices.append(chosen(measured(choices[-1]), choices[-1]))
+    last = choices[-1]
     best = fit.better(tuple(choices), tuple(measured(c, alternatives=False) for c in choices))
-    made, plain = built(best), built(best, packed=False)
-    bits = fit.bits(best, offer=offer)
-    again, ends = _in_sequence(calibration, plain, bits, offers, left)
+    plain = built(last, packed=False)
+    again, ends = _in_sequence(calibration, plain, fit.bits(last, offer=offer), offers, left)
+    made = built(best)
     if again is not None and again is not plain:
-        best = fit.nearer(best, _apart(calibration, offers, again, ends))
+        best = fit.nearer(best, last, _apart(calibration, offers, again, ends))
         made = _either(best, made, again)
     reports: tuple[Step, ...] = ()
     if recover is not None:
-        best, made, reports = _recovered(calibration, offers, best, made, recover(made), bits, left)
+        best, made, reports = _recovered(calibration, offers, best, made, recover(made), fit.bits(best, offer=offer), left)
     told = fit.report(best).noting(*_not_on_offer(left))
     return Fitting(replace(made, choices=(*model.choices, best)), (told, *reports), fit.report(choices[0]))
 
@@ -170,7 +171,7 @@ def _in_sequence(
 
     again = calibrate.run(plain, calibration.tokens, passed)
     try:
-        layers, ends = calibrate.in_sequence(again, packed)
+        layers, ends = in_sequence(again, packed, statistics=False)
     except ValueError as error:
         left["quantizing in sequence"] = str(error)
         return None, ()
@@ -197,7 +198,7 @@ def _forks(of_layer: dict[Alternative, Made], around: Step | None) -> Alternativ
 
 
 def _of_layer(
-    calibration: Calibration, offers: Offers, layer: int, exchange: Step | None, left: dict[str, str]
+    calibration: Calibration, offers: Offers, layer: int, ratios: Sequence[float], left: dict[str, str]
 ) -> dict[Alternative, Made]:
     """A layer's alternatives as they are made, first the layer as it is; what cannot be had goes to `left`."""
     model, family = calibration.model, Family.of(calibration.model.config)
@@ -214,12 +215,10 @@ def _of_layer(
     counts = sorted({_nearest(part * experts, legal) for part in offers.counts} - {experts})
     made |= _fewer(calibration, offers, layer, counts)
     pruned = {a: one for a, one in made.items() if not runs.why_not_count(a.keep)}
-    for ratio in offers.ranks:
-        if exchange is None:
-            break
-        made |= _lower(calibration, offers, layer, exchange, ratio, 0, left)
+    for ratio in ratios:
+        made |= _lower(calibration, offers, layer, ratio, 0, left)
         for b in offers.packs:
-            for factored in _lower(calibration, offers, layer, exchange, ratio, b, left).values():
+            for factored in _lower(calibration, offers, layer, ratio, b, left).values():
                 made |= _packed(calibration, offers, layer, Alternative(experts, ratio, b), factored.file, left)
     for b in offers.packs:
         for group in offers.groups(b):
@@ -268,33 +267,31 @@ def _lower_ranks(offers: Offers, ratio: float, bits: int = 0) -> Decomposition:
     return Decomposition(ratio, multiple=lcm(offers.group, 32 // gcd(32, bits)) if bits else 1)
 
 
-def _exchange(calibration: Calibration, offers: Offers, left: dict[str, str]) -> Step | None:
-    """What cutting a layer's gate and up costs beside cutting its down matrices; None if there are to be no lower ranks."""
-    if not (offers.ranks and offers.runs.ranks):
-        return None
-    how, cut = _lower_ranks(offers, offers.ranks[0]), {}
+def _ratios(calibration: Calibration, offers: Offers, left: dict[str, str]) -> Sequence[float]:
+    """The parts of the parameters that lower ranks may take; none where the engine or this family has no low-rank experts."""
+    if not offers.runs.ranks:
+        return ()
     try:
         for i in calibration.model.moe_layers:
-            rank = moved_rank(*decompose.sides(calibration.model.layers[i].spec.output))
-            steps = (
-                decompose.factored(i, calibration.of(i), None, dict.fromkeys(m, rank), how, calibration.dtype)
-                for m in PARTS.values()
-            )
-            cut[i] = Alternatives(Forks("files", tuple(PARTS)), tuple(steps))
-    except ValueError as error:  # this family's experts have no low-rank form
+            decompose.sides(calibration.model.layers[i].spec.output)
+    except ValueError as error:
         left["lower ranks"] = str(error)
-        return None
-    return calibrate.curves(calibration, cut, tokens=offers.measured)
+        return ()
+    return offers.ranks
 
 
 def _lower(
-    calibration: Calibration, offers: Offers, layer: int, exchange: Step, ratio: float, bits: int, left: dict[str, str]
+    calibration: Calibration, offers: Offers, layer: int, ratio: float, bits: int, left: dict[str, str]
 ) -> dict[Alternative, Made]:
+    """A layer with lower ranks. They go to its matrices by what is lost of their outputs, each as costly where all are cut alike.
+
+    Measuring what a cut of gate and up costs beside one of down was another pass and chose no better ranks (LOG.md).
+    """
     how, dtype, own = _lower_ranks(offers, ratio, bits), calibration.dtype, calibration.model.layers[layer]
 
     def factored() -> Step:
         spectra = decompose.spectra_of(layer, calibration.of(layer), how, dtype)
-        ranks = decompose.by_spectra((spectra,), exchange, layers=[layer], how=how.of_global_ranks)
+        ranks = decompose.by_spectra((spectra,), layers=[layer], how=how.of_global_ranks)
         return decompose.factored(layer, calibration.of(layer), ranks, {}, how, dtype)
 
     return _allowed(Alternative(own.spec.output.experts, ratio, bits), factored, left)

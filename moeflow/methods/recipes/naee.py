@@ -11,6 +11,7 @@ from moeflow.methods.graph import Calibration, Model, Pass
 from moeflow.methods.predict.steps import predicted
 from moeflow.methods.prune.searches import LAYERWISE, PROGRESSIVE, SUBSET_SEARCHES, Search
 from moeflow.methods.prune.steps import candidates, choose, pick
+from moeflow.methods.recipes.sequence import in_sequence
 from moeflow.methods.scores import SCORES
 from moeflow.step import Part, Step
 
@@ -50,7 +51,7 @@ def prune(calibration: Calibration, keep: int, how: Search = Search(LAYERWISE)) 
         choices.append(choice(layer, recorded, calibration.observed[layer]))
         return rewrite.experts(model.essential, file, choices[-1], layer=layer, keep=keep)
 
-    layers, _ = calibrate.in_sequence(calibration, pruned)
+    layers, _ = in_sequence(calibration, pruned)
     return rewrite.pruned(model.with_layers(layers, tuple(choices)), behind)
 
 

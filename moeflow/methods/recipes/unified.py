@@ -13,6 +13,7 @@ from moeflow.methods.finetune.recipe import Gang
 from moeflow.methods.graph import Calibration, Model, Pass
 from moeflow.methods.predict.steps import predicted
 from moeflow.methods.recipes import moei2
+from moeflow.methods.recipes.sequence import in_sequence
 from moeflow.methods.recipes.tune import FineTuning, Tuned, tuned
 from moeflow.methods.slim.methods import Slimming
 from moeflow.methods.slim.steps import slimmed
@@ -38,7 +39,7 @@ def slim(calibration: Calibration, how: Slimming) -> Model:
         return slimmed(model.essential, file, recorded, at=at, how=how, dtype=dtype)
 
     if how.inputs == "sequential":
-        return model.with_layers(calibrate.in_sequence(calibration, layer)[0])
+        return model.with_layers(in_sequence(calibration, layer, statistics=False)[0])
     return model.with_layers({i: slimmed(*calibration.of(i), at=i, how=how, dtype=dtype) for i in calibration.observed})
 
 

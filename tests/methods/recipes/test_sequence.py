@@ -1,0 +1,63 @@
+"""Layers that are rewritten one after the other are calibrated on what their blocks take in behind the rewritten ones."""
+
+from pathlib import Path
+
+import torch
+
+from moeflow.methods.calibrate import steps as calibrate
+from moeflow.methods.data import steps as data
+from moeflow.methods.graph import Pass, Sample
+from moeflow.methods.prune.counts import Counts
+from moeflow.methods.recipes import moei2
+from moeflow.methods.recipes.sequence import in_sequence
+from moeflow.model.checkpoint import Tensors
+from moeflow.model.layout import file_of
+from moeflow.step import Part, Step, upstream
+from tests import running
+
+
+def test_inputs_alone_are_those_that_a_whole_pass_records(family: Path, tmp_path: Path) -> None:
+    """Bit for bit, also where they end within a sequence; and no expert is counted for them."""
+    model, store = running.model_in(family), running.store_in(tmp_path)
+    passed = Pass(batch=4, shard=8, stage=2, record=72)
+    calibration = calibrate.run(model, data.tokens(running.matrix_of(tmp_path), model, Sample(8, 16)), passed)
+    pruned = moei2.prune(calibration, Counts(6 / 8, rule="uniform"))
+    seen: dict[bool, dict[int, tuple[Part, ...]]] = {True: {}, False: {}}
+
+    def sequence(statistics: bool) -> tuple[Step, ...]:
+        def rewrite(i: int, _: Step, recorded: tuple[Part, ...]) -> Step:
+            seen[statistics][i] = recorded
+            return pruned.layers[i]
+
+        return in_sequence(calibration, rewrite, statistics=statistics)[1]
+
+    running.run(store, *sequence(True), *sequence(False), *(p.step for each in seen.values() for ps in each.values() for p in ps))
+    assert {*seen[True]} == {*seen[False]} == {*model.moe_layers}
+    for i in model.moe_layers:
+        (whole,), (alone,) = (
+            [Tensors(store.artifact(p.step.key).file(file_of(i))) for p in seen[statistics][i]] for statistics in (True, False)
+        )
+        rows = int(alone["sample"])
+        assert rows == int(whole["sample"]) == len(alone["x_RD"]) == 72
+        assert torch.equal(alone["x_RD"], whole["x_RD"][:rows])
+
+
+def test_inputs_alone_cost_no_experts(family: Path, tmp_path: Path) -> None:
+    model = running.model_in(family)
+    calibration = calibrate.run(
+        model, data.tokens(running.matrix_of(tmp_path), model, Sample(8, 16)), Pass(batch=2, shard=8, record=32)
+    )
+    made = [in_sequence(calibration, lambda i, file, _: file, statistics=s)[0] for s in (True, False)]
+    assert made[0].keys() == made[1].keys()
+
+    rewritten: list[Part] = []
+
+    def rewrite(_: int, file: Step, recorded: tuple[Part, ...]) -> Step:
+        rewritten.extend(recorded)
+        return file
+
+    in_sequence(calibration, rewrite, statistics=False)
+    observed = [s for s in upstream(calibration.ends) if s.name == "calibrate.observe"]
+    assert all(p.step.name == "calibrate.inputs" for p in rewritten)
+    alone, whole = (sum(sum(s.spec.operations.values()) for s in steps) for steps in ([p.step for p in rewritten], observed))
+    assert 0 < 4 * alone < whole
