@@ -10,18 +10,20 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks import real_sizes
 from benchmarks.driver import ROOT
 from benchmarks.rows import Row
+from moeflow.arch import Family
 from moeflow.run import node_kinds, pipeline
 from moeflow.run import plan as plans
 from moeflow.run.forecast import forecast
 from moeflow.run.simulate import Simulation
 from moeflow.run.words import span
-from moeflow.step import Step, upstream
+from moeflow.step import Step, step_of, upstream
 from moeflow.store import Store
 
 KIND, COUNTS = "h100", (1, 2, 4, 8, 16, 32, 64)
@@ -74,7 +76,12 @@ def large(folder: Path) -> tuple[list[Row], str]:
         name = f"large/{model.lower()}"
         real_sizes.in_hub_cache(config, folder / "hub", name)
         for title, (file, words) in LARGE.items():
-            made = dict(simulations(built(file, f"model={name}", "source=copy", *words), store))
+            targets = built(file, f"model={name}", "source=copy", *words)
+            if title == "fit":
+                rows.append(
+                    Row(f"fit on {model}: the longest chain, in passes over the model", passes(targets), "at most", 5.0, "")
+                )
+            made = dict(simulations(targets, store))
             if not made:
                 lines.append(f"| {title}, {model} | " + " | ".join([""] * len(COUNTS)) + " | a step finds no room |")
                 continue
@@ -90,6 +97,26 @@ def large(folder: Path) -> tuple[list[Row], str]:
                 if n in share
             ]
     return rows, "\n".join(lines)
+
+
+def passes(targets: list[Step]) -> float:
+    """The longest chain of steps, in passes of hidden states through all layers; reading inputs counts as the weights it runs."""
+    longest: dict[str, float] = {}
+    for one in upstream(targets):
+        longest[one.key] = _passed(one) + max((longest[step_of(i).key] for i in one.inputs), default=0.0)
+    return max(longest.values())
+
+
+def _passed(one: Step) -> float:
+    if one.name in ("calibrate.observe", "calibrate.advance", "calibrate.forks"):
+        layers, config = dict(one.slots).get("layers") or 0, one.inputs[0].spec.output.config
+        return int(layers) / Family.of(config).num_layers  # type: ignore[arg-type]
+    if one.name == "calibrate.inputs":
+        layer = one.inputs[-1].spec.output
+        family = Family.of(layer.config)
+        run = replace(layer, tensors={n: t for n, t in layer.tensors.items() if not family.of_expert(n, layer.layer)})
+        return float(run.active / layer.active / family.num_layers)
+    return 0.0
 
 
 def moeflow(*words: str) -> dict[str, Any]:

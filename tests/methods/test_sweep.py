@@ -1,6 +1,7 @@
 """What one layer's change costs the whole model, measured in one pass, is what the whole changed model says."""
 
 import json
+from math import hypot
 from pathlib import Path
 
 import pytest
@@ -190,17 +191,22 @@ def test_a_span_compares_its_combinations_on_about_as_many_tokens_as_told(tmp_pa
 
     (part,), (whole,), (also,) = spans(60), spans(0), spans(128)
     assert whole.key == also.key != part.key
-    running.run(store, part)
-    losses = {tuple(c.sets): c.loss for c in Combinations.read(store.artifact(part.key)).combinations}
+    (sample,), shards = (tuple(map(step_of, span.inputs)) for span in (part, whole))
+    assert sample.name == "prune.span_of_shard" and len(shards) == 2  # all tokens: shard by shard, beside each other
+    running.run(store, part, whole)
+    each = [{c.sets: c.loss for c in Combinations.read(store.artifact(s.key)).combinations} for s in (*shards, whole)]
+    assert each[2] == {sets: pytest.approx(hypot(each[0][sets], each[1][sets])) for sets in each[2]}
+    together = Combinations.read(store.artifact(part.key)).combinations
     starts = [load_file(store.artifact(s.key).file("hidden.safetensors")) for s in calibration.states[2]]
     save_file({name: torch.cat([s[name][:2] for s in starts]) for name in starts[0]}, tmp_path / "states")
-    (searched,) = (s for s in part.inputs if step_of(s).name == "prune.candidates")
+    (searched,) = (s for s in sample.inputs if step_of(s).name == "prune.candidates")
     sets = {2: [s.keep for s in Candidates.read(store.artifact(searched.key)).only.best[:2]]}
     file = running.read(store, model.layers[2])
     found = reception.losses(
-        dict(model.config), [(2, file)], sets, [tmp_path / "states"], [], batch=2, dtype="float32", progress=lambda *_: None
+        dict(model.config), [(2, file)], sets, tmp_path / "states", None, batch=2, dtype="float32", progress=lambda *_: None
     )
-    assert losses == {sets: pytest.approx(loss, rel=1e-6) for sets, loss in found.items()}
+    assert {tuple(c.sets): c.loss for c in together} == {sets: pytest.approx(loss, rel=1e-6) for sets, loss in found.items()}
+    assert [c.loss for c in together] == sorted(c.loss for c in together)
 
 
 def test_sets_that_are_judged_on_do_not_enter_the_counts(tmp_path: Path) -> None:

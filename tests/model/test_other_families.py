@@ -168,7 +168,7 @@ def test_a_fork_is_the_model_whose_layer_is_pruned(name: str, written: Written, 
 
     sets = {forked: [KEPT]}
     found = reception.losses(
-        config, layers, sets, [tmp_path / "start"], [tmp_path / "pruned"], batch=1, dtype="float32", progress=without_progress
+        config, layers, sets, tmp_path / "start", tmp_path / "pruned", batch=1, dtype="float32", progress=without_progress
     )
     assert found[(0,)] < 1e-3 * goal_NLD.norm()
 

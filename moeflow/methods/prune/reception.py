@@ -5,6 +5,7 @@ Shapes are suffixes: N sequences (n of them at once), L positions, D model width
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from math import prod
 from pathlib import Path
 
 import torch
@@ -25,31 +26,29 @@ Combination = tuple[int, ...]
 @torch.inference_mode()
 def losses(
     config: Config, layers: Sequence[tuple[int, Path | Files]], sets: Mapping[int, Sequence[Sequence[int]]],
-    before: Sequence[Path], behind: Sequence[Path], *, batch: int, dtype: str, progress: Progress,
+    before: Path, behind: Path | None, *, batch: int, dtype: str, progress: Progress,
 ) -> dict[Combination, float]:  # fmt: skip
-    """The Frobenius distance of the layers' output from the original's for every combination of `sets`, over all tokens.
+    """The Frobenius distance of the layers' output from the original's for every combination of `sets`, over a shard's tokens.
 
-    `before`: the hidden states before the first layer, shard by shard; `behind`: the original model's behind the last. Without
-    `behind`, the target is the output of these layers with all their experts.
+    `before`: the hidden states before the first layer; `behind`: the original model's behind the last. Without `behind`, the
+    target is the output of these layers with all their experts.
     """
-    stream = stream_of(config, dtype)
-    total: dict[Combination, float] = defaultdict(float)
-    for done, file in enumerate(before):
-        start = load_file(file)
-        if behind:
-            goal_NLD = load_file(behind[done])[HIDDEN]
-        else:
-            goal_NLD = torch.empty_like(start[HIDDEN])
-            for _, rows, y_nLD in _outputs(stream, config, layers, {}, start, batch):
-                goal_NLD[rows] = y_nLD.cpu()
-        of_shard: dict[Combination, float] = defaultdict(float)
-        for combination, rows, y_nLD in _outputs(stream, config, layers, sets, start, batch):
-            difference_nLD = y_nLD.double() - goal_NLD[rows].to(stream.device).double()
-            of_shard[combination] += float(difference_nLD.square().sum())
-        for combination, square in of_shard.items():
-            total[combination] += square
-        progress(done + 1, len(before), "shards")
-    return {combination: square**0.5 for combination, square in total.items()}
+    stream, start = stream_of(config, dtype), load_file(before)
+    count, length = start[HIDDEN].shape[:2]
+    if behind is not None:
+        goal_NLD = load_file(behind)[HIDDEN]
+    else:
+        goal_NLD = torch.empty_like(start[HIDDEN])
+        for _, rows, y_nLD in _outputs(stream, config, layers, {}, start, batch):
+            goal_NLD[rows] = y_nLD.cpu()
+    squares: dict[Combination, float] = defaultdict(float)
+    of_all, done = prod(len(s) for s in sets.values()) * count * length, 0
+    for combination, rows, y_nLD in _outputs(stream, config, layers, sets, start, batch):
+        difference_nLD = y_nLD.double() - goal_NLD[rows].to(stream.device).double()
+        squares[combination] += float(difference_nLD.square().sum())
+        done += len(y_nLD) * length
+        progress(done, of_all, "tokens")
+    return {combination: square**0.5 for combination, square in squares.items()}
 
 
 def _outputs(

@@ -4,6 +4,7 @@ NAEE (Lu et al., ACL 2024, arXiv 2402.14800) and MoE-I² (Yang et al., EMNLP Fin
 index of the layer that a step reads; its input `observed` is what each shard of tokens recorded in it.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -238,9 +239,9 @@ def counts_exact(context: Context, curves: Artifact, *, legal: dict[str, list[in
     KeptCounts("exact", total, chosen, cost=spread(chosen).cost, runner_up=runner_up, uniform=uniform).write(context.out)
 
 
-def _combinations_spec(
-    rest: RestSpec, layers: tuple[LayerSpec, ...], candidates: tuple[Mapping[str, Any], ...], before: tuple[Any, ...],
-    behind: tuple[Any, ...], *, first: int, best: int, batch: int, dtype: str,
+def _of_shard_spec(
+    rest: RestSpec, layers: tuple[LayerSpec, ...], candidates: tuple[Mapping[str, Any], ...], before: Any, behind: Any = None,
+    *, first: int, best: int, batch: int, dtype: str,
 ) -> Spec:  # fmt: skip
     count = best ** len(candidates)
     if count > MAX_COMBINATIONS:
@@ -248,46 +249,63 @@ def _combinations_spec(
             f"K={best} sets in each of T={len(candidates)} layers are {count:,} combinations, over {MAX_COMBINATIONS:,}; lower K "
             "or T"
         )
-    states: list[HiddenSpec] = [s.hidden if isinstance(s, ObservedSpec) else s for s in (*before, *behind)]
-    reads = sum(layer.nbytes for layer in layers) + sum(c["bytes"] for c in candidates) + sum(s.nbytes for s in states)
+    states: HiddenSpec = before.hidden if isinstance(before, ObservedSpec) else before
+    reads = (
+        sum(layer.nbytes for layer in layers) + sum(c["bytes"] for c in candidates) + states.nbytes * (1 if behind is None else 2)
+    )
     resident = sum(best**t for t in range(max(1, len(candidates)))) + 2  # prefixes whose hidden states are in memory
-    memory = max(layer.nbytes + 2 * layer.loaded(dtype) for layer in layers) + resident * max(s.nbytes for s in states)
+    memory = max(layer.nbytes + 2 * layer.loaded(dtype) for layer in layers) + resident * states.nbytes
     writes = 200 + count * (60 + 8 * len(candidates))
-    tokens = batch * states[0].length
+    tokens = batch * states.length
     compared = 3 * 8 * tokens * int(rest.config["hidden_size"])  # in fp64
     device = on_device(passing(layers, tokens, dtype, copies=2) + compared)
     runs, done = 1, 0  # the prefixes of all combinations, each once, and the target where it is not there
     for layer in layers:
         runs *= best if layer.experts else 1
-        done += (runs + (not behind)) * sum(operations.forward((layer,), s.sequences, s.length) for s in states[: len(before)])
+        done += (runs + (behind is None)) * operations.forward((layer,), states.sequences, states.length)
     return Spec(
         {"bytes": writes}, reads=reads, writes=writes, operations={precision(rest.config, dtype): done}, memory=memory,
         device=device,
     )  # fmt: skip
 
 
-@step("prune.span", version=2, spec=_combinations_spec, gpus=1)
-def combinations(
+@step("prune.span_of_shard", version=1, spec=_of_shard_spec, gpus=1)
+def combinations_of_shard(
     context: Context, config: Artifact, layers: tuple[Artifact, ...], candidates: tuple[Artifact, ...],
-    before: tuple[Artifact, ...], behind: tuple[Artifact, ...] = (), *, first: int, best: int, batch: int, dtype: str,
+    before: Artifact, behind: Artifact | None = None, *, first: int, best: int, batch: int, dtype: str,
 ) -> None:  # fmt: skip
-    """The loss of every combination of the `best` sets of the layers with candidates; writes `Combinations`.
+    """The loss of every combination of the `best` sets of the layers with candidates on one shard; writes `Combinations`.
 
     `layers`: consecutive layers from `first` on; `candidates`: those of the layers with experts, in order; `before`: the hidden
-    states before the first layer, shard by shard; `behind`: the original's hidden states behind the last, which are the target.
-    Without `behind`, the target is the output of these layers with all their experts.
+    states before the first layer; `behind`: the original's hidden states behind the last, which are the target. Without `behind`,
+    the target is the output of these layers with all their experts.
     """
     from moeflow.methods.prune import reception
 
     sets = {c.layer: [s.keep for s in c.only.best[:best]] for c in map(Candidates.read, candidates)}
     losses = reception.losses(
         read_config(config), [(first + i, weights(layer, LAYER)) for i, layer in enumerate(layers)], sets,
-        [h.file(HIDDEN) for h in before], [h.file(HIDDEN) for h in behind],
-        batch=batch, dtype=dtype, progress=context.progress,
+        before.file(HIDDEN), None if behind is None else behind.file(HIDDEN), batch=batch, dtype=dtype, progress=context.progress,
     )  # fmt: skip
-    order = sorted(losses, key=lambda c: losses[c])
-    context.note(f"layers {first} to {first + len(layers) - 1}: best combination {list(order[0])} of {len(order)}")
-    Combinations(tuple(sets), tuple(Combination(c, losses[c]) for c in order)).write(context.out)
+    Combinations(tuple(sets), tuple(Combination(c, losses[c]) for c in sorted(losses))).write(context.out)
+
+
+def _combinations_spec(shards: tuple[Mapping[str, Any], ...]) -> Spec:
+    size = shards[0]["bytes"]
+    return Spec({"bytes": size}, reads=size * len(shards), writes=size)
+
+
+@step("prune.span", version=3, spec=_combinations_spec)
+def combinations(context: Context, shards: tuple[Artifact, ...]) -> None:
+    """The loss of every combination of a span's sets over the tokens of all shards, best first; writes `Combinations`."""
+    each = [Combinations.read(shard) for shard in shards]
+    squares = Counter[tuple[int, ...]]()
+    for of_shard in each:
+        squares.update({c.sets: c.loss**2 for c in of_shard.combinations})
+    order = sorted(squares, key=lambda c: (squares[c], c))
+    layers = each[0].layers
+    context.note(f"layers {layers[0]} to {layers[-1]}: best combination {list(order[0])} of {len(order)}")
+    Combinations(layers, tuple(Combination(c, squares[c] ** 0.5) for c in order)).write(context.out)
 
 
 def _pick_spec(

@@ -5,6 +5,7 @@ Yang et al., EMNLP Findings 2024, arXiv 2411.01016, and moeflow's alternative to
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from math import ceil
 from typing import Any
 
@@ -20,7 +21,16 @@ from moeflow.methods.predict.steps import predicted
 from moeflow.methods.prune import counts as counts_
 from moeflow.methods.prune.counts import Counts
 from moeflow.methods.prune.searches import Search
-from moeflow.methods.prune.steps import candidates, combinations, counts_exact, counts_paper, importance, importance_measured, pick
+from moeflow.methods.prune.steps import (
+    candidates,
+    combinations,
+    combinations_of_shard,
+    counts_exact,
+    counts_paper,
+    importance,
+    importance_measured,
+    pick,
+)
 from moeflow.step import Step
 
 
@@ -254,10 +264,10 @@ def _by_spans(calibration: Calibration, decider: Step | None, candidates: Mappin
         at_layer = first
         if how.inputs == "progressive":
             behind = calibrate.states_before(calibration, last + 1)
-        together = combinations(
-            pruned.essential, pruned.layers[first : last + 1], tuple(searched.values()), before, behind,
-            first=first, best=how.best, batch=calibration.passed.batch, dtype=calibration.dtype,
-        )  # fmt: skip
+        same: dict[str, Any] = {"first": first, "best": how.best, "batch": calibration.passed.batch, "dtype": calibration.dtype}
+        span = pruned.essential, pruned.layers[first : last + 1], tuple(searched.values())
+        shards = zip_longest(before, behind)
+        together = combinations(tuple(combinations_of_shard(*span, *shard, **same) for shard in shards))
         pruned = rewrite.pruned(pruned, _picked(searched, decider, together))
     return pruned
 

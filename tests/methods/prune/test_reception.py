@@ -55,7 +55,7 @@ def test_the_tree_gives_the_loss_of_every_combination(family: Path, tmp_path: Pa
     filled = Stream.layer
     monkeypatch.setattr(Stream, "layer", lambda self, t, i: ran.append(i) or filled(self, t, i))
     losses = reception.losses(
-        config, [(i, files[i]) for i in span], sets, [tmp_path / "hidden.safetensors"], [],
+        config, [(i, files[i]) for i in span], sets, tmp_path / "hidden.safetensors", None,
         batch=2, dtype="float32", progress=lambda *_: None,
     )  # fmt: skip
     assert losses.keys() == expected.keys()
@@ -65,7 +65,7 @@ def test_the_tree_gives_the_loss_of_every_combination(family: Path, tmp_path: Pa
     behind = tmp_path / "behind.safetensors"
     save({"hidden_NLD": goal_NLD + 1}, behind)
     elsewhere = reception.losses(
-        config, [(i, files[i]) for i in span], sets, [tmp_path / "hidden.safetensors"], [behind],
+        config, [(i, files[i]) for i in span], sets, tmp_path / "hidden.safetensors", behind,
         batch=2, dtype="float32", progress=lambda *_: None,
     )  # fmt: skip
     assert elsewhere[0, 0] != pytest.approx(losses[0, 0], rel=1e-3)
@@ -80,7 +80,7 @@ def test_a_span_of_one_layer_weighs_its_sets_as_the_layer_does(family: Path, tmp
     start_NLD = torch.randn(2, 8, int(config["hidden_size"]))
     save({"hidden_NLD": start_NLD}, tmp_path / "hidden.safetensors")
     losses = reception.losses(
-        config, [(layer, files[layer])], {layer: sets}, [tmp_path / "hidden.safetensors"], [],
+        config, [(layer, files[layer])], {layer: sets}, tmp_path / "hidden.safetensors", None,
         batch=2, dtype="float32", progress=lambda *_: None,
     )  # fmt: skip
     stream = stream_of(config, "float32")
