@@ -50,7 +50,7 @@ OFFERS: dict[str, Any] = {"measured": 6144}
 WORTH = 0.002
 """The KL from which on a model is recovered."""
 PASS = Pass(batch=16, shard=32, stage=3, dtype="float32")
-GANG = Gang(processes=1, gpus=0, micro=8)
+GANG = Gang(processes=1, gpus=0, micro=4)
 
 
 def _gptq(bits: int, group: int) -> Stage:
@@ -126,7 +126,7 @@ class Bench:
         return self.judged(made.model, *made.reports)
 
     def recovered(self, rows: int) -> Callable[[Model], Tuned]:
-        how = Recovering(rows=rows, length=LENGTH, batch=16, rate=2e-3, dtype="float32").on(Texts(CALIBRATION), HELDOUT)
+        how = Recovering(rows=rows, length=LENGTH, batch=4, dtype="float32").on(Texts(CALIBRATION), HELDOUT)
         return lambda plain: tuned(plain, self.original, how, GANG, PASS)
 
     def judged(self, model: Model, *beside: Step) -> Judged:

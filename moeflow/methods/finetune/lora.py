@@ -28,6 +28,10 @@ SCALES = ".scales"
 ENDINGS = {"a": A, "b": B, "scales": SCALES}
 """These endings, by the names of the parameters of what is added to a module."""
 
+PACE = 5.0
+"""How many times as fast as LoRA's factors scales are trained: at the rates that suit those, they have hardly moved when a training
+ends (LOG.md)."""
+
 ADDITIONS = "additions"
 """The submodule that holds the additions to a module's parameters."""
 
@@ -65,7 +69,8 @@ class Addition(nn.Module):
 
 class Scaling(nn.Module):
     """Multiplies `weight`, a stack of packed matrices, by one plus a number for each group of a row's weights: their scales change,
-    and their codes stay (as in the second phase of EfficientQAT, arXiv 2407.11062, 3.3). The numbers start at zero.
+    and their codes stay (as in the second phase of EfficientQAT, arXiv 2407.11062, 3.3). The numbers are `PACE` times the
+    parameter, which starts at zero.
 
     `shape` is [E, M, N], or [E, N, M] with `axis` 1; `group` how many inputs share a scale (0: all); `joined` as for an `Addition`.
     """
@@ -79,7 +84,7 @@ class Scaling(nn.Module):
         self.scales = nn.Parameter(weight.new_zeros(sides))
 
     def forward(self, w: Tensor) -> Tensor:
-        change = self.scales.repeat_interleave(self.group, dim=self.axis).narrow(self.axis, 0, self.length)
+        change = (PACE * self.scales).repeat_interleave(self.group, dim=self.axis).narrow(self.axis, 0, self.length)
         return torch.addcmul(w, w, change if self.joined is None else self.joined(change))
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from moeflow.arch import EMBEDDING, HEAD, Config, Family, layer_of
-from moeflow.methods.finetune.lora import ADDITIONS, ENDINGS, SCALES, A, B, product
+from moeflow.methods.finetune.lora import ADDITIONS, ENDINGS, PACE, SCALES, A, B, product
 from moeflow.methods.finetune.recipe import Recipe
 from moeflow.methods.graph import REST
 from moeflow.model.checkpoint import Tensors, save
@@ -135,10 +135,11 @@ def tensors_of(trained: Mapping[str, Tensor], tensors: Tensors, config: Config, 
 
 
 def _scales(family: Family, format: Format, name: str, scales_EMG: Tensor, scheme: Scheme | None) -> dict[str, Tensor]:
-    """How the scales [M, G] of each packed matrix of a stack change."""
+    """How the scales [M, G] of each packed matrix of a stack change, as a part of what they are."""
     group = scheme.group if scheme else 0
     out = group > 0 and name.endswith("_out")  # their columns are ranks, as many as each expert has
-    spread = scales_EMG.repeat_interleave(group, dim=2) if out else scales_EMG
+    change_EMG = PACE * scales_EMG
+    spread = change_EMG.repeat_interleave(group, dim=2) if out else change_EMG
     return {disk + SCALE: p[:, ::group] if out else p for disk, p in _pieces(family, format, layer_of(name), name, spread)}
 
 
