@@ -54,7 +54,7 @@ def test_a_pass_takes_as_many_operations_as_transformers_own_model(family: Path)
 
 
 def test_a_fork_is_one_more_pass_behind_the_layer_where_it_begins() -> None:
-    steps = steps_of("fit", "budget.ratio=0.25", "offers.group=16", "offers.measured=128", "offers.rounds=1")
+    steps = steps_of("fit", "budget.ratio=0.25", "offers.group=16", "offers.measured=128", "offers.rounds=1", "calibration.stage=2")
     (advance, *_) = (s for s in steps if s.name == "calibrate.advance")
     of_layer = sum(advance.spec.operations.values()) / len(advance.inputs[2:])
     per_token = of_layer / advance.spec.output.sequences / advance.spec.output.length
