@@ -22,7 +22,7 @@ class Recipe:
     mix: float = 0.5
     """The weight of the KL divergence in the loss, if the loss is both."""
     top: int = 64
-    """Tokens of each position that a teacher's predictions keep: three quarters the likeliest, the others drawn from the rest."""
+    """How many likeliest tokens the teacher's predictions keep at each position."""
     targets: tuple[Target, ...] = ("attention", "experts")
     """What LoRA is added to: any of attention, router, experts, shared, dense."""
     rank: int = 16

@@ -35,7 +35,7 @@ PREDICTIONS, TRAINING = "predictions.safetensors", "training.json"
 
 @dataclass(frozen=True)
 class PredictionsSpec:
-    """A model's predictions for some sequences, in a few tokens of each position."""
+    """A model's predictions for some sequences, cut to the likeliest tokens."""
 
     sequences: int
     length: int
@@ -54,13 +54,13 @@ def _predictions_spec(rest: RestSpec, hidden: Any, *, top: int, dtype: str) -> S
         raise ValueError(f"top={top} must lie between 1 and the vocabulary's {vocabulary} tokens")
     out = PredictionsSpec(states.sequences, states.length, vocabulary, top)
     reads = rest.head_bytes + header_bytes(rest.tensors) + states.nbytes
-    head, logits = rest.loaded(dtype, head=True), 24 * 1024 * vocabulary
+    head, logits = rest.loaded(dtype, head=True), 16 * 1024 * vocabulary
     memory = 2 * rest.head_bytes + head + states.nbytes + 2 * out.nbytes + logits
     done = operations.head(rest, states.sequences * states.length, dtype)
     return Spec(out, reads=reads, writes=out.nbytes, operations=done, memory=memory, device=on_device(head + logits))
 
 
-@step("finetune.predictions", version=2, spec=_predictions_spec, gpus=1)
+@step("finetune.predictions", version=1, spec=_predictions_spec, gpus=1)
 def predictions(context: Context, rest: Artifact, hidden: Artifact, *, top: int, dtype: str) -> None:
     """Compute a model's predictions from the hidden states behind its last layer; writes `predictions.safetensors`."""
     from moeflow.methods.finetune.teacher import write_predictions

@@ -1,7 +1,6 @@
-"""Distillation: a teacher's predictions, in a few tokens of each position, and a model's divergence from them.
+"""Distillation: a teacher's predictions, cut to its likeliest tokens, and a model's divergence from them.
 
-Shapes are suffixes: N sequences, n some of them, L positions, T tokens, D model width, V vocabulary, K tokens that are kept, of
-which the last S are drawn.
+Shapes are suffixes: N sequences, n some of them, L positions, T tokens, D model width, V vocabulary, K tokens that are kept.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,46 +18,28 @@ from moeflow.model.layout import Files
 from moeflow.model.passes import Head
 
 
-def drawn(kept: int, vocabulary: int) -> int:
-    """How many of the tokens that are kept of a prediction are drawn: a quarter, and none where all tokens are kept."""
-    return kept // 4 if kept < vocabulary else 0
-
-
 @torch.inference_mode()
 def write_predictions(
     rest: Files, states: Path, out: Path, *, top: int, dtype: str, progress: Callable[[int, int, str], None]
 ) -> None:
     """Write a model's predictions from its hidden states [N, L, D] behind the last layer.
 
-    For every position the file has `top` next tokens `id_NLK` (int32), the logarithms of their probabilities `log_p_NLK`, and
-    `log_rest_NL`, the logarithm of the probability of all but the likeliest ones together (fp32), minus infinity if all tokens are
-    kept. The likeliest come first, then a quarter of them that are drawn from the others by their probabilities, and may repeat:
-    cut to the likeliest, predictions would teach nothing about the others, which are much of what a small model predicts (Anshumann
-    et al., arXiv 2503.16870). `rest` holds config.json, final norm and head.
+    For every position the file has the `top` likeliest next tokens `id_NLK` (int32), the logarithms of their probabilities
+    `log_p_NLK`, and `log_rest_NL`, the logarithm of the probability of all other tokens together (fp32), minus infinity if all
+    tokens are kept. `rest` holds config.json, final norm and head.
     """
     head = Head(rest, dtype)
     states_NLD = load_file(states)["hidden_NLD"]
     n, length = states_NLD.shape[:2]
     kept: dict[str, list[Tensor]] = {"id_NLK": [], "log_p_NLK": [], "log_rest_NL": []}
-    random = torch.Generator(head.device).manual_seed(0)
     for _, logits_TV in head.by_chunk(states_NLD.flatten(0, 1)):
-        for name, part in zip(kept, cut(logits_TV.log_softmax(-1), top, random), strict=True):
+        log_TV = logits_TV.log_softmax(-1)
+        log_TK, id_TK = log_TV.topk(top, dim=-1)
+        rest_T = log_TV.scatter(-1, id_TK, -torch.inf).logsumexp(-1)
+        for name, part in zip(kept, (id_TK.int(), log_TK, rest_T), strict=True):
             kept[name].append(part.cpu())
         progress(sum(len(part) for part in kept["id_NLK"]), n * length, "tokens")
     save_file({name: torch.cat(parts).unflatten(0, (n, length)).contiguous() for name, parts in kept.items()}, out)
-
-
-def cut(log_p_TV: Tensor, kept: int, random: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids [T, K] (int32) and logarithms [T, K] of `kept` tokens of each prediction, and the logarithm [T] of what is in none of the
-    likeliest: these come first, and then those that are drawn."""
-    count = drawn(kept, log_p_TV.shape[-1])
-    id_TK = log_p_TV.topk(kept - count, dim=-1).indices
-    others_TV = log_p_TV.scatter(-1, id_TK, -torch.inf)
-    rest_T = others_TV.logsumexp(-1)
-    if count:
-        some_TV = torch.where(rest_T[:, None].isfinite(), others_TV, log_p_TV)  # if nothing is left, what is drawn counts nothing
-        id_TK = torch.cat([id_TK, some_TV.softmax(-1).multinomial(count, replacement=True, generator=random)], dim=-1)
-    return id_TK.int(), log_p_TV.gather(-1, id_TK), rest_T
 
 
 class Predictions:
@@ -83,18 +64,13 @@ class Predictions:
 def divergence(logits_TV: Tensor, id_TK: Tensor, log_p_TK: Tensor, log_rest_T: Tensor) -> Tensor:
     """KL(p || q) from a teacher's predictions p to a model's logits, in nats, [T], fp32.
 
-    The likeliest tokens count by themselves, and those that are drawn for all others, so that the result is right on average. It is
-    exact if the teacher's whole vocabulary is kept. Where so few are kept that none is drawn, all others count as one.
+    All tokens but the teacher's likeliest count as one, so the result is a lower bound of the divergence; it is exact if the
+    teacher's whole vocabulary is kept.
     """
     log_q_TV = logits_TV.float().log_softmax(-1)
-    apart_TK = torch.where(log_p_TK.isfinite(), log_p_TK - log_q_TV.gather(-1, id_TK), 0.0)
-    kept, vocabulary = id_TK.shape[-1], logits_TV.shape[-1]
-    first = kept - drawn(kept, vocabulary)
-    kl_T = (log_p_TK[:, :first].exp() * apart_TK[:, :first]).sum(-1)
-    if kept == vocabulary:
+    kl_T = (log_p_TK.exp() * (log_p_TK - log_q_TV.gather(-1, id_TK))).sum(-1)
+    if id_TK.shape[-1] == logits_TV.shape[-1]:
         return kl_T
-    if first < kept:
-        return kl_T + log_rest_T.exp() * apart_TK[:, first:].mean(-1)
     rest_q_T = log_q_TV.scatter(-1, id_TK, -torch.inf).logsumexp(-1)
     return kl_T + log_rest_T.exp() * (log_rest_T - rest_q_T)
 

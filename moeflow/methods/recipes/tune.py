@@ -155,7 +155,7 @@ def tune(
 def _predictions(model: Model, data: Step, recipe: Recipe, teacher: Model | None, passed: Pass) -> tuple[Step, ...]:
     """The teacher's predictions for the tokens of `data`, one step per shard, if the loss needs them.
 
-    Each position keeps `recipe.top` tokens, at 8 bytes each, and the sum of all but the likeliest. The teacher is streamed layer
+    Each position keeps the `recipe.top` likeliest tokens, at 8 bytes each, and the sum of all others. The teacher is streamed layer
     by layer, so it may be larger than any machine's memory. Raises ValueError if there is none, or it has another tokenizer.
     """
     if not recipe.divergence:

@@ -1,14 +1,16 @@
-"""Rows and steps: which sequences a step sees depends on the seed alone, and rates on the step's number."""
+"""Rows and steps: which sequences a step sees depends on the seed alone, and rates and divergence on the step's number."""
 
 import math
 from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
 
 from moeflow.methods.finetune.batches import batch_of, dealt
 from moeflow.methods.finetune.curve import Curve
 from moeflow.methods.finetune.recipe import divisors
+from moeflow.methods.finetune.teacher import divergence
 from tests.recipes import RECIPE
 
 
@@ -55,3 +57,21 @@ def test_a_loss_that_is_no_number_or_that_grows_stops_the_training_with_what_is_
     curve = Curve(1)
     for step in range(200):  # noise, and a slow rise by less than a nat, are no divergence
         curve.add(0.05 + 0.9 * (step % 2) + step * 1e-3, 1e-3, 1.0, kept=0)
+
+
+def test_the_divergence_over_some_tokens_and_the_rest_is_a_bound_that_all_of_them_reach() -> None:
+    torch.manual_seed(0)
+    p_TV, q_TV = (torch.randn(7, 20).mul(3).log_softmax(-1) for _ in range(2))
+    whole_T = (p_TV.exp() * (p_TV - q_TV)).sum(-1)
+    divergences = []
+    for top in (1, 5, 19, 20):
+        log_TK, id_TK = p_TV.topk(top, dim=-1)
+        rest_T = p_TV.scatter(-1, id_TK, -torch.inf).logsumexp(-1)
+        divergences.append(divergence(q_TV, id_TK, log_TK, rest_T))
+    for fewer_T, more_T in pairwise(divergences):
+        assert (fewer_T <= more_T + 1e-5).all()
+    assert torch.allclose(divergences[-1], whole_T, atol=1e-5) and torch.allclose(divergences[-2], whole_T, atol=1e-5)
+    logits = q_TV.clone().requires_grad_()
+    log_TK, id_TK = p_TV.topk(20, dim=-1)
+    divergence(logits, id_TK, log_TK, torch.full((7,), -torch.inf)).sum().backward()
+    assert torch.allclose(logits.grad, q_TV.exp() - p_TV.exp(), atol=1e-5)
