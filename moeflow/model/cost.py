@@ -77,12 +77,13 @@ def _caches(forward: Callable[..., Any]) -> bool:
 
 
 def _attention(module: Any, hf: Any) -> _Attention:
-    if hasattr(module, "kv_a_proj_with_mqa"):  # keys and values are computed from a shorter vector (arXiv 2405.04434, 2.1)
-        query = module.q_b_proj if hasattr(module, "q_b_proj") else module.q_proj
-        indexed = module.indexer.wk.out_features if getattr(module, "indexer", None) is not None else 0
-        return _Attention(module.kv_a_proj_with_mqa.out_features + indexed, query.out_features + module.o_proj.in_features)
-    if hasattr(module, "k_proj") and hasattr(module, "v_proj"):
-        keys, values, groups = module.k_proj.out_features, module.v_proj.out_features, module.num_key_value_groups
+    inside = dict(module.named_children())  # without those that a configuration leaves out, which are None
+    if latent := inside.get("kv_a_proj_with_mqa"):  # keys and values are computed from a shorter vector (arXiv 2405.04434, 2.1)
+        query = inside.get("q_b_proj") or inside["q_proj"]
+        indexed = inside["indexer"].wk.out_features if "indexer" in inside else 0
+        return _Attention(latent.out_features + indexed, query.out_features + inside["o_proj"].in_features)
+    if "k_proj" in inside and "v_proj" in inside:
+        keys, values, groups = inside["k_proj"].out_features, inside["v_proj"].out_features, module.num_key_value_groups
         return _Attention(keys + values, groups * (keys + values))
     width = int(getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads)
     each = int(getattr(hf, "num_key_value_heads", None) or hf.num_attention_heads)

@@ -75,3 +75,19 @@ def test_only_layers_with_attention_have_a_cache_and_pairs_of_positions(name: st
     keys, values = {"mimo_v2_flash": (8, 8), "glm_moe_dsa": (16, 8)}.get(name, (8, 8))
     pairs = forward_flops(config, 200) - 2 * forward_flops(config, 100)  # what grows with the square of the length
     assert pairs == 2 * (200**2 - 2 * 100**2) * layers * 4 * (keys + values)
+
+
+@pytest.mark.parametrize(
+    "name, rank",  # glm_moe_dsa's indexer reads the shorter vector
+    [("deepseek_v2", None), ("deepseek_v2", 24), ("deepseek_v3", None), ("deepseek_v3", 24), ("glm_moe_dsa", 24)],
+)
+def test_queries_may_be_computed_at_once_or_from_a_shorter_vector(name: str, rank: int | None) -> None:
+    """DeepSeek-V2-Lite has no `q_lora_rank`; its class has the matrices of the other way, too, and they are None."""
+    fields = normal.FAMILIES[name][1] if name in normal.FAMILIES else tiny.FAMILIES[name]
+    hf = CONFIG_MAPPING[name](**(tiny.COMMON | fields | {"q_lora_rank": rank}))
+    arch = {ARCH: normal.FAMILIES[name][0].to_json()} if name in normal.FAMILIES else {}
+    config = hf.to_dict() | arch | {"dtype": "float32"}
+    pairs = forward_flops(config, 200) - 2 * forward_flops(config, 100)
+    heads = hf.num_attention_heads * (hf.qk_nope_head_dim + hf.qk_rope_head_dim + hf.v_head_dim)
+    assert pairs == 2 * (200**2 - 2 * 100**2) * hf.num_hidden_layers * heads
+    assert cache_bytes(config) >= 4 * hf.num_hidden_layers * (hf.kv_lora_rank + hf.qk_rope_head_dim)
