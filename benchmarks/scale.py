@@ -78,9 +78,7 @@ def large(folder: Path) -> tuple[list[Row], str]:
         for title, (file, words) in LARGE.items():
             targets = built(file, f"model={name}", "source=copy", *words)
             if title == "fit":
-                rows.append(
-                    Row(f"fit on {model}: the longest chain, in passes over the model", passes(targets), "at most", 5.0, "")
-                )
+                rows.append(Row(f"fit on {model}: the longest chain", passes(targets), "at most", 5.0, "passes over the model"))
             made = dict(simulations(targets, store))
             if not made:
                 lines.append(f"| {title}, {model} | " + " | ".join([""] * len(COUNTS)) + " | a step finds no room |")

@@ -84,13 +84,16 @@ def inputs(
 ) -> None:  # fmt: skip
     """Write what the MoE block of a layer takes in for the first `recorded` tokens, as a `Recorder` does: `x_RD` and `sample`.
 
-    The layer is run up to the block, `batch` sequences together, and only on as many as have these tokens; no expert is read.
+    The layer is run up to the block, `batch` sequences together, and only on as many as have these tokens; no expert is read. If
+    its experts are gone, there is only the token count, `tokens`.
     """
-    stream = stream_of(config, dtype)
-    states = load_file(hidden)
-    n, length = states[HIDDEN].shape[:2]
-    module = stream.layer(Tensors(file), layer, experts=False)
-    kept: list[Tensor] = []
+    stream, tensors, states = stream_of(config, dtype), Tensors(file), load_file(hidden)
+    n, length, width = states[HIDDEN].shape
+    if stream.family.router(layer) not in tensors:
+        save_file({"tokens": torch.tensor(n * length)}, out)
+        return
+    module = stream.layer(tensors, layer, experts=False)
+    kept = [torch.zeros(0, width, dtype=stream.dtype)]
 
     def keep(_: Any, args: Any, named: Mapping[str, Any]) -> None:
         kept.append(first_of(args, named).flatten(0, -2).cpu())
