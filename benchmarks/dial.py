@@ -48,7 +48,7 @@ REMOVED = (0.25, 0.5)
 """Parts of the experts' bytes that ranks alone take away, beside a fit of no more bytes."""
 OFFERS: dict[str, Any] = {"measured": 6144}
 TOP = 256
-"""Tokens of the original's predictions that recovering learns: 0.86 of what these small models predict, 64 are 0.72."""
+"""Tokens of the original's predictions that recovering learns: 0.86 of what the Mixtral predicts, 64 are 0.72."""
 WORTH = 0.002
 """The KL from which on a model is recovered."""
 PASS = Pass(batch=16, shard=32, stage=3, dtype="float32")

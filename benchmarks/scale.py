@@ -107,8 +107,8 @@ def passes(targets: list[Step]) -> float:
 
 def _passed(one: Step) -> float:
     if one.name in ("calibrate.observe", "calibrate.advance", "calibrate.forks"):
-        layers, config = dict(one.slots).get("layers") or 0, one.inputs[0].spec.output.config
-        return int(layers) / Family.of(config).num_layers  # type: ignore[arg-type]
+        layers = dict(one.slots).get("layers")  # none behind the last
+        return layers / Family.of(one.inputs[0].spec.output.config).num_layers if isinstance(layers, int) else 0.0
     if one.name == "calibrate.inputs":
         layer = one.inputs[-1].spec.output
         family = Family.of(layer.config)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.scale import passes
 from moeflow.model import operations
 from moeflow.model.cost import forward_flops
 from moeflow.run import pipeline
@@ -66,6 +67,12 @@ def test_a_fork_is_one_more_pass_behind_the_layer_where_it_begins() -> None:
         head = operations.head(step_of(rest).spec.output, tokens * (1 + sum(n for _, n in begun)), "auto")
         passes = (sum(sweep.spec.operations.values()) - sum(head.values())) / per_token / tokens
         assert passes == pytest.approx(sum(1 + sum(n for at, n in begun if at <= i) for i in range(first, 4)), rel=0.01)
+
+
+def test_fit_waits_for_five_passes_over_the_model_however_much_it_offers() -> None:
+    options = "budget.ratio=0.25", "offers.group=16", "offers.measured=128", "calibration.stage=1"
+    few, many = (passes(steps_of("fit", *options, *more)) for more in (("offers.bits=[4]", "offers.ranks=[0.3]"), ()))
+    assert few == many and 4 < many <= 5
 
 
 def begun_in(sweep: Step) -> list[tuple[int, int]]:

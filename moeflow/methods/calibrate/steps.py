@@ -296,19 +296,6 @@ def curves(
     return measure(tuple(chains or [chain(len(model.layers), ends, {})]))
 
 
-def sampled(calibration: Calibration, tokens: int) -> Calibration:
-    """The calibration with the hidden states of about `tokens` tokens only, equally many from every shard, as one shard."""
-    rows = rows_of(calibration, tokens)
-    if sum(n for _, n in rows) == calibration.tokens.spec.output.sequences:
-        return calibration
-
-    def first(states: tuple[Step, ...]) -> tuple[Step, ...]:
-        return (start(_hidden(states), taken=[n for _, n in rows]),)
-
-    states = {i: first(of_stage) for i, of_stage in calibration.states.items()}
-    return replace(calibration, starts=first(calibration.starts), ends=first(calibration.ends), states=states)
-
-
 def _hidden(steps: tuple[Step, ...]) -> tuple[Part, ...]:
     return tuple(s.part(HIDDEN) for s in steps)
 

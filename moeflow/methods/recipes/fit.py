@@ -157,7 +157,7 @@ def _not_on_offer(left: Mapping[str, str]) -> list[str]:
 def _in_sequence(
     calibration: Calibration, plain: Model, bits: Step, offers: Offers, left: dict[str, str]
 ) -> tuple[Model | None, tuple[Step, ...]]:
-    """The chosen model, calibrated before it is quantized, and quantized layer by layer behind the quantized ones; its last states.
+    """The chosen model, quantized layer by layer, each by what its block takes in behind the quantized ones; its last states.
 
     As it is if no bits are on offer, without states; None if not every layer can be quantized, and the reason goes to `left` then.
     """

@@ -12,11 +12,11 @@ from typing import Any
 from moeflow.arch import MATRICES, Family
 from moeflow.methods import rewrite
 from moeflow.methods.calibrate import steps as calibrate
-from moeflow.methods.calibrate.chains import Alternatives, Forks
+from moeflow.methods.calibrate.chains import Alternatives, Forks, rows_of
 from moeflow.methods.decompose import steps as decompose_
 from moeflow.methods.decompose.options import Decomposition
 from moeflow.methods.decompose.ranks import PARTS, average_rank, moved_rank
-from moeflow.methods.graph import Calibration, Model, Pass
+from moeflow.methods.graph import HIDDEN, Calibration, Model, Pass
 from moeflow.methods.predict.steps import predicted
 from moeflow.methods.prune import counts as counts_
 from moeflow.methods.prune.counts import Counts
@@ -249,7 +249,7 @@ RANKS: dict[str, Callable[[Calibration, Decomposition, Sides], Ranked]] = {
 
 def _by_spans(calibration: Calibration, decider: Step | None, candidates: Mapping[int, Step], how: Search) -> Model:
     """Choose among every layer's sets span by span (the KT-Reception Field)."""
-    calibration = calibrate.sampled(calibration, how.measured) if how.measured else calibration
+    calibration = _sampled(calibration, how.measured) if how.measured else calibration
     order, pruned = list(candidates), calibration.model
     states, at_layer = calibrate.states_before(calibration, order[0]), order[0]
     original = calibration.model.layers
@@ -270,6 +270,19 @@ def _by_spans(calibration: Calibration, decider: Step | None, candidates: Mappin
         together = combinations(tuple(combinations_of_shard(*span, *shard, **same) for shard in shards))
         pruned = rewrite.pruned(pruned, _picked(searched, decider, together))
     return pruned
+
+
+def _sampled(calibration: Calibration, tokens: int) -> Calibration:
+    """The calibration with the hidden states of about `tokens` tokens only, equally many from every shard, as one shard."""
+    rows = rows_of(calibration, tokens)
+    if sum(n for _, n in rows) == calibration.tokens.spec.output.sequences:
+        return calibration
+
+    def first(states: tuple[Step, ...]) -> tuple[Step, ...]:
+        return (calibrate.start(tuple(s.part(HIDDEN) for s in states), taken=[n for _, n in rows]),)
+
+    states = {i: first(of_stage) for i, of_stage in calibration.states.items()}
+    return replace(calibration, starts=first(calibration.starts), ends=first(calibration.ends), states=states)
 
 
 def _picked(candidates: Mapping[int, Step], decider: Step | None, together: Step | None = None) -> dict[int, Step]:
