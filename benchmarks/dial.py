@@ -51,7 +51,7 @@ TOP = 256
 """Tokens of the original's predictions that recovering learns: 0.86 of what the Mixtral predicts, 64 are 0.72."""
 WORTH = 0.002
 """The KL from which on a model is recovered."""
-PASS = Pass(batch=16, shard=32, stage=3, dtype="float32")
+PASS = Pass(shard=32, stage=3, dtype="float32")
 GANG = Gang(processes=1, gpus=0, micro=4)
 
 

@@ -50,7 +50,7 @@ PRUNING = ("benchmarks/peer_pruning.py", "search=reap", "keep=6", "calibration.r
 _SLIM = ("benchmarks/peer_slimming.py", "slim.bits=4", "slim.group=64", "slim.inputs=sequential")
 GPTQ = (*_SLIM, "slim=gptq", "slim.activation_order=true")
 AWQ = (*_SLIM, "slim=awq")
-CALIBRATION = ("calibration.batch=16", "calibration.shard=96", "calibration.dtype=float32")
+CALIBRATION = ("calibration.shard=96", "calibration.dtype=float32")
 
 
 @dataclass(frozen=True)

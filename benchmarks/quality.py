@@ -121,7 +121,7 @@ def main() -> tuple[list[Row], str]:
 
 
 def _run(model: Model, matrix: Step) -> Calibration:
-    return calibrate.run(model, matrix, Pass(batch=16, shard=32, stage=3, dtype="float32"))
+    return calibrate.run(model, matrix, Pass(shard=32, stage=3, dtype="float32"))
 
 
 def _measured(store: Store, original: Model, method: Method, removed: float, seed: int) -> dict[str, Any]:

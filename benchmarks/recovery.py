@@ -33,7 +33,7 @@ from moeflow.store import Store
 
 ROWS, STEPS, BATCH, EVERY, MINUTES = 1024, 40, 16, 10, 15
 GANG = Gang(processes=2, gpus=0, zero=1, micro=4, save_every=30)
-PASS = Pass(batch=16, shard=32, stage=3, dtype="float32")
+PASS = Pass(shard=32, stage=3, dtype="float32")
 HALF = 0.5
 VALIDATION = {
     "prose": f"{SHARED}/data/wikitext2_validation.jsonl#text",

@@ -196,7 +196,7 @@ class _Bench:
         )
 
     def _calibrated(self, model: Model) -> Calibration:
-        return calibrate.run(model, self.matrix, Pass(batch=16, shard=32, stage=3, dtype="float32"), between=True)
+        return calibrate.run(model, self.matrix, Pass(shard=32, stage=3, dtype="float32"), between=True)
 
     def _rows(self, report: Step) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = json.loads(self.store.artifact(report.key).file("report.json").read_text())["rows"]

@@ -219,6 +219,10 @@ class Step(Promise):
         """The same step with other resources; the key stays."""
         return self._with(resources=Resources(**resources))
 
+    def with_settings(self, **settings: Any) -> "Step":
+        """The same step with these settings beside those that it has; the key stays."""
+        return self._with(resources=replace(self.resources, settings={**self.resources.settings, **settings}))
+
     def part(self, prefix: str) -> Part:
         return Part(self, prefix)
 

@@ -2,7 +2,7 @@
 
     ray job submit --working-dir . -- python pipelines/mixtral.py --store s3://bucket/prefix --gpus 1 -p keep=6
 
-The constants are the paper's: 128 sequences of 2,048 tokens of C4 in batches of 8, documents packed in groups of 1,000 with a
+The constants are the paper's: 128 sequences of 2,048 tokens of C4, documents packed in groups of 1,000 with a
 beginning-of-sequence token each, the checkpoint's own precision (bf16), every layer searched on its own. One task runs all of them
 through a stage, so that the weights are read once: reading a layer takes longer than computing with it.
 

@@ -9,7 +9,7 @@ from moeflow.arch import Config, Family, Layout
 from moeflow.model.layout import ESSENTIAL
 from moeflow.model_files import named_like
 from moeflow.options import check_choices
-from moeflow.step import Part, Step
+from moeflow.step import Context, Part, Step
 
 if TYPE_CHECKING:
     from moeflow.sources import Mtp
@@ -132,10 +132,11 @@ class Sample:
 class Pass:
     """How a model is run over text, and what is recorded on the way. Raises ValueError for impossible options."""
 
-    batch: int = 8
-    """Sequences that run together."""
-    shard: int = 0
-    """Sequences per task, a multiple of batch; 0: four batches."""
+    batch: int = 0
+    """At most so many sequences run together; 0: as many as the device has room for. What is computed is the same, but for last
+    bits."""
+    shard: int = 32
+    """Sequences per task."""
     stage: int = 8
     """Consecutive layers per task."""
     record: int | None = None
@@ -147,17 +148,19 @@ class Pass:
 
     def __post_init__(self) -> None:
         check_choices(self)
-        if self.batch < 1 or self.stage < 1 or self.shard < 0 or self.shard % self.batch:
-            raise ValueError(
-                f"shard={self.shard} sequences must be a multiple of batch={self.batch}, so that a shard holds whole batches; "
-                f"stage={self.stage} must be at least 1"
-            )
-        if (self.record or 0) < 0 or self.per_expert < 0:
-            raise ValueError(f"record={self.record} and per_expert={self.per_expert} must not be negative")
+        if self.stage < 1 or self.shard < 1:
+            raise ValueError(f"shard={self.shard} sequences and stage={self.stage} layers must be at least 1")
+        if min(self.batch, self.record or 0, self.per_expert) < 0:
+            raise ValueError(f"batch={self.batch}, record={self.record} and per_expert={self.per_expert} must not be negative")
 
-    @property
-    def sequences_of_shard(self) -> int:
-        return self.shard or 4 * self.batch
+    def bounded(self, step: Step) -> Step:
+        """The same step, running at most `batch` sequences together; the key stays."""
+        return step.with_settings(batch=self.batch) if self.batch else step
+
+
+def at_most(context: Context) -> int:
+    """How many sequences a running step takes together at most, as `Pass.bounded` said; 0: as many as there is room for."""
+    return int(context.settings.get("batch", 0))
 
 
 @dataclass(frozen=True)

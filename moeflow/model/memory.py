@@ -1,8 +1,10 @@
 """What steps that compute with a model take of a GPU, from shapes alone. No torch."""
 
 from collections.abc import Mapping, Sequence
+from math import prod
 
 from moeflow.arch import Config, Family
+from moeflow.model.packed import Shapes, unpacked_shapes
 from moeflow.model.spec import LayerSpec, element_bytes, shapes_of
 
 CONTEXT = 1 << 30
@@ -24,16 +26,27 @@ def passing(
     `handed_on`: the numbers of 4 bytes that a layer takes and gives for each token beside hidden states; `copies`: how often the
     layer's weights are there; `recorded`: every routed expert's output is kept until it is measured.
     """
-    more = 2 * 4 * handed_on
-    return max(copies * layer.loaded(dtype) + tokens * (_per_token(layer, dtype, recorded) + more) for layer in layers)
+
+    def of_token(layer: LayerSpec) -> int:
+        size = element_bytes(layer.config, dtype)
+        return run_per_token(layer.config, shapes_of(layer.tensors), size, recorded=recorded) + 2 * 4 * handed_on
+
+    return max(copies * layer.loaded(dtype) + tokens * of_token(layer) for layer in layers)
 
 
-def _per_token(layer: LayerSpec, dtype: str, recorded: bool) -> int:
-    size, width = element_bytes(layer.config, dtype), int(layer.config["hidden_size"])
-    made = bytes_per_token(layer.config, shapes_of(layer.tensors), size)
-    if recorded and layer.experts:
-        made += Family.of(layer.config).top_k * width * (2 * size + 4) + 8 * width  # inputs and outputs of pairs; norms in fp32
+def run_per_token(config: Config, shapes: Shapes, size: int, *, recorded: bool = False) -> int:
+    """The bytes of activations per token while a decoder layer with these tensors runs, in elements of `size` bytes."""
+    family, width = Family.of(config), int(config["hidden_size"])
+    made = bytes_per_token(config, unpacked_shapes(shapes, config), size)
+    if recorded and any(family.kind(name) == "experts" for name in shapes):
+        made += family.top_k * width * (2 * size + 4) + 8 * width  # inputs and outputs of pairs; norms in fp32
     return made
+
+
+def together(room: int, of_one: int, at_most: int = 0) -> int:
+    """How many sequences run together in `room` bytes where each takes `of_one`: at least one, and at most `at_most` if not 0."""
+    fitting = max(1, room // max(1, of_one))
+    return min(fitting, at_most) if at_most else fitting
 
 
 def bytes_per_token(config: Config, shapes: Mapping[str, Sequence[int]], size: int) -> int:
@@ -44,13 +57,19 @@ def bytes_per_token(config: Config, shapes: Mapping[str, Sequence[int]], size: i
     """
     family, width = Family.of(config), int(config["hidden_size"])
     kinds: dict[str, list[tuple[int, ...]]] = {}
+    stacks = 0
     for name, shape in shapes.items():
+        kind = family.kind(name)
         if len(shape) == 2:
-            kinds.setdefault(family.kind(name), []).append(tuple(shape))
+            kinds.setdefault(kind, []).append(tuple(shape))
+        elif kind == "experts":
+            stacks += prod(shape)
     elements = 2 * sum(m for m, _ in kinds.get("attention", ())) + 4 * width
-    if experts := kinds.get("experts"):
+    experts = kinds.get("experts", ())
+    if experts or stacks:
         count = kinds["router"][0][0]
         inner = sum(m for m, _ in experts) // count  # rows of one expert's matrices: twice its width and the model's
+        inner += stacks // (count * width) + width if stacks else 0  # as many, or a third of their numbers more
         elements += family.main_experts * (2 * inner + width) + 4 * count
     for kind in ("shared", "dense"):
         elements += 2 * sum(m for m, _ in kinds.get(kind, ())) + (width if kind in kinds else 0)

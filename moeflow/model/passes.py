@@ -21,12 +21,15 @@ from moeflow.model.alternatives import slices
 from moeflow.model.checkpoint import Tensors, read_moe
 from moeflow.model.factors import Form, form_of
 from moeflow.model.layout import Files, file_before, file_of, read_config
+from moeflow.model.memory import CONTEXT, MARGIN, run_per_token, together
 from moeflow.model.observe import OBSERVED, Recorder, first_of
 from moeflow.model.spec import Recording
 from moeflow.model.stream import EXPERTS, HIDDEN, States, Stream
 
 TOKENS_AT_ONCE = 1024
 """Tokens whose logits are in memory together."""
+ON_PROCESSOR = 64 << 20
+"""Bytes of the activations of the sequences that run together on a processor, where more is slower: it leaves the caches."""
 
 Progress = Callable[[int, int, str], None]
 
@@ -45,8 +48,9 @@ def through(
     config: Config, hidden: Path, layers: Iterable[tuple[int, Path | Files]], out: Path,
     *, count: int, batch: int, dtype: str, progress: Progress, recording: Recording | None = None,
 ) -> None:  # fmt: skip
-    """Run hidden states through `count` consecutive layers (number, file), `batch` sequences together, and write those behind the
-    last.
+    """Run hidden states through `count` consecutive layers (number, file), and write those behind the last.
+
+    As many sequences run together as there is room for, and at most `batch`, if that is not 0.
 
     With `recording` there is a file beside `out` for the statistics of each MoE layer (`file_of`), and one for the hidden states
     before each layer if some are kept (`file_before`).
@@ -54,23 +58,27 @@ def through(
     stream = stream_of(config, dtype, OBSERVED if recording else EXPERTS)
     states = load_file(hidden)
     n, length = states[HIDDEN].shape[:2]
+    home = home_of(stream.device, 2 * nbytes_of(states))
+    states = {name: t.to(home) for name, t in states.items()}
     for at, (layer, file) in enumerate(layers):
         tensors = Tensors(file)
         module = stream.layer(tensors, layer)
         recorder = recorder_of(stream, tensors, layer, recording) if recording else None
         if recording and recording.between:
-            save_file({"hidden_RD": states[HIDDEN].flatten(0, 1)[: recording.between].clone()}, out.with_name(file_before(layer)))
-        behind = {HIDDEN: states[HIDDEN]}
-        for rows in slices(n, batch):
+            kept_RD = states[HIDDEN].flatten(0, 1)[: recording.between].clone().cpu()
+            save_file({"hidden_RD": kept_RD}, out.with_name(file_before(layer)))
+        behind: States = {HIDDEN: states[HIDDEN]}
+        size = at_once(stream, module, tensors, length, batch, recorded=recorder is not None)
+        for rows in slices(n, size):
             with recorder.on(module) if recorder else nullcontext():
-                put(behind, stream.run(module, layer, taken(states, rows, stream.device)), rows, n)
+                put(behind, stream.run(module, layer, taken(states, rows, stream.device)), rows, n, home)
             progress((at * n + rows.stop) * length, count * n * length, "token layers")
         if recording and layer in stream.family.moe_layers:
             gone = {"tokens": torch.tensor(n * length)}  # its experts are
             save_file(recorder.result() if recorder else gone, out.with_name(file_of(layer)))
         states = behind
         del module
-    save_file(states, out)
+    save_file({name: t.cpu() for name, t in states.items()}, out)
 
 
 class _Reached(Exception):
@@ -84,8 +92,8 @@ def inputs(
 ) -> None:  # fmt: skip
     """Write what the MoE block of a layer takes in for the first `recorded` tokens, as a `Recorder` does: `x_RD` and `sample`.
 
-    The layer is run up to the block, `batch` sequences together, and only on as many as have these tokens; no expert is read. If
-    its experts are gone, there is only the token count, `tokens`.
+    The layer is run up to the block, on as many sequences as have these tokens, together as in `through`; no expert is read. If its
+    experts are gone, there is only the token count, `tokens`.
     """
     stream, tensors, states = stream_of(config, dtype), Tensors(file), load_file(hidden)
     n, length, width = states[HIDDEN].shape
@@ -100,12 +108,43 @@ def inputs(
         raise _Reached
 
     module.get_submodule(stream.family.arch.block).register_forward_pre_hook(keep, with_kwargs=True)
-    for rows in slices(min(n, -(-recorded // length)), batch):
+    size = at_once(stream, module, tensors, length, batch, recorded=True)  # as a whole pass runs them, to the last bit
+    for rows in slices(min(n, -(-recorded // length)), size):
         with suppress(_Reached):
-            stream.run(module, layer, taken(states, slice(rows.start, min(rows.start + batch, n)), stream.device))
+            stream.run(module, layer, taken(states, slice(rows.start, min(rows.start + size, n)), stream.device))
         progress(min(rows.stop * length, recorded), recorded, "tokens")
     x_RD = torch.cat(kept)[:recorded].clone()
     save_file({"x_RD": x_RD, "sample": torch.tensor(len(x_RD))}, out)
+
+
+def at_once(
+    stream: Stream, module: torch.nn.Module, tensors: Mapping[str, Tensor], length: int, batch: int,
+    *, copies: int = 1, recorded: bool = False,
+) -> int:  # fmt: skip
+    """How many sequences of this length run together through a layer: as many as there is room for, and at most `batch`, if not 0.
+
+    On a GPU activations take half of what `copies` of the layer's weights leave. Nothing is asked but sizes, so that on two
+    machines of a kind it is the same.
+    """
+    info = tensors.info if isinstance(tensors, Tensors) else tensors
+    shapes = {name: tuple(info[name].shape) for name in info}
+    config = stream.family.config
+    of_token = run_per_token(config, shapes, stream.dtype.itemsize, recorded=recorded) + 8 * stream.family.handed_on(length)
+    if stream.device.type != "cuda":
+        return together(ON_PROCESSOR, length * of_token, batch)
+    whole = torch.cuda.get_device_properties(stream.device).total_memory
+    weights = sum(t.nbytes for t in module.state_dict().values())
+    return together((int((whole - CONTEXT) / MARGIN) - copies * weights) // 2, length * of_token, batch)
+
+
+def home_of(device: torch.device, nbytes: int) -> torch.device:
+    """Where so many bytes of states stay between layers: on the device if they take less than half of what is free there."""
+    fits = device.type == "cuda" and 2 * nbytes < torch.cuda.mem_get_info(device)[0]
+    return device if fits else torch.device("cpu")
+
+
+def nbytes_of(states: States) -> int:
+    return sum(t.nbytes for t in states.values())
 
 
 def taken(states: States, rows: slice, device: torch.device) -> States:

@@ -19,7 +19,7 @@ from moeflow.model.alternatives import slices
 from moeflow.model.checkpoint import Tensors
 from moeflow.model.layout import Files, file_of
 from moeflow.model.observe import OBSERVED
-from moeflow.model.passes import Progress, recorder_of, stream_of
+from moeflow.model.passes import Progress, at_once, recorder_of, stream_of
 from moeflow.model.spec import Recording
 from moeflow.model.stream import HIDDEN, Stream
 
@@ -73,7 +73,8 @@ def observe(
             raise ValueError(f"multi-token-prediction layer {layer} has no experts; take mtp='drop'")
         final = module.norm_with(around[FINAL_NORM]) if depth == 0 else nn.Identity()
         behind = []
-        for rows in slices(count, batch):
+        size = at_once(stream, module.block, module.inside, states_NLD.shape[1], batch, recorded=True)
+        for rows in slices(count, size):
             with recorder.on(module.block):
                 states_nLD = final(states_NLD[rows, :-1].to(stream.device))
                 behind.append(module(states_nLD, embeddings_NLD[rows, depth + 1 :].to(stream.device)).cpu())

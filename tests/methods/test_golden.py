@@ -41,7 +41,7 @@ def pruned(
     folder = tmp_path_factory.getbasetemp() / "golden"
     store, keep = str(folder / "store"), request.param
     given = {"model": GOLDEN / "model", "tokens": GOLDEN / "tokens.npy", "keep": keep, "search": search}
-    given |= {"search.loss": "batch-sum", "calibration.batch": 2}
+    given |= {"search.loss": "batch-sum", "search.batch": 2}
     words = [w for name, value in given.items() for w in ("-p", f"{name}={value}")]
     told = json.loads(moeflow("run", str(PIPELINE), *words, "--store", store, "--json").splitlines()[-1])
     out = folder / f"{search}-{keep}"

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from moeflow.arch import Family
 from moeflow.methods.calibrate import steps as calibrate
-from moeflow.methods.calibrate.chains import Alternatives, Forks
+from moeflow.methods.calibrate.chains import Alternatives, Forks, taken_of_parts
 from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data
 from moeflow.methods.graph import Pass, Sample
@@ -221,3 +221,9 @@ def test_sets_that_are_judged_on_do_not_enter_the_counts(tmp_path: Path) -> None
     judged = {s.key for s in upstream(ends) if s.name == "data.matrix"}
     decided = {s.key for s in upstream([checkpoint.checkpoint_of(pruned)]) if s.name == "data.matrix"}
     assert judged >= {heldout.key} and decided == {calibration.tokens.key}
+
+
+def test_states_of_smaller_shards_are_cut_to_the_sequences_that_are_measured() -> None:
+    """The first of every shard: also where they end in the midst of a part, and where the last shard is short."""
+    assert taken_of_parts([(0, 3), (8, 3), (16, 1)], [2, 2, 2, 2, 2, 2, 2, 2, 1]) == [2, 1, 0, 0, 2, 1, 0, 0, 1]
+    assert taken_of_parts([(0, 8)], [4, 4]) == [4, 4]

@@ -1,6 +1,6 @@
 """What a layer could be instead of what it is, and how these alternatives are divided among chains of forks. No torch."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -52,7 +52,6 @@ class Chain:
     """The number of its first layer."""
     rows: tuple[tuple[int, int], ...]
     """The sequences of the token matrix that run through it, as runs of (first, count), one for each shard."""
-    batch: int
     dtype: str
     listed: int = 0
     """How many alternatives of each layer a shortlist names at most; 0: there is none, and all are measured."""
@@ -88,6 +87,15 @@ def rows_of(calibration: Calibration, tokens: int) -> tuple[tuple[int, int], ...
     sizes = [states_of(s.spec.output).sequences for s in calibration.starts]
     each = max(1, round(tokens / calibration.tokens.spec.output.length / len(sizes)))
     return tuple((sum(sizes[:i]), min(each, size)) for i, size in enumerate(sizes))
+
+
+def taken_of_parts(rows: Sequence[tuple[int, int]], parts: Sequence[int]) -> list[int]:
+    """How many of its first sequences each part of a shard has in these rows, the first of every shard; `parts`: their sizes."""
+    taken, at = [], 0
+    for size in parts:
+        taken.append(sum(max(0, min(first + count, at + size) - max(first, at)) for first, count in rows))
+        at += size
+    return taken
 
 
 def states_of(spec: Any) -> HiddenSpec:

@@ -19,7 +19,7 @@ from moeflow.model.alternatives import Alternative, Kept, Without, alternative_b
 from moeflow.model.checkpoint import Tensors, save, tensor_of
 from moeflow.model.header import TensorInfo
 from moeflow.model.layout import LAYER, Files, headers
-from moeflow.model.passes import Head, put, stream_of, taken
+from moeflow.model.passes import Head, at_once, home_of, put, stream_of, taken
 from moeflow.model.stream import HIDDEN, States, Stream
 from moeflow.step import Artifact
 
@@ -75,46 +75,48 @@ def through(
     """The hidden states [N, L, D] behind the last of these consecutive layers, of the unchanged model and of every fork.
 
     `base`: the unchanged model's states before the first. `forks`: how many will begin; their states stay on the device where they
-    fit. One layer's weights are in memory at a time, and those of one alternative.
+    fit. One layer's weights are in memory at a time, and those of one alternative. At most `batch` sequences run together, and as
+    many as there is room for if that is 0.
     """
     stream = stream_of(config, dtype)
-    home = _home(stream.device, forks * base[HIDDEN].nbytes)
+    home = home_of(stream.device, forks * base[HIDDEN].nbytes)
     begun: dict[Fork, States] = {}
-    count = len(base[HIDDEN])
+    count, length = base[HIDDEN].shape[:2]
     for layer, file, alternatives, whole in stages:
         tensors = Tensors(file)
         module = stream.layer(tensors, layer)
+        size = at_once(stream, module, Tensors(whole or file), length, batch, copies=2)
         for fork, before in begun.items():
             behind: States = {HIDDEN: before[HIDDEN]}
-            for rows in slices(count, batch):
+            for rows in slices(count, size):
                 put(behind, stream.run(module, layer, taken(before, rows, stream.device)), rows, count, home)
             begun[fork] = behind
         if alternatives:
             if whole is not None:
                 tensors = Tensors(whole)
             own = module if whole is None else stream.layer(tensors, layer)
-            fork_of = _Forking(stream, own, layer, base, batch)
-            base = fork_of.behind if whole is None else _run(stream, module, layer, base, batch)
+            fork_of = _Forking(stream, own, layer, base, size)
+            base = fork_of.behind if whole is None else _run(stream, module, layer, base, size)
             del module
             blocks = alternative_blocks(tensors, config, layer, alternatives, device=stream.device, dtype=stream.dtype)
             for name, moe in blocks:
                 begun[layer, name] = base | {HIDDEN: fork_of(moe).to(home)}
             del own, fork_of
         else:
-            base = _run(stream, module, layer, base, batch)
+            base = _run(stream, module, layer, base, size)
     return base[HIDDEN], {fork: states[HIDDEN] for fork, states in begun.items()}
 
 
 class _Forking:
     """What a layer does to the base's states, seen once, so that only another MoE block has to run for each fork."""
 
-    def __init__(self, stream: Stream, module: nn.Module, layer: int, base: States, batch: int) -> None:
-        self.stream, self.module, self.layer, self.base, self.batch = stream, module, layer, base, batch
+    def __init__(self, stream: Stream, module: nn.Module, layer: int, base: States, size: int) -> None:
+        self.stream, self.module, self.layer, self.base, self.size = stream, module, layer, base, size
         self.count = len(base[HIDDEN])
         self.x_NLD, self.residual_NLD = torch.empty_like(base[HIDDEN]), torch.empty_like(base[HIDDEN])
         self.behind: States = {}
         self.adds = self.pair = False
-        for rows in slices(self.count, batch):
+        for rows in slices(self.count, size):
             seen = watched(stream, module, layer, taken(base, rows, stream.device))
             if rows.start == 0:
                 self.adds, self.pair = seen.adds, seen.pair
@@ -126,7 +128,7 @@ class _Forking:
     def __call__(self, moe: Callable[[Tensor], Tensor]) -> Tensor:
         """The hidden states behind the layer with this MoE block."""
         fork_NLD, device = torch.empty_like(self.x_NLD), self.stream.device
-        for rows in slices(self.count, self.batch):
+        for rows in slices(self.count, self.size):
             if self.adds:
                 residual_nLD = self.residual_NLD[rows].to(device)
                 y_nLD = moe(self.x_NLD[rows].to(device).flatten(0, -2)).view(residual_nLD.shape)
@@ -137,19 +139,13 @@ class _Forking:
         return fork_NLD
 
 
-def _run(stream: Stream, module: nn.Module, layer: int, states: States, batch: int) -> States:
-    """The states behind a layer."""
+def _run(stream: Stream, module: nn.Module, layer: int, states: States, size: int) -> States:
+    """The states behind a layer, of `size` sequences at a time."""
     behind: States = {}
     count = len(states[HIDDEN])
-    for rows in slices(count, batch):
+    for rows in slices(count, size):
         put(behind, stream.run(module, layer, taken(states, rows, stream.device)), rows, count)
     return behind
-
-
-def _home(device: torch.device, nbytes: int) -> torch.device:
-    """Where so many bytes of states stay between layers: on the device if they take less than half of what is free there."""
-    fits = device.type == "cuda" and 2 * nbytes < torch.cuda.mem_get_info(device)[0]
-    return device if fits else torch.device("cpu")
 
 
 @torch.inference_mode()

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from moeflow.arch import EMBEDDING, Family
-from moeflow.methods.calibrate.chains import Alternatives, Chain, Forks, groups, joined, rows_of, states_of
+from moeflow.methods.calibrate.chains import Alternatives, Chain, Forks, groups, joined, rows_of, states_of, taken_of_parts
 from moeflow.methods.calibrate.counted import traffic_of
-from moeflow.methods.graph import HIDDEN, REST, TOKENS, Calibration, Model, Pass
+from moeflow.methods.graph import HIDDEN, REST, TOKENS, Calibration, Model, Pass, at_most
 from moeflow.methods.records import Curves, Shortlist
 from moeflow.model import operations
 from moeflow.model.ahead import ahead
@@ -37,7 +37,7 @@ from moeflow.model.spec import (
 from moeflow.sources.elsewhere import weights
 from moeflow.step import Artifact, Context, Part, Spec, Step, step
 
-HELD = 20 << 30
+HELD = 10 << 30
 """Bytes of hidden states that the forks of one task take at most when alternatives are measured."""
 
 
@@ -53,7 +53,7 @@ def run(model: Model, tokens: Step, passed: Pass = Pass(), *, inputs: bool = Tru
     if not tokens.spec.output.sequences:
         return Calibration(model, tokens, passed, (), (), {}, {}, 0, traffic=counted)
     hidden = starts = _embedded(model, tokens, passed)
-    tokens_of_shard = passed.sequences_of_shard * tokens.spec.output.length
+    tokens_of_shard = passed.shard * tokens.spec.output.length
     each = tokens_of_shard if passed.record is None else -(-passed.record // len(starts))
     recording = Recording(each if inputs else 0, passed.per_expert if inputs else 0, each if between else 0)
     moe_layers = model.moe_layers
@@ -104,7 +104,7 @@ def _stages(model: Model, size: int) -> list[tuple[int, tuple[Step, ...]]]:
 
 def _embedded(model: Model, tokens: Step, passed: Pass) -> tuple[Step, ...]:
     """The hidden states of every shard before the first layer."""
-    count, size = tokens.spec.output.sequences, passed.sequences_of_shard
+    count, size = tokens.spec.output.sequences, passed.shard
     rest = model.rest.part(REST)
     return tuple(
         embed(model.essential, rest, tokens, first=first, count=min(size, count - first), dtype=passed.dtype)
@@ -116,10 +116,9 @@ def behind(
     model: Model, passed: Pass, states: tuple[Step, ...], first: int, layers: tuple[Step, ...], recording: Recording | None = None
 ) -> tuple[Step, ...]:
     """The states of every shard, run through these layers from `first` on; with a `recording`, each is recorded on the way."""
-    how: dict[str, Any] = {"first": first, "batch": passed.batch, "dtype": passed.dtype}
-    if recording is None:
-        return tuple(advance(model.essential, hidden, layers, **how) for hidden in states)
-    return tuple(observe(model.essential, hidden, layers, recording=recording, **how) for hidden in states)
+    how: dict[str, Any] = {"first": first, "dtype": passed.dtype}
+    step = advance if recording is None else partial(observe, recording=recording)
+    return tuple(passed.bounded(step(model.essential, hidden, layers, **how)) for hidden in states)
 
 
 def _read(layers: tuple[Artifact, ...]) -> Iterator[Path | Files]:
@@ -166,32 +165,30 @@ def _pass_spec(hidden: Any, layers: tuple[LayerSpec, ...], dtype: str) -> tuple[
     return states, reads, memory
 
 
-def _advance_spec(config: RestSpec, hidden: Any, layers: tuple[LayerSpec, ...], *, first: int, batch: int, dtype: str) -> Spec:
+def _advance_spec(config: RestSpec, hidden: Any, layers: tuple[LayerSpec, ...], *, first: int, dtype: str) -> Spec:
     states, reads, memory = _pass_spec(hidden, layers, dtype)
-    device = on_device(passing(layers, batch * states.length, dtype, handed_on=states.handed_on))
+    device = on_device(passing(layers, states.length, dtype, handed_on=states.handed_on))
     done = operations.passing(layers, states, dtype)
     return Spec(states, reads=reads, writes=states.nbytes, operations=done, memory=memory, device=device)
 
 
 @step("calibrate.advance", version=1, spec=_advance_spec, gpus=1)
-def advance(
-    context: Context, config: Artifact, hidden: Artifact, layers: tuple[Artifact, ...], *, first: int, batch: int, dtype: str
-) -> None:
+def advance(context: Context, config: Artifact, hidden: Artifact, layers: tuple[Artifact, ...], *, first: int, dtype: str) -> None:
     """The hidden states behind consecutive layers; `first` is the number of the first layer."""
     from moeflow.model import passes
 
     passes.through(
         read_config(config), hidden.file(HIDDEN), enumerate(_read(layers), first), context.out / HIDDEN,
         count=len(layers),
-        batch=batch, dtype=dtype, progress=context.progress,
+        batch=at_most(context), dtype=dtype, progress=context.progress,
     )  # fmt: skip
 
 
 def _observe_spec(
-    config: RestSpec, hidden: Any, layers: tuple[LayerSpec, ...], *, first: int, recording: Recording, batch: int, dtype: str
+    config: RestSpec, hidden: Any, layers: tuple[LayerSpec, ...], *, first: int, recording: Recording, dtype: str
 ) -> Spec:
     states, reads, memory = _pass_spec(hidden, layers, dtype)
-    device = on_device(passing(layers, batch * states.length, dtype, handed_on=states.handed_on, recorded=True))
+    device = on_device(passing(layers, states.length, dtype, handed_on=states.handed_on, recorded=True))
     tokens = states.sequences * states.length
     row = int(states.config["hidden_size"]) * states.itemsize
     kept = most = min(tokens, recording.inputs)
@@ -212,7 +209,7 @@ def _observe_spec(
 @step("calibrate.observe", version=1, spec=_observe_spec, gpus=1)
 def observe(
     context: Context, config: Artifact, hidden: Artifact, layers: tuple[Artifact, ...],
-    *, first: int, recording: Recording, batch: int, dtype: str,
+    *, first: int, recording: Recording, dtype: str,
 ) -> None:  # fmt: skip
     """Do what `advance` does, and also write one file per MoE layer with what a `Recorder` saw in it.
 
@@ -224,25 +221,23 @@ def observe(
     passes.through(
         read_config(config), hidden.file(HIDDEN), enumerate(_read(layers), first), context.out / HIDDEN,
         count=len(layers),
-        batch=batch, dtype=dtype, progress=context.progress, recording=recording,
+        batch=at_most(context), dtype=dtype, progress=context.progress, recording=recording,
     )  # fmt: skip
 
 
-def _inputs_spec(config: RestSpec, hidden: Any, layer: LayerSpec, *, at: int, recorded: int, batch: int, dtype: str) -> Spec:
+def _inputs_spec(config: RestSpec, hidden: Any, layer: LayerSpec, *, at: int, recorded: int, dtype: str) -> Spec:
     family = Family.of(layer.config)
     read = replace(layer, tensors={n: t for n, t in layer.tensors.items() if not family.of_expert(n, at)})
     states, reads, memory = _pass_spec(hidden, (read,), dtype)
     row, tokens = int(states.config["hidden_size"]) * states.itemsize, min(recorded, states.sequences * states.length)
-    device = on_device(passing((read,), batch * states.length, dtype, handed_on=states.handed_on))
+    device = on_device(passing((read,), states.length, dtype, handed_on=states.handed_on))
     done = operations.passing((read,), replace(states, sequences=-(-tokens // states.length)), dtype)
     out = ObservedSpec(states, tokens, tokens, (at,))
     return Spec(out, reads=reads + layer.headers, writes=tokens * row + 200, operations=done, memory=memory, device=device)
 
 
 @step("calibrate.inputs", version=1, spec=_inputs_spec, gpus=1)
-def inputs(
-    context: Context, config: Artifact, hidden: Artifact, layer: Artifact, *, at: int, recorded: int, batch: int, dtype: str
-) -> None:
+def inputs(context: Context, config: Artifact, hidden: Artifact, layer: Artifact, *, at: int, recorded: int, dtype: str) -> None:
     """What the MoE block of decoder layer `at` takes in, for the first `recorded` tokens of a shard; no expert is read or run.
 
     Writes what `observe` writes of them, `x_RD` and `sample`, into the same file.
@@ -251,7 +246,7 @@ def inputs(
 
     passes.inputs(
         read_config(config), hidden.file(HIDDEN), at, next(_read((layer,))), context.out / file_of(at),
-        recorded=recorded, batch=batch, dtype=dtype, progress=context.progress,
+        recorded=recorded, batch=at_most(context), dtype=dtype, progress=context.progress,
     )  # fmt: skip
 
 
@@ -266,8 +261,8 @@ def curves(
 
     `around`: the model of which one layer at a time is another, if that is not the calibrated one; what is measured is how far it
     is from the calibrated one then. Its own states are run once, for all chains; where there are no alternatives, its states
-    behind the last layer may be given as `ends`, for the calibration's tokens, shard by shard. `shortlist`: the part of a step that
-    is a `Shortlist`, of at most `listed` alternatives a layer; only these are measured.
+    behind the last layer may be given as `ends`, for the calibration's tokens, in its shards or in parts of these. `shortlist`: the
+    part of a step that is a `Shortlist`, of at most `listed` alternatives a layer; only these are measured.
     """
     model, passed, rows = around or calibration.model, calibration.passed, rows_of(calibration, tokens)
     states, against = calibration.states, () if around is None else _hidden(calibration.ends)
@@ -279,15 +274,18 @@ def curves(
             states[first] = state
             state = behind(model, passed, state, first, layers)
         ends = state
+    if len(ends) > len(rows):
+        ends = (start(_hidden(ends), taken=taken_of_parts(rows, [states_of(e.spec.output).sequences for e in ends])),)
     fork = replace(states_of(calibration.starts[0].spec.output), sequences=sum(n for _, n in rows)).nbytes
 
     def chain(first: int, before: tuple[Step, ...], group: Mapping[int, Alternatives]) -> Step:
         begun = [group.get(i) for i in range(first, max(group, default=first - 1) + 1)]
-        return forks(
+        made = forks(
             model.rest, calibration.tokens, _hidden(before), model.layers[first:], tuple(a.sources if a else () for a in begun),
             against, shortlist if group else None, alternatives=[a.forks if a else None for a in begun],
-            how=Chain(first, rows, passed.batch, passed.dtype, listed if group else 0),
+            how=Chain(first, rows, passed.dtype, listed if group else 0),
         )  # fmt: skip
+        return passed.bounded(made)
 
     chains = []
     for first, layers in _stages(model, passed.stage):
@@ -329,7 +327,7 @@ def _forks_spec(
     head, width = rest.loaded(how.dtype, head=True), int(rest.config["vocab_size"]) * 1024 * 4 * 6
     running = 2 * max((layer.nbytes + layer.loaded(how.dtype) for layer in layers), default=0)
     memory = (count + 7) * states.nbytes + max(running, 2 * rest.head_bytes + 2 * head + width)
-    passed = passing(layers, how.batch * states.length, how.dtype, handed_on=states.handed_on, copies=2) if layers else 0
+    passed = passing(layers, states.length, how.dtype, handed_on=states.handed_on, copies=2) if layers else 0
     writes = 200 + 90 * count + 14 * (1 + count) * states.sequences
     begun = [*map(how.begun, alternatives), *[0] * (len(layers) - len(alternatives))]
     runs = [1 + sum(begun[: at + 1]) for at in range(len(layers))]  # of each layer: the model's, and its forks'
@@ -370,7 +368,7 @@ def forks(
         return forking.first_rows(states, how.taken if len(states) == len(how.rows) else [sum(how.taken)])
 
     count = sum(map(how.begun, alternatives))
-    own, made = forking.through(read_config(rest), taken_of(before), stages(), forks=count, batch=how.batch, dtype=how.dtype)
+    own, made = forking.through(read_config(rest), taken_of(before), stages(), forks=count, batch=at_most(context), dtype=how.dtype)
     goal = taken_of(against)[forking.HIDDEN] if against else None
     ids = np.load(matrix.file(TOKENS), mmap_mode="r")
     taken = np.concatenate([ids[first : first + count] for first, count in how.rows])

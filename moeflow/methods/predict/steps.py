@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from moeflow.arch import Family
-from moeflow.methods.graph import HIDDEN, REST, TOKENS, Calibration
+from moeflow.methods.graph import HIDDEN, REST, TOKENS, Calibration, at_most
 from moeflow.model import operations
 from moeflow.model.layout import LAYER, file_of, read_config
 from moeflow.model.memory import on_device, passing
@@ -29,9 +29,11 @@ def predicted(calibration: Calibration) -> Calibration:
     calibration.check_states("mtp=prune")
     numbers, recording = model.prediction_layers, Recording(calibration.recorded, passed.per_expert)
     shards = tuple(
-        observe(
-            model.essential, model.rest.part(REST), calibration.tokens, end, model.extra,
-            first=at * passed.sequences_of_shard, recording=recording, batch=passed.batch, dtype=passed.dtype,
+        passed.bounded(
+            observe(
+                model.essential, model.rest.part(REST), calibration.tokens, end, model.extra,
+                first=at * passed.shard, recording=recording, dtype=passed.dtype,
+            )
         )
         for at, end in enumerate(calibration.ends)
     )  # fmt: skip
@@ -44,7 +46,7 @@ def _states(spec: Any) -> HiddenSpec:
 
 def _observe_spec(
     config: RestSpec, rest: RestSpec, tokens: TokensSpec, hidden: Any, layers: tuple[LayerSpec, ...],
-    *, first: int, recording: Recording, batch: int, dtype: str,
+    *, first: int, recording: Recording, dtype: str,
 ) -> Spec:  # fmt: skip
     states = _states(hidden)
     positions = states.length - 1
@@ -64,7 +66,7 @@ def _observe_spec(
     loaded = rest.loaded(dtype, head=False)
     reads = states.nbytes + loaded + sum(layer.nbytes for layer in layers)
     memory = max(layer.nbytes + 2 * layer.loaded(dtype) for layer in layers) + 2 * loaded + 6 * states.nbytes + writes
-    device = on_device(passing(layers, batch * states.length, dtype, recorded=True) + loaded)
+    device = on_device(passing(layers, states.length, dtype, recorded=True) + loaded)
     out = ObservedSpec(states, kept, most, tuple(layer.layer for layer in layers))
     done = operations.passing(layers, states, dtype)
     return Spec(out, reads=reads, writes=writes, operations=done, memory=memory, device=device)
@@ -73,7 +75,7 @@ def _observe_spec(
 @step("predict.observe", version=1, spec=_observe_spec, gpus=1)
 def observe(
     context: Context, config: Artifact, rest: Artifact, tokens: Artifact, hidden: Artifact, layers: tuple[Artifact, ...],
-    *, first: int, recording: Recording, batch: int, dtype: str,
+    *, first: int, recording: Recording, dtype: str,
 ) -> None:  # fmt: skip
     """Run the prediction layers over the hidden states of a shard behind the last decoder layer; writes for each what it recorded.
 
@@ -88,5 +90,5 @@ def observe(
     numbered = [(Family.of(read).num_layers + at, weights(layer, LAYER)) for at, layer in enumerate(layers)]
     prediction.observe(
         read, rest, ids_NL, hidden.file(HIDDEN), numbered, context.out,
-        batch=batch, dtype=dtype, recording=recording, progress=context.progress,
+        batch=at_most(context), dtype=dtype, recording=recording, progress=context.progress,
     )  # fmt: skip

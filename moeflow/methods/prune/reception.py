@@ -16,7 +16,7 @@ from moeflow.arch import Config
 from moeflow.model.alternatives import Alternative, Kept, alternative_blocks, slices, watched, with_block
 from moeflow.model.checkpoint import Tensors
 from moeflow.model.layout import Files
-from moeflow.model.passes import Progress, put, stream_of, taken
+from moeflow.model.passes import Progress, at_once, put, stream_of, taken
 from moeflow.model.stream import HIDDEN, States, Stream
 
 Combination = tuple[int, ...]
@@ -58,17 +58,18 @@ def _outputs(
     """The last layer's output for every combination and batch of sequences. Combinations that begin with the same sets share those
     layers' work; a layer without sets keeps all its experts."""
     nodes: dict[Combination, States] = {(): start}
+    count, length = start[HIDDEN].shape[:2]
     for layer, file in layers:
         tensors = Tensors(file)
         module = stream.layer(tensors, layer)
         last = layer == layers[-1][0]
         alternatives: dict[str, Alternative] = {str(n): Kept(tuple(keep)) for n, keep in enumerate(sets.get(layer, ()))}
         moes = dict(alternative_blocks(tensors, config, layer, alternatives, device=stream.device, dtype=stream.dtype))
+        size = at_once(stream, module, tensors, length, batch, copies=2)
         longer: dict[Combination, States] = {}
         for combination, states in nodes.items():
             names = [(*combination, int(n)) for n in moes] or [combination]
-            count = len(states[HIDDEN])
-            for rows in slices(count, batch):
+            for rows in slices(count, size):
                 for name, behind in zip(
                     names, _behind(stream, module, layer, taken(states, rows, stream.device), moes), strict=True
                 ):

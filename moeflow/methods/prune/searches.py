@@ -50,6 +50,8 @@ class Search:
     loss: Literal["frobenius", "batch-sum"] = "frobenius"
     """What layerwise and progressive minimise: the norm of the change over all tokens (the paper), or the sum of the norms of all
     batches (the authors' code)."""
+    batch: int = 8
+    """Sequences of one batch, over which batch-sum sums."""
     seed: int = 0
     """The seed of all random draws."""
     best: int = 3
@@ -78,7 +80,7 @@ class Search:
             raise ValueError(f"best={self.best} sets (K) and span={self.span} layers (T) must be at least 1")
         if self.inputs == "progressive" and self.span == 1:
             raise ValueError("inputs='progressive' is for spans of layers that choose together; give span=2 or more")
-        check_at_least(self, population=2, generations=1, starts=1, measured=0)
+        check_at_least(self, batch=1, population=2, generations=1, starts=1, measured=0)
         if not 0 < self.parents < 1:
             raise ValueError(f"parents={self.parents} is the share of a generation that has children and must lie between 0 and 1")
         if not 2 <= self.survivors < self.population:

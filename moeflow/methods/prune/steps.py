@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from moeflow.arch import Family
-from moeflow.methods.graph import HIDDEN
+from moeflow.methods.graph import HIDDEN, at_most
 from moeflow.methods.prune.counts import between, fit, neighbours, shares
 from moeflow.methods.prune.searches import ENUMERATE, SUBSET_SEARCHES, Search
 from moeflow.methods.prune.subsets import MAX_SUBSETS, Subsets
@@ -241,7 +241,7 @@ def counts_exact(context: Context, curves: Artifact, *, legal: dict[str, list[in
 
 def _of_shard_spec(
     rest: RestSpec, layers: tuple[LayerSpec, ...], candidates: tuple[Mapping[str, Any], ...], before: Any, behind: Any = None,
-    *, first: int, best: int, batch: int, dtype: str,
+    *, first: int, best: int, dtype: str,
 ) -> Spec:  # fmt: skip
     count = best ** len(candidates)
     if count > MAX_COMBINATIONS:
@@ -256,9 +256,8 @@ def _of_shard_spec(
     resident = sum(best**t for t in range(max(1, len(candidates)))) + 2  # prefixes whose hidden states are in memory
     memory = max(layer.nbytes + 2 * layer.loaded(dtype) for layer in layers) + resident * states.nbytes
     writes = 200 + count * (60 + 8 * len(candidates))
-    tokens = batch * states.length
-    compared = 3 * 8 * tokens * int(rest.config["hidden_size"])  # in fp64
-    device = on_device(passing(layers, tokens, dtype, copies=2) + compared)
+    compared = 3 * 8 * states.length * int(rest.config["hidden_size"])  # in fp64
+    device = on_device(passing(layers, states.length, dtype, copies=2) + compared)
     runs, done = 1, 0  # the prefixes of all combinations, each once, and the target where it is not there
     for layer in layers:
         runs *= best if layer.experts else 1
@@ -272,7 +271,7 @@ def _of_shard_spec(
 @step("prune.span_of_shard", version=1, spec=_of_shard_spec, gpus=1)
 def combinations_of_shard(
     context: Context, config: Artifact, layers: tuple[Artifact, ...], candidates: tuple[Artifact, ...],
-    before: Artifact, behind: Artifact | None = None, *, first: int, best: int, batch: int, dtype: str,
+    before: Artifact, behind: Artifact | None = None, *, first: int, best: int, dtype: str,
 ) -> None:  # fmt: skip
     """The loss of every combination of the `best` sets of the layers with candidates on one shard; writes `Combinations`.
 
@@ -285,7 +284,8 @@ def combinations_of_shard(
     sets = {c.layer: [s.keep for s in c.only.best[:best]] for c in map(Candidates.read, candidates)}
     losses = reception.losses(
         read_config(config), [(first + i, weights(layer, LAYER)) for i, layer in enumerate(layers)], sets,
-        before.file(HIDDEN), None if behind is None else behind.file(HIDDEN), batch=batch, dtype=dtype, progress=context.progress,
+        before.file(HIDDEN), None if behind is None else behind.file(HIDDEN), dtype=dtype,
+        batch=at_most(context), progress=context.progress,
     )  # fmt: skip
     Combinations(tuple(sets), tuple(Combination(c, losses[c]) for c in sorted(losses))).write(context.out)
 

@@ -52,11 +52,11 @@ NO_TOKENIZER = "held-out text is left out, the loss on the token matrix stands f
 def reports(original: Model, compressed: Model, heldout: HeldOut, passed: Pass, *, tokens: Step | None = None) -> tuple[Step, ...]:
     """Report on `compressed` beside `original`: size, quality on each held-out text, tasks and prompts, speed, serving.
 
-    `passed`: the pass of the calibration, of which batch size and precision are taken; eight batches go to a task, and nothing is
+    `passed`: the pass of the calibration, of which batch size and precision are taken; 64 sequences go to a task, and nothing is
     recorded. Where a text is no ready-made matrix, a model without a tokenizer is evaluated on the matrix `tokens` instead, and the
     report says so. Raises ValueError if that is missing.
     """
-    passed = Pass(passed.batch, 8 * passed.batch, dtype=passed.dtype)
+    passed = Pass(passed.batch, 64, dtype=passed.dtype)
     if original.has_tokenizer or (heldout.texts and all(text.is_tokens for text in Texts(heldout.texts).each())):
         texts, sample = Texts(heldout.texts), Sample(heldout.sequences, heldout.length, bos=heldout.bos)
         named = zip(_names(texts), texts.each(), strict=True)

@@ -21,18 +21,20 @@ from moeflow.methods.fit import steps as fit
 from moeflow.methods.fit.choosing import LISTED
 from moeflow.methods.fit.options import Alternative, Budget, Offers
 from moeflow.methods.fit.recovering import KEPT, MERGED
-from moeflow.methods.graph import Calibration, Model
+from moeflow.methods.graph import Calibration, Model, Pass
 from moeflow.methods.prune.searches import Search
 from moeflow.methods.prune.steps import candidates, pick
 from moeflow.methods.recipes.sequence import in_sequence
 from moeflow.methods.recipes.tune import Tuned
 from moeflow.methods.records import Shortlist
 from moeflow.methods.slim.methods import Slimming
-from moeflow.methods.slim.steps import decided, slimmed, unpacked
+from moeflow.methods.slim.steps import slimmed, slimmed_as_decided, unpacked
 from moeflow.methods.trim.steps import gone
 from moeflow.step import Part, Step
 
 NUMBER = re.compile(r"\d+(\.\d+)?")
+SHARD = 16_384
+"""Tokens of a shard where layers are quantized in sequence: each waits for the one before, and more GPUs share a wait then."""
 
 
 @dataclass(frozen=True)
@@ -161,21 +163,27 @@ def _in_sequence(
 
     As it is if no bits are on offer, without states; None if not every layer can be quantized, and the reason goes to `left` then.
     """
-    passed, dtype = calibration.passed, calibration.dtype
+    dtype = calibration.dtype
     if not offers.packs:
         return plain, ()
     how = _quantized(offers, max(offers.packs))
 
     def packed(at: int, file: Step, recorded: tuple[Part, ...]) -> Step:
-        return decided(bits, plain.essential, file, recorded, layer=at, how=how.of_a_layer, dtype=dtype)
+        return slimmed_as_decided(bits, plain.essential, file, recorded, at=at, how=how, dtype=dtype)
 
-    again = calibrate.run(plain, calibration.tokens, passed)
+    again = calibrate.run(plain, calibration.tokens, _in_smaller_shards(calibration))
     try:
         layers, ends = in_sequence(again, packed, statistics=False)
     except ValueError as error:
         left["quantizing in sequence"] = str(error)
         return None, ()
     return plain.with_layers(layers), ends
+
+
+def _in_smaller_shards(calibration: Calibration) -> Pass:
+    """The calibration's pass in shards of at most `SHARD` tokens, if a sequence has no more: parts of the calibration's own."""
+    passed, most = calibration.passed, max(1, SHARD // calibration.tokens.spec.output.length)
+    return replace(passed, shard=max(size for size in range(1, most + 1) if passed.shard % size == 0))
 
 
 def _either(best: Step, alone: Model, again: Model) -> Model:

@@ -264,10 +264,11 @@ def _by_spans(calibration: Calibration, decider: Step | None, candidates: Mappin
         at_layer = first
         if how.inputs == "progressive":
             behind = calibrate.states_before(calibration, last + 1)
-        same: dict[str, Any] = {"first": first, "best": how.best, "batch": calibration.passed.batch, "dtype": calibration.dtype}
+        same: dict[str, Any] = {"first": first, "best": how.best, "dtype": calibration.dtype}
         span = pruned.essential, pruned.layers[first : last + 1], tuple(searched.values())
         shards = zip_longest(before, behind)
-        together = combinations(tuple(combinations_of_shard(*span, *shard, **same) for shard in shards))
+        each = (calibration.passed.bounded(combinations_of_shard(*span, *shard, **same)) for shard in shards)
+        together = combinations(tuple(each))
         pruned = rewrite.pruned(pruned, _picked(searched, decider, together))
     return pruned
 

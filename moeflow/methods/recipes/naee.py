@@ -29,7 +29,9 @@ def prune(calibration: Calibration, keep: int, how: Search = Search(LAYERWISE)) 
         calibration.check_states(f"search={how.method}")
     calibration = predicted(calibration)
     model, dtype = calibration.model, calibration.dtype
-    batch_tokens = calibration.passed.batch * calibration.tokens.spec.output.length if how.loss == "batch-sum" else None
+    batch_tokens = how.batch * calibration.tokens.spec.output.length if how.loss == "batch-sum" else None
+    if batch_tokens and (shard := calibration.passed.shard) % how.batch:
+        raise ValueError(f"shard={shard} sequences are no whole batches of search.batch={how.batch}, over which 'batch-sum' sums")
 
     def choice(layer: int, recorded: tuple[Part, ...], originals: tuple[Part, ...] = ()) -> Step:
         config, file = model.essential, model.layer(layer)

@@ -29,8 +29,8 @@ def in_sequence(calibration: Calibration, rewrite: Rewrite, *, statistics: bool 
         if statistics:
             again = behind(model, passed, hidden, i, (layer,), Recording(calibration.recorded))
         else:
-            how: dict[str, Any] = {"at": i, "recorded": calibration.recorded, "batch": passed.batch, "dtype": passed.dtype}
-            again = tuple(inputs(model.essential, before, layer, **how) for before in hidden)
+            how: dict[str, Any] = {"at": i, "recorded": calibration.recorded, "dtype": passed.dtype}
+            again = tuple(passed.bounded(inputs(model.essential, before, layer, **how)) for before in hidden)
         return tuple(h.part(file_of(i)) for h in again)
 
     for i, layer in enumerate(model.layers[: last + 1]):

@@ -36,7 +36,7 @@ def slim(calibration: Calibration, how: Slimming) -> Model:
     model, dtype = calibration.model, calibration.dtype
 
     def layer(at: int, file: Step, recorded: tuple[Part, ...]) -> Step:
-        return slimmed(model.essential, file, recorded, at=at, how=how, dtype=dtype)
+        return slimmed(model.essential, file, recorded, at=at, how=how, dtype=dtype, in_turn=True)
 
     if how.inputs == "sequential":
         return model.with_layers(in_sequence(calibration, layer, statistics=False)[0])

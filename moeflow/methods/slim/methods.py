@@ -92,13 +92,14 @@ class Slimming:
     """The model that a layer's inputs come from: the given one, or the one with all earlier layers slimmed."""
     packed: bool = True
     """Write codes and scales as transformers and vLLM read them; false writes the dequantized weights."""
-    tasks: int = 1
-    """Tasks that share the experts of a layer; the result is the same for any number."""
+    tasks: int = 0
+    """Tasks that share the experts of a layer; 0: one, or as many as its size asks for where the next layer waits for it. None of
+    them changes the result."""
 
     def __post_init__(self) -> None:
         check_choices(self)
         check_least(self.least)
-        check_at_least(self, columns=1)
+        check_at_least(self, columns=1, tasks=0)
         if not 0 < self.damp < 1:
             raise ValueError(f"damp={self.damp} must lie between 0 and 1: it is a part of the mean diagonal, such as 0.01")
         if not self.row.quantizes:

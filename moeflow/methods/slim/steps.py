@@ -5,8 +5,9 @@ gates of shared experts, norms and everything outside the MoE blocks compute the
 and all that it feeds, including the router.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from math import gcd, lcm
 from typing import Any
 
@@ -22,16 +23,38 @@ from moeflow.model.packed import PACKED, SCALE, SHAPE, ZERO, unpacked_shapes, ze
 from moeflow.model.spec import LayerSpec, ObservedSpec, RestSpec, element_bytes, shapes_of
 from moeflow.step import Arithmetic, Artifact, Context, Part, Spec, Step, step
 
+PER_TASK = 300_000_000
+"""Weights of experts that one task slims, where layers are slimmed one after the other; a GPU takes some seconds for them."""
 
-def slimmed(rest: Step | Part, before: Step, observed: tuple[Step | Part, ...], *, at: int, how: Slimming, dtype: str) -> Step:
-    """The graph that slims layer `at` in one task or several. Raises ValueError for an impossible number of tasks."""
-    most = before.spec.output.experts
-    if how.tasks != 1 and how.row.needs == "tokens":
+
+def slimmed(
+    rest: Step | Part, before: Step, observed: tuple[Step | Part, ...], *, at: int, how: Slimming, dtype: str, in_turn: bool = False
+) -> Step:
+    """The graph that slims layer `at` in one task or several; with `in_turn` the next layer waits for it.
+
+    Raises ValueError for an impossible number of tasks.
+    """
+    return _divided(partial(layer, rest, before, observed), before, at=at, how=how, dtype=dtype, in_turn=in_turn)
+
+
+def slimmed_as_decided(
+    bits: Step, rest: Step | Part, before: Step, observed: tuple[Step | Part, ...], *, at: int, how: Slimming, dtype: str
+) -> Step:
+    """As `slimmed` in turn, at the bits and in the groups that a step decides for the layer, if it is to be quantized at all."""
+    return _divided(partial(decided, bits, rest, before, observed), before, at=at, how=how, dtype=dtype, in_turn=True)
+
+
+def _divided(slim: Callable[..., Step], before: Step, *, at: int, how: Slimming, dtype: str, in_turn: bool) -> Step:
+    most, tasks = before.spec.output.experts, how.tasks
+    if how.tasks > 1 and how.row.needs == "tokens":
         raise ValueError(f"tasks={how.tasks}: {how.method} treats all experts of layer {at} at once; give tasks=1")
-    if how.tasks != 1 and not 1 <= how.tasks <= most:
+    if how.tasks > max(1, most):
         raise ValueError(f"tasks={how.tasks}: the {most} experts of layer {at} are divided between 1 to {most} tasks")
-    same: dict[str, Any] = {"layer": at, "parts": how.tasks, "how": how.of_a_layer, "dtype": dtype}
-    parts = tuple(layer(rest, before, observed, part=part, **same) for part in range(how.tasks))
+    if not tasks:
+        several = in_turn and how.row.needs != "tokens"
+        tasks = max(1, min(most, -(-before.spec.output.expert_numel // PER_TASK))) if several else 1
+    same: dict[str, Any] = {"layer": at, "parts": tasks, "how": how.of_a_layer, "dtype": dtype}
+    parts = tuple(slim(part=part, **same) for part in range(tasks))
     return parts[0] if len(parts) == 1 else joined(parts)
 
 
@@ -129,7 +152,13 @@ def layer(
     `observed`: what each shard of tokens recorded in this layer. With several `parts`, each treats its share of the experts; the
     first also writes everything else. If trimming removed the layer's experts, the layer is unchanged.
     """
+    _rewritten(context, config, before, observed, layer=layer, part=part, parts=parts, how=how, dtype=dtype)
 
+
+def _rewritten(
+    context: Context, config: Artifact, before: Artifact, observed: tuple[Artifact, ...],
+    *, layer: int, part: int, parts: int, how: Slimming, dtype: str,
+) -> None:  # fmt: skip
     from moeflow.methods.slim import experts
 
     report = experts.rewrite(context, read_config(config), before, observed, how, layer=layer, part=part, parts=parts, dtype=dtype)
@@ -159,26 +188,25 @@ def unpacked(context: Context, before: Artifact) -> None:
 
 
 def _decided_spec(
-    bits: Any, rest: RestSpec, before: LayerSpec, observed: tuple[ObservedSpec, ...], *, layer: int, how: Slimming, dtype: str
+    bits: Any, rest: RestSpec, before: LayerSpec, observed: tuple[ObservedSpec, ...],
+    *, layer: int, part: int, parts: int, how: Slimming, dtype: str,
 ) -> Spec:  # fmt: skip
     """As at the bits of `how`, the most that may be decided."""
-    spec = _layer_spec(rest, before, observed, layer=layer, part=0, parts=1, how=how, dtype=dtype)
+    spec = _layer_spec(rest, before, observed, layer=layer, part=part, parts=parts, how=how, dtype=dtype)
     return replace(spec, output=replace(spec.output, elsewhere=before.elsewhere), reads=spec.reads + bits["bytes"])
 
 
 @step("slim.decided", version=1, spec=_decided_spec, gpus=1)
 def decided(
     context: Context, bits: Artifact, config: Artifact, before: Artifact, observed: tuple[Artifact, ...],
-    *, layer: int, how: Slimming, dtype: str,
+    *, layer: int, part: int, parts: int, how: Slimming, dtype: str,
 ) -> None:  # fmt: skip
     """As `slim.layer`, at the bits and in the groups that a decision says; a layer that it does not quantize is linked as it is."""
-    from moeflow.methods.slim import experts
-
     decision = Bits.read(bits)
-    if (chosen := decision.layers.get(layer)) is None:
+    if (chosen := decision.layers.get(layer)) is not None:
+        how = replace(how, bits=chosen, group=decision.groups.get(layer, how.group))
+        _rewritten(context, config, before, observed, layer=layer, part=part, parts=parts, how=how, dtype=dtype)
+    elif part == 0:
         link_all(context, before)
-        return
-    how, facts = replace(how, bits=chosen, group=decision.groups.get(layer, how.group)), Facts.of(before)
-    report = experts.rewrite(context, read_config(config), before, observed, how, layer=layer, part=0, parts=1, dtype=dtype)
-    if report is not None:
-        facts.and_then("slim.layer", **how.facts, experts=report).write(context.out)
+    else:
+        Facts.of(before).write(context.out)

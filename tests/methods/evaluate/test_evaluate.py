@@ -208,9 +208,10 @@ def test_too_many_subsets_and_a_partial_record_are_refused_before_any_work(tmp_p
     model = running.model_in(tiny.write("mixtral", tmp_path / "model"))
     part = calibrate.run(model, matrix, Pass(batch=4, shard=4, record=32))
     with pytest.raises(ValueError, match="loss='batch-sum' .* needs the inputs of all tokens"):
-        naee.prune(part, 6, Search("layerwise", loss="batch-sum"))
-    with pytest.raises(ValueError, match="shard=6 sequences must be a multiple of batch=4"):
-        calibrate.run(model, matrix, Pass(batch=4, shard=6))
+        naee.prune(part, 6, Search("layerwise", loss="batch-sum", batch=4))
+    uneven = calibrate.run(model, matrix, Pass(shard=6))
+    with pytest.raises(ValueError, match="shard=6 sequences are no whole batches of search.batch=4"):
+        naee.prune(uneven, 6, Search("layerwise", loss="batch-sum", batch=4))
 
 
 def test_every_report_has_the_baselines_beside_the_choice(done: tuple[Store, Step, Path]) -> None:

@@ -20,6 +20,7 @@ from moeflow.methods.fit.options import Budget, Offers
 from moeflow.methods.graph import Calibration, Model, Pass, Sample
 from moeflow.methods.recipes import fit, tune
 from moeflow.methods.recipes.tune import Recovering, Tuned
+from moeflow.methods.records import Curves
 from moeflow.sources import Texts
 from moeflow.step import Step, upstream
 from moeflow.store import Store
@@ -75,6 +76,31 @@ def test_a_fitted_model_takes_no_more_than_its_budget_and_is_as_far_as_was_measu
     again = {s.name for s in other.steps if s.state == "run"}
     assert not again & {"slim.layer", "decompose.layer", "prune.candidates"}, "no alternative is made again"
     assert decision(store, three_quarters)["before"] <= said["before"]
+
+
+def test_quantizing_in_sequence_goes_by_small_shards_and_is_measured_on_the_same_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calibration, store = calibrated(tiny.write("mixtral", tmp_path / "model"), tmp_path), running.store_in(tmp_path)
+    measure, given = calibrate.curves, list[dict[str, Any]]()
+
+    def curves(*of: Any, **how: Any) -> Step:
+        given.append({"of": of} | how)
+        return measure(*of, **how)
+
+    monkeypatch.setattr(calibrate, "curves", curves)
+    fitted(calibration, Budget(ratio=0.25), measured=48)
+    monkeypatch.setattr(fit, "SHARD", 33)
+    fitted(calibration, Budget(ratio=0.25), measured=48)
+    plain, small = (call for call in given if call.get("ends"))
+    assert [len(call["ends"]) for call in (plain, small)] == [2, 4], "of 4 sequences, and of 2 of 16 tokens"
+    of, ends = small.pop("of"), small.pop("ends")
+    known, anew = (measure(*of, **small, ends=way) for way in (ends, ()))
+    running.run(store, known, anew)
+    one, other = (Curves.read(store.artifact(s.key)) for s in (known, anew))
+    assert known.key != anew.key and one.tokens == other.tokens == 60 and one.apart > 0
+    assert one.apart == pytest.approx(other.apart, rel=1e-4)
+    assert one.apart_of_sequences == pytest.approx(other.apart_of_sequences, rel=1e-3)
 
 
 def test_few_bits_are_offered_with_scales_for_twice_as_many_weights(small_offer: Calibration, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Slimming in a whole model: what is stored is what the methods make of the routed tokens, and transformers computes it."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,10 @@ from moeflow.methods.finetune.recipe import Gang, Recipe
 from moeflow.methods.graph import Model, Sample
 from moeflow.methods.prune.searches import Search
 from moeflow.methods.recipes import compare, moei2, naee, tune, unified
+from moeflow.methods.records import Bits, Facts
+from moeflow.methods.rewrite import link_all
 from moeflow.methods.slim import experts, sparsegpt
+from moeflow.methods.slim import steps as slim_steps
 from moeflow.methods.slim.grid import Grid
 from moeflow.methods.slim.masks import wanda
 from moeflow.methods.slim.methods import METHODS, Slimming
@@ -25,9 +29,10 @@ from moeflow.methods.trim import steps as trim
 from moeflow.model.checkpoint import Tensors, save
 from moeflow.model.layout import Folder, headers, read_config
 from moeflow.model.packed import PACKED, SCALE
+from moeflow.step import Artifact, Context, Spec, Step, step, upstream
 from tests import tiny
 from tests.models import calibrated, close, loaded, logits, pulled
-from tests.running import matrix_of, model_in, run, store_in
+from tests.running import matrix_of, model_in, read, run, store_in, tensors_of
 from tests.slimmed import FOUR, compensated, moments, nearest, plain, reports, routed
 
 
@@ -203,6 +208,59 @@ def test_a_layer_divided_between_tasks_has_the_same_bytes(how: dict[str, Any], t
     assert [e["expert"] for e in reports(divided)[0]["experts"]] == [*range(8), *(["shared"] if "shared" in how else [])]
 
 
+def test_a_large_layer_is_divided_where_the_next_one_waits_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calibration = calibrated(model_in(tiny.write("mixtral", tmp_path / "model")), tmp_path, between=False)
+
+    def tasks(**how: Any) -> list[int]:
+        each = [s for s in upstream(unified.slim(calibration, Slimming(**how)).layers) if s.name == "slim.layer"]
+        return [s.params["parts"] for s in each]
+
+    gptq = {"method": "gptq", **FOUR}
+    assert tasks(**gptq, inputs="sequential") == [1] * 3, "small ones are not"
+    monkeypatch.setattr(slim_steps, "PER_TASK", calibration.model.layers[0].spec.output.expert_numel * 3 // 10)
+    assert tasks(**gptq, inputs="sequential") == [4] * 12, "what is left over takes a task of its own"
+    assert tasks(**gptq, inputs="sequential", tasks=1) == [1] * 3
+    assert tasks(**gptq, inputs="parallel") == [1] * 3
+    assert tasks(method="awq", bits=8, group=0, inputs="sequential") == [1] * 3
+    monkeypatch.setattr(slim_steps, "PER_TASK", 1)
+    assert tasks(**gptq, inputs="sequential") == [8] * 24, "an expert is treated by one task"
+
+
+@step("test.bits", version=1, spec=lambda *, layers: Spec({"bytes": 100}))
+def bits(context: Context, *, layers: dict[str, int]) -> None:
+    Bits({int(i): width for i, width in layers.items()}, {2: 16}).write(context.out)
+
+
+@step("test.taken", version=1, spec=lambda before, without: Spec(replace(before, fewest=0)))
+def taken(context: Context, before: Artifact, without: Artifact) -> None:
+    """A layer of which a run takes the block: the graph knows only that it may."""
+    link_all(context, without)
+
+
+def test_layers_whose_bits_are_decided_are_divided_to_the_same_bytes(tmp_path: Path) -> None:
+    """One that is quantized, one that is left as it is, one without its block, and one with groups of its own."""
+    model, store = model_in(tiny.write("mixtral", tmp_path / "model", num_hidden_layers=4)), store_in(tmp_path)
+    without = taken(model.layers[1], trim.gone(model.essential, model.layers[1], layer=1))
+    calibration, layers = calibrated(model, tmp_path, between=False), model.with_layers({1: without}).layers
+    decision = bits(layers={"1": 4, "2": 8, "3": 4})
+
+    def made(tasks: int) -> list[Step]:
+        how = Slimming(method="gptq", bits=8, group=8, tasks=tasks)
+        return [
+            slim_steps.slimmed_as_decided(decision, model.essential, file, calibration.observed[i], at=i, how=how, dtype="float32")
+            for i, file in enumerate(layers)
+        ]
+
+    whole, divided = made(1), made(3)
+    run(store, *whole, *divided)
+    assert [s.name for s in divided] == ["rewrite.joined"] * 4
+    for one, other in zip(whole, divided, strict=True):
+        a, b = (tensors_of(store, s) for s in (one, other))
+        assert {*a} == {*b} and all(torch.equal(a[n], b[n]) for n in a)
+        assert Facts.of(store.artifact(one.key)) == Facts.of(store.artifact(other.key))
+    assert [any(n.endswith(PACKED) for n in headers(read(store, s))) for s in whole] == [False, False, True, True]
+
+
 def test_what_changes_no_byte_of_a_layer_stays_out_of_its_key() -> None:
     """How the work is divided, and fields that the method does not read; those at their default are left out anyway."""
     in_key = options.plain(Slimming("sparsegpt", bits=2, group=64, activation_order=True, damp=0.1, tasks=4).of_a_layer)
@@ -331,7 +389,7 @@ def test_what_cannot_be_slimmed_is_refused_in_one_line(tmp_path: Path) -> None:
         ("layer 0 is packed in 4 bits, groups of 8; slim the model that it was made of", packed, {}),
         (r"layer 0 is slimmed already \(magnitude 0.5\); slim the model", sparse, {"method": "wanda", "pattern": "2:4"}),
         ("tasks=9: the 8 experts of layer 0 are divided between 1 to 8 tasks", calibration, {"tasks": 9}),
-        ("tasks=0: the 8 experts of layer 0", calibration, {"tasks": 0}),
+        ("tasks=-1 must be at least 0", calibration, {"tasks": -1}),
         ("tasks=2: awq treats all experts of layer 0 at once; give tasks=1", calibration, {"method": "awq", "tasks": 2}),
     ):
         if before is None:
