@@ -5,14 +5,17 @@ not install or run is a line of the table with the reason. Two models, both in f
 ../shared/models, and a random one of 730 M in realistic widths, whose KL says little. All are calibrated on the same 24,576 tokens,
 on two threads. A time is that of a whole process, the median of rounds in turn; ours is cold, in a fresh store, and again, in the
 store that this left. The peak is that of the largest process. Both results are judged alike, on the benchmark's held-out texts.
-It takes hours, so it runs where it is named alone: `python -m benchmarks peers`.
+It takes hours, so it runs where it is named alone: `python -m benchmarks peers`; or a part of it:
+
+    python -m benchmarks.peers [--models mixtral-21m ...] [--methods reap gptq ...] [--rounds N]
 """
 
+import argparse
 import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median, quantiles
 
@@ -20,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks import peer_models
-from benchmarks.peer_environments import HERE, NotMeasured, Took, measured, python_with
+from benchmarks.peer_environments import HERE, THREADS, NotMeasured, Took, measured, python_with
 from benchmarks.peer_models import kl_to, nbytes, with_hub_names
 from benchmarks.rows import Row
 
@@ -114,10 +117,15 @@ class Side:
         return sum(self.kl) / len(self.kl)
 
 
-def main() -> tuple[list[Row], str]:
-    """Rows for the claims, and the table. Raises FileNotFoundError where the model or the texts are absent."""
+def main(models: Sequence[str] = (), methods: Sequence[str] = (), rounds: int = 0) -> tuple[list[Row], str]:
+    """Rows for the claims, and the table; of these models and methods alone, if any are named.
+
+    Raises FileNotFoundError where the model or the texts are absent.
+    """
+    cases = [replace(c, rounds=rounds or c.rounds) for c in CASES if c.name in models or not models]
+    contests = [c for c in CONTESTS if c.method in methods or not methods]
     with tempfile.TemporaryDirectory() as scratch:
-        return beside(CASES, CONTESTS, peer_models.tokens(Path(scratch) / "store"))
+        return beside(cases, contests, peer_models.tokens(Path(scratch) / "store"))
 
 
 def beside(cases: Sequence[Case], contests: Sequence[Contest], matrix_BL: NDArray[np.int32]) -> tuple[list[Row], str]:
@@ -191,7 +199,7 @@ class _Bench:
     def _parameters(self, contest: Contest) -> list[str]:
         pipeline, *words = contest.ours
         assigned = [f"model={self.original}", f"tokens={self.tokens}", *words, *CALIBRATION]
-        return [pipeline, *(w for word in assigned for w in ("-p", word)), "--runner", "process"]
+        return [pipeline, *(w for word in assigned for w in ("-p", word)), "--runner", "process", "--cpus", str(THREADS)]
 
     def _moeflow(self, *words: str) -> list[str]:
         return [sys.executable, "-c", "from moeflow.cli import main; main()", *words, "--store", str(self.folder / "store")]
@@ -213,3 +221,13 @@ def spread(took: list[Took]) -> str:
         return " ".join(f"{s:.1f}" for s in seconds)
     low, middle, high = quantiles(seconds, n=4, method="inclusive")
     return f"{middle:.1f} ({low:.1f} to {high:.1f})"
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="*", default=(), choices=[c.name for c in CASES])
+    parser.add_argument("--methods", nargs="*", default=(), choices=sorted({c.method for c in CONTESTS}))
+    parser.add_argument("--rounds", type=int, default=0)
+    given = parser.parse_args()
+    held, table = main(given.models, given.methods, given.rounds)
+    print(*(row.line() for row in held), "", table, sep="\n")

@@ -5,6 +5,7 @@ expert width. Tensors stay on their device.
 """
 
 from collections.abc import Iterable, Iterator
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -13,6 +14,9 @@ from moeflow.model.moe import MLP, MoELayer, apply
 
 TOKENS_AT_ONCE = 4096
 """How many rows are multiplied in the tokens' own precision, at least fp32, before the product is added to an fp64 sum."""
+
+INNER_AT_ONCE = 2048
+"""Of how many tokens an expert's inner activations, which are several times as wide, are there at once."""
 
 COLUMNS_AT_ONCE = 512
 """How many columns of a symmetric matrix are processed at once."""
@@ -77,6 +81,12 @@ def second_moment(x_TN: Tensor, weight_T: Tensor | None = None) -> Tensor:
             rows_TN = rows_TN * weight_T[at : at + TOKENS_AT_ONCE, None].to(rows_TN.dtype)
         total_NN += rows_TN.mT @ rows_TN
     return total_NN
+
+
+@torch.no_grad()
+def inner_moment(expert: MLP, x_TD: Tensor) -> Tensor:
+    """The second moment of what an expert's last matrix takes in, for inputs of the expert: fp64 [F, F]."""
+    return reduce(torch.add, (second_moment(expert.inner(x_tD)) for x_tD in x_TD.split(INNER_AT_ONCE)))
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 import fcntl
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -50,10 +51,16 @@ def threads(n: int) -> Iterator[None]:
     """Make numerical libraries use `n` threads: loaded ones by a call, others by the environment."""
     before = {name: os.environ.get(name) for name in THREADS}
     os.environ.update(dict.fromkeys(THREADS, str(n)))
+    loaded = sys.modules.get("torch")  # MKL is a part of it that threadpoolctl does not see
+    of_torch = loaded.get_num_threads() if loaded else 0
     try:
         with threadpool_limits(limits=n):
+            if loaded:
+                loaded.set_num_threads(n)
             yield
     finally:
+        if loaded:
+            loaded.set_num_threads(of_torch)
         for name, value in before.items():
             if value is None:
                 os.environ.pop(name, None)

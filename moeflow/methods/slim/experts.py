@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moeflow.arch import MATRICES, Config, Family
 from moeflow.methods.graph import load
-from moeflow.methods.moments import second_moment
+from moeflow.methods.moments import inner_moment, second_moment
 from moeflow.methods.rare import treatments
 from moeflow.methods.recorded import placement
 from moeflow.methods.records import Facts
@@ -202,7 +202,7 @@ def _treat(now: Layer, names: list[Names], experts: list[MLP], x_eTD: list[Tenso
     inner, x_TN = experts, None if x_eTD is None or not now.low_rank else x_eTD[0]
     for at, m in enumerate(MATRICES[-len(experts[0].matrices) :]):
         if m == "down" and x_eTD is not None:
-            moment_NN = _stacked([second_moment(e.inner(x_TD)) for e, x_TD in zip(inner, x_eTD, strict=True)])
+            moment_NN = _stacked([inner_moment(e, x_TD) for e, x_TD in zip(inner, x_eTD, strict=True)])
             x_TN = None if x_TN is None else inner[0].inner(x_TN)
         before = [e.matrices[at] for e in experts]
         after = _slimmed(now, [name[at] for name in names], before, moment_NN, x_TN)
