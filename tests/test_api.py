@@ -74,8 +74,8 @@ def test_an_error_of_options_names_the_parameters_that_it_is_about(store: str) -
         moeflow.fit(str(SMALL), bytes="1MiB", tokens="python:stdlib/a*.py", heldout="python:stdlib/t*.py", store=store)
     with pytest.raises(ValueError, match="^-p heldout.length: length=600 is more than the model's 512"):
         moeflow.run("mixtral", **SHORT | {"heldout": {"texts": "python:stdlib/t*.py", "length": 600}}, store=store)
-    with pytest.raises(ValueError, match="^-p calibration: shard=0 sequences and stage=8 layers must be at least 1"):
-        moeflow.run("mixtral", **SHORT | {"calibration": {"shard": 0}}, store=store)
+    with pytest.raises(ValueError, match="^-p calibration: shard=-1 sequences and stage=8 layers must be at least 1"):
+        moeflow.run("mixtral", **SHORT | {"calibration": {"shard": -1}}, store=store)
 
 
 def test_a_device_is_said_as_transformers_says_it() -> None:

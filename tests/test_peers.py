@@ -108,3 +108,14 @@ def test_only_reap_has_goals_below_one() -> None:
     case = Case("random", lambda folder: folder, rounds=1, sequences=1, seconds=0.7, memory=0.4)
     targets = {m: [r.target for r in peers.claims(case, Contest(LLM_COMPRESSOR, m, GPTQ), side, side)[:2]] for m in ("reap", "awq")}
     assert targets == {"reap": [0.7, 0.4], "awq": [1, 1]}
+
+
+def test_a_part_of_the_table_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[list[Case], list[Contest]]] = []
+    monkeypatch.setattr(peers, "beside", lambda cases, contests, _: asked.append((cases, contests)) or ([], ""))
+    monkeypatch.setattr(peers.peer_models, "tokens", lambda _: np.zeros((2, 16), np.int32))
+    peers.main(["mixtral-21m"], ["reap", "gptq"], 3)
+    peers.main()
+    (cases, contests), (every, all_of_them) = asked
+    assert [(c.name, c.rounds) for c in cases] == [("mixtral-21m", 3)] and {c.method for c in contests} == {"reap", "gptq"}
+    assert [*every] == [*peers.CASES] and [*all_of_them] == [*peers.CONTESTS]

@@ -136,7 +136,7 @@ class Pass:
     """At most so many sequences run together; 0: as many as the device has room for. What is computed is the same, but for last
     bits."""
     shard: int = 32
-    """Sequences per task."""
+    """Sequences per task; 0, which recipes of earlier releases say: 32."""
     stage: int = 8
     """Consecutive layers per task."""
     record: int | None = None
@@ -148,6 +148,8 @@ class Pass:
 
     def __post_init__(self) -> None:
         check_choices(self)
+        if not self.shard:
+            object.__setattr__(self, "shard", 32)
         if self.stage < 1 or self.shard < 1:
             raise ValueError(f"shard={self.shard} sequences and stage={self.stage} layers must be at least 1")
         if min(self.batch, self.record or 0, self.per_expert) < 0:

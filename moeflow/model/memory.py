@@ -69,7 +69,7 @@ def bytes_per_token(config: Config, shapes: Mapping[str, Sequence[int]], size: i
     if experts or stacks:
         count = kinds["router"][0][0]
         inner = sum(m for m, _ in experts) // count  # rows of one expert's matrices: twice its width and the model's
-        inner += stacks // (count * width) + width if stacks else 0  # as many, or a third of their numbers more
+        inner += stacks // (count * width) + width if stacks else 0  # which side is rows is not known: never fewer than there are
         elements += family.main_experts * (2 * inner + width) + 4 * count
     for kind in ("shared", "dense"):
         elements += 2 * sum(m for m, _ in kinds.get(kind, ())) + (width if kind in kinds else 0)

@@ -58,7 +58,7 @@ def through(
     stream = stream_of(config, dtype, OBSERVED if recording else EXPERTS)
     states = load_file(hidden)
     n, length = states[HIDDEN].shape[:2]
-    home = home_of(stream.device, 2 * nbytes_of(states))
+    home = home_of(stream.device, 2 * sum(t.nbytes for t in states.values()))
     states = {name: t.to(home) for name, t in states.items()}
     for at, (layer, file) in enumerate(layers):
         tensors = Tensors(file)
@@ -141,10 +141,6 @@ def home_of(device: torch.device, nbytes: int) -> torch.device:
     """Where so many bytes of states stay between layers: on the device if they take less than half of what is free there."""
     fits = device.type == "cuda" and 2 * nbytes < torch.cuda.mem_get_info(device)[0]
     return device if fits else torch.device("cpu")
-
-
-def nbytes_of(states: States) -> int:
-    return sum(t.nbytes for t in states.values())
 
 
 def taken(states: States, rows: slice, device: torch.device) -> States:

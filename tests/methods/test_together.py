@@ -41,10 +41,6 @@ def _spans(calibration: calibrate.Calibration) -> list[Step]:
     return [*moei2.prune(calibration, Counts(0.75), Search("enumerate", best=2, span=2)).layers]
 
 
-def _behind(calibration: calibrate.Calibration) -> list[Step]:
-    return [*naee.prune(calibration, 6).layers]
-
-
 @pytest.mark.parametrize(
     "graph, steps",
     [
@@ -149,3 +145,7 @@ def test_experts_in_a_stack_are_counted_as_single_ones(tmp_path: Path) -> None:
     stacks = {stem + "gate_up_proj": (count, 2 * inner, width), stem + "down_proj": (count, width, inner)}
     stacked = run_per_token(config, {n: s for n, s in shapes.items() if n not in experts} | stacks, 4)
     assert single <= stacked <= 1.34 * single
+
+
+def test_a_recipe_of_an_earlier_release_says_shards_of_four_batches() -> None:
+    assert Pass(batch=8, shard=0) == Pass(batch=8) and Pass().shard == 32
