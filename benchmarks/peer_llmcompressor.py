@@ -1,8 +1,9 @@
 """llm-compressor on one model, in an environment of its own: `peer_llmcompressor.py METHOD MODEL TOKENS OUT`.
 
-METHOD is reap, gptq or awq, MODEL and OUT are folders of checkpoints, TOKENS is a .npy of token ids, [sequences, length]. It takes
-sequence by sequence, as llm-compressor's examples do; an expert sees the tokens that are routed to it and no others, which
-llm-compressor advises for REAP, and which the other peers do.
+METHOD is reap, reap-basic, gptq or awq, MODEL and OUT are folders of checkpoints, TOKENS is a .npy of token ids, [sequences, length].
+It takes sequence by sequence, as llm-compressor's examples do; an expert sees the tokens that are routed to it and no others, which
+llm-compressor advises for REAP, and which the other peers do. All run in its default pipeline, layer by layer behind the compressed
+ones, but reap-basic, which runs the whole model: with these versions the default one leaves the attention's causal mask out.
 """
 
 import sys
@@ -22,6 +23,7 @@ WEIGHTS = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group",
 EXPERTS = {"experts": {"targets": [r"re:.*experts\.\d+\.(gate|up|down)_proj$"], "weights": WEIGHTS}}
 RECIPES = {
     "reap": lambda: [REAPPruningModifier(sparsity=0.25)],
+    "reap-basic": lambda: [REAPPruningModifier(sparsity=0.25)],
     "gptq": lambda: [GPTQModifier(config_groups=EXPERTS)],
     "awq": lambda: [AWQModifier(), QuantizationModifier(config_groups=EXPERTS)],
 }
@@ -39,6 +41,7 @@ def main(method: str, model: str, tokens: str, out: str) -> None:
         num_calibration_samples=matrix_BL.shape[0],
         max_seq_length=matrix_BL.shape[1],
         shuffle_calibration_samples=False,
+        pipeline="basic" if method == "reap-basic" else "independent",
         moe_calibrate_all_experts=False,
     )
     loaded.save_pretrained(out, save_compressed=True)

@@ -67,6 +67,7 @@ class Contest:
 
 CONTESTS = (
     Contest(LLM_COMPRESSOR, "reap", PRUNING),
+    Contest(LLM_COMPRESSOR, "reap-basic", PRUNING),
     Contest(LLM_COMPRESSOR, "gptq", GPTQ),
     Contest(LLM_COMPRESSOR, "awq", AWQ),
     Contest(GPTQMODEL, "gptq", GPTQ),

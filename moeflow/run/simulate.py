@@ -21,8 +21,9 @@ from moeflow.store import Index, LocalBlobs, Store
 
 BOOT = 300.0
 """Seconds from asking for a node until it takes steps: the machine's start, the image, `setup_commands`."""
-LIBRARIES = 15.0
-"""Seconds until a process that has computed nothing yet has loaded torch, transformers and tokenizers."""
+LIBRARIES = 5.0
+"""Seconds until a process that has computed nothing yet has loaded torch, transformers and tokenizers out of memory; from a disk on
+which nothing was read yet it took 16."""
 SUBMITTED = 0.02
 """Seconds between a step's end and its readers' start: the driver's heartbeat is 0.2, and it learns of most ends within it."""
 
