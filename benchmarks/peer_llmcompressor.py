@@ -1,9 +1,10 @@
 """llm-compressor on one model, in an environment of its own: `peer_llmcompressor.py METHOD MODEL TOKENS OUT`.
 
-METHOD is reap, reap-basic, gptq or awq, MODEL and OUT are folders of checkpoints, TOKENS is a .npy of token ids, [sequences, length].
-It takes sequence by sequence, as llm-compressor's examples do; an expert sees the tokens that are routed to it and no others, which
-llm-compressor advises for REAP, and which the other peers do. All run in its default pipeline, layer by layer behind the compressed
-ones, but reap-basic, which runs the whole model: with these versions the default one leaves the attention's causal mask out.
+METHOD is reap, reap-basic, gptq or awq, MODEL and OUT are folders of checkpoints, TOKENS is a .npy of token ids, [sequences,
+length]. It takes sequence by sequence, as llm-compressor's examples do; an expert sees the tokens that are routed to it and no
+others, which llm-compressor advises for REAP, and which the other peers do. All run in its default pipeline, layer by layer behind
+the compressed ones, but reap-basic, which runs the whole model: with these versions the default one leaves out the attention's
+causal mask.
 """
 
 import sys
