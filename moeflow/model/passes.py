@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext, suppress
 from functools import lru_cache
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,17 @@ from moeflow.model.factors import Form, form_of
 from moeflow.model.layout import Files, file_before, file_of, read_config
 from moeflow.model.memory import CONTEXT, MARGIN, run_per_token, together
 from moeflow.model.observe import OBSERVED, Recorder, first_of
+from moeflow.model.packed import unpacked_shapes
 from moeflow.model.spec import Recording
 from moeflow.model.stream import EXPERTS, HIDDEN, States, Stream
 
 TOKENS_AT_ONCE = 1024
 """Tokens whose logits are in memory together."""
 ON_PROCESSOR = 64 << 20
-"""Bytes of the activations of the sequences that run together on a processor, where more is slower: it leaves the caches."""
+"""Bytes of the activations of the sequences that run together on a processor, where more leave the caches..."""
+OF_WEIGHTS = 0.5
+"""... or this part of the bytes of the layer's weights if it is more: those are read again for each batch, and wide experts do not
+stay in a cache either."""
 
 Progress = Callable[[int, int, str], None]
 
@@ -131,7 +136,8 @@ def at_once(
     config = stream.family.config
     of_token = run_per_token(config, shapes, stream.dtype.itemsize, recorded=recorded) + 8 * stream.family.handed_on(length)
     if stream.device.type != "cuda":
-        return together(ON_PROCESSOR, length * of_token, batch)
+        weights = stream.dtype.itemsize * sum(prod(shape) for shape in unpacked_shapes(shapes, config).values())
+        return together(max(ON_PROCESSOR, int(OF_WEIGHTS * weights)), length * of_token, batch)
     whole = torch.cuda.get_device_properties(stream.device).total_memory
     weights = sum(t.nbytes for t in module.state_dict().values())
     return together((int((whole - CONTEXT) / MARGIN) - copies * weights) // 2, length * of_token, batch)

@@ -105,6 +105,7 @@ def test_the_same_is_recorded_and_measured_whatever_the_room(
 
     bounded = made("bounded", 3)
     monkeypatch.setattr(passes, "ON_PROCESSOR", room)
+    monkeypatch.setattr(passes, "OF_WEIGHTS", 0.0)
     monkeypatch.setattr(Stream, "run", seen)
     free = made("free", 0)
     assert set(ran) == ({1} if room == 0 else {8})
@@ -112,6 +113,22 @@ def test_the_same_is_recorded_and_measured_whatever_the_room(
     assert all(torch.equal(a, b) for a, b in zip(free.counts, bounded.counts, strict=True))
     layer = model.moe_layers[0]
     assert free.curves.curves[layer] == pytest.approx(bounded.curves.curves[layer], rel=1e-3, abs=1e-9)
+
+
+def test_on_a_processor_activations_take_half_of_what_large_weights_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tiny.write("mixtral", tmp_path / "model")
+    config = json.loads((source / "config.json").read_text())
+    stream, tensors = Stream(config), passes.Tensors(source)
+    of_layer = {n: tensors[n] for n in tensors if n.startswith("model.layers.0.")}
+    module, weights = stream.layer(of_layer, 0), sum(t.nbytes for t in of_layer.values())
+    one = run_per_token(config, {n: t.shape for n, t in of_layer.items()}, stream.dtype.itemsize)
+
+    def fitting(room: int) -> int:
+        monkeypatch.setattr(passes, "ON_PROCESSOR", room)
+        return passes.at_once(stream, module, of_layer, 1, 0)
+
+    assert fitting(0) == weights // 2 // one > 1
+    assert fitting(weights // 2 + 3 * one) == (weights // 2 + 3 * one) // one
 
 
 def test_on_a_gpu_activations_take_half_of_what_the_weights_leave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
