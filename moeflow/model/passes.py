@@ -128,8 +128,8 @@ def at_once(
 ) -> int:  # fmt: skip
     """How many sequences of this length run together through a layer: as many as there is room for, and at most `batch`, if not 0.
 
-    On a GPU activations take half of what `copies` of the layer's weights leave. Nothing is asked but sizes, so that on two
-    machines of a kind it is the same.
+    On a GPU activations take half of what `copies` of the layer's weights leave, on a processor `ON_PROCESSOR` or `OF_WEIGHTS`.
+    Nothing is asked but sizes, so that on two machines of a kind it is the same.
     """
     info = tensors.info if isinstance(tensors, Tensors) else tensors
     shapes = {name: tuple(info[name].shape) for name in info}
