@@ -21,6 +21,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 
 from benchmarks import models
 from benchmarks.quality import CALIBRATION, HELDOUT, HELDOUT_PASS, HELDOUT_SEQUENCES, LENGTH, SEQUENCES, SHARED, interval
@@ -52,7 +53,7 @@ TOP = 256
 WORTH = 0.002
 """The KL from which on a model is recovered."""
 PASS = Pass(shard=32, stage=3, dtype="float32")
-GANG = Gang(processes=1, gpus=0, micro=4)
+GANG = Gang(processes=1, gpus=int(torch.cuda.is_available()), micro=4)
 
 
 def _gptq(bits: int, group: int) -> Stage:

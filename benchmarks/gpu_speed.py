@@ -7,14 +7,17 @@ rows and N columns of a matrix, V the experts that a token can reach, S subsets.
 """
 
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from random import Random
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import DeepseekV2Config, MixtralConfig, Qwen3MoeConfig
 
@@ -31,7 +34,9 @@ from moeflow.methods.prune.searches import Search
 from moeflow.methods.prune.subsets import Subsets
 from moeflow.methods.slim.gptq import gptq
 from moeflow.methods.slim.methods import Slimming
-from moeflow.model.checkpoint import read_moe
+from moeflow.model import passes
+from moeflow.model.ahead import ahead
+from moeflow.model.checkpoint import Tensors, read_moe
 from moeflow.model.formats import Format
 from moeflow.model.moe import MoELayer
 from moeflow.model.observe import OBSERVED, Recorder
@@ -41,6 +46,8 @@ from moeflow.model.stream import HIDDEN, Stream
 from tests.layers import squared_errors_direct
 
 BF16 = torch.bfloat16
+LAYERS_READ = 4
+"""Layers of the pass over files: the same one again and again."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,7 @@ class Size:
     subsets: int = 1024
     tokens: int = 4096
     generations: int = 20
+    passed: int = 65_536  # tokens that go through layers read from files, in sequences of at most 2,048
 
     @property
     def family(self) -> Family:
@@ -95,7 +103,8 @@ def small_sizes() -> list[Size]:
         hidden_size=64, moe_intermediate_size=48, num_experts=16, num_experts_per_tok=2, num_attention_heads=4,
         num_key_value_heads=2, num_hidden_layers=1, vocab_size=96, norm_topk_prob=True,
     )  # fmt: skip
-    return [Size("small", config.to_dict() | {"head_dim": 16}, keep=12, matrices=2, subsets=16, tokens=64, generations=2)]
+    few: dict[str, int] = {"subsets": 16, "tokens": 64, "generations": 2, "passed": 256}
+    return [Size("small", config.to_dict() | {"head_dim": 16}, keep=12, matrices=2, **few)]
 
 
 @dataclass(frozen=True)
@@ -228,6 +237,42 @@ def observe(size: Size, clock: Clock, peaks: Peaks) -> Iterator[Timed]:
     yield Timed(f"observe, {size.tokens:,} tokens", clock.median(ours), clock.median(naive), floor, against)
 
 
+def pass_over_files(size: Size, clock: Clock, peaks: Peaks) -> Iterator[Timed]:
+    """A shard through layers that are read from files, beside four sequences at a time whose states go through main memory.
+
+    The files lie in the page cache after the first round. The floor counts weights and states as read once from the device's own
+    memory, so that what moving the weights there takes is above it.
+    """
+    d, f, _, k = size.shape
+    count, length = LAYERS_READ, min(2048, size.passed // 8)
+    tensors = {n: t.cpu() for n, t in random_layer(size.config, device=clock.device, dtype=BF16).items()}
+    states_NLD = _random(clock, 6, size.passed // length, length, d).cpu()
+
+    with tempfile.TemporaryDirectory() as name:
+        file, start, end = (Path(name) / n for n in ("layer.safetensors", "start", "end"))
+        save_file(tensors, file)
+        save_file({HIDDEN: states_NLD}, start)
+        stream = Stream(size.config, device=clock.device, dtype="bfloat16")
+
+        def ours() -> None:
+            files = ((0, read) for read in ahead([lambda: file] * count))
+            how: dict[str, Any] = {"count": count, "batch": 0, "dtype": "bfloat16"}
+            passes.through(size.config, start, files, end, progress=lambda *_: None, **how)
+
+        def naive() -> None:
+            behind_NLD = states_NLD
+            for _ in range(count):
+                module = stream.layer(Tensors(file), 0)
+                parts = [stream.run(module, 0, {HIDDEN: part.to(clock.device)})[HIDDEN].cpu() for part in behind_NLD.split(4)]
+                behind_NLD = torch.cat(parts)
+
+        operations = 2 * size.passed * (3 * d * f * k + sum(t.numel() for n, t in tensors.items() if ".experts." not in n))
+        nbytes = sum(t.nbytes for t in tensors.values()) + 2 * states_NLD.nbytes
+        floor = peaks.floor(nbytes=count * nbytes, operations=count * operations)
+        what = f"{size.passed:,} tokens through {count} layers read from files"
+        yield Timed(what, clock.median(ours), clock.median(naive), floor, "4 sequences at a time, states through main memory")
+
+
 def search(size: Size, clock: Clock, peaks: Peaks) -> Iterator[Timed]:
     """Many subsets of a layer's experts, then a genetic search, beside running the layer again for each."""
     d, f, e, k = size.shape
@@ -288,6 +333,7 @@ def rounding(size: Size, clock: Clock, peaks: Peaks) -> Iterator[Timed]:
 WORKS: dict[str, tuple[Work, float]] = {
     "low-rank forward": (low_rank_forward, 20),
     "observe": (observe, 20),
+    "pass over files": (pass_over_files, 60),
     "search": (search, 40),
     "GPTQ": (rounding, 40),
     "SVD": (svd, 60),

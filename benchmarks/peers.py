@@ -53,16 +53,25 @@ PRUNING = ("benchmarks/peer_pruning.py", "search=reap", "keep=6", "calibration.r
 _SLIM = ("benchmarks/peer_slimming.py", "slim.bits=4", "slim.group=64", "slim.inputs=sequential")
 GPTQ = (*_SLIM, "slim=gptq", "slim.activation_order=true")
 AWQ = (*_SLIM, "slim=awq")
+SIZE = "{bytes}"
+FIT = ("benchmarks/peer_fitting.py", f"budget.bytes={SIZE}", "offers.measured=6144")
+"""What our one dial makes of the original in as many bytes as the peer's result has, which stand in place of `SIZE`."""
 CALIBRATION = ("calibration.shard=96", "calibration.dtype=float32")
 
 
 @dataclass(frozen=True)
 class Contest:
-    """A method of a peer, and our pipeline with its parameters that does the same in as many bytes."""
+    """A method of a peer, and our pipeline with its parameters that does the same in as many bytes, or another thing that does."""
 
     peer: Peer
     method: str
     ours: tuple[str, ...]
+    other: str = ""
+
+    @property
+    def name(self) -> str:
+        """The method, and what is beside it if that is no such method."""
+        return f"{self.method} beside {self.other}" if self.other else self.method
 
 
 CONTESTS = (
@@ -72,6 +81,7 @@ CONTESTS = (
     Contest(LLM_COMPRESSOR, "awq", AWQ),
     Contest(GPTQMODEL, "gptq", GPTQ),
     Contest(AUTO_ROUND, "signround", GPTQ),
+    Contest(AUTO_ROUND, "signround", FIT, "fit"),
 )
 
 
@@ -124,7 +134,7 @@ def main(models: Sequence[str] = (), methods: Sequence[str] = (), rounds: int = 
     Raises FileNotFoundError where the model or the texts are absent.
     """
     cases = [replace(c, rounds=rounds or c.rounds) for c in CASES if c.name in models or not models]
-    contests = [c for c in CONTESTS if c.method in methods or not methods]
+    contests = [c for c in CONTESTS if {c.method, c.name} & {*methods} or not methods]
     with tempfile.TemporaryDirectory() as scratch:
         return beside(cases, contests, peer_models.tokens(Path(scratch) / "store"))
 
@@ -142,7 +152,7 @@ def beside(cases: Sequence[Case], contests: Sequence[Contest], matrix_BL: NDArra
                 try:
                     ours, theirs = bench.compared(contest)
                 except NotMeasured as reason:
-                    new = [f"| {case.name} | {contest.method} | {contest.peer.name} | {reason} |" + " |" * 4]
+                    new = [f"| {case.name} | {contest.name} | {contest.peer.name} | {reason} |" + " |" * 4]
                 else:
                     rows += claims(case, contest, ours, theirs)
                     new = [_line(case, contest, contest.peer.name, theirs), _line(case, contest, "moeflow", ours)]
@@ -155,7 +165,7 @@ def beside(cases: Sequence[Case], contests: Sequence[Contest], matrix_BL: NDArra
 def claims(case: Case, contest: Contest, ours: Side, theirs: Side) -> list[Row]:
     """The rows of one contest: our seconds, peak, bytes and KL as multiples of the peer's."""
     reap = contest.method == "reap"
-    what = f"{contest.method} of {contest.peer.name} on {case.name}"
+    what = f"{contest.name} of {contest.peer.name} on {case.name}"
     return [
         Row(f"seconds, {what}", ours.seconds / theirs.seconds, "at most", case.seconds if reap else 1.0, "times"),
         Row(f"peak memory, {what}", ours.peak / theirs.peak, "at most", case.memory if reap else 1.0, "times"),
@@ -182,7 +192,7 @@ class _Bench:
             cold.append(self._measured(words))
             shutil.rmtree(self.folder / "store", ignore_errors=True)
             for took in ours:
-                took.append(self._measured(self._moeflow("run", *self._parameters(contest), "--name", "ours")))
+                took.append(self._measured(self._moeflow("run", *self._parameters(contest, nbytes(theirs)), "--name", "ours")))
         shutil.rmtree(out, ignore_errors=True)
         self._measured(self._moeflow("pull", "ours", str(out)))
         size = nbytes(theirs)
@@ -197,8 +207,8 @@ class _Bench:
     def _kl(self, folder: Path) -> list[float]:
         return kl_to(self.original, folder, self.case.sequences, self.folder / "judged")
 
-    def _parameters(self, contest: Contest) -> list[str]:
-        pipeline, *words = contest.ours
+    def _parameters(self, contest: Contest, size: int) -> list[str]:
+        pipeline, *words = (word.replace(SIZE, str(size)) for word in contest.ours)
         assigned = [f"model={self.original}", f"tokens={self.tokens}", *words, *CALIBRATION]
         return [pipeline, *(w for word in assigned for w in ("-p", word)), "--runner", "process", "--cpus", str(THREADS)]
 
@@ -212,7 +222,7 @@ class _Bench:
 def _line(case: Case, contest: Contest, by: str, side: Side) -> str:
     kl = " ".join(f"{k:.5f}" for k in side.kl)
     figures = [spread(side.cold), spread(side.again), f"{side.peak / 1e9:.2f} GB", f"{side.nbytes / 1e6:.1f} MB"]
-    return f"| {case.name} | {contest.method} | {by} | {' | '.join(figures)} | {side.mean:.5f} ({kl}) |"
+    return f"| {case.name} | {contest.name} | {by} | {' | '.join(figures)} | {side.mean:.5f} ({kl}) |"
 
 
 def spread(took: list[Took]) -> str:
@@ -227,7 +237,7 @@ def spread(took: list[Took]) -> str:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="*", default=(), choices=[c.name for c in CASES])
-    parser.add_argument("--methods", nargs="*", default=(), choices=sorted({c.method for c in CONTESTS}))
+    parser.add_argument("--methods", nargs="*", default=(), choices=sorted({n for c in CONTESTS for n in (c.method, c.name)}))
     parser.add_argument("--rounds", type=int, default=0)
     given = parser.parse_args()
     held, table = main(given.models, given.methods, given.rounds)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from benchmarks import peers
 from benchmarks.peer_environments import STAMP, NotMeasured, measured, python_with
 from benchmarks.peer_models import HUB, with_hub_names
-from benchmarks.peers import GPTQ, LLM_COMPRESSOR, PRUNING, Case, Contest, Peer, Side, Took
+from benchmarks.peers import FIT, GPTQ, LLM_COMPRESSOR, PRUNING, SIZE, Case, Contest, Peer, Side, Took
 from moeflow.run import pipeline
 from tests import tiny
 
@@ -86,6 +86,7 @@ def test_experts_get_the_hubs_names_and_everything_else_stays(tmp_path: Path) ->
     [
         (PRUNING, "mixtral.py", ["search.seed=0"]),
         (GPTQ, "mixtral_unified.py", ["order=slim", "trim=none", "decompose=none"]),
+        (FIT, "fit.py", []),
     ],
 )
 def test_ours_makes_what_the_published_pipeline_makes(
@@ -93,7 +94,7 @@ def test_ours_makes_what_the_published_pipeline_makes(
 ) -> None:
     model = tiny.write("mixtral", tmp_path / "model", hidden_size=64, intermediate_size=64)
     np.save(tmp_path / "tokens.npy", np.full((4, 16), 5))
-    here, *options = ours
+    here, *options = (word.replace(SIZE, "300KB") for word in ours)
     given = [f"model={model}", f"tokens={tmp_path}/tokens.npy", *options, "calibration.seed=0", "calibration.group=0"]
     given += ["calibration.batch=2", "calibration.shard=4", "calibration.record=64", "calibration.per_expert=0"]
     given = list({word.partition("=")[0]: word for word in given}.values())
@@ -101,6 +102,11 @@ def test_ours_makes_what_the_published_pipeline_makes(
     alone = pipeline.call(pipeline.load(ROOT / here), given)
     whole = pipeline.call(pipeline.load(ROOT / "pipelines" / published), [*given, *words, judged])
     assert alone.key == whole.key and not alone.reports and whole.reports
+
+
+def test_a_fit_may_take_what_the_peers_result_takes(tmp_path: Path, peer: Peer) -> None:
+    bench = peers._Bench(tmp_path, Case("tiny", lambda folder: tiny.write("mixtral", folder), rounds=1, sequences=1), tmp_path)
+    assert "budget.bytes=1234" in bench._parameters(Contest(peer, "signround", FIT, "fit"), 1234)
 
 
 def test_only_reap_has_goals_below_one() -> None:

@@ -3,6 +3,7 @@
 This file knows the safetensors format and the families' names. It builds no model of transformers, and reads only what is needed.
 """
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -50,6 +51,11 @@ class Tensors(Mapping[str, Tensor]):
             return unblocks(self._read(name + BLOCKS), self._read(name + SCALES))
         return unpack({end: self._read(n) for end, n in parts_of(name, self.info).items()})
 
+    def lent(self, name: str) -> Tensor:
+        """The tensor with this name, to be copied and never written to: it may be the pages of its file themselves."""
+        plain = name in self.info and block_scale(name, self.info) is None
+        return self._read(name, own=False) if plain else self[name]
+
     def __contains__(self, name: object) -> bool:
         return name in self._names
 
@@ -64,9 +70,9 @@ class Tensors(Mapping[str, Tensor]):
         parts = parts_of(name, self.info)
         return {n: self._read(n) for n in parts.values()} if PACKED in parts else {}
 
-    def _read(self, name: str) -> Tensor:
+    def _read(self, name: str, *, own: bool = True) -> Tensor:
         info = self.info[name]
-        return tensor_of(self.files.read(info.file, info.start, info.stop), info)
+        return tensor_of(self.files.read(info.file, info.start, info.stop), info, own=own)
 
 
 def read_moe(tensors: Mapping[str, Tensor], config: Config, layer: int, *, experts: bool = True) -> MoELayer:
@@ -138,12 +144,19 @@ def read_many(files: Files, tensors: Mapping[str, TensorInfo]) -> Iterator[tuple
             run.append((name, info))
 
 
-def tensor_of(data: bytes | memoryview, info: TensorInfo) -> Tensor:
-    """The tensor with these bytes, and the dtype and shape of `info`; torch has two 4-bit floats in an element."""
+def tensor_of(data: bytes | memoryview, info: TensorInfo, *, own: bool = True) -> Tensor:
+    """The tensor with these bytes, and the dtype and shape of `info`; torch has two 4-bit floats in an element.
+
+    Without memory of its `own` it shares that of the data, and must not be written to.
+    """
     shape = (*info.shape[:-1], info.shape[-1] // 2) if info.dtype == "F4" else info.shape
     if not data:
         return torch.empty(shape, dtype=DTYPES[info.dtype])
-    return torch.frombuffer(bytearray(data), dtype=DTYPES[info.dtype]).reshape(shape)
+    if own:
+        return torch.frombuffer(bytearray(data), dtype=DTYPES[info.dtype]).reshape(shape)
+    with warnings.catch_warnings():  # torch warns that nothing guards what cannot be written to
+        warnings.simplefilter("ignore", UserWarning)
+        return torch.frombuffer(data, dtype=DTYPES[info.dtype]).reshape(shape)
 
 
 def is_finite(name: str, tensor: Tensor) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from moeflow.arch import Family
 from moeflow.model.buckets import MULTIPLES, Buckets, buckets
+from moeflow.model.checkpoint import Tensors
 from moeflow.model.formats import Format, routing_shapes
 from moeflow.model.moe import MLP, Activation, LowRank
 
@@ -240,11 +241,13 @@ def fused(
     """
     stacked, form = {}, form_of(experts)
     width, inner = sizes_of(experts, form)
+    read = tensors.lent if isinstance(tensors, Tensors) else tensors.__getitem__
     for stack in stacks(format, form):
-        stacked[stack.name] = torch.zeros(stack.shape(format, width, inner, form), **where)  # type: ignore[call-overload]
+        new = torch.zeros if stack.factors else torch.empty  # of factors there is padding, which stays zero
+        stacked[stack.name] = new(stack.shape(format, width, inner, form), **where)  # type: ignore[call-overload]
         for matrix, expert, place_MN in stack.pieces(stacked[stack.name], format, form):
             name = stack.on_disk(family, layer, matrix, expert)
-            piece_MN, shape = tensors[name], stack.piece_shape(format, matrix, expert, width, inner)
+            piece_MN, shape = read(name), stack.piece_shape(format, matrix, expert, width, inner)
             if tuple(piece_MN.shape) != shape:
                 raise ValueError(f"{name} has shape {tuple(piece_MN.shape)} where config.json asks for {shape}")
             place_MN.copy_(piece_MN)
