@@ -129,7 +129,7 @@ class Bench:
         return self.judged(made.model, *made.reports)
 
     def recovered(self, rows: int) -> Callable[[Model], Tuned]:
-        how = Recovering(rows=rows, length=LENGTH, batch=4, top=TOP, dtype="float32").on(Texts(CALIBRATION), HELDOUT)
+        how = Recovering(rows=rows, length=LENGTH, top=TOP, dtype="float32").on(Texts(CALIBRATION), HELDOUT)
         return lambda plain: tuned(plain, self.original, how, GANG, PASS)
 
     def judged(self, model: Model, *beside: Step) -> Judged:

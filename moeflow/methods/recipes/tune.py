@@ -70,7 +70,8 @@ class Recovering(FineTuning):
     rate: float = 1e-3
     """The highest learning rate of AdamW."""
     batch: int = 16
-    """Sequences of one optimizer step, over all processes: many small steps heal more than few large ones."""
+    """Sequences of one optimizer step, over all processes: the nearer the model already is, the more of them a step takes to heal
+    it further; where it is far, many small steps heal more than few large ones."""
     packed: Literal["beside", "scales"] = "scales"
     """What LoRA trains of packed experts: their scales, which takes no bytes, or factors beside them, which are kept where the
     budget has room, or merged by packing again, whichever loses less."""
