@@ -3,13 +3,12 @@
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from hashlib import sha256
 from math import exp, inf, log
 from statistics import NormalDist, median, pstdev
 from typing import get_args
 
-from moeflow.run.devices import CORE, GPUS, Device, is_kind
+from moeflow.run.devices import CORE, Device, is_kind
 from moeflow.step import Arithmetic, Step
 from moeflow.store import Index, Store
 
@@ -25,9 +24,6 @@ LOOKED_AT = 16
 """So many finished steps of a name, the latest, are looked at."""
 ALIKE = 30.0
 """Finished steps of so many times more or less work tell nothing about a step."""
-LIBRARIES = 5.0
-"""Seconds until a process that has computed nothing yet has loaded torch, transformers and tokenizers out of memory, where no
-finished step tells it; from a disk on which nothing was read yet it took 16."""
 GANG = 35.0
 """Seconds until all processes of a gang have started, as a finished run on two CPUs took."""
 
@@ -62,7 +58,6 @@ class Finished:
     work: Work
     seconds: float
     device: str  # as its driver calls the GPU; "" for a CPU
-    loaded: bool = False  # its process loaded libraries meanwhile, which it does once
 
 
 @dataclass(frozen=True)
@@ -99,22 +94,10 @@ class Durations:
             spread = 0.0  # the slowest process is the gang's speed
         return Duration(mean, mean * exp(spread * _drawn(step.key)), bool(ratios))
 
-    @cached_property
-    def libraries(self) -> float:
-        """Seconds that a process loads libraries: how much longer steps took that did so than others like them."""
-        loading = []
-        for name, several in self.finished.items():
-            for one in (f for f in several if f.loaded):
-                gpu = next((d for d in GPUS.values() if one.device and is_kind(one.device, d.kind)), None)
-                if bool(one.device) == bool(gpu) and (ratios := self._ratios(name, one.work, gpu)):
-                    loading.append(max(0.0, one.seconds - one.work.seconds(gpu) * median(ratios)))
-        return median(loading) if loading else LIBRARIES
-
     def _ratios(self, name: str, work: Work, device: Device | None) -> list[float]:
-        """How much longer finished steps like this one took than their operations and bytes say; none that loaded libraries."""
+        """How much longer finished steps like this one took than their operations and bytes say."""
         kind = device.kind if device else "cpu"
-        every = (f for f in self.finished.get(name, ()) if not f.loaded and is_kind(f.device, kind))
-        alike = [f for f in every if work.likeness(f.work) <= ALIKE]
+        alike = [f for f in self.finished.get(name, ()) if is_kind(f.device, kind) and work.likeness(f.work) <= ALIKE]
         return [max(f.seconds, 1e-4) / f.work.seconds(device) for f in alike]
 
 
@@ -125,7 +108,7 @@ def work_of(step: Step) -> Work:
 
 
 def finished(steps: Iterable[Step], store: Store, index: Index) -> dict[str, tuple[Finished, ...]]:
-    """What the latest stored steps of these names took. Requests: their manifests."""
+    """What the latest stored steps of these names took, but for those that loaded libraries. Requests: their manifests."""
     known = {s.key: s for s in steps}
     keys: dict[str, list[str]] = defaultdict(list)
     names = {s.name for s in known.values()}
@@ -139,9 +122,8 @@ def finished(steps: Iterable[Step], store: Store, index: Index) -> dict[str, tup
         counted = {kind: n for kind in get_args(Arithmetic) if type(n := m.operations.get(kind)) is int}
         if not isinstance(gpu, str) or not isinstance(threads, int):  # of an older version
             continue
-        if m.seconds and not m.same_as:
-            work = Work(counted, m.reads + m.bytes, max(1, threads))
-            made[m.step].append(Finished(work, m.seconds, gpu, bool(m.machine.get("loaded"))))
+        if m.seconds and not m.same_as and not m.machine.get("loaded"):
+            made[m.step].append(Finished(Work(counted, m.reads + m.bytes, max(1, threads)), m.seconds, gpu))
     return {name: tuple(several) for name, several in made.items()}
 
 

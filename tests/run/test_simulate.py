@@ -1,7 +1,6 @@
 """A simulated run obeys what a real one does: inputs first, no more on a node than it has; and it learns from finished steps."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,11 +9,11 @@ from typer.testing import CliRunner
 from moeflow.cli import app
 from moeflow.run import in_process, node_kinds
 from moeflow.run.devices import GPUS, is_kind
-from moeflow.run.durations import GANG, LIBRARIES, Durations, finished
+from moeflow.run.durations import GANG, Durations, finished
 from moeflow.run.forecast import forecast, forecast_lines
 from moeflow.run.node_kinds import NodeKind, NodeKinds
 from moeflow.run.plan import plan
-from moeflow.run.simulate import BOOT, Simulation
+from moeflow.run.simulate import BOOT, LIBRARIES, Simulation
 from moeflow.step import Artifact, Context, Spec, Step, step, upstream
 from moeflow.store import Record, Store
 from tests import running
@@ -114,26 +113,12 @@ def test_finished_steps_of_like_size_on_such_a_device_tell_how_long_others_take(
     assert slow.known == 2 and slow.seconds == pytest.approx(6 * 3600, rel=0.2)
 
 
-def test_steps_that_loaded_libraries_tell_how_long_that_takes(store: Store, tmp_path: Path) -> None:
-    def libraries(*records: Record) -> float:
-        (tmp_path / "out").mkdir(exist_ok=True)
-        for one in records:
-            store.commit(f"toy.compute-{len([*store.blobs.list('manifests/')]):032x}", tmp_path / "out", record=one)
-        return Durations(finished([computing(1)], store, store.index(["toy.compute"]))).libraries
-
-    device = "NVIDIA H100 80GB HBM3"
-    assert libraries(record(3611, device, loaded=True), record(8, "Another GPU", loaded=True)) == LIBRARIES, "beside no other"
-    assert libraries(record(3600, device)) == pytest.approx(11)
-    assert libraries(record(900, device, HOUR / 4), record(907, device, HOUR / 4, loaded=True)) == pytest.approx(9, abs=0.1)
-    assert libraries(*(record(3000, device, loaded=True) for _ in range(4))) == 0
-
-
 def test_a_run_records_what_a_forecast_needs(store: Store) -> None:
     target = computing(1)
     in_process.run([target], store)
     (of_one,) = finished([target], store, store.index(["toy.compute"]))["toy.compute"]
     assert of_one.work.operations == target.spec.operations and of_one.device == "" and of_one.seconds > 0
-    assert Durations({"toy.compute": (replace(of_one, loaded=False),)}).of(target, None).known
+    assert Durations({"toy.compute": (of_one,)}).of(target, None).known
 
 
 def test_an_l4_is_no_l40s_and_a_100_no_a10() -> None:
