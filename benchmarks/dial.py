@@ -125,7 +125,12 @@ class Bench:
         """What fit builds; with `rows` of text, recovered towards the original."""
         whole = sum(layer.spec.output.nbytes for layer in self.original.layers)
         budget = Budget(bytes=str(int(self.embedding + part * whole)))
-        made = fit.compress(self.calibrated(self.original), budget, Offers(**offers), self.recovered(rows) if rows else None)
+        made = fit.compress(
+            fit.calibrated(self.original, self.matrix, PASS, between=True),
+            budget,
+            Offers(**offers),
+            self.recovered(rows) if rows else None,
+        )
         return self.judged(made.model, *made.reports)
 
     def recovered(self, rows: int) -> Callable[[Model], Tuned]:

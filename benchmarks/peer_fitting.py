@@ -1,7 +1,6 @@
 """What `pipelines/fit.py` does without its reports, since the peers beside it measure nothing either."""
 
 from moeflow.cli import main
-from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data
 from moeflow.methods.fit.options import Budget, Offers
@@ -16,7 +15,7 @@ def build(
 ) -> Step:
     original = checkpoint.pinned(model)
     matrix = data.tokens(tokens, original, calibration.sample)
-    return checkpoint.checkpoint_of(fit.compress(calibrate.run(original, matrix, calibration.passed), budget, offers).model)
+    return checkpoint.checkpoint_of(fit.compress(fit.calibrated(original, matrix, calibration.passed), budget, offers).model)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ GPTQMODEL = Peer("GPTQModel", (TORCH, "gptqmodel>=7.7,<7.8"), "peer_gptqmodel.py
 AUTO_ROUND = Peer("auto-round", (TORCH, "auto-round>=0.16,<0.17", "compressed-tensors"), "peer_autoround.py")
 
 PRUNING = ("benchmarks/peer_pruning.py", "search=reap", "keep=6", "calibration.record=0")
-_SLIM = ("benchmarks/peer_slimming.py", "slim.bits=4", "slim.group=64", "slim.inputs=sequential")
+_SLIM = ("benchmarks/peer_slimming.py", "slim.bits=4", "slim.group=64", "slim.inputs=sequential", "slim.target=model")
 GPTQ = (*_SLIM, "slim=gptq", "slim.activation_order=true")
 AWQ = (*_SLIM, "slim=awq")
 SIZE = "{bytes}"

@@ -197,6 +197,7 @@ class Calibration:
     between: tuple[tuple[Part, ...], ...] = ()  # per layer, if asked for: the recorded tokens' hidden states before it
     predicted: Mapping[int, tuple[Part, ...]] = field(default_factory=dict)  # as `observed`, per prediction layer to be pruned
     traffic: Mapping[int, Part] = field(default_factory=dict)  # per MoE layer, if the tokens are an engine's: what it counted
+    beside: Mapping[int, tuple[Part, ...]] = field(default_factory=dict)  # per MoE layer, if asked for: what its output is added to
 
     def of(self, layer: int) -> tuple[Part, Step, tuple[Part, ...]]:
         """What a step reads that decides on one layer: configuration, the layer's file, and what every shard recorded in it."""

@@ -29,6 +29,11 @@ def file_before(layer: int) -> str:
     return f"before-{layer:03d}.safetensors"
 
 
+def file_beside(layer: int) -> str:
+    """The file of what an MoE layer's block is added to, of the tokens that a pass recorded."""
+    return f"beside-{layer:03d}.safetensors"
+
+
 def file_for(name: str) -> str:
     """The file of a layer's folder that has the tensor with this name."""
     return ROUTING if ".experts.skip." in name or ".experts.compressed." in name else LAYER

@@ -54,6 +54,8 @@ class Recorder:
         self.sums = {name: torch.zeros(self.experts, dtype=torch.float64) for name in sums}
         self.totals = {n: torch.zeros((), dtype=torch.float64) for n in ("output_sq", "cos_block", "cos_layer")}
         self.rows: dict[str, list[Tensor]] = {"logits_TE": [], "x_RD": [], "position_R": []}
+        self.adds = True  # so far, the block's output is added to its residual as it is
+        self._beside: list[Tensor] = []
         self._now: dict[str, Tensor] = {}
 
     @contextmanager
@@ -111,11 +113,20 @@ class Recorder:
             | {name: torch.tensor(count) for name, count in counts.items()}
         )
 
+    def beside(self) -> Tensor:
+        """What the block's output was added to, [R, D], of the tokens that `recording.beside` asks for.
+
+        None of them if this layer does anything else with the output, such as norming or scaling it.
+        """
+        rows_RD = torch.cat(self._beside)
+        return rows_RD if self.adds else rows_RD[:0].clone()
+
     def _hold(self, name: str, value: Tensor) -> None:
         self._now[name] = value.flatten(0, -2)
 
     def _block(self, experts: nn.Module, out_NLD: Tensor) -> None:
         x_TD, out_TD = self._now["x"], out_NLD.flatten(0, -2)
+        self._now["out"] = out_TD
         logits_TE = self.moe.logits(x_TD)
         if "index" not in self._now:
             self._own_pairs(experts, x_TD, logits_TE)
@@ -145,7 +156,16 @@ class Recorder:
         # behind the block comes nothing but the sum with the residual, or what belongs to the block
         self.totals["cos_block"] += _cosines(self._now["residual"], after_TD)
         self.totals["cos_layer"] += _cosines(before.flatten(0, -2), after_TD)
+        if self.recording.beside[0]:
+            self._keep_beside(after_TD)
         self._now = {}
+
+    def _keep_beside(self, after_TD: Tensor) -> None:
+        residual_TD, out_TD = self._now["residual"], self._now["out"]
+        self.adds = self.adds and is_sum(after_TD, residual_TD, out_TD)
+        taken, of = self.recording.beside
+        place_T = torch.arange(self.tokens - len(after_TD), self.tokens, device=after_TD.device)
+        self._beside.append(residual_TD[place_T % of < taken].cpu())
 
     def _kept(self, tokens: int) -> Tensor:
         """The tokens of the batch whose inputs are kept, ascending."""
@@ -164,6 +184,13 @@ def first_of(values: Any, named: Mapping[str, Any] | None = None) -> Tensor:
     if not isinstance(values, tuple):
         return values
     return values[0] if values else next(iter(named.values()))  # type: ignore[union-attr]
+
+
+def is_sum(sum_TD: Tensor, *parts_TD: Tensor) -> bool:
+    """Whether these rows are the sum of others, within the rounding of their precision."""
+    largest_TD = torch.stack([p.float().abs() for p in parts_TD]).amax(0)
+    apart_TD = (sum_TD.float() - sum(p.float() for p in parts_TD)).abs()
+    return bool((apart_TD <= 4 * torch.finfo(sum_TD.dtype).eps * largest_TD).all())
 
 
 def _cosines(a_TD: Tensor, b_TD: Tensor) -> Tensor:

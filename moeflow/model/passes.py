@@ -21,7 +21,7 @@ from moeflow.arch import Config
 from moeflow.model.alternatives import slices
 from moeflow.model.checkpoint import Tensors, read_moe
 from moeflow.model.factors import Form, form_of
-from moeflow.model.layout import Files, file_before, file_of, read_config
+from moeflow.model.layout import Files, file_before, file_beside, file_of, read_config
 from moeflow.model.memory import CONTEXT, MARGIN, run_per_token, together
 from moeflow.model.observe import OBSERVED, Recorder, first_of
 from moeflow.model.packed import unpacked_shapes
@@ -57,8 +57,8 @@ def through(
 
     As many sequences run together as there is room for, and at most `batch`, if that is not 0.
 
-    With `recording` there is a file beside `out` for the statistics of each MoE layer (`file_of`), and one for the hidden states
-    before each layer if some are kept (`file_before`).
+    With `recording` there is a file beside `out` for the statistics of each MoE layer (`file_of`), and where they are kept one for
+    the hidden states before each layer (`file_before`) and one for what each MoE block is added to (`file_beside`).
     """
     stream = stream_of(config, dtype, OBSERVED if recording else EXPERTS)
     states = load_file(hidden)
@@ -81,6 +81,9 @@ def through(
         if recording and layer in stream.family.moe_layers:
             gone = {"tokens": torch.tensor(n * length)}  # its experts are
             save_file(recorder.result() if recorder else gone, out.with_name(file_of(layer)))
+            if recording.beside[0]:
+                of_block = recorder.beside() if recorder else states[HIDDEN].new_zeros(0, states[HIDDEN].shape[-1], device="cpu")
+                save_file({"beside_RD": of_block}, out.with_name(file_beside(layer)))
         states = behind
         del module
     save_file({name: t.cpu() for name, t in states.items()}, out)
@@ -93,9 +96,11 @@ class _Reached(Exception):
 @torch.inference_mode()
 def inputs(
     config: Config, hidden: Path, layer: int, file: Path | Files, out: Path,
-    *, recorded: int, batch: int, dtype: str, progress: Progress,
+    *, recorded: int, beside: bool = False, batch: int, dtype: str, progress: Progress,
 ) -> None:  # fmt: skip
     """Write what the MoE block of a layer takes in for the first `recorded` tokens, as a `Recorder` does: `x_RD` and `sample`.
+
+    With `beside` also what the norm before the block takes in, to which the block's output is added: `beside_RD`.
 
     The layer is run up to the block, on as many sequences as have these tokens, together as in `through`; no expert is read. If its
     experts are gone, there is only the token count, `tokens`.
@@ -106,20 +111,26 @@ def inputs(
         save_file({"tokens": torch.tensor(n * length)}, out)
         return
     module = stream.layer(tensors, layer, experts=False)
-    kept = [torch.zeros(0, width, dtype=stream.dtype)]
+    kept = {name: [torch.zeros(0, width, dtype=stream.dtype)] for name in ("x_RD", "beside_RD")[: 1 + beside]}
 
-    def keep(_: Any, args: Any, named: Mapping[str, Any]) -> None:
-        kept.append(first_of(args, named).flatten(0, -2).cpu())
+    def keep(name: str, args: Any, named: Mapping[str, Any]) -> None:
+        kept[name].append(first_of(args, named).flatten(0, -2).cpu())
+
+    def reach(_: Any, args: Any, named: Mapping[str, Any]) -> None:
+        keep("x_RD", args, named)
         raise _Reached
 
-    module.get_submodule(stream.family.arch.block).register_forward_pre_hook(keep, with_kwargs=True)
+    norm, block = (module.get_submodule(name) for name in (stream.family.arch.norm, stream.family.arch.block))
+    block.register_forward_pre_hook(reach, with_kwargs=True)
+    if beside:
+        norm.register_forward_pre_hook(lambda _, args, named: keep("beside_RD", args, named), with_kwargs=True)
     size = at_once(stream, module, tensors, length, batch, recorded=True)  # as a whole pass runs them, to the last bit
     for rows in slices(min(n, -(-recorded // length)), size):
         with suppress(_Reached):
             stream.run(module, layer, taken(states, slice(rows.start, min(rows.start + size, n)), stream.device))
         progress(min(rows.stop * length, recorded), recorded, "tokens")
-    x_RD = torch.cat(kept)[:recorded].clone()
-    save_file({"x_RD": x_RD, "sample": torch.tensor(len(x_RD))}, out)
+    made = {name: torch.cat(batches)[:recorded].clone() for name, batches in kept.items()}
+    save_file(made | {"sample": torch.tensor(len(made["x_RD"]))}, out)
 
 
 def at_once(

@@ -310,6 +310,13 @@ class Recording:
     """Also keep tokens until every expert has this many."""
     between: int = 0
     """The number of tokens, from the first, whose hidden states before every layer are kept."""
+    beside: tuple[int, int] = (0, 0)
+    """(a, b): of the first a of every b tokens, what every MoE block's output is added to is kept."""
+
+    def besides(self, tokens: int) -> int:
+        """Of how many of so many tokens it is kept what the block's output is added to."""
+        taken, of = self.beside
+        return tokens // of * taken + min(tokens % of, taken) if taken else 0
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from moeflow.methods.moments import layer_moments
 from moeflow.methods.scores.functions import aimer
 from moeflow.methods.slim import experts as slim
 from moeflow.methods.slim import steps as slim_steps
-from moeflow.methods.slim.methods import Slimming
+from moeflow.methods.slim.methods import Share, Slimming
 from moeflow.model import passes
 from moeflow.model.checkpoint import Tensors, read_moe
 from moeflow.model.formats import format_of
@@ -86,7 +86,7 @@ def test_moments_are_those_of_what_each_expert_sees(layer: Layer) -> None:
 def test_experts_of_any_form_are_slimmed(layer: Layer, method: str) -> None:
     how = Slimming(method, bits=8, group=8, packed=False, pattern="0.05", shared=bool(layer.family.arch.shared))
     report = slim.rewrite(
-        layer.context, layer.config, Folder(layer.before), [Folder(layer.shard)], how, layer=layer.number, part=0, parts=1,
+        layer.context, layer.config, Folder(layer.before), [Folder(layer.shard)], [], how, layer=layer.number, share=Share(),
         dtype="float32",
     )  # fmt: skip
     assert report is not None and set(report[0]["lost"]) == set(layer.family.matrices)
@@ -138,7 +138,7 @@ def test_scaling_goes_into_a_norm_that_stores_its_difference_from_one(tmp_path: 
     layer = Layer("qwen3_next", tmp_path)
     how = Slimming("awq", bits=8, group=8, packed=False)
     slim.rewrite(
-        layer.context, layer.config, Folder(layer.before), [Folder(layer.shard)], how, layer=layer.number, part=0, parts=1,
+        layer.context, layer.config, Folder(layer.before), [Folder(layer.shard)], [], how, layer=layer.number, share=Share(),
         dtype="float32",
     )  # fmt: skip
     norm = layer.family.norm(layer.number) + "weight"

@@ -21,7 +21,7 @@ from moeflow.methods.graph import HIDDEN, REST, TOKENS, Calibration, Model, Pass
 from moeflow.methods.records import Curves, Shortlist
 from moeflow.model import operations
 from moeflow.model.ahead import ahead
-from moeflow.model.layout import LAYER, ROUTING, Files, file_before, file_of, read_config
+from moeflow.model.layout import LAYER, ROUTING, Files, file_before, file_beside, file_of, read_config
 from moeflow.model.memory import on_device, passing
 from moeflow.model.spec import (
     HiddenSpec,
@@ -41,11 +41,14 @@ HELD = 10 << 30
 """Bytes of hidden states that the forks of one task take at most when alternatives are measured."""
 
 
-def run(model: Model, tokens: Step, passed: Pass = Pass(), *, inputs: bool = True, between: bool = False) -> Calibration:
+def run(
+    model: Model, tokens: Step, passed: Pass = Pass(), *, inputs: bool = True, between: bool = False, beside: int = 0
+) -> Calibration:
     """Calibrate `model` on a token matrix, as a graph.
 
     `inputs`: whether to keep the MoE inputs of as many tokens as `passed` says; without them a calibration holds router statistics
-    only. `between`: whether to keep the hidden states before every layer, for the same tokens.
+    only. `between`: whether to keep the hidden states before every layer, for the same tokens. `beside`: keep what every block's
+    output is added to, for the tokens that are recorded where the model is rewritten in sequence in shards of so many sequences.
 
     What an engine counted (`data.traffic`) goes along for a model that has its experts; if no token ids go with it, nothing is run.
     """
@@ -55,11 +58,16 @@ def run(model: Model, tokens: Step, passed: Pass = Pass(), *, inputs: bool = Tru
     hidden = starts = _embedded(model, tokens, passed)
     tokens_of_shard = passed.shard * tokens.spec.output.length
     each = tokens_of_shard if passed.record is None else -(-passed.record // len(starts))
-    recording = Recording(each if inputs else 0, passed.per_expert if inputs else 0, each if between else 0)
+    of = beside * tokens.spec.output.length
+    rows = (
+        (of if passed.record is None else -(-passed.record // -(-tokens.spec.output.sequences // beside)), of) if beside else (0, 0)
+    )
+    recording = Recording(each if inputs else 0, passed.per_expert if inputs else 0, each if between else 0, rows)
     moe_layers = model.moe_layers
     states: dict[int, tuple[Step, ...]] = {}
     observed: dict[int, tuple[Part, ...]] = {}
     before: list[tuple[Part, ...]] = []
+    added: dict[int, tuple[Part, ...]] = {}
     for first, layers in _stages(model, passed.stage):
         states[first] = hidden
         hidden = behind(model, passed, hidden, first, layers, recording)
@@ -67,8 +75,9 @@ def run(model: Model, tokens: Step, passed: Pass = Pass(), *, inputs: bool = Tru
             before.append(tuple(h.part(file_before(i)) for h in hidden))
             if i in moe_layers:
                 observed[i] = tuple(h.part(file_of(i)) for h in hidden)
+                added |= {i: tuple(h.part(file_beside(i)) for h in hidden)} if beside else {}
     kept = tuple(before) if between else ()
-    return Calibration(model, tokens, passed, starts, hidden, states, observed, each, kept, traffic=counted)
+    return Calibration(model, tokens, passed, starts, hidden, states, observed, each, kept, traffic=counted, beside=added)
 
 
 def hidden_states(model: Model, tokens: Step, passed: Pass = Pass()) -> tuple[Step, ...]:
@@ -196,6 +205,7 @@ def _observe_spec(
     writes += len(layers) * (min(tokens, recording.between) * row + 96) if recording.between else 0
     for layer in layers:
         if layer.experts:
+            writes += recording.besides(tokens) * row + 96 if recording.beside[0] else 0
             rows = min(tokens, kept + recording.per_expert * layer.experts)
             most = max(most, rows)
             writes += rows * (row + 8) + tokens * layer.experts * 4 + 8 * 7 * layer.experts + 1400
@@ -203,6 +213,7 @@ def _observe_spec(
     out, done = ObservedSpec(states, kept, most, moe), operations.passing(layers, states, dtype)
     parts = {file_of(first + i): 3 + i for i in range(len(layers))}  # the configuration, the states, and the layers so far
     parts |= {file_before(first + i): 2 + i for i in range(len(layers))}
+    parts |= {file_beside(first + i): 3 + i for i in range(len(layers))}
     return Spec(out, reads=reads, writes=writes, operations=done, memory=memory + writes, device=device, parts=parts)
 
 
@@ -214,7 +225,8 @@ def observe(
     """Do what `advance` does, and also write one file per MoE layer with what a `Recorder` saw in it.
 
     If trimming removed a layer's experts, its file holds only the token count. With `recording.between` there is also a file per
-    layer with the hidden states before it, as `hidden_RD`.
+    layer with the hidden states before it, as `hidden_RD`; with `recording.beside` one per MoE layer with what the block's output
+    is added to, as `beside_RD`, which has no rows if the layer does anything else with it.
     """
     from moeflow.model import passes
 
@@ -225,7 +237,7 @@ def observe(
     )  # fmt: skip
 
 
-def _inputs_spec(config: RestSpec, hidden: Any, layer: LayerSpec, *, at: int, recorded: int, dtype: str) -> Spec:
+def _inputs_spec(config: RestSpec, hidden: Any, layer: LayerSpec, *, at: int, recorded: int, beside: bool, dtype: str) -> Spec:
     family = Family.of(layer.config)
     read = replace(layer, tensors={n: t for n, t in layer.tensors.items() if not family.of_expert(n, at)})
     states, reads, memory = _pass_spec(hidden, (read,), dtype)
@@ -233,20 +245,25 @@ def _inputs_spec(config: RestSpec, hidden: Any, layer: LayerSpec, *, at: int, re
     device = on_device(passing((read,), states.length, dtype, handed_on=states.handed_on))
     done = operations.passing((read,), replace(states, sequences=-(-tokens // states.length)), dtype)
     out = ObservedSpec(states, tokens, tokens, (at,))
-    return Spec(out, reads=reads + layer.headers, writes=tokens * row + 200, operations=done, memory=memory, device=device)
+    return Spec(
+        out, reads=reads + layer.headers, writes=tokens * row * (1 + beside) + 300, operations=done, memory=memory, device=device
+    )
 
 
-@step("calibrate.inputs", version=1, spec=_inputs_spec, gpus=1)
-def inputs(context: Context, config: Artifact, hidden: Artifact, layer: Artifact, *, at: int, recorded: int, dtype: str) -> None:
+@step("calibrate.inputs", version=2, spec=_inputs_spec, gpus=1)
+def inputs(
+    context: Context, config: Artifact, hidden: Artifact, layer: Artifact, *, at: int, recorded: int, beside: bool, dtype: str
+) -> None:
     """What the MoE block of decoder layer `at` takes in, for the first `recorded` tokens of a shard; no expert is read or run.
 
-    Writes what `observe` writes of them, `x_RD` and `sample`, into the same file.
+    Writes what `observe` writes of them, `x_RD` and `sample`, into the same file; with `beside` also `beside_RD`, to which the
+    block's output is added.
     """
     from moeflow.model import passes
 
     passes.inputs(
         read_config(config), hidden.file(HIDDEN), at, next(_read((layer,))), context.out / file_of(at),
-        recorded=recorded, batch=at_most(context), dtype=dtype, progress=context.progress,
+        recorded=recorded, beside=beside, batch=at_most(context), dtype=dtype, progress=context.progress,
     )  # fmt: skip
 
 

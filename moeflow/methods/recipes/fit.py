@@ -54,8 +54,13 @@ class Fitting:
     frontier: Step
 
 
+def calibrated(model: Model, tokens: Step, passed: Pass, **also: bool) -> Calibration:
+    """Calibrate the model as a fit wants it: with what every MoE block's output is added to."""
+    return calibrate.run(model, tokens, passed, beside=_smaller(passed, tokens), **also)
+
+
 def compress(calibration: Calibration, budget: Budget, offers: Offers, recover: Callable[[Model], Tuned] | None = None) -> Fitting:
-    """Build the graph that fits the calibrated model into the budget. Raises ValueError if nothing on offer can be had.
+    """Build the graph that fits the model, which `calibrated` ran, into the budget. Raises ValueError if nothing can be had.
 
     `recover` fine-tunes the chosen model. Factors that it leaves beside packed weights are kept, where engine and budget allow it,
     or merged by packing again, whichever loses less.
@@ -129,7 +134,8 @@ def _recovered(
         ways[KEPT if beside else MERGED] = tuned.model, ()
     if beside:
         opened = tuned.model.with_layers({i: unpacked(tuned.model.layers[i]) for i in beside})
-        merged, ends = _in_sequence(calibration, opened, bits, offers, left)
+        own = replace(calibration, beside={})  # fine-tuned states are not the original's, nor should they be
+        merged, ends = _in_sequence(own, opened, bits, offers, left)
         ways |= {} if merged is None else {MERGED: (merged, ends)}
     measured = tuple(_apart(calibration, offers, *way) for way in ways.values())
     numbers = list(made.moe_layers)
@@ -166,24 +172,26 @@ def _in_sequence(
     dtype = calibration.dtype
     if not offers.packs:
         return plain, ()
-    how = _quantized(offers, max(offers.packs))
+    passed = replace(calibration.passed, shard=_smaller(calibration.passed, calibration.tokens))
+    how = replace(_quantized(offers, max(offers.packs)), target="model" if calibration.beside else "expert")
 
     def packed(at: int, file: Step, recorded: tuple[Part, ...]) -> Step:
-        return slimmed_as_decided(bits, plain.essential, file, recorded, at=at, how=how, dtype=dtype)
+        beside = calibration.beside.get(at, ())
+        return slimmed_as_decided(bits, plain.essential, file, recorded, beside, at=at, how=how, dtype=dtype)
 
-    again = calibrate.run(plain, calibration.tokens, _in_smaller_shards(calibration))
+    again = calibrate.run(plain, calibration.tokens, passed)
     try:
-        layers, ends = in_sequence(again, packed, statistics=False)
+        layers, ends = in_sequence(again, packed, statistics=False, beside=bool(calibration.beside))
     except ValueError as error:
         left["quantizing in sequence"] = str(error)
         return None, ()
     return plain.with_layers(layers), ends
 
 
-def _in_smaller_shards(calibration: Calibration) -> Pass:
-    """The calibration's pass in shards of at most `SHARD` tokens, if a sequence has no more: parts of the calibration's own."""
-    passed, most = calibration.passed, max(1, SHARD // calibration.tokens.spec.output.length)
-    return replace(passed, shard=max(size for size in range(1, most + 1) if passed.shard % size == 0))
+def _smaller(passed: Pass, tokens: Step) -> int:
+    """The sequences of shards of at most `SHARD` tokens, if a sequence has no more, that are parts of the pass's own."""
+    most = max(1, SHARD // max(1, tokens.spec.output.length))
+    return max(size for size in range(1, most + 1) if passed.shard % size == 0)
 
 
 def _either(best: Step, alone: Model, again: Model) -> Model:
@@ -317,7 +325,8 @@ def _packed(
 
 
 def _quantized(offers: Offers, bits: int, group: int = 0) -> Slimming:
-    return Slimming("gptq", bits=bits, group=group or offers.group, activation_order=True)
+    own: dict[str, Any] = {"inputs": "sequential", "target": "expert"}
+    return Slimming("gptq", bits=bits, group=group or offers.group, activation_order=True, **own)
 
 
 def _why(calibration: Calibration, offers: Offers) -> str:

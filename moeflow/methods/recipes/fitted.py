@@ -12,7 +12,6 @@ built towards the original, on so many rows of the calibration's texts: of packe
 `-p recover.packed=beside` factors, which are kept beside them where the budget has room, or merged by packing again.
 """
 
-from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data
 from moeflow.methods.finetune.recipe import Gang
@@ -45,7 +44,7 @@ def build(
     passed = calibration.passed
     how = recover and recover.on(tokens, heldout.texts)
     healed = (lambda plain: tuned(plain, original, how, gang, passed)) if how else None
-    fitted = fit.compress(calibrate.run(original, matrix, passed), budget, offers, healed)
+    fitted = fit.compress(fit.calibrated(original, matrix, passed), budget, offers, healed)
     if frontier:
         return fitted.frontier
     reports = compare.reports(original, fitted.model, heldout, passed, tokens=matrix)

@@ -13,11 +13,14 @@ Rewrite = Callable[[int, Step, tuple[Part, ...]], Step]
 """Takes a layer's number, its file and what every shard recorded in it; returns the file that replaces it."""
 
 
-def in_sequence(calibration: Calibration, rewrite: Rewrite, *, statistics: bool = True) -> tuple[dict[int, Step], tuple[Step, ...]]:
+def in_sequence(
+    calibration: Calibration, rewrite: Rewrite, *, statistics: bool = True, beside: bool = False
+) -> tuple[dict[int, Step], tuple[Step, ...]]:
     """Rewrite the MoE layers one after the other; each is observed behind the layers that are already rewritten.
 
     NAEE calls this progressive pruning (Table 6 of the paper); GPTQ and SparseGPT treat a model this way. Without `statistics`
-    only the inputs of the MoE blocks are recorded, for which no layer's experts are run twice. Returns the rewritten layers, and
+    only the inputs of the MoE blocks are recorded, for which no layer's experts are run twice; with `beside` also what the blocks'
+    outputs are added to. Returns the rewritten layers, and
     the states of every shard behind the last layer of the model with them.
     """
     model, passed = calibration.model, calibration.passed
@@ -29,7 +32,7 @@ def in_sequence(calibration: Calibration, rewrite: Rewrite, *, statistics: bool 
         if statistics:
             again = behind(model, passed, hidden, i, (layer,), Recording(calibration.recorded))
         else:
-            how: dict[str, Any] = {"at": i, "recorded": calibration.recorded, "dtype": passed.dtype}
+            how: dict[str, Any] = {"at": i, "recorded": calibration.recorded, "beside": beside, "dtype": passed.dtype}
             again = tuple(passed.bounded(inputs(model.essential, before, layer, **how)) for before in hidden)
         return tuple(h.part(file_of(i)) for h in again)
 

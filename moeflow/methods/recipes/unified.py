@@ -3,7 +3,7 @@
 He et al., arXiv 2406.02500, for the first two; slimming a factor like any other matrix is ours. Only builds graphs.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -35,11 +35,16 @@ def slim(calibration: Calibration, how: Slimming) -> Model:
     calibration.check_states(f"slim={how.method}")
     model, dtype = calibration.model, calibration.dtype
 
+    whole = how.target == "model"
+    if whole and not calibration.beside:
+        raise ValueError("target=model compares what blocks are added to: calibrate with beside, the sequences of a shard")
+
     def layer(at: int, file: Step, recorded: tuple[Part, ...]) -> Step:
-        return slimmed(model.essential, file, recorded, at=at, how=how, dtype=dtype, in_turn=True)
+        beside = calibration.beside[at] if whole else ()
+        return slimmed(model.essential, file, recorded, beside, at=at, how=how, dtype=dtype, in_turn=True)
 
     if how.inputs == "sequential":
-        return model.with_layers(in_sequence(calibration, layer, statistics=False)[0])
+        return model.with_layers(in_sequence(calibration, layer, statistics=False, beside=whole)[0])
     return model.with_layers({i: slimmed(*calibration.of(i), at=i, how=how, dtype=dtype) for i in calibration.observed})
 
 
@@ -67,7 +72,9 @@ def compress(
                 f"order={order!r}: {name!r} is no stage; write slim,trim or trim,slim or decompose,slim or trim,tune,slim"
             )
         if (how := options[name]) is not None:
-            needs = TRIM_KINDS[how.what].needs if isinstance(how, Trimming) else {}
+            needs: Mapping[str, Any] = TRIM_KINDS[how.what].needs if isinstance(how, Trimming) else {}
+            if isinstance(how, Slimming) and how.target == "model":
+                needs = {"beside": passed.shard}
             calibration = predicted(calibrate.run(made.model, tokens, passed, **needs))
             made = replace(made, model=STAGES[name](calibration, how))
     return made

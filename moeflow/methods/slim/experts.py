@@ -4,6 +4,7 @@ Shapes are suffixes: T tokens, D model width, F expert width, E experts, M rows 
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ from moeflow.methods.recorded import placement
 from moeflow.methods.records import Facts
 from moeflow.methods.rewrite import link_all
 from moeflow.methods.slim.awq import ScaledExperts, fold
-from moeflow.methods.slim.methods import AT_ONCE, METHODS, Slimming
+from moeflow.methods.slim.correction import Seen, Wanted, corrected
+from moeflow.methods.slim.methods import AT_ONCE, METHODS, Share, Slimming
 from moeflow.methods.slim.quantized import Quantized
 from moeflow.model.checkpoint import DTYPES, Tensors, read_expert, read_moe, save
 from moeflow.model.formats import format_of
@@ -38,48 +40,62 @@ Treated = Tensor | Quantized
 Names = tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Routed:
+    """What one expert sees of the recorded tokens."""
+
+    x_TD: Tensor
+    weight_T: Tensor
+    """How much its outputs count."""
+    lacks_TD: Tensor | None = None
+    """What its outputs should make up for, beside the expert's own errors."""
+
+
 @torch.inference_mode()
 def rewrite(
-    context: Context, config: Config, before: Any, observed: Sequence[Files], how: Slimming,
-    *, layer: int, part: int, parts: int, dtype: str,
+    context: Context, config: Config, before: Any, observed: Sequence[Files], beside: Sequence[Files], how: Slimming,
+    *, layer: int, share: Share, dtype: str,
 ) -> list[dict[str, Any]] | None:  # fmt: skip
     """Write the layer's file with slimmed experts, and return for each, and for the shared one, what was done and lost.
 
     If trimming removed the layer's experts, the layer is linked as it is, and None is returned.
 
-    With several parts, each treats its share of the experts; the first also writes everything else, and treats the shared expert.
+    Each task treats its share of the experts; the first also writes everything else, and treats the shared expert.
+    `beside`: what the original model's block is added to, of the same tokens, if `how.target` asks for it.
 
-    Lost is the squared change of a matrix's outputs on the expert's tokens, relative to their squared norm.
+    Lost is the squared change of a matrix's outputs on the expert's tokens, relative to their squared norm; where a matrix makes
+    up for others (`how.target`), what it misses of the outputs that it should give.
     """
     family, tensors = Family.of(config), Tensors(before)
     if family.router(layer) not in tensors:
-        if part == 0:
+        if share.first:
             link_all(context, before)
         return None
     now = Layer(tensors, config, layer, how, placement(config, dtype))
-    chosen = range(now.count * part // parts, now.count * (part + 1) // parts)
+    chosen = share.of(now.count)
     x_TD = torch.cat([Tensors(shard)["x_RD"] for shard in observed]).to(**now.placed)
     weights_TE = now.weights(x_TD)
-    if part == 0:
+    lost_TD = lost_before(observed, beside) if how.target == "model" else None
+    if share.first:
         experts = {n for e in range(now.count) for n in now.names(e)}
         now.out = {n: tensors[n] for n in tensors if file_for(n) == LAYER and n not in experts}
     report: list[dict[str, Any]] = []
     if how.row.needs == "tokens":
         report = _all_at_once(now, x_TD, weights_TE)
     else:
-        for entry in _experts(now, chosen, x_TD, weights_TE):
+        for entry in _experts(now, chosen, x_TD, weights_TE, lost_TD):
             report.append(entry)
             context.progress(len(report), len(chosen), "experts")
             if len(report) == 1:
                 now.reserve(chosen, entry["expert"])
-    if how.shared and family.shared(layer) and part == 0:
+    if how.shared and family.shared(layer) and share.first:
         report.append({"expert": "shared"} | _shared(now, x_TD))
     few = [e["expert"] for e in report if e["by"] != how.method]
     if few and how.row.needs != "weights":
         by = "keep" if how.rare == "keep" else how.row.fallback
         context.note(f"layer {layer}: experts {few} saw fewer than {how.least} tokens and were treated by {by}")
     save(now.out, context.out / LAYER)
-    if part == 0:
+    if share.first:
         link_all(context, before, but=(LAYER, Facts.FILE))
     return report
 
@@ -165,7 +181,30 @@ class Layer:
                 self.out |= {other + n: torch.empty_like(t) for n, t in made.items() if other + n not in self.out}
 
 
-def _experts(now: Layer, chosen: Sequence[int], x_TD: Tensor, weights_TE: Tensor) -> Iterator[dict[str, Any]]:
+def lost_before(observed: Sequence[Files], beside: Sequence[Files]) -> Tensor | None:
+    """What the layers before have lost of what this layer's block is added to, [T, D] in fp32.
+
+    None where the original's was not recorded, or the layer does not simply add.
+    """
+    original_TD = torch.cat([Tensors(shard)["beside_RD"] for shard in beside]) if beside else torch.zeros(0)
+    if not len(original_TD):
+        return None
+    now_TD = torch.cat([Tensors(shard)["beside_RD"] for shard in observed])
+    assert now_TD.shape == original_TD.shape, f"{tuple(now_TD.shape)} beside {tuple(original_TD.shape)}: not the same tokens"
+    return original_TD.float() - now_TD.float()
+
+
+def _routed(now: Layer, e: int, token: Tensor, x_TD: Tensor, weights_TE: Tensor, lost_TD: Tensor | None) -> Routed:
+    """What expert `e` sees of its tokens. What was lost before is shared out so that the experts' outputs change least."""
+    weight_TE = weights_TE[token].float()
+    share_T = weight_TE[:, e] / weight_TE.square().sum(-1).clamp(min=1e-12)
+    lacks_TD = None if lost_TD is None else share_T[:, None] * lost_TD[token.cpu()].to(share_T.device)
+    return Routed(now.inputs(x_TD[token], e), weight_TE[:, e], lacks_TD)
+
+
+def _experts(
+    now: Layer, chosen: Sequence[int], x_TD: Tensor, weights_TE: Tensor, lost_TD: Tensor | None
+) -> Iterator[dict[str, Any]]:
     """Treat the experts one by one on a CPU, elsewhere as many together as memory allows."""
     at_once = _at_once(now)
     for group in (chosen[i : i + at_once] for i in range(0, len(chosen), at_once)):
@@ -173,8 +212,8 @@ def _experts(now: Layer, chosen: Sequence[int], x_TD: Tensor, weights_TE: Tensor
         many = [e for e in group if len(tokens[e]) >= now.how.least]
         done: dict[int, dict[str, Any]] = {}
         if many:
-            x_eTD = [now.inputs(x_TD[tokens[e]], e) for e in many]
-            done |= zip(many, _treat(now, [now.matrices(e) for e in many], [now.expert(e) for e in many], x_eTD), strict=True)
+            seen = [_routed(now, e, tokens[e], x_TD, weights_TE, lost_TD) for e in many]
+            done |= zip(many, _treat(now, [now.matrices(e) for e in many], [now.expert(e) for e in many], seen), strict=True)
         for e in group:
             if e not in done and now.how.rare == "keep":
                 now.out |= {n: now.tensors[n] for n in now.names(e)}
@@ -194,39 +233,66 @@ def _at_once(now: Layer) -> int:
     return max(1, WORKING[now.placed["device"]] // (of_one + 16 * max(rows, columns) ** 2 + 24 * rows * columns))
 
 
-def _treat(now: Layer, names: list[Names], experts: list[MLP], x_eTD: list[Tensor] | None) -> list[dict[str, Any]]:
+def _treat(now: Layer, names: list[Names], experts: list[MLP], seen: list[Routed] | None) -> list[dict[str, Any]]:
     """Treat experts together, matrix by matrix; without tokens, by their weights alone. Say what was done and what each lost."""
-    by = now.how.row.fallback if x_eTD is None else now.how.method
+    by = now.how.row.fallback if seen is None else now.how.method
     report: list[dict[str, Any]] = [{"by": by, "lost": {}} for _ in experts]
-    moment_NN = None if x_eTD is None else _stacked([second_moment(x_TD) for x_TD in x_eTD])
-    inner, x_TN = experts, None if x_eTD is None or not now.low_rank else x_eTD[0]
+    moment_NN = None if seen is None else _stacked([second_moment(s.x_TD) for s in seen])
+    inner, x_TN = experts, None if seen is None or not now.low_rank else seen[0].x_TD
     for at, m in enumerate(MATRICES[-len(experts[0].matrices) :]):
-        if m == "down" and x_eTD is not None:
-            moment_NN = _stacked([inner_moment(e, x_TD) for e, x_TD in zip(inner, x_eTD, strict=True)])
+        if m == "down" and seen is not None:
+            moment_NN = _stacked([inner_moment(e, s.x_TD) for e, s in zip(inner, seen, strict=True)])
             x_TN = None if x_TN is None else inner[0].inner(x_TN)
         before = [e.matrices[at] for e in experts]
-        after = _slimmed(now, [name[at] for name in names], before, moment_NN, x_TN)
+        wanted = None
+        if seen is not None and now.how.target != "matrix" and (m == "down" or now.low_rank):
+            wanted = [_wanted(e, slimmed, at, s) for e, slimmed, s in zip(experts, inner, seen, strict=True)]
+        after, missed = _slimmed(now, [name[at] for name in names], before, moment_NN, x_TN, wanted)
         for i, entry in enumerate(report):
             of_one_NN = moment_NN if moment_NN is None or len(experts) == 1 else moment_NN[i]
-            entry["lost"][m] = _lost(whole(before[i]), whole(after[i]), of_one_NN)
+            entry["lost"][m] = missed[i] if missed else _lost(whole(before[i]), whole(after[i]), of_one_NN)
         if now.how.inputs == "sequential":
             inner = [_with(e, at, matrix) for e, matrix in zip(inner, after, strict=True)]
     return report
 
 
-def _slimmed(now: Layer, names: list[str], matrices: list[Matrix], moment_NN: Tensor | None, x_TN: Tensor | None) -> list[Matrix]:
-    """Slim a matrix, or one of each of several experts, and write them.
+def _wanted(expert: MLP, slimmed: MLP, at: int, routed: Routed) -> Wanted:
+    """What is wanted of matrix `at` of an expert: what it gave before the matrices that feed it were slimmed."""
+    last = at == len(expert.matrices) - 1
+
+    def seen(rows: slice) -> Seen:
+        x_tD, weight_t1 = routed.x_TD[rows], routed.weight_T[rows, None]
+        now_tN, before_tN = (weight_t1 * (e.inner(x_tD) if last else x_tD) for e in (slimmed, expert))
+        lacks_tD = None if not last or routed.lacks_TD is None else weight_t1 * routed.lacks_TD[rows]
+        return Seen(now_tN, before_tN, lacks_tD)
+
+    return Wanted(len(routed.x_TD), seen)
+
+
+def _slimmed(
+    now: Layer, names: list[str], matrices: list[Matrix], moment_NN: Tensor | None, x_TN: Tensor | None,
+    wanted: list[Wanted] | None,
+) -> tuple[list[Matrix], list[float]]:  # fmt: skip
+    """Slim a matrix, or one of each of several experts, and write them; first move each towards what is `wanted` of it.
+
+    Returns them, and what each misses of that.
 
     If it is low-rank, slim the factor that sees the inputs `x_TN`, then the other by what the slimmed first makes of them: from the
     tokens themselves, since rounding would leave a product of matrices with sums of squares below zero.
     """
     if isinstance(matrices[0], LowRank):
         ((out, within),) = (now.family.factors(name) for name in names)
-        in_RN = now.put(within, now.treat(matrices[0].in_RN, moment_NN))
-        moment_RR = None if x_TN is None else second_moment(x_TN.float() @ in_RN.mT)
-        return [LowRank(now.put(out, now.treat(matrices[0].out_MR, moment_RR)), in_RN)]
-    made = now.treat(_stacked([whole(m) for m in matrices]), moment_NN)
-    return [now.put(name, made if len(names) == 1 else made[i]) for i, name in enumerate(names)]
+        in_RN, out_MR = now.put(within, now.treat(matrices[0].in_RN, moment_NN)), matrices[0].out_MR
+        inner_TR = None if x_TN is None else x_TN.float() @ in_RN.mT
+        moved = [corrected(out_MR, one.behind(in_RN, matrices[0].in_RN)) for one in wanted or ()]
+        out_MR = moved[0].weight_MN if moved else out_MR
+        out_MR = now.put(out, now.treat(out_MR, None if inner_TR is None else second_moment(inner_TR)))
+        return [LowRank(out_MR, in_RN)], [one.missed(out_MR) for one in moved]
+    wholes = [whole(m) for m in matrices]
+    moved = [corrected(*pair) for pair in zip(wholes, wanted, strict=True)] if wanted else []
+    made = now.treat(_stacked([one.weight_MN for one in moved] or wholes), moment_NN)
+    after = [now.put(name, made if len(names) == 1 else made[i]) for i, name in enumerate(names)]
+    return [*after], [one.missed(now_MN) for one, now_MN in zip(moved, after, strict=False)]
 
 
 def _shared(now: Layer, x_TD: Tensor) -> dict[str, Any]:
@@ -239,7 +305,8 @@ def _shared(now: Layer, x_TD: Tensor) -> dict[str, Any]:
     before = [now.out.pop(name) for name in names]
     if scaled:
         shared = shared.with_matrices([t.to(x_TD.device, x_TD.dtype) for t in before])
-    (done,) = _treat(now, [names], [shared], None if scaled else [x_TD])
+    seen = None if scaled else [Routed(x_TD, torch.ones_like(x_TD[:, 0]))]
+    (done,) = _treat(now, [names], [shared], seen)
     return done
 
 

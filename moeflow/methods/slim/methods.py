@@ -44,21 +44,38 @@ AT_ONCE = 8 << 30
 
 METHODS = {
     "magnitude": Method(Pattern, "weights", "magnitude", "moeflow.methods.slim.masks:magnitude"),
-    "wanda": Method(Pattern, "moments", "magnitude", "moeflow.methods.slim.masks:wanda"),
+    "wanda": Method(Pattern, "moments", "magnitude", "moeflow.methods.slim.masks:wanda", ("target",)),
     "sparsegpt": Method(
-        Pattern, "moments", "magnitude", "moeflow.methods.slim.sparsegpt:sparsegpt", ("damp", "columns"),
+        Pattern, "moments", "magnitude", "moeflow.methods.slim.sparsegpt:sparsegpt", ("damp", "columns", "target"),
         memory="moeflow.methods.slim.sparsegpt:memory",
     ),
     "round_to_nearest": Method(
         Grid, "weights", "round_to_nearest", "moeflow.methods.slim.rounding:round_to_nearest", factors=True
     ),
     "gptq": Method(
-        Grid, "moments", "round_to_nearest", "moeflow.methods.slim.gptq:gptq", ("activation_order", "damp", "columns"),
+        Grid, "moments", "round_to_nearest", "moeflow.methods.slim.gptq:gptq", ("activation_order", "damp", "columns", "target"),
         factors=True, memory="moeflow.methods.slim.gptq:memory",
     ),
     "awq": Method(Grid, "tokens", "round_to_nearest", "moeflow.methods.slim.awq:awq"),
 }  # fmt: skip
 """Every method by its name."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """The experts of a layer that one of several tasks treats."""
+
+    task: int = 0
+    tasks: int = 1
+
+    def of(self, experts: int) -> range:
+        """Which of a layer's experts these are."""
+        return range(experts * self.task // self.tasks, experts * (self.task + 1) // self.tasks)
+
+    @property
+    def first(self) -> bool:
+        """Whether this task also writes all that is no expert's."""
+        return self.task == 0
 
 
 @dataclass(frozen=True)
@@ -90,6 +107,10 @@ class Slimming:
     """Also treat the shared experts."""
     inputs: Literal["parallel", "sequential"] = "parallel"
     """The model that a layer's inputs come from: the given one, or the one with all earlier layers slimmed."""
+    target: Literal["matrix", "expert", "model"] = "matrix"
+    """What a matrix should give in spite of its treatment: its own outputs on what it sees, as published; "expert": the last matrix
+    of an expert also makes up for what the ones before it lost; "model": and for what the layers before it lost. The last two need
+    inputs=sequential."""
     packed: bool = True
     """Write codes and scales as transformers and vLLM read them; false writes the dequantized weights."""
     tasks: int = 0
@@ -102,6 +123,9 @@ class Slimming:
         check_at_least(self, columns=1, tasks=0)
         if not 0 < self.damp < 1:
             raise ValueError(f"damp={self.damp} must lie between 0 and 1: it is a part of the mean diagonal, such as 0.01")
+        if self.target != "matrix" and (self.inputs != "sequential" or "target" not in self.row.takes):
+            able = ", ".join(name for name, row in METHODS.items() if "target" in row.takes)
+            raise ValueError(f"target={self.target} needs inputs=sequential and one of {able}; it has {self.inputs}, {self.method}")
         if not self.row.quantizes:
             Pattern.parse(self.pattern)
             return

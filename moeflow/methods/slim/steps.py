@@ -14,7 +14,7 @@ from typing import Any
 from moeflow.arch import Family
 from moeflow.methods.records import Bits, Facts
 from moeflow.methods.rewrite import joined, link_all
-from moeflow.methods.slim.methods import AT_ONCE, METHODS, Slimming
+from moeflow.methods.slim.methods import AT_ONCE, METHODS, Share, Slimming
 from moeflow.methods.slim.pattern import Pattern
 from moeflow.model import operations
 from moeflow.model.layout import LAYER, file_for, read_config
@@ -28,20 +28,22 @@ PER_TASK = 300_000_000
 
 
 def slimmed(
-    rest: Step | Part, before: Step, observed: tuple[Step | Part, ...], *, at: int, how: Slimming, dtype: str, in_turn: bool = False
-) -> Step:
+    rest: Step | Part, before: Step, observed: tuple[Step | Part, ...], beside: tuple[Part, ...] = (),
+    *, at: int, how: Slimming, dtype: str, in_turn: bool = False,
+) -> Step:  # fmt: skip
     """The graph that slims layer `at` in one task or several; with `in_turn` the next layer waits for it.
 
-    Raises ValueError for an impossible number of tasks.
+    `beside`: what a calibration of the original recorded so. Raises ValueError for an impossible number of tasks.
     """
-    return _divided(partial(layer, rest, before, observed), before, at=at, how=how, dtype=dtype, in_turn=in_turn)
+    return _divided(partial(layer, rest, before, observed, beside), before, at=at, how=how, dtype=dtype, in_turn=in_turn)
 
 
 def slimmed_as_decided(
-    bits: Step, rest: Step | Part, before: Step, observed: tuple[Step | Part, ...], *, at: int, how: Slimming, dtype: str
-) -> Step:
+    bits: Step, rest: Step | Part, before: Step, observed: tuple[Step | Part, ...], beside: tuple[Part, ...] = (),
+    *, at: int, how: Slimming, dtype: str,
+) -> Step:  # fmt: skip
     """As `slimmed` in turn, at the bits and in the groups that a step decides for the layer, if it is to be quantized at all."""
-    return _divided(partial(decided, bits, rest, before, observed), before, at=at, how=how, dtype=dtype, in_turn=True)
+    return _divided(partial(decided, bits, rest, before, observed, beside), before, at=at, how=how, dtype=dtype, in_turn=True)
 
 
 def _divided(slim: Callable[..., Step], before: Step, *, at: int, how: Slimming, dtype: str, in_turn: bool) -> Step:
@@ -53,14 +55,14 @@ def _divided(slim: Callable[..., Step], before: Step, *, at: int, how: Slimming,
     if not tasks:
         several = in_turn and how.row.needs != "tokens"
         tasks = max(1, min(most, -(-before.spec.output.expert_numel // PER_TASK))) if several else 1
-    same: dict[str, Any] = {"layer": at, "parts": tasks, "how": how.of_a_layer, "dtype": dtype}
-    parts = tuple(slim(part=part, **same) for part in range(tasks))
+    same: dict[str, Any] = {"layer": at, "how": how.of_a_layer, "dtype": dtype}
+    parts = tuple(slim(share=Share(task, tasks), **same) for task in range(tasks))
     return parts[0] if len(parts) == 1 else joined(parts)
 
 
 def _layer_spec(
-    rest: RestSpec, before: LayerSpec, observed: tuple[ObservedSpec, ...],
-    *, layer: int, part: int, parts: int, how: Slimming, dtype: str,
+    rest: RestSpec, before: LayerSpec, observed: tuple[ObservedSpec, ...], beside: tuple[ObservedSpec, ...] = (),
+    *, layer: int, share: Share, how: Slimming, dtype: str,
 ) -> Spec:  # fmt: skip
     before.check_plain("slim")
     if before.slimmed_by:
@@ -103,18 +105,25 @@ def _layer_spec(
     rows = before.tensors[names[0]][1][0]
     # the output, the tokens, and the moments, factor and working copy of one expert, or all experts and their codes
     together = 3 * before.experts * rows * columns * (size + 3) if how.row.needs == "tokens" else 0
-    share = out.nbytes // parts
+    bytes_of_share = out.nbytes // share.tasks
     one = 60 * max(rows, columns) ** 2 + 24 * rows * columns
-    memory = share + together + 3 * tokens + one + (1 << 29)
+    if how.target != "matrix":  # the moments of two halves of the tokens, and what is missing of both
+        one += 40 * rows**2 + 32 * rows * columns
+    memory = bytes_of_share + together + 3 * tokens + one + (1 << 29)
     device = on_device(before.loaded(dtype) + together + 3 * tokens + max(one, AT_ONCE))
-    writes = share + 300 + 200 * before.experts // parts
+    writes = bytes_of_share + 300 + 200 * before.experts // share.tasks
     products, factors = 2 * before.expert_numel, 0
     if how.row.needs != "weights":  # the inputs' moment of each matrix is factored, and its columns are treated one after another
         products += operations.moments(before, sum(shard.rows for shard in observed), (columns, rows))
         products += before.expert_numel // 3 * (2 * columns + rows)
         factors = before.experts * 4 * (2 * columns**3 + rows**3) // 3
-    done: Mapping[Arithmetic, int] = {"float32": products // parts, "factors": factors // parts}
-    return Spec(out, reads=before.nbytes // parts + tokens, writes=writes, operations=done, memory=memory, device=device)
+    if how.target != "matrix":  # down is moved: its moment again, of an expert that is run twice more, and five solutions
+        products += 3 * operations.moments(before, sum(shard.rows for shard in observed), (rows,))
+        factors += before.experts * 5 * (rows**3 // 3 + 2 * columns * rows**2)
+    if beside:  # the original's rows, with their difference in fp32
+        memory, tokens = memory + tokens * (2 + 12 // size), 3 * tokens
+    done: Mapping[Arithmetic, int] = {"float32": products // share.tasks, "factors": factors // share.tasks}
+    return Spec(out, reads=before.nbytes // share.tasks + tokens, writes=writes, operations=done, memory=memory, device=device)
 
 
 def check_scalable(family: Family, how: Slimming) -> None:
@@ -142,30 +151,31 @@ def _check_columns(name: str, columns: int, how: Slimming) -> None:
         raise ValueError(f"bits={how.bits} of {columns} columns of {name} fill no whole words of 32 bits; give packed=False")
 
 
-@step("slim.layer", version=3, spec=_layer_spec, gpus=1)
+@step("slim.layer", version=4, spec=_layer_spec, gpus=1)
 def layer(
-    context: Context, config: Artifact, before: Artifact, observed: tuple[Artifact, ...],
-    *, layer: int, part: int, parts: int, how: Slimming, dtype: str,
+    context: Context, config: Artifact, before: Artifact, observed: tuple[Artifact, ...], beside: tuple[Artifact, ...] = (),
+    *, layer: int, share: Share, how: Slimming, dtype: str,
 ) -> None:  # fmt: skip
     """One layer's file with slimmed experts, and `facts.json`, which says for every expert how it was treated and what it lost.
 
-    `observed`: what each shard of tokens recorded in this layer. With several `parts`, each treats its share of the experts; the
-    first also writes everything else. If trimming removed the layer's experts, the layer is unchanged.
+    `observed`: what each shard of tokens recorded in this layer. Each task treats its `share` of the experts; the
+    first also writes everything else. If trimming removed the layer's experts, the layer is unchanged. `beside`: what the block is
+    added to in the original, for the same tokens in order, if `how.target` asks for it.
     """
-    _rewritten(context, config, before, observed, layer=layer, part=part, parts=parts, how=how, dtype=dtype)
+    _rewritten(context, config, before, observed, beside, layer=layer, share=share, how=how, dtype=dtype)
 
 
 def _rewritten(
-    context: Context, config: Artifact, before: Artifact, observed: tuple[Artifact, ...],
-    *, layer: int, part: int, parts: int, how: Slimming, dtype: str,
+    context: Context, config: Artifact, before: Artifact, observed: tuple[Artifact, ...], beside: tuple[Artifact, ...],
+    *, layer: int, share: Share, how: Slimming, dtype: str,
 ) -> None:  # fmt: skip
     from moeflow.methods.slim import experts
 
-    report = experts.rewrite(context, read_config(config), before, observed, how, layer=layer, part=part, parts=parts, dtype=dtype)
+    report = experts.rewrite(context, read_config(config), before, observed, beside, how, layer=layer, share=share, dtype=dtype)
     facts = Facts.of(before)
     if report is not None:
         facts = facts.and_then("slim.layer", **how.facts, experts=report)
-    if report is not None or part:  # otherwise the layer is unchanged
+    if report is not None or not share.first:  # otherwise the layer is unchanged
         facts.write(context.out)
 
 
@@ -188,25 +198,26 @@ def unpacked(context: Context, before: Artifact) -> None:
 
 
 def _decided_spec(
-    bits: Any, rest: RestSpec, before: LayerSpec, observed: tuple[ObservedSpec, ...],
-    *, layer: int, part: int, parts: int, how: Slimming, dtype: str,
+    bits: Any, rest: RestSpec, before: LayerSpec, observed: tuple[ObservedSpec, ...], beside: tuple[ObservedSpec, ...] = (),
+    *, layer: int, share: Share, how: Slimming, dtype: str,
 ) -> Spec:  # fmt: skip
     """As at the bits of `how`, the most that may be decided."""
-    spec = _layer_spec(rest, before, observed, layer=layer, part=part, parts=parts, how=how, dtype=dtype)
+    spec = _layer_spec(rest, before, observed, beside, layer=layer, share=share, how=how, dtype=dtype)
     return replace(spec, output=replace(spec.output, elsewhere=before.elsewhere), reads=spec.reads + bits["bytes"])
 
 
-@step("slim.decided", version=1, spec=_decided_spec, gpus=1)
+@step("slim.decided", version=2, spec=_decided_spec, gpus=1)
 def decided(
     context: Context, bits: Artifact, config: Artifact, before: Artifact, observed: tuple[Artifact, ...],
-    *, layer: int, part: int, parts: int, how: Slimming, dtype: str,
+    beside: tuple[Artifact, ...] = (),
+    *, layer: int, share: Share, how: Slimming, dtype: str,
 ) -> None:  # fmt: skip
     """As `slim.layer`, at the bits and in the groups that a decision says; a layer that it does not quantize is linked as it is."""
     decision = Bits.read(bits)
     if (chosen := decision.layers.get(layer)) is not None:
         how = replace(how, bits=chosen, group=decision.groups.get(layer, how.group))
-        _rewritten(context, config, before, observed, layer=layer, part=part, parts=parts, how=how, dtype=dtype)
-    elif part == 0:
+        _rewritten(context, config, before, observed, beside, layer=layer, share=share, how=how, dtype=dtype)
+    elif share.first:
         link_all(context, before)
     else:
         Facts.of(before).write(context.out)

@@ -32,7 +32,7 @@ OFFERS: dict[str, Any] = {"counts": (0.75,), "ranks": (0.3,), "bits": (4,), "gro
 def calibrated(model: Path, folder: Path) -> Calibration:
     original = running.model_in(model)
     matrix = data.tokens(running.matrix_of(folder), original, Sample(8, 16))
-    return calibrate.run(original, matrix, Pass(batch=2, shard=4, stage=2))
+    return fit.calibrated(original, matrix, Pass(batch=2, shard=4, stage=2))
 
 
 def fitted(calibration: Calibration, budget: Budget, **offers: Any) -> Step:
