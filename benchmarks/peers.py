@@ -50,8 +50,8 @@ GPTQMODEL = Peer("GPTQModel", (TORCH, "gptqmodel>=7.7,<7.8"), "peer_gptqmodel.py
 AUTO_ROUND = Peer("auto-round", (TORCH, "auto-round>=0.16,<0.17", "compressed-tensors"), "peer_autoround.py")
 
 PRUNING = ("benchmarks/peer_pruning.py", "search=reap", "keep=6", "calibration.record=0")
-_SLIM = ("benchmarks/peer_slimming.py", "slim.bits=4", "slim.group=64", "slim.inputs=sequential", "slim.target=model")
-GPTQ = (*_SLIM, "slim=gptq", "slim.activation_order=true")
+_SLIM = ("benchmarks/peer_slimming.py", "slim.bits=4", "slim.group=64", "slim.inputs=sequential")
+GPTQ = (*_SLIM, "slim=gptq", "slim.activation_order=true", "slim.target=model")
 AWQ = (*_SLIM, "slim=awq")
 SIZE = "{bytes}"
 FIT = ("benchmarks/peer_fitting.py", f"budget.bytes={SIZE}", "offers.measured=6144")

@@ -10,7 +10,8 @@ trim.dropped=2`, two experts of a layer on average across the model. 128 sequenc
 
 The paper quantizes first; `-p order=trim,slim` trims first. `-p slim=gptq`, `sparsegpt`, `wanda` and so on take another method; `-p
 slim=none` skips slimming, `-p trim=none` skips trimming. `-p slim.inputs=sequential` calibrates each layer behind the slimmed
-layers before it. `-p slim=gptq -p slim.activation_order=true` quantizes the columns with the most input energy first (act-order),
+layers before it; with it `-p slim.target=model` lets the last matrix of each expert make up for what the matrices and layers
+before it lost (after Li et al., GPTAQ, arXiv 2504.02692). `-p slim=gptq -p slim.activation_order=true` quantizes the columns with the most input energy first (act-order),
 `-p slim.tasks=8` splits each layer's experts over eight Ray tasks, with the same result. `-p order=trim,tune,slim -p tune=full`
 fine-tunes the trimmed model before it is quantized.
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from moeflow.methods.moments import INNER_AT_ONCE
 
 DAMPS = (0.1, 1.0)
-"""What is added to the diagonal, as parts of its mean: the better one is taken, or no correction where neither helps."""
+"""What is added to the diagonal, as parts of its mean: the first one that helps is taken, or no correction where neither does."""
 
 
 @dataclass(frozen=True)
@@ -92,11 +92,11 @@ def corrected(w_MN: Tensor, wanted: Wanted) -> Corrected:
     """
     middle = wanted.count // 2
     one, other = (_sums(w_MN, wanted, half) for half in (slice(0, middle), slice(middle, wanted.count)))
-    gains = {damp: one.gain(_solved(other, damp)) + other.gain(_solved(one, damp)) for damp in DAMPS}
-    best, both = max(gains, key=gains.__getitem__), one + other
-    if not middle or not gains[best] > 0:
-        return Corrected(w_MN, w_MN, both)
-    return Corrected((w_MN.float() + _solved(both, best)).to(w_MN.dtype), w_MN, both)
+    both = one + other
+    for damp in DAMPS if middle else ():
+        if one.gain(_solved(other, damp)) + other.gain(_solved(one, damp)) > 0:
+            return Corrected((w_MN.float() + _solved(both, damp)).to(w_MN.dtype), w_MN, both)
+    return Corrected(w_MN, w_MN, both)
 
 
 def _sums(w_MN: Tensor, wanted: Wanted, half: slice) -> Sums:

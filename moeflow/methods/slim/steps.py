@@ -117,9 +117,11 @@ def _layer_spec(
         products += operations.moments(before, sum(shard.rows for shard in observed), (columns, rows))
         products += before.expert_numel // 3 * (2 * columns + rows)
         factors = before.experts * 4 * (2 * columns**3 + rows**3) // 3
-    if how.target != "matrix":  # down is moved: its moment again, of an expert that is run twice more, and five solutions
-        products += 3 * operations.moments(before, sum(shard.rows for shard in observed), (rows,))
-        factors += before.experts * 5 * (rows**3 // 3 + 2 * columns * rows**2)
+    if how.target != "matrix":  # down is moved: its moment again, experts that are run twice more, and three solutions
+        seen = sum(shard.rows for shard in observed)
+        products += operations.moments(before, seen, (rows,)) + operations.moments(before, seen, ())
+        products += before.experts * 3 * 2 * columns * rows**2
+        factors += before.experts * rows**3
     if beside:  # the original's rows, with their difference in fp32
         memory, tokens = memory + tokens * (2 + 12 // size), 3 * tokens
     done: Mapping[Arithmetic, int] = {"float32": products // share.tasks, "factors": factors // share.tasks}
