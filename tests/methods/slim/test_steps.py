@@ -213,7 +213,7 @@ def test_a_large_layer_is_divided_where_the_next_one_waits_for_it(tmp_path: Path
 
     def tasks(**how: Any) -> list[int]:
         each = [s for s in upstream(unified.slim(calibration, Slimming(**how)).layers) if s.name == "slim.layer"]
-        return [s.params["share"].tasks for s in each]
+        return [s.params["share"].get("tasks", 1) for s in each]
 
     gptq = {"method": "gptq", **FOUR}
     assert tasks(**gptq, inputs="sequential") == [1] * 3, "small ones are not"
