@@ -230,6 +230,8 @@ def _at_once(now: Layer) -> int:
     (rows, columns), *_ = now.shapes(0)
     memory = load(now.how.row.memory)
     of_one = max(memory(rows, columns, now.how), memory(columns, rows, now.how))
+    if now.how.target != "matrix":  # the sums by which it was moved stay until it is slimmed
+        of_one += 8 * rows**2 + 8 * rows * columns
     return max(1, WORKING[now.placed["device"]] // (of_one + 16 * max(rows, columns) ** 2 + 24 * rows * columns))
 
 
