@@ -111,6 +111,11 @@ def _unified() -> dict[str, Row]:
             words_of("order=slim", *gptq, "slim.inputs=sequential", "slim.tasks=2", "slim.shared=true"),
             equals="dense",
         ),
+        "slim in sequence, towards the model": Row(
+            "mixtral_unified",
+            words_of("order=slim", *gptq, "slim.inputs=sequential", "slim.target=model", "slim.tasks=2", "slim.shared=true"),
+            equals="dense",
+        ),
         "trim=experts by layer": Row(
             "mixtral_unified", words_of("order=trim", "trim=experts", "trim.dropped=2", "trim.across=layer")
         ),

@@ -20,6 +20,10 @@ RUNS = [
         "mixtral_moei2", ["decomposition.importance=recon", "calibration.record=1024", "tune=none", *words.GENETIC],
         marks=pytest.mark.slow,
     ),
+    pytest.param(
+        "mixtral_unified", ["order=slim", "slim=gptq", "slim.group=16", "slim.inputs=sequential", "slim.target=model"],
+        marks=pytest.mark.slow,
+    ),
     pytest.param("fit", ["budget.ratio=0.25", "offers.group=16", "offers.measured=512"], marks=pytest.mark.slow),
 ]  # fmt: skip
 
