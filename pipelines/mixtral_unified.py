@@ -8,12 +8,12 @@ layer). Without options: L8/32 + AWQ, the paper's main result. B5/32 + AWQ with 
 trim.dropped=2`, two experts of a layer on average across the model. 128 sequences of 2,048 tokens of C4; 4 bits in groups of
 128.
 
-The paper quantizes first; `-p order=trim,slim` trims first. `-p slim=gptq`, `sparsegpt`, `wanda` and so on take another method; `-p
-slim=none` skips slimming, `-p trim=none` skips trimming. `-p slim.inputs=sequential` calibrates each layer behind the slimmed
-layers before it; with it `-p slim.target=model` lets the last matrix of each expert make up for what the matrices and layers
-before it lost (after Li et al., GPTAQ, arXiv 2504.02692). `-p slim=gptq -p slim.activation_order=true` quantizes the columns with the most input energy first (act-order),
-`-p slim.tasks=8` splits each layer's experts over eight Ray tasks, with the same result. `-p order=trim,tune,slim -p tune=full`
-fine-tunes the trimmed model before it is quantized.
+The paper quantizes first; `-p order=trim,slim` trims first. `-p slim=gptq`, `sparsegpt`, `wanda` and so on take another method;
+`-p slim=none` skips slimming, `-p trim=none` skips trimming. `-p slim.inputs=sequential` calibrates each layer behind the
+slimmed layers before it; with it `-p slim.target=model` lets the last matrix of each expert make up for what the matrices and
+layers before it lost (after Li et al., GPTAQ, arXiv 2504.02692). `-p slim=gptq -p slim.activation_order=true` quantizes the
+columns with the most input energy first (act-order), `-p slim.tasks=8` splits each layer's experts over eight Ray tasks, with
+the same result. `-p order=trim,tune,slim -p tune=full` fine-tunes the trimmed model before it is quantized.
 
 What moeflow puts beside it: `-p order=decompose,slim -p slim=gptq -p slim.group=32 -p slim.inputs=sequential
 -p slim.activation_order=true` takes three tenths of the experts' parameters away by rank and packs the factors in 4 bits. On the
