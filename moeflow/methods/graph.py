@@ -155,6 +155,10 @@ class Pass:
         if min(self.batch, self.record or 0, self.per_expert) < 0:
             raise ValueError(f"batch={self.batch}, record={self.record} and per_expert={self.per_expert} must not be negative")
 
+    def recorded(self, sequences: int, length: int, shard: int) -> int:
+        """Of how many tokens of each shard, of all `sequences` in shards of `shard`, the MoE inputs are kept."""
+        return shard * length if self.record is None else -(-self.record // -(-sequences // shard))
+
     def bounded(self, step: Step) -> Step:
         """The same step, running at most `batch` sequences together; the key stays."""
         return step.with_settings(batch=self.batch) if self.batch else step

@@ -56,12 +56,9 @@ def run(
     if not tokens.spec.output.sequences:
         return Calibration(model, tokens, passed, (), (), {}, {}, 0, traffic=counted)
     hidden = starts = _embedded(model, tokens, passed)
-    tokens_of_shard = passed.shard * tokens.spec.output.length
-    each = tokens_of_shard if passed.record is None else -(-passed.record // len(starts))
-    of = beside * tokens.spec.output.length
-    rows = (
-        (of if passed.record is None else -(-passed.record // -(-tokens.spec.output.sequences // beside)), of) if beside else (0, 0)
-    )
+    sequences, length = tokens.spec.output.sequences, tokens.spec.output.length
+    each = passed.recorded(sequences, length, passed.shard)
+    rows = (passed.recorded(sequences, length, beside), beside * length) if beside else (0, 0)
     recording = Recording(each if inputs else 0, passed.per_expert if inputs else 0, each if between else 0, rows)
     moe_layers = model.moe_layers
     states: dict[int, tuple[Step, ...]] = {}
