@@ -285,12 +285,34 @@ def pack(codes_MN: "Tensor", scale_MG: "Tensor", bits: int, zero_MG: "Tensor | N
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
     zeros = {} if zero_MG is None else {ZERO: pack_to_int32(zero_MG, bits, packed_dim=0).contiguous()}
-    return {PACKED: pack_to_int32(codes_MN, bits), SCALE: scale_MG.contiguous(), SHAPE: torch.tensor(codes_MN.shape)} | zeros
+    return {PACKED: repacked(codes_MN, bits), SCALE: scale_MG.contiguous(), SHAPE: torch.tensor(codes_MN.shape)} | zeros
+
+
+def repacked(codes_MN: "Tensor", bits: int) -> "Tensor":
+    """Signed codes (int8) in words [M, P] of 32 bits."""
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
+    words_MP: Tensor = pack_to_int32(codes_MN, bits)
+    return words_MP
 
 
 def parts_of(name: str, names: Container[str]) -> dict[str, str]:
     """The names of the tensors that a packed matrix with this name is kept in, by their endings."""
     return {end: name + end for end in (PACKED, *BESIDE) if name + end in names}
+
+
+def bits_of(parts: "Mapping[str, Tensor]") -> int:
+    """The bits of a code, of a packed matrix's tensors by the endings of their names."""
+    return round(parts[PACKED].shape[1] * 32 / int(parts[SHAPE][1]))
+
+
+def codes_of(parts: "Mapping[str, Tensor]") -> "Tensor":
+    """The signed codes [M, N], int8, of a packed matrix's tensors, by the endings of their names; zero points are still in them."""
+    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+
+    rows, columns = (int(n) for n in parts[SHAPE])
+    codes_MN: Tensor = unpack_from_int32(parts[PACKED], bits_of(parts), (rows, columns))
+    return codes_MN
 
 
 def unpack(parts: "Mapping[str, Tensor]") -> "Tensor":
@@ -300,12 +322,10 @@ def unpack(parts: "Mapping[str, Tensor]") -> "Tensor":
     """
     from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 
-    packed_MP, scale_MG, zero_WG = parts[PACKED], parts[SCALE], parts.get(ZERO)
-    rows, columns = (int(n) for n in parts[SHAPE])
-    bits = round(packed_MP.shape[1] * 32 / columns)
-    whole_MGg = unpack_from_int32(packed_MP, bits, (rows, columns)).float().unflatten(1, (scale_MG.shape[1], -1))
+    codes_MN, scale_MG, zero_WG = codes_of(parts), parts[SCALE], parts.get(ZERO)
+    whole_MGg = codes_MN.float().unflatten(1, (scale_MG.shape[1], -1))
     if zero_WG is not None:
-        zero_MG = unpack_from_int32(zero_WG, bits, (rows, scale_MG.shape[1]), packed_dim=0)
+        zero_MG = unpack_from_int32(zero_WG, bits_of(parts), tuple(scale_MG.shape), packed_dim=0)
         whole_MGg = whole_MGg - zero_MG.float()[..., None]
     whole_MN = (whole_MGg * scale_MG.float()[..., None]).flatten(1)
     if ADDED_OUT in parts:

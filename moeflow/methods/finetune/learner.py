@@ -8,10 +8,9 @@ import io
 import logging
 import os
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, redirect_stdout
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -22,10 +21,10 @@ from moeflow.methods.finetune import extensions
 from moeflow.methods.finetune.lora import apply, attach
 from moeflow.methods.finetune.recipe import Recipe
 from moeflow.methods.finetune.targets import is_trained
+from moeflow.model.checkpoint import Tensors
 from moeflow.model.factors import shape_of
 from moeflow.model.formats import layer_formats
-from moeflow.model.layout import Folder, headers, read_config
-from moeflow.model.packed import schemes_of
+from moeflow.model.layout import Folder
 from moeflow.model.quiet import load_whole
 from moeflow.model.skeleton import layers_of
 
@@ -81,7 +80,7 @@ def load(folder: Path, recipe: Recipe, config: dict[str, Any], device: torch.dev
     # on a CPU a loop over experts is twice as fast, forward and backward; on a GPU the grouped kernels are faster
     model.config._experts_implementation = "grouped_mm" if device.type == "cuda" else "eager"
     model.config.use_cache = False
-    open_parameters(model, recipe, _groups(folder) if recipe.packed == "scales" else {})
+    open_parameters(model, recipe, None if recipe.packed == "beside" else Tensors(Folder(folder)))
     if divided:  # DeepSpeed frees a module's weights too early if no gradient flows through its inputs
         model.enable_input_require_grads()
     if checkpointing:
@@ -89,20 +88,14 @@ def load(folder: Path, recipe: Recipe, config: dict[str, Any], device: torch.dev
     return model
 
 
-def _groups(folder: Path) -> dict[int, int]:
-    """By layer of a checkpoint, how many weights of its packed experts share a scale."""
-    shapes = {n: t.shape for n, t in headers(Folder(folder)).items()}
-    return {layer: scheme.group for layer, scheme in schemes_of(shapes, read_config(Folder(folder))).items()}
-
-
-def open_parameters(model: Any, recipe: Recipe, groups: Mapping[int, int] = MappingProxyType({})) -> None:
-    """Freeze everything but what the recipe trains, or attach LoRA's additions; `groups` as for `lora.attach`."""
+def open_parameters(model: Any, recipe: Recipe, checkpoint: Tensors | None = None) -> None:
+    """Freeze everything but what the recipe trains, or attach LoRA's additions; `checkpoint` as for `lora.attach`."""
     family = Family.of(model.config.to_dict())
     parameters = dict(model.named_parameters())
     disk = {n: family.on_disk(n) for n in parameters}
     trained = [n for n, p in parameters.items() if is_trained(family, recipe.mode, recipe.targets, disk[n], shape_of(p))]
     if recipe.mode == "lora":
-        attach(model, trained, recipe, groups)
+        attach(model, trained, recipe, checkpoint)
         return
     model.requires_grad_(False)
     for name in trained:

@@ -6,31 +6,29 @@ are suffixes: E experts, M rows, N columns, R rank.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from functools import partial
-from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moeflow.arch import Family
+from moeflow.methods.finetune.packed import Rounding, Scaling, grid_of
 from moeflow.methods.finetune.recipe import Recipe
+from moeflow.model.checkpoint import Tensors
 from moeflow.model.factors import STACKS, form_of, shape_of
 from moeflow.model.formats import layer_formats
+from moeflow.model.packed import schemes_of
 
 A, B = ".lora_a", ".lora_b"
 """The names of a matrix's two factors: the matrix's own name with these endings."""
 
-SCALES = ".scales"
-"""The same of the changes of a packed matrix's scales."""
+SCALES, CODES = ".scales", ".codes"
+"""The same of the changes of a packed matrix's scales and codes."""
 
-ENDINGS = {"a": A, "b": B, "scales": SCALES}
+ENDINGS = {"a": A, "b": B, "scales": SCALES, "codes": CODES}
 """These endings, by the names of the parameters of what is added to a module."""
-
-PACE = 5.0
-"""How many times as fast as LoRA's factors scales are trained: at the rates that suit those, they have hardly moved when a training
-ends (LOG.md)."""
 
 ADDITIONS = "additions"
 """The submodule that holds the additions to a module's parameters."""
@@ -67,50 +65,34 @@ class Addition(nn.Module):
         return torch.add(w, added, alpha=self.scale)
 
 
-class Scaling(nn.Module):
-    """Multiplies `weight`, a stack of packed matrices, by one plus a number for each group of a row's weights: their scales change,
-    and their codes stay (as in the second phase of EfficientQAT, arXiv 2407.11062, 3.3). The numbers are `PACE` times the
-    parameter, which starts at zero.
+def attach(model: Any, names: Iterable[str], recipe: Recipe, checkpoint: Tensors | None = None) -> None:
+    """Freeze a model of transformers and give these parameters additions, or new scales and codes to packed experts.
 
-    `shape` is [E, M, N], or [E, N, M] with `axis` 1; `group` how many inputs share a scale (0: all); `joined` as for an `Addition`.
-    """
-
-    def __init__(
-        self, weight: Tensor, group: int, *, shape: tuple[int, ...], axis: int = 2, joined: Callable[[Tensor], Tensor] | None = None
-    ) -> None:
-        super().__init__()
-        self.axis, self.group, self.length, self.joined = axis, group or shape[axis], shape[axis], joined
-        sides = [-(-side // self.group) if at == axis else side for at, side in enumerate(shape)]
-        self.scales = nn.Parameter(weight.new_zeros(sides))
-
-    def forward(self, w: Tensor) -> Tensor:
-        change = (PACE * self.scales).repeat_interleave(self.group, dim=self.axis).narrow(self.axis, 0, self.length)
-        return torch.addcmul(w, w, change if self.joined is None else self.joined(change))
-
-
-def attach(model: Any, names: Iterable[str], recipe: Recipe, groups: Mapping[int, int] = MappingProxyType({})) -> None:
-    """Freeze a model of transformers and give these parameters additions, or new scales to packed experts.
-
-    `groups`: by layer, how many weights of its packed experts share a scale (0: all of a row), where those are trained.
+    `checkpoint`: what the model was loaded from, if the recipe trains packed experts themselves.
     """
     model.requires_grad_(False)
     config = model.config.to_dict()
     family, formats, stacks = Family.of(config), layer_formats(config), {s.name: s for s in STACKS}
+    schemes = {} if checkpoint is None else schemes_of({n: t.shape for n, t in checkpoint.info.items()}, config)
     for name in names:
         path, _, last = name.rpartition(".")
         module = model.get_submodule(path)
         weight, lies = getattr(module, last), dict[str, Any]()
         stack = stacks.get(last) if path.endswith(f"{family.arch.block}.experts") else None
         layer = int(name.split(".")[2]) if stack else -1
-        if stack is not None and stack.factors:
-            format = formats[layer]
-            assert format is not None
+        format = formats[layer] if stack else None
+        if stack is not None and format is not None and stack.factors:
             lies = {"shape": stack.apart(format, shape_of(weight)[-1]), "joined": partial(stack.joined, format=format)}
         if ADDITIONS not in dict(module.named_children()):
             module.add_module(ADDITIONS, nn.ModuleDict())
-        if layer in groups:
-            axis = 1 if form_of(module).transposed and "joined" not in lies else 2
-            module.additions[last] = Scaling(weight, groups[layer], **{"shape": shape_of(weight), "axis": axis, **lies})
+        if checkpoint is not None and stack is not None and format is not None and layer in schemes:
+            group, axis = schemes[layer].group, 1 if form_of(module).transposed and "joined" not in lies else 2
+            lies = {"shape": shape_of(weight), "axis": axis, **lies}
+            if recipe.packed == "codes":
+                grid = grid_of(checkpoint, family, layer, stack, format, schemes[layer], module)
+                module.additions[last] = Rounding(weight, group, grid, **lies)
+            else:
+                module.additions[last] = Scaling(weight, group, **lies)
         else:
             keep_zeros = bool(recipe.keep_zeros) and family.in_expert(family.on_disk(name))
             module.additions[last] = Addition(weight, name, recipe, keep_zeros=keep_zeros, **lies)

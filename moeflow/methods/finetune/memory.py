@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
-from moeflow.arch import Config
+from moeflow.arch import Config, Family
 from moeflow.methods.finetune.recipe import Gang, Recipe, divisors
 from moeflow.methods.finetune.targets import Shapes
 from moeflow.model.memory import MARGIN, bytes_per_token
@@ -27,6 +27,8 @@ class Work:
     trained: Mapping[int | None, Shapes]
     recipe: Recipe
     length: int
+    packed: frozenset[int] = frozenset()
+    """The layers whose experts are packed."""
 
     @property
     def size(self) -> int:
@@ -40,11 +42,19 @@ class Work:
 
     @property
     def count(self) -> int:
-        """The numbers that are trained; LoRA's factors of a matrix [M, N] have R (M + N)."""
+        """The numbers that are trained; LoRA's factors of a matrix [M, N] have R (M + N). Scales count as those."""
         shapes = [s for each in self.trained.values() for s in each.values()]
         if self.recipe.mode != "lora":
             return sum(map(prod, shapes))
-        return sum(min(self.recipe.rank, *s[-2:]) * sum(s[-2:]) for s in shapes)
+        return sum(min(self.recipe.rank, *s[-2:]) * sum(s[-2:]) for s in shapes) + self.codes
+
+    @property
+    def codes(self) -> int:
+        """The codes that are trained: one for each weight of a packed expert."""
+        if not self.recipe.trains_codes:
+            return 0
+        kind = Family.of(self.config).kind
+        return sum(prod(s) for i in self.packed for n, s in self.trained.get(i, {}).items() if kind(n) == "experts")
 
 
 @dataclass(frozen=True)
@@ -60,9 +70,10 @@ def need_of(work: Work, gang: Gang) -> Need:
     """The memory of each process of this gang.
 
     In mixed precision a trained parameter takes 16 bytes (weight 2, gradient 2, fp32 copy and Adam's moments 12), in fp32 as many
-    (4, 4, 8; with ZeRO 1 and 2, which copy the weights, 4 more). ZeRO divides them (Rajbhandari et al., SC 2020, arXiv 1910.02054,
-    section 5); bf16 is trained with ZeRO 1 at least. Added to this are two whole layers if weights are divided, the activations of
-    all layers (of one, with checkpointing), the sums that LoRA makes in a forward pass, and the logits.
+    (4, 4, 8; with ZeRO 1 and 2, which copy the weights, 4 more); a code has its first value and the distance to the next beside
+    it. ZeRO divides them (Rajbhandari et al., SC 2020, arXiv 1910.02054, section 5); bf16 is trained with ZeRO 1 at least. Added to
+    this are two whole layers if weights are divided, the activations of all layers (of one, with checkpointing), the sums that LoRA
+    makes in a forward pass, and the logits.
     """
     recipe, n = work.recipe, gang.processes
     size, lora = work.size, recipe.mode == "lora"
@@ -76,7 +87,7 @@ def need_of(work: Work, gang: Gang) -> Need:
     made = [size * numel if lora else 0 for numel in touched]
     width, vocabulary = int(work.config["hidden_size"]), int(work.config["vocab_size"])
     parts = {
-        "weights": size * (whole + lora * trained) // (n if zero == 3 else 1),
+        "weights": size * (whole + lora * trained + 2 * work.codes) // (n if zero == 3 else 1),
         "gradients": 0 if gang.offload and zero > 1 else gradients,
         "optimizer": 0 if gang.offload else state,
         "buckets": size * min(trained, BUCKET) if zero in (1, 2) else 0,
@@ -120,7 +131,15 @@ def fitted(work: Work, gang: Gang) -> tuple[Gang, Need]:
     raise ValueError(
         f"training needs {_gb(need.device)} on each of {gang.processes} devices, which have {_gb(gang.device_memory)} ({parts}); "
         + _way(work, gang)
+        + _without_codes(work, gang)
     )
+
+
+def _without_codes(work: Work, gang: Gang) -> str:
+    """Words for what training scales alone would need, if it would fit."""
+    least, scales = replace(gang, micro=gang.micro or 1), replace(work, recipe=replace(work.recipe, packed="scales"))
+    need = need_of(scales, least).device
+    return f"; packed=scales, which trains no codes, needs {_gb(need)}" if work.codes and need <= gang.device_memory else ""
 
 
 def _way(work: Work, gang: Gang) -> str:

@@ -7,6 +7,8 @@ from typing import Any, Literal, cast
 from moeflow.methods.finetune.targets import TARGETS, Mode, Target
 from moeflow.options import check_choices, only
 
+Packed = Literal["beside", "scales", "codes"]
+
 TOKENS_AT_ONCE = 16_384
 """Tokens of a micro-batch if nothing else decides: plenty for a large model; more would only cost memory."""
 
@@ -57,8 +59,9 @@ class Recipe:
     """Which state is kept: the one with the lowest mean validation loss, or the last."""
     keep_zeros: bool | None = None
     """Keep experts' zero weights at zero; none: if the experts were made sparse."""
-    packed: Literal["beside", "scales"] = "beside"
-    """What LoRA trains of packed experts: factors that are kept beside them, or their scales, which takes no bytes."""
+    packed: Packed = "beside"
+    """What LoRA trains of packed experts: factors that are kept beside them, or their scales, or scales and codes; the latter take
+    no bytes."""
     seed: int = 0
     """The seed of the rows' order and LoRA's first factors."""
     adapter: bool = False
@@ -103,9 +106,14 @@ class Recipe:
         return self.mode == "lora" and "experts" in self.targets and self.packed == "beside"
 
     @property
+    def trains_codes(self) -> bool:
+        """Whether the codes of packed experts are trained, of which each weight has one."""
+        return self.mode == "lora" and "experts" in self.targets and self.packed == "codes"
+
+    @property
     def operations(self) -> int:
         """Operations for each weight and token: 2 of a forward pass, 2 of gradients of activations, 2 of those of all weights."""
-        return 6 if self.mode == "full" else 4
+        return 6 if self.mode == "full" or self.trains_codes else 4
 
     @property
     def scale(self) -> float:

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from moeflow.arch import EMBEDDING, HEAD, Config, Family, layer_of
-from moeflow.methods.finetune.lora import ADDITIONS, ENDINGS, PACE, SCALES, A, B, product
+from moeflow.methods.finetune.lora import ADDITIONS, CODES, ENDINGS, SCALES, A, B, product
+from moeflow.methods.finetune.packed import SCALES_PACE, recoded
 from moeflow.methods.finetune.recipe import Recipe
 from moeflow.methods.graph import REST
 from moeflow.model.checkpoint import Tensors, save
@@ -61,8 +62,8 @@ def write(checkpoint: Files, config: Config, folder: Path, out: Path, recipe: Re
     """Write `layer-000/layer.safetensors` and so on, and `rest/rest.safetensors`, from what `collect` left in `folder`.
 
     A file is written, whole, if something in it was trained: under the hub's names, in the checkpoint's own precision, with LoRA's
-    additions multiplied and added in fp32. Packed matrices stay as they are, and what was trained of them is kept beside them, as
-    two factors. Yields the name of each layer once it is written.
+    additions multiplied and added in fp32. Packed matrices stay packed: what was added to them is kept beside them, as two factors,
+    or their scales and codes are the trained ones. Yields the name of each layer once it is written.
     """
     tensors = Tensors(checkpoint)
     for file in sorted(folder.glob("*.safetensors")):
@@ -87,6 +88,8 @@ def _file(names: Iterable[str], tensors: Tensors, changed: Mapping[str, Tensor],
             if name + SCALE in changed:
                 scale_MG = packed[name + SCALE]
                 written[name + SCALE] = (scale_MG.float() * (1 + changed[name + SCALE].float())).to(scale_MG.dtype)
+            if name + PACKED in changed:
+                written[name + PACKED] = recoded({n.removeprefix(name): t for n, t in packed.items()}, changed[name + PACKED])
         else:
             before = tensors[name]
             written[name] = changed.get(name, before).to(before.dtype)
@@ -113,7 +116,8 @@ def factored(product_MN: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 def tensors_of(trained: Mapping[str, Tensor], tensors: Tensors, config: Config, recipe: Recipe) -> dict[str, Tensor]:
     """The trained parameters of one layer, or of the rest, as tensors on disk; LoRA's additions are added, in fp32, to the existing
-    tensors. Of a packed matrix only what is to be added is here, or how its scales [M, G] change, under their own name."""
+    tensors. Of a packed matrix only what is to be added is here, or how its scales [M, G] and codes [M, N] change, under their own
+    names."""
     family, layer = Family.of(config), layer_of(next(iter(trained)))
     shapes = {n: t.shape for n, t in tensors.info.items() if layer_of(n) == layer}
     format = Format(0) if layer is None else format_of(shapes, config, layer)
@@ -123,6 +127,10 @@ def tensors_of(trained: Mapping[str, Tensor], tensors: Tensors, config: Config, 
             continue
         if name.endswith(SCALES):
             on_disk |= _scales(family, format, name.removesuffix(SCALES), parameter, scheme_of(shapes, config))
+            continue
+        if name.endswith(CODES):
+            pieces = _pieces(family, format, layer, name.removesuffix(CODES), parameter)
+            on_disk |= {disk + PACKED: piece_MN for disk, piece_MN in pieces}
             continue
         adds = name.endswith(A)
         plain = name.removesuffix(A)
@@ -138,7 +146,7 @@ def _scales(family: Family, format: Format, name: str, scales_EMG: Tensor, schem
     """How the scales [M, G] of each packed matrix of a stack change, as a part of what they are."""
     group = scheme.group if scheme else 0
     out = group > 0 and name.endswith("_out")  # their columns are ranks, as many as each expert has
-    change_EMG = PACE * scales_EMG
+    change_EMG = SCALES_PACE * scales_EMG
     spread = change_EMG.repeat_interleave(group, dim=2) if out else change_EMG
     return {disk + SCALE: p[:, ::group] if out else p for disk, p in _pieces(family, format, layer_of(name), name, spread)}
 

@@ -8,8 +8,10 @@ Instead of `-p budget.bytes=24GB`: `-p budget.ratio=0.25` (a quarter of the byte
 `-p budget.speed=1.5` (fewer multiplications a token). Every layer is offered fewer experts, lower ranks, fewer bits, two of these
 together, and no MoE block; each alternative is measured once, and the cheapest combination is found exactly. Another budget on the
 same model makes and measures no alternative again but the round around its own choice. `-p recover.rows=4096` fine-tunes what was
-built towards the original, on so many rows of the calibration's texts: of packed experts their scales, which takes no byte, or with
-`-p recover.packed=beside` factors, which are kept beside them where the budget has room, or merged by packing again.
+built towards the original, on so many rows of the calibration's texts: of packed experts their codes and scales, which takes no
+byte, but as much memory while it trains as full fine-tuning; with `-p recover.packed=scales` their scales alone, which takes
+little of both, or with `-p recover.packed=beside` factors, which are kept beside them where the budget has room, or merged by
+packing again.
 """
 
 from moeflow.methods.checkpoint import steps as checkpoint

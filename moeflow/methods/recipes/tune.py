@@ -12,7 +12,7 @@ from moeflow.methods.data.steps import Examples, examples, tokens
 from moeflow.methods.finetune import deepspeed_config
 from moeflow.methods.finetune import steps as finetune
 from moeflow.methods.finetune.memory import Work, exchanged, fitted
-from moeflow.methods.finetune.recipe import Gang, Recipe
+from moeflow.methods.finetune.recipe import Gang, Packed, Recipe
 from moeflow.methods.finetune.targets import trained_in
 from moeflow.methods.graph import Model, Pass, Sample
 from moeflow.model.packed import PACKED, unpacked_shapes
@@ -69,12 +69,13 @@ class Recovering(FineTuning):
     """Predict the text, predict what the original predicts (KL divergence), or both."""
     rate: float = 1e-3
     """The highest learning rate of AdamW."""
-    batch: int = 16
+    batch: int = 8
     """Sequences of one optimizer step, over all processes: the nearer the model already is, the more of them a step takes to heal
     it further; where it is far, many small steps heal more than few large ones."""
-    packed: Literal["beside", "scales"] = "scales"
-    """What LoRA trains of packed experts: their scales, which takes no bytes, or factors beside them, which are kept where the
-    budget has room, or merged by packing again, whichever loses less."""
+    packed: Packed = "codes"
+    """What LoRA trains of packed experts: their codes and scales, which takes no bytes and, while it trains, as much memory as full
+    fine-tuning; their scales alone; or factors beside them, which are kept where the budget has room, or merged by packing again,
+    whichever loses less."""
 
     def check_files(self) -> None:
         if self.text:
@@ -124,13 +125,14 @@ def tune(
     for name, matrix in {"the data": data, **matrices}.items():
         _check_data(name, matrix, model.config)
     spec: TokensSpec = data.spec.output
+    packed = frozenset(i for i in model.moe_layers if model.layers[i].spec.output.packed)
     recipe, gang = deepspeed_config.merged(deepspeed_config.read(deepspeed), how, gang or Gang(), spec.sequences)
     recipe = recipe.settled(
         rows=spec.sequences,
         dtype=precision(model.config, recipe.dtype),
         sparse=any(model.layers[i].spec.output.sparse for i in model.moe_layers),
         validated=bool(matrices),
-        packed=any(model.layers[i].spec.output.packed for i in model.moe_layers),
+        packed=bool(packed),
     )
     predictions = _predictions(model, data, recipe, teacher, passed)
     for i in model.moe_layers:
@@ -138,7 +140,7 @@ def tune(
     layers = {i: unpacked_shapes(shapes_of(layer.spec.output.tensors), model.config) for i, layer in enumerate(model.layers)}
     rest = shapes_of(model.rest.spec.output.tensors)
     opened = trained_in(model.config, recipe.mode, recipe.targets, layers, rest)
-    work = Work(model.config, layers, rest, opened, recipe, spec.length)
+    work = Work(model.config, layers, rest, opened, recipe, spec.length, packed)
     gang, need = fitted(work, gang)
     checkpoint, heldout = told_model_of(model), tuple(matrices.values())
     trained = finetune.train(checkpoint, data, predictions, heldout, names=list(matrices), recipe=recipe).on(
@@ -178,6 +180,9 @@ def _check_trainable(layer: LayerSpec, recipe: Recipe) -> None:
     form, family = f"layer {layer.layer} is packed in {layer.packed.words()}", Family.of(layer.config)
     if recipe.mode in ("full", "experts"):
         raise ValueError(f"{form}, and mode={recipe.mode!r} trains its weights; take lora, whose additions are kept beside them")
+    if recipe.packed != "beside" and layer.format.added:
+        beside = "low-rank additions beside its packed experts, which are no part of their scales"
+        raise ValueError(f"layer {layer.layer} has {beside}, and packed={recipe.packed!r} trains these; take packed='beside'")
     shared = any(n + PACKED in layer.tensors for n in family.shared(layer.layer) or ())
     if shared and recipe.mode == "lora" and "shared" in recipe.targets:
         raise ValueError(f"{form}, the shared expert, too, to which nothing can be added; leave shared out of targets")

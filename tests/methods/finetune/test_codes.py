@@ -1,0 +1,111 @@
+"""Codes of packed experts that are trained: what moves one, how far, in every form, and in processes that divide the weights."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moeflow.methods.data import steps as data_
+from moeflow.methods.finetune.packed import CODES_PACE, Grid, Rounding, recoded
+from moeflow.methods.finetune.recipe import Gang, Recipe
+from moeflow.methods.graph import Sample
+from moeflow.methods.recipes import tune, unified
+from moeflow.methods.slim.methods import Slimming
+from moeflow.model.packed import PACKED, codes_of, pack
+from moeflow.store import Store
+from tests import tiny
+from tests.methods.finetune.test_packed import ALIKE, HOW, differing, loss_of, losses, packed_as, stored, trained
+from tests.models import calibrated, loaded, pulled
+from tests.running import alone, matrix_of, model_in, run, store_in
+from tests.slimmed import FOUR
+
+CODES = torch.tensor([1.0, -2.0, 0.0, 1.0]).repeat(4).view(1, 1, 16)
+STEPS = torch.tensor([0.5, 0.5, 0.25, 0.25]).repeat(4).view(1, 1, 16)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return store_in(tmp_path)
+
+
+def test_a_code_changes_once_it_has_moved_by_half_and_never_beyond_what_its_bits_say() -> None:
+    """And every number gets the gradient of its weight, rounded or not, but where it would leave the grid."""
+    weight = CODES * STEPS
+    rounding = Rounding(weight, 2, Grid(CODES, STEPS, bits=2), shape=(1, 1, 16))
+    assert torch.equal(rounding(weight), weight)
+    with torch.no_grad():
+        rounding.codes.copy_((torch.tensor([0.4, 0.6, -0.6, 0.6]) / CODES_PACE).repeat(4))
+    out = rounding(weight)
+    assert torch.equal(out, torch.tensor([1.0, -1.0, -1.0, 1.0]).repeat(4) * STEPS)
+    out.sum().backward()
+    open_ = torch.tensor([0.0, 1.0, 1.0, 0.0]).repeat(4)
+    assert torch.allclose(rounding.codes.grad / CODES_PACE, STEPS * open_), "1 is the most of 2 bits"
+    with torch.no_grad():
+        rounding.scales.fill_(0.02)  # 1.1 of each, at the pace of scales
+    assert torch.allclose(rounding(weight), out * 1.1)
+    stored_as = pack(CODES[0].to(torch.int8), STEPS[0, :, ::2], 2)
+    words = recoded(stored_as, rounding.codes.detach()[0])
+    assert codes_of({**stored_as, PACKED: words}).tolist() == [4 * [1, -1, -1, 1]], "on disk as in training"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_codes_with_zero_points(dtype: torch.dtype, store: Store, tmp_path: Path) -> None:
+    source = tiny.write("mixtral", tmp_path / "model", dtype=dtype)
+    how = Slimming("round_to_nearest", symmetric=False, **FOUR)
+    packed = unified.slim(calibrated(model_in(source), tmp_path), how)
+    tuned = trained(packed, tmp_path, packed="codes")
+    out = pulled(store, tuned.model, tmp_path)
+    assert differing(stored(pulled(store, packed, tmp_path / "before")), stored(out), PACKED) == 1
+    first, last = losses(store, tuned)
+    assert last < first - 0.02
+    assert loss_of(out, tmp_path) == pytest.approx(last, abs=1e-4 if dtype == torch.float32 else 5e-3)
+
+
+@pytest.mark.parametrize("what", ["scales", "codes"])
+def test_what_lies_beside_packed_experts_is_not_trained_as_their_scales(what: str, tmp_path: Path) -> None:
+    """A scale on disk is of the codes alone, and would scale the addition in memory, too."""
+    source = tiny.write("mixtral", tmp_path / "model")
+    tuned = trained(packed_as(ALIKE, source, tmp_path), tmp_path)
+    message = (
+        rf"layer 0 has low-rank additions beside its packed experts, .* and packed='{what}' trains these; take packed='beside'"
+    )
+    with pytest.raises(ValueError, match=message):
+        trained(tuned.model, tmp_path, packed=what)
+    assert trained(tuned.model, tmp_path, packed=what, targets=("attention",)).trained is not None
+
+
+def test_what_codes_need_is_planned_and_scales_are_advised_where_they_would_fit(tmp_path: Path) -> None:
+    source = tiny.write("mixtral", tmp_path / "model")
+    packed = packed_as(ALIKE, source, tmp_path)
+    data = data_.tokens(matrix_of(tmp_path), packed, Sample(8, 16))
+    whole = model_in(source)
+    weights = sum(w.numel() for n, w in loaded(pulled(store_in(tmp_path), whole, tmp_path)).named_parameters() if ".experts." in n)
+
+    def need(what: Any, gang: Gang = Gang(zero=0)) -> int:
+        return int(tune.tune(packed, data, Recipe(**(HOW | {"packed": what})), gang=gang).trained.resources.device)
+
+    more = need("codes") - need("scales")
+    assert more == pytest.approx(1.1 * weights * (8 + 4 + 4 + 8), rel=1e-3), "moments, gradient, code, and start and distance"
+    between = (need("codes", Gang(zero=0, micro=1)) + need("scales", Gang(zero=0, micro=1))) // 2
+    with pytest.raises(ValueError, match=r"; packed=scales, which trains no codes, needs 0\.0 GB"):
+        need("codes", Gang(zero=0, micro=1, device_memory=between))
+
+
+@pytest.mark.slow
+def test_processes_that_divide_the_weights_train_the_same_codes(tmp_path: Path) -> None:
+    source = tiny.write("mixtral", tmp_path / "model")
+    packed = model_in(pulled(store_in(tmp_path), packed_as("factors beside whole matrices", source, tmp_path), tmp_path))
+    before = stored(pulled(store_in(tmp_path), packed, tmp_path / "before"))
+    data = data_.tokens(matrix_of(tmp_path), packed, Sample(8, 16))
+    courses = []
+    for name, gang in {"one": Gang(), "divided": Gang(processes=2, zero=3)}.items():
+        tuned = tune.tune(packed, data, Recipe(**(HOW | {"packed": "codes"})), validation={"same": data}, gang=gang)
+        assert tuned.trained is not None
+        run(store_in(tmp_path / name), alone(tuned.trained) if name == "one" else tuned.trained)
+        course = store_in(tmp_path / name).artifact(tuned.trained.key).file("training.json").read_text()
+        courses.append(json.loads(course)["losses"])
+        out = pulled(store_in(tmp_path / name), tuned.model, tmp_path / f"out {name}")
+        assert differing(before, stored(out), PACKED) == 1
+    assert courses[1] == pytest.approx(courses[0], rel=1e-3)
