@@ -8,8 +8,9 @@ import io
 import logging
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,8 @@ def load(folder: Path, recipe: Recipe, config: dict[str, Any], device: torch.dev
     # on a CPU a loop over experts is twice as fast, forward and backward; on a GPU the grouped kernels are faster
     model.config._experts_implementation = "grouped_mm" if device.type == "cuda" else "eager"
     model.config.use_cache = False
-    open_parameters(model, recipe, None if recipe.packed == "beside" else Tensors(Folder(folder)))
+    checkpoint = None if recipe.packed == "beside" else Tensors(Folder(folder))
+    open_parameters(model, recipe, checkpoint, partial(_divide, config=config) if divided else None)
     if divided:  # DeepSpeed frees a module's weights too early if no gradient flows through its inputs
         model.enable_input_require_grads()
     if checkpointing:
@@ -88,14 +90,24 @@ def load(folder: Path, recipe: Recipe, config: dict[str, Any], device: torch.dev
     return model
 
 
-def open_parameters(model: Any, recipe: Recipe, checkpoint: Tensors | None = None) -> None:
-    """Freeze everything but what the recipe trains, or attach LoRA's additions; `checkpoint` as for `lora.attach`."""
+def _divide(module: nn.Module, config: dict[str, Any]) -> None:
+    """Divide the parameters of a module between the processes, as ZeRO-3 does to those of a model that it loads."""
+    from deepspeed import zero
+
+    with quiet():
+        zero.Init(module=module, config_dict_or_path=config)
+
+
+def open_parameters(
+    model: Any, recipe: Recipe, checkpoint: Tensors | None = None, divide: Callable[[nn.Module], object] | None = None
+) -> None:
+    """Freeze everything but what the recipe trains, or attach LoRA's additions; `checkpoint` and `divide` as for `lora.attach`."""
     family = Family.of(model.config.to_dict())
     parameters = dict(model.named_parameters())
     disk = {n: family.on_disk(n) for n in parameters}
     trained = [n for n, p in parameters.items() if is_trained(family, recipe.mode, recipe.targets, disk[n], shape_of(p))]
     if recipe.mode == "lora":
-        attach(model, trained, recipe, checkpoint)
+        attach(model, trained, recipe, checkpoint, divide)
         return
     model.requires_grad_(False)
     for name in trained:

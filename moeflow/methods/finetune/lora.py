@@ -65,10 +65,14 @@ class Addition(nn.Module):
         return torch.add(w, added, alpha=self.scale)
 
 
-def attach(model: Any, names: Iterable[str], recipe: Recipe, checkpoint: Tensors | None = None) -> None:
+def attach(
+    model: Any, names: Iterable[str], recipe: Recipe,
+    checkpoint: Tensors | None = None, divide: Callable[[nn.Module], object] | None = None,
+) -> None:  # fmt: skip
     """Freeze a model of transformers and give these parameters additions, or new scales and codes to packed experts.
 
-    `checkpoint`: what the model was loaded from, if the recipe trains packed experts themselves.
+    `checkpoint`: what the model was loaded from, if the recipe trains packed experts themselves. `divide` divides the parameters of
+    what was attached between processes, before the next is: codes are as large as the weights.
     """
     model.requires_grad_(False)
     config = model.config.to_dict()
@@ -96,6 +100,8 @@ def attach(model: Any, names: Iterable[str], recipe: Recipe, checkpoint: Tensors
         else:
             keep_zeros = bool(recipe.keep_zeros) and family.in_expert(family.on_disk(name))
             module.additions[last] = Addition(weight, name, recipe, keep_zeros=keep_zeros, **lies)
+        if divide is not None:
+            divide(module.additions[last])
 
 
 def apply(model: nn.Module) -> None:

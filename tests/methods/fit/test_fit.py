@@ -248,7 +248,9 @@ def divergence(store: Store, target: Step) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("bits, part, packed", [((4,), 0.7, "beside"), ((4,), 0.7, "scales"), ((), 0.35, "scales")])
+@pytest.mark.parametrize(
+    "bits, part, packed", [((4,), 0.7, "beside"), ((4,), 0.7, "scales"), ((4,), 0.7, "codes"), ((), 0.35, "codes")]
+)
 def test_a_recovered_model_is_closer_and_takes_no_more(
     small_offer: Calibration, tmp_path: Path, bits: tuple[int, ...], part: float, packed: Any
 ) -> None:
