@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from moeflow.arch import Family
-from moeflow.methods.finetune.packed import Rounding, Scaling, grid_of
+from moeflow.methods.finetune.packed import Rounding, Scaling, codes_pace, grid_of
 from moeflow.methods.finetune.recipe import Recipe
 from moeflow.model.checkpoint import Tensors
 from moeflow.model.factors import STACKS, form_of, shape_of
@@ -94,7 +94,7 @@ def attach(
             lies = {"shape": shape_of(weight), "axis": axis, **lies}
             if recipe.packed == "codes":
                 grid = grid_of(checkpoint, family, layer, stack, format, schemes[layer], module)
-                module.additions[last] = Rounding(weight, group, grid, **lies)
+                module.additions[last] = Rounding(weight, group, grid, codes_pace(recipe.steps), **lies)
             else:
                 module.additions[last] = Scaling(weight, group, **lies)
         else:

@@ -19,9 +19,15 @@ SCALES_PACE = 5.0
 """How many times as fast as LoRA's factors scales are trained: at the rates that suit those, they have hardly moved when a training
 ends (LOG.md)."""
 
-CODES_PACE = 20.0
-"""The same of codes, which have to move by a half before anything changes: slower, too few ever do, and much faster so many do
-at once that the model gets worse (LOG.md)."""
+CODES_PACE, LONG = 20.0, 512
+"""The same of codes, which have to move by a half before anything changes: slower, too few ever do, and much faster so many do at
+once that the model gets worse. In more than `LONG` optimizer steps they are trained that much slower: at the same pace twice as
+many steps left more (LOG.md)."""
+
+
+def codes_pace(steps: int) -> float:
+    """How many times as fast as LoRA's factors codes are trained in so many optimizer steps."""
+    return CODES_PACE * min(1.0, LONG / max(1, steps))
 
 
 @dataclass(frozen=True)
@@ -63,31 +69,30 @@ class Rounding(Scaling):
     """
 
     def __init__(
-        self, weight: Tensor, group: int, grid: Grid,
+        self, weight: Tensor, group: int, grid: Grid, pace: float,
         *, shape: tuple[int, ...], axis: int = 2, joined: Callable[[Tensor], Tensor] | None = None,
     ) -> None:  # fmt: skip
         super().__init__(weight, group, shape=shape, axis=axis, joined=joined)
-        self.bits = grid.bits
+        self.bits, self.pace = grid.bits, pace
         # parameters, so that ZeRO-3 divides them too
         self.start, self.steps = (nn.Parameter(t.to(weight), requires_grad=False) for t in (grid.codes, grid.steps))
         self.codes = nn.Parameter(torch.zeros_like(self.start))
 
     def forward(self, w: Tensor) -> Tensor:
-        moved = _moved(self.start, self.codes, self.bits)
+        moved = _moved(self.start, self.pace * self.codes.float(), self.bits)
         rounded = moved + (moved.round() - moved).detach()
         added = self.steps.float() * (rounded - self.start.float())
         return super().forward(w + added.to(w))
 
 
-def _moved(start: Tensor, codes: Tensor, bits: int) -> Tensor:
-    """Where the trained numbers of codes have brought them, fp32, within what these bits can say."""
-    return (start.float() + CODES_PACE * codes.float()).clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+def _moved(start: Tensor, by: Tensor, bits: int) -> Tensor:
+    """Where codes are that have been moved, fp32, within what these bits can say."""
+    return (start.float() + by).clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
 
 
-def recoded(parts: Mapping[str, Tensor], codes_MN: Tensor) -> Tensor:
-    """The codes of a packed matrix in words [M, P], once the trained numbers have moved them; `parts` by the endings of their
-    names."""
-    moved_MN = _moved(codes_of(parts), codes_MN, bits_of(parts))
+def recoded(parts: Mapping[str, Tensor], by_MN: Tensor) -> Tensor:
+    """The codes of a packed matrix in words [M, P], once they are moved; `parts` by the endings of their names."""
+    moved_MN = _moved(codes_of(parts), by_MN, bits_of(parts))
     return repacked(moved_MN.round().to(torch.int8), bits_of(parts))
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from moeflow.arch import EMBEDDING, HEAD, Config, Family, layer_of
 from moeflow.methods.finetune.lora import ADDITIONS, CODES, ENDINGS, SCALES, A, B, product
-from moeflow.methods.finetune.packed import SCALES_PACE, recoded
+from moeflow.methods.finetune.packed import SCALES_PACE, codes_pace, recoded
 from moeflow.methods.finetune.recipe import Recipe
 from moeflow.methods.graph import REST
 from moeflow.model.checkpoint import Tensors, save
@@ -129,7 +129,7 @@ def tensors_of(trained: Mapping[str, Tensor], tensors: Tensors, config: Config, 
             on_disk |= _scales(family, format, name.removesuffix(SCALES), parameter, scheme_of(shapes, config))
             continue
         if name.endswith(CODES):
-            pieces = _pieces(family, format, layer, name.removesuffix(CODES), parameter)
+            pieces = _pieces(family, format, layer, name.removesuffix(CODES), codes_pace(recipe.steps) * parameter.float())
             on_disk |= {disk + PACKED: piece_MN for disk, piece_MN in pieces}
             continue
         adds = name.endswith(A)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from moeflow.methods.data import steps as data_
-from moeflow.methods.finetune.packed import CODES_PACE, Grid, Rounding, recoded
+from moeflow.methods.finetune.packed import CODES_PACE, LONG, Grid, Rounding, codes_pace, recoded
 from moeflow.methods.finetune.recipe import Gang, Recipe
 from moeflow.methods.graph import Sample
 from moeflow.methods.recipes import tune, unified
@@ -23,6 +23,7 @@ from tests.slimmed import FOUR
 
 CODES = torch.tensor([1.0, -2.0, 0.0, 1.0]).repeat(4).view(1, 1, 16)
 STEPS = torch.tensor([0.5, 0.5, 0.25, 0.25]).repeat(4).view(1, 1, 16)
+PACE = codes_pace(100)
 
 
 @pytest.fixture
@@ -33,21 +34,26 @@ def store(tmp_path: Path) -> Store:
 def test_a_code_changes_once_it_has_moved_by_half_and_never_beyond_what_its_bits_say() -> None:
     """And every number gets the gradient of its weight, rounded or not, but where it would leave the grid."""
     weight = CODES * STEPS
-    rounding = Rounding(weight, 2, Grid(CODES, STEPS, bits=2), shape=(1, 1, 16))
+    rounding = Rounding(weight, 2, Grid(CODES, STEPS, bits=2), PACE, shape=(1, 1, 16))
     assert torch.equal(rounding(weight), weight)
     with torch.no_grad():
-        rounding.codes.copy_((torch.tensor([0.4, 0.6, -0.6, 0.6]) / CODES_PACE).repeat(4))
+        rounding.codes.copy_((torch.tensor([0.4, 0.6, -0.6, 0.6]) / PACE).repeat(4))
     out = rounding(weight)
     assert torch.equal(out, torch.tensor([1.0, -1.0, -1.0, 1.0]).repeat(4) * STEPS)
     out.sum().backward()
     open_ = torch.tensor([0.0, 1.0, 1.0, 0.0]).repeat(4)
-    assert torch.allclose(rounding.codes.grad / CODES_PACE, STEPS * open_), "1 is the most of 2 bits"
+    assert torch.allclose(rounding.codes.grad / PACE, STEPS * open_), "1 is the most of 2 bits"
     with torch.no_grad():
         rounding.scales.fill_(0.02)  # 1.1 of each, at the pace of scales
     assert torch.allclose(rounding(weight), out * 1.1)
     stored_as = pack(CODES[0].to(torch.int8), STEPS[0, :, ::2], 2)
-    words = recoded(stored_as, rounding.codes.detach()[0])
+    words = recoded(stored_as, PACE * rounding.codes.detach()[0])
     assert codes_of({**stored_as, PACKED: words}).tolist() == [4 * [1, -1, -1, 1]], "on disk as in training"
+
+
+def test_codes_travel_no_farther_in_a_long_training() -> None:
+    assert codes_pace(0) == codes_pace(LONG) == CODES_PACE
+    assert [codes_pace(LONG * n) * LONG * n for n in (2, 10)] == [CODES_PACE * LONG] * 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
