@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from moeflow.arch import Family
-from moeflow.methods.finetune.packed import Rounding, Scaling, codes_pace, grid_of
+from moeflow.methods.finetune.packed import Rounding, Scaling, codes_pace, points_of
 from moeflow.methods.finetune.recipe import Recipe
 from moeflow.model.checkpoint import Tensors
 from moeflow.model.factors import STACKS, form_of, shape_of
@@ -93,8 +93,8 @@ def attach(
             group, axis = schemes[layer].group, 1 if form_of(module).transposed and "joined" not in lies else 2
             lies = {"shape": shape_of(weight), "axis": axis, **lies}
             if recipe.packed == "codes":
-                grid = grid_of(checkpoint, family, layer, stack, format, schemes[layer], module)
-                module.additions[last] = Rounding(weight, group, grid, codes_pace(recipe.steps), **lies)
+                points = points_of(checkpoint, family, layer, stack, format, schemes[layer], module)
+                module.additions[last] = Rounding(weight, group, points, codes_pace(recipe.steps), **lies)
             else:
                 module.additions[last] = Scaling(weight, group, **lies)
         else:

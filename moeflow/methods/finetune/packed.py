@@ -31,7 +31,7 @@ def codes_pace(steps: int) -> float:
 
 
 @dataclass(frozen=True)
-class Grid:
+class Points:
     """The points that the weights of a stack lie on: their codes, the distance between two points at each weight, and the bits.
 
     Both have the stack's own shape; in its padding both are zero.
@@ -69,13 +69,13 @@ class Rounding(Scaling):
     """
 
     def __init__(
-        self, weight: Tensor, group: int, grid: Grid, pace: float,
+        self, weight: Tensor, group: int, points: Points, pace: float,
         *, shape: tuple[int, ...], axis: int = 2, joined: Callable[[Tensor], Tensor] | None = None,
     ) -> None:  # fmt: skip
         super().__init__(weight, group, shape=shape, axis=axis, joined=joined)
-        self.bits, self.pace = grid.bits, pace
+        self.bits, self.pace = points.bits, pace
         # parameters, so that ZeRO-3 divides them too
-        self.start, self.steps = (nn.Parameter(t.to(weight), requires_grad=False) for t in (grid.codes, grid.steps))
+        self.start, self.steps = (nn.Parameter(t.to(weight), requires_grad=False) for t in (points.codes, points.steps))
         self.codes = nn.Parameter(torch.zeros_like(self.start))
 
     def forward(self, w: Tensor) -> Tensor:
@@ -96,8 +96,10 @@ def recoded(parts: Mapping[str, Tensor], by_MN: Tensor) -> Tensor:
     return repacked(moved_MN.round().to(torch.int8), bits_of(parts))
 
 
-def grid_of(tensors: Tensors, family: Family, layer: int, stack: Stack, format: Format, scheme: Scheme, experts: nn.Module) -> Grid:
-    """The grid of one stack of a layer's experts, read from the checkpoint that they were unpacked from."""
+def points_of(
+    tensors: Tensors, family: Family, layer: int, stack: Stack, format: Format, scheme: Scheme, experts: nn.Module
+) -> Points:
+    """The points of one stack of a layer's experts, read from the checkpoint that they were unpacked from."""
     codes, steps = (torch.zeros(shape_of(getattr(experts, stack.name))) for _ in range(2))
     form = PLAIN if format.own else form_of(experts)
     places = zip(stack.pieces(codes, format, form), stack.pieces(steps, format, form), strict=True)
@@ -107,4 +109,4 @@ def grid_of(tensors: Tensors, family: Family, layer: int, stack: Stack, format: 
         code_MN.copy_(codes_of(parts))
         scale_MG = parts[SCALE].float()
         step_MN.copy_(scale_MG.repeat_interleave(scheme.group or code_MN.shape[1], dim=1))
-    return Grid(codes, steps, scheme.bits)
+    return Points(codes, steps, scheme.bits)

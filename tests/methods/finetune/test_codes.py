@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from moeflow.methods.data import steps as data_
-from moeflow.methods.finetune.packed import CODES_PACE, LONG, Grid, Rounding, codes_pace, recoded
+from moeflow.methods.finetune.packed import CODES_PACE, LONG, Points, Rounding, codes_pace, recoded
 from moeflow.methods.finetune.recipe import Gang, Recipe
 from moeflow.methods.graph import Sample
 from moeflow.methods.recipes import tune, unified
@@ -32,9 +32,9 @@ def store(tmp_path: Path) -> Store:
 
 
 def test_a_code_changes_once_it_has_moved_by_half_and_never_beyond_what_its_bits_say() -> None:
-    """And every number gets the gradient of its weight, rounded or not, but where it would leave the grid."""
+    """And every number gets the gradient of its weight, rounded or not, but where it would leave these points."""
     weight = CODES * STEPS
-    rounding = Rounding(weight, 2, Grid(CODES, STEPS, bits=2), PACE, shape=(1, 1, 16))
+    rounding = Rounding(weight, 2, Points(CODES, STEPS, bits=2), PACE, shape=(1, 1, 16))
     assert torch.equal(rounding(weight), weight)
     with torch.no_grad():
         rounding.codes.copy_((torch.tensor([0.4, 0.6, -0.6, 0.6]) / PACE).repeat(4))
