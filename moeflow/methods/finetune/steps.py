@@ -84,7 +84,7 @@ def _train_spec(
     )  # fmt: skip
 
 
-@step("finetune.train", version=2, spec=_train_spec, gpus=1)
+@step("finetune.train", version=3, spec=_train_spec, gpus=1)
 def train(
     context: Context, checkpoint: Artifact, data: Artifact, predictions: tuple[Artifact, ...] = (),
     heldout: tuple[Artifact, ...] = (), *, names: list[str], recipe: Recipe,
