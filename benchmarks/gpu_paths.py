@@ -10,11 +10,14 @@ width, E experts, k experts a token, S subsets, M rows and N columns of a matrix
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from random import Random
+from tempfile import TemporaryDirectory
 from typing import Any
 from unittest.mock import patch
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import MixtralConfig, Qwen3MoeConfig
 
@@ -43,6 +46,7 @@ from moeflow.model.factors import PLAIN, Form, stacks
 from moeflow.model.fewer_active import CompressedExperts, Skip
 from moeflow.model.formats import Format
 from moeflow.model.moe import MLP, MoELayer
+from moeflow.model.moved import arriving
 from moeflow.model.observe import OBSERVED, Recorder
 from moeflow.model.passes import taken
 from moeflow.model.routed_experts import RoutedExperts
@@ -115,6 +119,7 @@ def paths() -> Iterator[TensorPath]:
     yield TensorPath("low-rank addition to a stack (LoRA)", _addition)
     for name, config in CONFIGS.items():
         yield TensorPath(f"embedding, layers and logits, {name}", partial(_stream, config), exact=torch.float32)
+        yield TensorPath(f"layers moved from files, {name}", partial(_moved, config), exact=torch.float32)
         yield TensorPath(f"observe, {name}", partial(_observed, config), exact=torch.float32)
         yield TensorPath(f"a layer with another block, {name}", partial(_other_block, config), exact=torch.float32)
 
@@ -359,6 +364,18 @@ def _stream(config: dict[str, Any], at: Place) -> Tensor:
     behind_TD = stream.run(module, 0, embedded(at, stream))[HIDDEN][_clear(config, embedded, at)]
     logits = stream.logits({n: at(t) for n, t in random_rest(config).items()})
     return torch.cat([behind_TD.flatten(), logits(behind_TD[None]).flatten()])
+
+
+def _moved(config: dict[str, Any], at: Place) -> Tensor:
+    """The hidden states behind a layer that was moved there while the same one, moved before, computed."""
+    stream, tensors, _ = _streaming(config, at)
+    behind_NLD, clear_NL = torch.zeros(0), _clear(config, lambda there, _: _states(there), at)
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "layer.safetensors"
+        save_file({n: t.cpu().contiguous() for n, t in tensors.items()}, file)
+        for _, arrived in arriving(((0, file) for _ in range(4)), stream.device):
+            behind_NLD = stream.run(stream.layer(arrived, 0), 0, _states(at))[HIDDEN]
+    return behind_NLD[clear_NL]
 
 
 def _observed(config: dict[str, Any], at: Place) -> Tensor:

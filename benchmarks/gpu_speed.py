@@ -35,7 +35,6 @@ from moeflow.methods.prune.subsets import Subsets
 from moeflow.methods.slim.gptq import gptq
 from moeflow.methods.slim.methods import Slimming
 from moeflow.model import passes
-from moeflow.model.ahead import ahead
 from moeflow.model.checkpoint import Tensors, read_moe
 from moeflow.model.formats import Format
 from moeflow.model.moe import MoELayer
@@ -255,7 +254,7 @@ def pass_over_files(size: Size, clock: Clock, peaks: Peaks) -> Iterator[Timed]:
         stream = Stream(size.config, device=clock.device, dtype="bfloat16")
 
         def ours() -> None:
-            files = ((0, read) for read in ahead([lambda: file] * count))
+            files = ((0, file) for _ in range(count))
             how: dict[str, Any] = {"count": count, "batch": 0, "dtype": "bfloat16"}
             passes.through(size.config, start, files, end, progress=lambda *_: None, **how)
 

@@ -5,7 +5,10 @@ tensors of both devices fails with the error that CUDA gives. So code that forge
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -14,8 +17,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from moeflow.model import ragged
+from moeflow.model import ahead, ragged
 
+MEMORY = 80 * 10**9
+"""The bytes that the emulated device says it has."""
 MOVES = ("aten::copy_", "aten::_has_compatible_shallow_copy_type")
 """The operations that take tensors of both devices."""
 INDEXES = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_")
@@ -44,6 +49,9 @@ class OnGPU(Tensor):
     @property
     def is_cuda(self) -> bool:  # type: ignore[override]
         return True
+
+    def record_stream(self, stream: Any) -> None:
+        """A single stream is emulated."""
 
     def as_subclass(self, kind: Any) -> Any:
         return OnGPU.__new__(type(kind.__name__, (kind, OnGPU), {}), self.held)
@@ -105,6 +113,13 @@ def emulated() -> Iterator[None]:
         patch.object(torch.cuda, "get_device_capability", lambda *_: (9, 0)),
         patch.object(torch.cuda, "synchronize", lambda *_: None),
         patch.object(torch.cuda, "empty_cache", lambda: None),
+        patch.object(torch.cuda, "get_device_properties", lambda *_: SimpleNamespace(total_memory=MEMORY)),
+        patch.object(torch.cuda, "mem_get_info", lambda *_: (MEMORY, MEMORY)),
+        patch.object(torch.cuda, "Stream", lambda *_: SimpleNamespace(synchronize=lambda: None)),
+        patch.object(torch.cuda, "stream", nullcontext),
+        patch.object(torch.cuda, "current_stream", lambda *_: None),
+        # calls in another thread name devices, too
+        patch.object(ahead, "ThreadPoolExecutor", partial(ThreadPoolExecutor, initializer=lambda: _Devices().__enter__())),
     ):
         yield
 

@@ -27,6 +27,7 @@ FIRST = (
     "MoE layer, deepseek_v3", "errors of subsets from Gram matrices, mixtral", "second moments of a layer",
     "decomposition, steep, which takes fp64", "GPTQ, activation order", "SparseGPT, 2:4", "Wanda, half",
     "routed experts, some whole, others ragged", "routed experts, gradients of ragged ranks", "observe, mixtral",
+    "layers moved from files, mixtral",
 )  # fmt: skip
 """Paths of every kind."""
 PATHS = {path.name: path for path in gpu_paths.paths()}

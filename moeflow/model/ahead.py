@@ -1,23 +1,20 @@
 """Read the next thing while the present one is computed with. No torch."""
 
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 T = TypeVar("T")
 
 
-def ahead(reads: Iterable[Callable[[], T]]) -> Iterator[T]:
-    """What these calls return, in order; each is made in a thread while its predecessor's result is being used.
+def ahead(things: Iterable[T]) -> Iterator[T]:
+    """These things in order; each is made in a thread of its own while its predecessor is being used.
 
-    At most one result waits, so that as much more is held as the largest takes. An error is raised where its result was due.
+    At most one waits, so that as much more is held as the largest takes. An error is raised where its thing was due.
     """
+    made, end = iter(things), object()
     with ThreadPoolExecutor(1) as pool:
-        waiting: Future[T] | None = None
-        for read in reads:
-            following = pool.submit(read)
-            if waiting is not None:
-                yield waiting.result()
-            waiting = following
-        if waiting is not None:
-            yield waiting.result()
+        waiting = pool.submit(next, made, end)
+        while (thing := waiting.result()) is not end:
+            waiting = pool.submit(next, made, end)
+            yield thing  # type: ignore[misc]

@@ -23,6 +23,7 @@ from moeflow.model.checkpoint import Tensors, read_moe
 from moeflow.model.factors import Form, form_of
 from moeflow.model.layout import Files, file_before, file_beside, file_of, read_config
 from moeflow.model.memory import CONTEXT, MARGIN, run_per_token, together
+from moeflow.model.moved import arriving
 from moeflow.model.observe import OBSERVED, Recorder, first_of
 from moeflow.model.packed import unpacked_shapes
 from moeflow.model.spec import Recording
@@ -55,7 +56,8 @@ def through(
 ) -> None:  # fmt: skip
     """Run hidden states through `count` consecutive layers (number, file), and write those behind the last.
 
-    As many sequences run together as there is room for, and at most `batch`, if that is not 0.
+    As many sequences run together as there is room for, and at most `batch`, if that is not 0. The next layer is read, and moved to
+    the GPU, while one computes.
 
     With `recording` there is a file beside `out` for the statistics of each MoE layer (`file_of`), and where they are kept one for
     the hidden states before each layer (`file_before`) and one for what each MoE block is added to (`file_beside`).
@@ -65,8 +67,7 @@ def through(
     n, length = states[HIDDEN].shape[:2]
     home = home_of(stream.device, 2 * sum(t.nbytes for t in states.values()))
     states = {name: t.to(home) for name, t in states.items()}
-    for at, (layer, file) in enumerate(layers):
-        tensors = Tensors(file)
+    for at, (layer, tensors) in enumerate(arriving(layers, stream.device)):
         module = stream.layer(tensors, layer)
         recorder = recorder_of(stream, tensors, layer, recording) if recording else None
         if recording and recording.between:
@@ -155,8 +156,8 @@ def at_once(
 
 
 def home_of(device: torch.device, nbytes: int) -> torch.device:
-    """Where so many bytes of states stay between layers: on the device if they take less than half of what is free there."""
-    fits = device.type == "cuda" and 2 * nbytes < torch.cuda.mem_get_info(device)[0]
+    """Where so many bytes of states stay between layers: on the device if they take less than a quarter of what is free there."""
+    fits = device.type == "cuda" and 4 * nbytes < torch.cuda.mem_get_info(device)[0]
     return device if fits else torch.device("cpu")
 
 

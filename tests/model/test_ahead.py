@@ -1,7 +1,6 @@
 """The next thing is read while the present one is used: in order, one ahead, with errors where they belong."""
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Iterator
 from threading import Event
 
 import pytest
@@ -16,19 +15,33 @@ def test_the_next_is_being_read_while_the_present_one_is_used() -> None:
         begun[i].set()
         return i
 
-    for i in ahead(partial(read, i) for i in range(4)):
+    for i in ahead(map(read, range(4))):
         assert i == 3 or begun[i + 1].wait(30)
         assert i >= 2 or not begun[i + 2].is_set(), "only one is read ahead"
 
 
-def test_results_come_in_order_and_an_error_where_its_result_was_due() -> None:
-    def fails() -> int:
+def test_things_come_in_order_and_an_error_where_its_thing_was_due() -> None:
+    def things() -> Iterator[int]:
+        yield from (0, 1)
         raise FileNotFoundError("layer 2")
 
-    calls: list[Callable[[], int]] = [lambda: 0, lambda: 1, fails, lambda: 3]
     seen = []
     with pytest.raises(FileNotFoundError, match="layer 2"):
-        for i in ahead(calls):
+        for i in ahead(things()):
             seen.append(i)
     assert seen == [0, 1]
-    assert [*ahead([])] == []
+    assert [*ahead(())] == []
+
+
+def test_one_ahead_of_another_is_two_ahead() -> None:
+    """A file is fetched while the one before is moved to a GPU and a third is computed with."""
+    begun = [Event() for _ in range(4)]
+
+    def read(i: int) -> int:
+        begun[i].set()
+        return i
+
+    things = ahead(ahead(map(read, range(4))))
+    assert next(things) == 0
+    assert begun[2].wait(30)
+    things.close()  # type: ignore[attr-defined]

@@ -19,6 +19,7 @@ from moeflow.model.alternatives import Alternative, Kept, Without, alternative_b
 from moeflow.model.checkpoint import Tensors, save, tensor_of
 from moeflow.model.header import TensorInfo
 from moeflow.model.layout import LAYER, Files, headers
+from moeflow.model.moved import arriving
 from moeflow.model.passes import Head, at_once, home_of, put, stream_of, taken
 from moeflow.model.stream import HIDDEN, States, Stream
 from moeflow.step import Artifact
@@ -70,20 +71,21 @@ def begun(which: Forks | None, sources: Sequence[Artifact], only: Collection[str
 
 @torch.inference_mode()
 def through(
-    config: Config, base: States, stages: Iterable[Stage], *, forks: int, batch: int, dtype: str
-) -> tuple[Tensor, dict[Fork, Tensor]]:
+    config: Config, base: States, stages: Iterable[Stage],
+    *, forks: int, batch: int, dtype: str, progress: Callable[[int], None] = lambda _: None,
+) -> tuple[Tensor, dict[Fork, Tensor]]:  # fmt: skip
     """The hidden states [N, L, D] behind the last of these consecutive layers, of the unchanged model and of every fork.
 
     `base`: the unchanged model's states before the first. `forks`: how many will begin; their states stay on the device where they
-    fit. One layer's weights are in memory at a time, and those of one alternative. At most `batch` sequences run together, and as
-    many as there is room for if that is 0.
+    fit. One layer's weights are in memory at a time, and those of one alternative; the next stage is asked for meanwhile. At most
+    `batch` sequences run together, and as many as there is room for if that is 0. `progress` is told how many layers are done.
     """
     stream = stream_of(config, dtype)
     home = home_of(stream.device, forks * base[HIDDEN].nbytes)
     begun: dict[Fork, States] = {}
     count, length = base[HIDDEN].shape[:2]
-    for layer, file, alternatives, whole in stages:
-        tensors = Tensors(file)
+    arrived = arriving(((stage, stage.file) for stage in stages), stream.device)
+    for done, ((layer, file, alternatives, whole), tensors) in enumerate(arrived, 1):
         module = stream.layer(tensors, layer)
         size = at_once(stream, module, Tensors(whole or file), length, batch, copies=2)
         for fork, before in begun.items():
@@ -104,6 +106,7 @@ def through(
             del own, fork_of
         else:
             base = _run(stream, module, layer, base, size)
+        progress(done)
     return base[HIDDEN], {fork: states[HIDDEN] for fork, states in begun.items()}
 
 

@@ -128,12 +128,8 @@ def behind(
 
 
 def _read(layers: tuple[Artifact, ...]) -> Iterator[Path | Files]:
-    """The file of each layer, or the folder of its files if there are several; the next is read while one is computed with."""
-
-    def of(layer: Artifact) -> Path | Files:
-        return layer.folder() if ROUTING in layer.names() else weights(layer, LAYER)
-
-    return ahead(partial(of, layer) for layer in layers)
+    """The file of each layer, or the folder of its files if there are several; the next is fetched while one is used."""
+    return ahead(layer.folder() if ROUTING in layer.names() else weights(layer, LAYER) for layer in layers)
 
 
 def _embed_spec(essential: RestSpec, rest: RestSpec, tokens: TokensSpec, *, first: int, count: int, dtype: str) -> Spec:
@@ -370,19 +366,22 @@ def forks(
     only = None if shortlist is None else Shortlist.read(shortlist).layers
 
     def stages() -> Iterator[forking.Stage]:
-        for done, file in enumerate(ahead(partial(weights, layer, LAYER) for layer in layers)):
+        for done, layer in enumerate(layers):
             which = alternatives[done] if done < len(alternatives) else None
             held = sources[done] if which and sources else ()
             whole = weights(held[-1], LAYER) if which and which.replaced else None
             named = None if only is None else only.get(how.first + done)
-            yield forking.Stage(how.first + done, file, forking.begun(which, held, named), whole)
-            context.progress(done + 1, len(layers), "layers")
+            yield forking.Stage(how.first + done, weights(layer, LAYER), forking.begun(which, held, named), whole)
 
     def taken_of(states: tuple[Artifact, ...]) -> dict[str, Any]:
         return forking.first_rows(states, how.taken if len(states) == len(how.rows) else [sum(how.taken)])
 
     count = sum(map(how.begun, alternatives))
-    own, made = forking.through(read_config(rest), taken_of(before), stages(), forks=count, batch=at_most(context), dtype=how.dtype)
+    own, made = forking.through(
+        read_config(rest), taken_of(before), stages(),
+        forks=count, batch=at_most(context), dtype=how.dtype,
+        progress=lambda done: context.progress(done, len(layers), "layers"),
+    )  # fmt: skip
     goal = taken_of(against)[forking.HIDDEN] if against else None
     ids = np.load(matrix.file(TOKENS), mmap_mode="r")
     taken = np.concatenate([ids[first : first + count] for first, count in how.rows])

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from moeflow.arch import Config
 from moeflow.model.alternatives import Alternative, Kept, alternative_blocks, slices, watched, with_block
-from moeflow.model.checkpoint import Tensors
 from moeflow.model.layout import Files
+from moeflow.model.moved import arriving
 from moeflow.model.passes import Progress, at_once, put, stream_of, taken
 from moeflow.model.stream import HIDDEN, States, Stream
 
@@ -59,8 +59,7 @@ def _outputs(
     layers' work; a layer without sets keeps all its experts."""
     nodes: dict[Combination, States] = {(): start}
     count, length = start[HIDDEN].shape[:2]
-    for layer, file in layers:
-        tensors = Tensors(file)
+    for layer, tensors in arriving(layers, stream.device):
         module = stream.layer(tensors, layer)
         last = layer == layers[-1][0]
         alternatives: dict[str, Alternative] = {str(n): Kept(tuple(keep)) for n, keep in enumerate(sets.get(layer, ()))}
