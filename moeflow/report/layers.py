@@ -152,11 +152,11 @@ def _layer(number: int, done: Sequence[Mapping[str, Any]], now: int | None, choi
             if any((of.get("ranks") or {}).values()) and isinstance(of["expert"], int):
                 ranks[of["expert"] if kept is None else kept[of["expert"]]] = fmean(r for r in of["ranks"].values() if r)
     chosen = [c for c in choices if c.get("layer") == was and isinstance(c.get("loss"), Mapping)]
-    table = next((c for c in choices if "table" in c and str(was) in c.get("chosen", {})), None)
-    cost = table["table"][str(was)].get(table["chosen"][str(was)]) if table else None
+    alone = next((c["alone"][str(was)] for c in choices if str(was) in c.get("alone", {})), None)
     return Layer(
         number, was, experts, None if kept is None else tuple(kept), tuple(_words(d) for d in done), ranks, bits,
-        float(chosen[-1]["loss"]["of_output"]) if chosen else None, float(cost[1]) if cost else None, fmean(lost) if lost else None,
+        float(chosen[-1]["loss"]["of_output"]) if chosen else None, None if alone is None else float(alone),
+        fmean(lost) if lost else None,
     )  # fmt: skip
 
 

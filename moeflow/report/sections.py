@@ -122,7 +122,7 @@ def _changes(every: Sequence[Layer]) -> Section | None:
             (str(i.layer), i.lost) for i in every if i.lost is not None
         ],
     }
-    pictures = tuple((name, charts.bars(values, axis="", log=True)) for name, values in parts.items() if values)
+    pictures = tuple((name, charts.bars(values, axis="", log=True)) for name, values in parts.items() if any(v for _, v in values))
     return Section("Error by layer", "What each layer cost, where it was measured.", pictures) if pictures else None
 
 

@@ -106,7 +106,10 @@ class Fitted(Record):
     lead: Lead | None = None
     """By how much it costs less than the next best; None if nothing else fits."""
     table: Mapping[int, Mapping[str, tuple[float, float]]] = field(default_factory=dict)
-    """By layer and alternative, its size and its cost."""
+    """By layer and alternative, its size and its cost: how much farther it is than the choice around which it was measured, if
+    there is one."""
+    alone: Mapping[int, float] = field(default_factory=dict)
+    """By layer, how far the original is with the chosen alternative in this layer alone."""
 
 
 def choose(

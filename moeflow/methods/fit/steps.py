@@ -62,7 +62,7 @@ def _reach(whole: int, offer: Offer, files: tuple[tuple[LayerSpec, ...], ...]) -
     return ", ".join(reached)
 
 
-@step("fit.decide", version=4, spec=_decide_spec)
+@step("fit.decide", version=5, spec=_decide_spec)
 def decide(
     context: Context, rest: Artifact, config: Artifact, curves: Artifact, fixed: tuple[Artifact, ...],
     files: tuple[tuple[Artifact, ...], ...], before: Artifact | None = None,
@@ -101,12 +101,15 @@ def decide(
     ahead = _lead(offered, measured, chosen, next_best(offered, runs, room, chosen), first)
     if ahead is not None and ahead.words:
         context.note(ahead.words)
+    table = _table(offered)
+    measured_alone = table if first is None else first.table
     Fitted(
         engine=engine, unit=budget.unit, budget=room + others, size=others + sum(o.size for o in picked), whole=whole,
         cost=measured.apart + sum(o.cost for o in picked), chosen=chosen, tokens=measured.tokens,
         frontier=frontier(offered, runs, others) if first is None else first.frontier,
         marks=_marks(offered, others) if first is None else first.marks,
-        before=None if first is None else measured.apart, lead=ahead, table=_table(offered),
+        before=None if first is None else measured.apart, lead=ahead, table=table,
+        alone={i: measured_alone[i][name][1] for i, name in chosen.items() if name in measured_alone[i]},
     ).write(context.out)  # fmt: skip
     Shortlist(promising(offered, runs, chosen)).write(context.out)
 

@@ -21,6 +21,7 @@ from moeflow.methods.graph import Calibration, Model, Pass, Sample
 from moeflow.methods.recipes import fit, tune
 from moeflow.methods.recipes.tune import Recovering, Tuned
 from moeflow.methods.records import Curves
+from moeflow.report.layers import read
 from moeflow.sources import Texts
 from moeflow.step import Step, upstream
 from moeflow.store import Store
@@ -139,9 +140,15 @@ def test_around_a_choice_only_the_most_promising_are_measured(small_offer: Calib
     said = decision(store, target)
     assert said["size"] <= said["budget"] < 0.34 * said["whole"]
     first, second = sorted((s for s in upstream([target]) if s.name == "fit.decide"), key=lambda s: len(upstream([s])))
-    tables = [json.loads(store.artifact(s.key).file("fit.json").read_text())["table"] for s in (first, second)]
+    made = [json.loads(store.artifact(s.key).file("fit.json").read_text()) for s in (first, second)]
+    tables = [each["table"] for each in made]
     assert {len(t) for t in tables[0].values()} == {16} and {len(t) for t in tables[1].values()} == {12}
     assert not any("8 experts" in t for t in tables[1].values())
+    for each in made:  # what a layer costs alone was measured around the original, and is more than nothing
+        assert each["alone"] == {i: tables[0][i][name][1] for i, name in each["chosen"].items()}
+        assert all(cost > 0 for cost in each["alone"].values())
+    page = read(store.artifact(target.key))
+    assert page is not None and [i.divergence for i in page.layers] == [*said["alone"].values()]
 
 
 @pytest.mark.slow
