@@ -39,7 +39,10 @@ def quiet_hooks(model: Any) -> None:
 
 
 def load_whole(folder: Path, **options: Any) -> Any:
-    """The causal language model in a checkpoint's folder; `options` are those of `from_pretrained`."""
+    """The causal language model in a checkpoint's folder; `options` are those of `from_pretrained`.
+
+    Raises ValueError if a weight is missing, which transformers would draw at random.
+    """
     from transformers import AutoConfig
     from transformers.utils.logging import disable_progress_bar
 
@@ -48,4 +51,10 @@ def load_whole(folder: Path, **options: Any) -> Any:
     disable_progress_bar()
     with quiet():
         config = AutoConfig.from_pretrained(folder)
-        return language_class(type(config)).from_pretrained(folder, **options)
+        model, found = language_class(type(config)).from_pretrained(folder, output_loading_info=True, **options)
+    if missing := sorted(found["missing_keys"]):
+        raise ValueError(
+            f"{folder} lacks {len(missing)} of the weights that transformers loads for a {config.model_type}, as {missing[0]}: "
+            "fetch the checkpoint again, or take the version of transformers that wrote it"
+        )
+    return model

@@ -4,7 +4,7 @@ Memory is an estimate of the peak of an optimizer step; 10 % are added for fragm
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
@@ -27,8 +27,8 @@ class Work:
     trained: Mapping[int | None, Shapes]
     recipe: Recipe
     length: int
-    packed: frozenset[int] = frozenset()
-    """The layers whose experts are packed."""
+    packed: Mapping[int, int] = field(default_factory=dict)
+    """The layers whose experts are packed, and how many weights of a row share a scale (0: all)."""
 
     @property
     def size(self) -> int:
@@ -42,19 +42,33 @@ class Work:
 
     @property
     def count(self) -> int:
-        """The numbers that are trained; LoRA's factors of a matrix [M, N] have R (M + N). Scales count as those."""
-        shapes = [s for each in self.trained.values() for s in each.values()]
+        """The numbers that are trained: LoRA's factors of a matrix [M, N] have R (M + N), packed experts scales and codes."""
         if self.recipe.mode != "lora":
-            return sum(map(prod, shapes))
-        return sum(min(self.recipe.rank, *s[-2:]) * sum(s[-2:]) for s in shapes) + self.codes
+            return sum(map(_numel, self.trained.values()))
+        added = [s for i, each in self.trained.items() for n, s in each.items() if n not in self.itself(i)]
+        own = [(s, group or s[-1]) for i, group in self.packed.items() for s in self.itself(i).values()]
+        scales = sum(prod(s[:-1]) * -(-s[-1] // group) for s, group in own)
+        return sum(min(self.recipe.rank, *s[-2:]) * sum(s[-2:]) for s in added) + scales + self.codes
 
     @property
     def codes(self) -> int:
         """The codes that are trained: one for each weight of a packed expert."""
-        if not self.recipe.trains_codes:
-            return 0
+        return sum(_numel(self.itself(i)) for i in self.packed) if self.recipe.trains_codes else 0
+
+    def itself(self, layer: int | None) -> Shapes:
+        """The packed experts of a layer that are trained themselves, by their scales or codes, not by what is added to them."""
+        if layer not in self.packed or self.recipe.mode != "lora" or self.recipe.packed == "beside":
+            return {}
         kind = Family.of(self.config).kind
-        return sum(prod(s) for i in self.packed for n, s in self.trained.get(i, {}).items() if kind(n) == "experts")
+        return {n: s for n, s in self.trained.get(layer, {}).items() if kind(n) == "experts"}
+
+    def made(self, layer: int | None) -> int:
+        """Bytes that LoRA's forward pass makes of a layer's trained matrices and keeps for the backward pass: the sums; with codes
+        also where they are and their steps, in fp32, how scales change, and the sums before that."""
+        if self.recipe.mode != "lora":
+            return 0
+        of_code = (2 * self.size + 4 + (4 if self.size == 2 else 0)) * self.recipe.trains_codes
+        return self.size * _numel(self.trained.get(layer, {})) + of_code * _numel(self.itself(layer))
 
 
 @dataclass(frozen=True)
@@ -72,8 +86,8 @@ def need_of(work: Work, gang: Gang) -> Need:
     In mixed precision a trained parameter takes 16 bytes (weight 2, gradient 2, fp32 copy and Adam's moments 12), in fp32 as many
     (4, 4, 8; with ZeRO 1 and 2, which copy the weights, 4 more); a code has its first value and the distance to the next beside
     it. ZeRO divides them (Rajbhandari et al., SC 2020, arXiv 1910.02054, section 5); bf16 is trained with ZeRO 1 at least. Added to
-    this are two whole layers if weights are divided, the activations of all layers (of one, with checkpointing), the sums that LoRA
-    makes in a forward pass, and the logits.
+    this are two whole layers if weights are divided, the activations of all layers (of one, with checkpointing), what LoRA makes of
+    weights in a forward pass, and the logits.
     """
     recipe, n = work.recipe, gang.processes
     size, lora = work.size, recipe.mode == "lora"
@@ -84,7 +98,7 @@ def need_of(work: Work, gang: Gang) -> Need:
     gradients = size * trained // (n if zero > 1 else 1)
     tokens = gang.micro_of(recipe.batch, work.length) * work.length
     each = [tokens * bytes_per_token(work.config, shapes, size) for shapes in work.layers.values()]
-    made = [size * numel if lora else 0 for numel in touched]
+    made = [work.made(layer) for layer in work.trained]
     width, vocabulary = int(work.config["hidden_size"]), int(work.config["vocab_size"])
     parts = {
         "weights": size * (whole + lora * trained + 2 * work.codes) // (n if zero == 3 else 1),

@@ -72,9 +72,20 @@ def write(checkpoint: Files, config: Config, folder: Path, out: Path, recipe: Re
         if config.get("tie_word_embeddings") and HEAD in files and EMBEDDING in changed:
             changed[HEAD] = changed[EMBEDDING]
         (out / file.stem).mkdir(parents=True, exist_ok=True)
-        for name in sorted({files[n] for n in changed if n in files}):
+        for name in sorted({_file_of(n, files) for n in changed}):
             save(_file([n for n in files if files[n] == name], tensors, changed, recipe), out / file.stem / name)
         yield file.stem
+
+
+def _file_of(name: str, files: Mapping[str, str]) -> str:
+    """The file that something trained belongs to: a tensor, or the scales or codes of a packed one.
+
+    Raises RuntimeError if there is none: what was trained would be lost without a word.
+    """
+    matrix = next((n for n in (name, name.removesuffix(SCALE), name.removesuffix(PACKED)) if n in files), None)
+    if matrix is None:
+        raise RuntimeError(f"{name} was trained, and the checkpoint has no such tensor")
+    return files[matrix]
 
 
 def _file(names: Iterable[str], tensors: Tensors, changed: Mapping[str, Tensor], recipe: Recipe) -> dict[str, Tensor]:

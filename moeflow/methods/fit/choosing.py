@@ -16,6 +16,10 @@ LISTED = 12
 """The alternatives of each layer that are measured again around a choice."""
 
 
+MOST = 100
+"""How many times as many tokens are worth being asked for, to tell two choices apart."""
+
+
 @dataclass(frozen=True)
 class Option:
     """An alternative of one layer with what it takes and what it costs."""
@@ -52,7 +56,8 @@ class Lead:
         """Why the calibration is too small to tell; "" if it is not."""
         if self.mean > self.noise:
             return ""
-        more = f"about {self.asks:,} would tell" if self.asks else "more would tell"
+        far = not 0 < self.asks <= MOST * self.tokens
+        more = "and there is little to tell" if far else f"about {self.asks:,} would tell"
         return (
             f"the choice leads the next best by {self.mean:.2g} nats a token, give or take {self.noise:.2g}: {self.tokens:,} "
             f"tokens are too few to tell them apart, {more} (offers.measured)"
@@ -115,24 +120,43 @@ class Fitted(Record):
 def choose(
     offered: Offered, engine: Engine, room: float, rest: float = 0.0, said: Callable[[float], str] = "{:,.0f}".format
 ) -> dict[int, str]:
-    """The alternatives that cost least together and take at most `room`, beside a `rest` that stays.
+    """The alternatives that cost least together and take at most `room`, beside a `rest` that stays. Some layer keeps experts.
 
     `said`: a size in words. Raises ValueError with the nearest that can be had.
     """
     best: tuple[float, dict[int, str]] | None = None
     for subset in together(offered, engine):
-        curves = [[(o.size, o.cost) for o in options.values()] for options in subset.values()]
-        if least(curves) > room:
-            continue
-        names = [[*options] for options in subset.values()]
-        picked = {i: n[at] for i, n, at in zip(subset, names, cheapest(curves, room), strict=True)}
-        cost = sum(subset[i][name].cost for i, name in picked.items())
-        if best is None or cost < best[0]:
-            best = cost, picked
+        found = _cheapest(subset, room)
+        if found is not None and not any(subset[i][name].what.keep for i, name in found.items()):
+            # no checkpoint is without experts: each layer in turn has to keep some
+            each = [one for part in _holding(subset) if (one := _cheapest(part, room)) is not None]
+            found = min(each, key=lambda one: _cost(subset, one), default=None)
+        if found is not None and (best is None or _cost(subset, found) < best[0]):
+            best = _cost(subset, found), found
     if best is None:
         nearest = smallest(offered, engine) + rest
         raise ValueError(f"nothing that was offered takes {said(room + rest)} or less; the nearest is {said(nearest)}")
     return best[1]
+
+
+def _cheapest(part: Offered, room: float) -> dict[int, str] | None:
+    """What costs least of options that go with each other; None if nothing fits."""
+    curves = [[(o.size, o.cost) for o in options.values()] for options in part.values()]
+    if least(curves) > room:
+        return None
+    names = [[*options] for options in part.values()]
+    return {i: n[at] for i, n, at in zip(part, names, cheapest(curves, room), strict=True)}
+
+
+def _cost(part: Offered, chosen: Mapping[int, str]) -> float:
+    return sum(part[i][name].cost for i, name in chosen.items())
+
+
+def _holding(part: Offered) -> Iterator[Offered]:
+    """The same options, once for each layer that can keep experts, which it has to."""
+    for i, options in part.items():
+        if holding := {n: o for n, o in options.items() if o.what.keep}:
+            yield {**part, i: holding}
 
 
 def next_best(offered: Offered, engine: Engine, room: float, chosen: Mapping[int, str]) -> dict[int, str] | None:
@@ -192,9 +216,9 @@ def lead(ours: Sequence[float], theirs: Sequence[float], tokens: int) -> Lead:
 
 
 def smallest(offered: Offered, engine: Engine) -> float:
-    """The least that the layers can take together."""
-    every = together(offered, engine)
-    return min((least([[(o.size, o.cost) for o in options.values()] for options in s.values()]) for s in every), default=0.0)
+    """The least that the layers can take together, of which one keeps experts."""
+    every = (part for subset in together(offered, engine) for part in _holding(subset))
+    return min((sum(min(o.size for o in options.values()) for options in part.values()) for part in every), default=0.0)
 
 
 def together(offered: Offered, engine: Engine) -> Iterator[dict[int, dict[str, Option]]]:

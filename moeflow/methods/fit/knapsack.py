@@ -66,12 +66,14 @@ class Relaxed:
 def cheapest(curves: Sequence[ArrayLike], budget: float) -> list[int]:
     """Choose one option (size, cost) of each curve, so that the sizes sum to at most `budget` and the costs to the least.
 
-    Sizes and costs may be any numbers, costs also negative. Among equal costs the smaller size wins. Returns the options' indices.
+    Sizes and costs may be any numbers, costs also negative; sizes that are no whole numbers may exceed the budget by what rounding
+    does to their sum. Among equal costs the smaller size wins. Returns the options' indices.
     Raises ValueError with the nearest budget that can be met.
     """
     every = [Curve(c) for c in curves]
     after = [Relaxed(every[i:]) for i in range(len(every) + 1)]
-    if budget < after[0].least:
+    room = budget + 4 * len(every) * np.spacing(abs(budget))  # sums in another order differ by as much; far less than a byte
+    if room < after[0].least:
         raise ValueError(f"a budget of {budget:g} cannot be met; the nearest that can is {after[0].least:g}")
     most = _by_envelopes(every, budget)
     size, cost = np.zeros(1), np.zeros(1)
@@ -80,7 +82,7 @@ def cheapest(curves: Sequence[ArrayLike], budget: float) -> list[int]:
         sums = (size[:, None] + curve.size).ravel()
         costs = (cost[:, None] + curve.cost).ravel()
         # the bound is compared with some room for what rounding does to sums in another order
-        kept = np.flatnonzero(costs + after[i + 1].cost(budget - sums) <= most + 1e-12 * (1 + abs(most)))
+        kept = np.flatnonzero(costs + after[i + 1].cost(room - sums) <= most + 1e-12 * (1 + abs(most)))
         kept = kept[np.lexsort((costs[kept], sums[kept]))]
         before = np.concatenate([[np.inf], np.minimum.accumulate(costs[kept])[:-1]])
         kept = kept[costs[kept] < before]

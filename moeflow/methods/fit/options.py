@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from math import inf
 from typing import Annotated, Literal
 
 from moeflow.engines import ENGINES, Engine, engine_of
@@ -31,8 +32,8 @@ class Budget:
             raise ValueError(f"give one budget: bytes=24GB, ratio=0.25, resident=24GB or speed=1.5; given are {given or 'none'}")
         if self.ratio and not 0 < self.ratio < 1:
             raise ValueError(f"ratio={self.ratio:g} of the bytes is to go: it must lie between 0 and 1")
-        if self.speed and self.speed <= 1:
-            raise ValueError(f"speed={self.speed:g} times as fast is no saving; give more than 1")
+        if self.speed and not 1 < self.speed < inf:
+            raise ValueError(f"speed={self.speed:g}: give how many times fewer operations a token may take, a number above 1")
         size_of(self.bytes or self.resident or "1")
 
     @property
@@ -57,7 +58,7 @@ def size_of(word: str) -> int:
     """The bytes that a word like 24GB or 22.5GiB says. Raises ValueError."""
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)", word.strip())
     units = {name.lower(): size for name, size in UNITS.items()}
-    if match is None or match[2].lower() not in units or not float(match[1]):
+    if match is None or match[2].lower() not in units or float(match[1]) * units[match[2].lower()] < 1:
         raise ValueError(f"{word!r} is no size; write it like 24GB or 22.5GiB")
     return int(float(match[1]) * units[match[2].lower()])
 
@@ -100,6 +101,10 @@ class Offers:
         for name in ("counts", "ranks"):
             if odd := [part for part in getattr(self, name) if not 0 < part < 1]:
                 raise ValueError(f"{name} has {odd[0]}: every part must lie between 0 and 1")
+        for name in ("bits", "wide"):
+            known = ENGINES["moeflow"].bits
+            if none := [b for b in getattr(self, name) if b not in known]:
+                raise ValueError(f"{name} has {none[0]}: weights are packed in {', '.join(map(str, known))} bits")
         groups = self.runs.groups
         if self.packs and groups and self.group not in groups:
             raise ValueError(

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from math import isfinite
 
 from moeflow.methods.fit.choosing import Fitted
 from moeflow.sizes import bytes_text
@@ -15,10 +16,10 @@ def with_recovered(fitted: Fitted, tried: Mapping[str, float], more: float) -> F
     """The choice with the way that is closest to the original, if it is closer than the model was.
 
     `tried`: the measured divergence by each way; `more`: how much more is taken by what is kept beside packed weights, in the unit
-    of the budget, which has to have room for it.
+    of the budget, which has to have room for it. A divergence that is no number is that of a model which is broken.
     """
     over = max(0.0, fitted.size + more - fitted.budget) if KEPT in tried else 0.0
-    open_to = {way: apart for way, apart in tried.items() if way != KEPT or not over}
+    open_to = {way: apart for way, apart in tried.items() if isfinite(apart) and (way != KEPT or not over)}
     best = min(open_to, key=lambda way: open_to[way], default="")
     if best and fitted.before is not None and open_to[best] >= fitted.before:
         best = ""

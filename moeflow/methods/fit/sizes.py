@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from math import prod
+from typing import Any
 
 from moeflow.arch import EMBEDDING, HEAD, Config, Family
 from moeflow.engines import Engine
@@ -10,7 +11,7 @@ from moeflow.model.formats import Format, format_of
 from moeflow.model.header import TensorInfo
 from moeflow.model.layout import experts_in, headers
 from moeflow.model.packed import PACKED, numels
-from moeflow.model.spec import element_bytes
+from moeflow.model.spec import LayerSpec, RestSpec, element_bytes, file_bytes
 from moeflow.step import Artifact
 
 
@@ -25,6 +26,19 @@ def size(artifact: Artifact, unit: str, engine: Engine, config: Config, layer: i
         head = tensors.get(HEAD) or tensors[EMBEDDING]
         return 2 * prod(head.shape)
     return _operations(tensors, config, layer)
+
+
+def expected(spec: Any, unit: str, engine: Engine) -> float:
+    """The same of a layer, the rest or other tensors that are not made yet, as nearly as their specs tell it."""
+    if unit == "operations":
+        if isinstance(spec, RestSpec):
+            return 2 * prod((spec.tensors.get(HEAD) or spec.tensors[EMBEDDING])[1])
+        return 2 * spec.active if isinstance(spec, LayerSpec) else 0
+    if isinstance(spec, RestSpec):
+        return file_bytes(spec.tensors)
+    if unit == "resident" and isinstance(spec, LayerSpec) and engine.unpacks and spec.packed:
+        return spec.loaded("auto")
+    return float(spec.nbytes)
 
 
 def _resident(tensors: Mapping[str, TensorInfo], engine: Engine, config: Config, layer: int | None) -> float:

@@ -1,15 +1,17 @@
 """Choose what each layer becomes, and take it: one budget, and the least divergence from the original that fits into it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
+from math import inf, isfinite
 from typing import Any
 
 from moeflow.arch import Family
 from moeflow.engines import engine_of
 from moeflow.methods.fit.choosing import Fitted, Lead, Offered, Option, Point, choose, frontier, lead, next_best, promising
 from moeflow.methods.fit.options import Alternative, Budget
+from moeflow.methods.fit.reach import NEARLY, Offer, in_reach, most_saved, out_of_reach
 from moeflow.methods.fit.recovering import WORDS, told, with_recovered
-from moeflow.methods.fit.sizes import size
+from moeflow.methods.fit.sizes import expected, size
 from moeflow.methods.records import Bits, Curves, Shortlist
 from moeflow.methods.reports import row, write_report
 from moeflow.methods.rewrite import link_all
@@ -18,9 +20,6 @@ from moeflow.model.spec import LayerSpec, RestSpec
 from moeflow.sizes import bytes_text
 from moeflow.step import Artifact, Context, Spec, step
 
-Offer = Mapping[str, list[Alternative]]
-"""By layer, what it may become, in the order of the artifacts; the first is the layer as it is."""
-
 
 def _decide_spec(
     rest: RestSpec, config: RestSpec, curves: Any, fixed: tuple[Any, ...], files: tuple[tuple[LayerSpec, ...], ...],
@@ -28,38 +27,16 @@ def _decide_spec(
 ) -> Spec:  # fmt: skip
     every = [f for of_layer in files for f in of_layer]
     writes = 2000 + 120 * len(every)
-    whole = sum(f.nbytes for f in fixed) + rest.nbytes + sum(of_layer[0].nbytes for of_layer in files)
-    least = whole - sum(of_layer[0].nbytes - min(f.nbytes for f in of_layer) for of_layer in files)
-    if budget.unit == "bytes" and budget.most(whole) < 0.98 * least:  # sizes that a run decides are known nearly
-        wanted, fewest = bytes_text(budget.most(whole)), bytes_text(least)
-        raise ValueError(
-            f"a budget of {wanted} cannot be met: what is offered takes {fewest} at the least, of {bytes_text(whole)}; "
-            f"{budget.meant(least, whole) or 'offer fewer bits, lower ranks or fewer experts'}"
-        )
-    reach = f"a budget in bytes can be from {bytes_text(least)} to {bytes_text(whole)}: {_reach(whole, offer, files)}"
-    notes = (reach,) if before is None else ()
+    runs = engine_of(engine, model_type=Family.of(config.config).arch.model_type)
+    each = [[expected(f, budget.unit, runs) for f in of_layer] for of_layer in files]
+    whole = round(expected(rest, budget.unit, runs) + sum(expected(f, budget.unit, runs) for f in fixed) + sum(s[0] for s in each))
+    least = whole - most_saved([[bool(f.experts) for f in of_layer] for of_layer in files], each)
+    if budget.most(whole) < NEARLY[budget.unit] * least:
+        raise ValueError(out_of_reach(budget, least, whole))
+    notes = in_reach(budget, least, whole, offer, each) if before is None else ()
     out = {"bytes": writes, "part": min(1.0, budget.most(whole) / whole) if budget.unit == "bytes" else 1.0}
     reads = sum(f.headers for f in every) + curves["bytes"]
     return Spec(out, reads=reads, writes=writes, memory=1 << 28, notes=notes)
-
-
-def _reach(whole: int, offer: Offer, files: tuple[tuple[LayerSpec, ...], ...]) -> str:
-    """The least bytes that each kind of alternative could leave by itself."""
-    kinds: dict[str, Callable[[Alternative, int], bool]] = {
-        "fewer experts": lambda a, _: a.keep > 0 and not a.ratio and not a.bits,
-        "lower ranks": lambda a, _: a.ratio > 0 and not a.bits,
-        "fewer bits": lambda a, experts: a.bits > 0 and not a.ratio and a.keep == experts,
-        "two together": lambda a, experts: a.bits > 0 and (a.ratio > 0 or a.keep < experts),
-        "no MoE blocks": lambda a, _: a.keep == 0,
-    }
-    reached = []
-    for words, of_kind in kinds.items():
-        saved = 0
-        for alternatives, of_layer in zip(offer.values(), files, strict=True):
-            left = [f.nbytes for a, f in zip(alternatives, of_layer, strict=True) if of_kind(a, alternatives[0].keep)]
-            saved += of_layer[0].nbytes - min(left, default=of_layer[0].nbytes)
-        reached += [f"{words} {bytes_text(whole - saved)}"] * bool(saved)
-    return ", ".join(reached)
 
 
 @step("fit.decide", version=5, spec=_decide_spec)
@@ -81,7 +58,10 @@ def decide(
     first = None if before is None else Fitted.read(before)
     offered: dict[int, dict[str, Option]] = {}
     for (name, alternatives), artifacts in zip(offer.items(), files, strict=True):
-        layer, costs = int(name), measured.curves.get(int(name), {})
+        layer, known = int(name), measured.curves.get(int(name), {})
+        costs = {n: cost for n, cost in known.items() if isfinite(cost)}
+        if broken := [n for n in known if n not in costs]:
+            context.note(f"layer {name} is left without {', '.join(broken)}: with that the model predicts what is no number")
         own = alternatives[0].name if first is None else first.chosen[layer]
         offered[layer] = {
             a.name: Option(a, size(f, budget.unit, runs, read, layer), _cost(costs, a.name, measured.apart, own))
@@ -99,6 +79,11 @@ def decide(
     chosen = choose(offered, runs, room, others, "{:,.0f} operations".format if budget.unit == "operations" else bytes_text)
     picked = [offered[i][name] for i, name in chosen.items()]
     ahead = _lead(offered, measured, chosen, next_best(offered, runs, room, chosen), first)
+    if len(measured.apart_of_sequences) < 2:
+        context.note(
+            f"alternatives were measured on {measured.tokens:,} tokens of one sequence, which says nothing of others: calibrate on "
+            "more of them (calibration.sequences, offers.measured)"
+        )
     if ahead is not None and ahead.words:
         context.note(ahead.words)
     table = _table(offered)
@@ -150,7 +135,9 @@ def _better_spec(choices: tuple[Any, ...], measured: tuple[Any, ...]) -> Spec:
 def better(context: Context, choices: tuple[Artifact, ...], measured: tuple[Artifact, ...]) -> None:
     """The choice whose model is closest to the original; `measured` are the divergences of their models, as `Curves`."""
     apart = [Curves.read(curves).apart for curves in measured]
-    nearest = apart.index(min(apart))
+    if not any(map(isfinite, apart)):
+        raise ValueError("the chosen models predict what is no number; measure in another precision, or offer more bits")
+    nearest = min(range(len(apart)), key=lambda n: apart[n] if isfinite(apart[n]) else inf)
     replace(Fitted.read(choices[nearest]), before=apart[nearest]).write(context.out)
 
 

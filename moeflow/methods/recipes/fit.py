@@ -15,6 +15,7 @@ from moeflow.arch import Family
 from moeflow.methods import rewrite
 from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.calibrate.chains import Alternatives, Forks
+from moeflow.methods.checkpoint.export import written
 from moeflow.methods.decompose import steps as decompose
 from moeflow.methods.decompose.options import Decomposition
 from moeflow.methods.fit import steps as fit
@@ -67,11 +68,12 @@ def compress(calibration: Calibration, budget: Budget, offers: Offers, recover: 
     """
     calibration.check_states("fit")
     model = calibration.model
-    left: dict[str, str] = {}
+    left = _not_run(offers)
     ratios = _ratios(calibration, offers, left)
     offered = {i: _of_layer(calibration, offers, i, ratios, left) for i in model.moe_layers}
     if not any(len(of_layer) > 1 for of_layer in offered.values()):
-        raise ValueError(f"engine={offers.engine} runs none of the alternatives on offer; {_why(calibration, offers)}")
+        why = "; ".join([_runs(offers), *_not_on_offer(left)])
+        raise ValueError(f"there is nothing that a layer could become for engine={offers.engine}: {why}")
     offer = {str(i): [*of_layer] for i, of_layer in offered.items()}
     files = tuple(tuple(made.file for made in of_layer.values()) for of_layer in offered.values())
     fixed = [layer for i, layer in enumerate(model.layers) if i not in offered]
@@ -99,6 +101,9 @@ def compress(calibration: Calibration, budget: Budget, offers: Offers, recover: 
         return model.with_layers({i: layer(i, of_layer) for i, of_layer in offered.items()})
 
     choices = [chosen(measured(None))]
+    if beside and model.form is not None and not written(built(choices[0]), model.form).as_source:
+        beside.clear()  # what is written is the text model alone
+        choices = [chosen(measured(None))]
     for _ in range(offers.rounds - 1):
         choices.append(chosen(measured(choices[-1]), choices[-1]))
     last = choices[-1]
@@ -329,7 +334,16 @@ def _quantized(offers: Offers, bits: int, group: int = 0) -> Slimming:
     return Slimming("gptq", bits=bits, group=group or offers.group, activation_order=True, **own)
 
 
-def _why(calibration: Calibration, offers: Offers) -> str:
-    """Why a layer has no alternatives, in a word for each kind."""
-    runs: dict[str, Any] = {"counts": offers.counts, "ranks": offers.ranks if offers.runs.ranks else (), "bits": offers.runs.bits}
+def _not_run(offers: Offers) -> dict[str, str]:
+    """What is offered and the engine does not run, and where that is known from."""
+    runs = offers.runs
+    kinds = {f"{b} bits": "bits" for b in offers.bits if b not in runs.bits}
+    kinds |= {"lower ranks": "ranks"} if offers.ranks and not runs.ranks else {}
+    kinds |= {"a layer without its MoE block": "gone"} if offers.gone and not runs.gone else {}
+    return {what: f"{runs.name} does not run it ({runs.sources[kind]})" for what, kind in kinds.items()}
+
+
+def _runs(offers: Offers) -> str:
+    """What the engine runs of what is offered, in a word for each kind."""
+    runs: dict[str, Any] = {"counts": offers.counts, "ranks": offers.ranks if offers.runs.ranks else (), "bits": offers.packs}
     return "it runs " + ", ".join(f"{name} {[*values]}" for name, values in runs.items())

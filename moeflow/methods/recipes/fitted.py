@@ -14,6 +14,8 @@ little of both, or with `-p recover.packed=beside` factors, which are kept besid
 packing again.
 """
 
+from dataclasses import replace
+
 from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data
 from moeflow.methods.finetune.recipe import Gang
@@ -44,7 +46,7 @@ def build(
     original = checkpoint.pinned(model)
     matrix = data.tokens(tokens, original, calibration.sample)
     passed = calibration.passed
-    how = recover and recover.on(tokens, heldout.texts)
+    how = recover and replace(recover.on(tokens, heldout.texts), length=recover.length or matrix.spec.output.length)
     healed = (lambda plain: tuned(plain, original, how, gang, passed)) if how else None
     fitted = fit.compress(fit.calibrated(original, matrix, passed), budget, offers, healed)
     if frontier:

@@ -65,6 +65,8 @@ class Recovering(FineTuning):
 
     text: str = ""
     """The training text, as of a fine-tuning; none: the texts that the model is calibrated on."""
+    length: int = 0
+    """Tokens of a sequence; 0: as many as the calibration's have."""
     loss: Literal["lm", "kl", "both"] = "kl"
     """Predict the text, predict what the original predicts (KL divergence), or both."""
     rate: float = 1e-3
@@ -125,7 +127,7 @@ def tune(
     for name, matrix in {"the data": data, **matrices}.items():
         _check_data(name, matrix, model.config)
     spec: TokensSpec = data.spec.output
-    packed = frozenset(i for i in model.moe_layers if model.layers[i].spec.output.packed)
+    packed = {i: scheme.group for i in model.moe_layers if (scheme := model.layers[i].spec.output.packed)}
     recipe, gang = deepspeed_config.merged(deepspeed_config.read(deepspeed), how, gang or Gang(), spec.sequences)
     recipe = recipe.settled(
         rows=spec.sequences,

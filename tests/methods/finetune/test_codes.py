@@ -6,16 +6,20 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import MixtralConfig
 
+from moeflow.arch import layer_of
 from moeflow.methods.data import steps as data_
-from moeflow.methods.finetune.packed import CODES_PACE, LONG, Points, Rounding, codes_pace, recoded
+from moeflow.methods.finetune.memory import Work
+from moeflow.methods.finetune.packed import CODES_PACE, LONG, Points, Rounding, Scaling, codes_pace, recoded
 from moeflow.methods.finetune.recipe import Gang, Recipe
+from moeflow.methods.finetune.trained import _file_of
 from moeflow.methods.graph import Sample
 from moeflow.methods.recipes import tune, unified
 from moeflow.methods.slim.methods import Slimming
-from moeflow.model.packed import PACKED, codes_of, pack
+from moeflow.model.packed import PACKED, SCALE, codes_of, pack
 from moeflow.store import Store
-from tests import tiny
+from tests import normal, tiny
 from tests.methods.finetune.test_packed import ALIKE, HOW, differing, loss_of, losses, packed_as, stored, trained
 from tests.models import calibrated, loaded, pulled
 from tests.running import alone, matrix_of, model_in, run, store_in
@@ -92,11 +96,61 @@ def test_what_codes_need_is_planned_and_scales_are_advised_where_they_would_fit(
     def need(what: Any, gang: Gang = Gang(zero=0)) -> int:
         return int(tune.tune(packed, data, Recipe(**(HOW | {"packed": what})), gang=gang).trained.resources.device)
 
-    more = need("codes") - need("scales")
-    assert more == pytest.approx(1.1 * weights * (8 + 4 + 4 + 8), rel=1e-3), "moments, gradient, code, and start and distance"
+    more, layers = need("codes") - need("scales"), len(whole.layers)
+    kept = (
+        (4 + 4 + 4) * (layers + 2) / layers
+    )  # in fp32 where codes are, and the sums before scales; of the largest layer twice more
+    assert more == pytest.approx(1.1 * weights * (8 + 4 + 4 + 8 + kept), rel=1e-3), "moments, gradient, code, start and distance"
     between = (need("codes", Gang(zero=0, micro=1)) + need("scales", Gang(zero=0, micro=1))) // 2
     with pytest.raises(ValueError, match=r"; packed=scales, which trains no codes, needs 0\.0 GB"):
         need("codes", Gang(zero=0, micro=1, device_memory=between))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("what", ["codes", "scales"])
+def test_what_a_forward_pass_keeps_is_counted(what: Any, dtype: torch.dtype) -> None:
+    """Beside the parameters themselves; and how many numbers are trained."""
+    config = MixtralConfig(num_hidden_layers=1, num_local_experts=2, hidden_size=128, intermediate_size=256).to_dict()
+    names = [(f"model.layers.0.block_sparse_moe.experts.{e}.w2.weight", (128, 256)) for e in range(2)]
+    recipe = Recipe(packed=what, targets=("experts",), steps=8, rank=2, dtype=str(dtype).removeprefix("torch."))
+    work = Work(config, {0: dict(names)}, {}, {0: dict(names)}, recipe, 16, packed={0: 32})
+    weight, shape = torch.randn(2, 128, 256, dtype=dtype), (2, 128, 256)
+    points = Points(torch.zeros(shape), torch.ones(shape), bits=4)
+    addition = Rounding(weight, 32, points, PACE, shape=shape) if what == "codes" else Scaling(weight, 32, shape=shape)
+    kept: dict[int, int] = {}
+
+    def keep(t: torch.Tensor) -> torch.Tensor:
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        out = addition(weight)
+    own = {p.untyped_storage().data_ptr() for p in (weight, *addition.parameters())}
+    assert work.made(0) == out.nbytes + sum(size for at, size in kept.items() if at not in own)
+    assert work.count == sum(p.numel() for p in addition.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("family, targets", [("mixtral", ("experts",)), ("nemotron_h", ("attention", "experts"))])
+@pytest.mark.parametrize("what", ["codes", "scales"])
+def test_packed_experts_are_written_where_nothing_else_of_their_layer_is_trained(
+    family: str, targets: Any, what: str, store: Store, tmp_path: Path
+) -> None:
+    """Also in a model whose layers are either attention or experts; that layout's names are not those that transformers loads."""
+    make = normal.write if family in normal.FAMILIES else tiny.write
+    packed = packed_as(ALIKE, make(family, tmp_path / "model"), tmp_path)
+    tuned = trained(packed, tmp_path, packed=what, targets=targets)
+    before, out = (pulled(store, m, tmp_path / n) for n, m in {"before": packed, "after": tuned.model}.items())
+    changed = {layer_of(n) for n, t in stored(before).items() if n.endswith(SCALE) and not torch.equal(t, stored(out)[n])}
+    assert changed == {*packed.moe_layers}
+    if family == "mixtral":
+        assert loss_of(out, tmp_path) == pytest.approx(losses(store, tuned)[1], rel=1e-3)
+
+
+def test_something_trained_that_has_no_place_is_an_error() -> None:
+    files = {"a.weight": "layer.safetensors", "b.weight": "other.safetensors"}
+    assert [_file_of(f"a.weight{end}", files) for end in ("", SCALE, PACKED)] == 3 * ["layer.safetensors"]
+    with pytest.raises(RuntimeError, match=r"c\.weight_packed was trained, and the checkpoint has no such tensor"):
+        _file_of("c.weight" + PACKED, files)
 
 
 @pytest.mark.slow

@@ -12,20 +12,24 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from moeflow.cli import app
+from moeflow.engines import ENGINES
 from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data
 from moeflow.methods.finetune.recipe import Gang, Recipe
 from moeflow.methods.fit.options import Budget, Offers
+from moeflow.methods.fit.reach import NEARLY
+from moeflow.methods.fit.sizes import expected, size
 from moeflow.methods.graph import Calibration, Model, Pass, Sample
 from moeflow.methods.recipes import fit, tune
 from moeflow.methods.recipes.tune import Recovering, Tuned
 from moeflow.methods.records import Curves
+from moeflow.model.spec import LayerSpec
 from moeflow.report.layers import read
 from moeflow.sources import Texts
-from moeflow.step import Step, upstream
+from moeflow.step import Step, step_of, upstream
 from moeflow.store import Store
-from tests import running, tiny
+from tests import layouts, running, tiny
 
 OFFERS: dict[str, Any] = {"counts": (0.75,), "ranks": (0.3,), "bits": (4,), "group": 8, "measured": 128}
 
@@ -245,8 +249,81 @@ def test_a_budget_out_of_reach_is_told_before_anything_runs(small_offer: Calibra
 
 
 def test_an_engine_that_runs_nothing_of_the_offer_is_told(small_offer: Calibration) -> None:
-    with pytest.raises(ValueError, match="engine=transformers runs none of the alternatives on offer"):
+    with pytest.raises(ValueError, match="nothing that a layer could become for engine=transformers: it runs"):
         fitted(small_offer, Budget(ratio=0.2), engine="transformers", counts=(), bits=(3,))
+
+
+def test_what_an_engine_does_not_run_is_told(small_offer: Calibration) -> None:
+    made = fit.compress(small_offer, Budget(ratio=0.05), Offers(**OFFERS | {"engine": "transformers", "bits": (4, 3)}))
+    told = " ".join(made.reports[0].notes)
+    assert "lower ranks not on offer: transformers does not run it (" in told
+    assert "3 bits not on offer: transformers does not run it (" in told and "a layer without its MoE block" in told
+
+
+@pytest.mark.parametrize(
+    "budget, why",
+    [
+        (Budget(speed=100), r"100 times fewer operations a token cannot be had: what is offered takes up to 1\.[0-9]+ times fewer"),
+        (Budget(resident="1KiB"), r"a budget of 1\.0 KiB in memory cannot be met: what is offered takes [0-9.]+ KiB at the least"),
+    ],
+    ids=["speed", "resident"],
+)
+def test_budgets_of_other_units_out_of_reach_are_told_before_anything_runs(
+    budget: Budget, why: str, small_offer: Calibration
+) -> None:
+    with pytest.raises(ValueError, match=why):
+        fitted(small_offer, budget, gone=False)
+
+
+@pytest.mark.parametrize("unit", ["bytes", "resident", "operations"])
+def test_what_is_expected_of_alternatives_is_what_they_take(unit: str, small_offer: Calibration, tmp_path: Path) -> None:
+    """Within what the run decides: ranks, and their padding."""
+    store, runs, config = running.store_in(tmp_path), ENGINES["moeflow"], small_offer.model.config
+    target = fitted(small_offer, Budget(ratio=0.3), rounds=1)
+    running.run(store, target)
+    (decide,) = (s for s in upstream([target]) if s.name == "fit.decide")
+    inputs = [step_of(i) for i in decide.inputs]
+    layers = [s for s in inputs if isinstance(s.spec.output, LayerSpec) and not s.spec.output.elsewhere]
+    assert len(layers) > 8
+    for each in layers:
+        taken = size(store.artifact(each.key), unit, runs, config, each.spec.output.layer)
+        within = NEARLY[unit] if each.spec.output.ranks_decided else 0.98  # vectors are no products, headers no weights
+        assert within < expected(each.spec.output, unit, runs) / taken < 1 / within
+
+
+def test_a_model_keeps_experts_where_the_budget_would_leave_none(small_offer: Calibration, tmp_path: Path) -> None:
+    """The least is one layer's smallest; what is a little more was predicted to be best without any."""
+    store = running.store_in(tmp_path)
+    whole = sum(layer.spec.output.nbytes for layer in small_offer.model.layers)
+    with pytest.raises(ValueError, match=r"cannot be met: what is offered takes (.*) at the least") as told:
+        fitted(small_offer, Budget(bytes=str(whole // 100)))
+    number, unit = str(told.value).partition("takes ")[2].split()[:2]
+    target = fitted(small_offer, Budget(bytes=f"{1.01 * float(number):.3f}{unit}"))
+    running.run(store, target)
+    said = decision(store, target)
+    assert sorted(said["chosen"].values())[:2] != ["gone", "gone"] and "gone" in said["chosen"].values()
+    assert said["size"] <= said["budget"]
+
+
+def test_a_budget_counts_only_what_is_written(tmp_path: Path) -> None:
+    """Of a multimodal model whose layers differ the text model alone is."""
+    folder = layouts.write("qwen3_5_moe", tmp_path / "model")
+    store, calibration = running.store_in(tmp_path), calibrated(folder, tmp_path)
+    target = fitted(calibration, Budget(ratio=0.3), rounds=1)
+    running.run(store, target)
+    out = tmp_path / "out"
+    store.fetch(target.key, out)
+    said = decision(store, target)
+    assert weights(out) == said["size"] <= said["budget"]
+    assert not any("visual" in name for file in out.glob("*.safetensors") for name in load_file(file))
+
+
+def test_a_single_sequence_is_told_to_say_nothing_of_others(tmp_path: Path) -> None:
+    original = running.model_in(tiny.write("mixtral", tmp_path / "model"))
+    matrix = data.tokens(running.matrix_of(tmp_path, sequences=1, length=2), original, Sample(1, 2))
+    made = fitted(fit.calibrated(original, matrix, Pass(batch=1, shard=1, stage=2)), Budget(ratio=0.4), rounds=1, ranks=())
+    summary = running.run(running.store_in(tmp_path), made)
+    assert any("tokens of one sequence, which says nothing of others" in note for s in summary.steps for note in s.notes)
 
 
 def divergence(store: Store, target: Step) -> float:

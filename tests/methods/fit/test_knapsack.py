@@ -23,6 +23,19 @@ def test_what_is_chosen_is_the_best_of_all_combinations(seed: int) -> None:
     assert size <= budget and cost == pytest.approx(best[1])
 
 
+@pytest.mark.parametrize("seed", range(60))
+def test_sizes_that_are_no_whole_numbers_fit_to_the_last_bit(seed: int) -> None:
+    """Operations are: of so many experts a token takes some. Their sum depends on the order that it is taken in."""
+    draw = np.random.default_rng(seed)
+    curves = [np.stack([draw.integers(10**6, 10**9, 3) / 30, draw.random(3)], 1) for _ in range(draw.integers(3, 30))]
+    picked = cheapest(curves, least(curves))
+    assert picked == [int(np.argmin(curve[:, 0])) for curve in curves]
+    chosen = draw.integers(0, 3, len(curves))
+    budget = sum(float(curve[i, 0]) for curve, i in zip(curves, chosen, strict=True))
+    size, cost = np.sum([curve[i] for curve, i in zip(curves, cheapest(curves, budget), strict=True)], 0)
+    assert size <= budget * (1 + 1e-14) and cost <= sum(curve[i, 1] for curve, i in zip(curves, chosen, strict=True)) + 1e-9
+
+
 def test_among_equal_costs_the_smaller_wins() -> None:
     assert cheapest([[(5, 1.0), (3, 1.0), (9, 1.0)], [(2, 0.0)]], 100) == [1, 0]
 

@@ -2,12 +2,14 @@
 
 from dataclasses import replace
 from itertools import pairwise
+from math import inf, nan
 
 import pytest
 
 from moeflow.engines import ENGINES
-from moeflow.methods.fit.choosing import LISTED, Offered, Option, choose, frontier, promising, together
+from moeflow.methods.fit.choosing import LISTED, Fitted, Offered, Option, choose, frontier, promising, smallest, together
 from moeflow.methods.fit.options import Alternative, Budget, Offers, size_of
+from moeflow.methods.fit.recovering import with_recovered
 from moeflow.sizes import bytes_text
 
 
@@ -18,7 +20,7 @@ def test_sizes_are_read_as_people_write_them(word: str, size: int) -> None:
     assert size_of(word) == size
 
 
-@pytest.mark.parametrize("word", ["lots", "24 GBs", "-3GB", "", "0GB", "1e3GB"])
+@pytest.mark.parametrize("word", ["lots", "24 GBs", "-3GB", "", "0GB", "0.2B", "1e3GB"])
 def test_what_is_no_size_is_told(word: str) -> None:
     with pytest.raises(ValueError, match="is no size; write it like 24GB"):
         size_of(word)
@@ -30,7 +32,9 @@ def test_what_is_no_size_is_told(word: str) -> None:
         ({}, "give one budget"),
         ({"ratio": 0.25, "bytes": "24GB"}, "give one budget.* given are .'bytes', 'ratio'"),
         ({"ratio": 1.5}, "between 0 and 1"),
-        ({"speed": 0.5}, "no saving"),
+        ({"speed": 0.5}, "a number above 1"),
+        ({"speed": float("nan")}, "a number above 1"),
+        ({"speed": float("inf")}, "a number above 1"),
         ({"resident": "much"}, "is no size"),
     ],
 )
@@ -43,6 +47,20 @@ def test_a_budget_that_is_none_is_told(given: dict[str, float | str], reason: st
 def test_a_part_that_is_none_is_told(field: str) -> None:
     with pytest.raises(ValueError, match=f"{field} has 1.5: every part must lie between 0 and 1"):
         Offers(**{field: (0.5, 1.5)})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("field", ["bits", "wide"])
+def test_bits_that_nothing_packs_are_told(field: str) -> None:
+    with pytest.raises(ValueError, match=f"{field} has 5: weights are packed in 8, 4, 3, 2 bits"):
+        Offers(**{field: (4, 5)})  # type: ignore[arg-type]
+
+
+def test_a_broken_model_is_no_closer_to_the_original() -> None:
+    fitted = Fitted("moeflow", "bytes", 100.0, 90.0, 200.0, 0.1, {0: "8 experts"}, 64, before=0.05)
+    assert with_recovered(fitted, {"merged": nan}, 0).recovered == ""
+    after = with_recovered(fitted, {"kept": nan, "merged": 0.01}, 0)
+    assert (after.recovered, after.before) == ("merged", 0.01)
+    assert with_recovered(replace(fitted, before=None), {"merged": inf}, 0).recovered == ""
 
 
 def test_a_budget_says_how_much_may_stay() -> None:
@@ -101,5 +119,24 @@ def test_a_budget_that_nothing_reaches_names_the_nearest_that_something_does() -
 def test_the_frontier_falls_from_the_smallest_to_the_whole() -> None:
     layer = {WHOLE: (80.0, 0.0), SIX: (60.0, 0.1), FOUR_BITS: (20.0, 0.2), GONE: (0.0, 9.0)}
     points = frontier(offer(layer, layer), ENGINES["moeflow"], rest=10.0)
-    assert points[0].size == 10.0 and points[-1].cost == 0.0
+    assert points[0].size == 30.0 and points[-1].cost == 0.0, "one of both layers keeps experts"
     assert all(a.cost > b.cost and a.size < b.size for a, b in pairwise(points))
+
+
+def test_some_layer_keeps_experts_whatever_the_budget() -> None:
+    """Of all layers that could be gone, the one that is kept is where it costs least, as trying all combinations finds."""
+    first, second = {WHOLE: (80.0, 0.0), FOUR_BITS: (20.0, 0.2), GONE: (0.0, 0.3)}, {WHOLE: (50.0, 0.0), GONE: (0.0, 0.4)}
+    both, engine = offer(first, second), ENGINES["moeflow"]
+    for room in (*range(20, 140, 5), 20.0, 50.0):
+        fitting = [
+            (a.cost + b.cost, a.size + b.size, {0: n, 1: m})
+            for n, a in both[0].items()
+            for m, b in both[1].items()
+            if a.size + b.size <= room and (a.what.keep or b.what.keep)
+        ]
+        assert choose(both, engine, room) == min(fitting, key=lambda f: f[:2])[2]
+    with pytest.raises(ValueError, match="takes 19 or less; the nearest is 20"):
+        choose(both, engine, 19.0)
+    with pytest.raises(ValueError, match="nothing that was offered"):
+        choose(offer({GONE: (0.0, 0.3)}), engine, 100.0)
+    assert smallest(both, engine) == 20.0
