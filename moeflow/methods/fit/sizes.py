@@ -36,8 +36,8 @@ def expected(spec: Any, unit: str, engine: Engine) -> float:
         return 2 * spec.active if isinstance(spec, LayerSpec) else 0
     if isinstance(spec, RestSpec):
         return file_bytes(spec.tensors)
-    if unit == "resident" and isinstance(spec, LayerSpec) and engine.unpacks and spec.packed:
-        return spec.loaded("auto")
+    if unit == "resident" and isinstance(spec, LayerSpec):
+        return spec.loaded("auto") if engine.unpacks and spec.packed else spec.nbytes - spec.headers
     return float(spec.nbytes)
 
 
