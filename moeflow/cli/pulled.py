@@ -65,9 +65,10 @@ def pull(
         pulled = {"key": key, "folder": str(folder.absolute()), "files": len(manifest.files), "bytes": manifest.bytes}
         print_json(pulled | {"described": described} | made)
         return
-    weights = summary.listed(about)["weights"]
-    held = f", of which {size(weights)} are weights" if weights else ""
-    print(f"{folder}: {count(len(manifest.files), 'file')}, {size(manifest.bytes)}{held}, from {key}")
+    product = made.get("dense") or {}
+    weights, grown = summary.listed(about)["weights"], product.get("after", 0) - product.get("before", 0)
+    held = f", of which {size(weights + grown)} are weights" if weights else ""
+    print(f"{folder}: {count(len(manifest.files), 'file')}, {size(manifest.bytes + grown)}{held}, from {key}")
     if described:
         print(f"{' and '.join(described)} say what it is, and make it again")
     for line in _said(made, wanted, folder):
@@ -78,9 +79,10 @@ def _said(made: dict[str, Any], wanted: pulling.Wanted, folder: Path) -> list[st
     """What was done to the pulled files, and how an engine takes them."""
     lines, product = [], made.get("dense")
     if product and product["matrices"]:
+        unpacked = f", {count(product['unpacked'], 'packed one')} unpacked for that" if product["unpacked"] else ""
         lines.append(
-            f"{product['matrices']:,} low-rank matrices multiplied out: {size(product['before'])} of weights have become "
-            f"{size(product['after'])}, and run no faster than what was never cut"
+            f"{product['matrices']:,} low-rank matrices multiplied out{unpacked}: all weights take "
+            f"{size(product['after'])} where they took {size(product['before'])}, and run no faster than what was never cut"
         )
     elif product and not wanted.engine:
         lines.append("no matrix is low-rank: there was nothing to multiply out")

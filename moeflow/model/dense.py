@@ -28,7 +28,8 @@ INDEX = "model.safetensors.index.json"
 
 
 def multiply_out(folder: Path) -> dict[str, Any]:
-    """Rewrite the checkpoint in `folder`, file by file. Returns the number of matrices multiplied and the bytes before and after.
+    """Rewrite the checkpoint in `folder`, file by file. Returns how many matrices were multiplied and unpacked, and all weights'
+    bytes before and after.
 
     If all layers have the same number of experts, and transformers reads the family matrix by matrix, the result has the family's
     own format. If factors are packed, or something is added to packed matrices, everything is unpacked. Without either nothing but
@@ -38,7 +39,7 @@ def multiply_out(folder: Path) -> dict[str, Any]:
     tensors = headers(Folder(folder))
     if not any(n.endswith((OUT, OUT + PACKED, ADDED_OUT)) for n in tensors):  # of any form, such as a multimodal model
         size = sum(t.nbytes for t in tensors.values())
-        return {"matrices": 0, "before": size, "after": size}
+        return {"matrices": 0, "unpacked": 0, "before": size, "after": size}
     config = read_config(Folder(folder))
     family = Family.of(config)
     shapes = {n: t.shape for n, t in tensors.items()}
@@ -68,7 +69,8 @@ def multiply_out(folder: Path) -> dict[str, Any]:
         weight_map = {name: whole[name].file for name in sorted(whole)}
         write(folder / INDEX, {"metadata": {"total_size": after}, "weight_map": weight_map})
     matrices = sum(rank > 0 for f in formats.values() for m in MATRICES for rank in f.ranks(m))
-    return {"matrices": matrices, "before": before, "after": after}
+    unpacked = sum(n.endswith(PACKED) for n in tensors) if packed else 0
+    return {"matrices": matrices, "unpacked": unpacked, "before": before, "after": after}
 
 
 def reads(config: Config, names: Iterable[str]) -> bool:

@@ -36,7 +36,8 @@ def of(checkpoint: Checkpoint, *, ref: str = "") -> Loading:
     if packed:
         bits, groups = (sorted({scheme[at] for scheme in packed}) for at in (0, 1))
         in_groups = f", in groups of {groups[0]}" if len(groups) == 1 and groups[0] else ""
-        caveats.append(f"Its experts are stored in {' or '.join(map(str, bits))} bits{in_groups}.")
+        plain = _not_packed(checkpoint)
+        caveats.append(f"Its experts are stored in {' or '.join(map(str, bits))} bits{in_groups}{plain}.")
     counts = {layer.now for layer in checkpoint.layers if layer.now}
     if not own and len(counts) == 1 and any(layer.kept for layer in checkpoint.layers):
         (count,) = counts
@@ -46,6 +47,15 @@ def of(checkpoint: Checkpoint, *, ref: str = "") -> Loading:
     return Loading(
         "moeflow" if own else "transformers", packages, _code(checkpoint, own), _engine(config, own, packed, ref), tuple(caveats)
     )
+
+
+def _not_packed(checkpoint: Checkpoint) -> str:
+    """The layers whose experts were left as they are where those of others were quantized, in words."""
+    holding = [layer for layer in checkpoint.layers if layer.now]
+    plain = [str(layer.layer) for layer in holding if not layer.bits]
+    if not plain or len(plain) == len(holding):  # a checkpoint that came packed says nothing of its layers
+        return ""
+    return f", but for layer{'s' * (len(plain) > 1)} {', '.join(plain)}, where they are not quantized"
 
 
 def _code(checkpoint: Checkpoint, own: bool) -> str:

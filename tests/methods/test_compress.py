@@ -30,6 +30,7 @@ from moeflow.model.formats import Format, format_of
 from moeflow.model.layout import Folder, headers, read_config
 from moeflow.run.outcome import StepFailed
 from moeflow.run.plan import plan
+from moeflow.sizes import bytes_text
 from moeflow.step import Step, upstream
 from moeflow.store import Store
 from tests import running, tiny
@@ -276,7 +277,10 @@ def test_pulling_dense_gives_the_same_predictions_from_whole_matrices_and_says_w
     out, dense = fetched(store, target, tmp_path / "out"), tmp_path / "dense"
     done = CliRunner().invoke(app, ["pull", target.key, str(dense), "--dense", "--store", str(tmp_path / "store")])
     assert done.exit_code == 0 and "low-rank matrices multiplied out" in done.stdout
-    assert "no faster than what was never cut" in done.stdout
+    after, before = (bytes_text(sum(t.nbytes for t in headers(Folder(f)).values())) for f in (dense, out))
+    assert (
+        "no faster than what was never cut" in done.stdout and f"all weights take {after} where they took {before}" in done.stdout
+    )
     assert not any(f.low_rank for f in formats(dense).values()) and expert_bytes(dense) > expert_bytes(out)
     config = read_config(Folder(dense))
     assert config["model_type"] == ("olmoe" if counts == "uniform" else "moeflow_olmoe")

@@ -152,6 +152,10 @@ def test_how_to_load_a_checkpoint_is_what_holds_for_its_form() -> None:
     both["quantization_config"]["config_groups"] |= {"group_1": {"weights": {"num_bits": 3, "group_size": 16}}}
     both |= {"model_type": "moeflow_mixtral", "auto_map": {"AutoConfig": "moeflow.Config"}}
     assert loading.of(form(both)).caveats[1:] == ("Its experts are stored in 3 or 4 bits, in groups of 16.",)
+    three = [layers.Layer(i, i, 8, None, (), {}, bits, None, None, None) for i, bits in enumerate((8, None, 8))]
+    some = Checkpoint({"model_type": "mixtral", **packed(8, 16)}, tuple(three), (), ("config.json",))
+    (told,) = loading.of(some).caveats
+    assert told == "Its experts are stored in 8 bits, in groups of 16, but for layer 1, where they are not quantized."
     assert "has never run" in loading.of(form({"auto_map": {"AutoConfig": "theirs.Config"}})).caveats[-1]
     low = form({"model_type": "moeflow_mixtral", "moeflow_layers": [{"experts": 8, "ranks": {"up": [4] * 8}}]})
     assert "moeflow pull small@1 DIR --dense" in loading.of(low, ref="small@1").engine
