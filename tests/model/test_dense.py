@@ -26,7 +26,7 @@ def test_a_folder_without_factors_stays_as_it_is(kind: str, tmp_path: Path) -> N
     """A multimodal model, and experts in stacks: their config.json names no family that has factors."""
     folder = layouts.write(kind, tmp_path / "model")
     before, size = digests(folder), sum(t.nbytes for t in layouts.raw(folder).values())
-    assert multiply_out(folder) == {"matrices": 0, "before": size, "after": size}
+    assert multiply_out(folder) == {"matrices": 0, "unpacked": 0, "before": size, "after": size}
     assert digests(folder) == before
 
 
