@@ -82,6 +82,9 @@ def fit(
         loads = fitting.engine_words(engine, tp, ep)
     words = [*fitting.fit_words(model, budget, engine=loads, recover=recover), *param]
     if frontier:
+        with asking():
+            if planned:
+                raise ValueError("--frontier shows what a fit has measured, --plan what one would measure; take one of them")
         budgeted = any(word.startswith("budget.") for word in words)
         _frontier([*words, *["budget.ratio=1e-6"] * (not budgeted)], store, patience, json=json)
         return

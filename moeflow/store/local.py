@@ -112,7 +112,8 @@ class LocalBlobs:
         except OSError as error:
             if error.errno in NO_LINK:
                 raise StoreError(f"the disk under {self.root} knows no hard links; use another folder or S3") from error
-            raise
+            what = f"{self.root} cannot be made or written to ({error.strerror or error})"
+            raise StoreError(f"store {what}; give a folder or s3://bucket/prefix") from error
 
     @contextmanager
     def _half(self, size: int) -> Iterator[Path]:

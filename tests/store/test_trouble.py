@@ -98,6 +98,11 @@ def test_a_store_that_is_a_file_or_lies_under_one_says_so(tmp_path: Path) -> Non
         LocalBlobs(tmp_path / "file" / "store").check()
 
 
+def test_a_store_that_the_system_lets_nobody_make_is_told() -> None:
+    with pytest.raises(StoreError, match=r"^store /proc/none cannot be made or written to \(.*\); give a folder or s3://"):
+        Store.open("/proc/none").check()
+
+
 def test_a_name_that_is_too_long_for_the_disk_is_said_to_be(tmp_path: Path) -> None:
     store = Store.open(str(tmp_path / "store"))
     commit(store, tmp_path, "k", x="1")

@@ -205,6 +205,8 @@ def test_the_command_plans_and_asks_for_one_budget(tmp_path: Path) -> None:
     recovered = CliRunner().invoke(app, [*words, "--ratio", "0.3", "--recover", "-p", "recover.batch=4", "-p", "gang.gpus=0"])
     assert recovered.exit_code == 0, recovered.output
     assert "finetune.train" in recovered.output
+    both = CliRunner().invoke(app, [*words, "--ratio", "0.3", "--frontier"])
+    assert both.exit_code == 2 and "take one of them" in both.output
     refused = CliRunner().invoke(app, [*words, "--bytes", "1KB"])
     assert refused.exit_code == 2 and "a budget of 1000 bytes cannot be met" in refused.output
 
