@@ -5,11 +5,11 @@ seeds, judged by the divergence from the original on 16,384 held-out tokens each
 intervals by resampling sequences, the same for both sides. Bytes are those of the checkpoint's files beside the embedding, which
 nothing here touches. With `--recover ROWS`, what fit builds at a KL of 0.002 or more is fine-tuned towards the original (LoRA, and
 the codes and scales of packed experts), trained on so many rows of 256 tokens of the calibration's files, of which no held-out text
-is one.
+is one. With `--aimed` the recipes quantize towards the same target as fit does, which their own papers do not.
 Everything is kept in the store that MOEFLOW_BENCH_STORE names, so that more seeds and budgets compute only what is new.
 
     MOEFLOW_BENCH_STORE=FOLDER python -m benchmarks.dial [MODEL ...] [--seeds 0 1 2] [--budgets 0.16 0.185 ...] [--removed 0.25 0.5]
-        [--recover ROWS]
+        [--recover ROWS] [--aimed]
 """
 
 import argparse
@@ -37,8 +37,9 @@ from moeflow.methods.finetune.recipe import Gang
 from moeflow.methods.fit.options import Budget, Offers
 from moeflow.methods.graph import Calibration, Model, Pass, Sample
 from moeflow.methods.prune.searches import Search
-from moeflow.methods.recipes import compare, fit, moei2, naee
+from moeflow.methods.recipes import compare, fit, moei2, naee, unified
 from moeflow.methods.recipes.tune import Recovering, Tuned, tuned
+from moeflow.methods.slim.methods import Slimming
 from moeflow.run import in_process
 from moeflow.sources import Texts, pin
 from moeflow.step import Step
@@ -82,6 +83,12 @@ RECIPES: dict[str, tuple[Stage, ...]] = {
 """The recipes of `benchmarks.unified` that no other one of fewer bytes beat there, and GPTQ at every width."""
 
 
+def aimed(stage: Stage) -> Stage:
+    """The same stage, where it quantizes towards what fit does: each expert's last matrix makes up for what went before it."""
+    quantizes = isinstance(stage, partial) and stage.func is unified.slim
+    return partial(unified.slim, how=replace(stage.keywords["how"], target="model")) if quantizes else stage
+
+
 @dataclass(frozen=True)
 class Judged:
     """What a recipe left of a model: the part of its bytes, and the divergence of every held-out sequence, text by text."""
@@ -103,21 +110,23 @@ class Bench:
         table = self.original.rest.spec.output.tensors[EMBEDDING]
         self.embedding = int(np.prod(table[1])) * 2
 
-    def calibrated(self, model: Model) -> Calibration:
-        return calibrate.run(model, self.matrix, PASS, between=True)
+    def calibrated(self, model: Model, **also: Any) -> Calibration:
+        return calibrate.run(model, self.matrix, PASS, between=True, **also)
 
     def recipe(self, stages: Sequence[Stage]) -> Judged:
         model = self.original
         for stage in stages:
-            model = stage(self.calibrated(model))
+            how = stage.keywords.get("how") if isinstance(stage, partial) else None
+            whole = isinstance(how, Slimming) and how.target == "model"
+            model = stage(self.calibrated(model, **({"beside": PASS.shard} if whole else {})))
         return self.judged(model)
 
-    def recipes(self) -> dict[str, Judged]:
+    def recipes(self, aim: bool) -> dict[str, Judged]:
         """Every recipe that this model can have: small experts have no rank, or no width, for some."""
         made = {}
         for name, stages in RECIPES.items():
             try:
-                made[name] = self.recipe(stages)
+                made[name + ", aimed as fit" * aim] = self.recipe([*map(aimed, stages)] if aim else stages)
             except ValueError as error:
                 print(f"without {name!r}: {error}", file=sys.stderr, flush=True)
         return made
@@ -155,6 +164,7 @@ def main(
     budgets: Sequence[float] = BUDGETS,
     removed: Sequence[float] = REMOVED,
     recover: int = 0,
+    aim: bool = False,
 ) -> tuple[list[Row], str]:
     """Rows for the targets, and the table. Raises FileNotFoundError where the model or the texts are absent."""
     store = Store.open(os.environ["MOEFLOW_BENCH_STORE"])
@@ -164,7 +174,7 @@ def main(
         folder = SHARED / "models" / name
         for seed in seeds:
             bench = Bench(store, str(folder if folder.is_dir() else models.trained(name, store)), seed)
-            recipes = bench.recipes()
+            recipes = bench.recipes(aim)
             for part in budgets:
                 ours = bench.fitted(part, **OFFERS)
                 known = {n: r for n, r in recipes.items() if r.part <= part}
@@ -217,6 +227,7 @@ if __name__ == "__main__":
     parser.add_argument("--budgets", type=float, nargs="*", default=BUDGETS)
     parser.add_argument("--removed", type=float, nargs="*", default=REMOVED)
     parser.add_argument("--recover", type=int, default=0, metavar="ROWS")
+    parser.add_argument("--aimed", action="store_true")
     given = parser.parse_args()
-    held, table = main(given.models, given.seeds, given.budgets, given.removed, given.recover)
+    held, table = main(given.models, given.seeds, given.budgets, given.removed, given.recover, given.aimed)
     print(*(row.line() for row in held), "", table, sep="\n")
