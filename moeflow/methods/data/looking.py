@@ -26,7 +26,7 @@ def look(source: "Source", kinds: Mapping[str, str], *, chat: bool) -> None:
     """Read the first rows of the first files of a text; of each row the columns of `kinds`, which say what each holds.
 
     `chat`: whether a row is a conversation. Raises ValueError, with file and line, for what is damaged or is not what its column
-    should hold, for a column that a file lacks, and for a small text with no conversation at all.
+    should hold, for a column that a file lacks, and for a small text with no conversation, or no letter, at all.
     """
     places = [(f.name, source.path(f.name), f.size) for f in source.files[:FILES]]
     files: Files = [(n, p) for n, p, size in places if p is not None and size and (size <= WHOLE or ending(n) in BY_ROWS)]
@@ -44,6 +44,8 @@ def look(source: "Source", kinds: Mapping[str, str], *, chat: bool) -> None:
                     chat_of(values, {**kinds})
                 except LeftOut as why:
                     left_out[str(why.args[0])] += 1
+            elif not any(str(values[c] or "").strip() for c in needed):
+                left_out["no text"] += 1
             if read >= ROWS and all(c in known for c in needed):
                 whole = False
                 break
@@ -58,4 +60,5 @@ def look(source: "Source", kinds: Mapping[str, str], *, chat: bool) -> None:
     check_columns(named(files), [*kinds], all_known)
     if left_out.total() == count:
         reasons = "; ".join(f"{kind}: {n:,} left out" for kind, n in left_out.most_common())
-        raise ValueError(f"{named(files)} has no conversation in column {needed[0]!r}: {reasons}; name another text or column")
+        what = "conversation" if chat else "text"
+        raise ValueError(f"{named(files)} has no {what} in column {needed[0]!r}: {reasons}; name another text or column")
