@@ -14,7 +14,7 @@ from moeflow.model.layout import Files
 
 PART = 0.1
 """How much of a GPU's memory a layer may take that is moved while another computes; of a larger one the rest is moved when its turn
-comes. Three are there for a moment: the one that is made of its tensors, these tensors, and those of the next."""
+comes. Three are there at a time: the one that computes, the tensors that it was made of, and those of the next."""
 
 T = TypeVar("T")
 
