@@ -53,7 +53,7 @@ PLANNED: list[tuple[str, bytes, tuple[str, ...]]] = [
     ("latin.jsonl", GOOD + '{"text": "café"}\n'.encode("latin-1"), ("latin.jsonl, line 2: byte 0xe9 is not UTF-8",)),
     ("utf16.jsonl", '{"text": "a"}\n'.encode("utf-16"), ("utf16.jsonl, line 1: byte 0xff is not UTF-8",)),
     ("blank.jsonl", b"\n\n", ("blank.jsonl, which has no rows, is empty",)),
-    ("empty.jsonl", b'{"text": ""}\n{"text": " "}\n', ("empty.jsonl has no text in column 'text': no text: 2 left out",)),
+    ("empty.jsonl", b'{"text": ""}\n{"text": " "}\n', ("empty.jsonl has no text in column 'text': empty rows: 2 left out",)),
     ("null.json", b"null", ("null.json, line 1 begins with 'null', and a row is an object",)),
     ("nulls.jsonl", b"\nnull\nnull\n", ("nulls.jsonl, line 2 begins with 'null', and a row is an object",)),
     ("numbers.jsonl", b"1\n2\n", ("numbers.jsonl, line 1 begins with '1'",)),

@@ -44,4 +44,4 @@ def test_one_ahead_of_another_is_two_ahead() -> None:
     things = ahead(ahead(map(read, range(4))))
     assert next(things) == 0
     assert begun[2].wait(30)
-    things.close()  # type: ignore[attr-defined]
+    things.close()

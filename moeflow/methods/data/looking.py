@@ -45,7 +45,7 @@ def look(source: "Source", kinds: Mapping[str, str], *, chat: bool) -> None:
                 except LeftOut as why:
                     left_out[str(why.args[0])] += 1
             elif not any(str(values[c] or "").strip() for c in needed):
-                left_out["no text"] += 1
+                left_out["empty rows"] += 1
             if read >= ROWS and all(c in known for c in needed):
                 whole = False
                 break

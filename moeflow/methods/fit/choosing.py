@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import sqrt
+from math import isfinite, sqrt
 
 from moeflow.engines import Engine
 from moeflow.methods.fit.knapsack import cheapest, least
@@ -213,6 +213,14 @@ def lead(ours: Sequence[float], theirs: Sequence[float], tokens: int) -> Lead:
     count, mean = len(differences), sum(differences) / len(differences)
     variance = sum((d - mean) ** 2 for d in differences) / (count - 1)
     return Lead(mean, 1.96 * sqrt(variance / count), tokens)
+
+
+def nearest(apart: Sequence[float]) -> int:
+    """Which of several models is closest to the original. Raises ValueError if all of them predict what is no number."""
+    known = [n for n, divergence in enumerate(apart) if isfinite(divergence)]
+    if not known:
+        raise ValueError("the chosen models predict what is no number; measure in another precision, or offer more bits")
+    return min(known, key=lambda n: apart[n])
 
 
 def smallest(offered: Offered, engine: Engine) -> float:

@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from math import inf, isfinite
+from math import isfinite
 from typing import Any
 
 from moeflow.arch import Family
 from moeflow.engines import engine_of
-from moeflow.methods.fit.choosing import Fitted, Lead, Offered, Option, Point, choose, frontier, lead, next_best, promising
+from moeflow.methods.fit.choosing import Fitted, Lead, Offered, Option, Point, choose, frontier, lead, nearest, next_best, promising
 from moeflow.methods.fit.options import Alternative, Budget
 from moeflow.methods.fit.reach import NEARLY, Offer, in_reach, most_saved, out_of_reach
 from moeflow.methods.fit.recovering import WORDS, told, with_recovered
@@ -135,10 +135,8 @@ def _better_spec(choices: tuple[Any, ...], measured: tuple[Any, ...]) -> Spec:
 def better(context: Context, choices: tuple[Artifact, ...], measured: tuple[Artifact, ...]) -> None:
     """The choice whose model is closest to the original; `measured` are the divergences of their models, as `Curves`."""
     apart = [Curves.read(curves).apart for curves in measured]
-    if not any(map(isfinite, apart)):
-        raise ValueError("the chosen models predict what is no number; measure in another precision, or offer more bits")
-    nearest = min(range(len(apart)), key=lambda n: apart[n] if isfinite(apart[n]) else inf)
-    replace(Fitted.read(choices[nearest]), before=apart[nearest]).write(context.out)
+    best = nearest(apart)
+    replace(Fitted.read(choices[best]), before=apart[best]).write(context.out)
 
 
 def _bits_spec(chosen: Any, *, offer: Offer) -> Spec:

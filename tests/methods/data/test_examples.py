@@ -255,7 +255,7 @@ def test_a_text_that_is_too_small_can_be_read_again_in_another_order(pretrained:
     assert about["documents"] > 50
     first, second = ids.reshape(-1)[:size], ids.reshape(-1)[size : 2 * size]
     assert sorted(first) == sorted(second) and (first != second).any()
-    with pytest.raises(ValueError, match="b.jsonl has no text in column 'text': no text: 2 left out"):
+    with pytest.raises(ValueError, match="b.jsonl has no text in column 'text': empty rows: 2 left out"):
         made(pretrained(), tmp_path, f"{jsonl(tmp_path / 'b.jsonl', [{'text': ' '}] * 2)}#text", repeat=True)
 
 

@@ -1,6 +1,8 @@
 """Models that are fitted into a budget, whole: they take no more, load, and are as far from the original as was said."""
 
 import json
+from dataclasses import replace
+from math import inf, nan
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +15,23 @@ from typer.testing import CliRunner
 
 from moeflow.cli import app
 from moeflow.engines import ENGINES
+from moeflow.methods.calibrate import forking
 from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data
 from moeflow.methods.finetune.recipe import Gang, Recipe
+from moeflow.methods.fit.choosing import nearest
 from moeflow.methods.fit.options import Budget, Offers
 from moeflow.methods.fit.reach import NEARLY
 from moeflow.methods.fit.sizes import expected, size
 from moeflow.methods.graph import Calibration, Model, Pass, Sample
 from moeflow.methods.recipes import fit, tune
-from moeflow.methods.recipes.tune import Recovering, Tuned
+from moeflow.methods.recipes import fitted as fitted_pipeline
+from moeflow.methods.recipes.tune import FineTuning, Recovering, Tuned
 from moeflow.methods.records import Curves
 from moeflow.model.spec import LayerSpec
 from moeflow.report.layers import read
+from moeflow.run import pipeline
 from moeflow.sources import Texts
 from moeflow.step import Step, step_of, upstream
 from moeflow.store import Store
@@ -201,7 +207,9 @@ def test_the_command_plans_and_asks_for_one_budget(tmp_path: Path) -> None:
     planned = CliRunner().invoke(app, [*words, "--ratio", "0.3"])
     assert planned.exit_code == 0, planned.output
     assert "fit.decide" in planned.output and "a budget in bytes can be from" in planned.output
-    assert "finetune.train" not in planned.output
+    assert "finetune.train" not in planned.output and "fits into this budget" not in planned.output
+    larger = CliRunner().invoke(app, [*words, "--bytes", "1GB"])
+    assert larger.exit_code == 0 and "the model fits into this budget as it is" in larger.output
     recovered = CliRunner().invoke(app, [*words, "--ratio", "0.3", "--recover", "-p", "recover.batch=4", "-p", "gang.gpus=0"])
     assert recovered.exit_code == 0, recovered.output
     assert "finetune.train" in recovered.output
@@ -325,6 +333,40 @@ def test_a_single_sequence_is_told_to_say_nothing_of_others(tmp_path: Path) -> N
     made = fitted(fit.calibrated(original, matrix, Pass(batch=1, shard=1, stage=2)), Budget(ratio=0.4), rounds=1, ranks=())
     summary = running.run(running.store_in(tmp_path), made)
     assert any("tokens of one sequence, which says nothing of others" in note for s in summary.steps for note in s.notes)
+
+
+def test_an_alternative_that_breaks_the_model_is_left_out(
+    small_offer: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a word of it; and a choice that does is not taken."""
+    measured, broken = forking.measured, "8 experts, 4 bits"
+
+    def one_broken(*args: Any, **options: Any) -> Curves:
+        curves = measured(*args, **options)
+        return replace(curves, curves={i: {n: nan if n == broken else c for n, c in of.items()} for i, of in curves.curves.items()})
+
+    monkeypatch.setattr(forking, "measured", one_broken)
+    store, target = running.store_in(tmp_path), fitted(small_offer, Budget(ratio=0.4), rounds=1)
+    summary = running.run(store, target)
+    said = decision(store, target)
+    assert broken not in said["chosen"].values() and said["size"] <= said["budget"]
+    told = [note for s in summary.steps for note in s.notes]
+    assert any(f"is left without {broken}: with that the model predicts what is no number" in note for note in told)
+
+
+def test_of_models_the_nearest_is_one_that_predicts_numbers() -> None:
+    assert nearest([nan, 0.2, 0.1, inf]) == 2
+    with pytest.raises(ValueError, match="predict what is no number; measure in another precision"):
+        nearest([nan, inf])
+
+
+def test_recovering_trains_on_sequences_as_long_as_the_calibration(tmp_path: Path) -> None:
+    tiny.write("mixtral", tmp_path / "model")
+    words = [f"model={tmp_path / 'model'}", f"tokens={running.matrix_of(tmp_path).spec}", "heldout=", "budget.ratio=0.3"]
+    words += ["offers.group=8", "calibration.length=16", "recover.batch=4", "gang.gpus=0"]
+    target = pipeline.call(fitted_pipeline.build, words)
+    (train,) = (s for s in upstream([target]) if s.name == "finetune.train")
+    assert step_of(train.inputs[1]).spec.output.length == 16 != FineTuning().length
 
 
 def divergence(store: Store, target: Step) -> float:
