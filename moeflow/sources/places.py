@@ -29,6 +29,12 @@ class SourceFile:
     sha256: str = ""  # where `Place.known` has filled it in
     chunks: str = ""  # the digests of its chunks, as in `moeflow.store.File`
 
+    def known_by(self, uri: str) -> set[str]:
+        """Its place in the source at `uri`, and what it holds where the pin tells that: a copy is known by the same."""
+        if not self.size:
+            return set()
+        return {f"{uri}/{self.name}", self.pin} if ":" in self.pin else {f"{uri}/{self.name}"}  # a hub's pin is its commit
+
 
 @dataclass(frozen=True)
 class Pinned:

@@ -68,6 +68,13 @@ def files(context: Context, *, uri: str, files: list[tuple[str, int, str]]) -> N
         place.bring(uri, SourceFile(name, size, pin), _inside(context.out, name), grow, 0, size)
 
 
+def files_read(target: Step) -> set[str]:
+    """By what the files are known (`SourceFile.known_by`) that a step itself reads."""
+    brought = [s for s in map(step_of, target.inputs) if s.name in ("sources.file", "sources.files")]
+    each = [(s, f) for s in brought for f in s.params.get("files", [[s.params.get(w) for w in ("name", "size", "pin")]])]
+    return {word for s, f in each for word in SourceFile(*f).known_by(str(s.params["uri"]))}
+
+
 def folders_read(running: Collection[Step]) -> list[str]:
     """The folders that these steps read: those that bring files from one, and those that read a file by a note of it."""
     inputs = [step_of(i) for s in running for i in s.inputs]

@@ -112,6 +112,11 @@ class Texts:
         return any(p[0].startswith(TRAFFIC) for p in self._parsed)
 
     @cached_property
+    def files(self) -> frozenset[str]:
+        """By what their files are known (`SourceFile.known_by`). Raises MissingSource."""
+        return frozenset(word for e in self.entries() for f in e.source.files for word in f.known_by(e.source.uri))
+
+    @cached_property
     def _local(self) -> dict[int, TextEntry]:
         """Those on this machine, by their place among all."""
         return {i: self._entry(i) for i, (uri, *_) in enumerate(self._parsed) if "://" not in uri}

@@ -15,6 +15,7 @@ from moeflow.methods.judge import steps as judge
 from moeflow.methods.judge.options import Prompts, Tasks
 from moeflow.options import only
 from moeflow.sources import NamesFiles, Source, Texts
+from moeflow.sources.steps import files_read
 from moeflow.sources.texts import WEIGHT
 from moeflow.step import Step
 
@@ -46,6 +47,7 @@ class HeldOut(NamesFiles):
                 more.check_files()
 
 
+SEEN = "the compression was calibrated on this text, too: of text that it has not seen this says little"
 NO_TOKENIZER = "held-out text is left out, the loss on the token matrix stands for it"
 
 
@@ -54,13 +56,14 @@ def reports(original: Model, compressed: Model, heldout: HeldOut, passed: Pass, 
 
     `passed`: the pass of the calibration, of which batch size and precision are taken; 64 sequences go to a task, and nothing is
     recorded. Where a text is no ready-made matrix, a model without a tokenizer is evaluated on the matrix `tokens` instead, and the
-    report says so. Raises ValueError if that is missing.
+    report says so; it also says of a text that `tokens` was made of, too. Raises ValueError if that is missing.
     """
     passed = Pass(passed.batch, 64, dtype=passed.dtype)
+    seen = set() if tokens is None else files_read(tokens)
     if original.has_tokenizer or (heldout.texts and all(text.is_tokens for text in Texts(heldout.texts).each())):
         texts, sample = Texts(heldout.texts), Sample(heldout.sequences, heldout.length, bos=heldout.bos)
         named = zip(_names(texts), texts.each(), strict=True)
-        matrices = [(name, data.tokens(text, original, sample), "") for name, text in named]
+        matrices = [(name, data.tokens(text, original, sample), SEEN if text.files & seen else "") for name, text in named]
     elif tokens is not None and tokens.spec.output.sequences:
         matrices = [("token matrix", tokens, f"{original.without_tokenizer}: {NO_TOKENIZER}")]
     else:
@@ -79,7 +82,8 @@ def reports(original: Model, compressed: Model, heldout: HeldOut, passed: Pass, 
         run = calibrate.run(compressed, matrix, passed, inputs=False) if compressed.does_with_fewer else None
         compressed_states = run.ends if run else calibrate.hidden_states(compressed, matrix, passed)
         heads = original.rest, compressed.rest
-        reports.append(quality(*heads, matrix, states, compressed_states, name=name, note=note, dtype=passed.dtype))
+        told = quality(*heads, matrix, states, compressed_states, name=name, note=note, dtype=passed.dtype)
+        reports.append(told.noting(*[f"{name}: {note}"] * bool(note)))
         if run:
             observed = tuple(run.observed.values())
             reports.append(experts_per_token(original.essential, observed, layers=list(run.observed), name=name))

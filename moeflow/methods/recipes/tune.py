@@ -92,17 +92,11 @@ class Recovering(FineTuning):
     def on(self, texts: Texts, heldout: str) -> "Recovering":
         """With its text said. Raises ValueError if a held-out text would be trained on."""
         text = self.text or texts.spec
-        trained = _files(Texts(text))
+        trained = Texts(text).files
         for judge in Texts(heldout).each() if heldout else ():
-            if trained & _files(judge):
+            if trained & judge.files:
                 raise ValueError(f"heldout.texts names {judge.spec}, which is trained on, too; judge by text that nothing has seen")
         return replace(self, text=text)
-
-
-def _files(texts: Texts) -> set[str]:
-    """All files, by their places and, where the pin tells it, by what they hold: a copy under another name is the same file."""
-    every = [(e.source.uri, f) for e in texts.entries() for f in e.source.files if f.size]
-    return {f"{uri}/{f.name}" for uri, f in every} | {f.pin for _, f in every if ":" in f.pin}  # a hub's is its commit
 
 
 def tuned(model: Model, original: Model, how: FineTuning | None, gang: Gang, passed: Pass) -> Tuned:

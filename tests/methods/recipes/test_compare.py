@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from moeflow.methods.graph import Model, Pass
+from moeflow.methods.data import steps as data
+from moeflow.methods.graph import Model, Pass, Sample
 from moeflow.methods.recipes import compare, pretrained
 from moeflow.sources import Texts
 from moeflow.step import upstream
@@ -72,3 +73,15 @@ def test_held_out_text_begins_as_it_is_told(bos: bool | None, model: Model, tmp_
     steps = compare.reports(model, model, compare.HeldOut(str(tmp_path / "text.txt"), 4, 16, bos=bos), Pass(2))
     (made,) = (s for s in upstream(steps) if s.name == "data.tokens")
     assert made.params["sample"].get("bos") is bos
+
+
+def test_text_that_was_calibrated_on_is_told_of(model: Model, tmp_path: Path) -> None:
+    """By what the files hold, whatever they are called, and not of text that only the model itself was trained on."""
+    for name, words in (("other.txt", "others"), ("seen.txt", "seen"), ("copy.txt", "seen")):
+        (tmp_path / name).write_text(words)
+    seen = Texts(f"{tmp_path}/other.txt,{tmp_path}/seen.txt")
+    tokens = data.tokens(seen, model, Sample(4, 16))
+    texts = ",".join(f"{tmp_path}/{name}.txt" for name in ("text", "copy", "other"))
+    steps = compare.reports(model, model, compare.HeldOut(texts, 4, 16), Pass(2), tokens=tokens)
+    told = {s.params["name"]: (s.params.get("note"), s.notes) for s in steps if s.name == "evaluate.quality"}
+    assert told == {"text": ("", ())} | {n: (compare.SEEN, (f"{n}: {compare.SEEN}",)) for n in ("copy", "other")}
