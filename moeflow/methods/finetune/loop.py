@@ -23,7 +23,7 @@ from moeflow.methods.finetune.peft_format import inexpressible, write_adapter
 from moeflow.methods.finetune.recipe import Gang, Recipe
 from moeflow.methods.finetune.snapshots import Snapshots
 from moeflow.methods.finetune.steps import TRAINING
-from moeflow.methods.finetune.teacher import Predictions, loss_sum
+from moeflow.methods.finetune.teacher import Predictions, States, Teacher, loss_sum
 from moeflow.methods.finetune.trained import collect, parameters_of, write
 from moeflow.model.layout import Folder, read_config
 from moeflow.step import Artifact, Context
@@ -33,7 +33,7 @@ class Tuning:
     """One process's side of a training."""
 
     def __init__(
-        self, context: Context, folder: Path, rows: Rows, teacher: Predictions | None, heldout: Mapping[str, Rows], recipe: Recipe,
+        self, context: Context, folder: Path, rows: Rows, teacher: Teacher | None, heldout: Mapping[str, Rows], recipe: Recipe,
         gang: Gang, device: torch.device,
     ) -> None:  # fmt: skip
         self.context, self.recipe, self.gang, self.device = context, recipe, gang, device
@@ -95,7 +95,7 @@ class Tuning:
         detail = f"loss {loss:.3f}  {speed:,.0f} tokens/s  lr {rate:.1e}"
         self.context.progress((step + 1) * tokens, self.recipe.steps * tokens, "tokens", detail)
 
-    def _loss(self, rows: Rows, part: np.ndarray, teacher: Predictions | None = None) -> Tensor:
+    def _loss(self, rows: Rows, part: np.ndarray, teacher: Teacher | None = None) -> Tensor:
         """The loss of a micro-batch of these rows, summed over its learned tokens."""
         ids_nL, learned_nL = (torch.from_numpy(p).to(self.device) for p in rows.at(part))
         taught = None if teacher is None else teacher.of(part, learned_nL)
@@ -132,16 +132,21 @@ class Tuning:
 
 
 def tune(
-    context: Context, checkpoint: Artifact, data: Artifact, teacher: Sequence[Path], heldout: Mapping[str, Artifact], recipe: Recipe
-) -> None:
-    """Train, and write the trained layers, `training.json` and `deepspeed.json` into the step's folder."""
+    context: Context, checkpoint: Artifact, data: Artifact, teacher: Sequence[Path], head: Artifact | None,
+    heldout: Mapping[str, Artifact], recipe: Recipe,
+) -> None:  # fmt: skip
+    """Train, and write the trained layers, `training.json` and `deepspeed.json` into the step's folder.
+
+    `teacher`: files of its predictions or, if its `head` is there, of its hidden states.
+    """
     folder = checkpoint.folder()
     gang = Gang(context.processes, **context.settings)
     with distributed(context.local_rank, gpus=gang.gpus, offload=gang.offload) as device:
         if recipe.dtype == "bfloat16" and device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2":
             context.note("this processor has no instructions for bf16: dtype='float32' trains ten times as fast here")
         rows, texts = Rows.of(data), {name: Rows.of(matrix) for name, matrix in heldout.items()}
-        tuning = Tuning(context, folder, rows, Predictions(teacher) if teacher else None, texts, recipe, gang, device)
+        taught = None if not teacher else Predictions(teacher) if head is None else States(teacher, head, recipe.dtype)
+        tuning = Tuning(context, folder, rows, taught, texts, recipe, gang, device)
         trained = tuning.run()
     if context.rank == 0:
         files = sorted(trained.glob("*.safetensors"))

@@ -24,7 +24,8 @@ class Recipe:
     mix: float = 0.5
     """The weight of the KL divergence in the loss, if the loss is both."""
     top: int = 64
-    """How many likeliest tokens the teacher's predictions keep at each position."""
+    """How many likeliest tokens the teacher's predictions keep at each position; all others count as one. 0: the whole predictions,
+    made while the student trains from the teacher's last hidden states, by its head, which is in memory then, too."""
     targets: tuple[Target, ...] = ("attention", "experts")
     """What LoRA is added to: any of attention, router, experts, shared, dense."""
     rank: int = 16
@@ -94,6 +95,11 @@ class Recipe:
             raise ValueError(f"every={self.every} must lie between 1 and the {self.steps} steps; 0 validates at the end alone")
         if self.mode == "lora" and (self.rank < 1 or self.scale <= 0 or not self.targets):
             raise ValueError(f"rank={self.rank}, alpha={self.alpha}, targets={list(self.targets)}: LoRA needs all three")
+
+    @property
+    def whole(self) -> bool:
+        """Whether the loss needs a teacher's whole predictions."""
+        return bool(self.divergence) and not self.top
 
     @property
     def divergence(self) -> float:

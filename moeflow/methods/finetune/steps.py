@@ -1,7 +1,7 @@
 """Fine-tuning with DeepSpeed as a step like any other: a model and text go in, the trained layers come out.
 
 The `Recipe` is part of the key. The `Gang` is not: it says how many processes there are, where they run, and what DeepSpeed divides
-between them. A teacher's predictions are artifacts, so that the teacher is never in memory beside its student.
+between them. A teacher's predictions, or states, are artifacts: no more of it than its head is ever in memory beside its student.
 """
 
 from dataclasses import dataclass, replace
@@ -51,7 +51,7 @@ def _predictions_spec(rest: RestSpec, hidden: Any, *, top: int, dtype: str) -> S
     states: HiddenSpec = getattr(hidden, "hidden", hidden)
     vocabulary = int(rest.config["vocab_size"])
     if not 1 <= top <= vocabulary:
-        raise ValueError(f"top={top} must lie between 1 and the vocabulary's {vocabulary} tokens")
+        raise ValueError(f"top={top} must lie between 1 and the vocabulary's {vocabulary} tokens, or be 0 for all, without a file")
     out = PredictionsSpec(states.sequences, states.length, vocabulary, top)
     reads = rest.head_bytes + header_bytes(rest.tensors) + states.nbytes
     head, logits = rest.loaded(dtype, head=True), 16 * 1024 * vocabulary
@@ -69,14 +69,18 @@ def predictions(context: Context, rest: Artifact, hidden: Artifact, *, top: int,
 
 
 def _train_spec(
-    checkpoint: CheckpointSpec, data: TokensSpec, predictions: tuple[PredictionsSpec, ...], heldout: tuple[TokensSpec, ...],
-    *, names: list[str], recipe: Recipe,
+    checkpoint: CheckpointSpec, data: TokensSpec, predictions: tuple[Any, ...], heldout: tuple[TokensSpec, ...],
+    head: RestSpec | None = None, *, names: list[str], recipe: Recipe,
 ) -> Spec:  # fmt: skip
-    reads = checkpoint.nbytes + checkpoint.others + 5 * data.tokens
+    taught = [getattr(p, "hidden", p) for p in predictions]
+    reads = checkpoint.nbytes + checkpoint.others + 5 * data.tokens + sum(t.nbytes for t in taught)
+    reads += 0 if head is None else head.head_bytes + header_bytes(head.tensors)
     # a layer with trained tensors is written whole, except for its routing file
     writes = checkpoint.headers if recipe.mode == "compressed_experts" else checkpoint.nbytes
     writes += checkpoint.one_rank * recipe.rank * recipe.beside
-    done = recipe.operations * checkpoint.active * recipe.steps * recipe.batch * data.length
+    tokens = recipe.steps * recipe.batch * data.length
+    done = recipe.operations * checkpoint.active * tokens
+    done += 0 if head is None else 2 * operations.head_numel(head) * tokens
     return Spec(
         {"bytes": 80 * recipe.steps + 2000}, reads=reads, writes=writes, memory=checkpoint.nbytes, compiles=True,
         packages=("deepspeed", "ninja"),
@@ -87,17 +91,19 @@ def _train_spec(
 @step("finetune.train", version=3, spec=_train_spec, gpus=1)
 def train(
     context: Context, checkpoint: Artifact, data: Artifact, predictions: tuple[Artifact, ...] = (),
-    heldout: tuple[Artifact, ...] = (), *, names: list[str], recipe: Recipe,
+    heldout: tuple[Artifact, ...] = (), head: Artifact | None = None, *, names: list[str], recipe: Recipe,
 ) -> None:  # fmt: skip
     """Train a checkpoint; writes its trained layers, `layer-000/layer.safetensors` and so on, under the hub's names, and `rest/`.
 
     Also writes `training.json`, the course of the training (`curve.Curve`), and `deepspeed.json`, DeepSpeed's configuration.
-    `predictions` are a teacher's on the data, shard by shard; `names` are those of the held-out token matrices. Runs in each
-    process of a gang, and outside one. Raises ValueError if no token is learned, and if the training diverges.
+    `predictions` are a teacher's on the data, shard by shard, or its states behind the last layer, of which `head`, its final norm
+    and head, makes them; `names` are those of the held-out token matrices. Runs in each process of a gang, and outside one.
+    Raises ValueError if no token is learned, and if the training diverges.
     """
     from moeflow.methods.finetune.loop import tune
 
-    tune(context, checkpoint, data, [p.file(PREDICTIONS) for p in predictions], dict(zip(names, heldout, strict=True)), recipe)
+    files = [p.file(PREDICTIONS if head is None else HIDDEN) for p in predictions]
+    tune(context, checkpoint, data, files, head, dict(zip(names, heldout, strict=True)), recipe)
 
 
 def _layer_spec(trained: Any, before: LayerSpec, *, layer: int, recipe: Recipe) -> Spec:

@@ -130,7 +130,7 @@ def tune(
         validated=bool(matrices),
         packed=bool(packed),
     )
-    predictions = _predictions(model, data, recipe, teacher, passed)
+    predictions, head = _predictions(model, data, recipe, teacher, passed)
     for i in model.moe_layers:
         _check_trainable(model.layers[i].spec.output, recipe)
     layers = {i: unpacked_shapes(shapes_of(layer.spec.output.tensors), model.config) for i, layer in enumerate(model.layers)}
@@ -139,7 +139,7 @@ def tune(
     work = Work(model.config, layers, rest, opened, recipe, spec.length, packed)
     gang, need = fitted(work, gang)
     checkpoint, heldout = told_model_of(model), tuple(matrices.values())
-    trained = finetune.train(checkpoint, data, predictions, heldout, names=list(matrices), recipe=recipe).on(
+    trained = finetune.train(checkpoint, data, predictions, heldout, head, names=list(matrices), recipe=recipe).on(
         cpus=gang.cpus, gpus=gang.gpus, memory=need.host, processes=gang.processes, device=need.device, settings=gang.settings(),
         exchanged=exchanged(work, gang), times=1 + 2 / recipe.operations if gang.checkpointing else 1.0,  # one more forward pass
         repeats=min(1.0, gang.save_every / recipe.steps),
@@ -151,21 +151,26 @@ def tune(
     return Tuned(tuned, trained, (finetune.report(trained.part(finetune.TRAINING)),))
 
 
-def _predictions(model: Model, data: Step, recipe: Recipe, teacher: Model | None, passed: Pass) -> tuple[Step, ...]:
+def _predictions(
+    model: Model, data: Step, recipe: Recipe, teacher: Model | None, passed: Pass
+) -> tuple[tuple[Step, ...], Step | None]:
     """The teacher's predictions for the tokens of `data`, one step per shard, if the loss needs them.
 
-    Each position keeps the `recipe.top` likeliest tokens, at 8 bytes each, and the sum of all others. The teacher is streamed layer
-    by layer, so it may be larger than any machine's memory. Raises ValueError if there is none, or it has another tokenizer.
+    Each position keeps the `recipe.top` likeliest tokens, at 8 bytes each, and the sum of all others; with 0 the predictions are
+    the teacher's hidden states, and its head goes with them. The teacher is streamed layer by layer, so it may be larger than any
+    machine's memory. Raises ValueError if there is none, or it has another tokenizer.
     """
     if not recipe.divergence:
-        return ()
+        return (), None
     if teacher is None:
         raise ValueError(f"loss={recipe.loss!r} needs a teacher; pass teacher=original, or choose loss=lm")
     theirs, ours = (int(m.config["vocab_size"]) for m in (teacher, model))
     if theirs != ours:
         raise ValueError(f"the teacher's vocabulary has {theirs} tokens, the model's {ours}; choose one of the same tokenizer")
     ends = hidden_states(teacher, data, passed)
-    return tuple(finetune.predictions(teacher.rest, end, top=recipe.top, dtype=passed.dtype) for end in ends)
+    if recipe.whole:
+        return ends, teacher.rest
+    return tuple(finetune.predictions(teacher.rest, end, top=recipe.top, dtype=passed.dtype) for end in ends), None
 
 
 def _check_trainable(layer: LayerSpec, recipe: Recipe) -> None:

@@ -10,7 +10,7 @@ import torch
 from moeflow.methods.finetune.batches import batch_of, dealt
 from moeflow.methods.finetune.curve import Curve
 from moeflow.methods.finetune.recipe import divisors
-from moeflow.methods.finetune.teacher import divergence
+from moeflow.methods.finetune.teacher import Likeliest, Whole
 from tests.recipes import RECIPE
 
 
@@ -67,11 +67,16 @@ def test_the_divergence_over_some_tokens_and_the_rest_is_a_bound_that_all_of_the
     for top in (1, 5, 19, 20):
         log_TK, id_TK = p_TV.topk(top, dim=-1)
         rest_T = p_TV.scatter(-1, id_TK, -torch.inf).logsumexp(-1)
-        divergences.append(divergence(q_TV, id_TK, log_TK, rest_T))
+        divergences.append(Likeliest(id_TK, log_TK, rest_T).divergence(q_TV))
     for fewer_T, more_T in pairwise(divergences):
         assert (fewer_T <= more_T + 1e-5).all()
     assert torch.allclose(divergences[-1], whole_T, atol=1e-5) and torch.allclose(divergences[-2], whole_T, atol=1e-5)
     logits = q_TV.clone().requires_grad_()
     log_TK, id_TK = p_TV.topk(20, dim=-1)
-    divergence(logits, id_TK, log_TK, torch.full((7,), -torch.inf)).sum().backward()
-    assert torch.allclose(logits.grad, q_TV.exp() - p_TV.exp(), atol=1e-5)
+    every = Likeliest(id_TK, log_TK, torch.full((7,), -torch.inf))
+    for taught in (every, Whole(p_TV)):
+        logits.grad = None
+        divergence = taught.divergence(logits)
+        assert torch.allclose(divergence, whole_T, atol=1e-5)
+        divergence.sum().backward()
+        assert torch.allclose(logits.grad, q_TV.exp() - p_TV.exp(), atol=1e-5)

@@ -27,7 +27,7 @@ from moeflow.methods.recipes import tune
 from moeflow.methods.recipes.tune import Tuned
 from moeflow.model.checkpoint import Tensors
 from moeflow.run import StepFailed, in_process
-from moeflow.step import Artifact, Context, Spec, step
+from moeflow.step import Artifact, Context, Spec, step, step_of
 from moeflow.store import Store, partial
 from tests import tiny
 from tests.compressed import compress
@@ -263,13 +263,19 @@ def test_the_loss_is_the_mean_over_what_is_to_be_predicted(mixtral: Path, store:
     assert course["validations"][0]["losses"]["same"] == pytest.approx(expected, abs=1e-5)
 
 
-def test_a_router_learns_from_the_original_what_pruning_took(mixtral: Path, store: Store, rows: Any, tmp_path: Path) -> None:
-    """Router-KD, from a file with the original's whole distribution: the loss is the divergence, and it falls."""
+@pytest.mark.parametrize("top", [96, 0])
+def test_a_router_learns_from_the_original_what_pruning_took(
+    top: int, mixtral: Path, store: Store, rows: Any, tmp_path: Path
+) -> None:
+    """Router-KD, from a file with the original's whole distribution, or from its states and its head: the loss is the divergence,
+    and it falls."""
     original, pruned = model_in(mixtral), model_in(compress(mixtral, tmp_path / "pruned"))
     data = data_.tokens(rows, original, Sample(6, 12))
-    how = Recipe(mode="router", loss="kl", top=96, steps=20, batch=6, rate=3e-2, warmup=0.0)
+    how = Recipe(mode="router", loss="kl", top=top, steps=20, batch=6, rate=3e-2, warmup=0.0)
     tuned = tune.tune(pruned, data, how, teacher=original, passed=Pass(2, 4))
-    assert [name for name, _ in tuned.trained.slots] == ["checkpoint", "data", "predictions"] and len(tuned.trained.inputs) == 4
+    more, names = ([], {"finetune.predictions"}) if top else (["head"], {"calibrate.advance"})
+    assert [name for name, _ in tuned.trained.slots] == ["checkpoint", "data", "predictions", *more]
+    assert {step_of(i).name for i in tuned.trained.inputs[2:4]} == names
     run(store, alone(tuned.trained))
     ids = torch.from_numpy(array_of(rows))
     with torch.no_grad():

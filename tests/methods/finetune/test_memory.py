@@ -57,10 +57,11 @@ def rows_of(context: Context) -> None:
     """Rows of which only the number is wanted."""
 
 
-def tuned(mode: str, gang: Gang) -> Any:
+def tuned(mode: str, gang: Gang, **how: Any) -> Any:
     rest = rest_of()
     model = Model(MIXTRAL_8X7B, rest, rest, tuple(layer_of(layer=i) for i in range(32)))
-    return tune.tune(model, rows_of(), Recipe(mode=mode, steps=100, batch=64, rate=1e-5), gang=gang)
+    recipe = Recipe(mode=mode, steps=100, batch=64, rate=1e-5, **how)
+    return tune.tune(model, rows_of(), recipe, gang=gang, teacher=model if recipe.divergence else None)
 
 
 def test_mixtral_8x7b_is_not_trained_whole_on_eight_gpus_of_80_gb_but_with_offload_or_lora_it_is() -> None:
@@ -135,3 +136,14 @@ def test_what_zero_sends_and_does_again_is_in_the_plan() -> None:
     again = asked("lora", zero=3, micro=8, checkpointing=True, save_every=4)
     assert again.exchanged == pytest.approx(3 * once, rel=0.02) and again.times == 1.5 and again.repeats == 0.04
     assert asked("full", zero=3, micro=8, save_every=999).repeats == 1
+
+
+def test_a_teacher_whose_predictions_are_whole_is_planned_by_its_head_and_logits() -> None:
+    gang = Gang(8, zero=3, checkpointing=True, micro=1)
+    cut, whole = (tuned("lora", gang, loss="kl", top=top).trained for top in (64, 0))
+    head, logits = 2 * 32000 * 4096, 4096 * 32000
+    more = whole.resources.device - cut.resources.device
+    assert more == pytest.approx(1.1 * (head + 10 * logits), rel=1e-3), "its head, and of each logit three copies"
+    tokens = 100 * 64 * 4096
+    assert sum(whole.spec.operations.values()) - sum(cut.spec.operations.values()) == tokens * head
+    assert whole.spec.reads - cut.spec.reads > 1024 * 4096 * (2 * 4096 - 516), "states in place of the likeliest tokens"
