@@ -82,6 +82,9 @@ class Offers:
     are scales."""
     gone: bool = True
     """Whether a layer may lose its MoE block."""
+    grid: Literal["pairs", "all"] = "pairs"
+    """pairs: fewer experts and lower ranks are offered apart, each with and without fewer bits. all: also together, which is about
+    three times as many alternatives, and so much more time."""
     search: Literal["enumerate", "genetic", "swap"] = "swap"
     """The search for the experts that stay."""
     measured: int = 16_384

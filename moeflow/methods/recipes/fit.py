@@ -1,6 +1,6 @@
 """One budget for a whole model: every layer is offered alternatives, and the combination that moves the model least is built.
 
-An alternative is a number of experts, lower ranks, fewer bits, two of these together, or no MoE block. Each is measured alone, as
+An alternative is a number of experts, lower ranks, fewer bits, some of these together, or no MoE block. Each is measured alone, as
 the divergence of the whole model's predictions; under one budget the best combination is a multiple-choice knapsack, solved
 exactly. Costs add up only nearly, so a second round measures the most promising ones again around the first choice.
 """
@@ -236,11 +236,13 @@ def _of_layer(
     counts = sorted({_nearest(part * experts, legal) for part in offers.counts} - {experts})
     made |= _fewer(calibration, offers, layer, counts)
     pruned = {a: one for a, one in made.items() if not runs.why_not_count(a.keep)}
-    for ratio in ratios:
-        made |= _lower(calibration, offers, layer, ratio, 0, left)
-        for b in offers.packs:
-            for factored in _lower(calibration, offers, layer, ratio, b, left).values():
-                made |= _packed(calibration, offers, layer, Alternative(experts, ratio, b), factored.file, left)
+    for alternative, plain in pruned.items():
+        for ratio in ratios if offers.grid == "all" or alternative == whole else ():
+            made |= _lower(calibration, offers, layer, replace(alternative, ratio=ratio), plain.file, left)
+            for b in offers.packs:
+                other = replace(alternative, ratio=ratio, bits=b)
+                for factored in _lower(calibration, offers, layer, other, plain.file, left).values():
+                    made |= _packed(calibration, offers, layer, other, factored.file, left)
     for b in offers.packs:
         for group in offers.groups(b):
             for alternative, plain in pruned.items():
@@ -302,20 +304,22 @@ def _ratios(calibration: Calibration, offers: Offers, left: dict[str, str]) -> S
 
 
 def _lower(
-    calibration: Calibration, offers: Offers, layer: int, ratio: float, bits: int, left: dict[str, str]
+    calibration: Calibration, offers: Offers, layer: int, alternative: Alternative, whole: Step, left: dict[str, str]
 ) -> dict[Alternative, Made]:
-    """A layer with lower ranks. They go to its matrices by what is lost of their outputs, each as costly where all are cut alike.
+    """A layer with lower ranks, to be packed at the alternative's bits; `whole`: its file before, with the experts that stay.
 
-    Measuring what a cut of gate and up costs beside one of down was another pass and chose no better ranks (LOG.md).
+    They go to its matrices by what is lost of their outputs, each as costly where all are cut alike. Measuring what a cut of gate
+    and up costs beside one of down was another pass and chose no better ranks (LOG.md).
     """
-    how, dtype, own = _lower_ranks(offers, ratio, bits), calibration.dtype, calibration.model.layers[layer]
+    how, dtype = _lower_ranks(offers, alternative.ratio, alternative.bits), calibration.dtype
+    essential, _, observed = calibration.of(layer)
 
     def factored() -> Step:
-        spectra = decompose.spectra_of(layer, calibration.of(layer), how, dtype)
-        ranks = decompose.by_spectra((spectra,), layers=[layer], how=how.of_global_ranks)
-        return decompose.factored(layer, calibration.of(layer), ranks, {}, how, dtype)
+        of = essential, whole, observed
+        ranks = decompose.by_spectra((decompose.spectra_of(layer, of, how, dtype),), layers=[layer], how=how.of_global_ranks)
+        return decompose.factored(layer, of, ranks, {}, how, dtype)
 
-    return _allowed(Alternative(own.spec.output.experts, ratio, bits), factored, left)
+    return _allowed(alternative, factored, left)
 
 
 def _packed(

@@ -114,6 +114,30 @@ def test_quantizing_in_sequence_goes_by_small_shards_and_is_measured_on_the_same
     assert one.apart_of_sequences == pytest.approx(other.apart_of_sequences, rel=1e-3)
 
 
+def test_experts_ranks_and_bits_go_together_where_all_is_offered(small_offer: Calibration, tmp_path: Path) -> None:
+    store, ids = running.store_in(tmp_path), torch.from_numpy(running.array_of(running.matrix_of(tmp_path)))
+    easy = fitted(small_offer, Budget(ratio=0.3), gone=False, rounds=1, grid="all")
+    running.run(store, easy)
+    said = decision(store, easy)
+    together = ("6 experts, 0.3 off", "6 experts, 0.3 off, 4 bits")
+    pairs = {"8 experts", "6 experts", "8 experts, 0.3 off", "8 experts, 4 bits", "6 experts, 4 bits", "8 experts, 0.3 off, 4 bits"}
+    sizes = {name: size for name, (size, _) in said["table"]["0"].items()}
+    assert {*sizes} == pairs | {*together} and sizes[together[1]] == min(sizes.values())
+    least = said["size"] + sum(of_layer[together[1]][0] - of_layer[said["chosen"][i]][0] for i, of_layer in said["table"].items())
+    budget = Budget(bytes=str(int(least)))
+    with pytest.raises(ValueError, match="cannot be met: what is offered takes"):
+        fitted(small_offer, budget, gone=False, rounds=1)
+    tight = fitted(small_offer, budget, gone=False, rounds=1, grid="all")
+    running.run(store, tight)
+    assert {*decision(store, tight)["chosen"].values()} == {together[1]}
+    store.fetch(tight.key, out := tmp_path / "out")
+    assert weights(out) <= least
+    with torch.inference_mode():
+        log_p, log_q = (AutoModelForCausalLM.from_pretrained(f)(ids).logits.log_softmax(-1) for f in (tmp_path / "model", out))
+    apart = kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)[:, :-1].mean()
+    assert decision(store, tight)["before"] == pytest.approx(float(apart), rel=1e-3)
+
+
 def test_few_bits_are_offered_with_scales_for_twice_as_many_weights(small_offer: Calibration, tmp_path: Path) -> None:
     store = running.store_in(tmp_path)
     only: dict[str, Any] = {"counts": (), "ranks": (), "bits": (4, 2), "gone": False, "rounds": 1}
