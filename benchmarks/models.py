@@ -55,13 +55,16 @@ HOW = Pretraining(steps=600, batch=8, length=LENGTH, rate=2e-3)
 
 
 def trained(name: str, store: Store, how: Pretraining = HOW, texts: str = "") -> Path:
-    """A folder with the trained model, in bfloat16; trains it if the store has none."""
+    """A folder beside the store with the trained model, in bfloat16; trains it if the store has none."""
     given = Texts(texts or ",".join([*(f"{SHARED}/data/{n}" for n in (*PROSE, *MATHEMATICS)), CODE]))
     sources = tuple(e.source.group([f.name for f in e.source.files]) for e in given.entries())
     columns = [[*e.columns] for e in given.entries()]
     model = train(sources, columns=columns, config=dict(CONFIGS[name]), how=how, each=EACH)
-    in_process.run([model], store)
-    return store.artifact(model.key).folder()
+    folder = Path(os.environ["MOEFLOW_BENCH_STORE"]).with_name("trained") / model.key
+    if not folder.is_dir():
+        in_process.run([model], store)
+        store.fetch(model.key, folder)
+    return folder
 
 
 def _spec(texts: tuple[Any, ...], *, columns: list[list[str]], config: Config, how: Pretraining, each: int) -> Spec:
