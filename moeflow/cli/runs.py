@@ -40,7 +40,7 @@ from moeflow.job import Job, asked, check_engine
 from moeflow.run import Options, node_kinds
 from moeflow.run import plan as plans
 from moeflow.run.events import Events
-from moeflow.run.forecast import forecast, forecast_json, forecast_lines
+from moeflow.run.forecast import forecast, forecast_json, told
 from moeflow.run.go import Runner
 from moeflow.run.outcome import printable
 from moeflow.run.plan_table import plan_lines, plan_table
@@ -89,7 +89,7 @@ def plan(
         out = report.console()
         out.print(plan_table(planned, every=all, plain=not out.is_terminal))
         lines = plan_lines(planned)
-        lines += forecast_lines(simulated, where) if simulated and where else [where.unknown] if where and where.unknown else []
+        lines += told(simulated, planned, where) if where else []
         for line in lines:
             print(printable(line))
     if planned.problems:

@@ -56,6 +56,9 @@ class Tensors(Mapping[str, Tensor]):
         plain = name in self.info and block_scale(name, self.info) is None
         return self._read(name, own=False) if plain else self[name]
 
+    def drop(self) -> None:
+        """Let go of what is in memory of them already; what is asked for later is read again."""
+
     def __contains__(self, name: object) -> bool:
         return name in self._names
 

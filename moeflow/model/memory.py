@@ -9,6 +9,9 @@ from moeflow.model.spec import LayerSpec, element_bytes, shapes_of
 
 CONTEXT = 1 << 30
 """Bytes of a GPU that its driver and libraries take before the first tensor."""
+AHEAD = 8 << 30
+"""Bytes of the next layer, at most, that are on a GPU of 80 GB while one computes: `moved.PART` of it. On a smaller one there are
+fewer, on a larger one there is room."""
 MARGIN = 1.1
 """What fragments of freed memory take, as a part of what the tensors do."""
 
@@ -24,14 +27,18 @@ def passing(
     """The bytes of tensors while a batch of `tokens` runs through one of these layers after the other, the largest alone.
 
     `handed_on`: the numbers of 4 bytes that a layer takes and gives for each token beside hidden states; `copies`: how often the
-    layer's weights are there; `recorded`: every routed expert's output is kept until it is measured.
+    layer's weights are there, and as often what of the next layer is moved ahead, or of the one that it was made of; `recorded`:
+    every routed expert's output is kept until it is measured.
     """
 
     def of_token(layer: LayerSpec) -> int:
         size = element_bytes(layer.config, dtype)
         return run_per_token(layer.config, shapes_of(layer.tensors), size, recorded=recorded) + 2 * 4 * handed_on
 
-    return max(copies * layer.loaded(dtype) + tokens * of_token(layer) for layer in layers)
+    def there(layer: LayerSpec) -> int:
+        return copies * (layer.loaded(dtype) + (min(layer.loaded(dtype), AHEAD) if len(layers) > 1 else 0))
+
+    return max(there(layer) + tokens * of_token(layer) for layer in layers)
 
 
 def run_per_token(config: Config, shapes: Shapes, size: int, *, recorded: bool = False) -> int:

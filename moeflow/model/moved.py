@@ -14,7 +14,7 @@ from moeflow.model.layout import Files
 
 PART = 0.1
 """How much of a GPU's memory a layer may take that is moved while another computes; of a larger one the rest is moved when its turn
-comes. Three are there at a time: the one that computes, the tensors that it was made of, and those of the next."""
+comes. Beside the layer that computes there are those of the next and, where its tensors are asked for again, its own."""
 
 T = TypeVar("T")
 
@@ -46,6 +46,9 @@ class Moved(Tensors):
     def lent(self, name: str) -> Tensor:
         """The tensor with this name, not to be written to."""
         return self._arrived(name) if name in self._here else super().lent(name)
+
+    def drop(self) -> None:
+        self._here.clear()
 
     def _arrived(self, name: str) -> Tensor:
         tensor = self._here[name]

@@ -23,7 +23,7 @@ from moeflow.model.checkpoint import Tensors, read_moe
 from moeflow.model.factors import Form, form_of
 from moeflow.model.layout import Files, file_before, file_beside, file_of, read_config
 from moeflow.model.memory import CONTEXT, MARGIN, run_per_token, together
-from moeflow.model.moved import arriving
+from moeflow.model.moved import PART, arriving
 from moeflow.model.observe import OBSERVED, Recorder, first_of
 from moeflow.model.packed import unpacked_shapes
 from moeflow.model.spec import Recording
@@ -74,6 +74,7 @@ def through(
             kept_RD = states[HIDDEN].flatten(0, 1)[: recording.between].clone().cpu()
             save_file({"hidden_RD": kept_RD}, out.with_name(file_before(layer)))
         behind: States = {HIDDEN: states[HIDDEN]}
+        tensors.drop()
         size = at_once(stream, module, tensors, length, batch, recorded=recorder is not None)
         for rows in slices(n, size):
             with recorder.on(module) if recorder else nullcontext():
@@ -140,8 +141,8 @@ def at_once(
 ) -> int:  # fmt: skip
     """How many sequences of this length run together through a layer: as many as there is room for, and at most `batch`, if not 0.
 
-    On a GPU activations take half of what `copies` of the layer's weights leave, on a processor `ON_PROCESSOR` or `OF_WEIGHTS`.
-    Nothing is asked but sizes, so that on two machines of a kind it is the same.
+    On a GPU activations take half of what `copies` of the layer's weights leave, and of what is moved ahead or it was made of; on a
+    processor `ON_PROCESSOR` or `OF_WEIGHTS`. Nothing is asked but sizes, so that on two machines of a kind it is the same.
     """
     info = tensors.info if isinstance(tensors, Tensors) else tensors
     shapes = {name: tuple(info[name].shape) for name in info}
@@ -152,7 +153,8 @@ def at_once(
         return together(max(ON_PROCESSOR, int(OF_WEIGHTS * weights)), length * of_token, batch)
     whole = torch.cuda.get_device_properties(stream.device).total_memory
     weights = sum(t.nbytes for t in module.state_dict().values())
-    return together((int((whole - CONTEXT) / MARGIN) - copies * weights) // 2, length * of_token, batch)
+    moved = min(weights, int(PART * whole))
+    return together((int((whole - CONTEXT) / MARGIN) - copies * (weights + moved)) // 2, length * of_token, batch)
 
 
 def home_of(device: torch.device, nbytes: int) -> torch.device:

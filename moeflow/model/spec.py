@@ -246,6 +246,11 @@ class CheckpointSpec:
     active: int  # weights that a token is multiplied with, those of the head among them
     form: Form | None = None  # what an engine asks of it
     one_rank: int = 0  # bytes of two factors of rank one beside each of its packed experts' matrices
+    heads: int = 0  # numbers of one token that the values of all heads have, in all layers
+
+    def loaded(self, dtype: str = "auto") -> int:
+        """The bytes of its weights once transformers has loaded them in this precision, which unpacks what is packed."""
+        return max(self.nbytes, self.parameters * element_bytes(self.config, dtype))
 
 
 @dataclass(frozen=True)

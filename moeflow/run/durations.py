@@ -35,11 +35,13 @@ class Work:
     operations: Mapping[Arithmetic, int]
     moved: int  # bytes read and written
     threads: int = 1
+    exchanged: int = 0  # bytes that a process of a gang sends to the others
 
-    def seconds(self, device: Device | None) -> float:
-        """On this GPU, or on as many cores as it has threads."""
+    def seconds(self, device: Device | None, *, apart: bool = False) -> float:
+        """On this GPU, or on as many cores as it has threads. `apart`: a gang's processes lie on several nodes."""
         computing = (device or CORE).seconds(self.operations) / (1 if device else self.threads)
-        return STEP + computing + self.moved / DISK
+        links = (device.network if apart else device.links) if device else DISK
+        return STEP + computing + self.moved / DISK + self.exchanged / links
 
     @property
     def counted(self) -> int:
@@ -84,13 +86,13 @@ class Durations:
             return Duration(STEP, STEP, False)
         device = gpu if step.resources.gpus else None
         work, share = work_of(step), min(1.0, step.resources.gpus) if device else 1.0
-        modelled = work.seconds(device) / share
+        modelled = work.seconds(device, apart=apart) / share
         ratios = self._ratios(step.name, work, device)
         mean = modelled * (median(ratios) if ratios else 1.0)
         spread = min(0.5, max(0.02, pstdev(map(log, ratios)))) if len(ratios) > 3 else SKEW
         mean += step.spec.writes / DISK  # what it has written is read once more, to be hashed and stored
         if step.resources.processes:
-            mean += GANG + step.resources.exchanged / ((device.network if apart else device.links) if device else DISK)
+            mean += GANG
             spread = 0.0  # the slowest process is the gang's speed
         return Duration(mean, mean * exp(spread * _drawn(step.key)), bool(ratios))
 
@@ -104,11 +106,14 @@ class Durations:
 def work_of(step: Step) -> Work:
     """What the step does by its spec; of a gang, what each process does."""
     moved = (step.spec.reads + step.spec.writes) // max(1, step.resources.processes)
-    return Work(step.operations, moved, max(1, int(step.resources.cpus)))
+    return Work(step.operations, moved, max(1, int(step.resources.cpus)), step.resources.exchanged)
 
 
 def finished(steps: Iterable[Step], store: Store, index: Index) -> dict[str, tuple[Finished, ...]]:
-    """What the latest stored steps of these names took, but for those that loaded libraries. Requests: their manifests."""
+    """What the latest stored steps of these names took, but for those that loaded libraries or went on from a saved state.
+
+    Requests: their manifests.
+    """
     known = {s.key: s for s in steps}
     keys: dict[str, list[str]] = defaultdict(list)
     names = {s.name for s in known.values()}
@@ -119,11 +124,13 @@ def finished(steps: Iterable[Step], store: Store, index: Index) -> dict[str, tup
     made: dict[str, list[Finished]] = defaultdict(list)
     for m in store.manifests([k for several in keys.values() for k in several]).values():
         gpu, threads = m.machine.get("gpu"), m.machine.get("threads")
+        gang = [n if type(n := m.machine.get(word, 0)) is int else 0 for word in ("processes", "exchanged")]
         counted = {kind: n for kind in get_args(Arithmetic) if type(n := m.operations.get(kind)) is int}
         if not isinstance(gpu, str) or not isinstance(threads, int):  # of an older version
             continue
-        if m.seconds and not m.same_as and not m.machine.get("loaded"):
-            made[m.step].append(Finished(Work(counted, m.reads + m.bytes, max(1, threads)), m.seconds, gpu))
+        if m.seconds and not m.same_as and not m.machine.get("loaded") and not m.machine.get("resumed"):
+            moved = (m.reads + m.bytes) // max(1, gang[0])
+            made[m.step].append(Finished(Work(counted, moved, max(1, threads), gang[1]), m.seconds, gpu))
     return {name: tuple(several) for name, several in made.items()}
 
 

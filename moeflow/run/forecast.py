@@ -32,6 +32,16 @@ def forecast_json(simulated: Simulation) -> dict[str, Any]:
     return asdict(simulated) | {"utilisation": simulated.utilisation}
 
 
+def told(simulated: Simulation | None, plan: Plan, nodes: NodeKinds) -> list[str]:
+    """What a plan says of the simulated run, or why it was not simulated; nothing where nothing would run, or cannot."""
+    if simulated:
+        return forecast_lines(simulated, nodes)
+    if nodes.unknown:
+        return [nodes.unknown]
+    stuck = not plan.problems and any(row.state == "run" for row in plan.rows)
+    return [f"not simulated: {nodes.file} has never so many nodes at once that each step finds room; raise max_workers"] * stuck
+
+
 def forecast_lines(simulated: Simulation, nodes: NodeKinds) -> list[str]:
     """What the simulated run took, its longest chain, and what is known of gangs; a line each."""
     unit, devices = ("GPU", simulated.gpus) if simulated.gpus else ("CPU", simulated.cpus)

@@ -93,7 +93,8 @@ class Member(Running):
             fcntl.flock(lock, fcntl.LOCK_EX)  # the first of this machine's processes downloads for all
             if not into.exists():
                 partial.load_parts(self._store, self._call.key, self._gang.snapshots, into)
-        return into if into.exists() else None
+        self.resumed = into.exists()
+        return into if self.resumed else None
 
     def uploaded(self) -> None:
         """Wait for the running upload. Raises what stopped it."""

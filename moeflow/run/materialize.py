@@ -18,7 +18,7 @@ from moeflow.machine import gpu_model
 from moeflow.run.call import Call
 from moeflow.run.work import threads, work_folder
 from moeflow.sources import elsewhere
-from moeflow.step import Artifact
+from moeflow.step import Artifact, Resources
 from moeflow.store import File, Manifest, NotStored, Store, StoreError, checked, part_digest, partial
 from moeflow.store.claims import claimed
 from moeflow.store.errors import too_large
@@ -81,6 +81,7 @@ class Running:
         self.stands_for: Mapping[str, str] = {}
         self.kept = False  # whether there may be partial state
         self.loaded = False  # whether the process loaded large libraries meanwhile, which it does once
+        self.resumed = False  # whether it goes on from a state that another attempt has saved
         self._call, self._store, self._report = call, store, report
         self._reported = 0.0
         inputs = call.record.inputs
@@ -128,6 +129,7 @@ class Running:
             if not partial.load(self._store, self._call.key, self._resumed):
                 shutil.rmtree(self._resumed)  # it may contain part of an incomplete snapshot
                 return None
+        self.resumed = True
         return self._resumed
 
 
@@ -179,11 +181,17 @@ def commit(call: Call, store: Store, context: Running, seconds: float) -> Done:
     writes = sum(p.stat().st_size for p in context.out.rglob("*") if p.is_file())
     record = replace(
         call.record, libraries=libraries(), notes=notes, seconds=seconds, reads=reads, stands_for=_stands_for(context),
-        machine={"gpu": gpu_model() if call.resources.gpus else "", "threads": call.threads, "loaded": context.loaded},
+        machine=_machine(call.resources) | {"threads": call.threads, "loaded": context.loaded, "resumed": context.resumed},
     )  # fmt: skip
     made = store.commit(call.key, context.out, record=record, links=context.links)
     parts = _parts(call, store.manifest(call.key)) if call.parts else {}
     return Done(call.key, made.digest, parts, made.bytes, True, reads, writes, seconds, notes, made.intact)
+
+
+def _machine(resources: Resources) -> dict[str, Any]:
+    """What tells the next forecasts where the step was computed, and by how many processes that sent each other how much."""
+    gang = {"processes": resources.processes, "exchanged": resources.exchanged} if resources.processes else {}
+    return {"gpu": gpu_model() if resources.gpus else ""} | gang
 
 
 def _stands_for(context: Running) -> dict[str, str]:

@@ -2,7 +2,8 @@
 
 import os
 import re
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -75,15 +76,34 @@ class NodeKinds:
         where = f"{self.file}: available_node_types.{names[0]}"
         return f"{where}: how long steps take is not known without the kind of its GPUs; say it, as labels: {{{GPU_KIND}: h100}}"
 
-    def all(self, most: int) -> list[tuple[NodeKind, bool]]:
-        """Each node that there may be at once, those with GPUs first behind the head, and whether it has to be started.
+    def all(self, rows: Sequence["Row"]) -> list[tuple[NodeKind, bool]]:
+        """Each node that these rows could have at once, the head first, and whether it has to be started.
 
-        At most `most` besides the head.
+        The others are those that are there from the start, then such that every row finds room, and then those with GPUs first;
+        besides the head at most as many as there may be, and as there are processes, since more have nothing to do.
         """
-        head = [(kind, False) for kind in self.kinds if kind.name == self.head]
+        head = [kind for kind in self.kinds if kind.name == self.head]
         others = sorted((kind for kind in self.kinds if kind.name != self.head), key=lambda kind: not kind.gpus)
-        workers = ((kind, n >= kind.least) for kind in others for n in range(kind.most))
-        return [*head, *islice(workers, min(self.workers, most))]
+        there = [kind for kind in others for _ in range(min(kind.least, kind.most))][: self.workers]
+        least, left = len(there), Counter({kind: kind.most for kind in others})
+        left.subtract(there)
+        most = min(self.workers, max(least, sum(max(1, row.processes) for row in rows)))
+        gpus = any(kind.gpus for kind in self.kinds)
+
+        def free(row: "Row") -> NodeKind | None:
+            fits = [kind for kind in others if left[kind] > 0 and kind.room(row, gpus=gpus)]
+            return max(fits, key=lambda kind: kind.room(row, gpus=gpus) if row.processes else 1, default=None)
+
+        alike = {(row.cpus, row.gpus, row.memory, row.device, row.processes): row for row in rows}
+        for row in alike.values():
+            room = sum(n * kind.room(row, gpus=gpus) for kind, n in Counter((*head, *there)).items())
+            while room < max(1, row.processes) and len(there) < most and (kind := free(row)):
+                there.append(kind)
+                left[kind] -= 1
+                room += kind.room(row, gpus=gpus)
+        more = (kind for kind in others for _ in range(left[kind]))
+        there += islice(more, max(0, most - len(there)))
+        return [(kind, False) for kind in (*head, *there[:least])] + [(kind, True) for kind in there[least:]]
 
     def unfit(self, rows: Iterable["Row"]) -> dict["Row", str]:
         """For each step name the row that would run and asks for most of what no node has, and why it cannot run here."""
@@ -130,11 +150,12 @@ def read(path: Path) -> NodeKinds:
     if not isinstance(types, dict) or not types:
         raise ValueError(f"{path}: available_node_types names no kind of node; give a cluster file as `ray up` takes it")
     head, workers = config.get("head_node_type"), config.get("max_workers", 2)
-    if head not in types:
+    if not isinstance(head, str | int) or head not in types:
         raise ValueError(f"{path}: head_node_type={head!r} is none of available_node_types ({', '.join(map(str, types))})")
     if type(workers) is not int or workers < 0:
         raise ValueError(f"{path}: max_workers={workers!r} must be a number of nodes")
-    kinds = tuple(_kind(f"{path}: available_node_types.{name}", str(name), of, name == head, workers) for name, of in types.items())
+    every = [_kind(f"{path}: available_node_types.{name}", str(name), of, name == head, workers) for name, of in types.items()]
+    kinds = tuple(kind for kind in every if kind.name == str(head) or (kind.most and workers))  # of others there is never a node
     return NodeKinds(str(path), kinds, workers, str(head))
 
 
@@ -159,14 +180,18 @@ def _kind(where: str, name: str, described: Any, head: bool, workers: int) -> No
     kind = labels.get(GPU_KIND, known.gpu)
     if GPU_KIND in labels:
         kind = devices.gpu(str(kind), f"{where}.labels.{GPU_KIND}").kind
+    most = 1 if head else int(_number(f"{where}.max_workers", described.get("max_workers", workers)))
+    least = int(_number(f"{where}.min_workers", described.get("min_workers", 0)))
+    if not head and least > min(most, workers):
+        raise ValueError(f"{where}: min_workers={least} is more than the {min(most, workers)} that max_workers allows")
     return NodeKind(
         name,
         _number(f"{where}.resources.CPU", resources.get("CPU", known.cpus)),
         int(_number(f"{where}.resources.memory", resources.get("memory", known.memory * FOR_STEPS))),
         int(gpus),
         device,
-        1 if head else int(_number(f"{where}.max_workers", described.get("max_workers", workers))),
-        int(_number(f"{where}.min_workers", described.get("min_workers", 0))),
+        most,
+        least,
         kind if gpus else "",
         _number(f"{where}.labels.{PRICE}", labels[PRICE]) if PRICE in labels else None,
     )
@@ -200,6 +225,6 @@ def here(memory: int) -> NodeKinds | None:
 
 
 def _number(where: str, value: Any) -> float:
-    if isinstance(value, bool) or not re.fullmatch(r"\d+(\.\d+)?", str(value)):
+    if isinstance(value, bool) or not re.fullmatch(r"\d+(\.\d+)?(e[+-]?\d+)?", str(value)):
         raise ValueError(f"{where}={value!r} must be a number, zero or more")
     return float(value)

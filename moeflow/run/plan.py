@@ -121,7 +121,7 @@ def plan(
 
 def _row(step: Step, state: State, label: str) -> Row:
     spec, asked = step.spec, step.resources
-    counted = sum(n for kind, n in spec.operations.items() if kind != "text")
+    counted = round(asked.times * sum(n for kind, n in spec.operations.items() if kind != "text"))
     reads, writes, operations = (spec.reads, spec.writes, counted) if state == "run" else (0, 0, 0)
     memory = asked.memory or spec.memory
     device = asked.device or (spec.device if asked.gpus else 0)

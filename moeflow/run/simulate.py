@@ -30,7 +30,8 @@ SUBMITTED = 0.02
 
 @dataclass(frozen=True)
 class Chain:
-    """The steps that no number of nodes makes shorter, from the first to the last."""
+    """The steps that no number of nodes makes shorter, from the first to the last: without what loading libraries takes, and what
+    is fetched from a bucket, which a node may have or not."""
 
     seconds: float
     names: tuple[str, ...]
@@ -117,6 +118,7 @@ class _Run:
         self.in_bucket = not isinstance(store.blobs, LocalBlobs)
         self.with_gpus = any(kind.gpus for kind in nodes.kinds)
         self.took: dict[str, Duration] = {}
+        self.least: dict[str, float] = {}  # seconds that a step takes on any node
         self.now, self.queue, self.running = 0.0, deque[str](), 0
         self.calls: dict[str, Call] = {}
         self.events: list[tuple[float, int, str, list[_Node]]] = []
@@ -124,8 +126,7 @@ class _Run:
         self.there: list[_Node] = []
         self.busy = 0.0
         self.sizes = {key: listed.bytes for key, listed in schedule.index.keys.items()}
-        processes = sum(max(1, row.processes) for row in self.rows.values())  # more nodes than these have nothing to do
-        for kind, joined in nodes.all(processes):
+        for kind, joined in nodes.all([*self.rows.values()]):
             node = _Node(kind, kind.cpus, kind.memory, kind.gpus if self.with_gpus else 0, BOOT * joined)
             self.there.append(node)
             if node.joined:
@@ -234,8 +235,10 @@ class _Run:
     def _begin(self, key: str, need: _Need, held: list[_Node]) -> None:
         step, row, node = self.schedule.steps[key], self.rows[key], held[0]
         idle, apart = row.optional and not row.reads, any(one is not node for one in held)
-        took = self.took[key] = self.durations.of(step, node.device, idle=idle, apart=apart)
-        began = 0.0
+        devices = {one.kind.gpu: one.device for one in held}.values()
+        each = (self.durations.of(step, device, idle=idle, apart=apart) for device in devices)
+        took = self.took[key] = max(each, key=lambda duration: duration.skewed)  # a gang is as fast as its slowest process
+        began = stored = 0.0
         computes = bool(step.spec.operations)
         for one in held:
             one.take(need)
@@ -246,10 +249,13 @@ class _Run:
             network = node.device.network if node.device else BUCKET
             sizes = {k: self.sizes.get(k, 0) + 1 for k in self._inputs(key)}
             far = sum(size for k, size in sizes.items() if k not in node.cached) / max(1, sum(sizes.values()))
-            began += row.reads * far / min(BUCKET, network) + row.writes / min(BUCKET, network)
+            reads = 0.0 if took.known else row.reads * far  # finished steps fetched theirs while they were timed
+            began += reads / min(BUCKET, network)
+            stored = row.writes / min(BUCKET, network)
             node.cached.update(sizes, (key,))
         self.sizes[key] = row.writes
-        seconds = began + took.skewed
+        self.least[key] = took.skewed + stored
+        seconds = began + self.least[key]
         self.busy += (need.gpus if self.with_gpus else need.cpus) * seconds * len(held)
         self.running += 1
         self._push(self.now + seconds + (0 if self.nodes.serial else SUBMITTED), key, held)
@@ -271,14 +277,14 @@ class _Run:
         for key, step in self.schedule.steps.items():
             if key in self.took:
                 before = max(((longest[k][0], k) for i in step.inputs if (k := step_of(i).key) in longest), default=(0.0, ""))
-                longest[key] = before[0] + self.took[key].skewed, before[1]
+                longest[key] = before[0] + self.least[key], before[1]
         at = max(longest, key=lambda k: longest[k][0])
         seconds = longest[at][0]
         names: list[str] = []
         parts: dict[str, float] = defaultdict(float)
         while at:
             names.append(self.schedule.steps[at].name)
-            parts[names[-1]] += self.took[at].skewed
+            parts[names[-1]] += self.least[at]
             at = longest[at][1]
         ordered = sorted(parts.items(), key=lambda part: -part[1])
         return Chain(seconds, tuple(reversed(names)), tuple(ordered))

@@ -59,8 +59,9 @@ def amount(done: int, total: int, unit: str) -> str:
 def many(n: float) -> str:
     """A large number in the units of operations: `3.1 T`, `870 P`; empty for zero."""
     units = ("", "k", "M", "G", "T", "P", "E", "Z")
-    at = min(len(units) - 1, int(math.log10(n) / 3)) if n >= 1 else 0
-    return f"{n / 1000**at:.3g} {units[at]}".strip() if n else ""
+    digits = float(f"{n:.3g}")
+    at = min(len(units) - 1, int(math.log10(digits) / 3 + 1e-9)) if digits >= 1 else 0
+    return f"{digits / 1000**at:.3g} {units[at]}".strip() if n else ""
 
 
 def span(seconds: float) -> str:

@@ -142,7 +142,7 @@ def test_on_a_gpu_activations_take_half_of_what_the_weights_leave(tmp_path: Path
     monkeypatch.setattr(stream, "device", torch.device("cuda"))
 
     def fitting(sequences: float, batch: int = 0, copies: int = 1) -> int:
-        whole = CONTEXT + MARGIN * (copies * weights + 2 * sequences * one) + 16
+        whole = CONTEXT + MARGIN * (copies * 2 * weights + 2 * sequences * one) + 16  # as much of the next layer, too
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=int(whole)))
         return passes.at_once(stream, module, of_layer, 16, batch, copies=copies, recorded=True)
 

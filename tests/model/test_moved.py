@@ -1,5 +1,7 @@
 """Layers that are moved to a device while others compute are what they were in their files. The device is an emulated one."""
 
+import gc
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -118,6 +120,35 @@ def test_a_pass_on_a_device_is_that_on_the_processor(whole: tuple[Config, list[t
     seen, expected = on_both(through)
     assert {*seen} == {*expected} and len(seen) > 10
     torch.testing.assert_close(seen, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_pass_holds_the_layer_that_computes_and_the_next_one_and_no_more(
+    whole: tuple[Config, list[tuple[int, Path]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not also the tensors that the layer was made of; so it is planned (`memory.passing`)."""
+    config, layers = whole
+    save_file({HIDDEN: torch.randn(2, 8, config["hidden_size"])}, tmp_path / "start")
+    run, moved, held, arrived = Stream.run, Moved.__init__, list[int](), list[int]()
+
+    def moving(*args: Any) -> None:
+        moved(*args)
+        arrived.append(1)
+
+    def counting(stream: Stream, *args: Any) -> Any:
+        latest = time.monotonic() + 30
+        while len(arrived) < min(len(held) + 2, len(layers)) and time.monotonic() < latest:
+            time.sleep(0.01)  # until the next layer is there
+        storages = {t.held.untyped_storage().data_ptr(): t.held.untyped_storage() for t in gc.get_objects() if type(t) is OnGPU}
+        held.append(sum(storage.nbytes() for storage in storages.values()))
+        return run(stream, *args)
+
+    monkeypatch.setattr(Stream, "run", counting)
+    monkeypatch.setattr(Moved, "__init__", moving)
+    how: dict[str, Any] = {"count": len(layers), "batch": 0, "dtype": "float32", "progress": lambda *_: None}
+    with emulated():
+        passes.through(config, tmp_path / "start", layers, tmp_path / "end", **how)
+    size = max(sum(t.nbytes for t in load_file(file).values()) for _, file in layers)
+    assert 0.9 * size < max(held) < 2.2 * size
 
 
 def test_forks_on_a_device_are_those_on_the_processor(whole: tuple[Config, list[tuple[int, Path]]]) -> None:

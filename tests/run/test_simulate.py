@@ -7,13 +7,14 @@ import pytest
 from typer.testing import CliRunner
 
 from moeflow.cli import app
-from moeflow.run import in_process, node_kinds
+from moeflow.run import StepFailed, in_process, node_kinds, simulate
 from moeflow.run.devices import GPUS, is_kind
-from moeflow.run.durations import GANG, Durations, finished
-from moeflow.run.forecast import forecast, forecast_lines
+from moeflow.run.durations import BUCKET, DISK, GANG, Durations, Finished, finished, work_of
+from moeflow.run.forecast import forecast, forecast_lines, told
 from moeflow.run.node_kinds import NodeKind, NodeKinds
 from moeflow.run.plan import plan
 from moeflow.run.simulate import BOOT, LIBRARIES, Simulation
+from moeflow.run.words import many
 from moeflow.step import Artifact, Context, Spec, Step, step, upstream
 from moeflow.store import Record, Store
 from tests import running
@@ -145,6 +146,125 @@ def test_more_nodes_than_steps_are_not_simulated(store: Store, tmp_path: Path) -
     assert simulated(store, node_kinds.read(path), computing(1)).gpus == 4
 
 
+SEVERAL = """
+max_workers: {workers}
+head_node_type: head
+available_node_types:
+  head: {{node_config: {{InstanceType: m6i.4xlarge}}, labels: {{dollars-per-hour: "1"}}}}
+  small: {{node_config: {{InstanceType: g6.2xlarge}}, labels: {{dollars-per-hour: 1e0}}{small}}}
+  big: {{node_config: {{InstanceType: p5.48xlarge}}, labels: {{dollars-per-hour: "50"}}{big}}}
+"""
+
+
+def several(folder: Path, workers: int = 2, small: str = "", big: str = "", file: str = SEVERAL) -> NodeKinds:
+    path = folder / "several.yaml"
+    path.write_text(file.format(workers=workers, small=small, big=big))
+    return node_kinds.read(path)
+
+
+def test_nodes_that_are_there_from_the_start_are_taken_before_others_are_started(store: Store, tmp_path: Path) -> None:
+    result = simulated(store, several(tmp_path, big=", min_workers: 2"), *(computing(n) for n in range(20)))
+    assert dict(result.nodes) == {"head": 1, "big": 2} and result.seconds < 2.5 * 3600, "nobody waits for a node"
+    assert result.dollars == pytest.approx((1 + 2 * 50) * result.seconds / 3600)
+
+
+def test_a_kind_on_which_a_step_has_room_is_started_though_another_comes_first_in_the_file(store: Store, tmp_path: Path) -> None:
+    wide = computing(0, memory=60 << 30)  # more than a small one has
+    nodes = several(tmp_path)
+    apart = simulated(store, nodes, wide, *(computing(n) for n in range(1, 9)))
+    assert dict(apart.nodes)["big"] == 1
+    gang = computing(0, memory=60 << 30).on(gpus=1, processes=9)
+    assert dict(simulated(store, nodes, gang).nodes)["big"] == 2
+    one = several(tmp_path, workers=1, file=SEVERAL.replace("p5.48xlarge", "r6i.8xlarge"))
+    both = [computing(0), computing(1, memory=60 << 30).on(gpus=0)]
+    planned = plan(both, store, nodes=one)
+    assert planned.problems == () and forecast(both, store, planned, one, store.index(["toy.compute"])) is None
+    assert told(None, planned, one)[0].startswith("not simulated: ") and "max_workers" in told(None, planned, one)[0]
+
+
+def test_a_gang_on_nodes_of_two_kinds_is_as_slow_as_the_slower(store: Store, tmp_path: Path) -> None:
+    gang = computing(0, hours=9).on(gpus=1, processes=9)
+    small, big = SEVERAL.split("\n")[-3:-1]
+    swapped = SEVERAL.replace(f"{small}\n{big}", f"{big}\n{small}")
+    files = (SEVERAL, swapped)
+    one, other = (simulated(store, several(tmp_path, big=", max_workers: 1", file=file), gang).seconds for file in files)
+    assert one == pytest.approx(other, rel=0.01) and one > 3 * 3600, "an L4 is slower than an H100"
+
+
+def test_kinds_of_which_there_is_never_a_node_count_for_nothing(store: Store, tmp_path: Path) -> None:
+    never = several(tmp_path, small=", max_workers: 0", big=", max_workers: 0")
+    assert [kind.name for kind in never.kinds] == ["head"] and never.unknown == ""
+    (problem,) = plan([computing(0, memory=60 << 30)], store, nodes=never).problems
+    assert "p5" not in problem and "big" not in problem
+    with pytest.raises(ValueError, match="available_node_types.big: min_workers=3 is more than the 2 that max_workers allows"):
+        several(tmp_path, big=", min_workers: 3")
+    with pytest.raises(ValueError, match=r"head_node_type=\['head'\] is none of available_node_types"):
+        several(tmp_path, file=SEVERAL.replace("head_node_type: head", "head_node_type: [head]"))
+
+
+@step("toy.moved", version=1, spec=lambda before, n: Spec(reads=10**10 if before else 0, writes=10**10))
+def moved(context: Context, before: tuple[Artifact, ...], *, n: int) -> None:
+    """A step that only reads and writes."""
+
+
+def in_bucket(store: Store, monkeypatch: pytest.MonkeyPatch, *targets: Step, **finished: Finished) -> Simulation:
+    index, nodes = store.index({s.name for s in upstream(targets)}), h100s(8)
+    planned, known = plan(targets, store, index=index, nodes=nodes), {f"toy.{name}": (one,) for name, one in finished.items()}
+    monkeypatch.setattr(simulate, "LocalBlobs", type(None))
+    result = simulate.simulate(targets, store, planned, nodes, Durations(known), index=index)
+    assert result is not None
+    return result
+
+
+def test_the_longest_chain_has_what_goes_to_a_bucket_in_it(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    last = moved((), n=0)
+    for n in range(1, 4):
+        last = moved((last,), n=n)
+    result = in_bucket(store, monkeypatch, last)
+    assert result.chain.seconds == pytest.approx(result.seconds, rel=0.01) and result.seconds > 4 * 10**10 / BUCKET
+
+
+def test_what_a_finished_step_fetched_while_it_was_timed_is_not_charged_again(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = moved((), n=0)
+    in_process.run([first], store)
+    took = Finished(work_of(moved((first,), n=1)), 40.0, "")
+    result = in_bucket(store, monkeypatch, moved((first,), n=1), moved=took)
+    taken = Durations({"toy.moved": (took,)}).of(moved((first,), n=1), None)
+    assert taken.seconds == pytest.approx(40 + 10**10 / DISK) and taken.known
+    assert result.seconds == pytest.approx(taken.skewed + 10**10 / BUCKET, rel=0.01), "and what it writes goes there"
+
+
+def test_a_gang_is_not_charged_for_what_it_sends_where_a_finished_one_tells(store: Store) -> None:
+    gang = computing(0).on(gpus=1, processes=8, exchanged=int(1800 * GPUS["h100"].links))
+    modelled = Durations().of(gang, GPUS["h100"]).seconds
+    took = Finished(work_of(gang), modelled - GANG, "NVIDIA H100 80GB HBM3")
+    assert Durations({"toy.compute": (took,)}).of(gang, GPUS["h100"]).seconds == pytest.approx(modelled, rel=1e-6)
+
+
+@step("toy.resumed", version=1)
+def resumed(context: Context, *, n: int) -> None:
+    if context.resume() is None:
+        context.save(context.scratch)
+        raise RuntimeError("lost")
+
+
+def test_steps_that_went_on_from_a_saved_state_tell_nothing(store: Store) -> None:
+    target = resumed(n=1)
+    with pytest.raises(StepFailed):
+        in_process.run([target], store)
+    in_process.run([target], store)
+    assert store.manifest(target.key).machine["resumed"] is True
+    assert not finished([target], store, store.index(["toy.resumed"]))
+
+
+def test_large_numbers_are_rounded_before_their_unit_is_chosen() -> None:
+    assert [many(n) for n in (0, 0.5, 1, 999, 999.6, 999_499, 999_999, 10**9 - 1, 10**12, 3.14e15)] == [
+        "", "0.5", "1", "999", "1 k", "999 k", "1 M", "1 G", "1 T", "3.14 P",
+    ]  # fmt: skip
+
+
 def test_gpus_of_an_unknown_kind_are_asked_for(store: Store, tmp_path: Path) -> None:
     own = ', resources: {CPU: 64, memory: 500000000000, GPU: 8}, labels: {gpu-memory-gib: "141"'
     nodes = node_kinds.read(cluster(tmp_path, "{}", own + "}"))
@@ -158,7 +278,7 @@ def test_gpus_of_an_unknown_kind_are_asked_for(store: Store, tmp_path: Path) -> 
 
 def test_gpus_are_divided_into_machines_of_their_kind() -> None:
     twenty = h100s(20)
-    assert [(kind.gpus, kind.most) for kind in twenty.kinds] == [(8, 2), (4, 1)] and len(twenty.all(99)) == 3
+    assert [(kind.gpus, kind.most) for kind in twenty.kinds] == [(8, 2), (4, 1)] and len(twenty.all([])) == 3
     assert {node_kinds.of_gpus(kind, 8).kinds[0].gpu for kind in GPUS} == set(GPUS)
 
 

@@ -40,8 +40,9 @@ def assemble_spec(
     active = sum(layer.active for layer in layers) + operations.head_numel(rest)
     form = form_of(layers, config)
     out = CheckpointSpec(
-        config, weights, parameters, headers, sum(rest.files.values()) + names + 3000, active, form, sum(i.one_rank for i in layers)
-    )
+        config, weights, parameters, headers, sum(rest.files.values()) + names + 3000, active, form,
+        sum(i.one_rank for i in layers), sum(i.heads for i in layers),
+    )  # fmt: skip
     return Spec(out, reads=headers, writes=names + 3000, memory=1 << 24)
 
 

@@ -21,7 +21,16 @@ from moeflow.model import operations
 from moeflow.model.layout import experts_in, headers, read_config
 from moeflow.model.memory import on_device
 from moeflow.model.packed import numels
-from moeflow.model.spec import CheckpointSpec, HiddenSpec, ObservedSpec, RestSpec, TokensSpec, header_bytes, precision
+from moeflow.model.spec import (
+    CheckpointSpec,
+    HiddenSpec,
+    ObservedSpec,
+    RestSpec,
+    TokensSpec,
+    element_bytes,
+    header_bytes,
+    precision,
+)
 from moeflow.step import Artifact, Context, Spec, step
 
 LENGTH = 2048
@@ -212,9 +221,20 @@ def _measured(name: str, original: float | None, compressed: float | None) -> di
     return row(name, original, compressed, unit, figure=figure, better=better)
 
 
+def _loaded(checkpoint: Artifact) -> int:
+    """The bytes of a checkpoint's weights once transformers has loaded them, as `CheckpointSpec.loaded` plans them; at rest, if
+    they are of a kind that is not known."""
+    config, at_rest = read_config(checkpoint), sum(checkpoint.size(n) for n in checkpoint.names() if n.endswith(".safetensors"))
+    try:
+        numel = sum(numels({n: t.shape for n, t in headers(checkpoint).items()}, config).values())
+        return max(at_rest, numel * element_bytes(config, "auto"))
+    except ValueError:
+        return at_rest
+
+
 def _speed_spec(original: CheckpointSpec, compressed: CheckpointSpec, *, machine: Any, length: int) -> Spec:
     both = sum(c.nbytes + c.others for c in (original, compressed))
-    need = int(both * ROOM)
+    need = int((original.loaded() + compressed.loaded()) * ROOM)
     done = RUNS_OF_SPEED * 2 * length * (original.active + compressed.active)
     return Spec(
         reads=both, writes=1400, operations={precision(original.config, "auto"): done}, memory=need,
@@ -232,7 +252,7 @@ def speed(context: Context, original: Artifact, compressed: Artifact, *, machine
     """
     from moeflow.methods.evaluate.timing import DECODED, ROUNDS, device_and_memory, measure
 
-    need = sum(a.size(n) for a in (original, compressed) for n in a.names() if n.endswith(".safetensors"))
+    need = _loaded(original) + _loaded(compressed)
     device, free = device_and_memory()
     positions = int(read_config(original).get("max_position_embeddings") or length + DECODED)
     length = min(length, positions - DECODED)
@@ -300,8 +320,7 @@ def serving(
 def _written_spec(original: CheckpointSpec, compressed: CheckpointSpec, *, prompt: str, tokens: int) -> Spec:
     if not prompt or tokens < 1:
         raise ValueError(f"prompt={prompt!r} and tokens={tokens}: there must be words to go on from, and at least one token")
-    largest = max(c.nbytes + c.others for c in (original, compressed))
-    need = int(largest * ROOM)
+    need = int(max(original.loaded(), compressed.loaded()) * ROOM)
     done = 2 * (len(prompt) + tokens) * (original.active + compressed.active)  # a letter is a token at most
     return Spec(
         reads=original.nbytes + compressed.nbytes, writes=400 + 16 * tokens, memory=need, device=on_device(need),

@@ -1,6 +1,6 @@
 """How much memory a fine-tuning needs per device, and what its processes send, from configurations alone. No torch.
 
-Memory is an estimate of the peak of an optimizer step; 10 % are added for fragmentation and libraries.
+Memory is an estimate of the peak of an optimizer step; 10 % are added for fragmentation, and on a GPU what its driver takes.
 """
 
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from typing import Any
 from moeflow.arch import Config, Family
 from moeflow.methods.finetune.recipe import Gang, Recipe, divisors
 from moeflow.methods.finetune.targets import Shapes
-from moeflow.model.memory import MARGIN, bytes_per_token
+from moeflow.model.memory import CONTEXT, MARGIN, bytes_per_token
 
 BUCKET = 500_000_000
 """The default number of elements that DeepSpeed's ZeRO 1 and 2 collect before sending."""
@@ -111,7 +111,7 @@ def need_of(work: Work, gang: Gang) -> Need:
         "logits": tokens * vocabulary * (2 * size + 12 + (16 if recipe.divergence else 0) + (8 + size if recipe.whole else 0)),
         "the teacher's head": size * width * vocabulary if recipe.whole else 0,
     }
-    device = int(MARGIN * sum(parts.values()))
+    device = int(MARGIN * sum(parts.values())) + (CONTEXT if gang.gpus else 0)
     host = 2 * 4 * largest + (state + 4 * trained // n if gang.offload else 0) + (0 if gang.gpus else device)
     return Need(device, host, parts)
 

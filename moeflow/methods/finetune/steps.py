@@ -79,7 +79,8 @@ def _train_spec(
     writes = checkpoint.headers if recipe.mode == "compressed_experts" else checkpoint.nbytes
     writes += checkpoint.one_rank * recipe.rank * recipe.beside
     tokens = recipe.steps * recipe.batch * data.length
-    done = recipe.operations * checkpoint.active * tokens
+    forwards = recipe.operations / 2  # in so many forward passes
+    done = int(forwards * (2 * checkpoint.active + 4 * data.length * checkpoint.heads)) * tokens
     done += 0 if head is None else 2 * operations.head_numel(head) * tokens
     return Spec(
         {"bytes": 80 * recipe.steps + 2000}, reads=reads, writes=writes, memory=checkpoint.nbytes, compiles=True,

@@ -137,7 +137,7 @@ def _of_prompts(judged: Judged, address: str, prompts: Prompts) -> Step:
 
 
 def _model_spec(model: CheckpointSpec, tokens: int, dtype: str) -> Spec:
-    need = int((model.nbytes + model.others) * ROOM)
+    need = int(model.loaded(dtype) * ROOM)
     return Spec(
         reads=model.nbytes, writes=tokens, memory=need, device=on_device(need),
         operations={precision(model.config, dtype): 2 * tokens * model.active},

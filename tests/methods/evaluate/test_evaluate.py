@@ -12,19 +12,23 @@ from torch.utils.benchmark import Measurement, TaskSpec
 from transformers import AutoModelForCausalLM
 
 from moeflow.methods.calibrate import steps as calibrate
+from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data
-from moeflow.methods.evaluate.steps import speed
+from moeflow.methods.evaluate import timing
+from moeflow.methods.evaluate.steps import here, speed
 from moeflow.methods.evaluate.timing import Speed, cache_name
 from moeflow.methods.graph import Pass, Sample
 from moeflow.methods.prune.searches import Search
-from moeflow.methods.recipes import naee
+from moeflow.methods.recipes import naee, unified
+from moeflow.methods.slim.methods import Slimming
 from moeflow.model.spec import CheckpointSpec
 from moeflow.report.figures import read_figures
 from moeflow.run import StepFailed
 from moeflow.step import Context, Spec, Step, step, upstream
 from moeflow.store import Store
 from tests import running, tiny
-from tests.models import graph
+from tests.models import calibrated, graph
+from tests.slimmed import FOUR
 
 
 @step("test.strange", version=1, spec=lambda config: Spec(CheckpointSpec(config, 0, 0, 0, 0, 0)))
@@ -81,6 +85,23 @@ def test_sizes_are_counted_and_speed_is_measured(done: tuple[Store, Step, Path])
         "unit": "",
         "figure": "experts",
     }
+
+
+def test_packed_models_are_planned_as_large_as_transformers_loads_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And where that is more than there is, their speed is left out, instead of the process killed."""
+    model = running.model_in(tiny.write("mixtral", tmp_path / "model"))
+    packed = unified.slim(calibrated(model, tmp_path), Slimming("round_to_nearest", **FOUR))
+    whole, small = (checkpoint.checkpoint_of(m).spec.output for m in (model, packed))
+    loads = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert whole.loaded() == pytest.approx(sum(p.nbytes for p in loads.parameters()), rel=0.05)
+    assert small.nbytes < 0.6 * whole.nbytes and small.loaded() == pytest.approx(whole.loaded(), rel=0.05)
+    timed = speed(*(checkpoint.checkpoint_of(m) for m in (model, packed)), machine=here(), length=8)
+    assert timed.spec.memory > 1.9 * loads.num_parameters() * 4 > timed.spec.reads
+    store, free = running.store_in(tmp_path), int(1.5 * whole.nbytes)  # both files, but not both models
+    monkeypatch.setattr(timing, "device_and_memory", lambda: ("cpu", free))
+    running.run(store, running.alone(timed))
+    (note,) = report_of(store, timed)["notes"]
+    assert note.startswith("speed is left out: both models need") and f"{free:,} are free" in note
 
 
 def test_speeds_have_quartiles_and_where_they_overlap_no_difference_was_measured(done: tuple[Store, Step, Path]) -> None:
