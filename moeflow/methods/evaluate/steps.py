@@ -233,7 +233,7 @@ def _loaded(checkpoint: Artifact) -> int:
 
 
 def _speed_spec(original: CheckpointSpec, compressed: CheckpointSpec, *, machine: Any, length: int) -> Spec:
-    both = sum(c.nbytes + c.others for c in (original, compressed))
+    both = sum(c.nbytes + c.others + c.headers for c in (original, compressed))  # headers are looked at first
     need = int((original.loaded() + compressed.loaded()) * ROOM)
     done = RUNS_OF_SPEED * 2 * length * (original.active + compressed.active)
     return Spec(
