@@ -84,7 +84,7 @@ class Offers:
     """Whether a layer may lose its MoE block."""
     grid: Literal["pairs", "all"] = "pairs"
     """pairs: fewer experts and lower ranks are offered apart, each with and without fewer bits. all: also together, which is about
-    three times as many alternatives, and so much more time."""
+    two and a half times as many alternatives, and as much more time."""
     search: Literal["enumerate", "genetic", "swap"] = "swap"
     """The search for the experts that stay."""
     measured: int = 16_384
