@@ -47,7 +47,7 @@ class HeldOut(NamesFiles):
                 more.check_files()
 
 
-SEEN = "the compression was calibrated on this text, too: of text that it has not seen this says little"
+SEEN = "the compression was calibrated on {}, too: its divergence there says little of text that it has not seen"
 NO_TOKENIZER = "held-out text is left out, the loss on the token matrix stands for it"
 
 
@@ -63,7 +63,9 @@ def reports(original: Model, compressed: Model, heldout: HeldOut, passed: Pass, 
     if original.has_tokenizer or (heldout.texts and all(text.is_tokens for text in Texts(heldout.texts).each())):
         texts, sample = Texts(heldout.texts), Sample(heldout.sequences, heldout.length, bos=heldout.bos)
         named = zip(_names(texts), texts.each(), strict=True)
-        matrices = [(name, data.tokens(text, original, sample), SEEN if text.files & seen else "") for name, text in named]
+        matrices = [
+            (name, data.tokens(text, original, sample), SEEN.format(name) if text.files & seen else "") for name, text in named
+        ]
     elif tokens is not None and tokens.spec.output.sequences:
         matrices = [("token matrix", tokens, f"{original.without_tokenizer}: {NO_TOKENIZER}")]
     else:
@@ -83,7 +85,7 @@ def reports(original: Model, compressed: Model, heldout: HeldOut, passed: Pass, 
         compressed_states = run.ends if run else calibrate.hidden_states(compressed, matrix, passed)
         heads = original.rest, compressed.rest
         told = quality(*heads, matrix, states, compressed_states, name=name, note=note, dtype=passed.dtype)
-        reports.append(told.noting(*[f"{name}: {note}"] * bool(note)))
+        reports.append(told.noting(*[note] * bool(note)))
         if run:
             observed = tuple(run.observed.values())
             reports.append(experts_per_token(original.essential, observed, layers=list(run.observed), name=name))

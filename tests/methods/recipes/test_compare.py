@@ -84,4 +84,4 @@ def test_text_that_was_calibrated_on_is_told_of(model: Model, tmp_path: Path) ->
     texts = ",".join(f"{tmp_path}/{name}.txt" for name in ("text", "copy", "other"))
     steps = compare.reports(model, model, compare.HeldOut(texts, 4, 16), Pass(2), tokens=tokens)
     told = {s.params["name"]: (s.params.get("note"), s.notes) for s in steps if s.name == "evaluate.quality"}
-    assert told == {"text": ("", ())} | {n: (compare.SEEN, (f"{n}: {compare.SEEN}",)) for n in ("copy", "other")}
+    assert told == {"text": ("", ())} | {n: (compare.SEEN.format(n), (compare.SEEN.format(n),)) for n in ("copy", "other")}
