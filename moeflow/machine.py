@@ -36,6 +36,14 @@ def gpu_model() -> str:
     return ""
 
 
+SHARE = "MOEFLOW_GPU_SHARE"
+
+
+def gpu_share() -> float:
+    """The part of its GPU's memory that the running step may take: less than 1 where several steps share one."""
+    return float(os.environ.get(SHARE, "1"))
+
+
 def this_process() -> str:
     """A name for this process that no other has, on any machine and after any restart; "" where the system tells too little."""
     try:

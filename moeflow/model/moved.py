@@ -8,6 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from moeflow.machine import gpu_share
 from moeflow.model.ahead import ahead
 from moeflow.model.checkpoint import Tensors
 from moeflow.model.layout import Files
@@ -57,6 +58,11 @@ class Moved(Tensors):
         return tensor
 
 
+def memory_of(device: torch.device) -> int:
+    """The bytes of a GPU that this process may take: all of it, or its share."""
+    return int(gpu_share() * torch.cuda.get_device_properties(device).total_memory)
+
+
 def arriving(layers: Iterable[tuple[T, Path | Files]], device: torch.device) -> Iterator[tuple[T, Tensors]]:
     """The tensors of these layers in order, each beside what its file came with; on a GPU they have been moved already.
 
@@ -64,7 +70,7 @@ def arriving(layers: Iterable[tuple[T, Path | Files]], device: torch.device) -> 
     """
     if device.type != "cuda":
         return ahead((name, Tensors(file)) for name, file in layers)
-    room = int(PART * torch.cuda.get_device_properties(device).total_memory)
+    room = int(PART * memory_of(device))
     return ahead((name, Moved(file, device, room)) for name, file in layers)
 
 

@@ -23,7 +23,7 @@ from moeflow.model.checkpoint import Tensors, read_moe
 from moeflow.model.factors import Form, form_of
 from moeflow.model.layout import Files, file_before, file_beside, file_of, read_config
 from moeflow.model.memory import CONTEXT, MARGIN, run_per_token, together
-from moeflow.model.moved import PART, arriving
+from moeflow.model.moved import PART, arriving, memory_of
 from moeflow.model.observe import OBSERVED, Recorder, first_of
 from moeflow.model.packed import unpacked_shapes
 from moeflow.model.spec import Recording
@@ -151,7 +151,7 @@ def at_once(
     if stream.device.type != "cuda":
         weights = stream.dtype.itemsize * sum(prod(shape) for shape in unpacked_shapes(shapes, config).values())
         return together(max(ON_PROCESSOR, int(OF_WEIGHTS * weights)), length * of_token, batch)
-    whole = torch.cuda.get_device_properties(stream.device).total_memory
+    whole = memory_of(stream.device)
     weights = sum(t.nbytes for t in module.state_dict().values())
     moved = min(weights, int(PART * whole))
     return together((int((whole - CONTEXT) / MARGIN) - copies * (weights + moved)) // 2, length * of_token, batch)

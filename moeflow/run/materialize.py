@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import moeflow
 from moeflow.machine import gpu_model
 from moeflow.run.call import Call
-from moeflow.run.work import threads, work_folder
+from moeflow.run.work import part_of_gpu, threads, work_folder
 from moeflow.sources import elsewhere
 from moeflow.step import Artifact, Resources
 from moeflow.store import File, Manifest, NotStored, Store, StoreError, checked, part_digest, partial
@@ -168,7 +168,7 @@ def stored(call: Call, store: Store) -> Done | None:
 def carry_out(function: Callable[..., None], call: Call, store: Store, context: Running) -> float:
     """Run the step's function; return the seconds it took. Raises what it raises, and StoreError."""
     began, before = time.monotonic(), {*LARGE} & {*sys.modules}
-    with threads(call.threads), _room(store.cache):
+    with threads(call.threads), part_of_gpu(call.resources.gpus), _room(store.cache):
         args, params = call.arguments(context.inputs)
         function(context, *args, **params)
     context.loaded = {*LARGE} & {*sys.modules} != before

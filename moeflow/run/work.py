@@ -5,11 +5,13 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 from threadpoolctl import threadpool_limits
+
+from moeflow.machine import SHARE
 
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
@@ -49,18 +51,30 @@ def shared_folder(root: Path, name: str) -> Iterator[Path]:
 @contextmanager
 def threads(n: int) -> Iterator[None]:
     """Make numerical libraries use `n` threads: loaded ones by a call, others by the environment."""
-    before = {name: os.environ.get(name) for name in THREADS}
-    os.environ.update(dict.fromkeys(THREADS, str(n)))
     loaded = sys.modules.get("torch")  # MKL is a part of it that threadpoolctl does not see
     of_torch = loaded.get_num_threads() if loaded else 0
     try:
-        with threadpool_limits(limits=n):
+        with _environment(dict.fromkeys(THREADS, str(n))), threadpool_limits(limits=n):
             if loaded:
                 loaded.set_num_threads(n)
             yield
     finally:
         if loaded:
             loaded.set_num_threads(of_torch)
+
+
+def part_of_gpu(gpus: float) -> AbstractContextManager[None]:
+    """Let what runs know that it has this part of a GPU, if it has less than one (`machine.gpu_share`)."""
+    return _environment({SHARE: str(gpus)} if 0 < gpus < 1 else {})
+
+
+@contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
         for name, value in before.items():
             if value is None:
                 os.environ.pop(name, None)

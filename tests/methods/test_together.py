@@ -149,6 +149,10 @@ def test_on_a_gpu_activations_take_half_of_what_the_weights_leave(tmp_path: Path
     assert [fitting(n) for n in (0.5, 1, 1.9, 5, 40)] == [1, 1, 1, 5, 40]
     assert fitting(40, batch=6) == 6 and fitting(3, batch=6) == 3 and fitting(7, copies=2) == 7
     assert together(0, 5) == together(-9, 5) == 1
+    monkeypatch.setenv("MOEFLOW_GPU_SHARE", "0.5")
+    assert fitting(40) < 20 and fitting(2 * 40 + (CONTEXT / MARGIN + 2 * weights) / (2 * one)) == 40, (
+        "half a GPU has half of its memory"
+    )
 
 
 def test_experts_in_a_stack_are_counted_as_single_ones(tmp_path: Path) -> None:
