@@ -147,3 +147,12 @@ def test_a_teacher_whose_predictions_are_whole_is_planned_by_its_head_and_logits
     tokens = 100 * 64 * 4096
     assert sum(whole.spec.operations.values()) - sum(cut.spec.operations.values()) == tokens * head
     assert whole.spec.reads - cut.spec.reads > 1024 * 4096 * (2 * 4096 - 516), "states in place of the likeliest tokens"
+
+
+def test_a_training_counts_its_attention_and_a_gpu_what_its_driver_takes() -> None:
+    whole = tuned("full", Gang(8, zero=3)).trained
+    active = whole.inputs[0].spec.output.active
+    tokens, forwards = 100 * 64 * 4096, 3  # a backward pass takes two
+    assert sum(whole.spec.operations.values()) == tokens * forwards * (2 * active + 4 * 4096 * 32 * 4096)
+    one, none = (tuned("lora", Gang(8, zero=3, micro=1, gpus=gpus)).trained.resources.device for gpus in (1, 0))
+    assert one - none == 1 << 30
