@@ -86,8 +86,8 @@ def test_a_text_for_a_tokenizer_that_is_code_is_refused_and_a_matrix_is_the_way(
 
 def test_held_out_matrices_are_read_whatever_the_tokenizer_and_held_out_text_is_left_out(source: Path, tmp_path: Path) -> None:
     model = model_in(source)
-    for name in ("ids", "other"):
-        np.save(tmp_path / f"{name}.npy", np.ones((4, 16), dtype=np.int32))
+    for n, name in enumerate(("ids", "other")):
+        np.save(tmp_path / f"{name}.npy", np.full((4, 16), n, dtype=np.int32))
     tokens = data.tokens(Texts(str(tmp_path / "ids.npy")), model, Sample(4, 16))
 
     def qualities(heldout: str) -> list[tuple[str, str]]:
