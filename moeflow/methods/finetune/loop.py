@@ -145,7 +145,7 @@ def tune(
         if recipe.dtype == "bfloat16" and device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2":
             context.note("this processor has no instructions for bf16: dtype='float32' trains ten times as fast here")
         rows, texts = Rows.of(data), {name: Rows.of(matrix) for name, matrix in heldout.items()}
-        taught = None if not teacher else Predictions(teacher) if head is None else States(teacher, head, recipe.dtype)
+        taught = None if not teacher else Predictions(teacher) if head is None else States(teacher, head)
         tuning = Tuning(context, folder, rows, taught, texts, recipe, gang, device)
         trained = tuning.run()
     if context.rank == 0:

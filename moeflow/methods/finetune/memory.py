@@ -87,7 +87,8 @@ def need_of(work: Work, gang: Gang) -> Need:
     (4, 4, 8; with ZeRO 1 and 2, which copy the weights, 4 more); a code has its first value and the distance to the next beside
     it. ZeRO divides them (Rajbhandari et al., SC 2020, arXiv 1910.02054, section 5); bf16 is trained with ZeRO 1 at least. Added to
     this are two whole layers if weights are divided, the activations of all layers (of one, with checkpointing), what LoRA makes of
-    weights in a forward pass, and the logits; a teacher whose predictions are whole has its head in memory, too.
+    weights in a forward pass, and the logits; a teacher whose predictions are whole has its head in
+    memory, too, in fp32 at most.
     """
     recipe, n = work.recipe, gang.processes
     size, lora = work.size, recipe.mode == "lora"
@@ -108,8 +109,8 @@ def need_of(work: Work, gang: Gang) -> Need:
         "gathered": size * (2 * largest + (0 if lora else max(touched))) if zero == 3 else 0,
         "activations": len(each) * tokens * width * size + max(each) if gang.checkpointing else sum(each),
         "LoRA": 2 * max(made) + (max(made) if gang.checkpointing else sum(made)),
-        "logits": tokens * vocabulary * (2 * size + 12 + (16 if recipe.divergence else 0) + (8 + size if recipe.whole else 0)),
-        "the teacher's head": size * width * vocabulary if recipe.whole else 0,
+        "logits": tokens * vocabulary * (2 * size + 12 + (16 if recipe.divergence else 0) + (12 if recipe.whole else 0)),
+        "the teacher's head": 4 * width * vocabulary if recipe.whole else 0,
     }
     device = int(MARGIN * sum(parts.values())) + (CONTEXT if gang.gpus else 0)
     host = 2 * 4 * largest + (state + 4 * trained // n if gang.offload else 0) + (0 if gang.gpus else device)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
 
+from moeflow.model.checkpoint import DTYPES
 from moeflow.model.layout import Files
 from moeflow.model.passes import Head
 
@@ -50,6 +51,11 @@ class _Rows:
         self._files: list[Any] = [safe_open(file, "pt") for file in files]
         self._names = names
         self._ends = np.cumsum([file.get_slice(names[0]).get_shape()[0] for file in self._files])
+
+    @property
+    def dtype(self) -> str:
+        """The precision of the first of them, by torch's name."""
+        return str(DTYPES[self._files[0].get_slice(self._names[0]).get_dtype()]).removeprefix("torch.")
 
     def learned(self, rows: np.ndarray, learned_nL: Tensor) -> list[Tensor]:
         """Each tensor at the positions of these rows whose next token is learned: [T, ...], where the mask lies."""
@@ -111,10 +117,11 @@ class Predictions:
 
 
 class States:
-    """Reads a teacher's hidden states behind the last layer, of which its head makes its whole predictions."""
+    """Reads a teacher's hidden states behind the last layer, of which its head makes its whole predictions, in their precision."""
 
-    def __init__(self, files: Sequence[Path], head: Files, dtype: str) -> None:
-        self._rows, self._head = _Rows(files, "hidden_NLD"), Head(head, dtype)
+    def __init__(self, files: Sequence[Path], head: Files) -> None:
+        self._rows = _Rows(files, "hidden_NLD")
+        self._head = Head(head, self._rows.dtype)
 
     @torch.no_grad()
     def of(self, rows: np.ndarray, learned_nL: Tensor) -> Taught:

@@ -288,6 +288,22 @@ def test_a_router_learns_from_the_original_what_pruning_took(
     assert losses[-1] < 0.9 * losses[0]
 
 
+@pytest.mark.parametrize(("of_teacher", "of_student"), [("float32", "bfloat16"), ("bfloat16", "float32")])
+def test_whole_predictions_have_the_precision_of_the_teachers_pass_whatever_that_of_the_training(
+    of_teacher: str, of_student: Any, mixtral: Path, store: Store, rows: Any, tmp_path: Path
+) -> None:
+    """As those in a file have; both losses are those of the same predictions."""
+    original, pruned = model_in(mixtral), model_in(compress(mixtral, tmp_path / "pruned"))
+    data = data_.tokens(rows, original, Sample(6, 12))
+    losses = []
+    for top in (96, 0):
+        how = Recipe(mode="router", loss="kl", top=top, steps=1, batch=6, dtype=of_student)
+        tuned = tune.tune(pruned, data, how, teacher=original, passed=Pass(2, 4, dtype=of_teacher))
+        run(store, alone(tuned.trained))
+        losses += read(store, tuned)["losses"]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and losses[0] > 0
+
+
 @pytest.mark.slow
 def test_a_training_that_overflows_stops_with_the_step_and_keeps_the_state_before(mixtral: Path, rows: Any, tmp_path: Path) -> None:
     model = model_in(mixtral)
