@@ -36,8 +36,11 @@ def _experts_spec(rest: RestSpec, before: LayerSpec, decision: Mapping[str, Any]
     if keep is None:
         share, least = share * decision["share"], min(decision["least"], before.least)
     stays = before.elsewhere and most == before.experts
-    out = replace(before, config=rest.config, experts=most, tensors=table, share=share, fewest=least, elsewhere=stays)
-    return Spec(out, reads=out.nbytes, writes=out.nbytes, memory=2 * out.nbytes)
+    out = replace(
+        before, config=rest.config, experts=most, tensors=table, share=share, fewest=least, elsewhere=stays, changed=keep is None
+    )
+    moved = 0 if keep == before.experts else out.nbytes  # or else it is linked
+    return Spec(out, reads=moved, writes=moved, memory=2 * out.nbytes)
 
 
 @step("rewrite.experts", version=2, spec=_experts_spec)

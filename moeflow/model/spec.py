@@ -85,6 +85,7 @@ class LayerSpec:
     bits_decided: bool = False  # the run decides to how many bits the experts are packed, if to any
     alike: bool = False  # how many experts stay is decided by a run, for all layers the same
     elsewhere: bool = False  # its tensors may lie at the source only, so that keeping them writes them
+    changed: bool = False  # a run decides whether they do, and most likely they do not
 
     @cached_property
     def nbytes(self) -> int:

@@ -76,7 +76,8 @@ def _note_bytes(layer: LayerSpec, tensors: Table) -> int:
 
 
 def own_spec(before: LayerSpec) -> Spec:
-    return Spec(replace(before, elsewhere=False), reads=before.nbytes, writes=before.nbytes, memory=1 << 28)
+    expected = 0 if before.changed else before.nbytes
+    return Spec(replace(before, elsewhere=False), reads=expected, writes=expected, memory=1 << 28)
 
 
 def gather_layer(context: Context, shards: tuple[Artifact, ...], tensors: Table, change: Change | None = None) -> None:

@@ -189,7 +189,7 @@ def _layer_spec(chosen: Any, files: tuple[LayerSpec, ...], *, layer: int, offer:
     decided, widths = any(f.ranks_decided or f.low_rank for f in files), {f.packed for f in files}
     out = replace(
         near, share=1.0, fewest=fewest, alike=not runs.counts, ranks_decided=decided, multiple=multiple,
-        bits_decided=runs.mixed and len(widths) > 1, elsewhere=any(f.elsewhere for f in files),
+        bits_decided=runs.mixed and len(widths) > 1, elsewhere=any(f.elsewhere for f in files), changed=not near.elsewhere,
     )  # fmt: skip
     return Spec(out, reads=0, writes=0, memory=1 << 24)
 
