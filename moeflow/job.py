@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moeflow import report
-from moeflow.engines import Form, engine_of
+from moeflow.engines import Form
 from moeflow.report import trackers
 from moeflow.report.figures import read_figures
 from moeflow.report.gate import Bound, check_measured, judge, read_gate, refusal
@@ -121,11 +121,10 @@ def check_engine(target: Step, word: str) -> None:
     """Raise ValueError if the engine of this word, or "", does not run the checkpoint that a graph makes."""
     if not word:
         return
-    engine, form = engine_of(word), getattr(target.spec.output, "form", None)
+    form = getattr(target.spec.output, "form", None)
     if not isinstance(form, Form):
         raise ValueError(f"--engine {word} says what is to load a checkpoint, and {target.name} makes none; leave it away")
-    if why := form.why_not(engine):
-        raise ValueError(f"--engine {word}: {'; '.join(why)}; ask for another form, or for --engine {form.runs_in()}")
+    form.check(word)
 
 
 def asked(file: str | PathLike[str], given: Sequence[str], store: Store, build: pipeline.Build | None = None) -> recipe.Asked:

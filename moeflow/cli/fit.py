@@ -79,7 +79,7 @@ def fit(
     """Make a model fit into a budget, at the least change of what it predicts: --bytes, --ratio, --resident or --speed."""
     budget = fitting.budget_words(bytes=bytes, ratio=ratio, resident=resident, speed=speed)
     with asking():
-        loads = fitting.engine_words(engine, tp, ep)
+        loads, sizes = fitting.engine_words(engine, tp, ep), {"engine": engine, "tp": tp, "ep": ep}
     words = [*fitting.fit_words(model, budget, engine=loads, recover=recover), *param]
     if frontier:
         with asking():
@@ -95,7 +95,7 @@ def fit(
         if (on or gpu_kind) and not planned:
             raise ValueError("--on and --gpu-kind say which nodes to plan for; add --plan, or leave them away")
         build = _pipeline()
-    same = {"store": store, "runner": runner, "gpus": gpus, "cpus": cpus, "patience": patience, "json": json}
+    same = {"store": store, "runner": runner, "gpus": gpus, "cpus": cpus, "patience": patience, "json": json, **sizes}
     before = own.set(build)
     try:
         if planned:

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from moeflow.engines.otherwise import in_llama_cpp
-from moeflow.engines.table import ENGINES, Engine
+from moeflow.engines.otherwise import in_engines
+from moeflow.engines.table import ENGINES, Engine, engine_of
 
 OWN = "moeflow_"
 """The beginning of the model type of a checkpoint in moeflow's own format."""
@@ -59,8 +59,10 @@ class Form:
     """How its layers' experts are packed; several where layers differ."""
     differ: str = ""
     """What a run decides for each layer by itself, in words: counts, or bits."""
-    llama_cpp: str = ""
-    """What llama.cpp's class of the family would compute otherwise, in words."""
+    otherwise: tuple[tuple[str, str], ...] = ()
+    """The engines whose classes of the family compute something else, each with what that is, in words."""
+    own: bool = False
+    """It is in moeflow's own format, whatever its layers are: its family has stacks of experts alone, and these are in none."""
 
     def why_not(self, engine: Engine) -> list[str]:
         """Why the engine does not run it, a phrase for each reason; empty if it does."""
@@ -76,9 +78,18 @@ class Form:
             why.append(f"{engine.word} has no {self.routing}")
         if self.ranks and not engine.ranks:
             why.append(f"experts are low-rank, for which {engine.word} has no kernel")
-        if self.llama_cpp and engine.name == "llama.cpp":
-            why.append(f"llama.cpp computes a {self.model_type} otherwise: {self.llama_cpp}")
+        why += [f"{name} computes a {self.model_type} otherwise: {words}" for name, words in self.otherwise if name == engine.name]
+        if self.own and not engine.counts:
+            why.append(
+                f"a {self.model_type} has its experts in stacks, as which these cannot be written, and {engine.word} does not load "
+                "moeflow's own format"
+            )
         return why + self._why_not_packed(engine) + [w for w in [self._why_not_width(engine)] if w]
+
+    def check(self, word: str) -> None:
+        """Raise ValueError if the engine of this word does not run it, with those that do."""
+        if why := self.why_not(engine_of(word)):
+            raise ValueError(f"--engine {word}: {'; '.join(why)}; ask for another form, or for --engine {self.runs_in()}")
 
     @property
     def dense(self) -> "Form":
@@ -122,8 +133,18 @@ def form_of(config: Mapping[str, Any]) -> Form:
     low_rank = any(f.get("ranks") or f.get("added") for f in formats)
     return Form(
         str(config.get("model_type", "")).removeprefix(OWN), frozenset(counts), width, low_rank,
-        any(f.get("gone") for f in formats), " and no ".join(words), _packings(config, text), llama_cpp=in_llama_cpp(text),
+        any(f.get("gone") for f in formats), " and no ".join(words), _packings(config, text), otherwise=in_engines(text),
+        own=_own(config, formats, counts),
     )  # fmt: skip
+
+
+def _own(config: Mapping[str, Any], formats: list[Mapping[str, Any]], counts: set[int]) -> bool:
+    """Whether it is in moeflow's own format although nothing of its layers asks for it, nor zero points, with which engines that
+    read them are given the family's."""
+    if not formats or not str(config.get("model_type", "")).startswith(OWN) or len(counts) > 1:
+        return False
+    asks = any(f.get(key) for f in formats for key in ("ranks", "added", "gone", "skip", "compressed"))
+    return not asks and all(p.symmetric for p in _packings(config, config))
 
 
 def _packings(config: Mapping[str, Any], text: Mapping[str, Any]) -> frozenset[Packing]:

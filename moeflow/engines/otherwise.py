@@ -1,6 +1,6 @@
-"""What llama.cpp's own class of a family computes otherwise than transformers does, by a config.json. Standard library only.
+"""What an engine's own class of a family computes otherwise than transformers does, by a config.json. Standard library only.
 
-Read in `src/models/` and `conversion/` of llama.cpp, as llama-cpp-python 0.3.36 has them; `make test-gguf` compares what is let
+Of llama.cpp, read in its `src/models/` and `conversion/` as llama-cpp-python 0.3.36 has them; `make test-gguf` compares what is let
 through.
 """
 
@@ -10,10 +10,28 @@ from typing import Any
 Config = Mapping[str, Any]
 
 
+BIASED = ("attention_bias", "lm_head_bias")
+"""What other classes for Phi than transformers' take as given."""
+
+
+def in_engines(config: Config) -> tuple[tuple[str, str], ...]:
+    """The engines whose classes compute something else than transformers with this config.json, each with what that is."""
+    named = config if _model_type(config) == "phimoe" else {}
+    lacks = " and no ".join(name for name in BIASED if named and not named.get(name))
+    found = {"llama.cpp": in_llama_cpp(config)}
+    if lacks:
+        found |= dict.fromkeys(("vllm", "vllm-moeflow", "sglang"), f"this one has no {lacks}, which it takes as given")
+    return tuple((engine, why) for engine, why in found.items() if why)
+
+
+def _model_type(config: Config) -> str:
+    return str(config.get("model_type", "")).removeprefix("moeflow_")
+
+
 def in_llama_cpp(config: Config) -> str:
     """Why llama.cpp would write something else than transformers with this config.json; "" if it would not, and for families of
     which that is not known."""
-    checks = _CHECKS.get(str(config.get("model_type", "")).removeprefix("moeflow_"), ())
+    checks = _CHECKS.get(_model_type(config), ())
     return next((why for check in checks if (why := check(config))), "")
 
 

@@ -1,15 +1,16 @@
 """Multiply out the low-rank matrices of a pulled checkpoint, for engines that have no kernel for them.
 
-    python -m moeflow.model.dense FOLDER
+    python -m moeflow.model.dense FOLDER [--type]
 
 `moeflow pull --dense` runs it in a process of its own, since the command line does not load torch. It prints one line of JSON.
+`--type` changes nothing: it tells the model type that the checkpoint would have, for which its config.json and index are enough.
 """
 
 import json
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from moeflow.arch import ARCH, LAYERS, MATRICES, Config, Family, family_config
 from moeflow.model import skeleton
 from moeflow.model.checkpoint import Tensors, save
 from moeflow.model.factors import IN, OUT, multiplied_out
-from moeflow.model.formats import config_of, format_of
+from moeflow.model.formats import Format, config_of, format_of, layer_formats
 from moeflow.model.header import TensorInfo
 from moeflow.model.layout import Folder, headers, read_config
 from moeflow.model.packed import ADDED_OUT, PACKED, SCALE, logical, packed_shapes
@@ -60,17 +61,31 @@ def multiply_out(folder: Path) -> dict[str, Any]:
     plain = [replace(formats[i], gate=(), up=(), down=(), added="") if i in formats else None for i in range(family.num_layers)]
     if packed:
         config.pop("quantization_config")
-    new = config_of(family_config(config), plain)
-    if ARCH in new and LAYERS not in new:
-        alone = {k: v for k, v in new.items() if k != ARCH}
-        new = alone if reads(alone, whole) else config_of(family_config(config), plain, own=True)
-    write(folder / "config.json", new)
+    write(folder / "config.json", config_alone(config, plain, whole))
     if (folder / INDEX).exists():
         weight_map = {name: whole[name].file for name in sorted(whole)}
         write(folder / INDEX, {"metadata": {"total_size": after}, "weight_map": weight_map})
     matrices = sum(rank > 0 for f in formats.values() for m in MATRICES for rank in f.ranks(m))
     unpacked = sum(n.endswith(PACKED) for n in tensors) if packed else 0
     return {"matrices": matrices, "unpacked": unpacked, "before": before, "after": after}
+
+
+def config_alone(config: Config, formats: Sequence[Format | None], names: Iterable[str]) -> Config:
+    """The config.json of a checkpoint with these layers and tensors: the family's own, if transformers has a place for each."""
+    new = config_of(family_config(config), formats)
+    if ARCH not in new or LAYERS in new:
+        return new
+    alone = {k: v for k, v in new.items() if k != ARCH}
+    return alone if reads(alone, names) else config_of(family_config(config), formats, own=True)
+
+
+def type_multiplied_out(folder: Path) -> str:
+    """The model type that a checkpoint would have once it is multiplied out, by its config.json and index alone."""
+    config = json.loads((folder / "config.json").read_text())
+    stored = json.loads((folder / INDEX).read_text())["weight_map"]
+    formats = [f and replace(f, gate=(), up=(), down=(), added="") for f in layer_formats(config)]
+    names = {n.replace(OUT, ".weight") for n in logical(stored) if not n.endswith(IN)}
+    return str(config_alone(config, formats, names)["model_type"])
 
 
 def reads(config: Config, names: Iterable[str]) -> bool:
@@ -106,6 +121,7 @@ def write(path: Path, value: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     try:
-        print(json.dumps(multiply_out(Path(sys.argv[1]))))
+        made: Callable[[Path], Any] = type_multiplied_out if "--type" in sys.argv[2:] else multiply_out
+        print(json.dumps(made(Path(sys.argv[1]))))
     except (ValueError, OSError) as error:
         sys.exit(str(error))

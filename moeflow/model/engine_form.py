@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from moeflow.arch import Config, Family
 from moeflow.engines import Form, Packing
-from moeflow.engines.otherwise import in_llama_cpp
+from moeflow.engines.otherwise import in_engines
 from moeflow.model.spec import LayerSpec
 
 
@@ -23,5 +23,5 @@ def form_of(layers: Sequence[LayerSpec], config: Config) -> Form:
         any(layer.ranks_decided or layer.format.low_rank or layer.format.added for layer in moe),
         any(not layer.least for layer in moe) or any(layer.format.gone for layer in layers), " and no ".join(words),
         frozenset(packings or {Packing(0)}), " and ".join(["counts"] * free + ["bits"] * widths),
-        in_llama_cpp(config),
+        in_engines(config),
     )  # fmt: skip

@@ -4,15 +4,17 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from moeflow.engines import Engine, engine_of, form_of
 from moeflow.engines.form import CLASSES, OWN, WHOLE
+from moeflow.model_files import INDEX
 from moeflow.store import Store
 
+T = TypeVar("T")
 CONFIG = "config.json"
 STARTS = {
     "vllm": "vllm serve {}",
@@ -21,10 +23,9 @@ STARTS = {
     "llama.cpp": "python convert_hf_to_gguf.py {}",
 }
 """How an engine is started on a folder; transformers otherwise."""
+DENSE, AGAIN = "moeflow.model.dense", "remove it and pull again"
 OUTTYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 """How llama.cpp's converter calls the precision of a checkpoint; left to itself, it writes fp32 in 16 bits."""
-BIASED = ("attention_bias", "lm_head_bias")
-"""What vLLM's and llama.cpp's classes for Phi take as given."""
 
 
 @dataclass(frozen=True)
@@ -46,14 +47,13 @@ class Wanted:
             raise ValueError(f"{key} is no checkpoint, which an engine could load; pull it without --engine")
         config = json.loads(bytes(stored.read(CONFIG, 0, stored.size(CONFIG))))
         form = form_of(config)
-        if why := form.dense.why_not(engine):
+        why, out = form.dense.why_not(engine), form.ranks and not engine.ranks
+        if out and not why and not engine.counts:
+            why = replace(form.dense, own=_type_multiplied_out(store, key).startswith(OWN)).why_not(engine)
+        if why:
             ways = f"pull it for --engine {form.runs_in()}, or compress again for this one: moeflow fit --engine {engine.word}"
             raise ValueError(f"{engine.name} does not load {key}: {'; '.join(why)}; {ways}")
-        if form.model_type == "phimoe" and engine.name in STARTS and not all(config.get(name) for name in BIASED):
-            raise ValueError(
-                f"{key} is a Phi without {' and '.join(BIASED)}, which {engine.name} takes as given; load it with transformers"
-            )
-        return Wanted(dense or (form.ranks and not engine.ranks), engine, form.packings != {WHOLE})
+        return Wanted(dense or out, engine, form.packings != {WHOLE})
 
     def start(self, folder: Path) -> str:
         """How the engine is started on the folder."""
@@ -63,21 +63,13 @@ class Wanted:
 
 def multiplied_out(folder: Path) -> dict[str, Any]:
     """Multiply the factors in a pulled folder. Returns the number of matrices, and the bytes before and after."""
-    return _done(["-m", "moeflow.model.dense", str(folder)], f"{folder} may be half done, remove it and pull again")
+    made: dict[str, Any] = _done(["-m", DENSE, str(folder)], f"{folder} may be half done, remove it and pull again")
+    return made
 
 
 def for_engine(folder: Path, engine: Engine) -> dict[str, Any]:
-    """Write into a pulled config.json what the engine reads besides. Returns the bytes of weights that it keeps in memory.
-
-    Raises OSError if what was pulled is still in moeflow's own format and the engine does not load that.
-    """
-    made = _done(["-m", "moeflow.model.for_engine", str(folder), engine.word], "remove it and pull again")
-    config = json.loads((folder / CONFIG).read_text())
-    if str(config.get("model_type")).startswith(OWN) and not engine.counts:
-        raise OSError(
-            f"{folder} is in moeflow's own format ({config['model_type']}), since its family has no other for such experts, and "
-            f"{engine.name} does not load that"
-        )
+    """Write into a pulled config.json what the engine reads besides. Returns the bytes of weights that it keeps in memory."""
+    made: dict[str, Any] = _done(["-m", "moeflow.model.for_engine", str(folder), engine.word], AGAIN)
     return made
 
 
@@ -94,21 +86,43 @@ def converted(folder: Path, converter: Path) -> dict[str, Any]:
     return {"file": str(file), "bytes": file.stat().st_size}
 
 
-def check_tokenizer(store: Store, key: str, converter: Path) -> None:
-    """Let llama.cpp's converter read a version's tokenizer, before the weights are copied. Raises ValueError if it cannot."""
+def _type_multiplied_out(store: Store, key: str) -> str:
+    """The model type that a low-rank version would have once it is multiplied out, found without its weights."""
+    stored, files = store.artifact(key), dict[str, str]()
+    for name in stored.names():
+        if name.endswith(".safetensors"):
+            size = int.from_bytes(stored.read(name, 0, 8), "little")
+            files |= dict.fromkeys(json.loads(bytes(stored.read(name, 8, 8 + size))).keys() - {"__metadata__"}, name)
+
+    def type_in(folder: Path) -> str:
+        (folder / INDEX).write_text(json.dumps({"weight_map": files}))
+        return str(_done(["-m", DENSE, str(folder), "--type"], "pull it without --engine"))
+
+    return _of_small_files(store, key, type_in)
+
+
+def _of_small_files(store: Store, key: str, what: Callable[[Path], T]) -> T:
+    """What a function makes of a folder with a version's files beside its weights."""
     stored = store.artifact(key)
     with tempfile.TemporaryDirectory() as made:
-        folder = Path(made)
         for name in stored.names():
             if "/" not in name and ".safetensors" not in name:
-                (folder / name).write_bytes(stored.read(name, 0, stored.size(name)))
+                (Path(made) / name).write_bytes(stored.read(name, 0, stored.size(name)))
+        return what(Path(made))
+
+
+def check_tokenizer(store: Store, key: str, converter: Path) -> None:
+    """Let llama.cpp's converter read a version's tokenizer, before the weights are copied. Raises ValueError if it cannot."""
+
+    def refused(folder: Path) -> str:
         config = json.loads((folder / CONFIG).read_text())
         config |= {"model_type": str(config.get("model_type")).removeprefix(OWN)}
         config |= {"architectures": [str(name).removeprefix(CLASSES) for name in config.get("architectures") or ()]}
         config.pop("quantization_config", None)
         (folder / CONFIG).write_text(json.dumps(config))
-        why = _refused(converter, folder, "--outfile", str(folder / "vocabulary.gguf"), "--vocab-only")
-    if why:
+        return _refused(converter, folder, "--outfile", str(folder / "vocabulary.gguf"), "--vocab-only")
+
+    if why := _of_small_files(store, key, refused):
         way_out = "pip install gguf sentencepiece" if "No module named" in why else "pull it without --converter"
         raise ValueError(f"{converter.name} does not take the tokenizer of {key}: {why}; nothing was copied: {way_out}")
 
@@ -134,11 +148,10 @@ def pull(store: Store, key: str, folder: Path, wanted: Wanted) -> dict[str, Any]
     return made
 
 
-def _done(words: Sequence[str], way_out: str) -> dict[str, Any]:
+def _done(words: Sequence[str], way_out: str) -> Any:
     """What a process of its own prints as JSON: this one need not have loaded torch. Raises OSError if it fails."""
     done = subprocess.run([sys.executable, "-P", *words], capture_output=True, text=True, check=False)
     if done.returncode:
         said = done.stderr.strip().splitlines() or [f"the process ended with {done.returncode}"]
         raise OSError(f"{said[-1]}; {way_out}")
-    made: dict[str, Any] = json.loads(done.stdout)
-    return made
+    return json.loads(done.stdout)

@@ -1,6 +1,7 @@
 """Low-rank matrices multiplied out in a pulled folder, whatever kind of checkpoint it is."""
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,9 @@ from transformers import AutoModelForCausalLM
 
 from moeflow.arch import Family
 from moeflow.model.checkpoint import Tensors
-from moeflow.model.dense import multiply_out
+from moeflow.model.dense import INDEX, multiply_out, type_multiplied_out
 from moeflow.model.formats import config_of, format_of
-from moeflow.model.layout import Folder, read_config
+from moeflow.model.layout import Folder, headers, read_config
 from tests import compressed, layouts, normal
 from tests.model.test_other_families import some
 
@@ -53,6 +54,9 @@ def test_a_family_that_was_looked_at_is_its_own_again_where_transformers_reads_i
 ) -> None:
     folder = factored(name, tmp_path)
     before = compressed.load(folder)(compressed.ids()).logits
+    names = {n: t.file for n, t in headers(Folder(folder)).items()}
+    (folder / INDEX).write_text(json.dumps({"weight_map": names}))
+    assert type_multiplied_out(folder) == model_type, "what it will be is known before"
     assert multiply_out(folder)["matrices"] > 0
     config = read_config(Folder(folder))
     assert config["model_type"] == model_type and ("moeflow_arch" in config) == model_type.startswith("moeflow_")

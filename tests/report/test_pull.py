@@ -13,6 +13,7 @@ from moeflow.model.for_engine import prepare
 from moeflow.run.pulling import Wanted
 from moeflow.step import Context, step
 from tests import running, tiny
+from tests.model.test_dense import factored
 from tests.report.conftest import call, last_json
 
 PACKED = {"quant_method": "compressed-tensors", "config_groups": {"g": {"weights": {"num_bits": 4, "group_size": 32}}}}
@@ -36,8 +37,9 @@ def own(*layers: dict[str, Any], **more: Any) -> dict[str, Any]:
         ("llama.cpp", own({"experts": 6}, {"experts": 0, "gone": "moe"}), "no MoE block, which llama.cpp"),
         ("vllm", own({"experts": 6, "ranks": {"up": [2] * 6}}, {"experts": 4}), "layers have 4 and 6 experts"),
         ("llama.cpp", MIXTRAL | {"hidden_act": "gelu"}, "llama.cpp computes a mixtral otherwise: hidden_act is gelu"),
-        ("vllm", {"model_type": "phimoe", "num_local_experts": 6}, "a Phi without attention_bias and lm_head_bias"),
+        ("vllm", {"model_type": "phimoe", "num_local_experts": 6}, "vllm computes a phimoe otherwise: .* no attention_bias"),
         ("sglang,ep=4", MIXTRAL, "ep=4 does not divide 6 experts"),
+        ("transformers", own({"experts": 6}, quantization_config=PACKED), "transformers does not load moeflow's own format"),
     ],
 )  # fmt: skip
 def test_what_an_engine_loads_in_no_form_is_refused_before_a_file_is_copied(
@@ -49,11 +51,24 @@ def test_what_an_engine_loads_in_no_form_is_refused_before_a_file_is_copied(
         Wanted.of(store, made.key, engine, dense=False)
 
 
+@step("evaluate.copied", version=1)
+def copied(context: Context, *, folder: str) -> None:
+    for path in Path(folder).iterdir():
+        (context.out / path.name).write_bytes(path.read_bytes())
+
+
 def test_low_rank_matrices_are_multiplied_out_for_an_engine_without_a_kernel(tmp_path: Path) -> None:
-    store = running.store_in(tmp_path)
-    made = configured(config=own({"experts": 6, "ranks": {"up": [2] * 6}}, quantization_config=PACKED))
+    store, made = running.store_in(tmp_path), copied(folder=str(factored("glm4_moe", tmp_path)))
     running.run(store, made)
     assert Wanted.of(store, made.key, "vllm", dense=False).dense
+    assert not Wanted.of(store, made.key, "vllm-moeflow", dense=False).dense
+
+
+def test_low_rank_matrices_of_a_family_with_stacks_alone_are_refused_before_a_file_is_copied(tmp_path: Path) -> None:
+    store, made = running.store_in(tmp_path), copied(folder=str(factored("gpt_oss", tmp_path)))
+    running.run(store, made)
+    with pytest.raises(ValueError, match="a gpt_oss has its experts in stacks.* vllm does not load moeflow's own format"):
+        Wanted.of(store, made.key, "vllm", dense=False)
     assert not Wanted.of(store, made.key, "vllm-moeflow", dense=False).dense
 
 

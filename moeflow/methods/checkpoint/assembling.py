@@ -59,7 +59,8 @@ def assemble_as_spec(
     parameters = plain.parameters + sum(prod(shape) for _, shape in others.values())
     written = plain.others - sum(rest.files.values()) + len(form["whole"]) + sum(len(n) + 44 for n in others)
     small = written + sum(rest.files.values())
-    out = replace(plain, nbytes=weights, parameters=parameters, headers=headers, others=small)
+    asked = plain.form and replace(plain.form, own=form["own"])
+    out = replace(plain, nbytes=weights, parameters=parameters, headers=headers, others=small, form=asked)
     return Spec(out, reads=headers, writes=written, memory=1 << 24, notes=(form["note"],) if form["note"] else ())
 
 

@@ -1,13 +1,14 @@
 """Choose one alternative of each layer: the least cost within a budget, among what an engine runs together. Numbers, no torch."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import isfinite, sqrt
+from math import ceil, isfinite, sqrt
 
 from moeflow.engines import Engine
 from moeflow.methods.fit.knapsack import cheapest, least
 from moeflow.methods.fit.options import Alternative
 from moeflow.methods.records import Record
+from moeflow.sizes import bytes_text
 
 POINTS = 24
 """Budgets of the predicted frontier."""
@@ -117,12 +118,10 @@ class Fitted(Record):
     """By layer, how far the original is with the chosen alternative in this layer alone."""
 
 
-def choose(
-    offered: Offered, engine: Engine, room: float, rest: float = 0.0, said: Callable[[float], str] = "{:,.0f}".format
-) -> dict[int, str]:
+def choose(offered: Offered, engine: Engine, room: float, rest: float = 0.0, unit: str = "operations") -> dict[int, str]:
     """The alternatives that cost least together and take at most `room`, beside a `rest` that stays. Some layer keeps experts.
 
-    `said`: a size in words. Raises ValueError with the nearest that can be had.
+    `unit`: that of a `Budget`, for messages. Raises ValueError with the nearest that can be had.
     """
     best: tuple[float, dict[int, str]] | None = None
     for subset in together(offered, engine):
@@ -134,8 +133,12 @@ def choose(
         if found is not None and (best is None or _cost(subset, found) < best[0]):
             best = _cost(subset, found), found
     if best is None:
-        nearest = smallest(offered, engine) + rest
-        raise ValueError(f"nothing that was offered takes {said(room + rest)} or less; the nearest is {said(nearest)}")
+        asked, nearest = room + rest, smallest(offered, engine) + rest
+        words = f"{asked:,.0f}", f"{nearest:,.0f}"
+        if unit != "operations":
+            near = bytes_text(nearest, up=True)
+            words = bytes_text(asked), near if near != bytes_text(asked) else f"{ceil(nearest):,} bytes"
+        raise ValueError(f"nothing that was offered takes {words[0]} or less; the nearest that can be had is {words[1]}")
     return best[1]
 
 

@@ -76,7 +76,8 @@ class Offers:
     bits: tuple[int, ...] = (8, 4, 3, 2)
     """Bits to which a layer's experts may be quantized by GPTQ, alone and with fewer experts or lower ranks."""
     group: int = 32
-    """Weights that share a scale; ranks that are quantized are multiples of it."""
+    """Weights that share a scale, 0: a whole row; ranks that are quantized are multiples of it. Where it does not divide what the
+    experts' matrices take in, a smaller number is taken, or a whole row, as the engine reads."""
     wide: tuple[int, ...] = (3, 2)
     """Bits at which whole matrices are offered with scales for twice as many weights, too: the fewer bits, the more of the bytes
     are scales."""
@@ -98,7 +99,7 @@ class Offers:
 
     def __post_init__(self) -> None:
         check_choices(self)
-        check_at_least(self, group=1, measured=1, rounds=1, tp=1, ep=1)
+        check_at_least(self, group=0, measured=1, rounds=1, tp=1, ep=1)
         if self.rounds > 2:
             raise ValueError(f"rounds={self.rounds}: give 1 or 2")
         for name in ("counts", "ranks"):
@@ -122,7 +123,7 @@ class Offers:
     def groups(self, bits: int) -> tuple[int, ...]:
         """How many weights of a whole matrix may share a scale at these bits, by the options and the engine."""
         known, twice = self.runs.groups, 2 * self.group
-        return (self.group, twice) if bits in self.wide and (known is None or twice in known) else (self.group,)
+        return (self.group, twice) if twice and bits in self.wide and (known is None or twice in known) else (self.group,)
 
     @property
     def packs(self) -> tuple[int, ...]:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from math import inf
 
+from moeflow.engines import Engine
 from moeflow.methods.fit.options import Alternative, Budget
 from moeflow.sizes import bytes_text
 
@@ -25,26 +26,39 @@ def most_saved(keeping: Sequence[Sequence[bool]], sizes: Sizes) -> int:
     return round(saved - min(forgone))
 
 
-def in_reach(budget: Budget, least: float, whole: float, offer: Offer, sizes: Sizes) -> tuple[str, ...]:
-    """Which budgets can be had, as notes; also if the model needs none of them."""
-    fits = ("the model fits into this budget as it is",) * (budget.most(int(whole)) >= whole)
+def most_taken(engine: Engine, offer: Offer, sizes: Sizes, whole: int) -> int:
+    """The most that a model of a `whole` size can take in this engine, which may run no layer with as many experts as it has."""
+    saved = 0.0
+    for alternatives, each in zip(offer.values(), sizes, strict=True):
+        runs = [size for a, size in zip(alternatives, each, strict=True) if not (a.keep and engine.why_not_count(a.keep))]
+        saved += each[0] - max(runs, default=each[0])
+    return round(whole - saved)
+
+
+def in_reach(budget: Budget, least: float, most: float, whole: float, offer: Offer, sizes: Sizes) -> tuple[str, ...]:
+    """Which budgets can be had, as notes; also if the model needs none of them, or if it is not certain that this one can."""
+    room = budget.most(int(whole))
+    notes = ("the model fits into this budget as it is",) * (room >= whole == most)
     if budget.unit == "operations":
-        return (f"a token's operations can become up to {whole / least:.3g} times fewer", *fits)
+        maybe = f"so many fewer as {budget.speed:g} times are beyond that, as far as is known before layers are made; it is tried"
+        return (f"a token's operations can become up to {whole / least:.3g} times fewer", *notes, *(maybe,) * (room < least))
     what = "a budget in bytes" if budget.unit == "bytes" else "a budget of resident bytes"
-    return (f"{what} can be from {bytes_text(least)} to {bytes_text(whole)}: {_by_kind(whole, offer, sizes)}", *fits)
+    maybe = f"{bytes_text(room)} is below that, as far as is known before layers are made; it is tried"
+    reach = f"{what} can be from {bytes_text(least, up=True)} to {bytes_text(most)}: {_by_kind(whole, offer, sizes)}"
+    return (reach, *notes, *(maybe,) * (room < least))
 
 
-def out_of_reach(budget: Budget, least: int, whole: int) -> str:
+def out_of_reach(budget: Budget, least: int, whole: int, offer: Offer, sizes: Sizes) -> str:
     """Why a budget cannot be met, and what can."""
     if budget.unit == "operations":
         return (
             f"{budget.speed:g} times fewer operations a token cannot be had: what is offered takes up to {whole / least:.3g} times "
-            "fewer; offer lower ranks, or a layer without its MoE block"
+            "fewer"
         )
-    in_memory = " in memory" if budget.unit == "resident" else ""
+    asked = bytes_text(budget.most(whole)) + " in memory" * (budget.unit == "resident")
     return (
-        f"a budget of {bytes_text(budget.most(whole))}{in_memory} cannot be met: what is offered takes {bytes_text(least)} at the "
-        f"least, of {bytes_text(whole)}; {budget.meant(least, whole) or 'offer fewer bits, lower ranks or fewer experts'}"
+        f"a budget of {asked} cannot be met: what is offered takes {bytes_text(least, up=True)} at the least, of "
+        f"{bytes_text(whole)}; {budget.meant(least, whole) or f'offered are {_by_kind(whole, offer, sizes)}'}"
     )
 
 
@@ -64,5 +78,5 @@ def _by_kind(whole: float, offer: Offer, sizes: Sizes) -> str:
             left = [size for a, size in zip(alternatives, each, strict=True) if of_kind(a, alternatives[0].keep)]
             saved.append(each[0] - min(left, default=each[0]))
         most = sum(saved) - (min(saved) if words == GONE else 0)  # one keeps its own
-        reached += [f"{words} {bytes_text(whole - most)}"] * (most > 0)
+        reached += [f"{words} {bytes_text(whole - most, up=True)}"] * (most > 0)
     return ", ".join(reached)

@@ -9,7 +9,7 @@ from moeflow.arch import Family
 from moeflow.engines import engine_of
 from moeflow.methods.fit.choosing import Fitted, Lead, Offered, Option, Point, choose, frontier, lead, nearest, next_best, promising
 from moeflow.methods.fit.options import Alternative, Budget
-from moeflow.methods.fit.reach import NEARLY, Offer, in_reach, most_saved, out_of_reach
+from moeflow.methods.fit.reach import NEARLY, Offer, in_reach, most_saved, most_taken, out_of_reach
 from moeflow.methods.fit.recovering import WORDS, told, with_recovered
 from moeflow.methods.fit.sizes import expected, size
 from moeflow.methods.records import Bits, Curves, Shortlist
@@ -17,7 +17,6 @@ from moeflow.methods.reports import row, write_report
 from moeflow.methods.rewrite import link_all
 from moeflow.model.layout import read_config
 from moeflow.model.spec import LayerSpec, RestSpec
-from moeflow.sizes import bytes_text
 from moeflow.step import Artifact, Context, Spec, step
 
 
@@ -32,8 +31,9 @@ def _decide_spec(
     whole = round(expected(rest, budget.unit, runs) + sum(expected(f, budget.unit, runs) for f in fixed) + sum(s[0] for s in each))
     least = whole - most_saved([[bool(f.experts) for f in of_layer] for of_layer in files], each)
     if budget.most(whole) < NEARLY[budget.unit] * least:
-        raise ValueError(out_of_reach(budget, least, whole))
-    notes = in_reach(budget, least, whole, offer, each) if before is None else ()
+        raise ValueError(out_of_reach(budget, least, whole, offer, each))
+    most = most_taken(runs, offer, each, whole)
+    notes = in_reach(budget, least, most, whole, offer, each) if before is None else ()
     out = {"bytes": writes, "part": min(1.0, budget.most(whole) / whole) if budget.unit == "bytes" else 1.0}
     reads = sum(f.headers for f in every) + curves["bytes"]
     return Spec(out, reads=reads, writes=writes, memory=1 << 28, notes=notes)
@@ -76,7 +76,7 @@ def decide(
     others += sum(size(f, "bytes", runs, read) for f in fixed[len(dense) :] if budget.unit != "operations")
     whole = others + sum(size(of_layer[0], budget.unit, runs, read, int(i)) for i, of_layer in zip(offer, files, strict=True))
     room = budget.most(int(whole)) - others
-    chosen = choose(offered, runs, room, others, "{:,.0f} operations".format if budget.unit == "operations" else bytes_text)
+    chosen = choose(offered, runs, room, others, budget.unit)
     picked = [offered[i][name] for i, name in chosen.items()]
     ahead = _lead(offered, measured, chosen, next_best(offered, runs, room, chosen), first)
     if len(measured.apart_of_sequences) < 2:

@@ -33,6 +33,8 @@ from moeflow.methods.slim.steps import slimmed, slimmed_as_decided, unpacked
 from moeflow.methods.trim.steps import gone
 from moeflow.step import Part, Step
 
+LEAST_GROUP = 8
+"""Fewer weights that share a scale take more bytes than they are worth."""
 NUMBER = re.compile(r"\d+(\.\d+)?")
 SHARD = 16_384
 """Tokens of a shard where layers are quantized in sequence: each waits for the one before, and more GPUs share a wait then."""
@@ -69,6 +71,7 @@ def compress(calibration: Calibration, budget: Budget, offers: Offers, recover: 
     calibration.check_states("fit")
     model = calibration.model
     left = _not_run(offers)
+    offers = _grouped(model, _written(model, offers, left), left)
     ratios = _ratios(calibration, offers, left)
     offered = {i: _of_layer(calibration, offers, i, ratios, left) for i in model.moe_layers}
     if not any(len(of_layer) > 1 for of_layer in offered.values()):
@@ -100,7 +103,10 @@ def compress(calibration: Calibration, budget: Budget, offers: Offers, recover: 
 
         return model.with_layers({i: layer(i, of_layer) for i, of_layer in offered.items()})
 
-    choices = [chosen(measured(None))]
+    try:
+        choices = [chosen(measured(None))]
+    except ValueError as error:
+        raise ValueError("; ".join([str(error), *_not_on_offer(left)])) from None
     if beside and model.form is not None and not written(built(choices[0]), model.form).as_source:
         beside.clear()  # what is written is the text model alone
         choices = [chosen(measured(None))]
@@ -228,7 +234,10 @@ def _of_layer(
     experts = own.spec.output.experts
     whole = Alternative(experts)
     made = {whole: Made(own, own)}
-    legal = [n for n in family.legal_counts(experts) if not runs.why_not_count(n)]
+    possible = family.legal_counts(experts)
+    legal = [n for n in possible if not runs.why_not_count(n)]
+    if possible == [experts] and offers.counts:
+        left["fewer experts"] = f"the router of layer {layer} gives a token {family.top_k} of its {experts}, and needs them all"
     if why := runs.why_not_width(family.expert_size, offers.group * bool(offers.packs)):
         raise ValueError(f"layer {layer}: {why}")
     if not legal:
@@ -287,7 +296,7 @@ def _fewer(calibration: Calibration, offers: Offers, layer: int, counts: list[in
 
 def _lower_ranks(offers: Offers, ratio: float, bits: int = 0) -> Decomposition:
     """How ranks are lowered that take this part of the parameters away, to be packed at so many bits or not (0)."""
-    return Decomposition(ratio, multiple=lcm(offers.group, 32 // gcd(32, bits)) if bits else 1)
+    return Decomposition(ratio, multiple=lcm(offers.group or 1, 32 // gcd(32, bits)) if bits else 1)
 
 
 def _ratios(calibration: Calibration, offers: Offers, left: dict[str, str]) -> Sequence[float]:
@@ -345,6 +354,50 @@ def _not_run(offers: Offers) -> dict[str, str]:
     kinds |= {"lower ranks": "ranks"} if offers.ranks and not runs.ranks else {}
     kinds |= {"a layer without its MoE block": "gone"} if offers.gone and not runs.gone else {}
     return {what: f"{runs.name} does not run it ({runs.sources[kind]})" for what, kind in kinds.items()}
+
+
+def _written(model: Model, offers: Offers, left: dict[str, str]) -> Offers:
+    """The offers of which a checkpoint can be written that the engine loads; what cannot goes to `left`.
+
+    Raises ValueError for a model that has to stay in stacks of experts in MXFP4, which layers that differ cannot.
+    """
+    runs = offers.runs
+    coded = next((i for i in model.moe_layers if model.layers[i].spec.output.mxfp4), None)
+    if coded is not None and runs.counts:
+        raise ValueError(
+            f"layer {coded} is in MXFP4, which is read from stacks of one number of experts only, and engine={offers.engine} lets "
+            "layers differ: fit for --engine transformers, which has one number of experts for all, or start from the model in bf16"
+        )
+    layout = None if model.form is None else model.form.layout
+    if layout is None or runs.counts or not layout.stacked or layout.per_expert:
+        return offers
+    left |= {
+        f"{b} bits": f"the family has its experts in stacks, which hold no packed ones, and {runs.name} loads no others"
+        for b in offers.packs
+    }
+    return replace(offers, bits=())
+
+
+def _grouped(model: Model, offers: Offers, left: dict[str, str]) -> Offers:
+    """The offers with a number of weights that share a scale which divides what every expert's matrices take in, if the engine
+    reads one of at least `LEAST_GROUP`, or else a scale a row; as they are if it reads neither."""
+    columns = gcd(*(n for i in model.moe_layers for n in _columns(model, i)))
+    if not (offers.packs and offers.group and columns % offers.group):
+        return offers
+    known = offers.runs.groups
+    fits = [n for n in range(LEAST_GROUP, offers.group) if columns % n == 0 and (known is None or n in known)]
+    group = max(fits, default=0)
+    if not group and known is not None and 0 not in known:
+        return offers
+    words = f"groups of {group} are" if group else "one scale a row is"
+    left[f"groups of {offers.group}"] = f"they do not divide what the experts' matrices take in; {words} taken"
+    return replace(offers, group=group)
+
+
+def _columns(model: Model, layer: int) -> set[int]:
+    """How many inputs the matrices of a layer's experts have."""
+    tensors, family = model.layers[layer].spec.output.tensors, Family.of(model.config)
+    return {tensors[n][1][-1] for n in family.expert(layer, 0) if n in tensors}
 
 
 def _runs(offers: Offers) -> str:

@@ -53,4 +53,6 @@ def build(
     if frontier:
         return fitted.frontier
     reports = compare.reports(original, fitted.model, heldout, passed, tokens=matrix)
-    return checkpoint.checkpoint_of(fitted.model).reporting(*fitted.reports, *reports)
+    made = checkpoint.checkpoint_of(fitted.model)
+    made.spec.output.form.check(offers.runs.word)
+    return made.reporting(*fitted.reports, *reports)

@@ -35,7 +35,7 @@ from moeflow.run import pipeline
 from moeflow.sources import Texts
 from moeflow.step import Step, step_of, upstream
 from moeflow.store import Store
-from tests import layouts, running, tiny
+from tests import kinds, layouts, running, tiny
 
 OFFERS: dict[str, Any] = {"counts": (0.75,), "ranks": (0.3,), "bits": (4,), "group": 8, "measured": 128}
 
@@ -211,14 +211,47 @@ def test_resident_bytes_are_those_of_the_loaded_model(small_offer: Calibration, 
 
 
 def test_what_a_family_cannot_have_is_told(tmp_path: Path) -> None:
-    """Groups that divide no row: no bits are on offer, and the plan says why."""
+    """Ranks that cannot be packed: the plan says why."""
     calibration = calibrated(tiny.write("mixtral", tmp_path / "model"), tmp_path)
-    (report,) = fit.compress(calibration, Budget(ratio=0.2), Offers(**OFFERS | {"group": 7})).reports
-    assert any("8 experts, 4 bits not on offer: " in note and "group" in note for note in report.notes)
     offers = Offers(**OFFERS | {"ranks": (0.3, 0.5, 0.7), "bits": (3,)})
     (report,) = fit.compress(calibration, Budget(ratio=0.2), offers).reports
     (note,) = [note for note in report.notes if "ratio=" in note]
     assert note.startswith("8 experts, 0.3 off, 3 bits not on offer: ratio=0.3 cannot be had") and "; nor, for the like, " in note
+
+
+@pytest.mark.parametrize(
+    ("group", "engine", "taken"),
+    [
+        (7, "moeflow", "one scale a row is"),
+        (12, "moeflow", "groups of 8 are"),
+        (32, "vllm", "one scale a row is"),
+        (8, "moeflow", ""),
+    ],
+)
+def test_groups_that_divide_no_row_are_replaced(group: int, engine: str, taken: str, tmp_path: Path) -> None:
+    calibration = calibrated(tiny.write("mixtral", tmp_path / "model"), tmp_path)
+    made = fit.compress(calibration, Budget(ratio=0.2), Offers(**OFFERS | {"group": group, "engine": engine}))
+    (report,) = made.reports
+    assert taken in "".join(note for note in report.notes if note.startswith(f"groups of {group} not on offer: "))
+    slimmed = [s for s in upstream([checkpoint.checkpoint_of(made.model)]) if s.name == "slim.layer"]
+    wanted = 0 if "row" in taken else 8
+    assert slimmed and all(s.spec.output.packed.group == wanted for s in slimmed)
+
+
+def test_a_model_packed_with_a_scale_a_row_takes_no_more_than_its_budget_and_loads(tmp_path: Path) -> None:
+    model = tiny.write("mixtral", tmp_path / "model")
+    store, target = running.store_in(tmp_path), fitted(calibrated(model, tmp_path), Budget(ratio=0.4), group=0, ranks=(), counts=())
+    running.run(store, target)
+    out, said = tmp_path / "out", decision(store, target)
+    store.fetch(target.key, out)
+    assert weights(out) == said["size"] <= said["budget"] and any("4 bits" in name for name in said["chosen"].values())
+    ids = torch.from_numpy(running.array_of(running.matrix_of(tmp_path)))
+    log_p, log_q = (
+        AutoModelForCausalLM.from_pretrained(p, dtype=torch.float32).eval()(ids).logits[:, :-1].log_softmax(-1).detach()
+        for p in (model, out)
+    )
+    apart = kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1).mean()
+    assert said["before"] == pytest.approx(float(apart), rel=1e-3, abs=1e-7)
 
 
 def test_the_command_plans_and_asks_for_one_budget(tmp_path: Path) -> None:
@@ -272,6 +305,25 @@ def test_transformers_alone_gets_what_it_loads(small_offer: Calibration, tmp_pat
     config = json.loads((out / "config.json").read_text())
     assert config["model_type"] == "mixtral" and config["num_local_experts"] == 6
     assert set(decision(store, target)["chosen"].values()) == {"6 experts"}
+
+
+@pytest.mark.parametrize("engine", ["transformers", "vllm", "llama.cpp"])
+@pytest.mark.parametrize("kind", ["fused", "transposed", "top-1", "corrected"])
+def test_an_engine_is_offered_what_it_loads_of_any_family(kind: str, engine: str, tmp_path: Path) -> None:
+    """A family with experts in stacks alone is packed in moeflow's own format, which these engines do not load."""
+    calibration = calibrated(kinds.write(kind, tmp_path / "model"), tmp_path)
+    made = fitted(calibration, Budget(ratio=0.05), engine=engine, counts=(0.5, 0.75), bits=(8,), group=32)
+    assert not made.spec.output.form.why_not(ENGINES[engine])
+    packed = any(s.name == "slim.layer" for s in upstream([made]))
+    told = any("stacks, which hold no packed ones" in note for report in made.reports for note in report.notes)
+    assert (packed, told) == ((engine != "llama.cpp", False) if kind == "corrected" else (False, True))
+
+
+def test_a_model_in_mxfp4_is_fitted_for_an_engine_with_one_number_of_experts(tmp_path: Path) -> None:
+    calibration = calibrated(kinds.write("mxfp4", tmp_path / "model"), tmp_path)
+    with pytest.raises(ValueError, match="layer 0 is in MXFP4.*: fit for --engine transformers"):
+        fitted(calibration, Budget(ratio=0.1))
+    assert fitted(calibration, Budget(ratio=0.1), engine="transformers", counts=(0.5, 0.75))
 
 
 def test_a_budget_out_of_reach_is_told_before_anything_runs(small_offer: Calibration) -> None:
