@@ -40,8 +40,13 @@ def spectra(
     for expert, moments in _moments(moe, observed, how.weighted, experts):
         for m, w in zip(family.matrices, _matrices(moe.experts[expert]), strict=True):
             moment: dict[str, Any] = moments[m]
-            of_outputs = treated[expert] == "whitened"
-            each[m].append((components(w, shrink=how.shrink, **moment).energy_K if of_outputs else energies(w)).cpu().double())
+            if treated[expert] != "whitened":
+                energy_K = energies(w)
+            elif _silent(moment):
+                energy_K = torch.zeros(min(w.shape))  # nothing comes out, and nothing of it is lost
+            else:
+                energy_K = components(w, shrink=how.shrink, **moment).energy_K
+            each[m].append(energy_K.cpu().double())
         context.progress(len(each[m]), len(experts), "experts")
     rows, columns = _matrices(moe.experts[0])[0].shape
     itemsize = tensors[family.expert(layer, 0)[0]].element_size()
@@ -95,13 +100,18 @@ def rewrite(
 def _cut(w_MN: Tensor, rank: int, moments: Moments | None, matrix: str, shrink: float) -> tuple[LowRank, float]:
     """The factors, and the lost part of the squared norm: that of the outputs or, without moments, of the weights."""
     w_MN = w_MN.float()
-    if moments is None:
+    if moments is None or _silent(moments[matrix]):
         cut = vanilla(w_MN, rank)
         return cut, float((w_MN - cut.whole()).square().sum() / w_MN.square().sum().clamp(min=1e-30))
     moment: dict[str, Any] = moments[matrix]
     parts = components(w_MN, rank=rank, shrink=shrink, **moment)
     total = float(parts.energy_K.sum())
     return parts.truncated(rank), float(parts.error(rank)) ** 2 / total if total else 0.0
+
+
+def _silent(moment: Mapping[str, Tensor]) -> bool:
+    """Whether what a matrix takes in, or gives, was zero on every token, as where an expert has zero weights."""
+    return not any(bool(m.any()) for m in moment.values())
 
 
 def _moments(moe: MoELayer, observed: Sequence[Files], weighted: bool, experts: range) -> Iterator[tuple[int, Moments]]:
