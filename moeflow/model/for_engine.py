@@ -17,7 +17,7 @@ from moeflow.arch import COMPRESSED
 from moeflow.arch.stock import as_engines_read
 from moeflow.engines import Engine, engine_of
 from moeflow.model.formats import config_of, layer_formats
-from moeflow.model.layout import Folder, headers
+from moeflow.model.layout import Files, Folder, headers
 from moeflow.model.packed import BESIDE, PACKED, SCALE, asymmetric
 from moeflow.model.spec import tensor_bytes
 
@@ -27,7 +27,7 @@ def prepare(folder: Path, engine: Engine) -> dict[str, Any]:
     config = json.loads((folder / "config.json").read_text())
     if (told := as_engines_read(as_family(config, engine))) != config:
         (folder / "config.json").write_text(json.dumps(told, indent=2) + "\n")
-    return {"resident": resident(folder, engine, config)}
+    return {"resident": resident(Folder(folder), engine, config)}
 
 
 def as_family(config: dict[str, Any], engine: Engine) -> dict[str, Any]:
@@ -38,9 +38,9 @@ def as_family(config: dict[str, Any], engine: Engine) -> dict[str, Any]:
     return config_of(config, layer_formats(config))
 
 
-def resident(folder: Path, engine: Engine, config: dict[str, Any]) -> int:
-    """The bytes of a folder's weights in the engine's memory, on all of its devices together."""
-    tensors, total = headers(Folder(folder)), 0
+def resident(files: Files, engine: Engine, config: dict[str, Any]) -> int:
+    """The bytes of a checkpoint's weights in the engine's memory, on all of its devices together."""
+    tensors, total = headers(files), 0
     bits = _bits(config)
     for name, info in tensors.items():
         if not engine.unpacks or bits == 0:

@@ -1,4 +1,4 @@
-"""Experts whose weights are zero, as where a checkpoint was padded with them: every method goes on, and its model predicts numbers."""
+"""Experts whose weights are zero, as where a checkpoint was padded with them: every method goes on, and its model predicts."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -31,12 +31,16 @@ def decompose(**how: Any) -> Callable[[Calibration], Model]:
     return lambda seen: moei2.decompose(seen, Decomposition(ratio=0.3, least=1, **how))
 
 
+def prune(search: str) -> Callable[[Calibration], Model]:
+    return lambda seen: naee.prune(seen, 6, Search(search))
+
+
 MADE: dict[str, Callable[[Calibration], Model]] = {
     **{method: slim(method) for method in METHODS},
     "uniform ranks": decompose(ranks="uniform"),
     "global ranks": decompose(ranks="global"),
     "ranks of the paper": decompose(ranks="paper", importance="recon"),
-    **{search: lambda seen, search=search: naee.prune(seen, 6, Search(search)) for search in ("swap", "reap", "frequency")},  # type: ignore[misc]
+    **{search: prune(search) for search in ("swap", "reap", "frequency")},
 }
 
 

@@ -5,6 +5,7 @@ Both models are streamed layer by layer. Only speed is measured on whole models;
 
 import os
 import platform
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,14 @@ from typing import Any
 import numpy as np
 
 from moeflow.arch import Family
+from moeflow.engines import engine_of
 from moeflow.methods.evaluate.options import Serving
 from moeflow.methods.graph import HIDDEN, TOKENS
 from moeflow.methods.records import Choice
 from moeflow.methods.reports import figures, row, write_report
 from moeflow.methods.scores import SCORES
 from moeflow.model import operations
+from moeflow.model.for_engine import resident
 from moeflow.model.layout import experts_in, headers, read_config
 from moeflow.model.memory import on_device
 from moeflow.model.packed import numels
@@ -232,7 +235,7 @@ def _loaded(checkpoint: Artifact) -> int:
         return at_rest
 
 
-def _speed_spec(original: CheckpointSpec, compressed: CheckpointSpec, *, machine: Any, length: int) -> Spec:
+def _speed_spec(original: CheckpointSpec, compressed: CheckpointSpec, *, machine: Any, length: int, engine: str = "") -> Spec:
     both = sum(c.nbytes + c.others + c.headers for c in (original, compressed))  # headers are looked at first
     need = int((original.loaded() + compressed.loaded()) * ROOM)
     done = RUNS_OF_SPEED * 2 * length * (original.active + compressed.active)
@@ -243,41 +246,49 @@ def _speed_spec(original: CheckpointSpec, compressed: CheckpointSpec, *, machine
 
 
 @step("evaluate.speed", version=3, spec=_speed_spec, gpus=1)
-def speed(context: Context, original: Artifact, compressed: Artifact, *, machine: dict[str, Any], length: int) -> None:
+def speed(
+    context: Context, original: Artifact, compressed: Artifact, *, machine: dict[str, Any], length: int, engine: str = ""
+) -> None:
     """Tokens per second of prefill (one sequence of `length`) and decode (one token at a time behind it), and resident bytes.
 
     The figures are medians and quartiles of alternating rounds after a warm-up; where the quartiles of both models overlap, the
     report says that no difference was measured. They depend on the machine, so `machine` is a parameter. If both models do not fit
     into memory at once, or transformers cannot run one, the report has no figures and says so: it is no reason to lose a run.
+    `engine`: what is to load the result, if that keeps packed weights as they are; the resident bytes are counted as its own.
     """
     from moeflow.methods.evaluate.timing import DECODED, ROUNDS, device_and_memory, measure
 
+    kept = [resident(a, engine_of(engine), dict(read_config(a))) for a in (original, compressed)] if engine else None
     need = _loaded(original) + _loaded(compressed)
     device, free = device_and_memory()
     positions = int(read_config(original).get("max_position_embeddings") or length + DECODED)
     length = min(length, positions - DECODED)
     if need * ROOM > free:
-        return _without_speed(context, f"both models need {need:,} bytes at once, and {free:,} are free on {device}")
+        return _without_speed(context, f"both models need {need:,} bytes at once, and {free:,} are free on {device}", kept)
     if length < 1:
-        return _without_speed(context, f"the model's {positions} positions leave none before the {DECODED} that are decoded")
+        return _without_speed(context, f"the model's {positions} positions leave none before the {DECODED} that are decoded", kept)
     folders = [original.folder(), compressed.folder()]  # here, because damage in the store is no matter of speed
     try:
-        speeds, resident = measure(folders, device, length, context.progress)
+        speeds, measured = measure(folders, device, length, context.progress)
     except Exception as error:  # of any kind: what transformers and devices raise is theirs to choose
-        return _without_speed(context, f"measuring it failed with {type(error).__name__}: {' '.join(str(error).split())[:300]}")
+        why = f"measuring it failed with {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        return _without_speed(context, why, kept)
     rows, same = [], []
     for name, both in speeds.items():
         rows.append(_measured(name, *(s.median for s in both)))
         parts = {", lower quartile": [s.low for s in both], ", upper quartile": [s.high for s in both]}
         rows += [row(name + part, one, other, "tokens/s") for part, (one, other) in parts.items()]
         same += [name] if both[0].overlaps(both[1]) else []
-    rows.append(_measured("resident bytes", resident[0], resident[1]))
-    note = f"{' and '.join(same)}: no difference measured, the quartiles of {ROUNDS} alternating rounds overlap" if same else ""
+    rows.append(_measured("resident bytes", *(kept or measured)))
+    notes = [f"{' and '.join(same)}: no difference measured, the quartiles of {ROUNDS} alternating rounds overlap"] * bool(same)
+    note = "; ".join([*notes, *[f"resident bytes are those that {engine} keeps, speed is that of transformers"] * bool(engine)])
     write_report(context, "speed", rows, note=note, machine=here(), asked_on=machine, sequence=length, rounds=ROUNDS)
 
 
-def _without_speed(context: Context, why: str) -> None:
-    write_report(context, "speed", [_measured(name, None, None) for name in SPEEDS], note=f"speed is left out: {why}")
+def _without_speed(context: Context, why: str, resident: Sequence[int] | None) -> None:
+    known = {"resident bytes": resident or (None, None)}
+    rows = [_measured(name, *known.get(name, (None, None))) for name in SPEEDS]
+    write_report(context, "speed", rows, note=f"speed is left out: {why}")
 
 
 def _serving_spec(original: CheckpointSpec, compressed: CheckpointSpec, matrix: TokensSpec, *, how: Serving, machine: Any) -> Spec:

@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from moeflow.engines import engine_of
 from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.checkpoint.steps import counted, lasting, text_model_of
 from moeflow.methods.data import steps as data
@@ -51,12 +52,15 @@ SEEN = "the compression was calibrated on {}, too: its divergence there says lit
 NO_TOKENIZER = "held-out text is left out, the loss on the token matrix stands for it"
 
 
-def reports(original: Model, compressed: Model, heldout: HeldOut, passed: Pass, *, tokens: Step | None = None) -> tuple[Step, ...]:
+def reports(
+    original: Model, compressed: Model, heldout: HeldOut, passed: Pass, *, tokens: Step | None = None, engine: str = ""
+) -> tuple[Step, ...]:
     """Report on `compressed` beside `original`: size, quality on each held-out text, tasks and prompts, speed, serving.
 
     `passed`: the pass of the calibration, of which batch size and precision are taken; 64 sequences go to a task, and nothing is
     recorded. Where a text is no ready-made matrix, a model without a tokenizer is evaluated on the matrix `tokens` instead, and the
-    report says so; it also says of a text that `tokens` was made of, too. Raises ValueError if that is missing.
+    report says so; it also says of a text that `tokens` was made of, too. `engine`: what is to load the result, whose resident
+    bytes are told. Raises ValueError if that matrix is missing.
     """
     passed = Pass(passed.batch, 64, dtype=passed.dtype)
     seen = set() if tokens is None else files_read(tokens)
@@ -91,7 +95,8 @@ def reports(original: Model, compressed: Model, heldout: HeldOut, passed: Pass, 
             reports.append(experts_per_token(original.essential, observed, layers=list(run.observed), name=name))
     whole = text_model_of(original), text_model_of(result)
     judged = judge.Judged(*whole, passed.dtype, original.without_tokenizer, original.has_template)
-    reports.append(speed(*whole, machine=here(), length=heldout.length))
+    keeps = engine if engine and not engine_of(engine).unpacks else ""
+    reports.append(speed(*whole, machine=here(), length=heldout.length, engine=keeps))
     if heldout.serving is not None:
         reports.append(_served(*whole, matrices[0][1], heldout.serving))
     answers = judge.reports(judged, heldout.tasks, heldout.prompts)

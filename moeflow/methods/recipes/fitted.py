@@ -52,7 +52,7 @@ def build(
     fitted = fit.compress(fit.calibrated(original, matrix, passed), budget, offers, healed)
     if frontier:
         return fitted.frontier
-    reports = compare.reports(original, fitted.model, heldout, passed, tokens=matrix)
+    reports = compare.reports(original, fitted.model, heldout, passed, tokens=matrix, engine=offers.runs.word)
     made = checkpoint.checkpoint_of(fitted.model)
     made.spec.output.form.check(offers.runs.word)
     return made.reporting(*fitted.reports, *reports)

@@ -19,8 +19,9 @@ from moeflow.methods.evaluate.steps import here, speed
 from moeflow.methods.evaluate.timing import Speed, cache_name
 from moeflow.methods.graph import Pass, Sample
 from moeflow.methods.prune.searches import Search
-from moeflow.methods.recipes import naee, unified
+from moeflow.methods.recipes import compare, naee, unified
 from moeflow.methods.slim.methods import Slimming
+from moeflow.model.layout import headers
 from moeflow.model.spec import CheckpointSpec
 from moeflow.report.figures import read_figures
 from moeflow.run import StepFailed
@@ -102,6 +103,29 @@ def test_packed_models_are_planned_as_large_as_transformers_loads_them(tmp_path:
     running.run(store, running.alone(timed))
     (note,) = report_of(store, timed)["notes"]
     assert note.startswith("speed is left out: both models need") and f"{free:,} are free" in note
+    rows = {r["name"]: r for r in report_of(store, timed)["rows"]}
+    assert rows["resident bytes"]["compressed"] is None
+
+
+def test_resident_bytes_are_those_of_the_engine_that_keeps_packed_weights(tmp_path: Path) -> None:
+    """With a place for both models or not: they are counted."""
+    model = running.model_in(tiny.write("mixtral", tmp_path / "model"))
+    packed = unified.slim(calibrated(model, tmp_path), Slimming("round_to_nearest", **FOUR))
+    both, store = tuple(checkpoint.checkpoint_of(m) for m in (model, packed)), running.store_in(tmp_path)
+    kept = {}
+    for engine in ("", "vllm"):
+        timed = speed(*both, machine=here(), length=8, **({"engine": engine} if engine else {}))
+        running.run(store, running.alone(timed))
+        kept[engine] = {r["name"]: r for r in report_of(store, timed)["rows"]}["resident bytes"]
+    assert kept["vllm"]["original"] == pytest.approx(kept[""]["original"], rel=0.02)
+    files = [store.artifact(s.key) for s in both]
+    weights = [sum(t.nbytes for t in headers(f).values()) for f in files]
+    assert [kept["vllm"][side] for side in ("original", "compressed")] == weights
+    assert kept["vllm"]["compressed"] < 0.6 * kept[""]["compressed"]
+    heldout = compare.HeldOut(running.matrix_of(tmp_path).spec, length=16)
+    for engine, told in {"vllm": "vllm", "moeflow": None}.items():
+        reports = compare.reports(model, packed, heldout, Pass(), engine=engine)
+        assert [r.params.get("engine") or None for r in reports if r.name == "evaluate.speed"] == [told]
 
 
 def test_speeds_have_quartiles_and_where_they_overlap_no_difference_was_measured(done: tuple[Store, Step, Path]) -> None:
