@@ -45,7 +45,10 @@ def embed(config: Config, rest: Files, ids_NL: Tensor, out: Path, *, dtype: str)
     """Write the hidden states of these token ids before the first layer. Raises ValueError for an id outside the vocabulary."""
     vocabulary = int(config["vocab_size"])
     if len(ids_NL) and not 0 <= int(ids_NL.min()) <= int(ids_NL.max()) < vocabulary:
-        raise ValueError(f"token ids reach from {ids_NL.min()} to {ids_NL.max()}, but the model's vocabulary has {vocabulary}")
+        raise ValueError(
+            f"token ids reach from {ids_NL.min()} to {ids_NL.max()}, but the model's vocabulary has {vocabulary}: the tokenizer in "
+            "its folder belongs to another model, or got tokens that the embedding did not; put the model's own there"
+        )
     save_file({HIDDEN: stream_of(config, dtype).embed(Tensors(rest), ids_NL).cpu().contiguous()}, out)
 
 

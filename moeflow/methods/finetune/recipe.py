@@ -145,7 +145,10 @@ class Recipe:
         experts are packed.
         """
         if dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"dtype={dtype!r}: a model is trained in one of float32, bfloat16, whatever its checkpoint has")
+            raise ValueError(
+                f"dtype={dtype!r}: a model is trained in one of float32, bfloat16, whatever its checkpoint has; give one, as in -p "
+                "tune.dtype=float32, or -p recover.dtype=float32 of a fit"
+            )
         steps = self.steps_of(rows)
         settled = replace(
             self,

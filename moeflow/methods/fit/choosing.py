@@ -16,6 +16,8 @@ POINTS = 24
 LISTED = 12
 """The alternatives of each layer that are measured again around a choice."""
 
+RANKED = 3
+"""How many whole models are measured beside each other where an engine runs layers of one kind only."""
 
 MOST = 100
 """How many times as many tokens are worth being asked for, to tell two choices apart."""
@@ -123,23 +125,29 @@ def choose(offered: Offered, engine: Engine, room: float, rest: float = 0.0, uni
 
     `unit`: that of a `Budget`, for messages. Raises ValueError with the nearest that can be had.
     """
-    best: tuple[float, dict[int, str]] | None = None
+    return ranked(offered, engine, room, rest, unit)[0]
+
+
+def ranked(offered: Offered, engine: Engine, room: float, rest: float = 0.0, unit: str = "operations") -> list[dict[int, str]]:
+    """The same of each part of the offer of which the engine loads any combination, the cheapest first; of an engine that runs
+    layers of one kind only, these are all that it could be given. Raises as `choose`."""
+    best: list[tuple[float, dict[int, str]]] = []
     for subset in together(offered, engine):
         found = _cheapest(subset, room)
         if found is not None and not any(subset[i][name].what.keep for i, name in found.items()):
             # no checkpoint is without experts: each layer in turn has to keep some
             each = [one for part in _holding(subset) if (one := _cheapest(part, room)) is not None]
             found = min(each, key=lambda one: _cost(subset, one), default=None)
-        if found is not None and (best is None or _cost(subset, found) < best[0]):
-            best = _cost(subset, found), found
-    if best is None:
+        if found is not None:
+            best.append((_cost(subset, found), found))
+    if not best:
         asked, nearest = room + rest, smallest(offered, engine) + rest
         words = f"{asked:,.0f}", f"{nearest:,.0f}"
         if unit != "operations":
             near = bytes_text(nearest, up=True)
             words = bytes_text(asked), near if near != bytes_text(asked) else f"{ceil(nearest):,} bytes"
         raise ValueError(f"nothing that was offered takes {words[0]} or less; the nearest that can be had is {words[1]}")
-    return best[1]
+    return [found for _, found in sorted(best, key=lambda one: one[0])]
 
 
 def _cheapest(part: Offered, room: float) -> dict[int, str] | None:

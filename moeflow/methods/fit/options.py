@@ -91,7 +91,8 @@ class Offers:
     measured: int = 16_384
     """Roughly how many calibration tokens run through the whole model for each alternative."""
     rounds: int = 2
-    """1: alternatives are measured around the original; 2: again around the first choice, since costs do not simply add up."""
+    """1: alternatives are measured around the original; 2: again around the first choice, since costs do not simply add up, or,
+    where the engine runs layers of one kind only, the most promising models whole."""
     tp: int = 1
     """The engine's tensor-parallel size, which has to divide experts and leave whole groups."""
     ep: int = 1

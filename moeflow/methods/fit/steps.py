@@ -7,7 +7,7 @@ from typing import Any
 
 from moeflow.arch import Family
 from moeflow.engines import engine_of
-from moeflow.methods.fit.choosing import Fitted, Lead, Offered, Option, Point, choose, frontier, lead, nearest, next_best, promising
+from moeflow.methods.fit.choosing import Fitted, Lead, Offered, Option, Point, frontier, lead, nearest, next_best, promising, ranked
 from moeflow.methods.fit.options import Alternative, Budget
 from moeflow.methods.fit.reach import NEARLY, Offer, in_reach, most_saved, most_taken, out_of_reach
 from moeflow.methods.fit.recovering import WORDS, told, with_recovered
@@ -22,7 +22,7 @@ from moeflow.step import Artifact, Context, Spec, step
 
 def _decide_spec(
     rest: RestSpec, config: RestSpec, curves: Any, fixed: tuple[Any, ...], files: tuple[tuple[LayerSpec, ...], ...],
-    before: Any = None, *, offer: Offer, budget: Budget, engine: str,
+    before: Any = None, *, offer: Offer, budget: Budget, engine: str, place: int = 0,
 ) -> Spec:  # fmt: skip
     every = [f for of_layer in files for f in of_layer]
     writes = 2000 + 120 * len(every)
@@ -33,24 +33,25 @@ def _decide_spec(
     if budget.most(whole) < NEARLY[budget.unit] * least:
         raise ValueError(out_of_reach(budget, least, whole, offer, each))
     most = most_taken(runs, offer, each, whole)
-    notes = in_reach(budget, least, most, whole, offer, each) if before is None else ()
+    notes = in_reach(budget, least, most, whole, offer, each) if before is None and not place else ()
     out = {"bytes": writes, "part": min(1.0, budget.most(whole) / whole) if budget.unit == "bytes" else 1.0}
     reads = sum(f.headers for f in every) + curves["bytes"]
     return Spec(out, reads=reads, writes=writes, memory=1 << 28, notes=notes)
 
 
-@step("fit.decide", version=5, spec=_decide_spec)
+@step("fit.decide", version=6, spec=_decide_spec)
 def decide(
     context: Context, rest: Artifact, config: Artifact, curves: Artifact, fixed: tuple[Artifact, ...],
     files: tuple[tuple[Artifact, ...], ...], before: Artifact | None = None,
-    *, offer: Offer, budget: Budget, engine: str,
+    *, offer: Offer, budget: Budget, engine: str, place: int = 0,
 ) -> None:  # fmt: skip
     """Which of its alternatives each layer becomes, as `Fitted`: the least cost that takes no more than the budget, exactly; and a
     `Shortlist` of those that are worth being measured again around it.
 
     `files`: for each layer of `offer` its alternatives; `fixed`: the other layers, which have no experts, and what else is in the
     checkpoint beside `rest`, the embedding and head; `curves`: what each alternative costs alone. `before`: the choice around which
-    these costs were measured, None for the original.
+    these costs were measured, None for the original. `place`: 0 for the cheapest; 1 for the cheapest of another kind, where the
+    engine runs layers of one kind only, and so on, the last if there are no more.
     Raises ValueError if nothing on offer fits.
     """
     read, measured = read_config(config), Curves.read(curves)
@@ -76,9 +77,10 @@ def decide(
     others += sum(size(f, "bytes", runs, read) for f in fixed[len(dense) :] if budget.unit != "operations")
     whole = others + sum(size(of_layer[0], budget.unit, runs, read, int(i)) for i, of_layer in zip(offer, files, strict=True))
     room = budget.most(int(whole)) - others
-    chosen = choose(offered, runs, room, others, budget.unit)
+    possible = ranked(offered, runs, room, others, budget.unit)
+    chosen = possible[min(place, len(possible) - 1)]
     picked = [offered[i][name] for i, name in chosen.items()]
-    ahead = _lead(offered, measured, chosen, next_best(offered, runs, room, chosen), first)
+    ahead = None if place else _lead(offered, measured, chosen, next_best(offered, runs, room, chosen), first)
     if len(measured.apart_of_sequences) < 2:
         context.note(
             f"alternatives were measured on {measured.tokens:,} tokens of one sequence, which says nothing of others: calibrate on "

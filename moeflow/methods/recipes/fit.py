@@ -2,7 +2,8 @@
 
 An alternative is a number of experts, lower ranks, fewer bits, some of these together, or no MoE block. Each is measured alone, as
 the divergence of the whole model's predictions; under one budget the best combination is a multiple-choice knapsack, solved
-exactly. Costs add up only nearly, so a second round measures the most promising ones again around the first choice.
+exactly. Costs add up only nearly, so a second round measures the most promising ones again around the first choice, or, for an
+engine that runs layers of one kind only, the most promising models whole.
 """
 
 import re
@@ -19,7 +20,7 @@ from moeflow.methods.checkpoint.export import written
 from moeflow.methods.decompose import steps as decompose
 from moeflow.methods.decompose.options import Decomposition
 from moeflow.methods.fit import steps as fit
-from moeflow.methods.fit.choosing import LISTED
+from moeflow.methods.fit.choosing import LISTED, RANKED
 from moeflow.methods.fit.options import Alternative, Budget, Offers
 from moeflow.methods.fit.recovering import KEPT, MERGED
 from moeflow.methods.graph import Calibration, Model, Pass
@@ -90,10 +91,10 @@ def compress(calibration: Calibration, budget: Budget, offers: Offers, recover: 
         listed = around.part(Shortlist.FILE)
         return calibrate.curves(calibration, of, tokens=offers.measured, around=built(around), shortlist=listed, listed=LISTED)
 
-    def chosen(curves: Step, before: Step | None = None) -> Step:
+    def chosen(curves: Step, before: Step | None = None, place: int = 0) -> Step:
         return fit.decide(
             model.rest, model.essential, curves, (*fixed, *beside), files, before,
-            offer=offer, budget=budget, engine=offers.runs.word,
+            offer=offer, budget=budget, engine=offers.runs.word, place=place,
         )  # fmt: skip
 
     def built(choice: Step, *, packed: bool = True) -> Model:
@@ -110,10 +111,13 @@ def compress(calibration: Calibration, budget: Budget, offers: Offers, recover: 
     if beside and model.form is not None and not written(built(choices[0]), model.form).as_source:
         beside.clear()  # what is written is the text model alone
         choices = [chosen(measured(None))]
-    for _ in range(offers.rounds - 1):
-        choices.append(chosen(measured(choices[-1]), choices[-1]))
-    last = choices[-1]
+    alike = not offers.runs.counts  # layers are of one kind, so that nothing can be moved in one of them
+    if alike and offers.rounds > 1:
+        choices += [chosen(measured(None), place=n) for n in range(1, RANKED)]
+    elif offers.rounds > 1:
+        choices.append(chosen(measured(choices[0]), choices[0]))
     best = fit.better(tuple(choices), tuple(measured(c, alternatives=False) for c in choices))
+    last = best if alike else choices[-1]
     plain = built(last, packed=False)
     again, ends = _in_sequence(calibration, plain, fit.bits(last, offer=offer), offers, left)
     made = built(best)

@@ -20,7 +20,7 @@ from moeflow.methods.calibrate import steps as calibrate
 from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data
 from moeflow.methods.finetune.recipe import Gang, Recipe
-from moeflow.methods.fit.choosing import nearest
+from moeflow.methods.fit.choosing import RANKED, nearest
 from moeflow.methods.fit.options import Budget, Offers
 from moeflow.methods.fit.reach import NEARLY
 from moeflow.methods.fit.sizes import expected, size
@@ -305,6 +305,25 @@ def test_transformers_alone_gets_what_it_loads(small_offer: Calibration, tmp_pat
     config = json.loads((out / "config.json").read_text())
     assert config["model_type"] == "mixtral" and config["num_local_experts"] == 6
     assert set(decision(store, target)["chosen"].values()) == {"6 experts"}
+
+
+def test_models_of_one_kind_are_measured_whole_and_the_nearest_is_taken(tmp_path: Path) -> None:
+    """Of an engine that runs layers of one kind only, no layer alone can be another one around the choice."""
+    model = tiny.write("mixtral", tmp_path / "model")
+    target = fitted(calibrated(model, tmp_path), Budget(ratio=0.2), engine="transformers", counts=(0.75,), bits=(8, 4))
+    store, steps = running.store_in(tmp_path), {s.name: s for s in upstream([target, *target.reports])}
+    running.run(store, target)
+    better = steps["fit.better"]
+    choices, measured = better.inputs[: len(better.inputs) // 2], better.inputs[len(better.inputs) // 2 :]
+    names = [set(json.loads(store.artifact(c.key).file("fit.json").read_text())["chosen"].values()) for c in choices]
+    assert len(names) == RANKED and all(len(n) == 1 for n in names) and len(set().union(*names)) == RANKED
+    apart = [Curves.read(store.artifact(m.key)).apart for m in measured]
+    best = json.loads(store.artifact(better.key).file("fit.json").read_text())
+    assert best["before"] == min(apart) and set(best["chosen"].values()) == names[apart.index(min(apart))]
+    out = tmp_path / "out"
+    store.fetch(target.key, out)
+    config = json.loads((out / "config.json").read_text())
+    assert config["model_type"] == "mixtral" and weights(out) <= decision(store, target)["budget"]
 
 
 @pytest.mark.parametrize("engine", ["transformers", "vllm", "llama.cpp"])

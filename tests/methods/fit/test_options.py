@@ -7,7 +7,7 @@ from math import inf, nan
 import pytest
 
 from moeflow.engines import ENGINES
-from moeflow.methods.fit.choosing import LISTED, Fitted, Offered, Option, choose, frontier, promising, smallest, together
+from moeflow.methods.fit.choosing import LISTED, Fitted, Offered, Option, choose, frontier, promising, ranked, smallest, together
 from moeflow.methods.fit.options import Alternative, Budget, Offers, size_of
 from moeflow.methods.fit.recovering import with_recovered
 
@@ -107,6 +107,13 @@ def test_transformers_gets_one_number_of_experts() -> None:
     first, second = {WHOLE: (80.0, 0.0), SIX: (60.0, 0.1)}, {WHOLE: (80.0, 0.0), SIX: (60.0, 0.5)}
     assert choose(offer(first, second), ENGINES["moeflow"], 140.0) == {0: SIX.name, 1: WHOLE.name}
     assert choose(offer(first, second), ENGINES["transformers"], 140.0) == {0: SIX.name, 1: SIX.name}
+
+
+def test_models_of_one_kind_are_ranked_by_what_they_cost() -> None:
+    layer = {WHOLE: (80.0, 0.0), SIX: (60.0, 0.1), FOUR_BITS: (20.0, 0.05), replace(SIX, bits=4): (15.0, 0.2)}
+    found = ranked(offer(layer, layer), ENGINES["transformers"], 140.0)
+    assert found == [{0: a.name, 1: a.name} for a in (FOUR_BITS, SIX, replace(SIX, bits=4))]
+    assert ranked(offer(layer, layer), ENGINES["moeflow"], 140.0) == [{0: FOUR_BITS.name, 1: WHOLE.name}]
 
 
 def test_a_budget_that_nothing_reaches_names_the_nearest_that_something_does() -> None:
