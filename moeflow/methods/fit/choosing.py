@@ -56,8 +56,8 @@ class Lead:
 
     @property
     def words(self) -> str:
-        """Why the calibration is too small to tell; "" if it is not."""
-        if self.mean > self.noise:
+        """Why the calibration is too small to tell; "" if it is not, or both are the same on all of it."""
+        if self.mean > self.noise or not (self.mean or self.noise):
             return ""
         far = not 0 < self.asks <= MOST * self.tokens
         more = "and there is little to tell" if far else f"about {self.asks:,} would tell"

@@ -29,7 +29,8 @@ class Budget:
     def __post_init__(self) -> None:
         given = [name for name in ("bytes", "ratio", "resident", "speed") if getattr(self, name)]
         if len(given) != 1:
-            raise ValueError(f"give one budget: bytes=24GB, ratio=0.25, resident=24GB or speed=1.5; given are {given or 'none'}")
+            found = " and ".join(given) or "none, or 0"
+            raise ValueError(f"give one budget: bytes=24GB, ratio=0.25, resident=24GB or speed=1.5; given are {found}")
         if self.ratio and not 0 < self.ratio < 1:
             raise ValueError(f"ratio={self.ratio:g} of the bytes is to go: it must lie between 0 and 1")
         if self.speed and not 1 < self.speed < inf:

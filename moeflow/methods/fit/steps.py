@@ -35,7 +35,7 @@ def _decide_spec(
     most = most_taken(runs, offer, each, whole)
     notes = in_reach(budget, least, most, whole, offer, each) if before is None and not place else ()
     out = {"bytes": writes, "part": min(1.0, budget.most(whole) / whole) if budget.unit == "bytes" else 1.0}
-    reads = sum(f.headers for f in every) + curves["bytes"]
+    reads = curves["bytes"] + (sum(f.headers for f in every) if budget.unit != "bytes" else 0)
     return Spec(out, reads=reads, writes=writes, memory=1 << 28, notes=notes)
 
 
