@@ -1,8 +1,9 @@
 """How runs spread over GPUs: simulated for models of real size, and what such figures are worth, by plans beside runs made here.
 
-    python -m benchmarks.scale [--simulated]
+    python -m benchmarks.scale [--simulated | --runs]
 
 `--simulated`: only what is simulated for models of real size, which takes a quarter of an hour and needs no quiet machine.
+`--runs`: only plans beside runs made here, and two workers beside one, on a machine that does nothing else.
 """
 
 import json
@@ -190,13 +191,13 @@ def workers(folder: Path) -> Row:
     )
 
 
-def main(*, simulated: bool = False) -> tuple[list[Row], str]:
+def main(*, simulated: bool = True, runs: bool = True) -> tuple[list[Row], str]:
     with tempfile.TemporaryDirectory() as scratch:
         os.environ |= {"MOEFLOW_CACHE": f"{scratch}/cache", "HF_HUB_CACHE": f"{scratch}/hub", "HF_ENDPOINT": "http://127.0.0.1:9"}
-        rows, table = large(Path(scratch))
-        return rows if simulated else [*rows, *small(Path(scratch)), workers(Path(scratch))], table
+        rows, table = large(Path(scratch)) if simulated else ([], "")
+        return [*rows, *small(Path(scratch)), workers(Path(scratch))] if runs else rows, table
 
 
 if __name__ == "__main__":
-    done, text = main(simulated="--simulated" in sys.argv)
+    done, text = main(simulated="--runs" not in sys.argv, runs="--simulated" not in sys.argv)
     print("\n".join([*(row.line() for row in done), "", text]))
