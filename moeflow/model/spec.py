@@ -321,7 +321,7 @@ class Recording:
 
     def besides(self, tokens: int) -> int:
         """Of how many of so many tokens it is kept what the block's output is added to."""
-        taken, of = self.beside
+        taken, of = min(self.beside), self.beside[1]
         return tokens // of * taken + min(tokens % of, taken) if taken else 0
 
 

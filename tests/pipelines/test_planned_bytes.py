@@ -13,18 +13,14 @@ from tests.pipelines import words
 
 ROOT = Path(__file__).parents[2]
 SHORT = ["calibration.sequences=16", "calibration.length=64", "calibration.batch=4", "heldout.sequences=4", "heldout.length=64"]
+FIT = ["budget.ratio=0.25", "calibration.shard=8", "offers.group=16", "offers.measured=512"]
 RUNS = [
     ("mixtral", ["keep=6"]),
     # by lm_loss, experts of a pruned model are left out one by one, and how many it has left is not known when a plan is made
-    pytest.param(
-        "mixtral_moei2", ["decomposition.importance=recon", "calibration.record=1024", "tune=none", *words.GENETIC],
-        marks=pytest.mark.slow,
-    ),
-    pytest.param(
-        "mixtral_unified", ["order=slim", "slim=gptq", "slim.group=16", "slim.inputs=sequential", "slim.target=model"],
-        marks=pytest.mark.slow,
-    ),
-    pytest.param("fit", ["budget.ratio=0.25", "offers.group=16", "offers.measured=512"], marks=pytest.mark.slow),
+    ("mixtral_moei2", ["decomposition.importance=recon", "calibration.record=1024", "tune=none", *words.GENETIC]),
+    ("mixtral_unified", ["order=slim", "slim=gptq", "slim.group=16", "slim.inputs=sequential", "slim.target=model"]),
+    ("fit", [*FIT, "offers.counts=[0.75]", "offers.ranks=[0.3]", "offers.bits=[4]", "offers.rounds=1"]),
+    pytest.param("fit", FIT, marks=pytest.mark.slow),
 ]  # fmt: skip
 
 
