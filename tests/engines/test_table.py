@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import moeflow
 from moeflow.cli import app
 from moeflow.engines import ENGINES, Form, Packing, engine_of, form_of
 from moeflow.methods.fit.options import Offers
@@ -169,6 +170,21 @@ def test_a_plan_refuses_what_its_engine_computes_otherwise(capsys: pytest.Captur
     asked = ("-p", "slim=gptq", "-p", "slim.group=32", "--store", str(tmp_path / "store"), "--engine", "llama.cpp")
     code, error = said(capsys, *words, *asked)
     assert code == 2 and "llama.cpp computes a mixtral otherwise: sliding_window is 64" in error
+
+
+def test_a_fit_is_held_to_its_engine_as_a_plan_is(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """On the command line, from Python, and by the pipeline's own option."""
+    model, store = shutil.copytree(running.SMALL, tmp_path / "model"), str(tmp_path / "store")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"sliding_window": 64}))
+    why = "--engine llama.cpp: llama.cpp computes a mixtral otherwise: sliding_window is 64"
+    for words in (("fit", str(model), "--ratio", "0.3", "--engine", "llama.cpp"), ("run", "fit", "-p", "budget.ratio=0.3")):
+        given = ("-p", f"model={model}", "-p", "offers.engine=llama.cpp") if words[0] == "run" else ()
+        code, error = said(capsys, *words, *given, *TEXTS, *SHORT, "--store", store)
+        assert code == 2 and error.count("\n") == 1 and why in error
+    texts = {"tokens": "python:stdlib/a*.py", "heldout": {"texts": "python:stdlib/t*.py", "length": 64}}
+    with pytest.raises(ValueError, match=why):
+        moeflow.fit(model, ratio=0.3, engine="llama.cpp", store=store, progress=False, calibration={"length": 64}, **texts)
 
 
 def test_a_plan_that_its_engine_runs_goes_on(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -183,9 +183,11 @@ def either(context: Context, chosen: Artifact, alone: Artifact, again: Artifact)
 
 def _layer_spec(chosen: Any, files: tuple[LayerSpec, ...], *, layer: int, offer: list[Alternative], engine: str) -> Spec:
     """As the alternative that is nearest to the budget; packed if any is, which says how the checkpoint may be written."""
-    own, runs = files[0], engine_of(engine)
-    packed = [f for f in files if f.packed]
-    near = min(packed or [f for f in files if f.experts], key=lambda f: abs(f.nbytes - chosen["part"] * own.nbytes))
+    own = files[0]
+    runs = engine_of(engine, model_type=Family.of(own.config).arch.model_type)
+    possible = [f for a, f in zip(offer, files, strict=True) if f.experts and not runs.why_not_count(a.keep)]
+    packed = [f for f in possible if f.packed]
+    near = min(packed or possible, key=lambda f: abs(f.nbytes - chosen["part"] * own.nbytes))
     fewest = min(a.keep for a in offer)
     multiple = max(f.multiple for f in files)  # what is to be packed has ranks that can be
     decided, widths = any(f.ranks_decided or f.low_rank for f in files), {f.packed for f in files}

@@ -276,6 +276,19 @@ def test_the_command_plans_and_asks_for_one_budget(tmp_path: Path) -> None:
     assert refused.exit_code == 2 and "a budget of 1000 bytes cannot be met" in refused.output
 
 
+def test_a_fit_says_its_engine_in_its_recipe(tmp_path: Path) -> None:
+    tiny.write("mixtral", tmp_path / "model")
+    store = str(tmp_path / "store")
+    words = ["fit", str(tmp_path / "model"), "--ratio", "0.1", "--engine", "vllm", "--ep", "3", "--store", store]
+    words += ["-p", "offers.counts=[0.75]", "-p", "offers.bits=[]", "-p", "offers.rounds=1", "-p", "calibration.sequences=8"]
+    words += ["-p", "calibration.length=16", "-p", "heldout=", "-p", f"tokens={running.matrix_of(tmp_path).spec}"]
+    made = CliRunner().invoke(app, words)
+    assert made.exit_code == 0, made.output
+    pulled = CliRunner().invoke(app, ["pull", "fit@1", str(tmp_path / "out"), "--store", store, "--engine", "vllm,ep=3"])
+    assert pulled.exit_code == 0, pulled.output
+    assert "engine: vllm,ep=3" in (tmp_path / "out" / "recipe.yaml").read_text()
+
+
 @pytest.mark.slow
 def test_a_frontier_is_shown_once_a_fit_has_measured_it(tmp_path: Path) -> None:
     tiny.write("mixtral", tmp_path / "model")

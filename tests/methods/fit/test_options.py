@@ -6,9 +6,10 @@ from math import inf, nan
 
 import pytest
 
-from moeflow.engines import ENGINES
+from moeflow.engines import ENGINES, engine_of
 from moeflow.methods.fit.choosing import LISTED, Fitted, Offered, Option, choose, frontier, promising, ranked, smallest, together
 from moeflow.methods.fit.options import Alternative, Budget, Offers, size_of
+from moeflow.methods.fit.reach import in_reach, most_taken
 from moeflow.methods.fit.recovering import with_recovered
 
 
@@ -114,6 +115,27 @@ def test_models_of_one_kind_are_ranked_by_what_they_cost() -> None:
     found = ranked(offer(layer, layer), ENGINES["transformers"], 140.0)
     assert found == [{0: a.name, 1: a.name} for a in (FOUR_BITS, SIX, replace(SIX, bits=4))]
     assert ranked(offer(layer, layer), ENGINES["moeflow"], 140.0) == [{0: FOUR_BITS.name, 1: WHOLE.name}]
+
+
+def test_what_can_be_had_is_rounded_so_that_it_can_be_asked_for() -> None:
+    layer = [WHOLE, FOUR_BITS]
+    sizes, whole = [[80_050.0, 20_050.0]], 100_050
+    (reach,) = in_reach(Budget(bytes="39.2KiB"), 40_050, whole, whole, {"0": layer}, sizes)
+    assert reach == "a budget in bytes can be from 39.2 KiB to 97.7 KiB: fewer bits 39.2 KiB"
+    _, below = in_reach(Budget(bytes="39.1KiB"), 40_050, whole, whole, {"0": layer}, sizes)
+    assert below == "39.1 KiB is below that, as far as is known before layers are made; it is tried"
+    with pytest.raises(ValueError, match="takes 39.1 KiB or less; the nearest that can be had is 39.2 KiB"):
+        choose(offer({FOUR_BITS: (20_050.0, 0.1)}), ENGINES["moeflow"], 20_000.0, 20_000.0, "bytes")
+    with pytest.raises(ValueError, match="takes 39.2 KiB or less; the nearest that can be had is 40,101 bytes"):
+        choose(offer({FOUR_BITS: (20_100.5, 0.1)}), ENGINES["moeflow"], 20_100.0, 20_000.0, "bytes")
+
+
+def test_a_model_does_not_fit_as_it_is_where_the_engine_does_not_run_it() -> None:
+    layer, sizes, whole = [WHOLE, SIX], [[80.0, 60.0]], 100
+    for engine, most in {"vllm": 100, "vllm,ep=3": 80}.items():
+        assert most_taken(engine_of(engine), {"0": layer}, sizes, whole) == most
+        notes = in_reach(Budget(bytes="1KB"), 80, most, whole, {"0": layer}, sizes)
+        assert f"to {most} bytes" in notes[0] and ("the model fits into this budget as it is" in notes) == (most == whole)
 
 
 def test_a_budget_that_nothing_reaches_names_the_nearest_that_something_does() -> None:
