@@ -21,12 +21,12 @@ from moeflow.step import Artifact, Context, Spec, step
 
 
 def _decide_spec(
-    rest: RestSpec, config: RestSpec, curves: Any, fixed: tuple[Any, ...], files: tuple[tuple[LayerSpec, ...], ...],
+    rest: RestSpec, curves: Any, fixed: tuple[Any, ...], files: tuple[tuple[LayerSpec, ...], ...],
     before: Any = None, *, offer: Offer, budget: Budget, engine: str, place: int = 0,
 ) -> Spec:  # fmt: skip
     every = [f for of_layer in files for f in of_layer]
     writes = 2000 + 120 * len(every)
-    runs = engine_of(engine, model_type=Family.of(config.config).arch.model_type)
+    runs = engine_of(engine, model_type=Family.of(rest.config).arch.model_type)
     each = [[expected(f, budget.unit, runs) for f in of_layer] for of_layer in files]
     whole = round(expected(rest, budget.unit, runs) + sum(expected(f, budget.unit, runs) for f in fixed) + sum(s[0] for s in each))
     least = whole - most_saved([[bool(f.experts) for f in of_layer] for of_layer in files], each)
@@ -41,7 +41,7 @@ def _decide_spec(
 
 @step("fit.decide", version=6, spec=_decide_spec)
 def decide(
-    context: Context, rest: Artifact, config: Artifact, curves: Artifact, fixed: tuple[Artifact, ...],
+    context: Context, rest: Artifact, curves: Artifact, fixed: tuple[Artifact, ...],
     files: tuple[tuple[Artifact, ...], ...], before: Artifact | None = None,
     *, offer: Offer, budget: Budget, engine: str, place: int = 0,
 ) -> None:  # fmt: skip
@@ -54,7 +54,7 @@ def decide(
     engine runs layers of one kind only, and so on, the last if there are no more.
     Raises ValueError if nothing on offer fits.
     """
-    read, measured = read_config(config), Curves.read(curves)
+    read, measured = read_config(rest), Curves.read(curves)
     runs = engine_of(engine, model_type=Family.of(read).arch.model_type)
     first = None if before is None else Fitted.read(before)
     offered: dict[int, dict[str, Option]] = {}

@@ -93,7 +93,7 @@ def compress(calibration: Calibration, budget: Budget, offers: Offers, recover: 
 
     def chosen(curves: Step, before: Step | None = None, place: int = 0) -> Step:
         return fit.decide(
-            model.rest, model.essential, curves, (*fixed, *beside), files, before,
+            model.rest, curves, (*fixed, *beside), files, before,
             offer=offer, budget=budget, engine=offers.runs.word, place=place,
         )  # fmt: skip
 
