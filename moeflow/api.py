@@ -12,7 +12,7 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import Any, TextIO
 
-from moeflow.engines import engine_of
+from moeflow.engines import engine_word
 from moeflow.job import Job
 from moeflow.result import Version, found
 from moeflow.run import Options, fitting, recipe
@@ -87,7 +87,7 @@ def fit(
     budget = fitting.budget_words(bytes=str(bytes), ratio=ratio, resident=str(resident), speed=str(speed))
     how = {name: parameters.pop(name) for name in HOW if name in parameters}
     words = fitting.fit_words(fspath(model), budget, engine=fitting.engine_words(engine, tp, ep), recover=recover)
-    return _run(fitting.PIPELINE, words, parameters, how | {"engine": engine_of(engine, tp=tp, ep=ep).word if engine else ""})
+    return _run(fitting.PIPELINE, words, parameters, how | {"engine": engine_word(engine, tp, ep)})
 
 
 def stored(where: str, store: str) -> Version:

@@ -21,7 +21,7 @@ from typer.exceptions import TyperException
 
 import moeflow
 from moeflow import report
-from moeflow.engines import ENGINES, engine_of
+from moeflow.engines import ENGINES
 from moeflow.report.promotion import NotPassed
 from moeflow.run import CannotRun, ClusterLost, StepFailed, pipeline
 from moeflow.run.go import Runner
@@ -241,10 +241,3 @@ def _complain(line: str, code: int) -> None:
     if _as_json.get():
         print_json({"error": line, "exit": code})
     print(f"error: {line}", file=sys.stderr, flush=True)
-
-
-def engine_word(name: str, tp: int, ep: int) -> str:
-    """An engine and its sizes as one word, "" for none. Raises ValueError for sizes of no engine, and for what is no engine."""
-    if not name and (tp, ep) != (1, 1):
-        raise ValueError("--tp and --ep are sizes of an engine: say which, as in --engine vllm")
-    return engine_of(name, tp=tp, ep=ep).word if name else ""

@@ -29,13 +29,13 @@ from moeflow.cli.common import (
     as_json,
     asking,
     command,
-    engine_word,
     open_store,
     own,
     print_json,
     seconds,
     working,
 )
+from moeflow.engines import engine_word
 from moeflow.job import Job
 from moeflow.recompress import Exit, Later, NothingNew, Request, Result
 from moeflow.report import notice as notices

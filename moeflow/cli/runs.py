@@ -29,13 +29,13 @@ from moeflow.cli.common import (
     Url,
     asking,
     command,
-    engine_word,
     own,
     print_json,
     print_reports,
     seconds,
     working,
 )
+from moeflow.engines import engine_word
 from moeflow.job import Job, asked, check_engine
 from moeflow.run import Options, node_kinds
 from moeflow.run import plan as plans

@@ -186,3 +186,10 @@ def engine_of(word: str, *, tp: int = 1, ep: int = 1, model_type: str = "") -> E
     if engine.ep > 1 and not engine.spreads:
         engine = replace(engine, ranks=False, gone=False, routing=False, bits=(), mixed=False)
     return engine
+
+
+def engine_word(name: str, tp: int, ep: int) -> str:
+    """An engine and its sizes as one word, "" for none. Raises ValueError for sizes of no engine, and for what is no engine."""
+    if not name and (tp, ep) != (1, 1):
+        raise ValueError("--tp and --ep are sizes of an engine: say which, as in --engine vllm")
+    return engine_of(name, tp=tp, ep=ep).word if name else ""

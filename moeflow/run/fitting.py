@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from moeflow.engines import engine_word
+
 PIPELINE = "fit"
 """The pipeline that comes with moeflow under this name."""
 
@@ -13,9 +15,8 @@ def budget_words(*, bytes: str = "", ratio: float | None = None, resident: str =
 
 
 def engine_words(engine: str = "", tp: int = 1, ep: int = 1) -> list[str]:
-    """The words that say what is to load the result, and on how many devices. Raises ValueError for sizes of no engine."""
-    if not engine and (tp, ep) != (1, 1):
-        raise ValueError("--tp and --ep are sizes of an engine: say which, as in --engine vllm")
+    """The words that say what is to load the result, and on how many devices. Raises ValueError as `engine_word`."""
+    engine_word(engine, tp, ep)
     given = {"engine": engine, "tp": tp if tp > 1 else "", "ep": ep if ep > 1 else ""}
     return [f"offers.{name}={word}" for name, word in given.items() if word != ""]
 

@@ -98,7 +98,7 @@ def rewrite(
 
 
 def _cut(w_MN: Tensor, rank: int, moments: Moments | None, matrix: str, shrink: float) -> tuple[LowRank, float]:
-    """The factors, and the lost part of the squared norm: that of the outputs or, without moments, of the weights."""
+    """The factors, and the lost part of the squared norm: that of the outputs or, without moments or outputs, of the weights."""
     w_MN = w_MN.float()
     if moments is None or _silent(moments[matrix]):
         cut = vanilla(w_MN, rank)
