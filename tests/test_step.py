@@ -1,14 +1,16 @@
 """What a key is made of, and what is refused while a graph is built."""
 
-import os
-import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from moeflow import source_digest
+from moeflow.methods.calibrate import steps as calibrate
+from moeflow.methods.data import steps as data
+from moeflow.methods.graph import Sample
+from moeflow.methods.recipes import naee, pretrained
+from moeflow.sources import Texts
 from moeflow.step import Artifact, Context, Spec, Step, arguments, step, upstream
 
 
@@ -165,34 +167,27 @@ def test_a_chain_of_thousands_of_steps_is_no_recursion() -> None:
     assert len(upstream([made])) == 3001
 
 
-def test_the_recorded_source_covers_the_modules_that_a_step_imports_when_it_runs(tmp_path: Path) -> None:
-    """Also what those import, but not `step.py` itself; in copies of the package, each read by a process of its own."""
-    code = (
-        "from moeflow.methods.calibrate import steps as calibrate; from moeflow.methods.data import steps as data\n"
-        "from moeflow.methods.graph import Sample; from moeflow.sources import Texts\n"
-        "from moeflow.methods.recipes import naee, pretrained\n"
-        "text = Texts('python:stdlib/abc.py')\n"
-        "model = pretrained.mixtral(text)\n"
-        "observed = calibrate.run(model, data.tokens(text, model, Sample(8, 16)))\n"
-        "print(naee.prune(observed, keep=6).choices[0].source)"
-    )
+def test_the_recorded_source_covers_the_modules_that_a_step_imports_when_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also what those import, and what a table names as code, but not `step.py` itself."""
+    text = Texts("python:stdlib/abc.py")
+    model = pretrained.mixtral(text)
+    observed = calibrate.run(model, data.tokens(text, model, Sample(8, 16)))
+    choice = naee.prune(observed, keep=6).choices[0]
 
     def source_where_one_file_differs(changed: str) -> str:
-        root = tmp_path / changed.replace("/", "-")
-        shutil.copytree(Path(__file__).parents[1] / "moeflow", root / "moeflow", ignore=shutil.ignore_patterns("__pycache__"))
-        with (root / "moeflow" / changed).open("a") as file:
-            file.write("# changed\n")
-        done = subprocess.run(
-            [sys.executable, "-c", code], cwd=root, env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True
-        )
-        assert done.returncode == 0, done.stderr.decode()
-        return done.stdout.decode().strip()
+        file = Path(source_digest.__file__).parent / changed
+        assert file.is_file()
+        monkeypatch.setattr(source_digest, "_text", lambda f: f.read_text() + "# changed\n" * (f == file))
+        source_digest.source_digest.cache_clear()
+        return choice.source
 
-    as_it_is = source_where_one_file_differs("cli/common.py")
-    assert len(as_it_is) == 64 and source_where_one_file_differs("step.py") == as_it_is
-    # what it imports, what that imports, and what a table names as code
-    for changed in ("methods/prune/enumeration.py", "model/moe.py", "methods/prune/genetic.py"):
-        assert source_where_one_file_differs(changed) != as_it_is
+    try:
+        as_it_is = source_where_one_file_differs("cli/common.py")
+        assert len(as_it_is) == 64 and source_where_one_file_differs("step.py") == as_it_is
+        for changed in ("methods/prune/enumeration.py", "model/moe.py", "methods/prune/genetic.py"):
+            assert source_where_one_file_differs(changed) != as_it_is
+    finally:
+        source_digest.source_digest.cache_clear()
 
 
 def test_a_graph_placed_elsewhere_keeps_every_key() -> None:

@@ -75,6 +75,7 @@ def test_a_manifest_that_is_damaged_is_computed_again(publish: Go, store: Store)
     assert answer(store, another) == 6 and "is cut short" in shown
 
 
+@pytest.mark.parametrize("publish", ["process", pytest.param("ray", marks=pytest.mark.slow)], indirect=True)
 def test_several_rotten_blobs_are_all_replaced(publish: Go, store: Store) -> None:
     numbers = [toy.number(n=n) for n in range(5)]
     publish(toy.total(*numbers), store)
