@@ -1,5 +1,6 @@
 """Whole models as transformers loads them, without the bars that libraries draw meanwhile: a step reports its own progress."""
 
+import inspect
 import io
 import logging
 from collections.abc import Callable, Iterator
@@ -58,3 +59,8 @@ def load_whole(folder: Path, **options: Any) -> Any:
             "fetch the checkpoint again, or take the version of transformers that wrote it"
         )
     return model
+
+
+def cache_name(model: Any) -> str:
+    """What a model calls the keys and values that it takes and returns: transformers 5.24 renamed them."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"

@@ -1,6 +1,5 @@
 """Load whole models as transformers does, and time them in turns."""
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ import psutil
 import torch
 from torch.utils.benchmark import Measurement, TaskSpec, timer
 
-from moeflow.model.quiet import load_whole, quiet
+from moeflow.model.quiet import cache_name, load_whole, quiet
 
 ROUNDS = 7
 DECODED = 32
@@ -79,11 +78,6 @@ def _once(model: Any, ids: torch.Tensor) -> tuple[float, float]:
     for _ in range(DECODED):
         out = model(out.logits[:, -1:].argmax(-1), use_cache=True, **{name: out[name]})
     return middle - start, timer() - middle
-
-
-def cache_name(model: Any) -> str:
-    """What a model calls the keys and values that it takes and returns: transformers 5.24 renamed them."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def _measurement(name: str, seconds: list[float]) -> Measurement:

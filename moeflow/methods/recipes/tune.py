@@ -14,11 +14,16 @@ from moeflow.methods.finetune import steps as finetune
 from moeflow.methods.finetune.memory import Work, exchanged, fitted
 from moeflow.methods.finetune.recipe import Gang, Packed, Recipe
 from moeflow.methods.finetune.targets import trained_in
+from moeflow.methods.generate.steps import partly
 from moeflow.methods.graph import Model, Pass, Sample
 from moeflow.model.packed import PACKED, unpacked_shapes
 from moeflow.model.spec import LayerSpec, TokensSpec, precision, shapes_of
 from moeflow.sources import NamesFiles, Texts
 from moeflow.step import Step
+
+GENERATED, LOADED = 0.5, 64_000_000_000
+"""The part of the rows that a model writes itself to be recovered on where nothing is said, if its weights take at most so many
+bytes in memory."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,9 @@ class Recovering(FineTuning):
     """The training text, as of a fine-tuning; none: the texts that the model is calibrated on."""
     length: int = 0
     """Tokens of a sequence; 0: as many as the calibration's have."""
+    generated: float | None = None
+    """The part of the rows that the original writes itself, from 16 of each row's tokens on; none: half of them, where its weights
+    take at most 64 GB in memory, which one device then has to hold; of a larger one no row, unless told."""
     loss: Literal["lm", "kl", "both"] = "kl"
     """Predict the text, predict what the original predicts (KL divergence), or both."""
     rate: float = 1e-3
@@ -84,10 +92,20 @@ class Recovering(FineTuning):
             Texts(self.text).check_local()
         deepspeed_config.read(self.deepspeed or None)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.generated is not None and not 0 <= self.generated <= 1:
+            raise ValueError(f"generated={self.generated} is a part of the rows, from 0 to 1")
+
     def data(self, model: Model) -> Step:
-        """The rows in the model's own tokens; all of a ready-made matrix."""
+        """The rows in the model's own tokens, of which it writes some itself; all of a ready-made matrix."""
         texts = Texts(self.text)
-        return tokens(texts, model, Sample(self.rows, self.length, self.seed)) if texts.is_tokens else super().data(model)
+        rows = tokens(texts, model, Sample(self.rows, self.length, self.seed)) if texts.is_tokens else super().data(model)
+        checkpoint = told_model_of(model)
+        part = self.generated
+        if part is None:
+            part = GENERATED if checkpoint.spec.output.loaded(self.dtype) <= LOADED else 0.0
+        return partly(rows, checkpoint, part, seed=self.seed, dtype=self.dtype)
 
     def on(self, texts: Texts, heldout: str) -> "Recovering":
         """With its text said. Raises ValueError if a held-out text would be trained on."""

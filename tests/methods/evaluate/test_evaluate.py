@@ -16,12 +16,13 @@ from moeflow.methods.checkpoint import steps as checkpoint
 from moeflow.methods.data import steps as data
 from moeflow.methods.evaluate import timing
 from moeflow.methods.evaluate.steps import here, speed
-from moeflow.methods.evaluate.timing import Speed, cache_name
+from moeflow.methods.evaluate.timing import Speed
 from moeflow.methods.graph import Pass, Sample
 from moeflow.methods.prune.searches import Search
 from moeflow.methods.recipes import compare, naee, unified
 from moeflow.methods.slim.methods import Slimming
 from moeflow.model.layout import headers
+from moeflow.model.quiet import cache_name
 from moeflow.model.spec import CheckpointSpec
 from moeflow.report.figures import read_figures
 from moeflow.run import StepFailed
