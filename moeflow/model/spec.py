@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 from typing import Literal, get_args
@@ -258,6 +258,11 @@ class CheckpointSpec:
 class TokensSpec:
     sequences: int
     length: int
+    masked: bool = field(default=False, kw_only=True, compare=False)  # whether a mask says which tokens are learned
+
+    @property
+    def nbytes(self) -> int:
+        return self.tokens * (4 + self.masked) + 128 * (1 + self.masked)
 
     @property
     def tokens(self) -> int:

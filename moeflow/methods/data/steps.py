@@ -247,11 +247,8 @@ def _rows_spec(
 ) -> Spec:
     _check_length(rest, sample.length)
     reads = sum(sum(t["files"].values()) for t in (tokenizer, *texts))
-    writes = sample.sequences * sample.length * (4 + masked) + 128 * (1 + masked) + 300 * len(mix)
-    return Spec(
-        TokensSpec(sample.sequences, sample.length), reads=reads, writes=writes, operations={"text": reads},
-        memory=4 * reads,
-    )  # fmt: skip
+    made = TokensSpec(sample.sequences, sample.length, masked=masked)
+    return Spec(made, reads=reads, writes=made.nbytes + 300 * len(mix), operations={"text": reads}, memory=4 * reads)
 
 
 @step("data.tokens", version=2, spec=_rows_spec)

@@ -57,6 +57,7 @@ def _beginning(length: int) -> int:
 
 def _written_spec(model: CheckpointSpec, matrix: TokensSpec, *, part: float, share: tuple[int, int], seed: int, dtype: str) -> Spec:
     rows, length = len(_of_task(matrix.sequences, part, share)), matrix.length
+    made = TokensSpec(rows, length)
     width, vocabulary = int(model.config["hidden_size"]), int(model.config["vocab_size"])
     size, together = element_bytes(model.config, dtype), min(rows, _at_once(length))
     of_token = max(3 * model.heads, 2 * width * int(model.config["num_hidden_layers"]))  # keys and values
@@ -65,8 +66,8 @@ def _written_spec(model: CheckpointSpec, matrix: TokensSpec, *, part: float, sha
     turns = -(-rows // together) * (length - _beginning(length))
     done = 2 * turns * max(together * model.active, READ * model.parameters)
     return Spec(
-        TokensSpec(rows, length), reads=model.nbytes + 4 * matrix.tokens, writes=4 * rows * length + 128,
-        operations={precision(model.config, dtype): done}, memory=need + 8 * matrix.tokens, device=on_device(need),
+        made, reads=model.nbytes + 4 * matrix.tokens, writes=made.nbytes, operations={precision(model.config, dtype): done},
+        memory=need + 8 * matrix.tokens, device=on_device(need),
     )  # fmt: skip
 
 
@@ -94,8 +95,9 @@ def written(
 
 
 def _mixed_spec(matrix: TokensSpec, parts: tuple[TokensSpec, ...], *, part: float) -> Spec:
-    tokens = matrix.tokens
-    return Spec(TokensSpec(matrix.sequences, matrix.length), reads=9 * tokens, writes=5 * tokens + 256, memory=18 * tokens)
+    made = TokensSpec(matrix.sequences, matrix.length, masked=matrix.masked)
+    reads = matrix.nbytes + sum(part.nbytes for part in parts)
+    return Spec(made, reads=reads, writes=matrix.nbytes, memory=2 * (reads + matrix.nbytes))
 
 
 @step("generate.mixed", version=1, spec=_mixed_spec)

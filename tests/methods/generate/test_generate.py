@@ -123,6 +123,14 @@ def test_rows_are_written_by_models_that_one_device_holds(model: Model, tmp_path
         Recovering(generated=1.5)
 
 
+def test_what_is_read_and_written_is_what_was_planned(model: Model, store: Store, tmp_path: Path) -> None:
+    made = partly(matrix(model, tmp_path), told_model_of(model), 0.5, seed=0, dtype="float32")
+    planned = {s.key: s.spec for s in map(step_of, (made, *made.inputs)) if s.name.startswith("generate.")}
+    ran = {s.key: s for s in running.run(store, made).steps}
+    for key, spec in planned.items():
+        assert (ran[key].reads, ran[key].writes) == (pytest.approx(spec.reads, rel=0.1), pytest.approx(spec.writes, rel=0.1))
+
+
 def test_a_plan_counts_what_the_model_and_its_keys_and_values_take(model: Model, tmp_path: Path) -> None:
     made = partly(matrix(model, tmp_path, 3000), told_model_of(model), 1.0, seed=0, dtype="float32")
     parts = [step_of(s) for s in made.inputs][1:]
