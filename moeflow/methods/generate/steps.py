@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from moeflow.arch import Family
 from moeflow.methods.graph import LEARNED, TOKENS
 from moeflow.model.memory import on_device
 from moeflow.model.spec import CheckpointSpec, TokensSpec, element_bytes, precision
@@ -60,7 +61,7 @@ def _written_spec(model: CheckpointSpec, matrix: TokensSpec, *, part: float, sha
     made = TokensSpec(rows, length)
     width, vocabulary = int(model.config["hidden_size"]), int(model.config["vocab_size"])
     size, together = element_bytes(model.config, dtype), min(rows, _at_once(length))
-    of_token = max(3 * model.heads, 2 * width * int(model.config["num_hidden_layers"]))  # keys and values
+    of_token = max(3 * model.heads, 2 * width * Family.of(model.config).num_layers)  # keys and values
     kept = of_token * size * together * length
     need = model.loaded(dtype) + kept + together * vocabulary * (4 * _beginning(length) + 24)
     turns = -(-rows // together) * (length - _beginning(length))

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from moeflow.arch import Config, Family
 from moeflow.methods.calibrate.steps import hidden_states
-from moeflow.methods.checkpoint.steps import told_model_of
+from moeflow.methods.checkpoint.steps import text_model_of, told_model_of
 from moeflow.methods.data.steps import Examples, examples, tokens
 from moeflow.methods.finetune import deepspeed_config
 from moeflow.methods.finetune import steps as finetune
@@ -101,7 +101,7 @@ class Recovering(FineTuning):
         """The rows in the model's own tokens, of which it writes some itself; all of a ready-made matrix."""
         texts = Texts(self.text)
         rows = tokens(texts, model, Sample(self.rows, self.length, self.seed)) if texts.is_tokens else super().data(model)
-        checkpoint = told_model_of(model)
+        checkpoint = text_model_of(model)
         part = self.generated
         if part is None:
             part = GENERATED if checkpoint.spec.output.loaded(self.dtype) <= LOADED else 0.0

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from moeflow.methods.checkpoint.steps import told_model_of
+from moeflow.methods.checkpoint.steps import text_model_of
 from moeflow.methods.data.steps import tokens
 from moeflow.methods.generate import steps as generate
 from moeflow.methods.generate.drawing import continued as go_on
@@ -19,9 +19,10 @@ from moeflow.methods.graph import LEARNED, TOKENS, Model, Sample
 from moeflow.methods.recipes.tune import LOADED, Recovering
 from moeflow.step import Step, step_of
 from moeflow.store import Store
-from tests import normal, running, tiny
+from tests import kinds, normal, running, tiny
 
 LENGTH = 40
+OFTEN = ("mxfp4", "ungated")
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +65,15 @@ def test_each_token_is_where_the_models_own_predictions_pass_the_number_drawn(ki
     assert (drawn_at <= upto + 1e-4).all() and (drawn_at >= upto - of_it - 1e-4).all()
 
 
+@pytest.mark.parametrize("kind", [k if k in OFTEN else pytest.param(k, marks=pytest.mark.slow) for k in kinds.KINDS])
+def test_models_of_every_kind_write(kind: str, store: Store, tmp_path: Path) -> None:
+    """In stacks, in MXFP4, hybrid, without gates, a language model in a multimodal one: as transformers loads their source."""
+    source = running.model_in(kinds.write(kind, tmp_path / "model"))
+    spec = running.matrix_of(tmp_path, sequences=4, length=LENGTH, vocabulary=90).spec
+    made = ids(store, Recovering(text=spec, rows=4, length=LENGTH).data(source))
+    assert (made < int(source.config["vocab_size"])).all() and (made[1::2, BEGINNING:] > 90).any() and (made[::2] < 90).all()
+
+
 def test_draws_follow_the_probabilities() -> None:
     logits_V = torch.tensor([0.3, -1.0, 2.0, 0.5, float("-inf")])
     of_20k = drawn(logits_V.expand(20_000, -1), torch.from_numpy(np.random.default_rng(0).random(20_000)))
@@ -76,13 +86,13 @@ def test_draws_follow_the_probabilities() -> None:
 
 def test_half_of_the_rows_begin_with_the_text_and_all_others_are_the_text(model: Model, store: Store, tmp_path: Path) -> None:
     text = matrix(model, tmp_path)
-    made, given = ids(store, partly(text, told_model_of(model), 0.5, seed=0, dtype="float32")), ids(store, text)
+    made, given = ids(store, partly(text, text_model_of(model), 0.5, seed=0, dtype="float32")), ids(store, text)
     written = (made != given).any(1)
     assert written.tolist() == [False, True] * 3 and made.shape == given.shape
     for row in np.flatnonzero(written):
         places = np.lib.stride_tricks.sliding_window_view(given[row], BEGINNING)
         assert (places == made[row, :BEGINNING]).all(1).any()
-    others = ids(store, partly(text, told_model_of(model), 0.5, seed=1, dtype="float32"))
+    others = ids(store, partly(text, text_model_of(model), 0.5, seed=1, dtype="float32"))
     assert (others[written] != made[written]).any()
 
 
@@ -90,10 +100,10 @@ def test_what_is_written_does_not_depend_on_how_the_rows_are_divided(
     model: Model, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = matrix(model, tmp_path)
-    whole = ids(store, partly(text, told_model_of(model), 1.0, seed=0, dtype="float32"))
+    whole = ids(store, partly(text, text_model_of(model), 1.0, seed=0, dtype="float32"))
     monkeypatch.setattr(generate, "ROWS", 2)
     monkeypatch.setattr(generate, "TOGETHER", LENGTH)  # one row at a time
-    made = partly(text, told_model_of(model), 1.0, seed=0, dtype="float32")
+    made = partly(text, text_model_of(model), 1.0, seed=0, dtype="float32")
     assert len(made.inputs) == 4 and (ids(store, made) == whole).all()
 
 
@@ -124,7 +134,7 @@ def test_rows_are_written_by_models_that_one_device_holds(model: Model, tmp_path
 
 
 def test_what_is_read_and_written_is_what_was_planned(model: Model, store: Store, tmp_path: Path) -> None:
-    made = partly(matrix(model, tmp_path), told_model_of(model), 0.5, seed=0, dtype="float32")
+    made = partly(matrix(model, tmp_path), text_model_of(model), 0.5, seed=0, dtype="float32")
     planned = {s.key: s.spec for s in map(step_of, (made, *made.inputs)) if s.name.startswith("generate.")}
     ran = {s.key: s for s in running.run(store, made).steps}
     for key, spec in planned.items():
@@ -132,10 +142,10 @@ def test_what_is_read_and_written_is_what_was_planned(model: Model, store: Store
 
 
 def test_a_plan_counts_what_the_model_and_its_keys_and_values_take(model: Model, tmp_path: Path) -> None:
-    made = partly(matrix(model, tmp_path, 3000), told_model_of(model), 1.0, seed=0, dtype="float32")
+    made = partly(matrix(model, tmp_path, 3000), text_model_of(model), 1.0, seed=0, dtype="float32")
     parts = [step_of(s) for s in made.inputs][1:]
     assert len(parts) == 6 and sum(s.spec.output.sequences for s in parts) == 3000
-    checkpoint = told_model_of(model).spec.output
+    checkpoint = text_model_of(model).spec.output
     for part in parts:
         assert part.spec.reads > checkpoint.nbytes and part.spec.memory > checkpoint.loaded("float32")
         assert sum(part.spec.operations.values()) >= 2 * 500 * (LENGTH - BEGINNING) * checkpoint.active
