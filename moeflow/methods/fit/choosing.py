@@ -109,6 +109,8 @@ class Fitted(Record):
     closer."""
     tried: Mapping[str, float] = field(default_factory=dict)
     """The measured divergence of each of them, if it was tuned."""
+    unseen: Mapping[str, float] = field(default_factory=dict)
+    """The same, and of the model as it was (""), on tokens that the original wrote, by which nothing was made."""
     over: float = 0.0
     """By how much keeping it would exceed the budget; 0: there is room."""
     lead: Lead | None = None

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from math import isfinite
+from math import inf, isfinite
 
 from moeflow.methods.fit.choosing import Fitted
 from moeflow.sizes import bytes_text
@@ -12,19 +12,23 @@ WORDS = {KEPT: "fine-tuned, kept beside the packed weights", MERGED: "fine-tuned
 """The ways to take what was trained."""
 
 
-def with_recovered(fitted: Fitted, tried: Mapping[str, float], more: float) -> Fitted:
+def with_recovered(fitted: Fitted, tried: Mapping[str, float], more: float, unseen: Mapping[str, float] | None = None) -> Fitted:
     """The choice with the way that is closest to the original, if it is closer than the model was.
 
     `tried`: the measured divergence by each way; `more`: how much more is taken by what is kept beside packed weights, in the unit
-    of the budget, which has to have room for it. A divergence that is no number is that of a model which is broken.
+    of the budget, which has to have room for it. A divergence that is no number is that of a model which is broken. `unseen`: the
+    same on other tokens, and of the model as it was (""); both count alike then, for the first ones were calibrated on, which
+    flatters the model as it was, and the others are of the kind that was trained on.
     """
     over = max(0.0, fitted.size + more - fitted.budget) if KEPT in tried else 0.0
-    open_to = {way: apart for way, apart in tried.items() if isfinite(apart) and (way != KEPT or not over)}
-    best = min(open_to, key=lambda way: open_to[way], default="")
-    if best and fitted.before is not None and open_to[best] >= fitted.before:
+    apart = {way: kl + (unseen or {}).get(way, 0.0) for way, kl in {"": fitted.before, **tried}.items() if kl is not None}
+    best = min((way for way in tried if isfinite(apart[way]) and (way != KEPT or not over)), key=lambda way: apart[way], default="")
+    if best and apart[best] >= apart.get("", inf):
         best = ""
-    apart = open_to[best] if best else fitted.before
-    return replace(fitted, before=apart, recovered=best, tried=tried, over=over, size=fitted.size + more * (best == KEPT))
+    return replace(
+        fitted, before=tried[best] if best else fitted.before, recovered=best, tried=tried, unseen=unseen or {}, over=over,
+        size=fitted.size + more * (best == KEPT),
+    )  # fmt: skip
 
 
 def told(before: Fitted, after: Fitted) -> str:
@@ -32,4 +36,6 @@ def told(before: Fitted, after: Fitted) -> str:
     each = "; ".join(f"{WORDS[way]} {apart:.6f}" for way, apart in after.tried.items())
     amount = f"{after.over:,.0f} operations" if after.unit == "operations" else bytes_text(after.over)
     room = f"; to keep it, the budget would have to be {amount} larger" * bool(after.over)
-    return f"KL to the original {before.before:.6f}; {each}{room}: {WORDS[after.recovered]}"
+    other = "; ".join(f"{WORDS[way]} {apart:.6f}" for way, apart in after.unseen.items())
+    beside = f"; on text that the original wrote: {other}" * bool(other)
+    return f"KL to the original {before.before:.6f}; {each}{beside}{room}: {WORDS[after.recovered]}"

@@ -223,7 +223,9 @@ def report(context: Context, chosen: Artifact) -> None:
             name = f"KL to the original, {how} (calibration text)"
             rows.append(row(name, 0.0, cost, "nats/token", figure=f"{how}_kl", better="lower"))
     rows += [
-        row(f"KL to the original, {WORDS[way]} (calibration text)", 0.0, cost, "nats/token") for way, cost in fit.tried.items()
+        row(f"KL to the original, {WORDS[way]} ({text})", 0.0, cost, "nats/token")
+        for text, costs in (("calibration text", fit.tried), ("text that the original wrote", fit.unseen))
+        for way, cost in costs.items()
     ]
     rows += [row(f"predicted KL at {point.size / fit.whole:.0%} of the {fit.unit}", 0.0, point.cost, "") for point in fit.frontier]
     rows += [
@@ -256,27 +258,31 @@ def _recipe(alternative: Alternative, experts: int) -> str:
 
 def _taken_spec(
     config: RestSpec, chosen: Any, measured: tuple[Any, ...], before: tuple[LayerSpec, ...], kept: tuple[LayerSpec, ...],
-    *, ways: list[str], layers: list[int], engine: str,
+    unseen: tuple[Any, ...] = (), *, ways: list[str], layers: list[int], engine: str,
 ) -> Spec:  # fmt: skip
-    reads = chosen["bytes"] + sum(m["bytes"] for m in measured) + sum(f.headers for f in (*before, *kept))
-    return Spec(chosen, reads=reads, writes=chosen["bytes"] + 200, memory=1 << 26)
+    reads = chosen["bytes"] + sum(m["bytes"] for m in (*measured, *unseen)) + sum(f.headers for f in (*before, *kept))
+    return Spec(chosen, reads=reads, writes=chosen["bytes"] + 400, memory=1 << 26)
 
 
-@step("fit.taken", version=1, spec=_taken_spec)
+@step("fit.taken", version=2, spec=_taken_spec)
 def taken(
     context: Context, config: Artifact, chosen: Artifact, measured: tuple[Artifact, ...], before: tuple[Artifact, ...],
-    kept: tuple[Artifact, ...], *, ways: list[str], layers: list[int], engine: str,
+    kept: tuple[Artifact, ...], unseen: tuple[Artifact, ...] = (), *, ways: list[str], layers: list[int], engine: str,
 ) -> None:  # fmt: skip
     """The choice, and which of these `ways` to take a fine-tuning of its model is closest to the original, if any is closer.
 
     `measured`: the divergence by each. `before` and `kept`: the layers with these numbers without the fine-tuning, and with what
-    was trained beside the packed weights.
+    was trained beside the packed weights. `unseen`: the divergence of the model, and by each way, on tokens that the original
+    wrote: the choice was made by the calibration's, on which a model that was trained on others looks worse than it is.
     """
     fitted, read = Fitted.read(chosen), read_config(config)
     runs = engine_of(engine, model_type=Family.of(read).arch.model_type)
-    tried = {way: Curves.read(curves).apart for way, curves in zip(ways, measured, strict=True)}
+    tried, elsewhere = (
+        {way: Curves.read(curves).apart for way, curves in zip(names, every, strict=bool(every))}
+        for names, every in ((ways, measured), (["", *ways], unseen))
+    )
     sizes = (sum(size(f, fitted.unit, runs, read, i) for f, i in zip(files, layers, strict=True)) for files in (kept, before))
-    settled = with_recovered(fitted, tried, next(sizes) - next(sizes))
+    settled = with_recovered(fitted, tried, next(sizes) - next(sizes), elsewhere)
     settled.write(context.out)
     context.note(told(fitted, settled))
 

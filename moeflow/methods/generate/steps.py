@@ -36,6 +36,12 @@ def partly(matrix: Step, checkpoint: Step, part: float, *, seed: int, dtype: str
     return mixed(matrix, parts, part=part)
 
 
+def alone(matrix: Step, checkpoint: Step, rows: int, *, seed: int, dtype: str) -> Step:
+    """So many rows that the checkpoint's model writes, at most as many as the matrix has, whose rows they begin with."""
+    sequences = matrix.spec.output.sequences
+    return written(checkpoint, matrix, part=min(rows, sequences) / sequences, share=(0, 1), seed=seed, dtype=dtype)
+
+
 def _at_once(length: int) -> int:
     """How many rows of this length are written together."""
     return max(1, TOGETHER // length)

@@ -6,7 +6,7 @@ most promising ones again around the first choice, or, for an engine that runs l
 whole.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from moeflow.methods.calibrate import steps as calibrate
@@ -129,7 +129,10 @@ def _recovered(
     numbers = list(made.moe_layers)
     before, kept = (tuple(m.layers[i] for i in numbers) for m in (made, tuned.model))
     word = offers.runs.word
-    best = fit.taken(calibration.model.essential, best, measured, before, kept, ways=list(ways), layers=numbers, engine=word)
+    unseen = _unseen(calibration, tuned.unseen, (made, *(model for model, _ in ways.values())))
+    best = fit.taken(
+        calibration.model.essential, best, measured, before, kept, unseen, ways=list(ways), layers=numbers, engine=word
+    )
 
     def picked(one: Step, *others: Step) -> Step:
         return one if {s.key for s in others} <= {one.key} else fit.recovered(best, (one, *others), ways=list(ways))
@@ -137,6 +140,15 @@ def _recovered(
     models = [model for model, _ in ways.values()]
     layers = {i: picked(one, *(m.layers[i] for m in models)) for i, one in enumerate(made.layers)}
     return best, replace(made.with_layers(layers), rest=picked(made.rest, *(m.rest for m in models))), tuned.reports
+
+
+def _unseen(calibration: Calibration, tokens: Step | None, models: Sequence[Model]) -> tuple[Step, ...]:
+    """How far each model is from the original on tokens that nothing was made by; nothing if there are none."""
+    if tokens is None:
+        return ()
+    passed = replace(calibration.passed, record=0)
+    other = calibrate.run(calibration.model, tokens, passed, inputs=False)
+    return tuple(calibrate.curves(other, {}, tokens=tokens.spec.output.tokens, around=model) for model in models)
 
 
 def _in_sequence(

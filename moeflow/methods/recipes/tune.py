@@ -14,7 +14,7 @@ from moeflow.methods.finetune import steps as finetune
 from moeflow.methods.finetune.memory import Work, exchanged, fitted
 from moeflow.methods.finetune.recipe import Gang, Packed, Recipe
 from moeflow.methods.finetune.targets import trained_in
-from moeflow.methods.generate.steps import partly
+from moeflow.methods.generate.steps import alone, partly
 from moeflow.methods.graph import Model, Pass, Sample
 from moeflow.model.packed import PACKED, unpacked_shapes
 from moeflow.model.spec import LayerSpec, TokensSpec, precision, shapes_of
@@ -25,6 +25,9 @@ GENERATED, LOADED = 0.5, 64_000_000_000
 """The part of the rows that a model writes itself to be recovered on where nothing is said, if its weights take at most so many
 bytes in memory."""
 
+UNSEEN = 8192
+"""Tokens that it writes beside, by which is judged what was trained."""
+
 
 @dataclass(frozen=True)
 class Tuned:
@@ -33,6 +36,8 @@ class Tuned:
     model: Model
     trained: Step | None
     reports: tuple[Step, ...]
+    unseen: Step | None = None
+    """Tokens that the original wrote and nothing was trained on, if it writes any."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,10 @@ class FineTuning(Recipe, NamesFiles):
         """The rows in the model's own tokens."""
         sample = Examples(self.rows, self.length, seed=self.seed, bos=self.bos, repeat=True)
         return examples(Texts(self.text), model, sample)
+
+    def unseen(self, model: Model) -> Step | None:
+        """Rows to judge by what was trained: none."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -99,13 +108,26 @@ class Recovering(FineTuning):
 
     def data(self, model: Model) -> Step:
         """The rows in the model's own tokens, of which it writes some itself; all of a ready-made matrix."""
-        texts = Texts(self.text)
-        rows = tokens(texts, model, Sample(self.rows, self.length, self.seed)) if texts.is_tokens else super().data(model)
         checkpoint = text_model_of(model)
-        part = self.generated
-        if part is None:
-            part = GENERATED if checkpoint.spec.output.loaded(self.dtype) <= LOADED else 0.0
-        return partly(rows, checkpoint, part, seed=self.seed, dtype=self.dtype)
+        return partly(self._text(model), checkpoint, self._part(checkpoint), seed=self.seed, dtype=self.dtype)
+
+    def unseen(self, model: Model) -> Step | None:
+        """Some rows that the model writes otherwise, to judge by what was trained; None if it is to write nothing."""
+        checkpoint = text_model_of(model)
+        if not self._part(checkpoint):
+            return None
+        text = self._text(model)
+        rows = max(UNSEEN // text.spec.output.length, 1)
+        return alone(text, checkpoint, rows, seed=self.seed + 1, dtype=self.dtype)
+
+    def _text(self, model: Model) -> Step:
+        texts = Texts(self.text)
+        return tokens(texts, model, Sample(self.rows, self.length, self.seed)) if texts.is_tokens else super().data(model)
+
+    def _part(self, checkpoint: Step) -> float:
+        if self.generated is not None:
+            return self.generated
+        return GENERATED if checkpoint.spec.output.loaded(self.dtype) <= LOADED else 0.0
 
     def on(self, texts: Texts, heldout: str) -> "Recovering":
         """With its text said. Raises ValueError if a held-out text would be trained on."""
@@ -122,7 +144,8 @@ def tuned(model: Model, original: Model, how: FineTuning | None, gang: Gang, pas
     if how is None:
         return Tuned(model, None, ())
     rows, teacher = how.data(original), Pass(passed.batch, dtype=passed.dtype)
-    return tune(model, rows, how.recipe, teacher=original, passed=teacher, gang=gang, deepspeed=how.deepspeed or None)
+    made = tune(model, rows, how.recipe, teacher=original, passed=teacher, gang=gang, deepspeed=how.deepspeed or None)
+    return replace(made, unseen=how.unseen(original))
 
 
 def tune(

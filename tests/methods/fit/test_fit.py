@@ -493,8 +493,12 @@ def test_a_recovered_model_is_closer_and_takes_no_more(
     store, model, rows = running.store_in(tmp_path), small_offer.model, small_offer.tokens
     how = Recipe(loss="kl", steps=16, batch=8, rate=3e-3, dtype="float32", packed=packed)
 
+    others = running.matrix_of(tmp_path, seed=1)
+    unseen = data.tokens(others, model, Sample(8, 16))
+
     def recovered(plain: Model) -> Tuned:
-        return tune.tune(plain, rows, how, teacher=model, passed=small_offer.passed, gang=Gang(gpus=0))
+        tuned = tune.tune(plain, rows, how, teacher=model, passed=small_offer.passed, gang=Gang(gpus=0))
+        return replace(tuned, unseen=unseen)
 
     offers = Offers(**OFFERS | {"bits": bits, "ranks": (), "counts": (0.5,), "rounds": 1})
     targets = []
@@ -509,13 +513,16 @@ def test_a_recovered_model_is_closer_and_takes_no_more(
     assert bool(other) == (packed == "beside"), "beside packed weights it is kept or merged"
     store.fetch(targets[1].key, tmp_path / "out")
     assert weights(tmp_path / "out") <= decision(store, targets[1])["budget"]
-    ids = torch.from_numpy(running.array_of(running.matrix_of(tmp_path)))
-    with torch.inference_mode():
-        log_p, log_q = (
-            AutoModelForCausalLM.from_pretrained(p, dtype=torch.float32).eval()(ids).logits[:, :-1].log_softmax(-1)
-            for p in (tmp_path / "model", tmp_path / "out")
-        )
-    assert float(kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1).mean()) == pytest.approx(after, rel=1e-3)
+    other_of = decision(store, targets[1])["unseen"]
+    assert set(other_of) == {"", *decision(store, targets[1])["tried"]}
+    for matrix, says in ((running.matrix_of(tmp_path), after), (others, other_of[decision(store, targets[1])["recovered"]])):
+        ids = torch.from_numpy(running.array_of(matrix))
+        with torch.inference_mode():
+            log_p, log_q = (
+                AutoModelForCausalLM.from_pretrained(p, dtype=torch.float32).eval()(ids).logits[:, :-1].log_softmax(-1)
+                for p in (tmp_path / "model", tmp_path / "out")
+            )
+        assert float(kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1).mean()) == pytest.approx(says, rel=1e-3)
 
 
 def test_held_out_text_is_never_trained_on(tmp_path: Path) -> None:

@@ -63,6 +63,18 @@ def test_a_broken_model_is_no_closer_to_the_original() -> None:
     assert with_recovered(replace(fitted, before=None), {"merged": inf}, 0).recovered == ""
 
 
+def test_a_training_is_judged_by_other_text_too() -> None:
+    """The choice was made by the calibration's, on which a model that was trained on others looks worse than it is."""
+    fitted = Fitted("moeflow", "bytes", 100.0, 90.0, 200.0, 0.1, {0: "8 experts"}, 64, before=0.0020)
+    tried = {"merged": 0.0021}
+    assert with_recovered(fitted, tried, 0).recovered == ""
+    after = with_recovered(fitted, tried, 0, {"": 0.0038, "merged": 0.0020})
+    assert (after.recovered, after.before, after.unseen) == ("merged", 0.0021, {"": 0.0038, "merged": 0.0020})
+    worse = with_recovered(fitted, {"merged": 0.0060}, 0, {"": 0.0038, "merged": 0.0020})
+    assert worse.recovered == "" and worse.before == 0.0020
+    assert with_recovered(fitted, {"merged": 0.0010}, 0, {"": 0.0038, "merged": nan}).recovered == ""
+
+
 def test_a_budget_says_how_much_may_stay() -> None:
     assert Budget(ratio=0.25).most(400) == 300
     assert Budget(speed=2).most(400) == 200 and Budget(speed=2).unit == "operations"
