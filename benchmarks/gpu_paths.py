@@ -26,6 +26,7 @@ from benchmarks.gpu_model import random_layer, random_rest
 from moeflow.methods.decompose.lowrank import components, energies, vanilla
 from moeflow.methods.finetune.lora import Addition
 from moeflow.methods.finetune.recipe import Recipe
+from moeflow.methods.generate.drawing import drawn as tokens_drawn
 from moeflow.methods.moments import layer_moments, second_moment
 from moeflow.methods.prune import evaluated, genetic, swap
 from moeflow.methods.prune.errors import mask_of, squared_errors
@@ -108,6 +109,9 @@ def paths() -> Iterator[TensorPath]:
         yield TensorPath(f"{name} search", partial(_search, search), bf16=5e-2)
     yield TensorPath("score of weights (AIMER)", lambda at: aimer(at.layer(layer()), {}, 0))
     yield TensorPath("second moments of a layer", _moments)
+    yield TensorPath(
+        "tokens drawn from predictions", lambda at: tokens_drawn(at(drawn(9, T, 512)), at(torch.arange(T) / T)).double()
+    )
     for name, options in CUTS.items():
         yield TensorPath(f"decomposition, {name}", partial(_cut, **options), 1e-3, 3e-2)
     for name, how in SLIMMINGS.items():

@@ -96,15 +96,15 @@ class Recovering(FineTuning):
     fine-tuning; their scales alone; or factors beside them, which are kept where the budget has room, or merged by packing again,
     whichever loses less."""
 
-    def check_files(self) -> None:
-        if self.text:
-            Texts(self.text).check_local()
-        deepspeed_config.read(self.deepspeed or None)
-
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.generated is not None and not 0 <= self.generated <= 1:
             raise ValueError(f"generated={self.generated} is a part of the rows, from 0 to 1")
+
+    def check_files(self) -> None:
+        if self.text:
+            Texts(self.text).check_local()
+        deepspeed_config.read(self.deepspeed or None)
 
     def data(self, model: Model) -> Step:
         """The rows in the model's own tokens, of which it writes some itself; all of a ready-made matrix."""
