@@ -50,7 +50,12 @@ def cache_bytes(config: Config) -> int:
 
     Layers that have a state of fixed size in the attention's place (Mamba, linear attention, convolutions) add nothing.
     """
-    return sum(a.cached for a in _attentions(_without_weights(config))) * element_bytes(config, "auto")
+    return cached(_without_weights(config)) * element_bytes(config, "auto")
+
+
+def cached(model: Any) -> int:
+    """How many numbers of one token a model of transformers keeps in its key-value cache."""
+    return sum(a.cached for a in _attentions(model))
 
 
 @dataclass(frozen=True)

@@ -11,22 +11,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moeflow.methods.generate.steps import TOGETHER
+from moeflow.model.cost import cached
+from moeflow.model.memory import together
 from moeflow.model.quiet import cache_name, load_whole
 
 
 @torch.inference_mode()
 def continued(
-    folder: Path, ids_NL: np.ndarray, draws_NL: np.ndarray, dtype: str, at_once: int, progress: Callable[[int, int, str], None]
+    folder: Path, ids_NL: np.ndarray, draws_NL: np.ndarray, dtype: str, room: int, progress: Callable[[int, int, str], None]
 ) -> np.ndarray:
     """Rows of tokens, each followed by as many that a checkpoint's model predicts as there are numbers of `draws_NL` for it.
 
     A number from 0 to below 1 says at which part of the cumulated probabilities, in the order of the vocabulary, the token lies:
     so what is drawn is the same however many rows run together. Nothing of the model's own generation settings is used, and an
-    end-of-sequence token ends nothing: what follows it is what the model puts behind it.
+    end-of-sequence token ends nothing: what follows it is what the model puts behind it. As many rows run together as `room` bytes
+    hold of keys and values, `TOGETHER` at most.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_whole(folder, dtype=dtype, device_map=device).eval()
-    rows = []
+    of_row = cached(model) * model.dtype.itemsize * (ids_NL.shape[1] + draws_NL.shape[1])
+    at_once, rows = together(room, of_row, TOGETHER), []
     for first in range(0, len(ids_NL), at_once):
         now = slice(first, first + at_once)
         begun, draws = (torch.from_numpy(part[now]).to(device) for part in (ids_NL.astype(np.int64), draws_NL))

@@ -11,7 +11,7 @@ import numpy as np
 
 from moeflow.arch import Family
 from moeflow.methods.graph import LEARNED, TOKENS
-from moeflow.model.memory import on_device
+from moeflow.model.memory import on_device, together
 from moeflow.model.spec import CheckpointSpec, TokensSpec, element_bytes, precision
 from moeflow.step import Artifact, Context, Spec, Step, step
 
@@ -19,8 +19,8 @@ BEGINNING = 16
 """Tokens of a row that are the text's, or half of a row where that is less; they are taken from anywhere in it."""
 ROWS = 512
 """Rows of one task, which loads the whole model."""
-TOGETHER = 16_384
-"""Tokens of the rows that are written together, for whose keys and values there has to be room."""
+ROOM, TOGETHER = 8 << 30, 256
+"""Bytes for the keys and values of the rows that are written together, and how many these are at most."""
 READ = 64
 """With how many rows a token's products take as long as reading the weights does: with fewer, a plan counts as many."""
 
@@ -42,11 +42,6 @@ def alone(matrix: Step, checkpoint: Step, rows: int, *, seed: int, dtype: str) -
     return written(checkpoint, matrix, part=min(rows, sequences) / sequences, share=(0, 1), seed=seed, dtype=dtype)
 
 
-def _at_once(length: int) -> int:
-    """How many rows of this length are written together."""
-    return max(1, TOGETHER // length)
-
-
 def _chosen(rows: int, part: float) -> list[int]:
     """Which of so many rows are written, in their order."""
     count = round(part * rows)
@@ -65,17 +60,24 @@ def _beginning(length: int) -> int:
 def _written_spec(model: CheckpointSpec, matrix: TokensSpec, *, part: float, share: tuple[int, int], seed: int, dtype: str) -> Spec:
     rows, length = len(_of_task(matrix.sequences, part, share)), matrix.length
     made = TokensSpec(rows, length)
-    width, vocabulary = int(model.config["hidden_size"]), int(model.config["vocab_size"])
-    size, together = element_bytes(model.config, dtype), min(rows, _at_once(length))
-    of_token = max(3 * model.heads, 2 * width * Family.of(model.config).num_layers)  # keys and values
-    kept = of_token * size * together * length
-    need = model.loaded(dtype) + kept + together * vocabulary * (4 * _beginning(length) + 24)
-    turns = -(-rows // together) * (length - _beginning(length))
-    done = 2 * turns * max(together * model.active, READ * model.parameters)
+    of_row = _kept(model) * element_bytes(model.config, dtype) * length
+    at_once = together(ROOM, of_row, min(rows, TOGETHER))
+    need = model.loaded(dtype) + at_once * (of_row + int(model.config["vocab_size"]) * (4 * _beginning(length) + 24))
+    turns = -(-rows // at_once) * (length - _beginning(length))
+    done = 2 * turns * max(at_once * model.active, READ * model.parameters)
     return Spec(
         made, reads=model.nbytes + 4 * matrix.tokens, writes=made.nbytes, operations={precision(model.config, dtype): done},
         memory=need + 8 * matrix.tokens, device=on_device(need),
     )  # fmt: skip
+
+
+def _kept(model: CheckpointSpec) -> int:
+    """How many numbers of one token its keys and values are, in all layers; those of all heads where heads share them otherwise."""
+    config, layers = model.config, Family.of(model.config).num_layers
+    heads, few = config.get("num_attention_heads"), config.get("num_key_value_heads")
+    if heads and few and "kv_lora_rank" not in config:
+        return 2 * layers * few * int(config.get("head_dim") or config["hidden_size"] // heads)
+    return max(3 * model.heads, 2 * layers * int(config["hidden_size"]))
 
 
 @step("generate.rows", version=1, spec=_written_spec, gpus=1)
@@ -97,7 +99,7 @@ def written(
         start = int(random.integers(length - beginning + 1))
         begun.append(ids_NL[row, start : start + beginning])
         draws.append(random.random(length - beginning))
-    ids = continued(model.folder(), np.stack(begun), np.stack(draws), dtype, _at_once(length), context.progress)
+    ids = continued(model.folder(), np.stack(begun), np.stack(draws), dtype, ROOM, context.progress)
     np.save(context.out / TOKENS, ids)
 
 

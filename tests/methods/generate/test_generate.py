@@ -54,7 +54,7 @@ def test_each_token_is_where_the_models_own_predictions_pass_the_number_drawn(ki
     folder = normal.hub(normal.write(kind, tmp_path / "model")) if kind in normal.FAMILIES else tiny.write(kind, tmp_path / "model")
     random = np.random.default_rng(1)
     begun, draws = random.integers(3, 90, (3, 5)), random.random((3, 12))
-    rows = go_on(folder, begun, draws, "float32", 2, no_progress)
+    rows = go_on(folder, begun, draws, "float32", 1 << 20, no_progress)
     assert rows.shape == (3, 17) and rows.dtype == np.int32 and (rows[:, :5] == begun).all()
     whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.inference_mode():
@@ -102,7 +102,7 @@ def test_what_is_written_does_not_depend_on_how_the_rows_are_divided(
     text = matrix(model, tmp_path)
     whole = ids(store, partly(text, text_model_of(model), 1.0, seed=0, dtype="float32"))
     monkeypatch.setattr(generate, "ROWS", 2)
-    monkeypatch.setattr(generate, "TOGETHER", LENGTH)  # one row at a time
+    monkeypatch.setattr(generate, "ROOM", 1)  # one row at a time
     made = partly(text, text_model_of(model), 1.0, seed=0, dtype="float32")
     assert len(made.inputs) == 4 and (ids(store, made) == whole).all()
 
