@@ -35,7 +35,7 @@ def test_every_step_that_asks_for_a_gpu_says_its_operations() -> None:
         *steps_of("mixtral_unified", "slim.group=16", "trim=none"),
         *steps_of("mixtral", "keep=6", f"tasks={TASKS}/numbers.jsonl,{TASKS}/closing.yaml", f"prompts={TASKS}/prompts.jsonl"),
         *steps_of("mixtral", "keep=6", "serving=nowhere"),
-        *steps_of("fit", "budget.ratio=0.25", "offers.group=16", "offers.measured=128"),
+        *steps_of("fit", "budget.ratio=0.25", "offers.group=16", "offers.measured=128", "recover.rows=64", "gang.gpus=0"),
     ]
     asked = {s.name for s in steps if s.resources.gpus} - MOVES
     assert not {s.name for s in steps if s.name in asked and not sum(s.spec.operations.values())}
