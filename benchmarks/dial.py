@@ -50,8 +50,6 @@ BUDGETS = (0.16, 0.185, 0.22, 0.25, 0.31, 0.40)
 REMOVED = (0.25, 0.5)
 """Parts of the experts' bytes that ranks alone take away, beside a fit of no more bytes."""
 OFFERS: dict[str, Any] = {"measured": 6144}
-TOP = 256
-"""Tokens of the original's predictions that recovering learns: 0.86 of what the Mixtral predicts, 64 are 0.72."""
 WORTH = 0.002
 """The KL from which on a model is recovered."""
 PASS = Pass(shard=32, stage=3, dtype="float32")
@@ -144,7 +142,7 @@ class Bench:
         return self.judged(made.model, *made.reports)
 
     def recovered(self, rows: int) -> Callable[[Model], Tuned]:
-        how = Recovering(rows=rows, length=LENGTH, top=TOP, dtype="float32").on(Texts(CALIBRATION), HELDOUT)
+        how = Recovering(rows=rows, length=LENGTH, dtype="float32").on(Texts(CALIBRATION), HELDOUT)
         return lambda plain: tuned(plain, self.original, how, GANG, PASS)
 
     def judged(self, model: Model, *beside: Step) -> Judged:

@@ -86,6 +86,9 @@ class Recovering(FineTuning):
     take at most 64 GB in memory, which one device then has to hold; of a larger one no row, unless told."""
     loss: Literal["lm", "kl", "both"] = "kl"
     """Predict the text, predict what the original predicts (KL divergence), or both."""
+    top: int = 0
+    """How many likeliest tokens the original's predictions keep at each position, all others as one. 0: the whole predictions,
+    from which more is learned; instead of 8 bytes a likeliest token, the original's last hidden states are stored until then."""
     rate: float = 1e-3
     """The highest learning rate of AdamW."""
     batch: int = 8
