@@ -133,7 +133,9 @@ class NodeKinds:
                 f"{row.label} is a gang of {count(row.processes, 'process', 'es')} of {asked} each, and all nodes of {self.file} "
                 f"together have room for {room:,}; raise max_workers there, or run fewer processes"
             )
-        each, way_out = (" for each process", "run more of them") if row.processes else ("", "divide the work")
+        each, way_out = "", "divide the work"
+        if row.processes:
+            each, way_out = " for each process", "run more of them; with gang.device_memory=80e9 what would fit is told"
         kinds = "; ".join(kind.words(gpus=gpus) for kind in self.kinds)
         return f"{row.label} needs {asked}{each}, and no node of {self.file} has that ({kinds}); name larger ones, or {way_out}"
 

@@ -146,20 +146,26 @@ def fitted(work: Work, gang: Gang) -> tuple[Gang, Need]:
     parts = ", ".join(f"{what} {_gb(size)}" for what, size in need.parts.items() if size >= 0.05e9) or "in parts below 0.1 GB"
     raise ValueError(
         f"training needs {_gb(need.device)} on each of {gang.processes} devices, which have {_gb(gang.device_memory)} ({parts}); "
-        + _way(work, gang)
-        + _without_codes(work, gang)
+        + _ways(work, gang)
     )
 
 
-def _without_codes(work: Work, gang: Gang) -> str:
-    """Words for what training scales alone would need, if it would fit."""
-    least, scales = replace(gang, micro=gang.micro or 1), replace(work, recipe=replace(work.recipe, packed="scales"))
-    need = need_of(scales, least).device
-    return f"; packed=scales, which trains no codes, needs {_gb(need)}" if work.codes and need <= gang.device_memory else ""
+def _ways(work: Work, gang: Gang) -> str:
+    """Words for what would fit, of codes for their scales alone, too."""
+    ways = [_way(work, gang)] if _way(work, gang) else []
+    if work.codes:
+        least, scales = replace(gang, micro=gang.micro or 1), replace(work, recipe=replace(work.recipe, packed="scales"))
+        need, what = need_of(scales, least).device, "packed=scales, which trains no codes"
+        if need <= gang.device_memory:
+            ways.append(f"{what}, needs {_gb(need)}")
+        elif way := _way(scales, gang):
+            ways.append(f"{what}: {way}")
+    less = "fewer targets, a lower rank" if work.recipe.mode == "lora" else "mode='lora' or 'router'"
+    return "; ".join(ways) or f"train less of it ({less}), or on larger devices"
 
 
 def _way(work: Work, gang: Gang) -> str:
-    """Words for the smallest change that would make it fit."""
+    """Words for the smallest change that would make it fit; "" if there is none."""
     least = replace(gang, micro=gang.micro or 1)
     changes: dict[str, Any] = {}
     for name, value in {"zero": 3, "checkpointing": True, "micro": 1, "offload": True}.items():
@@ -170,7 +176,7 @@ def _way(work: Work, gang: Gang) -> str:
     for processes in (d for d in divisors(work.recipe.batch) if d > gang.processes):
         if need_of(work, replace(least, **changes, processes=processes)).device <= gang.device_memory:
             return f"{processes} processes with zero=3, checkpointing, micro=1 and offload would fit"
-    return "train less of it (mode='lora' or 'router'), or on larger devices"
+    return ""
 
 
 def _numel(shapes: Shapes) -> int:

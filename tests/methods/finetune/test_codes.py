@@ -104,6 +104,10 @@ def test_what_codes_need_is_planned_and_scales_are_advised_where_they_would_fit(
     between = (need("codes", Gang(zero=0, micro=1)) + need("scales", Gang(zero=0, micro=1))) // 2
     with pytest.raises(ValueError, match=r"; packed=scales, which trains no codes, needs 1\.1 GB"):
         need("codes", Gang(zero=0, micro=1, device_memory=between))
+    apart = need("scales", Gang(processes=2, zero=3, micro=1))
+    assert apart < need("codes", Gang(processes=2, zero=3, micro=1, checkpointing=True, offload=True)), "which nothing makes fit"
+    with pytest.raises(ValueError, match=r"; packed=scales, which trains no codes: zero=3 needs 1\.1 GB$"):
+        need("codes", Gang(processes=2, zero=0, micro=1, device_memory=apart))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
