@@ -7,7 +7,10 @@ from typing import Any, Literal, cast
 from moeflow.methods.finetune.targets import TARGETS, Mode, Target
 from moeflow.options import check_choices, only
 
-Packed = Literal["beside", "scales", "codes"]
+Packed = Literal["beside", "scales", "codes", "auto"]
+
+CODES = 2_000_000_000
+"""Weights of packed experts up to which their codes are trained where nothing is said: 32 bytes each, so 64 GB, while they are."""
 
 TOKENS_AT_ONCE = 16_384
 """Tokens of a micro-batch if nothing else decides: plenty for a large model; more would only cost memory."""
@@ -62,7 +65,7 @@ class Recipe:
     """Keep experts' zero weights at zero; none: if the experts were made sparse."""
     packed: Packed = "beside"
     """What LoRA trains of packed experts: factors that are kept beside them, or their scales, or scales and codes; the latter take
-    no bytes."""
+    no bytes. auto: codes, too, of up to two billion weights, and scales alone of more."""
     seed: int = 0
     """The seed of the rows' order and LoRA's first factors."""
     adapter: bool = False
@@ -138,11 +141,11 @@ class Recipe:
             raise ValueError(f"epochs={self.epochs:g} of {rows} rows in batches of {self.batch} make no step; say steps=1")
         return steps
 
-    def settled(self, *, rows: int, dtype: str, sparse: bool, validated: bool, packed: bool = False) -> "Recipe":
+    def settled(self, *, rows: int, dtype: str, sparse: bool, validated: bool, packed: int = 0) -> "Recipe":
         """The recipe with all choices made and fields without effect at their defaults: one training has one key.
 
         `rows` of data; `dtype` of the training; `sparse`: experts are sparse; `validated`: there is validation text; `packed`:
-        experts are packed.
+        how many weights packed experts have.
         """
         if dtype not in ("float32", "bfloat16"):
             raise ValueError(
@@ -158,6 +161,7 @@ class Recipe:
             every=self.every if validated and self.every != steps else 0,
             keep=self.keep if validated else "last",
             keep_zeros=sparse if self.keep_zeros is None else self.keep_zeros,
+            packed=self.packed if self.packed != "auto" else "codes" if packed <= CODES else "scales",
             targets=tuple(t for t in TARGETS if t in self.targets),
         )
         unused = {"epochs"}

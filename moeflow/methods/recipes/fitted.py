@@ -9,10 +9,11 @@ Instead of `-p budget.bytes=24GB`: `-p budget.ratio=0.25` (a quarter of the byte
 with either (with both: `-p offers.grid=all`), and no MoE block; each alternative is measured once, and the cheapest combination is
 found exactly. Another budget on the same model makes and measures no alternative again but the round around its own choice.
 
-`-p recover.rows=4096` fine-tunes what was built towards the original, on so many rows of the calibration's texts, half of which the
-original goes on with itself (`-p recover.generated=0`: none): of packed experts their codes and scales, which takes no byte, but as
-much memory while it trains as full fine-tuning; with `-p recover.packed=scales` their scales alone, which takes little of both, or
-with `-p recover.packed=beside` factors, which are kept beside them where the budget has room, or merged by packing again.
+`-p recover.rows=4096` fine-tunes what was built towards the original, on so many rows of the calibration's texts, half of which
+the original goes on with itself (`-p recover.generated=0`: none): of packed experts their codes and scales, which takes no byte,
+but as much memory while it trains as full fine-tuning; of more than two billion weights, or with `-p recover.packed=scales`,
+their scales alone, which takes little of both, or with `-p recover.packed=beside` factors, which are kept beside them where the
+budget has room, or merged by packing again.
 """
 
 from dataclasses import replace

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -94,10 +95,10 @@ class Recovering(FineTuning):
     batch: int = 8
     """Sequences of one optimizer step, over all processes: the nearer the model already is, the more of them a step takes to heal
     it further; where it is far, many small steps heal more than few large ones."""
-    packed: Packed = "codes"
+    packed: Packed = "auto"
     """What LoRA trains of packed experts: their codes and scales, which takes no bytes and, while it trains, as much memory as full
     fine-tuning; their scales alone; or factors beside them, which are kept where the budget has room, or merged by packing again,
-    whichever loses less."""
+    whichever loses less. auto: codes, too, of up to two billion weights, and scales alone of more."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -166,18 +167,19 @@ def tune(
         _check_data(name, matrix, model.config)
     spec: TokensSpec = data.spec.output
     packed = {i: scheme.group for i in model.moe_layers if (scheme := model.layers[i].spec.output.packed)}
+    layers = {i: unpacked_shapes(shapes_of(layer.spec.output.tensors), model.config) for i, layer in enumerate(model.layers)}
+    family = Family.of(model.config)
     recipe, gang = deepspeed_config.merged(deepspeed_config.read(deepspeed), how, gang or Gang(), spec.sequences)
     recipe = recipe.settled(
         rows=spec.sequences,
         dtype=precision(model.config, recipe.dtype),
         sparse=any(model.layers[i].spec.output.sparse for i in model.moe_layers),
         validated=bool(matrices),
-        packed=bool(packed),
+        packed=sum(prod(s) for i in packed for n, s in layers[i].items() if family.kind(n) == "experts"),
     )
     predictions, head = _predictions(model, data, recipe, teacher, passed)
     for i in model.moe_layers:
         _check_trainable(model.layers[i].spec.output, recipe)
-    layers = {i: unpacked_shapes(shapes_of(layer.spec.output.tensors), model.config) for i, layer in enumerate(model.layers)}
     rest = shapes_of(model.rest.spec.output.tensors)
     opened = trained_in(model.config, recipe.mode, recipe.targets, layers, rest)
     work = Work(model.config, layers, rest, opened, recipe, spec.length, packed)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from moeflow.methods.finetune.recipe import Gang, Recipe
+from moeflow.methods.finetune.recipe import CODES, Gang, Recipe
 from moeflow.options import described
 from moeflow.run import pipeline
 from moeflow.step import Context, Spec, Step, step
@@ -48,6 +48,13 @@ def test_what_is_left_open_is_settled_once() -> None:
     assert settled.targets == ("attention", "experts") and settled.scale == 2
     assert settled.settled(**FIXED) == settled, "and stays as it is"
     assert replace(settled, every=5).settled(**FIXED | {"validated": False}) == replace(settled, keep="last")
+
+
+def test_codes_are_trained_by_themselves_where_there_are_few() -> None:
+    auto = Recipe(packed="auto")
+    assert [auto.settled(**FIXED, packed=n).packed for n in (1, CODES, CODES + 1)] == ["codes", "codes", "scales"]
+    assert auto.settled(**FIXED, packed=CODES) == Recipe(packed="codes").settled(**FIXED, packed=CODES), "one training has one key"
+    assert auto.settled(**FIXED) == Recipe().settled(**FIXED), "where nothing is packed it says nothing"
 
 
 @pytest.mark.parametrize(
