@@ -5,7 +5,8 @@ seeds, judged by the divergence from the original on 16,384 held-out tokens each
 intervals by resampling sequences, the same for both sides. Bytes are those of the checkpoint's files beside the embedding, which
 nothing here touches. With `--recover ROWS`, what fit builds at a KL of 0.002 or more is fine-tuned towards the original (LoRA, and
 the codes and scales of packed experts), trained on so many rows of 256 tokens of the calibration's files, of which no held-out text
-is one. With `--aimed` the recipes quantize towards the same target as fit does, which their own papers do not.
+is one; half of the rows the original goes on with itself. With `--aimed` the recipes quantize towards the same target as fit does,
+which their own papers do not.
 Everything is kept in the store that MOEFLOW_BENCH_STORE names, so that more seeds and budgets compute only what is new.
 
     MOEFLOW_BENCH_STORE=FOLDER python -m benchmarks.dial [MODEL ...] [--seeds 0 1 2] [--budgets 0.16 0.185 ...] [--removed 0.25 0.5]

@@ -135,7 +135,9 @@ class NodeKinds:
             )
         each, way_out = "", "divide the work"
         if row.processes:
-            each, way_out = " for each process", "run more of them; with gang.device_memory=80e9 what would fit is told"
+            each, way_out = " for each process", "run more of them"
+        if row.processes and gpus and row.gpus:
+            way_out += "; with gang.device_memory what would fit is told"
         kinds = "; ".join(kind.words(gpus=gpus) for kind in self.kinds)
         return f"{row.label} needs {asked}{each}, and no node of {self.file} has that ({kinds}); name larger ones, or {way_out}"
 

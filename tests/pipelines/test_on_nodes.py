@@ -93,6 +93,7 @@ def test_every_pipeline_is_among_them() -> None:
 def test_a_training_that_no_gpu_holds_is_refused_before_anything_runs(planned: Planned) -> None:
     (problem,) = planned("mixtral_moei2", MIXTRAL, "-p", "gang.processes=1", "-p", "gang.micro=0", exit_code=2)["problems"]
     assert problem.startswith("finetune.train ") and "133.0 GiB" in problem and "4 GPUs of 44.7 GiB" in problem
+    assert problem.endswith("run more of them; with gang.device_memory what would fit is told")
 
 
 def test_fp32_takes_twice_what_bf16_does(planned: Planned) -> None:

@@ -152,7 +152,7 @@ def fitted(work: Work, gang: Gang) -> tuple[Gang, Need]:
 
 def _ways(work: Work, gang: Gang) -> str:
     """Words for what would fit, of codes for their scales alone, too."""
-    ways = [_way(work, gang)] if _way(work, gang) else []
+    ways = [way] if (way := _way(work, gang)) else []
     if work.codes:
         least, scales = replace(gang, micro=gang.micro or 1), replace(work, recipe=replace(work.recipe, packed="scales"))
         need, what = need_of(scales, least).device, "packed=scales, which trains no codes"

@@ -10,7 +10,7 @@ from moeflow.options import check_choices, only
 Packed = Literal["beside", "scales", "codes", "auto"]
 
 CODES = 2_000_000_000
-"""Weights of packed experts up to which their codes are trained where nothing is said: 32 bytes each, so 64 GB, while they are."""
+"""Weights of packed experts up to which their codes are trained where nothing is said: some 32 bytes each, so 64 GB."""
 
 TOKENS_AT_ONCE = 16_384
 """Tokens of a micro-batch if nothing else decides: plenty for a large model; more would only cost memory."""

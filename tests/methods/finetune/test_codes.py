@@ -86,7 +86,9 @@ def test_what_lies_beside_packed_experts_is_not_trained_as_their_scales(what: st
     assert trained(tuned.model, tmp_path, packed=what, targets=("attention",)).trained is not None
 
 
-def test_what_codes_need_is_planned_and_scales_are_advised_where_they_would_fit(tmp_path: Path) -> None:
+def test_what_codes_need_is_planned_and_scales_are_advised_where_they_would_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = tiny.write("mixtral", tmp_path / "model")
     packed = packed_as(ALIKE, source, tmp_path)
     data = data_.tokens(matrix_of(tmp_path), packed, Sample(8, 16))
@@ -96,6 +98,9 @@ def test_what_codes_need_is_planned_and_scales_are_advised_where_they_would_fit(
     def need(what: Any, gang: Gang = Gang(zero=0)) -> int:
         return int(tune.tune(packed, data, Recipe(**(HOW | {"packed": what})), gang=gang).trained.resources.device)
 
+    for most, taken in ((weights, "codes"), (weights - 1, "scales")):
+        monkeypatch.setattr("moeflow.methods.finetune.recipe.CODES", most)
+        assert need("auto") == need(taken), "by how many weights are packed"
     more, layers = need("codes") - need("scales"), len(whole.layers)
     kept = (
         (4 + 4 + 4) * (layers + 2) / layers
